@@ -1,0 +1,152 @@
+"""How a plugin writes its options: types that TOML fills from values with units.
+
+A plugin's options are the keyword-only parameters of its class's ``__init__``; nothing else declares
+them. ``Doc`` gives an option its sentence in the JSON schema and in error messages::
+
+    def __init__(self, *, max_bytes: Annotated[Size | None, Doc("Drop entries above this.")] = None) -> None: ...
+
+In Python a :data:`Size` is an int of bytes and a :data:`Duration` a float of seconds; TOML also takes
+``"512 MiB"`` and ``"250ms"``. pydantic is not imported here: it asks these markers when it needs them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from typing_extensions import Doc
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+
+__all__ = ["Doc", "Duration", "Size", "parse_duration", "parse_size"]
+
+# Bits ("Mb") do not exist here, and a bare "M" is refused because half of the world reads 1024 * 1024 in it.
+# pydantic's ByteSize takes bits and negative sizes; the packages for durations are no longer maintained.
+BYTES: Mapping[str, int] = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+SECONDS: Mapping[str, float] = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+MOST_BYTES = 2**63 - 1
+MOST_SECONDS = 100 * 365.25 * 86400
+"""A hundred years: the waits of the standard library overflow at about 290."""
+
+_NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,20})?"
+_SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)")
+_PART = re.compile(rf"({_NUMBER})\s*([A-Za-z]+)\s*")
+
+
+def parse_size(value: object) -> int:
+    """Return a size in bytes from an int of bytes or from text such as ``"512 MiB"``, ``"1GB"``, ``"1.5 GiB"``.
+
+    Raises:
+        ValueError: anything else, a negative one, or one that is no whole number of bytes.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError('a size is a whole number of bytes or text such as "512 MiB"')
+    if isinstance(value, str):
+        return _checked_size(_size_of(value.strip()))
+    return _checked_size(value)
+
+
+def _size_of(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError('a size is a number and a unit, such as "512 MiB"')
+    unit = match[2].lower() or "b"
+    if unit not in BYTES:
+        raise ValueError(f"{match[2]!r} is no unit of size; take one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+    whole, _, fraction = match[1].partition(".")
+    scaled, rest = divmod(int(whole + fraction) * BYTES[unit], int("1" + "0" * len(fraction)))
+    if rest and unit == "b":
+        raise ValueError("a size is a whole number of bytes")
+    return scaled
+
+
+def _checked_size(size: int) -> int:
+    if size < 0:
+        raise ValueError("a size is not negative")
+    if size > MOST_BYTES:
+        raise ValueError("a size is less than 8 EiB")
+    return size
+
+
+def parse_duration(value: object) -> float:
+    """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
+
+    Raises:
+        ValueError: anything else, a negative one, NaN, or one above a hundred years.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError('a duration is a number of seconds or text such as "250ms" or "1h30m"')
+    seconds = _seconds_of(value.strip()) if isinstance(value, str) else value
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError("a duration is not negative")
+    if seconds > MOST_SECONDS:
+        raise ValueError("a duration is at most a hundred years")
+    return float(seconds)
+
+
+def _seconds_of(text: str) -> float:
+    if re.fullmatch(_NUMBER, text):
+        return float(text)
+    parts = _PART.findall(text)
+    if not parts or _PART.sub("", text):
+        raise ValueError('a duration is a number and a unit, such as "250ms" or "1h30m"')
+    units = [unit for _, unit in parts]
+    for unit in units:
+        if unit not in SECONDS:
+            raise ValueError(f"{unit!r} is no unit of time; take one of ms, s, m (minutes), h, d, w")
+    if len(set(units)) < len(units):
+        raise ValueError("a duration names each unit once")
+    return math.fsum(float(number) * SECONDS[unit] for number, unit in parts)
+
+
+class Parsed:
+    """Marks an option that TOML may give as text; tells pydantic, when it asks, how to read it."""
+
+    __slots__ = ("_parse", "_schema")
+
+    def __init__(self, parse: Callable[[object], Any], schema: Mapping[str, Any]) -> None:
+        self._parse = parse
+        self._schema = dict(schema)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(self._parse)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return dict(self._schema)
+
+
+_SIZE_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(?:(?:[kKmMgGtT][iI]?)?[bB])?\s*$"},
+    ]
+}
+_DURATION_SCHEMA = {
+    "anyOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "string", "pattern": rf"^\s*(?:{_NUMBER}|(?:{_NUMBER}\s*(?:ms|s|m|h|d|w)\s*)+)\s*$"},
+    ]
+}
+
+Size: TypeAlias = Annotated[int, Parsed(parse_size, _SIZE_SCHEMA)]
+"""Bytes: an int, in TOML also ``"512 MiB"`` or ``"1GB"``. Zero is allowed; say ``Gt(0)`` where it makes no sense."""
+
+Duration: TypeAlias = Annotated[float, Parsed(parse_duration, _DURATION_SCHEMA)]
+"""Seconds: a number, in TOML also ``"250ms"``, ``"1h"`` or ``"1h30m"``. Zero is allowed."""
