@@ -1,0 +1,64 @@
+# Set-up, demo, tests and benchmarks, each in one command from a fresh clone; `make help` lists them.
+
+PYTHON ?= python3
+export PYTHON
+
+INSTALL := ./.ci/install
+VENV := .venv
+TEST_VENV := .venv-test
+TEST_BIN := $(TEST_VENV)/bin
+BENCH_VENV := .venv-bench
+DEMO := .demo
+WHEELS := build/wheels
+
+# More for pytest: make test PYTEST="-k frames"
+PYTEST ?=
+WORKERS ?= auto
+
+.PHONY: help install demo test lint format wheel pytest bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    embed the project's own documents, cold and then warm"
+	@echo "make test    lint, types, and all tests against the built wheel"
+	@echo "make lint    ruff, mypy and pyright alone"
+	@echo "make format  let ruff put the sources in order"
+	@echo "make bench   print the table of benchmarks"
+	@echo "make clean   remove what these commands have made"
+
+install:
+	@$(INSTALL) $(VENV) --editable .
+
+demo: install
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/demo/run.sh $(DEMO)
+
+# What the tests run against is what a user gets: the wheel, not the tree.
+wheel:
+	@$(INSTALL) $(TEST_VENV) --group dev
+	@rm -rf $(WHEELS)
+	@$(TEST_BIN)/hatchling build --target wheel --directory $(WHEELS)
+	@$(INSTALL) $(TEST_VENV) "$$(echo $(WHEELS)/*.whl)[all]"
+
+lint: wheel
+	$(TEST_BIN)/ruff check .
+	$(TEST_BIN)/ruff format --check .
+	$(TEST_BIN)/mypy
+	$(TEST_BIN)/pyright --pythonpath $(TEST_BIN)/python
+
+format: wheel
+	$(TEST_BIN)/ruff check --fix .
+	$(TEST_BIN)/ruff format .
+
+# -P keeps the current folder off the path, so that nothing but the wheel can be imported.
+pytest: wheel
+	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
+
+test: lint
+	@$(MAKE) --no-print-directory pytest
+
+bench:
+	@$(INSTALL) $(BENCH_VENV) --editable . --group bench
+	@$(BENCH_VENV)/bin/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) $(TEST_VENV) $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
