@@ -1,0 +1,386 @@
+"""Everything that README.md and docs/ show is run: code, configurations, commands, and their output.
+
+Each page runs on its own, from top to bottom, in one folder with a copy of README.md and docs/:
+
+- ```` ```python ````: is executed; the blocks of a page share their names. ``expression  # -> value`` is compared
+  (with repr, or with what ``print`` wrote), as is a ```` ```text ```` block that comes next, where the code printed
+  something. A block with ``>>>`` is a doctest.
+- ```` ```toml ````: must be valid; a configuration (it has ``[cache]``, ``[key]``, ``[provider]``, ``[[tiers]]`` or
+  ``[tool.embedonce]``) must load. Any block whose first line is ``# NAME.EXT`` alone is first written to that file.
+- ```` ```console ````: what follows ``$`` is executed; what it shows is compared, figures aside (0 stays 0).
+- ```` ```sh ````: is executed, its output compared with a ```` ```text ```` block that comes next.
+  Commands that set things up (pip, make, git, ...) are left out.
+- ``...`` or ``…`` stands for anything, on a line of its own for any lines.
+
+A block that cannot run here says so to its reader: its first line is ``# not run: REASON``. NOT_RUN counts them.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+import tomllib
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from markdown_it import MarkdownIt
+
+import embedonce
+from embedonce import config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# How many blocks of a page are not run. Raise a number here only for what no machine of ours can run.
+NOT_RUN: dict[str, int] = {}
+
+SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff"}
+SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
+CONFIGURATION = {"cache", "key", "provider", "tiers"}
+
+
+class Fence(NamedTuple):
+    language: str
+    content: str
+    line: int
+    """Of its first line, counted from 1."""
+
+    @property
+    def not_run(self) -> bool:
+        return re.match(r"(\$ )?# not run: \S", self.content) is not None
+
+    @property
+    def file(self) -> str | None:
+        match = re.match(r"# ([\w./-]+\.\w+)\n", self.content)
+        return match[1] if match else None
+
+
+class Mismatch(AssertionError):
+    """What a page shows is not what happened."""
+
+
+def fences_of(page: Path) -> list[Fence]:
+    tokens = MarkdownIt("commonmark").parse(page.read_text())
+    fences = [token for token in tokens if token.type == "fence" and token.map]
+    return [
+        Fence((token.info.split() or [""])[0].lower(), token.content, token.map[0] + 2)
+        for token in fences
+        if token.map is not None
+    ]
+
+
+# --- comparing --------------------------------------------------------------------------------
+
+
+def compare(shown: str, happened: str, *, loosely: bool) -> None:
+    """Raise Mismatch unless ``happened`` is what ``shown`` says, with ... for anything."""
+    prepare = _without_figures if loosely else str
+    wanted = [prepare(line) for line in _lines(shown)]
+    found = [prepare(line) for line in _lines(happened)]
+    pattern = "".join(".*?" if line in ("...", "…") else _pattern(line) + "\n" for line in wanted)
+    if not re.fullmatch(pattern, "".join(line + "\n" for line in found), re.DOTALL):
+        raise Mismatch(f"the page shows\n{_indented(shown)}\nbut this happened\n{_indented(happened)}")
+
+
+def _lines(text: str) -> list[str]:
+    lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def _pattern(line: str) -> str:
+    return "[^\n]*".join(re.escape(part) for part in re.split(r"\.\.\.|…", line))
+
+
+def _without_figures(line: str) -> str:
+    """Replace numbers but 0, with their unit, and the width of rules: they differ from one run to the next."""
+    line = line.replace(str(Path.home()), "~")
+    line = re.sub(r"[-─━═╌]{3,}", "---", line)
+    line = re.sub(r"\d+([.,:_]\d+)*", lambda match: "0" if match[0] == "0" else "#", line)
+    return re.sub(r"# ?(µs|us|ms|s|min|h|B|[kKMG]i?B)\b", "# unit", line)
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.rstrip().splitlines()) or "    (nothing)"
+
+
+# --- running a page ---------------------------------------------------------------------------
+
+
+class Page:
+    """Runs the fences of one page in order, in the current folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.relative_to(ROOT).as_posix()
+        self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.problems: list[str] = []
+        self.not_run = 0
+        self._printed: str | None = None
+        self._loosely = False
+
+    def run(self) -> None:
+        for fence in fences_of(self.path):
+            printed, self._printed = self._printed, None
+            if fence.not_run:
+                self.not_run += 1
+                continue
+            try:
+                if fence.language == "text" and printed:
+                    compare(fence.content, printed, loosely=self._loosely)
+                else:
+                    self._run(fence)
+            except Mismatch as problem:
+                self.problems.append(f"{self.name}:{fence.line}: {problem}")
+            except Exception:
+                self.problems.append(f"{self.name}:{fence.line}: {traceback.format_exc()}")
+
+    def close(self) -> None:
+        for value in self.names.values():
+            if isinstance(value, embedonce.Cache):
+                value.close()
+
+    def _run(self, fence: Fence) -> None:
+        if fence.file:
+            target = Path(fence.file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(fence.content)
+        match fence.language:
+            case "python" | "py" if ">>> " in fence.content:
+                self._doctest(fence)
+            case "pycon":
+                self._doctest(fence)
+            case "python" | "py":
+                self._python(fence)
+            case "toml":
+                self._toml(fence)
+            case "console":
+                self._console(fence)
+            case "sh" | "bash" | "shell":
+                self._shell(fence)
+            case "json":
+                json.loads(fence.content)
+            case language if language not in SHOWN_ONLY:
+                raise Mismatch(f"no rule for a block of {language!r}: see the top of {Path(__file__).name}")
+
+    # python
+
+    def _python(self, fence: Fence) -> None:
+        tree = ast.parse(fence.content, str(self.path))
+        ast.increment_lineno(tree, fence.line - 1)
+        expected = {line + fence.line - 1: text for line, text in _arrows(fence.content)}
+        printed = []
+        for statement in tree.body:
+            shown = expected.pop(statement.end_lineno or 0, None)
+            value, output = self._statement(statement)
+            printed.append(output)
+            if shown is not None:
+                compare(shown, output if value is None and output else repr(value), loosely=False)
+        if expected:
+            raise Mismatch(f"'# ->' stands behind no statement of its own in line {min(expected)}")
+        self._printed, self._loosely = "".join(printed), False
+
+    def _statement(self, statement: ast.stmt) -> tuple[object, str]:
+        """Run one statement; return the value of an expression or assignment, and what was printed."""
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            if isinstance(statement, ast.Expr):
+                value = eval(compile(ast.Expression(statement.value), str(self.path), "eval"), self.names)
+            else:
+                exec(compile(ast.Module([statement], []), str(self.path), "exec"), self.names)
+                value = None
+                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                    value = self.names[statement.targets[0].id]
+        return value, output.getvalue()
+
+    def _doctest(self, fence: Fence) -> None:
+        test = doctest.DocTestParser().get_doctest(fence.content, self.names, self.name, str(self.path), fence.line - 1)
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+        report = io.StringIO()
+        runner.run(test, out=report.write, clear_globs=False)
+        self.names = test.globs
+        if runner.failures:
+            raise Mismatch(report.getvalue())
+
+    # toml
+
+    def _toml(self, fence: Fence) -> None:
+        content = tomllib.loads(fence.content)
+        in_pyproject = "embedonce" in content.get("tool", {})
+        if not in_pyproject and not content.keys() & CONFIGURATION:
+            return
+        folder = Path(f"toml-{fence.line}")
+        folder.mkdir()
+        file = folder / ("pyproject.toml" if in_pyproject else "embedonce.toml")
+        file.write_text(fence.content)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in re.findall(r"\$\{(\w+)\}", fence.content):
+                patch.setenv(name, "x" * 32)
+            try:
+                config.load(file)
+            except embedonce.ConfigError as error:
+                raise Mismatch(f"the configuration does not load:\n{_indented(str(error))}") from None
+
+    # commands
+
+    def _console(self, fence: Fence) -> None:
+        for command, shown in _console_commands(fence.content):
+            if not _is_set_up(command):
+                self._command(command, shown)
+
+    def _shell(self, fence: Fence) -> None:
+        lines = re.sub(r"\\\n", " ", fence.content).splitlines()
+        commands = "\n".join(line for line in lines if not _is_set_up(line))
+        if commands.strip():
+            self._printed, self._loosely = self._command(commands, None), True
+
+    def _command(self, command: str, shown: str | None) -> str:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, "PATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=100,
+        )
+        if shown:
+            compare(shown, done.stdout, loosely=True)
+        elif done.returncode:
+            raise Mismatch(f"$ {command}\nended with {done.returncode}:\n{_indented(done.stdout)}")
+        return done.stdout
+
+
+def _arrows(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of every ``# -> text``."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.string.startswith("# -> "):
+            yield token.start[0], token.string.removeprefix("# -> ")
+
+
+def _console_commands(content: str) -> Iterator[tuple[str, str]]:
+    """Yield each command with what is shown below it."""
+    for part in re.split(r"^\$ ", content, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines()
+        length = 1
+        while lines[length - 1].endswith("\\") or (length < len(lines) and lines[length].startswith("> ")):
+            length += 1
+        command = "\n".join([lines[0], *(line.removeprefix("> ") for line in lines[1:length])])
+        yield command, "\n".join(lines[length:])
+
+
+def _is_set_up(command: str) -> bool:
+    return SET_UP.match(command) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(ROOT).as_posix() for path in PAGES])
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copy(ROOT / "README.md", folder)
+    monkeypatch.chdir(folder)
+    runner = Page(page)
+    try:
+        runner.run()
+    finally:
+        runner.close()
+    _report(runner.problems)
+    assert runner.not_run == NOT_RUN.get(runner.name, 0), "say in NOT_RUN how many blocks are not run"
+
+
+def _report(problems: Sequence[str]) -> None:
+    if problems:
+        pytest.fail("\n\n".join(problems), pytrace=False)
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of a page names a file that is there, and a heading where it names one."""
+    problems = []
+    for page in PAGES:
+        for link in _links(page):
+            target, _, anchor = link.partition("#")
+            file = (page.parent / target) if target else page
+            if not file.exists():
+                problems.append(f"{page.relative_to(ROOT)}: {link} is not there")
+            elif anchor and file.suffix == ".md" and anchor not in _anchors(file):
+                problems.append(f"{page.relative_to(ROOT)}: {link} names no heading")
+    _report(problems)
+
+
+def _links(page: Path) -> Iterator[str]:
+    for block in MarkdownIt("commonmark").parse(page.read_text()):
+        for token in block.children or ():
+            href = str(token.attrs.get("href", ""))
+            if token.type == "link_open" and not re.match(r"\w+:", href):
+                yield href
+
+
+def _anchors(page: Path) -> set[str]:
+    tokens = MarkdownIt("commonmark").parse(page.read_text())
+    titles = (tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open")
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+WRONG_PAGE = """
+```python
+1 + 1  # -> 3
+```
+```python
+print("one")
+```
+```text
+two
+```
+```toml
+[[tiers]]
+type = "memry"
+```
+```console
+$ embedonce --no-such-option
+usage: something else
+```
+```python
+raise ValueError("is not swallowed")
+```
+```fortran
+STOP
+```
+"""
+
+
+def test_a_wrong_page_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(WRONG_PAGE)
+    runner = Page(page)
+    runner.run()
+    assert [problem.split(": ")[0] for problem in runner.problems] == [f"page.md:{n}" for n in (3, 9, 12, 16, 20, 23)]
+
+
+@pytest.mark.parametrize(
+    ("shown", "happened", "same"),
+    [
+        ("a\nb", "a\nb", True),
+        ("a\nb", "b\na", False),
+        ("a\n...\nd", "a\nb\nc\nd", True),
+        ("a … d", "a b c d", True),
+        ("12 hits in 0.3 s", "14 hits in 210 ms", True),
+        ("0 computed", "3 computed", False),
+        ("a", "a\nb", False),
+    ],
+)
+def test_compare_loosely(shown: str, happened: str, same: bool) -> None:
+    with contextlib.nullcontext() if same else pytest.raises(Mismatch):
+        compare(shown, happened, loosely=True)
