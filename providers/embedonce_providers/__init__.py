@@ -1,0 +1,1 @@
+"""Providers that come with embedonce; each module is one plugin and imports its library when it is used."""
