@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
 
-__all__ = ["Doc", "Duration", "Size", "parse_duration", "parse_size"]
+__all__ = ["BadValue", "Doc", "Duration", "Size", "parse_duration", "parse_size"]
 
 # Bits ("Mb") do not exist here, and a bare "M" is refused because half of the world reads 1024 * 1024 in it.
 # pydantic's ByteSize takes bits and negative sizes; the packages for durations are no longer maintained.
@@ -48,14 +48,18 @@ _SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)")
 _PART = re.compile(rf"({_NUMBER})\s*([A-Za-z]+)\s*")
 
 
+class BadValue(ValueError):
+    """A size or a duration that cannot be read; the message says what is wanted and never repeats the value."""
+
+
 def parse_size(value: object) -> int:
     """Return a size in bytes from an int of bytes or from text such as ``"512 MiB"``, ``"1GB"``, ``"1.5 GiB"``.
 
     Raises:
-        ValueError: anything else, a negative one, or one that is no whole number of bytes.
+        BadValue: anything else, a negative one, or one that is no whole number of bytes.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError('a size is a whole number of bytes or text such as "512 MiB"')
+        raise BadValue('a size is a whole number of bytes or text such as "512 MiB"')
     if isinstance(value, str):
         return _checked_size(_size_of(value.strip()))
     return _checked_size(value)
@@ -64,22 +68,22 @@ def parse_size(value: object) -> int:
 def _size_of(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError('a size is a number and a unit, such as "512 MiB"')
+        raise BadValue('a size is a number and a unit, such as "512 MiB"')
     unit = match[2].lower() or "b"
     if unit not in BYTES:
-        raise ValueError(f"{match[2]!r} is no unit of size; take one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+        raise BadValue("a unit of size is one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
     whole, _, fraction = match[1].partition(".")
     scaled, rest = divmod(int(whole + fraction) * BYTES[unit], int("1" + "0" * len(fraction)))
     if rest and unit == "b":
-        raise ValueError("a size is a whole number of bytes")
+        raise BadValue("a size is a whole number of bytes")
     return scaled
 
 
 def _checked_size(size: int) -> int:
     if size < 0:
-        raise ValueError("a size is not negative")
+        raise BadValue("a size is not negative")
     if size > MOST_BYTES:
-        raise ValueError("a size is less than 8 EiB")
+        raise BadValue("a size is less than 8 EiB")
     return size
 
 
@@ -87,15 +91,15 @@ def parse_duration(value: object) -> float:
     """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
 
     Raises:
-        ValueError: anything else, a negative one, NaN, or one above a hundred years.
+        BadValue: anything else, a negative one, NaN, or one above a hundred years.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError('a duration is a number of seconds or text such as "250ms" or "1h30m"')
+        raise BadValue('a duration is a number of seconds or text such as "250ms" or "1h30m"')
     seconds = _seconds_of(value.strip()) if isinstance(value, str) else value
     if math.isnan(seconds) or seconds < 0:
-        raise ValueError("a duration is not negative")
+        raise BadValue("a duration is not negative")
     if seconds > MOST_SECONDS:
-        raise ValueError("a duration is at most a hundred years")
+        raise BadValue("a duration is at most a hundred years")
     return float(seconds)
 
 
@@ -104,13 +108,13 @@ def _seconds_of(text: str) -> float:
         return float(text)
     parts = _PART.findall(text)
     if not parts or _PART.sub("", text):
-        raise ValueError('a duration is a number and a unit, such as "250ms" or "1h30m"')
+        raise BadValue('a duration is a number and a unit, such as "250ms" or "1h30m"')
     units = [unit for _, unit in parts]
     for unit in units:
         if unit not in SECONDS:
-            raise ValueError(f"{unit!r} is no unit of time; take one of ms, s, m (minutes), h, d, w")
+            raise BadValue("a unit of time is one of ms, s, m (minutes), h, d, w")
     if len(set(units)) < len(units):
-        raise ValueError("a duration names each unit once")
+        raise BadValue("a duration names each unit once")
     return math.fsum(float(number) * SECONDS[unit] for number, unit in parts)
 
 

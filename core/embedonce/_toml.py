@@ -1,0 +1,147 @@
+"""Where things are in a TOML text: the standard library's parser gives no places, so they are looked up after.
+
+Nothing here runs unless there is an error to place, or somebody asks where a value came from.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Keys and places in lists from the top of a document: ``("tiers", 0, "ttl")``."""
+
+
+class Place(NamedTuple):
+    """Where something begins; both count from 1, columns in characters."""
+
+    line: int
+    column: int
+
+
+@dataclass(slots=True)
+class Places:
+    """The places of a document's keys and values, by path."""
+
+    keys: dict[Path, Place] = field(default_factory=dict)
+    values: dict[Path, Place] = field(default_factory=dict)
+
+    def key(self, path: Path) -> Place | None:
+        """Return where the key begins, else where the nearest table around it does."""
+        return self._nearest(path, self.keys, self.values)
+
+    def value(self, path: Path) -> Place | None:
+        """Return where the value begins, else where its key or the nearest table around it does."""
+        return self._nearest(path, self.values, self.keys)
+
+    def _nearest(self, path: Path, first: dict[Path, Place], second: dict[Path, Place]) -> Place | None:
+        for length in range(len(path), 0, -1):
+            found = first.get(path[:length]) or second.get(path[:length])
+            if found is not None:
+                return found
+        return None
+
+
+def places(text: str) -> Places:
+    """Return the places of a text that the standard library's parser has accepted."""
+    import tree_sitter
+    import tree_sitter_toml
+
+    source = text.encode()
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_toml.language()))
+    return _Walk(source).document(parser.parse(source).root_node)
+
+
+class _Walk:
+    """Walks a syntax tree once and notes each key's and value's place."""
+
+    def __init__(self, source: bytes) -> None:
+        self._lines = source.split(b"\n")
+        self._places = Places()
+        self._elements: Counter[Path] = Counter()
+        """Elements so far of each array of tables."""
+
+    def document(self, root: Any) -> Places:
+        for node in root.named_children:
+            if node.type == "pair":
+                self._pair(node, ())
+            elif node.type in ("table", "table_array_element"):
+                self._table(node, array=node.type == "table_array_element")
+        return self._places
+
+    def _table(self, node: Any, *, array: bool) -> None:
+        header, *rest = node.named_children
+        names = [name for name, _ in _key_parts(header)]
+        place = self._place(node)
+        path: Path = ()
+        for name in names[:-1]:
+            self._places.keys.setdefault((*path, name), place)
+            path = self._element((*path, name))
+        path = (*path, names[-1])
+        if array:
+            self._elements[path] += 1
+            self._places.keys.setdefault(path, place)
+        path = self._element(path)
+        self._places.keys.setdefault(path, place)
+        for child in rest:
+            if child.type == "pair":
+                self._pair(child, path)
+
+    def _element(self, path: Path) -> Path:
+        """Return the path of the last element where ``path`` is an array of tables, else ``path``."""
+        return (*path, self._elements[path] - 1) if path in self._elements else path
+
+    def _pair(self, node: Any, path: Path) -> None:
+        key, *rest = [child for child in node.named_children if child.type != "comment"]
+        for name, part in _key_parts(key):
+            path = (*path, name)
+            self._places.keys.setdefault(path, self._place(part))
+        if rest:
+            self._value(rest[0], path)
+
+    def _value(self, node: Any, path: Path) -> None:
+        self._places.values.setdefault(path, self._place(node))
+        children = [child for child in node.named_children if child.type not in ("comment", "ERROR")]
+        if node.type == "inline_table":
+            for child in children:
+                self._pair(child, path)
+        elif node.type == "array":
+            for index, child in enumerate(children):
+                self._value(child, (*path, index))
+
+    def _place(self, node: Any) -> Place:
+        row, column = node.start_point
+        return Place(row + 1, len(self._lines[row][:column].decode(errors="replace")) + 1)
+
+
+def _key_parts(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each name of a key, as TOML reads it, with its node."""
+    if node.type == "dotted_key":
+        for child in node.named_children:
+            yield from _key_parts(child)
+    elif node.type in ("bare_key", "quoted_key"):
+        yield next(iter(tomllib.loads(node.text.decode() + "=0"))), node
+
+
+# --- syntax errors ----------------------------------------------------------------------------
+
+_AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+def syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
+    """Return the message and the place of an error of the standard library's parser, which writes both in one text."""
+    said = str(error)
+    found = _AT.search(said)
+    if found is None:
+        return said, None
+    message = said[: found.start()]
+    lines = text.split("\n")
+    place = Place(int(found[1]), int(found[2])) if found[1] else Place(len(lines), len(lines[-1]) + 1)
+    if message.startswith("Cannot "):  # said after the value: show the key that is there twice
+        line = lines[place.line - 1]
+        place = Place(place.line, len(line) - len(line.lstrip()) + 1)
+    return message[:1].lower() + message[1:], place

@@ -1,0 +1,376 @@
+"""Find a plugin by the name that TOML says, load only that one, say what to install.
+
+A plugin is an entry point in the group ``embedonce``: its name is what TOML says, its value a module
+with hooks (:mod:`embedonce.hookspecs`). embedonce's own plugins are registered in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import pluggy
+
+from . import hookspecs
+from ._suggest import closest, listed
+from .contracts import API, Normalizer
+from .errors import PluginError
+from .events import Event
+from .keys import NORMALIZERS
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution, EntryPoint
+
+Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
+
+HOOKS: Mapping[Kind, str] = {
+    "backend": "embedonce_backends",
+    "provider": "embedonce_providers",
+    "normalizer": "embedonce_normalizers",
+}
+"""The hook that registers plugins of each kind."""
+
+DISABLE = "EMBEDONCE_DISABLE_PLUGINS"
+"""The environment variable that lists plugins, or distributions, that must not be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledPlugin:
+    """One entry point of the group, as ``embedonce plugins`` shows it."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    """Empty where it could not be loaded."""
+    distribution: str
+    version: str
+    error: str | None = None
+    """Why it cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A plugin whose module was imported and whose hooks were asked."""
+
+    name: str
+    origin: str
+    """Distribution and version, for messages."""
+    module: Any
+    registered: Mapping[Kind, Mapping[str, Any]] = field(repr=False)
+
+
+def backend(name: str) -> type[Any]:
+    """Return the backend class that TOML calls ``name``.
+
+    Raises:
+        PluginError: it is not installed, cannot be loaded, or is no backend.
+    """
+    cls: type[Any] = _registered("backend", name)
+    return cls
+
+
+def provider(name: str) -> type[Any]:
+    """Return the provider class that TOML calls ``name``. Raises as :func:`backend` does."""
+    cls: type[Any] = _registered("provider", name)
+    return cls
+
+
+def normalizer(name: str) -> Normalizer:
+    """Return the normalisation step ``name``: one of embedonce's own, else a plugin's.
+
+    Raises:
+        PluginError: there is no such step, or its plugin cannot be loaded.
+    """
+    if name in NORMALIZERS:
+        return NORMALIZERS[name]
+    if not _entry_points(name):
+        raise PluginError(_no_step(name))
+    step: Normalizer = _registered("normalizer", name)
+    return step
+
+
+def names() -> list[str]:
+    """Return the names of all installed plugins that are not disabled, without loading any."""
+    return sorted({point.name for point in _all_entry_points() if not _disabled(point)})
+
+
+def installed() -> list[InstalledPlugin]:
+    """Load every installed plugin, one by one, and return what each is or why it cannot be used."""
+    points = sorted(_all_entry_points(), key=lambda point: (point.name, _distribution(point)))
+    return [_inspect(point) for point in points]
+
+
+def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
+    """Return the event hooks of those of the plugins ``used`` that have one, to be called with each event."""
+    modules = {id(plugin.module): plugin.module for name in used if (plugin := _plugins.get(name)) is not None}
+    return [function for module in modules.values() for function in _event_hooks(module)]
+
+
+# --- entry points -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _scan(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Read the group from the metadata of everything installed: some 10 ms, hence once per ``sys.path``."""
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=hookspecs.PROJECT))
+
+
+def _all_entry_points() -> tuple[EntryPoint, ...]:
+    return _scan(tuple(sys.path))
+
+
+def _entry_points(name: str) -> list[EntryPoint]:
+    found = [point for point in _all_entry_points() if point.name == name]
+    if not found:  # it may have been installed since
+        _scan.cache_clear()
+        found = [point for point in _all_entry_points() if point.name == name]
+    return found
+
+
+def _the_entry_point(name: str) -> EntryPoint:
+    found = _entry_points(name)
+    usable = [point for point in found if not _disabled(point)]
+    if len(usable) == 1:
+        return usable[0]
+    if usable:
+        raise PluginError(_ambiguous(name, usable))
+    if found:
+        raise PluginError(f'plugin "{name}" of {_origin(found[0])} is disabled by {DISABLE}={os.environ[DISABLE]}')
+    raise PluginError(_not_installed(name))
+
+
+def _disabled(point: EntryPoint) -> bool:
+    listed_there = {_canonical(part) for part in os.environ.get(DISABLE, "").split(",")}
+    return _canonical(point.name) in listed_there or _canonical(_distribution(point)) in listed_there
+
+
+def _canonical(name: str) -> str:
+    """Return a distribution's name in the form in which two spellings of it are equal."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown distribution"
+
+
+def _version(point: EntryPoint) -> str:
+    return point.dist.version if point.dist is not None else ""
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{_distribution(point)} {_version(point)}".strip()
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_plugins: dict[str, _Loaded] = {}
+
+
+@functools.cache
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _registered(kind: Kind, name: str) -> Any:
+    plugin = _load(name)
+    found = plugin.registered[kind].get(name)
+    if found is None:
+        raise PluginError(_wrong_kind(kind, plugin))
+    return found
+
+
+def _load(name: str) -> _Loaded:
+    point = _the_entry_point(name)
+    with _lock:
+        known = _plugins.get(name)
+        if known is None or known.origin != _origin(point):
+            known = _plugins[name] = _load_entry_point(point)
+        return known
+
+
+def _load_entry_point(point: EntryPoint) -> _Loaded:
+    module = _import(point)
+    _check_api(point, module)
+    _register(point, module)
+    registered: dict[Kind, Mapping[str, Any]] = {kind: _ask(point, module, kind) for kind in HOOKS}
+    return _Loaded(point.name, _origin(point), module, registered)
+
+
+def _import(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except ModuleNotFoundError as error:
+        raise PluginError(f"{_named(point)} {_missing(point, error)}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{_named(point)} cannot be imported: {_said(error)}") from error
+
+
+def _check_api(point: EntryPoint, module: Any) -> None:
+    api = getattr(module, "api", API)
+    if api == API:
+        return
+    newer = isinstance(api, int) and api > API
+    what = "embedonce" if newer else _distribution(point)
+    raise PluginError(
+        f"{_named(point)} is written for version {api!r} of the plugin contract, and this embedonce has "
+        f"version {API}; upgrade it: pip install --upgrade {what}"
+    )
+
+
+def _register(point: EntryPoint, module: Any) -> None:
+    manager = _manager()
+    if manager.is_registered(module):  # one module may stand behind several names
+        return
+    try:
+        manager.register(module, name=f"{_distribution(point)}:{point.name}")
+        _check_hooks(manager, module)
+    except Exception as error:
+        if manager.is_registered(module):
+            manager.unregister(module)
+        raise PluginError(f"{_named(point)} cannot be registered: {_said(error)}") from error
+
+
+def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
+    known = [name for name in dir(hookspecs) if name.startswith("embedonce_")]
+    callers = manager.get_hookcallers(module) or []
+    for caller in callers:
+        if not caller.has_spec():
+            meant = closest(caller.name, known)
+            raise PluginError(f"there is no hook {caller.name}" + (f"; did you mean {meant}?" if meant else ""))
+    if not callers:
+        raise PluginError(f"it has no hooks; mark functions named {listed(known, 'or')} with @embedonce.hookimpl")
+
+
+def _ask(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
+    """Return what the module's own hook of this kind registers, by name."""
+    manager, hook = _manager(), HOOKS[kind]
+    others = [plugin for plugin in manager.get_plugins() if plugin is not module]
+    try:
+        answers = manager.subset_hook_caller(hook, others)()
+    except Exception as error:
+        raise PluginError(f"{_named(point)} failed in its hook {hook}: {_said(error)}") from error
+    found: dict[str, Any] = {}
+    for answer in answers:
+        found.update(_checked(point, kind, answer))
+    return found
+
+
+def _checked(point: EntryPoint, kind: Kind, answer: Any) -> Mapping[str, Any]:
+    wanted = "functions" if kind == "normalizer" else "classes"
+    right = callable if kind == "normalizer" else lambda item: isinstance(item, type)
+    if isinstance(answer, Mapping) and all(isinstance(name, str) and right(item) for name, item in answer.items()):
+        return answer
+    raise PluginError(f"{_named(point)} must return {wanted} by name from its hook {HOOKS[kind]}")
+
+
+def _event_hooks(module: Any) -> list[Callable[[Event], None]]:
+    impls = _manager().hook.embedonce_event.get_hookimpls()
+    return [_listener(impl) for impl in impls if impl.plugin is module]
+
+
+def _listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
+    function = impl.function
+    takes_event = bool(impl.argnames)  # pluggy lets a hook leave its argument out
+
+    def listen(event: Event) -> None:
+        function(event) if takes_event else function()
+
+    return listen
+
+
+def _inspect(point: EntryPoint) -> InstalledPlugin:
+    try:
+        plugin = _load(point.name)
+        if plugin.origin != _origin(point):
+            raise PluginError(f'plugin "{point.name}" comes from {plugin.origin}, as {DISABLE} says')
+    except PluginError as error:
+        return InstalledPlugin(point.name, (), _distribution(point), _version(point), str(error))
+    kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
+    return InstalledPlugin(point.name, kinds, _distribution(point), _version(point))
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+def _named(point: EntryPoint) -> str:
+    return f'plugin "{point.name}" of {_origin(point)}'
+
+
+def _said(error: BaseException) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, PluginError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _missing(point: EntryPoint, error: ModuleNotFoundError) -> str:
+    module = error.name or ""
+    if not module:
+        return f"cannot be imported: {_said(error)}"
+    if f"{point.module}.".startswith(f"{module}."):
+        again = f"pip install --force-reinstall {_distribution(point)}"
+        return f"has no module {module}, although it says so; install it again: {again}"
+    extra = _extra(point.dist, point.name, module) if point.dist is not None else None
+    if extra:
+        return f"needs {module}, which is not installed: pip install '{_distribution(point)}[{extra}]'"
+    return f"needs the module {module}, which is not installed"
+
+
+def _extra(distribution: Distribution, plugin: str, module: str) -> str | None:
+    """Return the extra of the distribution that brings a missing module.
+
+    That is the one named as the plugin is, else one whose requirement is named as the module is; all
+    of it is read from the distribution's metadata, so that no message names an extra that is not there.
+    """
+    extras = distribution.metadata.get_all("Provides-Extra") or []
+    for extra in extras:
+        if _canonical(extra) == _canonical(plugin):
+            return str(extra)
+    wanted = {_canonical(module), _canonical(module.partition(".")[0])}
+    for requirement in distribution.requires or []:
+        package = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"""extra\s*==\s*["']([^"']+)["']""", requirement)
+        if package and extra and _canonical(package[0]) in wanted:
+            return extra[1]
+    return None
+
+
+def _ambiguous(name: str, points: list[EntryPoint]) -> str:
+    origins = listed(_origin(point) for point in points)
+    return (
+        f'{len(points)} distributions bring a plugin "{name}": {origins}; uninstall all but one, '
+        f"or set {DISABLE} to the name of each that is not meant"
+    )
+
+
+def _not_installed(name: str) -> str:
+    known = names()
+    if not known:
+        return (
+            f'no plugin "{name}": none is installed, not even embedonce\'s own, because embedonce runs from a folder '
+            "that was not installed; in that folder: pip install -e ."
+        )
+    meant = closest(name, known)
+    hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that brings it."
+    return f'no plugin "{name}" is installed{hint} Installed: {", ".join(known)}'
+
+
+def _no_step(name: str) -> str:
+    meant = closest(name, [*NORMALIZERS, *names()])
+    hint = f'; did you mean "{meant}"?' if meant else "."
+    return f'no normalisation step "{name}"{hint} embedonce has {", ".join(NORMALIZERS)}; plugins may bring more'
+
+
+def _wrong_kind(kind: Kind, plugin: _Loaded) -> str:
+    has = [f'{other} "{name}"' for other, found in plugin.registered.items() for name in found]
+    return f'"{plugin.name}" is no {kind}: the plugin of {plugin.origin} brings {listed(has)}'
