@@ -1,0 +1,131 @@
+"""Any function from texts to vectors as a provider, with a vector space that the caller declares."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
+
+from .contracts import AnyProvider, Embedded, Limits, Task, Vectors
+from .errors import SpaceError
+from .keys import VectorSpace
+
+Answer: TypeAlias = Vectors | Embedded
+Function: TypeAlias = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
+"""``list[str] -> vectors``, sync or async. With a parameter named ``task`` it is given the task too."""
+Space: TypeAlias = VectorSpace | Mapping[str, Any]
+
+
+class _Declared:
+    """What both faces share: the declared space, the limits, and whether the function wants the task."""
+
+    def __init__(self, function: Callable[..., Any], space: Space | None, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self._takes_task = _takes_task(function)
+        self._space = _declared(space)
+        if self._takes_task and self._space.task is not None:
+            raise SpaceError("the function takes the task, which is then part of the space: leave it out of space=")
+
+    def space(self, task: Task) -> VectorSpace:
+        """Return the declared space, with the task in it where the function takes the task."""
+        return replace(self._space, task=task) if self._takes_task else self._space
+
+    def close(self) -> None:
+        """Do nothing: the function belongs to the caller."""
+
+
+class FunctionProvider(_Declared):
+    """A provider whose vectors a function makes. It is given a ``list[str]``, and the task if it takes one.
+
+    A function without a parameter named ``task`` is symmetric: documents and queries share their vectors.
+    """
+
+    def __init__(self, function: Callable[..., Answer], space: Space | None, limits: Limits | None = None) -> None:
+        super().__init__(function, space, limits)
+        self._function = function
+
+    def embed(self, texts: Sequence[str], task: Task) -> Answer:
+        """Return what the function returns for the texts; the engine checks it.
+
+        Raises:
+            TypeError: the function returned a coroutine although it is not an ``async def``.
+        """
+        answer = self._function(list(texts), task=task) if self._takes_task else self._function(list(texts))
+        if inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()
+            raise TypeError("the function returned an awaitable; declare it with async def, so that it is awaited")
+        return answer
+
+
+class AsyncFunctionProvider(_Declared):
+    """A provider whose vectors an async function makes; otherwise as :class:`FunctionProvider`."""
+
+    def __init__(
+        self, function: Callable[..., Awaitable[Answer]], space: Space | None, limits: Limits | None = None
+    ) -> None:
+        super().__init__(function, space, limits)
+        self._function = function
+
+    async def aembed(self, texts: Sequence[str], task: Task) -> Answer:
+        """Return what the function returns for the texts; the engine checks it."""
+        return await (self._function(list(texts), task=task) if self._takes_task else self._function(list(texts)))
+
+
+def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Limits | None = None) -> AnyProvider:
+    """Return ``source`` if it is a provider, else the provider that calls it.
+
+    Raises:
+        SpaceError: a function without a space, or a provider with one.
+        TypeError: neither a provider nor a function.
+    """
+    if isinstance(source, type):
+        raise TypeError(f"{source.__name__} is a class: pass an instance of it, {source.__name__}(...)")
+    if _is_provider(source):
+        if space is not None or limits is not None:
+            raise SpaceError(
+                f"{type(source).__name__} is a provider and describes its own space and limits: leave them out"
+            )
+        return cast("AnyProvider", source)
+    if not callable(source):
+        raise TypeError(
+            f"{type(source).__name__} is neither a provider (space, limits, embed or aembed, close) nor a function. "
+            "Pass a function from a list of texts to their vectors, such as Cache(lambda texts: model.encode(texts), "
+            'space={"model": "my-model-v2"})'
+        )
+    if _is_async(source):
+        return AsyncFunctionProvider(cast("Callable[..., Awaitable[Answer]]", source), space, limits)
+    return FunctionProvider(cast("Callable[..., Answer]", source), space, limits)
+
+
+def _declared(space: Space | None) -> VectorSpace:
+    if space is None:
+        raise SpaceError(
+            "a function cannot say what decides its vectors, so you must: pass at least the model's name and version, "
+            'space={"model": "my-model-v2"}, and whatever else changes the vectors (dimensions, prompt, normalize, ...)'
+        )
+    return VectorSpace.of(space)
+
+
+def _is_provider(source: object) -> bool:
+    return callable(getattr(source, "space", None)) and (hasattr(source, "embed") or hasattr(source, "aembed"))
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _takes_task(function: Callable[..., Any]) -> bool:
+    """Tell whether the function has a parameter ``task`` beside the texts.
+
+    ``**kwargs`` is no such parameter, and a partial that has set the task has decided.
+    """
+    if isinstance(function, functools.partial) and "task" in function.keywords:
+        return False
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a function in C may have no signature
+        return False
+    return any(p.name == "task" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters[1:])
