@@ -1,0 +1,8 @@
+"""``python -m embedonce`` is the command ``embedonce``."""
+
+from __future__ import annotations
+
+from embedonce.cli import main
+
+if __name__ == "__main__":
+    main()

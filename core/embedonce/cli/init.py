@@ -1,0 +1,99 @@
+"""``embedonce init``: a commented configuration to begin with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import JsonOption
+from .output import emit
+
+EPILOG = """
+Examples:
+
+embedonce init
+
+embedonce init production.toml
+
+It works as it is, with a provider that needs no model; comments show how to use a real one. Then: embedonce check
+"""
+
+TEMPLATE = """\
+# embedonce: embed each text once.
+# `embedonce check` tries this file, `embedonce schema` describes every option, docs/configuration.md explains them.
+
+[cache]
+# Vectors are rounded to this once, before they are returned or stored: "float32", "float16" or "int8".
+dtype = "float32"
+
+[key]
+# Raise it to leave all old vectors behind, then `embedonce purge --version v1`.
+version = "v1"
+# Steps that bring a text to one form; the result is what is embedded. Others: "nfkc", "collapse-whitespace",
+# "casefold", "newlines". An empty list embeds texts as they are.
+normalize = ["nfc", "strip"]
+# Keeps projects or tenants apart in one store.
+# namespace = "my-project"
+# With it nobody who can read the keys can guess short texts from them.
+# secret = "${EMBEDONCE_SECRET}"
+
+# The provider makes the vectors. This one is local and needs no model: it finds texts that are spelled alike,
+# not texts that mean the same.
+[provider]
+type = "ngram"
+dimensions = 256
+
+# For meaning, use a model instead, from a plugin that is installed (`embedonce plugins` lists them), such as
+#   [provider]
+#   type = "sentence-transformers"
+#   model = "sentence-transformers/all-MiniLM-L6-v2"
+# or, with the key in OPENAI_API_KEY,
+#   [provider]
+#   type = "openai"
+#   model = "text-embedding-3-small"
+
+# The tiers are asked in this order, the fastest first. What a slower one has is copied into the faster ones.
+[[tiers]]
+type = "memory"
+max_entries = 2048
+
+# A relative path is relative to this file.
+[[tiers]]
+type = "disk"
+path = ".embedonce"
+max_bytes = "2 GiB"
+# Without it entries stay until the space is needed.
+# ttl = "30d"
+"""
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path("embedonce.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a commented configuration that works as it is."""
+    try:
+        _write(file, force)
+    except FileExistsError:
+        raise typer.BadParameter(f"{file} is there already; --force replaces it") from None
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
+    if json:
+        emit({"file": str(file)})
+    else:
+        print(f"wrote {file}; now try: embedonce check", flush=True)
+
+
+def _write(file: Path, force: bool) -> None:
+    """Write the file whole or not at all; without ``force``, only where there is none."""
+    if not force:
+        with open(file, "x", encoding="utf-8", newline="\n") as new:
+            new.write(TEMPLATE)
+        return
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(TEMPLATE, encoding="utf-8", newline="\n")
+    os.replace(part, file)

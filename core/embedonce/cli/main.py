@@ -1,0 +1,107 @@
+"""The commands, and what becomes of an error that reaches the top."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
+
+from . import embed as _embed
+from . import init as _init
+from . import inspect as _inspect
+from . import purge as _purge
+from .output import FAILED, INTERRUPTED, USAGE, say, say_config_error
+
+if TYPE_CHECKING:
+    from typer import Context
+
+EPILOG = """
+Examples:
+
+embedonce init
+
+embedonce check
+
+embedonce embed docs/ --out docs.npy
+
+embedonce explain "one text" --json
+
+Exit codes: 0 all went well, 1 something failed, 2 wrong usage or configuration, 130 interrupted.
+"""
+
+
+class Commands(TyperGroup):
+    """Turns embedonce's errors into messages and exit codes, for all commands."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            say_config_error(error)
+            raise typer.Exit(USAGE) from None
+        except (PluginError, SpaceError) as error:
+            say(f"error: {error}")
+            raise typer.Exit(USAGE) from None
+        except EraseIncomplete as error:
+            say(f"error: {error}")
+            for tier, why in error.tiers.items():
+                say(f"  {tier}: {why}")
+            raise typer.Exit(FAILED) from None
+        except EmbedonceError as error:
+            say(f"error: {type(error).__name__}: {error}")
+            raise typer.Exit(FAILED) from None
+        except BrokenPipeError:
+            raise  # whoever read the output has enough; typer ends quietly
+        except OSError as error:
+            say(f"error: {error}")
+            raise typer.Exit(FAILED) from None
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="embedonce",
+    cls=Commands,
+    help="Embed each text once: a tiered cache for text embeddings.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    # A traceback with local variables would show texts and secrets.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("embedonce"))
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None: ...
+
+
+app.command(epilog=_init.EPILOG)(_init.init)
+app.command(epilog=_inspect.CHECK_EPILOG)(_inspect.check)
+app.command(epilog=_embed.EPILOG)(_embed.embed)
+app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
+app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
+app.command(epilog=_purge.EPILOG)(_purge.purge)
+app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
+app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    app(prog_name="embedonce")

@@ -1,0 +1,22 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+ConfigOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Use this TOML file. Otherwise: EMBEDONCE_CONFIG, then embedonce.toml or pyproject.toml here or above.",
+    ),
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output; messages go to standard error.")
+]
+TaskOption: TypeAlias = Annotated[
+    str, typer.Option("--task", metavar="TASK", help='What it is embedded for: "document" or "query".')
+]
