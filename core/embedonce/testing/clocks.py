@@ -1,0 +1,25 @@
+"""A clock that a test moves by hand."""
+
+from __future__ import annotations
+
+import threading
+
+
+class ManualClock:
+    """Stands where ``time.time`` would: call it to read it, :meth:`advance` it to let time pass."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self._lock = threading.Lock()
+        self._now = now
+
+    def __call__(self) -> float:
+        """Return Unix time in seconds."""
+        return self._now
+
+    def advance(self, seconds: float) -> float:
+        """Move on by ``seconds`` and return the new time."""
+        if seconds < 0:
+            raise ValueError("a clock moves forward; make a new one to start earlier")
+        with self._lock:
+            self._now += seconds
+            return self._now
