@@ -105,6 +105,10 @@ class TierTimeout(TierError, TimeoutError):
     """A tier did not answer within its ``timeout``."""
 
 
+class TierBusy(TierError):
+    """Raised by a backend whose connection pool is exhausted: counted as an error, and no reason to call the store dead."""
+
+
 class EraseIncomplete(EmbedonceError):
     """``forget`` or ``purge`` could not reach every tier; the tiers that it could reach are done.
 

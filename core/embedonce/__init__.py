@@ -1,0 +1,64 @@
+"""Embed each text once: a pluggable, tiered cache for text embeddings."""
+
+from ._tiers import Tier
+from .answers import Explanation, Fetched, Held, Purged, TierCheck
+from .cache import Cache
+from .config import open
+from .contracts import Capabilities, Embedded, Limits
+from .errors import (
+    CacheClosed,
+    ConfigError,
+    EmbedonceError,
+    EraseIncomplete,
+    Incomplete,
+    PluginError,
+    ProviderError,
+    ProviderTimeout,
+    ReplayMiss,
+    SpaceError,
+    TextError,
+    TextRefused,
+    TierBusy,
+    TierError,
+    TierTimeout,
+)
+from .events import Stats
+from .hookspecs import hookimpl
+from .keys import KeyPolicy, VectorSpace
+from .vectors import Entry
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "CacheClosed",
+    "Capabilities",
+    "ConfigError",
+    "Embedded",
+    "EmbedonceError",
+    "Entry",
+    "EraseIncomplete",
+    "Explanation",
+    "Fetched",
+    "Held",
+    "Incomplete",
+    "KeyPolicy",
+    "Limits",
+    "PluginError",
+    "ProviderError",
+    "ProviderTimeout",
+    "Purged",
+    "ReplayMiss",
+    "SpaceError",
+    "Stats",
+    "TextError",
+    "TextRefused",
+    "Tier",
+    "TierBusy",
+    "TierCheck",
+    "TierError",
+    "TierTimeout",
+    "VectorSpace",
+    "hookimpl",
+    "open",
+]

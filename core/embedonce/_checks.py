@@ -1,0 +1,119 @@
+"""What is checked of everything that comes in from a provider or an entry backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .contracts import Embedded
+from .errors import ProviderError
+from .vectors import Decoded, Dtype, Entry, freeze, round_vectors
+
+_FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
+
+
+def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
+    """Return an answer as a float32 matrix of shape (texts, d), or refuse all of it.
+
+    ``who`` begins the message: "provider 'x' returned", "put was given".
+
+    Raises:
+        ProviderError: fewer or more vectors than texts, another dimension, an empty vector, NaN,
+            infinity (also beyond float32's range), a vector that is all zero, or no numbers at all.
+    """
+    vectors = answer.vectors if isinstance(answer, Embedded) else answer
+    if not isinstance(vectors, np.ndarray) and hasattr(vectors, "__next__"):
+        vectors = list(vectors)
+    try:
+        count = len(vectors)
+    except TypeError:
+        raise ProviderError(
+            f"{who} {type(vectors).__name__}; one vector per text is expected"
+        ) from None
+    if count != texts:
+        raise ProviderError(f"{who} {count} vectors for {texts} texts; none was stored")
+    try:
+        raw = np.asarray(vectors)
+        if raw.dtype.kind not in "fiu":
+            raise ValueError
+        with np.errstate(over="ignore"):
+            matrix = np.ascontiguousarray(raw, dtype=np.float32)
+    except (ValueError, TypeError, RuntimeError):
+        raise ProviderError(
+            f"{who} vectors of different lengths, or something that is not numbers; none was stored"
+        ) from None
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise ProviderError(f"{who} an array of shape {matrix.shape}, not ({texts}, d); none was stored")
+    if dimensions is not None and matrix.shape[1] != dimensions:
+        raise ProviderError(
+            f"{who} vectors of {matrix.shape[1]} dimensions where {dimensions} are expected "
+            "(its vector space says so, or earlier vectors of the same space have them); none was stored. "
+            "If the model changed, its vector space must change too: set its revision, or raise [key] version"
+        )
+    if not np.isfinite(matrix).all():
+        raise ProviderError(f"{who} NaN or infinity; none of the vectors was stored")
+    if not matrix.any(axis=1).all():
+        raise ProviderError(f"{who} a vector that is all zero; none was stored")
+    return matrix
+
+
+def rounded(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
+    """Round a checked matrix to the cache's dtype.
+
+    Raises:
+        ProviderError: a vector does not fit into it.
+    """
+    try:
+        return round_vectors(matrix, dtype)
+    except ValueError as error:
+        raise ProviderError(f"{who} a vector that cannot be held as {dtype}: {error}") from error
+
+
+def conform(
+    values: Mapping[str, Any], *, now: float, dtype: Dtype, dimensions: int | None, trusted: bool = False
+) -> Decoded:
+    """Do for an entry backend's answer what ``decode_frames`` does for frames.
+
+    ``trusted``: the backend holds the very objects that this cache gave it.
+    """
+    decoded = Decoded({}, [], [])
+    entries = decoded.entries
+    for key, entry in values.items():
+        if type(entry) is not Entry or not _sound(entry, dimensions, trusted):
+            decoded.corrupt.append(key)
+        elif entry.expires is not None and entry.expires <= now:
+            decoded.missed.append(key)
+        elif entry.dtype == dtype:
+            entries[key] = entry
+        elif _FINENESS[entry.dtype] < _FINENESS[dtype]:
+            decoded.missed.append(key)
+        else:
+            _coarsen(key, entry, dtype, decoded)
+    return decoded
+
+
+def _sound(entry: Entry, dimensions: int | None, trusted: bool) -> bool:
+    vector = entry.vector
+    if trusted:
+        return dimensions is None or vector.size == dimensions
+    return (
+        entry.dtype in _FINENESS
+        and type(vector) is np.ndarray
+        and vector.dtype == np.float32
+        and vector.ndim == 1
+        and (dimensions is None or vector.size == dimensions)
+        and not vector.flags.writeable
+        and bool(np.isfinite(vector).all())
+    )
+
+
+def _coarsen(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
+    try:
+        vector = freeze(round_vectors(entry.vector[None, :], dtype)[0])
+    except ValueError:
+        decoded.missed.append(key)
+    else:
+        decoded.entries[key] = entry._replace(vector=vector, dtype=dtype)

@@ -1,0 +1,401 @@
+"""The read-through plan, once, for both faces.
+
+Everything here is ``async`` and awaits nothing but a port, so that the blocking face can step
+through it and the async face can await it. :meth:`Engine.fetch` is the plan; the rest are its steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ._checks import checked_matrix, rounded
+from ._flights import Abandoned, Claimed, Flight, Table, leading
+from ._ports import Port
+from ._routes import Route
+from ._tiers import LiveTier
+from .answers import Fetched
+from .contracts import AnyProvider, Embedded
+from .errors import ProviderError, ProviderTimeout, ReplayMiss, TextRefused, TierError
+from .events import Computed, Event
+from .vectors import Dtype, Entry, Metadata, freeze_rows
+
+log = logging.getLogger("embedonce")
+
+FOLLOW_SLICE = 0.25
+"""Seconds between two looks at whether the leader of a followed flight is still there."""
+
+PROVIDER = "provider"
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a call has gathered so far, by key."""
+
+    route: Route
+    keys: list[str]
+    texts: Sequence[str]
+    store: bool
+    metadata: Mapping[str, Metadata] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
+    failed: dict[str, Exception] = field(default_factory=dict)
+    seconds: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, str] = field(default_factory=dict)
+    refusal: TierError | None = None
+    """A tier with ``on_error = "raise"`` that could not be written to."""
+
+    @property
+    def dimensions(self) -> int | None:
+        if self.route.dimensions is None and self.entries:
+            return int(next(iter(self.entries.values())).vector.size)
+        return self.route.dimensions
+
+    def missing(self) -> list[str]:
+        entries, failed = self.entries, self.failed
+        return [key for key in dict.fromkeys(self.keys) if key not in entries and key not in failed]
+
+    def rows(self) -> list[Any]:
+        """Return every row in order.
+
+        Raises:
+            Exception: what the first text that failed, failed with.
+        """
+        entries = self.entries
+        try:
+            return [entries[key].vector for key in self.keys]
+        except KeyError:
+            raise next(self.failed[key] for key in self.keys if key in self.failed) from None
+
+    def fetched(self) -> Fetched:
+        sources = dict.fromkeys(self.entries, PROVIDER)
+        for name, keys in self.found:
+            sources.update(dict.fromkeys(keys, name))
+        entries = [self.entries.get(key) for key in self.keys]
+        return Fetched(
+            rows=[None if entry is None else entry.vector for entry in entries],
+            sources=[sources.get(key) for key in self.keys],
+            failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
+            metadata=[None if entry is None else entry.metadata for entry in entries],
+            space=self.route.space,
+            seconds=dict(self.seconds),
+            errors=self.errors,
+            dimensions=self.dimensions,
+        )
+
+
+class Engine:
+    """Looks through the tiers, computes what is missing, once, and stores it."""
+
+    def __init__(
+        self,
+        tiers: Sequence[LiveTier],
+        table: Table,
+        *,
+        dtype: Dtype,
+        replay: bool,
+        max_wait: float,
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.tiers = tiers
+        self.table = table
+        self.dtype: Dtype = dtype
+        self.shared = 0
+        self._replay = replay
+        self._max_wait = max_wait
+        self._emit = emit
+        self._clock = clock
+
+    # --- the plan -----------------------------------------------------------------------------
+
+    async def fetch(self, port: Port, answer: Answer, *, compute: bool = True) -> None:
+        """Fill the answer: tiers first, then flights of others, then the provider.
+
+        Raises:
+            TierError: a tier with ``on_error = "raise"`` failed.
+        """
+        for again in (False, True):
+            with self.table.call() as ticket:
+                missing = await self._look(port, ticket, answer, answer.missing())
+                if missing and compute and not self._replay:
+                    claimed = self.table.claim(ticket, missing, port.loop)
+                    self._share(answer, claimed.landed)
+                    if claimed.led:
+                        await self._lead(port, ticket, answer, claimed.led)
+                    await self._follow_all(port, ticket, answer, claimed, last=again)
+                elif missing:
+                    self._share(answer, self.table.landed(missing))
+            if not compute or not answer.missing():
+                break
+            if self._replay:
+                miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
+                answer.failed.update(dict.fromkeys(answer.missing(), miss))
+        if answer.refusal is not None:
+            raise answer.refusal
+
+    async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
+        """Store entries that no tier has. They are readable at once, as a landed flight is.
+
+        Raises:
+            TierError: a tier with ``on_error = "raise"`` failed.
+        """
+        with self.table.call() as ticket:
+            missing = await self._look(port, ticket, answer, answer.missing())
+            claimed = self.table.claim(ticket, missing, port.loop)  # what others compute now, they store
+            fresh = {key: entries[key] for key in claimed.led}
+            try:
+                await self.store(port, ticket, answer, fresh)
+            finally:
+                self.table.land(claimed.led, fresh, stored=True)
+        if answer.refusal is not None:
+            raise answer.refusal
+
+    # --- tiers --------------------------------------------------------------------------------
+
+    async def _look(self, port: Port, ticket: int, answer: Answer, keys: list[str]) -> list[str]:
+        """Ask tier by tier for what is still missing, and promote what is found. Return what is not."""
+        for depth, tier in enumerate(self.tiers):
+            if not keys:
+                break
+            read = await tier.read(
+                port, keys, task=answer.route.task, dtype=self.dtype, dimensions=answer.dimensions
+            )
+            answer.seconds[tier.name] += read.seconds
+            if read.errors:
+                answer.errors[tier.name] = read.cause or "error"
+            if read.entries:
+                self._agree(tier, answer, read.entries)
+                answer.entries.update(read.entries)
+                answer.found.append((tier.name, read.entries))
+                if answer.store:
+                    await self._promote(port, ticket, answer, read.entries, self.tiers[:depth])
+                keys = [key for key in keys if key not in read.entries]
+        return keys
+
+    def _agree(self, tier: LiveTier, answer: Answer, entries: dict[str, Entry]) -> None:
+        """Leave out entries of another dimension, where only the entries themselves can tell the right one."""
+        if answer.dimensions is not None:
+            return
+        sizes = Counter(entry.vector.size for entry in entries.values())
+        if len(sizes) > 1:
+            usual = sizes.most_common(1)[0][0]
+            odd = [key for key, entry in entries.items() if entry.vector.size != usual]
+            for key in odd:
+                del entries[key]
+            tier.counters.count(corrupt=len(odd), hits=-len(odd))
+
+    async def _promote(
+        self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry], tiers: Sequence[LiveTier]
+    ) -> None:
+        for tier in tiers:
+            if tier.name not in answer.errors:
+                await tier.store(port, ticket, entries, patience=False)
+
+    async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
+        """Give entries to every tier that has not failed in this call; a raising tier does not stop the others."""
+        for tier in self.tiers:
+            if tier.name not in answer.errors:
+                try:
+                    await tier.store(port, ticket, entries)
+                except TierError as error:
+                    answer.refusal = error
+
+    # --- flights ------------------------------------------------------------------------------
+
+    def _share(self, answer: Answer, entries: Mapping[str, Entry]) -> None:
+        """Take what another call's flight has brought."""
+        expected = answer.dimensions
+        for key, entry in entries.items():
+            if expected is None or entry.vector.size == expected:
+                answer.entries[key] = entry
+                self.shared += 1
+
+    async def _follow_all(self, port: Port, ticket: int, answer: Answer, claimed: Claimed, *, last: bool) -> None:
+        """Wait for the flights of others; only now, with everything that we claimed landed."""
+        end = time.monotonic() + self._max_wait
+        alone: list[str] = []
+        unstored: dict[str, Entry] = {}
+        for key, flight in claimed.followed.items():
+            await self._follow(port, key, flight, end)
+            if flight.entry is not None:
+                self._share(answer, {key: flight.entry})
+                if answer.store and not flight.stored:
+                    unstored[key] = flight.entry
+            elif flight.error is None:
+                alone.append(key)
+            elif isinstance(flight.error, TextRefused) or (last and isinstance(flight.error, Exception)):
+                if isinstance(flight.error, Abandoned):
+                    alone.append(key)
+                else:
+                    answer.failed[key] = flight.error  # type: ignore[assignment]
+        if unstored:
+            await self.store(port, ticket, answer, unstored)
+        if alone:
+            await self._lead(port, ticket, answer, {key: Flight(ticket, port.loop) for key in alone})
+
+    async def _follow(self, port: Port, key: str, flight: Flight, end: float) -> None:
+        """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
+        while flight.entry is None and flight.error is None:
+            left = end - time.monotonic()
+            if left <= 0 or flight.waits_for_us(port.loop):
+                return
+            if not await port.wait(flight.landed(), min(left, FOLLOW_SLICE)) and flight.abandoned():
+                self.table.disown(key, flight)
+                flight.error = flight.error or Abandoned()
+
+    async def _lead(self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight]) -> None:
+        """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
+        provider = answer.route.source.provider
+        texts = self._normalized(answer, flights)
+        jobs = [
+            partial(self._chunk, port, ticket, answer, {key: flights[key] for key in chunk}, texts)
+            for chunk in _chunks(provider, texts)
+        ]
+
+        def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
+            left = {key: f for key, f in flights.items() if f.entry is None and f.error is None}
+            self.table.fail(left, Abandoned())
+            self.table.release(ticket)
+
+        self.table.hold(ticket)
+        await port.shielded(lambda: port.each(jobs, provider.limits.concurrency), done)
+
+    def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
+        normalize = answer.route.keyer.normalize
+        first = dict(zip(reversed(answer.keys), reversed(answer.texts), strict=True))
+        return {key: normalize(first[key]) for key in keys}
+
+    # --- the provider -------------------------------------------------------------------------
+
+    async def _chunk(
+        self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], texts: Mapping[str, str]
+    ) -> None:
+        """Compute one chunk, store it and land it."""
+        token = leading.set(leading.get() | {ticket})
+        try:
+            entries = await self._ask(port, answer, {key: texts[key] for key in flights}, flights)
+        finally:
+            leading.reset(token)
+        if not entries:
+            return
+        answer.entries.update(entries)
+        landed = {key: flights[key] for key in entries}
+        try:
+            if answer.store:
+                await self.store(port, ticket, answer, entries)
+        finally:
+            self.table.land(landed, entries, stored=answer.store)
+
+    async def _ask(
+        self, port: Port, answer: Answer, texts: dict[str, str], flights: Mapping[str, Flight]
+    ) -> dict[str, Entry]:
+        """Ask the provider; a text that it refuses fails alone. Return the entries of the others."""
+        entries: dict[str, Entry] = {}
+        todo = [list(texts)]
+        while todo:
+            part = todo.pop()
+            try:
+                made = await self._embed(port, answer, [texts[key] for key in part])
+            except TextRefused as error:
+                refused = {part[i] for i in error.positions if 0 <= i < len(part)}
+                if not refused and len(part) > 1:
+                    todo += [part[len(part) // 2 :], part[: len(part) // 2]]
+                    continue
+                refused = refused or set(part)
+                rest = [key for key in part if key not in refused]
+                if rest:
+                    todo.append(rest)
+                self._fail(answer, {key: flights[key] for key in refused}, error)
+            except Exception as error:  # noqa: BLE001  (whatever a provider raises reaches the caller, by position)
+                self._fail(answer, {key: flights[key] for key in part}, error)
+            else:
+                for key, entry in zip(part, made, strict=True):
+                    metadata = answer.metadata.get(key)
+                    entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
+        return entries
+
+    def _fail(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
+        answer.failed.update(dict.fromkeys(flights, error))
+        source = answer.route.source
+        source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
+        self.table.fail(flights, error)
+
+    async def _embed(self, port: Port, answer: Answer, texts: list[str]) -> list[Entry]:
+        """Make one call to the provider and check its answer."""
+        route = answer.route
+        source = route.source
+        start = time.perf_counter()
+        made = 0
+        tokens: int | None = None
+        try:
+            reply = await _call_provider(port, source.provider, texts, route.task)
+            tokens = reply.tokens if isinstance(reply, Embedded) else None
+            who = f"provider {source.name!r} returned"
+            matrix = rounded(
+                checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who), self.dtype, who
+            )
+            made = len(texts)
+        finally:
+            seconds = time.perf_counter() - start
+            answer.seconds[PROVIDER] += seconds
+            source.count(texts=made, failed=0, tokens=tokens or 0, seconds=seconds)
+            self._emit(
+                Computed(
+                    provider=source.name,
+                    task=route.task,
+                    texts=made,
+                    failed=len(texts) - made,
+                    tokens=tokens,
+                    seconds=seconds,
+                    fallback=source.fallback,
+                )
+            )
+        route.dimensions = matrix.shape[1]
+        created = self._clock()
+        return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
+
+
+async def _call_provider(port: Port, provider: AnyProvider, texts: list[str], task: str) -> Any:
+    """Call the face of the provider that fits the port best.
+
+    Raises:
+        ProviderTimeout: no answer within the provider's ``timeout``.
+    """
+    timeout = provider.limits.timeout
+    embed: Any = getattr(provider, "embed", None)
+    aembed: Any = getattr(provider, "aembed", None)
+    start = time.monotonic()
+    try:
+        if aembed is not None and (port.loop is not None or embed is None):
+            return await port.drive(lambda: aembed(texts, task), timeout)
+        return await port.call(lambda: embed(texts, task), timeout, inline=False, quick=False)
+    except TimeoutError as error:
+        if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
+            raise  # the provider's own
+        raise ProviderTimeout(f"the provider did not answer {len(texts)} texts within {timeout} s") from error
+
+
+def _chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
+    """Cut texts into chunks of the provider's size, by count and, where it can count them, by tokens."""
+    limits = provider.limits
+    count_tokens: Any = getattr(provider, "count_tokens", None) if limits.max_tokens is not None else None
+    chunk: list[str] = []
+    tokens = 0
+    for key, text in texts.items():
+        more = count_tokens(text) if count_tokens is not None else 0
+        full = len(chunk) >= limits.max_batch or (
+            limits.max_tokens is not None and bool(chunk) and tokens + more > limits.max_tokens
+        )
+        if full:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(key)
+        tokens += more
+    if chunk:
+        yield chunk

@@ -1,0 +1,367 @@
+"""One table of what is under way: computations, writes not yet done, and erasures.
+
+A *flight* is one computation of one key, however many calls wait for it. A landed flight stays
+readable until every background write of it is done or dropped, and as long as a call is still
+between its first look into a tier and its claim; without either, a text would be computed twice.
+
+Every call has a *ticket*, a number that rises. An erasure (``forget``, ``purge``) forbids the calls
+that hold an older ticket to store what it erased, be it a computation, a promotion or a queued write.
+
+One lock guards dictionaries and queues only; nothing is awaited, called or written under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .vectors import Entry
+
+if TYPE_CHECKING:
+    import asyncio
+
+leading: ContextVar[frozenset[int]] = ContextVar("embedonce_leading", default=frozenset())
+"""Tickets of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
+
+
+class Abandoned(Exception):
+    """A flight's leader was cancelled or its event loop ended; a follower computes instead."""
+
+
+class Flight:
+    """One computation of one key."""
+
+    __slots__ = ("_future", "entry", "error", "loop", "pending", "stored", "thread", "ticket")
+
+    def __init__(self, ticket: int, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.ticket = ticket
+        self.loop = loop
+        self.thread = threading.current_thread()
+        self.entry: Entry | None = None
+        self.error: BaseException | None = None
+        self.pending = 0
+        self.stored = False
+        self._future: Future[None] | None = None
+
+    def landed(self) -> Future[None]:
+        """Return what followers wait on; made for the first of them only. Call it under the table's lock."""
+        if self._future is None:
+            self._future = Future()
+        return self._future
+
+    def wake(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def abandoned(self) -> bool:
+        """Say whether nobody is left who could land it."""
+        if self.loop is not None:
+            return self.loop.is_closed() or not self.loop.is_running()
+        return not self.thread.is_alive()
+
+    def waits_for_us(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Say whether waiting here would be waiting for oneself.
+
+        So it is inside the provider call of the flight's own leader, and in a blocking call on the
+        thread that is, or whose event loop runs, the leader.
+        """
+        if self.ticket in leading.get():
+            return True
+        return loop is None and self.thread is threading.current_thread()
+
+
+@dataclass(slots=True)
+class Claimed:
+    """What :meth:`Table.claim` found for each key of a call."""
+
+    landed: dict[str, Entry] = field(default_factory=dict)
+    led: dict[str, Flight] = field(default_factory=dict)
+    followed: dict[str, Flight] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """Entries on their way into one tier."""
+
+    tier: str
+    ticket: int
+    entries: dict[str, Entry]
+    flights: dict[str, Flight] = field(default_factory=dict)
+
+
+class Erasure:
+    """What ``forget`` or ``purge`` removes: keys, and every key with one of some prefixes."""
+
+    def __init__(self, keys: Iterable[str] = (), prefixes: Sequence[str] = ()) -> None:
+        self.keys = frozenset(keys)
+        self.prefixes = tuple(prefixes)
+        self.until: int | None = None
+        """Calls with a ticket up to this one may not store; None while the erasure is under way: no call may."""
+
+    def covers(self, key: str) -> bool:
+        return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
+
+    def forbids(self, ticket: int, key: str) -> bool:
+        return (self.until is None or ticket <= self.until) and self.covers(key)
+
+
+class Table:
+    """Flights, pending writes and erasures of one cache."""
+
+    def __init__(self, max_queued: int) -> None:
+        self.max_queued = max_queued
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, as in a forked child: no flight and no queued write is its own."""
+        self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
+        self._changed = threading.Condition(self._lock)
+        self._ticket = 0
+        self._calls: dict[int, int] = {}  # every call under way, oldest first, and how many hold its ticket
+        self._reading: dict[int, None] = {}  # those before their claim
+        self._flights: dict[str, Flight] = {}
+        self._retired: deque[tuple[int, str, Flight]] = deque()
+        self._erasures: list[Erasure] = []
+        self._writing: set[Write] = set()
+        self._queues: dict[str, deque[Write]] = {}
+        self._queued: dict[str, int] = {}
+
+    # --- calls --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[int]:
+        """Hold a ticket for one call."""
+        with self._lock:
+            self._ticket += 1
+            ticket = self._ticket
+            self._calls[ticket] = 1
+            self._reading[ticket] = None
+        try:
+            yield ticket
+        finally:
+            with self._lock:
+                self._end_reading(ticket)
+                self.release(ticket)
+
+    def hold(self, ticket: int) -> None:
+        """Keep the call's ticket for a computation that may outlive it."""
+        with self._lock:
+            self._calls[ticket] = self._calls.get(ticket, 0) + 1
+
+    def release(self, ticket: int) -> None:
+        """Give back one hold of a ticket. An erasure is remembered while an older call may still store."""
+        with self._lock:
+            holders = self._calls.get(ticket, 0)
+            if holders > 1:
+                self._calls[ticket] = holders - 1
+                return
+            self._calls.pop(ticket, None)
+            oldest = next(iter(self._calls), None)
+            self._erasures = [
+                erasure
+                for erasure in self._erasures
+                if erasure.until is None or (oldest is not None and oldest <= erasure.until)
+            ]
+
+    def _end_reading(self, ticket: int) -> None:
+        if self._reading.pop(ticket, self) is self:
+            return
+        oldest = next(iter(self._reading), None)
+        while self._retired and (oldest is None or self._retired[0][0] < oldest):
+            _, key, flight = self._retired.popleft()
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+    # --- flights ------------------------------------------------------------------------------
+
+    def landed(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return the entries of flights that have landed and are not yet in every tier."""
+        with self._lock:
+            flights = self._flights
+            if not flights:
+                return {}
+            return {
+                key: flight.entry for key in keys if (flight := flights.get(key)) and flight.entry is not None
+            }
+
+    def claim(self, ticket: int, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None) -> Claimed:
+        """Claim all keys of a call at once: lead what nobody computes, follow the rest."""
+        claimed = Claimed()
+        with self._lock:
+            for key in keys:
+                flight = self._flights.get(key)
+                if flight is None:
+                    claimed.led[key] = self._flights[key] = Flight(ticket, loop)
+                elif flight.entry is not None:
+                    claimed.landed[key] = flight.entry
+                else:
+                    flight.landed()
+                    claimed.followed[key] = flight
+            self._end_reading(ticket)
+        return claimed
+
+    def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
+        """Answer the followers; ``stored`` says whether the entries were given to the tiers."""
+        with self._lock:
+            for key, flight in flights.items():
+                flight.entry = entries[key]
+                flight.stored = stored
+                self._retire(key, flight)
+        for flight in flights.values():
+            flight.wake()
+
+    def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
+        """Take flights that cannot land from the table and wake their followers."""
+        with self._lock:
+            for key, flight in flights.items():
+                flight.error = error
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+        for flight in flights.values():
+            flight.wake()
+
+    def disown(self, key: str, flight: Flight) -> None:
+        """Forget a flight whose leader is gone, so that somebody else can lead."""
+        with self._lock:
+            if self._flights.get(key) is flight and flight.entry is None:
+                del self._flights[key]
+
+    def _retire(self, key: str, flight: Flight) -> None:
+        if flight.pending > 0 or self._flights.get(key) is not flight:
+            return
+        if self._reading:
+            self._retired.append((self._ticket, key, flight))
+        else:
+            del self._flights[key]
+
+    # --- writes -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, tier: str, ticket: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+        """Hold an erasure back while the entries that may still be stored are written."""
+        with self._lock:
+            write = Write(tier, ticket, self._permitted(ticket, entries))
+            self._writing.add(write)
+        try:
+            yield write.entries
+        finally:
+            with self._lock:
+                self._writing.discard(write)
+                self._changed.notify_all()
+
+    def _permitted(self, ticket: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        if not self._erasures:
+            return dict(entries)
+        return {
+            key: entry
+            for key, entry in entries.items()
+            if not any(erasure.forbids(ticket, key) for erasure in self._erasures)
+        }
+
+    def queue(self, tier: str, ticket: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
+        """Queue entries for a background write.
+
+        Returns whether there was room, and how many entries were dropped to make it: with ``force``
+        the oldest ones give way.
+        """
+        dropped = 0
+        with self._lock:
+            waiting = self._queues.setdefault(tier, deque())
+            queued = self._queued.get(tier, 0)
+            if queued and queued + len(entries) > self.max_queued:
+                if not force:
+                    return False, 0
+                while waiting and queued + len(entries) > self.max_queued:
+                    oldest = waiting.popleft()
+                    queued -= len(oldest.entries)
+                    dropped += len(oldest.entries)
+                    self._written(oldest)
+            write = Write(tier, ticket, self._permitted(ticket, entries))
+            if write.entries:
+                waiting.append(write)
+                for key in write.entries:
+                    if flight := self._flights.get(key):
+                        write.flights[key] = flight
+                        flight.pending += 1
+            self._queued[tier] = queued + len(write.entries)
+        return True, dropped
+
+    def next_write(self, tier: str) -> Write | None:
+        """Take the oldest queued write; :meth:`wrote` must follow. An erasure waits for it meanwhile."""
+        with self._lock:
+            waiting = self._queues.get(tier)
+            if not waiting:
+                return None
+            write = waiting.popleft()
+            self._queued[tier] -= len(write.entries)
+            self._writing.add(write)
+            return write
+
+    def wrote(self, write: Write) -> None:
+        """Say that a write taken by :meth:`next_write` is done, or given up."""
+        with self._lock:
+            self._writing.discard(write)
+            self._written(write)
+            self._changed.notify_all()
+
+    def _written(self, write: Write) -> None:
+        for key, flight in write.flights.items():
+            flight.pending -= 1
+            if flight.entry is not None:
+                self._retire(key, flight)
+        write.flights = {}
+
+    def _scrub(self, write: Write, erasure: Erasure) -> int:
+        erased = [key for key in write.entries if erasure.covers(key)]
+        for key in erased:
+            del write.entries[key]
+            if flight := write.flights.pop(key, None):
+                flight.pending -= 1
+        return len(erased)
+
+    def queued(self, tier: str) -> int:
+        with self._lock:
+            return self._queued.get(tier, 0)
+
+    def flushed(self, timeout: float) -> bool:
+        """Wait until nothing is queued or being written; False after ``timeout`` seconds."""
+        with self._lock:
+            return self._changed.wait_for(
+                lambda: not self._writing and not any(self._queues.values()), timeout
+            )
+
+    # --- erasures -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def erasing(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
+        """Forbid the storing of what the erasure covers, drop queued writes of it, and yield ``busy``.
+
+        ``busy()`` names the tiers into which covered entries are being written at this moment.
+        """
+        with self._lock:
+            self._erasures.append(erasure)
+            for tier, waiting in self._queues.items():
+                for write in waiting:
+                    self._queued[tier] -= self._scrub(write, erasure)
+            for key, flight in list(self._flights.items()):
+                if flight.entry is not None and erasure.covers(key):
+                    del self._flights[key]
+            self._changed.notify_all()
+
+        def busy() -> list[str]:
+            with self._lock:
+                return sorted({w.tier for w in self._writing if any(map(erasure.covers, w.entries))})
+
+        try:
+            yield busy
+        finally:
+            with self._lock:
+                erasure.until = self._ticket
+                if not self._calls:
+                    self._erasures.remove(erasure)

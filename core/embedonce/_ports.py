@@ -1,0 +1,339 @@
+"""The two ways in which the engine touches the world: one that blocks, one that awaits.
+
+The engine is a set of coroutines that await nothing but a port's methods. :class:`BlockingPort`
+never suspends, so :func:`step` runs such a coroutine to its end with one ``send``;
+:class:`LoopPort` suspends on the running event loop. What may hang runs in a :class:`Workers`
+thread, where it can be left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+from .contracts import deadline
+
+if TYPE_CHECKING:
+    import asyncio
+
+T = TypeVar("T")
+Job = Callable[[], Coroutine[Any, Any, None]]
+
+
+def step(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that awaits only a :class:`BlockingPort`, and return its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    coroutine.close()
+    raise RuntimeError("the engine awaited something that is not a port: a defect in embedonce, please report it")
+
+
+class Workers:
+    """Daemon threads for calls that may hang. They grow on demand, are reused, and go after ten idle seconds.
+
+    ``concurrent.futures``' own pool joins its threads when the program ends, so that one hanging
+    call would keep the program alive for ever.
+    """
+
+    IDLE_SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run ``call`` in a thread, in a copy of the caller's context.
+
+        Raises:
+            RuntimeError: the interpreter is ending and no thread is idle.
+        """
+        future: Future[T] = Future()
+        context = copy_context()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = context.run(call)
+            except BaseException as error:  # noqa: BLE001  (it reaches whoever waits)
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = queue.SimpleQueue()
+            threading.Thread(target=self._work, args=(inbox,), name="embedonce-worker", daemon=True).start()
+        inbox.put(run)
+        return future
+
+    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+        while True:
+            try:
+                run = inbox.get(timeout=self.IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if inbox not in self._idle:
+                        continue  # taken out at this very moment: its job is about to arrive
+                    self._idle.remove(inbox)
+                return
+            run()
+            del run
+            with self._lock:
+                self._idle.append(inbox)
+
+
+class BackgroundLoop:
+    """One event loop in a daemon thread, for an async provider under the blocking face."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        import asyncio
+
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="embedonce-loop", daemon=True).start()
+            loop = self._loop
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    def close(self) -> None:
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+
+
+class Port(Protocol):
+    """What the engine may await."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None: ...
+
+    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+        """Make a blocking call with a deadline. ``inline``: it keeps the deadline itself. ``quick``: it never blocks.
+
+        Raises:
+            TimeoutError: the deadline has passed; the call is left behind.
+        """
+        ...
+
+    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        """Run a coroutine of a provider's, on this loop or on the background one."""
+        ...
+
+    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
+        """Wait until the future is done and return True, or False after ``timeout`` seconds."""
+        ...
+
+    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+        """Run all jobs, up to ``limit`` at once. Jobs keep their own errors; only what ends the program passes."""
+        ...
+
+    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+        """Run a job to its end even when the caller is cancelled, then call ``done``, whatever happened."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+def _timed(call: Callable[[], T], timeout: float | None) -> T:
+    with deadline(timeout):
+        return call()
+
+
+class BlockingPort:
+    """The port of the blocking face: every method runs to its end without suspending."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return None
+
+    def __init__(self, workers: Workers, background: BackgroundLoop) -> None:
+        self._workers = workers
+        self._background = background
+
+    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+        if quick:
+            return call()
+        if inline or timeout is None:
+            return _timed(call, timeout)
+        return _result(self._workers.submit(lambda: _timed(call, timeout)), timeout)
+
+    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        return _result(self._background.submit(start()), timeout)
+
+    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
+        from concurrent.futures import wait
+
+        return bool(wait([future], timeout).done)
+
+    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+        if limit <= 1 or len(jobs) <= 1:
+            for job in jobs:
+                await job()
+            return
+        waiting = iter(jobs)
+        lock = threading.Lock()
+        stopped = threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
+                step(job())
+
+        futures = [self._workers.submit(work) for _ in range(min(limit, len(jobs)))]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stopped.set()
+
+    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+        try:
+            await job()
+        finally:
+            done()
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def _result(future: Future[T], timeout: float | None) -> T:
+    from concurrent.futures import wait
+
+    try:
+        if not wait([future], timeout).done:
+            raise TimeoutError
+    except BaseException:  # Ctrl-C as well: what has not begun never shall, and a coroutine is cancelled
+        future.cancel()
+        raise
+    return future.result()
+
+
+class LoopPort:
+    """The port of the async face, for the event loop that is running."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        import asyncio
+
+        return asyncio.get_running_loop()  # not kept: a port must not keep its loop alive
+
+    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+        if quick:
+            return call()
+        import asyncio
+
+        future = self._workers.submit(lambda: _timed(call, timeout))
+        return await _within(asyncio.wrap_future(future), timeout)
+
+    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        return await _within(start(), timeout)
+
+    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
+        import asyncio
+
+        # A waiter of its own: cancelling one caller must not cancel the flight that others wait for.
+        woken = asyncio.Event()
+        loop = self.loop
+
+        def wake(_: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # this loop has ended meanwhile: nobody is left to wake
+                loop.call_soon_threadsafe(woken.set)
+
+        future.add_done_callback(wake)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(woken.wait(), timeout)
+        return future.done()
+
+    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+        if limit <= 1 or len(jobs) <= 1:
+            for job in jobs:
+                await job()
+            return
+        import asyncio
+
+        waiting = iter(jobs)
+
+        async def work() -> None:
+            for job in waiting:
+                await job()
+
+        tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(jobs)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+        import asyncio
+
+        task = asyncio.create_task(job())
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            done()
+
+        task.add_done_callback(ended)
+        await asyncio.shield(task)
+
+    async def sleep(self, seconds: float) -> None:
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
+
+async def _within(awaitable: Awaitable[T], timeout: float | None) -> T:
+    import asyncio
+
+    return await asyncio.wait_for(awaitable, timeout)
+
+
+class Ports:
+    """Gives each call the port of its face: one blocking port, one loop port for every running loop."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, as in a forked child, whose threads and loops are the parent's."""
+        self.workers = Workers()
+        self._background = BackgroundLoop()
+        self.blocking = BlockingPort(self.workers, self._background)
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPort] = WeakKeyDictionary()
+
+    def of_running_loop(self) -> LoopPort:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        port = self._loops.get(loop)
+        if port is None:
+            port = self._loops[loop] = LoopPort(self.workers)
+        return port
+
+    def close(self) -> None:
+        self._background.close()

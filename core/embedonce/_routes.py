@@ -1,0 +1,111 @@
+"""A route: one provider asked for one task. It knows the vector space and turns texts into keys."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from .contracts import AnyProvider
+from .errors import SpaceError, TextError
+from .events import ProviderStats
+from .keys import Keyer, KeyPolicy, VectorSpace
+
+MEMO_TEXTS = 4096
+MEMO_CHARACTERS = 4_000_000
+"""Bounds of one generation of the memo from text to key; it holds two."""
+
+
+class Source:
+    """A provider of a running cache, with its name and what it did."""
+
+    def __init__(self, provider: AnyProvider, *, fallback: bool) -> None:
+        self.provider = provider
+        self.fallback = fallback
+        space = describe(provider, "document")
+        self.name = f"fallback:{space.provider}" if fallback else space.provider
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    def count(self, *, texts: int, failed: int, tokens: int, seconds: float) -> None:
+        with self._lock:
+            self._counts.update(texts=texts, failed=failed, tokens=tokens)
+            self._seconds += seconds
+
+    def stats(self) -> ProviderStats:
+        with self._lock:
+            counts = self._counts
+            return ProviderStats(
+                texts=counts["texts"], failed=counts["failed"], tokens=counts["tokens"], seconds=self._seconds
+            )
+
+
+def describe(provider: AnyProvider, task: str) -> VectorSpace:
+    """Return the provider's vector space for a task.
+
+    Raises:
+        SpaceError: the provider describes none; it is refused, not guessed.
+    """
+    space = provider.space(task)
+    if not isinstance(space, VectorSpace):
+        raise SpaceError(
+            f"{type(provider).__name__}.space({task!r}) returned {type(space).__name__}, not a VectorSpace"
+        )
+    return space
+
+
+class Route:
+    """One provider asked for one task."""
+
+    def __init__(
+        self, source: Source, task: str, policy: KeyPolicy, steps: Sequence[Callable[[str], str]]
+    ) -> None:
+        self.source = source
+        self.task = task
+        self.space = describe(source.provider, task)
+        self.keyer = Keyer(policy, self.space, steps)
+        self.dimensions = self.space.dimensions
+        """None until the first vector is seen, where the provider cannot tell."""
+        self.known: dict[str, str] = {}
+        """Young generation of the memo, text to key: a hash is computed once for a text that comes again."""
+        self._older: dict[str, str] = {}
+        self._characters = 0
+
+    def keys(self, texts: Sequence[str]) -> list[str]:
+        """Return the key of each text.
+
+        Raises:
+            TypeError: an item is not a str; the message names its position.
+            TextError: a text has a lone surrogate.
+        """
+        try:
+            keys = list(map(self.known.get, texts))
+        except TypeError:  # something unhashable, which is no str
+            keys = [None] * len(texts)
+        if None not in keys:
+            return keys  # type: ignore[return-value]
+        return [key or self._key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
+
+    def _key(self, text: str, position: int) -> str:
+        if not isinstance(text, str):
+            raise TypeError(f"item {position} is {type(text).__name__}, not str: only texts can be embedded")
+        key = self._older.get(text)
+        if key is None:
+            try:
+                key = self.keyer.key(self.keyer.normalize(text))
+            except TextError as error:
+                raise TextError(f"item {position}: {error}", position) from None
+        known = self.known
+        if len(text) <= MEMO_CHARACTERS // MEMO_TEXTS * 4:
+            known[text] = key
+            self._characters += len(text)
+            if len(known) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+                self._older, self.known, self._characters = known, {}, 0
+        return key
+
+    def discard(self, texts: Sequence[str]) -> None:
+        """Forget texts themselves."""
+        for text in texts:
+            self.known.pop(text, None)
+            self._older.pop(text, None)

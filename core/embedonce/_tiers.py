@@ -1,0 +1,617 @@
+"""A tier at work: deadline, breaker, TTL, counters. What a backend never sees."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from ._checks import conform
+from ._flights import Table
+from ._ports import Port, Ports, step
+from .contracts import Backend, Capabilities, deadline
+from .errors import ConfigError, TierBusy, TierError, TierTimeout
+from .events import Event, LookedUp, Stored, TierChanged, TierStats
+from .keys import CARD_PREFIX, KEY_PREFIX, Value
+from .vectors import Dtype, Entry, decode_frames, encode_frames, freeze
+
+if TYPE_CHECKING:
+    import asyncio
+    from weakref import WeakKeyDictionary
+
+log = logging.getLogger("embedonce")
+
+WriteMode: TypeAlias = Literal["inline", "background", "none"]
+
+PROBE_KEY = f"{KEY_PREFIX}probe"
+"""A key that no entry has; reading it shows whether a tier answers."""
+
+CHUNK = 1024
+"""Keys of one backend call where the backend names no ``max_batch``: the deadline is looked at in between."""
+
+CARD_SECONDS = 600.0
+"""A space card is written again after this long: the tier may have evicted it, or somebody purged the scope."""
+
+JITTER = 0.05
+"""An entry's TTL is shortened by up to this share, so that what was written together does not expire together."""
+
+_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
+_WRITES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One backend in a chain, and how the chain treats it.
+
+    ``timeout`` and ``write`` that are not given follow from who shares the backend: in-process, no
+    timeout and inline; on this host, 2 s and inline; on the network, 250 ms and in the background.
+    """
+
+    backend: Backend
+    name: str | None = field(default=None, kw_only=True)
+    ttl: float | None = field(default=None, kw_only=True)
+    """Seconds; None: until it is evicted."""
+    timeout: float | None = field(default=None, kw_only=True)
+    """Seconds that one call to the backend may take, all of it."""
+    on_error: Literal["skip", "raise"] = field(default="skip", kw_only=True)
+    write: WriteMode | None = field(default=None, kw_only=True)
+
+
+class Breaker:
+    """Keeps calls away from a store that does not answer.
+
+    It opens on one timeout or three failures in a row, for a while that doubles from half a second to
+    a minute, jittered. Then exactly one probe is let through.
+    """
+
+    FAILURES = 3
+    FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+    LOST_PROBE = 30.0
+
+    def __init__(self, changed: Callable[[Literal["open", "closed"], str | None], None]) -> None:
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._wait = 0.0
+        self._until = 0.0
+        self.open = False
+
+    def admit(self) -> Literal["go", "skip", "probe"]:
+        """Say whether a call may go, must be skipped, or is the one probe."""
+        if not self.open:
+            return "go"
+        with self._lock:
+            now = time.monotonic()
+            if not self.open:
+                return "go"
+            if now < self._until:
+                return "skip"
+            self._until = now + max(self.LOST_PROBE, self._wait)  # nobody else, unless this probe never returns
+            return "probe"
+
+    def succeeded(self) -> None:
+        if not self._failures and not self.open:
+            return
+        with self._lock:
+            was_open, self.open = self.open, False
+            self._failures, self._wait = 0, 0.0
+        if was_open:
+            self._changed("closed", None)
+
+    def failed(self, cause: str) -> None:
+        with self._lock:
+            self._failures += 1
+            if not self.open and self._failures < self.FAILURES and cause != "timeout":
+                return
+            was_open, self.open = self.open, True
+            self._wait = min(self.LONGEST_WAIT, self._wait * 2 or self.FIRST_WAIT)
+            self._until = time.monotonic() + self._wait * random.uniform(0.75, 1.25)
+        if not was_open:
+            self._changed("open", cause)
+
+
+class Tally:
+    """A count that many threads raise without a lock: ``add`` is one call into C."""
+
+    def __init__(self) -> None:
+        self.add: Callable[[], int] = itertools.count().__next__
+        self._reads = 0
+        self._lock = threading.Lock()
+
+    def value(self) -> int:
+        with self._lock:
+            self._reads += 1
+            return self.add() - self._reads + 1
+
+
+class Counters:
+    """What a tier did, in texts."""
+
+    def __init__(self) -> None:
+        self.single = Tally()
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._causes: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
+        with self._lock:
+            for name, n in counts.items():
+                if n:
+                    self._counts[name] += n
+            if cause is not None:
+                self._causes[cause] += counts.get("errors", 0) or counts.get("dropped", 0)
+            self._seconds += seconds
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            counts = Counter(self._counts)
+            counts["hits"] += self.single.value()
+            names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
+            return TierStats(
+                **{name: counts[name] for name in names}, seconds=self._seconds, causes=dict(self._causes)
+            )
+
+
+@dataclass(slots=True)
+class Read:
+    """What one tier gave for one call."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
+    errors: int = 0
+    corrupt: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    cause: str | None = None
+
+
+class LiveTier:
+    """A tier of a running cache."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        name: str,
+        *,
+        table: Table,
+        ports: Ports,
+        cards: Mapping[str, Mapping[str, Value]],
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self.backend: Any = tier.backend
+        self.capabilities: Capabilities = tier.backend.capabilities
+        caps = self.capabilities
+        self.ttl = tier.ttl
+        self.timeout = tier.timeout if tier.timeout is not None else _TIMEOUTS[caps.scope]
+        self.on_error = tier.on_error
+        self.write_mode: WriteMode = tier.write or _WRITES[caps.scope]
+        self.counters = Counters()
+        self._table = table
+        self._ports = ports
+        self._cards = cards
+        self._emit = emit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._draining = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, as in a forked child."""
+        from weakref import WeakKeyDictionary
+
+        self._lock = threading.Lock()
+        self._draining = False
+        self._carded: dict[str, float] = {}
+        self.reads = Breaker(lambda state, cause: self._changed("read", state, cause))
+        self.writes = Breaker(lambda state, cause: self._changed("write", state, cause))
+        self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+
+    def _changed(
+        self, operation: Literal["read", "write"], state: Literal["open", "closed"], cause: str | None
+    ) -> None:
+        if state == "open":
+            log.warning(
+                "tier %r: %ss fail (%s); it is left out and tried again until it answers", self.name, operation, cause
+            )
+        else:
+            log.warning("tier %r: %ss work again", self.name, operation)
+        self._emit(TierChanged(tier=self.name, state=state, operation=operation, cause=cause))
+
+    # --- calls to the backend -----------------------------------------------------------------
+
+    async def _call(self, port: Port, call: Callable[[], Any]) -> Any:
+        caps = self.capabilities
+        return await port.call(call, self.timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+
+    async def _get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
+        loop = port.loop
+        if loop is None or not self.capabilities.twin:
+            found: Mapping[str, Any] = await self._call(port, lambda: self.backend.get_many(keys))
+            return found
+        twin = self._twins.get(loop)
+        if twin is None:
+            twin = self._twins[loop] = self.backend.twin()
+
+        async def get() -> Mapping[str, Any]:
+            with deadline(self.timeout):
+                answer: Mapping[str, Any] = await twin.get_many(keys)
+                return answer
+
+        return await port.drive(get, self.timeout)
+
+    async def close_twin(self, port: Port) -> None:
+        """Close the native async client of the running loop, if there is one."""
+        twin = self._twins.pop(port.loop, None) if port.loop is not None else None
+        if twin is not None:
+            try:
+                await port.drive(twin.close, self.timeout)
+            except Exception as error:  # noqa: BLE001  (the rest is closed all the same)
+                log.warning("tier %r: closing its async client failed (%s)", self.name, type(error).__name__)
+
+    def _failed(self, breaker: Breaker, error: Exception) -> str:
+        """Take note of a failed call; return its cause."""
+        cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        if not isinstance(error, TierBusy):
+            breaker.failed(cause)
+        return cause
+
+    def _raised(self, error: Exception) -> TierError:
+        cause = type(error).__name__
+        if isinstance(error, TimeoutError):
+            return TierTimeout(f"tier {self.name!r} did not answer within {self.timeout} s", self.name)
+        return TierError(f"tier {self.name!r} failed ({cause})", self.name)
+
+    def _chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
+        size = self.capabilities.max_batch or CHUNK
+        for start in range(0, len(keys), size):
+            yield keys[start : start + size]
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def read(
+        self, port: Port, keys: Sequence[str], *, task: str, dtype: Dtype, dimensions: int | None
+    ) -> Read:
+        """Ask for the keys, chunk by chunk, and check what comes back.
+
+        Raises:
+            TierError: the tier failed and its ``on_error`` is ``"raise"``.
+        """
+        read = Read()
+        start = time.perf_counter()
+        for chunk in self._chunks(keys):
+            admitted = self.reads.admit()
+            if admitted != "go":
+                if admitted == "probe":
+                    self._probe()
+                read.skipped += len(chunk)
+                continue
+            try:
+                values = await self._get(port, chunk)
+                values = {key: values[key] for key in chunk if key in values}
+            except Exception as error:  # noqa: BLE001  (a backend may raise anything; it is counted and, if asked, raised)
+                read.cause = self._failed(self.reads, error)
+                read.errors += len(chunk)
+                if self.on_error == "raise":
+                    self._note(read, task, start)
+                    raise self._raised(error) from error
+                continue
+            self.reads.succeeded()
+            corrupt = self._accept(values, read.entries, dtype, dimensions)
+            read.corrupt += corrupt
+            read.misses += len(chunk) - corrupt
+        read.hits = len(read.entries)
+        read.misses -= read.hits
+        self._note(read, task, start)
+        return read
+
+    def _accept(
+        self, values: Mapping[str, Any], entries: dict[str, Entry], dtype: Dtype, dimensions: int | None
+    ) -> int:
+        """Put what is sound into ``entries`` and return how many are corrupt."""
+        if not values:
+            return 0
+        now = self._clock()
+        if self.capabilities.holds == "frames":
+            decoded = decode_frames(values, now=now, dtype=dtype, dimensions=dimensions)
+        else:
+            decoded = conform(
+                values, now=now, dtype=dtype, dimensions=dimensions, trusted=self.capabilities.scope == "process"
+            )
+        entries.update(decoded.entries)
+        if decoded.corrupt:
+            log.warning("tier %r: %d corrupt entries; they are computed again", self.name, len(decoded.corrupt))
+        return len(decoded.corrupt)
+
+    def _note(self, read: Read, task: str, start: float) -> None:
+        read.seconds = time.perf_counter() - start
+        counts = {
+            "hits": read.hits,
+            "misses": read.misses,
+            "errors": read.errors,
+            "corrupt": read.corrupt,
+            "skipped": read.skipped,
+        }
+        self.counters.count(seconds=read.seconds, cause=read.cause, **counts)
+        self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
+
+    def _probe(self) -> None:
+        """See off the caller's path whether the tier answers again."""
+
+        def probe() -> None:
+            try:
+                with deadline(self.timeout):
+                    self.backend.get_many([PROBE_KEY])
+            except Exception as error:  # noqa: BLE001  (the breaker is what it is for)
+                self._failed(self.reads, error)
+            else:
+                self.reads.succeeded()
+
+        self._off_path(probe)
+
+    def _off_path(self, call: Callable[[], None]) -> bool:
+        try:
+            self._ports.workers.submit(call)
+        except RuntimeError:  # the interpreter is ending and starts no threads any more
+            return False
+        return True
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def dated(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return the entries with this tier's expiry: the sooner of the tier's TTL and what remains."""
+        if self.ttl is None:
+            return dict(entries)
+        now = self._clock()
+        dated = {}
+        for key, entry in entries.items():
+            share = int(key[-4:], 16) / 0xFFFF
+            expires = now + self.ttl * (1 - JITTER * share)
+            if entry.expires is None or expires < entry.expires:
+                entry = entry._replace(expires=expires)
+            dated[key] = entry
+        return dated
+
+    async def store(self, port: Port, ticket: int, entries: Mapping[str, Entry], *, patience: bool = True) -> None:
+        """Write entries in this tier's mode. Promotions have no ``patience``: a full queue drops them.
+
+        Raises:
+            TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
+        """
+        if self.write_mode == "none" or not entries:
+            return
+        if self.write_mode == "background":
+            await self._queue(port, ticket, entries, patience=patience)
+            return
+        dated = self.dated(entries)
+        for chunk in self._chunks(list(dated)):
+            part = {key: dated[key] for key in chunk}
+            admitted = self.writes.admit()
+            if admitted == "skip":
+                self._wrote(0, dropped=len(part), cause="skipped")
+                continue
+            if admitted == "probe":
+                self._off_path(lambda part=part: self._write_caught(ticket, part))  # type: ignore[misc]
+                continue
+            start = time.perf_counter()
+            try:
+                stored, refused = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001  (as in read)
+                cause = self._failed(self.writes, error)
+                self._wrote(0, errors=len(part), cause=cause, start=start)
+                if self.on_error == "raise":
+                    raise self._raised(error) from error
+            else:
+                self.writes.succeeded()
+                self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+
+    def _write(self, ticket: int, entries: Mapping[str, Entry]) -> tuple[int, int]:
+        """Write what may still be stored. Returns how many were stored, and how many are too large."""
+        with self._table.writing(self.name, ticket, entries) as permitted:
+            return self._set(permitted)
+
+    def _set(self, entries: Mapping[str, Entry]) -> tuple[int, int]:
+        if not entries:
+            return 0, 0
+        self._set_cards(entries)
+        expires = [entry.expires for entry in entries.values()]
+        ends = [end for end in expires if end is not None]
+        ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
+        if self.capabilities.holds == "entries":
+            self.backend.set_many(entries, ttl)
+            return len(entries), 0
+        frames = encode_frames(entries)
+        limit = self.capabilities.max_value_bytes
+        if limit is not None:
+            frames = {key: frame for key, frame in frames.items() if len(frame) <= limit}
+        if frames:
+            self.backend.set_many(frames, ttl)
+        return len(frames), len(entries) - len(frames)
+
+    def _set_cards(self, keys: Iterable[str]) -> None:
+        """Store the space card of each scope, now and again.
+
+        In a call of its own: a card has no TTL. An in-process tier needs none, as this cache is the
+        only one that writes to it.
+        """
+        if self.capabilities.scope == "process":
+            return
+        now = time.monotonic()
+        scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
+        due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
+        cards = {
+            CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due
+        }
+        if cards:
+            self.backend.set_many(cards if self.capabilities.holds == "entries" else encode_frames(cards), None)
+            self._carded.update(dict.fromkeys(due, now))
+
+    def _wrote(
+        self, stored: int, *, dropped: int = 0, errors: int = 0, cause: str | None = None, start: float | None = None
+    ) -> None:
+        seconds = 0.0 if start is None else time.perf_counter() - start
+        self.counters.count(stored=stored, dropped=dropped, errors=errors, cause=cause, seconds=seconds)
+        self._emit(
+            Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause)
+        )
+
+    # --- background writes --------------------------------------------------------------------
+
+    async def _queue(self, port: Port, ticket: int, entries: Mapping[str, Entry], *, patience: bool) -> None:
+        dated = self.dated(entries)
+        end = time.monotonic() + (self.timeout or 0.0)
+        while True:
+            force = patience and time.monotonic() >= end
+            room, dropped = self._table.queue(self.name, ticket, dated, force=force)
+            self.start_draining()
+            if not room and not patience:
+                dropped = len(dated)
+            if dropped:
+                self._wrote(0, dropped=dropped, cause="queue full")
+            if room or not patience:
+                return
+            await port.sleep(0.002)
+
+    def start_draining(self) -> None:
+        """See that somebody writes what is queued; one thread at a time."""
+        with self._lock:
+            if self._draining or not self._table.queued(self.name):
+                return
+            self._draining = True
+        if not self._off_path(self._drain):
+            with self._lock:
+                self._draining = False
+
+    def _drain(self) -> None:
+        while True:
+            self.drain()
+            with self._lock:
+                if not self._table.queued(self.name):
+                    self._draining = False
+                    return
+
+    def drain(self) -> None:
+        """Write what is queued, in this thread."""
+        while (write := self._table.next_write(self.name)) is not None:
+            try:
+                for chunk in self._chunks(list(write.entries)):
+                    part = {key: write.entries[key] for key in chunk}
+                    if self.writes.admit() == "skip":
+                        self._wrote(0, dropped=len(part), cause="skipped")
+                    else:
+                        self._write_caught(write.ticket, part)
+            finally:
+                self._table.wrote(write)
+
+    def _write_caught(self, ticket: int, entries: Mapping[str, Entry]) -> None:
+        """Write where nobody waits for the result: a failure is counted and logged."""
+        start = time.perf_counter()
+        try:
+            stored, refused = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
+        except Exception as error:  # noqa: BLE001  (as in read)
+            cause = self._failed(self.writes, error)
+            if not self.writes.open:
+                log.warning("tier %r: a background write of %d entries failed (%s)", self.name, len(entries), cause)
+            self._wrote(0, errors=len(entries), cause=cause, start=start)
+        else:
+            self.writes.succeeded()
+            self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+
+    # --- erasing and listing ------------------------------------------------------------------
+
+    async def erase(self, port: Port, keys: Sequence[str]) -> None:
+        """Remove keys. It never fails open.
+
+        Raises:
+            TierError: the backend has no ``delete_many``, or it failed.
+        """
+        if not self.capabilities.delete:
+            raise TierError("it cannot delete", self.name)
+        for chunk in self._chunks(keys):
+            await self._strictly(port, lambda chunk=chunk: self.backend.delete_many(chunk))  # type: ignore[misc]
+
+    async def scan(self, port: Port, prefix: str) -> list[str]:
+        """Return the keys that start with ``prefix``.
+
+        Raises:
+            TierError: the backend has no ``scan``, or it failed.
+        """
+        if not self.capabilities.scan:
+            raise TierError("it cannot list its keys", self.name)
+        keys: list[str] = await self._strictly(port, lambda: list(self.backend.scan(prefix)), listing=True)
+        return keys
+
+    async def peek(self, port: Port, keys: Sequence[str], *, dtype: Dtype = "int8") -> Mapping[str, Any]:
+        """Return the raw values of some keys, uncounted.
+
+        Raises:
+            TierError: the backend failed.
+        """
+        values: dict[str, Any] = {}
+        for chunk in self._chunks(keys):
+            values.update(await self._strictly(port, lambda chunk=chunk: self.backend.get_many(chunk)))  # type: ignore[misc]
+        return values
+
+    async def _strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
+        caps = self.capabilities
+        # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
+        timeout = None if listing else self.timeout
+        try:
+            return await port.call(call, timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+        except TierError as error:
+            raise TierError(str(error), self.name) from error
+        except TimeoutError as error:
+            raise TierTimeout(f"no answer within {self.timeout} s", self.name) from error
+        except Exception as error:
+            raise TierError(f"{type(error).__name__}", self.name) from error
+
+    def forget_cards(self, scopes: Iterable[str]) -> None:
+        """Write the cards of these scopes again with the next entries."""
+        for scope in scopes:
+            self._carded.pop(scope, None)
+
+
+def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
+    """Name the tiers and refuse a chain that cannot work.
+
+    Raises:
+        ConfigError: two tiers have one name, or an option that the backend cannot honour.
+    """
+    chain: list[tuple[str, Tier]] = []
+    names: set[str] = set()
+    for tier in tiers:
+        tier = tier if isinstance(tier, Tier) else Tier(tier)
+        caps = getattr(tier.backend, "capabilities", None)
+        if not isinstance(caps, Capabilities):
+            raise ConfigError(
+                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
+                "(see embedonce.contracts.FrameBackend)"
+            )
+        name = tier.name or _default_name(tier.backend)
+        if name in names:
+            raise ConfigError(f"two tiers are called {name!r}; give each a name of its own with name=")
+        if name == "provider":
+            raise ConfigError('a tier cannot be called "provider": that is what Fetched.sources calls the provider')
+        if tier.timeout is not None and caps.scope == "process":
+            raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
+        for option in ("ttl", "timeout"):
+            value = getattr(tier, option)
+            if value is not None and not value > 0:
+                raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
+        names.add(name)
+        chain.append((name, tier))
+    return chain
+
+
+def _default_name(backend: Backend) -> str:
+    name = type(backend).__name__.removesuffix("Backend").lower()
+    return name or "tier"

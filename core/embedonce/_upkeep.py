@@ -1,0 +1,234 @@
+"""Looking after what the tiers hold: erase, list, check, explain. None of it fails open."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ._checks import conform
+from ._flights import Erasure, Table
+from ._ports import Port
+from ._routes import Route
+from ._tiers import PROBE_KEY, LiveTier
+from .answers import Explanation, Held, Purged, TierCheck
+from .errors import EraseIncomplete, TierError
+from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
+from .vectors import Dtype, Entry, decode_frames
+
+Card = Mapping[str, Value]
+
+
+class Upkeep:
+    """Erases, lists, checks and explains across the tiers of one cache."""
+
+    def __init__(
+        self,
+        tiers: Sequence[LiveTier],
+        table: Table,
+        cards: Mapping[str, Card],
+        *,
+        patience: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tiers = tiers
+        self._table = table
+        self._cards = cards
+        self._patience = patience
+        self._clock = clock
+
+    # --- erasing ------------------------------------------------------------------------------
+
+    async def forget(self, port: Port, keys: Sequence[str]) -> None:
+        """Remove keys from every tier, and keep queued writes, promotions and flights from bringing them back.
+
+        Raises:
+            EraseIncomplete: tiers that failed or cannot delete, by name.
+        """
+
+        async def erase(tier: LiveTier) -> None:
+            await tier.erase(port, keys)
+
+        await self._erase(port, Erasure(keys), erase, "forget")
+
+    async def purge(
+        self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool
+    ) -> Purged:
+        """Remove every entry of the scopes that match.
+
+        Raises:
+            EraseIncomplete: tiers that failed, cannot list or cannot delete, by name.
+        """
+        failed: dict[str, str] = {}
+        scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}
+        for tier in self._tiers:
+            try:
+                cards = await self.cards(port, tier)
+            except TierError as error:
+                failed[tier.name] = str(error)
+            else:
+                scopes.update(
+                    {
+                        name: card
+                        for name, card in cards.items()
+                        if scope in (None, name) and all(card.get(part) == value for part, value in wanted.items())
+                    }
+                )
+        removed: dict[str, int] = {}
+        if dry_run:
+            for tier in self._tiers:
+                if tier.name not in failed:
+                    removed[tier.name] = len(await self._listed(port, tier, scopes))
+            _report(failed, "purge --dry-run")
+            return Purged(scopes, removed)
+
+        async def erase(tier: LiveTier) -> None:
+            if tier.name in failed:
+                raise TierError(failed[tier.name], tier.name)
+            keys = await self._listed(port, tier, scopes)
+            await tier.erase(port, [*keys, *(CARD_PREFIX + name for name in scopes)])
+            tier.forget_cards(scopes)
+            removed[tier.name] = len(keys)
+
+        prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]
+        await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
+        return Purged(scopes, removed)
+
+    async def _listed(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
+        return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
+
+    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], what: str) -> None:
+        failed: dict[str, str] = {}
+        with self._table.erasing(erasure) as busy:
+            end = time.monotonic() + self._patience
+            while (writing := busy()) and time.monotonic() < end:
+                await port.sleep(0.002)
+            for tier in self._tiers:
+                try:
+                    await erase(tier)
+                except TierError as error:
+                    failed[tier.name] = str(error)
+                else:
+                    if tier.name in writing:
+                        failed[tier.name] = "a write of it that hangs may still arrive"
+        _report(failed, what)
+
+    # --- listing ------------------------------------------------------------------------------
+
+    async def cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
+        """Return the space cards that a tier holds, by scope, and those of this cache itself."""
+        keys = await tier.scan(port, CARD_PREFIX)
+        values = await tier.peek(port, keys) if keys else {}
+        if tier.capabilities.holds == "frames":
+            decoded = decode_frames(values, now=self._clock(), dtype="int8")
+        else:
+            decoded = conform(values, now=self._clock(), dtype="int8", dimensions=None)
+        held = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
+        return {**self._cards, **held}
+
+    async def contents(self, port: Port) -> list[Held]:
+        """Count what each tier holds, by scope.
+
+        Raises:
+            TierError: a tier cannot list its keys, or failed.
+        """
+        held: list[Held] = []
+        for tier in self._tiers:
+            cards = await self.cards(port, tier)
+            scopes = Counter(
+                key.split(".", 2)[1]
+                for key in await tier.scan(port, KEY_PREFIX)
+                if not key.startswith(CARD_PREFIX) and key.count(".") == 2
+            )
+            held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
+        return held
+
+    async def check(self, port: Port) -> list[TierCheck]:
+        """Ask every tier for a key that nobody has, and say whether it answers."""
+        checks = []
+        for tier in self._tiers:
+            start = time.perf_counter()
+            detail = ""
+            try:
+                await tier.peek(port, [PROBE_KEY])
+            except TierError as error:
+                cause = error.__cause__
+                detail = str(error) if cause is None or not str(cause) else f"{error}: {cause}"
+            kind = type(tier.backend).__name__.removesuffix("Backend").lower()
+            checks.append(TierCheck(tier.name, kind, not detail, time.perf_counter() - start, detail))
+        return checks
+
+    # --- explaining ---------------------------------------------------------------------------
+
+    async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:
+        """Say what the key is made of and what each tier has under it, without counting or promoting."""
+        keyer = route.keyer
+        normalized = keyer.normalize(text)
+        (key,) = route.keys([text])
+        outcomes = {tier.name: await self._outcome(port, tier, key, route, dtype) for tier in self._tiers}
+        reasons: list[str] = []
+        if "hit" not in outcomes.values():
+            for tier in self._tiers:
+                reasons += await self._near_misses(port, tier, keyer.scope)
+        return Explanation(
+            key=key,
+            scope=keyer.scope,
+            fingerprint=keyer.fingerprint.hex(),
+            task=route.task,
+            space=route.space.described(),
+            policy={
+                "normalize": list(policy.normalize),
+                "version": policy.version,
+                "namespace": policy.namespace,
+                "hash": policy.hash,
+                "keyed": policy.secret is not None,
+            },
+            normalized=normalized != text,
+            tiers=outcomes,
+            reasons=reasons,
+        )
+
+    async def _outcome(self, port: Port, tier: LiveTier, key: str, route: Route, dtype: Dtype) -> str:
+        if tier.reads.open:
+            return "skipped"
+        try:
+            values = await tier.peek(port, [key])
+        except TierError as error:
+            return f"error: {error}"
+        if key not in values:
+            return "miss"
+        if tier.capabilities.holds == "entries":
+            entry = values[key]
+            decoded = conform(values, now=self._clock(), dtype=dtype, dimensions=route.dimensions)
+            stale = type(entry) is Entry and entry.expires is not None and entry.expires <= self._clock()
+        else:
+            decoded = decode_frames(values, now=self._clock(), dtype=dtype, dimensions=route.dimensions)
+            ever = decode_frames(values, now=float("-inf"), dtype=dtype, dimensions=route.dimensions)
+            stale = key in ever.entries
+        if key in decoded.entries:
+            return "hit"
+        if key in decoded.corrupt:
+            return "corrupt"
+        return "expired" if stale else "coarser"
+
+    async def _near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:
+        mine = self._cards.get(scope, {})
+        try:
+            cards = await self.cards(port, tier) if tier.capabilities.scan else {}
+        except TierError:
+            return []  # the outcome of this tier says so already
+        reasons = []
+        for name, card in sorted(cards.items()):
+            other = [part for part in mine if card.get(part) != mine[part]]
+            if name == scope or not 0 < len(other) <= 2 or name in self._cards:
+                continue
+            differs = ", ".join(f"{part} {card.get(part)!r} instead of {mine[part]!r}" for part in other)
+            reasons.append(f"tier {tier.name!r} holds entries with {differs}")
+        return reasons
+
+
+def _report(failed: Mapping[str, str], what: str) -> None:
+    if failed:
+        causes = "; ".join(f"tier {name!r}: {cause}" for name, cause in failed.items())
+        raise EraseIncomplete(f"{what} could not reach everything ({causes}). Call it again when that is mended", failed)

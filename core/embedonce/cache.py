@@ -1,0 +1,674 @@
+"""The cache: a blocking and an async face of one engine."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._checks import checked_matrix, rounded
+from ._engine import Answer, Engine, log
+from ._flights import Table
+from ._ports import Port, Ports, step
+from ._routes import Route, Source, describe
+from ._tiers import LiveTier, Tier, compose_chain
+from ._upkeep import Upkeep
+from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
+from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
+from .events import Event, Stats
+from .functions import wrap
+from .keys import NORMALIZERS, KeyPolicy, Value, VectorSpace, card
+from .vectors import Dtype, Entry, Metadata, freeze_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Mode: TypeAlias = Literal["read-through", "replay"]
+Matrix: TypeAlias = NDArray[np.float32]
+
+TASKS = ("document", "query")
+ITER_BATCH = 1024
+
+_open_caches: WeakSet[Cache] = WeakSet()
+
+
+class Cache:
+    """Embeds each text once: looks through a chain of tiers, and asks the provider for the rest.
+
+    Every method that does I/O has a twin with an ``a`` before its name for use on an event loop; both
+    share tiers, flights and counters, and may be used at once from threads and tasks.
+
+    Args:
+        provider: a provider, or any function ``list[str] -> vectors`` together with ``space``.
+        tiers: fastest first; backends, or :class:`Tier` where one needs a TTL, a timeout or a name.
+            None at all leaves a provider with de-duplication and checks.
+        space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
+        key: what makes two requests the same.
+        dtype: how finely vectors are kept *and returned*: an answer is the same before and after a restart.
+        mode: ``"replay"`` computes nothing; a miss is an error.
+        fallback: a provider that answers, in its own vector space, when the first one fails.
+        fallback_fetch_only: the fallback answers ``fetch`` only, whose caller reads ``Fetched.space``;
+            ``embed…`` raise what the first provider raised. Needed where the dimensions differ.
+        max_wait: seconds to wait for another call's computation of the same text before computing it too.
+        flush_timeout: seconds that ``close`` and the program's end wait for background writes.
+        max_queued: entries that may wait for a background write, per tier.
+        listeners: called with every :data:`embedonce.events.Event`.
+        clock: Unix time in seconds, for tests.
+
+    Raises:
+        SpaceError: the provider describes no vector space.
+        ConfigError: the chain cannot work.
+    """
+
+    def __init__(
+        self,
+        provider: AnyProvider | Callable[..., Any],
+        tiers: Sequence[Tier | Backend] = (),
+        *,
+        space: VectorSpace | Mapping[str, Any] | None = None,
+        key: KeyPolicy | None = None,
+        dtype: Dtype = "float32",
+        mode: Mode = "read-through",
+        fallback: AnyProvider | None = None,
+        fallback_fetch_only: bool = False,
+        max_wait: float = 60.0,
+        flush_timeout: float = 5.0,
+        max_queued: int = 4096,
+        listeners: Iterable[Callable[[Event], None]] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if dtype not in ("float32", "float16", "int8"):
+            raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
+        if mode not in ("read-through", "replay"):
+            raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
+        self._policy = key or KeyPolicy()
+        self._steps = [_normalizer(name) for name in self._policy.normalize]
+        self._source = Source(wrap(provider, space), fallback=False)
+        self._fallback = None if fallback is None else Source(wrap(fallback), fallback=True)
+        self._fetch_only = fallback_fetch_only
+        self._dtype: Dtype = dtype
+        self._mode: Mode = mode
+        self._flush_timeout = flush_timeout
+        self._listeners = list(listeners)
+        self._clock = clock
+        self._routes: dict[tuple[Source, str], Route] = {}
+        self._cards: dict[str, dict[str, Value]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._fell_back = False
+
+        self._ports = Ports()
+        self._table = Table(max_queued)
+        self._tiers = [
+            LiveTier(
+                tier,
+                name,
+                table=self._table,
+                ports=self._ports,
+                cards=self._cards,
+                emit=self._emit,
+                clock=clock,
+            )
+            for name, tier in compose_chain(tiers)
+        ]
+        self._engine = Engine(
+            self._tiers,
+            self._table,
+            dtype=dtype,
+            replay=mode == "replay",
+            max_wait=max_wait,
+            emit=self._emit,
+            clock=clock,
+        )
+        patience = 1.0 + max((tier.timeout or 0.0 for tier in self._tiers), default=0.0)
+        self._upkeep = Upkeep(self._tiers, self._table, self._cards, patience=patience, clock=clock)
+        for task in TASKS:
+            self._route(self._source, task)
+        if self._fallback is not None:
+            self._check_fallback(self._fallback)
+        self._hot = self._hot_tier()
+        _open_caches.add(self)
+
+    # --- the blocking face --------------------------------------------------------------------
+
+    def embed(self, text: str, task: Task = "document") -> Matrix:
+        """Return the text's vector: float32, shape (d,), read-only.
+
+        Raises:
+            TextError: the text has a lone surrogate.
+            ReplayMiss: it is in no tier, in replay mode.
+            Exception: whatever the provider raised.
+        """
+        vector = self._hit(text, task)
+        if vector is not None:
+            return vector
+        row: Matrix = step(self._rows(self._ports.blocking, [text], task))[0]
+        return row
+
+    def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
+        """Return a float32 matrix of shape (n, d), row i for text i.
+
+        Raises:
+            Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
+        """
+        return self._matrix(step(self._rows(self._ports.blocking, texts, task)), task)
+
+    def embed_iter(
+        self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH
+    ) -> Iterator[Matrix]:
+        """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
+        _refuse_str(texts, "embed_iter")
+        for window in _windows(texts, batch):
+            yield from step(self._rows(self._ports.blocking, window, task))
+
+    def fetch(
+        self,
+        texts: Sequence[str],
+        task: Task = "document",
+        store: bool = True,
+        *,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> Fetched:
+        """Return the vectors with where each came from; failures are reported by position, not raised.
+
+        ``store=False`` writes and promotes nothing. ``metadata`` (small JSON, one per text) is stored
+        beside vectors that are computed now; where an entry is there already, its own stays.
+        """
+        return step(self._fetch(self._ports.blocking, texts, task, store=store, metadata=metadata))
+
+    def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
+        """Return what the tiers hold, computing nothing."""
+        return step(self._lookup(self._ports.blocking, texts, task))
+
+    def put(
+        self,
+        texts: Sequence[str],
+        vectors: Vectors,
+        task: Task = "document",
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> None:
+        """Store vectors that you already have; a text that a tier holds keeps its entry.
+
+        Raises:
+            ProviderError: the vectors are not what a provider may return.
+        """
+        step(self._put(self._ports.blocking, texts, vectors, task, metadata))
+
+    def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
+        """Remove the texts from every tier, for one task or for all, the fallback's vectors too.
+
+        Another process's memory is out of reach until its TTL.
+
+        Raises:
+            EraseIncomplete: tiers that failed or cannot delete, by name.
+        """
+        step(self._forget(self._ports.blocking, texts, task))
+
+    def purge(
+        self,
+        *,
+        scope: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+        namespace: str | None = None,
+        dry_run: bool = False,
+    ) -> Purged:
+        """Remove all entries of the scopes that match every given part, in every tier.
+
+        Raises:
+            ValueError: nothing was given.
+            EraseIncomplete: tiers that failed, cannot list or cannot delete, by name.
+        """
+        return step(self._purge(self._ports.blocking, scope, model, version, namespace, dry_run))
+
+    def explain(self, text: str, task: Task = "document") -> Explanation:
+        """Say what the text's key is made of, where its entry is, and why it missed."""
+        return step(self._explain(self._ports.blocking, text, task))
+
+    def contents(self) -> list[Held]:
+        """Count what each tier holds, by scope.
+
+        Raises:
+            TierError: a tier cannot list its keys, or failed.
+        """
+        self._check_open()
+        return step(self._upkeep.contents(self._ports.blocking))
+
+    def check(self) -> list[TierCheck]:
+        """Ask every tier whether it answers."""
+        self._check_open()
+        return step(self._upkeep.check(self._ports.blocking))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until background writes are done; False after ``timeout`` seconds (default: ``flush_timeout``)."""
+        for tier in self._tiers:
+            tier.start_draining()
+        return self._table.flushed(self._flush_timeout if timeout is None else timeout)
+
+    def close(self) -> None:
+        """Flush, within ``flush_timeout``, then close backends and provider. Calling it twice does nothing."""
+        if not self._shut():
+            return
+        if not self.flush():
+            queued = {tier.name: n for tier in self._tiers if (n := self._table.queued(tier.name))}
+            log.warning("closing with background writes not done: %s", queued or "one is still under way")
+        for closing in (*(tier.backend for tier in self._tiers), self._source.provider):
+            self._let_go(closing)
+        if self._fallback is not None:
+            self._let_go(self._fallback.provider)
+        self._ports.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the async face -----------------------------------------------------------------------
+
+    async def aembed(self, text: str, task: Task = "document") -> Matrix:
+        """As :meth:`embed`."""
+        vector = self._hit(text, task)
+        if vector is not None:
+            return vector
+        row: Matrix = (await self._rows(self._ports.of_running_loop(), [text], task))[0]
+        return row
+
+    async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
+        """As :meth:`embed_batch`."""
+        return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
+
+    async def aembed_iter(
+        self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
+    ) -> AsyncIterator[Matrix]:
+        """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
+        _refuse_str(texts, "aembed_iter")
+        async for window in _awindows(texts, batch):
+            for row in await self._rows(self._ports.of_running_loop(), window, task):
+                yield row
+
+    async def afetch(
+        self,
+        texts: Sequence[str],
+        task: Task = "document",
+        store: bool = True,
+        *,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> Fetched:
+        """As :meth:`fetch`."""
+        return await self._fetch(self._ports.of_running_loop(), texts, task, store=store, metadata=metadata)
+
+    async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
+        """As :meth:`lookup`."""
+        return await self._lookup(self._ports.of_running_loop(), texts, task)
+
+    async def aput(
+        self,
+        texts: Sequence[str],
+        vectors: Vectors,
+        task: Task = "document",
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> None:
+        """As :meth:`put`."""
+        await self._put(self._ports.of_running_loop(), texts, vectors, task, metadata)
+
+    async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
+        """As :meth:`forget`."""
+        await self._forget(self._ports.of_running_loop(), texts, task)
+
+    async def apurge(
+        self,
+        *,
+        scope: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+        namespace: str | None = None,
+        dry_run: bool = False,
+    ) -> Purged:
+        """As :meth:`purge`."""
+        return await self._purge(self._ports.of_running_loop(), scope, model, version, namespace, dry_run)
+
+    async def aexplain(self, text: str, task: Task = "document") -> Explanation:
+        """As :meth:`explain`."""
+        return await self._explain(self._ports.of_running_loop(), text, task)
+
+    async def aclose(self) -> None:
+        """As :meth:`close`, without holding the loop up."""
+        port = self._ports.of_running_loop()
+        for tier in self._tiers:
+            await tier.close_twin(port)
+        await port.call(self.close, None, inline=False, quick=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # --- counters -----------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Return what tiers and providers did since the cache was made, in texts."""
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        return Stats(
+            tiers={tier.name: tier.counters.stats() for tier in self._tiers},
+            providers={source.name: source.stats() for source in sources},
+            shared=self._engine.shared,
+        )
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        """Call ``listener`` with every event from now on. One that raises is logged and stays."""
+        self._listeners.append(listener)
+        self._hot = self._hot_tier()
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        """The tiers' names, fastest first."""
+        return tuple(tier.name for tier in self._tiers)
+
+    @property
+    def provider(self) -> AnyProvider:
+        return self._source.provider
+
+    def __repr__(self) -> str:
+        space = self._source.provider.space("document")
+        chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
+        return f"<embedonce.Cache {chain}>"
+
+    # --- steps of both faces ------------------------------------------------------------------
+
+    def _hit(self, text: str, task: Task) -> Matrix | None:
+        """Return the vector of a text whose key is known and whose entry is in a first in-process tier.
+
+        This is the path that must stay under a microsecond: no coroutine, no lock, no event.
+        """
+        get, count, keys = self._hot
+        if type(text) is not str:
+            return None
+        try:
+            key = keys[task].known.get(text)
+        except KeyError:
+            return None
+        if key is None:
+            return None
+        entry = get(key)
+        if entry is None or (entry[2] is not None and entry[2] <= self._clock()):
+            return None
+        count()
+        vector: Matrix = entry[0]
+        return vector
+
+    def _hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
+        """Return a first in-process tier's ``get``, its counter and the routes; no route where there is none.
+
+        Whoever listens to events wants all of them, so that every hit then takes the long way.
+        """
+        if self._tiers and not self._listeners and not self._closed:
+            first = self._tiers[0]
+            caps = first.capabilities
+            if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
+                routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
+                return first.backend.get, first.counters.single.add, routes
+        return (lambda key: None), (lambda: 0), {}
+
+    def _route(self, source: Source, task: Task) -> Route:
+        route = self._routes.get((source, task))
+        if route is None:
+            with self._lock:
+                route = self._routes.setdefault((source, task), Route(source, task, self._policy, self._steps))
+                self._cards[route.keyer.scope] = card(self._policy, route.space)
+            if hasattr(self, "_hot"):
+                self._hot = self._hot_tier()
+        return route
+
+    async def _rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.rows()
+
+    def _matrix(self, rows: list[Any], task: Task) -> Matrix:
+        return matrix(rows, self._route(self._source, task).dimensions)
+
+    async def _fetch(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> Fetched:
+        answer = await self._answer(port, texts, task, store=store, metadata=metadata)
+        return answer.fetched()
+
+    async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
+        answer = self._ask(self._source, texts, task)
+        await self._engine.fetch(port, answer, compute=False)
+        return answer.fetched()
+
+    async def _answer(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool = True,
+        metadata: Sequence[Metadata | None] | None = None,
+        rows_only: bool = False,
+    ) -> Answer:
+        """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
+        answer = self._ask(self._source, texts, task, store=store, metadata=metadata)
+        await self._engine.fetch(port, answer)
+        fallback = self._fallback
+        if fallback is None or self._mode == "replay":
+            return answer
+        down = any(not isinstance(error, TextRefused) for error in answer.failed.values())
+        if not down or (rows_only and self._fetch_only):
+            self._note_fallback(fallback, down=False if not down else self._fell_back)
+            return answer
+        self._note_fallback(fallback, down=True)
+        other = self._ask(fallback, texts, task, store=store, metadata=metadata)
+        await self._engine.fetch(port, other)
+        return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
+
+    def _note_fallback(self, fallback: Source, *, down: bool) -> None:
+        if down != self._fell_back:
+            self._fell_back = down
+            if down:
+                log.warning("provider %r fails; %r answers, in its own vector space", self._source.name, fallback.name)
+            else:
+                log.warning("provider %r answers again", self._source.name)
+
+    def _ask(
+        self,
+        source: Source,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool = True,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> Answer:
+        self._check_open()
+        _refuse_str(texts, "a batch")
+        texts = texts if isinstance(texts, list | tuple) else list(texts)
+        route = self._route(source, task)
+        keys = route.keys(texts)
+        return Answer(route, keys, texts, store, _by_key(keys, metadata))
+
+    async def _put(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        vectors: Vectors,
+        task: Task,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> None:
+        answer = self._ask(self._source, texts, task, metadata=metadata)
+        if not answer.keys:
+            return
+        who = "put was given"
+        rows = rounded(
+            checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
+        )
+        answer.route.dimensions = rows.shape[1]
+        created = self._clock()
+        entries: dict[str, Entry] = {}
+        for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
+            entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
+        await self._engine.put(port, answer, entries)
+
+    async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
+        self._check_open()
+        _refuse_str(texts, "a batch")
+        texts = list(texts)
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
+        routes = [self._route(source, name) for source in sources for name in sorted(tasks)]
+        keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
+        try:
+            await self._upkeep.forget(port, list(keys))
+        finally:
+            for route in routes:
+                route.discard(texts)
+
+    async def _purge(
+        self,
+        port: Port,
+        scope: str | None,
+        model: str | None,
+        version: str | None,
+        namespace: str | None,
+        dry_run: bool,
+    ) -> Purged:
+        self._check_open()
+        parts = {"model": model, "version": version, "namespace": namespace}
+        wanted = {name: value for name, value in parts.items() if value is not None}
+        if scope is None and not wanted:
+            raise ValueError("purge needs at least one of scope, model, version and namespace")
+        return await self._upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
+
+    async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
+        self._check_open()
+        if not isinstance(text, str):
+            raise TypeError(f"explain takes a str, not {type(text).__name__}")
+        route = self._route(self._source, task)
+        return await self._upkeep.explain(port, route, text, self._policy, self._dtype)
+
+    # --- composing, events, ending ------------------------------------------------------------
+
+    def _check_fallback(self, fallback: Source) -> None:
+        if self._fetch_only:
+            return
+        for task in TASKS:
+            mine = describe(self._source.provider, task).dimensions
+            other = describe(fallback.provider, task).dimensions
+            if mine is None or mine != other:
+                raise SpaceError(
+                    f"the fallback's vectors have {other or 'unknown'} dimensions and the provider's "
+                    f"{mine or 'unknown'}: they cannot stand in for each other. Give both the same dimensions, or set "
+                    "fetch_only = true in [provider.fallback] and read Fetched.space"
+                )
+
+    def _emit(self, event: Event) -> None:
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener failed on %s", type(event).__name__)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheClosed("this cache is closed; open another one")
+
+    def _shut(self) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True
+        self._hot = self._hot_tier()
+        return True
+
+    def _let_go(self, closing: Any) -> None:
+        close = getattr(closing, "close", None)
+        if close is None:
+            return
+        try:
+            close()
+        except Exception as error:  # noqa: BLE001  (the other backends are closed all the same)
+            log.warning("closing %s failed (%s)", type(closing).__name__, type(error).__name__)
+
+    def _after_fork(self) -> None:
+        """In the child: locks, flights, queue and threads are the parent's; start with our own."""
+        self._lock = threading.Lock()
+        self._ports.reset()
+        self._table.reset()
+        for tier in self._tiers:
+            tier.reset()
+
+
+def _normalizer(name: str) -> Normalizer:
+    if name in NORMALIZERS:
+        return NORMALIZERS[name]
+    from .plugins import normalizer
+
+    return normalizer(name)
+
+
+def _refuse_str(texts: object, what: str) -> None:
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed")
+
+
+def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
+    if metadata is None:
+        return {}
+    if len(metadata) != len(keys):
+        raise ValueError(f"metadata has {len(metadata)} items for {len(keys)} texts")
+    by_key: dict[str, Metadata] = {}
+    for key, item in zip(keys, metadata, strict=True):
+        if item is not None:
+            by_key.setdefault(key, item)
+    return by_key
+
+
+def _windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+async def _awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
+    if isinstance(texts, Iterable):
+        for window in _windows(texts, size):
+            yield window
+        return
+    window = []
+    async for text in texts:
+        window.append(text)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _close_all() -> None:
+    for cache in list(_open_caches):
+        cache.close()
+
+
+def _after_fork_in_child() -> None:
+    for cache in list(_open_caches):
+        cache._after_fork()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)
