@@ -1,0 +1,281 @@
+"""Connections to one SQLite file: shared by threads, let go of before a fork, patient up to the deadline."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
+
+from embedonce.contracts import time_left
+from embedonce.errors import CacheClosed, TierError, TierTimeout
+
+T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Seconds that a call without a deadline waits for another process's lock."""
+
+FORK_SECONDS = 5.0
+"""How long a fork waits for the calls that are under way in other threads."""
+
+IDLE = 4
+"""Connections that are kept open between calls; each holds a page cache."""
+
+STEPS = 100_000
+"""SQLite's virtual machine looks at the deadline this often: under a millisecond apart."""
+
+
+class Lock(Protocol):
+    """A lock of :mod:`threading`."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+class Connection(sqlite3.Connection):
+    """A connection that knows which opening of the file it belongs to."""
+
+    generation = 0
+
+
+def remaining() -> float:
+    """Return the seconds that the call under way may still wait.
+
+    Raises:
+        TierTimeout: none.
+    """
+    left = time_left()
+    return PATIENCE if left is None else min(left, PATIENCE)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Return ``call()``, tried again while another connection holds the lock that it needs.
+
+    SQLite's own waiting takes one fixed time per connection, and some statements ignore it.
+
+    Raises:
+        TierTimeout: the lock was not to be had in time.
+    """
+    end = time.monotonic() + remaining()
+    pause = 0.0002
+    while True:
+        try:
+            return call()
+        except sqlite3.OperationalError as error:
+            if primary_code(error) != sqlite3.SQLITE_BUSY:
+                raise
+            if time.monotonic() + pause >= end:
+                raise TierTimeout("the database is locked by another process") from error
+        time.sleep(pause)
+        pause = min(pause * 2, 0.005)
+
+
+def primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's result code without its extension, 0 where Python raised the error itself."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return all rows of one statement, which waits for locks."""
+    time_left()
+    try:
+        return connection.execute(sql, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if primary_code(error) != sqlite3.SQLITE_BUSY:
+            raise
+    return patiently(lambda: connection.execute(sql, values).fetchall())
+
+
+def explained(error: sqlite3.Error, file: Path) -> Exception:
+    """Return the exception that says what is wrong with ``file`` and what to do, for SQLite's own."""
+    code = primary_code(error)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
+        return TierTimeout(f"{file}: not done in time ({error})")
+    if code == sqlite3.SQLITE_FULL:
+        return OSError(errno.ENOSPC, f"no room to write ({error}); free some space or lower max_bytes", str(file))
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return OSError(errno.EACCES, f"cannot be opened for writing ({error}); check its folder", str(file))
+    if code == sqlite3.SQLITE_IOERR:
+        return OSError(errno.EIO, f"cannot be read or written ({error})", str(file))
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, what it held is computed again")
+    return error
+
+
+@contextmanager
+def holding(lock: Lock) -> Iterator[None]:
+    """Hold a lock.
+
+    Raises:
+        TierTimeout: it was not to be had in time.
+    """
+    if not lock.acquire(timeout=remaining()):
+        raise TierTimeout("other threads are using the database")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Connections:
+    """Hands out connections, each to one call at a time.
+
+    Connections do not belong to threads: there are as many as calls under way, and ``close`` reaches them all.
+    """
+
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self._connect = connect
+        self._idle: list[Connection] = []
+        self._lent = 0
+        self._generation = 0
+        self._closed = False
+        self._stranded = False
+        self._reset_locks()
+        _all.add(self)
+
+    def _reset_locks(self) -> None:
+        self._pid = os.getpid()
+        self._paused = False
+        self._changed = threading.Condition()
+        self._opening = threading.Lock()
+        self.writing = threading.RLock()
+        """Held by the one thread of this process that writes: threads queue here, processes poll SQLite's lock."""
+
+    def take(self) -> Connection:
+        """Return a connection that is this call's alone until :meth:`give`.
+
+        Raises:
+            CacheClosed: after ``close``.
+            TierError: in a forked child that may not touch the file.
+        """
+        with self._changed:
+            if self._paused or self._closed or self._stranded or self._pid != os.getpid():
+                self._admit()
+            self._lent += 1
+            if self._idle:
+                return self._idle.pop()
+            generation = self._generation
+        try:
+            with holding(self._opening):
+                connection = self._connect()
+        except BaseException:
+            self._back()
+            raise
+        connection.generation = generation
+        return connection
+
+    def _admit(self) -> None:
+        if self._paused and not self._changed.wait_for(lambda: not self._paused, remaining()):
+            raise TierTimeout("this process is forking")
+        if self._closed:
+            raise CacheClosed("the disk backend is closed")
+        if self._stranded or self._pid != os.getpid():
+            raise TierError(
+                "this process was forked while the cache's file was in use, and SQLite cannot go on in it; "
+                "fork earlier, or start processes with spawn"
+            )
+
+    def give(self, connection: Connection, sound: bool) -> None:
+        """Take a connection back; it is closed unless it is ``sound``."""
+        with self._changed:
+            if sound and connection.generation == self._generation and self._may_keep():
+                self._idle.append(connection)
+                self._lent -= 1
+                return
+        try:
+            connection.close()
+        finally:
+            self._back()
+
+    def _back(self) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._changed.notify_all()
+
+    def _may_keep(self) -> bool:
+        return not self._closed and not self._paused and len(self._idle) < IDLE
+
+    def renew(self) -> None:
+        """Close what is idle and what comes back: the next call opens the file anew."""
+        with self._changed:
+            self._generation += 1
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def close(self) -> None:
+        """Close every connection, those lent out when they come back."""
+        self._closed = True
+        self.renew()
+
+    # SQLite keeps POSIX locks in tables of the process, and a child inherits the tables without the locks:
+    # its own connections to the same file would believe in locks that it does not hold, and lose writes.
+    # So a fork finds no connection open.
+
+    def pause(self, until: float) -> None:
+        """Hold new calls back, wait for those under way, close every connection."""
+        with self._changed:
+            self._paused = True
+            self._changed.wait_for(lambda: not self._lent, max(0.0, until - time.monotonic()))
+        self.renew()
+
+    def resume(self) -> None:
+        """Go on in the parent."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
+
+    def restart(self) -> None:
+        """Go on in the child, whose other threads are gone."""
+        self._stranded = self._stranded or self._lent > 0
+        self._lent = 0
+        self._reset_locks()
+
+
+_all: WeakSet[Connections] = WeakSet()
+_paused: list[Connections] = []
+_forking = threading.Lock()
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    until = time.monotonic() + FORK_SECONDS
+    _paused.extend(_all)
+    for connections in _paused:
+        connections.pause(until)
+
+
+def _after_in_parent() -> None:
+    for connections in _paused:
+        connections.resume()
+    _paused.clear()
+    _forking.release()
+
+
+def _after_in_child() -> None:
+    global _forking
+    _forking = threading.Lock()
+    _paused.clear()
+    for connections in list(_all):
+        connections.restart()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+
+
+def interrupted() -> bool:
+    """Say whether the statement that runs in this thread is out of time; SQLite's progress handler."""
+    try:
+        time_left()
+    except TierTimeout:
+        return True
+    return False
