@@ -36,15 +36,23 @@ ORDER = (
     "vectors",
     "events",
     "contracts",
+    "functions",
+    "answers",
     "_checks",
     "hookspecs",
     "_ports",
     "_flights",
     "_tiers",
+    "_routes",
+    "_upkeep",
     "_engine",
     "plugins",
     "cache",
+    "_options",
     "_toml",
+    "_documents",
+    "_sections",
+    "_load",
     "config",
     "metrics",
     "__init__",
@@ -56,7 +64,7 @@ ORDER = (
 # Core modules may import these at the top of a file; anything else inside the function that needs it.
 # A command line loads its own libraries when a command runs, a conformance kit runs under pytest.
 LIGHT = {"annotated_types", "numpy", "typing_extensions", "xxhash"}
-ALLOWED_AT_TOP = {"hookspecs": {"pluggy"}, "plugins": {"pluggy"}, "testing": {"hypothesis", "pytest"}}
+ALLOWED_AT_TOP = {"hookspecs": {"pluggy"}, "plugins": {"pluggy"}, "testing": {"hypothesis", "pytest"}, "cli": {"typer"}}
 
 # Distributions that another one brings along in the version it needs.
 PART_OF = {"pydantic-core": "pydantic"}
