@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
+
 from embedonce.vectors import Dtype, Entry, decode_frames, encode_frames, freeze_rows, round_vectors
 
 

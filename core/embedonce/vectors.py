@@ -48,7 +48,7 @@ def freeze(vector: ArrayLike) -> NDArray[np.float32]:
 
     It is backed by bytes of its own, so ``setflags(write=True)`` fails and no larger array is kept alive.
     """
-    values = np.asarray(vector, np.float32)
+    values = _float32(vector)
     if values.ndim != 1:
         raise ValueError(f"a vector has one dimension, not {values.ndim}")
     return np.ndarray(values.shape, _FLOAT32, values.tobytes())
@@ -56,13 +56,18 @@ def freeze(vector: ArrayLike) -> NDArray[np.float32]:
 
 def freeze_rows(matrix: ArrayLike) -> list[NDArray[np.float32]]:
     """Return each row of a matrix (n, d) as :func:`freeze` does; no row is a view of the others' memory."""
-    values = np.asarray(matrix, np.float32)
+    values = _float32(matrix)
     if values.ndim != 2:
         raise ValueError(f"a matrix has two dimensions, not {values.ndim}")
     count, dimension = values.shape
     whole, width = values.tobytes(), 4 * dimension
     parts = [whole[at : at + width] for at in range(0, count * width, width)] if width else [b""] * count
     return _rows(parts, dimension)
+
+
+def _float32(values: ArrayLike) -> NDArray[np.float32]:
+    with np.errstate(all="ignore"):  # what becomes infinite is found by whoever checks, and raises there
+        return np.asarray(values, np.float32)
 
 
 def _rows(payloads: Iterable[bytes], dimension: int) -> list[NDArray[np.float32]]:
@@ -88,8 +93,7 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
     given = np.asarray(matrix)
     if given.ndim != 2:
         raise ValueError(f"a matrix has two dimensions, not {given.ndim}")
-    with np.errstate(over="ignore"):
-        rows = np.ascontiguousarray(given, np.float32)
+    rows = _float32(given)
     values, fits = _rounded(rows, dtype)
     if rows is not given:  # float64 has small values that float32 does not
         fits &= values.any(axis=1) | ~given.any(axis=1)
@@ -101,9 +105,15 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
 
 def _rounded(rows: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the rows as they read back once written, and which of them the dtype can hold."""
+    return _read_back(rows, _packed(rows, dtype), dtype)
+
+
+def _read_back(
+    rows: NDArray[np.float32], payloads: NDArray[np.uint8], dtype: Dtype
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     if dtype == "float32":
         return rows, _finite(rows)
-    values, sound = _unpacked(_packed(rows, dtype), dtype)
+    values, sound = _unpacked(payloads, dtype)
     lost = ~values.any(axis=1) & rows.any(axis=1)
     return values, sound & _finite(rows) & ~lost
 
@@ -134,24 +144,29 @@ def _packed(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
     """Return the payloads of rows (n, d), one a row; what does not fit is for :func:`_unpacked` to find."""
     if dtype == "float32":
         return _octets(rows.astype("<f4", copy=False))
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
+        if dtype == "float16":
             return _octets(rows.astype("<f2"))
-    scales, steps = _to_int8(rows)
+        scales, steps = _to_int8(rows)
     return np.hstack((_octets(scales.astype("<f4", copy=False)[:, None]), _octets(steps)))
 
 
 def _unpacked(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the values of payloads of one size, shape (n, d), and which rows an encoder could have written."""
-    if dtype == "int8":
-        return _from_int8(payloads[:, :4].copy().view("<f4")[:, 0], payloads[:, 4:].view(np.int8))
-    stored = payloads.view("<f2" if dtype == "float16" else "<f4")
-    values = stored.astype(np.float32, copy=False)
+    if dtype == "float32":
+        values = payloads.view("<f4").astype(np.float32, copy=False)
+        return values, _finite(values)
+    with np.errstate(all="ignore"):
+        if dtype == "int8":
+            return _from_int8(payloads[:, :4].copy().view("<f4")[:, 0], payloads[:, 4:].view(np.int8))
+        values = payloads.view("<f2").astype(np.float32)
     return values, _finite(values)
 
 
 def _octets(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(rows).view(np.uint8) if rows.size else np.empty((len(rows), 0), np.uint8)
+    if not rows.size:
+        return np.empty((len(rows), rows.shape[1] * rows.itemsize), np.uint8)
+    return np.ascontiguousarray(rows).view(np.uint8)
 
 
 def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
@@ -171,8 +186,7 @@ def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _from_int8(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
+    values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
     # Only what _to_int8 gives rounds to itself again: 16 significant bits, and steps that use the range.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
@@ -184,6 +198,22 @@ def _from_int8(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[ND
 
 MAX_METADATA = 64 * 1024
 """Most bytes of an entry's metadata as compact JSON."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite_number(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("a number is too large for a float")
+    return number
+
+
+# Made once: json.dumps and json.loads with options make a new one per call, which costs more than the JSON.
+_TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_FROM_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_number)
 
 _HEADER = 64
 _START = struct.Struct("<QQ")  # magic, version, dtype and flags as one word; checksum: the same in every version
@@ -202,7 +232,9 @@ def _word(dtype: Dtype, flags: int = 0) -> int:
     return _MAGIC | _VERSION << 32 | _CODES[dtype] << 40 | flags << 48
 
 
-_PLAIN: dict[int, Dtype] = {_word(dtype): dtype for dtype in _CODES}
+_KNOWN: dict[int, tuple[Dtype, int]] = {
+    _word(dtype, flags): (dtype, flags) for dtype in _CODES for flags in (0, _HAS_METADATA)
+}
 
 
 def _echo(key: str) -> bytes:
@@ -245,15 +277,16 @@ def _alike(items: Mapping[str, Entry]) -> dict[tuple[Dtype, int], list[str]]:
 
 def _payloads(keys: Sequence[str], vectors: Sequence[NDArray[np.float32]], dtype: Dtype, dimension: int) -> list[bytes]:
     """Return the payloads of vectors of one length."""
-    plain = [(v if v.dtype == np.float32 else v.astype(np.float32)).tobytes() for v in vectors]
-    rows = np.frombuffer(b"".join(plain), np.float32).reshape(len(keys), dimension)
-    fits = _rounded(rows, dtype)[1]
+    plain = [(v if v.dtype == _FLOAT32 else _float32(v)).tobytes() for v in vectors]
+    rows: NDArray[np.float32] = np.ndarray((len(keys), dimension), np.float32, b"".join(plain))
+    packed = _packed(rows, dtype)
+    fits = _read_back(rows, packed, dtype)[1]
     if not fits.all():
         row = int(fits.argmin())
         raise ValueError(f"{keys[row]}: its vector {_complaint(rows[row], dtype)}")
     if dtype == "float32" and _LITTLE:
         return plain
-    return [payload.tobytes() for payload in _packed(rows, dtype)]
+    return [payload.tobytes() for payload in packed]
 
 
 def _frame(key: str, entry: Entry, dimension: int, payload: bytes) -> bytes:
@@ -276,7 +309,7 @@ def _write_metadata(key: str, metadata: Metadata) -> bytes:
     try:
         if not isinstance(metadata, Mapping) or not _has_plain_keys(metadata):
             raise TypeError("a key is not a string")
-        written = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
         # Without the cause: its message may show what the metadata holds.
         raise TypeError(f"{key}: metadata is not a JSON object with strings as keys") from None
@@ -317,7 +350,7 @@ class _Wanted(NamedTuple):
 
 _Refused: TypeAlias = Literal["corrupt", "missed"]
 
-_BATCH = 8
+_BATCH = 6
 """From this many frames of one size on, checking them as columns is faster than one by one."""
 
 
@@ -377,7 +410,7 @@ def _decode_alike(
 ) -> Iterable[tuple[str, bytes]]:
     """Add the entries of frames of one size that are like the first; return the frames that need a closer look.
 
-    Takes only frames without metadata that pass every check; :func:`_decode_one` says what the others are.
+    Takes only frames that pass every check; :func:`_decode_one` says what the others are.
     """
     count, size = len(frames), len(frames[0])
     if size < _HEADER:
@@ -385,34 +418,50 @@ def _decode_alike(
     buffer = b"".join(frames)
     # A header is eight words: start, checksum, dimension with metadata's length, created, expires, echo (two), key id.
     words = np.ndarray((count, 8), np.dtype("<u8"), buffer, strides=(size, 8)).copy()
-    dtype = _likeness(words, size, wanted)
-    if dtype is None:
+    likeness = _likeness(words, size, wanted)
+    if likeness is None:
         return zip(keys, frames, strict=True)
-    word = int(words[0, 0])
+    dtype, start = likeness
     good = _good_headers(words, keys, wanted.now)
-    good &= words[:, 1] == np.fromiter([xxh3_64_intdigest(frame[16:], word) for frame in frames], np.uint64, count)
-    values, sound = _unpacked(np.frombuffer(buffer, np.uint8).reshape(count, size)[:, _HEADER:], dtype)
+    good &= words[:, 1] == _checksums(frames, int(words[0, 0]))
+    values, sound = _unpacked(np.frombuffer(buffer, np.uint8).reshape(count, size)[:, start:], dtype)
     good &= sound
     if wanted.dtype != dtype:
         values, fits = _rounded(values, wanted.dtype)
         good &= fits
     if wanted.dtype == "float32" and _LITTLE:
-        rows = _rows([frame[_HEADER:] for frame in frames], values.shape[1])
+        rows = _rows([frame[start:] for frame in frames], values.shape[1])
     else:
         rows = freeze_rows(values)
-    made = zip(keys, rows, words[:, 3:5].view("<f8").tolist(), good.tolist(), strict=True)
-    for key, row, (created, expires), fine in made:
-        if fine:
-            entries[key] = Entry(row, created, None if expires == _NEVER else expires, None, wanted.dtype)
-    return () if good.all() else [(key, frame) for key, frame in zip(keys, frames, strict=True) if key not in entries]
+    dates = words[:, 3:5].view("<f8").tolist()
+    for key, frame, row, (created, expires), fine in zip(keys, frames, rows, dates, good.tolist(), strict=True):
+        metadata = _read_metadata(frame[_HEADER:start]) if start > _HEADER and fine else None
+        if fine and (metadata is not None or start == _HEADER):
+            entries[key] = Entry(row, created, None if expires == _NEVER else expires, metadata, wanted.dtype)
+    return [(key, frame) for key, frame in zip(keys, frames, strict=True) if key not in entries]
 
 
-def _likeness(words: NDArray[np.uint64], size: int, wanted: _Wanted) -> Dtype | None:
-    """Return the dtype of the first of these headers if frames like it are simple: wanted, and without metadata."""
-    dtype, dimension = _PLAIN.get(int(words[0, 0])), int(words[0, 2])
-    if dtype is None or _CODES[dtype] > _CODES[wanted.dtype] or not wanted.takes(dimension):
+def _likeness(words: NDArray[np.uint64], size: int, wanted: _Wanted) -> tuple[Dtype, int] | None:
+    """Return dtype and start of the payload of frames like the first of these headers; None if those are not wanted."""
+    known = _KNOWN.get(int(words[0, 0]))
+    if known is None:
         return None
-    return dtype if size == _HEADER + _payload_size(dtype, dimension) else None
+    dtype, flags = known
+    length, dimension = divmod(int(words[0, 2]), 1 << 32)
+    if _CODES[dtype] > _CODES[wanted.dtype] or not wanted.takes(dimension) or not _announced(flags, length):
+        return None
+    start = _HEADER + length
+    return (dtype, start) if size == start + _payload_size(dtype, dimension) else None
+
+
+def _announced(flags: int, length: int) -> bool:
+    """Return whether the metadata's length is one that goes with the flags."""
+    return 0 < length <= MAX_METADATA if flags else length == 0
+
+
+def _checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]:
+    body = _START.size
+    return np.fromiter([xxh3_64_intdigest(frame[body:], word) for frame in frames], np.uint64, len(frames))
 
 
 def _good_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
@@ -441,29 +490,39 @@ def _decode_one(key: str, frame: bytes, wanted: _Wanted) -> Entry | _Refused:
     dimension, length, created, expires, echo, key_id = _REST.unpack_from(frame, _START.size)
     if echo != _echo(key) or key_id or not _dated(created, expires) or not wanted.takes(dimension):
         return "corrupt"
-    if len(frame) != _HEADER + length + _payload_size(dtype, dimension) or bool(flags) != bool(length):
+    if len(frame) != _HEADER + length + _payload_size(dtype, dimension) or not _announced(flags, length):
         return "corrupt"
     if expires <= wanted.now or code > _CODES[wanted.dtype]:
         return "missed"
     metadata = _read_metadata(frame[_HEADER : _HEADER + length]) if flags else None
-    values, sound = _unpacked(np.frombuffer(frame, np.uint8, offset=_HEADER + length)[None], dtype)
-    if not sound.all() or (flags and metadata is None):
+    if flags and metadata is None:
         return "corrupt"
-    if wanted.dtype != dtype:
-        values, fits = _rounded(values, wanted.dtype)
+    vector = _vector(frame[_HEADER + length :], dtype, dimension, wanted.dtype)
+    if isinstance(vector, str):
+        return vector
+    return Entry(vector, created, None if expires == _NEVER else expires, metadata, wanted.dtype)
+
+
+def _vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> NDArray[np.float32] | _Refused:
+    if dtype == wanted == "float32" and _LITTLE:
+        vector = _rows((payload,), dimension)[0]
+        return vector if np.isfinite(vector).all() else "corrupt"
+    values, sound = _unpacked(np.ndarray((1, len(payload)), np.uint8, payload), dtype)
+    if not sound.all():
+        return "corrupt"
+    if wanted != dtype:
+        values, fits = _rounded(values, wanted)
         if not fits.all():  # as if it were not there: computing it again says what is wrong
             return "missed"
-    return Entry(freeze(values[0]), created, None if expires == _NEVER else expires, metadata, wanted.dtype)
+    return freeze(values[0])
 
 
 def _read_metadata(written: bytes) -> dict[str, Any] | None:
-    """Return the metadata, or None where it is not a JSON object."""
+    """Return the metadata, or None where it is not a JSON object that could be written again."""
     try:
-        metadata = json.loads(written, parse_constant=_refuse_constant)
+        metadata = _FROM_JSON.decode(written.decode())
+        if b"\\u" in written:  # an escape can stand for half a character
+            _TO_JSON.encode(metadata).encode()
     except (ValueError, RecursionError):
         return None
     return metadata if isinstance(metadata, dict) else None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

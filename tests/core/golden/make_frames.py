@@ -1,0 +1,125 @@
+"""Write frames by docs/frames.md alone, with struct and fractions, for test_frames.py to read.
+
+It imports nothing of embedonce, so that a mistake there cannot also be here. The golden file was written
+once, for format version 1, and is only ever added to: python tests/core/golden/make_frames.py > frames-v1.json
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from fractions import Fraction
+from typing import Any
+
+import xxhash
+
+MAGIC = b"EO1F"
+CODES = {"float32": 1, "float16": 2, "int8": 3}
+
+
+def write_frame(
+    key: str,
+    vector: list[float],
+    *,
+    created: float,
+    expires: float | None = None,
+    metadata: Any = None,
+    dtype: str = "float32",
+    version: int = 1,
+    key_id: int = 0,
+    flags: int | None = None,
+    raw_metadata: bytes | None = None,
+    raw_payload: bytes | None = None,
+) -> bytes:
+    """Return a frame, also ones that embedonce would never write: with the checksum always right."""
+    plain = b"" if metadata is None else json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
+    if raw_metadata is not None:
+        plain = raw_metadata
+    payload = write_payload(vector, dtype) if raw_payload is None else raw_payload
+    flags = bool(plain) if flags is None else flags
+    start = MAGIC + bytes([version, CODES.get(dtype, 99)]) + flags.to_bytes(2, "little")
+    body = len(vector).to_bytes(4, "little") + len(plain).to_bytes(4, "little")
+    body += struct.pack("<d", created) + struct.pack("<d", float("inf") if expires is None else expires)
+    body += xxhash.xxh3_128_digest(key.encode("ascii")) + key_id.to_bytes(8, "little") + plain + payload
+    return seal(start, body)
+
+
+def seal(start: bytes, body: bytes) -> bytes:
+    seed = int.from_bytes(start, "little")
+    return start + xxhash.xxh3_64_intdigest(body, seed=seed).to_bytes(8, "little") + body
+
+
+def write_payload(vector: list[float], dtype: str) -> bytes:
+    if dtype == "int8":
+        scale, steps = int8_steps(vector)
+        return struct.pack("<f", scale) + struct.pack(f"<{len(steps)}b", *steps)
+    return struct.pack(f"<{len(vector)}{'e' if dtype == 'float16' else 'f'}", *vector)
+
+
+def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
+    """Return scale and steps of float32 values by exact arithmetic."""
+    smallest = Fraction(1, 2**126)
+    wanted = max((abs(Fraction(value)) for value in vector), default=Fraction(0)) / 127
+    unit = Fraction(1, 2**141)  # of 16 significant bits at the smallest scale
+    while wanted > unit * 2**16:
+        unit *= 2
+    scale = max(-(-wanted // unit) * unit, smallest)
+    # round(Fraction) rounds half to even, as rint does; the quotient is first a float64, as the page says.
+    return float(scale), [round(Fraction(float(Fraction(value) / scale))) for value in vector]
+
+
+def key_of(number: int) -> str:
+    return f"eo1.{0x0123456789ABCDEF:016x}.{number:064x}"
+
+
+CASES: list[dict[str, Any]] = [
+    {"name": "plain", "vector": [0.5, -1.0, 0.25]},
+    {"name": "signed zero and subnormals", "vector": [-0.0, 1e-45, -1e-40, 3.4028234663852886e38]},
+    {"name": "expires", "vector": [1.0, 2.0], "expires": 1800000000.25},
+    {
+        "name": "metadata",
+        "vector": [0.5, -1.0, 0.25],
+        "metadata": {"source": "notes/ä.md", "of": [1, None]},
+    },
+    {"name": "odd length of metadata", "vector": [1.5], "metadata": {"a": 1}, "expires": 1800000000.0},
+    {"name": "empty metadata", "vector": [1.5], "metadata": {}},
+    {"name": "half", "vector": [0.5, -65504.0, 5.960464477539063e-08], "dtype": "float16"},
+    {"name": "half with metadata", "vector": [0.5, 0.25, -2.0], "dtype": "float16", "metadata": {"x": "y"}},
+    {"name": "int8", "vector": [0.1, -0.7, 0.333, 0.0, 1e-30], "dtype": "int8"},
+    {"name": "int8 with metadata", "vector": [3e38, -1e37, 12.0], "dtype": "int8", "metadata": {"x": [True, 1.5]}},
+    {"name": "int8 at the smallest scale", "vector": [1.1754943508222875e-37, -2e-38], "dtype": "int8"},
+    {"name": "card", "vector": [], "metadata": {"provider": "ngram", "model": "ngram", "version": "v1"}},
+]
+
+
+def main() -> None:
+    golden = []
+    for number, case in enumerate(CASES):
+        parts = {"dtype": "float32", "expires": None, "metadata": None, **case}
+        name, vector = (
+            parts.pop("name"),
+            struct.unpack(f"<{len(case['vector'])}f", struct.pack(f"<{len(case['vector'])}f", *parts.pop("vector"))),
+        )
+        frame = write_frame(key_of(number), list(vector), created=1700000000.5, **parts)
+        reads = list(vector)
+        if parts["dtype"] == "int8":
+            scale, steps = int8_steps(reads)
+            reads = [step * scale for step in steps]
+        stored = struct.pack(f"<{len(reads)}f", *reads).hex()
+        golden.append(
+            {
+                "name": name,
+                "key": key_of(number),
+                "created": 1700000000.5,
+                **parts,
+                "float32": stored,
+                "frame": frame.hex(),
+            }
+        )
+    json.dump(golden, sys.stdout, indent=1, ensure_ascii=False)
+    print()
+
+
+if __name__ == "__main__":
+    main()
