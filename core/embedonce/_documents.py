@@ -243,7 +243,7 @@ def _refuse(message: str, path: _toml.Path, found: Values) -> Any:
 
 
 def _text(value: str, path: _toml.Path, found: Values) -> Any:
-    if not _is_unicode(value):
+    if not is_unicode(value):
         return _refuse("is not valid Unicode", path, found)
     if "$" not in value:
         return value
@@ -251,7 +251,7 @@ def _text(value: str, path: _toml.Path, found: Values) -> Any:
     text = _VARIABLE.sub(_filler(path, found, missing), value)
     if missing:
         return _refuse(missing[0], path, found)
-    return text if _is_unicode(text) else _refuse("has a variable in it that is not valid Unicode", path, found)
+    return text if is_unicode(text) else _refuse("has a variable in it that is not valid Unicode", path, found)
 
 
 def _filler(path: _toml.Path, found: Values, missing: list[str]) -> Callable[[re.Match[str]], str]:
@@ -276,7 +276,8 @@ def _filler(path: _toml.Path, found: Values, missing: list[str]) -> Callable[[re
     return fill
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether text can be encoded: it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

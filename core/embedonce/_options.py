@@ -56,10 +56,9 @@ class Option:
         Raises:
             pydantic.ValidationError: it is none.
         """
-        return _adapter(self).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        return adapter(self).validate_json(json.dumps(value, allow_nan=False), strict=True)
 
 
-@functools.cache
 def options_of(cls: type[Any]) -> Mapping[str, Option]:
     """Return a class's options by name, in the order in which it writes them.
 
@@ -114,7 +113,12 @@ def _members(hint: Any) -> list[Any]:
     return [member for part in typing.get_args(hint) for member in _members(part)]
 
 
-def _adapter(option: Option) -> Any:
+def adapter(option: Option) -> Any:
+    """Return the ``pydantic.TypeAdapter`` of an option.
+
+    Raises:
+        PluginError: TOML cannot write a value of its type.
+    """
     try:
         return _built(option)
     except TypeError:  # a default or a type that cannot be hashed

@@ -84,6 +84,3 @@ class TierTable:
         Literal["inline", "background", "none"] | None,
         Doc("When vectors are written to it: by default inline, over a network in the background."),
     ] = None
-
-
-TYPE = Annotated[str, Doc("The plugin, by name; embedonce plugins lists what is installed.")]

@@ -1,0 +1,574 @@
+"""A document, checked: every table against its options, every problem with its place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlsplit
+
+from . import plugins
+from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
+from ._options import Option, options_of, read_text, wrongs
+from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
+from ._suggest import closest, listed
+from ._toml import Path as Where
+from .config import Config, Plugged, Setting, TierConfig
+from .contracts import Capabilities
+from .errors import ConfigError, PluginError, Problem
+from .keys import KeyPolicy
+from .options import Doc
+
+TABLES = ("cache", "key", "provider", "tiers")
+
+
+def loaded(document: Document) -> Config:
+    """Return what a document configures.
+
+    Raises:
+        ConfigError: with everything that is wrong with it, in the order of the file.
+    """
+    return _Loader(document).load()
+
+
+@dataclass(slots=True)
+class _Table:
+    """One table of the configuration while it is read."""
+
+    where: Where
+    label: str
+    variables: tuple[str, ...]
+    """What stands between ``EMBEDONCE__`` and the option in a variable that overrides it."""
+    given: Mapping[str, Any]
+    options: dict[str, Option] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    """Names of tables inside it that are read on their own."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """What is right, by option."""
+    secrets: set[str] = field(default_factory=set)
+
+    def variable(self, option: str) -> str:
+        """Return the environment variable that overrides an option, without ``EMBEDONCE__``, in small letters."""
+        return _form((*self.variables, option))
+
+    @property
+    def overridable(self) -> list[str]:
+        """The variables that there are; a tier's name cannot be one, since it is what addresses the tier."""
+        if "" in self.variables:
+            return []
+        return [self.variable(name) for name in self.options if (self.where[0], name) != ("tiers", "name")]
+
+
+class _Loader:
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._values: Values = values(document.data)
+        self._problems: list[Problem] = []
+        self._tables: list[_Table] = []
+        self._variables = {_form(parts): (name, text) for name, parts, text in overrides()}
+        self._unread: list[tuple[str, ...]] = []
+        """Paths of tables that could not be read: what overrides is in them is not known."""
+
+    def load(self) -> Config:
+        self._refuse_unusable()
+        self._check_names()
+        cache = self._section("cache", CacheTable)
+        key = self._key()
+        provider, fallback, fetch_only = self._providers()
+        tiers = self._tiers()
+        self._check_variables()
+        if self._problems:
+            raise ConfigError(sorted(self._problems, key=_in_order))
+        assert provider is not None
+        return Config(
+            source=self._document.source,
+            file=self._document.file,
+            cache=CacheTable(**cache),
+            key=key,
+            provider=provider,
+            fallback=fallback,
+            fallback_fetch_only=fetch_only,
+            tiers=tuple(tiers),
+            document=self._document,
+            _settings=self._settings,
+        )
+
+    # --- problems ---
+
+    def _wrong(self, where: Where, message: str, *, key: bool = False) -> None:
+        self._problems.append(self._document.problem(where, message, key=key))
+
+    def _refuse_unusable(self) -> None:
+        for where, message in self._values.wrong:
+            head, rest = self._split(where)
+            name = _dotted(rest)
+            self._wrong(where, f"{name} in {self._label(head)} {message}" if head else f"{name} {message}")
+
+    def _split(self, where: Where) -> tuple[Where, Where]:
+        """Return the path of the table that a value is in, and the rest of its path."""
+        depth = 2 if where[:1] == ("tiers",) or where[:2] == ("provider", "fallback") else 1
+        depth = min(depth, len(where) - 1)
+        return where[:depth], where[depth:]
+
+    def _label(self, where: Where) -> str:
+        if len(where) == 2 and isinstance(where[1], int):
+            label = self._document.table("tiers", array=True)
+            return f"{label} {self._called(where[1])}"
+        return self._document.table(*(str(part) for part in where))
+
+    def _called(self, index: int) -> str:
+        """Return how a message calls a tier that may have no usable name."""
+        tiers = self._values.data["tiers"]
+        given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
+        for key in ("name", "type"):
+            if isinstance(given.get(key), str) and ("tiers", index, key) not in self._values.private:
+                return _quoted(given[key])
+        return f"number {index + 1}"
+
+    def _check_names(self) -> None:
+        for name, given in self._values.data.items():
+            if name in TABLES:
+                continue
+            home = next((table for table, cls in _OWN.items() if name in options_of(cls)), None)
+            meant = closest(name, TABLES)
+            what = f"unknown table {self._document.table(name)}" if _is_table(given) else f"unknown key {_quoted(name)}"
+            if home and not _is_table(given):
+                hint = f"; it belongs in {self._document.table(home)}"
+            elif meant:
+                hint = f"; did you mean {self._document.table(meant, array=meant == 'tiers')}?"
+            else:
+                hint = f"; there are {listed(self._document.table(t, array=t == 'tiers') for t in TABLES)}"
+            self._wrong((name,), what + hint, key=True)
+
+    # --- tables ---
+
+    def _given(self, where: Where, given: Any) -> Mapping[str, Any] | None:
+        if isinstance(given, Mapping):
+            return given
+        if given is not UNUSABLE:
+            self._wrong(where, f"{self._label(where)} must be a table")
+        return None
+
+    def _section(self, name: str, cls: type[Any]) -> dict[str, Any]:
+        given = self._given((name,), self._values.data.get(name, {}))
+        if given is None:
+            self._unread.append((name,))
+            return {}
+        table = _Table((name,), self._document.table(name), (name,), given, dict(options_of(cls)))
+        self._read(table)
+        return table.values
+
+    def _key(self) -> KeyPolicy:
+        given = self._section("key", KeyTable)
+        steps = [
+            step
+            for index, step in enumerate(given.get("normalize", ()))
+            if self._has_step(step, ("key", "normalize", index))
+        ]
+        try:
+            return KeyPolicy(**{**given, "normalize": steps})
+        except ConfigError as error:
+            self._wrong_of("key", "secret", str(error))
+            return KeyPolicy()
+
+    def _has_step(self, step: str, where: Where) -> bool:
+        try:
+            plugins.normalizer(step)
+        except PluginError as error:
+            self._wrong_of("key", "normalize", str(error), where)
+            return False
+        return True
+
+    def _wrong_of(self, section: str, option: str, message: str, where: Where | None = None) -> None:
+        """Note a problem with one of embedonce's own values, at whatever gave it."""
+        variable = self._variables.get(_form((section, option)))
+        if variable:
+            self._problems.append(Problem(f"{variable[0]}: {message}"))
+        else:
+            self._wrong(where or (section, option), f"{option} in {self._document.table(section)}: {message}")
+
+    # --- plugins ---
+
+    def _providers(self) -> tuple[Plugged | None, Plugged | None, bool]:
+        if "provider" not in self._values.data:
+            example = f'write one, such as {self._document.table("provider")} type = "ngram"'
+            self._problems.append(
+                Problem(f"{self._document.table('provider')} is missing; {example}", self._document.shown)
+            )
+            self._unread.append(("provider",))
+            return None, None, False
+        given = self._given(("provider",), self._values.data["provider"])
+        if given is None:
+            self._unread.append(("provider",))
+            return None, None, False
+        provider = self._provider(("provider",), given, {}, tables=("fallback",))
+        if "fallback" not in given:
+            return self._plugged(provider), None, False
+        inner = self._given(("provider", "fallback"), given["fallback"])
+        if inner is None:
+            self._unread.append(("provider", "fallback"))
+            return self._plugged(provider), None, False
+        fallback = self._provider(("provider", "fallback"), inner, options_of(FallbackTable))
+        fetch_only = fallback is not None and bool(fallback[0].values.pop("fetch_only", False))
+        return self._plugged(provider), self._plugged(fallback), fetch_only
+
+    def _provider(
+        self, where: tuple[str, ...], given: Mapping[str, Any], own: Mapping[str, Option], tables: tuple[str, ...] = ()
+    ) -> tuple[_Table, str, type[Any]] | None:
+        table = _Table(where, self._document.table(*where), where, given, tables=tables)
+        return self._plugin(table, plugins.provider, {**own})
+
+    def _plugin(self, table: _Table, find: Any, own: Mapping[str, Option]) -> tuple[_Table, str, type[Any]] | None:
+        """Read a plugin's table; None where its class, and so its options, are not known."""
+        kind = self._type(table)
+        if kind is None:
+            self._unread.append(table.variables)
+            return None
+        try:
+            cls: type[Any] = find(kind)
+            options = options_of(cls)
+            _check_collision(cls, options, {"type", *own, *table.tables})
+        except PluginError as error:
+            self._wrong_value(table, "type", str(error))
+            self._unread.append(table.variables)
+            return None
+        table.options = {**table.options, **own, **options}
+        self._read(table)
+        del table.values["type"]
+        return table, kind, cls
+
+    def _type(self, table: _Table) -> str | None:
+        example = "ngram" if table.where[0] == "provider" else "memory"
+        option = Option("type", Annotated[str, Doc(f'it names a plugin, such as type = "{example}"')])
+        table.options = {"type": option}
+        value = self._value(table, option)
+        return value if isinstance(value, str) else None
+
+    def _plugged(self, found: tuple[_Table, str, type[Any]] | None) -> Plugged | None:
+        if found is None:
+            return None
+        table, kind, cls = found
+        return Plugged(
+            type=kind,
+            cls=cls,
+            options=table.values,
+            label=table.label,
+            path=table.where,
+            secrets=frozenset(table.secrets),
+        )
+
+    # --- tiers ---
+
+    def _tiers(self) -> list[TierConfig]:
+        header = self._document.table("tiers", array=True)
+        if "tiers" not in self._values.data:
+            message = f"{header} is missing; write at least one, or tiers = [] to store nothing"
+            self._problems.append(Problem(message, self._document.shown))
+            self._unread.append(("tiers",))
+            return []
+        given = self._values.data["tiers"]
+        if not isinstance(given, list):
+            if given is not UNUSABLE:
+                self._wrong(("tiers",), f"tiers must be a list of tables: write {header}")
+            self._unread.append(("tiers",))
+            return []
+        taken: dict[str, str] = {}
+        tiers = [self._tier(index, item, taken) for index, item in enumerate(given)]
+        return [tier for tier in tiers if tier is not None]
+
+    def _tier(self, index: int, item: Any, taken: dict[str, str]) -> TierConfig | None:
+        where: Where = ("tiers", index)
+        given = self._given(where, item)
+        if given is None:
+            return None
+        name = self._name(where, given, taken)
+        label = self._label(where)
+        found = self._plugin(_Table(where, label, ("tiers", name or ""), given), plugins.backend, options_of(TierTable))
+        if found is None or name is None:
+            return None
+        table, kind, cls = found
+        self._check_honoured(table, cls)
+        own = {key: table.values.pop(key) for key in options_of(TierTable) if key in table.values}
+        return TierConfig(
+            type=kind, cls=cls, options=table.values, label=label, path=where, secrets=frozenset(table.secrets),
+            **{**own, "name": name},
+        )  # fmt: skip
+
+    def _name(self, where: Where, given: Mapping[str, Any], taken: dict[str, str]) -> str | None:
+        """Return a tier's name, its type by default, or None where it can have none."""
+        key = "name" if given.get("name") is not None else "type"
+        name = given.get(key)
+        if not isinstance(name, str):
+            return None  # what is wrong with it is said when the table is read
+        if name == "provider" or not re.fullmatch(TIER_NAME, name):
+            wanted = f'a tier\'s name is like "{_slug(name)}": a letter a-z, then a-z, 0-9, - and _'
+            why = '"provider" is what stands for the provider' if name == "provider" else wanted
+            self._wrong((*where, key), f"{_quoted(name)} cannot be a tier's name: {why}")
+            return None
+        form = name.replace("-", "_")  # as in environment variables
+        if form in taken:
+            message = f'a tier named "{taken[form]}" is there already; give this one another name: name = "{name}2"'
+            self._wrong((*where, key), message)
+            return None
+        taken[form] = name
+        return name
+
+    def _check_honoured(self, table: _Table, cls: type[Any]) -> None:
+        capabilities = getattr(cls, "capabilities", None)
+        in_process = isinstance(capabilities, Capabilities) and capabilities.scope == "process"
+        if in_process and table.values.get("timeout") is not None:
+            why = "it holds its entries in this process, and nothing waits for it; leave timeout out"
+            self._wrong_value(table, "timeout", f"the tier cannot honour a timeout: {why}", key=True)
+
+    # --- options ---
+
+    def _read(self, table: _Table) -> None:
+        """Check a table's keys and values; put those that are right into ``table.values``."""
+        self._tables.append(table)
+        names = [*table.options, *table.tables]
+        for key in table.given:
+            if key not in names:
+                self._wrong(
+                    (*table.where, key), f"unknown key {_quoted(key)} in {table.label}{_hint(key, names)}", key=True
+                )
+        for option in table.options.values():
+            value = self._value(table, option)
+            if value is not UNUSABLE:
+                table.values[option.name] = value
+
+    def _value(self, table: _Table, option: Option) -> Any:
+        """Return an option's value in its type; UNUSABLE where there is none, or a wrong one."""
+        override = self._override(table, option.name)
+        if override is not None:
+            return self._from_variable(table, option, *override)
+        if option.name not in table.given:
+            if option.required:
+                self._wrong(table.where, f"{_quoted(option.name)} is missing in {table.label}{_said(option)}", key=True)
+            return UNUSABLE
+        return self._from_document(table, option, table.given[option.name])
+
+    def _override(self, table: _Table, option: str) -> tuple[str, str] | None:
+        variable = table.variable(option)
+        return self._variables.get(variable) if variable in table.overridable else None
+
+    def _from_variable(self, table: _Table, option: Option, variable: str, text: str) -> Any:
+        table.secrets.update(_pieces(text))
+        if not is_unicode(text):
+            self._problems.append(Problem(f"{variable}: is not valid Unicode"))
+            return UNUSABLE
+        return self._checked(option, read_text(option, text), variable=variable, table=table)
+
+    def _from_document(self, table: _Table, option: Option, value: Any) -> Any:
+        where = (*table.where, option.name)
+        if _holds_unusable(value):
+            return UNUSABLE
+        private = _below(where, self._values.private)
+        if private or is_secret(where[-1:]):
+            table.secrets.update(piece for text in _texts(value) for piece in _pieces(text))
+        if where in self._values.expanded:
+            value = read_text(option, value)
+        return self._checked(option, value, table=table, hidden=private)
+
+    def _checked(
+        self, option: Option, value: Any, *, table: _Table, variable: str | None = None, hidden: bool = False
+    ) -> Any:
+        from pydantic import ValidationError
+
+        hidden = hidden or variable is not None
+        try:
+            return self._placed(option, option.check(value))
+        except ValidationError as error:
+            for wrong in wrongs(option, value, error, hidden=hidden or is_secret((option.name,))):
+                where = (*table.where, option.name, *wrong.where)
+                name = _dotted((option.name, *wrong.where))
+                shown = None if hidden or isinstance(wrong.value, dict | list) else display(where, wrong.value)
+                what = f"{name} = {shown}" if shown else name
+                self._at(table, where, f"{what} in {table.label}: {wrong.message}", wrong.message, variable)
+        except (PluginError, ValueError, RuntimeError) as error:
+            said = str(error) if isinstance(error, PluginError) or not hidden else "is not valid"
+            where = (*table.where, option.name)
+            self._at(table, where, f"{option.name} in {table.label}: {said}", said, variable)
+        return UNUSABLE
+
+    def _at(self, table: _Table, where: Where, message: str, short: str, variable: str | None) -> None:
+        if variable is not None:
+            self._problems.append(Problem(f"{variable}: {short}"))
+        else:
+            self._wrong(where, message)
+
+    def _wrong_value(self, table: _Table, option: str, message: str, *, key: bool = False) -> None:
+        override = self._override(table, option)
+        if override is not None:
+            self._problems.append(Problem(f"{override[0]}: {message}"))
+        else:
+            self._wrong((*table.where, option), f"{option} in {table.label}: {message}", key=key)
+
+    def _placed(self, option: Option, value: Any) -> Any:
+        """Return a path as absolute: it is meant from the folder of the file that it is written in."""
+        if not option.is_path or not isinstance(value, str | Path):
+            return value
+        path = self._document.folder / Path(value).expanduser()
+        return path if isinstance(value, Path) else str(path)
+
+    # --- variables ---
+
+    def _check_variables(self) -> None:
+        known = {name: f"{OVERRIDE}{name.upper()}" for table in self._tables for name in table.overridable}
+        unread = tuple(f"{_form(path)}__" for path in self._unread)
+        for form, (variable, _) in self._variables.items():
+            if form not in known and not form.startswith(unread):
+                meant = closest(form, known)
+                hint = f"; did you mean {known[meant]}?" if meant else ""
+                self._problems.append(Problem(f"the environment variable {variable} overrides nothing{hint}"))
+
+    # --- where values came from ---
+
+    def _settings(self) -> list[Setting]:
+        return [setting for table in self._tables for setting in self._settings_of(table)]
+
+    def _settings_of(self, table: _Table) -> Iterable[Setting]:
+        for name, option in table.options.items():
+            yield self._setting(table, name, option)
+
+    def _setting(self, table: _Table, name: str, option: Option) -> Setting:
+        where = (*table.where, name)
+        dotted = ".".join((*table.variables, name))
+        override = self._override(table, name)
+        if override is not None:
+            return Setting(dotted, HIDDEN, override[0])
+        if name not in table.given:
+            return Setting(dotted, option.default, "default")
+        place = self._document.place(where, key=True)
+        origin = f"{self._document.shown}:{place.line}" if place else self._document.source
+        value = (
+            HIDDEN if _below(where, self._values.private) or is_secret((name,)) else _masked(where, table.given[name])
+        )
+        return Setting(dotted, value, origin)
+
+
+_OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable}
+
+
+def _check_collision(cls: type[Any], options: Mapping[str, Option], taken: set[str]) -> None:
+    both = sorted(taken & options.keys())
+    if both:
+        raise PluginError(
+            f"{cls.__module__}.{cls.__qualname__} has an option named {listed(both)}, which TOML uses for "
+            "something else; its author must rename it"
+        )
+
+
+def _form(parts: Sequence[str]) -> str:
+    return "__".join(parts).replace("-", "_").lower()
+
+
+def _in_order(problem: Problem) -> tuple[bool, int, int]:
+    return problem.line is None, problem.line or 0, problem.column or 0
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
+
+
+def _hint(key: str, names: Sequence[str]) -> str:
+    meant = closest(key, names)
+    return f'; did you mean "{meant}"?' if meant else f"; it takes {listed(names)}" if names else "; it takes none"
+
+
+def _said(option: Option) -> str:
+    return f"; {option.doc}" if option.doc else ""
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
+
+
+def _below(where: Where, places: Iterable[Where]) -> bool:
+    return any(place[: len(where)] == where for place in places)
+
+
+def _holds_unusable(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_unusable(item) for item in value.values())
+    if isinstance(value, list):
+        return any(_holds_unusable(item) for item in value)
+    return value is UNUSABLE
+
+
+# --- what messages may show -------------------------------------------------------------------
+
+HIDDEN = "(hidden)"
+LONGEST = 60
+"""Characters of a value that a message shows."""
+
+_SECRET = re.compile(
+    r"secret|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
+)
+_IN_URL = re.compile(r"//[^/\s]*@")
+
+
+def is_secret(where: Sequence[str | int]) -> bool:
+    """Whether a value with these names on its path is taken for a secret."""
+    return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
+
+
+def display(where: Where, value: Any) -> str | None:
+    """Return a value as TOML writes it, shortened; None where it must not be shown."""
+    if is_secret(where[1:]):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _quoted(_without_credentials(value)) if isinstance(value, str) else str(value)
+
+
+def _masked(where: Where, value: Any) -> Any:
+    if is_secret(where[1:]):
+        return HIDDEN
+    if isinstance(value, Mapping):
+        return {key: _masked((*where, key), item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_masked(where, item) for item in value]
+    return _without_credentials(value) if isinstance(value, str) else value
+
+
+def _without_credentials(value: str) -> str:
+    """Return a URL without user, password and query; other text as it is."""
+    if "://" not in value:
+        return value
+    return _IN_URL.sub("//***@", value).partition("?")[0]
+
+
+def _quoted(text: str) -> str:
+    """Return text in quotes, shortened, with anything that a terminal would obey written as an escape."""
+    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return json.dumps(short, ensure_ascii=not (short.isprintable() and is_unicode(short)))
+
+
+def _dotted(where: Where) -> str:
+    """Return names and places in lists as ``servers[0].host``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return text.removeprefix(".")
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """Yield the text and, of a URL, what is secret in it: a plugin's message may repeat a part."""
+    if text:
+        yield text
+    try:
+        url = urlsplit(text)
+        if url.password:
+            yield url.password
+        yield from (value for _, value in parse_qsl(url.query) if value)
+    except ValueError:  # no URL
+        return

@@ -1,0 +1,193 @@
+"""TOML, or a dict of the same shape, to a frozen :class:`Config`, to a :class:`Cache`.
+
+Nothing heavy is imported here: pydantic and the plugins' metadata wait for the first :func:`load`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from .errors import ConfigError, EmbedonceError, Problem
+from .keys import KeyPolicy
+
+if TYPE_CHECKING:
+    from ._documents import Document
+    from ._sections import CacheTable
+    from .cache import Cache
+
+Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
+"""What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
+
+PluginClass: TypeAlias = type[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One resolved value and where it came from."""
+
+    name: str
+    """Dotted, with a tier's name for its place: ``tiers.redis.ttl``."""
+    value: Any
+    """``"(hidden)"`` where it is, or may hold, a secret."""
+    origin: str
+    """``embedonce.toml:14``, the environment variable, ``a dict`` or ``default``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugged:
+    """A plugin's class and the options to make it with."""
+
+    type: str
+    cls: PluginClass
+    options: Mapping[str, Any] = field(repr=False)
+    """What was given; the class's own defaults are the rest."""
+    label: str
+    """Its table, as messages write it: ``[[tiers]] "redis"``."""
+    path: tuple[str | int, ...] = field(repr=False)
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+    """Texts among the options that no message may repeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierConfig(Plugged):
+    """One of ``[[tiers]]``."""
+
+    name: str
+    ttl: float | None = None
+    timeout: float | None = None
+    on_error: Literal["skip", "raise"] = "skip"
+    write: Literal["inline", "background", "none"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration, checked, with every value resolved."""
+
+    source: str
+    """What it was read from, in words: for the command line to say."""
+    file: Path | None
+    cache: CacheTable
+    key: KeyPolicy
+    provider: Plugged
+    fallback: Plugged | None
+    fallback_fetch_only: bool
+    tiers: tuple[TierConfig, ...]
+    document: Document = field(repr=False, compare=False)
+    _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
+
+    def settings(self) -> list[Setting]:
+        """Return every value, defaults included, and where each came from; secrets are hidden."""
+        return self._settings()
+
+
+def open(source: Source = None) -> Cache:
+    """Return the cache that a configuration describes.
+
+    ``source`` is a TOML file, a dict of the same shape, or None. None takes the file that
+    ``EMBEDONCE_CONFIG`` names, else ``embedonce.toml`` or the ``[tool.embedonce]`` of a
+    ``pyproject.toml`` in this folder or one above, else the ngram provider with a memory tier and a
+    disk tier in the user's cache folder.
+
+    Raises:
+        ConfigError: it cannot be used; ``problems`` lists everything that is wrong.
+    """
+    return compose(load(source))
+
+
+def load(source: Source = None) -> Config:
+    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does."""
+    from ._documents import document
+    from ._load import loaded
+
+    return loaded(document(source))
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 7) of ``embedonce.toml``, with the options of every installed plugin.
+
+    A plugin that cannot be loaded is left out.
+    """
+    from ._schema import schema
+
+    return schema()
+
+
+def compose(config: Config) -> Cache:
+    """Make the provider and the backends of a configuration, and the cache of them.
+
+    Raises:
+        ConfigError: a plugin refused its options, or the parts do not go together. What was already
+            made is closed.
+    """
+    made: list[Any] = []
+    try:
+        return _composed(config, made)
+    except BaseException as error:
+        _close(made, error)
+        raise
+
+
+def _composed(config: Config, made: list[Any]) -> Cache:
+    from . import plugins
+    from ._tiers import Tier
+    from .cache import Cache
+
+    problems: list[Problem] = []
+
+    def make(part: Plugged) -> Any:
+        try:
+            made.append(part.cls(**part.options))
+        except Exception as error:
+            problems.append(_refusal(config, part, error))
+            return None
+        return made[-1]
+
+    provider = make(config.provider)
+    fallback = make(config.fallback) if config.fallback is not None else None
+    backends = [make(tier) for tier in config.tiers]
+    if problems:
+        raise ConfigError(problems)
+    tiers = [
+        Tier(backend, name=tier.name, ttl=tier.ttl, timeout=tier.timeout, on_error=tier.on_error, write=tier.write)
+        for tier, backend in zip(config.tiers, backends, strict=True)
+    ]
+    used = [part.type for part in (config.provider, config.fallback, *config.tiers) if part is not None]
+    try:
+        return Cache(
+            provider,
+            tiers,
+            key=config.key,
+            dtype=config.cache.dtype,
+            mode=config.cache.mode,
+            fallback=fallback,
+            fallback_fetch_only=config.fallback_fetch_only,
+            max_wait=config.cache.max_wait,
+            flush_timeout=config.cache.flush_timeout,
+            max_queued=config.cache.max_queued,
+            listeners=plugins.listeners([*used, *config.key.normalize]),
+        )
+    except ConfigError as error:
+        shown = config.document.shown
+        raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
+
+
+def _refusal(config: Config, part: Plugged, error: Exception) -> Problem:
+    """Return what a plugin's constructor said, at its table, unless it repeats what must stay hidden."""
+    said = str(error)
+    kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
+    if any(secret in said for secret in part.secrets):
+        said = "(its message is hidden: it repeats a secret)"
+    message = f"{part.label} cannot be made: " + ": ".join(part for part in (kind, said) if part)
+    return config.document.problem(part.path, message, key=True)
+
+
+def _close(made: list[Any], error: BaseException) -> None:
+    for part in reversed(made):
+        try:
+            part.close()
+        except Exception as failed:
+            error.add_note(f"closing {type(part).__name__} failed too: {type(failed).__name__}")
