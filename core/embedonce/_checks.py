@@ -77,17 +77,18 @@ def conform(
 ) -> Decoded:
     """Do for an entry backend's answer what ``decode_frames`` does for frames.
 
-    ``trusted``: the backend holds the very objects that this cache gave it.
+    ``trusted``: the backend is in this process and holds the very objects that this cache gave it.
     """
+    if trusted and not _any_odd(values, now, dtype, dimensions):
+        return Decoded(dict(values), [], [])
     decoded = Decoded({}, [], [])
-    entries = decoded.entries
     for key, entry in values.items():
-        if type(entry) is not Entry or not _sound(entry, dimensions, trusted):
+        if not _sound(entry, dimensions):
             decoded.corrupt.append(key)
         elif entry.expires is not None and entry.expires <= now:
             decoded.missed.append(key)
         elif entry.dtype == dtype:
-            entries[key] = entry
+            decoded.entries[key] = entry
         elif _FINENESS[entry.dtype] < _FINENESS[dtype]:
             decoded.missed.append(key)
         else:
@@ -95,13 +96,23 @@ def conform(
     return decoded
 
 
-def _sound(entry: Entry, dimensions: int | None, trusted: bool) -> bool:
+def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
+    """Look for anything but what this cache would have stored itself; a batch that is all sound needs no more."""
+    for entry in values.values():
+        if type(entry) is not Entry:
+            return True
+        vector, _, expires, _, kept = entry
+        if vector.size != dimensions or kept != dtype or (expires is not None and expires <= now):
+            return True
+    return False
+
+
+def _sound(entry: Any, dimensions: int | None) -> bool:
+    if type(entry) is not Entry or entry.dtype not in _FINENESS:
+        return False
     vector = entry.vector
-    if trusted:
-        return dimensions is None or vector.size == dimensions
     return (
-        entry.dtype in _FINENESS
-        and type(vector) is np.ndarray
+        type(vector) is np.ndarray
         and vector.dtype == np.float32
         and vector.ndim == 1
         and (dimensions is None or vector.size == dimensions)

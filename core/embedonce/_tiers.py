@@ -272,7 +272,7 @@ class LiveTier:
         return TierError(f"tier {self.name!r} failed ({cause})", self.name)
 
     def _chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
-        size = self.capabilities.max_batch or CHUNK
+        size = self.capabilities.max_batch or (CHUNK if self.capabilities.blocking else len(keys) or 1)
         for start in range(0, len(keys), size):
             yield keys[start : start + size]
 
@@ -297,7 +297,8 @@ class LiveTier:
                 continue
             try:
                 values = await self._get(port, chunk)
-                values = {key: values[key] for key in chunk if key in values}
+                if len(values) > len(chunk) or not values.keys() <= set(chunk):  # what nobody asked for
+                    values = {key: values[key] for key in chunk if key in values}
             except Exception as error:  # noqa: BLE001  (a backend may raise anything; it is counted and, if asked, raised)
                 read.cause = self._failed(self.reads, error)
                 read.errors += len(chunk)
