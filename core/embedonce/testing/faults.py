@@ -311,6 +311,8 @@ class FaultyBackend:
     def _before(self, operation: Operation, keys: int) -> Fault | None:
         """Count the call, do what a fault does before anything is asked, and return the fault."""
         fault = self._strike(operation, keys)
+        if self.capabilities.deadline:
+            time_left()
         if fault is not None:
             if fault.kind == "hang":
                 self.gate.wait(obey=fault.obey)

@@ -1,0 +1,14 @@
+"""A provider that is broken in a way that only another process shows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embedonce.testing import CountingProvider
+
+
+class HashingProvider(CountingProvider):
+    """Broken: its vectors come from Python's own hash, which is another one in every process."""
+
+    def vector_of(self, text, task="document"):
+        return np.random.default_rng(abs(hash(text))).random(self.dimensions, dtype=np.float32)

@@ -1,0 +1,83 @@
+"""A backend with one file per key: what a first plugin looks like. Importable, so that other processes can make one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from embedonce.contracts import Capabilities
+
+
+class ShelfBackend:
+    """Holds frames as files in a folder."""
+
+    capabilities = Capabilities(scope="host", delete=True, scan=True, add=True)
+
+    def __init__(self, *, path: str) -> None:
+        self.path = path
+        self._folder: Path | None = Path(path)
+
+    @property
+    def folder(self) -> Path:
+        if self._folder is None:
+            raise RuntimeError("this backend is closed")
+        return self._folder
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        folder, found = self.folder, {}
+        for key in keys:
+            try:
+                found[key] = (folder / key).read_bytes()
+            except FileNotFoundError:
+                continue
+        return found
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        for key, frame in items.items():
+            os.replace(self._written(frame), self.folder / key)
+
+    def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
+        added = set()
+        for key, frame in items.items():
+            written = self._written(frame)
+            try:
+                os.link(written, self.folder / key)
+            except FileExistsError:
+                continue
+            else:
+                added.add(key)
+            finally:
+                os.unlink(written)
+        return added
+
+    def delete_many(self, keys: Sequence[str], /) -> None:
+        for key in keys:
+            (self.folder / key).unlink(missing_ok=True)
+
+    def scan(self, prefix: str, /) -> Iterator[str]:
+        for name in os.listdir(self.folder):
+            if name.startswith(prefix) and not name.endswith("~"):
+                yield name
+
+    def close(self) -> None:
+        self._folder = None
+
+    def _written(self, frame: bytes) -> str:
+        """Return a file with the frame, whole before it has its name. No key ends with ~."""
+        handle, name = tempfile.mkstemp("~", dir=self.folder)
+        with open(handle, "wb") as file:
+            file.write(frame)
+        return name
+
+
+class HashingShelfBackend(ShelfBackend):
+    """Broken: names its files by Python's own hash, which is another one in every process."""
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        found = super().get_many([f"eo1.{hash(key)}" for key in keys])
+        return {key: found[name] for key in keys if (name := f"eo1.{hash(key)}") in found}
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        super().set_many({f"eo1.{hash(key)}": frame for key, frame in items.items()}, ttl)
