@@ -27,9 +27,8 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from embedonce.contracts import Limits, Task
-from embedonce.hookspecs import hookimpl
-from embedonce.keys import VectorSpace
+from embedonce import Limits, VectorSpace, hookimpl
+from embedonce.contracts import Task
 from embedonce.options import Doc
 
 api = 1

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedonce.contracts import Limits
+from embedonce.contracts import AnyProvider, Limits
 from embedonce.errors import SpaceError
 from embedonce.functions import AsyncFunctionProvider, FunctionProvider, wrap
 from embedonce.keys import VectorSpace
+from embedonce.testing import ProviderContract
 
 SPACE = {"model": "lengths-v1", "dimensions": 2}
 
@@ -52,6 +53,25 @@ class AsyncModel:
 def with_keywords(texts: list[str], **options: Any) -> list[list[float]]:
     assert not options
     return lengths(texts)
+
+
+def characters(texts: list[str], task: str) -> list[list[float]]:
+    return [[float(len(text) + 1), *(text.count(chr(c)) for c in range(32, 128)), task == "query"] for text in texts]
+
+
+async def async_characters(texts: list[str]) -> list[list[float]]:
+    await asyncio.sleep(0)
+    return [[*row, 1.0] for row in characters(texts, "document")]
+
+
+class TestFunction(ProviderContract):
+    def make(self) -> AnyProvider:
+        return wrap(characters, {"model": "characters-v1"})
+
+
+class TestAsyncFunction(ProviderContract):
+    def make(self) -> AnyProvider:
+        return wrap(async_characters, {"model": "characters-v1", "dimensions": 99})
 
 
 SYMMETRIC = [lengths, Model(), functools.partial(asymmetric, task="query"), with_keywords, lambda texts: lengths(texts)]

@@ -11,7 +11,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from embedonce.testing import ProviderContract, Recipe
 from embedonce_providers import ngram
 from embedonce_providers.ngram import NgramProvider
 
 GOLDEN = Path(__file__).parent / "golden" / "ngram.json"
+
+
+class TestNgramProvider(ProviderContract):
+    def make(self) -> NgramProvider:
+        return NgramProvider()
+
+    def recipe(self) -> Recipe:
+        return Recipe(NgramProvider)
+
 
 any_text = st.text(max_size=60)
 # Few characters: repeated runs, runs that cancel out, white space of every kind, both cases, other planes.
@@ -140,19 +149,6 @@ def test_the_space_is_one_for_every_task_and_differs_by_dimensions() -> None:
 def test_dimensions_outside_the_range_are_refused(dimensions: int) -> None:
     with pytest.raises(ValueError, match="from 8 to 8192"):
         NgramProvider(dimensions=dimensions)
-
-
-def test_threads_share_a_provider() -> None:
-    provider = NgramProvider()
-    texts = [f"passage {i} of a text" for i in range(300)]
-    expected = hex_of(provider.embed(texts, "document"))
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(hex_of(provider.embed(texts, "query")))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [expected] * 8
 
 
 # --- the same vectors everywhere ----------------------------------------------------------------
