@@ -16,10 +16,11 @@ import typer
 
 from .formats import Format, Split
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, count, emit, say
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, count, emit, say
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
+    from embedonce.config import Config
 
     from .progress import Bar, NoBar
     from .run import Run, Summary
@@ -44,7 +45,7 @@ where it was when it is started again: what was computed is in the tiers.
 def embed(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Files and folders; - is standard input.", show_default=False),
+        typer.Argument(metavar="PATH", help="Files and folders; - is standard input.", show_default=False),
     ],
     out: Annotated[
         Path,
@@ -74,19 +75,24 @@ def embed(
     json: JsonOption = False,
 ) -> None:
     """Embed the passages of files, each distinct text once, and write one row per passage."""
-    from .opened import opened
+    from embedonce.config import compose
+
+    from .opened import load
     from .run import Run
     from .sources import Reader
 
     sink = _sink(out, with_text)
     try:
         _check_paths(paths, out, format)
-        with _sigterm(), opened(config) as cache:
+        loaded = load(config)
+        with _sigterm(), compose(loaded) as cache:
             reader = Reader(paths, split=split, field=field, format=format, leave_out=_own_files(out))
             run = Run(cache, reader, sink, task=task, strict=strict, tell=say)
-            code = _outcome(run, cache, out, bar=_bar(reader, cache, show=not (json or quiet)))
+            code = _outcome(run, loaded, out, bar=_bar(reader, cache, show=not (json or quiet)))
     finally:
         sink.abort()
+    for tier, kinds in run.summary.trouble.items():
+        say(f"tier {tier}: {', '.join(f'{number:,} {kind}' for kind, number in kinds.items())}")
     _tell(run.summary, as_json=json, quiet=quiet)
     if code:
         raise typer.Exit(code)
@@ -101,7 +107,7 @@ def _sink(out: Path, with_text: bool) -> Sink:
     try:
         return open_sink(out, with_text=with_text)
     except SinkError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise Refused(str(error)) from None
 
 
 def _own_files(out: Path) -> list[str]:
@@ -116,13 +122,13 @@ def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
         if path == "-":
             continue
         if not os.path.lexists(path):
-            raise typer.BadParameter(f"{path}: no such file or folder")
+            raise Refused(f"{path}: no such file or folder")
         if os.path.realpath(path) in own:
-            raise typer.BadParameter(f"{path} is what --out writes")
+            raise Refused(f"{path} is what --out writes")
     if paths.count("-") > 1:
-        raise typer.BadParameter("standard input (-) can be read once")
+        raise Refused("standard input (-) can be read once")
     if "-" in paths and format == "parquet":
-        raise typer.BadParameter("Parquet cannot be read from standard input")
+        raise Refused("Parquet cannot be read from standard input")
 
 
 def _bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
@@ -159,7 +165,7 @@ def _sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _outcome(run: Run, cache: Cache, out: Path, bar: Bar | NoBar) -> int:
+def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
     """Run, and return the exit code; what ends a run early is said here and noted in the summary."""
     from .run import Stopped
     from .sinks import SinkError, index_of
@@ -170,25 +176,30 @@ def _outcome(run: Run, cache: Cache, out: Path, bar: Bar | NoBar) -> int:
             run.embed(bar)
     except Stopped as error:
         summary.stopped = str(error)
-        say(f"stopped: {error}; no output was written. {_kept(cache)}")
+        say(f"stopped: {error}; no output was written. {_kept(config)}")
         return FAILED
     except KeyboardInterrupt as error:
         summary.stopped = "interrupted"
-        say(f"interrupted; no output was written. {_kept(cache)}")
+        say(f"interrupted; no output was written. {_kept(config)}")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (OSError, SinkError) as error:
         summary.stopped = f"cannot write {out}: {getattr(error, 'strerror', None) or error}"
-        say(f"error: {summary.stopped}. {_kept(cache)}")
+        say(f"error: {summary.stopped}. {_kept(config)}")
         return FAILED
     summary.out = str(out)
     summary.index = str(index_of(out)) if out.suffix.lower() == ".npy" else None
     return FAILED if summary.failed else OK
 
 
-def _kept(cache: Cache) -> str:
-    if any(tier.backend.capabilities.scope != "process" for tier in cache.tiers):
+def _kept(config: Config) -> str:
+    if any(_outlives(tier.cls) for tier in config.tiers):
         return "What was computed is stored: run the same command again and it goes on from there."
     return "No tier outlives this process, so nothing is kept: add a disk tier to go on from there next time."
+
+
+def _outlives(backend: type[Any]) -> bool:
+    """Say whether what a backend holds is there when this process is not."""
+    return getattr(getattr(backend, "capabilities", None), "scope", "host") != "process"
 
 
 # --- the summary ------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def lines_of(stream: BinaryIO, meter: Meter) -> Iterator[Line]:
             raw = raw.removeprefix(BOM)
         if raw.endswith(b"\n"):
             raw = raw[: -2 if raw.endswith(b"\r\n") else -1]
-        yield number, raw
+        yield number, raw if len(raw) <= MAX_PASSAGE else None
 
 
 def _skip_line(stream: BinaryIO, meter: Meter) -> None:
@@ -99,7 +99,7 @@ def _by_paragraph(lines: Iterable[Line], source: str) -> Iterator[Found]:
             continue
         if not size:
             start = number
-        size += (MAX_PASSAGE if raw is None else len(raw)) + 1
+        size += (MAX_PASSAGE + 1 if raw is None else len(raw)) + 1
         if size > MAX_PASSAGE + 1:
             held = []  # too long: what was held is let go, and the rest of it is only counted
         elif raw is not None:
@@ -184,12 +184,14 @@ class _CsvLines:
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
+        self.number = 0
+        """Of the last line; the reader's own count leaves out those that are too long."""
 
     def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
-        _, raw = next(self._lines)
+        self.number, raw = next(self._lines)
         if raw is None:
             raise csv.Error(TOO_LONG)
         # Wrong bytes survive as surrogates until it is known in which field they are.
@@ -200,7 +202,8 @@ def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter:
     """Yield one passage per record, by the column that the first record names."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_PASSAGE))
     # strict: a stray quote is a broken record, where the lenient reading would swallow the records after it.
-    rows = csv.reader(_CsvLines(lines_of(stream, meter)), delimiter=delimiter, strict=True)
+    lines = _CsvLines(lines_of(stream, meter))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(rows, None)
     except csv.Error as error:
@@ -212,12 +215,12 @@ def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter:
         count = "no column" if field not in header else "more than one column"
         yield Broken(source, 1, f'{count} "{field}" in the header; choose one with --field')
         return
-    yield from _records(rows, source, header.index(field), field)
+    yield from _records(rows, lines, source, header.index(field), field)
 
 
-def _records(rows: Any, source: str, column: int, field: str) -> Iterator[Found]:
+def _records(rows: Any, lines: _CsvLines, source: str, column: int, field: str) -> Iterator[Found]:
     while True:
-        start = rows.line_num + 1
+        start = lines.number + 1
         try:
             row = next(rows, None)
         except csv.Error as error:
@@ -245,15 +248,15 @@ def _from_row(row: list[str], source: str, start: int, column: int, field: str) 
 def read_parquet(path: str, source: str, meter: Meter, field: str, size: int) -> Iterator[Found]:
     """Yield one passage per row of a string column, a thousand rows at a time."""
     try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
         yield Broken(source, None, "reading Parquet needs pyarrow: pip install 'embedonce[parquet]'")
         return
     try:
-        with parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
             yield from _batches(file, source, meter, field, size)
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         yield Broken(source, None, f"not readable as Parquet: {type(error).__name__}")
 
 

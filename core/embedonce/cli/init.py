@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .options import JsonOption
-from .output import emit
+from .output import Refused, emit
 
 EPILOG = """
 Examples:
@@ -79,9 +79,9 @@ def init(
     try:
         _write(file, force)
     except FileExistsError:
-        raise typer.BadParameter(f"{file} is there already; --force replaces it") from None
+        raise Refused(f"{file} is there already; --force replaces it") from None
     except OSError as error:
-        raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
+        raise Refused(f"cannot write {file}: {error.strerror}") from None
     if json:
         emit({"file": str(file)})
     else:

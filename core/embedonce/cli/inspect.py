@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, count, emit, say, show, shown, table
+from .output import FAILED, Refused, count, emit, say, show, shown, table
 
 CHECK_EPILOG = """
 Examples:
@@ -91,7 +91,7 @@ def explain(
     from .opened import opened
 
     if stdin == (text is not None):
-        raise typer.BadParameter("give TEXT, or --stdin")
+        raise Refused("give TEXT, or --stdin")
     with opened(config) as cache:
         explained = cache.explain(_read_stdin() if text is None else text, task).as_dict()
     if json:
@@ -106,7 +106,7 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start + 1}") from None
+        raise Refused(f"standard input is not UTF-8 at byte {error.start + 1}") from None
 
 
 def _outline(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -13,10 +13,7 @@ from . import embed as _embed
 from . import init as _init
 from . import inspect as _inspect
 from . import purge as _purge
-from .output import FAILED, INTERRUPTED, USAGE, say, say_config_error
-
-if TYPE_CHECKING:
-    from typer import Context
+from .output import FAILED, INTERRUPTED, USAGE, Refused, say, say_config_error
 
 EPILOG = """
 Examples:
@@ -36,13 +33,13 @@ Exit codes: 0 all went well, 1 something failed, 2 wrong usage or configuration,
 class Commands(TyperGroup):
     """Turns embedonce's errors into messages and exit codes, for all commands."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ConfigError as error:
             say_config_error(error)
             raise typer.Exit(USAGE) from None
-        except (PluginError, SpaceError) as error:
+        except (Refused, PluginError, SpaceError) as error:
             say(f"error: {error}")
             raise typer.Exit(USAGE) from None
         except EraseIncomplete as error:

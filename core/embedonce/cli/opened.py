@@ -22,7 +22,7 @@ def load(source: str | None) -> Config:
     from embedonce import config
 
     loaded = config.load(source)
-    if loaded.is_default:
+    if loaded.file is None:
         say(
             "No configuration found: using the ngram provider, which needs no model and knows no meaning,\n"
             "a memory tier, and a disk tier in your cache folder.\n"

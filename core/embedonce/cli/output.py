@@ -13,6 +13,10 @@ OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 """Exit codes. The last two are those of a program that a signal ended: 128 and the signal's number."""
 
 
+class Refused(Exception):
+    """A command cannot be carried out as it was given; nothing was done. It ends with exit code 2."""
+
+
 def say(message: str) -> None:
     """Write one message to standard error."""
     print(message, file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ class Bar:
         self._task = self._progress.add_task("reading", total=total)
         self._started = time.monotonic()
         self._passages = self._hits = self._window = 0
-        self._from = self._to = 0
+        self._from = self._to = 0.0
 
     def __enter__(self) -> Bar:
         self._progress.start()

@@ -11,7 +11,7 @@ import typer
 
 from .inspect import CARD
 from .options import ConfigOption, JsonOption
-from .output import count, emit, say
+from .output import Refused, count, emit, say, shown
 
 if TYPE_CHECKING:
     from embedonce.answers import Purged
@@ -47,10 +47,10 @@ def purge(
 
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
     if all(value is None for value in selected.values()):
-        raise typer.BadParameter("say what to purge: --scope, --model, --version or --namespace")
+        raise Refused("say what to purge: --scope, --model, --version or --namespace")
     asks = not (dry_run or yes)
     if asks and not sys.stdin.isatty():
-        raise typer.BadParameter("nobody can be asked here: add --yes, or look with --dry-run")
+        raise Refused("nobody can be asked here: add --yes, or look with --dry-run")
     with opened(config) as cache:
         if asks:
             would = cache.purge(**selected, dry_run=True)
@@ -74,7 +74,7 @@ def _confirmed(would: Purged) -> bool:
 def told(purged: Purged, verb: str) -> Iterator[str]:
     """Yield what a purge did, or would do, for people."""
     for scope, card in purged.scopes.items():
-        parts = [f"{name} {card[name]}" for name in CARD if card and card.get(name)]
+        parts = [f"{name} {shown(card[name])}" for name in CARD if card and card.get(name)]
         yield f"{scope}: {', '.join(parts) or 'its space card is lost'}"
     for tier, entries in purged.removed.items():
         yield f"{count(entries, 'entry', 'entries')} {verb} from {tier}"

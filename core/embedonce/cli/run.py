@@ -17,6 +17,8 @@ from .passages import Found, Passage, place
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
     from embedonce.cache import Cache
+    from embedonce.events import Stats
+    from embedonce.keys import VectorSpace
 
     from .progress import Bar, NoBar
     from .sinks import Sink
@@ -26,6 +28,8 @@ WINDOW = 2048
 """Most passages that are held, looked up and embedded at once."""
 WINDOW_CHARACTERS = 8 * 2**20
 """A window also ends here, so that long passages do not add up."""
+FLUSH = 60.0
+"""Seconds to wait for the background writes of one window."""
 OUTAGE = 2
 """Windows in a row of which the provider could compute nothing; then it is down, and asking it for the rest
 of a large corpus would only cost time."""
@@ -56,6 +60,8 @@ class Summary:
     files: int = 0
     binary: int = 0
     """Binary files that were passed over in folders."""
+    trouble: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By tier, where there was any: errors, corrupt entries, texts that it was skipped for, dropped writes."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
@@ -84,6 +90,7 @@ class Run:
         self._tell = tell
         self._distinct = Distinct()
         self._computed_before = self._computed()
+        self._space = cache.lookup([], task=task).space
         self._refused = self._outage = 0
         self.summary = Summary()
 
@@ -110,7 +117,10 @@ class Run:
         self._distinct.add(texts)
         self.summary.texts += len(texts)
         fetched = self._cache.fetch(texts, task=self._task)
-        self._cache.flush()  # nothing queued is dropped, and a run that is killed loses this window at most
+        self._check_space(fetched.space)
+        # Nothing queued is dropped, and a run that is killed loses this window at most. Each write has its
+        # tier's timeout, so that the end of the wait is only reached where a store accepts very slowly.
+        self._cache.flush(timeout=FLUSH)
         good = [position for position, row in enumerate(fetched.rows) if row is not None]
         self._count(fetched, good)
         if len(good) < len(window):
@@ -120,6 +130,13 @@ class Run:
             self._sink.write([window[position] for position in good], np.stack(rows))
             self.summary.rows += len(good)
             self.summary.dimensions = len(rows[0])
+
+    def _check_space(self, space: VectorSpace) -> None:
+        if space != self._space:
+            raise Stopped(
+                f"the provider fails, and the fallback ({space.provider} {space.model}) answers in its own vector "
+                "space; one output never mixes two"
+            )
 
     # --- counting -----------------------------------------------------------------------------
 
@@ -141,6 +158,7 @@ class Run:
         answered = summary.rows - sum(summary.hits.values())
         summary.repeated = max(answered - summary.computed, 0)
         summary.unique = self._distinct.count()
+        summary.trouble = trouble(self._cache.stats())
         summary.seconds = round(seconds, 3)
         self._distinct.close()
 
@@ -171,6 +189,14 @@ class Run:
             raise Stopped("--strict, and a passage failed")
         if self._outage >= OUTAGE:
             raise Stopped("the provider fails for everything that it is asked")
+
+
+def trouble(stats: Stats) -> dict[str, dict[str, int]]:
+    """Return what went wrong in the tiers, by tier; one without trouble is left out."""
+    kinds = ("errors", "corrupt", "skipped", "dropped")
+    by_tier = {name: {kind: getattr(tier, kind) for kind in kinds} for name, tier in stats.tiers.items()}
+    found = {name: {kind: number for kind, number in counted.items() if number} for name, counted in by_tier.items()}
+    return {name: counted for name, counted in found.items() if counted}
 
 
 def windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

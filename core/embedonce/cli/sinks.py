@@ -96,14 +96,14 @@ class _Part:
             self.file = self._locked()
             self.file.truncate(0)
         except OSError as error:
-            raise SinkError(f"cannot write in {final.parent}: {error.strerror}") from error
+            raise SinkError(f"--out: cannot write in {final.parent}: {error.strerror}") from error
 
     def _locked(self) -> BinaryIO:
         while True:
             file = open(self.path, "r+b", opener=_creating)  # noqa: SIM115 - open until the run ends
             if not _lock(file):
                 file.close()
-                raise SinkError(f"another run is writing {self.final}")
+                raise SinkError(f"--out: another run is writing {self.final}")
             # Between opening and locking, the run that held it may have renamed or removed the file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
@@ -207,7 +207,7 @@ class JsonlSink:
         self._dimensions = _same(self._dimensions, vectors)
         for passage, vector in zip(passages, vectors, strict=True):
             about = json.dumps(_about(passage, self._with_text), ensure_ascii=False)
-            # Nine digits bring every float32 back exactly, in half the bytes of a double's seventeen.
+            # Nine digits bring every float32 back (-0.0 as 0), in half the bytes of a double's seventeen.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
             self._part.file.write(f'{about[:-1]}, "vector": [{values}]}}\n'.encode())
 
@@ -226,8 +226,8 @@ class ParquetSink:
 
     def __init__(self, out: Path, with_text: bool = False) -> None:
         try:
-            import pyarrow
-            import pyarrow.parquet
+            import pyarrow  # type: ignore[import-untyped]
+            import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError:
             raise SinkError("writing Parquet needs pyarrow: pip install 'embedonce[parquet]'") from None
         self._arrow: Any = pyarrow

@@ -118,7 +118,7 @@ class Reader:
             self.files += 1
             yield from read_parquet(file.path, source, self._meter, self._field, os.path.getsize(file.path))
             return
-        with open(file.path, "rb", buffering=2**16) as stream:
+        with open(file.path, "rb") as stream:
             # Asked for as text, or of a format whose lines stand alone: a NUL then costs one line, not the file.
             head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
             if head.startswith(UTF16):
@@ -127,6 +127,7 @@ class Reader:
                 yield Broken(source, None, "a binary file; --format text reads it all the same")
             elif b"\0" in head:
                 self.binary += 1
+                self._meter.bytes += os.fstat(stream.fileno()).st_size
             else:
                 self.files += 1
                 yield from self._stream(stream, source, format, "\t" if suffix == ".tsv" else ",")

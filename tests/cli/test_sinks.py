@@ -1,0 +1,161 @@
+"""Writing results: what is read back is what was written, and nothing half done has the final name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from embedonce.cli.passages import Passage
+from embedonce.cli.sinks import HEADER, SinkError, npy_header, open_sink, written_by
+
+KINDS = ("npy", "jsonl", "parquet")
+PASSAGES = [Passage(f"text {i} “quoted”\n", f"folder/é{i % 3}.txt", i + 1) for i in range(10)]
+VECTORS = np.random.default_rng(7).standard_normal((10, 5)).astype(np.float32)
+VECTORS[0] = [np.float32(1e-45), np.finfo(np.float32).max, -0.0, 0.1, 1.0]
+
+
+def write(out: Path, *, with_text: bool = False, rows: int = 10) -> None:
+    sink = open_sink(out, with_text=with_text)
+    for start in range(0, rows, 4):
+        chunk = slice(start, min(start + 4, rows))
+        sink.write(PASSAGES[chunk], VECTORS[chunk])
+    sink.finish(5)
+    sink.abort()
+
+
+def read(out: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
+    """Return what is said about each row, and the vectors."""
+    if out.suffix == ".npy":
+        rows = [json.loads(line) for line in out.with_suffix(".index.jsonl").read_text("utf-8").splitlines()]
+        assert [row.pop("row") for row in rows] == list(range(len(rows)))
+        matrix: NDArray[np.float32] = np.load(out, allow_pickle=False)
+        return rows, matrix
+    if out.suffix == ".jsonl":
+        rows = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
+    else:
+        rows = pq.read_table(out).to_pylist()
+    return rows, np.array([row.pop("vector") for row in rows], dtype=np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_text", [False, True])
+def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_text: bool) -> None:
+    out = tmp_path / f"out.{kind}"
+    write(out, with_text=with_text)
+    rows, vectors = read(out)
+    assert np.array_equal(vectors, VECTORS)
+    assert kind == "jsonl" or vectors.tobytes() == VECTORS.tobytes()
+    text = [{"text": passage.text} if with_text else {} for passage in PASSAGES]
+    assert rows == [{"source": p.source, "line": p.line} | more for p, more in zip(PASSAGES, text, strict=True)]
+    assert set(os.listdir(tmp_path)) == {path.name for path in written_by(out) if not path.name.startswith(".")}
+
+
+def test_no_rows_have_the_dimensions_all_the_same(tmp_path: Path) -> None:
+    for kind in KINDS:
+        write(tmp_path / f"out.{kind}", rows=0)
+    matrix = np.load(tmp_path / "out.npy")
+    assert matrix.shape == (0, 5)
+    assert matrix.dtype == np.float32
+    assert (tmp_path / "out.index.jsonl").read_text() == (tmp_path / "out.jsonl").read_text() == ""
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.num_rows == 0
+    assert table.schema.field("vector").type.list_size == 5
+
+
+@given(st.integers(0, 10**15), st.integers(0, 10**6))
+def test_the_npy_header_is_numpys_own_format(rows: int, dimensions: int) -> None:
+    import io
+
+    file = io.BytesIO(npy_header((rows, dimensions)))
+    assert np.lib.format.read_magic(file) == (1, 0)
+    assert np.lib.format.read_array_header_1_0(file) == ((rows, dimensions), False, np.dtype("<f4"))
+    assert file.tell() == HEADER
+    assert HEADER % 64 == 0  # numpy aligns the data for memory maps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_until_it_is_finished_the_old_output_stays(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / f"out.{kind}"
+    write(out)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sink = open_sink(out)
+    sink.write(PASSAGES[:2], VECTORS[:2])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".part"} == before
+    sink.abort()
+    sink.abort()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_run_left_behind_is_taken_over(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / f"out.{kind}"
+    for path in written_by(out):
+        if path.name.startswith("."):
+            path.write_bytes(b"half of something longer" * 10_000)
+    write(out, rows=2)
+    assert len(read(out)[0]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_never_write_one_output(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / f"out.{kind}"
+    first = open_sink(out)
+    with pytest.raises(SinkError, match="another run is writing"):
+        open_sink(out)
+    first.write(PASSAGES, VECTORS)
+    first.finish(5)
+    assert len(read(out)[0]) == 10
+    write(out)
+
+
+def test_an_index_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    held = open_sink(tmp_path / "out.index.jsonl")
+    with pytest.raises(SinkError, match="another run is writing"):
+        open_sink(tmp_path / "out.npy")
+    held.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "out.jsonl"
+    link.symlink_to("real/there.jsonl")
+    write(link)
+    assert link.is_symlink()
+    assert len(read(tmp_path / "real/there.jsonl")[0]) == 10
+
+
+def test_vectors_of_two_lengths_are_refused(tmp_path: Path) -> None:
+    for kind in KINDS:
+        sink = open_sink(tmp_path / f"out.{kind}")
+        sink.write(PASSAGES, VECTORS)
+        with pytest.raises(SinkError, match="of 5 and of 4 dimensions"):
+            sink.write(PASSAGES, VECTORS[:, :4])
+        sink.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.txt", "the name ends in .npy, .jsonl or .parquet"),
+        ("out", "the name ends in"),
+        ("missing/out.npy", "the folder .*missing does not exist"),
+        ("folder.npy", "this is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(SinkError, match=message):
+        open_sink(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]

@@ -1,0 +1,344 @@
+"""Reading passages: every format, and what is broken costs one passage and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedonce.cli import formats
+from embedonce.cli.passages import Broken, Passage, name_of, place
+from embedonce.cli.sources import Reader
+
+WORDS = st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=20)
+
+
+def found(*paths: Path, **options: Any) -> list[Passage | Broken]:
+    return list(Reader([str(path) for path in paths], **options))
+
+
+def texts(*paths: Path, **options: Any) -> list[tuple[int, str]]:
+    """Return line and text of every passage; nothing may be broken."""
+    passages = found(*paths, **options)
+    assert not [one for one in passages if isinstance(one, Broken)]
+    return [(one.line, one.text) for one in passages if isinstance(one, Passage)]
+
+
+def broken(*paths: Path, **options: Any) -> list[tuple[int | None, str]]:
+    return [(one.line, one.reason) for one in found(*paths, **options) if isinstance(one, Broken)]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_paragraphs_are_parted_by_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.md", "# Title\n\n\nfirst\nsecond\n \t\nthird")
+    assert texts(path) == [(1, "# Title"), (4, "first\nsecond"), (7, "third")]
+
+
+def test_lines_keep_their_spaces_and_blank_ones_are_no_passages(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "  one \n\n\ttwo\n \n")
+    assert texts(path, split="line") == [(1, "  one "), (3, "\ttwo")]
+
+
+def test_a_whole_file_is_one_passage_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "\none\r\n\r\ntwo\n")
+    assert texts(path, split="file") == [(1, "\none\r\n\r\ntwo\n")]
+
+
+@pytest.mark.parametrize("split", ["line", "paragraph", "file"])
+@pytest.mark.parametrize("content", ["", "\n", " \r\n\r\n", "\ufeff", "\ufeff\n"])
+def test_nothing_but_blanks_gives_no_passage(tmp_path: Path, split: str, content: str) -> None:
+    assert found(write(tmp_path, "a.txt", content), split=split) == []
+
+
+def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\nmore\r\n\r\ntwo\r\n")
+    assert texts(path) == [(1, "one\nmore"), (4, "two")]
+    assert texts(path, split="line") == [(1, "one"), (2, "more"), (4, "two")]
+    assert texts(path, split="file") == [(1, "one\r\nmore\r\n\r\ntwo\r\n")]
+
+
+def test_wrong_utf8_costs_one_passage(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", b"good\n\nba\xe9d\n\nfine\n")
+    assert found(path) == [
+        Passage("good", str(path), 1),
+        Broken(str(path), 3, "not UTF-8 at byte 3"),
+        Passage("fine", str(path), 5),
+    ]
+    assert broken(path, split="file") == [(1, "not UTF-8 at byte 9")]
+
+
+@pytest.mark.parametrize("split", ["line", "paragraph", "file"])
+def test_a_passage_may_be_as_long_as_the_limit_and_no_longer(
+    tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "MAX_PASSAGE", 1000)
+    longest = "x" * 1000
+    assert texts(write(tmp_path, "a.txt", longest), split=split) == [(1, longest)]
+    path = write(tmp_path, "b.txt", "y" + longest + "\n\nafter")
+    passages = found(path, split=split)
+    assert isinstance(passages[0], Broken)
+    assert passages[0].reason.startswith("longer than")
+    if split != "file":
+        assert passages[1:] == [Passage("after", str(path), 3)]
+
+
+def test_a_paragraph_of_many_lines_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_PASSAGE", 1000)
+    path = write(tmp_path, "a.txt", "x" * 99 + "\n" + ("y" * 99 + "\n") * 50 + "\nafter\n" + "z" * 2000 + "\nmore\n")
+    assert found(path) == [
+        Broken(str(path), 1, formats.TOO_LONG),
+        Broken(str(path), 53, formats.TOO_LONG),
+    ]
+
+
+@given(st.lists(st.lists(WORDS.filter(str.strip), min_size=1, max_size=4), max_size=6), st.sampled_from(["\n", "\r\n"]))
+def test_any_paragraphs_come_back(
+    tmp_path_factory: pytest.TempPathFactory, paragraphs: list[list[str]], end: str
+) -> None:
+    # bytes.strip knows ASCII blanks only: a line of other blanks is a passage, as is one of a no-break space.
+    paragraphs = [[f"x{line}" for line in lines] for lines in paragraphs]
+    content = (end + end).join(end.join(lines) for lines in paragraphs)
+    path = write(tmp_path_factory.mktemp("any"), "a.txt", content)
+    assert [text for _, text in texts(path)] == ["\n".join(lines) for lines in paragraphs]
+
+
+# --- JSON Lines -------------------------------------------------------------------------------
+
+
+def test_json_lines_by_field(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": "one"}, {"text": ""}, {"text": "a\u0000b"}, {"a.b": "dotted", "a": {"b": "inner"}}]
+    path = write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, rows[:3])) + "\n")
+    assert texts(path) == [(1, "one"), (3, ""), (5, "a\0b")]
+    inner = write(tmp_path, "b.ndjson", "\n".join([json.dumps(rows[3]), '{"a": {"b": "deep"}}']))
+    assert texts(inner, field="a.b") == [(1, "dotted"), (2, "deep")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "not JSON: Expecting property name enclosed in double quotes at character 2"),
+        (b'{"text": "secret', "not JSON: Unterminated string starting at at character 10"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", 'no field "text"'),
+        (b'{"text": null}', 'field "text" is null, not a string'),
+        (b'{"text": 1}', 'field "text" is int, not a string'),
+        (b'{"text": "\\ud800"}', 'field "text" has a lone surrogate: it is not valid Unicode'),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
+        (b'{"text": "a\x00b"}', "not JSON: Invalid control character at at character 12"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "not JSON that can be read: ValueError"),
+        (b"[" * 200_000, "not JSON that can be read: RecursionError"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_broken_json_line_costs_itself(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = write(tmp_path, "a.jsonl", b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    assert found(path) == [
+        Passage("before", str(path), 1),
+        Broken(str(path), 2, reason),
+        Passage("after", str(path), 3),
+    ]
+
+
+# --- CSV --------------------------------------------------------------------------------------
+
+
+def test_csv_by_column_with_quotes_and_lines_inside(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '\ufeffid,text\r\n1,"a, ""b"""\r\n2,"two\r\nlines"\r\n\r\n3,last')
+    assert texts(path) == [(2, 'a, "b"'), (3, "two\nlines"), (6, "last")]
+    assert [text for _, text in texts(path, field="id")] == ["1", "2", "3"]
+
+
+def test_tab_separated(tmp_path: Path) -> None:
+    assert texts(write(tmp_path, "a.tsv", "id\ttext\n1\ta, b\n")) == [(2, "a, b")]
+
+
+def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", b'id,text\n1\n2,"a"b\n3,\xff\n\xff,good\n4,"never closed\n')
+    assert found(path) == [
+        Broken(str(path), 2, 'no column "text" in this record'),
+        Broken(str(path), 3, "not CSV: ',' expected after '\"'"),
+        Broken(str(path), 4, 'column "text" is not UTF-8'),
+        Passage("good", str(path), 5),
+        Broken(str(path), 6, "not CSV: unexpected end of data"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("id,body\n", 'no column "text" in the header; choose one with --field'),
+        ("text,text\n", 'more than one column "text" in the header; choose one with --field'),
+        ('"a"b\n', "not a CSV header: ',' expected after '\"'"),
+    ],
+)
+def test_a_csv_without_the_column_is_named_once(tmp_path: Path, header: str, reason: str) -> None:
+    assert broken(write(tmp_path, "a.csv", header + "1,2\n" * 3)) == [(1, reason)]
+
+
+def test_csv_goes_on_after_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_PASSAGE", 100)
+    path = write(tmp_path, "a.csv", "text\n" + "x" * 300 + "\nafter\n")
+    assert found(path) == [Broken(str(path), 2, f"not CSV: {formats.TOO_LONG}"), Passage("after", str(path), 3)]
+
+
+# --- Parquet ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_by_column(tmp_path: Path, kind: Any) -> None:
+    path = tmp_path / "a.parquet"
+    values = ["one", None, "two"] * 1000
+    pq.write_table(pa.table({"text": pa.array(values, kind), "n": list(range(3000))}), path)
+    passages = found(path)
+    assert [one.text for one in passages if isinstance(one, Passage)] == ["one", "two"] * 1000
+    assert passages[1] == Broken(str(path), 2, 'field "text" is null, not a string')
+    assert passages[-1] == Passage("two", str(path), 3000)
+
+
+def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
+    good = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": [1]}), good)
+    assert broken(good) == [(None, 'no column "text"; choose one with --field')]
+    assert broken(write(tmp_path, "b.parquet", b"PAR1 or not")) == [(None, "not readable as Parquet: ArrowInvalid")]
+
+
+# --- files and folders ------------------------------------------------------------------------
+
+
+def test_folders_are_read_by_name_at_every_level(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/1.txt", "b.txt", "a/z/y.md", "c.rst", ".hidden", "b/.git/config"):
+        write(tmp_path, name, name)
+    assert [text for _, text in texts(tmp_path)] == ["a/z/y.md", "b/1.txt", "b/2.txt", "b.txt", "c.rst"]
+    assert [text for _, text in texts(tmp_path / "c.rst", tmp_path / "b", tmp_path / "c.rst")] == [
+        "c.rst",
+        "b/1.txt",
+        "b/2.txt",
+        "c.rst",
+    ]
+
+
+def test_each_file_of_a_folder_is_read_as_its_name_says(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", '{"text": "json"}\n')
+    write(tmp_path, "b.csv", "text\ncsv\n")
+    write(tmp_path, "c", "plain")
+    assert [text for _, text in texts(tmp_path)] == ["json", "csv", "plain"]
+    assert [text for _, text in texts(tmp_path / "a.jsonl", format="text")] == ['{"text": "json"}']
+
+
+def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path: Path) -> None:
+    write(tmp_path, "a.bin", b"\x7fELF\0\0")
+    write(tmp_path, "b.txt", b"late NUL: " + b"x" * 10_000 + b"\0")
+    write(tmp_path, "c.txt", "wide".encode("utf-16"))
+    reader = Reader([str(tmp_path)], split="line")
+    passages = list(reader)
+    assert [type(one) for one in passages] == [Passage, Broken]
+    assert str(passages[1]) == f"{tmp_path}/c.txt: UTF-16; only UTF-8 is read"
+    assert (reader.files, reader.binary) == (1, 1)
+    assert broken(tmp_path / "a.bin") == [(None, "a binary file; --format text reads it all the same")]
+    assert texts(tmp_path / "a.bin", format="text") == [(1, "\x7fELF\0\0")]
+
+
+def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "in.txt", "in")
+    out = write(tmp_path, "out.jsonl", '{"text": "old output"}')
+    (tmp_path / "link.jsonl").symlink_to(out)
+    assert texts(tmp_path, leave_out=[str(out)]) == [(1, "in")]
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    write(tmp_path, "a/file.txt", "one")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "linked.txt").symlink_to("a/file.txt")
+    assert texts(tmp_path) == [(1, "one"), (1, "one")]
+    assert [text for _, text in texts(tmp_path / "a/up/a/up/a")] == ["one"]
+
+
+def test_very_deep_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / "d"]
+    while len(folders) < 1200:  # deeper than Python's calls; makedirs and rmtree are no help there
+        folders.append(folders[-1] / "d")
+    for folder in folders:
+        folder.mkdir()
+    path = write(folders[-1], "a.txt", "deep")
+    assert [text for _, text in texts(tmp_path)] == ["deep"]
+    path.unlink()
+    for folder in reversed(folders):
+        folder.rmdir()
+
+
+def test_sockets_and_pipes_in_folders_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        assert found(Path(".")) == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "a")
+    assert broken(tmp_path / "gone.txt", tmp_path / "a.txt") == [(None, "No such file or directory")]
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert broken(loop) == [(None, os.strerror(40))]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "a").chmod(0)
+    write(tmp_path, "b/c.txt", "c")
+    (tmp_path / "b").chmod(0)
+    try:
+        assert broken(tmp_path) == [(None, "Permission denied"), (None, "Permission denied")]
+    finally:
+        (tmp_path / "b").chmod(0o700)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
+    raw = os.path.join(os.fsencode(tmp_path), b"caf\xe9\n.txt")
+    with open(raw, "wb") as file:
+        file.write(b"text")
+    (one,) = found(tmp_path)
+    assert isinstance(one, Passage)
+    assert one.source.endswith("/caf\\xe9\n.txt")
+    assert place(one.source, 3).endswith("/caf\\xe9\\n.txt:3")
+    assert name_of("café") == "café"
+
+
+def test_bytes_read_reach_the_total(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "one\n\ntwo\n" * 1000)
+    write(tmp_path, "b.jsonl", '{"text": "x"}\n' * 100)
+    write(tmp_path, "c.csv", "text\nx\n")
+    write(tmp_path, "d.bin", b"\0" * 5000)
+    pq.write_table(pa.table({"text": ["x"] * 100}), tmp_path / "e.parquet")
+    reader = Reader([str(tmp_path)])
+    total = reader.bytes_total()
+    assert reader.bytes_read == 0
+    list(reader)
+    assert reader.bytes_read == total
+
+
+def test_a_pipe_has_no_total(tmp_path: Path) -> None:
+    assert Reader(["-"]).bytes_total() is None
+    os.mkfifo(tmp_path / "pipe")
+    assert Reader([str(tmp_path / "pipe")]).bytes_total() is None
