@@ -30,9 +30,7 @@ def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str)
     try:
         count = len(vectors)
     except TypeError:
-        raise ProviderError(
-            f"{who} {type(vectors).__name__}; one vector per text is expected"
-        ) from None
+        raise ProviderError(f"{who} {type(vectors).__name__}; one vector per text is expected") from None
     if count != texts:
         raise ProviderError(f"{who} {count} vectors for {texts} texts; none was stored")
     try:

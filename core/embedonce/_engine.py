@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,7 @@ class Answer:
     entries: dict[str, Entry] = field(default_factory=dict)
     found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, str] = field(default_factory=dict)
     refusal: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
@@ -163,9 +163,7 @@ class Engine:
         for depth, tier in enumerate(self.tiers):
             if not keys:
                 break
-            read = await tier.read(
-                port, keys, task=answer.route.task, dtype=self.dtype, dimensions=answer.dimensions
-            )
+            read = await tier.read(port, keys, task=answer.route.task, dtype=self.dtype, dimensions=answer.dimensions)
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
@@ -233,7 +231,7 @@ class Engine:
                 if isinstance(flight.error, Abandoned):
                     alone.append(key)
                 else:
-                    answer.failed[key] = flight.error  # type: ignore[assignment]
+                    answer.failed[key] = flight.error
         if unstored:
             await self.store(port, ticket, answer, unstored)
         if alone:
@@ -277,11 +275,7 @@ class Engine:
         self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], texts: Mapping[str, str]
     ) -> None:
         """Compute one chunk, store it and land it."""
-        token = leading.set(leading.get() | {ticket})
-        try:
-            entries = await self._ask(port, answer, {key: texts[key] for key in flights}, flights)
-        finally:
-            leading.reset(token)
+        entries = await self._ask(port, ticket, answer, texts, flights)
         if not entries:
             return
         answer.entries.update(entries)
@@ -293,15 +287,15 @@ class Engine:
             self.table.land(landed, entries, stored=answer.store)
 
     async def _ask(
-        self, port: Port, answer: Answer, texts: dict[str, str], flights: Mapping[str, Flight]
+        self, port: Port, ticket: int, answer: Answer, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
         """Ask the provider; a text that it refuses fails alone. Return the entries of the others."""
         entries: dict[str, Entry] = {}
-        todo = [list(texts)]
+        todo = [list(flights)]
         while todo:
             part = todo.pop()
             try:
-                made = await self._embed(port, answer, [texts[key] for key in part])
+                made = await self._embed(port, ticket, answer, [texts[key] for key in part])
             except TextRefused as error:
                 refused = {part[i] for i in error.positions if 0 <= i < len(part)}
                 if not refused and len(part) > 1:
@@ -326,7 +320,7 @@ class Engine:
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
         self.table.fail(flights, error)
 
-    async def _embed(self, port: Port, answer: Answer, texts: list[str]) -> list[Entry]:
+    async def _embed(self, port: Port, ticket: int, answer: Answer, texts: list[str]) -> list[Entry]:
         """Make one call to the provider and check its answer."""
         route = answer.route
         source = route.source
@@ -334,12 +328,10 @@ class Engine:
         made = 0
         tokens: int | None = None
         try:
-            reply = await _call_provider(port, source.provider, texts, route.task)
+            reply = await _call_provider(port, ticket, source.provider, texts, route.task)
             tokens = reply.tokens if isinstance(reply, Embedded) else None
             who = f"provider {source.name!r} returned"
-            matrix = rounded(
-                checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who), self.dtype, who
-            )
+            matrix = rounded(checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who), self.dtype, who)
             made = len(texts)
         finally:
             seconds = time.perf_counter() - start
@@ -361,7 +353,7 @@ class Engine:
         return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
 
 
-async def _call_provider(port: Port, provider: AnyProvider, texts: list[str], task: str) -> Any:
+async def _call_provider(port: Port, ticket: int, provider: AnyProvider, texts: list[str], task: str) -> Any:
     """Call the face of the provider that fits the port best.
 
     Raises:
@@ -371,10 +363,22 @@ async def _call_provider(port: Port, provider: AnyProvider, texts: list[str], ta
     embed: Any = getattr(provider, "embed", None)
     aembed: Any = getattr(provider, "aembed", None)
     start = time.monotonic()
+
+    def call() -> Any:
+        token = leading.set(leading.get() | {ticket})
+        try:
+            return embed(texts, task)
+        finally:
+            leading.reset(token)
+
+    async def drive() -> Any:
+        leading.set(leading.get() | {ticket})  # never reset: the context is the flight's own task's
+        return await aembed(texts, task)
+
     try:
         if aembed is not None and (port.loop is not None or embed is None):
-            return await port.drive(lambda: aembed(texts, task), timeout)
-        return await port.call(lambda: embed(texts, task), timeout, inline=False, quick=False)
+            return await port.drive(drive, timeout)
+        return await port.call(call, timeout, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # the provider's own

@@ -186,9 +186,7 @@ class Table:
             flights = self._flights
             if not flights:
                 return {}
-            return {
-                key: flight.entry for key in keys if (flight := flights.get(key)) and flight.entry is not None
-            }
+            return {key: flight.entry for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
     def claim(self, ticket: int, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None) -> Claimed:
         """Claim all keys of a call at once: lead what nobody computes, follow the rest."""
@@ -332,9 +330,7 @@ class Table:
     def flushed(self, timeout: float) -> bool:
         """Wait until nothing is queued or being written; False after ``timeout`` seconds."""
         with self._lock:
-            return self._changed.wait_for(
-                lambda: not self._writing and not any(self._queues.values()), timeout
-            )
+            return self._changed.wait_for(lambda: not self._writing and not any(self._queues.values()), timeout)
 
     # --- erasures -----------------------------------------------------------------------------
 

@@ -97,9 +97,12 @@ class Workers:
 class BackgroundLoop:
     """One event loop in a daemon thread, for an async provider under the blocking face."""
 
+    CLOSE_SECONDS = 2.0
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         import asyncio
@@ -107,15 +110,36 @@ class BackgroundLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="embedonce-loop", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._loop,), name="embedonce-loop", daemon=True
+                )
+                self._thread.start()
             loop = self._loop
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+
     def close(self) -> None:
+        """Cancel what still runs and end the loop, waiting a moment for a task that ignores it."""
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is not None:
+            thread, self._thread = self._thread, None
+        if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
+            thread.join(self.CLOSE_SECONDS)
 
 
 class Port(Protocol):

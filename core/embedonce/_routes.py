@@ -58,9 +58,7 @@ def describe(provider: AnyProvider, task: str) -> VectorSpace:
 class Route:
     """One provider asked for one task."""
 
-    def __init__(
-        self, source: Source, task: str, policy: KeyPolicy, steps: Sequence[Callable[[str], str]]
-    ) -> None:
+    def __init__(self, source: Source, task: str, policy: KeyPolicy, steps: Sequence[Callable[[str], str]]) -> None:
         self.source = source
         self.task = task
         self.space = describe(source.provider, task)

@@ -154,9 +154,7 @@ class Counters:
             counts = Counter(self._counts)
             counts["hits"] += self.single.value()
             names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
-            return TierStats(
-                **{name: counts[name] for name in names}, seconds=self._seconds, causes=dict(self._causes)
-            )
+            return TierStats(**{name: counts[name] for name in names}, seconds=self._seconds, causes=dict(self._causes))
 
 
 @dataclass(slots=True)
@@ -278,9 +276,7 @@ class LiveTier:
 
     # --- reading ------------------------------------------------------------------------------
 
-    async def read(
-        self, port: Port, keys: Sequence[str], *, task: str, dtype: Dtype, dimensions: int | None
-    ) -> Read:
+    async def read(self, port: Port, keys: Sequence[str], *, task: str, dtype: Dtype, dimensions: int | None) -> Read:
         """Ask for the keys, chunk by chunk, and check what comes back.
 
         Raises:
@@ -299,7 +295,7 @@ class LiveTier:
                 values = await self._get(port, chunk)
                 if len(values) > len(chunk) or not values.keys() <= set(chunk):  # what nobody asked for
                     values = {key: values[key] for key in chunk if key in values}
-            except Exception as error:  # noqa: BLE001  (a backend may raise anything; it is counted and, if asked, raised)
+            except Exception as error:
                 read.cause = self._failed(self.reads, error)
                 read.errors += len(chunk)
                 if self.on_error == "raise":
@@ -406,7 +402,7 @@ class LiveTier:
             start = time.perf_counter()
             try:
                 stored, refused = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001  (as in read)
+            except Exception as error:
                 cause = self._failed(self.writes, error)
                 self._wrote(0, errors=len(part), cause=cause, start=start)
                 if self.on_error == "raise":
@@ -449,9 +445,7 @@ class LiveTier:
         now = time.monotonic()
         scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
         due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
-        cards = {
-            CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due
-        }
+        cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
         if cards:
             self.backend.set_many(cards if self.capabilities.holds == "entries" else encode_frames(cards), None)
             self._carded.update(dict.fromkeys(due, now))
@@ -461,9 +455,7 @@ class LiveTier:
     ) -> None:
         seconds = 0.0 if start is None else time.perf_counter() - start
         self.counters.count(stored=stored, dropped=dropped, errors=errors, cause=cause, seconds=seconds)
-        self._emit(
-            Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause)
-        )
+        self._emit(Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause))
 
     # --- background writes --------------------------------------------------------------------
 

@@ -52,9 +52,7 @@ class Upkeep:
 
         await self._erase(port, Erasure(keys), erase, "forget")
 
-    async def purge(
-        self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool
-    ) -> Purged:
+    async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
         """Remove every entry of the scopes that match.
 
         Raises:
@@ -231,4 +229,6 @@ class Upkeep:
 def _report(failed: Mapping[str, str], what: str) -> None:
     if failed:
         causes = "; ".join(f"tier {name!r}: {cause}" for name, cause in failed.items())
-        raise EraseIncomplete(f"{what} could not reach everything ({causes}). Call it again when that is mended", failed)
+        raise EraseIncomplete(
+            f"{what} could not reach everything ({causes}). Call it again when that is mended", failed
+        )

@@ -30,7 +30,7 @@ from .keys import NORMALIZERS, KeyPolicy, Value, VectorSpace, card
 from .vectors import Dtype, Entry, Metadata, freeze_rows
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Mode: TypeAlias = Literal["read-through", "replay"]
 Matrix: TypeAlias = NDArray[np.float32]
@@ -162,9 +162,7 @@ class Cache:
         """
         return self._matrix(step(self._rows(self._ports.blocking, texts, task)), task)
 
-    def embed_iter(
-        self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH
-    ) -> Iterator[Matrix]:
+    def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
         _refuse_str(texts, "embed_iter")
         for window in _windows(texts, batch):
@@ -624,7 +622,9 @@ def _normalizer(name: str) -> Normalizer:
 
 def _refuse_str(texts: object, what: str) -> None:
     if isinstance(texts, str | bytes):
-        raise TypeError(f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed")
+        raise TypeError(
+            f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed"
+        )
 
 
 def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:

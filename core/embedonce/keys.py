@@ -24,7 +24,7 @@ KEY_PREFIX = "eo1."
 CARD_PREFIX = "eo1.card."
 """First characters of the keys of space cards. A scope is 16 hex digits, so it is never ``card``."""
 
-Value: TypeAlias = "None | bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value]"
+Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 
 
 def canonical(value: Value) -> bytes:
@@ -214,7 +214,7 @@ class KeyPolicy:
         if self.secret is not None and len(self._secret()) == 0:
             raise ConfigError("secret is empty; leave it out for keys without one")
         if self.secret is not None and self.hash == "blake2b" and len(self._secret()) > 64:
-            raise ConfigError("hash = \"blake2b\" takes a secret of at most 64 bytes")
+            raise ConfigError('hash = "blake2b" takes a secret of at most 64 bytes')
 
     def _secret(self) -> bytes:
         return self.secret.encode() if isinstance(self.secret, str) else (self.secret or b"")

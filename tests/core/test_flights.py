@@ -1,0 +1,351 @@
+"""One text is computed once, however many ask for it, and nothing ever waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedonce import Cache, Tier
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 20.0
+"""Seconds: far more than anything here takes, far less than for ever."""
+
+
+def background(backend: Any | None = None) -> Tier:
+    return Tier(backend or DictBackend(scope="network"), name="far", write="background")
+
+
+def right(provider: CountingProvider, texts: list[str], matrix: np.ndarray) -> bool:
+    return all((row == provider.vector_of(text)).all() for text, row in zip(texts, matrix, strict=True))
+
+
+def each_once(provider: CountingProvider, texts: Iterable[str]) -> None:
+    assert provider.count == dict.fromkeys(texts, 1)
+
+
+@pytest.fixture(params=["memory", "background", "none"])
+def tiers(request: pytest.FixtureRequest) -> list[Any]:
+    return {"memory": [MemoryBackend()], "background": [background()], "none": []}[request.param]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, concurrency: int) -> None:
+    """32 threads and 1,000 tasks, overlapping batches, a chain whose only tier is written in the background."""
+    provider = CountingProvider(asynchronous=asynchronous, concurrency=concurrency, max_batch=16, delay=0.002)
+    texts = [f"text {i}" for i in range(200)]
+    with Cache(provider, [background()]) as cache:
+
+        def from_thread(n: int) -> bool:
+            mine = texts[n * 3 :] + texts[: n * 3]
+            if n % 2:
+                mine.reverse()
+            return right(provider, mine, cache.embed_batch(mine))
+
+        async def from_tasks() -> bool:
+            async def one(i: int) -> bool:
+                if i % 10:
+                    return bool((await cache.aembed(texts[i % 200]) == provider.vector_of(texts[i % 200])).all())
+                return right(provider, texts[i % 150 :], await cache.aembed_batch(texts[i % 150 :]))
+
+            return all(await asyncio.gather(*(one(i) for i in range(1000))))
+
+        with ThreadPoolExecutor(33) as pool:
+            tasks = pool.submit(asyncio.run, from_tasks())
+            assert all(pool.map(from_thread, range(32)))
+            assert tasks.result(GENEROUS * 3)
+        assert cache.flush(GENEROUS)
+    each_once(provider, texts)
+
+
+def test_crosswise_batches_do_not_wait_for_each_other(tiers: list[Any]) -> None:
+    provider = CountingProvider(delay=0.005)
+    with Cache(provider, tiers) as cache, ThreadPoolExecutor(8) as pool:
+        for round_ in range(20):
+            a, b = f"a{round_}", f"b{round_}"
+            batches = [[a, b], [b, a]] * 4
+            for batch, matrix in zip(batches, pool.map(cache.embed_batch, batches, timeout=GENEROUS), strict=True):
+                assert right(provider, batch, matrix)
+
+
+def test_a_background_written_tier_alone_computes_once_in_five_calls() -> None:
+    slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.2)])
+    provider = CountingProvider()
+    with Cache(provider, [Tier(slow, name="far", write="background", timeout=5.0)]) as cache:
+        for _ in range(5):
+            cache.embed("text")
+            assert cache.lookup(["text"]).sources != [None]
+    each_once(provider, ["text"])
+
+
+def test_a_landed_flight_is_let_go_once_it_is_written() -> None:
+    with Cache(CountingProvider(), [background()]) as cache:
+        cache.embed_batch([str(i) for i in range(500)])
+        assert cache.flush(GENEROUS)
+        assert not cache._table._flights
+        assert not cache._table._calls
+        assert not cache._table._retired
+
+
+def test_cancelled_leader_neither_fails_nor_starves_its_followers_and_its_vector_is_stored() -> None:
+    provider = CountingProvider(asynchronous=True, delay=0.2)
+    backend = DictBackend()
+    with Cache(provider, [backend]) as cache:
+
+        async def main() -> None:
+            leader = asyncio.create_task(cache.aembed("text"))
+            await asyncio.sleep(0.05)
+            followers = [asyncio.create_task(cache.aembed("text")) for _ in range(10)]
+            await asyncio.sleep(0.05)
+            leader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leader
+            async with asyncio.timeout(GENEROUS):
+                vectors = await asyncio.gather(*followers)
+            assert all((v == provider.vector_of("text")).all() for v in vectors)
+
+        asyncio.run(main())
+        assert cache.lookup(["text"]).sources == ["dict"]
+    each_once(provider, ["text"])
+
+
+def test_cancelled_follower_leaves_the_others_alone() -> None:
+    provider = CountingProvider(asynchronous=True, delay=0.2)
+    with Cache(provider, [MemoryBackend()]) as cache:
+
+        async def main() -> None:
+            leader = asyncio.create_task(cache.aembed("text"))
+            await asyncio.sleep(0.02)
+            victim = asyncio.create_task(cache.aembed("text"))
+            other = asyncio.create_task(cache.aembed("text"))
+            await asyncio.sleep(0.02)
+            victim.cancel()
+            assert ((await leader) == (await other)).all()
+
+        asyncio.run(main())
+    each_once(provider, ["text"])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
+def test_when_the_leader_fails_one_follower_leads_once(asynchronous: bool) -> None:
+    gate = threading.Event()
+    calls: list[int] = []
+
+    def embed(texts: list[str]) -> Any:
+        calls.append(len(texts))
+        gate.wait(GENEROUS)
+        if len(calls) == 1:
+            raise RuntimeError("the first one fails")
+        return [[1.0, 2.0]] * len(texts)
+
+    async def aembed(texts: list[str]) -> Any:
+        return await asyncio.to_thread(embed, texts)
+
+    function = aembed if asynchronous else embed
+    with Cache(function, [MemoryBackend()], space={"model": "m"}) as cache, ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(cache.embed, "text") for _ in range(8)]
+        time.sleep(0.3)
+        gate.set()
+        outcomes = [future.exception(GENEROUS) for future in futures]
+    assert sum(error is not None for error in outcomes) == 1
+    assert len(calls) == 2
+
+
+def test_a_provider_that_always_fails_fails_everybody_and_nobody_waits() -> None:
+    provider = FaultyProvider(CountingProvider(delay=0.02), [ProviderFault("raise", error=RuntimeError)])
+    with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(cache.embed, "text") for _ in range(16)]
+        for future in futures:
+            assert isinstance(future.exception(GENEROUS), RuntimeError)
+    assert not cache._table._flights
+
+
+def test_a_loop_that_ends_wakes_its_followers() -> None:
+    """The leader's loop is closed without its tasks being cancelled: nobody will ever land the flight."""
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [MemoryBackend()]) as cache:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(cache.aembed("text"))
+        loop.run_until_complete(asyncio.sleep(0.1))
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(cache.embed, "text") for _ in range(4)]
+            time.sleep(0.1)
+            loop.close()
+            for future in futures:
+                assert (future.result(GENEROUS) == provider.inner.vector_of("text")).all()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  (abandoned on purpose)
+
+
+def test_a_loop_that_is_shut_down_by_asyncio_run_wakes_its_followers() -> None:
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(4) as pool:
+        started = threading.Event()
+
+        async def main() -> None:
+            task = asyncio.create_task(cache.aembed("text"))
+            await asyncio.sleep(0.1)
+            started.set()
+            await asyncio.sleep(0.1)
+            task.cancel()
+
+        running = pool.submit(asyncio.run, main())
+        started.wait(GENEROUS)
+        follower = pool.submit(cache.embed, "text")
+        assert (follower.result(GENEROUS) == provider.inner.vector_of("text")).all()
+        running.result(GENEROUS)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_provider_that_calls_the_cache_for_other_texts_and_its_own(concurrency: int) -> None:
+    depth = threading.local()
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        if not getattr(depth, "inside", False):
+            depth.inside = True
+            try:
+                cache.embed_batch(["helper", *texts])
+            finally:
+                depth.inside = False
+        return [[float(len(text)), 1.0] for text in texts]
+
+    from embedonce import Limits
+    from embedonce.functions import FunctionProvider
+
+    provider = FunctionProvider(embed, {"model": "m"}, Limits(max_batch=2, concurrency=concurrency))
+    done: list[Any] = []
+
+    def run() -> None:
+        done.append(cache.embed_batch(["a", "bb", "ccc", "dddd", "eeeee"]))
+
+    with Cache(provider, [MemoryBackend()], max_wait=5.0) as cache:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(GENEROUS)
+        assert done, "re-entering the cache from the provider hangs"
+        assert done[0][:, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_blocking_call_on_the_thread_whose_loop_runs_the_leader() -> None:
+    provider = CountingProvider(asynchronous=True, delay=0.2)
+    with Cache(provider, [MemoryBackend()]) as cache:
+
+        async def main() -> None:
+            leader = asyncio.create_task(cache.aembed("text"))
+            await asyncio.sleep(0.05)
+            start = time.monotonic()
+            vector = cache.embed("text")  # waiting here would keep the leader from landing
+            assert time.monotonic() - start < GENEROUS
+            assert (vector == await leader).all()
+
+        asyncio.run(main())
+
+
+def test_waiting_has_a_limit_after_which_the_caller_computes() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [MemoryBackend()], max_wait=0.3) as cache, ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(cache.embed, "text")
+        provider.gate.until(1)
+        assert (cache.embed("text") == provider.inner.vector_of("text")).all()
+        provider.release()
+        assert (leader.result(GENEROUS) == provider.inner.vector_of("text")).all()
+
+
+def test_a_follower_that_stores_stores_what_a_leader_with_store_false_computed() -> None:
+    provider = CountingProvider(delay=0.3)
+    backend = DictBackend()
+    with Cache(provider, [backend]) as cache, ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(lambda: cache.fetch(["text"], store=False))
+        time.sleep(0.1)
+        follower = pool.submit(lambda: cache.fetch(["text"]))
+        assert leader.result(GENEROUS).sources == ["provider"]
+        assert follower.result(GENEROUS).sources == ["provider"]
+        assert cache.lookup(["text"]).sources == ["dict"]
+    each_once(provider, ["text"])
+
+
+def test_store_false_writes_and_promotes_nothing() -> None:
+    provider = CountingProvider()
+    near, far = DictBackend(), DictBackend()
+    with Cache(provider, [Tier(near, name="near"), Tier(far, name="far")]) as cache:
+        cache.fetch(["text"], store=False)
+        assert len(near) == len(far) == 0
+        cache.embed("text")
+        near.delete_many(list(near.scan("")))
+        assert cache.fetch(["text"], store=False).sources == ["far"]
+        assert len(near) == 0
+
+
+def _in_child(work: Callable[[], bool]) -> None:
+    """Fork, run ``work`` in the child, and fail if it returns False, raises, or does not end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if work() else 3)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(4)
+    end = time.monotonic() + GENEROUS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    pytest.fail("the forked child hangs")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
+def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -> None:
+    provider = FaultyProvider(CountingProvider(asynchronous=asynchronous), [ProviderFault("hang", calls={2})])
+    slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.3)])
+    tier = Tier(slow, name="far", write="background", timeout=5.0)
+    with Cache(provider, [MemoryBackend(), tier]) as cache:
+        cache.embed("before")
+        leader = threading.Thread(target=cache.embed, args=("text",), daemon=True)
+        leader.start()
+        provider.gate.until(1)
+
+        def child() -> bool:
+            # The parent's flight of "text" is not ours to wait for, and its lock may have been held.
+            vector = cache.embed("text")
+            known = cache.embed("before")
+            cache.close()
+            return bool(
+                (vector == provider.inner.vector_of("text")).all()
+                and (known == provider.inner.vector_of("before")).all()
+            )
+
+        for _ in range(3):
+            _in_child(child)
+        provider.release()
+        leader.join(GENEROUS)
+        assert not leader.is_alive()
+
+
+def test_chunks_run_concurrently_up_to_the_providers_concurrency() -> None:
+    for asynchronous in (False, True):
+        provider = CountingProvider(asynchronous=asynchronous, concurrency=3, max_batch=5, delay=0.05)
+        texts = [str(i) for i in range(50)]
+        with Cache(provider) as cache:
+            assert right(provider, texts, cache.embed_batch(texts))
+        assert provider.most_at_once == 3
+        provider = CountingProvider(asynchronous=asynchronous, concurrency=3, max_batch=5, delay=0.05)
+        with Cache(provider) as cache:
+            assert right(provider, texts, asyncio.run(cache.aembed_batch(texts)))
+        assert provider.most_at_once == 3
