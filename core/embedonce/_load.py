@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
-from ._options import Option, options_of, read_text, wrongs
+from ._options import Option, Refused, options_of, read_text, wrongs
 from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
 from ._suggest import closest, listed
 from ._toml import Path as Where
@@ -48,6 +48,8 @@ class _Table:
     """Names of tables inside it that are read on their own."""
     values: dict[str, Any] = field(default_factory=dict)
     """What is right, by option."""
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """The same, kept as it is when the table is taken apart."""
     secrets: set[str] = field(default_factory=set)
 
     def variable(self, option: str) -> str:
@@ -338,6 +340,7 @@ class _Loader:
             value = self._value(table, option)
             if value is not UNUSABLE:
                 table.values[option.name] = value
+        table.resolved = dict(table.values)
 
     def _value(self, table: _Table, option: Option) -> Any:
         """Return an option's value in its type; UNUSABLE where there is none, or a wrong one."""
@@ -375,13 +378,11 @@ class _Loader:
     def _checked(
         self, option: Option, value: Any, *, table: _Table, variable: str | None = None, hidden: bool = False
     ) -> Any:
-        from pydantic import ValidationError
-
         hidden = hidden or variable is not None
         try:
             return self._placed(option, option.check(value))
-        except ValidationError as error:
-            for wrong in wrongs(option, value, error, hidden=hidden or is_secret((option.name,))):
+        except Refused as refused:
+            for wrong in wrongs(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (*table.where, option.name, *wrong.where)
                 name = _dotted((option.name, *wrong.where))
                 shown = None if hidden or isinstance(wrong.value, dict | list) else display(where, wrong.value)
@@ -437,16 +438,17 @@ class _Loader:
         where = (*table.where, name)
         dotted = ".".join((*table.variables, name))
         override = self._override(table, name)
-        if override is not None:
-            return Setting(dotted, HIDDEN, override[0])
-        if name not in table.given:
+        if override is None and name not in table.given:
             return Setting(dotted, option.default, "default")
+        value = table.resolved.get(name)
+        from_environment = override is not None or _below(where, self._values.private)
+        if is_secret((name,)) or (from_environment and not option.is_closed and any(_texts(value))):
+            value = HIDDEN
+        return Setting(dotted, _masked(where, value), override[0] if override else self._origin(where))
+
+    def _origin(self, where: Where) -> str:
         place = self._document.place(where, key=True)
-        origin = f"{self._document.shown}:{place.line}" if place else self._document.source
-        value = (
-            HIDDEN if _below(where, self._values.private) or is_secret((name,)) else _masked(where, table.given[name])
-        )
-        return Setting(dotted, value, origin)
+        return f"{self._document.shown}:{place.line}" if place else self._document.source
 
 
 _OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable}

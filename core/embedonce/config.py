@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .errors import ConfigError, EmbedonceError, Problem
 from .keys import KeyPolicy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ._documents import Document
     from ._sections import CacheTable
     from .cache import Cache

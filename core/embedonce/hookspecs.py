@@ -1,14 +1,13 @@
-"""The hooks that a plugin may have, as functions of its module marked with :data:`hookimpl`.
+"""The hooks that a plugin may have, as functions of its module marked with :func:`hookimpl`.
 
 A plugin's module may also say ``api = 1``, the version of the contract that it was written for.
+pluggy is imported when the first plugin is loaded, not when ``hookimpl`` is: it costs 10 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-import pluggy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from .contracts import AsyncProvider, EntryBackend, FrameBackend, Normalizer, Provider
@@ -17,26 +16,45 @@ if TYPE_CHECKING:
 PROJECT = "embedonce"
 """The name of the pluggy project and of the entry-point group."""
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a function of a plugin's module as the implementation of the hook of its name."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@hookspec
+@overload
+def hookimpl(function: Function) -> Function: ...
+
+
+@overload
+def hookimpl(
+    *,
+    hookwrapper: bool = ...,
+    wrapper: bool = ...,
+    tryfirst: bool = ...,
+    trylast: bool = ...,
+    specname: str | None = ...,
+) -> Callable[[Function], Function]: ...
+
+
+def hookimpl(function: Any = None, **options: Any) -> Any:
+    """Mark a function of a plugin's module as the implementation of the hook of its name."""
+    import pluggy
+
+    return pluggy.HookimplMarker(PROJECT)(function, **options)
+
+
 def embedonce_backends() -> Mapping[str, type[FrameBackend] | type[EntryBackend]]:  # type: ignore[empty-body]
     """Return backend classes by the name that TOML gives as a tier's ``type``."""
 
 
-@hookspec
 def embedonce_providers() -> Mapping[str, type[Provider] | type[AsyncProvider]]:  # type: ignore[empty-body]
     """Return provider classes by the name that TOML gives as the provider's ``type``."""
 
 
-@hookspec
 def embedonce_normalizers() -> Mapping[str, Normalizer]:  # type: ignore[empty-body]
     """Return normalisation steps by the name that TOML lists in ``[key] normalize``."""
 
 
-@hookspec
 def embedonce_event(event: Event) -> None:
     """See what happened, a batch at a time; runs on the caller's path, so do little and raise nothing."""
+
+
+HOOKS = (embedonce_backends, embedonce_providers, embedonce_normalizers, embedonce_event)

@@ -121,16 +121,16 @@ def _seconds_of(text: str) -> float:
 class Parsed:
     """Marks an option that TOML may give as text; tells pydantic, when it asks, how to read it."""
 
-    __slots__ = ("_parse", "_schema")
+    __slots__ = ("_schema", "parse")
 
     def __init__(self, parse: Callable[[object], Any], schema: Mapping[str, Any]) -> None:
-        self._parse = parse
+        self.parse = parse
         self._schema = dict(schema)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
 
-        return core_schema.no_info_plain_validator_function(self._parse)
+        return core_schema.no_info_plain_validator_function(self.parse)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return dict(self._schema)

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import pluggy
-
 from . import hookspecs
 from ._suggest import closest, listed
 from .contracts import API, Normalizer
@@ -26,6 +24,8 @@ from .keys import NORMALIZERS
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
+
+    import pluggy
 
 Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
 
@@ -176,6 +176,11 @@ _plugins: dict[str, _Loaded] = {}
 
 @functools.cache
 def _manager() -> pluggy.PluginManager:
+    import pluggy
+
+    mark = pluggy.HookspecMarker(hookspecs.PROJECT)
+    for hook in hookspecs.HOOKS:
+        mark(hook)
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
@@ -241,7 +246,7 @@ def _register(point: EntryPoint, module: Any) -> None:
 
 
 def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
-    known = [name for name in dir(hookspecs) if name.startswith("embedonce_")]
+    known = [hook.__name__ for hook in hookspecs.HOOKS]
     callers = manager.get_hookcallers(module) or []
     for caller in callers:
         if not caller.has_spec():
