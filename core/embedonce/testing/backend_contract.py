@@ -129,8 +129,10 @@ class BackendContract(Whole):
 
     def test_a_key_asked_twice_comes_once(self) -> None:
         with self._open() as backend:
-            self._stored(backend, [1, 2])
-            self._same(backend, backend.get_many([key(1), key(2), key(1), key(9), key(9)]), {key(1): 1, key(2): 2})
+            self._stored(backend, [1, 2, 3])
+            for asked in ([1, 1, 2, 3], [9, 9, 1, 2], [2, 1, 2, 1, 9], [3, 3, 3]):
+                there = {key(number): number for number in asked if number != 9}
+                self._same(backend, backend.get_many([key(number) for number in asked]), there)
 
     def test_only_what_was_asked_comes_back(self) -> None:
         with self._open() as backend:
@@ -520,16 +522,24 @@ class BackendContract(Whole):
         with self._open() as backend:
             values = self._values(backend)
 
+            stay: list[dict[str, int]] = [{} for _ in range(8)]
+
             def work(number: int) -> None:
-                own = {key(number * 1000 + n): number * 1000 + n for n in range(20)}
-                for _ in range(10):
+                for turn in range(10):
+                    seeds = range(1000 * number + 10 * turn, 1000 * number + 10 * turn + 10)
+                    own = {key(seed): seed for seed in seeds}
                     backend.set_many({name: values.sample(seed) for name, seed in own.items()}, None)
                     self._holds(backend, own)
                     if backend.capabilities.delete:
-                        backend.delete_many(list(own)[::2])
-                        self._same(backend, backend.get_many(list(own)), dict(list(own.items())[1::2]))
+                        gone = list(own)[::2]
+                        backend.delete_many(gone)
+                        own = {name: seed for name, seed in own.items() if name not in gone}
+                        self._same(backend, backend.get_many([*gone, *own]), own)
+                    stay[number] |= own
 
-            in_threads(8, work, "set_many and get_many from eight threads")
+            in_threads(len(stay), work, "set_many and get_many from eight threads")
+            for own in stay:
+                self._holds(backend, own)
 
     def test_threads_that_overwrite_leave_one_whole_value(self) -> None:
         with self._open() as backend:
@@ -537,16 +547,20 @@ class BackendContract(Whole):
             names = [key(number) for number in range(5)]
             written = [values.sample(seed) for seed in range(6)]
 
-            def whole() -> None:
-                for value in backend.get_many(names).values():
-                    assert any(values.same(value, one) for one in written), "a value comes back that nobody stored"
+            writing = list(written)
 
             def work(number: int) -> None:
-                for _ in range(20):
-                    backend.set_many(dict.fromkeys(names, written[number]), None)
-                    whole()
+                if number < len(written):
+                    try:
+                        for _ in range(20):
+                            backend.set_many(dict.fromkeys(names, written[number]), None)
+                    finally:
+                        writing.pop()
+                while number >= len(written) and writing:
+                    for value in backend.get_many(names).values():
+                        assert any(values.same(value, one) for one in written), "a value comes back that nobody stored"
 
-            in_threads(len(written), work, "six threads that overwrite the same keys")
+            in_threads(len(written) + 2, work, "six threads that overwrite the same keys, and two that read")
             assert set(backend.get_many(names)) == set(names), "a key is lost that every thread has stored"
 
     def test_a_call_past_its_deadline_raises(self) -> None:

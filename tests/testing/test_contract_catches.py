@@ -1,0 +1,853 @@
+"""A conformance kit that nobody has tried on something broken proves nothing.
+
+Every standard test of the contracts has a plugin here that is broken in one way, and catches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from embedonce_odd import HashingProvider
+from embedonce_shelf import HashingShelfBackend, ShelfBackend
+
+from embedonce.contracts import Capabilities, Embedded, Limits, time_left
+from embedonce.testing import BackendContract, CountingProvider, DictBackend, ManualClock, ProviderContract, Recipe
+
+PATH = "."
+"""Where the broken backends on files have their folder; each test sets its own."""
+
+
+# --- broken backends --------------------------------------------------------------------------
+
+
+class DeclaresInADict(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = {"holds": "frames"}
+
+
+class CountsNothing(DictBackend):
+    count = None
+
+
+class FailsOnNothing(DictBackend):
+    def get_many(self, keys):
+        if not keys:
+            raise ValueError("syntax error near IN ()")
+        return super().get_many(keys)
+
+
+class StoresText(DictBackend):
+    def get_many(self, keys):
+        return {key: value.hex() for key, value in super().get_many(keys).items()}
+
+
+class NoneForMiss(DictBackend):
+    def get_many(self, keys):
+        return dict.fromkeys(keys) | super().get_many(keys)
+
+
+class ShiftsByDuplicates(DictBackend):
+    """Asks for different keys, and lays the answer against the keys as they came."""
+
+    def get_many(self, keys):
+        found = super().get_many(keys)
+        replies = [found.get(key) for key in dict.fromkeys(keys)]
+        return {key: value for key, value in zip(keys, replies, strict=False) if value is not None}
+
+
+class TellsEverything(DictBackend):
+    def get_many(self, keys):
+        return super().get_many(list(self._store))
+
+
+class WantsLists(DictBackend):
+    def get_many(self, keys):
+        return super().get_many(keys.copy())
+
+
+class LosesAboveFiveHundred(DictBackend):
+    def get_many(self, keys):
+        return super().get_many(keys[:500])
+
+
+class CutsTheBatch(DictBackend):
+    def __init__(self):
+        super().__init__(max_batch=100)
+
+    def get_many(self, keys):
+        return super().get_many(keys[:100])
+
+
+class CutsKeys(DictBackend):
+    """As a column of 100 characters does."""
+
+    def get_many(self, keys):
+        found = super().get_many([key[:100] for key in keys])
+        return {key: found[key[:100]] for key in keys if key[:100] in found}
+
+    def set_many(self, items, ttl):
+        super().set_many({key[:100]: value for key, value in items.items()}, ttl)
+
+
+class KeepsTheFirst(DictBackend):
+    def set_many(self, items, ttl):
+        self.add_many(items, ttl)
+
+
+class StripsValues(DictBackend):
+    def set_many(self, items, ttl):
+        super().set_many({key: value.rstrip(b"\0") for key, value in items.items()}, ttl)
+
+
+class ThinksEmptyIsAbsent(DictBackend):
+    def get_many(self, keys):
+        return {key: value for key, value in super().get_many(keys).items() if value}
+
+
+class DoesNotHoldItsLargest(DictBackend):
+    def __init__(self):
+        super().__init__(max_value_bytes=1000)
+
+    def set_many(self, items, ttl):
+        super().set_many({key: value for key, value in items.items() if len(value) < 1000}, ttl)
+
+
+class CutsValues(DictBackend):
+    def __init__(self):
+        super().__init__(max_value_bytes=1000)
+
+    def set_many(self, items, ttl):
+        super().set_many({key: value[:1000] for key, value in items.items()}, ttl)
+
+
+class HoldsNoCards(DictBackend):
+    def __init__(self):
+        super().__init__(holds="entries")
+
+    def set_many(self, items, ttl):
+        super().set_many({key: entry for key, entry in items.items() if entry.vector.size}, ttl)
+
+
+class WritesLater(DictBackend):
+    """Keeps the mapping it was given, and reads it when it is asked."""
+
+    later = ({}, None)
+
+    def set_many(self, items, ttl):
+        self.later = (items, ttl)
+
+    def get_many(self, keys):
+        super().set_many(*self.later)
+        return super().get_many(keys)
+
+
+class HandsOutItself(DictBackend):
+    def __init__(self):
+        super().__init__()
+        self.held = {}
+
+    def set_many(self, items, ttl):
+        self.held.update(items)
+
+    def get_many(self, keys):
+        return self.held
+
+
+class HandsOutItsArrays(DictBackend):
+    def __init__(self):
+        super().__init__(holds="entries")
+
+    def set_many(self, items, ttl):
+        items = {key: entry._replace(vector=np.array(entry.vector)) for key, entry in items.items()}
+        super().set_many(items, ttl)
+
+
+class GetRaises(DictBackend):
+    def get(self, key):
+        return self._store[key][0]
+
+
+class DeletesTooMuch(DictBackend):
+    def delete_many(self, keys):
+        self._store.clear()
+
+
+class DeleteRaises(DictBackend):
+    def delete_many(self, keys):
+        for key in keys:
+            del self._store[key]
+
+
+class Buries(DictBackend):
+    """What was deleted stays so."""
+
+    def delete_many(self, keys):
+        super().delete_many(keys)
+        self.buried = set(keys)
+
+    def get_many(self, keys):
+        return super().get_many([key for key in keys if key not in getattr(self, "buried", ())])
+
+
+class ScansByPattern(DictBackend):
+    def scan(self, prefix):
+        return [key for key in self._store if re.match(prefix, key)]
+
+
+class ScansALiveDict(DictBackend):
+    def scan(self, prefix):
+        for key in self._store:
+            if key.startswith(prefix):
+                yield key
+
+
+class ScansALiveDictSlowly(DictBackend):
+    """Slowly, so that a writer comes in between for certain."""
+
+    def scan(self, prefix):
+        for key in self._store:
+            time.sleep(0.001)
+            if key.startswith(prefix):
+                yield key
+
+
+class CountsEverything(DictBackend):
+    def count(self, prefix):
+        return len(self._store)
+
+
+class AddsOver(DictBackend):
+    def add_many(self, items, ttl):
+        self.set_many(items, ttl)
+        return set(items)
+
+
+class AddsInTwoSteps(DictBackend):
+    def add_many(self, items, ttl):
+        absent = {key: value for key, value in items.items() if key not in self._store}
+        time.sleep(0.001)
+        self.set_many(absent, ttl)
+        return set(absent)
+
+
+class ReadsLongTtlsAsDates(DictBackend):
+    """As memcached does above thirty days."""
+
+    def set_many(self, items, ttl):
+        super().set_many(items, ttl if ttl is None or ttl <= 30 * 86_400 else ttl - self.clock())
+
+
+class NeverExpires(DictBackend):
+    def set_many(self, items, ttl):
+        super().set_many(items, None)
+
+
+class KeepsTheFirstTtl(DictBackend):
+    def set_many(self, items, ttl):
+        ends = {key: self._store[key][1] for key in items if key in self._store}
+        super().set_many(items, ttl)
+        for key, end in ends.items():
+            self._store[key] = (items[key], end)
+
+
+class LeasesForEver(DictBackend):
+    def add_many(self, items, ttl):
+        return super().add_many(items, None)
+
+
+class ClosesOnce(DictBackend):
+    def close(self):
+        if self._closed:
+            raise ValueError("closed twice")
+        super().close()
+
+
+class NeverCloses(DictBackend):
+    def close(self):
+        return
+
+
+class AnswersAfterClose(DictBackend):
+    """Reads nothing and stores nothing, and says nothing about it."""
+
+    def get_many(self, keys):
+        return {} if self._closed else super().get_many(keys)
+
+    def set_many(self, items, ttl):
+        if not self._closed:
+            super().set_many(items, ttl)
+
+
+class OnlyInThisProcess(DictBackend):
+    """Says that its host shares what is in its own dict."""
+
+    def __init__(self, **options):
+        super().__init__(scope="host", **options)
+
+
+class LosesWhatWasLast(ShelfBackend):
+    """Writes when the next call comes, and not when it is closed."""
+
+    def __init__(self, *, path):
+        super().__init__(path=path)
+        self.last = ({}, None)
+
+    def set_many(self, items, ttl):
+        super().set_many(*self.last)
+        self.last = (items, ttl)
+
+    def get_many(self, keys):
+        super().set_many(*self.last)
+        return super().get_many(keys)
+
+
+class KeepsACopyInMemory(ShelfBackend):
+    def __init__(self, *, path):
+        super().__init__(path=path)
+        self.copy = {}
+
+    def set_many(self, items, ttl):
+        super().set_many(items, ttl)
+        self.copy.update(items)
+
+    def get_many(self, keys):
+        return super().get_many(keys) | {key: self.copy[key] for key in keys if key in self.copy}
+
+
+class ForgetsBetweenThreads(DictBackend):
+    """Replaces the whole of what it holds."""
+
+    def set_many(self, items, ttl):
+        held = dict(self._store)
+        time.sleep(0.0005)
+        self._store = held | {key: (value, None) for key, value in items.items()}
+
+
+class WritesInTwoHalves(DictBackend):
+    def set_many(self, items, ttl):
+        held = super().get_many(list(items))
+        super().set_many({key: value[:32] + held.get(key, value)[32:] for key, value in items.items()}, ttl)
+        time.sleep(0.0005)
+        super().set_many(items, ttl)
+
+
+class IgnoresItsDeadline(DictBackend):
+    def __init__(self):
+        super().__init__()
+        self.capabilities = replace(self.capabilities, deadline=True)
+
+    def _enter(self, extra=None, count=0):
+        return
+
+
+class LeavesTheReply(DictBackend):
+    """Gives up a call in time, and reads its reply as that of the next one."""
+
+    stalled = False
+    unread = None
+
+    def __init__(self):
+        super().__init__(deadline=True)
+
+    def get_many(self, keys):
+        found = super().get_many(keys)
+        if self.stalled:
+            self.unread = list(found.values())
+            while True:
+                time_left()
+                time.sleep(0.01)
+        if self.unread is not None:
+            replies, self.unread = self.unread, list(found.values())
+            return dict(zip(keys, replies, strict=False))
+        return found
+
+
+class Twin:
+    """An honest async client; the broken ones change one thing."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.closed = False
+
+    async def get_many(self, keys):
+        if self.closed:
+            raise RuntimeError("closed")
+        return self.backend.get_many(keys)
+
+    async def set_many(self, items, ttl):
+        self.backend.set_many(items, ttl)
+
+    async def close(self):
+        self.closed = True
+
+
+class TwinWithItsOwnStore(DictBackend):
+    def __init__(self):
+        super().__init__(twin=True)
+
+    def twin(self):
+        return Twin(DictBackend())
+
+
+class OneTwinForAllLoops(DictBackend):
+    def __init__(self):
+        super().__init__(twin=True)
+        self.only = None
+
+    def twin(self):
+        if self.only is None:
+            self.only = super().twin()
+        return self.only
+
+
+class TwinWithOnePlaceForKeys(DictBackend):
+    def __init__(self):
+        super().__init__(twin=True)
+
+    def twin(self):
+        class Shared(Twin):
+            async def get_many(self, keys):
+                self.keys = keys
+                await asyncio.sleep(0)
+                return await super().get_many(self.keys)
+
+        return Shared(self)
+
+
+class TwinThatLeavesTheReply(DictBackend):
+    def __init__(self):
+        super().__init__(twin=True)
+
+    def twin(self):
+        class Leaves(Twin):
+            unread = None
+
+            async def get_many(self, keys):
+                mine = list((await super().get_many(keys)).values())
+                try:
+                    await asyncio.sleep(0)
+                except asyncio.CancelledError:
+                    self.unread = mine
+                    raise
+                replies, self.unread = (mine, None) if self.unread is None else (self.unread, mine)
+                return dict(zip(keys, replies, strict=False))
+
+        return Leaves(self)
+
+
+class TwinThatNeverCloses(DictBackend):
+    def __init__(self):
+        super().__init__(twin=True)
+
+    def twin(self):
+        class Open(Twin):
+            async def close(self):
+                return
+
+        return Open(self)
+
+
+class CannotAddWhatWasDeleted(DictBackend):
+    """Only two calls in this order show it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.deleted = set()
+
+    def delete_many(self, keys):
+        super().delete_many(keys)
+        self.deleted |= set(keys)
+
+    def add_many(self, items, ttl):
+        return super().add_many({key: value for key, value in items.items() if key not in self.deleted}, ttl)
+
+
+BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
+    ("test_capabilities_are_declared_and_stay", DeclaresInADict),
+    ("test_declared_extras_are_there", CountsNothing),
+    ("test_empty_calls_do_nothing", FailsOnNothing),
+    ("test_one_entry_comes_back", StoresText),
+    ("test_a_miss_is_absent", NoneForMiss),
+    ("test_a_key_asked_twice_comes_once", ShiftsByDuplicates),
+    ("test_only_what_was_asked_comes_back", TellsEverything),
+    ("test_any_sequence_and_any_mapping_will_do", WantsLists),
+    ("test_a_full_batch_comes_back", LosesAboveFiveHundred),
+    ("test_one_more_than_a_full_batch_is_right_or_refused", CutsTheBatch),
+    ("test_keys_that_look_alike_are_different", CutsKeys),
+    ("test_a_later_value_replaces_an_earlier_one", KeepsTheFirst),
+    ("test_special_values_come_back_exactly", StripsValues),
+    ("test_any_value_comes_back_exactly", ThinksEmptyIsAbsent),
+    ("test_the_largest_value_fits", DoesNotHoldItsLargest),
+    ("test_a_value_too_large_is_whole_or_not_there", CutsValues),
+    ("test_a_space_card_comes_back", HoldsNoCards),
+    ("test_what_is_handed_in_is_left_alone", WritesLater),
+    ("test_what_is_handed_out_cannot_change_the_store", HandsOutItself),
+    ("test_what_is_handed_out_cannot_change_the_store", HandsOutItsArrays),
+    ("test_get_agrees_with_get_many", GetRaises),
+    ("test_delete_removes_these_keys_alone", DeletesTooMuch),
+    ("test_delete_of_what_is_not_there_is_no_error", DeleteRaises),
+    ("test_what_was_deleted_can_be_stored_again", Buries),
+    ("test_scan_finds_what_starts_with_the_prefix", ScansByPattern),
+    ("test_scan_goes_on_while_keys_are_deleted", ScansALiveDict),
+    ("test_scan_beside_writers_misses_nothing_that_stays", ScansALiveDictSlowly),
+    ("test_count_agrees_with_what_is_there", CountsEverything),
+    ("test_add_stores_what_is_absent_alone", AddsOver),
+    ("test_an_added_key_has_one_winner", AddsInTwoSteps),
+    ("test_any_ttl_is_taken", ReadsLongTtlsAsDates),
+    ("test_an_entry_goes_when_its_ttl_ends", NeverExpires),
+    ("test_storing_again_sets_the_ttl_again", KeepsTheFirstTtl),
+    ("test_an_added_key_is_free_again_when_its_ttl_ends", LeasesForEver),
+    ("test_close_twice_does_nothing", ClosesOnce),
+    ("test_use_after_close_raises", NeverCloses),
+    ("test_use_after_close_raises", AnswersAfterClose),
+    ("test_what_was_stored_is_there_when_opened_again", OnlyInThisProcess),
+    ("test_what_was_stored_is_there_when_opened_again", LosesWhatWasLast),
+    ("test_two_clients_see_one_store", KeepsACopyInMemory),
+    ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
+    ("test_other_processes_use_the_store", HashingShelfBackend),
+    ("test_threads_keep_their_values_apart", ForgetsBetweenThreads),
+    ("test_threads_that_overwrite_leave_one_whole_value", WritesInTwoHalves),
+    ("test_a_call_past_its_deadline_raises", IgnoresItsDeadline),
+    ("test_a_store_that_stalls_is_left_by_the_deadline", LeavesTheReply),
+    ("test_the_twin_shares_the_store", TwinWithItsOwnStore),
+    ("test_every_loop_has_its_own_twin", OneTwinForAllLoops),
+    ("test_the_twin_answers_many_at_once", TwinWithOnePlaceForKeys),
+    ("test_a_cancelled_twin_call_shifts_no_reply", TwinThatLeavesTheReply),
+    ("test_use_of_a_closed_twin_raises", TwinThatNeverCloses),
+    ("test_it_behaves_as_a_dict", CannotAddWhatWasDeleted),
+]
+
+
+class Tries(BackendContract):
+    """The contract over a class of broken backends, with every hook, so that nothing is skipped."""
+
+    def __init__(self, broken: Callable[..., Any], folder: Path) -> None:
+        self.broken = broken
+        self.folder = folder
+        self.clock = ManualClock()
+
+    def make(self) -> Any:
+        if issubclass(self.broken, ShelfBackend):
+            return self.broken(path=str(self.folder))
+        backend = self.broken()
+        backend.clock = self.clock
+        return backend
+
+    def reopen(self, backend: Any) -> Any:
+        return self.make()
+
+    def recipe(self, backend: Any) -> Recipe:
+        return Recipe(self.broken, {"path": str(self.folder)})
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @contextmanager
+    def stall(self, backend: Any) -> Iterator[None]:
+        backend.stalled = True
+        yield
+        backend.stalled = False
+
+
+@pytest.mark.parametrize(("name", "broken"), BROKEN_BACKENDS, ids=lambda value: getattr(value, "__name__", value))
+def test_the_backend_contract_catches(name: str, broken: Callable[[], Any], tmp_path: Path) -> None:
+    assert fails(getattr(Tries(broken, tmp_path), name)), f"{name} lets {broken.__name__} pass"
+
+
+def test_every_test_of_the_backend_contract_catches_something() -> None:
+    own = {"test_no_standard_test_is_replaced"}
+    assert {name for name, _ in BROKEN_BACKENDS} | own == set(BackendContract.standard_tests)
+
+
+def fails(test: Callable[[], None]) -> bool:
+    """Say whether a standard test fails; one that is skipped proves nothing, and raises."""
+    try:
+        test()
+    except pytest.skip.Exception as skipped:
+        raise AssertionError(f"skipped: {skipped}") from None
+    except (Exception, pytest.fail.Exception):
+        return True
+    return False
+
+
+# --- broken providers -------------------------------------------------------------------------
+
+
+class TakesNothing(CountingProvider):
+    def __init__(self):
+        super().__init__()
+        self.limits = Limits(max_batch=0)
+
+
+class LearnsItsRevision(CountingProvider):
+    def space(self, task):
+        return replace(super().space(task), revision="main" if not self.calls else "4ac1")
+
+
+class AnotherSpaceEveryTime(CountingProvider):
+    def space(self, task):
+        return replace(super().space(task), extra={"instance": id(self)})
+
+
+class SaysSeven(CountingProvider):
+    def space(self, task):
+        return replace(super().space(task), dimensions=7)
+
+
+class OneSpaceForTwoTasks(CountingProvider):
+    def __init__(self):
+        super().__init__(symmetric=False)
+
+    def space(self, task):
+        return super().space("document")
+
+
+class Changes(CountingProvider):
+    """Changes the matrix before it is returned."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.honest = self.embed
+        self.embed = self.changed
+
+    def changed(self, texts, task):
+        return self.change(np.array(self.honest(texts, task).vectors), texts)
+
+    def change(self, vectors, texts):
+        return vectors
+
+
+class AnswersAHundred(Changes):
+    def change(self, vectors, texts):
+        return vectors[:100]
+
+
+class HalfAnIdea(Changes):
+    def change(self, vectors, texts):
+        vectors[-1, 0] = np.nan
+        return vectors
+
+
+class AllTheSame(Changes):
+    def change(self, vectors, texts):
+        vectors[:] = 1.0
+        return vectors
+
+
+class Sorts(Changes):
+    def change(self, vectors, texts):
+        return vectors[np.argsort(texts)]
+
+
+class LooksAtItsNeighbours(Changes):
+    def change(self, vectors, texts):
+        return vectors / len(vectors)
+
+
+class DropsDuplicates(Changes):
+    def change(self, vectors, texts):
+        return np.unique(vectors, axis=0)
+
+
+class UsesOneBuffer(Changes):
+    def change(self, vectors, texts):
+        if not hasattr(self, "buffer"):
+            self.buffer = np.zeros((256, self.dimensions), np.float32)
+        self.buffer[: len(vectors)] = vectors
+        return self.buffer[: len(vectors)]
+
+
+class StripsTheList(Changes):
+    def changed(self, texts, task):
+        with suppress(TypeError):
+            texts[:] = [text.strip() for text in texts]
+        return super().changed(texts, task)
+
+
+class OwesTokens(Changes):
+    def change(self, vectors, texts):
+        return Embedded(vectors, tokens=-1)
+
+
+class TwoFaces(CountingProvider):
+    """Its two faces are two models."""
+
+    def __init__(self):
+        super().__init__()
+        self.aembed = CountingProvider(model="another", asynchronous=True).aembed
+
+
+class NothingIsZero(Changes):
+    def change(self, vectors, texts):
+        vectors[[not text for text in texts]] = 0.0
+        return vectors
+
+
+class RefusesSomewhere(Changes):
+    limit = 10_000
+
+    def change(self, vectors, texts):
+        if any(len(text) > self.limit for text in texts):
+            raise RuntimeError("400 Bad Request")
+        return vectors
+
+
+class FearsNul(Changes):
+    def change(self, vectors, texts):
+        if any("\0" in text for text in texts):
+            raise ValueError("embedded null character")
+        return vectors
+
+
+class HasOnePlaceForTexts(Changes):
+    def changed(self, texts, task):
+        self.texts_now = texts
+        time.sleep(0.002)
+        return super().changed(self.texts_now, task)
+
+
+class HasOnePlaceForTextsOnALoop(CountingProvider):
+    def __init__(self):
+        super().__init__(asynchronous=True)
+        self.honest = self.aembed
+        self.aembed = self.shared
+
+    async def shared(self, texts, task):
+        self.texts_now = texts
+        await asyncio.sleep(0)
+        return await self.honest(self.texts_now, task)
+
+
+class ClosesOnceOnly(CountingProvider):
+    def close(self):
+        super().close()
+        if self.closed > 1:
+            raise RuntimeError("closed twice")
+
+
+BROKEN_PROVIDERS: list[tuple[str, Callable[[], Any]]] = [
+    ("test_limits_make_sense", TakesNothing),
+    ("test_the_space_is_described_and_stays", LearnsItsRevision),
+    ("test_two_instances_describe_one_space", AnotherSpaceEveryTime),
+    ("test_the_dimensions_are_as_described", SaysSeven),
+    ("test_tasks_that_differ_have_different_spaces", OneSpaceForTwoTasks),
+    ("test_one_vector_per_text", AnswersAHundred),
+    ("test_vectors_are_finite_floats", HalfAnIdea),
+    ("test_every_text_has_its_own_vector", AllTheSame),
+    ("test_order_is_kept", Sorts),
+    ("test_alone_as_in_a_batch", LooksAtItsNeighbours),
+    ("test_a_text_twice_has_one_vector", DropsDuplicates),
+    ("test_a_later_call_leaves_earlier_vectors_alone", UsesOneBuffer),
+    ("test_what_is_handed_in_is_left_alone", StripsTheList),
+    ("test_tokens_are_a_number_or_none", OwesTokens),
+    ("test_sync_and_async_agree", TwoFaces),
+    ("test_an_empty_text_is_embedded_or_refused", NothingIsZero),
+    ("test_a_long_text_is_embedded_or_refused", RefusesSomewhere),
+    ("test_any_unicode_is_embedded_or_refused", FearsNul),
+    ("test_threads_get_their_own_vectors", HasOnePlaceForTexts),
+    ("test_tasks_of_a_loop_get_their_own_vectors", HasOnePlaceForTextsOnALoop),
+    ("test_another_process_makes_the_same_vectors", HashingProvider),
+    ("test_close_twice_does_nothing", ClosesOnceOnly),
+]
+
+
+class TriesProvider(ProviderContract):
+    def __init__(self, broken: Callable[[], Any]) -> None:
+        self.broken = broken
+
+    def make(self) -> Any:
+        return self.broken()
+
+    def recipe(self) -> Recipe:
+        return Recipe(self.broken)
+
+
+@pytest.mark.parametrize(("name", "broken"), BROKEN_PROVIDERS, ids=lambda value: getattr(value, "__name__", value))
+def test_the_provider_contract_catches(name: str, broken: Callable[[], Any]) -> None:
+    assert fails(getattr(TriesProvider(broken), name)), f"{name} lets {broken.__name__} pass"
+
+
+def test_every_test_of_the_provider_contract_catches_something() -> None:
+    own = {"test_no_standard_test_is_replaced"}
+    assert {name for name, _ in BROKEN_PROVIDERS} | own == set(ProviderContract.standard_tests)
+
+
+# --- the contract itself ----------------------------------------------------------------------
+
+
+def test_a_standard_test_cannot_be_overridden() -> None:
+    with pytest.raises(TypeError, match="test_a_miss_is_absent"):
+        type("TestMine", (BackendContract,), {"test_a_miss_is_absent": lambda self: None})
+
+
+def test_a_standard_test_cannot_be_removed() -> None:
+    with pytest.raises(TypeError, match="test_order_is_kept"):
+        type("TestMine", (ProviderContract,), {"test_order_is_kept": None})
+
+
+def test_a_standard_test_cannot_be_overridden_by_a_second_base() -> None:
+    mixin = type("Mixin", (), {"test_one_entry_comes_back": lambda self: None})
+    with pytest.raises(TypeError, match="test_one_entry_comes_back"):
+        type("TestMine", (mixin, BackendContract), {})
+
+
+def test_a_standard_test_that_was_replaced_later_fails_the_suite() -> None:
+    class TestMine(BackendContract):
+        def make(self) -> DictBackend:
+            return DictBackend()
+
+    TestMine().test_no_standard_test_is_replaced()
+    TestMine.test_a_miss_is_absent = lambda self: None  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="test_a_miss_is_absent"):
+        TestMine().test_no_standard_test_is_replaced()
+
+
+def test_own_tests_are_welcome() -> None:
+    mine = type("TestMine", (BackendContract,), {"test_of_my_own": lambda self: None})
+    mine().test_no_standard_test_is_replaced()
+
+
+@pytest.mark.parametrize("capability", ["get", "delete", "scan", "count", "add", "twin"])
+def test_a_capability_that_is_not_there_fails(capability: str) -> None:
+    class Bare:
+        capabilities = Capabilities(**{capability: True})
+
+        def get_many(self, keys):
+            return {}
+
+        def set_many(self, items, ttl):
+            return
+
+        def close(self):
+            return
+
+    class TestBare(BackendContract):
+        def make(self) -> Bare:
+            return Bare()
+
+    with pytest.raises(AssertionError, match=capability):
+        TestBare().test_declared_extras_are_there()
+
+
+def test_a_shared_backend_without_reopen_fails_rather_than_skips() -> None:
+    class TestShared(BackendContract):
+        def make(self) -> DictBackend:
+            return DictBackend(scope="host")
+
+    with pytest.raises(AssertionError, match="reopen"):
+        TestShared().test_what_was_stored_is_there_when_opened_again()
+
+
+def test_a_contract_without_make_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="make"):
+        type("TestNothing", (BackendContract,), {})().test_one_entry_comes_back()
