@@ -13,10 +13,10 @@ from urllib.parse import parse_qsl, urlsplit
 from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
 from ._options import Option, Refused, options_of, read_text, wrongs
+from ._resolved import Config, Plugged, Setting, TierConfig
 from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
 from ._suggest import closest, listed
 from ._toml import Path as Where
-from .config import Config, Plugged, Setting, TierConfig
 from .contracts import Capabilities
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
