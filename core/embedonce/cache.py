@@ -399,11 +399,13 @@ class Cache:
         if key is None:
             return None
         entry = get(key)
-        if entry is None or (entry[2] is not None and entry[2] <= self._clock()):
+        if entry is None:
+            return None
+        expires = entry.expires
+        if expires is not None and expires <= self._clock():
             return None
         count()
-        vector: Matrix = entry[0]
-        return vector
+        return entry.vector
 
     def _hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
         """Return a first in-process tier's ``get``, its counter and the routes; no route where there is none.
@@ -579,7 +581,7 @@ class Cache:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception:
+            except Exception:  # noqa: BLE001  (a broken listener must not cost an embedding)
                 log.exception("a listener failed on %s", type(event).__name__)
 
     def _check_open(self) -> None:

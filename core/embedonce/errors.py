@@ -106,7 +106,7 @@ class TierTimeout(TierError, TimeoutError):
 
 
 class TierBusy(TierError):
-    """Raised by a backend whose connection pool is exhausted: counted as an error, and no reason to call the store dead."""
+    """Raised by a backend whose connection pool is exhausted: an error, but no reason to call the store dead."""
 
 
 class EraseIncomplete(EmbedonceError):

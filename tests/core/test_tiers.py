@@ -1,0 +1,359 @@
+"""A tier that is down, slow, wrong or full costs a bounded delay, is counted, and the right vector still comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout
+from embedonce._tiers import Breaker
+from embedonce.events import Event, LookedUp, TierChanged
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 20.0
+TEXTS = [f"text {i}" for i in range(20)]
+
+Ask = Callable[[Cache, list[str]], NDArray[np.float32]]
+
+
+def ask_async(cache: Cache, texts: list[str]) -> NDArray[np.float32]:
+    return asyncio.run(cache.aembed_batch(texts))
+
+
+faces = pytest.mark.parametrize("ask", [Cache.embed_batch, ask_async], ids=["sync", "async"])
+holds = pytest.mark.parametrize("kept", ["frames", "entries"])
+writes = pytest.mark.parametrize("write", ["inline", "background"])
+
+
+def expected(provider: CountingProvider, texts: list[str]) -> NDArray[np.float32]:
+    return np.stack([provider.vector_of(text) for text in texts])
+
+
+class Clock:
+    """Unix time that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@faces
+@holds
+@writes
+@pytest.mark.parametrize("twin", [False, True], ids=["blocking", "twin"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("raise"),
+        Fault("refuse"),
+        Fault("hang"),
+        Fault("hang", obey=True),
+        Fault("slow", seconds=0.4),
+        Fault("corrupt"),
+        Fault("truncate"),
+        Fault("partial"),
+        Fault("wrong_reply"),
+        Fault("unasked"),
+        Fault("none_for_miss"),
+    ],
+    ids=lambda fault: fault.kind + ("-obey" if fault.obey else ""),
+)
+def test_every_fault_still_gives_every_text_its_own_vector(
+    ask: Ask, kept: Any, write: Any, twin: bool, fault: Fault
+) -> None:
+    provider = CountingProvider()
+    inner = DictBackend(holds=kept, scope="network", twin=twin)
+    faulty = FaultyBackend(inner, [])
+    tier = Tier(faulty, name="far", timeout=0.1, write=write)
+    with Cache(provider, [MemoryBackend(max_entries=3), tier], flush_timeout=1.0) as cache:
+        assert (ask(cache, TEXTS[:10]) == expected(provider, TEXTS[:10])).all()
+        cache.flush(GENEROUS)
+        faulty.faults.append(fault)
+        start = time.monotonic()
+        for _ in range(3):
+            if fault.kind == "wrong_reply" and kept == "entries":
+                break  # entries carry no echo of their key: see the backend contract
+            assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
+        assert time.monotonic() - start < GENEROUS
+        faulty.heal()
+        assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
+
+
+@faces
+def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_left_out(ask: Ask) -> None:
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang")])
+    with Cache(provider, [Tier(faulty, name="far", timeout=0.2)], flush_timeout=0.3) as cache:
+        for i in range(50):
+            ask(cache, [f"{i}"])
+        stats = cache.stats().tiers["far"]
+        assert stats.causes["timeout"] >= 1
+        assert stats.errors <= 3  # the first read, at most one probe's worth more, and the first write
+        assert stats.skipped >= 45
+        assert provider.texts == 50
+        faulty.release()
+
+
+def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptureFixture) -> None:
+    events: list[Event] = []
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("refuse")])
+    tier = Tier(faulty, name="far", write="none")
+    with Cache(CountingProvider(), [tier], listeners=[events.append]) as cache:
+        with caplog.at_level(logging.WARNING, "embedonce"):
+            for i in range(10):
+                cache.embed(f"{i}")
+            assert [record.message for record in caplog.records] == [
+                "tier 'far': reads fail (ConnectionRefusedError); it is left out and tried again until it answers"
+            ]
+            faulty.heal()
+            end = time.monotonic() + GENEROUS
+            while cache._tiers[0].reads.open and time.monotonic() < end:
+                cache.embed(f"again {time.monotonic()}")
+                time.sleep(0.01)
+            assert caplog.records[-1].message == "tier 'far': reads work again"
+            assert len(caplog.records) == 2
+        changes = [event for event in events if isinstance(event, TierChanged)]
+        assert [(change.state, change.operation) for change in changes] == [("open", "read"), ("closed", "read")]
+        assert sum(event.errors for event in events if isinstance(event, LookedUp)) == 3
+
+
+def test_exactly_one_probe_runs_and_not_on_the_callers_path() -> None:
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", calls=range(1, 4)), Fault("hang")])
+    with Cache(CountingProvider(), [Tier(faulty, name="far", write="none", timeout=0.2)]) as cache:
+        for i in range(3):
+            cache.embed(f"{i}")
+        assert cache._tiers[0].reads.open
+        before = faulty.called("get")
+        end = time.monotonic() + 2.0  # the first wait is at most 0.63 s
+        while time.monotonic() < end:
+            start = time.monotonic()
+            cache.embed(f"{time.monotonic()}")
+            assert time.monotonic() - start < GENEROUS
+        assert 1 <= faulty.called("get") - before <= 3
+        faulty.heal()
+
+
+def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", error=TierBusy)])
+    with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
+        for i in range(10):
+            cache.embed(f"{i}")
+        stats = cache.stats().tiers["far"]
+        assert (stats.errors, stats.skipped, dict(stats.causes)) == (10, 0, {"TierBusy": 10})
+
+
+def test_failing_writes_do_not_stop_reads() -> None:
+    """A store that is full or read-only still answers."""
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="network"))
+    with Cache(provider, [Tier(faulty, name="far", write="inline")]) as cache:
+        cache.embed_batch(TEXTS)
+        faulty.faults.append(Fault("raise", on="set"))
+        for i in range(5):
+            cache.embed(f"new {i}")
+        assert cache.lookup(TEXTS).sources == ["far"] * len(TEXTS)
+        assert cache._tiers[0].writes.open
+        assert not cache._tiers[0].reads.open
+
+
+def test_a_tier_that_failed_in_a_call_is_not_written_to_in_it() -> None:
+    faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on="get", calls={1})])
+    with Cache(CountingProvider(), [Tier(faulty, name="host")]) as cache:
+        cache.embed("text")
+        assert faulty.called("set") == 0
+        cache.embed("text")
+        assert faulty.called("set") > 0
+
+
+@faces
+@pytest.mark.parametrize("operation", ["get", "set"])
+def test_on_error_raise(ask: Ask, operation: Any) -> None:
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on=operation)])
+    near = DictBackend()
+    with Cache(provider, [Tier(near, name="near"), Tier(faulty, name="host", on_error="raise")]) as cache:
+        with pytest.raises(TierError, match="tier 'host' failed"):
+            ask(cache, ["text"])
+        if operation == "set":  # what was computed is not lost
+            assert cache.lookup(["text"]).sources == ["near"]
+
+
+def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
+    faulty = FaultyBackend(DictBackend(scope="host"), [Fault("hang")])
+    tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
+    with Cache(CountingProvider(), [tier]) as cache:
+        with pytest.raises(TierTimeout, match="did not answer within 0.05 s"):
+            cache.embed("text")
+        faulty.heal()
+
+
+# --- time to live -----------------------------------------------------------------------------
+
+
+def test_an_expired_entry_is_a_plain_miss_and_comes_back() -> None:
+    clock = Clock()
+    provider = CountingProvider()
+    backend = DictBackend(ttl=False)  # the frame's own date decides, whatever the store keeps
+    with Cache(provider, [Tier(backend, name="t", ttl=60.0)], clock=clock) as cache:
+        cache.embed("text")
+        clock.now += 56.9
+        assert cache.lookup(["text"]).sources == ["t"]
+        clock.now += 4
+        assert cache.lookup(["text"]).sources == [None]
+        assert cache.explain("text").tiers == {"t": "expired"}
+        cache.embed("text")
+        assert provider.texts == 2
+        stats = cache.stats().tiers["t"]
+        assert (stats.corrupt, stats.errors) == (0, 0)
+
+
+def test_promotion_keeps_what_remains_of_an_entrys_life() -> None:
+    clock = Clock()
+    near, far = DictBackend(holds="entries"), DictBackend(holds="entries")
+    tiers = [Tier(near, name="near", ttl=1000.0), Tier(far, name="far", ttl=100.0)]
+    with Cache(CountingProvider(), tiers, clock=clock) as cache:
+        cache.embed("text")
+        (key,) = far.scan("")
+        near.delete_many([key])
+        clock.now += 50
+        cache.embed("text")
+        assert near.get(key).expires == far.get(key).expires
+        clock.now += 51
+        assert cache.lookup(["text"]).sources == [None]
+
+
+def test_the_tiers_own_ttl_caps_a_promotion() -> None:
+    clock = Clock()
+    near, far = DictBackend(holds="entries"), DictBackend(holds="entries")
+    with Cache(CountingProvider(), [Tier(near, name="near", ttl=10.0), Tier(far, name="far")], clock=clock) as cache:
+        cache.embed("text")
+        (key,) = far.scan("")
+        near.delete_many([key])
+        cache.embed("text")
+        assert clock.now + 9.5 <= near.get(key).expires <= clock.now + 10
+        assert far.get(key).expires is None
+
+
+def test_ttl_is_jittered_by_the_digest_and_never_longer_than_asked() -> None:
+    clock = Clock()
+    backend = DictBackend(holds="entries")
+    with Cache(CountingProvider(), [Tier(backend, name="t", ttl=100.0)], clock=clock) as cache:
+        cache.embed_batch([str(i) for i in range(200)])
+        lives = [backend.get(key).expires - clock.now for key in backend.scan("")]
+    assert 95 <= min(lives) < 96
+    assert 99 < max(lives) <= 100
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def test_background_writes_survive_the_end_of_the_cache() -> None:
+    backend = DictBackend(scope="network")
+    slow = FaultyBackend(backend, [Fault("slow", on="set", seconds=0.05)])
+    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=2.0)])
+    cache.embed_batch(TEXTS)
+    cache.close()
+    assert len(backend) == len(TEXTS) + 1  # and the space card
+
+
+def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
+    tier = Tier(faulty, name="far", timeout=0.3)
+    with Cache(CountingProvider(), [tier], max_queued=10, flush_timeout=0.2) as cache:
+        for i in range(40):
+            cache.embed(f"{i}")
+        stats = cache.stats().tiers["far"]
+        assert stats.dropped + stats.errors > 0
+        assert cache._table.queued("far") <= 10
+        faulty.heal()
+
+
+def test_write_none_reads_only() -> None:
+    backend = DictBackend()
+    with Cache(CountingProvider(), [Tier(backend, name="ro", write="none")]) as cache:
+        cache.embed("text")
+        assert len(backend) == 0
+        assert backend is not None
+
+
+def test_values_too_large_for_a_tier_are_kept_away_and_counted() -> None:
+    backend = DictBackend(max_value_bytes=500)
+    with Cache(CountingProvider(dimensions=384), [Tier(backend, name="small")]) as cache:
+        cache.embed_batch(TEXTS)
+        stats = cache.stats().tiers["small"]
+        assert (stats.dropped, stats.errors, dict(stats.causes)) == (20, 0, {"too large": 20})
+
+
+def test_a_backend_is_asked_in_chunks_of_its_max_batch() -> None:
+    backend = DictBackend(max_batch=7)  # it raises on more
+    with Cache(CountingProvider(), [backend]) as cache:
+        cache.embed_batch(TEXTS)
+        assert cache.lookup(TEXTS).sources == ["dict"] * 20
+        cache.forget(TEXTS)
+        assert cache.lookup(TEXTS).sources == [None] * 20
+        assert cache.stats().tiers["dict"].errors == 0
+
+
+def test_only_what_is_still_missing_is_asked_of_the_next_tier() -> None:
+    near, far = FaultyBackend(DictBackend()), FaultyBackend(DictBackend())
+    with Cache(CountingProvider(), [Tier(near, name="near"), Tier(far, name="far")]) as cache:
+        cache.embed_batch(TEXTS[:15])
+        far.calls.clear()
+        cache.lookup(TEXTS)
+        assert far.calls == [("get", 5)]
+
+
+# --- composing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        ([DictBackend(), DictBackend()], "two tiers are called 'dict'"),
+        ([Tier(MemoryBackend(), timeout=1.0)], "takes no timeout"),
+        ([Tier(DictBackend(), name="provider")], 'cannot be called "provider"'),
+        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl is a number of seconds above 0"),
+        ([object()], "is not a backend"),
+    ],
+)
+def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Cache(CountingProvider(), tiers)
+
+
+def test_a_breaker_waits_longer_each_time_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    states: list[str] = []
+    breaker = Breaker(lambda state, cause: states.append(state))
+    waits = []
+    breaker.failed("timeout")
+    for _ in range(12):
+        start = now[0]
+        while breaker.admit() == "skip":
+            now[0] += 0.05
+        waits.append(now[0] - start)
+        assert breaker.admit() == "skip"  # one probe only
+        breaker.failed("timeout")
+    assert 0.3 < waits[0] < 0.7
+    assert waits[3] > waits[0] * 3
+    assert max(waits) <= 60 * 1.25 + 0.1
+    breaker.succeeded()
+    assert breaker.admit() == "go"
+    assert states == ["open", "closed"]
+    breaker.failed("OSError")
+    breaker.failed("OSError")
+    assert breaker.admit() == "go"
+    breaker.failed("OSError")
+    assert breaker.admit() == "skip"
