@@ -177,31 +177,17 @@ class Page:
     # python
 
     def _python(self, fence: Fence) -> None:
-        tree = ast.parse(fence.content, str(self.path))
-        ast.increment_lineno(tree, fence.line - 1)
-        expected = {line + fence.line - 1: text for line, text in _arrows(fence.content)}
-        printed = []
-        for statement in tree.body:
-            shown = expected.pop(statement.end_lineno or 0, None)
-            value, output = self._statement(statement)
-            printed.append(output)
-            if shown is not None:
-                compare(shown, output if value is None and output else repr(value), loosely=False)
-        if expected:
-            raise Mismatch(f"'# ->' stands behind no statement of its own in line {min(expected)}")
-        self._printed, self._loosely = "".join(printed), False
-
-    def _statement(self, statement: ast.stmt) -> tuple[object, str]:
-        """Run one statement; return the value of an expression or assignment, and what was printed."""
+        before = fence.line - 1
+        tree = ast.increment_lineno(ast.parse(fence.content, str(self.path)), before)
+        arrows = Arrows({line + before: text for line, text in _arrows(fence.content)})
+        tree = ast.fix_missing_locations(arrows.visit(tree))
+        if arrows.left:
+            raise Mismatch(f"'# ->' ends neither an expression nor an assignment in line {min(arrows.left)}")
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            if isinstance(statement, ast.Expr):
-                value = eval(compile(ast.Expression(statement.value), str(self.path), "eval"), self.names)
-            else:
-                exec(compile(ast.Module([statement], []), str(self.path), "exec"), self.names)
-                value = None
-                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                    value = self.names[statement.targets[0].id]
-        return value, output.getvalue()
+            self.names[CHECK] = Check(output)
+            exec(compile(tree, str(self.path), "exec"), self.names)
+        self.names[CHECK].report()
+        self._printed, self._loosely = output.getvalue(), False
 
     def _doctest(self, fence: Fence) -> None:
         test = doctest.DocTestParser().get_doctest(fence.content, self.names, self.name, str(self.path), fence.line - 1)
@@ -260,6 +246,55 @@ class Page:
         elif done.returncode:
             raise Mismatch(f"$ {command}\nended with {done.returncode}:\n{_indented(done.stdout)}")
         return done.stdout
+
+
+CHECK = "__check__"
+
+
+class Arrows(ast.NodeTransformer):
+    """Puts ``__check__(line, shown, value)`` in the place of every ``value  # -> shown``, at any depth."""
+
+    def __init__(self, shown: dict[int, str]) -> None:
+        self.left = shown
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        if node.end_lineno not in self.left:
+            return node
+        return [self._call(node, "begin"), self._call(node, "__call__", node.value)]
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        if node.end_lineno not in self.left or not isinstance(node.targets[0], ast.Name):
+            return node
+        return [node, self._call(node, "__call__", ast.Name(node.targets[0].id, ast.Load()))]
+
+    def _call(self, node: ast.stmt, method: str, *values: ast.expr) -> ast.stmt:
+        line = node.end_lineno or 0
+        said = [ast.Constant(line), ast.Constant(self.left.pop(line)), *values] if values else []
+        call = ast.Call(ast.Attribute(ast.Name(CHECK, ast.Load()), method, ast.Load()), said, [])
+        return ast.copy_location(ast.Expr(call), node)
+
+
+class Check:
+    """Compares values, or what was printed since ``begin``, with what the page shows."""
+
+    def __init__(self, output: io.StringIO) -> None:
+        self._output = output
+        self._begin = 0
+        self._problems: list[str] = []
+
+    def begin(self) -> None:
+        self._begin = self._output.tell()
+
+    def __call__(self, line: int, shown: str, value: object) -> None:
+        printed = self._output.getvalue()[self._begin :]
+        try:
+            compare(shown, printed if value is None and printed else repr(value), loosely=False)
+        except Mismatch as problem:
+            self._problems.append(f"in line {line}, {problem}")
+
+    def report(self) -> None:
+        if self._problems:
+            raise Mismatch("\n".join(self._problems))
 
 
 def _arrows(source: str) -> Iterator[tuple[int, str]]:
@@ -334,7 +369,8 @@ def _anchors(page: Path) -> set[str]:
 
 WRONG_PAGE = """
 ```python
-1 + 1  # -> 3
+for n in (1, 2):
+    n + 1  # -> 2
 ```
 ```python
 print("one")
@@ -366,7 +402,7 @@ def test_a_wrong_page_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     page.write_text(WRONG_PAGE)
     runner = Page(page)
     runner.run()
-    assert [problem.split(": ")[0] for problem in runner.problems] == [f"page.md:{n}" for n in (3, 9, 12, 16, 20, 23)]
+    assert [problem.split(": ")[0] for problem in runner.problems] == [f"page.md:{n}" for n in (3, 10, 13, 17, 21, 24)]
 
 
 @pytest.mark.parametrize(
