@@ -193,7 +193,7 @@ def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("hang")])
     tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
     with Cache(CountingProvider(), [tier]) as cache:
-        with pytest.raises(TierTimeout, match="did not answer within 0.05 s"):
+        with pytest.raises(TierTimeout, match=r"did not answer within 0\.05 s"):
             cache.embed("text")
         faulty.heal()
 

@@ -1,0 +1,266 @@
+"""forget and purge win over queued writes, promotions and running flights, and say what they could not reach."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 20.0
+
+Forget = Callable[[Cache, list[str]], None]
+
+
+def forget_async(cache: Cache, texts: list[str]) -> None:
+    asyncio.run(cache.aforget(texts))
+
+
+faces = pytest.mark.parametrize("forget", [Cache.forget, forget_async], ids=["sync", "async"])
+
+
+def entries(backend: DictBackend) -> list[str]:
+    return [key for key in backend.scan("") if not key.startswith("eo1.card.")]
+
+
+@faces
+def test_forget_removes_from_every_tier_and_from_the_memo(forget: Forget) -> None:
+    near, far = MemoryBackend(), DictBackend(scope="network")
+    with Cache(CountingProvider(symmetric=False), [near, Tier(far, name="far")]) as cache:
+        for task in ("document", "query"):
+            cache.embed_batch(["secret", "other"], task)
+        cache.flush(GENEROUS)
+        forget(cache, ["secret"])
+        assert not any("secret" in memo for route in cache._routes.values() for memo in (route.known, route._older))
+        for task in ("document", "query"):
+            assert cache.lookup(["secret", "other"], task).sources == [None, "memory"]
+        assert len(entries(far)) == 2
+
+
+def test_forget_of_one_task_leaves_the_other() -> None:
+    with Cache(CountingProvider(symmetric=False), [MemoryBackend()]) as cache:
+        cache.embed("text", "document")
+        cache.embed("text", "query")
+        cache.forget(["text"], task="query")
+        assert cache.lookup(["text"], "document").sources == ["memory"]
+        assert cache.lookup(["text"], "query").sources == [None]
+
+
+@faces
+def test_forget_wins_over_queued_writes(forget: Forget) -> None:
+    far = DictBackend(scope="network")
+    faulty = FaultyBackend(far, [Fault("hang", on="set", calls={1})])
+    with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=GENEROUS)]) as cache:
+        cache.embed("first")  # its write hangs, so the next ones queue
+        faulty.gate.until(1)
+        cache.embed_batch(["queued", "kept"])
+        assert cache._table.queued("far") == 2
+        forget(cache, ["queued"])
+        assert cache._table.queued("far") == 1
+        faulty.heal()
+        assert cache.flush(GENEROUS)
+        assert cache.lookup(["first", "queued", "kept"]).sources == ["far", None, "far"]
+
+
+@faces
+def test_forget_names_a_tier_into_which_a_write_hangs(forget: Forget) -> None:
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
+    with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=0.2)]) as cache:
+        cache.embed("text")
+        faulty.gate.until(1)
+        with pytest.raises(EraseIncomplete) as caught:
+            forget(cache, ["text"])
+        assert set(caught.value.tiers) == {"far"}
+        faulty.heal()
+        forget(cache, ["text"])
+        assert cache.lookup(["text"]).sources == [None]
+
+
+@faces
+def test_forget_wins_over_a_running_flight(forget: Forget) -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    near, far = MemoryBackend(), DictBackend(scope="network")
+    with Cache(provider, [near, Tier(far, name="far")]) as cache, ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(cache.embed, "text")
+        provider.gate.until(1)
+        forget(cache, ["text"])
+        provider.release()
+        assert (leader.result(GENEROUS) == provider.inner.vector_of("text")).all()
+        assert cache.flush(GENEROUS)
+        assert cache.lookup(["text"]).sources == [None]
+        assert entries(far) == []
+
+
+def test_forget_wins_over_a_promotion() -> None:
+    near = DictBackend()
+    far = FaultyBackend(DictBackend(scope="host"))
+    with Cache(CountingProvider(), [Tier(near, name="near"), Tier(far, name="far", timeout=GENEROUS)]) as cache:
+        cache.embed("text")
+        near.delete_many(entries(near))
+        reading, go_on = threading.Event(), threading.Event()
+        get_many = far.get_many
+
+        def held(keys: Any) -> Any:
+            found = get_many(keys)
+            reading.set()
+            go_on.wait(GENEROUS)
+            return found
+
+        far.get_many = held  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(cache.lookup, ["text"])
+            reading.wait(GENEROUS)
+            del far.get_many
+            cache.forget(["text"])
+            go_on.set()
+            assert reader.result(GENEROUS).sources == ["far"]  # it had read it before
+        assert entries(near) == []
+        assert cache.lookup(["text"]).sources == [None]
+
+
+def test_after_a_forget_the_text_is_computed_and_stored_again() -> None:
+    provider = CountingProvider()
+    with Cache(provider, [MemoryBackend(), Tier(DictBackend(scope="network"), name="far")]) as cache:
+        for _ in range(3):
+            cache.embed("text")
+            cache.embed("text")
+            cache.forget(["text"])
+        cache.embed("text")
+        assert cache.lookup(["text"]).sources == ["memory"]
+    assert provider.texts == 4
+    assert not cache._table._erasures
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
+    """Four calls are caught somewhere between their first look and their last write; the forget comes from outside."""
+    chance = random.Random(seed)
+    near, far = MemoryBackend(), DictBackend(scope="network")
+    slow = FaultyBackend(far, [Fault("slow", seconds=0.002, probability=0.5)], seed=seed)
+    texts = [f"text {i}" for i in range(20)]
+    provider = CountingProvider(delay=0.004, max_batch=7, asynchronous=bool(seed % 2))
+    write = chance.choice(["inline", "background"])
+    with Cache(provider, [near, Tier(slow, name="far", timeout=5.0, write=write)]) as cache:
+        cache.embed_batch(chance.sample(texts, 5))  # some are hits and get promoted
+        near.delete_many(list(near.scan("")))
+        with ThreadPoolExecutor(4) as pool:
+            began = threading.Barrier(5)
+
+            futures = [pool.submit(lambda: (began.wait(GENEROUS), cache.embed_batch(texts))) for _ in range(4)]
+            began.wait(GENEROUS)
+            while len(cache._table._calls) < 4 and not all(future.done() for future in futures):
+                time.sleep(0)
+            time.sleep(chance.uniform(0, 0.02))
+            cache.forget(texts)
+            for future in futures:
+                future.result(GENEROUS)
+        assert cache.flush(GENEROUS)
+        assert cache.lookup(texts).sources == [None] * len(texts)
+
+
+@faces
+def test_forget_never_fails_open(forget: Forget) -> None:
+    near, down = DictBackend(), FaultyBackend(DictBackend(scope="host"))
+    stubborn = DictBackend(delete=False)
+    tiers = [Tier(near, name="near"), Tier(down, name="down"), Tier(stubborn, name="stubborn")]
+    with Cache(CountingProvider(), tiers) as cache:
+        cache.embed("text")
+        down.faults.append(Fault("refuse"))
+        with pytest.raises(EraseIncomplete, match="stubborn") as caught:
+            forget(cache, ["text"])
+        assert caught.value.tiers == {"down": "ConnectionRefusedError", "stubborn": "it cannot delete"}
+        assert "text" not in str(caught.value)
+        assert entries(near) == []  # what could be reached is done
+
+
+# --- purge ------------------------------------------------------------------------------------
+
+
+def chain(store: DictBackend, model: str = "m1", **policy: Any) -> Cache:
+    return Cache(
+        CountingProvider(model=model), [Tier(DictBackend(store=store, scope="host"), name="t")], key=KeyPolicy(**policy)
+    )
+
+
+def test_purge_by_what_the_space_cards_say() -> None:
+    store = DictBackend()
+    caches = {
+        "old": chain(store, version="v1"),
+        "new": chain(store, version="v2"),
+        "other": chain(store, "m2", version="v2"),
+        "tenant": chain(store, version="v2", namespace="tenant"),
+    }
+    for cache in caches.values():
+        cache.embed_batch(["a", "b", "c"])
+    new = caches["new"]
+    held = {(h.card["version"], h.card["model"], h.card["namespace"], h.entries) for h in new.contents() if h.card}
+    assert held == {
+        ("v1", "m1", "", 3),
+        ("v2", "m1", "", 3),
+        ("v2", "m2", "", 3),
+        ("v2", "m1", "tenant", 3),
+    }
+    before = len(store)
+    dry = new.purge(version="v1", dry_run=True)
+    assert dry.removed == {"t": 3}
+    assert len(store) == before
+    assert new.purge(version="v1").removed == {"t": 3}
+    assert caches["old"].lookup(["a"]).sources == [None]
+    assert new.purge(model="m1", namespace="tenant").removed == {"t": 3}
+    assert new.lookup(["a"]).sources == ["t"]
+    assert caches["other"].lookup(["a"]).sources == ["t"]
+    (scope,) = {h.scope for h in new.contents() if h.card and h.card["model"] == "m2"}
+    assert list(new.purge(scope=scope).scopes) == [scope]
+    assert new.contents()[0].entries == 3
+    assert new.purge(version="never").removed == {"t": 0}
+    for cache in caches.values():
+        cache.close()
+
+
+def test_a_purged_scope_is_listed_again_once_something_is_stored() -> None:
+    store = DictBackend()
+    with chain(store) as cache:
+        cache.embed("a")
+        cache.purge(model="m1")
+        assert len(store) == 0
+        cache.embed("a")
+        assert [held.card and held.card["model"] for held in cache.contents()] == ["m1"]
+
+
+def test_purge_wants_at_least_one_part() -> None:
+    with chain(DictBackend()) as cache, pytest.raises(ValueError, match="at least one of"):
+        cache.purge()
+
+
+def test_purge_names_tiers_that_cannot_list_and_does_the_others() -> None:
+    good = DictBackend()
+    with Cache(CountingProvider(), [Tier(good, name="good"), Tier(DictBackend(scan=False), name="blind")]) as cache:
+        cache.embed("text")
+        with pytest.raises(EraseIncomplete) as caught:
+            cache.purge(version="v1")
+        assert caught.value.tiers == {"blind": "it cannot list its keys"}
+        assert len(good) == 0
+
+
+def test_purge_wins_over_a_running_flight() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    far = DictBackend(scope="network")
+    with Cache(provider, [MemoryBackend(), Tier(far, name="far")]) as cache, ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(cache.embed, "text")
+        provider.gate.until(1)
+        cache.purge(version="v1")
+        provider.release()
+        leader.result(GENEROUS)
+        cache.flush(GENEROUS)
+        assert cache.lookup(["text"]).sources == [None]
+        assert entries(far) == []
