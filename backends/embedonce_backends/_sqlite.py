@@ -77,7 +77,7 @@ def patiently(call: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.005)
 
 
-def primary_code(error: sqlite3.Error) -> int:
+def primary_code(error: Exception) -> int:
     """Return SQLite's result code without its extension, 0 where Python raised the error itself."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
@@ -94,7 +94,7 @@ def rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = 
     return patiently(lambda: connection.execute(sql, values).fetchall())
 
 
-def explained(error: sqlite3.Error, file: Path) -> Exception:
+def explained(error: Exception, file: Path) -> Exception:
     """Return the exception that says what is wrong with ``file`` and what to do, for SQLite's own."""
     code = primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
@@ -105,7 +105,8 @@ def explained(error: sqlite3.Error, file: Path) -> Exception:
         return OSError(errno.EACCES, f"cannot be opened for writing ({error}); check its folder", str(file))
     if code == sqlite3.SQLITE_IOERR:
         return OSError(errno.EIO, f"cannot be read or written ({error})", str(file))
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    # Where a damaged schema is quoted in SQLite's message, Python may fail to decode that message.
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
         return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, what it held is computed again")
     return error
 

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 import diskcache  # type: ignore[import-untyped]
 from annotated_types import Ge
@@ -42,6 +42,8 @@ from ._sqlite import (
 )
 
 api = 1
+
+T = TypeVar("T")
 
 log = logging.getLogger("embedonce.disk")
 
@@ -76,10 +78,20 @@ SETTINGS: Mapping[str, str | int] = {
     "disk_pickle_protocol": 0,
 }
 COUNTERS = ("count", "size", "hits", "misses")
+MADE = {
+    "Cache",
+    "Cache_key_raw",
+    "Cache_expire_time",
+    "Settings_count_insert",
+    "Settings_count_delete",
+    "Settings_size_insert",
+    "Settings_size_update",
+    "Settings_size_delete",
+}
+"""What diskcache makes in the database, beside Settings."""
 
+NEW_FILE = (f"page_size = {PAGE}", "auto_vacuum = INCREMENTAL")  # before the first table; later the second one writes
 PRAGMAS = (
-    f"page_size = {PAGE}",  # this and the next two count for a new file only
-    "auto_vacuum = INCREMENTAL",
     "journal_mode = WAL",
     "synchronous = NORMAL",
     "cache_size = -16384",
@@ -162,9 +174,9 @@ def _refuse(what: str) -> NoReturn:
 class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
     """Makes diskcache's tables and triggers through a connection of ours; its own calls are not used."""
 
-    def __init__(self, folder: Path, connection: Connection, max_bytes: int) -> None:
+    def __init__(self, folder: Path, connection: Connection, settings: Mapping[str, Any]) -> None:
         self._connection = connection
-        super().__init__(str(folder), disk=BytesDisk, **{**SETTINGS, "size_limit": max_bytes})
+        super().__init__(str(folder), disk=BytesDisk, **settings)
 
     @property
     def _con(self) -> Connection:
@@ -227,7 +239,8 @@ class _File:
             factory=Connection,
         )
         try:
-            for pragma in PRAGMAS:
+            new = rows(connection, "PRAGMA page_count") == [(0,)]
+            for pragma in (*NEW_FILE, *PRAGMAS) if new else PRAGMAS:
                 rows(connection, f"PRAGMA {pragma}")
         except BaseException:
             connection.close()
@@ -236,11 +249,17 @@ class _File:
         return connection
 
     def _lay_out(self, connection: Connection) -> None:
-        if rows(connection, "SELECT 1 FROM sqlite_master WHERE name = 'Settings'"):
-            known = (*SETTINGS, "size_limit", *COUNTERS)
+        """Make the tables, unless they are as they should be: a full disk or a busy writer then keeps nobody out."""
+        settings = {**SETTINGS, "size_limit": self.max_bytes}
+        there = {name for (name,) in rows(connection, "SELECT name FROM sqlite_master")}
+        if "Settings" in there:
+            found = dict(rows(connection, "SELECT key, value FROM Settings"))
+            if there >= MADE and {key: found[key] for key in found if key not in COUNTERS} == settings:
+                return
+            known = (*settings, *COUNTERS)
             marks = ", ".join("?" * len(known))
             rows(connection, f"DELETE FROM Settings WHERE key NOT IN ({marks})", known)
-        _Layout(self.folder, connection, self.max_bytes)
+        _Layout(self.folder, connection, settings)
 
 
 def _check_folder(folder: Path) -> None:
@@ -368,7 +387,7 @@ class DiskBackend:
             with self._transaction() as connection:
                 evicted = self._make_room(connection, chunk)
                 self._store(connection, chunk, ttl)
-            self._warn(evicted)
+            self._evicted(evicted)
         self._bound_log()
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
@@ -381,7 +400,7 @@ class DiskBackend:
                 new = {key: value for key, value in chunk.items() if key not in held}
                 evicted = self._make_room(connection, new)
                 self._store(connection, new, ttl)
-            self._warn(evicted)
+            self._evicted(evicted)
             added.update(new)
         return added
 
@@ -390,7 +409,7 @@ class DiskBackend:
         for start in range(0, len(keys), KEYS):
             with self._transaction() as connection:
                 rows(connection, _DELETE, (json.dumps(list(keys[start : start + KEYS])),))
-                _shrink(connection)
+            self._use(lambda connection: _shrink(connection, None))
         # While somebody reads, the log stays as it is, and a later checkpoint overwrites it.
         self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
 
@@ -420,14 +439,17 @@ class DiskBackend:
     # --- one call ---
 
     def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        return self._use(lambda connection: rows(connection, sql, values))
+
+    def _use(self, call: Callable[[Connection], T]) -> T:
         connection: Connection | None = None
         sound = False
         try:
             connection = self._connections.take()
-            found = rows(connection, sql, values)
+            result = call(connection)
             sound = True
-            return found
-        except sqlite3.Error as error:
+            return result
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._explained(error) from error
         finally:
             if connection is not None:
@@ -442,14 +464,14 @@ class DiskBackend:
                 rows(connection, "BEGIN IMMEDIATE")
                 yield connection
                 rows(connection, "COMMIT")
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 raise self._explained(error) from error
             finally:
                 if connection is not None:
                     # In a transaction still: something was raised, and closing the connection rolls it back.
                     self._connections.give(connection, sound=not connection.in_transaction)
 
-    def _explained(self, error: sqlite3.Error) -> Exception:
+    def _explained(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
         if primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
             # The file may have been removed or replaced: the next call looks again.
             self._file.made = False
@@ -492,7 +514,7 @@ class DiskBackend:
         until = time.monotonic() + remaining() / 2
         evicted = 0
         while self._used(connection) + need > self.max_bytes:
-            count = connection.execute(_EVICT, (max(64, len(items)),)).rowcount
+            count = connection.execute(_EVICT, (max(8, len(items) // 4),)).rowcount
             evicted += count
             if not count:
                 break
@@ -501,8 +523,6 @@ class DiskBackend:
                 raise OSError(
                     errno.ENOSPC, "the file is above max_bytes and is being made smaller", str(self._file.path)
                 )
-        if evicted:
-            _shrink(connection, self.max_bytes)
         return evicted
 
     def _used(self, connection: Connection) -> int:
@@ -514,15 +534,19 @@ class DiskBackend:
         if self._file.log_bytes() > LOG_BYTES:
             self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
 
-    def _warn(self, evicted: int) -> None:
-        if evicted and not self._warned:
-            self._warned = True
-            log.warning(
-                "%s has reached max_bytes (%d): the entries stored first make room. "
-                "A larger max_bytes keeps them from being computed again",
-                self.path,
-                self.max_bytes,
-            )
+    def _evicted(self, count: int) -> None:
+        if not count:
+            return
+        self._use(lambda connection: _shrink(connection, self.max_bytes))
+        if self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "%s has reached max_bytes (%d): the entries stored first make room. "
+            "A larger max_bytes keeps them from being computed again",
+            self.path,
+            self.max_bytes,
+        )
 
 
 def _shrink(connection: Connection, max_bytes: int | None = None) -> None:
@@ -530,10 +554,11 @@ def _shrink(connection: Connection, max_bytes: int | None = None) -> None:
 
     A thousand at most, since each may have to be moved.
     """
-    ((pages, free, size),) = connection.execute(_PAGES).fetchall()
+    ((pages, free, size),) = rows(connection, _PAGES)
     over = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)
     if over > 0:
-        connection.execute(f"PRAGMA incremental_vacuum({min(over, 1000)})").fetchall()
+        # A script, because `execute` ends this statement after its first page.
+        patiently(lambda: connection.executescript(f"PRAGMA incremental_vacuum({min(over, 1000)})"))
 
 
 def _end(prefix: str) -> str | bytes:

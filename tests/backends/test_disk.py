@@ -1,0 +1,808 @@
+"""The disk backend: the contract, planted rows, permissions, bounds, locks, forks, full and damaged disks."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import random
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import diskcache
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce.contracts import deadline
+from embedonce.errors import CacheClosed, ConfigError, TierError
+from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
+from embedonce.testing._support import in_fork, in_threads
+from embedonce_backends import _sqlite, disk
+from embedonce_backends.disk import BytesDisk, DiskBackend
+
+MIB = 2**20
+
+
+def key_of(number: int) -> str:
+    return f"eo1.0123456789abcdef.{sha256(b'%d' % number).hexdigest()}"
+
+
+def value_of(number: int, size: int = 1600) -> bytes:
+    return sha256(b"value %d" % number).digest() * (size // 32)
+
+
+def items_of(numbers: range, size: int = 1600) -> dict[str, bytes]:
+    return {key_of(number): value_of(number, size) for number in numbers}
+
+
+def size_of(folder: Path) -> int:
+    return (folder / "cache.db").stat().st_size
+
+
+@contextmanager
+def opened(folder: Path, **options: Any) -> Iterator[DiskBackend]:
+    backend = DiskBackend(path=folder, **options)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def raw(folder: Path) -> Iterator[sqlite3.Connection]:
+    """The database through a connection of nobody's."""
+    connection = sqlite3.connect(folder / "cache.db", isolation_level=None, timeout=0, check_same_thread=False)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+class TestDisk(BackendContract):
+    folders: Path
+
+    @pytest.fixture(autouse=True)
+    def _own_folder(self, tmp_path: Path) -> None:
+        self.folders = tmp_path
+        self.clock = ManualClock()
+        self.made = 0
+
+    def make(self) -> DiskBackend:
+        self.made += 1
+        return self._at(self.folders / str(self.made))
+
+    def reopen(self, backend: DiskBackend) -> DiskBackend:
+        return self._at(backend.path)
+
+    def recipe(self, backend: DiskBackend) -> Recipe:
+        return Recipe(DiskBackend, {"path": str(backend.path)})
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @contextmanager
+    def stall(self, backend: DiskBackend) -> Iterator[None]:
+        backend._connections.renew()
+        with raw(backend.path) as other:
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("SELECT COUNT(*) FROM Cache")
+            yield
+
+    def _at(self, folder: Path) -> DiskBackend:
+        backend = DiskBackend(path=folder, max_bytes=64 * MIB)
+        backend.clock = self.clock
+        return backend
+
+
+# --- nothing is unpickled ---------------------------------------------------------------------
+
+
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, int]]:
+        return os.mkdir, (str(self.path), 0o700)
+
+
+def plant(folder: Path, canary: Path) -> None:
+    """Do what somebody can who may write the folder: pickles as values, in files, as keys; settings of any kind."""
+    with diskcache.Cache(str(folder)) as cache:
+        cache[key_of(1)] = Canary(canary)
+        cache[(key_of(2), Canary(canary))] = b"value"
+    with diskcache.Cache(str(folder), disk_min_file_size=0) as cache:
+        cache[key_of(3)] = Canary(canary)
+    evil = pickle.dumps(Canary(canary))
+    with raw(folder) as connection:
+        insert = "INSERT INTO Cache (key, raw, mode, filename, value) VALUES (?, ?, ?, ?, ?)"
+        connection.execute(insert, (key_of(4), 1, 4, None, evil))
+        connection.execute(insert, (key_of(5), 0, 4, None, evil))
+        connection.execute(insert, (key_of(6), 1, 2, "../../../etc/passwd", None))
+        connection.execute(insert, (key_of(7), 1, 1, None, "text"))
+        connection.execute(insert, (evil, 0, 4, None, evil))
+        connection.execute(insert, (evil, 1, 4, None, evil))
+        connection.execute("INSERT INTO Cache (key, raw, mode, value) VALUES (CAST(x'656f312eff' AS TEXT), 1, 1, 'x')")
+        settings = {
+            "disk_get": evil,
+            "disk_pickle_protocol": evil,
+            "disk_min_file_size": "x",
+            "disk": evil,
+            "_disk": evil,
+            "_connection": evil,
+            "eviction_policy": "no such policy",
+            "sqlite_writable_schema": 1,
+            "sqlite_journal_mode": "delete",
+            "sqlite_x; DROP TABLE Cache; --": 1,
+            "tag_index": evil,
+            evil: evil,
+            "count": evil,
+            "size": "x",
+        }
+        connection.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(settings.items()))
+
+
+def test_planted_pickles_are_never_loaded(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "cache", tmp_path / "canary"
+    plant(folder, canary)
+    planted = [key_of(number) for number in range(1, 8)]
+    with opened(folder) as backend:
+        found = backend.get_many(planted)
+        assert set(found) == {key_of(number) for number in (1, 3, 4, 6, 7)}, "raw = 0 is a pickled key: not ours"
+        assert all(type(value) is bytes for value in found.values())
+        assert {found[key_of(number)] for number in (3, 6, 7)} == {b""}, "a file is not read, a text is no frame"
+        assert [backend.get(key) for key in planted] == [found.get(key) for key in planted]
+        assert len(list(backend.scan(""))) == backend.count("") == 6
+        backend.set_many(items_of(range(1, 8)), None)
+        assert backend.add_many(items_of(range(20)), None) == {key_of(0), *map(key_of, range(8, 20))}
+        assert dict(backend.get_many(list(items_of(range(20))))) == items_of(range(20))
+        backend.delete_many(list(backend.scan("")))
+        assert backend.count("eo1.0") == 0
+    assert not canary.exists()
+    assert (pickle.loads(pickle.dumps(Canary(canary))), canary.exists()) == (None, True), "the canary does sing"
+
+
+def test_a_planted_pickle_is_a_corrupt_miss(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "cache", tmp_path / "canary"
+    provider = CountingProvider()
+    with embedonce.Cache(provider, [embedonce.Tier(DiskBackend(path=folder), name="disk")]) as cache:
+        expected = cache.embed("text")
+    evil = sqlite3.Binary(pickle.dumps(Canary(canary)))
+    with raw(folder) as connection:
+        connection.execute("UPDATE Cache SET mode = 4, value = ? WHERE key NOT GLOB 'eo1.card.*'", (evil,))
+    with embedonce.Cache(provider, [embedonce.Tier(DiskBackend(path=folder), name="disk")]) as cache:
+        np.testing.assert_array_equal(cache.embed("text"), expected)
+        assert cache.stats().tiers["disk"].corrupt == 1
+        assert cache.stats().tiers["disk"].hits == 0
+    assert not canary.exists()
+
+
+def test_bytes_disk_refuses_everything_else(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "cache", tmp_path / "canary"
+    plant(folder, canary)
+    with raw(folder) as connection:
+        connection.execute("DELETE FROM Settings")
+        connection.execute("DELETE FROM Cache WHERE value = 'x'")  # a key that is no UTF-8 stops diskcache before us
+    with diskcache.Cache(str(folder), disk=BytesDisk) as cache:
+        for number in (1, 3, 4, 6, 7):
+            with pytest.raises(ValueError, match="did not write"):
+                cache.get(key_of(number))
+        with pytest.raises(ValueError, match="did not write"):
+            list(cache)
+        for key in (1, b"key", ("key",), None):
+            with pytest.raises(TypeError, match="key is a str"):
+                cache.get(key)
+        for value in (1, "text", None, ["list"], bytearray(b"x")):
+            with pytest.raises(TypeError, match="value is bytes"):
+                cache.set("key", value)
+        cache.set("key", b"value" * 100_000)
+        assert cache.get("key") == b"value" * 100_000
+        assert cache.pop("key") == b"value" * 100_000
+    assert not canary.exists()
+
+
+def test_a_planted_file_name_removes_nothing(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "cache", tmp_path / "kept"
+    kept.write_text("kept")
+    with opened(folder) as backend:
+        backend.set_many(items_of(range(2)), None)
+    with raw(folder) as connection:
+        connection.execute("UPDATE Cache SET filename = '../kept', mode = 2, value = NULL, expire_time = 1")
+    with opened(folder) as backend:
+        backend.set_many(items_of(range(2, 4)), None)
+        assert backend.count("") == 2
+    with diskcache.Cache(str(folder), disk=BytesDisk) as cache:
+        cache.clear()
+    assert kept.exists()
+
+
+def test_diskcache_reads_the_folder_and_finds_it_sound(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(100)), None)
+        backend.set_many(items_of(range(50)), 60.0)
+        backend.delete_many([key_of(99)])
+    with diskcache.Cache(str(tmp_path), disk=BytesDisk) as cache:
+        assert len(cache) == 99
+        assert cache.check() == []
+        assert cache.get(key_of(7)) == value_of(7)
+
+
+# --- folder and files -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o177])
+def test_only_this_user_may_look_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    folder = tmp_path / "above" / "cache"
+    before = os.umask(umask)
+    try:
+        with opened(folder) as backend:
+            backend.set_many(items_of(range(10)), None)
+            files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+            folders = {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)}
+    finally:
+        os.umask(before)
+    assert folders == {0o700}
+    assert files == {"cache.db": 0o600, "cache.db-wal": 0o600, "cache.db-shm": 0o600}
+
+
+def test_making_it_touches_nothing(tmp_path: Path) -> None:
+    DiskBackend(path=tmp_path / "cache").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    with opened(Path("~/vectors")) as backend:
+        backend.set_many(items_of(range(1)), None)
+    assert (tmp_path / "vectors" / "cache.db").is_file()
+
+
+def test_a_path_with_odd_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "a b?mode=ro#c%20ü"
+    with opened(folder) as backend:
+        backend.set_many(items_of(range(1)), None)
+        assert backend.get(key_of(0)) == value_of(0)
+    assert size_of(folder) > 0
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match="is not a folder"):
+        DiskBackend(path=file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ConfigError, match="chmod o-w"):
+        DiskBackend(path=tmp_path)
+    tmp_path.chmod(0o700)
+    with opened(tmp_path) as backend:
+        tmp_path.chmod(0o777)
+        with pytest.raises(ConfigError, match="chmod o-w"):
+            backend.get(key_of(0))
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "user", "safe"),
+    [
+        (1000, 0o700, 1000, True),
+        (1000, 0o775, 1000, True),
+        (1000, 0o777, 1000, False),
+        (1001, 0o755, 1000, False),
+        (0, 0o770, 1000, True),
+        (1000, 0o755, 0, True),
+        (0, 0o1777, 0, False),
+    ],
+)
+def test_whose_folder_is_safe(owner: int, mode: int, user: int, safe: bool) -> None:
+    assert (disk._ownership(owner, mode, user) is None) is safe
+
+
+def test_max_bytes_has_a_floor(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 MiB"):
+        DiskBackend(path=tmp_path, max_bytes=1000)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_each_call_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    backend = DiskBackend(path=tmp_path / "file" / "cache")
+    for _ in range(2):
+        with pytest.raises(NotADirectoryError):
+            backend.get_many([key_of(1)])
+    with embedonce.Cache(CountingProvider(), [embedonce.Tier(backend, name="disk")]) as cache:
+        assert cache.embed("text").shape == cache.embed("text").shape
+        assert cache.stats().tiers["disk"].errors > 0
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with opened(folder) as backend:
+        backend.set_many(items_of(range(3)), None)
+        backend._connections.renew()
+        shutil.rmtree(folder)
+        with pytest.raises(OSError, match="cannot be opened"):
+            backend.get(key_of(1))
+        assert backend.get(key_of(1)) is None
+        backend.set_many(items_of(range(3)), None)
+        assert backend.count("") == 3
+
+
+# --- bounds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 1600, 6208, 12_352, 60_000])
+def test_the_file_stays_below_max_bytes(tmp_path: Path, size: int) -> None:
+    with opened(tmp_path, max_bytes=2 * MIB) as backend:
+        numbers = range(8 * MIB // (size + 400))
+        for start in range(0, len(numbers), 64):
+            backend.set_many(items_of(numbers[start : start + 64], size), None)
+            assert size_of(tmp_path) <= 2 * MIB
+        last = items_of(numbers[-10:], size)
+        assert backend.get_many(list(last)) == last, "the newest stay"
+        assert backend.get_many([key_of(0)]) == {}, "the oldest went"
+        held = backend.count("") * (size + 85)
+    with raw(tmp_path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert size_of(tmp_path) <= 2 * MIB
+    assert held > 2 * MIB * 0.25, "and the room is used"
+
+
+def test_eviction_is_logged_once_without_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path, max_bytes=MIB) as backend, caplog.at_level(logging.WARNING):
+        for start in range(0, 2000, 100):
+            backend.set_many(items_of(range(start, start + 100)), None)
+    (record,) = caplog.records
+    assert "max_bytes" in record.getMessage()
+    assert "eo1." not in record.getMessage()
+
+
+def test_a_lower_max_bytes_is_reached_by_writing(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(8000)), None)
+    assert size_of(tmp_path) > 8 * MIB
+    with opened(tmp_path, max_bytes=4 * MIB) as backend:
+        backend.set_many(items_of(range(8000, 8001)), None)
+        assert 4 * MIB < backend.count("") * 2100 + MIB < 8 * MIB, "no more goes than has to"
+        for start in range(10_000, 14_000, 500):
+            backend.set_many(items_of(range(start, start + 500)), None)
+        assert backend.get(key_of(13_999)) == value_of(13_999)
+    assert size_of(tmp_path) <= 4 * MIB
+
+
+def test_values_above_the_declared_limit_are_refused(tmp_path: Path) -> None:
+    with opened(tmp_path, max_bytes=MIB) as backend:
+        most = backend.capabilities.max_value_bytes
+        assert most == MIB // 16
+        with pytest.raises(ValueError, match="the largest is 65536"):
+            backend.set_many({key_of(1): bytes(most + 1)}, None)
+
+
+def test_what_has_expired_makes_room_before_what_has_not(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with opened(tmp_path, max_bytes=2 * MIB) as backend:
+        backend.clock = clock
+        backend.set_many(items_of(range(300)), None)
+        backend.set_many(items_of(range(300, 600)), 60.0)
+        clock.advance(61.0)
+        for start in range(600, 840, 60):
+            backend.set_many(items_of(range(start, start + 60)), None)
+        assert len(backend.get_many(list(items_of(range(300))))) == 300
+        assert backend.count("") == 540, "the space of what has expired is free"
+
+
+def test_removing_gives_space_back(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(5000)), None)
+        backend._connections.renew()
+        full = size_of(tmp_path)
+        for start in range(0, 5000, 250):
+            backend.delete_many([key_of(number) for number in range(start, start + 250)])
+        assert size_of(tmp_path) < full / 4
+
+
+def test_a_removed_value_is_overwritten_everywhere(tmp_path: Path) -> None:
+    secret = b"a vector that somebody wants forgotten" * 40
+    with opened(tmp_path) as backend:
+        backend.set_many({**items_of(range(20)), key_of(100): secret}, None)
+        assert any(secret[:60] in path.read_bytes() for path in tmp_path.iterdir())
+        backend.delete_many([key_of(100)])
+        assert not any(secret[:60] in path.read_bytes() for path in tmp_path.iterdir())
+        assert backend.get_many(list(items_of(range(20)))) == items_of(range(20))
+
+
+def test_a_batch_is_one_query(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(600)), None)
+        statements: list[str] = []
+        connection = backend._connections.take()
+        connection.set_trace_callback(statements.append)
+        backend._connections.give(connection, sound=True)
+        assert len(backend.get_many([key_of(number) for number in range(512)])) == 512
+        assert len(statements) == 1
+
+
+# --- time -------------------------------------------------------------------------------------
+
+
+def test_a_locked_database_is_left_by_the_deadline(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(10)), None)
+        with raw(tmp_path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            writes: list[Any] = [
+                lambda: backend.set_many(items_of(range(1)), None),
+                lambda: backend.add_many(items_of(range(1)), None),
+                lambda: backend.delete_many([key_of(1)]),
+            ]
+            for write in writes:
+                with deadline(0.1), pytest.raises(TimeoutError, match="locked"):
+                    write()
+            with deadline(5.0):
+                assert backend.get(key_of(1)) == value_of(1), "readers do not wait for writers"
+            with opened(tmp_path) as late, deadline(5.0):
+                assert late.get(key_of(1)) == value_of(1), "nor do those who come late"
+            other.execute("ROLLBACK")
+        backend.set_many(items_of(range(20)), None)
+        assert backend.count("") == 20
+
+
+def test_threads_wait_for_each_other_no_longer_than_the_deadline(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(1)), None)
+        release = threading.Event()
+        taken = threading.Event()
+
+        def hold() -> None:
+            with backend._transaction():
+                taken.set()
+                release.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        taken.wait(60)
+        with deadline(0.1), pytest.raises(TimeoutError, match="other threads"):
+            backend.set_many(items_of(range(2)), None)
+        release.set()
+        thread.join()
+        backend.set_many(items_of(range(2)), None)
+        assert backend.count("") == 2
+
+
+def test_a_long_query_is_interrupted(tmp_path: Path) -> None:
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(1)), None)
+        with deadline(0.1), pytest.raises(TimeoutError):
+            backend._read(endless, ())
+        assert backend.get(key_of(0)) == value_of(0)
+
+
+def test_an_interrupted_transaction_leaves_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(10)), None)
+        with suppress(KeyboardInterrupt), backend._transaction() as connection:
+            backend._store(connection, items_of(range(5, 20), size=64), None)
+            raise KeyboardInterrupt
+        assert backend.get_many(list(items_of(range(20)))) == items_of(range(10))
+        backend.set_many(items_of(range(20)), None)
+
+
+# --- close ------------------------------------------------------------------------------------
+
+
+def test_after_close_every_call_says_so(tmp_path: Path) -> None:
+    backend = DiskBackend(path=tmp_path)
+    backend.set_many(items_of(range(1)), None)
+    backend.close()
+    backend.close()
+    calls: list[Any] = [
+        lambda: backend.get_many([key_of(1)]),
+        lambda: backend.get(key_of(1)),
+        lambda: backend.set_many(items_of(range(1)), None),
+        lambda: backend.delete_many([key_of(1)]),
+        lambda: backend.add_many(items_of(range(1)), None),
+        lambda: backend.count(""),
+        lambda: list(backend.scan("")),
+    ]
+    for call in calls:
+        with pytest.raises(CacheClosed, match="closed"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "the log is written back and gone"
+
+
+def test_close_beside_calls_ends_both(tmp_path: Path) -> None:
+    backend = DiskBackend(path=tmp_path)
+    backend.set_many(items_of(range(100)), None)
+
+    def work(number: int) -> None:
+        if number == 0:
+            backend.close()
+            return
+        for _ in range(50):
+            try:
+                assert backend.get_many(list(items_of(range(100)))) == items_of(range(100))
+            except CacheClosed:
+                return
+
+    in_threads(4, work, "close beside get_many")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"]
+
+
+def test_an_unclosed_backend_lets_go_when_it_is_collected(tmp_path: Path) -> None:
+    backend = DiskBackend(path=tmp_path)
+    backend.set_many(items_of(range(1)), None)
+    del backend
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"]
+
+
+def test_connections_are_kept_few(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(10)), None)
+        in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
+        assert len(backend._connections._idle) <= _sqlite.IDLE
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def run_children(code: str, folder: Path, count: int) -> list[str]:
+    """Run ``code`` in fresh processes at once, with the folder and a number as arguments; return what they print."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(number)],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    said = [child.communicate(timeout=100)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * count
+    return said
+
+
+WRITE = """
+import os, sys
+from pathlib import Path
+from embedonce_backends.disk import DiskBackend
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+backend = DiskBackend(path=folder, max_bytes=4 * 2**20)
+largest = 0
+for turn in range(60):
+    backend.set_many({f"eo1.{number}.{turn}.{n}": bytes([number]) * 1600 for n in range(64)}, None)
+    backend.get_many([f"eo1.{other}.{turn}.{n}" for other in range(4) for n in range(64)])
+    largest = max(largest, os.path.getsize(folder / "cache.db"))
+print(largest)
+backend.close()
+"""
+
+
+def test_many_processes_that_write_stay_below_max_bytes(tmp_path: Path) -> None:
+    largest = [int(said) for said in run_children(WRITE, tmp_path, 3)]
+    assert max(largest) <= 4 * MIB
+    with opened(tmp_path, max_bytes=4 * MIB) as backend:
+        held = dict(backend.get_many(list(backend.scan(""))))
+        assert len(held) > 1000
+        assert all(value == bytes([int(key.split(".")[1])]) * 1600 for key, value in held.items())
+
+
+ADD = """
+import sys
+from pathlib import Path
+from embedonce_backends.disk import DiskBackend
+backend = DiskBackend(path=Path(sys.argv[1]))
+names = [f"eo1.lease.{n}" for n in range(200)]
+won = [name for name in names if backend.add_many({name: sys.argv[2].encode()}, 60.0)]
+print(*won)
+backend.close()
+"""
+
+
+def test_an_added_key_has_one_winner_among_processes(tmp_path: Path) -> None:
+    won = [name for said in run_children(ADD, tmp_path / "new", 4) for name in said.split()]
+    assert sorted(won) == sorted(f"eo1.lease.{n}" for n in range(200))
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+
+
+@forks
+def test_a_child_goes_on_after_the_parent_has_closed(tmp_path: Path) -> None:
+    # The trap: a child that inherits SQLite's tables believes in locks that it does not hold, the parent's
+    # close removes the log under it, and what it stores is lost.
+    backend = DiskBackend(path=tmp_path)
+    backend.set_many(items_of(range(10)), None)
+    reader, writer = os.pipe()
+
+    def child() -> None:
+        assert backend.get_many(list(items_of(range(10)))) == items_of(range(10))
+        os.close(writer)
+        os.read(reader, 1)  # until the parent has closed, the child keeps its connection open
+        backend.set_many(items_of(range(100, 150)), None)
+
+    def close() -> None:
+        backend.close()
+        os.close(writer)
+
+    threading.Timer(0.3, close).start()
+    in_fork(child, "a child whose parent closes")
+    os.close(reader)
+    with opened(tmp_path) as again:
+        assert again.get_many(list(items_of(range(150)))) == items_of(range(10)) | items_of(range(100, 150))
+
+
+@forks
+def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path) as backend:
+        stop = threading.Event()
+        stored: list[dict[str, bytes]] = []
+
+        def write(number: int) -> None:
+            turn = 0
+            while not stop.is_set():
+                items = items_of(range(number * 1_000_000 + turn, number * 1_000_000 + turn + 20))
+                backend.set_many(items, None)
+                assert backend.get_many(list(items)) == items
+                stored.append(items)
+                turn += 20
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for fork in range(8):
+            items = items_of(range(9_000_000 + fork * 10, 9_000_000 + fork * 10 + 10))
+            in_fork(lambda items=items: backend.set_many(items, None), "a fork beside threads")  # type: ignore[misc]
+            stored.append(items)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        for items in stored:
+            assert backend.get_many(list(items)) == items
+
+
+@forks
+def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(5)), None)
+        taken, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with backend._transaction() as connection:
+                backend._store(connection, items_of(range(5, 10)), None)
+                taken.set()
+                release.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        taken.wait(60)
+
+        def child() -> None:
+            with pytest.raises(TierError, match="forked"):
+                backend.get(key_of(1))
+            # Another path is another file: it works.
+            with opened(tmp_path / "other") as other:
+                other.set_many(items_of(range(3)), None)
+
+        in_fork(child, "a fork in the middle of a call")
+        release.set()
+        thread.join(60)
+        assert backend.count("") == 10
+
+
+# --- disks that are full or damaged -----------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_and_what_is_stored_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(100)), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "PRAGMAS", (*disk.PRAGMAS, "max_page_count = 60"))
+        with opened(tmp_path) as backend:
+            for _ in range(3):
+                with pytest.raises(OSError, match="no room") as caught:
+                    backend.set_many(items_of(range(1000, 1500)), None)
+                assert caught.value.errno == errno.ENOSPC
+                assert backend.get_many(list(items_of(range(100)))) == items_of(range(100))
+            provider = CountingProvider()
+            with embedonce.Cache(provider, [embedonce.Tier(DiskBackend(path=tmp_path), name="disk")]) as cache:
+                assert len(cache.embed_batch([f"text {n}" for n in range(2000)])) == 2000
+                assert cache.stats().tiers["disk"].errors + cache.stats().tiers["disk"].dropped > 0
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(1000, 1500)), None)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from embedonce_backends.disk import DiskBackend
+backend = DiskBackend(path=Path(sys.argv[1]))
+values = {f"eo1.x.{n}": bytes(1600) for n in range(200)}
+backend.set_many(values, None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20))
+failed = 0
+for turn in range(20):
+    try:
+        backend.set_many({f"eo1.{turn}.{n}": bytes(1600) for n in range(256)}, None)
+    except OSError:
+        failed += 1
+assert failed, "the limit was not met"
+assert backend.get_many(list(values)) == values
+print("right to the end")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_file_that_cannot_grow_ends_no_process(tmp_path: Path) -> None:
+    assert run_children(FULL, tmp_path, 1) == ["right to the end\n"]
+    with opened(tmp_path) as backend:
+        assert len(backend.get_many([f"eo1.x.{n}" for n in range(200)])) == 200
+
+
+@pytest.mark.parametrize("garbage", [b"not a database at all" * 1000, b"SQLite format 3\x00" + b"\xff" * 20_000])
+def test_garbage_for_a_database_is_an_error_that_says_what_to_do(tmp_path: Path, garbage: bytes) -> None:
+    (tmp_path / "cache.db").write_bytes(garbage)
+    provider = CountingProvider()
+    with opened(tmp_path) as backend:
+        for _ in range(2):
+            with pytest.raises(sqlite3.DatabaseError, match=r"cache\.db: .*remove its folder"):
+                backend.get_many([key_of(1)])
+    with embedonce.Cache(provider, [embedonce.Tier(DiskBackend(path=tmp_path), name="disk")]) as cache:
+        assert len(cache.embed_batch(["a", "b"])) == 2
+        assert cache.stats().tiers["disk"].errors == 2
+        (tmp_path / "cache.db").unlink()
+    with embedonce.Cache(provider, [embedonce.Tier(DiskBackend(path=tmp_path), name="disk")]) as cache:
+        cache.embed_batch(["a", "b"])
+        assert cache.stats().tiers["disk"].stored == 2
+
+
+def test_damage_anywhere_is_an_error_or_a_miss_or_bytes(tmp_path: Path) -> None:
+    sound = tmp_path / "sound"
+    items = items_of(range(200))
+    with opened(sound) as backend:
+        backend.set_many(items, None)
+    whole = (sound / "cache.db").read_bytes()
+    chance = random.Random(5)
+    outcomes = set()
+    for turn in range(40):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 20, 400])):
+            start = chance.randrange(len(damaged))
+            damaged[start : start + 8] = chance.randbytes(len(damaged[start : start + 8]))
+        (folder / "cache.db").write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
+        with opened(folder) as backend, deadline(10.0):
+            outcomes |= {outcome_of(backend, items)}
+    assert {"error", "values"} <= outcomes
+
+
+def outcome_of(backend: DiskBackend, items: Mapping[str, bytes]) -> str:
+    try:
+        found = backend.get_many(list(items))
+        list(backend.scan(""))
+        backend.set_many(dict(items), None)
+        backend.delete_many(list(items))
+    except (sqlite3.Error, OSError):
+        return "error"
+    assert set(found) <= set(items)
+    assert all(type(value) is bytes for value in found.values())
+    return "values"
