@@ -1,0 +1,300 @@
+"""Every command but ``embed``: what it prints for people and for programs, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import embedonce
+from embedonce import config
+from embedonce.cli import output
+from embedonce.cli.init import TEMPLATE
+from embedonce.cli.output import excerpt
+from embedonce.errors import EraseIncomplete, Problem, TierError
+
+ALL = ["init", "check", "embed", "explain", "stats", "purge", "plugins", "schema"]
+
+
+@pytest.fixture
+def filled(command: Any, folder: Path) -> Path:
+    """A folder with a configuration, and two texts in its disk tier."""
+    assert command("init").code == 0
+    assert command("embed", "-", "--out", "out.npy", input="one text\n\nanother").code == 0
+    return folder
+
+
+# --- all commands -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_has_options_and_examples(command: Any, name: str) -> None:
+    done = command(name, "--help")
+    assert done.code == 0
+    assert "--json" in done.out
+    assert "Examples:" in done.out
+    assert f"embedonce {name}" in done.out
+
+
+def test_top_level_help_and_version(command: Any) -> None:
+    assert all(name in command("--help").out for name in ALL)
+    assert command("--version").out.strip() == embedonce.__version__
+    assert command("chekc").code == 2
+    assert command("check", "--nope").code == 2
+
+
+def test_it_is_a_module_too(folder: Path) -> None:
+    ran = subprocess.run([sys.executable, "-P", "-m", "embedonce", "--version"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, embedonce.__version__, "")
+
+
+@pytest.mark.parametrize("name", ["check", "stats", "explain", "purge"])
+def test_every_problem_of_a_configuration_is_said_without_a_traceback(command: Any, folder: Path, name: str) -> None:
+    Path("embedonce.toml").write_text(
+        '[cache]\ndtyp = "int8"\n\n[provider]\ntype = "ngrm"\n\n[[tiers]]\ntype = "disk"\n'
+    )
+    more = {"explain": ["x"], "purge": ["--version", "v1", "--yes"]}.get(name, [])
+    done = command(name, *more)
+    assert done.code == 2
+    assert 'error: embedonce.toml:2:1: unknown key "dtyp" in [cache]; did you mean "dtype"?' in done.err
+    assert "error: embedonce.toml:5:8: " in done.err
+    assert "Traceback" not in done.err
+    assert "|" not in done.err, "the line itself is for terminals"
+    assert done.out == ""
+
+
+def test_on_a_terminal_the_line_is_shown(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("embedonce.toml").write_text("[cache]\n\tdtype\t= 1\n")
+    assert excerpt(Problem("wrong", "embedonce.toml", 2, 10)) == ["    2 | \tdtype\t= 1", "      | \t     \t  ^"]
+    assert excerpt(Problem("wrong", "embedonce.toml", 3, 1)) == []
+    assert excerpt(Problem("wrong", "gone.toml", 1, 1)) == []
+    assert excerpt(Problem("wrong")) == []
+    monkeypatch.setattr(output.sys.stderr, "isatty", lambda: True)
+    output.say_config_error(embedonce.ConfigError([Problem("wrong", "embedonce.toml", 1, 1), Problem("more")]))
+    assert capsys.readouterr().err.splitlines() == [
+        "error: embedonce.toml:1:1: wrong",
+        "    1 | [cache]",
+        "      | ^",
+        "error: more",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (embedonce.PluginError("no plugin"), 2, "error: no plugin\n"),
+        (TierError("it failed", "redis"), 1, "error: TierError: it failed\n"),
+        (EraseIncomplete("not all", {"redis": "OSError"}), 1, "error: not all\n  redis: OSError\n"),
+        (PermissionError(13, "Permission denied", "x"), 1, "error: [Errno 13] Permission denied: 'x'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_every_error_has_its_exit_code(
+    command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def fails(cache: embedonce.Cache) -> Any:
+        raise error
+
+    monkeypatch.setattr(embedonce.Cache, "contents", fails)
+    done = command("stats", "--json")
+    assert (done.code, done.out, done.err) == (code, "", said)
+
+
+# --- init -------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_file_that_works(command: Any, folder: Path) -> None:
+    done = command("init")
+    assert done.code == 0
+    assert done.out == "wrote embedonce.toml; now try: embedonce check\n"
+    loaded = config.load("embedonce.toml")
+    assert [tier.type for tier in loaded.tiers] == ["memory", "disk"]
+    assert command("check").code == 0
+
+
+def test_what_init_comments_out_is_right_too(folder: Path) -> None:
+    lines = [line.removeprefix("# ") if line.startswith(("# namespace", "# secret", "# ttl")) else line
+             for line in TEMPLATE.splitlines()]  # fmt: skip
+    Path("all.toml").write_text("\n".join(lines).replace("${EMBEDONCE_SECRET}", "${EMBEDONCE_SECRET:-a secret}"))
+    loaded = config.load("all.toml")
+    assert loaded.tiers[1].ttl == 30 * 86400
+    assert loaded.key.namespace == "my-project"
+
+
+def test_init_replaces_nothing_unless_told(command: Any, folder: Path) -> None:
+    Path("mine.toml").write_text("precious")
+    done = command("init", "mine.toml")
+    assert (done.code, done.err) == (2, "error: mine.toml is there already; --force replaces it\n")
+    assert Path("mine.toml").read_text() == "precious"
+    assert command("init", "mine.toml", "--force", "--json").json == {"file": "mine.toml"}
+    assert Path("mine.toml").read_text() == TEMPLATE
+    assert [path.name for path in folder.iterdir()] == ["mine.toml"]
+    assert command("init", "missing/x.toml").code == 2
+    assert command("init", "missing/x.toml", "--force").code == 2
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+def test_check_shows_the_chain(command: Any, filled: Path) -> None:
+    done = command("check")
+    assert done.code == 0
+    assert done.out.startswith("provider  ngram, model ")
+    assert [line.split()[:3] for line in done.out.splitlines()[3:]] == [
+        ["memory", "memory", "yes"],
+        ["disk", "disk", "yes"],
+    ]
+    data = command("check", "--json").json
+    assert data["ok"] is True
+    assert data["provider"]["dimensions"] == 256
+    assert [(tier["tier"], tier["type"], tier["ok"]) for tier in data["tiers"]] == [
+        ("memory", "memory", True),
+        ("disk", "disk", True),
+    ]
+
+
+def test_check_fails_where_a_tier_does(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        embedonce.TierCheck("memory", "memory", True, 0.0),
+        embedonce.TierCheck("far", "redis", False, 0.2, "cut"),
+    ]
+    monkeypatch.setattr(embedonce.Cache, "check", lambda cache: checks)
+    done = command("check", "--json")
+    assert (done.code, done.json["ok"]) == (1, False)
+    assert done.err == "error: 1 tier without an answer: far\n"
+    assert "cut" in command("check").out
+
+
+# --- explain ----------------------------------------------------------------------------------
+
+
+def test_explain_says_where_a_text_is_and_never_repeats_it(command: Any, filled: Path) -> None:
+    done = command("explain", "one text", "--json")
+    assert done.code == 0
+    assert (done.json["found"], done.json["tiers"]) == ("disk", {"memory": "miss", "disk": "hit"})
+    assert "one text" not in done.out
+    shown = command("explain", "one text").out
+    assert done.json["key"] in shown
+    assert "one text" not in shown
+    assert command("explain", "not there", "--json").json["found"] is None
+
+
+def test_explain_reads_standard_input_as_it_is(command: Any, filled: Path) -> None:
+    assert command("explain", "--stdin", "--json", input="one text").json["found"] == "disk"
+    trimmed = command("explain", "--stdin", "--json", input="one text\n").json
+    assert (trimmed["found"], trimmed["normalized"]) == ("disk", True)
+    wrong = command("explain", "--stdin", input=b"\xff")
+    assert (wrong.code, wrong.err) == (2, "error: standard input is not UTF-8 at byte 1\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["a text", "--stdin"]])
+def test_explain_takes_one_text(command: Any, filled: Path, arguments: list[str]) -> None:
+    done = command("explain", *arguments)
+    assert (done.code, done.err) == (2, "error: give TEXT, or --stdin\n")
+
+
+# --- stats, plugins, schema -------------------------------------------------------------------
+
+
+def test_stats_counts_what_is_held_by_scope(command: Any, filled: Path) -> None:
+    command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
+    Path("v2.toml").write_text(Path("embedonce.toml").read_text().replace('version = "v1"', 'version = "v2"'))
+    command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
+    held = command("stats", "--json").json
+    assert held["entries"] == 3
+    assert {(one["tier"], one["card"]["version"], one["entries"]) for one in held["held"]} == {
+        ("disk", "v1", 2),
+        ("disk", "v2", 1),
+    }
+    shown = command("stats").out
+    assert all(one["scope"] in shown for one in held["held"])
+
+
+def test_stats_of_nothing(command: Any, folder: Path) -> None:
+    command("init")
+    assert command("stats").out == "The tiers hold nothing.\n"
+    assert command("stats", "--json").json == {"held": [], "entries": 0}
+
+
+def test_plugins_lists_what_is_installed(command: Any) -> None:
+    names = {plugin["name"]: plugin["kinds"] for plugin in command("plugins", "--json").json}
+    assert names["memory"] == names["disk"] == ["backend"]
+    assert names["ngram"] == ["provider"]
+    assert "ngram" in command("plugins").out
+
+
+def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDONCE_DISABLE_PLUGINS", "ngram")
+    done = command("plugins", "--json")
+    (disabled,) = [plugin for plugin in done.json if plugin["name"] == "ngram"]
+    assert "disabled" in disabled["error"]
+    assert done.code == 1
+
+
+def test_schema_is_the_schema(command: Any) -> None:
+    assert command("schema").json == command("schema", "--json").json == json.loads(json.dumps(config.schema()))
+
+
+# --- purge ------------------------------------------------------------------------------------
+
+
+def entries(command: Any) -> int:
+    count: int = command("stats", "--json").json["entries"]
+    return count
+
+
+def test_a_dry_run_removes_nothing(command: Any, filled: Path) -> None:
+    done = command("purge", "--version", "v1", "--dry-run", "--json")
+    assert done.code == 0
+    assert (done.json["removed"]["disk"], done.json["dry_run"]) == (2, True)
+    assert "2 entries would be removed from disk" in command("purge", "--version", "v1", "--dry-run").out
+    assert entries(command) == 2
+
+
+def test_purge_removes_what_matches_everything(command: Any, filled: Path) -> None:
+    assert command("purge", "--version", "v1", "--namespace", "other", "--yes").out.endswith("nothing matches\n")
+    scope = command("stats", "--json").json["held"][0]["scope"]
+    done = command("purge", "--scope", scope, "--namespace", "", "--yes")
+    assert done.code == 0
+    assert "2 entries removed from disk" in done.out
+    assert entries(command) == 0
+
+
+def test_purge_needs_to_be_told_what(command: Any, filled: Path) -> None:
+    done = command("purge", "--yes")
+    assert (done.code, entries(command)) == (2, 2)
+    assert "--scope, --model, --version or --namespace" in done.err
+
+
+def test_without_a_terminal_purge_asks_nobody(command: Any, filled: Path) -> None:
+    done = command("purge", "--version", "v1", input="y\n")
+    assert (done.code, entries(command)) == (2, 2)
+    assert done.err == "error: nobody can be asked here: add --yes, or look with --dry-run\n"
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", 0), ("n", 2), ("", 2)])
+def test_on_a_terminal_purge_asks(
+    command: Any, filled: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
+) -> None:
+    pty = pytest.importorskip("pty")
+    import os
+
+    terminal, inner = pty.openpty()
+    started = process("purge", "--version", "v1", stdin=inner)
+    os.close(inner)
+    os.write(terminal, f"{answer}\n".encode())
+    _, err = started.communicate(timeout=60)
+    os.close(terminal)
+    assert "2 entries would be removed from disk" in err
+    assert "Remove this? [y/N]" in err
+    assert ("nothing was removed" in err) == (left == 2)
+    assert started.returncode == 0
+    assert entries(command) == left

@@ -1,0 +1,359 @@
+"""``embedonce embed``: what is written, what is counted, and how a run ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import embedonce
+
+CONFIG = """\
+[provider]
+type = "ngram"
+dimensions = 64
+
+[[tiers]]
+type = "memory"
+
+[[tiers]]
+type = "disk"
+path = "vectors.cache"
+"""
+
+
+@pytest.fixture
+def corpus(folder: Path) -> Path:
+    (folder / "embedonce.toml").write_text(CONFIG)
+    docs = folder / "docs"
+    docs.mkdir()
+    (docs / "a.md").write_text("# One\n\nfirst\nparagraph\n\nthe same\n")
+    (docs / "b.jsonl").write_text('{"text": "the same"}\n{"text": \n{"text": "last"}\n')
+    (docs / "c.bin").write_bytes(b"\0\1\2")
+    return docs
+
+
+def index(out: Path) -> list[tuple[str, int]]:
+    lines = out.with_suffix(".index.jsonl").read_text().splitlines()
+    return [(row["source"], row["line"]) for row in map(json.loads, lines)]
+
+
+def vectors_of(texts: list[str]) -> Any:
+    with embedonce.open({"provider": {"type": "ngram", "dimensions": 64}, "tiers": []}) as cache:
+        return cache.embed_batch(texts)
+
+
+# --- what is written and counted --------------------------------------------------------------
+
+
+def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: Path) -> None:
+    done = command("embed", "docs", "--out", "out.npy", "--json")
+    assert done.code == 1
+    assert done.err == "docs/b.jsonl:2: not JSON: Expecting value at character 10\n"
+    seconds = done.json.pop("seconds")
+    assert seconds > 0
+    assert done.json | {"seconds": 0, "bytes": 0} == {
+        "texts": 5,
+        "unique": 4,
+        "computed": 4,
+        "hits": {},
+        "repeated": 1,
+        "failed": 1,
+        "rows": 5,
+        "dimensions": 64,
+        "files": 2,
+        "binary": 1,
+        "trouble": {},
+        "bytes": 0,
+        "seconds": 0,
+        "out": "out.npy",
+        "index": "out.index.jsonl",
+        "stopped": None,
+    }
+    texts = ["# One", "first\nparagraph", "the same", "the same", "last"]
+    assert np.array_equal(np.load("out.npy"), vectors_of(texts))
+    places = [("docs/a.md", 1), ("docs/a.md", 3), ("docs/a.md", 6), ("docs/b.jsonl", 1), ("docs/b.jsonl", 3)]
+    assert index(Path("out.npy")) == places
+
+
+def test_the_second_time_nothing_is_computed_and_then_only_what_changed(command: Any, corpus: Path) -> None:
+    command("embed", "docs", "--out", "cold.npy")
+    warm = command("embed", "docs", "--out", "warm.npy", "--json").json
+    assert (warm["computed"], warm["hits"], warm["repeated"]) == (0, {"disk": 5}, 0)
+    assert Path("warm.npy").read_bytes() == Path("cold.npy").read_bytes()
+    (corpus / "a.md").write_text("# One\n\nfirst\nparagraph, changed\n\nthe same\n")
+    changed = command("embed", "docs", "--out", "changed.npy", "--json").json
+    assert (changed["computed"], changed["hits"]) == (1, {"disk": 4})
+
+
+def test_a_text_computed_in_an_earlier_window_comes_from_a_tier(command: Any, corpus: Path) -> None:
+    lines = [f"line {number % 3000}" for number in range(6000)]
+    done = command("embed", "-", "--split", "line", "--out", "out.npy", "--json", input="\n".join(lines))
+    assert done.code == 0
+    summary = done.json
+    # Windows of 2,048: the repetitions of 0-1095 share a window with none, those of 1096-2999 do with some.
+    assert (summary["texts"], summary["unique"], summary["computed"]) == (6000, 3000, 3000)
+    assert summary["computed"] + sum(summary["hits"].values()) + summary["repeated"] == 6000
+    assert np.array_equal(np.load("out.npy"), vectors_of(lines))
+    assert index(Path("out.npy"))[-1] == ("-", 6000)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_other_outputs_say_the_same(command: Any, corpus: Path, kind: str) -> None:
+    assert command("embed", "docs", "--out", "out.npy", "--quiet").out == ""
+    done = command("embed", "docs", "--out", f"out.{kind}", "--with-text")
+    assert "out.index.jsonl" not in done.out
+    if kind == "jsonl":
+        rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    else:
+        rows = pq.read_table("out.parquet").to_pylist()
+    assert [(row["source"], row["line"]) for row in rows] == index(Path("out.npy"))
+    assert [row["text"] for row in rows] == ["# One", "first\nparagraph", "the same", "the same", "last"]
+    assert np.array_equal(np.array([row["vector"] for row in rows], np.float32), np.load("out.npy"))
+
+
+def test_tasks_share_vectors_where_the_provider_is_symmetric(command: Any, corpus: Path) -> None:
+    command("embed", "docs", "--out", "out.npy")
+    assert command("embed", "docs", "--out", "out.npy", "--task", "query", "--json").json["computed"] == 0
+
+
+@pytest.mark.parametrize("content", ["", "\n\n \n", "\ufeff"])
+def test_nothing_to_embed_is_a_matrix_without_rows(command: Any, corpus: Path, content: str) -> None:
+    done = command("embed", "-", "--out", "out.npy", "--json", input=content)
+    assert (done.code, done.json["rows"], done.json["out"]) == (0, 0, "out.npy")
+    assert np.load("out.npy").shape == (0, 64)
+
+
+def test_json_lines_from_standard_input(command: Any, corpus: Path) -> None:
+    done = command("embed", "-", "--format", "jsonl", "--field", "q", "--out", "o.jsonl", "--json", input='{"q": "x"}')
+    assert (done.code, done.json["rows"]) == (0, 1)
+    assert json.loads(Path("o.jsonl").read_text())["source"] == "-"
+
+
+def test_an_output_in_the_input_folder_is_not_read(command: Any, corpus: Path) -> None:
+    (corpus / "out.jsonl").write_text('{"text": "an earlier output"}\n')
+    done = command("embed", "docs", "--out", "docs/out.jsonl", "--json")
+    assert done.json["texts"] == 5
+    again = command("embed", corpus, "--out", "docs/out.jsonl", "--json")
+    assert (again.json["texts"], again.json["computed"]) == (5, 0)
+
+
+def test_the_summary_for_people(command: Any, corpus: Path) -> None:
+    done = command("embed", "docs", "--out", "out.npy")
+    told = re.sub(r"[\d.,]+ s, [\d,]+ passages/s", "TIME", done.out)
+    assert told.splitlines() == [
+        "5 passages from 2 files, 4 distinct",
+        "             4 ( 80.0 %) computed",
+        "             1 ( 20.0 %) repeated",
+        "1 failed, each named above",
+        "1 binary file passed over",
+        "wrote 5 rows of 64 dimensions to out.npy",
+        "and the source of each row to out.index.jsonl",
+        "TIME",
+    ]
+
+
+def test_without_a_configuration_it_says_what_it_uses(command: Any, folder: Path) -> None:
+    done = command("embed", "-", "--out", "out.npy", input="one text")
+    assert done.code == 0
+    assert "No configuration found: using the ngram provider" in done.err
+    assert "embedonce init" in done.err
+
+
+# --- what is refused at once ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["docs", "--out", "out.txt"], "the name ends in .npy, .jsonl or .parquet"),
+        (["docs", "--out", "missing/out.npy"], "the folder missing does not exist"),
+        (["docs", "--out", "docs"], "the name ends in"),
+        (["docs", "nowhere", "--out", "out.npy"], "nowhere: no such file or folder"),
+        (["docs/b.jsonl", "--out", "docs/b.jsonl"], "docs/b.jsonl is what --out writes"),
+        (["-", "-", "--out", "out.npy"], "standard input (-) can be read once"),
+        (["-", "--format", "parquet", "--out", "out.npy"], "Parquet cannot be read from standard input"),
+        (["docs", "--out", "out.npy", "--config", "none.toml"], "none.toml"),
+        (["docs", "--out", "out.npy", "--split", "word"], "--split"),
+        (["docs"], "--out"),
+        (["--out", "out.npy"], "PATH"),
+    ],
+)
+def test_wrong_usage_is_said_before_anything_is_computed(
+    command: Any, corpus: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(os.listdir())
+    done = command("embed", *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert done.out == ""
+    assert sorted(os.listdir()) == before
+
+
+# --- what fails -------------------------------------------------------------------------------
+
+
+def test_strict_stops_at_the_first_and_leaves_the_earlier_output(command: Any, corpus: Path) -> None:
+    Path("out.npy").write_bytes(b"earlier")
+    done = command("embed", "docs", "--out", "out.npy", "--strict", "--json")
+    assert done.code == 1
+    assert "docs/b.jsonl:2" in done.err
+    assert "stopped: --strict" in done.err
+    assert (done.json["out"], done.json["stopped"]) == (None, "--strict, and something is broken")
+    assert Path("out.npy").read_bytes() == b"earlier"
+    assert not [name for name in os.listdir() if name.endswith(".part")]
+
+
+def test_where_everything_fails_the_earlier_output_stays(command: Any, corpus: Path) -> None:
+    Path("out.npy").write_bytes(b"earlier")
+    done = command("embed", "-", "--format", "jsonl", "--out", "out.npy", input="no\nJSON\n")
+    assert done.code == 1
+    assert "nothing could be embedded" in done.err
+    assert Path("out.npy").read_bytes() == b"earlier"
+
+
+def test_a_replay_names_what_is_missing_and_writes_the_rest(command: Any, corpus: Path) -> None:
+    command("embed", "docs/a.md", "--out", "out.npy")
+    Path("embedonce.toml").write_text('[cache]\nmode = "replay"\n' + CONFIG)
+    done = command("embed", "docs", "--out", "out.npy", "--json")
+    assert done.code == 1
+    assert (done.json["rows"], done.json["failed"], done.json["computed"]) == (4, 2, 0)
+    assert "docs/b.jsonl:3: ReplayMiss" in done.err
+    assert index(Path("out.npy"))[-1] == ("docs/b.jsonl", 1)
+
+
+def test_a_write_that_fails_is_said_and_leaves_nothing(
+    process: Callable[..., subprocess.Popen[str]], corpus: Path
+) -> None:
+    (corpus / "long.txt").write_text("".join(f"passage {number}\n" for number in range(30_000)))
+    Path("out.jsonl").write_text("earlier")
+
+    def small_files() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 2**20, 8 * 2**20))
+
+    started = process("embed", "docs/long.txt", "--split", "line", "--out", "out.jsonl", preexec_fn=small_files)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert f"error: cannot write out.jsonl: {os.strerror(errno.EFBIG)}" in err
+    assert "Traceback" not in err
+    assert Path("out.jsonl").read_text() == "earlier"
+    assert not [name for name in os.listdir() if name.endswith(".part")]
+
+
+# --- signals, pipes, other processes ----------------------------------------------------------
+
+MANY = 30_000
+
+
+@pytest.fixture
+def long(corpus: Path) -> Path:
+    path = corpus / "long.txt"
+    path.write_text("".join(f"passage number {number} of a long text\n" for number in range(MANY)))
+    return path
+
+
+def wait_for_half(part: Path, started: subprocess.Popen[str]) -> None:
+    """Return when half of the rows were written on the way."""
+    half = MANY // 2 * 64 * 4
+    while not (part.exists() and part.stat().st_size > half):
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_ended_run_goes_on_from_what_was_stored(
+    command: Any, process: Callable[..., subprocess.Popen[str]], long: Path, number: signal.Signals
+) -> None:
+    arguments = ["embed", "docs/long.txt", "--split", "line", "--out", "out.npy", "--json"]
+    started = process(*arguments)
+    part = Path(".out.npy.part")
+    wait_for_half(part, started)
+    started.send_signal(number)
+    out, err = started.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert started.returncode == -signal.SIGKILL
+        assert part.exists()
+    else:
+        assert started.returncode == 128 + number
+        assert "run the same command again" in err
+        assert "Traceback" not in err
+        assert json.loads(out)["stopped"] == "interrupted"
+        assert not part.exists()
+    assert not Path("out.npy").exists()
+    assert not Path("out.index.jsonl").exists()
+
+    stored = command("stats", "--json").json["entries"]
+    assert MANY // 2 <= stored < MANY
+    done = command(*arguments)
+    assert done.code == 0
+    assert (done.json["computed"], done.json["hits"]) == (MANY - stored, {"disk": stored})
+    rows = np.load("out.npy")
+    assert rows.shape == (MANY, 64)
+    ends = [0, 1, MANY - 2, MANY - 1]
+    assert np.array_equal(rows[ends], vectors_of([f"passage number {number} of a long text" for number in ends]))
+    assert sorted(os.listdir()) == ["docs", "embedonce.toml", "out.index.jsonl", "out.npy", "vectors.cache"]
+
+
+def test_two_runs_at_once_do_not_write_one_output(
+    command: Any, process: Callable[..., subprocess.Popen[str]], long: Path
+) -> None:
+    started = process("embed", "-", "--out", "out.npy", stdin=subprocess.PIPE)
+    try:
+        while not Path(".out.npy.part").exists():
+            assert started.poll() is None
+            time.sleep(0.002)
+        done = command("embed", "docs/a.md", "--out", "out.npy")
+        assert done.code == 2
+        assert "another run is writing" in done.err
+    finally:
+        started.communicate("one text", timeout=60)
+    assert started.returncode == 0
+    assert np.load("out.npy").shape == (1, 64)
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    started = process("embed", "docs/a.md", "--out", "out.npy", "--json", stdout=write)
+    os.close(write)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert err == ""
+    assert np.load("out.npy").shape == (3, 64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
+    def peak(passages: int) -> int:
+        """Return the most memory that embedding so many long passages took, in bytes."""
+        started = process("embed", "-", "--split", "line", "--out", "out.jsonl", stdin=subprocess.PIPE)
+        assert started.stdin is not None
+        for number in range(passages):
+            started.stdin.write(f"{number} " + "long passage " * 80 + "\n")
+        started.stdin.flush()
+        started.stdin.close()
+        _, status, usage = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+        for pipe in (started.stdout, started.stderr):
+            if pipe is not None:
+                pipe.close()
+        assert started.returncode == 0
+        return usage.ru_maxrss * 1024
+
+    # 12,000 more passages are 12 MB of text, 3 MB of vectors and 10 MB of JSON; the memory tier is full in both runs.
+    assert peak(18_000) - peak(6_000) < 8 * 2**20

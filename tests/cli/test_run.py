@@ -1,0 +1,193 @@
+"""A run whose provider or tiers fail: what is named, what is counted, when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce.cli import run as running
+from embedonce.cli.passages import Passage
+from embedonce.cli.progress import NoBar
+from embedonce.cli.run import Run, Stopped, failures, reason, windows
+from embedonce.cli.sinks import open_sink
+from embedonce.cli.sources import Reader
+
+
+class Function:
+    """A provider that fails for what it is told to fail for."""
+
+    def __init__(self, fails: Callable[[Sequence[str]], Exception | None] = lambda texts: None) -> None:
+        self.fails = fails
+        self.calls = 0
+
+    def __call__(self, texts: list[str]) -> Any:
+        self.calls += 1
+        error = self.fails(texts)
+        if error is not None:
+            raise error
+        return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+
+class Broken:
+    """A tier that takes nothing and has nothing."""
+
+    capabilities = embedonce.Capabilities(holds="frames", scope="host")
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        raise OSError("no connection")
+
+    def set_many(self, items: Any, ttl: float | None) -> None:
+        raise OSError("no connection")
+
+    def close(self) -> None: ...
+
+
+class Ran:
+    """Run the texts, one per line, through a cache, and keep what was told."""
+
+    def __init__(self, folder: Path, texts: Sequence[str], provider: Any, *, strict: bool = False, **options: Any):
+        (folder / "in.txt").write_text("\n".join(texts))
+        out = folder / "out.npy"
+        self.told: list[str] = []
+        self.stopped = ""
+        sink = open_sink(out)
+        space = {"space": {"model": "test"}} if isinstance(provider, Function) else {}
+        with embedonce.Cache(provider, **space, **options) as cache:
+            reader = Reader([str(folder / "in.txt")], split="line")
+            run = Run(cache, reader, sink, task="document", strict=strict, tell=self.told.append)
+            try:
+                run.embed(NoBar())
+            except Stopped as stopped:
+                self.stopped = str(stopped)
+            finally:
+                sink.abort()
+        self.summary = run.summary
+        self.rows = np.load(out) if out.exists() else None
+
+
+def refuse(*refused: str) -> Function:
+    def fails(texts: Sequence[str]) -> Exception | None:
+        positions = [position for position, text in enumerate(texts) if text in refused]
+        return embedonce.TextRefused("too long", positions) if positions else None
+
+    return Function(fails)
+
+
+def test_a_refused_text_is_named_and_left_out(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, ["one", "a secret", "three"], refuse("a secret"))
+    assert ran.told == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
+    assert (ran.summary.texts, ran.summary.failed, ran.summary.rows, ran.summary.computed) == (3, 1, 2, 2)
+    assert ran.rows is not None
+    assert ran.rows[:, 0].tolist() == [3, 5]
+
+
+def test_strict_stops_at_a_refused_text(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, ["one", "two"], refuse("two"), strict=True)
+    assert ran.stopped == "--strict, and a passage failed"
+    assert ran.rows is None
+
+
+def test_a_chunk_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {number}" for number in range(600)]
+    provider = Function(lambda batch: ConnectionError("cut off") if "text 300" in batch else None)
+    ran = Ran(tmp_path, texts, provider)
+    assert ran.told == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
+    assert (ran.summary.failed, ran.summary.rows) == (256, 344)
+    assert not ran.stopped
+
+
+def test_a_provider_that_is_down_is_not_asked_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 10)
+    provider = Function(lambda batch: None if "text 0" in batch else ConnectionError("down"))
+    ran = Ran(tmp_path, [f"text {number}" for number in range(1000)], provider)
+    assert ran.stopped == "the provider fails for everything that it is asked"
+    assert provider.calls == 3
+    assert (ran.summary.texts, ran.summary.rows, ran.summary.failed, len(ran.told)) == (30, 10, 20, 2)
+    assert ran.rows is None
+
+
+def test_refused_texts_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 1)
+    texts = [f"text {number}" for number in range(20)]
+    ran = Ran(tmp_path, texts, refuse(*texts[1:]))
+    assert (ran.summary.failed, ran.summary.rows, ran.stopped) == (19, 1, "")
+
+
+def test_windows_of_hits_between_failures_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 2)
+    provider = Function(lambda batch: ConnectionError("down") if "bad" in batch else None)
+    ran = Ran(tmp_path, ["bad", "a", "b", "c", "bad", "d", "e", "f"], provider)
+    assert (ran.stopped, ran.summary.rows) == ("", 4)
+
+
+def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 2)
+
+    class Fallback:
+        limits = embedonce.Limits()
+
+        def space(self, task: str) -> embedonce.VectorSpace:
+            return embedonce.VectorSpace(provider="spare", model="small", dimensions=2)
+
+        def embed(self, texts: Sequence[str], task: str) -> Any:
+            return np.ones((len(texts), 2), np.float32)
+
+        def close(self) -> None: ...
+
+    provider = Function(lambda batch: ConnectionError("down") if "three" in batch else None)
+    ran = Ran(tmp_path, ["one", "two", "three", "four"], provider, fallback=Fallback(), fallback_fetch_only=True)
+    assert "the fallback (spare small) answers in its own vector space" in ran.stopped
+    assert ran.rows is None
+
+
+def test_trouble_in_a_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, ["one", "two"], Function(), tiers=[embedonce.Tier(Broken(), name="far")])
+    assert (ran.summary.rows, ran.summary.failed, ran.told) == (2, 0, [])
+    assert ran.summary.trouble["far"]["errors"] > 0
+
+
+def test_a_tier_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(embedonce.TierError):
+        Ran(tmp_path, ["one"], Function(), tiers=[embedonce.Tier(Broken(), on_error="raise")])
+
+
+# --- windows and messages ---------------------------------------------------------------------
+
+
+def test_windows_are_bounded_in_number_and_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WINDOW", 3)
+    monkeypatch.setattr(running, "WINDOW_CHARACTERS", 100)
+    sizes = [1, 1, 1, 1, 99, 1, 500, 1]
+    found = windows(Passage("x" * size, "s", 1) for size in sizes)
+    assert [[len(passage.text) for passage in window] for window in found] == [[1, 1, 1], [1, 99], [1, 500], [1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "told"),
+    [
+        ("the text", "bad\nrequest", "ValueError: bad request"),
+        ("the text", "bad: the text", "ValueError"),
+        ("a secret plan\nfor all", "input 'a secret plan for all' is bad", "ValueError"),
+        ("a secret plan that goes on and on", "input 'a secret plan that go…' is bad", "ValueError"),
+        ("café\u0007 bill", "got caf\\xe9\\x07 bill", "ValueError"),
+        ("the text", "", "ValueError"),
+        ("the text", "x" * 500, "ValueError: " + "x" * 300),
+    ],
+)
+def test_a_reason_never_quotes_the_text(text: str, message: str, told: str) -> None:
+    assert reason(ValueError(message), text) == told
+
+
+def test_failures_of_one_text_each_have_a_message() -> None:
+    refused = embedonce.TextRefused("too long")
+    failed: list[tuple[Passage, Exception | None]] = [(Passage("x", "a", n), refused) for n in (1, 2)]
+    assert list(failures([*failed, (Passage("y", "b", 1), None)])) == [
+        "a:1: TextRefused: too long",
+        "a:2: TextRefused: too long",
+        "b:1: no vector came back",
+    ]
