@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
-from ._options import Option, Refused, options_of, read_text, wrongs
+from ._options import Option, Refused, options_beside, options_of, read_text, wrongs
 from ._resolved import Config, Plugged, Setting, TierConfig
 from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
 from ._suggest import closest, listed
@@ -231,13 +231,12 @@ class _Loader:
             return None
         try:
             cls: type[Any] = find(kind)
-            options = options_of(cls)
-            _check_collision(cls, options, {"type", *own, *table.tables})
+            options = options_beside(cls, own, {"type", *table.tables})
         except PluginError as error:
             self._wrong_value(table, "type", str(error))
             self._unread.append(table.variables)
             return None
-        table.options = {**table.options, **own, **options}
+        table.options = {**table.options, **options}
         self._read(table)
         del table.values["type"]
         return table, kind, cls
@@ -452,15 +451,6 @@ class _Loader:
 
 
 _OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable}
-
-
-def _check_collision(cls: type[Any], options: Mapping[str, Option], taken: set[str]) -> None:
-    both = sorted(taken & options.keys())
-    if both:
-        raise PluginError(
-            f"{cls.__module__}.{cls.__qualname__} has an option named {listed(both)}, which TOML uses for "
-            "something else; its author must rename it"
-        )
 
 
 def _form(parts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,22 @@ def options_of(cls: type[Any]) -> Mapping[str, Option]:
     return {p.name: Option(p.name, hints.get(p.name, Any), p.default) for p in named}
 
 
+def options_beside(cls: type[Any], own: Mapping[str, Option], taken: Collection[str]) -> dict[str, Option]:
+    """Return embedonce's ``own`` options of a table and a plugin's.
+
+    Raises:
+        PluginError: as :func:`options_of` does, or an option has a name that is taken.
+    """
+    options = options_of(cls)
+    both = sorted(options.keys() & {*own, *taken})
+    if both:
+        raise PluginError(
+            f"{_named(cls)} has an option named {listed(both)}, which TOML uses for something else; its author must "
+            "rename it"
+        )
+    return {**own, **options}
+
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -193,6 +209,8 @@ def _readings(text: str) -> list[Any]:
 
 
 def _fits(option: Option, value: Any) -> bool:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return False
     try:
         option.check(value)
     except (ValueError, TypeError):  # among them what JSON cannot write: infinity, a date

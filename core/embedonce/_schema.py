@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from . import plugins
-from ._options import Option, adapter, options_of
+from ._options import Option, adapter, options_beside, options_of
 from ._sections import CacheTable, FallbackTable, KeyTable, TierTable
 from .errors import PluginError
 from .keys import NORMALIZERS
@@ -94,11 +94,10 @@ class _Schema:
         self, name: str, role: str, find: Callable[[str], type[Any]], own: Mapping[str, Option], more: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         try:
-            cls = find(name)
-            options = options_of(cls)
+            options = options_beside(find(name), own, {"type", *more})
         except PluginError:  # embedonce plugins says what is wrong with it
             return None
-        table = self._table(f"{role}.{name}", {**own, **options}, more)
+        table = self._table(f"{role}.{name}", options, more)
         properties = {"type": {"const": name, "description": "The plugin, by name."}, **table["properties"]}
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
 
@@ -117,7 +116,8 @@ class _Schema:
             return None
         if described.get("type") != "string" or "enum" in described or "const" in described or "pattern" in described:
             kinds = described["anyOf"] if set(described) == {"anyOf"} else [described]
-            described = {"anyOf": [*kinds, VARIABLE]}
+            alternatives: dict[str, Any] = {"anyOf": [*kinds, VARIABLE]}
+            described = alternatives
         if option.doc:
             described["description"] = option.doc
         if not option.required and isinstance(option.default, bool | int | float | str):

@@ -6,6 +6,7 @@ What is not plainly right is not wrong: pydantic decides. A test holds the two a
 from __future__ import annotations
 
 import collections.abc
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def simply(hint: Any, value: Any) -> Any:
     if hint in (str, int, bool):
         return value if type(value) is hint else UNSURE
     if hint is float:
-        return float(value) if type(value) in (int, float) else UNSURE
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else UNSURE
     if hint is Path:
         return Path(value) if type(value) is str else UNSURE
     origin, args = typing.get_origin(hint), typing.get_args(hint)

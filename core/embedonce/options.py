@@ -96,7 +96,7 @@ def parse_duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadValue('a duration is a number of seconds or text such as "250ms" or "1h30m"')
     seconds = _seconds_of(value.strip()) if isinstance(value, str) else value
-    if math.isnan(seconds) or seconds < 0:
+    if not seconds >= 0:  # NaN is not
         raise BadValue("a duration is not negative")
     if seconds > MOST_SECONDS:
         raise BadValue("a duration is at most a hundred years")

@@ -1,0 +1,302 @@
+"""Sizes and durations, options out of signatures, and values that need no pydantic."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from embedonce._options import Option, Refused, options_of, read_text
+from embedonce._simple import UNSURE, simply
+from embedonce.errors import PluginError
+from embedonce.options import BadValue, Doc, Duration, Size, parse_duration, parse_size
+
+# --- units ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        (0, 0),
+        (17, 17),
+        ("17", 17),
+        ("17 B", 17),
+        ("1kB", 1000),
+        ("1GB", 10**9),
+        ("512 MiB", 512 * 2**20),
+        ("512mib", 512 * 2**20),
+        (" 1.5 GiB ", 3 * 2**29),
+        ("0.1 kB", 100),
+        ("2 TiB", 2**41),
+        (2**63 - 1, 2**63 - 1),
+    ],
+)
+def test_sizes(written: object, size: int) -> None:
+    assert parse_size(written) == size
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "B", "1 M", "1 MB/s", "1 zb", "-1", "1,5 GB", "1e3", "nan", "1.5", "1.5 B", "9" * 30, "9000000 TiB"),
+        *("\u0661 kB", -1, 2**63, 1.0, True, None, [1], b"1"),
+    ],
+)
+def test_what_is_no_size(written: object) -> None:
+    with pytest.raises(BadValue):
+        parse_size(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        (0, 0.0),
+        (3, 3.0),
+        (0.25, 0.25),
+        ("3600", 3600.0),
+        ("250ms", 0.25),
+        ("90 s", 90.0),
+        ("1h", 3600.0),
+        ("1h30m", 5400.0),
+        ("1h 30m", 5400.0),
+        ("1.5h", 5400.0),
+        ("7d", 604800.0),
+        ("1w", 604800.0),
+    ],
+)
+def test_durations(written: object, seconds: float) -> None:
+    assert parse_duration(written) == seconds
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "h", "1 y", "1H", "-1s", "1h1h", "1h and 2m", "1,5h", "1e3", "nan", "inf", "99999999d"),
+        *(-1, -0.001, math.nan, math.inf, 1e300, True, None, [1]),
+    ],
+)
+def test_what_is_no_duration(written: object) -> None:
+    with pytest.raises(BadValue):
+        parse_duration(written)
+
+
+@given(st.one_of(st.text(max_size=20), st.integers(), st.floats(), st.binary(max_size=4)))
+def test_units_are_read_or_refused(written: object) -> None:
+    for parse in (parse_size, parse_duration):
+        try:
+            read = parse(written)
+        except BadValue:
+            continue
+        assert math.isfinite(read)
+        assert read >= 0
+
+
+@given(st.integers(min_value=0, max_value=2**63 - 1))
+def test_a_number_of_bytes_is_that_number(size: int) -> None:
+    assert parse_size(size) == parse_size(str(size)) == parse_size(f"{size} B") == size
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+class Everything:
+    def __init__(
+        self,
+        *,
+        needed: Annotated[str, Doc("It must be there.")],
+        size: Annotated[Size | None, Gt(0), Doc("How much.")] = None,
+        path: Annotated[str | Path, Doc("Where.")] = ".",
+        words: Sequence[str] = (),
+        client: object = None,
+    ) -> None: ...
+
+
+def test_options_are_the_keyword_only_parameters() -> None:
+    options = options_of(Everything)
+    assert list(options) == ["needed", "size", "path", "words", "client"]
+    assert [name for name, option in options.items() if option.required] == ["needed"]
+    assert options["needed"].doc == "It must be there."
+    assert options["size"].doc == "How much."
+    assert options["words"].doc is None
+    assert [name for name, option in options.items() if option.is_path] == ["path"]
+
+
+def test_a_class_without_init_has_no_options() -> None:
+    class Plain: ...
+
+    assert options_of(Plain) == {}
+
+
+def test_a_class_that_needs_a_positional_argument_is_refused() -> None:
+    class Positional:
+        def __init__(self, client: object, *, size: int = 1) -> None: ...
+
+    with pytest.raises(PluginError, match='its parameter "client" must be keyword-only'):
+        options_of(Positional)
+
+
+def test_types_that_are_not_there_at_run_time_are_refused_by_name() -> None:
+    class Hidden:
+        def __init__(self, *, client: NotImported | None = None) -> None: ...  # type: ignore[name-defined] # noqa: F821
+
+    with pytest.raises(PluginError, match=r"Hidden's options cannot be read: name 'NotImported'"):
+        options_of(Hidden)
+
+
+class Client:
+    """Nothing that TOML could write."""
+
+
+def test_an_option_that_only_python_can_give() -> None:
+    with pytest.raises(PluginError, match="can only be given in Python"):
+        Option("client", Client | None, None).check("x")
+
+
+STRICT: Sequence[tuple[Any, Any]] = [
+    (int, "5"),
+    (int, 5.0),
+    (int, True),
+    (bool, "yes"),
+    (bool, 1),
+    (str, 5),
+    (float, "5"),
+    (float, True),
+    (Sequence[str], "nfc"),
+    (Annotated[int, Gt(0)], 0),
+    (Annotated[Size | None, Gt(0)], "0 B"),
+    (Literal["lru", "fifo"], "lfu"),
+]
+
+
+@pytest.mark.parametrize(("hint", "value"), STRICT)
+def test_nothing_is_taken_for_something_else(hint: Any, value: Any) -> None:
+    with pytest.raises(Refused):
+        Option("option", hint).check(value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (str, "2048", "2048"),
+        (int, "2048", 2048),
+        (float, "0.5", 0.5),
+        (bool, "true", True),
+        (bool, "TRUE", True),
+        (bool, "yes", "yes"),
+        (int, "many", "many"),
+        (int, "99.5", "99.5"),
+        (float, "inf", "inf"),
+        (Size, "1 MiB", "1 MiB"),
+        (Sequence[str], "nfc,strip", ["nfc", "strip"]),
+        (Sequence[str], "nfc", ["nfc"]),
+        (Sequence[str], '["nfc", "strip"]', ["nfc", "strip"]),
+        (Sequence[str], "", []),
+        (list[int], "1, 2", [1, 2]),
+        (Mapping[str, int], "{a = 1}", {"a": 1}),
+        (Mapping[str, int], '{"a": 1}', {"a": 1}),
+        (Sequence[str], "[" * 5000, ["[" * 5000]),
+    ],
+)
+def test_text_of_a_variable_is_read_as_its_option_wants_it(hint: Any, text: str, value: Any) -> None:
+    assert read_text(Option("option", hint), text) == value
+
+
+# --- plain values -----------------------------------------------------------------------------
+
+HINTS: Sequence[Any] = [
+    str,
+    int,
+    bool,
+    float,
+    Path,
+    str | None,
+    int | None,
+    int | str,
+    float | int,
+    bool | int,
+    str | Path,
+    Size,
+    Duration,
+    Size | None,
+    Duration | None,
+    Annotated[Size | None, Gt(0)],
+    Annotated[Annotated[Size, Gt(0)] | None, Doc("x")],
+    Annotated[int, Ge(2), Le(5), Doc("x")],
+    Annotated[float | None, Gt(0), Lt(3)],
+    Literal["lru", "fifo"],
+    Literal["a", 1, True] | None,
+    Sequence[str],
+    list[int],
+    list[str] | None,
+    Annotated[list[float], Doc("x")],
+    Mapping[str, int],
+    tuple[str, ...],
+    Any,
+]
+
+plain = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-10, 10),
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.sampled_from(["lru", "a", "1", "1h", "1 kB", "true", ""]),
+        st.text(st.characters(codec="utf-8"), max_size=5),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(HINTS), plain)
+def test_what_is_plainly_right_is_what_pydantic_says(hint: Any, value: Any) -> None:
+    read = simply(hint, value)
+    if read is UNSURE:
+        return
+    try:
+        validated = TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        pytest.fail(f"{value!r} was taken for {hint}, which pydantic refuses: {error}")
+    assert read == validated
+    assert type(read) is type(validated)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (str, "x"),
+        (Annotated[int, Gt(0), Doc("x")], 1),
+        (Annotated[Size | None, Doc("x")], "1 kB"),
+        (str | Path, "x"),
+        (Sequence[str], ["x"]),
+        (Literal["a"], "a"),
+    ],
+)
+def test_common_options_need_no_pydantic(hint: Any, value: Any) -> None:
+    assert simply(hint, value) is not UNSURE
+
+
+def test_a_plain_configuration_is_read_without_pydantic() -> None:
+    code = """
+        import sys
+        from embedonce import config
+        config.load({"provider": {"type": "ngram", "dimensions": 64},
+                     "tiers": [{"type": "memory", "max_bytes": "1 MiB", "ttl": "1h"}]})
+        print("pydantic" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,331 @@
+"""Plugins are found by name, loaded alone, and named when something is wrong with them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import embedonce
+from embedonce import config, hookspecs, plugins
+from embedonce.errors import ConfigError, PluginError
+
+STRANGER = Path(__file__).parent.parent / "plugin"
+
+Install = Callable[..., str]
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the stranger's plugin."""
+    site = tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source")
+    for file in STRANGER.rglob("*"):  # pip may build in place: leave the tree as it is
+        if file.is_file() and "__pycache__" not in file.parts:
+            target = source / file.relative_to(STRANGER)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--disable-pip-version-check", "--target", str(site), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=110)
+    return site
+
+
+@pytest.fixture
+def with_stranger(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(stranger))
+    return stranger
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Return a function that puts a distribution with one plugin on the path, and returns the plugin's name."""
+
+    def install(code: str, *, name: str | None = None, distribution: str = "acme", metadata: str = "") -> str:
+        number = next(_numbers)
+        name = name or f"plugin-{number}"
+        site = tmp_path / f"site-{number}"
+        info = site / f"{distribution}-1.{number}.dist-info"
+        info.mkdir(parents=True)
+        (site / f"acme_module_{number}.py").write_text(inspect.cleandoc(code))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.{number}\n{metadata}")
+        (info / "entry_points.txt").write_text(f"[embedonce]\n{name} = acme_module_{number}\n")
+        monkeypatch.syspath_prepend(str(site))
+        return name
+
+    return install
+
+
+def said(name: str) -> str:
+    with pytest.raises(PluginError) as caught:
+        plugins.backend(name)
+    return str(caught.value)
+
+
+# --- our own ----------------------------------------------------------------------------------
+
+
+def test_our_own_are_found_like_any_other() -> None:
+    assert {"memory", "disk", "ngram"} <= set(plugins.names())
+    assert plugins.backend("memory").__name__ == "MemoryBackend"
+    assert plugins.provider("ngram").__name__ == "NgramProvider"
+    own = [plugin for plugin in plugins.installed() if plugin.distribution == "embedonce"]
+    assert {plugin.name: plugin.kinds for plugin in own} == {
+        "disk": ("backend",),
+        "memory": ("backend",),
+        "ngram": ("provider",),
+    }
+    assert {plugin.version for plugin in own} == {embedonce.__version__}
+    assert [plugin.error for plugin in own] == [None] * 3
+
+
+def test_only_the_plugin_that_is_asked_for_is_imported() -> None:
+    code = """
+        import sys
+        from embedonce import plugins
+        plugins.provider("ngram")
+        print(any(name.startswith("embedonce_backends") for name in sys.modules))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_a_slip_is_met_with_what_is_installed() -> None:
+    assert said("memroy").startswith('no plugin "memroy" is installed; did you mean "memory"? Installed: disk, memory')
+    assert "pip install" in said("zzzzzz")
+
+
+def test_a_provider_is_no_backend() -> None:
+    assert said("ngram").startswith('"ngram" is no backend: the plugin of embedonce')
+    assert said("ngram").endswith('brings provider "ngram"')
+
+
+def test_own_steps_need_no_plugin() -> None:
+    assert plugins.normalizer("strip")(" x ") == "x"
+    with pytest.raises(PluginError, match=r'no normalisation step "stripp"; did you mean "strip"\? embedonce has nfc,'):
+        plugins.normalizer("stripp")
+
+
+def test_each_hook_is_one_sentence() -> None:
+    assert {hook.__name__ for hook in hookspecs.HOOKS} == {*plugins.HOOKS.values(), "embedonce_event"}
+    for hook in hookspecs.HOOKS:
+        assert len(inspect.getdoc(hook).splitlines()) == 1  # type: ignore[union-attr]
+
+
+# --- a stranger's -----------------------------------------------------------------------------
+
+
+def test_a_strangers_plugin_works_like_ours(with_stranger: Path, tmp_path: Path) -> None:
+    assert {"folder", "letters", "unaccented", "compressed"} <= set(plugins.names())
+    file = tmp_path / "embedonce.toml"
+    file.write_text(
+        """
+        key.normalize = ["unaccented"]
+        provider = { type = "letters", first = 3 }
+        tiers = [{ type = "memory" }, { type = "folder", path = "vectors" }]
+        """
+    )
+    from embedonce_folder import letters  # type: ignore[import-not-found]
+
+    letters.seen.clear()
+    with embedonce.open(file) as cache:
+        assert cache.embed("äbc").tolist() == [1, 1, 1, 1]
+        assert cache.fetch(["abc"]).sources == ["memory"]
+    assert letters.seen, "its event hook was not called"
+    assert (tmp_path / "vectors").is_dir()
+    with embedonce.open(file) as cache:
+        assert cache.fetch(["abc"]).sources == ["folder"]
+
+
+def test_a_strangers_plugins_are_listed(with_stranger: Path) -> None:
+    found = {plugin.name: plugin for plugin in plugins.installed() if plugin.distribution == "embedonce-folder"}
+    assert {name: plugin.kinds for name, plugin in found.items()} == {
+        "folder": ("backend",),
+        "letters": ("provider",),
+        "unaccented": ("normalizer",),
+        "compressed": (),
+    }
+    assert {plugin.version for plugin in found.values()} == {"2.5"}
+    assert found["compressed"].error == (
+        'plugin "compressed" of embedonce-folder 2.5 needs a_codec_that_nobody_has, which is not installed: '
+        "pip install 'embedonce-folder[compressed]'"
+    )
+
+
+def test_a_strangers_options_are_checked_and_in_the_schema(with_stranger: Path) -> None:
+    tiers = [{"type": "folder", "paht": "x"}]
+    with pytest.raises(ConfigError) as caught:
+        config.load({"provider": {"type": "letters", "first": 27}, "tiers": tiers})
+    assert [problem.message for problem in caught.value.problems] == [
+        "first = 27 in [provider]: must be at most 26",
+        'unknown key "paht" in [[tiers]] "folder"; did you mean "path"?',
+        '"path" is missing in [[tiers]] "folder"; Folder of the files.',
+    ]
+    assert '"Folder of the files."' in json.dumps(config.schema())
+
+
+def test_the_strangers_backend_is_short() -> None:
+    source = (STRANGER / "src/embedonce_folder/folder.py").read_text()
+    body = source[source.index("class FolderBackend") : source.index("@hookimpl")]
+    assert len([line for line in body.splitlines() if line.strip()]) < 30
+
+
+# --- broken ones ------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(install: Install) -> None:
+    metadata = 'Provides-Extra: fast\nRequires-Dist: no-such.codec>=2; python_version > "3" and extra == "fast"\n'
+    name = install("import no_such_codec.inner", metadata=metadata)
+    assert said(name).endswith("needs no_such_codec, which is not installed: pip install 'acme[fast]'")
+
+
+def test_a_missing_package_that_no_extra_brings(install: Install) -> None:
+    name = install("import no_such_codec")
+    assert said(name).endswith("needs the module no_such_codec, which is not installed")
+
+
+def test_a_module_that_is_not_there(install: Install, tmp_path: Path) -> None:
+    name = install("")
+    for file in tmp_path.rglob("acme_module_*.py"):
+        file.unlink()
+    assert "although it says so; install it again: pip install --force-reinstall acme" in said(name)
+
+
+@pytest.mark.parametrize("code", ["raise RuntimeError('boom')", "import sys; sys.exit('boom')", "x ="])
+def test_an_error_while_importing(install: Install, code: str) -> None:
+    name = install(code)
+    message = said(name)
+    assert message.startswith(f'plugin "{name}" of acme 1.')
+    assert "cannot be imported: " in message
+    assert "boom" in message or "SyntaxError" in message
+
+
+BACKEND = """
+    import embedonce
+    class Backend: ...
+    @embedonce.hookimpl
+    def embedonce_backends():
+        return {BODY}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("1 / 0", "failed in its hook embedonce_backends: ZeroDivisionError: division by zero"),
+        ("[Backend]", "must return classes by name from its hook embedonce_backends"),
+        ("{'x': Backend()}", "must return classes by name from its hook embedonce_backends"),
+        ("{}", "brings nothing"),
+        ("{'another': Backend}", 'brings backend "another"'),
+    ],
+)
+def test_a_hook_that_gives_the_wrong_thing(install: Install, body: str, wanted: str) -> None:
+    assert wanted in said(install(BACKEND.replace("{BODY}", body)))
+
+
+def test_a_hook_that_does_not_exist(install: Install) -> None:
+    name = install("import embedonce\n@embedonce.hookimpl\ndef embedonce_backend(): return {}")
+    assert said(name).endswith("there is no hook embedonce_backend; did you mean embedonce_backends?")
+
+
+def test_a_hook_with_an_argument_that_it_does_not_get(install: Install) -> None:
+    name = install("import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(config): return {}")
+    assert "cannot be registered" in said(name)
+
+
+def test_a_module_without_hooks(install: Install) -> None:
+    assert "it has no hooks; mark functions named embedonce_backends, embedonce_providers" in said(install("x = 1"))
+
+
+@pytest.mark.parametrize(
+    ("api", "upgrade"), [("2", "pip install --upgrade embedonce"), ("0", "pip install --upgrade acme")]
+)
+def test_a_plugin_for_another_contract(install: Install, api: str, upgrade: str) -> None:
+    message = said(install(f"api = {api}"))
+    assert f"is written for version {api} of the plugin contract, and this embedonce has version 1" in message
+    assert message.endswith(upgrade)
+
+
+def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"twice-{next(_numbers)}"
+    code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
+    install(code, name=name, distribution="acme-one")
+    install(code, name=name, distribution="acme_two")
+    message = said(name)
+    assert f'2 distributions bring a plugin "{name}": ' in message
+    assert "acme-one 1." in message
+    assert "acme_two 1." in message
+    assert len([plugin for plugin in plugins.installed() if plugin.name == name and plugin.error]) == 2
+    monkeypatch.setenv(plugins.DISABLE, "nothing, ACME.Two")
+    assert plugins.backend(name).__name__ == "Backend"
+
+
+def test_a_disabled_plugin_is_not_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = install("raise RuntimeError('loaded')")
+    monkeypatch.setenv(plugins.DISABLE, name)
+    assert name not in plugins.names()
+    assert said(name).endswith(f"is disabled by EMBEDONCE_DISABLE_PLUGINS={name}")
+    assert [plugin.kinds for plugin in plugins.installed() if plugin.name == name] == [()]
+
+
+def test_a_broken_plugin_stops_nothing_that_does_not_use_it(install: Install) -> None:
+    name = install("raise RuntimeError('boom')")
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) as cache:
+        assert len(cache.embed_batch(["a", "b"])) == 2
+    broken = [plugin for plugin in plugins.installed() if plugin.name == name]
+    assert "RuntimeError: boom" in str(broken[0].error)
+    assert broken[0].distribution == "acme"
+    assert name not in json.dumps(config.schema())
+    with pytest.raises(ConfigError, match=r"RuntimeError: boom"):
+        config.load({"provider": {"type": "ngram"}, "tiers": [{"type": name, "anything": 1}]})
+
+
+def test_a_plugin_that_arrives_while_the_program_runs(install: Install) -> None:
+    name = f"late-{next(_numbers)}"
+    assert "is installed" in said(name)
+    install(BACKEND.replace("{BODY}", f"{{'{name}': Backend}}"), name=name)
+    assert plugins.backend(name).__name__ == "Backend"
+
+
+def test_one_module_may_stand_behind_several_names(install: Install, tmp_path: Path) -> None:
+    name = install(BACKEND.replace("{BODY}", "{'first-name': Backend, 'second-name': Backend}"), name="first-name")
+    points = next(tmp_path.rglob("entry_points.txt"))
+    points.write_text(points.read_text() + points.read_text().splitlines()[1].replace("first", "second") + "\n")
+    assert plugins.backend(name) is plugins.backend("second-name")
+
+
+@pytest.mark.parametrize(
+    ("init", "wanted"),
+    [
+        ("def __init__(self, client): ...", 'its parameter "client" must be keyword-only'),
+        ("def __init__(self, *, ttl: int = 1): ...", "has an option named ttl, which TOML uses for something else"),
+        ("def __init__(self, *, x: 'Nope' = 1): ...", "options cannot be read: name 'Nope' is not defined"),
+    ],
+)
+def test_options_that_toml_cannot_give(install: Install, init: str, wanted: str) -> None:
+    name = f"odd-{next(_numbers)}"
+    code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}").replace(
+        "class Backend: ...", f"class Backend:\n        {init}"
+    )
+    install(code, name=name)
+    with pytest.raises(ConfigError) as caught:
+        config.load({"provider": {"type": "ngram"}, "tiers": [{"type": name}]})
+    assert wanted in str(caught.value)
+    assert name not in json.dumps(config.schema())
+
+
+def test_a_folder_that_was_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    monkeypatch.syspath_prepend("/nowhere")
+    assert "embedonce runs from a folder that was not installed; in that folder: pip install -e ." in said("memory")
+    assert plugins.installed() == []
