@@ -1,0 +1,393 @@
+"""The memory backend: its bounds, its two policies, threads and forks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from embedonce.errors import ConfigError
+from embedonce.vectors import Entry
+from embedonce_backends import memory
+from embedonce_backends.memory import ENTRY_BYTES, MemoryBackend, entry_bytes
+
+POLICIES = ("segmented", "lru")
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+def entry_of(number: float, dimensions: int = 4, metadata: dict[str, Any] | None = None) -> Entry:
+    payload = np.full(dimensions, number, dtype=np.float32).tobytes()
+    return Entry(np.frombuffer(payload, dtype=np.float32), 0.0, None, metadata)
+
+
+def fill(backend: MemoryBackend, keys: Iterator[str] | list[str]) -> None:
+    backend.set_many({key: entry_of(i) for i, key in enumerate(keys)}, None)
+
+
+# --- the contract -----------------------------------------------------------------------------
+
+
+@every_policy
+def test_what_is_stored_is_returned_itself(policy: Any) -> None:
+    backend = MemoryBackend(policy=policy)
+    entry = entry_of(1.0)
+    backend.set_many({"a": entry}, 60.0)
+    assert backend.get("a") is entry
+    assert backend.get_many(["b", "a", "a"])["a"] is entry
+    assert backend.get("b") is None
+    assert list(backend.get_many(["b"])) == []
+    assert not entry.vector.flags.writeable
+
+
+@every_policy
+def test_delete_scan_count_and_close(policy: Any) -> None:
+    backend = MemoryBackend(policy=policy)
+    fill(backend, ["eo1.aa.1", "eo1.aa.2", "eo1.bb.1"])
+    backend.get("eo1.aa.1")
+    assert sorted(backend.scan("eo1.aa.")) == ["eo1.aa.1", "eo1.aa.2"]
+    assert (backend.count("eo1.aa."), backend.count("eo1."), backend.count("x")) == (2, 3, 0)
+    backend.delete_many(["eo1.aa.1", "eo1.bb.1", "never there"])
+    assert backend.scan("") == ["eo1.aa.2"]
+    backend.close()
+    backend.close()
+    assert backend.count("") == 0
+    assert backend.get("eo1.aa.2") is None
+
+
+def test_scanning_while_writing_is_a_snapshot() -> None:
+    backend = MemoryBackend()
+    fill(backend, [str(i) for i in range(10)])
+    for key in backend.scan(""):
+        backend.delete_many([key])
+    assert backend.count("") == 0
+
+
+def test_an_empty_backend_is_still_a_backend() -> None:
+    assert MemoryBackend()
+    assert not hasattr(MemoryBackend, "__len__")
+
+
+def test_the_hook_names_it() -> None:
+    assert memory.embedonce_backends() == {"memory": MemoryBackend}
+
+
+@pytest.mark.parametrize("options", [{"max_entries": 0}, {"max_entries": -1}, {"max_bytes": 0}, {"policy": "lfu"}])
+def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        MemoryBackend(**options)
+
+
+# --- the bounds -------------------------------------------------------------------------------
+
+
+@every_policy
+def test_of_more_than_fits_the_last_stay(policy: Any) -> None:
+    backend = MemoryBackend(max_entries=3, policy=policy)
+    fill(backend, list("abcdefgh"))
+    assert sorted(backend.scan("")) == ["f", "g", "h"]
+
+
+@every_policy
+def test_room_for_one(policy: Any) -> None:
+    backend = MemoryBackend(max_entries=1, policy=policy)
+    for key in "abc":
+        fill(backend, [key])
+        assert backend.get(key) is not None
+        assert backend.get(key) is not None
+    assert backend.scan("") == ["c"]
+
+
+@every_policy
+def test_an_entry_that_can_never_fit_drops_nothing_but_what_it_replaces(policy: Any) -> None:
+    backend = MemoryBackend(max_bytes=entry_bytes(entry_of(0)) * 2, policy=policy)
+    fill(backend, ["a", "b"])
+    backend.set_many({"a": entry_of(1.0, dimensions=1000), "c": entry_of(2.0, dimensions=1000)}, None)
+    assert backend.scan("") == ["b"]
+
+
+@every_policy
+def test_a_large_new_entry_is_let_in_though_hot_ones_must_go(policy: Any) -> None:
+    large = entry_of(1.0, dimensions=500)
+    backend = MemoryBackend(max_bytes=entry_bytes(large), policy=policy)
+    fill(backend, ["a", "b"])
+    backend.get_many(["a", "b"])
+    backend.set_many({"large": large}, None)
+    assert backend.scan("") == ["large"]
+
+
+def test_bytes_count_payload_overhead_and_metadata() -> None:
+    plain = entry_of(1.0, dimensions=384)
+    assert entry_bytes(plain) == 1536 + ENTRY_BYTES
+    assert entry_bytes(plain._replace(metadata={"id": "x" * 1000, "tags": ["y" * 500]})) > 1536 + ENTRY_BYTES + 1500
+
+
+@every_policy
+def test_metadata_that_its_owner_changes_later_does_not_break_the_count(policy: Any) -> None:
+    backend = MemoryBackend(max_bytes=4000, policy=policy)
+    tags: list[str] = []
+    for i in range(50):
+        backend.set_many({f"k{i}": entry_of(i, metadata={"tags": tags})}, None)
+        backend.get(f"k{i - 1}")
+        tags.append("x" * 50)
+        tags[:] = tags[-3:]
+    assert backend.get("k49") is not None
+
+
+class Bounded(RuleBasedStateMachine):
+    """Whatever happens: within both bounds, the right entry or none, and what was just stored is there."""
+
+    # Few keys, so that they collide; sizes from a card's (no dimensions) to more than fits.
+    keys = st.sampled_from([f"k{i}" for i in range(8)])
+    sizes = st.sampled_from([0, 1, 50, 200, 2000])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: dict[str, Entry] = {}
+        self.numbers = count()
+        self.backend = MemoryBackend(max_entries=5, max_bytes=3 * ENTRY_BYTES + 1000, policy=self.policy())
+
+    def policy(self) -> Any:
+        return "lru"
+
+    @rule(key=keys, dimensions=sizes)
+    def store(self, key: str, dimensions: int) -> None:
+        entry = entry_of(next(self.numbers), dimensions)
+        self.backend.set_many({key: entry}, None)
+        self.model[key] = entry
+        if dimensions < 2000:
+            assert self.backend.get(key) is entry
+        else:
+            assert self.backend.get(key) is None
+
+    @rule(keys=st.lists(keys, max_size=4))
+    def read(self, keys: list[str]) -> None:
+        for key, entry in self.backend.get_many(keys).items():
+            assert entry is self.model[key]
+
+    @rule(keys=st.lists(keys, max_size=3))
+    def delete(self, keys: list[str]) -> None:
+        self.backend.delete_many(keys)
+        for key in keys:
+            self.model.pop(key, None)
+
+    @invariant()
+    def bounded(self) -> None:
+        held = self.backend.scan("")
+        assert len(held) == len(set(held)) <= 5
+        assert set(held) <= set(self.model)
+        assert sum(entry_bytes(self.model[key]) for key in held) <= 3 * ENTRY_BYTES + 1000
+
+
+class BoundedSegmented(Bounded):
+    """The same for the segmented policy."""
+
+    def policy(self) -> Any:
+        return "segmented"
+
+
+TestBounded = Bounded.TestCase
+TestBoundedSegmented = BoundedSegmented.TestCase
+TestBounded.settings = TestBoundedSegmented.settings = settings(max_examples=60, deadline=None)
+
+
+# --- the policies -----------------------------------------------------------------------------
+
+
+def test_lru_drops_what_was_used_least_recently() -> None:
+    backend = MemoryBackend(max_entries=3, policy="lru")
+    fill(backend, list("abc"))
+    backend.get("a")
+    fill(backend, ["b"])
+    fill(backend, ["d"])
+    assert sorted(backend.scan("")) == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize(("policy", "survive"), [("segmented", 50), ("lru", 0)])
+def test_a_scan_does_not_flush_what_was_read_again(policy: Any, survive: int) -> None:
+    backend = MemoryBackend(max_entries=100, policy=policy)
+    hot = [f"hot{i}" for i in range(50)]
+    fill(backend, hot)
+    backend.get_many(hot)
+    fill(backend, [f"cold{i}" for i in range(1000)])
+    assert len(backend.get_many(hot)) == survive
+
+
+def test_what_was_hot_once_does_not_stay_for_ever() -> None:
+    backend = MemoryBackend(max_entries=100)
+    for generation in range(5):
+        hot = [f"hot{generation}.{i}" for i in range(90)]
+        for _ in range(3):
+            fill(backend, [key for key in hot if backend.get(key) is None])
+        assert len(backend.get_many(hot)) == 90
+
+
+def test_without_a_second_read_the_segmented_policy_uses_all_the_room() -> None:
+    backend = MemoryBackend(max_entries=100)
+    fill(backend, [str(i) for i in range(100)])
+    assert backend.count("") == 100
+
+
+@given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 8))
+def test_lru_is_an_lru(trace: list[int], room: int) -> None:
+    backend = MemoryBackend(max_entries=room, policy="lru")
+    model: dict[str, None] = {}
+    for key in map(str, trace):
+        assert (backend.get(key) is not None) == (key in model)
+        model.pop(key, None)
+        model[key] = None
+        backend.set_many({key: entry_of(0.0)}, None)
+        if len(model) > room:
+            del model[next(iter(model))]
+        assert sorted(backend.scan("")) == sorted(model)
+
+
+# --- threads and forks ------------------------------------------------------------------------
+
+
+def in_threads(work: list[Any]) -> None:
+    """Run the functions at once and raise what the first of them raised."""
+    failures: list[BaseException] = []
+
+    def run(function: Any) -> None:
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+@pytest.fixture
+def eager_switches() -> Iterator[None]:
+    """Make the interpreter change threads as often as it can, so that races show."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@every_policy
+@pytest.mark.usefixtures("eager_switches")
+def test_what_is_held_is_never_missed_while_others_move_it(policy: Any) -> None:
+    # Every read moves keys between probation and protection, and nothing has to go: each must hit.
+    backend = MemoryBackend(max_entries=16, policy=policy)
+    keys = [f"k{i}" for i in range(16)]
+    fill(backend, keys)
+
+    def read() -> None:
+        for turn in range(1500):
+            key = keys[turn % 16]
+            entry = backend.get(key)
+            assert entry is not None, "a key that is held was missed"
+            assert entry.vector[0] == turn % 16
+
+    in_threads([read] * 4)
+
+
+@every_policy
+@pytest.mark.usefixtures("eager_switches")
+def test_threads_that_do_everything_at_once(policy: Any) -> None:
+    backend = MemoryBackend(max_entries=20, max_bytes=15 * (ENTRY_BYTES + 16), policy=policy)
+
+    def work(start: int) -> None:
+        for turn in range(400):
+            number = (start + turn * 7) % 40
+            backend.set_many({f"k{number}": entry_of(number)}, None)
+            for key, entry in backend.get_many([f"k{i}" for i in range(number, number + 5)]).items():
+                assert entry.vector[0] == int(key[1:])
+            backend.delete_many([f"k{(number + 3) % 40}"])
+            assert backend.count("k") <= 15
+
+    in_threads([lambda start=start: work(start) for start in range(4)])
+    assert sum(entry_bytes(entry) for entry in backend.get_many(backend.scan("")).values()) <= 15 * (ENTRY_BYTES + 16)
+
+
+@every_policy
+def test_a_deleted_key_is_not_brought_back_by_a_reader(policy: Any) -> None:
+    backend = MemoryBackend(max_entries=4, policy=policy)
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            backend.get("a")
+
+    def delete() -> None:
+        try:
+            for _ in range(2000):
+                fill(backend, ["a"])
+                backend.delete_many(["a"])
+                assert backend.count("") == 0
+        finally:
+            stop.set()
+
+    in_threads([read, delete])
+
+
+def test_a_hit_on_a_hot_entry_waits_for_nobody() -> None:
+    backend = MemoryBackend()
+    fill(backend, ["a"])
+    backend.get("a")
+    with memory._lock:
+        in_threads([lambda: backend.get("a")])
+
+
+FORKS = """
+import os, sys, threading, warnings
+import numpy as np
+from embedonce.vectors import Entry
+from embedonce_backends.memory import MemoryBackend
+
+warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: that is the point here
+sys.setswitchinterval(1e-6)
+backend = MemoryBackend(max_entries=64, policy=sys.argv[1], max_bytes=40_000)
+entry = Entry(np.frombuffer(bytes(16), dtype=np.float32), 0.0)
+stop = threading.Event()
+
+def churn(start):
+    while not stop.is_set():
+        backend.set_many({f"k{i}": entry for i in range(start, start + 50)}, None)
+        backend.get_many([f"k{i}" for i in range(start, start + 90)])
+        backend.delete_many([f"k{start + 5}"])
+
+threads = [threading.Thread(target=churn, args=(i * 30,)) for i in range(3)]
+for thread in threads:
+    thread.start()
+for turn in range(30):
+    child = os.fork()
+    if child == 0:
+        held = backend.scan("")
+        backend.set_many({f"child{i}": entry for i in range(100)}, None)
+        backend.delete_many(held)
+        good = len(backend.scan("child")) == backend.count("") > 10 and backend.get("child99") is entry
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0, turn
+stop.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@every_policy
+def test_a_child_forked_in_the_middle_of_a_write_can_use_it(policy: str) -> None:
+    path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}"
+    done = subprocess.run(
+        [sys.executable, "-c", path + FORKS, policy], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
