@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,7 +69,7 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
         "texts": 5,
         "unique": 4,
         "computed": 4,
-        "hits": {},
+        "hits": {"memory": 0, "disk": 0},
         "repeated": 1,
         "failed": 1,
         "rows": 5,
@@ -91,11 +92,11 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
 def test_the_second_time_nothing_is_computed_and_then_only_what_changed(command: Any, corpus: Path) -> None:
     command("embed", "docs", "--out", "cold.npy")
     warm = command("embed", "docs", "--out", "warm.npy", "--json").json
-    assert (warm["computed"], warm["hits"], warm["repeated"]) == (0, {"disk": 5}, 0)
+    assert (warm["computed"], warm["hits"], warm["repeated"]) == (0, {"memory": 0, "disk": 5}, 0)
     assert Path("warm.npy").read_bytes() == Path("cold.npy").read_bytes()
     (corpus / "a.md").write_text("# One\n\nfirst\nparagraph, changed\n\nthe same\n")
     changed = command("embed", "docs", "--out", "changed.npy", "--json").json
-    assert (changed["computed"], changed["hits"]) == (1, {"disk": 4})
+    assert (changed["computed"], changed["hits"]) == (1, {"memory": 0, "disk": 4})
 
 
 def test_a_text_computed_in_an_earlier_window_comes_from_a_tier(command: Any, corpus: Path) -> None:
@@ -103,11 +104,26 @@ def test_a_text_computed_in_an_earlier_window_comes_from_a_tier(command: Any, co
     done = command("embed", "-", "--split", "line", "--out", "out.npy", "--json", input="\n".join(lines))
     assert done.code == 0
     summary = done.json
-    # Windows of 2,048: the repetitions of 0-1095 share a window with none, those of 1096-2999 do with some.
+    # Equal lines are 3,000 apart, and a window has 2,048.
     assert (summary["texts"], summary["unique"], summary["computed"]) == (6000, 3000, 3000)
-    assert summary["computed"] + sum(summary["hits"].values()) + summary["repeated"] == 6000
+    assert (sum(summary["hits"].values()), summary["repeated"]) == (3000, 0)
     assert np.array_equal(np.load("out.npy"), vectors_of(lines))
     assert index(Path("out.npy"))[-1] == ("-", 6000)
+
+
+def test_the_configuration_in_use_is_no_text(command: Any, corpus: Path) -> None:
+    other = corpus / "other.toml"
+    other.write_text(CONFIG)
+    done = command("embed", "docs", "embedonce.toml", "--config", "docs/other.toml", "--out", "out.npy")
+    assert {source for source, _ in index(Path("out.npy"))} == {"docs/a.md", "docs/b.jsonl", "embedonce.toml"}
+    assert done.code == 1
+
+
+def test_standard_input_may_be_closed(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
+    started = process("embed", "-", "docs/a.md", "--out", "out.npy", preexec_fn=lambda: os.close(0))
+    _, err = started.communicate(timeout=60)
+    assert (started.returncode, err) == (1, "-: standard input is closed\n")
+    assert np.load("out.npy").shape == (3, 64)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -301,12 +317,31 @@ def test_an_ended_run_goes_on_from_what_was_stored(
     assert MANY // 2 <= stored < MANY
     done = command(*arguments)
     assert done.code == 0
-    assert (done.json["computed"], done.json["hits"]) == (MANY - stored, {"disk": stored})
+    assert (done.json["computed"], done.json["hits"]) == (MANY - stored, {"memory": 0, "disk": stored})
     rows = np.load("out.npy")
     assert rows.shape == (MANY, 64)
     ends = [0, 1, MANY - 2, MANY - 1]
     assert np.array_equal(rows[ends], vectors_of([f"passage number {number} of a long text" for number in ends]))
     assert sorted(os.listdir()) == ["docs", "embedonce.toml", "out.index.jsonl", "out.npy", "vectors.cache"]
+
+
+def test_a_terminal_sees_how_far_it_is(process: Callable[..., subprocess.Popen[str]], long: Path) -> None:
+    pty = pytest.importorskip("pty")
+    terminal, inner = pty.openpty()
+    options = {"stderr": inner, "env": {**os.environ, "TERM": "xterm"}}
+    started = process("embed", "docs/long.txt", "--split", "line", "--out", "out.npy", **options)
+    os.close(inner)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while more := os.read(terminal, 2**16):
+            seen += more
+    os.close(terminal)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 0
+    assert f"{MANY:,} passages from 1 file" in out
+    shown = re.findall(rb"([\d,]+) passages  [\d,]+/s  0 % hits", seen)
+    assert shown[-1] == f"{MANY:,}".encode()
+    assert b"100%" in seen
 
 
 def test_two_runs_at_once_do_not_write_one_output(

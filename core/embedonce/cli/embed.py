@@ -86,7 +86,9 @@ def embed(
         _check_paths(paths, out, format)
         loaded = load(config)
         with _sigterm(), compose(loaded) as cache:
-            reader = Reader(paths, split=split, field=field, format=format, leave_out=_own_files(out))
+            # The configuration may hold secrets, which are no text to send to a provider.
+            leave_out = [*_own_files(out), *([str(loaded.file)] if loaded.file else [])]
+            reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
             run = Run(cache, reader, sink, task=task, strict=strict, tell=say)
             code = _outcome(run, loaded, out, bar=_bar(reader, cache, show=not (json or quiet)))
     finally:
@@ -218,7 +220,8 @@ def told(summary: Summary) -> Iterator[str]:
     yield f"{count(summary.texts, 'passage')} from {count(summary.files, 'file')}, {summary.unique:,} distinct"
     yield f"  {_share(summary.computed, summary.texts)} computed"
     for tier, hits in summary.hits.items():
-        yield f"  {_share(hits, summary.texts)} from {tier}"
+        if hits:
+            yield f"  {_share(hits, summary.texts)} from {tier}"
     if summary.repeated:
         yield f"  {_share(summary.repeated, summary.texts)} repeated"
     if summary.failed:

@@ -103,6 +103,8 @@ def explain(
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise Refused("standard input is closed")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

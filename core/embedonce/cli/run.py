@@ -49,7 +49,7 @@ class Summary:
     computed: int = 0
     """Embedded by the provider."""
     hits: dict[str, int] = field(default_factory=dict)
-    """Answered by a tier, by its name."""
+    """Answered by each tier, by its name."""
     repeated: int = 0
     """Answered by the computation of the same text in the same window."""
     failed: int = 0
@@ -92,7 +92,7 @@ class Run:
         self._computed_before = self._computed()
         self._space = cache.lookup([], task=task).space
         self._refused = self._outage = 0
-        self.summary = Summary()
+        self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
 
     def embed(self, bar: Bar | NoBar) -> None:
         """Read, embed and write everything, and give the output its name.
@@ -148,7 +148,7 @@ class Run:
         for position in good:
             source = fetched.sources[position]
             if source is not None and source != "provider":
-                hits[source] = hits.get(source, 0) + 1
+                hits[source] += 1
         self._outage = self._outage + 1 if _is_outage(fetched) else 0
 
     def _close(self, seconds: float) -> None:

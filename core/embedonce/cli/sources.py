@@ -108,6 +108,9 @@ class Reader:
 
     def _read(self, file: _File) -> Iterator[Found]:
         source = name_of(file.path)
+        if file.path == STDIN and sys.stdin is None:
+            yield Broken(source, None, "standard input is closed")
+            return
         if file.path == STDIN:
             self.files += 1
             yield from self._stream(sys.stdin.buffer, source, "text" if self._format == "auto" else self._format)
