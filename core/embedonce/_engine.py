@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,7 +82,10 @@ class Answer:
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
             failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
-            metadata=[None if entry is None else entry.metadata for entry in entries],
+            # Copies: what is returned must not be a way to change what is cached.
+            metadata=[
+                None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
+            ],
             space=self.route.space,
             seconds=dict(self.seconds),
             errors=self.errors,

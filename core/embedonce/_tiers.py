@@ -41,6 +41,9 @@ CARD_SECONDS = 600.0
 JITTER = 0.05
 """An entry's TTL is shortened by up to this share, so that what was written together does not expire together."""
 
+draining: set[LiveTier] = set()
+"""Tiers with background writes under way: kept here, as the cache itself may be gone before they are done."""
+
 _TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
 _WRITES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
 
@@ -480,17 +483,30 @@ class LiveTier:
             if self._draining or not self._table.queued(self.name):
                 return
             self._draining = True
-        if not self._off_path(self._drain):
-            with self._lock:
-                self._draining = False
+            draining.add(self)
+        if self._off_path(self._drain):
+            return
+        # The interpreter is ending. What keeps its deadline can be written here and now.
+        if self.capabilities.deadline:
+            self._drain()
+        else:
+            self._drained()
+            log.warning("tier %r: %d entries were not written", self.name, self._table.queued(self.name))
 
     def _drain(self) -> None:
         while True:
             self.drain()
             with self._lock:
                 if not self._table.queued(self.name):
-                    self._draining = False
+                    self._drained()
                     return
+
+    def _drained(self) -> None:
+        self._draining = False
+        draining.discard(self)
+
+    def wait_until_drained(self, timeout: float) -> bool:
+        return self._table.flushed(timeout)
 
     def drain(self) -> None:
         """Write what is queued, in this thread."""

@@ -19,7 +19,7 @@ from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe
-from ._tiers import LiveTier, Tier, compose_chain
+from ._tiers import LiveTier, Tier, compose_chain, draining
 from ._upkeep import Upkeep
 from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
@@ -27,7 +27,7 @@ from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
 from .events import Event, Stats
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, Value, VectorSpace, card
-from .vectors import Dtype, Entry, Metadata, freeze_rows
+from .vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,6 +37,8 @@ Matrix: TypeAlias = NDArray[np.float32]
 
 TASKS = ("document", "query")
 ITER_BATCH = 1024
+LAST_FLUSH = 5.0
+"""Seconds that the program's end waits for the writes of caches that nobody holds any more."""
 
 _open_caches: WeakSet[Cache] = WeakSet()
 
@@ -137,6 +139,9 @@ class Cache:
             self._check_fallback(self._fallback)
         self._hot = self._hot_tier()
         _open_caches.add(self)
+        # Last registered, first run: what a backend has registered to close itself must come after our flush.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -636,8 +641,8 @@ def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> 
         raise ValueError(f"metadata has {len(metadata)} items for {len(keys)} texts")
     by_key: dict[str, Metadata] = {}
     for key, item in zip(keys, metadata, strict=True):
-        if item is not None:
-            by_key.setdefault(key, item)
+        if item is not None and key not in by_key:
+            by_key[key] = plain_metadata(item)
     return by_key
 
 
@@ -663,14 +668,17 @@ async def _awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> Asy
 
 
 def _close_all() -> None:
+    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
     for cache in list(_open_caches):
         cache.close()
+    for tier in list(draining):
+        tier.wait_until_drained(LAST_FLUSH)
 
 
 def _after_fork_in_child() -> None:
+    draining.clear()
     for cache in list(_open_caches):
         cache._after_fork()
 
 
-atexit.register(_close_all)
 os.register_at_fork(after_in_child=_after_fork_in_child)

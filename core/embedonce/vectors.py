@@ -114,8 +114,9 @@ def _read_back(
     if dtype == "float32":
         return rows, _finite(rows)
     values, sound = _unpacked(payloads, dtype)
-    lost = ~values.any(axis=1) & rows.any(axis=1)
-    return values, sound & _finite(rows) & ~lost
+    with np.errstate(all="ignore"):  # numpy warns of a signalling NaN
+        lost = ~values.any(axis=1) & rows.any(axis=1)
+    return values, sound & ~lost
 
 
 def _finite(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -177,7 +178,7 @@ def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
     the largest step is 127 (unless the scale is the smallest), so the rounded row has the same scale again.
     """
     finite = _finite(rows)
-    if not finite.all():
+    if not finite.all():  # such a row becomes all zero, and is refused for that
         rows = np.where(finite[:, None], rows, np.float32(0))
     peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
     mantissas, exponents = np.frexp(peaks / 127)
@@ -303,6 +304,17 @@ def _frame(key: str, entry: Entry, dimension: int, payload: bytes) -> bytes:
 
 def _dated(created: float, expires: float) -> bool:
     return math.isfinite(created) and (math.isfinite(expires) or expires == _NEVER)
+
+
+def plain_metadata(metadata: Metadata) -> dict[str, Any]:
+    """Return a copy of metadata as it will be read back from a frame (a tuple as a list).
+
+    Raises:
+        TypeError: it is not a JSON object.
+        ValueError: it is larger than 64 KiB.
+    """
+    copy: dict[str, Any] = json.loads(_write_metadata("an entry", metadata))
+    return copy
 
 
 def _write_metadata(key: str, metadata: Metadata) -> bytes:

@@ -184,7 +184,8 @@ def test_a_loop_that_ends_wakes_its_followers() -> None:
             loop.close()
             for future in futures:
                 assert (future.result(GENEROUS) == provider.inner.vector_of("text")).all()
-        task._log_destroy_pending = False  # type: ignore[attr-defined]  (abandoned on purpose)
+        for pending in asyncio.all_tasks(loop) | {task}:
+            pending._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
 
 
 def test_a_loop_that_is_shut_down_by_asyncio_run_wakes_its_followers() -> None:
