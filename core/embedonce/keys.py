@@ -51,15 +51,15 @@ def canonical(value: Value) -> bytes:
     if value is False:
         return b"f"
     if isinstance(value, int):
-        return _sized(b"i", str(int(value)).encode())
+        return _sized(b"i", _digits(value))
     if isinstance(value, float):
         if math.isnan(value):
             raise SpaceError("a vector space cannot hold NaN: it is not equal to itself")
         return b"d" + struct.pack(">d", value + 0.0)
     if isinstance(value, str):
         return _sized(b"s", _utf8(value))
-    if isinstance(value, bytes):
-        return _sized(b"b", value)
+    if isinstance(value, bytes | bytearray | memoryview):  # the last two would pass for a list of integers
+        return _sized(b"b", bytes(value))
     if isinstance(value, Mapping):
         pairs = []
         for key, item in value.items():
@@ -78,6 +78,13 @@ def canonical(value: Value) -> bytes:
 
 def _sized(tag: bytes, content: bytes) -> bytes:
     return b"%b%d:%b" % (tag, len(content), content)
+
+
+def _digits(value: int) -> bytes:
+    try:
+        return b"%d" % value
+    except ValueError:  # more digits than Python converts; how many is a setting of the process
+        raise SpaceError("a vector space cannot hold an integer of thousands of digits") from None
 
 
 def _utf8(value: str) -> bytes:
@@ -151,6 +158,10 @@ class VectorSpace:
         return hashlib.sha256(b"embedonce/space/1" + canonical(self.described())).digest()
 
 
+def _is_unicode(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 # --- normalisation ----------------------------------------------------------------------------
 
 
@@ -211,6 +222,13 @@ class KeyPolicy:
         object.__setattr__(self, "normalize", tuple(self.normalize))
         if self.hash not in ("sha256", "blake2b"):
             raise ConfigError(f'hash is "sha256" or "blake2b", not {self.hash!r}')
+        for name, value in (("version", self.version), ("namespace", self.namespace)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{name} is a string, not {type(value).__name__}")
+            if not _is_unicode(value):
+                raise ConfigError(f"{name} has a lone surrogate; it is not valid Unicode")
+        if isinstance(self.secret, str) and not _is_unicode(self.secret):
+            raise ConfigError("secret has a lone surrogate; give bytes for a secret that is not text")
         if self.secret is not None and len(self._secret()) == 0:
             raise ConfigError("secret is empty; leave it out for keys without one")
         if self.secret is not None and self.hash == "blake2b" and len(self._secret()) > 64:
@@ -223,7 +241,8 @@ class KeyPolicy:
         """Return 16 bytes that name the secret without telling it; None where there is none."""
         if self.secret is None:
             return None
-        return hmac.digest(self._secret(), b"embedonce/secret-id/1", "sha256")[:16]
+        # The secret is the message here: as an HMAC key, one that ends in NUL would have the id of a shorter one.
+        return hmac.digest(b"embedonce/secret-id/1", self._secret(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:
         """Return the 16 hex digits under which everything of this policy and space is listed and purged."""
