@@ -698,9 +698,8 @@ class BackendContract(Whole):
         return getattr(type(self), hook) is not getattr(BackendContract, hook)
 
     def _settings(self) -> settings:
-        chosen = settings(
-            deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much], database=None
-        )
+        slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+        chosen = settings(deadline=None, suppress_health_check=slow, database=None, stateful_step_count=30)
         return chosen if self.examples is None else settings(chosen, max_examples=self.examples)
 
     def _needs(self, backend: Any, *capabilities: str) -> None:

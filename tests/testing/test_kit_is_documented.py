@@ -1,0 +1,48 @@
+"""``docs/testing.md`` lists every standard test and every fault, and none that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from embedonce.testing import BackendContract, ProviderContract, faults
+
+# Without its code, whose comments look like headings.
+PAGE = re.sub(
+    r"^```.*?^```$", "", (Path(__file__).parents[2] / "docs" / "testing.md").read_text(), flags=re.DOTALL | re.M
+)
+
+
+def section(title: str) -> str:
+    """Return the page from a heading to the next one of the same level or above."""
+    level = re.search(rf"^(#+) {re.escape(title)}$", PAGE, re.MULTILINE)
+    assert level is not None, f"docs/testing.md has no section {title!r}"
+    rest = PAGE[level.end() :]
+    end = re.search(rf"^#{{1,{len(level[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def in_tables(text: str) -> set[str]:
+    return set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("title", "contract"),
+    [("What is checked of a backend", BackendContract), ("Is my provider right?", ProviderContract)],
+)
+def test_every_standard_test_is_listed(title: str, contract: type) -> None:
+    assert in_tables(section(title)) == set(contract.standard_tests)
+
+
+def test_every_fault_is_listed() -> None:
+    backend, provider = section("What happens when the store is down?").split("A provider goes wrong")
+    assert in_tables(backend) == set(get_args(faults.Kind))
+    assert in_tables(provider) == set(get_args(faults.ProviderKind))
+
+
+@pytest.mark.parametrize(("fault", "kinds"), [(faults.Fault, faults.Kind), (faults.ProviderFault, faults.ProviderKind)])
+def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:
+    assert set(re.findall(r"^ +``(\w+)``  ", fault.__doc__ or "", re.MULTILINE)) == set(get_args(kinds))
