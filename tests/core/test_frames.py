@@ -26,6 +26,7 @@ GOLDEN: list[dict[str, Any]] = json.loads((HERE / "golden" / "frames-v1.json").r
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 NOW = 1_750_000_000.0
 MADE = 1_700_000_000.5
+SIGNALLING = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000001))[0]
 METADATA = {"source": "notes/ä.md", "chunk": 3}
 
 
@@ -302,11 +303,14 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "version 2 of another dtype": ({"version": 2, "dtype": "float8", "raw_payload": b"abc"}, "missed"),
     "dtype unknown": ({"dtype": "float8", "raw_payload": b"abcdefgh"}, "corrupt"),
     "encrypted": ({"flags": 2}, "corrupt"),
+    "encrypted, with metadata": ({"flags": 3, "metadata": {}}, "corrupt"),
     "flag unknown": ({"flags": 0x8000}, "corrupt"),
     "key id": ({"key_id": 1}, "corrupt"),
     "metadata announced": ({"flags": 1}, "corrupt"),
     "metadata not announced": ({"metadata": {}, "flags": 0}, "corrupt"),
     "created is NaN": ({"created": math.nan}, "corrupt"),
+    "created is a signalling NaN": ({"created": SIGNALLING}, "corrupt"),
+    "expires is a signalling NaN": ({"expires": SIGNALLING}, "corrupt"),
     "created is infinite": ({"created": math.inf}, "corrupt"),
     "expires is NaN": ({"expires": math.nan}, "corrupt"),
     "expires is minus infinity": ({"expires": -math.inf}, "corrupt"),
@@ -325,6 +329,8 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "scale is zero": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 0.0, 127, 1)}, "corrupt"),
     "scale is subnormal": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1e-40, 127, 1)}, "corrupt"),
     "scale is too fine": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1 + 2**-20, 127, 1)}, "corrupt"),
+    "scale is a bit too fine": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1 + 2**-16, 127, 1)}, "corrupt"),
+    "scale is as fine as can be": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1 + 2**-15, 127, 1)}, "entry"),
     "scale is too large": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 2.0**127, 127, 1)}, "corrupt"),
     "steps leave room": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1.0, 126, 1)}, "corrupt"),
     "a step is -128": ({"dtype": "int8", "raw_payload": struct.pack("<fbb", 1.0, -128, 127)}, "corrupt"),
@@ -360,6 +366,36 @@ def test_frames_whose_checksum_is_right(name: str) -> None:
     assert alone_and_in_a_batch(key_of(3), frames[key_of(3)], dtype=finest, dimensions=2) == expected
     # What was read can always be written again, as promotion does.
     assert encode_frames(decoded.entries).keys() == decoded.entries.keys()
+
+
+@pytest.mark.parametrize("half", [40, 48])
+def test_the_whole_echo_counts(half: int) -> None:
+    frames = {key_of(n): frame_of(key_of(n), entry_of(n)) for n in range(20)}
+    frame = bytearray(frames[key_of(3)])
+    frame[half : half + 8] = bytes(8)
+    frames[key_of(3)] = page.seal(bytes(frame[:8]), bytes(frame[16:]))
+    decoded = decode_frames(frames, now=NOW)
+    assert decoded.corrupt == [key_of(3)]
+    assert decode_frames({key_of(3): frames[key_of(3)]}, now=NOW).corrupt == [key_of(3)]
+    assert len(decoded.entries) == 19
+
+
+def test_frames_of_one_size_that_are_divided_differently_are_told_apart() -> None:
+    made = [entry_of(n, 2, metadata={"a": 1}) if n % 2 else entry_of(n, 1, metadata={"a": 12345}) for n in range(20)]
+    frames = encode_frames({key_of(n): entry for n, entry in enumerate(made)})
+    assert len(set(map(len, frames.values()))) == 1
+    decoded = decode_frames(frames, now=NOW)
+    assert all(same(decoded.entries[key_of(n)], entry) for n, entry in enumerate(made))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metadata", [None, METADATA])
+def test_good_frames_of_one_size_are_read_together(
+    dtype: Dtype, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata) for n in range(20)})
+    monkeypatch.delattr(vectors, "_decode_one")
+    assert len(decode_frames(frames, now=NOW, dtype=dtype, dimensions=8).entries) == 20
 
 
 @pytest.mark.parametrize("size", range(0, 64, 7))

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -18,8 +18,12 @@ SMALLEST = 2.0**-126
 LARGEST = float(np.finfo(np.float32).max)
 
 # Numbers of every magnitude, as bits: subnormals, both zeros, the largest.
-any_bits = st.integers(0, 0xFFFFFFFF).filter(lambda bits: bits & 0x7F800000 != 0x7F800000)
-wild = any_bits.map(lambda bits: float(np.array(bits, np.uint32).view(np.float32)))
+wild = st.builds(
+    lambda sign, exponent, fraction: float(np.uint32(sign << 31 | exponent << 23 | fraction).view(np.float32)),
+    st.integers(0, 1),
+    st.integers(0, 254),
+    st.integers(0, 2**23 - 1),
+)
 edges = st.sampled_from([0.0, -0.0, 1e-45, SMALLEST, -SMALLEST / 2, 1.0, -127.0, 65504.0, 65520.0, LARGEST, -LARGEST])
 matrices = st.tuples(st.integers(1, 6), st.integers(1, 9)).flatmap(
     lambda shape: arrays(np.float32, shape, elements=wild | edges | st.floats(-1, 1, width=32))
@@ -112,7 +116,8 @@ def test_rounding_what_is_rounded_changes_no_bit_alone_or_in_a_batch(matrix: NDA
     if refused:
         with pytest.raises(ValueError, match=rf"^row {refused[0]} "):
             round_vectors(matrix, dtype)
-    assume(kept)
+    if not kept:
+        return
     once = round_vectors(matrix[kept], dtype)
     assert once.dtype == np.float32
     assert bits(once) == b"".join(bits(row) for row in alone if row is not None)
@@ -139,9 +144,9 @@ def test_float32_is_kept_bit_for_bit(matrix: NDArray[np.float32]) -> None:
     assert bits(round_vectors(matrix, "float32")) == bits(matrix)
 
 
-@given(values=arrays(np.float16, 8, elements=st.floats(allow_nan=False, allow_infinity=False, width=16)))
-def test_float16_keeps_every_float16(values: NDArray[np.float16]) -> None:
-    matrix = values.astype(np.float32)[None]
+def test_float16_keeps_every_float16() -> None:
+    every = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    matrix = every[np.isfinite(every)].astype(np.float32)[None]
     assert bits(round_vectors(matrix, "float16")) == bits(matrix)
 
 
