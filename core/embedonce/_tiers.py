@@ -202,8 +202,7 @@ class LiveTier:
         self._cards = cards
         self._emit = emit
         self._clock = clock
-        self._lock = threading.Lock()
-        self._draining = False
+        self._corrupt = False
         self.reset()
 
     def reset(self) -> None:
@@ -328,8 +327,11 @@ class LiveTier:
                 values, now=now, dtype=dtype, dimensions=dimensions, trusted=self.capabilities.scope == "process"
             )
         entries.update(decoded.entries)
-        if decoded.corrupt:
-            log.warning("tier %r: %d corrupt entries; they are computed again", self.name, len(decoded.corrupt))
+        if decoded.corrupt and not self._corrupt:
+            log.warning(
+                "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
+            )
+        self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
     def _note(self, read: Read, task: str, start: float) -> None:

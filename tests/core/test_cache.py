@@ -694,7 +694,8 @@ def test_background_writes_are_flushed_when_the_program_ends_without_close(tmp_p
                 time.sleep(0.05)
                 super().set_many(items, ttl)
 
-        cache = Cache(CountingProvider(max_batch=5), [Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background")])
+        tier = Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background")
+        cache = Cache(CountingProvider(max_batch=5), [tier])
         cache.embed_batch([str(i) for i in range(100)])
     """)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,114 @@
+"""Prometheus metrics of caches, read from their counters when they are scraped: nothing is paid per text.
+
+pip install 'embedonce[prometheus]'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .cache import Cache
+from .events import Stats
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError("metrics need the package prometheus-client: pip install 'embedonce[prometheus]'") from error
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_BY_TIER = {
+    "hits": "Texts found in a tier.",
+    "corrupt": "Entries of a tier that were damaged or somebody else's.",
+    "skipped": "Texts for which a tier was not asked, as its breaker was open.",
+    "stored": "Entries given to a tier.",
+    "dropped": "Entries that a tier did not get: too large, its queue full, or its breaker open.",
+}
+
+
+class CacheCollector(Collector):
+    """Shows the counters of one or more caches; those of one tier name are added up.
+
+    =====================================  ==================  =========================================
+    ``embed_cache_hits_total``             ``tier``            texts found
+    ``embed_cache_misses_total``                               texts computed by a provider
+    ``embed_cache_errors_total``           ``tier``, ``cause`` texts of failed calls
+    ``embed_cache_corrupt_total``          ``tier``            damaged or foreign entries
+    ``embed_cache_skipped_total``          ``tier``            texts not asked for, the breaker being open
+    ``embed_cache_stored_total``           ``tier``            entries written
+    ``embed_cache_dropped_total``          ``tier``            entries not written
+    ``embed_cache_tier_seconds_total``     ``tier``            time in calls to the tier
+    ``embed_cache_shared_total``                               texts that another call's computation answered
+    ``embed_cache_provider_texts_total``   ``provider``        texts computed
+    ``embed_cache_provider_failed_total``  ``provider``        texts that failed
+    ``embed_cache_provider_tokens_total``  ``provider``        tokens charged for
+    ``embed_cache_provider_seconds_total`` ``provider``        time in calls to the provider
+    =====================================  ==================  =========================================
+    """
+
+    def __init__(self, *caches: Cache) -> None:
+        self._caches = caches
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counters as they are now."""
+        stats = [cache.stats() for cache in self._caches]
+        for count, about in _BY_TIER.items():
+            yield _summed(
+                count,
+                about,
+                ["tier"],
+                [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()],
+            )
+        yield _summed(
+            "errors",
+            "Texts of a tier's failed calls, by cause.",
+            ["tier", "cause"],
+            [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
+        )
+        yield _summed(
+            "tier_seconds",
+            "Seconds in calls to a tier.",
+            ["tier"],
+            [((name,), tier.seconds) for s in stats for name, tier in s.tiers.items()],
+        )
+        yield _summed("misses", "Texts computed by a provider.", [], [((), _computed(s)) for s in stats])
+        yield _summed("shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats])
+        for count, about in {
+            "texts": "Texts computed.",
+            "failed": "Texts that failed.",
+            "tokens": "Tokens charged for.",
+            "seconds": "Seconds in calls to the provider.",
+        }.items():
+            yield _summed(
+                f"provider_{count}",
+                about,
+                ["provider"],
+                [((name,), getattr(p, count)) for s in stats for name, p in s.providers.items()],
+            )
+
+
+def register(*caches: Cache, registry: CollectorRegistry = REGISTRY) -> CacheCollector:
+    """Show the caches' counters in a registry (default: the one that ``start_http_server`` serves)."""
+    collector = CacheCollector(*caches)
+    registry.register(collector)
+    return collector
+
+
+def _computed(stats: Stats) -> int:
+    return sum(provider.texts for provider in stats.providers.values())
+
+
+def _summed(
+    name: str, about: str, labels: list[str], samples: list[tuple[tuple[str, ...], float]]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"embed_cache_{name}", about, labels=labels)
+    sums: dict[tuple[str, ...], float] = {}
+    for key, value in samples:
+        sums[key] = sums.get(key, 0) + value
+    for key, value in sums.items():
+        family.add_metric(key, value)
+    return family
