@@ -55,7 +55,10 @@ class Document:
         if self.file is None:
             return None
         if self._places is None:
-            self._places = _toml.places(self.text)
+            try:
+                self._places = _toml.places(self.text)
+            except RecursionError:  # nested more deeply than anything that has a meaning here
+                self._places = _toml.Places()
         return (self._places.key if key else self._places.value)((*self.prefix, *path))
 
     def problem(self, path: _toml.Path, message: str, *, key: bool) -> Problem:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
@@ -307,7 +307,9 @@ class _Loader:
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             wanted = f'a tier\'s name is like "{_slug(name)}": a letter a-z, then a-z, 0-9, - and _'
             why = '"provider" is what stands for the provider' if name == "provider" else wanted
-            self._wrong((*where, key), f"{_quoted(name)} cannot be a tier's name: {why}")
+            private = (*where, key) in self._values.private
+            what = f"what {key} stands for" if private else _quoted(name)
+            self._wrong((*where, key), f"{what} cannot be a tier's name{'' if private else f': {why}'}")
             return None
         form = name.replace("-", "_")  # as in environment variables
         if form in taken:
@@ -368,8 +370,8 @@ class _Loader:
         if _holds_unusable(value):
             return UNUSABLE
         private = _below(where, self._values.private)
-        if private or is_secret(where[-1:]):
-            table.secrets.update(piece for text in _texts(value) for piece in _pieces(text))
+        for text in _texts(value):
+            table.secrets.update(_pieces(text) if private or is_secret(where[-1:]) else _credentials(text))
         if where in self._values.expanded:
             value = read_text(option, value)
         return self._checked(option, value, table=table, hidden=private)
@@ -554,13 +556,19 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """Yield the text and, of a URL, what is secret in it: a plugin's message may repeat a part."""
+    """Yield what is secret of a secret text: all of it, and any credentials of a URL in it."""
     if text:
         yield text
+    yield from _credentials(text)
+
+
+def _credentials(text: str) -> Iterable[str]:
+    """Yield what is secret in a URL: its password, or a user without one, and what has a secret's name."""
+    if "://" not in text:
+        return
     try:
         url = urlsplit(text)
-        if url.password:
-            yield url.password
-        yield from (value for _, value in parse_qsl(url.query) if value)
+        found = [url.password or url.username, *(value for name, value in parse_qsl(url.query) if is_secret((name,)))]
     except ValueError:  # no URL
         return
+    yield from (unquoted for part in found if part for unquoted in {part, unquote(part)})

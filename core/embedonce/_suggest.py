@@ -10,7 +10,7 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     import difflib  # only needed once something is wrong
 
     by_form = {_form(known): known for known in words}
-    found = difflib.get_close_matches(_form(word), by_form, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(_form(word), by_form, n=1, cutoff=0.65)
     return by_form[found[0]] if found else None
 
 

@@ -10,10 +10,15 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 Path: TypeAlias = tuple[str | int, ...]
 """Keys and places in lists from the top of a document: ``("tiers", 0, "ttl")``."""
+
+
+DEEPEST = 50
+"""Names of one dotted key whose places are noted; no configuration has as many."""
 
 
 class Place(NamedTuple):
@@ -120,11 +125,13 @@ class _Walk:
 
 def _key_parts(node: Any) -> Iterator[tuple[str, Any]]:
     """Yield each name of a key, as TOML reads it, with its node."""
-    if node.type == "dotted_key":
-        for child in node.named_children:
-            yield from _key_parts(child)
-    elif node.type in ("bare_key", "quoted_key"):
-        yield next(iter(tomllib.loads(node.text.decode() + "=0"))), node
+    parts = []
+    while node.type == "dotted_key":  # all but its last name are a key in turn
+        node, *last = node.named_children
+        parts += last[::-1]
+    parts.append(node)
+    for part in islice(reversed(parts), DEEPEST):
+        yield next(iter(tomllib.loads(part.text.decode() + "=0"))), part
 
 
 # --- syntax errors ----------------------------------------------------------------------------

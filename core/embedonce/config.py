@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._resolved import Config, Plugged, Setting, TierConfig
-from .errors import ConfigError, EmbedonceError, Problem
+from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -110,6 +110,9 @@ def _composed(config: Config, made: list[Any]) -> Cache:
     except ConfigError as error:
         shown = config.document.shown
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
+    except SpaceError as error:
+        at = config.fallback or config.provider
+        raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
 
 
 def _refusal(config: Config, part: Plugged, error: Exception) -> Problem:
