@@ -141,6 +141,7 @@ class Counters:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
+        self._drops: Counter[str] = Counter()
         self._seconds = 0.0
 
     def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
@@ -148,8 +149,10 @@ class Counters:
             for name, n in counts.items():
                 if n:
                     self._counts[name] += n
-            if cause is not None:
-                self._causes[cause] += counts.get("errors", 0) or counts.get("dropped", 0)
+            if cause is not None and counts.get("errors"):
+                self._causes[cause] += counts["errors"]
+            if cause is not None and counts.get("dropped"):
+                self._drops[cause] += counts["dropped"]
             self._seconds += seconds
 
     def stats(self) -> TierStats:

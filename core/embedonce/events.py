@@ -76,6 +76,8 @@ class TierStats:
     """Spent in calls to it. Single-text hits in a first memory tier are not timed: the clock costs as much."""
     causes: Mapping[str, int]
     """Errors by cause: ``"timeout"`` or the exception's class name."""
+    drops: Mapping[str, int]
+    """Dropped entries by cause: ``"too large"``, ``"queue full"``, ``"skipped"`` (the breaker was open)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ _BY_TIER = {
     "corrupt": "Entries of a tier that were damaged or somebody else's.",
     "skipped": "Texts for which a tier was not asked, as its breaker was open.",
     "stored": "Entries given to a tier.",
-    "dropped": "Entries that a tier did not get: too large, its queue full, or its breaker open.",
 }
 
 
@@ -40,7 +39,7 @@ class CacheCollector(Collector):
     ``embed_cache_corrupt_total``          ``tier``            damaged or foreign entries
     ``embed_cache_skipped_total``          ``tier``            texts not asked for, the breaker being open
     ``embed_cache_stored_total``           ``tier``            entries written
-    ``embed_cache_dropped_total``          ``tier``            entries not written
+    ``embed_cache_dropped_total``          ``tier``, ``cause`` entries not written
     ``embed_cache_tier_seconds_total``     ``tier``            time in calls to the tier
     ``embed_cache_shared_total``                               texts that another call's computation answered
     ``embed_cache_provider_texts_total``   ``provider``        texts computed
@@ -57,17 +56,19 @@ class CacheCollector(Collector):
         """Yield the counters as they are now."""
         stats = [cache.stats() for cache in self._caches]
         for count, about in _BY_TIER.items():
-            yield _summed(
-                count,
-                about,
-                ["tier"],
-                [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()],
-            )
+            samples = [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()]
+            yield _summed(count, about, ["tier"], samples)
         yield _summed(
             "errors",
             "Texts of a tier's failed calls, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
+        )
+        yield _summed(
+            "dropped",
+            "Entries that a tier did not get, by cause.",
+            ["tier", "cause"],
+            [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.drops.items()],
         )
         yield _summed(
             "tier_seconds",

@@ -292,7 +292,7 @@ def test_values_too_large_for_a_tier_are_kept_away_and_counted() -> None:
     with Cache(CountingProvider(dimensions=384), [Tier(backend, name="small")]) as cache:
         cache.embed_batch(TEXTS)
         stats = cache.stats().tiers["small"]
-        assert (stats.dropped, stats.errors, dict(stats.causes)) == (20, 0, {"too large": 20})
+        assert (stats.dropped, stats.errors, dict(stats.drops)) == (20, 0, {"too large": 20})
 
 
 def test_a_backend_is_asked_in_chunks_of_its_max_batch() -> None:
