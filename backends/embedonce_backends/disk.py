@@ -405,13 +405,12 @@ class DiskBackend:
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys and overwrite what they held, in the file and in its log."""
+        """Remove the keys and overwrite what they held, in the file and, unless a reader is in the way, in its log."""
         for start in range(0, len(keys), KEYS):
             with self._transaction() as connection:
                 rows(connection, _DELETE, (json.dumps(list(keys[start : start + KEYS])),))
             self._use(lambda connection: _shrink(connection, None))
-        # While somebody reads, the log stays as it is, and a later checkpoint overwrites it.
-        self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
+        self._use(_start_log_anew)
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix`` in order, those too whose ttl has passed but that still take space.
@@ -530,9 +529,9 @@ class DiskBackend:
         return int((pages - free) * size)
 
     def _bound_log(self) -> None:
-        """Start the log anew where overlapping readers have kept SQLite from doing so; the next write tries again."""
+        """Keep the log short where readers that overlap keep SQLite from starting it anew by itself."""
         if self._file.log_bytes() > LOG_BYTES:
-            self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
+            self._use(_start_log_anew)
 
     def _evicted(self, count: int) -> None:
         if not count:
@@ -547,6 +546,20 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
+
+
+def _start_log_anew(connection: Connection) -> None:
+    """Write the log back into the file and empty it.
+
+    Readers under way are waited for, a quarter of a second at most: who comes meanwhile reads the file
+    itself. Where that was too short the log stays until the next time, and nothing is wrong.
+    """
+    wait = int(1000 * min(0.25, remaining() / 2))
+    connection.execute(f"PRAGMA busy_timeout = {wait}")
+    try:
+        rows(connection, "PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.execute("PRAGMA busy_timeout = 0")
 
 
 def _shrink(connection: Connection, max_bytes: int | None = None) -> None:
