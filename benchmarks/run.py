@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import logging
 import os
 import platform
@@ -254,59 +253,52 @@ def memory_per_entry(repeats: int) -> None:
     print(f"\n### memory per entry, {DIMENSIONS} dimensions, {ENTRIES:,} entries\n")
     print(f"| | bytes | payload ({payload}) times |\n| --- | ---: | ---: |")
     for cls in classes:
-        done = _child("grow", cls.__name__)
+        done = _grown(cls.__name__)
         if done is not None:
             print(f"| {cls.name} | {done:,.0f} | {done / payload:.2f} |")
 
 
+IMPORT_NUMPY = "import numpy"
+IMPORT = "import embedonce"
+OPEN = """
+folder = tempfile.mkdtemp()
+cache = embedonce.open({
+    "provider": {"type": "ngram"}, "tiers": [{"type": "memory"}, {"type": "disk", "path": folder + "/cache"}]
+})
+"""
+"""A memory and a disk tier, the latter in a new folder."""
+
+
 def start_up(repeats: int) -> None:
-    """Import and open in a new process each time; numpy is imported before the clock starts."""
+    """Import and open, in a new and bare process each time."""
     print("\n### start-up\n\n| | ms, quickest | ms, median |\n| --- | ---: | ---: |")
-    for name, task in (
-        ("import numpy", "numpy"),
-        ("import embedonce, after numpy", "import"),
-        ("open(memory + disk)", "open"),
-    ):
-        found = [seconds for _ in range(max(5, repeats)) if (seconds := _child(task)) is not None]
+    rows = {
+        "import numpy": ("", IMPORT_NUMPY),
+        "import embedonce, after numpy": (IMPORT_NUMPY, IMPORT),
+        "open(memory + disk), after both": (f"import tempfile\n{IMPORT_NUMPY}\n{IMPORT}", OPEN),
+    }
+    for name, (before, timed) in rows.items():
+        found = [_seconds_alone(before, timed) for _ in range(max(5, repeats))]
         print(f"| {name} | {min(found) * 1e3:.1f} | {statistics.median(found) * 1e3:.1f} |")
 
 
-# --- children: what needs a process of its own ----------------------------------------------------
-
-
-def _child(*task: str) -> float | None:
-    command = [sys.executable, __file__, "--child", *task]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"(left out: {' '.join(task)}: {done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
-        return None
-    return float(json.loads(done.stdout))
-
-
-def child(task: str, name: str = "") -> float:
-    if task == "numpy":
-        return _seconds_of("import time; a = time.perf_counter(); import numpy; print(time.perf_counter() - a)")
-    if task == "import":
-        return _seconds(lambda: __import__("embedonce"))
-    if task == "open":
-        return opening()
-    return growth({cls.__name__: cls for cls in (*peers.IN_MEMORY, EmbedonceMemory)}[name])
-
-
-def _seconds_of(code: str) -> float:
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def opening() -> float:
-    import embedonce
-
+def _seconds_alone(before: str, timed: str) -> float:
+    code = f"{before}\nimport time\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
     with tempfile.TemporaryDirectory() as folder:
-        tiers = [{"type": "memory"}, {"type": "disk", "path": folder}]
-        start = time.perf_counter()
-        cache = embedonce.open({"provider": {"type": "ngram"}, "tiers": tiers})
-        taken = time.perf_counter() - start
-        cache.close()
-    return taken
+        environ = {**os.environ, "TMPDIR": folder}
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+# --- memory per entry, in a process of its own ------------------------------------------------------
+
+
+def _grown(name: str) -> float | None:
+    done = subprocess.run([sys.executable, __file__, "--grow", name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"(left out: {name}: {done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
+        return None
+    return float(done.stdout)
 
 
 def growth(cls: type[Peer]) -> float:
@@ -372,10 +364,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print the table of benchmarks.")
     parser.add_argument("--quick", action="store_true", help="3 repeats instead of 15")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--grow", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(*options.child)))
+    if options.grow:
+        print(growth({cls.__name__: cls for cls in (*peers.IN_MEMORY, EmbedonceMemory)}[options.grow]))
         return
     if importlib.util.find_spec("embedonce") is None:
         parser.error("embedonce is not installed: pip install -e .")
