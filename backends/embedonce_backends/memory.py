@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from sys import getsizeof
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol
 
 from annotated_types import Gt
 from cachebox import LRUCache
@@ -110,9 +110,11 @@ class MemoryBackend:
         return len(self.scan(prefix))
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop everything. Every later call raises: a miss that comes from a closed tier would be paid for again."""
         with _lock:
             self._held.clear()
+            self._held = _Closed()
+            self.get = self._held.get
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -278,6 +280,27 @@ class _Segmented:
     def clear(self) -> None:
         self._probation.clear()
         self._protected.clear()
+
+
+class _Closed:
+    """What a closed backend holds: nothing, and it says so."""
+
+    def __init__(self) -> None:
+        self.get: Callable[[str], Entry | None] = self._refuse
+
+    def put(self, key: str, entry: Entry) -> None:
+        self._refuse(key)
+
+    def remove(self, key: str) -> None:
+        self._refuse(key)
+
+    def keys(self) -> list[str]:
+        return self._refuse("")
+
+    def clear(self) -> None: ...
+
+    def _refuse(self, key: str) -> NoReturn:
+        raise RuntimeError("this memory backend is closed")
 
 
 _POLICIES: Mapping[str, Callable[[int, int | None], _Policy]] = {"segmented": _Segmented, "lru": _Lru}

@@ -59,8 +59,9 @@ def test_delete_scan_count_and_close(policy: Any) -> None:
     assert backend.scan("") == ["eo1.aa.2"]
     backend.close()
     backend.close()
-    assert backend.count("") == 0
-    assert backend.get("eo1.aa.2") is None
+    for call in (lambda: backend.get("eo1.aa.2"), lambda: backend.count(""), lambda: backend.delete_many(["eo1.aa.2"])):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
 
 
 def test_scanning_while_writing_is_a_snapshot() -> None:
