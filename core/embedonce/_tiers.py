@@ -160,7 +160,12 @@ class Counters:
             counts = Counter(self._counts)
             counts["hits"] += self.single.value()
             names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
-            return TierStats(**{name: counts[name] for name in names}, seconds=self._seconds, causes=dict(self._causes))
+            return TierStats(
+                **{name: counts[name] for name in names},
+                seconds=self._seconds,
+                causes=dict(self._causes),
+                drops=dict(self._drops),
+            )
 
 
 @dataclass(slots=True)

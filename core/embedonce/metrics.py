@@ -5,7 +5,7 @@ pip install 'embedonce[prometheus]'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .cache import Cache
@@ -104,7 +104,7 @@ def _computed(stats: Stats) -> int:
 
 
 def _summed(
-    name: str, about: str, labels: list[str], samples: list[tuple[tuple[str, ...], float]]
+    name: str, about: str, labels: Sequence[str], samples: Sequence[tuple[tuple[str, ...], float]]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(f"embed_cache_{name}", about, labels=labels)
     sums: dict[tuple[str, ...], float] = {}
