@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _toml
+from ._suggest import written
 from .errors import ConfigError, Problem
 
 FILE = "embedonce.toml"
@@ -68,7 +69,7 @@ class Document:
 
     def table(self, *names: str, array: bool = False) -> str:
         """Return a table's header as this document writes it: ``[tool.embedonce.cache]``."""
-        name = ".".join((*self.prefix, *names))
+        name = ".".join(map(written, (*self.prefix, *names)))
         return f"[[{name}]]" if array else f"[{name}]"
 
 

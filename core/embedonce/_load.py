@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overri
 from ._options import Option, Refused, options_beside, options_of, read_text, wrongs
 from ._resolved import Config, Plugged, Setting, TierConfig
 from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
-from ._suggest import closest, listed
+from ._suggest import closest, listed, quoted, written
 from ._toml import Path as Where
 from .contracts import Capabilities
 from .errors import ConfigError, PluginError, Problem
@@ -127,7 +126,7 @@ class _Loader:
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
             if isinstance(given.get(key), str) and ("tiers", index, key) not in self._values.private:
-                return _quoted(given[key])
+                return quoted(given[key])
         return f"number {index + 1}"
 
     def _check_names(self) -> None:
@@ -136,7 +135,7 @@ class _Loader:
                 continue
             home = next((table for table, cls in _OWN.items() if name in options_of(cls)), None)
             meant = closest(name, TABLES)
-            what = f"unknown table {self._document.table(name)}" if _is_table(given) else f"unknown key {_quoted(name)}"
+            what = f"unknown table {self._document.table(name)}" if _is_table(given) else f"unknown key {quoted(name)}"
             if home and not _is_table(given):
                 hint = f"; it belongs in {self._document.table(home)}"
             elif meant:
@@ -180,7 +179,8 @@ class _Loader:
         try:
             plugins.normalizer(step)
         except PluginError as error:
-            self._wrong_of("key", "normalize", str(error), where)
+            named = _form(("key", "normalize")) in self._variables or _below(where[:2], self._values.private)
+            self._wrong_of("key", "normalize", _unnamed(error, step) if named else str(error), where)
             return False
         return True
 
@@ -233,7 +233,8 @@ class _Loader:
             cls: type[Any] = find(kind)
             options = options_beside(cls, own, {"type", *table.tables})
         except PluginError as error:
-            self._wrong_value(table, "type", str(error))
+            named = self._override(table, "type") or _below((*table.where, "type"), self._values.private)
+            self._wrong_value(table, "type", _unnamed(error, kind) if named else str(error))
             self._unread.append(table.variables)
             return None
         table.options = {**table.options, **options}
@@ -308,7 +309,7 @@ class _Loader:
             wanted = f'a tier\'s name is like "{_slug(name)}": a letter a-z, then a-z, 0-9, - and _'
             why = '"provider" is what stands for the provider' if name == "provider" else wanted
             private = (*where, key) in self._values.private
-            what = f"what {key} stands for" if private else _quoted(name)
+            what = f"what {key} stands for" if private else quoted(name)
             self._wrong((*where, key), f"{what} cannot be a tier's name{'' if private else f': {why}'}")
             return None
         form = name.replace("-", "_")  # as in environment variables
@@ -335,7 +336,7 @@ class _Loader:
         for key in table.given:
             if key not in names:
                 self._wrong(
-                    (*table.where, key), f"unknown key {_quoted(key)} in {table.label}{_hint(key, names)}", key=True
+                    (*table.where, key), f"unknown key {quoted(key)} in {table.label}{_hint(key, names)}", key=True
                 )
         for option in table.options.values():
             value = self._value(table, option)
@@ -350,7 +351,7 @@ class _Loader:
             return self._from_variable(table, option, *override)
         if option.name not in table.given:
             if option.required:
-                self._wrong(table.where, f"{_quoted(option.name)} is missing in {table.label}{_said(option)}", key=True)
+                self._wrong(table.where, f"{quoted(option.name)} is missing in {table.label}{_said(option)}", key=True)
             return UNUSABLE
         return self._from_document(table, option, table.given[option.name])
 
@@ -476,6 +477,11 @@ def _said(option: Option) -> str:
     return f"; {option.doc}" if option.doc else ""
 
 
+def _unnamed(error: PluginError, name: str) -> str:
+    """Return what is said of a plugin without repeating its name: it came out of the environment."""
+    return str(error).replace(quoted(name), "of that name")
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
 
@@ -495,9 +501,6 @@ def _holds_unusable(value: Any) -> bool:
 # --- what messages may show -------------------------------------------------------------------
 
 HIDDEN = "(hidden)"
-LONGEST = 60
-"""Characters of a value that a message shows."""
-
 _SECRET = re.compile(
     r"secret|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
 )
@@ -515,7 +518,7 @@ def display(where: Where, value: Any) -> str | None:
         return None
     if isinstance(value, bool):
         return str(value).lower()
-    return _quoted(_without_credentials(value)) if isinstance(value, str) else str(value)
+    return quoted(_without_credentials(value)) if isinstance(value, str) else str(value)
 
 
 def _masked(where: Where, value: Any) -> Any:
@@ -535,15 +538,9 @@ def _without_credentials(value: str) -> str:
     return _IN_URL.sub("//***@", value).partition("?")[0]
 
 
-def _quoted(text: str) -> str:
-    """Return text in quotes, shortened, with anything that a terminal would obey written as an escape."""
-    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    return json.dumps(short, ensure_ascii=not (short.isprintable() and is_unicode(short)))
-
-
 def _dotted(where: Where) -> str:
     """Return names and places in lists as ``servers[0].host``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{written(part)}" for part in where)
     return text.removeprefix(".")
 
 

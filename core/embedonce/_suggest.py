@@ -1,8 +1,13 @@
-"""What somebody probably meant."""
+"""What messages say: what somebody probably meant, and names that are safe to print."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+
+LONGEST = 60
+"""Characters of a value that a message shows."""
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
@@ -22,3 +27,14 @@ def listed(words: Iterable[str], last: str = "and") -> str:
     """Return ``a, b and c``."""
     *front, end = list(words) or ["nothing"]
     return f"{', '.join(front)} {last} {end}" if front else end
+
+
+def quoted(text: str) -> str:
+    """Return text in quotes, shortened, with anything that a terminal would obey written as an escape."""
+    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return json.dumps(short, ensure_ascii=not short.isprintable())  # nor is a lone surrogate printable
+
+
+def written(name: str) -> str:
+    """Return a key as TOML writes it: bare where it may be, else in quotes."""
+    return name if len(name) <= LONGEST and re.fullmatch(r"[A-Za-z0-9_-]+", name) else quoted(name)

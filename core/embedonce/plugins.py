@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import hookspecs
-from ._suggest import closest, listed
+from ._suggest import closest, listed, quoted
 from .contracts import API, Normalizer
 from .errors import PluginError
 from .events import Event
@@ -362,18 +362,18 @@ def _not_installed(name: str) -> str:
     known = names()
     if not known:
         return (
-            f'no plugin "{name}": none is installed, not even embedonce\'s own, because embedonce runs from a folder '
-            "that was not installed; in that folder: pip install -e ."
+            f"no plugin {quoted(name)}: none is installed, not even embedonce's own, because embedonce runs from a "
+            "folder that was not installed; in that folder: pip install -e ."
         )
     meant = closest(name, known)
     hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that brings it."
-    return f'no plugin "{name}" is installed{hint} Installed: {", ".join(known)}'
+    return f"no plugin {quoted(name)} is installed{hint} Installed: {', '.join(known)}"
 
 
 def _no_step(name: str) -> str:
     meant = closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    return f'no normalisation step "{name}"{hint} embedonce has {", ".join(NORMALIZERS)}; plugins may bring more'
+    return f"no normalisation step {quoted(name)}{hint} embedonce has {', '.join(NORMALIZERS)}; plugins may bring more"
 
 
 def _wrong_kind(kind: Kind, plugin: _Loaded) -> str:

@@ -373,7 +373,7 @@ def test_a_wrong_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(f"EMBEDONCE__{name}", text)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
-        'EMBEDONCE__KEY__NORMALIZE: no normalisation step "hunter". embedonce has nfc, nfkc, strip, '
+        "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce has nfc, nfkc, strip, "
         "collapse-whitespace, casefold, newlines; plugins may bring more",
         "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier cannot honour a timeout: it holds its entries in this process, "
         "and nothing waits for it; leave timeout out",
@@ -578,6 +578,7 @@ SECRET = "hunter2-and-more"
         {"servers": ["${THE_SECRET}", 1]},
         {"pool": {"a": "${THE_SECRET}"}},
         {"name": "${THE_SECRET} !"},
+        {"type": "${THE_SECRET}"},
         {"fail": "cannot reach", "password": SECRET},
         {"fail": "cannot reach", "url": f"x://me:{SECRET}@host/"},
         {"fail": "cannot reach", "url": "${THE_SECRET}"},
@@ -600,6 +601,12 @@ def _everything(error: BaseException | None) -> list[str]:
         return []
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return [f"{error!r} {error} {getattr(error, '__notes__', '')}\n", *_everything(before)]
+
+
+def test_a_step_out_of_a_variable_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_SECRET", SECRET)
+    key = {"normalize": ["nfc", "${THE_SECRET}"]}
+    assert SECRET not in str(problems({"key": key, "provider": {"type": "ngram"}, "tiers": []}))
 
 
 def test_a_secret_is_not_in_the_configurations_repr(probe: ModuleType) -> None:
