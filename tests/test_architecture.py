@@ -42,6 +42,8 @@ ORDER = (
     "hookspecs",
     "_ports",
     "_flights",
+    "_breaker",
+    "_counters",
     "_tiers",
     "_routes",
     "_upkeep",

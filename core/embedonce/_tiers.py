@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from ._breaker import Breaker
 from ._checks import conform
+from ._counters import Counters
 from ._flights import Table
 from ._ports import Port, Ports, step
 from .contracts import Backend, Capabilities, deadline
 from .errors import ConfigError, TierBusy, TierError, TierTimeout
-from .events import Event, LookedUp, Stored, TierChanged, TierStats
+from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
 from .vectors import Dtype, Entry, decode_frames, encode_frames, freeze
 
@@ -64,108 +63,6 @@ class Tier:
     """Seconds that one call to the backend may take, all of it."""
     on_error: Literal["skip", "raise"] = field(default="skip", kw_only=True)
     write: WriteMode | None = field(default=None, kw_only=True)
-
-
-class Breaker:
-    """Keeps calls away from a store that does not answer.
-
-    It opens on one timeout or three failures in a row, for a while that doubles from half a second to
-    a minute, jittered. Then exactly one probe is let through.
-    """
-
-    FAILURES = 3
-    FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-    LOST_PROBE = 30.0
-
-    def __init__(self, changed: Callable[[Literal["open", "closed"], str | None], None]) -> None:
-        self._changed = changed
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._wait = 0.0
-        self._until = 0.0
-        self.open = False
-
-    def admit(self) -> Literal["go", "skip", "probe"]:
-        """Say whether a call may go, must be skipped, or is the one probe."""
-        if not self.open:
-            return "go"
-        with self._lock:
-            now = time.monotonic()
-            if not self.open:
-                return "go"
-            if now < self._until:
-                return "skip"
-            self._until = now + max(self.LOST_PROBE, self._wait)  # nobody else, unless this probe never returns
-            return "probe"
-
-    def succeeded(self) -> None:
-        if not self._failures and not self.open:
-            return
-        with self._lock:
-            was_open, self.open = self.open, False
-            self._failures, self._wait = 0, 0.0
-        if was_open:
-            self._changed("closed", None)
-
-    def failed(self, cause: str) -> None:
-        with self._lock:
-            self._failures += 1
-            if not self.open and self._failures < self.FAILURES and cause != "timeout":
-                return
-            was_open, self.open = self.open, True
-            self._wait = min(self.LONGEST_WAIT, self._wait * 2 or self.FIRST_WAIT)
-            self._until = time.monotonic() + self._wait * random.uniform(0.75, 1.25)
-        if not was_open:
-            self._changed("open", cause)
-
-
-class Tally:
-    """A count that many threads raise without a lock: ``add`` is one call into C."""
-
-    def __init__(self) -> None:
-        self.add: Callable[[], int] = itertools.count().__next__
-        self._reads = 0
-        self._lock = threading.Lock()
-
-    def value(self) -> int:
-        with self._lock:
-            self._reads += 1
-            return self.add() - self._reads + 1
-
-
-class Counters:
-    """What a tier did, in texts."""
-
-    def __init__(self) -> None:
-        self.single = Tally()
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._causes: Counter[str] = Counter()
-        self._drops: Counter[str] = Counter()
-        self._seconds = 0.0
-
-    def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
-        with self._lock:
-            for name, n in counts.items():
-                if n:
-                    self._counts[name] += n
-            if cause is not None and counts.get("errors"):
-                self._causes[cause] += counts["errors"]
-            if cause is not None and counts.get("dropped"):
-                self._drops[cause] += counts["dropped"]
-            self._seconds += seconds
-
-    def stats(self) -> TierStats:
-        with self._lock:
-            counts = Counter(self._counts)
-            counts["hits"] += self.single.value()
-            names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
-            return TierStats(
-                **{name: counts[name] for name in names},
-                seconds=self._seconds,
-                causes=dict(self._causes),
-                drops=dict(self._drops),
-            )
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout
-from embedonce._tiers import Breaker
+from embedonce._breaker import Breaker
 from embedonce.events import Event, LookedUp, TierChanged
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend

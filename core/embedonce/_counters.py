@@ -1,0 +1,59 @@
+"""What a tier did, counted from many threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from .events import TierStats
+
+
+class Tally:
+    """A count that many threads raise without a lock: ``add`` is one call into C."""
+
+    def __init__(self) -> None:
+        self.add: Callable[[], int] = itertools.count().__next__
+        self._reads = 0
+        self._lock = threading.Lock()
+
+    def value(self) -> int:
+        with self._lock:
+            self._reads += 1
+            return self.add() - self._reads + 1
+
+
+class Counters:
+    """What a tier did, in texts."""
+
+    def __init__(self) -> None:
+        self.single = Tally()
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._causes: Counter[str] = Counter()
+        self._drops: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
+        with self._lock:
+            for name, n in counts.items():
+                if n:
+                    self._counts[name] += n
+            if cause is not None and counts.get("errors"):
+                self._causes[cause] += counts["errors"]
+            if cause is not None and counts.get("dropped"):
+                self._drops[cause] += counts["dropped"]
+            self._seconds += seconds
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            counts = Counter(self._counts)
+            counts["hits"] += self.single.value()
+            names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
+            return TierStats(
+                **{name: counts[name] for name in names},
+                seconds=self._seconds,
+                causes=dict(self._causes),
+                drops=dict(self._drops),
+            )
