@@ -69,7 +69,13 @@ ORDER = (
 # Core modules may import these at the top of a file; anything else inside the function that needs it.
 # A command line loads its own libraries when a command runs, a conformance kit runs under pytest.
 LIGHT = {"annotated_types", "numpy", "typing_extensions", "xxhash"}
-ALLOWED_AT_TOP = {"hookspecs": {"pluggy"}, "plugins": {"pluggy"}, "testing": {"hypothesis", "pytest"}, "cli": {"typer"}}
+ALLOWED_AT_TOP = {
+    "hookspecs": {"pluggy"},
+    "plugins": {"pluggy"},
+    "metrics": {"prometheus_client"},
+    "testing": {"hypothesis", "pytest"},
+    "cli": {"typer"},
+}
 
 # Distributions that another one brings along in the version it needs.
 PART_OF = {"pydantic-core": "pydantic"}

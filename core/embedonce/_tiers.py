@@ -231,6 +231,11 @@ class LiveTier:
             decoded = conform(
                 values, now=now, dtype=dtype, dimensions=dimensions, trusted=self.capabilities.scope == "process"
             )
+        if dimensions is None:  # only a space card has no values; under a text's key it is somebody's mistake
+            empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
+            for key in empty:
+                del decoded.entries[key]
+            decoded.corrupt.extend(empty)
         entries.update(decoded.entries)
         if decoded.corrupt and not self._corrupt:
             log.warning(
