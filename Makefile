@@ -11,8 +11,9 @@ BENCH_VENV := .venv-bench
 DEMO := .demo
 WHEELS := build/wheels
 
-# More for pytest: make test PYTEST="-k frames"
+# More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
+BENCH ?=
 WORKERS ?= auto
 
 .PHONY: help install demo test lint format wheel pytest bench clean
@@ -58,7 +59,7 @@ test: lint
 
 bench:
 	@$(INSTALL) $(BENCH_VENV) --editable . --group bench
-	@$(BENCH_VENV)/bin/python benchmarks/run.py
+	@$(BENCH_VENV)/bin/python benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
