@@ -336,11 +336,12 @@ class DiskBackend:
         _check_folder(folder)
         self.path = folder
         self.max_bytes = max_bytes
+        self._most = min(max_bytes // 16, 2**28)
         self.capabilities = Capabilities(
             scope="host",
             deadline=True,
             ttl=True,
-            max_value_bytes=min(max_bytes // 16, 2**28),
+            max_value_bytes=self._most,
             get=True,
             delete=True,
             scan=True,
@@ -481,10 +482,10 @@ class DiskBackend:
         """Split by number and by bytes, so that one transaction is short and small beside ``max_bytes``."""
         chunk: dict[str, bytes] = {}
         size = 0
-        most = self.max_bytes // 16
+        most = min(self._most, LOG_BYTES // 2)
         for key, value in items.items():
-            if len(value) > most:
-                raise ValueError(f"a value of {len(value)} bytes; with this max_bytes the largest is {most}")
+            if len(value) > self._most:
+                raise ValueError(f"a value of {len(value)} bytes; with this max_bytes the largest is {self._most}")
             if chunk and (len(chunk) == KEYS or size + len(value) > most):
                 yield chunk
                 chunk, size = {}, 0
