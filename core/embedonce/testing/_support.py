@@ -143,7 +143,7 @@ def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **enviro
     paths = os.pathsep.join(path for path in sys.path if path)
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "embedonce.testing._child"],
+            [sys.executable, "-P", "-m", "embedonce.testing._child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
