@@ -10,12 +10,12 @@ LONGEST = 60
 """Characters of a value that a message shows."""
 
 
-def closest(word: str, words: Iterable[str]) -> str | None:
+def closest(word: str, words: Iterable[str], *, likeness: float = 0.65) -> str | None:
     """Return the one of ``words`` that ``word`` is most likely a slip of, or None."""
     import difflib  # only needed once something is wrong
 
     by_form = {_form(known): known for known in words}
-    found = difflib.get_close_matches(_form(word), by_form, n=1, cutoff=0.65)
+    found = difflib.get_close_matches(_form(word), by_form, n=1, cutoff=likeness)
     return by_form[found[0]] if found else None
 
 

@@ -74,12 +74,14 @@ def _composed(config: Config, made: list[Any]) -> Cache:
     from .cache import Cache
 
     problems: list[Problem] = []
+    causes: list[Exception] = []
 
     def make(part: Plugged) -> Any:
         try:
             made.append(part.cls(**part.options))
         except Exception as error:  # noqa: BLE001  (a plugin may raise anything; it becomes a problem at its table)
             problems.append(_refusal(config, part, error))
+            causes.extend([error] if not _repeats(error, part.secrets) else [])
             return None
         return made[-1]
 
@@ -87,7 +89,7 @@ def _composed(config: Config, made: list[Any]) -> Cache:
     fallback = make(config.fallback) if config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems) from next(iter(causes), None)
     tiers = [
         Tier(backend, name=tier.name, ttl=tier.ttl, timeout=tier.timeout, on_error=tier.on_error, write=tier.write)
         for tier, backend in zip(config.tiers, backends, strict=True)
@@ -117,12 +119,20 @@ def _composed(config: Config, made: list[Any]) -> Cache:
 
 def _refusal(config: Config, part: Plugged, error: Exception) -> Problem:
     """Return what a plugin's constructor said, at its table, unless it repeats what must stay hidden."""
-    said = str(error)
+    said = "(its message is hidden: it repeats a secret)" if _repeats(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
-    if any(secret in said for secret in part.secrets):
-        said = "(its message is hidden: it repeats a secret)"
     message = f"{part.label} cannot be made: " + ": ".join(part for part in (kind, said) if part)
-    return config.document.problem(part.path, message, key=True)
+    return config.document.problem(part.path, " ".join(message.split()), key=True)
+
+
+def _repeats(error: BaseException | None, secrets: frozenset[str]) -> bool:
+    """Whether an error, or what led to it, has a secret in its message."""
+    if error is None:
+        return False
+    said = f"{error} {getattr(error, '__notes__', '')}"
+    return any(secret in said for secret in secrets) or any(
+        _repeats(before, secrets) for before in (error.__cause__, error.__context__)
+    )
 
 
 def _close(made: list[Any], error: BaseException) -> None:

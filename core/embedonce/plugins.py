@@ -365,7 +365,7 @@ def _not_installed(name: str) -> str:
             f"no plugin {quoted(name)}: none is installed, not even embedonce's own, because embedonce runs from a "
             "folder that was not installed; in that folder: pip install -e ."
         )
-    meant = closest(name, known)
+    meant = closest(name, known, likeness=0.7)  # redis is no slip of disk
     hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that brings it."
     return f"no plugin {quoted(name)} is installed{hint} Installed: {', '.join(known)}"
 
