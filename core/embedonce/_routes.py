@@ -12,8 +12,11 @@ from .events import ProviderStats
 from .keys import Keyer, KeyPolicy, VectorSpace
 
 MEMO_TEXTS = 4096
-MEMO_CHARACTERS = 4_000_000
+MEMO_CHARACTERS = 10_000_000
 """Bounds of one generation of the memo from text to key; it holds two."""
+
+MEMO_LONGEST = 16_000
+"""Characters of the longest text that the memo holds: hashing a longer one is little beside handling it."""
 
 
 class Source:
@@ -83,9 +86,10 @@ class Route:
             keys = [None] * len(texts)
         if None not in keys:
             return keys  # type: ignore[return-value]
-        return [key or self._key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
+        return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
-    def _key(self, text: str, position: int) -> str:
+    def key(self, text: str, position: int = 0) -> str:
+        """Return the key of one text that the young generation does not know. Raises as :meth:`keys` does."""
         if not isinstance(text, str):
             raise TypeError(f"item {position} is {type(text).__name__}, not str: only texts can be embedded")
         key = self._older.get(text)
@@ -94,12 +98,12 @@ class Route:
                 key = self.keyer.key(self.keyer.normalize(text))
             except TextError as error:
                 raise TextError(f"item {position}: {error}", position) from None
-        known = self.known
-        if len(text) <= MEMO_CHARACTERS // MEMO_TEXTS * 4:
-            known[text] = key
-            self._characters += len(text)
-            if len(known) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
-                self._older, self.known, self._characters = known, {}, 0
+        size = len(text)
+        if size <= MEMO_LONGEST:
+            self.known[text] = key
+            self._characters += size
+            if len(self.known) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+                self._older, self.known, self._characters = self.known, {}, 0
         return key
 
     def discard(self, texts: Sequence[str]) -> None:

@@ -394,15 +394,13 @@ class Cache:
 
         This is the path that must stay under a microsecond: no coroutine, no lock, no event.
         """
-        get, count, keys = self._hot
-        if type(text) is not str:
+        get, count, routes = self._hot
+        if type(text) is not str or task not in routes:
             return None
-        try:
-            key = keys[task].known.get(text)
-        except KeyError:
-            return None
+        route = routes[task]
+        key = route.known.get(text)
         if key is None:
-            return None
+            key = route.key(text)
         entry = get(key)
         if entry is None:
             return None

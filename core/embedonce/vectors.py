@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -36,6 +37,9 @@ class Entry(NamedTuple):
     dtype: Dtype = "float32"
     """How finely the values are rounded."""
 
+
+_ENTRY: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
+"""Makes an entry from a tuple of its fields, without a call into Python."""
 
 # --- read-only vectors ------------------------------------------------------------------------
 
@@ -243,6 +247,13 @@ def _echo(key: str) -> bytes:
     return xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
 
 
+def _echoes(keys: Sequence[str]) -> bytes:
+    try:
+        return b"".join([xxh3_128_digest(key.encode()) for key in keys])
+    except UnicodeEncodeError:
+        return b"".join(map(_echo, keys))
+
+
 # --- entries to frames ------------------------------------------------------------------------
 
 
@@ -390,6 +401,9 @@ def decode_frames(
 
 
 def _by_size(frames: Mapping[str, bytes], corrupt: list[str]) -> Iterable[tuple[list[str], list[bytes]]]:
+    whole = list(frames.values())
+    if len(set(map(len, whole) if set(map(type, whole)) == {bytes} else ())) == 1:
+        return [(list(frames), whole)]  # as nearly all answers are
     groups: dict[int, tuple[list[str], list[bytes]]] = {}
     for key, frame in frames.items():
         if type(frame) is not bytes:
@@ -445,12 +459,23 @@ def _decode_alike(
         rows = _rows([frame[start:] for frame in frames], values.shape[1])
     else:
         rows = freeze_rows(values)
-    dates = words[:, 3:5].view("<f8").tolist()
-    for key, frame, row, (created, expires), fine in zip(keys, frames, rows, dates, good.tolist(), strict=True):
+    dates = words[:, 3:5].view("<f8")
+    if start == _HEADER and good.all():  # all of it in C: half the time of the loop below
+        ends = repeat(None) if (dates[:, 1] == _NEVER).all() else _ends(dates[:, 1])
+        parts = zip(rows, dates[:, 0].tolist(), ends, repeat(None), repeat(wanted.dtype), strict=False)
+        entries.update(zip(keys, map(_ENTRY, parts), strict=True))
+        return ()
+    for key, frame, row, (created, expires), fine in zip(
+        keys, frames, rows, dates.tolist(), good.tolist(), strict=True
+    ):
         metadata = _read_metadata(frame[_HEADER:start]) if start > _HEADER and fine else None
         if fine and (metadata is not None or start == _HEADER):
             entries[key] = Entry(row, created, None if expires == _NEVER else expires, metadata, wanted.dtype)
     return [(key, frame) for key, frame in zip(keys, frames, strict=True) if key not in entries]
+
+
+def _ends(dates: NDArray[np.float64]) -> list[float | None]:
+    return [None if date == _NEVER else date for date in dates.tolist()]
 
 
 def _likeness(words: NDArray[np.uint64], size: int, wanted: _Wanted) -> tuple[Dtype, int] | None:
@@ -478,7 +503,7 @@ def _checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]:
 
 def _good_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
     """Return which headers are like the first, of their key, dated, and not expired."""
-    echoes = np.frombuffer(b"".join(map(_echo, keys)), "<u8").reshape(len(keys), 2)
+    echoes = np.frombuffer(_echoes(keys), "<u8").reshape(len(keys), 2)
     dates = words[:, 3:5].view("<f8")
     good: NDArray[np.bool_] = (words[:, 0] == words[0, 0]) & (words[:, 2] == words[0, 2]) & (words[:, 7] == 0)
     good &= (words[:, 5] == echoes[:, 0]) & (words[:, 6] == echoes[:, 1])
