@@ -526,7 +526,9 @@ class Cache:
         entries: dict[str, Entry] = {}
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
             entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
-        await self._engine.put(port, answer, entries)
+        for keys in _windows(entries, ITER_BATCH):
+            window = Answer(answer.route, keys, keys, store=True)
+            await self._engine.put(port, window, entries)
 
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
         self._check_open()

@@ -133,7 +133,11 @@ class Extras(Protocol):
 
 
 class AsyncBackend(Protocol):
-    """The native async twin of a backend: the same calls as coroutines, for one event loop."""
+    """The native async twin of a backend: the same calls as coroutines, for one event loop.
+
+    A call that is cancelled (a timeout cancels it) must not leave its reply for the next call: drop
+    the connection that it had. A frame would show the mistake, an entry cannot.
+    """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...
 
