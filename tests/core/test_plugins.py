@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 import json
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import embedonce
 from embedonce import config, hookspecs, plugins
 from embedonce.errors import ConfigError, PluginError
+from embedonce.testing import BackendContract, ProviderContract
 
 STRANGER = Path(__file__).parent.parent / "plugin"
 
@@ -327,3 +331,41 @@ def test_a_folder_that_was_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend("/nowhere")
     assert "embedonce runs from a folder that was not installed; in that folder: pip install -e ." in said("memory")
     assert plugins.installed() == []
+
+
+# --- the stranger's plugin is right -----------------------------------------------------------
+
+
+def from_its_folder(module: str) -> ModuleType:
+    """Import a module of the stranger's plugin from where it is written."""
+    spec = importlib.util.spec_from_file_location(f"stranger_{module}", STRANGER / f"src/embedonce_folder/{module}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class TestTheStrangersBackend(BackendContract):
+    examples = 20
+    module = from_its_folder("folder")
+    root: Path
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def folders(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls.root = tmp_path_factory.mktemp("folders")
+
+    def make(self) -> Any:
+        return self.module.FolderBackend(path=self.root / str(next(_numbers)))
+
+    def reopen(self, backend: Any) -> Any:
+        return self.module.FolderBackend(path=backend._folder)
+
+
+class TestTheStrangersProvider(ProviderContract):
+    texts = ("a word", "a cab", "back", "dad", "ebb")
+    module = from_its_folder("letters")
+
+    def make(self) -> Any:
+        return self.module.LettersProvider(first=5)
