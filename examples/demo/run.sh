@@ -32,5 +32,5 @@ import json
 with open("again.json") as file:
     again = json.load(file)
 found = sum(again["hits"].values())
-print(f"\nSaved: {found} of {again['unique']} embeddings each time, and the vectors are the same bytes, cold and warm.")
+print(f"\nSaved: {found} of {again['texts']} texts are not embedded again, and the vectors are the same bytes.")
 END
