@@ -1,0 +1,130 @@
+"""Embed a real corpus with the command line: cold, warm, killed at about half and resumed, one document changed.
+
+    python benchmarks/resume.py --passages 100000
+
+The corpus is made by corpus.py from text that this machine has. Each row is a process of its own; the last column says
+whether the vectors of the run equal those of the cold run, row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIGURATION = """\
+[provider]
+type = "ngram"
+dimensions = 256
+
+[[tiers]]
+type = "memory"
+
+[[tiers]]
+type = "disk"
+path = "{folder}"
+"""
+
+
+class Runs:
+    """Runs of ``embedonce embed`` over one corpus."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.corpus = folder / "corpus"
+
+    def configuration(self, name: str) -> Path:
+        path = self.folder / f"{name}.toml"
+        path.write_text(CONFIGURATION.format(folder=self.folder / name))
+        return path
+
+    def start(self, tier: str, out: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "embedonce", "embed", str(self.corpus), "--json"]
+            + ["--config", str(self.configuration(tier)), "--out", str(self.folder / out)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        with process.stdout as pipe:
+            said = pipe.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise SystemExit(f"embedonce embed ended with {process.returncode}")
+        report: dict[str, Any] = json.loads(said)
+        return report | {"peak": usage.ru_maxrss / 1024}
+
+    def vectors(self, out: str) -> np.ndarray:
+        return np.load(self.folder / out, mmap_mode="r")
+
+
+def show(name: str, report: dict[str, Any], equal: str) -> None:
+    hits = sum(report["hits"].values())
+    print(
+        f"| {name} | {report['texts']:,} | {report['unique']:,} | {report['computed']:,} | {hits:,} "
+        f"| {report['seconds']:.1f} | {report['peak']:.0f} | {equal} |",
+        flush=True,
+    )
+
+
+def change_one_document(corpus: Path) -> tuple[Path, int]:
+    """Add a sentence to every passage of one document; return it and how many passages it has."""
+    document = sorted(path for path in corpus.rglob("*") if path.is_file())[7]
+    passages = [passage for passage in document.read_text().split("\n\n") if passage.strip()]
+    document.write_text("\n\n".join(f"{passage} And one more sentence." for passage in passages))
+    return document, len(passages)
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--passages", type=int, default=100_000)
+    passages = arguments.parse_args().passages
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = Runs(Path(temporary))
+        maker = Path(__file__).with_name("corpus.py")
+        command = [sys.executable, str(maker), "--out", str(runs.corpus), "--passages", str(passages)]
+        subprocess.run(command, check=True)
+        print("\n| run | texts | unique | computed | hits | seconds | peak, MB | vectors |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+
+        start = time.monotonic()
+        cold = runs.finish(runs.start("one", "cold.npy"))
+        took = time.monotonic() - start
+        show("cold", cold, "")
+        warm = runs.finish(runs.start("one", "warm.npy"))
+        show("warm", warm, equal(runs, "cold.npy", "warm.npy"))
+
+        killed = runs.start("two", "killed.npy")
+        time.sleep(took * 0.55)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert not (runs.folder / "killed.npy").exists(), "a killed run leaves no result under its name"
+        resumed = runs.finish(runs.start("two", "killed.npy"))
+        show("killed and resumed", resumed, equal(runs, "cold.npy", "killed.npy"))
+
+        document, count = change_one_document(runs.corpus)
+        changed = runs.finish(runs.start("one", "changed.npy"))
+        show(f"one document changed ({count} passages)", changed, "")
+    print(f"\nThe changed document is {document.name}.")
+
+
+def equal(runs: Runs, one: str, other: str) -> str:
+    """Say whether two results are the same, bit for bit."""
+    return "equal" if np.array_equal(runs.vectors(one), runs.vectors(other)) else "DIFFERENT"
+
+
+if __name__ == "__main__":
+    main()
