@@ -38,8 +38,9 @@ class Capabilities:
     Declare only what is there: the conformance kit fails a capability that is declared and absent.
     """
 
-    holds: Literal["frames", "entries"] = "frames"
-    """``"frames"``: bytes, a :class:`FrameBackend`. ``"entries"``: an :class:`EntryBackend`."""
+    holds: Literal["frames", "entries", "either"] = "frames"
+    """``"frames"``: bytes, a :class:`FrameBackend`. ``"entries"``: an :class:`EntryBackend`. ``"either"``: an
+    entry backend that also takes frames, which an encrypted tier gives it, and returns each value as it was given."""
     scope: Literal["process", "host", "network"] = "host"
     """Who shares what it holds. It decides the tier's default timeout and write mode."""
     blocking: bool = True
