@@ -17,6 +17,7 @@ from typing import Any
 
 from ._checks import checked_matrix, rounded
 from ._flights import Abandoned, Claimed, Flight, Table, leading
+from ._leases import Leases
 from ._ports import Port
 from ._routes import Route
 from ._tiers import LiveTier
@@ -112,6 +113,7 @@ class Engine:
         self.dtype: Dtype = dtype
         self.shared = 0
         self._replay = replay
+        self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
         self._max_wait = max_wait
         self._emit = emit
         self._clock = clock
@@ -131,7 +133,8 @@ class Engine:
                     claimed = self.table.claim(ticket, missing, port.loop)
                     self._share(answer, claimed.landed)
                     if claimed.led:
-                        await self._lead(port, ticket, answer, claimed.led)
+                        leases = self.leases if answer.store else None
+                        await self._lead(port, ticket, answer, claimed.led, leases=leases)
                     await self._follow_all(port, ticket, answer, claimed, last=again)
                 elif missing:
                     self._share(answer, self.table.landed(missing))
@@ -239,7 +242,7 @@ class Engine:
         if unstored:
             await self.store(port, ticket, answer, unstored)
         if alone:
-            await self._lead(port, ticket, answer, {key: Flight(ticket, port.loop) for key in alone})
+            await self._lead(port, ticket, answer, {key: Flight(ticket, port.loop) for key in alone}, leases=None)
 
     async def _follow(self, port: Port, key: str, flight: Flight, end: float) -> None:
         """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
@@ -251,14 +254,11 @@ class Engine:
                 self.table.disown(key, flight)
                 flight.error = flight.error or Abandoned()
 
-    async def _lead(self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight]) -> None:
+    async def _lead(
+        self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], *, leases: Leases | None
+    ) -> None:
         """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
-        provider = answer.route.source.provider
         texts = self._normalized(answer, flights)
-        jobs = [
-            partial(self._chunk, port, ticket, answer, {key: flights[key] for key in chunk}, texts)
-            for chunk in _chunks(provider, texts)
-        ]
 
         def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
             left = {key: f for key, f in flights.items() if f.entry is None and f.error is None}
@@ -266,7 +266,67 @@ class Engine:
             self.table.release(ticket)
 
         self.table.hold(ticket)
-        await port.shielded(lambda: port.each(jobs, provider.limits.concurrency), done)
+        if leases is None:
+            await port.shielded(partial(self._compute, port, ticket, answer, flights, texts), done)
+        else:
+            await port.shielded(partial(self._compute_leased, port, ticket, answer, flights, texts, leases), done)
+
+    async def _compute(
+        self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], texts: Mapping[str, str]
+    ) -> None:
+        provider = answer.route.source.provider
+        jobs = [
+            partial(self._chunk, port, ticket, answer, {key: flights[key] for key in chunk}, texts)
+            for chunk in _chunks(provider, {key: texts[key] for key in flights})
+        ]
+        await port.each(jobs, provider.limits.concurrency)
+
+    async def _compute_leased(
+        self,
+        port: Port,
+        ticket: int,
+        answer: Answer,
+        flights: dict[str, Flight],
+        texts: Mapping[str, str],
+        leases: Leases,
+    ) -> None:
+        """Compute what no other process computes, then wait for what others do; lead where a leader has died."""
+        ours = await leases.take(port, list(flights))
+        await self._compute(port, ticket, answer, {key: flights[key] for key in flights if key in ours}, texts)
+        theirs = {key: flight for key, flight in flights.items() if key not in ours}
+        if not theirs:
+            return
+        for pause, last in leases.pauses(self._max_wait):
+            await port.sleep(pause)
+            answered = await self._take_written(port, ticket, answer, theirs, leases.tier)
+            theirs = {key: flight for key, flight in theirs.items() if key not in answer.entries}
+            if theirs:
+                ours = await leases.take(port, list(theirs)) if answered and not last else set(theirs)
+                await self._compute(port, ticket, answer, {key: theirs[key] for key in theirs if key in ours}, texts)
+                theirs = {key: flight for key, flight in theirs.items() if key not in ours}
+            if not theirs:
+                return
+
+    async def _take_written(
+        self, port: Port, ticket: int, answer: Answer, flights: Mapping[str, Flight], tier: LiveTier
+    ) -> bool:
+        """Land what another process has written meanwhile. Return whether the tier answered."""
+        try:
+            read = await tier.read(
+                port, list(flights), task=answer.route.task, dtype=self.dtype, dimensions=answer.dimensions, again=True
+            )
+        except TierError as error:
+            answer.refusal = error
+            return False
+        if read.entries:
+            self._agree(tier, answer, read.entries)
+            answer.entries.update(read.entries)
+            answer.found.append((tier.name, read.entries))
+            await self._promote(
+                port, ticket, answer, read.entries, [other for other in self.tiers if other is not tier]
+            )
+            self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
+        return not read.errors and not read.skipped
 
     def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
         normalize = answer.route.keyer.normalize

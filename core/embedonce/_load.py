@@ -323,9 +323,16 @@ class _Loader:
     def _check_honoured(self, table: _Table, cls: type[Any]) -> None:
         capabilities = getattr(cls, "capabilities", None)
         in_process = isinstance(capabilities, Capabilities) and capabilities.scope == "process"
-        if in_process and table.values.get("timeout") is not None:
-            why = "it holds its entries in this process, and nothing waits for it; leave timeout out"
-            self._wrong_value(table, "timeout", f"the tier cannot honour a timeout: {why}", key=True)
+        if not in_process:
+            return
+        refused = {
+            "timeout": "a timeout: it holds its entries in this process, and nothing waits for it",
+            "encryption": "encryption: it keeps vectors as they are, in this process",
+            "lease": "a lease: no other process shares it",
+        }
+        for option, why in refused.items():
+            if table.values.get(option) is not None:
+                self._wrong_value(table, option, f"the tier cannot honour {why}; leave {option} out", key=True)
 
     # --- options ---
 
@@ -502,7 +509,7 @@ def _holds_unusable(value: Any) -> bool:
 
 HIDDEN = "(hidden)"
 _SECRET = re.compile(
-    r"secret|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
+    r"secret|encryption|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
 )
 _IN_URL = re.compile(r"//[^/\s]*@")
 

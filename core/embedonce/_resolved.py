@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -53,6 +53,8 @@ class TierConfig(Plugged):
     timeout: float | None = None
     on_error: Literal["skip", "raise"] = "skip"
     write: Literal["inline", "background", "none"] | None = None
+    encryption: str | Sequence[str] | None = field(default=None, repr=False)
+    lease: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

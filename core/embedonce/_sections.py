@@ -84,3 +84,18 @@ class TierTable:
         Literal["inline", "background", "none"] | None,
         Doc("When vectors are written to it: by default inline, over a network in the background."),
     ] = None
+    encryption: Annotated[
+        str | Sequence[str] | None,
+        Doc(
+            'Encrypt what the tier stores: 32 random bytes as base64, or "file:PATH". Of several keys the first '
+            "one encrypts and all decrypt."
+        ),
+    ] = None
+    lease: Annotated[
+        Duration | None,
+        Gt(0),
+        Doc(
+            "Let one process of all that share this tier compute a cold text, and the others wait for its vector at "
+            "most this long. One tier of a chain can have it."
+        ),
+    ] = None

@@ -18,11 +18,13 @@ from .contracts import Backend, Capabilities, deadline
 from .errors import ConfigError, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
-from .vectors import Dtype, Entry, decode_frames, encode_frames, freeze
+from .vectors import Decoded, Dtype, Entry, decode_frames, encode_frames, freeze
 
 if TYPE_CHECKING:
     import asyncio
     from weakref import WeakKeyDictionary
+
+    from .encryption import Encryption
 
 log = logging.getLogger("embedonce")
 
@@ -63,6 +65,10 @@ class Tier:
     """Seconds that one call to the backend may take, all of it."""
     on_error: Literal["skip", "raise"] = field(default="skip", kw_only=True)
     write: WriteMode | None = field(default=None, kw_only=True)
+    encryption: Encryption | None = field(default=None, kw_only=True)
+    """Frames are encrypted before the backend sees them."""
+    lease: float | None = field(default=None, kw_only=True)
+    """Seconds for which one process of those that share the tier may compute a cold text alone; None: all may."""
 
 
 @dataclass(slots=True)
@@ -100,7 +106,10 @@ class LiveTier:
         self.ttl = tier.ttl
         self.timeout = tier.timeout if tier.timeout is not None else _TIMEOUTS[caps.scope]
         self.on_error = tier.on_error
-        self.write_mode: WriteMode = tier.write or _WRITES[caps.scope]
+        self._encryption = tier.encryption
+        self.lease = tier.lease
+        # Whoever waits for a lease waits for the vector: it is written before the call goes on.
+        self.write_mode: WriteMode = "inline" if tier.lease is not None else tier.write or _WRITES[caps.scope]
         self.counters = Counters()
         self._table = table
         self._ports = ports
@@ -131,6 +140,10 @@ class LiveTier:
         else:
             log.warning("tier %r: %ss work again", self.name, operation)
         self._emit(TierChanged(tier=self.name, state=state, operation=operation, cause=cause))
+
+    @property
+    def encrypted(self) -> bool:
+        return self._encryption is not None
 
     # --- calls to the backend -----------------------------------------------------------------
 
@@ -183,8 +196,19 @@ class LiveTier:
 
     # --- reading ------------------------------------------------------------------------------
 
-    async def read(self, port: Port, keys: Sequence[str], *, task: str, dtype: Dtype, dimensions: int | None) -> Read:
+    async def read(
+        self,
+        port: Port,
+        keys: Sequence[str],
+        *,
+        task: str,
+        dtype: Dtype,
+        dimensions: int | None,
+        again: bool = False,
+    ) -> Read:
         """Ask for the keys, chunk by chunk, and check what comes back.
+
+        ``again``: these keys were counted as misses of this call before.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -214,7 +238,7 @@ class LiveTier:
             read.corrupt += corrupt
             read.misses += len(chunk) - corrupt
         read.hits = len(read.entries)
-        read.misses -= read.hits
+        read.misses -= read.misses if again else read.hits
         self._note(read, task, start)
         return read
 
@@ -224,13 +248,7 @@ class LiveTier:
         """Put what is sound into ``entries`` and return how many are corrupt."""
         if not values:
             return 0
-        now = self._clock()
-        if self.capabilities.holds == "frames":
-            decoded = decode_frames(values, now=now, dtype=dtype, dimensions=dimensions)
-        else:
-            decoded = conform(
-                values, now=now, dtype=dtype, dimensions=dimensions, trusted=self.capabilities.scope == "process"
-            )
+        decoded = self.decoded(values, dtype=dtype, dimensions=dimensions)
         if dimensions is None:  # only a space card has no values; under a text's key it is somebody's mistake
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
@@ -243,6 +261,42 @@ class LiveTier:
             )
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
+
+    def decoded(
+        self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
+    ) -> Decoded:
+        """Check what the backend gave, frames or entries, and decrypt it where the tier is encrypted."""
+        now = self._clock() if now is None else now
+        holds = self.capabilities.holds
+        if holds == "entries":
+            trusted = self.capabilities.scope == "process"
+            return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=trusted)
+        entries = {k: v for k, v in values.items() if type(v) is Entry} if holds == "either" else {}
+        if not entries:
+            return self._decoded_frames(values, now, dtype, dimensions)
+        frames = self._decoded_frames({k: v for k, v in values.items() if k not in entries}, now, dtype, dimensions)
+        if self._encryption is None:
+            rest = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+        else:  # stored before the tier was encrypted
+            rest = Decoded(missed=list(entries))
+        return Decoded(
+            {**frames.entries, **rest.entries}, [*frames.corrupt, *rest.corrupt], [*frames.missed, *rest.missed]
+        )
+
+    def _decoded_frames(self, frames: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> Decoded:
+        if self._encryption is None:
+            return decode_frames(frames, now=now, dtype=dtype, dimensions=dimensions)
+        plain, corrupt, unencrypted = self._encryption.decrypt(frames)
+        decoded = decode_frames(plain, now=now, dtype=dtype, dimensions=dimensions)
+        decoded.corrupt.extend(corrupt)
+        decoded.missed.extend(unencrypted)
+        return decoded
+
+    def _encoded(self, entries: Mapping[str, Entry]) -> Mapping[str, Any]:
+        """Return what the backend is given for entries."""
+        if self._encryption is not None:
+            return self._encryption.encrypt(encode_frames(entries))
+        return encode_frames(entries) if self.capabilities.holds == "frames" else entries
 
     def _note(self, read: Read, task: str, start: float) -> None:
         read.seconds = time.perf_counter() - start
@@ -326,6 +380,22 @@ class LiveTier:
                 self.writes.succeeded()
                 self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
 
+    async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
+        """Set what is absent and return those keys; None where the tier fails or its breaker is open."""
+        added: set[str] = set()
+        for chunk in self._chunks(list(items)):
+            if self.writes.open:
+                return None
+            part = {key: items[key] for key in chunk}
+            start = time.perf_counter()
+            try:
+                added |= await self._call(port, lambda part=part: self.backend.add_many(part, ttl))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001  (as in read)
+                self._wrote(0, errors=len(part), cause=self._failed(self.writes, error), start=start)
+                return None
+            self.writes.succeeded()
+        return added
+
     def _write(self, ticket: int, entries: Mapping[str, Entry]) -> tuple[int, int]:
         """Write what may still be stored. Returns how many were stored, and how many are too large."""
         with self._table.writing(self.name, ticket, entries) as permitted:
@@ -338,16 +408,13 @@ class LiveTier:
         expires = [entry.expires for entry in entries.values()]
         ends = [end for end in expires if end is not None]
         ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
-        if self.capabilities.holds == "entries":
-            self.backend.set_many(entries, ttl)
-            return len(entries), 0
-        frames = encode_frames(entries)
+        values = self._encoded(entries)
         limit = self.capabilities.max_value_bytes
         if limit is not None:
-            frames = {key: frame for key, frame in frames.items() if len(frame) <= limit}
-        if frames:
-            self.backend.set_many(frames, ttl)
-        return len(frames), len(entries) - len(frames)
+            values = {k: v for k, v in values.items() if not isinstance(v, bytes) or len(v) <= limit}
+        if values:
+            self.backend.set_many(values, ttl)
+        return len(values), len(entries) - len(values)
 
     def _set_cards(self, keys: Iterable[str]) -> None:
         """Store the space card of each scope, now and again.
@@ -362,7 +429,7 @@ class LiveTier:
         due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
         cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
         if cards:
-            self.backend.set_many(cards if self.capabilities.holds == "entries" else encode_frames(cards), None)
+            self.backend.set_many(self._encoded(cards), None)
             self._carded.update(dict.fromkeys(due, now))
 
     def _wrote(
@@ -524,13 +591,31 @@ def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
             raise ConfigError('a tier cannot be called "provider": that is what Fetched.sources calls the provider')
         if tier.timeout is not None and caps.scope == "process":
             raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
-        for option in ("ttl", "timeout"):
+        if tier.encryption is not None and caps.holds == "entries":
+            raise ConfigError(f"tier {name!r} keeps vectors as they are: it takes no encryption")
+        if tier.lease is not None:
+            _check_lease(name, tier, caps, chain)
+        for option in ("ttl", "timeout", "lease"):
             value = getattr(tier, option)
             if value is not None and not value > 0:
                 raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
         names.add(name)
         chain.append((name, tier))
     return chain
+
+
+def _check_lease(name: str, tier: Tier, caps: Capabilities, chain: Sequence[tuple[str, Tier]]) -> None:
+    if caps.scope == "process":
+        raise ConfigError(f"tier {name!r} is in this process: no other process shares it, and a lease has no use")
+    if not caps.add:
+        raise ConfigError(f"tier {name!r} cannot hold leases: its backend has no add_many")
+    if tier.write in ("background", "none"):
+        raise ConfigError(
+            f'tier {name!r} has a lease, so others wait for what it stores: write = "{tier.write}" does not go with it'
+        )
+    other = next((other for other, one in chain if one.lease is not None), None)
+    if other is not None:
+        raise ConfigError(f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it")
 
 
 def _default_name(backend: Backend) -> str:

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ._checks import conform
 from ._flights import Erasure, Table
+from ._leases import lease_keys
 from ._ports import Port
 from ._routes import Route
 from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
 from .errors import EraseIncomplete, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
-from .vectors import Dtype, Entry, decode_frames
+from .vectors import Dtype
 
 Card = Mapping[str, Value]
 
@@ -48,7 +48,7 @@ class Upkeep:
         """
 
         async def erase(tier: LiveTier) -> None:
-            await tier.erase(port, keys)
+            await tier.erase(port, keys if tier.lease is None else [*keys, *lease_keys(keys)])
 
         await self._erase(port, Erasure(keys), erase, "forget")
 
@@ -85,7 +85,8 @@ class Upkeep:
             if tier.name in failed:
                 raise TierError(failed[tier.name], tier.name)
             keys = await self._listed(port, tier, scopes)
-            await tier.erase(port, [*keys, *(CARD_PREFIX + name for name in scopes)])
+            leases = lease_keys(keys) if tier.lease is not None else []
+            await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
             tier.forget_cards(scopes)
             removed[tier.name] = len(keys)
 
@@ -118,10 +119,7 @@ class Upkeep:
         """Return the space cards that a tier holds, by scope, and those of this cache itself."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
-        if tier.capabilities.holds == "frames":
-            decoded = decode_frames(values, now=self._clock(), dtype="int8")
-        else:
-            decoded = conform(values, now=self._clock(), dtype="int8", dimensions=None)
+        decoded = tier.decoded(values, dtype="int8", dimensions=None)
         held = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
         return {**self._cards, **held}
 
@@ -150,12 +148,22 @@ class Upkeep:
             detail = ""
             try:
                 await tier.peek(port, [PROBE_KEY])
+                detail = await self._foreign(port, tier)
             except TierError as error:
                 cause = error.__cause__
                 detail = str(error) if cause is None or not str(cause) else f"{error}: {cause}"
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, not detail, time.perf_counter() - start, detail))
         return checks
+
+    async def _foreign(self, port: Port, tier: LiveTier) -> str:
+        """Say so where the cards of an encrypted tier cannot be read: its key is another one."""
+        if not tier.encrypted or not tier.capabilities.scan:
+            return ""
+        cards = await tier.scan(port, CARD_PREFIX)
+        values = await tier.peek(port, cards) if cards else {}
+        corrupt = tier.decoded(values, dtype="int8", dimensions=None).corrupt
+        return f"{len(corrupt)} of {len(cards)} scopes are encrypted with another key" if corrupt else ""
 
     # --- explaining ---------------------------------------------------------------------------
 
@@ -196,19 +204,13 @@ class Upkeep:
             return f"error: {error}"
         if key not in values:
             return "miss"
-        if tier.capabilities.holds == "entries":
-            entry = values[key]
-            decoded = conform(values, now=self._clock(), dtype=dtype, dimensions=route.dimensions)
-            stale = type(entry) is Entry and entry.expires is not None and entry.expires <= self._clock()
-        else:
-            decoded = decode_frames(values, now=self._clock(), dtype=dtype, dimensions=route.dimensions)
-            ever = decode_frames(values, now=float("-inf"), dtype=dtype, dimensions=route.dimensions)
-            stale = key in ever.entries
+        decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
         if key in decoded.entries:
             return "hit"
         if key in decoded.corrupt:
             return "corrupt"
-        return "expired" if stale else "coarser"
+        ever = tier.decoded(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
+        return "expired" if key in ever.entries else "coarser"
 
     async def _near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:
         mine = self._cards.get(scope, {})

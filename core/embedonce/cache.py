@@ -617,6 +617,8 @@ class Cache:
         self._table.reset()
         for tier in self._tiers:
             tier.reset()
+        if self._engine.leases is not None:
+            self._engine.leases.reset()
 
 
 def _normalizer(name: str) -> Normalizer:

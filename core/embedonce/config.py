@@ -14,6 +14,7 @@ from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
     from .cache import Cache
+    from .encryption import Encryption
 
 __all__ = ["Config", "Plugged", "Setting", "Source", "TierConfig", "compose", "load", "open", "schema"]
 
@@ -88,11 +89,21 @@ def _composed(config: Config, made: list[Any]) -> Cache:
     provider = make(config.provider)
     fallback = make(config.fallback) if config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
+    encryptions = [_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
         raise ConfigError(problems) from next(iter(causes), None)
     tiers = [
-        Tier(backend, name=tier.name, ttl=tier.ttl, timeout=tier.timeout, on_error=tier.on_error, write=tier.write)
-        for tier, backend in zip(config.tiers, backends, strict=True)
+        Tier(
+            backend,
+            name=tier.name,
+            ttl=tier.ttl,
+            timeout=tier.timeout,
+            on_error=tier.on_error,
+            write=tier.write,
+            encryption=encryption,
+            lease=tier.lease,
+        )
+        for tier, backend, encryption in zip(config.tiers, backends, encryptions, strict=True)
     ]
     used = [part.type for part in (config.provider, config.fallback, *config.tiers) if part is not None]
     try:
@@ -115,6 +126,19 @@ def _composed(config: Config, made: list[Any]) -> Cache:
     except SpaceError as error:
         at = config.fallback or config.provider
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
+
+
+def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:
+    """Return the encryption of a tier; what is wrong with its keys goes to ``problems``."""
+    from .encryption import Encryption
+
+    if tier.encryption is None:
+        return None
+    try:
+        return Encryption(tier.encryption)
+    except ConfigError as error:
+        problems.append(config.document.problem((*tier.path, "encryption"), f"{tier.label}: {error}", key=False))
+        return None
 
 
 def _refusal(config: Config, part: Plugged, error: Exception) -> Problem:

@@ -125,7 +125,10 @@ class Extras(Protocol):
         ...
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, and return those keys."""
+        """Store the items whose key is absent, and return those keys; for each key one caller only.
+
+        The values are the few bytes of a lease, also where the backend holds entries.
+        """
         ...
 
     def twin(self) -> AsyncBackend:

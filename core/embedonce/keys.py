@@ -24,6 +24,9 @@ KEY_PREFIX = "eo1."
 CARD_PREFIX = "eo1.card."
 """First characters of the keys of space cards. A scope is 16 hex digits, so it is never ``card``."""
 
+LEASE_PREFIX = "eo1.lease."
+"""First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
+
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 
 

@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedonce.contracts import Capabilities, Embedded, Limits, Task, time_left
-from embedonce.keys import VectorSpace
+from embedonce.keys import LEASE_PREFIX, VectorSpace
+from embedonce.vectors import Entry
 
 Store = dict[str, tuple[Any, float | None]]
 """Value and when it expires, by key."""
+
+_KINDS: dict[str, tuple[type, ...]] = {"frames": (bytes,), "entries": (Entry,), "either": (bytes, Entry)}
 
 
 class DictBackend:
@@ -34,7 +37,7 @@ class DictBackend:
     def __init__(
         self,
         *,
-        holds: Literal["frames", "entries"] = "frames",
+        holds: Literal["frames", "entries", "either"] = "frames",
         scope: Literal["process", "host", "network"] = "process",
         clock: Callable[[], float] = time.time,
         store: DictBackend | None = None,
@@ -124,12 +127,13 @@ class DictBackend:
             time_left()
 
     def _check(self, items: Mapping[str, Any]) -> None:
-        frames = self.capabilities.holds == "frames"
+        kinds = _KINDS[self.capabilities.holds]
         most = self.capabilities.max_value_bytes
-        for value in items.values():
-            if isinstance(value, bytes) is not frames:
+        for key, value in items.items():
+            # A lease is no entry: its few bytes may go to every backend that has add_many.
+            if not isinstance(value, kinds) and not (isinstance(value, bytes) and key.startswith(LEASE_PREFIX)):
                 raise TypeError(f"this backend holds {self.capabilities.holds}, not {type(value).__name__}")
-            if frames and most is not None and len(value) > most:
+            if isinstance(value, bytes) and most is not None and len(value) > most:
                 raise ValueError(f"a value of {len(value)} bytes, and max_value_bytes is {most}")
 
     def _expires(self, ttl: float | None) -> float | None:

@@ -1,0 +1,169 @@
+"""Across processes a cold text is computed once; without the lease's tier it is computed, never waited for for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedonce import Cache, ConfigError, Tier
+from embedonce._leases import lease_key
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 30.0
+TEXTS = [f"text {i}" for i in range(1000)]
+
+
+def process(folder: str, seed: int, barrier: Any) -> int:
+    """Ask for all texts in an order of its own; return how many this process computed."""
+    provider = CountingProvider(delay=0.002, max_batch=32)
+    tier = Tier(DiskBackend(path=Path(folder)), name="shared", lease=GENEROUS, timeout=GENEROUS)
+    order = np.random.default_rng(seed).permutation(len(TEXTS))
+    with Cache(provider, [MemoryBackend(), tier]) as cache:
+        barrier.wait(GENEROUS)
+        for start in range(0, len(TEXTS), 100):
+            mine = [TEXTS[i] for i in order[start : start + 100]]
+            matrix = cache.embed_batch(mine)
+            assert all((row == provider.vector_of(text)).all() for text, row in zip(mine, matrix, strict=True))
+    return provider.texts
+
+
+def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        barrier = manager.Barrier(8)
+        with context.Pool(8) as pool:
+            computed = pool.starmap(process, [(str(tmp_path / "d"), seed, barrier) for seed in range(8)])
+    assert sum(computed) == len(TEXTS)
+
+
+def two(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[Any, Any]:
+    """Two caches as of two processes: all that they share is a store."""
+
+    def one() -> Any:
+        provider = FaultyProvider(CountingProvider(max_batch=4))
+        tier = Tier(DictBackend(store=store, scope="host"), name="shared", lease=lease)
+        return provider, Cache(provider, [MemoryBackend(), tier], **options)
+
+    return one(), one()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_follower_waits_for_the_vector_of_another_process(asynchronous: bool) -> None:
+    (leader, one), (follower, two_) = two(DictBackend())
+    leader.faults.append(ProviderFault("hang", calls={1}))
+    with one, two_, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(one.embed_batch, ["a", "b"])
+        leader.gate.until(1)
+
+        def follow() -> Any:
+            if asynchronous:
+                return asyncio.run(two_.afetch(["b", "c", "a"]))
+            return two_.fetch(["b", "c", "a"])
+
+        second = pool.submit(follow)
+        time.sleep(0.1)
+        assert not second.done()
+        leader.release()
+        fetched = second.result(GENEROUS)
+        assert fetched.sources == ["shared", "provider", "shared"]
+        assert (fetched.rows[0] == first.result(GENEROUS)[1]).all()
+        assert two_.lookup(["a"]).sources == ["memory"]
+        assert dict(follower.count) == {"c": 1}
+        assert two_.stats().tiers["shared"].misses == 3
+
+
+def test_when_the_leader_dies_a_follower_computes_once_its_lease_has_expired() -> None:
+    store = DictBackend()
+    (leader, one), (follower, two_) = two(store, lease=0.5)
+    leader.faults.append(ProviderFault("hang"))
+    with one, two_, ThreadPoolExecutor(2) as pool:
+        pool.submit(one.embed, "a")
+        leader.gate.until(1)
+        assert (two_.embed("a") == follower.inner.vector_of("a")).all()
+        assert follower.count["a"] == 1
+        leader.heal()
+
+
+def test_waiting_for_another_process_has_a_limit() -> None:
+    (leader, one), (follower, two_) = two(DictBackend(), max_wait=0.3)
+    leader.faults.append(ProviderFault("hang"))
+    with one, two_, ThreadPoolExecutor(2) as pool:
+        pool.submit(one.embed, "a")
+        leader.gate.until(1)
+        assert (two_.embed("a") == follower.inner.vector_of("a")).all()
+        leader.heal()
+
+
+def test_an_entry_that_is_gone_while_our_own_lease_holds_is_computed_at_once() -> None:
+    store = DictBackend()
+    (provider, one), _ = two(store)
+    with one:
+        one.embed("a")
+        one.forget(["a"])
+        start = time.monotonic()
+        one.embed("a")
+        assert time.monotonic() - start < GENEROUS / 2
+        assert provider.count["a"] == 2
+
+
+def test_forget_and_purge_remove_leases_too() -> None:
+    store = DictBackend()
+    (_, one), (other, two_) = two(store)
+    with one, two_:
+        one.embed_batch(["a", "b"])
+        one.forget(["a"])
+        two_.embed("a")  # it would wait for the lease otherwise
+        assert other.count["a"] == 1
+        one.purge(version="v1")
+        assert not list(store.scan(""))
+
+
+@pytest.mark.parametrize("fault", [Fault("refuse"), Fault("raise", on="add"), Fault("hang", on="add")])
+def test_without_the_lease_tier_every_process_computes(fault: Fault) -> None:
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="network"), [fault])
+    with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS, timeout=0.2)]) as cache:
+        assert (cache.embed("a") == provider.vector_of("a")).all()
+        faulty.heal()
+
+
+def test_crosswise_batches_of_two_processes() -> None:
+    for round_ in range(10):
+        (_, one), (_, two_) = two(DictBackend())
+        with one, two_, ThreadPoolExecutor(2) as pool:
+            a, b = [f"a{round_}", f"b{round_}"], [f"b{round_}", f"a{round_}"]
+            futures = [pool.submit(one.embed_batch, a), pool.submit(two_.embed_batch, b)]
+            assert (futures[0].result(GENEROUS) == futures[1].result(GENEROUS)[::-1]).all()
+
+
+def test_the_key_of_a_lease_is_a_key() -> None:
+    key = "eo1." + "0" * 16 + "." + "f" * 64
+    assert lease_key(key) == "eo1.lease." + "0" * 16 + "." + "f" * 64
+    assert len(lease_key(key)) < 120
+
+
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        ([Tier(MemoryBackend(), lease=1.0)], "no other process shares it"),
+        ([Tier(DictBackend(scope="host", add=False), lease=1.0)], "no add_many"),
+        ([Tier(DictBackend(scope="host"), lease=1.0, write="background")], "does not go with it"),
+        (
+            [Tier(DictBackend(scope="host"), name=name, lease=1.0) for name in ("a", "b")],
+            "'a' and 'b' both have a lease",
+        ),
+    ],
+)
+def test_a_lease_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Cache(CountingProvider(), tiers)
