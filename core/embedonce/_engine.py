@@ -34,6 +34,9 @@ FOLLOW_SLICE = 0.25
 
 PROVIDER = "provider"
 
+PREVIEW = 200
+"""Characters of a text that a tier with ``text_preview`` keeps."""
+
 
 @dataclass(slots=True)
 class Answer:
@@ -51,12 +54,23 @@ class Answer:
     errors: dict[str, str] = field(default_factory=dict)
     refusal: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
+    _text_of: dict[str, str] | None = None
 
     @property
     def dimensions(self) -> int | None:
         if self.route.dimensions is None and self.entries:
             return int(next(iter(self.entries.values())).vector.size)
         return self.route.dimensions
+
+    def preview(self, key: str) -> str:
+        """Return the beginning of the text of a key, as it was asked for."""
+        return self.text_of()[key][:PREVIEW]
+
+    def text_of(self) -> dict[str, str]:
+        """Return the text of each key, the first one where normalisation makes several the same."""
+        if self._text_of is None:
+            self._text_of = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
+        return self._text_of
 
     def missing(self) -> list[str]:
         entries, failed = self.entries, self.failed
@@ -200,14 +214,14 @@ class Engine:
     ) -> None:
         for tier in tiers:
             if tier.name not in answer.errors:
-                await tier.store(port, ticket, entries, patience=False)
+                await tier.store(port, ticket, entries, answer.preview, patience=False)
 
     async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier that has not failed in this call; a raising tier does not stop the others."""
         for tier in self.tiers:
             if tier.name not in answer.errors:
                 try:
-                    await tier.store(port, ticket, entries)
+                    await tier.store(port, ticket, entries, answer.preview)
                 except TierError as error:
                     answer.refusal = error
 
@@ -330,8 +344,8 @@ class Engine:
 
     def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
         normalize = answer.route.keyer.normalize
-        first = dict(zip(reversed(answer.keys), reversed(answer.texts), strict=True))
-        return {key: normalize(first[key]) for key in keys}
+        texts = answer.text_of()
+        return {key: normalize(texts[key]) for key in keys}
 
     # --- the provider -------------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ CHUNK = 1024
 CARD_SECONDS = 600.0
 """A space card is written again after this long: the tier may have evicted it, or somebody purged the scope."""
 
+TEXT_PREVIEW = "text_preview"
+"""Name of the metadata that holds the beginning of a text, for a tier that keeps it."""
+
 JITTER = 0.05
 """An entry's TTL is shortened by up to this share, so that what was written together does not expire together."""
 
@@ -254,13 +257,23 @@ class LiveTier:
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.update(decoded.entries)
+        entries.update(self._without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
             )
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
+
+    def _without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
+        if not self.capabilities.text_preview:
+            return entries
+        for key, entry in entries.items():
+            if entry.metadata is not None and TEXT_PREVIEW in entry.metadata:
+                rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
+                entries[key] = entry._replace(metadata=rest or None)
+        return entries
 
     def decoded(
         self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
@@ -347,14 +360,29 @@ class LiveTier:
             dated[key] = entry
         return dated
 
-    async def store(self, port: Port, ticket: int, entries: Mapping[str, Entry], *, patience: bool = True) -> None:
+    async def store(
+        self,
+        port: Port,
+        ticket: int,
+        entries: Mapping[str, Entry],
+        previews: Callable[[str], str] | None = None,
+        *,
+        patience: bool = True,
+    ) -> None:
         """Write entries in this tier's mode. Promotions have no ``patience``: a full queue drops them.
+
+        ``previews`` gives the beginning of a key's text to a tier that keeps it.
 
         Raises:
             TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
         """
         if self.write_mode == "none" or not entries:
             return
+        if self.capabilities.text_preview and previews is not None:
+            entries = {
+                key: entry._replace(metadata={**(entry.metadata or {}), TEXT_PREVIEW: previews(key)})
+                for key, entry in entries.items()
+            }
         if self.write_mode == "background":
             await self._queue(port, ticket, entries, patience=patience)
             return
@@ -538,6 +566,18 @@ class LiveTier:
         keys: list[str] = await self._strictly(port, lambda: list(self.backend.scan(prefix)), listing=True)
         return keys
 
+    async def describe(self, port: Port) -> str:
+        """Return how the backend stores vectors, in its own words; nothing where it has none."""
+        if not hasattr(self.backend, "describe"):
+            return ""
+        words: str = await self._strictly(port, self.backend.describe)
+        return words
+
+    async def migrate(self, port: Port) -> str:
+        """Bring the store's layout up to date, for as long as that takes, and return what was done."""
+        done: str = await self._strictly(port, self.backend.migrate, listing=True)
+        return done
+
     async def peek(self, port: Port, keys: Sequence[str], *, dtype: Dtype = "int8") -> Mapping[str, Any]:
         """Return the raw values of some keys, uncounted.
 
@@ -568,8 +608,8 @@ class LiveTier:
             self._carded.pop(scope, None)
 
 
-def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
-    """Name the tiers and refuse a chain that cannot work.
+def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
+    """Name the tiers and refuse a chain that cannot work; ``keyed``: the key policy has a secret.
 
     Raises:
         ConfigError: two tiers have one name, or an option that the backend cannot honour.
@@ -593,6 +633,11 @@ def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
             raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
         if tier.encryption is not None and caps.holds == "entries":
             raise ConfigError(f"tier {name!r} keeps vectors as they are: it takes no encryption")
+        if caps.text_preview and (tier.encryption is not None or keyed):
+            raise ConfigError(
+                f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
+                "secret is there to prevent: leave one of them out"
+            )
         if tier.lease is not None:
             _check_lease(name, tier, caps, chain)
         for option in ("ttl", "timeout", "lease"):

@@ -145,15 +145,18 @@ class Upkeep:
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
-            detail = ""
+            detail, ok = "", False
             try:
                 await tier.peek(port, [PROBE_KEY])
                 detail = await self._foreign(port, tier)
+                ok = not detail
+                if ok:
+                    detail = await tier.describe(port)
             except TierError as error:
                 cause = error.__cause__
                 detail = str(error) if cause is None or not str(cause) else f"{error}: {cause}"
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
-            checks.append(TierCheck(tier.name, kind, not detail, time.perf_counter() - start, detail))
+            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
 
     async def _foreign(self, port: Port, tier: LiveTier) -> str:
@@ -164,6 +167,14 @@ class Upkeep:
         values = await tier.peek(port, cards) if cards else {}
         corrupt = tier.decoded(values, dtype="int8", dimensions=None).corrupt
         return f"{len(corrupt)} of {len(cards)} scopes are encrypted with another key" if corrupt else ""
+
+    async def migrate(self, port: Port) -> dict[str, str]:
+        """Bring the layout of every store that has one up to date. Return what was done, by tier.
+
+        Raises:
+            TierError: a store could not be changed.
+        """
+        return {tier.name: await tier.migrate(port) for tier in self._tiers if hasattr(tier.backend, "migrate")}
 
     # --- explaining ---------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ class Cache:
                 emit=self._emit,
                 clock=clock,
             )
-            for name, tier in compose_chain(tiers)
+            for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
         ]
         self._engine = Engine(
             self._tiers,
@@ -250,6 +250,15 @@ class Cache:
         """Ask every tier whether it answers."""
         self._check_open()
         return step(self._upkeep.check(self._ports.blocking))
+
+    def migrate(self) -> dict[str, str]:
+        """Create or update the layout of every store that has one (Postgres), and say what was done, by tier.
+
+        Raises:
+            TierError: a store could not be changed.
+        """
+        self._check_open()
+        return step(self._upkeep.migrate(self._ports.blocking))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until background writes are done; False after ``timeout`` seconds (default: ``flush_timeout``)."""
@@ -527,7 +536,7 @@ class Cache:
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
             entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
         for keys in _windows(entries, ITER_BATCH):
-            window = Answer(answer.route, keys, keys, store=True)
+            window = Answer(answer.route, keys, [answer.text_of()[key] for key in keys], store=True)
             await self._engine.put(port, window, entries)
 
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:

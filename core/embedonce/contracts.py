@@ -66,6 +66,9 @@ class Capabilities:
     """Has ``add_many(items, ttl)``: set if absent, for leases."""
     twin: bool = False
     """Has ``twin()``: a native async client of the same store."""
+    text_preview: bool = False
+    """Keeps the text's beginning beside the vector, because somebody asked for it: entries come with it as the
+    metadata ``text_preview``. Refused together with encryption or a secret."""
 
 
 class FrameBackend(Protocol):
@@ -133,6 +136,14 @@ class Extras(Protocol):
 
     def twin(self) -> AsyncBackend:
         """Return a native async client; called inside the event loop that will use it, once per loop."""
+        ...
+
+    def describe(self) -> str:
+        """Return in a few words how it stores vectors, for ``embedonce check``. Needs no capability."""
+        ...
+
+    def migrate(self) -> str:
+        """Bring the store's layout up to date and say what was done, for ``embedonce migrate``. Needs no capability."""
         ...
 
 

@@ -12,6 +12,7 @@ from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, Plugi
 from . import embed as _embed
 from . import init as _init
 from . import inspect as _inspect
+from . import migrate as _migrate
 from . import purge as _purge
 from .output import FAILED, INTERRUPTED, USAGE, Refused, say, say_config_error
 
@@ -95,6 +96,7 @@ app.command(epilog=_embed.EPILOG)(_embed.embed)
 app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
 app.command(epilog=_purge.EPILOG)(_purge.purge)
+app.command(epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
 
