@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from embedonce.testing import BackendContract, ProviderContract, faults
+from embedonce.testing import BackendContract, ProviderContract, faults, proxy
 
 # Without its code, whose comments look like headings.
 PAGE = re.sub(
@@ -41,8 +41,16 @@ def test_every_fault_is_listed() -> None:
     backend, provider = section("What happens when the store is down?").split("A provider goes wrong")
     assert in_tables(backend) == set(get_args(faults.Kind))
     assert in_tables(provider) == set(get_args(faults.ProviderKind))
+    assert in_tables(section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
 
 
-@pytest.mark.parametrize(("fault", "kinds"), [(faults.Fault, faults.Kind), (faults.ProviderFault, faults.ProviderKind)])
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        (faults.Fault, faults.Kind),
+        (faults.ProviderFault, faults.ProviderKind),
+        (proxy.NetworkFault, proxy.NetworkKind),
+    ],
+)
 def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:
     assert set(re.findall(r"^ +``(\w+)``  ", fault.__doc__ or "", re.MULTILINE)) == set(get_args(kinds))

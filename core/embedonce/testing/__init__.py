@@ -12,6 +12,7 @@ from ._support import Recipe
 from .clocks import ManualClock
 from .fakes import CountingProvider, DictBackend
 from .faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
+from .proxy import FaultProxy, NetworkFault
 
 if TYPE_CHECKING:
     from .backend_contract import BackendContract
@@ -22,9 +23,11 @@ __all__ = [
     "CountingProvider",
     "DictBackend",
     "Fault",
+    "FaultProxy",
     "FaultyBackend",
     "FaultyProvider",
     "ManualClock",
+    "NetworkFault",
     "ProviderContract",
     "ProviderFault",
     "Recipe",

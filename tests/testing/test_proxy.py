@@ -1,0 +1,318 @@
+"""Every fault of the proxy does what it says, through a server that echoes and through a real Redis."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedonce.testing import FaultProxy, NetworkFault
+
+FAR = 20.0
+SHORT = 0.2
+
+
+class Echo(socketserver.BaseRequestHandler):
+    """Sends back what it gets, until the other side has ended."""
+
+    def handle(self) -> None:
+        try:
+            while data := self.request.recv(2**16):
+                self.server.heard.append(data)  # type: ignore[attr-defined]
+                self.request.sendall(data)
+        except OSError:
+            pass
+
+
+class TcpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+
+class UnixServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+@contextmanager
+def served(server: Any) -> Iterator[Any]:
+    server.heard = []
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def echo() -> Iterator[Any]:
+    with served(TcpServer(("127.0.0.1", 0), Echo)) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(echo: Any) -> Iterator[FaultProxy]:
+    with FaultProxy(*echo.server_address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def client(proxy: FaultProxy) -> Iterator[socket.socket]:
+    with connected(proxy) as client:
+        yield client
+
+
+def connected(proxy: FaultProxy) -> socket.socket:
+    return socket.create_connection(proxy.address, timeout=FAR)
+
+
+def ask(client: socket.socket, data: bytes) -> bytes:
+    client.sendall(data)
+    return read(client, len(data))
+
+
+def read(client: socket.socket, size: int) -> bytes:
+    """Return so many bytes, fewer where the connection ends."""
+    got = b""
+    while len(got) < size and (part := client.recv(size - len(got))):
+        got += part
+    return got
+
+
+def silent(client: socket.socket) -> bool:
+    """Tell whether nothing comes."""
+    client.settimeout(SHORT)
+    try:
+        client.recv(1)
+    except TimeoutError:
+        return True
+    finally:
+        client.settimeout(FAR)
+    return False
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + FAR
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_without_a_fault_everything_gets_through(proxy: FaultProxy) -> None:
+    clients = [connected(proxy) for _ in range(5)]
+    large = bytes(range(256)) * 2**13
+    for number, client in enumerate(clients):
+        assert ask(client, b"%d" % number) == b"%d" % number
+        sender = threading.Thread(target=client.sendall, args=(large,))
+        sender.start()
+        assert read(client, len(large)) == large
+        sender.join()
+    assert (proxy.accepted, proxy.connections) == (5, 5)
+    for client in clients:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+        client.close()
+    eventually(lambda: proxy.connections == 0)
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with served(UnixServer(path, Echo)), FaultProxy(path) as proxy, connected(proxy) as client:
+        assert ask(client, b"hello") == b"hello"
+
+
+def test_latency(proxy: FaultProxy, client: socket.socket) -> None:
+    proxy.fault = NetworkFault("latency", seconds=FAR * 10)
+    client.sendall(b"hello")
+    assert silent(client)
+    proxy.fault = NetworkFault("latency", seconds=0.05)
+    start = time.monotonic()
+    assert read(client, 5) == b"hello"
+    assert ask(client, b"again") == b"again"
+    assert time.monotonic() - start >= 0.1
+
+
+def test_bandwidth_drips(proxy: FaultProxy, client: socket.socket) -> None:
+    proxy.fault = NetworkFault("bandwidth", bytes_per_second=40, direction="replies")
+    start = time.monotonic()
+    client.sendall(b"0123456789")
+    parts = [client.recv(100) for _ in range(3)]
+    assert b"".join(parts) == b"012"
+    assert time.monotonic() - start >= 0.06
+    proxy.heal()
+    assert read(client, 7) == b"3456789"
+
+
+def test_a_black_hole_swallows_and_delivers_late(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
+    proxy.fault = NetworkFault("black_hole")
+    with connected(proxy) as another:
+        for one in (client, another):
+            one.sendall(b"hello")
+            assert silent(one)
+        assert echo.heard == []
+        proxy.heal()
+        for one in (client, another):
+            assert read(one, 5) == b"hello"
+
+
+def test_a_black_hole_in_one_direction(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
+    proxy.fault = NetworkFault("black_hole", direction="replies")
+    client.sendall(b"hello")
+    assert silent(client)
+    assert echo.heard == [b"hello"]
+
+
+def test_refuse(proxy: FaultProxy, client: socket.socket) -> None:
+    assert ask(client, b"hello") == b"hello"
+    before = proxy.address
+    proxy.fault = NetworkFault("refuse")
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        connected(proxy)
+    proxy.heal()
+    assert proxy.address == before
+    with connected(proxy) as another:
+        assert ask(another, b"hello") == b"hello"
+
+
+def test_reset(proxy: FaultProxy, client: socket.socket) -> None:
+    assert ask(client, b"hello") == b"hello"
+    proxy.fault = NetworkFault("reset")
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    with connected(proxy) as another, pytest.raises(ConnectionResetError):
+        another.recv(1)
+    assert proxy.connections == 0
+
+
+def test_reset_in_mid_reply(proxy: FaultProxy, client: socket.socket) -> None:
+    assert ask(client, b"hello") == b"hello"
+    proxy.fault = NetworkFault("reset", after=3)
+    client.sendall(b"hello")
+    with pytest.raises(ConnectionResetError):
+        read(client, 5)
+    with connected(proxy) as another:
+        assert ask(another, b"ab") == b"ab"
+
+
+@pytest.mark.parametrize("after", [None, 0, 1, 4])
+def test_cut_in_mid_reply(proxy: FaultProxy, client: socket.socket, after: int | None) -> None:
+    assert ask(client, b"hello") == b"hello"
+    proxy.fault = NetworkFault("cut", after=after)
+    client.sendall(b"hello")
+    assert read(client, 5) == b"hello"[: after or 0]
+    with connected(proxy) as another:
+        another.sendall(b"world")
+        assert read(another, 5) == b"world"[: after or 0]
+    proxy.heal()
+    with connected(proxy) as another:
+        assert ask(another, b"world") == b"world"
+
+
+def test_garbage(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
+    sent = b"hello" * 20
+    proxy.fault = NetworkFault("garbage", after=5)
+    got = ask(client, sent)
+    assert (got[:5], len(got)) == (b"hello", 100)
+    assert got != sent
+    assert b"".join(echo.heard) == sent
+    proxy.heal()
+    assert ask(client, sent) == sent
+
+
+def test_half_open(proxy: FaultProxy, client: socket.socket) -> None:
+    assert ask(client, b"hello") == b"hello"
+    proxy.fault = NetworkFault("half_open")
+    client.sendall(b"anybody there?")
+    assert silent(client)
+    with connected(proxy) as another:
+        assert ask(another, b"hello") == b"hello"
+    proxy.heal()
+    assert silent(client)
+    client.close()
+    eventually(lambda: proxy.connections == 0)
+
+
+def test_a_server_that_is_down_shows_as_a_reset(echo: Any) -> None:
+    echo.server_close()
+    with FaultProxy(*echo.server_address) as proxy, connected(proxy) as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+
+
+def test_close_ends_everything(echo: Any) -> None:
+    proxy = FaultProxy(*echo.server_address)
+    proxy.fault = NetworkFault("black_hole")
+    with connected(proxy) as client:
+        client.sendall(b"x" * 2**20)
+        proxy.close()
+        proxy.close()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        connected(proxy)
+    with pytest.raises(RuntimeError, match="closed"):
+        proxy.heal()
+
+
+def test_many_connections_under_changing_faults(proxy: FaultProxy) -> None:
+    """Whatever comes back has been sent, and in its order."""
+    faults = [None, *(NetworkFault(kind, after=3, seconds=0.001) for kind in ("latency", "cut", "reset", "half_open"))]
+    stop = threading.Event()
+    wrong: list[bytes] = []
+
+    def work(number: int) -> None:
+        while not stop.is_set():
+            sent = b"%d says hello" % number
+            try:
+                with closing(connected(proxy)) as client:
+                    client.settimeout(SHORT)
+                    got = ask(client, sent)
+            except OSError:
+                continue
+            if not sent.startswith(got):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for turn in range(50):
+        proxy.fault = faults[turn % len(faults)]
+    stop.set()
+    proxy.heal()
+    for thread in threads:
+        thread.join(FAR)
+    assert wrong == []
+    with connected(proxy) as client:
+        assert ask(client, b"hello") == b"hello"
+
+
+def test_a_real_redis(redis_server: Any) -> None:
+    redis = pytest.importorskip("redis")
+    with FaultProxy("127.0.0.1", redis_server.port) as proxy:
+        client = redis.Redis.from_url(f"redis://{proxy.url_port}/0", socket_timeout=SHORT, retry=None)
+        try:
+            client.set("embedonce-proxy", "1")
+            for kind, error in {
+                "black_hole": redis.TimeoutError,
+                "refuse": redis.ConnectionError,
+                "reset": redis.ConnectionError,
+                "cut": redis.ConnectionError,
+                "garbage": redis.RedisError,
+                "half_open": redis.TimeoutError,
+            }.items():
+                assert client.get("embedonce-proxy") == b"1"
+                proxy.fault = NetworkFault(kind)
+                with pytest.raises(error):
+                    client.get("embedonce-proxy")
+                proxy.heal()
+                client.connection_pool.disconnect()
+            client.delete("embedonce-proxy")
+        finally:
+            client.close()
