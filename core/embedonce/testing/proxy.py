@@ -95,11 +95,11 @@ class FaultProxy:
         self._fault: NetworkFault | None = None
         self._links: set[_Link] = set()
         self._changed = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
         self._port = 0
         self.accepted = 0
         """How many connections were made to it so far."""
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="embedonce-proxy", daemon=True)
         self._thread.start()
         try:
@@ -162,48 +162,48 @@ class FaultProxy:
         self._loop.close()
 
     async def _listen(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._accepted, "127.0.0.1", self._port)
-            self._port = self._server.sockets[0].getsockname()[1]
+        if self._listening is None:
+            self._listening = socket.create_server(("127.0.0.1", self._port), backlog=100)
+            self._listening.setblocking(False)
+            self._port = self._listening.getsockname()[1]
+            self._loop.add_reader(self._listening, self._accept, self._listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        # Not through a task: whatever ends one between accepting and what follows would leave a client without an end.
+        with contextlib.suppress(OSError):  # it has gone again
+            client, _ = listening.accept()
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.accepted += 1
+            link = _Link(self, client)
+            self._links.add(link)
+            link.task.add_done_callback(lambda _: self._links.discard(link))
 
     async def _set(self, fault: NetworkFault | None) -> None:
         self._fault = fault
         self._changed.set()
         self._changed = asyncio.Event()
+        refuses = fault is not None and fault.kind == "refuse"
+        if refuses:
+            self._stop_listening()
         links = list(self._links)
         for link in links:
             link.struck(fault)
-        if _resets(fault):
-            await asyncio.gather(*(link.ended.wait() for link in links))
-        if fault is not None and fault.kind == "refuse":
-            self._stop_listening()
-        else:
+        if _resets(fault) and links:
+            await asyncio.wait([link.task for link in links])
+        if not refuses:
             await self._listen()
 
     def _stop_listening(self) -> None:
-        if self._server is not None:
-            for listening in self._server.sockets:
-                with contextlib.suppress(OSError):  # a forked child may hold a copy: closing alone would not do
-                    listening.shutdown(socket.SHUT_RDWR)
-            self._server.close()
-            self._server = None
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            self._loop.remove_reader(listening)
+            with contextlib.suppress(OSError):  # a forked child may hold a copy: closing alone would not do
+                listening.shutdown(socket.SHUT_RDWR)
+            listening.close()
 
     async def _stop(self) -> None:
         await self._set(NetworkFault("refuse"))
-
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        link = _Link(self, reader, writer)
-        self._links.add(link)
-        try:
-            if not _resets(self._fault):
-                await link.run()
-        except (OSError, _Reset):
-            link.reset()
-        finally:
-            await link.close()
-            self._links.discard(link)
-            link.ended.set()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect to the server."""
@@ -236,64 +236,72 @@ class _Cut(Exception):
 class _Link:
     """One connection of a client, and that to the server which belongs to it."""
 
-    def __init__(self, proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.ended = asyncio.Event()
+    def __init__(self, proxy: FaultProxy, client: socket.socket) -> None:
         self._proxy = proxy
-        self._reader = reader
-        self._writers = [writer]
-        self._pumps: dict[Direction, asyncio.Task[None]] = {}
+        self._sockets = [client]
+        self._writers: list[asyncio.StreamWriter] = []
+        self._replies: asyncio.Task[None] | None = None
         self._random = random.Random(0)
         self._replied = 0
         self._silent = False
+        self.task = asyncio.create_task(self._run())
+        """Ends when both sockets are closed."""
+        self.task.add_done_callback(lambda _: client.close())  # it may be cancelled before it has begun
         if _resets(proxy.fault):
-            self.reset()
-
-    async def run(self) -> None:
-        """Pass on both ways until both have come to an end."""
-        reader, writer = await self._proxy.connect()
-        client = self._writers[0]
-        self._writers.append(writer)
-        self._pumps = {
-            "requests": asyncio.create_task(self._pump(self._reader, writer, "requests")),
-            "replies": asyncio.create_task(self._pump(reader, client, "replies")),
-        }
-        fault = self._proxy.fault
-        if _resets(fault):  # set while the server was being connected to
-            raise _Reset
-        done, _ = await asyncio.wait(self._pumps.values(), return_when=asyncio.FIRST_EXCEPTION)
-        for pump in done:
-            if not pump.cancelled():
-                with contextlib.suppress(_Cut):
-                    pump.result()
+            self._reset()
 
     def struck(self, fault: NetworkFault | None) -> None:
         """Count replies anew; end or go silent where the fault says so."""
         self._replied = 0
         if _resets(fault):
-            self.reset()
-        elif fault is not None and fault.kind == "half_open" and self._pumps:
+            self._reset()
+        elif fault is not None and fault.kind == "half_open" and self._replies is not None:
             self._silent = True
-            self._pumps["replies"].cancel()
+            self._replies.cancel()
             self._writers[1].transport.abort()
 
-    def reset(self) -> None:
-        """Close both sockets without a goodbye, whatever is still to be sent."""
-        for writer in self._writers:
+    def _reset(self) -> None:
+        """End with both sockets closed without a goodbye, whatever is still to be sent."""
+        for one in self._sockets:
             with contextlib.suppress(OSError):  # closed already
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        for writer in self._writers:
             writer.transport.abort()
-        for pump in self._pumps.values():
-            pump.cancel()
+        self.task.cancel()
 
-    async def close(self) -> None:
-        """Close both sockets, when what is to be sent has been."""
-        for pump in self._pumps.values():
-            pump.cancel()
-        for writer in self._writers:
-            writer.close()
-        for writer in self._writers:
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+    async def _run(self) -> None:
+        """Pass on both ways until both have come to an end."""
+        pumps: list[asyncio.Task[None]] = []
+        try:
+            client = await self._opened(asyncio.open_connection(sock=self._sockets[0]))
+            server = await self._opened(self._proxy.connect())
+            pumps.append(asyncio.create_task(self._pump(client[0], server[1], "requests")))
+            self._replies = asyncio.create_task(self._pump(server[0], client[1], "replies"))
+            pumps.append(self._replies)
+            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
+            for pump in done:
+                if not pump.cancelled():
+                    pump.result()
+        except _Cut:
+            pass
+        except (OSError, _Reset):
+            self._reset()
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            for writer in self._writers:
+                writer.close()
+            for writer in self._writers:
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    async def _opened(
+        self, opening: Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await opening
+        self._writers.append(writer)
+        self._sockets.append(writer.get_extra_info("socket"))
+        return reader, writer
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         while chunk := await reader.read(CHUNK):
