@@ -1,0 +1,262 @@
+"""The table of a Postgres tier: how it is made, what is found, and the statements that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, LiteralString, Protocol, TypeAlias, cast
+
+from psycopg.sql import SQL, Composable, Identifier
+from psycopg.sql import Literal as Quoted
+
+from embedonce.errors import TierError
+
+Column: TypeAlias = Literal["auto", "vector", "bytea"]
+
+VERSION = 1
+"""Of the table. It is kept in the table's comment, which every role may read and no copy of the table loses."""
+COMMENT = "embedonce cache, schema "
+LOCK = 0x656F2031
+"""Of ``pg_advisory_xact_lock``: one process at a time makes the table."""
+SWEEP = 1000
+"""Most expired rows that are deleted at once."""
+
+NOW = "extract(epoch FROM statement_timestamp())::float8"
+"""The server's clock, so that hosts whose clocks differ agree on leases."""
+
+
+class Run(Protocol):
+    """Runs a statement on the connection of a transaction and returns the rows."""
+
+    def __call__(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
+
+
+_LOOK = b"""
+SELECT
+    (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = $1::text),
+    c.oid,
+    pg_catalog.obj_description(c.oid, 'pg_class'),
+    ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute
+          WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
+    e.extversion,
+    e.nspname::text,
+    e.oid,
+    (SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'vector')
+FROM (SELECT) AS one
+LEFT JOIN (SELECT pg_class.oid FROM pg_catalog.pg_class
+           JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+           WHERE nspname = $1::text AND relname = $2::text AND relkind IN ('r', 'p')) AS c ON true
+LEFT JOIN (SELECT pg_type.oid, extversion, nspname FROM pg_catalog.pg_extension
+           JOIN pg_catalog.pg_namespace ON pg_namespace.oid = extnamespace
+           JOIN pg_catalog.pg_type ON typnamespace = extnamespace AND typname = 'vector'
+           WHERE extname = 'vector') AS e ON true
+"""
+
+COLUMNS: Mapping[str, LiteralString] = {
+    "key": 'text COLLATE "C" PRIMARY KEY',
+    "scope": """text COLLATE "C" NOT NULL GENERATED ALWAYS AS
+        (split_part(key, '.', CASE WHEN split_part(key, '.', 2) IN ('card', 'lease') THEN 3 ELSE 2 END)) STORED""",
+    "dtype": "text",
+    "dimensions": "integer",
+    "created": "double precision",
+    "expires": "double precision",
+    "kept_until": "double precision",
+    "frame": "bytea",
+    "metadata": "json",
+    "text_preview": "text",
+}
+
+WRITTEN: Sequence[tuple[str, LiteralString]] = (
+    ("key", "text"),
+    ("frame", "bytea"),
+    ("dtype", "text"),
+    ("dimensions", "integer"),
+    ("created", "float8"),
+    ("expires", "float8"),
+    ("metadata", "text"),
+    ("text_preview", "text"),
+)
+"""The columns that a statement is given, as arrays, and their types; ``embedding`` comes last, where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is in the database."""
+
+    schema: bool
+    table: bool
+    version: int | None
+    columns: frozenset[str]
+    extension: str | None
+    """pgvector's version where it is installed in this database."""
+    extension_schema: str
+    vector_oid: int | None
+    available: str | None
+    """pgvector's version where the server has it."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the table can be used as it is."""
+        return self.table and self.columns >= COLUMNS.keys()
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether there is a column for vectors."""
+        return self.vector_oid is not None and "embedding" in self.columns
+
+
+def look(run: Run, schema: str, table: str) -> Found:
+    """Return what is in the database. One query, and no rights are needed."""
+    ((namespace, oid, comment, columns, extension, extension_schema, vector_oid, available),) = run(
+        _LOOK, (schema, table)
+    )
+    version = None
+    if comment is not None and comment.startswith(COMMENT) and comment.removeprefix(COMMENT).isdecimal():
+        version = int(comment.removeprefix(COMMENT))
+    if version is not None and version > VERSION:
+        raise TierError(f"the table is of schema {version}, made by a later embedonce; this one knows {VERSION}")
+    if oid is not None and not frozenset(columns) >= COLUMNS.keys():
+        raise TierError(
+            f"there is a table {table!r} in the schema {schema!r} that embedonce did not make: "
+            "give the tier another `table`"
+        )
+    return Found(
+        namespace is not None,
+        oid is not None,
+        version,
+        frozenset(columns),
+        extension,
+        extension_schema or "",
+        vector_oid,
+        available,
+    )
+
+
+def make(run: Run, schema: str, table: str, column: Column) -> str:
+    """Make what is missing, inside a transaction, and say what was done.
+
+    Raises:
+        TierError: a vector column is asked for, and the server has no pgvector.
+        psycopg.Error: among others where the role may not make tables.
+    """
+    run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
+    found = look(run, schema, table)
+    name = Identifier(schema, table)
+    done = []
+    if column == "vector" and found.extension is None:
+        if found.available is None:
+            raise TierError('column = "vector", and this server has no pgvector')
+        run(b"CREATE EXTENSION vector")
+        found = look(run, schema, table)
+        done.append(f"installed the extension vector {found.extension}")
+    if not found.schema:
+        run(_text(SQL("CREATE SCHEMA {}").format(Identifier(schema))))
+        done.append(f"made the schema {schema!r}")
+    if not found.table:
+        for statement in _table(name):
+            run(_text(statement))
+        done.append(f"made the table {table!r}")
+    if found.vector_oid is not None and column != "bytea" and "embedding" not in found.columns:
+        kind = Identifier(found.extension_schema, "vector")
+        run(_text(SQL("ALTER TABLE {} ADD COLUMN embedding {}").format(name, kind)))
+        done.append("made the column for vectors")
+    if found.table and found.version is None:
+        run(_text(_comment(name)))
+    return ", ".join(done) or f"the table {table!r} is as it should be (schema {VERSION})"
+
+
+def _table(name: Composable) -> list[Composable]:
+    columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
+    return [
+        # A vector of up to 2,000 dimensions is kept in its row's page: out of line, it takes four more reads.
+        SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
+        # Vectors do not compress.
+        SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
+        SQL("CREATE INDEX ON {} (kept_until) WHERE kept_until IS NOT NULL").format(name),
+        _comment(name),
+    ]
+
+
+def _comment(name: Composable) -> Composable:
+    return SQL("COMMENT ON TABLE {} IS {}").format(name, Quoted(f"{COMMENT}{VERSION}"))
+
+
+def _text(statement: Composable) -> bytes:
+    return statement.as_bytes(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """The statements for one table as it was found.
+
+    Where one compares dates, its first value is added to the server's clock.
+    """
+
+    get: bytes
+    set: bytes
+    add: bytes
+    delete: bytes
+    scan: bytes
+    count: bytes
+    sweep: bytes
+    vector_oid: int | None
+    """Of new rows; None: they are frames."""
+
+
+def statements(found: Found, schema: str, table: str, column: Column) -> Statements:
+    """Return the statements for a table."""
+    name = Identifier(schema, table)
+    vectors = found.has_vectors and column != "bytea"
+    vector = Identifier(found.extension_schema, "vector")
+    given = [*((key, SQL(kind)) for key, kind in WRITTEN), *([("embedding", vector)] if vectors else [])]
+    names = SQL(", ").join(Identifier(key) for key, _ in given)
+    arrays = SQL(", ").join(
+        SQL("${}::{}[]").format(SQL(cast(LiteralString, str(at))), kind) for at, (_, kind) in enumerate(given, 3)
+    )
+    rest = [Identifier(key) for key, _ in given[1:]] + [Identifier("kept_until")]
+    if found.has_vectors and not vectors:
+        rest.append(Identifier("embedding"))  # an older row's
+    updates = SQL(", ").join(SQL("{0} = excluded.{0}").format(column) for column in rest)
+    values = SQL(", ").join(
+        SQL("{}::json").format(Identifier(key)) if key == "metadata" else Identifier(key) for key, _ in given
+    )
+    insert = SQL(
+        "INSERT INTO {table} AS held ({names}, kept_until)"
+        " SELECT {values}, {now} + $1::float8 + $2::float8 FROM unnest({arrays}) AS given ({names})"
+        ' ORDER BY key COLLATE "C"'  # all writers lock rows in one order, so that no two wait for each other
+        " ON CONFLICT (key) DO UPDATE SET {updates}"
+    ).format(table=name, names=names, values=values, arrays=arrays, updates=updates, now=SQL(NOW))
+    live = SQL("(kept_until IS NULL OR kept_until > {} + $1::float8)").format(SQL(NOW))
+    differs: Composable = SQL(
+        " WHERE held.kept_until IS DISTINCT FROM excluded.kept_until OR held.created IS DISTINCT FROM excluded.created"
+        " OR held.dtype IS DISTINCT FROM excluded.dtype OR held.expires IS DISTINCT FROM excluded.expires"
+        " OR held.frame IS DISTINCT FROM excluded.frame"
+        " OR held.metadata::text IS DISTINCT FROM excluded.metadata::text"
+        " OR held.text_preview IS DISTINCT FROM excluded.text_preview"
+    )
+    if found.has_vectors:  # as bytes: -0.0 and 0.0 are equal numbers
+        send = Identifier(found.extension_schema, "vector_send")
+        differs = differs + SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)").format(send)
+    embedding = SQL("embedding" if found.has_vectors else "NULL::bytea")
+    get = SQL(
+        "SELECT key, {}, frame, dtype, created, expires, metadata::text, text_preview FROM {}"
+        " WHERE key = ANY($2::text[]) AND {}"
+    ).format(embedding, name, live)
+    prefixed = SQL("key >= $1::text AND ($2::text IS NULL OR key < $2::text)")
+    return Statements(
+        get=_text(get),
+        set=_text(insert + differs),
+        add=_text(SQL("{} WHERE held.kept_until <= {} + $1::float8 RETURNING key").format(insert, SQL(NOW))),
+        delete=_text(SQL("DELETE FROM {} WHERE key = ANY($1::text[])").format(name)),
+        scan=_text(
+            SQL("SELECT key FROM {} WHERE {} AND key > $3::text ORDER BY key LIMIT $4::bigint").format(name, prefixed)
+        ),
+        count=_text(SQL("SELECT count(*) FROM {} WHERE {}").format(name, prefixed)),
+        sweep=_text(
+            SQL(
+                "DELETE FROM {0} WHERE key = ANY(ARRAY(SELECT key FROM {0} WHERE kept_until <= {1} + $1::float8"
+                " ORDER BY kept_until LIMIT {2} FOR UPDATE SKIP LOCKED))"
+            ).format(name, SQL(NOW), Quoted(SWEEP))
+        ),
+        vector_oid=found.vector_oid if vectors else None,
+    )
