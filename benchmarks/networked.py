@@ -1,0 +1,645 @@
+"""Print the tables of the tiers that processes share: Redis, Postgres, memcached, and one disk for many processes.
+
+    python benchmarks/networked.py                      # about ten minutes
+    python benchmarks/networked.py --quick              # fewer repeats
+    python benchmarks/networked.py --only hits growth   # some sections
+    python benchmarks/networked.py --full               # growth up to 1,000,000 entries
+
+The servers are real ones, started on loopback for this alone by tests/servers.py. The first row of a table is the
+floor: the raw client doing the same, with one SHA-256 per text and one float32 matrix per chunk. How things are
+measured is in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import multiprocessing
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import Matrix, Peer, sha256
+from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, sample, stored, table
+
+import embedonce
+from embedonce.vectors import Entry, encode_frames, freeze_rows
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import servers
+
+PATIENCE = 60.0
+"""Seconds for one call to a tier: what is measured here must not be cut off."""
+ONES = 500
+"""Texts of the tables for one text at a time."""
+THREADS = (1, 2, 4, 8, 16)
+PROCESSES, CALLS, WRITTEN = 8, 60, 64
+"""Processes that write one disk at once, how often each does, and how many entries at a time."""
+
+
+def vectors(count: int, dimensions: int) -> Matrix:
+    """Return random rows of length 1."""
+    made = np.random.default_rng(7).standard_normal((count, dimensions), np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def joined(values: Sequence[Any]) -> Matrix:
+    return np.frombuffer(b"".join(values), np.float32).reshape(len(values), -1)
+
+
+# --- floors and peers -----------------------------------------------------------------------------
+
+
+class Raw(Peer):
+    """A raw client, one per thread. Subclasses say what it is and how it reads and writes."""
+
+    url: str
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._local = threading.local()
+        self._clients: list[Any] = []
+
+    @property
+    def client(self) -> Any:
+        client = getattr(self._local, "client", None)
+        if client is None:
+            client = self._local.client = self.connect()
+            self._clients.append(client)
+        return client
+
+    def connect(self) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+
+
+class RawRedis(Raw):
+    name = "floor: sha256 + MGET, hiredis"
+
+    def connect(self) -> Any:
+        import redis
+
+        return redis.Redis.from_url(self.url)
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        with self.client.pipeline(transaction=False) as pipeline:
+            for text, vector in zip(texts, vectors, strict=True):
+                pipeline.set(sha256(text), vector.tobytes(), px=3_600_000)
+            pipeline.execute()
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        return joined(self.client.mget([sha256(text) for text in texts]))
+
+    def find(self, texts: Sequence[str]) -> None:
+        self.client.mget([sha256(text) for text in texts])
+
+
+class RawMemcached(Raw):
+    name = "floor: sha256 + get_many, pymemcache"
+
+    def connect(self) -> Any:
+        from pymemcache.client.base import Client
+
+        host, _, port = self.url.rpartition(":")
+        return Client((host, int(port)), no_delay=True, default_noreply=False)
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        values = {sha256(text): vector.tobytes() for text, vector in zip(texts, vectors, strict=True)}
+        self.client.set_many(values, expire=3600)
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        keys = [sha256(text) for text in texts]
+        found = self.client.get_many(keys)
+        return joined([found[key] for key in keys])
+
+    def find(self, texts: Sequence[str]) -> None:
+        self.client.get_many([sha256(text) for text in texts])
+
+
+class RawPostgres(Raw):
+    """One table of key and bytea, prepared statements, binary results."""
+
+    name = "floor: sha256 + SELECT = ANY, bytea"
+    kind = "bytea"
+    table = "raw_bytes"
+    value = "value"
+
+    def connect(self) -> Any:
+        import psycopg
+
+        connection = psycopg.connect(self.url, autocommit=True)
+        with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(1)")
+            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            connection.execute(
+                f"CREATE TABLE IF NOT EXISTS {self.table} (key text PRIMARY KEY, value {self.kind} STORAGE EXTERNAL)"
+                " WITH (toast_tuple_target = 8160)"
+            )
+        return connection
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        self.client.execute(
+            f"INSERT INTO {self.table} SELECT * FROM unnest(%b::text[], %b::bytea[]) ON CONFLICT DO NOTHING",
+            ([sha256(text) for text in texts], [vector.tobytes() for vector in vectors]),
+        )
+
+    def find(self, texts: Sequence[str]) -> dict[str, bytes]:
+        query = f"SELECT key, {self.value} FROM {self.table} WHERE key = ANY(%b)"
+        cursor = self.client.cursor(binary=True)
+        return dict(cursor.execute(query, ([sha256(text) for text in texts],)).fetchall())
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        found = self.find(texts)
+        return joined([found[sha256(text)] for text in texts])
+
+
+class RawVectors(RawPostgres):
+    """The same with a pgvector column, its bytes turned into floats of this machine."""
+
+    name = "sha256 + SELECT = ANY, pgvector"
+    kind = "vector"
+    table = "raw_vectors"
+    value = "vector_send(value)"
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        self.client.execute(
+            f"INSERT INTO {self.table} SELECT key, value::vector FROM unnest(%b::text[], %b::text[]) AS t (key, value)"
+            " ON CONFLICT DO NOTHING",
+            ([sha256(text) for text in texts], [str(vector.tolist()) for vector in vectors]),
+        )
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        found = self.find(texts)
+        words = np.frombuffer(b"".join([found[sha256(text)] for text in texts]), ">f4").reshape(len(texts), -1)
+        return words[:, 1:].astype(np.float32)
+
+
+class RedisVL(Raw):
+    """RedisVL's EmbeddingsCache: a hash per text, the vector in it as JSON."""
+
+    name = "RedisVL EmbeddingsCache"
+    note = "mget, mset"
+
+    def connect(self) -> Any:
+        from redisvl.extensions.cache.embeddings import EmbeddingsCache
+
+        return EmbeddingsCache(name="redisvl", redis_url=self.url, ttl=3600)
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        for chunk, rows in zip(chunks(texts), np.split(vectors, range(CHUNK, len(vectors), CHUNK)), strict=True):
+            items = zip(chunk, rows.tolist(), strict=True)
+            self.client.mset([{"content": text, "model_name": "m", "embedding": row} for text, row in items])
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        found = self.client.mget(texts, "m")
+        return np.array([entry["embedding"] for entry in found], np.float32)
+
+    def read_one(self, text: str) -> Any:
+        return np.array(self.client.get(text, "m")["embedding"], np.float32)
+
+    def find(self, texts: Sequence[str]) -> None:
+        self.client.mget(texts, "m")
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.disconnect()
+
+
+# --- embedonce ------------------------------------------------------------------------------------
+
+
+class Embedonce(Peer):
+    """A cache of one tier over a server; subclasses make its backend."""
+
+    url: str
+    memory = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.cache: Any = None
+
+    def backend(self) -> Any:
+        raise NotImplementedError
+
+    def opened(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
+        """Return a cache over the server; what it misses, ``function`` makes."""
+        tiers: list[Any] = [embedonce.Tier(self.backend(), name="shared", ttl=3600, timeout=PATIENCE, write=write)]
+        if self.memory:
+            self.held = MemoryBackend(max_entries=2 * TEXTS)
+            tiers.insert(0, self.held)
+        space = {"model": "benchmark-v1", "dimensions": dimensions}
+        return embedonce.Cache(function, tiers, space=space, max_queued=1_000_000, flush_timeout=PATIENCE)
+
+    def store(self, texts: Sequence[str], vectors: Matrix) -> None:
+        if self.cache is None:
+            self.cache = self.opened(_refuse, vectors.shape[1])
+        for start in range(0, len(texts), CHUNK):
+            self.cache.put(texts[start : start + CHUNK], vectors[start : start + CHUNK])
+
+    def read(self, texts: Sequence[str]) -> Matrix:
+        return self.cache.embed_batch(texts)
+
+    def read_one(self, text: str) -> Any:
+        return self.cache.embed(text)
+
+    def evict(self) -> None:
+        """Empty the memory tier."""
+        self.held.delete_many(list(self.held.scan("")))
+
+    def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
+
+
+class OverRedis(Embedonce):
+    name = "**embedonce**, Redis"
+
+    def backend(self) -> Any:
+        from embedonce_backends.redis import RedisBackend
+
+        return RedisBackend(url=self.url)
+
+
+class OverMemcached(Embedonce):
+    name = "**embedonce**, memcached"
+
+    def backend(self) -> Any:
+        from embedonce_backends.memcached import MemcachedBackend
+
+        return MemcachedBackend(servers=[self.url])
+
+
+class OverPostgres(Embedonce):
+    name = "**embedonce**, Postgres, bytea"
+    column: Any = "bytea"
+
+    def backend(self) -> Any:
+        from embedonce_backends.postgres import PostgresBackend
+
+        return PostgresBackend(url=self.url, column=self.column, table=f"embedonce_{self.column}", max_connections=32)
+
+
+class OverVectors(OverPostgres):
+    name = "**embedonce**, Postgres, pgvector"
+    column = "vector"
+
+
+class OverDisk(Embedonce):
+    name = "**embedonce**, disk"
+
+    def backend(self) -> Any:
+        return DiskBackend(path=self.folder, max_bytes=2**36)
+
+
+def _refuse(texts: list[str]) -> Matrix:
+    raise AssertionError("a stored text was computed again")
+
+
+# --- servers --------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[Callable[[], Any], list[type[Peer]]]] = {
+    "Redis": (servers.RedisServer, [RawRedis, OverRedis, RedisVL]),
+    "Postgres": (
+        lambda: servers.PostgresServer("-c", "shared_buffers=512MB", "-c", "max_wal_size=8GB"),
+        [RawPostgres, OverPostgres, RawVectors, OverVectors],
+    ),
+    "memcached": (lambda: servers.MemcachedServer("-m", "8192"), [RawMemcached, OverMemcached]),
+}
+
+
+@contextmanager
+def served(kind: str) -> Iterator[tuple[Any, list[type[Peer]]]]:
+    """Start a server and give it, with the classes of peers that use it."""
+    start, classes = KINDS[kind]
+    with start() as server:
+        url = getattr(server, "url", server.address)
+        yield server, [type(cls.__name__, (cls,), {"url": url}) for cls in classes]
+
+
+def each_server() -> Iterator[tuple[str, Any, list[type[Peer]]]]:
+    """Start one server after the other, those that are installed."""
+    for kind in KINDS:
+        try:
+            with served(kind) as (server, classes):
+                yield kind, server, classes
+        except servers.pytest.skip.Exception as missing:
+            print(f"(left out: {kind}: {missing})", file=sys.stderr)
+
+
+def is_embedonce(cls: type[Peer]) -> bool:
+    return issubclass(cls, Embedonce)
+
+
+# --- the sections ---------------------------------------------------------------------------------
+
+
+def hits(repeats: int) -> None:
+    """Read 2,000 vectors in chunks of 256, each chunk into one matrix; then one text at a time."""
+    for kind, _, classes in each_server():
+        for dimensions in (384, 1536):
+            texts = [f"{dimensions} {text}" for text in sample(TEXTS)]
+            with stored(classes, texts, vectors(TEXTS, dimensions)) as ready:
+                many, ones = Renewed(texts), Renewed(texts[:ONES])
+                notes = {p.name: p.note for p in ready}
+                title = f"{kind}: batch hit, {dimensions} dimensions"
+                table(title, measure(reads(ready, many), repeats, many.renew), TEXTS, notes)
+                calls: Calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
+                table(f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), ONES)
+
+
+def reads(peers: Sequence[Peer], texts: Renewed) -> Calls:
+    """Return by peer a call that reads the texts chunk by chunk."""
+    return {p.name: (lambda p=p: [p.read(chunk) for chunk in chunks(texts.now)]) for p in peers}
+
+
+def misses(repeats: int) -> None:
+    """Embed texts that nothing has yet, over a provider that costs nothing: all that is left is overhead."""
+    matrix = vectors(CHUNK, 384)
+    rounds = count()
+
+    def new() -> list[str]:
+        prefix = f"miss {next(rounds)} "
+        return [prefix + text for text in texts]
+
+    def provider(texts: Sequence[str]) -> Matrix:
+        return matrix[: len(texts)]
+
+    texts = sample(TEXTS)
+    for kind, _, classes in each_server():
+        raw = classes[0](Path())
+        with ExitStack() as stack:
+            stack.callback(raw.close)
+            caches = []
+
+            def through(cls: Any, write: str, memory: bool, stack: Any = stack, caches: Any = caches) -> Any:
+                peer = type(cls.__name__, (cls,), {"memory": memory})(Path())
+                cache = stack.enter_context(peer.opened(provider, 384, write))
+                caches.append(cache)
+                return lambda: [cache.embed_batch(chunk) for chunk in chunks(new())]
+
+            def by_hand(raw: Any = raw) -> None:
+                for chunk in chunks(new()):
+                    raw.find(chunk)
+                    raw.store(chunk, matrix[: len(chunk)])
+
+            calls: Calls = {"floor: sha256 + read + write, raw client": by_hand}
+            for cls in filter(is_embedonce, classes):
+                calls[f"{cls.name}, write = background"] = through(cls, "background", False)
+                calls[f"memory + {cls.name}, write = background"] = through(cls, "background", True)
+                calls[f"{cls.name}, write = inline"] = through(cls, "inline", False)
+
+            def before(caches: Any = caches) -> None:
+                for cache in caches:
+                    assert cache.flush(PATIENCE)
+                gc.collect()
+
+            table(f"{kind}: all misses, over a provider that costs nothing", measure(calls, repeats, before), TEXTS)
+            for cache in caches:
+                stats = cache.stats().tiers["shared"]
+                assert stats.errors == stats.dropped == 0, stats
+
+
+def writes(repeats: int) -> None:
+    """Store 2,000 vectors that nothing has yet, in chunks of 256."""
+    texts, rounds = sample(TEXTS), count()
+
+    def write(peer: Any, matrix: Matrix, ask: bool = False) -> None:
+        prefix = f"write {next(rounds)} "
+        for start in range(0, TEXTS, CHUNK):
+            chunk = [prefix + text for text in texts[start : start + CHUNK]]
+            if ask:
+                peer.find(chunk)
+            peer.store(chunk, matrix[start : start + CHUNK])
+
+    for dimensions in (384, 1536):
+        matrix = vectors(TEXTS, dimensions)
+        for kind, _, classes in each_server():
+            with stored(classes, sample(CHUNK), matrix[:CHUNK]) as ready:
+                raw, *others = ready
+                calls: Calls = {
+                    "floor: sha256 + raw write": lambda raw=raw, matrix=matrix: write(raw, matrix),  # type: ignore[misc]
+                    "sha256 + raw read + raw write": lambda raw=raw, matrix=matrix: write(raw, matrix, ask=True),  # type: ignore[misc]
+                }
+                calls |= {p.name: (lambda p=p, matrix=matrix: write(p, matrix)) for p in others}
+                notes = {p.name: "put asks first, then stores" for p in ready if isinstance(p, Embedonce)}
+                table(f"{kind}: writes, {dimensions} dimensions", measure(calls, repeats), TEXTS, notes)
+
+
+def promotion(repeats: int) -> None:
+    """Read what memory has evicted from the server, and put it back into memory."""
+    for kind, _, (raw, ours, *_) in each_server():
+        above = type(ours.__name__, (ours,), {"memory": True, "name": f"memory, evicted, + {ours.name}"})
+        texts = Renewed(sample(TEXTS))
+        with stored([raw, ours, above], texts.now, vectors(TEXTS, 384)) as ready:
+            evicted: Any = ready[-1]
+
+            def before(evicted: Any = evicted, texts: Renewed = texts) -> None:
+                evicted.evict()
+                texts.renew()
+
+            table(f"{kind}: promotion", measure(reads(ready, texts), repeats, before), TEXTS)
+
+
+def threads(repeats: int) -> None:
+    """Let threads read 2,000 vectors each through one cache, or through a raw client each."""
+    texts = sample(TEXTS)
+    for kind, _, classes in each_server():
+        print(f"\n### {kind}: batch hit, threads\n\n| threads | floor, µs per text | embedonce | times the floor |")
+        print("| ---: | ---: | ---: | ---: |")
+        with stored(classes[:2], texts, vectors(TEXTS, 384)) as ready:
+            for number in THREADS:
+                with ThreadPoolExecutor(number) as pool:
+                    calls: Calls = {
+                        p.name: lambda p=p, pool=pool, number=number: _read_by(pool, number, p, texts)  # type: ignore[misc]
+                        for p in ready
+                    }
+                    floor, ours = (quickest for quickest, _ in measure(calls, max(3, repeats // 2)).values())
+                each = [seconds / number / TEXTS * 1e6 for seconds in (floor, ours)]
+                print(f"| {number} | {each[0]:.2f} | {each[1]:.2f} | {ours / floor:.2f} |", flush=True)
+
+
+def _read_by(pool: ThreadPoolExecutor, number: int, peer: Peer, texts: Sequence[str]) -> None:
+    list(pool.map(lambda _: [peer.read(chunk) for chunk in chunks(texts)], range(number)))
+
+
+# --- one disk, many processes ---------------------------------------------------------------------
+
+
+def _batches(seed: int, calls: int) -> list[dict[str, bytes]]:
+    rows = freeze_rows(vectors(WRITTEN, 384))
+    made = []
+    for call in range(calls):
+        keys = [f"eo1.0123456789abcdef.{sha256(f'{seed} {call} {row}')}" for row in range(WRITTEN)]
+        made.append(encode_frames({key: Entry(row, 0.0) for key, row in zip(keys, rows, strict=True)}))
+    return made
+
+
+def _writer(how: str, folder: str) -> Callable[[dict[str, bytes]], None]:
+    if how.startswith("**"):
+        backend = DiskBackend(path=Path(folder))
+        return lambda batch: backend.set_many(batch, None)
+    import diskcache
+
+    cache = diskcache.Cache(folder, timeout=PATIENCE)
+
+    def loop(batch: dict[str, bytes]) -> None:
+        for key, value in batch.items():
+            cache.set(key, value)
+
+    def at_once(batch: dict[str, bytes]) -> None:
+        with cache.transact():
+            loop(batch)
+
+    return loop if "loop" in how else at_once
+
+
+def _writes(how: str, folder: str, seed: int, calls: int, barrier: Any) -> list[float]:
+    write, (warm, *batches) = _writer(how, folder), _batches(seed, calls + 1)
+    write(warm)
+    barrier.wait(PATIENCE)
+    found = []
+    for batch in batches:
+        start = time.perf_counter()
+        write(batch)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+WRITERS = ("diskcache, a loop of set", "diskcache, one transaction", "**embedonce**, disk")
+
+
+def processes(repeats: int) -> None:
+    """Let eight processes write one disk at once."""
+    context = multiprocessing.get_context("spawn")
+    print(f"\n### disk: {PROCESSES} processes write at once, {WRITTEN} vectors of 384 dimensions a call\n")
+    print("| | calls | ms per call, median | p99 | max | vectors/s, all |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    with context.Manager() as manager, context.Pool(PROCESSES) as pool:
+        for how in WRITERS:
+            with tempfile.TemporaryDirectory() as folder:
+                barrier = manager.Barrier(PROCESSES)
+                given = [(how, folder, seed, CALLS, barrier) for seed in range(PROCESSES)]
+                each = pool.starmap(_writes, given, chunksize=1)
+            found = sorted(seconds for one in each for seconds in one)
+            ms = [statistics.median(found) * 1e3, found[int(len(found) * 0.99)] * 1e3, found[-1] * 1e3]
+            rate = len(found) * WRITTEN / max(map(sum, each))
+            cells = " | ".join(f"{value:.1f}" for value in ms)
+            print(f"| {how} | {len(found)} | {cells} | {rate:,.0f} |", flush=True)
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def growth(repeats: int, most: int = 100_000) -> None:
+    """Fill each backend, and see what a batch costs and what an entry weighs."""
+    print("\n### growth: 384 dimensions, a payload of 1,536 bytes; 2,000 texts read at random\n")
+    print("| | entries | batch hit, µs per text | bytes per entry | stored, µs per text |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for _, server, classes in each_server():
+        for cls in filter(is_embedonce, classes):
+            _grow(cls.name, cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
+    with tempfile.TemporaryDirectory() as folder:
+        _grow(OverDisk.name, OverDisk(Path(folder)), repeats, most, _size_on_disk)
+
+
+def _grow(name: str, peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
+    matrix = vectors(1000, 384)
+    texts: list[str] = []
+    peer.store(["makes what is needed"], matrix[:1])
+    before = size(peer)
+    chance = np.random.default_rng(5)
+    for entries in (1_000, 100_000, 1_000_000):
+        if entries > most:
+            break
+        start, begun = time.perf_counter(), len(texts)
+        while len(texts) < entries:
+            more = [f"growth {name} {len(texts) + at}" for at in range(1000)]
+            peer.store(more, matrix)
+            texts += more
+        stored_in = (time.perf_counter() - start) / (entries - begun) * 1e6
+        asked = Renewed([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
+        calls: Calls = {"read": lambda asked=asked: [peer.read(chunk) for chunk in chunks(asked.now)]}  # type: ignore[misc]
+        ((quickest, _),) = measure(calls, max(3, repeats // 2), asked.renew).values()
+        each = quickest / len(asked.now) * 1e6
+        weight = (size(peer) - before) / entries
+        print(f"| {name} | {entries:,} | {each:.2f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
+    peer.close()
+
+
+def _size(server: Any, peer: Any) -> float:
+    if isinstance(server, servers.RedisServer):
+        return float(server.call("INFO", "memory").split(b"used_memory:")[1].split()[0])
+    if isinstance(server, servers.PostgresServer):
+        server.call(f"VACUUM {peer.backend()._table}")
+        return float(server.call(f"SELECT pg_total_relation_size('embedonce_{peer.column}')"))
+    from pymemcache.client.base import Client
+
+    with Client(server.address) as client:
+        return float(client.stats()[b"bytes"])
+
+
+def _size_on_disk(peer: Any) -> float:
+    return float(sum(path.stat().st_size for path in peer.folder.rglob("*") if path.is_file()))
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+SECTIONS: dict[str, Callable[[int], None]] = {
+    "hits": hits,
+    "misses": misses,
+    "writes": writes,
+    "promotion": promotion,
+    "threads": threads,
+    "processes": processes,
+    "growth": growth,
+}
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in ("embedonce", "numpy", "redis", "hiredis", "redisvl", "psycopg", "pymemcache", "diskcache"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the tables of the tiers that processes share.")
+    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9")
+    parser.add_argument("--full", action="store_true", help="growth up to 1,000,000 entries: GBs of memory and disk")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--servers", nargs="+", choices=KINDS, help="these servers alone")
+    options = parser.parse_args()
+    for kind in [kind for kind in KINDS if options.servers and kind not in options.servers]:
+        del KINDS[kind]
+    print(versions(), flush=True)
+    repeats = 3 if options.quick else 9
+    for name, section in SECTIONS.items():
+        if options.only and name not in options.only:
+            continue
+        if section is growth:
+            growth(repeats, 1_000_000 if options.full else 100_000)
+        else:
+            section(repeats)
+
+
+if __name__ == "__main__":
+    main()
