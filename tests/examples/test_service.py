@@ -1,0 +1,218 @@
+"""The service example does what its README says, with a real Redis and over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from servers import HOST, RedisServer, free_port, wait_until
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "service.py"
+PREFIX = "embed:v1:"
+HOUR = 3600.0
+SECRET = "the patient's name is Ottokar"
+TEXTS = [f"{SECRET}, file {i}" for i in range(20)]
+
+
+class Service:
+    """The example in a process of its own."""
+
+    def __init__(self, redis: RedisServer, log: Path, **environment: str) -> None:
+        self.port = free_port()
+        self.log = log
+        self.environment = {**os.environ, "REDIS_URL": redis.url, "EMBED_TIMEOUT": "20s", **environment}
+        self.environment.pop("PYTHONWARNINGS", None)
+
+    def __enter__(self) -> Self:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, SCRIPT, "--port", str(self.port)], env=self.environment, stdout=log, stderr=log
+            )
+        try:
+            wait_until(lambda: self.process.poll() is not None or self.metrics(), "the service answers")
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) in (0, -signal.SIGTERM), self.log.read_text()
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+
+    def embed(self, texts: Any, **more: Any) -> tuple[int, dict[str, Any]]:
+        response, body = self.ask("POST", "/embed", json.dumps({"texts": texts, **more}).encode())
+        answer = json.loads(body)
+        answer["ms"] = response.getheader("Server-Timing")
+        return response.status, answer
+
+    def sources(self, texts: list[str]) -> list[str]:
+        status, answer = self.embed(texts)
+        assert status == 200
+        assert np.array(answer["vectors"]).shape == (len(texts), 384)
+        return list(answer["sources"])
+
+    def metrics(self) -> dict[str, float]:
+        _, body = self.ask("GET", "/metrics")
+        return {
+            name: float(value) for name, value in re.findall(r"^(embed_cache\S+) (\S+)$", body.decode(), re.MULTILINE)
+        }
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    """A Redis of the test's own: it is emptied of nothing, and killed."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def keys(redis: RedisServer) -> list[bytes]:
+    return list(redis.call("KEYS", "*"))
+
+
+def vectors(redis: RedisServer) -> list[bytes]:
+    """Return the keys of vectors: space cards have none."""
+    return [key for key in keys(redis) if b".card." not in key]
+
+
+def wait_for(redis: RedisServer, count: int) -> None:
+    wait_until(lambda: len(vectors(redis)) == count, f"{count} vectors are in Redis")
+
+
+def test_a_hit_needs_no_model_and_the_counters_say_so(redis: RedisServer, log: Path) -> None:
+    with Service(redis, log) as service:
+        assert service.sources(TEXTS) == ["provider"] * 20
+        found = service.metrics()
+        assert found["embed_cache_misses_total"] == 20
+        assert found['embed_cache_hits_total{tier="redis"}'] == 0
+        wait_for(redis, 20)
+        assert service.sources([*TEXTS[:7], f"  {TEXTS[7]} "]) == ["redis"] * 8
+        found = service.metrics()
+        assert found["embed_cache_misses_total"] == 20
+        assert found['embed_cache_hits_total{tier="redis"}'] == 8
+        assert found['embed_cache_provider_texts_total{provider="ngram"}'] == 20
+    with Service(redis, log) as service:  # another process
+        _, first = service.embed(TEXTS)
+        timed = [service.embed([text])[1] for text in TEXTS]
+        assert {source for answer in (first, *timed) for source in answer["sources"]} == {"redis"}
+        assert [answer["vectors"][0] for answer in timed] == first["vectors"]
+        assert service.metrics()["embed_cache_misses_total"] == 0
+        print("a hit of one text:", sorted(answer["ms"] for answer in timed)[len(timed) // 2])
+
+
+@pytest.mark.parametrize(("ttl", "seconds"), [(None, HOUR), ("90s", 90.0), ("2d", 2 * 86_400.0)])
+def test_the_ttl_is_an_hour_or_what_the_environment_says(
+    ttl: str | None, seconds: float, redis: RedisServer, log: Path
+) -> None:
+    with Service(redis, log, **({"EMBED_TTL": ttl} if ttl else {})) as service:
+        start = time.monotonic()
+        service.sources(TEXTS)
+        wait_for(redis, 20)
+        left = [redis.call("PTTL", key) / 1000 for key in vectors(redis)]
+        gone = time.monotonic() - start
+    assert max(left) <= seconds
+    assert min(left) > 0.95 * seconds - gone - 1  # spread over 5 %, so that not all expire together
+
+
+def test_no_text_is_in_redis_nor_in_the_log(redis: RedisServer, log: Path) -> None:
+    with Service(redis, log) as service:
+        service.sources(TEXTS)
+        wait_for(redis, 20)
+        service.sources(TEXTS)
+        assert service.embed([SECRET, 7])[0] == 400
+        assert service.embed([SECRET + "\ud800"])[0] == 400
+        assert service.embed(SECRET)[0] == 400
+        assert service.embed([SECRET], task=SECRET)[0] == 400
+        assert service.ask("POST", "/embed", f'{{"texts": ["{SECRET}"'.encode())[0].status == 400
+        assert service.ask("POST", "/embed", b"\xff" + SECRET.encode())[0].status == 400
+        redis.kill()
+        service.sources([f"{SECRET}, {i}" for i in range(5)])
+        redis.restart()
+    said = log.read_bytes()
+    assert said.count(b"POST /embed") > 5
+    with RedisServer() as fresh:  # what was written before it was killed is gone with it
+        with Service(fresh, log) as service:
+            service.sources(TEXTS)
+            wait_for(fresh, 20)
+        held = [part for key in keys(fresh) for part in (key, fresh.call("GET", key))]
+    assert len(held) == 42, "20 vectors and a space card"
+    assert all(key.startswith(PREFIX.encode()) for key in held[::2])
+    for part in (*held, log.read_bytes()):
+        for word in (SECRET, "patient", "Ottokar"):
+            assert word.encode() not in part
+
+
+def test_without_redis_it_answers_and_when_redis_is_back_it_is_used(redis: RedisServer, log: Path) -> None:
+    with Service(redis, log) as service:
+        service.sources(TEXTS)
+        wait_for(redis, 20)
+        redis.kill()
+        start = time.monotonic()
+        for number in range(20):
+            assert service.sources([TEXTS[number], f"new {number}"]) == ["provider"] * 2
+        print(f"20 calls without Redis: {(time.monotonic() - start) * 1e3:.0f} ms")
+        found = service.metrics()
+        errors = sum(value for name, value in found.items() if name.startswith("embed_cache_errors_total"))
+        assert errors >= 3
+        assert found['embed_cache_skipped_total{tier="redis"}'] > 0, "it is left out while it is down"
+        assert found["embed_cache_misses_total"] == 60
+        redis.restart()
+        number = iter(range(100_000))
+
+        def used() -> bool:
+            service.sources(["back?", f"back {next(number)}?"])
+            return service.sources(["back?"]) == ["redis"]
+
+        wait_until(used, "Redis is used again")
+    assert len(re.findall("tier 'redis': reads fail", log.read_text())) == 1
+
+
+def test_it_starts_without_redis(redis: RedisServer, log: Path) -> None:
+    redis.kill()
+    with Service(redis, log) as service:
+        assert service.sources(TEXTS) == ["provider"] * 20
+
+
+def test_a_redis_that_hangs_costs_its_timeout_and_no_more(redis: RedisServer, log: Path) -> None:
+    with Service(redis, log, EMBED_TIMEOUT="250ms") as service:
+        redis.pause()
+        try:
+            start = time.monotonic()
+            for number in range(50):
+                assert service.sources([f"new {number}"]) == ["provider"]
+            took = time.monotonic() - start
+        finally:
+            redis.resume()
+        print(f"50 calls with a Redis that hangs, timeout 250 ms: {took * 1e3:.0f} ms")
+        assert took < 50 * 0.25, "each call has waited"
+
+
+def test_an_empty_batch(redis: RedisServer, log: Path) -> None:
+    with Service(redis, log) as service:
+        assert service.embed([])[1]["vectors"] == []
