@@ -28,9 +28,9 @@ R = TypeVar("R")
 
 log = logging.getLogger("embedonce.memcached")
 
-RECEIVE = 2**14
-"""Bytes asked of a socket at once: pymemcache's 4 KiB are many calls, and beyond 32 KiB it copies much of what is left
-with every value."""
+RECEIVE = 24 * 1024
+"""Bytes asked of a socket at once. pymemcache asks for 4 KiB, and with every value copies what is left: fewer bytes
+are more calls, more are larger copies. Measured for 384 to 3,072 dimensions."""
 PATIENCE = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0

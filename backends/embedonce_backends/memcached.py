@@ -43,7 +43,15 @@ LAST_DATE = 2**31 - 1
 
 
 class NodeDown(TierBusy):
-    """Some nodes did not take their part of a write, and the others did: no reason to leave the tier out."""
+    """A node does not answer and others do: an error, but no reason to leave the whole tier out."""
+
+
+class _LeftOut(NodeDown):
+    """A node was not asked, because it failed a moment ago."""
+
+
+class NodeTimeout(NodeDown, TimeoutError):
+    """A node did not answer in time and others do."""
 
 
 class MemcachedBackend:
@@ -91,14 +99,15 @@ class MemcachedBackend:
         """Return what is there, by one ``get`` per node. The keys of a node that is down are absent.
 
         Raises:
-            Exception: pymemcache's or the socket's, where no node is left that answers.
+            NodeDown: no node that was asked has answered; others are up.
+            Exception: pymemcache's or the socket's: no node is up.
         """
         found: dict[str, bytes] = {}
         answers, failures = self._ask(self._by_node(keys), Connection.get_all)
         for answer in answers:
             found.update(answer)
-        if failures and not answers and (error := self._blame(failures)) is not None:
-            raise error
+        if not answers:
+            self._check({node: error for node, error in failures.items() if type(error) is not _LeftOut})
         return found
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
@@ -106,7 +115,7 @@ class MemcachedBackend:
 
         Raises:
             MemcacheServerError: a node refused a value.
-            NodeDown: some nodes are down; the others have stored their part.
+            NodeDown: some nodes do not answer; the others have stored their part.
         """
         expire = self._expire(ttl)
         answers, failures = self._ask(
@@ -120,7 +129,7 @@ class MemcachedBackend:
         """Store the items whose key is absent, in one trip per node, and return those keys.
 
         Raises:
-            NodeDown: some nodes are down; the others have stored their part.
+            NodeDown: some nodes do not answer; the others have stored their part.
         """
         expire = self._expire(ttl)
         # Never twice: an answer that was lost had perhaps stored, and the second would name another as the winner.
@@ -201,7 +210,7 @@ class MemcachedBackend:
         failures: dict[Node, Exception] = {}
         for place, (node, part) in enumerate(parts.items()):
             if not even_down and not node.admits():
-                failures[node] = NodeDown(f"memcached {node.name} is left out for now")
+                failures[node] = _LeftOut(f"memcached {node.name} is left out for now")
                 continue
             share = self._share(len(parts) - place)
             try:
@@ -226,20 +235,18 @@ class MemcachedBackend:
     def _some_up(self) -> bool:
         return any(node.up for node in self._nodes.values())
 
-    def _blame(self, failures: Mapping[Node, Exception]) -> Exception | None:
-        """Return the error that says what went wrong, None where it is no more than nodes that are down."""
-        if not self._some_up():
-            return next(iter(failures.values()))
-        return next((error for node, error in failures.items() if node.up), None)
-
     def _check(self, failures: Mapping[Node, Exception]) -> None:
+        """Raise what went wrong, if anything did; as NodeDown where the nodes that failed are not all there are."""
         if not failures:
             return
-        if (error := self._blame(failures)) is not None:
-            raise error
-        names = ", ".join(node.name for node in failures)
+        if not self._some_up():
+            raise next(iter(failures.values()))
+        for node, error in failures.items():
+            if node.up:
+                raise error
         cause = next(iter(failures.values()))
-        raise NodeDown(f"memcached {names}: down; the other nodes have stored theirs") from cause
+        kind = NodeTimeout if isinstance(cause, TimeoutError) else NodeDown
+        raise kind(f"memcached {', '.join(node.name for node in failures)}: no answer; others are up") from cause
 
 
 _HOST = re.compile(r"([\w.-]+|\[[\w:.%]+\])(?::([0-9]{1,5}))?")

@@ -1,0 +1,482 @@
+"""The memcached backend against real servers: contract, options, placement, limits, ttl, eviction, forks, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pytest
+from pymemcache.exceptions import MemcacheServerError
+from servers import MemcachedServer, memcached_call, program
+
+import embedonce
+from embedonce import Cache, Tier
+from embedonce.contracts import deadline
+from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
+from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
+from embedonce.testing._support import in_fork, in_threads
+from embedonce_backends import _memcached_nodes
+from embedonce_backends.memcached import LARGEST, MemcachedBackend
+
+DAY = 86_400
+_numbers = itertools.count()
+
+
+def unused() -> str:
+    """Return a prefix that no other test has used, so that a shared server is an empty one."""
+    return f"{os.getpid()}-{next(_numbers)}-"
+
+
+def key_of(number: int) -> str:
+    return f"eo1.0123456789abcdef.{sha256(b'%d' % number).hexdigest()}"
+
+
+def value_of(number: int, size: int = 1600) -> bytes:
+    return sha256(b"value %d" % number).digest() * (size // 32)
+
+
+def items_of(numbers: range, size: int = 1600) -> dict[str, bytes]:
+    return {key_of(number): value_of(number, size) for number in numbers}
+
+
+@contextmanager
+def opened(servers: list[str], **options: Any) -> Iterator[MemcachedBackend]:
+    backend = MemcachedBackend(servers=servers, **{"prefix": unused(), **options})
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@pytest.fixture
+def backend(memcached_servers: list[str]) -> Iterator[MemcachedBackend]:
+    with opened(memcached_servers) as backend:
+        yield backend
+
+
+class TestMemcached(BackendContract):
+    """Two nodes."""
+
+    examples = 30
+
+    @pytest.fixture(autouse=True)
+    def on_servers(self, memcached_servers: list[str]) -> None:
+        self.options: dict[int, dict[str, Any]] = {}
+        self.servers = memcached_servers
+
+    def make(self) -> MemcachedBackend:
+        return self.client({"servers": self.servers, "prefix": unused()})
+
+    def client(self, options: dict[str, Any]) -> MemcachedBackend:
+        backend = MemcachedBackend(**options)
+        self.options[id(backend)] = options
+        return backend
+
+    def reopen(self, backend: Any) -> MemcachedBackend:
+        return self.client(self.options[id(backend)])
+
+    def recipe(self, backend: Any) -> Recipe:
+        return Recipe(MemcachedBackend, self.options[id(backend)])
+
+
+class TestOneNode(TestMemcached):
+    """Behind a proxy, so that it can be made to stall."""
+
+    @pytest.fixture(autouse=True)
+    def behind_a_proxy(self, on_servers: None) -> Iterator[None]:
+        host, port = self.servers[0].split(":")
+        with FaultProxy(host, int(port)) as self.proxy:
+            self.servers = [self.proxy.url_port]
+            yield
+
+    @contextmanager
+    def stall(self, backend: Any) -> Iterator[None]:
+        self.proxy.fault = NetworkFault("black_hole")
+        yield
+        self.proxy.heal()
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "servers",
+    ["a:1", [], [""], [":11211"], ["a:0"], ["a:70000"], ["a:x"], ["::1"], ["a b:1"], [11211], ["memcached://u:pass@h"]],
+)
+def test_servers_that_are_none_are_refused(servers: Any) -> None:
+    with pytest.raises(ConfigError, match="servers") as raised:
+        MemcachedBackend(servers=servers)
+    assert "pass" not in str(raised.value)
+
+
+def test_a_node_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        MemcachedBackend(servers=["a", "b", "a:11211"])
+
+
+@pytest.mark.parametrize("prefix", ["a b", "a\n", "ä", "x" * 132, "\0"])
+def test_a_prefix_that_memcached_would_not_take_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="prefix"):
+        MemcachedBackend(servers=["a"], prefix=prefix)
+
+
+def test_nothing_is_connected_to_before_the_first_call() -> None:
+    for servers in (["192.0.2.1", "memcached.invalid:11211"], ["[::1]:11211"], ["/run/memcached.sock"], ["unix:/m"]):
+        backend = MemcachedBackend(servers=servers)
+        backend.close()
+        backend.close()
+        with pytest.raises(CacheClosed):
+            backend.get_many([key_of(0)])
+
+
+def test_from_toml(memcached_servers: list[str], tmp_path: Any) -> None:
+    file = tmp_path / "embedonce.toml"
+    servers = ", ".join(f'"{server}"' for server in memcached_servers)
+    file.write_text(
+        f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "memcached"\nservers = [{servers}]\n'
+        f'prefix = "{unused()}"\nmax_value_bytes = "512 KiB"\ntimeout = "30s"\nwrite = "inline"\n'
+    )
+    with embedonce.open(file) as cache:
+        vector = cache.embed("hello")
+    with embedonce.open(file) as cache:
+        found = cache.fetch(["hello"])
+        assert found.sources == ["memcached"]
+        assert np.array_equal(found.vectors[0], vector)
+        assert cache.check()[0].detail == f"frames on {len(memcached_servers)} nodes"
+
+
+class UnixServer(MemcachedServer):
+    """memcached on a Unix socket; it then listens on nothing else."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/m.sock"
+
+    def command(self) -> list[str]:
+        user = ["-u", "root"] if os.geteuid() == 0 else []
+        return [program("memcached"), "-s", self.path, *user]
+
+    def ready(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.path)
+        return True
+
+
+def test_a_unix_socket() -> None:
+    with UnixServer() as server, opened([server.path]) as backend:
+        backend.set_many(items_of(range(3)), None)
+        assert backend.get_many([key_of(0), key_of(9)]) == {key_of(0): value_of(0)}
+
+
+def test_a_name_is_looked_up(memcached_servers: list[str]) -> None:
+    with opened([f"localhost:{memcached_servers[0].split(':')[1]}"]) as backend:
+        backend.set_many(items_of(range(3)), None)
+        assert backend.get_many([key_of(0)]) == {key_of(0): value_of(0)}
+
+
+# --- placement --------------------------------------------------------------------------------
+
+
+def placed(servers: list[str], count: int = 3000) -> dict[str, str]:
+    backend = MemcachedBackend(servers=servers)
+    parts = backend._by_node([key_of(number) for number in range(count)])
+    return {key: node.name for node, keys in parts.items() for key in keys}
+
+
+def test_keys_are_spread_and_few_move() -> None:
+    three = placed(["a:1", "b:1", "c:1"])
+    assert three == placed(["c:1", "a:1", "b:1"])
+    assert min(Counter(three.values()).values()) > 900
+    four = placed(["a:1", "b:1", "c:1", "d:1"])
+    moved = {key for key in three if three[key] != four[key]}
+    assert {four[key] for key in moved} == {"d:1"}
+    assert 600 < len(moved) < 900
+
+
+def test_placement_is_the_same_in_every_process_and_version() -> None:
+    places = placed(["a:1", "b:1", "c:1"], 24)
+    assert "".join(places[key][0] for key in sorted(places)) == GOLDEN
+
+
+GOLDEN = "acbcbacbbbcaccbbaaacbcca"
+
+
+def test_every_node_is_asked_once(memcached_servers: list[str]) -> None:
+    with opened(memcached_servers) as backend:
+        backend.set_many(items_of(range(100)), None)
+        before = [commands(address) for address in memcached_servers]
+        assert backend.get_many([key_of(number) for number in range(100)]) == items_of(range(100))
+        # One "get" with many keys counts as many; connections tell that it was one call.
+        after = [commands(address) for address in memcached_servers]
+        assert sum(after) - sum(before) == 100
+        assert all(new > old for new, old in zip(after, before, strict=True))
+
+
+def commands(address: str) -> int:
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port))) as connection, connection.makefile("rb") as reader:
+        connection.sendall(b"stats\r\n")
+        for line in reader:
+            if line.startswith(b"STAT cmd_get "):
+                return int(line.split()[2])
+    raise AssertionError
+
+
+# --- values and keys --------------------------------------------------------------------------
+
+
+def test_the_largest_value_fits_under_the_longest_key(memcached_servers: list[str]) -> None:
+    key = "k" * 119
+    with opened(memcached_servers, prefix="p" * 131) as backend:
+        assert backend.capabilities.max_value_bytes == LARGEST
+        backend.set_many({key: b"x" * LARGEST}, None)
+        assert backend.get_many([key]) == {key: b"x" * LARGEST}
+        backend.delete_many([key])
+        assert backend.get_many([key]) == {}
+
+
+def test_a_refused_value_does_not_look_stored(memcached_servers: list[str]) -> None:
+    with opened(memcached_servers[:1]) as backend:
+        backend.set_many({key_of(0): b"old"}, None)
+        with pytest.raises(MemcacheServerError):
+            backend.set_many({key_of(0): b"x" * (2**20 + 1)}, None)
+        assert backend.get_many([key_of(0)]) == {}
+        backend.set_many(items_of(range(5)), None)
+        assert backend.get_many([key_of(1)]) == {key_of(1): value_of(1)}
+
+
+def test_a_vector_that_is_too_large_is_left_out_and_counted(memcached_servers: list[str]) -> None:
+    provider = CountingProvider(dimensions=2**18)
+    with opened(memcached_servers) as backend:
+        with Cache(provider, [Tier(backend, write="inline", timeout=30.0)]) as cache:
+            cache.embed_batch(["a", "b"])
+            counted = cache.stats().tiers["memcached"]
+        assert (counted.stored, counted.dropped, counted.errors) == (0, 2, 0)
+
+
+def test_prefixes_keep_stores_apart(memcached_servers: list[str]) -> None:
+    with opened(memcached_servers) as one, opened(memcached_servers) as two:
+        one.set_many(items_of(range(5)), None)
+        assert two.get_many([key_of(0)]) == {}
+        assert two.add_many({key_of(0): b"lease"}, 60.0) == {key_of(0)}
+        two.delete_many([key_of(1)])
+        assert one.get_many([key_of(0), key_of(1)]) == items_of(range(2))
+
+
+# --- time to live -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ttl", "least", "most"),
+    [
+        (None, -1, -1),
+        (0.001, 0, 1),
+        (1.5, 1, 2),
+        (3600, 3590, 3600),
+        (30 * DAY, 30 * DAY - 10, 30 * DAY),
+        (30 * DAY + 1, 30 * DAY - 10, 30 * DAY + 5),
+        (31 * DAY, 31 * DAY - 10, 31 * DAY + 5),
+        (3650 * DAY, 3650 * DAY - 10, 3650 * DAY + 5),
+        (50_000 * DAY, -1, -1),
+    ],
+)
+@pytest.mark.parametrize("write", ["set_many", "add_many"])
+def test_ttl(memcached_servers: list[str], write: str, ttl: float | None, least: int, most: int) -> None:
+    prefix = unused()
+    with opened(memcached_servers[:1], prefix=prefix) as backend:
+        getattr(backend, write)({key_of(0): b"x"}, ttl)
+        found = memcached_call(memcached_servers[0], f"mg {prefix}{key_of(0)} t")
+        if least == 0 and found == "EN":
+            return  # a second is over
+        assert found.startswith("HD t"), found
+        assert least <= int(found[4:]) <= most
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def test_a_full_server_evicts() -> None:
+    with MemcachedServer("-m", "2") as server, opened([server.address]) as backend:
+        for start in range(0, 5000, 500):
+            backend.set_many(items_of(range(start, start + 500)), None)
+        found = backend.get_many([key_of(number) for number in range(4900, 5000)])
+        assert found == items_of(range(4900, 5000))
+        there = sum(len(backend.get_many([key_of(n) for n in range(s, s + 500)])) for s in range(0, 5000, 500))
+        assert 100 <= there < 5000
+
+
+def test_a_full_server_that_does_not_evict_says_so() -> None:
+    with MemcachedServer("-m", "2", "-M") as server, opened([server.address]) as backend:
+
+        def fill() -> None:
+            for start in range(0, 5000, 500):
+                backend.set_many(items_of(range(start, start + 500)), None)
+
+        with pytest.raises(MemcacheServerError, match="out of memory"):
+            fill()
+        assert backend.get_many([key_of(0)]) == {key_of(0): value_of(0)}
+
+
+# --- forget, purge, stats ---------------------------------------------------------------------
+
+
+def test_forget_works_and_purge_names_the_tier(memcached_servers: list[str]) -> None:
+    provider = CountingProvider()
+    with (
+        opened(memcached_servers) as backend,
+        Cache(provider, [Tier(backend, write="inline", timeout=30.0)]) as cache,
+    ):
+        cache.embed_batch(["a", "b"])
+        cache.forget(["a"])
+        assert cache.lookup(["a", "b"]).sources == [None, "memcached"]
+        with pytest.raises(EraseIncomplete) as raised:
+            cache.purge(version="v1")
+        assert list(raised.value.tiers) == ["memcached"]
+
+
+# --- threads, forks, the end ------------------------------------------------------------------
+
+
+def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> None:
+    host, port = memcached_servers[0].split(":")
+    with FaultProxy(host, int(port)) as proxy, opened([proxy.url_port], max_connections=2) as backend:
+        backend.set_many(items_of(range(50)), None)
+
+        def work(number: int) -> None:
+            for turn in range(50):
+                wanted = (number + turn) % 50
+                assert backend.get_many([key_of(wanted)]) == {key_of(wanted): value_of(wanted)}
+
+        in_threads(8, work, "get_many from eight threads over two connections")
+        assert proxy.accepted <= 2
+
+
+def test_an_exhausted_pool_is_busy_and_not_dead(memcached_servers: list[str]) -> None:
+    host, port = memcached_servers[0].split(":")
+    with FaultProxy(host, int(port)) as proxy, opened([proxy.url_port], max_connections=1) as backend:
+        backend.set_many(items_of(range(2)), None)
+        proxy.fault = NetworkFault("black_hole", direction="replies")
+        asked = threading.Thread(target=backend.get_many, args=([key_of(0)],))
+        asked.start()
+        try:
+            while backend._nodes[proxy.url_port]._idle:
+                pass
+            with deadline(0.05), pytest.raises(TierBusy):
+                backend.get_many([key_of(1)])
+            assert backend._nodes[proxy.url_port].up
+        finally:
+            proxy.heal()
+            asked.join()
+        assert backend.get_many([key_of(1)]) == {key_of(1): value_of(1)}
+
+
+def test_a_call_that_is_interrupted_leaves_no_reply(backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.set_many(items_of(range(40)), None)
+    receive = _memcached_nodes._Socket.recv
+
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    for number in range(10):
+        monkeypatch.setattr(_memcached_nodes._Socket, "recv", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.get_many([key_of(number)])
+        monkeypatch.setattr(_memcached_nodes._Socket, "recv", receive)
+        assert backend.get_many([key_of(number + 1)]) == {key_of(number + 1): value_of(number + 1)}
+
+
+def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
+    """Before use, after use, and while other threads are in the middle of a call or hold every connection."""
+    with opened(memcached_servers, max_connections=2) as backend:
+        everything = items_of(range(30))
+
+        def use() -> None:
+            for _ in range(20):
+                assert backend.get_many(list(everything)) == everything
+
+        def child() -> None:
+            backend.set_many(everything, None)
+            use()
+
+        in_fork(child, "a backend that was not used before the fork")
+        stop = threading.Event()
+        wrong: list[BaseException] = []
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    use()
+                except BaseException as error:
+                    wrong.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(5):
+                in_fork(child, "a backend that threads used during the fork")
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert wrong == []
+        use()
+
+
+async def test_the_async_face(backend: MemcachedBackend) -> None:
+    provider = CountingProvider()
+    cache = Cache(provider, [Tier(backend, name="shared", timeout=30.0, write="inline")])
+    texts = [f"text {number}" for number in range(50)]
+    first = await cache.aembed_batch(texts)
+    answers = await asyncio.gather(*(cache.afetch(texts) for _ in range(5)))
+    for answer in answers:
+        assert answer.sources == ["shared"] * 50
+        assert np.array_equal(answer.vectors, first)
+    await cache.aclose()
+
+
+def test_dropped_without_close_it_closes_its_sockets(memcached_servers: list[str]) -> None:
+    backend = MemcachedBackend(servers=memcached_servers, prefix=unused())
+    backend.set_many(items_of(range(10)), None)
+    sockets = [node._idle[0].sock for node in backend._nodes.values()]
+    del backend
+    gc.collect()
+    assert all(one.fileno() == -1 for one in sockets)
+
+
+def test_a_connection_in_use_is_closed_when_it_comes_back(memcached_servers: list[str]) -> None:
+    backend = MemcachedBackend(servers=memcached_servers, prefix=unused())
+    backend.set_many(items_of(range(10)), None)
+
+    def work(number: int) -> None:
+        while True:
+            if number == 3:
+                backend.close()
+            with suppress(OSError, ValueError):
+                backend.get_many([key_of(number)])
+
+    with pytest.raises(CacheClosed):
+        in_threads(4, work, "get_many beside close")
+    assert all(node._idle == [] for node in backend._nodes.values())
+
+
+def test_pymemcache_is_asked_for_when_it_is_missing() -> None:
+    code = (
+        "import sys; sys.modules['pymemcache'] = None\n"
+        "import embedonce\n"
+        "embedonce.open({'provider': {'type': 'ngram'}, 'tiers': [{'type': 'memcached', 'servers': ['a']}]})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "embedonce[memcached]" in done.stderr
