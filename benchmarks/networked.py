@@ -139,11 +139,12 @@ class RawPostgres(Raw):
     kind = "bytea"
     table = "raw_bytes"
     value = "value"
+    prepare: int | None = 0
 
     def connect(self) -> Any:
         import psycopg
 
-        connection = psycopg.connect(self.url, autocommit=True)
+        connection = psycopg.connect(self.url, autocommit=True, prepare_threshold=self.prepare)
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(1)")
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
@@ -169,10 +170,18 @@ class RawPostgres(Raw):
         return joined([found[sha256(text)] for text in texts])
 
 
-class RawVectors(RawPostgres):
-    """The same with a pgvector column, its bytes turned into floats of this machine."""
+class RawUnprepared(RawPostgres):
+    """The same, with nothing prepared, as it must be behind a transaction pooler."""
 
-    name = "sha256 + SELECT = ANY, pgvector"
+    name = "the same, nothing prepared"
+    prepare = None
+    table = "raw_unprepared"
+
+
+class RawVectors(RawUnprepared):
+    """That with a pgvector column, its bytes turned into floats of this machine."""
+
+    name = "the same with a pgvector column"
     kind = "vector"
     table = "raw_vectors"
     value = "vector_send(value)"
@@ -317,7 +326,7 @@ KINDS: dict[str, tuple[Callable[[], Any], list[type[Peer]]]] = {
     "Redis": (servers.RedisServer, [RawRedis, OverRedis, RedisVL]),
     "Postgres": (
         lambda: servers.PostgresServer("-c", "shared_buffers=512MB", "-c", "max_wal_size=8GB"),
-        [RawPostgres, OverPostgres, RawVectors, OverVectors],
+        [RawPostgres, RawUnprepared, OverPostgres, RawVectors, OverVectors],
     ),
     "memcached": (lambda: servers.MemcachedServer("-m", "8192"), [RawMemcached, OverMemcached]),
 }
@@ -340,6 +349,11 @@ def each_server() -> Iterator[tuple[str, Any, list[type[Peer]]]]:
                 yield kind, server, classes
         except servers.pytest.skip.Exception as missing:
             print(f"(left out: {kind}: {missing})", file=sys.stderr)
+
+
+def pair(classes: Sequence[type[Peer]]) -> list[type[Peer]]:
+    """Return the floor, and embedonce over the same server."""
+    return [classes[0], next(filter(is_embedonce, classes))]
 
 
 def is_embedonce(cls: type[Peer]) -> bool:
@@ -438,12 +452,14 @@ def writes(repeats: int) -> None:
                 }
                 calls |= {p.name: (lambda p=p, matrix=matrix: write(p, matrix)) for p in others}
                 notes = {p.name: "put asks first, then stores" for p in ready if isinstance(p, Embedonce)}
+                notes[RawVectors.name] = "vectors sent as text"
                 table(f"{kind}: writes, {dimensions} dimensions", measure(calls, repeats), TEXTS, notes)
 
 
 def promotion(repeats: int) -> None:
     """Read what memory has evicted from the server, and put it back into memory."""
-    for kind, _, (raw, ours, *_) in each_server():
+    for kind, _, classes in each_server():
+        raw, ours = pair(classes)
         above = type(ours.__name__, (ours,), {"memory": True, "name": f"memory, evicted, + {ours.name}"})
         texts = Renewed(sample(TEXTS))
         with stored([raw, ours, above], texts.now, vectors(TEXTS, 384)) as ready:
@@ -462,7 +478,7 @@ def threads(repeats: int) -> None:
     for kind, _, classes in each_server():
         print(f"\n### {kind}: batch hit, threads\n\n| threads | floor, µs per text | embedonce | times the floor |")
         print("| ---: | ---: | ---: | ---: |")
-        with stored(classes[:2], texts, vectors(TEXTS, 384)) as ready:
+        with stored(pair(classes), texts, vectors(TEXTS, 384)) as ready:
             for number in THREADS:
                 with ThreadPoolExecutor(number) as pool:
                     calls: Calls = {
@@ -585,7 +601,7 @@ def _size(server: Any, peer: Any) -> float:
     if isinstance(server, servers.RedisServer):
         return float(server.call("INFO", "memory").split(b"used_memory:")[1].split()[0])
     if isinstance(server, servers.PostgresServer):
-        server.call(f"VACUUM {peer.backend()._table}")
+        server.call(f"VACUUM embedonce_{peer.column}")
         return float(server.call(f"SELECT pg_total_relation_size('embedonce_{peer.column}')"))
     from pymemcache.client.base import Client
 
