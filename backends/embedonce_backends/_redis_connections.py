@@ -1,0 +1,595 @@
+"""Connections to Redis: each call ends by its deadline, and no connection is shared with a forked child.
+
+A connection is redis-py's. Its pools are not: they know no deadline, and nothing tells an exhausted one from a
+server that is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
+
+import redis
+import redis.asyncio
+from redis.connection import DefaultParser
+from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
+
+from embedonce.contracts import time_left
+from embedonce.errors import CacheClosed, TierBusy, TierTimeout
+
+from ._redis_plans import ROLE, Node, Plan, Reply, Trip, is_master
+from ._redis_url import Address, Place
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+T = TypeVar("T")
+
+CLOSED = "the redis backend is closed"
+BUSY = "all connections to Redis are in use (max_connections = {})"
+SLOW = "Redis did not answer in time"
+
+IDLE_SECONDS = 300.0
+"""A connection that was not used for so long is not used again: load balancers forget it without a word."""
+READ_BYTES = 2**18
+"""Read at once. A batch of 256 frames of 384 dimensions has 400 kB."""
+
+
+class Settings:
+    """What every connection is made with."""
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        username: str | None,
+        password: str | None,
+        sentinel_username: str | None,
+        sentinel_password: str | None,
+        tls: SSLContext | None,
+        most: int,
+    ) -> None:
+        self.db = place.db
+        self.tls = tls
+        self.most = most
+        self._login = {"username": username, "password": password}
+        self._sentinel_login = {"username": sentinel_username, "password": sentinel_password}
+
+    def options(self, node: Node) -> dict[str, Any]:
+        """Return redis-py's options for a connection to a node."""
+        sentinel = node.role == "sentinel"
+        return {
+            **(self._sentinel_login if sentinel else self._login),
+            "db": 0 if sentinel else self.db,
+            # Deadlines are of the whole call, and here: see _Parser. Retries are the engine's.
+            "socket_timeout": None,
+            "socket_connect_timeout": None,
+            # RESP2 needs no HELLO, and values look the same. CLIENT SETINFO would be two more trips.
+            "protocol": 2,
+            "driver_info": None,
+            "socket_read_size": READ_BYTES,
+        }
+
+
+# --- one connection, blocking ---------------------------------------------------------------------
+
+
+class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
+    """Reads until the call's deadline: a socket's own timeout starts again with every byte."""
+
+    def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
+        if self._sock is not None:
+            self._sock.settimeout(time_left())
+        read: bool = super().read_from_socket(*args, **kwargs)
+        return read
+
+
+class Connection(redis.Connection):
+    """A blocking connection whose connecting, sending and reading end by the deadline of the call."""
+
+    idle_since = 0.0
+
+    def __init__(self, node: Node, settings: Settings) -> None:
+        self._node = node
+        self._tls = settings.tls
+        super().__init__(
+            host=node.address.host,
+            port=node.address.port,
+            parser_class=_Parser,
+            **settings.options(node),
+        )
+
+    def _connect(self) -> socket.socket:
+        problem: OSError = OSError("the name of the host stands for no address")
+        for family, target in _resolved(self._node.address):
+            try:
+                return self._connected(family, target)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                problem = error
+        raise problem
+
+    def _connected(self, family: int, target: Any) -> socket.socket:
+        found = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family != socket.AF_UNIX:
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            found.settimeout(time_left())
+            found.connect(target)
+            if self._tls is not None:
+                found.settimeout(time_left())
+                found = self._tls.wrap_socket(found, server_hostname=self._node.address.host)
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send pieces of bytes; redis-py's own handshake does so, too."""
+        found: socket.socket | None = self._sock
+        if found is not None:
+            found.settimeout(time_left())
+        super().send_packed_command(command, check_health)
+
+    def send(self, trip: Trip) -> None:
+        """Send the commands of a trip, in one piece: the time that it takes is then counted as a whole."""
+        self.send_packed_command([trip.packed()])
+
+    def read(self, trip: Trip) -> list[Reply]:
+        """Return one reply per command; error replies are among them."""
+        replies = []
+        for _ in trip.commands:
+            try:
+                reply = self.read_response()
+            except ResponseError as error:
+                reply = error
+            else:
+                if not trip.check(reply):
+                    raise InvalidResponse("a reply is not of the kind that was asked for")
+            replies.append(reply)
+        return replies
+
+    def open(self) -> None:
+        """Connect, log in, and see that a master is one."""
+        self.connect()
+        if self._node.role == "master":
+            (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
+            _check_role(reply)
+
+    def ask(self, trip: Trip) -> list[Reply]:
+        """Send the commands of a trip and read the replies."""
+        self.send(trip)
+        return self.read(trip)
+
+    def is_quiet(self) -> bool:
+        """Say whether it is as it was left: one that the server closed, or wrote to, can be read from."""
+        try:
+            return not self.can_read(0)
+        except (redis.RedisError, OSError):
+            return False
+
+
+def _check_role(reply: Reply) -> None:
+    if not is_master(reply):
+        raise ConnectionError("the server that the sentinels named is not the master any more")
+
+
+def _resolved(address: Address) -> Sequence[tuple[int, Any]]:
+    """Return family and target of each address that a host's name stands for."""
+    if not address.port:
+        return [(socket.AF_UNIX, address.host)]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            socket.inet_pton(family, address.host)
+            return [(family, (address.host, address.port))]
+    found = _within_deadline(
+        lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM), "a host's name"
+    )
+    return [(family, target) for family, _, _, _, target in found]
+
+
+def _within_deadline(call: Callable[[], T], what: str) -> T:
+    """Return ``call()``, made in a thread that is left behind when the deadline passes: name servers know none."""
+    left = time_left()
+    if left is None:
+        return call()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001  (raised where the result is wanted)
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="embedonce-redis", daemon=True)
+    thread.start()
+    thread.join(left)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TierTimeout(f"{what} was not looked up in time")
+    return results[0]
+
+
+# --- pools, blocking --------------------------------------------------------------------------------
+
+
+class Pool:
+    """Lends connections to one node, the one used last first; up to ``most`` at once."""
+
+    def __init__(self, node: Node, settings: Settings) -> None:
+        self._node = node
+        self._settings = settings
+        self._idle: list[Connection] = []
+        self._closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, as in a forked child: what is open is the parent's."""
+        self._changed = threading.Condition()
+        self._idle.clear()  # redis-py closes the child's descriptor alone, without a word to the server
+        self._lent = 0
+
+    def take(self) -> Connection:
+        """Return a connection that is this call's alone until :meth:`give`.
+
+        Raises:
+            TierBusy: all connections stayed in use for half of the time that the call has.
+        """
+        with self._changed:
+            if self._lent >= self._settings.most and not self._closed:
+                self._wait()
+            if self._closed:
+                raise CacheClosed(CLOSED)
+            self._lent += 1
+            idle = self._pop()
+        return Connection(self._node, self._settings) if idle is None else idle
+
+    def _wait(self) -> None:
+        left = time_left()
+        patience = None if left is None else left / 2
+        if not self._changed.wait_for(lambda: self._closed or self._lent < self._settings.most, patience):
+            raise TierBusy(BUSY.format(self._settings.most))
+
+    def _pop(self) -> Connection | None:
+        oldest = time.monotonic() - IDLE_SECONDS
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since > oldest and connection.is_quiet():
+                return connection
+            connection.disconnect()
+        return None
+
+    def give(self, connection: Connection, *, sound: bool) -> None:
+        """Take a connection back; it is closed unless it is ``sound``."""
+        if not sound:
+            connection.disconnect()
+        connection.idle_since = time.monotonic()
+        with self._changed:
+            self._lent -= 1
+            if sound and not self._closed:
+                self._idle.append(connection)
+            self._changed.notify()
+        if self._closed:
+            connection.disconnect()
+
+    def close(self) -> None:
+        """Close what is idle, and later what comes back."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._changed.notify_all()
+        for connection in idle:
+            connection.disconnect()
+
+
+class Client:
+    """Carries out plans, blocking."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pools: dict[Node, Pool] = {}
+        self._closed = False
+        self.reset()
+        _clients.add(self)
+        weakref.finalize(self, _close_all, self._pools)
+
+    def reset(self) -> None:
+        """Start anew, as in a forked child."""
+        self._lock = threading.Lock()
+        for pool in self._pools.values():
+            pool.reset()
+
+    def run(self, plan: Plan[T]) -> T:
+        """Carry a plan out and return its result.
+
+        Raises:
+            TierTimeout: the deadline has passed.
+            TierBusy: no connection was free.
+            redis.RedisError: what the server, or redis-py, has to say.
+        """
+        try:
+            trips = next(plan)
+            while True:
+                try:
+                    replies = self._exchange(trips)
+                except BaseException as error:  # noqa: BLE001  (the plan knows what it means)
+                    trips = plan.throw(_in_our_words(error))
+                else:
+                    trips = plan.send(replies)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    @contextmanager
+    def alone(self, node: Node) -> Iterator[Connection]:
+        """Lend a new connection that is closed afterwards: for what must not go on with another server unnoticed."""
+        if self._closed:
+            raise CacheClosed(CLOSED)
+        connection = Connection(node, self._settings)
+        try:
+            connection.open()
+            yield connection
+        except Exception as error:
+            ours = _in_our_words(error)
+            if ours is error:
+                raise
+            raise ours from error
+        finally:
+            connection.disconnect()
+
+    def close(self) -> None:
+        """Close every connection, those in use when their call ends."""
+        with self._lock:
+            self._closed = True
+            _close_all(self._pools)
+
+    def _pool(self, node: Node) -> Pool:
+        pool = self._pools.get(node)
+        if pool is None:
+            with self._lock:
+                if self._closed:
+                    raise CacheClosed(CLOSED)
+                pool = self._pools.setdefault(node, Pool(node, self._settings))
+        return pool
+
+    def _exchange(self, trips: Sequence[Trip]) -> list[list[Reply]]:
+        """Send all trips, then read all replies."""
+        time_left()
+        # Everybody takes connections in the same order: two calls never wait for each other's.
+        ways = {index: self._pool(trip.node) for index, trip in enumerate(trips)}
+        lent: dict[int, Connection] = {}
+        done: set[int] = set()
+        replies: list[list[Reply]] = [[] for _ in trips]
+        try:
+            for index in sorted(ways, key=lambda index: trips[index].node):
+                lent[index] = ways[index].take()
+            for index, connection in lent.items():
+                if not connection.is_connected:
+                    connection.open()
+                connection.send(trips[index])
+            for index, connection in lent.items():
+                replies[index] = connection.read(trips[index])
+                done.add(index)
+            return replies
+        finally:
+            for index, connection in lent.items():
+                ways[index].give(connection, sound=index in done)
+
+
+def _in_our_words(error: BaseException) -> BaseException:
+    """Return what the engine knows for redis-py's timeout and the standard library's; other errors as they are."""
+    if isinstance(error, redis.TimeoutError) or (isinstance(error, TimeoutError) and type(error) is not TierTimeout):
+        ours = TierTimeout(SLOW)
+        ours.__cause__ = error
+        return ours
+    return error
+
+
+def _close_all(pools: Mapping[Any, Any]) -> None:
+    for pool in list(pools.values()):
+        pool.close()
+
+
+# --- the same for an event loop ---------------------------------------------------------------------
+
+
+class AsyncConnection(redis.asyncio.Connection):
+    """A connection of an event loop. Cancelling a call ends what it does."""
+
+    idle_since = 0.0
+
+    def __init__(self, node: Node, settings: Settings) -> None:
+        self._node = node
+        self._tls = settings.tls
+        super().__init__(host=node.address.host, port=node.address.port, **settings.options(node))
+        _made.add(self)
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        tls = {} if self._tls is None else {"ssl": self._tls, "server_hostname": self._node.address.host}
+        return {**super()._connection_arguments(), **tls, "limit": READ_BYTES}
+
+    async def _connect(self) -> None:
+        if self._node.address.port:
+            await super()._connect()
+        else:
+            path = self._node.address.host
+            self._reader, self._writer = await asyncio.open_unix_connection(path, limit=READ_BYTES)
+
+    async def open(self) -> None:
+        """Connect, log in, and see that a master is one."""
+        await self.connect()
+        if self._node.role == "master":
+            (reply,) = await self.ask(Trip(self._node, [ROLE], lambda _: True))
+            _check_role(reply)
+
+    async def ask(self, trip: Trip) -> list[Reply]:
+        """Send the commands of a trip, and return one reply per command; error replies are among them."""
+        await self.send_packed_command([trip.packed()])
+        replies = []
+        for _ in trip.commands:
+            try:
+                reply = await self.read_response()
+            except ResponseError as error:
+                reply = error
+            else:
+                if not trip.check(reply):
+                    raise InvalidResponse("a reply is not of the kind that was asked for")
+            replies.append(reply)
+        return replies
+
+    async def is_quiet(self) -> bool:
+        """Say whether it is as it was left: one that the server closed, or wrote to, can be read from."""
+        try:
+            return self.is_connected and not await self.can_read()
+        except (redis.RedisError, OSError):
+            return False
+
+    async def drop(self) -> None:
+        """Close it at once: nothing that comes later is read."""
+        await self.disconnect(nowait=True)
+
+
+class AsyncPool:
+    """The same as :class:`Pool` for one event loop."""
+
+    def __init__(self, node: Node, settings: Settings) -> None:
+        self._node = node
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.most)
+        self._idle: list[AsyncConnection] = []
+        self._closed = False
+
+    async def ask(self, trip: Trip) -> list[Reply]:
+        """Carry out one trip; a connection that did not come to its end is dropped."""
+        await self._slot()
+        try:
+            connection = await self._pop() or AsyncConnection(self._node, self._settings)
+            try:
+                if not connection.is_connected:
+                    await connection.open()
+                replies = await connection.ask(trip)
+            except BaseException:
+                await connection.drop()
+                raise
+            await self._keep(connection)
+            return replies
+        finally:
+            self._slots.release()
+
+    async def _slot(self) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()
+            return
+        left = time_left()
+        try:
+            async with asyncio.timeout(None if left is None else left / 2):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise TierBusy(BUSY.format(self._settings.most)) from None
+
+    async def _pop(self) -> AsyncConnection | None:
+        if self._closed:
+            raise CacheClosed(CLOSED)
+        oldest = time.monotonic() - IDLE_SECONDS
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since > oldest and await connection.is_quiet():
+                return connection
+            await connection.drop()
+        return None
+
+    async def _keep(self, connection: AsyncConnection) -> None:
+        if self._closed:
+            await connection.drop()
+            return
+        connection.idle_since = time.monotonic()
+        self._idle.append(connection)
+
+    async def close(self) -> None:
+        """Close what is idle, and later what comes back."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.disconnect()
+
+
+class AsyncClient:
+    """Carries out plans on the running event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pools: dict[Node, AsyncPool] = {}
+        self._closed = False
+
+    async def run(self, plan: Plan[T]) -> T:
+        """Carry a plan out and return its result; raises as :meth:`Client.run`."""
+        async with asyncio.timeout(time_left()):
+            try:
+                trips = next(plan)
+                while True:
+                    try:
+                        replies = await self._exchange(trips)
+                    except BaseException as error:  # noqa: BLE001  (cancelled as well: the plan takes note of it)
+                        trips = plan.throw(_in_our_words(error))
+                    else:
+                        trips = plan.send(replies)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+
+    async def close(self) -> None:
+        """Close every connection, those in use when their call ends."""
+        self._closed = True
+        for pool in self._pools.values():
+            await pool.close()
+
+    async def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+        if len(trips) == 1:
+            return [await self._pool(trips[0].node).ask(trips[0])]
+        tasks = [asyncio.ensure_future(self._pool(trip.node).ask(trip)) for trip in trips]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    def _pool(self, node: Node) -> AsyncPool:
+        if self._closed:
+            raise CacheClosed(CLOSED)
+        pool = self._pools.get(node)
+        if pool is None:
+            pool = self._pools[node] = AsyncPool(node, self._settings)
+        return pool
+
+
+# --- after a fork -----------------------------------------------------------------------------------
+
+_clients: WeakSet[Client] = WeakSet()
+_made: WeakSet[AsyncConnection] = WeakSet()
+_inherited: list[AsyncConnection] = []
+"""Connections of the parent's event loops. Collecting one in the child would take it out of the epoll that the
+child shares with its parent, who would wait for ever."""
+
+
+def _after_in_child() -> None:
+    _inherited.extend(_made)
+    for client in list(_clients):
+        client.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_in_child)
