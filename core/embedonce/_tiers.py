@@ -39,6 +39,9 @@ CHUNK = 1024
 CARD_SECONDS = 600.0
 """A space card is written again after this long: the tier may have evicted it, or somebody purged the scope."""
 
+SILENT_SECONDS = 60.0
+"""A background write that fails is logged, and none for so long: a busy tier's writes may all fail, one a call."""
+
 TEXT_PREVIEW = "text_preview"
 """Name of the metadata that holds the beginning of a text, for a tier that keeps it."""
 
@@ -128,6 +131,7 @@ class LiveTier:
 
         self._lock = threading.Lock()
         self._draining = False
+        self._silent_until = 0.0
         self._carded: dict[str, float] = {}
         self.reads = Breaker(lambda state, cause: self._changed("read", state, cause))
         self.writes = Breaker(lambda state, cause: self._changed("write", state, cause))
@@ -179,11 +183,13 @@ class LiveTier:
             except Exception as error:  # noqa: BLE001  (the rest is closed all the same)
                 log.warning("tier %r: closing its async client failed (%s)", self.name, type(error).__name__)
 
-    def _failed(self, breaker: Breaker, error: Exception) -> str:
+    def _failed(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
         """Take note of a failed call; return its cause."""
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.failed(cause)
+        elif probe:  # whoever is busy is there; and until its probe is settled a breaker lets nobody else ask
+            breaker.succeeded()
         return cause
 
     def _raised(self, error: Exception) -> TierError:
@@ -331,7 +337,7 @@ class LiveTier:
                 with deadline(self.timeout):
                     self.backend.get_many([PROBE_KEY])
             except Exception as error:  # noqa: BLE001  (the breaker is what it is for)
-                self._failed(self.reads, error)
+                self._failed(self.reads, error, probe=True)
             else:
                 self.reads.succeeded()
 
@@ -394,7 +400,7 @@ class LiveTier:
                 self._wrote(0, dropped=len(part), cause="skipped")
                 continue
             if admitted == "probe":
-                self._off_path(lambda part=part: self._write_caught(ticket, part))  # type: ignore[misc]
+                self._off_path(lambda part=part: self._write_caught(ticket, part, probe=True))  # type: ignore[misc]
                 continue
             start = time.perf_counter()
             try:
@@ -521,21 +527,24 @@ class LiveTier:
             try:
                 for chunk in self._chunks(list(write.entries)):
                     part = {key: write.entries[key] for key in chunk}
-                    if self.writes.admit() == "skip":
+                    admitted = self.writes.admit()
+                    if admitted == "skip":
                         self._wrote(0, dropped=len(part), cause="skipped")
                     else:
-                        self._write_caught(write.ticket, part)
+                        self._write_caught(write.ticket, part, probe=admitted == "probe")
             finally:
                 self._table.wrote(write)
 
-    def _write_caught(self, ticket: int, entries: Mapping[str, Entry]) -> None:
+    def _write_caught(self, ticket: int, entries: Mapping[str, Entry], *, probe: bool) -> None:
         """Write where nobody waits for the result: a failure is counted and logged."""
         start = time.perf_counter()
         try:
             stored, refused = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
         except Exception as error:  # noqa: BLE001  (as in read)
-            cause = self._failed(self.writes, error)
-            if not self.writes.open:
+            cause = self._failed(self.writes, error, probe=probe)
+            now = time.monotonic()
+            if not self.writes.open and now >= self._silent_until:
+                self._silent_until = now + SILENT_SECONDS
                 log.warning("tier %r: a background write of %d entries failed (%s)", self.name, len(entries), cause)
             self._wrote(0, errors=len(entries), cause=cause, start=start)
         else:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -151,6 +151,45 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
             cache.embed(f"{i}")
         stats = cache.stats().tiers["far"]
         assert (stats.errors, stats.skipped, dict(stats.causes)) == (10, 0, {"TierBusy": 10})
+
+
+@pytest.mark.parametrize("write", ["inline", "background"])
+def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
+    write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute would pass otherwise: an open breaker lets nobody ask before its probe is settled."""
+    monkeypatch.setattr(Breaker, "FIRST_WAIT", 0.0)
+    faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[4])]
+    changes: list[str] = []
+
+    def changed(event: Event) -> None:
+        if isinstance(event, TierChanged):
+            changes.append(event.state)
+
+    tier = Tier(FaultyBackend(DictBackend(scope="network"), faults), name="far", write=write)
+    with Cache(CountingProvider(), [tier], listeners=[changed]) as cache:
+        for i in range(4):
+            cache.embed(f"{i}")
+            assert cache.flush()
+        end = time.monotonic() + GENEROUS
+        while changes != ["open", "closed"]:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        cache.embed("after")
+        assert cache.flush()
+        assert cache.stats().tiers["far"].stored == 1
+
+
+def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="set", error=TierBusy)])
+    with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
+        for i in range(10):
+            cache.embed(f"{i}")
+            assert cache.flush()
+        assert cache.stats().tiers["far"].errors == 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "tier 'far': a background write of 1 entries failed (TierBusy)"
+    ]
 
 
 def test_failing_writes_do_not_stop_reads() -> None:
