@@ -16,7 +16,7 @@ PYTEST ?=
 BENCH ?=
 WORKERS ?= auto
 
-.PHONY: help install demo test lint format wheel pytest bench clean
+.PHONY: help install demo test lint format wheel pytest bench bench-networked clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff, mypy and pyright alone"
 	@echo "make format  let ruff put the sources in order"
 	@echo "make bench   print the table of benchmarks"
+	@echo "make bench-networked  print that of Redis, Postgres and memcached, which it starts on loopback"
 	@echo "make clean   remove what these commands have made"
 
 install:
@@ -58,8 +59,12 @@ test: lint
 	@$(MAKE) --no-print-directory pytest
 
 bench:
-	@$(INSTALL) $(BENCH_VENV) --editable . --group bench
+	@$(INSTALL) $(BENCH_VENV) --editable '.[memcached,postgres,redis]' --group bench
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(BENCH)
+
+bench-networked:
+	@$(INSTALL) $(BENCH_VENV) --editable '.[memcached,postgres,redis]' --group bench
+	@$(BENCH_VENV)/bin/python benchmarks/networked.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
