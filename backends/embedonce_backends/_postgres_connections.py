@@ -172,8 +172,10 @@ def abandon(connection: AnyConnection) -> None:
 
 
 def _cancel(connection: AnyConnection) -> None:
+    # A blocking client of the same session, whichever kind it is; kept until the session is closed.
+    asking = psycopg.Connection(connection.pgconn)
     try:
-        psycopg.Connection(connection.pgconn).cancel_safe(timeout=CANCEL_SECONDS)
+        asking.cancel_safe(timeout=CANCEL_SECONDS)
     except psycopg.Error:
         log.debug("a server did not answer when it was asked to stop a query")
     finally:
@@ -193,7 +195,7 @@ def _keep(idle: list[Any], connection: AnyConnection) -> int:
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     old = 0
-    while idle[old].idle_since < now - IDLE_SECONDS:
+    while idle[old].idle_since < now - IDLE_SECONDS:  # not the last one: that is this moment's
         old += 1
     stale = idle[:old]
     del idle[:old]
@@ -234,8 +236,11 @@ class Pool:
     def take(self) -> Connection:
         """Return a connection that is this call's alone until :meth:`give` or :meth:`drop`.
 
+        It waits for half of the time that the call has: with what is left after a connection that came late, no
+        query would be done, and the connection be lost by that.
+
         Raises:
-            TierBusy: all connections stayed in use for half of the time that the call has.
+            TierBusy: all connections stayed in use.
             TierTimeout: none could be made in time.
             psycopg.Error: the server cannot be reached, or refuses.
         """
@@ -291,11 +296,9 @@ class Pool:
         return None
 
     def _wait(self, patience: float | None) -> None:
-        left = time_left()
-        if patience is not None and not self._connecting:
-            left = patience - time.monotonic()
-            if left <= 0:
-                raise TierBusy(BUSY.format(self._most))
+        left = None if patience is None else patience - time.monotonic()
+        if left is not None and left <= 0:
+            raise TierTimeout(SLOW) if self._connecting else TierBusy(BUSY.format(self._most))
         self._changed.wait(left)
 
     def _connect(self) -> _Attempt:
@@ -343,12 +346,26 @@ class AsyncPool:
         """Return a connection that is this call's alone until :meth:`give` or :meth:`drop`; raises as the pool's."""
         if self._closed:
             raise CacheClosed(CLOSED)
-        await self._slot()
+        left = time_left()
+        has_slot = False
+        try:
+            async with asyncio.timeout(None if left is None else left / 2):
+                has_slot = await self._slots.acquire()
+                return self._pop() or await self._made()
+        except TimeoutError:
+            if has_slot or self._connecting:
+                raise TierTimeout(SLOW) from None
+            raise TierBusy(BUSY.format(self._most)) from None
+
+    def _pop(self) -> AsyncConnection | None:
         while self._idle:
             connection = self._idle.pop()
             if is_quiet(connection):
                 return connection
             finish(connection)
+        return None
+
+    async def _made(self) -> AsyncConnection:
         task = asyncio.create_task(self._connect())
         self._connecting.add(task)
         try:
@@ -363,19 +380,6 @@ class AsyncPool:
             raise
         self._connecting.discard(task)
         return connection
-
-    async def _slot(self) -> None:
-        if not self._slots.locked():
-            await self._slots.acquire()
-            return
-        left = time_left()
-        try:
-            async with asyncio.timeout(None if left is None else left / 2):
-                await self._slots.acquire()
-        except TimeoutError:
-            if self._connecting:
-                raise TierTimeout(SLOW) from None
-            raise TierBusy(BUSY.format(self._most)) from None
 
     async def _connect(self) -> AsyncConnection:
         try:

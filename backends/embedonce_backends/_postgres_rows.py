@@ -73,7 +73,7 @@ def numbers(values: Iterable[float | None]) -> Binary:
 
 
 def columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
-    """Return the columns to write, one array each, in the order of :class:`_postgres_schema.Statements`.
+    """Return the columns to write, one array each, in the order of the statement.
 
     Entries go before bytes, and those with a vector that pgvector holds before the others, so that the
     columns which the rest has not are short.

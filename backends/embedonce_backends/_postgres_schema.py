@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, LiteralString, Protocol, TypeAlias, cast
+from typing import Any, Literal, LiteralString, Protocol, TypeAlias
 
 from psycopg.sql import SQL, Composable, Identifier
 from psycopg.sql import Literal as Quoted
@@ -66,18 +66,6 @@ COLUMNS: Mapping[str, LiteralString] = {
     "text_preview": "text",
 }
 
-WRITTEN: Sequence[tuple[str, LiteralString]] = (
-    ("key", "text"),
-    ("frame", "bytea"),
-    ("dtype", "text"),
-    ("dimensions", "integer"),
-    ("created", "float8"),
-    ("expires", "float8"),
-    ("metadata", "text"),
-    ("text_preview", "text"),
-)
-"""The columns that a statement is given, as arrays, and their types; ``embedding`` comes last, where it is."""
-
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -93,11 +81,6 @@ class Found:
     vector_oid: int | None
     available: str | None
     """pgvector's version where the server has it."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether the table can be used as it is."""
-        return self.table and self.columns >= COLUMNS.keys()
 
     @property
     def has_vectors(self) -> bool:
@@ -203,60 +186,75 @@ class Statements:
     """Of new rows; None: they are frames."""
 
 
+_LIVE = "(kept_until IS NULL OR kept_until > {now} + $1::float8)"
+_PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
+
+_GET = (
+    "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
+    " WHERE key = ANY($2::text[]) AND " + _LIVE
+)
+# All that write rows lock them in one order, so that no two wait for each other.
+_INSERT = """
+INSERT INTO {table} AS held
+    (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})
+SELECT key, frame, dtype, dimensions, created, expires, metadata::json, text_preview,
+    {now} + $1::float8 + $2::float8{embedding}
+FROM unnest($3::text[], $4::bytea[], $5::text[], $6::integer[], $7::float8[], $8::float8[], $9::text[], $10::text[]
+    {vectors}) AS given (key, frame, dtype, dimensions, created, expires, metadata, text_preview{embedding})
+ORDER BY key COLLATE "C"
+ON CONFLICT (key) DO UPDATE SET frame = excluded.frame, dtype = excluded.dtype, dimensions = excluded.dimensions,
+    created = excluded.created, expires = excluded.expires, metadata = excluded.metadata,
+    text_preview = excluded.text_preview, kept_until = excluded.kept_until{set_embedding}
+"""
+_SET = (
+    _INSERT
+    + """
+WHERE held.kept_until IS DISTINCT FROM excluded.kept_until OR held.created IS DISTINCT FROM excluded.created
+    OR held.dtype IS DISTINCT FROM excluded.dtype OR held.expires IS DISTINCT FROM excluded.expires
+    OR held.frame IS DISTINCT FROM excluded.frame OR held.text_preview IS DISTINCT FROM excluded.text_preview
+    OR held.metadata::text IS DISTINCT FROM excluded.metadata::text{or_embedding}
+"""
+)
+_ADD = _INSERT + "WHERE held.kept_until <= {now} + $1::float8 RETURNING key"
+_DELETE = """
+DELETE FROM {table} WHERE key = ANY(ARRAY(
+    SELECT key FROM {table} WHERE key = ANY($1::text[]) ORDER BY key FOR UPDATE))
+"""
+_SCAN = "SELECT key FROM {table} WHERE " + _PREFIXED + " AND key > $3::text ORDER BY key LIMIT $4::bigint"
+_COUNT = "SELECT count(*) FROM {table} WHERE " + _PREFIXED
+_SWEEP = """
+DELETE FROM {table} WHERE key = ANY(ARRAY(
+    SELECT key FROM {table} WHERE kept_until <= {now} + $1::float8 ORDER BY kept_until LIMIT {sweep}
+    FOR UPDATE SKIP LOCKED))
+"""
+
+
 def statements(found: Found, schema: str, table: str, column: Column) -> Statements:
     """Return the statements for a table."""
-    name = Identifier(schema, table)
-    vectors = found.has_vectors and column != "bytea"
-    vector = Identifier(found.extension_schema, "vector")
-    given = [*((key, SQL(kind)) for key, kind in WRITTEN), *([("embedding", vector)] if vectors else [])]
-    names = SQL(", ").join(Identifier(key) for key, _ in given)
-    arrays = SQL(", ").join(
-        SQL("${}::{}[]").format(SQL(cast(LiteralString, str(at))), kind) for at, (_, kind) in enumerate(given, 3)
-    )
-    rest = [Identifier(key) for key, _ in given[1:]] + [Identifier("kept_until")]
-    if found.has_vectors and not vectors:
-        rest.append(Identifier("embedding"))  # an older row's
-    updates = SQL(", ").join(SQL("{0} = excluded.{0}").format(column) for column in rest)
-    values = SQL(", ").join(
-        SQL("{}::json").format(Identifier(key)) if key == "metadata" else Identifier(key) for key, _ in given
-    )
-    insert = SQL(
-        "INSERT INTO {table} AS held ({names}, kept_until)"
-        " SELECT {values}, {now} + $1::float8 + $2::float8 FROM unnest({arrays}) AS given ({names})"
-        ' ORDER BY key COLLATE "C"'  # all writers lock rows in one order, so that no two wait for each other
-        " ON CONFLICT (key) DO UPDATE SET {updates}"
-    ).format(table=name, names=names, values=values, arrays=arrays, updates=updates, now=SQL(NOW))
-    live = SQL("(kept_until IS NULL OR kept_until > {} + $1::float8)").format(SQL(NOW))
-    differs: Composable = SQL(
-        " WHERE held.kept_until IS DISTINCT FROM excluded.kept_until OR held.created IS DISTINCT FROM excluded.created"
-        " OR held.dtype IS DISTINCT FROM excluded.dtype OR held.expires IS DISTINCT FROM excluded.expires"
-        " OR held.frame IS DISTINCT FROM excluded.frame"
-        " OR held.metadata::text IS DISTINCT FROM excluded.metadata::text"
-        " OR held.text_preview IS DISTINCT FROM excluded.text_preview"
-    )
-    if found.has_vectors:  # as bytes: -0.0 and 0.0 are equal numbers
-        send = Identifier(found.extension_schema, "vector_send")
-        differs = differs + SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)").format(send)
-    embedding = SQL("embedding" if found.has_vectors else "NULL::bytea")
-    get = SQL(
-        "SELECT key, {}, frame, dtype, created, expires, metadata::text, text_preview FROM {}"
-        " WHERE key = ANY($2::text[]) AND {}"
-    ).format(embedding, name, live)
-    prefixed = SQL("key >= $1::text AND ($2::text IS NULL OR key < $2::text)")
+    writes_vectors = found.has_vectors and column != "bytea"
+    space = found.extension_schema
+    parts: dict[str, Composable] = dict.fromkeys(("embedding", "vectors", "set_embedding", "or_embedding"), SQL(""))
+    if writes_vectors:
+        parts["embedding"] = SQL(", embedding")
+        parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
+    if found.has_vectors:  # also where no new row has one: an older one may
+        parts["set_embedding"] = SQL(", embedding = excluded.embedding")
+        # As bytes: -0.0 and 0.0 are equal numbers.
+        differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
+        parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
+    parts["read"] = SQL("embedding" if found.has_vectors else "NULL::bytea")
+    parts |= {"table": Identifier(schema, table), "now": SQL(NOW), "sweep": Quoted(SWEEP)}
+
+    def filled(statement: LiteralString) -> bytes:
+        return _text(SQL(statement).format(**parts))
+
     return Statements(
-        get=_text(get),
-        set=_text(insert + differs),
-        add=_text(SQL("{} WHERE held.kept_until <= {} + $1::float8 RETURNING key").format(insert, SQL(NOW))),
-        delete=_text(SQL("DELETE FROM {} WHERE key = ANY($1::text[])").format(name)),
-        scan=_text(
-            SQL("SELECT key FROM {} WHERE {} AND key > $3::text ORDER BY key LIMIT $4::bigint").format(name, prefixed)
-        ),
-        count=_text(SQL("SELECT count(*) FROM {} WHERE {}").format(name, prefixed)),
-        sweep=_text(
-            SQL(
-                "DELETE FROM {0} WHERE key = ANY(ARRAY(SELECT key FROM {0} WHERE kept_until <= {1} + $1::float8"
-                " ORDER BY kept_until LIMIT {2} FOR UPDATE SKIP LOCKED))"
-            ).format(name, SQL(NOW), Quoted(SWEEP))
-        ),
-        vector_oid=found.vector_oid if vectors else None,
+        get=filled(_GET),
+        set=filled(_SET),
+        add=filled(_ADD),
+        delete=filled(_DELETE),
+        scan=filled(_SCAN),
+        count=filled(_COUNT),
+        sweep=filled(_SWEEP),
+        vector_oid=found.vector_oid if writes_vectors else None,
     )

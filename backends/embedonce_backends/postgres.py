@@ -62,8 +62,8 @@ class PostgresBackend:
             if not name or "\0" in name or len(name.encode()) > LONGEST_NAME:
                 raise ConfigError(f"{option} is a name of 1 to {LONGEST_NAME} bytes")
         self._parameters = parameters(url)
-        self._schema = schema
-        self._table = table
+        self.schema = schema
+        self.table = table
         self._column: Column = column
         self._create = create
         self._most = max_connections
@@ -87,7 +87,7 @@ class PostgresBackend:
         self._unswept = SWEEP_EVERY
 
     def __repr__(self) -> str:
-        return f"<PostgresBackend of the table {self._schema}.{self._table}>"
+        return f"<PostgresBackend of the table {self.schema}.{self.table}>"
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Item]:
         """Return what is there, by one query."""
@@ -149,7 +149,7 @@ class PostgresBackend:
             psycopg.Error: the role may not, among others.
         """
         with self._transaction() as run:
-            done = make(run, self._schema, self._table, self._column)
+            done = make(run, self.schema, self.table, self._column)
         self.known = None
         return done
 
@@ -175,7 +175,7 @@ class PostgresBackend:
         found = self._found()
         if not found.table or (self._column == "vector" and not found.has_vectors):
             found = self._made()
-        made = self.known = statements(found, self._schema, self._table, self._column)
+        made = self.known = statements(found, self.schema, self.table, self._column)
         return made
 
     def forget(self, error: BaseException) -> None:
@@ -184,7 +184,7 @@ class PostgresBackend:
             self.known = None
 
     def _found(self) -> Found:
-        return look(self._run, self._schema, self._table)
+        return look(self._run, self.schema, self.table)
 
     def _made(self) -> Found:
         if not self._create:
@@ -198,7 +198,7 @@ class PostgresBackend:
         return self._found()
 
     def _missing(self) -> str:
-        return f"the table {self._table!r} in the schema {self._schema!r} is not there, or has no column for vectors"
+        return f"the table {self.table!r} in the schema {self.schema!r} is not there, or has no column for vectors"
 
     # --- statements ---------------------------------------------------------------------------
 

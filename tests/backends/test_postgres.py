@@ -1,0 +1,1036 @@
+"""The Postgres backend: the contract for vectors and for frames, the table, roles, names, faults, forks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import psycopg
+import pytest
+from psycopg import sql
+from servers import PostgresServer, Server
+
+import embedonce
+from embedonce import Cache, Tier
+from embedonce.contracts import deadline
+from embedonce.encryption import Encryption
+from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, TierTimeout
+from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
+from embedonce.testing._support import in_fork, in_threads
+from embedonce.vectors import Dtype, Entry, freeze, round_vectors
+from embedonce_backends import _postgres_connections, postgres
+from embedonce_backends.postgres import PostgresBackend
+
+SCOPE = "0123456789abcdef"
+LONG = 20.0
+"""Seconds that no call with a deadline of a fraction of one takes, however busy the machine is."""
+
+_names = (f"cache_{number}" for number in range(10**9))
+
+
+def key_of(number: int) -> str:
+    return f"eo1.{SCOPE}.{sha256(b'%d' % number).hexdigest()}"
+
+
+def entry_of(number: int, dimensions: int = 8, *, dtype: Dtype = "float32", **rest: Any) -> Entry:
+    row = np.random.default_rng(number).uniform(-1, 1, (1, dimensions)).astype(np.float32)
+    return Entry(freeze(round_vectors(row, dtype)[0]), 1_700_000_000.25 + number, dtype=dtype, **rest)
+
+
+def entries_of(numbers: range, dimensions: int = 8) -> dict[str, Entry]:
+    return {key_of(number): entry_of(number, dimensions) for number in numbers}
+
+
+def same(found: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Compare bit by bit."""
+    return found.keys() == stored.keys() and all(
+        found[key] == item
+        if isinstance(item, bytes)
+        else found[key].vector.tobytes() == item.vector.tobytes() and found[key][1:] == item[1:]
+        for key, item in stored.items()
+    )
+
+
+class Database:
+    """A database of its own, looked at through a connection of nobody's."""
+
+    def __init__(self, server: str, name: str) -> None:
+        self.server = server
+        self.name = name
+        self.url = urlsplit(server)._replace(path=f"/{name}").geturl()
+
+    def run(self, statement: Any, *values: object) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(statement, values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def url_of(self, user: str, address: str | None = None) -> str:
+        """Return its URL for another user, or through a proxy."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=f"{user}@{address or f'{parts.hostname}:{parts.port}'}").geturl()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None
+        return parts.hostname, parts.port or 5432
+
+
+@contextmanager
+def database_of(server: str, *, vectors: bool) -> Iterator[Database]:
+    name = f"embedonce_test_{os.getpid()}_{next(_names)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    database = Database(server, name)
+    if vectors:
+        database.run("CREATE EXTENSION vector")
+    try:
+        yield database
+    finally:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="module")
+def database(postgres_server: Any) -> Iterator[Database]:
+    """A database with pgvector."""
+    with database_of(postgres_server.url, vectors=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain_database(postgres_server: Any) -> Iterator[Database]:
+    """A database without."""
+    with database_of(postgres_server.url, vectors=False) as made:
+        yield made
+
+
+@contextmanager
+def opened(url: str, **options: Any) -> Iterator[PostgresBackend]:
+    backend = PostgresBackend(url=url, **{"table": next(_names), **options})
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@pytest.fixture
+def backend(database: Database) -> Iterator[PostgresBackend]:
+    with opened(database.url) as made:
+        yield made
+
+
+def table_of(backend: PostgresBackend) -> sql.Composable:
+    return sql.Identifier(backend.schema, backend.table)
+
+
+def rows_of(database: Database, backend: PostgresBackend, columns: str) -> list[tuple[Any, ...]]:
+    statement = sql.SQL("SELECT {} FROM {} ORDER BY key").format(sql.SQL(columns), table_of(backend))
+    return database.run(statement)
+
+
+# --- the contract -------------------------------------------------------------------------------
+
+
+class PostgresContract(BackendContract):
+    examples = 15
+    holds: ClassVar[Literal["frames", "entries"]]
+    column: ClassVar[Literal["auto", "bytea"]] = "auto"
+
+    @pytest.fixture(autouse=True)
+    def _own_database(self, database: Database) -> None:
+        self.database = database
+        self.made: list[PostgresBackend] = []
+
+    def make(self) -> PostgresBackend:
+        return self.client(next(_names))
+
+    def client(self, table: str, ahead: float = 0.0) -> PostgresBackend:
+        backend = PostgresBackend(url=self.database.url, table=table, column=self.column, max_connections=4)
+        backend.capabilities = replace(backend.capabilities, holds=self.holds)
+        backend.ahead = ahead
+        self.made.append(backend)
+        return backend
+
+    def reopen(self, backend: PostgresBackend) -> PostgresBackend:
+        return self.client(backend.table, backend.ahead)
+
+    def advance(self, seconds: float) -> None:
+        for backend in self.made:
+            backend.ahead += seconds
+
+    @contextmanager
+    def stall(self, backend: PostgresBackend) -> Iterator[None]:
+        with _locked(self.database, backend):
+            yield
+
+
+class TestVectors(PostgresContract):
+    """Entries, in a pgvector column where they fit."""
+
+    holds = "entries"
+    dimensions = (8, 1, 384, 3072, 16_000, 16_001)
+
+
+class TestEntriesInBytea(PostgresContract):
+    """Entries where there is no pgvector."""
+
+    holds = "entries"
+
+    @pytest.fixture(autouse=True)
+    def _own_database(self, plain_database: Database) -> None:
+        self.database = plain_database
+        self.made = []
+
+
+class TestEntriesInByteaByOption(PostgresContract):
+    """Entries where there is pgvector, and it is not to be used."""
+
+    holds = "entries"
+    column = "bytea"
+
+
+class TestFrames(PostgresContract):
+    """Bytes, as an encrypted tier gives them."""
+
+    holds = "frames"
+
+    def recipe(self, backend: PostgresBackend) -> Recipe:
+        return Recipe(PostgresBackend, {"url": self.database.url, "table": backend.table})
+
+
+# --- what is where ------------------------------------------------------------------------------
+
+
+def test_a_mixed_batch_goes_to_the_column_of_each(database: Database, backend: PostgresBackend) -> None:
+    expires = 4_102_444_800.5
+    items: dict[str, Any] = {
+        key_of(0): entry_of(0),
+        key_of(1): entry_of(1, 384, expires=expires),
+        key_of(2): entry_of(2, dtype="float16", metadata={"source": "a.md", "n": 1e16, "NUL": "\0", "no": -0.0}),
+        key_of(3): entry_of(3, dtype="int8"),
+        key_of(4): entry_of(4, 16_000),
+        key_of(5): entry_of(5, 16_001),
+        key_of(6): b"encrypted",
+        key_of(7): entry_of(7, metadata={"source": "b.md", "unpaired": "\ud800", "ä": "🧪"}),
+        f"eo1.card.{SCOPE}": entry_of(8, 0, metadata={"model": "m"}),
+    }
+    backend.set_many(items, None)
+    found = backend.get_many(list(items))
+    assert same(found, items)
+    assert all(not item.vector.flags.writeable for item in found.values() if isinstance(item, Entry))
+    nested = found[key_of(2)].metadata  # type: ignore[union-attr]
+    assert nested is not None
+    assert type(nested["n"]) is float
+    assert str(nested["no"]) == "-0.0"
+
+    kind = "CASE WHEN embedding IS NOT NULL THEN 'vector' END, frame IS NOT NULL"
+    rows = rows_of(database, backend, f"key, {kind}, dtype, dimensions, created, expires, metadata::text, scope")
+    held = {row[0]: row[1:] for row in rows}
+    at = 1_700_000_000.25
+    assert held[key_of(0)] == ("vector", False, "float32", 8, at, None, None, SCOPE)
+    assert held[key_of(1)] == ("vector", False, "float32", 384, at + 1, expires, None, SCOPE)
+    assert held[key_of(3)] == (None, True, "int8", 8, at + 3, None, None, SCOPE)
+    assert held[key_of(4)][:4] == ("vector", False, "float32", 16_000)
+    assert held[key_of(5)][:4] == (None, True, "float32", 16_001)
+    assert held[key_of(6)] == (None, True, None, None, None, None, None, SCOPE)
+    assert held[f"eo1.card.{SCOPE}"] == (None, True, "float32", 0, at + 8, None, '{"model":"m"}', SCOPE)
+
+
+def test_what_is_replaced_leaves_nothing_of_what_was_there(database: Database, backend: PostgresBackend) -> None:
+    key = key_of(1)
+    for item in (entry_of(1, metadata={"a": 1}), b"frame", entry_of(2, dtype="int8"), entry_of(3), b"frame"):
+        backend.set_many({key: item}, 60.0 if isinstance(item, bytes) else None)
+        assert same(backend.get_many([key]), {key: item})
+    plain = rows_of(database, backend, "embedding, dtype, dimensions, created, expires, metadata, text_preview")
+    assert plain == [(None,) * 7]
+    with opened(database.url, table=backend.table, column="bytea") as other:
+        backend.set_many({key: entry_of(4)}, None)
+        other.set_many({key: entry_of(5)}, None)
+        assert same(backend.get_many([key]), {key: entry_of(5)})
+        backend.set_many({key: entry_of(6)}, None)
+        assert same(other.get_many([key]), {key: entry_of(6)})
+
+
+def test_signs_of_zero_are_told_apart(backend: PostgresBackend) -> None:
+    for zero in (0.0, -0.0):
+        entry = Entry(freeze([zero, 1.0]), 1.0)
+        backend.set_many({key_of(1): entry}, None)
+        assert same(backend.get_many([key_of(1)]), {key_of(1): entry})
+
+
+def test_a_row_that_stays_as_it_is_is_not_written(database: Database, backend: PostgresBackend) -> None:
+    items = {**entries_of(range(20)), key_of(50): b"frame", key_of(51): entry_of(51, metadata={"a": 1})}
+    backend.set_many(items, None)
+    before = rows_of(database, backend, "key, ctid::text, xmin::text")
+    backend.set_many(items, None)
+    assert rows_of(database, backend, "key, ctid::text, xmin::text") == before
+
+
+def test_an_encrypted_tier_leaves_nothing_readable_beside_its_frames(database: Database) -> None:
+    with opened(database.url, text_preview=True) as backend:
+        tier = Tier(backend, encryption=Encryption(os.urandom(32)), write="inline", ttl=3600)
+        with Cache(CountingProvider(), [tier]) as cache:
+            cache.put(["secret text"], [np.ones(cache.embed("other").size)], metadata=[{"text_preview": "secret text"}])
+            assert cache.fetch(["secret text"]).sources == ["postgres"]
+        columns = "embedding, dtype, dimensions, created, expires, metadata, text_preview"
+        rows = rows_of(database, backend, f"{columns}, frame")
+        assert {row[:-1] for row in rows} == {(None,) * 7}
+        assert not any(b"secret" in row[-1] for row in rows)
+        assert {row for row in rows_of(database, backend, "kept_until IS NULL")} == {
+            (False,),
+            (True,),
+        }  # the card stays
+
+
+def test_a_preview_is_stored_where_it_was_asked_for_alone(database: Database) -> None:
+    items = {
+        key_of(0): entry_of(0, metadata={"text_preview": "How do I\0 reset", "source": "a"}),
+        key_of(1): entry_of(1, dtype="int8", metadata={"text_preview": "the beginning"}),
+    }
+    with opened(database.url, text_preview=True) as backend:
+        backend.set_many(items, None)
+        columns = "text_preview, metadata::text"
+        assert sorted(rows_of(database, backend, columns)) == [
+            ("How do I\ufffd reset", '{"source":"a"}'),
+            ("the beginning", "{}"),
+        ]
+        found = backend.get_many(list(items))
+        assert found[key_of(1)].metadata == {"text_preview": "the beginning"}  # type: ignore[union-attr]
+    with opened(database.url) as backend:
+        backend.set_many(items, None)
+        assert sorted(rows_of(database, backend, columns)) == [(None, '{"source":"a"}'), (None, "{}")]
+        whole = database.run(sql.SQL("SELECT t::text FROM {} AS t").format(table_of(backend)))
+        assert not any("reset" in row or b"reset".hex() in row for (row,) in whole)
+
+
+def test_what_no_row_can_hold_is_named_by_its_key(backend: PostgresBackend) -> None:
+    bad = entry_of(1, metadata={"a": {"text that must not be shown"}})
+    with pytest.raises(TypeError, match=key_of(1)) as caught:
+        backend.set_many({key_of(1): bad}, None)
+    assert "shown" not in str(caught.value)
+
+
+def test_damaged_rows_are_corrupt_and_replaced(database: Database) -> None:
+    provider = CountingProvider(dimensions=8)
+    with opened(database.url) as backend, Cache(provider, [Tier(backend, write="inline")]) as cache:
+        wanted = cache.embed_batch(["a", "b", "c"])
+        space = sql.SQL("UPDATE {} SET embedding = '[1,2]' WHERE dimensions = 8").format(table_of(backend))
+        database.run(space)
+        assert np.array_equal(cache.embed_batch(["a", "b", "c"]), wanted)
+        assert cache.stats().tiers["postgres"].corrupt == 3
+        assert cache.fetch(["a", "b", "c"]).sources == ["postgres"] * 3
+
+
+def test_a_damaged_frame_is_corrupt(database: Database) -> None:
+    with opened(database.url, column="bytea") as backend:
+        provider = CountingProvider(dimensions=8)
+        with Cache(provider, [Tier(backend, write="inline")]) as cache:
+            wanted = cache.embed("a")
+            damage = "UPDATE {} SET frame = set_byte(frame, 70, get_byte(frame, 70) # 1) WHERE dimensions = 8"
+            database.run(sql.SQL(damage).format(table_of(backend)))
+            assert np.array_equal(cache.embed("a"), wanted)
+            assert cache.stats().tiers["postgres"].corrupt == 1
+
+
+# --- statements ---------------------------------------------------------------------------------
+
+
+def test_a_batch_is_one_query_by_the_index(database: Database, backend: PostgresBackend) -> None:
+    items = entries_of(range(3000), 96)
+    backend.set_many(items, None)
+    database.run(sql.SQL("VACUUM ANALYZE {}").format(table_of(backend)))
+    statement = backend.prepared().get
+    keys = list(items)[:256]
+    with psycopg.connect(database.url, cursor_factory=psycopg.RawCursor) as connection:
+        plan = "\n".join(row for (row,) in connection.execute(b"EXPLAIN " + statement, (0.0, keys)))
+    assert "_pkey" in plan
+    assert "Seq Scan" not in plan
+    counts = sql.SQL("SELECT idx_scan > 0, seq_scan FROM pg_stat_user_tables WHERE relname = {}")
+    backend._run(b"SELECT pg_stat_force_next_flush()")
+    ((_, before),) = database.run(counts.format(backend.table))
+    assert same(backend.get_many(keys), {key: items[key] for key in keys})
+    backend.delete_many(keys)
+    assert list(backend.scan(keys[0])) == []
+    assert backend.add_many({keys[0]: b"x"}, None) == {keys[0]}
+    backend._run(b"SELECT pg_stat_force_next_flush()")
+    assert database.run(counts.format(backend.table))[0] == (True, before)
+
+
+def test_one_statement_per_call_and_nothing_prepared(database: Database, backend: PostgresBackend) -> None:
+    """What a transaction pooler needs: no statement that stays, no setting, no transaction left open."""
+    items = entries_of(range(300))
+    for _ in range(10):
+        backend.set_many(items, 60.0)
+        backend.get_many(list(items))
+        backend.add_many(items, None)
+    connection = backend._pool.take()
+    try:
+        assert connection.execute(b"SELECT count(*) FROM pg_prepared_statements").fetchone() == (0,)
+        changed = b"SELECT name FROM pg_settings WHERE source = 'session'"
+        assert connection.execute(changed).fetchall() == []
+        assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    finally:
+        backend._pool.give(connection)
+    activity = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedonce' AND datname = %s AND query LIKE %s"
+    )
+    assert database.run(activity, database.name, f"%{backend.table}%")[0][0] <= 1
+
+
+def test_writers_of_the_same_rows_do_not_lock_each_other_out(backend: PostgresBackend) -> None:
+    """Each in an order of its own: where rows are locked in the order given, Postgres ends some by a deadlock."""
+    keys = [key_of(number) for number in range(300)]
+
+    def work(number: int) -> None:
+        chance = np.random.default_rng(number)
+        for turn in range(10):
+            shuffled = [keys[place] for place in chance.permutation(len(keys))]
+            backend.set_many({key: b"%d %d" % (number, turn) for key in shuffled}, None)
+            backend.delete_many(shuffled[:100])
+
+    in_threads(6, work, "set_many of the same rows")
+
+
+def test_expired_rows_are_swept_in_bites(
+    database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "SWEEP_EVERY", 100)
+    backend.set_many({key_of(number): b"old" for number in range(2500)}, 60.0)
+    backend.set_many({key_of(5000): b"stays"}, None)
+    backend.ahead += 61
+    assert backend.get_many([key_of(1)]) == {}
+    left = []
+    for turn in range(4):
+        backend.set_many({key_of(10_000 + 100 * turn + number): b"new" for number in range(100)}, 60.0)
+        left.append(len([row for row in rows_of(database, backend, "frame") if row == (b"old",)]))
+    assert left == [1500, 500, 0, 0]
+    assert backend.get_many([key_of(5000)]) == {key_of(5000): b"stays"}
+    plan = "\n".join(row for (row,) in database.run(_explained(backend.prepared().sweep)))
+    assert "kept_until_idx" in plan or "Seq Scan" in plan  # the table is small
+
+
+def _explained(statement: bytes) -> bytes:
+    return b"EXPLAIN " + statement.replace(b"$1", b"0")
+
+
+def test_a_sweep_that_fails_takes_nothing_from_the_write(
+    database: Database, backend: PostgresBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.set_many({key_of(1): b"old"}, 60.0)
+    name = table_of(backend)
+    refuse = "CREATE FUNCTION {0}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$"
+    function = sql.Identifier(f"refuse_{backend.table}")
+    database.run(sql.SQL(refuse).format(function))
+    trigger = "CREATE TRIGGER refuse BEFORE DELETE ON {} FOR EACH STATEMENT EXECUTE FUNCTION {}()"
+    database.run(sql.SQL(trigger).format(name, function))
+    with caplog.at_level(logging.WARNING, "embedonce.postgres"):
+        backend.set_many({key_of(number): b"new" for number in range(2, 1500)}, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "expired rows could not be deleted (RaiseException); it is tried again later"
+    ]
+    assert backend.get_many([key_of(1400)]) == {key_of(1400): b"new"}
+
+
+def test_leases_go_by_the_clock_of_the_server(database: Database, backend: PostgresBackend) -> None:
+    assert backend.add_many({key_of(1): b"ours"}, 60.0) == {key_of(1)}
+    ((left,),) = rows_of(database, backend, "kept_until - extract(epoch FROM now())")
+    assert 0 < left <= 60
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_constructing_connects_to_nothing() -> None:
+    with opened("postgresql://user:hush@192.0.2.1:1/none") as backend:
+        assert "hush" not in repr(backend)
+
+
+@pytest.mark.parametrize("url", ["postgresql://user:hush@[host/db", "hush", "postgresql://h/db?hush=1", "a=hush"])
+def test_a_url_that_is_none_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="url is not one of Postgres") as caught:
+        PostgresBackend(url=url)
+    assert "hush" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("name", ["", "a" * 64, "ä" * 32, "a\0b"])
+def test_a_name_that_postgres_would_change_is_refused(name: str) -> None:
+    for option in ("table", "schema"):
+        with pytest.raises(ConfigError, match=option):
+            PostgresBackend(url="postgresql:///x", **{option: name})
+
+
+@pytest.mark.parametrize(
+    "name", ["Odd Name", 'quo"te', "semi;colon--", "per%cent %s {}", "$1", "ü" * 31, "select", "a.b", "\\", "it's"]
+)
+def test_odd_names_are_quoted(database: Database, name: str) -> None:
+    with opened(database.url, table=name, schema=f"{name[:30]}s") as backend:
+        items = {**entries_of(range(3)), key_of(4): b"frame"}
+        backend.set_many(items, 60.0)
+        assert same(backend.get_many(list(items)), items)
+        assert backend.add_many(items, None) == set()
+        assert set(backend.scan("eo1.")) == set(items)
+        assert backend.count("") == 4
+        backend.delete_many(list(items))
+        assert backend.count("") == 0
+        assert "pgvector" in backend.describe()
+        assert "is as it should be" in backend.migrate()
+        assert rows_of(database, backend, "count(*) OVER ()") == []
+
+
+def test_migrate_says_what_it_does_and_does_it_once(database: Database, plain_database: Database) -> None:
+    with opened(database.url, table="migrated", schema="its own") as backend:
+        assert backend.describe() == "no table yet"
+        assert backend.migrate() == "made the schema 'its own', made the table 'migrated', made the column for vectors"
+        assert backend.migrate() == "the table 'migrated' is as it should be (schema 1)"
+        assert backend.describe().startswith("pgvector 0.")
+    with opened(plain_database.url, table="migrated") as backend:
+        backend.set_many(entries_of(range(3)), None)
+        assert backend.describe() == "bytea: pgvector is not installed in this database (CREATE EXTENSION vector)"
+    with opened(plain_database.url, table="migrated", column="bytea") as backend:
+        assert backend.describe() == 'bytea (column = "bytea")'
+
+
+def test_a_table_made_without_pgvector_gets_its_column_by_migrate(postgres_server: Any) -> None:
+    with database_of(postgres_server.url, vectors=False) as database:
+        with opened(database.url, table="later") as backend:
+            backend.set_many({key_of(1): entry_of(1)}, None)
+            database.run("CREATE SCHEMA elsewhere")
+            database.run("CREATE EXTENSION vector SCHEMA elsewhere")
+            assert "`embedonce migrate`" in backend.describe()
+            assert backend.migrate() == "made the column for vectors"
+            backend.set_many({key_of(2): entry_of(2)}, None)
+            assert same(backend.get_many([key_of(1), key_of(2)]), {key_of(1): entry_of(1), key_of(2): entry_of(2)})
+            assert rows_of(database, backend, "embedding IS NULL") in ([(True,), (False,)], [(False,), (True,)])
+        with opened(database.url, table="new", column="vector") as backend:
+            backend.set_many({key_of(1): entry_of(1)}, None)
+            assert rows_of(database, backend, "embedding IS NULL") == [(False,)]
+
+
+def test_a_vector_column_installs_pgvector_where_it_may(postgres_server: Any) -> None:
+    with database_of(postgres_server.url, vectors=False) as database, opened(database.url, column="vector") as backend:
+        assert "installed the extension vector" in backend.migrate()
+        backend.set_many({key_of(1): entry_of(1)}, None)
+        assert rows_of(database, backend, "embedding IS NULL") == [(False,)]
+
+
+def test_a_foreign_table_of_that_name_is_left_alone(database: Database) -> None:
+    database.run("CREATE TABLE foreign_one (id integer)")
+    with opened(database.url, table="foreign_one") as backend:
+        for call in (lambda: backend.get_many([key_of(1)]), backend.migrate):
+            with pytest.raises(TierError, match="did not make"):
+                call()
+    assert database.run("SELECT * FROM foreign_one") == []
+
+
+def test_a_table_of_a_later_embedonce_is_left_alone(database: Database, backend: PostgresBackend) -> None:
+    backend.migrate()
+    database.run(sql.SQL("COMMENT ON TABLE {} IS 'embedonce cache, schema 2'").format(table_of(backend)))
+    with pytest.raises(TierError, match="later embedonce"):
+        backend.get_many([key_of(1)])
+
+
+def test_a_table_that_is_dropped_or_altered_is_found_again(database: Database, backend: PostgresBackend) -> None:
+    backend.set_many({key_of(1): entry_of(1)}, None)
+    database.run(sql.SQL("DROP TABLE {}").format(table_of(backend)))
+    with pytest.raises(psycopg.errors.UndefinedTable):
+        backend.get_many([key_of(1)])
+    assert backend.get_many([key_of(1)]) == {}
+    backend.set_many({key_of(1): entry_of(1)}, None)
+    database.run(sql.SQL("ALTER TABLE {} DROP COLUMN embedding").format(table_of(backend)))
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        backend.set_many({key_of(2): entry_of(2)}, None)
+    backend.set_many({key_of(2): entry_of(2)}, None)
+    assert same(backend.get_many([key_of(2)]), {key_of(2): entry_of(2)})
+
+
+def test_without_create_the_table_is_made_by_migrate_alone(database: Database) -> None:
+    with opened(database.url, create=False) as backend:
+        with pytest.raises(TierError, match="embedonce migrate"):
+            backend.set_many({key_of(1): b"x"}, None)
+        backend.migrate()
+        backend.set_many({key_of(1): b"x"}, None)
+
+
+@pytest.fixture
+def role(database: Database) -> Iterator[str]:
+    """A role that may connect, and no more."""
+    name = f"embedonce_reader_{os.getpid()}"
+    database.run(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'hush'").format(sql.Identifier(name)))
+    yield name
+    database.run(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
+
+
+def test_a_role_without_ddl_rights_works_once_the_table_is_there(
+    database: Database, backend: PostgresBackend, role: str
+) -> None:
+    items = {**entries_of(range(5)), key_of(9): b"frame"}
+    with opened(database.url_of(role), table=backend.table) as limited:
+        with pytest.raises(TierError, match="this role may not make it: run `embedonce migrate`"):
+            limited.set_many(items, None)
+        backend.migrate()
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            limited.get_many(list(items))
+        grant = sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {}")
+        database.run(grant.format(table_of(backend), sql.Identifier(role)))
+        limited.set_many(items, 60.0)
+        assert same(limited.get_many(list(items)), items)
+        assert limited.add_many(items, None) == set()
+        limited.delete_many([key_of(9)])
+        assert limited.count("") == 5
+        assert "pgvector" in limited.describe()
+        assert "as it should be" in limited.migrate()
+
+
+def test_four_processes_migrate_at_once(database: Database, tmp_path: Path) -> None:
+    script = tmp_path / "migrate.py"
+    script.write_text(
+        "import sys\n"
+        "from embedonce_backends.postgres import PostgresBackend\n"
+        "backend = PostgresBackend(url=sys.argv[1], table='by four', schema='of four')\n"
+        "sys.stdin.readline()\n"
+        "print(backend.migrate())\n"
+        "backend.set_many({'eo1.a.' + sys.argv[2]: b'x'}, None)\n"
+        "backend.close()\n"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(script), database.url, str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    said = [child.communicate("go\n", timeout=60) for child in children]
+    assert [error for _, error in said] == [""] * 4
+    assert sum("made the table" in output for output, _ in said) == 1
+    assert sum("as it should be" in output for output, _ in said) == 3
+    assert database.run('SELECT count(*) FROM "of four"."by four"') == [(4,)]
+
+
+def test_threads_that_come_first_make_one_table(database: Database, backend: PostgresBackend) -> None:
+    in_threads(8, lambda number: backend.set_many({key_of(number): b"x"}, None), "the first eight writes")
+    assert backend.count("") == 8
+
+
+def test_nothing_is_readable_of_the_url_in_errors(database: Database) -> None:
+    host, port = database.address
+    for user in ("nobody:hush", "postgres:hush"):
+        with opened(f"postgresql://{user}@{host}:{port}/no_such_database") as backend:
+            with pytest.raises(psycopg.OperationalError) as caught:
+                backend.get_many([key_of(1)])
+            assert "hush" not in str(caught.value) + repr(caught.value)
+
+
+# --- deadlines and faults -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(database: Database) -> Iterator[FaultProxy]:
+    with FaultProxy(*database.address) as made:
+        yield made
+
+
+@pytest.fixture
+def behind(database: Database, proxy: FaultProxy) -> Iterator[PostgresBackend]:
+    """A backend whose server is behind a proxy; 40 entries of 384 dimensions are stored."""
+    with opened(database.url_of("postgres", proxy.url_port), max_connections=2) as made:
+        made.set_many(entries_of(range(40), 384), None)
+        yield made
+
+
+HANGS = {
+    "black hole": NetworkFault("black_hole"),
+    "a byte at a time": NetworkFault("bandwidth", bytes_per_second=20),
+    "replies do not come": NetworkFault("black_hole", direction="replies"),
+    "half open": NetworkFault("half_open"),
+}
+BREAKS = {
+    "refused": NetworkFault("refuse"),
+    "reset": NetworkFault("reset"),
+    "reset in a reply": NetworkFault("reset", after=3000),
+    "cut in a reply": NetworkFault("cut", after=3000),
+    "garbage": NetworkFault("garbage"),
+    "garbage in a reply": NetworkFault("garbage", after=500),
+}
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "connecting"])
+@pytest.mark.parametrize("fault", HANGS)
+def test_a_call_to_a_server_that_hangs_ends_by_its_deadline(
+    behind: PostgresBackend, proxy: FaultProxy, fault: str, connected: bool
+) -> None:
+    items = entries_of(range(40), 384)
+    if not connected:
+        if fault == "half open":
+            pytest.skip("it concerns connections that are there")
+        _drop_idle(behind)
+    proxy.fault = HANGS[fault]
+    for call in (lambda: behind.get_many(list(items)), lambda: behind.set_many(entries_of(range(40, 80), 384), None)):
+        start = time.monotonic()
+        with deadline(0.3), pytest.raises(TimeoutError):
+            call()
+        assert time.monotonic() - start < LONG
+        if fault == "half open":
+            break  # the next connection is whole
+    proxy.heal()
+    with deadline(LONG):
+        assert same(behind.get_many(list(items)), items)
+
+
+def _drop_idle(backend: PostgresBackend) -> None:
+    connection = backend._pool.take()
+    backend._pool.drop(connection)
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_call_over_a_line_that_breaks_raises_and_the_next_one_works(
+    behind: PostgresBackend, proxy: FaultProxy, fault: str
+) -> None:
+    items = entries_of(range(40), 384)
+    proxy.fault = BREAKS[fault]
+    for _ in range(3):
+        with deadline(LONG), pytest.raises((psycopg.Error, TimeoutError)):
+            behind.get_many(list(items))
+    proxy.heal()
+    with deadline(LONG):
+        assert same(behind.get_many(list(items)), items)
+        behind.set_many(entries_of(range(80), 384), None)
+        assert same(behind.get_many([key_of(70)]), {key_of(70): entry_of(70, 384)})
+
+
+def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
+    behind: PostgresBackend, proxy: FaultProxy
+) -> None:
+    _drop_idle(behind)
+    before = proxy.accepted
+    proxy.fault = NetworkFault("latency", seconds=0.05, direction="replies")
+    for _ in range(200):
+        try:
+            with deadline(0.15):
+                found = behind.get_many([key_of(1)])
+            break
+        except TimeoutError:
+            continue
+    assert same(found, {key_of(1): entry_of(1, 384)})
+    assert proxy.accepted - before <= 2
+
+
+def test_a_query_that_nobody_waits_for_is_ended(database: Database, backend: PostgresBackend) -> None:
+    backend.set_many({key_of(1): b"x"}, None)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
+    with _locked(database, backend):
+        with deadline(0.2), pytest.raises(TierTimeout):
+            backend.set_many({key_of(1): b"y"}, None)
+        end = time.monotonic() + LONG
+        while database.run(waiting, database.name) != [(0,)] and time.monotonic() < end:
+            time.sleep(0.01)
+        assert database.run(waiting, database.name) == [(0,)]
+    assert backend.get_many([key_of(1)]) == {key_of(1): b"x"}
+
+
+def test_a_pool_in_use_is_busy_not_dead(database: Database) -> None:
+    with opened(database.url, max_connections=2) as backend:
+        backend.set_many({key_of(1): b"x"}, None)
+        lent = [backend._pool.take() for _ in range(2)]
+        with deadline(0.2), pytest.raises(TierBusy, match="max_connections = 2"):
+            backend.get_many([key_of(1)])
+        waiting = threading.Timer(0.1, lambda: backend._pool.give(lent.pop()))
+        waiting.start()
+        with deadline(LONG):
+            assert backend.get_many([key_of(1)]) == {key_of(1): b"x"}
+        waiting.join()
+        backend._pool.give(lent.pop())
+
+
+def test_a_server_that_is_down_is_not_busy(behind: PostgresBackend, proxy: FaultProxy) -> None:
+    _drop_idle(behind)
+    proxy.fault = NetworkFault("black_hole")
+    errors: list[BaseException] = []
+
+    def ask(_: int) -> None:
+        try:
+            with deadline(0.3):
+                behind.get_many([key_of(1)])
+        except Exception as error:
+            errors.append(error)
+
+    in_threads(6, ask, "get_many of a server that does not answer")
+    assert [type(error) for error in errors] == [TierTimeout] * 6
+
+
+def test_the_pool_holds_no_more_than_it_may(database: Database) -> None:
+    with opened(database.url, max_connections=3) as backend:
+        backend.set_many({key_of(1): b"x"}, None)
+        in_threads(12, lambda _: [backend.get_many([key_of(1)]) for _ in range(20)] and None, "twelve threads")
+        assert len(backend._pool._idle) <= 3
+        assert backend._pool._open == len(backend._pool._idle)
+
+
+def test_connections_that_nobody_needs_are_closed(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.migrate()
+    for connection in [backend._pool.take() for _ in range(4)]:
+        backend._pool.give(connection)
+    assert backend._pool._open == 4
+    monkeypatch.setattr(_postgres_connections, "IDLE_SECONDS", 0.0)
+    assert backend.get_many([key_of(1)]) == {}
+    assert backend._pool._open == len(backend._pool._idle) == 1
+    assert backend.get_many([key_of(1)]) == {}
+
+
+def test_a_wrong_password_and_a_read_only_server(database: Database, role: str) -> None:
+    with opened(database.url) as backend:
+        backend.set_many({key_of(1): b"x"}, None)
+        grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {}"
+        database.run(sql.SQL(grant).format(table_of(backend), sql.Identifier(role)))
+        database.run(sql.SQL("ALTER ROLE {} SET default_transaction_read_only = on").format(sql.Identifier(role)))
+        with opened(database.url_of(role), table=backend.table) as reader:
+            assert reader.get_many([key_of(1)]) == {key_of(1): b"x"}
+            with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+                reader.set_many({key_of(1): b"y"}, None)
+            assert reader.get_many([key_of(1)]) == {key_of(1): b"x"}
+            assert reader._pool._open == 1
+
+
+def test_a_server_is_killed_and_started_again() -> None:
+    with PostgresServer() as server, opened(server.url, max_connections=4) as backend:
+        server.call("CREATE EXTENSION vector")
+        items = entries_of(range(20), 384)
+        backend.set_many(items, None)
+        for connection in [backend._pool.take() for _ in range(4)]:
+            backend._pool.give(connection)
+        server.kill()
+        with deadline(LONG), pytest.raises(psycopg.OperationalError):
+            backend.get_many(list(items))
+        server.restart()
+        with deadline(LONG):  # the first call, although four connections are dead
+            assert same(backend.get_many(list(items)), items)
+        server.pause()  # the system still takes connections; sessions of before go on
+        _drop_idle(backend)
+        with deadline(0.3), pytest.raises(TimeoutError):
+            backend.get_many(list(items))
+        server.resume()
+        with deadline(LONG):
+            assert same(backend.get_many(list(items)), items)
+
+
+def test_a_wrong_password_is_an_error_of_the_tier() -> None:
+    with PostgresServer() as server:
+        server.call("CREATE ROLE somebody LOGIN PASSWORD 'right'")
+        access = server.data / "pg_hba.conf"
+        access.write_text(f"host all somebody 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
+        server.call("SELECT pg_reload_conf()")
+        url = f"postgresql://somebody:WRONG-hush@{server.address}/postgres"
+        with opened(url) as backend, pytest.raises(psycopg.OperationalError, match="password") as caught:
+            backend.get_many([key_of(1)])
+        assert "hush" not in f"{caught.value} {caught.value!r}"
+
+
+class Bouncer(Server):
+    """PgBouncer, which lends out two sessions of a database, a transaction at a time."""
+
+    name = "pgbouncer"
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self.database = database
+        self.user = "postgres" if os.geteuid() == 0 else None  # it refuses to be root
+
+    def command(self) -> list[str]:
+        binary = shutil.which("pgbouncer") or pytest.skip("pgbouncer is not here: apt-get install pgbouncer")
+        host, port = self.database.address
+        users = self.folder / "users.txt"
+        users.write_text('"postgres" ""\n')
+        settings = self.folder / "pgbouncer.ini"
+        settings.write_text(
+            f"[databases]\n* = host={host} port={port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {users}\npool_mode = transaction\n"
+            "default_pool_size = 2\n"
+        )
+        self.folder.chmod(0o755)
+        return [binary, str(settings)]
+
+    def ready(self) -> bool:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+
+
+def test_behind_a_transaction_pooler(database: Database) -> None:
+    with Bouncer(database) as bouncer:
+        url = database.url_of("postgres", bouncer.address)
+        with opened(url, max_connections=8, schema="behind") as backend:
+            assert "made the table" in backend.migrate()
+
+            def work(number: int) -> None:
+                for turn in range(15):
+                    items = entries_of(range(100 * number + turn, 100 * number + turn + 20))
+                    backend.set_many(items, 60.0)
+                    assert same(backend.get_many(list(items)), items)
+                    backend.add_many(items, None)
+
+            in_threads(8, work, "eight threads over two sessions")
+            with deadline(0.2), pytest.raises(TimeoutError), _locked(database, backend):
+                backend.get_many([key_of(1)])
+            assert same(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
+
+            async def use() -> None:
+                twin = backend.twin()
+                answers = await asyncio.gather(*(twin.get_many([key_of(number)]) for number in range(20)))
+                assert all(same(found, {key_of(n): entry_of(n)}) for n, found in enumerate(answers))
+                await twin.close()
+
+            asyncio.run(use())
+
+
+@contextmanager
+def _locked(database: Database, backend: PostgresBackend) -> Iterator[None]:
+    """Hold a lock that every statement on the table waits for."""
+    with psycopg.connect(database.url) as connection:
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table_of(backend)))
+        yield
+
+
+# --- the twin -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["black hole", "a byte at a time", "replies do not come"])
+async def test_the_twin_leaves_a_server_that_hangs(behind: PostgresBackend, proxy: FaultProxy, fault: str) -> None:
+    items = entries_of(range(40), 384)
+    twin = behind.twin()
+    assert same(await twin.get_many(list(items)), items)
+    for _ in range(2):  # connected, then connecting
+        proxy.fault = HANGS[fault]
+        start = time.monotonic()
+        with deadline(0.3), pytest.raises(TimeoutError):
+            await twin.get_many(list(items))
+        assert time.monotonic() - start < LONG
+    proxy.heal()
+    assert same(await twin.get_many([key_of(3)]), {key_of(3): entry_of(3, 384)})
+    assert same(await twin.get_many(list(items)), items)
+    await twin.close()
+
+
+async def test_a_call_of_the_twin_that_is_cancelled_costs_its_connection_alone(behind: PostgresBackend) -> None:
+    items = entries_of(range(40), 384)
+    twin = behind.twin()
+    await twin.get_many(list(items))
+    for turn in range(60):
+        call = asyncio.ensure_future(twin.get_many(list(items)))
+        for _ in range(turn // 4):
+            await asyncio.sleep(0)
+        call.cancel()
+        others = [key_of(turn % 40), key_of((turn + 7) % 40)]
+        expected = {key: items[key] for key in others}
+        assert same(await twin.get_many(others), expected)
+        await asyncio.gather(call, return_exceptions=True)
+    await twin.close()
+    with pytest.raises(CacheClosed):
+        await twin.get_many([key_of(1)])
+
+
+async def test_the_twin_is_busy_where_all_its_connections_are(database: Database) -> None:
+    with opened(database.url, max_connections=1) as backend:
+        backend.set_many({key_of(1): b"x"}, None)
+        twin = backend.twin()
+        connection = await twin._pool.take()
+        with deadline(0.2), pytest.raises(TierBusy):
+            await twin.get_many([key_of(1)])
+        twin._pool.give(connection)
+        assert await twin.get_many([key_of(1)]) == {key_of(1): b"x"}
+        await twin.close()
+
+
+async def test_the_twin_makes_the_table(backend: PostgresBackend) -> None:
+    twin = backend.twin()
+    items = {**entries_of(range(5)), key_of(9): b"frame"}
+    assert await twin.get_many(list(items)) == {}
+    await twin.set_many(items, None)
+    assert same(await twin.get_many(list(items)), items)
+    await twin.close()
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_has_connections_of_its_own(backend: PostgresBackend) -> None:
+    backend.set_many(entries_of(range(5)), None)
+    for connection in [backend._pool.take() for _ in range(3)]:
+        backend._pool.give(connection)
+    pids = {connection.info.backend_pid for connection in backend._pool._idle}
+
+    def child() -> None:
+        assert backend._pool._idle == []
+        assert same(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
+        assert not pids & {connection.info.backend_pid for connection in backend._pool._idle}
+        backend.close()
+
+    in_fork(child, "a backend that was open before the fork")
+    assert {connection.info.backend_pid for connection in backend._pool._idle} == pids
+    for connection in [backend._pool.take() for _ in range(3)]:
+        assert connection.execute(b"SELECT 1").fetchone() == (1,)
+        backend._pool.give(connection)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_fork_beside_calls_under_way(backend: PostgresBackend) -> None:
+    items = entries_of(range(50))
+    backend.set_many(items, None)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            assert same(backend.get_many(list(items)), items)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            in_fork(lambda: same(backend.get_many(list(items)), items) or os._exit(3), "get_many beside a fork")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(LONG)
+    assert same(backend.get_many(list(items)), items)
+
+
+# --- in a chain ---------------------------------------------------------------------------------
+
+
+def test_a_chain_from_toml_promotes_after_a_restart(database: Database, tmp_path: Path) -> None:
+    table = next(_names)
+    config = {
+        "provider": {"type": "ngram"},
+        "tiers": [{"type": "memory"}, {"type": "postgres", "url": database.url, "table": table, "timeout": 20}],
+    }
+    with embedonce.open(config) as cache:
+        vector = cache.embed("once")
+    with embedonce.open(config) as cache:
+        assert cache.fetch(["once"]).sources == ["postgres"]
+        assert cache.fetch(["once"]).sources == ["memory"]
+        assert cache.embed("once").tobytes() == vector.tobytes()
+
+    async def use() -> list[str | None]:
+        async with embedonce.open(config) as cache:
+            return list((await cache.afetch(["once"])).sources)
+
+    assert asyncio.run(use()) == ["postgres"]
