@@ -599,14 +599,17 @@ def _grow(name: str, peer: Any, repeats: int, most: int, size: Callable[[Any], f
 
 def _size(server: Any, peer: Any) -> float:
     if isinstance(server, servers.RedisServer):
-        return float(server.call("INFO", "memory").split(b"used_memory:")[1].split()[0])
+        return float(server.call("INFO", "memory")["used_memory"])
     if isinstance(server, servers.PostgresServer):
         server.call(f"VACUUM embedonce_{peer.column}")
         return float(server.call(f"SELECT pg_total_relation_size('embedonce_{peer.column}')"))
     from pymemcache.client.base import Client
 
-    with Client(server.address) as client:
+    client = Client(server.address)
+    try:
         return float(client.stats()[b"bytes"])
+    finally:
+        client.close()
 
 
 def _size_on_disk(peer: Any) -> float:
