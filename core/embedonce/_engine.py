@@ -124,9 +124,10 @@ class Engine:
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
+        missing = answer.missing()
         for again in (False, True):
             with self.table.call() as ticket:
-                missing = await self._look(port, ticket, answer, answer.missing())
+                missing = await self._look(port, ticket, answer, missing)
                 if missing and compute and not self._replay:
                     claimed = self.table.claim(ticket, missing, port.loop)
                     self._share(answer, claimed.landed)
@@ -135,11 +136,13 @@ class Engine:
                     await self._follow_all(port, ticket, answer, claimed, last=again)
                 elif missing:
                     self._share(answer, self.table.landed(missing))
-            if not compute or not answer.missing():
+            missing = answer.missing() if missing else missing
+            if not compute or not missing:
                 break
             if self._replay:
                 miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
-                answer.failed.update(dict.fromkeys(answer.missing(), miss))
+                answer.failed.update(dict.fromkeys(missing, miss))
+                break
         if answer.refusal is not None:
             raise answer.refusal
 

@@ -91,6 +91,7 @@ class LiveTier:
         ports: Ports,
         cards: Mapping[str, Mapping[str, Value]],
         emit: Callable[[Event], None],
+        listened: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self.name = name
@@ -106,6 +107,7 @@ class LiveTier:
         self._ports = ports
         self._cards = cards
         self._emit = emit
+        self._listened = listened
         self._clock = clock
         self._corrupt = False
         self.reset()
@@ -254,7 +256,8 @@ class LiveTier:
             "skipped": read.skipped,
         }
         self.counters.count(seconds=read.seconds, cause=read.cause, **counts)
-        self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
+        if self._listened():
+            self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
         """See off the caller's path whether the tier answers again."""
@@ -370,7 +373,10 @@ class LiveTier:
     ) -> None:
         seconds = 0.0 if start is None else time.perf_counter() - start
         self.counters.count(stored=stored, dropped=dropped, errors=errors, cause=cause, seconds=seconds)
-        self._emit(Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause))
+        if self._listened():
+            self._emit(
+                Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause)
+            )
 
     # --- background writes --------------------------------------------------------------------
 
