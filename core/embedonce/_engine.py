@@ -200,7 +200,10 @@ class Engine:
     ) -> None:
         for tier in tiers:
             if tier.name not in answer.errors:
-                await tier.store(port, ticket, entries, patience=False)
+                try:
+                    await tier.store(port, ticket, entries, patience=False)
+                except TierError as error:
+                    answer.refusal = error
 
     async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier that has not failed in this call; a raising tier does not stop the others."""

@@ -178,6 +178,9 @@ class LiveTier:
             return TierTimeout(f"tier {self.name!r} did not answer within {self.timeout} s", self.name)
         return TierError(f"tier {self.name!r} failed ({cause})", self.name)
 
+    def _left_out(self) -> TierError:
+        return TierError(f"tier {self.name!r} has failed and is left out until it answers again", self.name)
+
     def _chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
         size = self.capabilities.max_batch or (CHUNK if self.capabilities.blocking else len(keys) or 1)
         for start in range(0, len(keys), size):
@@ -199,6 +202,9 @@ class LiveTier:
                 if admitted == "probe":
                     self._probe()
                 read.skipped += len(chunk)
+                if self.on_error == "raise":
+                    self._note(read, task, start)
+                    raise self._left_out()
                 continue
             try:
                 values = await self._get(port, chunk)
@@ -313,6 +319,8 @@ class LiveTier:
             admitted = self.writes.admit()
             if admitted == "skip":
                 self._wrote(0, dropped=len(part), cause="skipped")
+                if self.on_error == "raise":
+                    raise self._left_out()
                 continue
             if admitted == "probe":
                 self._off_path(lambda part=part: self._write_caught(ticket, part))  # type: ignore[misc]
@@ -530,6 +538,10 @@ def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
             raise ConfigError('a tier cannot be called "provider": that is what Fetched.sources calls the provider')
         if tier.timeout is not None and caps.scope == "process":
             raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
+        for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
+            if getattr(tier, option) not in values:
+                wanted = ", ".join(f'"{value}"' for value in values if value is not None)
+                raise ConfigError(f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}")
         for option in ("ttl", "timeout"):
             value = getattr(tier, option)
             if value is not None and not value > 0:

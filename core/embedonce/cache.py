@@ -92,6 +92,9 @@ class Cache:
             raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
         if mode not in ("read-through", "replay"):
             raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
+        for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
+            if not number >= 0:
+                raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
         self._policy = key or KeyPolicy()
         self._steps = [_normalizer(name) for name in self._policy.normalize]
         self._source = Source(wrap(provider, space), fallback=False)
@@ -101,6 +104,7 @@ class Cache:
         self._mode: Mode = mode
         self._flush_timeout = flush_timeout
         self._listeners = list(listeners)
+        self._broken_listeners: set[int] = set()
         self._clock = clock
         self._routes: dict[tuple[Source, str], Route] = {}
         self._cards: dict[str, dict[str, Value]] = {}
@@ -170,9 +174,13 @@ class Cache:
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
-        _refuse_str(texts, "embed_iter")
-        for window in _windows(texts, batch):
-            yield from step(self._rows(self._ports.blocking, window, task))
+        self._check_iter(texts, batch, "embed_iter")
+
+        def rows() -> Iterator[Matrix]:
+            for window in _windows(texts, batch):
+                yield from step(self._rows(self._ports.blocking, window, task))
+
+        return rows()
 
     def fetch(
         self,
@@ -291,14 +299,18 @@ class Cache:
         """As :meth:`embed_batch`."""
         return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
 
-    async def aembed_iter(
+    def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
     ) -> AsyncIterator[Matrix]:
         """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
-        _refuse_str(texts, "aembed_iter")
-        async for window in _awindows(texts, batch):
-            for row in await self._rows(self._ports.of_running_loop(), window, task):
-                yield row
+        self._check_iter(texts, batch, "aembed_iter")
+
+        async def rows() -> AsyncIterator[Matrix]:
+            async for window in _awindows(texts, batch):
+                for row in await self._rows(self._ports.of_running_loop(), window, task):
+                    yield row
+
+        return rows()
 
     async def afetch(
         self,
@@ -396,7 +408,7 @@ class Cache:
         This is the path that must stay under a microsecond: no coroutine, no lock, no event.
         """
         get, count, routes = self._hot
-        if type(text) is not str or task not in routes:
+        if type(text) is not str or type(task) is not str or task not in routes:
             return None
         route = routes[task]
         key = route.known.get(text)
@@ -428,6 +440,8 @@ class Cache:
         return (lambda key: None), (lambda: 0), {}
 
     def _route(self, source: Source, task: Task) -> Route:
+        if not isinstance(task, str) or not task:
+            raise TypeError(f'a task is a str such as "document" or "query", not {task!r}')
         route = self._routes.get((source, task))
         if route is None:
             with self._lock:
@@ -519,9 +533,9 @@ class Cache:
         metadata: Sequence[Metadata | None] | None,
     ) -> None:
         answer = self._ask(self._source, texts, task, metadata=metadata)
-        if not answer.keys:
-            return
         who = "put was given"
+        if not answer.keys and len(vectors) == 0:
+            return
         rows = rounded(
             checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
         )
@@ -591,7 +605,15 @@ class Cache:
             try:
                 listener(event)
             except Exception:  # noqa: BLE001  (a broken listener must not cost an embedding)
-                log.exception("a listener failed on %s", type(event).__name__)
+                if id(listener) not in self._broken_listeners:  # once, not once an event
+                    self._broken_listeners.add(id(listener))
+                    log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
+
+    def _check_iter(self, texts: object, batch: int, what: str) -> None:
+        self._check_open()
+        _refuse_str(texts, what)
+        if batch < 1:
+            raise ValueError(f"{what} reads at least one text at a time: batch is {batch}")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -632,6 +654,8 @@ def _normalizer(name: str) -> Normalizer:
 
 
 def _refuse_str(texts: object, what: str) -> None:
+    if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
+        raise TypeError(f"{what} takes a list of texts, not {type(texts).__name__}")
     if isinstance(texts, str | bytes):
         raise TypeError(
             f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed"
