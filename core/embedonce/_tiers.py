@@ -13,7 +13,7 @@ from ._breaker import Breaker
 from ._checks import conform
 from ._counters import Counters
 from ._flights import Table
-from ._ports import Port, Ports, step
+from ._ports import Port, Ports, Workers, step
 from .contracts import Backend, Capabilities, deadline
 from .errors import ConfigError, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
@@ -30,6 +30,9 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
 PROBE_KEY = f"{KEY_PREFIX}probe"
 """A key that no entry has; reading it shows whether a tier answers."""
+
+CALLS = 32
+"""Most calls to a backend at once from event loops; more wait, and that is no timeout of the tier."""
 
 CHUNK = 1024
 """Keys of one backend call where the backend names no ``max_batch``: the deadline is looked at in between."""
@@ -116,7 +119,9 @@ class LiveTier:
         """Start anew, as in a forked child."""
         from weakref import WeakKeyDictionary
 
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may use the cache
+        self._workers = Workers(CALLS)
+        self.counters.renew()
         self._draining = False
         self._carded: dict[str, float] = {}
         self.reads = Breaker(lambda state, cause: self._changed("read", state, cause))
@@ -138,7 +143,8 @@ class LiveTier:
 
     async def _call(self, port: Port, call: Callable[[], Any]) -> Any:
         caps = self.capabilities
-        return await port.call(call, self.timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+        quick = not caps.blocking and caps.deadline
+        return await port.call(call, self.timeout, self._workers, inline=caps.deadline, quick=quick)
 
     async def _get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         loop = port.loop
@@ -410,14 +416,8 @@ class LiveTier:
                 return
             self._draining = True
             draining.add(self)
-        if self._off_path(self._drain):
-            return
-        # The interpreter is ending. What keeps its deadline can be written here and now.
-        if self.capabilities.deadline:
-            self._drain()
-        else:
-            self._drained()
-            log.warning("tier %r: %d entries were not written", self.name, self._table.queued(self.name))
+        if not self._off_path(self._drain):
+            self._drain()  # the interpreter is ending: here and now, or never
 
     def _drain(self) -> None:
         while True:
@@ -432,6 +432,7 @@ class LiveTier:
         draining.discard(self)
 
     def wait_until_drained(self, timeout: float) -> bool:
+        """Wait for the writes under way; False after ``timeout`` seconds."""
         return self._table.flushed(timeout)
 
     def drain(self) -> None:
@@ -501,7 +502,8 @@ class LiveTier:
         # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
         timeout = None if listing else self.timeout
         try:
-            return await port.call(call, timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+            quick = not caps.blocking and caps.deadline
+            return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
         except TierError as error:
             raise TierError(str(error), self.name) from error
         except TimeoutError as error:
@@ -544,7 +546,7 @@ def compose_chain(tiers: Sequence[Tier | Backend]) -> list[tuple[str, Tier]]:
                 raise ConfigError(f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}")
         for option in ("ttl", "timeout"):
             value = getattr(tier, option)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
         names.add(name)
         chain.append((name, tier))

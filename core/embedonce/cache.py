@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -18,7 +19,7 @@ from ._checks import checked_matrix, rounded
 from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
-from ._routes import Route, Source, describe
+from ._routes import Route, Source, describe, plain_texts
 from ._tiers import LiveTier, Tier, compose_chain, draining
 from ._upkeep import Upkeep
 from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
@@ -32,6 +33,7 @@ from .vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
 if TYPE_CHECKING:
     from typing import Self
 
+T = TypeVar("T")
 Mode: TypeAlias = Literal["read-through", "replay"]
 Matrix: TypeAlias = NDArray[np.float32]
 
@@ -108,7 +110,7 @@ class Cache:
         self._clock = clock
         self._routes: dict[tuple[Source, str], Route] = {}
         self._cards: dict[str, dict[str, Value]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
         self._fell_back = False
 
@@ -145,8 +147,7 @@ class Cache:
         self._hot = self._hot_tier()
         _open_caches.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+        _close_at_exit()
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -268,9 +269,12 @@ class Cache:
 
     def close(self) -> None:
         """Flush, within ``flush_timeout``, then close backends and provider. Calling it twice does nothing."""
+        self._close(self._flush_timeout)
+
+    def _close(self, timeout: float) -> None:
         if not self._shut():
             return
-        if not self.flush():
+        if not self.flush(timeout):
             queued = {tier.name: n for tier in self._tiers if (n := self._table.queued(tier.name))}
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
         for closing in (*(tier.backend for tier in self._tiers), self._source.provider):
@@ -278,6 +282,12 @@ class Cache:
         if self._fallback is not None:
             self._let_go(self._fallback.provider)
         self._ports.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Cache has threads, locks and connections: it cannot be copied or pickled. "
+            "Pass its configuration and call embedonce.open where it is needed"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -357,12 +367,30 @@ class Cache:
         """As :meth:`explain`."""
         return await self._explain(self._ports.of_running_loop(), text, task)
 
+    async def acontents(self) -> list[Held]:
+        """As :meth:`contents`."""
+        self._check_open()
+        return await self._upkeep.contents(self._ports.of_running_loop())
+
+    async def acheck(self) -> list[TierCheck]:
+        """As :meth:`check`."""
+        self._check_open()
+        return await self._upkeep.check(self._ports.of_running_loop())
+
+    async def aflush(self, timeout: float | None = None) -> bool:
+        """As :meth:`flush`, without holding the loop up."""
+        return await self._off_loop(lambda: self.flush(timeout))
+
     async def aclose(self) -> None:
         """As :meth:`close`, without holding the loop up."""
         port = self._ports.of_running_loop()
         for tier in self._tiers:
             await tier.close_twin(port)
-        await port.call(self.close, None, inline=False, quick=False)
+        await self._off_loop(self.close)
+
+    async def _off_loop(self, call: Callable[[], T]) -> T:
+        port = self._ports.of_running_loop()
+        return await port.call(call, None, self._ports.workers, inline=False, quick=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -396,7 +424,7 @@ class Cache:
         return self._source.provider
 
     def __repr__(self) -> str:
-        space = self._source.provider.space("document")
+        space = self._route(self._source, TASKS[0]).space
         chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
         return f"<embedonce.Cache {chain}>"
 
@@ -416,12 +444,12 @@ class Cache:
             key = route.key(text)
         try:
             entry = get(key)
+            if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
+                return None
+            expires = entry.expires
+            if expires is not None and expires <= self._clock():
+                return None
         except Exception:  # noqa: BLE001  (the long way counts the error, or says that the cache is closed)
-            return None
-        if entry is None:
-            return None
-        expires = entry.expires
-        if expires is not None and expires <= self._clock():
             return None
         count()
         return entry.vector
@@ -519,7 +547,7 @@ class Cache:
     ) -> Answer:
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = texts if isinstance(texts, list | tuple) else list(texts)
+        texts = plain_texts(texts)
         route = self._route(source, task)
         keys = route.keys(texts)
         return Answer(route, keys, texts, store, _by_key(keys, metadata))
@@ -539,7 +567,8 @@ class Cache:
         rows = rounded(
             checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
         )
-        answer.route.dimensions = rows.shape[1]
+        if answer.route.settle(rows.shape[1]) != rows.shape[1]:
+            checked_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
         created = self._clock()
         entries: dict[str, Entry] = {}
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
@@ -551,7 +580,7 @@ class Cache:
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = list(texts)
+        texts = plain_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
         routes = [self._route(source, name) for source in sources for name in sorted(tasks)]
@@ -560,7 +589,7 @@ class Cache:
             await self._upkeep.forget(port, list(keys))
         finally:
             for route in routes:
-                route.discard(texts)
+                route.discard(keys)
 
     async def _purge(
         self,
@@ -638,9 +667,12 @@ class Cache:
 
     def _after_fork(self) -> None:
         """In the child: locks, flights, queue and threads are the parent's; start with our own."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ports.reset()
         self._table.reset()
+        self._source.renew()
+        if self._fallback is not None:
+            self._fallback.renew()
         for tier in self._tiers:
             tier.reset()
 
@@ -696,17 +728,42 @@ async def _awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> Asy
 
 
 def _close_all() -> None:
-    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
-    for cache in list(_open_caches):
-        cache.close()
+    """Flush and close what the program left open, and wait for writes of caches that are gone already.
+
+    All of them together take no longer than the longest would alone.
+    """
+    caches = list(_open_caches)
+    start = time.monotonic()
+    for cache in caches:
+        for tier in cache._tiers:
+            tier.start_draining()
+    for cache in caches:
+        cache._close(max(0.0, start + cache._flush_timeout - time.monotonic()))
     for tier in list(draining):
-        tier.wait_until_drained(LAST_FLUSH)
+        tier.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+
+
+def _close_at_exit() -> None:
+    """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if "multiprocessing.process" in sys.modules:
+        from multiprocessing import parent_process
+        from multiprocessing.util import Finalize
+
+        if parent_process() is not None:  # a child that was forked ends without atexit
+            Finalize(None, _close_all, exitpriority=100)
 
 
 def _after_fork_in_child() -> None:
     draining.clear()
     for cache in list(_open_caches):
         cache._after_fork()
+    if "multiprocessing.util" in sys.modules:
+        from multiprocessing.util import register_after_fork
+
+        # multiprocessing forgets in the child what is to run at its end, and then calls what was registered so.
+        register_after_fork(_open_caches, lambda caches: _close_at_exit())
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
