@@ -64,7 +64,7 @@ class Upkeep:
             try:
                 cards = await self.cards(port, tier)
             except TierError as error:
-                failed[tier.name] = str(error)
+                failed[tier.name] = _cause(error)
             else:
                 scopes.update(
                     {
@@ -106,7 +106,7 @@ class Upkeep:
                 try:
                     await erase(tier)
                 except TierError as error:
-                    failed[tier.name] = str(error)
+                    failed[tier.name] = _cause(error)
                 else:
                     if tier.name in writing:
                         failed[tier.name] = "a write of it that hangs may still arrive"
@@ -126,18 +126,17 @@ class Upkeep:
         return {**self._cards, **held}
 
     async def contents(self, port: Port) -> list[Held]:
-        """Count what each tier holds, by scope.
-
-        Raises:
-            TierError: a tier cannot list its keys, or failed.
-        """
+        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
         held: list[Held] = []
         for tier in self._tiers:
-            cards = await self.cards(port, tier)
+            try:
+                cards = await self.cards(port, tier)
+                keys = await tier.scan(port, KEY_PREFIX)
+            except TierError as error:
+                held.append(Held(tier.name, "", None, 0, _cause(error)))
+                continue
             scopes = Counter(
-                key.split(".", 2)[1]
-                for key in await tier.scan(port, KEY_PREFIX)
-                if not key.startswith(CARD_PREFIX) and key.count(".") == 2
+                key.split(".", 2)[1] for key in keys if not key.startswith(CARD_PREFIX) and key.count(".") == 2
             )
             held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
@@ -151,8 +150,7 @@ class Upkeep:
             try:
                 await tier.peek(port, [PROBE_KEY])
             except TierError as error:
-                cause = error.__cause__
-                detail = str(error) if cause is None or not str(cause) else f"{error}: {cause}"
+                detail = _cause(error)
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, not detail, time.perf_counter() - start, detail))
         return checks
@@ -193,7 +191,7 @@ class Upkeep:
         try:
             values = await tier.peek(port, [key])
         except TierError as error:
-            return f"error: {error}"
+            return f"error: {_cause(error)}"
         if key not in values:
             return "miss"
         if tier.capabilities.holds == "entries":
@@ -224,6 +222,13 @@ class Upkeep:
             differs = ", ".join(f"{part} {card.get(part)!r} instead of {mine[part]!r}" for part in other)
             reasons.append(f"tier {tier.name!r} holds entries with {differs}")
         return reasons
+
+
+def _cause(error: TierError) -> str:
+    """Return what went wrong with a tier, in the store's own words where it has some."""
+    cause = error.__cause__
+    said = " ".join(str(cause).split()) if cause is not None else ""
+    return f"{error}: {said}" if said and said != str(error) else str(error)
 
 
 def _report(failed: Mapping[str, str], what: str) -> None:

@@ -101,6 +101,8 @@ class Held:
     card: Mapping[str, Value] | None
     """The space card; None where the tier has lost it."""
     entries: int
+    error: str | None = None
+    """Why the tier cannot say what it holds; ``scope`` is then empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,11 +248,7 @@ class Cache:
         return step(self._explain(self._ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count what each tier holds, by scope.
-
-        Raises:
-            TierError: a tier cannot list its keys, or failed.
-        """
+        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
         self._check_open()
         return step(self._upkeep.contents(self._ports.blocking))
 
