@@ -56,7 +56,8 @@ class Workers:
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        self._free = 0  # threads that wait and for which no job is meant
+        self._backlog = 0  # jobs for which no thread is meant
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run ``call`` in a thread, in a copy of the caller's context; where all are busy, as soon as one is not.
@@ -82,38 +83,36 @@ class Workers:
                 future.set_result(result)
 
         with self._lock:
+            if self._free:
+                self._free -= 1
+            elif self._most is None or self._threads < self._most:
+                threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
+                self._threads += 1
+            else:
+                self._backlog += 1
             self._jobs.put(run)
-            enough = self._idle >= self._jobs.qsize()
-            if not enough and (self._most is None or self._threads < self._most):
-                self._start()
         return future
 
-    def _start(self) -> None:
-        self._threads += 1
-        try:
-            threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
-        except BaseException:
-            self._threads -= 1
-            if self._threads == 0:
-                self._jobs.get_nowait()
-                raise
-
     def _work(self) -> None:
+        run = self._jobs.get()
         while True:
+            run()
+            del run
             with self._lock:
-                self._idle += 1
-            try:
-                run = self._jobs.get(timeout=self.IDLE_SECONDS)
-            except queue.Empty:
-                run = None
-            with self._lock:
-                self._idle -= 1
-                if run is None and self._jobs.empty():
-                    self._threads -= 1
-                    return
-            if run is not None:
-                run()
-                del run
+                if self._backlog:
+                    self._backlog -= 1
+                else:
+                    self._free += 1
+            while True:
+                try:
+                    run = self._jobs.get(timeout=self.IDLE_SECONDS)
+                    break
+                except queue.Empty:
+                    with self._lock:
+                        if self._free:  # else a job is meant for one of us, and about to arrive
+                            self._free -= 1
+                            self._threads -= 1
+                            return
 
 
 class BackgroundLoop:
