@@ -135,7 +135,6 @@ class Connections:
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self._connect = connect
         self._idle: list[Connection] = []
-        self._lent = 0
         self._generation = 0
         self._closed = False
         self._stranded = False
@@ -145,7 +144,9 @@ class Connections:
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
         self._paused = False
-        self._changed = threading.Condition()
+        # Weak: what a call drops when Ctrl-C strikes between two lines is no longer lent.
+        self._lent: WeakSet[Connection] = WeakSet()
+        self._lock = threading.RLock()
         self._opening = threading.Lock()
         self.writing = threading.RLock()
         """Held by the one thread of this process that writes: threads queue here, processes poll SQLite's lock."""
@@ -157,25 +158,29 @@ class Connections:
             CacheClosed: after ``close``.
             TierError: in a forked child that may not touch the file.
         """
-        with self._changed:
-            if self._paused or self._closed or self._stranded or self._pid != os.getpid():
-                self._admit()
-            self._lent += 1
-            if self._idle:
-                return self._idle.pop()
-            generation = self._generation
-        try:
+        while True:
+            self._admit()
+            with self._lock:
+                if not self._paused and self._idle:
+                    connection = self._idle.pop()
+                    self._lent.add(connection)
+                    return connection
+                generation = self._generation
             with holding(self._opening):
+                if self._paused:  # a fork waits for this lock, so none begins while a file is being opened
+                    continue
                 connection = self._connect()
-        except BaseException:
-            self._back()
-            raise
-        connection.generation = generation
-        return connection
+                connection.generation = generation
+                self._lent.add(connection)
+                return connection
 
     def _admit(self) -> None:
-        if self._paused and not self._changed.wait_for(lambda: not self._paused, remaining()):
-            raise TierTimeout("this process is forking")
+        if self._paused:
+            end = time.monotonic() + remaining()
+            while self._paused:
+                if time.monotonic() >= end:
+                    raise TierTimeout("this process is forking")
+                time.sleep(0.001)
         if self._closed:
             raise CacheClosed("the disk backend is closed")
         if self._stranded or self._pid != os.getpid():
@@ -186,27 +191,22 @@ class Connections:
 
     def give(self, connection: Connection, sound: bool) -> None:
         """Take a connection back; it is closed unless it is ``sound``."""
-        with self._changed:
+        with self._lock:
             if sound and connection.generation == self._generation and self._may_keep():
                 self._idle.append(connection)
-                self._lent -= 1
+                self._lent.discard(connection)
                 return
         try:
             connection.close()
         finally:
-            self._back()
-
-    def _back(self) -> None:
-        with self._changed:
-            self._lent -= 1
-            self._changed.notify_all()
+            self._lent.discard(connection)
 
     def _may_keep(self) -> bool:
         return not self._closed and not self._paused and len(self._idle) < IDLE
 
     def renew(self) -> None:
         """Close what is idle and what comes back: the next call opens the file anew."""
-        with self._changed:
+        with self._lock:
             self._generation += 1
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -223,21 +223,24 @@ class Connections:
 
     def pause(self, until: float) -> None:
         """Hold new calls back, wait for those under way, close every connection."""
-        with self._changed:
-            self._paused = True
-            self._changed.wait_for(lambda: not self._lent, max(0.0, until - time.monotonic()))
+        self._paused = True
+        if self._opening.acquire(timeout=max(0.0, until - time.monotonic())):
+            self._opening.release()
+        while self._is_lending() and time.monotonic() < until:
+            time.sleep(0.001)
         self.renew()
+
+    def _is_lending(self) -> bool:
+        with self._lock:
+            return bool(self._lent)
 
     def resume(self) -> None:
         """Go on in the parent."""
-        with self._changed:
-            self._paused = False
-            self._changed.notify_all()
+        self._paused = False
 
     def restart(self) -> None:
         """Go on in the child, whose other threads are gone."""
-        self._stranded = self._stranded or self._lent > 0
-        self._lent = 0
+        self._stranded = self._stranded or bool(self._lent) or self._opening.locked()
         self._reset_locks()
 
 

@@ -22,7 +22,7 @@ class Breaker:
 
     def __init__(self, changed: Callable[[Literal["open", "closed"], str | None], None]) -> None:
         self._changed = changed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._failures = 0
         self._wait = 0.0
         self._until = 0.0

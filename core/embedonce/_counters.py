@@ -16,7 +16,10 @@ class Tally:
     def __init__(self) -> None:
         self.add: Callable[[], int] = itertools.count().__next__
         self._reads = 0
-        self._lock = threading.Lock()
+        self.renew()
+
+    def renew(self) -> None:
+        self._lock = threading.RLock()
 
     def value(self) -> int:
         with self._lock:
@@ -29,11 +32,16 @@ class Counters:
 
     def __init__(self) -> None:
         self.single = Tally()
-        self._lock = threading.Lock()
+        self.renew()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._seconds = 0.0
+
+    def renew(self) -> None:
+        """Take new locks, as in a forked child. They are re-entrant: a signal handler may use the cache."""
+        self._lock = threading.RLock()
+        self.single.renew()
 
     def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
         with self._lock:

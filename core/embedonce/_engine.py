@@ -10,16 +10,16 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from ._checks import checked_matrix, rounded
-from ._flights import Abandoned, Claimed, Flight, Table, leading
+from ._flights import Abandoned, Claimed, Flight, Table, Ticket, leading
 from ._leases import Leases
 from ._ports import Port
-from ._routes import Route
+from ._routes import Route, Source
 from ._tiers import LiveTier
 from .answers import Fetched
 from .contracts import AnyProvider, Embedded
@@ -28,9 +28,6 @@ from .events import Computed, Event
 from .vectors import Dtype, Entry, Metadata, freeze_rows
 
 log = logging.getLogger("embedonce")
-
-FOLLOW_SLICE = 0.25
-"""Seconds between two looks at whether the leader of a followed flight is still there."""
 
 PROVIDER = "provider"
 
@@ -140,23 +137,30 @@ class Engine:
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
+        missing = answer.missing()
         for again in (False, True):
             with self.table.call() as ticket:
-                missing = await self._look(port, ticket, answer, answer.missing())
+                missing = await self._look(port, ticket.number, answer, missing)
                 if missing and compute and not self._replay:
-                    claimed = self.table.claim(ticket, missing, port.loop)
-                    self._share(answer, claimed.landed)
-                    if claimed.led:
-                        leases = self.leases if answer.store else None
+                    claimed = Claimed()
+                    leases = self.leases if answer.store else None
+                    try:
+                        self.table.claim(ticket.number, missing, port.loop, claimed)
+                        await self._share(port, ticket.number, answer, claimed.landed)
                         await self._lead(port, ticket, answer, claimed.led, leases=leases)
+                    except BaseException:  # before the computation began; while it runs, it looks after its flights
+                        self.table.abandon({key: f for key, f in claimed.led.items() if not f.guarded})
+                        raise
                     await self._follow_all(port, ticket, answer, claimed, last=again)
                 elif missing:
-                    self._share(answer, self.table.landed(missing))
-            if not compute or not answer.missing():
+                    await self._share(port, ticket.number, answer, self.table.landed(missing))
+            missing = answer.missing() if missing else missing
+            if not compute or not missing:
                 break
             if self._replay:
                 miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
-                answer.failed.update(dict.fromkeys(answer.missing(), miss))
+                answer.failed.update(dict.fromkeys(missing, miss))
+                break
         if answer.refusal is not None:
             raise answer.refusal
 
@@ -166,14 +170,16 @@ class Engine:
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
+        claimed = Claimed()
         with self.table.call() as ticket:
-            missing = await self._look(port, ticket, answer, answer.missing())
-            claimed = self.table.claim(ticket, missing, port.loop)  # what others compute now, they store
-            fresh = {key: entries[key] for key in claimed.led}
+            missing = await self._look(port, ticket.number, answer, answer.missing())
+            fresh = {key: entries[key] for key in missing}
             try:
-                await self.store(port, ticket, answer, fresh)
+                self.table.claim(ticket.number, missing, port.loop, claimed)
+                # Also what others compute at this moment: they may fail, or not store it.
+                await self.store(port, ticket.number, answer, fresh)
             finally:
-                self.table.land(claimed.led, fresh, stored=True)
+                self.table.land(claimed.led, {key: entries[key] for key in claimed.led}, stored=True)
         if answer.refusal is not None:
             raise answer.refusal
 
@@ -214,7 +220,10 @@ class Engine:
     ) -> None:
         for tier in tiers:
             if tier.name not in answer.errors:
-                await tier.store(port, ticket, entries, answer.preview, patience=False)
+                try:
+                    await tier.store(port, ticket, entries, answer.preview, patience=False)
+                except TierError as error:
+                    answer.refusal = error
 
     async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier that has not failed in this call; a raising tier does not stop the others."""
@@ -227,63 +236,67 @@ class Engine:
 
     # --- flights ------------------------------------------------------------------------------
 
-    def _share(self, answer: Answer, entries: Mapping[str, Entry]) -> None:
-        """Take what another call's flight has brought."""
+    async def _share(self, port: Port, ticket: int, answer: Answer, flights: Mapping[str, Flight]) -> None:
+        """Take what other calls' flights have brought, and store what they did not."""
         expected = answer.dimensions
-        for key, entry in entries.items():
-            if expected is None or entry.vector.size == expected:
+        unstored: dict[str, Entry] = {}
+        for key, flight in flights.items():
+            entry = flight.entry
+            if entry is not None and (expected is None or entry.vector.size == expected):
                 answer.entries[key] = entry
                 self.shared += 1
+                if answer.store and not flight.stored:
+                    unstored[key] = entry
+        if unstored:
+            await self.store(port, ticket, answer, unstored)
 
-    async def _follow_all(self, port: Port, ticket: int, answer: Answer, claimed: Claimed, *, last: bool) -> None:
+    async def _follow_all(self, port: Port, ticket: Ticket, answer: Answer, claimed: Claimed, *, last: bool) -> None:
         """Wait for the flights of others; only now, with everything that we claimed landed."""
         end = time.monotonic() + self._max_wait
         alone: list[str] = []
-        unstored: dict[str, Entry] = {}
         for key, flight in claimed.followed.items():
             await self._follow(port, key, flight, end)
+            error = flight.error
             if flight.entry is not None:
-                self._share(answer, {key: flight.entry})
-                if answer.store and not flight.stored:
-                    unstored[key] = flight.entry
-            elif flight.error is None:
+                continue
+            if error is None or (last and isinstance(error, Abandoned)):
                 alone.append(key)
-            elif isinstance(flight.error, TextRefused) or (last and isinstance(flight.error, Exception)):
-                if isinstance(flight.error, Abandoned):
-                    alone.append(key)
-                else:
-                    answer.failed[key] = flight.error
-        if unstored:
-            await self.store(port, ticket, answer, unstored)
+            elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
+                answer.failed[key] = _own(error)
+        await self._share(port, ticket.number, answer, claimed.followed)
         if alone:
-            await self._lead(port, ticket, answer, {key: Flight(ticket, port.loop) for key in alone}, leases=None)
+            flights = {key: Flight(ticket.number, port.loop) for key in alone}
+            await self._lead(port, ticket, answer, flights, leases=None)
 
     async def _follow(self, port: Port, key: str, flight: Flight, end: float) -> None:
         """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
-        while flight.entry is None and flight.error is None:
-            left = end - time.monotonic()
-            if left <= 0 or flight.waits_for_us(port.loop):
-                return
-            if not await port.wait(flight.landed(), min(left, FOLLOW_SLICE)) and flight.abandoned():
-                self.table.disown(key, flight)
-                flight.error = flight.error or Abandoned()
+        if flight.entry is not None or flight.error is not None or flight.waits_for_us(port.loop):
+            return
+        gone = partial(self.table.abandoned, flight)
+        if not await port.wait(flight.landed(), end - time.monotonic(), lambda: not gone()) and gone():
+            self.table.disown(key, flight)
+            flight.error = flight.error or Abandoned()
 
     async def _lead(
-        self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], *, leases: Leases | None
+        self, port: Port, ticket: Ticket, answer: Answer, flights: dict[str, Flight], *, leases: Leases | None
     ) -> None:
         """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
+        if not flights:
+            return
         texts = self._normalized(answer, flights)
 
         def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
-            left = {key: f for key, f in flights.items() if f.entry is None and f.error is None}
-            self.table.fail(left, Abandoned())
-            self.table.release(ticket)
+            self.table.abandon(flights)
+            ticket.release()
 
-        self.table.hold(ticket)
+        ticket.hold()
+        for flight in flights.values():
+            flight.guarded = True
+        number = ticket.number
         if leases is None:
-            await port.shielded(partial(self._compute, port, ticket, answer, flights, texts), done)
+            await port.shielded(partial(self._compute, port, number, answer, flights, texts), done)
         else:
-            await port.shielded(partial(self._compute_leased, port, ticket, answer, flights, texts, leases), done)
+            await port.shielded(partial(self._compute_leased, port, number, answer, flights, texts, leases), done)
 
     async def _compute(
         self, port: Port, ticket: int, answer: Answer, flights: dict[str, Flight], texts: Mapping[str, str]
@@ -375,7 +388,7 @@ class Engine:
             try:
                 made = await self._embed(port, ticket, answer, [texts[key] for key in part])
             except TextRefused as error:
-                refused = {part[i] for i in error.positions if 0 <= i < len(part)}
+                refused = {part[i] for i in error.positions if type(i) is int and 0 <= i < len(part)}
                 if not refused and len(part) > 1:
                     todo += [part[len(part) // 2 :], part[: len(part) // 2]]
                     continue
@@ -406,10 +419,13 @@ class Engine:
         made = 0
         tokens: int | None = None
         try:
-            reply = await _call_provider(port, ticket, source.provider, texts, route.task)
-            tokens = reply.tokens if isinstance(reply, Embedded) else None
+            reply = await _call_provider(port, ticket, source, list(texts), route.task)
+            tokens = _tokens(reply)
             who = f"provider {source.name!r} returned"
-            matrix = rounded(checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who), self.dtype, who)
+            matrix = checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
+            matrix = rounded(matrix, self.dtype, who)
+            if route.settle(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first, just now
+                checked_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:
             seconds = time.perf_counter() - start
@@ -426,18 +442,33 @@ class Engine:
                     fallback=source.fallback,
                 )
             )
-        route.dimensions = matrix.shape[1]
         created = self._clock()
         return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
 
 
-async def _call_provider(port: Port, ticket: int, provider: AnyProvider, texts: list[str], task: str) -> Any:
+def _tokens(reply: Any) -> int | None:
+    tokens = reply.tokens if isinstance(reply, Embedded) else None
+    return tokens if isinstance(tokens, int) and tokens >= 0 else None
+
+
+def _own(error: Exception) -> Exception:
+    """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
+    try:
+        own = copy(error)
+    except Exception:  # noqa: BLE001  (an exception whose class takes other arguments than it keeps)
+        return error
+    return own if type(own) is type(error) else error
+
+
+async def _call_provider(port: Port, ticket: int, source: Source, texts: list[str], task: str) -> Any:
     """Call the face of the provider that fits the port best.
 
     Raises:
         ProviderTimeout: no answer within the provider's ``timeout``.
     """
+    provider = source.provider
     timeout = provider.limits.timeout
+    count = len(texts)
     embed: Any = getattr(provider, "embed", None)
     aembed: Any = getattr(provider, "aembed", None)
     start = time.monotonic()
@@ -456,11 +487,21 @@ async def _call_provider(port: Port, ticket: int, provider: AnyProvider, texts: 
     try:
         if aembed is not None and (port.loop is not None or embed is None):
             return await port.drive(drive, timeout)
-        return await port.call(call, timeout, inline=False, quick=False)
+        return await port.call(call, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # the provider's own
-        raise ProviderTimeout(f"the provider did not answer {len(texts)} texts within {timeout} s") from error
+        raise ProviderTimeout(f"the provider did not answer {count} texts within {timeout} s") from error
+
+
+def _counted(count_tokens: Any, text: str, most: int | None) -> int:
+    if count_tokens is None or most is None:
+        return 0
+    try:
+        tokens: int = count_tokens(text)
+    except Exception:  # noqa: BLE001  (a chunk of its own: embedding it says what is wrong, for this text alone)
+        return most
+    return tokens
 
 
 def _chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
@@ -470,7 +511,7 @@ def _chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[st
     chunk: list[str] = []
     tokens = 0
     for key, text in texts.items():
-        more = count_tokens(text) if count_tokens is not None else 0
+        more = _counted(count_tokens, text, limits.max_tokens)
         full = len(chunk) >= limits.max_batch or (
             limits.max_tokens is not None and bool(chunk) and tokens + more > limits.max_tokens
         )

@@ -37,7 +37,7 @@ class Abandoned(Exception):
 class Flight:
     """One computation of one key."""
 
-    __slots__ = ("_future", "entry", "error", "loop", "pending", "stored", "thread", "ticket")
+    __slots__ = ("_future", "entry", "error", "guarded", "loop", "pending", "stored", "thread", "ticket")
 
     def __init__(self, ticket: int, loop: asyncio.AbstractEventLoop | None) -> None:
         self.ticket = ticket
@@ -47,6 +47,7 @@ class Flight:
         self.error: BaseException | None = None
         self.pending = 0
         self.stored = False
+        self.guarded = False  # its computation has begun, and sees that it lands, fails or is abandoned
         self._future: Future[None] | None = None
 
     def landed(self) -> Future[None]:
@@ -58,12 +59,6 @@ class Flight:
     def wake(self) -> None:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
-
-    def abandoned(self) -> bool:
-        """Say whether nobody is left who could land it."""
-        if self.loop is not None:
-            return self.loop.is_closed() or not self.loop.is_running()
-        return not self.thread.is_alive()
 
     def waits_for_us(self, loop: asyncio.AbstractEventLoop | None) -> bool:
         """Say whether waiting here would be waiting for oneself.
@@ -80,7 +75,7 @@ class Flight:
 class Claimed:
     """What :meth:`Table.claim` found for each key of a call."""
 
-    landed: dict[str, Entry] = field(default_factory=dict)
+    landed: dict[str, Flight] = field(default_factory=dict)
     led: dict[str, Flight] = field(default_factory=dict)
     followed: dict[str, Flight] = field(default_factory=dict)
 
@@ -100,15 +95,49 @@ class Erasure:
 
     def __init__(self, keys: Iterable[str] = (), prefixes: Sequence[str] = ()) -> None:
         self.keys = frozenset(keys)
-        self.prefixes = tuple(prefixes)
+        self.prefixes = tuple(dict.fromkeys(prefixes))
         self.until: int | None = None
         """Calls with a ticket up to this one may not store; None while the erasure is under way: no call may."""
 
     def covers(self, key: str) -> bool:
         return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
 
-    def forbids(self, ticket: int, key: str) -> bool:
-        return (self.until is None or ticket <= self.until) and self.covers(key)
+    def forbids(self, ticket: int) -> bool:
+        return self.until is None or ticket <= self.until
+
+
+class Ticket:
+    """One call's place in the order of calls. It may be held by more than one, and ends with the last of them.
+
+    Ctrl-C can strike between any two lines, also in a context manager's own; whatever is left of a ticket then ends it.
+    """
+
+    __slots__ = ("_holders", "_table", "number")
+
+    def __init__(self, table: Table, number: int) -> None:
+        self.number = number
+        self._table = table
+        self._holders = 1
+
+    def hold(self) -> None:
+        """Keep it for a computation that may outlive the call."""
+        self._holders += 1
+
+    def release(self) -> None:
+        self._holders -= 1
+        if self._holders == 0:
+            self._table.ended(self.number)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if self._holders > 0:
+            self._holders = 0
+            self._table.ended(self.number)
 
 
 class Table:
@@ -123,51 +152,40 @@ class Table:
         self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
         self._changed = threading.Condition(self._lock)
         self._ticket = 0
-        self._calls: dict[int, int] = {}  # every call under way, oldest first, and how many hold its ticket
+        self._calls: dict[int, None] = {}  # every call under way, oldest first
         self._reading: dict[int, None] = {}  # those before their claim
         self._flights: dict[str, Flight] = {}
         self._retired: deque[tuple[int, str, Flight]] = deque()
-        self._erasures: list[Erasure] = []
+        self._erasures: deque[Erasure] = deque()  # in the order in which they end
+        self._erased: dict[str, tuple[Erasure, ...]] = {}  # by key: a look-up must not cost more with each erasure
+        self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._writing: set[Write] = set()
         self._queues: dict[str, deque[Write]] = {}
         self._queued: dict[str, int] = {}
 
     # --- calls --------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[int]:
-        """Hold a ticket for one call."""
+    def call(self) -> Ticket:
+        """Return the ticket of a call that begins now; use it in a ``with``."""
         with self._lock:
             self._ticket += 1
-            ticket = self._ticket
-            self._calls[ticket] = 1
-            self._reading[ticket] = None
-        try:
-            yield ticket
-        finally:
-            with self._lock:
-                self._end_reading(ticket)
-                self.release(ticket)
+            ticket = Ticket(self, self._ticket)
+            self._calls[ticket.number] = None
+            self._reading[ticket.number] = None
+        return ticket
 
-    def hold(self, ticket: int) -> None:
-        """Keep the call's ticket for a computation that may outlive it."""
-        with self._lock:
-            self._calls[ticket] = self._calls.get(ticket, 0) + 1
+    def is_under_way(self, number: int) -> bool:
+        """Say whether the call with this ticket has not ended."""
+        return number in self._calls
 
-    def release(self, ticket: int) -> None:
-        """Give back one hold of a ticket. An erasure is remembered while an older call may still store."""
+    def ended(self, number: int) -> None:
+        """Take a call from the table. An erasure is remembered while an older call may still store."""
         with self._lock:
-            holders = self._calls.get(ticket, 0)
-            if holders > 1:
-                self._calls[ticket] = holders - 1
-                return
-            self._calls.pop(ticket, None)
+            self._end_reading(number)
+            self._calls.pop(number, None)
             oldest = next(iter(self._calls), None)
-            self._erasures = [
-                erasure
-                for erasure in self._erasures
-                if erasure.until is None or (oldest is not None and oldest <= erasure.until)
-            ]
+            while self._erasures and (oldest is None or not self._erasures[0].forbids(oldest)):
+                self._forget(self._erasures.popleft())
 
     def _end_reading(self, ticket: int) -> None:
         if self._reading.pop(ticket, self) is self:
@@ -180,29 +198,30 @@ class Table:
 
     # --- flights ------------------------------------------------------------------------------
 
-    def landed(self, keys: Iterable[str]) -> dict[str, Entry]:
-        """Return the entries of flights that have landed and are not yet in every tier."""
+    def landed(self, keys: Iterable[str]) -> dict[str, Flight]:
+        """Return flights that have landed and whose entries are not yet in every tier."""
         with self._lock:
             flights = self._flights
             if not flights:
                 return {}
-            return {key: flight.entry for key in keys if (flight := flights.get(key)) and flight.entry is not None}
+            return {key: flight for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
-    def claim(self, ticket: int, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None) -> Claimed:
-        """Claim all keys of a call at once: lead what nobody computes, follow the rest."""
-        claimed = Claimed()
+    def claim(self, ticket: int, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claimed: Claimed) -> None:
+        """Claim all keys of a call at once: lead what nobody computes, follow the rest.
+
+        ``claimed`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
+        """
         with self._lock:
             for key in keys:
                 flight = self._flights.get(key)
                 if flight is None:
                     claimed.led[key] = self._flights[key] = Flight(ticket, loop)
                 elif flight.entry is not None:
-                    claimed.landed[key] = flight.entry
+                    claimed.landed[key] = flight
                 else:
                     flight.landed()
                     claimed.followed[key] = flight
             self._end_reading(ticket)
-        return claimed
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
         """Answer the followers; ``stored`` says whether the entries were given to the tiers."""
@@ -214,6 +233,12 @@ class Table:
         for flight in flights.values():
             flight.wake()
 
+    def abandon(self, flights: Mapping[str, Flight]) -> None:
+        """Give up those of our flights that have neither landed nor failed."""
+        left = {key: flight for key, flight in flights.items() if flight.entry is None and flight.error is None}
+        if left:
+            self.fail(left, Abandoned())
+
     def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
         """Take flights that cannot land from the table and wake their followers."""
         with self._lock:
@@ -223,6 +248,12 @@ class Table:
                     del self._flights[key]
         for flight in flights.values():
             flight.wake()
+
+    def abandoned(self, flight: Flight) -> bool:
+        """Say whether nobody is left who could land it: its call has ended, or its thread or loop has."""
+        if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
+            return True
+        return not flight.thread.is_alive() or not self.is_under_way(flight.ticket)
 
     def disown(self, key: str, flight: Flight) -> None:
         """Forget a flight whose leader is gone, so that somebody else can lead."""
@@ -254,13 +285,35 @@ class Table:
                 self._changed.notify_all()
 
     def _permitted(self, ticket: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        if not self._erasures:
+        if not self._erased and not self._erased_prefixes:
             return dict(entries)
-        return {
-            key: entry
-            for key, entry in entries.items()
-            if not any(erasure.forbids(ticket, key) for erasure in self._erasures)
-        }
+        return {key: entry for key, entry in entries.items() if not self._forbidden(ticket, key)}
+
+    def _forbidden(self, ticket: int, key: str) -> bool:
+        if any(erasure.forbids(ticket) for erasure in self._erased.get(key, ())):
+            return True
+        return any(
+            key.startswith(prefix) and any(erasure.forbids(ticket) for erasure in erasures)
+            for prefix, erasures in self._erased_prefixes.items()
+        )
+
+    def _indexes(self, erasure: Erasure) -> Iterator[tuple[dict[str, tuple[Erasure, ...]], str]]:
+        for key in erasure.keys:
+            yield self._erased, key
+        for prefix in erasure.prefixes:
+            yield self._erased_prefixes, prefix
+
+    def _remember(self, erasure: Erasure) -> None:
+        for index, name in self._indexes(erasure):
+            index[name] = (*index.get(name, ()), erasure)
+
+    def _forget(self, erasure: Erasure) -> None:
+        for index, name in self._indexes(erasure):
+            left = tuple(other for other in index[name] if other is not erasure)
+            if left:
+                index[name] = left
+            else:
+                del index[name]
 
     def queue(self, tier: str, ticket: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
@@ -341,7 +394,7 @@ class Table:
         ``busy()`` names the tiers into which covered entries are being written at this moment.
         """
         with self._lock:
-            self._erasures.append(erasure)
+            self._remember(erasure)
             for tier, waiting in self._queues.items():
                 for write in waiting:
                     self._queued[tier] -= self._scrub(write, erasure)
@@ -359,5 +412,7 @@ class Table:
         finally:
             with self._lock:
                 erasure.until = self._ticket
-                if not self._calls:
-                    self._erasures.remove(erasure)
+                if self._calls:
+                    self._erasures.append(erasure)
+                else:
+                    self._forget(erasure)

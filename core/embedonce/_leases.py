@@ -30,7 +30,7 @@ class Leases:
 
     def reset(self) -> None:
         """Start anew, as in a forked child: what the parent holds is not ours."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ours: dict[str, float] = {}
         self._token = os.urandom(16)
 

@@ -12,18 +12,22 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from .contracts import deadline
+from .errors import CacheClosed, TierBusy
 
 if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
+SLICE = 0.25
+"""Seconds between two looks at whether waiting is still worthwhile."""
+
 Job = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -39,7 +43,7 @@ def step(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 class Workers:
-    """Daemon threads for calls that may hang. They grow on demand, are reused, and go after ten idle seconds.
+    """Daemon threads for calls that may hang: made on demand up to a most, reused, gone after ten idle seconds.
 
     ``concurrent.futures``' own pool joins its threads when the program ends, so that one hanging
     call would keep the program alive for ever.
@@ -47,15 +51,19 @@ class Workers:
 
     IDLE_SECONDS = 10.0
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
+        self._lock = threading.RLock()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._threads = 0
+        self._free = 0  # threads that wait and for which no job is meant
+        self._backlog = 0  # jobs for which no thread is meant
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run ``call`` in a thread, in a copy of the caller's context.
+        """Run ``call`` in a thread, in a copy of the caller's context; where all are busy, as soon as one is not.
 
         Raises:
-            RuntimeError: the interpreter is ending and no thread is idle.
+            RuntimeError: the interpreter is ending and there is no thread.
         """
         future: Future[T] = Future()
         context = copy_context()
@@ -65,33 +73,46 @@ class Workers:
                 return
             try:
                 result = context.run(call)
+            except StopIteration as error:  # a future that is awaited cannot carry it
+                wrong = RuntimeError("a call raised StopIteration, as next() does of an empty iterator")
+                wrong.__cause__ = error
+                future.set_exception(wrong)
             except BaseException as error:  # noqa: BLE001  (it reaches whoever waits)
                 future.set_exception(error)
             else:
                 future.set_result(result)
 
         with self._lock:
-            inbox = self._idle.pop() if self._idle else None
-        if inbox is None:
-            inbox = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(inbox,), name="embedonce-worker", daemon=True).start()
-        inbox.put(run)
+            if self._free:
+                self._free -= 1
+            elif self._most is None or self._threads < self._most:
+                threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
+                self._threads += 1
+            else:
+                self._backlog += 1
+            self._jobs.put(run)
         return future
 
-    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+    def _work(self) -> None:
+        run = self._jobs.get()
         while True:
-            try:
-                run = inbox.get(timeout=self.IDLE_SECONDS)
-            except queue.Empty:
-                with self._lock:
-                    if inbox not in self._idle:
-                        continue  # taken out at this very moment: its job is about to arrive
-                    self._idle.remove(inbox)
-                return
             run()
             del run
             with self._lock:
-                self._idle.append(inbox)
+                if self._backlog:
+                    self._backlog -= 1
+                else:
+                    self._free += 1
+            while True:
+                try:
+                    run = self._jobs.get(timeout=self.IDLE_SECONDS)
+                    break
+                except queue.Empty:
+                    with self._lock:
+                        if self._free:  # else a job is meant for one of us, and about to arrive
+                            self._free -= 1
+                            self._threads -= 1
+                            return
 
 
 class BackgroundLoop:
@@ -100,7 +121,8 @@ class BackgroundLoop:
     CLOSE_SECONDS = 2.0
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -108,6 +130,9 @@ class BackgroundLoop:
         import asyncio
 
         with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise CacheClosed("the cache was closed while its provider was at work")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
@@ -135,6 +160,7 @@ class BackgroundLoop:
     def close(self) -> None:
         """Cancel what still runs and end the loop, waiting a moment for a task that ignores it."""
         with self._lock:
+            self._closed = True
             loop, self._loop = self._loop, None
             thread, self._thread = self._thread, None
         if loop is not None and thread is not None:
@@ -148,11 +174,14 @@ class Port(Protocol):
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None: ...
 
-    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+    async def call(
+        self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
+    ) -> T:
         """Make a blocking call with a deadline. ``inline``: it keeps the deadline itself. ``quick``: it never blocks.
 
         Raises:
             TimeoutError: the deadline has passed; the call is left behind.
+            TierBusy: all workers were busy for as long as that; the call was not made.
         """
         ...
 
@@ -160,8 +189,13 @@ class Port(Protocol):
         """Run a coroutine of a provider's, on this loop or on the background one."""
         ...
 
-    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
-        """Wait until the future is done and return True, or False after ``timeout`` seconds."""
+    async def wait(
+        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+    ) -> bool:
+        """Wait until the future is done and return True; False after ``timeout`` seconds.
+
+        Now and again ``worthwhile`` is asked; False ends the waiting.
+        """
         ...
 
     async def each(self, jobs: Sequence[Job], limit: int) -> None:
@@ -180,6 +214,40 @@ def _timed(call: Callable[[], T], timeout: float | None) -> T:
         return call()
 
 
+def _slices(timeout: float | None) -> Iterator[float]:
+    """Yield how long to wait next, until ``timeout`` seconds are over."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while end is None or time.monotonic() < end:
+        yield SLICE if end is None else max(0.0, min(SLICE, end - time.monotonic()))
+
+
+class _Job:
+    """A call whose time begins when a worker begins it; waiting for a worker is limited to as long again."""
+
+    def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
+        self._call = call
+        self._timeout = timeout
+        self._since = time.monotonic()
+
+    def __call__(self) -> Any:
+        self._since = time.monotonic()
+        return _timed(self._call, self._timeout)
+
+    def left(self) -> float | None:
+        return None if self._timeout is None else max(0.0, self._since + self._timeout - time.monotonic())
+
+    def give_up(self, future: Future[Any]) -> None:
+        """Leave the call behind if its time is over.
+
+        Raises:
+            TimeoutError, TierBusy: as :meth:`Port.call` says.
+        """
+        if future.cancel():
+            raise TierBusy("all threads that may call it are busy")
+        if self.left() == 0.0 and not future.done():
+            raise TimeoutError
+
+
 class BlockingPort:
     """The port of the blocking face: every method runs to its end without suspending."""
 
@@ -191,20 +259,43 @@ class BlockingPort:
         self._workers = workers
         self._background = background
 
-    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+    async def call(
+        self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
+    ) -> T:
         if quick:
             return call()
         if inline or timeout is None:
             return _timed(call, timeout)
-        return _result(self._workers.submit(lambda: _timed(call, timeout)), timeout)
+        job = _Job(call, timeout)
+        try:
+            future: Future[T] = workers.submit(job)
+        except RuntimeError:  # the interpreter is ending: there will be no thread
+            return _timed(call, timeout)
+        try:
+            while not await self.wait(future, job.left()):
+                job.give_up(future)
+        except BaseException:  # cancelled, or Ctrl-C: what has not begun never shall
+            future.cancel()
+            raise
+        result: T = future.result()
+        return result
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return _result(self._background.submit(start()), timeout)
 
-    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
+    async def wait(
+        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+    ) -> bool:
         from concurrent.futures import wait
 
-        return bool(wait([future], timeout).done)
+        if worthwhile is None:
+            return bool(wait([future], timeout).done)
+        for left in _slices(timeout):
+            if wait([future], left).done:
+                return True
+            if not worthwhile():
+                break
+        return future.done()
 
     async def each(self, jobs: Sequence[Job], limit: int) -> None:
         if limit <= 1 or len(jobs) <= 1:
@@ -241,15 +332,17 @@ class BlockingPort:
 
 
 def _result(future: Future[T], timeout: float | None) -> T:
-    from concurrent.futures import wait
+    from concurrent.futures import CancelledError, wait
 
     try:
         if not wait([future], timeout).done:
             raise TimeoutError
-    except BaseException:  # Ctrl-C as well: what has not begun never shall, and a coroutine is cancelled
+        return future.result()
+    except CancelledError:
+        raise CacheClosed("the cache was closed while its provider was at work") from None
+    except BaseException:  # Ctrl-C as well: a coroutine is cancelled
         future.cancel()
         raise
-    return future.result()
 
 
 class LoopPort:
@@ -265,18 +358,28 @@ class LoopPort:
 
         return asyncio.get_running_loop()  # not kept: a port must not keep its loop alive
 
-    async def call(self, call: Callable[[], T], timeout: float | None, *, inline: bool, quick: bool) -> T:
+    async def call(
+        self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
+    ) -> T:
         if quick:
             return call()
-        import asyncio
-
-        future = self._workers.submit(lambda: _timed(call, timeout))
-        return await _within(asyncio.wrap_future(future), timeout)
+        job = _Job(call, timeout)
+        future: Future[T] = workers.submit(job)
+        try:
+            while not await self.wait(future, job.left()):
+                job.give_up(future)
+        except BaseException:  # cancelled, or Ctrl-C: what has not begun never shall
+            future.cancel()
+            raise
+        result: T = future.result()
+        return result
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return await _within(start(), timeout)
 
-    async def wait(self, future: Future[Any], timeout: float | None) -> bool:
+    async def wait(
+        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+    ) -> bool:
         import asyncio
 
         # A waiter of its own: cancelling one caller must not cancel the flight that others wait for.
@@ -288,8 +391,11 @@ class LoopPort:
                 loop.call_soon_threadsafe(woken.set)
 
         future.add_done_callback(wake)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(woken.wait(), timeout)
+        for left in [timeout] if worthwhile is None else _slices(timeout):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(woken.wait(), left)
+            if future.done() or (worthwhile is not None and not worthwhile()):
+                break
         return future.done()
 
     async def each(self, jobs: Sequence[Job], limit: int) -> None:
@@ -356,6 +462,9 @@ class Ports:
         loop = asyncio.get_running_loop()
         port = self._loops.get(loop)
         if port is None:
+            # A loop that was closed with tasks of ours under way is kept alive by them.
+            for ended in [other for other in list(self._loops) if other.is_closed()]:
+                self._loops.pop(ended, None)
             port = self._loops[loop] = LoopPort(self.workers)
         return port
 

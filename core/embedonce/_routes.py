@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
-from .contracts import AnyProvider
-from .errors import SpaceError, TextError
+from ._ports import Workers
+from .contracts import AnyProvider, Limits
+from .errors import ConfigError, SpaceError, TextError
 from .events import ProviderStats
 from .keys import Keyer, KeyPolicy, VectorSpace
+
+CALLS = 32
+"""Most calls to a blocking provider at once from event loops; a thousand tasks need no thousand threads."""
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
@@ -27,21 +32,35 @@ class Source:
         self.fallback = fallback
         space = describe(provider, "document")
         self.name = f"fallback:{space.provider}" if fallback else space.provider
-        self._lock = threading.Lock()
+        _check_limits(provider.limits, self.name)
+        self.renew()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
+    def renew(self) -> None:
+        """Take a new lock and new threads, as in a forked child. A signal handler may use the cache: re-entrant."""
+        self.lock = threading.RLock()
+        self.workers = Workers(CALLS)
+
     def count(self, *, texts: int, failed: int, tokens: int, seconds: float) -> None:
-        with self._lock:
+        with self.lock:
             self._counts.update(texts=texts, failed=failed, tokens=tokens)
             self._seconds += seconds
 
     def stats(self) -> ProviderStats:
-        with self._lock:
+        with self.lock:
             counts = self._counts
             return ProviderStats(
                 texts=counts["texts"], failed=counts["failed"], tokens=counts["tokens"], seconds=self._seconds
             )
+
+
+def _check_limits(limits: Limits, name: str) -> None:
+    for what, number in (("max_batch", limits.max_batch), ("concurrency", limits.concurrency)):
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"provider {name!r}: its limits say {what} = {number!r}; it is at least 1")
+    if limits.timeout is not None and not 0 < limits.timeout < float("inf"):
+        raise ConfigError(f"provider {name!r}: its timeout is seconds above 0, or None, not {limits.timeout!r}")
 
 
 def describe(provider: AnyProvider, task: str) -> VectorSpace:
@@ -73,25 +92,26 @@ class Route:
         self._older: dict[str, str] = {}
         self._characters = 0
 
+    def settle(self, dimensions: int) -> int:
+        """Return the dimensions of this space: those given, where none were known before."""
+        with self.source.lock:
+            if self.dimensions is None:
+                self.dimensions = dimensions
+            return self.dimensions
+
     def keys(self, texts: Sequence[str]) -> list[str]:
-        """Return the key of each text.
+        """Return the key of each text, which is a plain str.
 
         Raises:
-            TypeError: an item is not a str; the message names its position.
-            TextError: a text has a lone surrogate.
+            TextError: a text has a lone surrogate; the message names its position.
         """
-        try:
-            keys = list(map(self.known.get, texts))
-        except TypeError:  # something unhashable, which is no str
-            keys = [None] * len(texts)
+        keys = list(map(self.known.get, texts))
         if None not in keys:
             return keys  # type: ignore[return-value]
         return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
     def key(self, text: str, position: int = 0) -> str:
         """Return the key of one text that the young generation does not know. Raises as :meth:`keys` does."""
-        if not isinstance(text, str):
-            raise TypeError(f"item {position} is {type(text).__name__}, not str: only texts can be embedded")
         key = self._older.get(text)
         if key is None:
             try:
@@ -106,8 +126,26 @@ class Route:
                 self._older, self.known, self._characters = self.known, {}, 0
         return key
 
-    def discard(self, texts: Sequence[str]) -> None:
-        """Forget texts themselves."""
-        for text in texts:
-            self.known.pop(text, None)
-            self._older.pop(text, None)
+    def discard(self, keys: Collection[str]) -> None:
+        """Forget the texts of keys, in every spelling that normalisation brings to them."""
+        for memo in (self.known, self._older):
+            for text in [text for text, key in list(memo.items()) if key in keys]:
+                memo.pop(text, None)
+
+
+def plain_texts(texts: Iterable[Any]) -> list[str]:
+    """Return a list of plain str, which nobody else holds: a caller may change a list while it is embedded.
+
+    A subclass of str may be equal to other texts, or look different when a provider formats it.
+
+    Raises:
+        TypeError: an item is not a str; the message names its position.
+    """
+    plain = list(texts)
+    if set(map(type, plain)) <= {str}:
+        return plain
+    for i, text in enumerate(plain):
+        if not isinstance(text, str):
+            raise TypeError(f"item {i} is {type(text).__name__}, not str: only texts can be embedded")
+        plain[i] = str.__str__(text)
+    return plain

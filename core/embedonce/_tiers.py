@@ -13,7 +13,7 @@ from ._breaker import Breaker
 from ._checks import conform
 from ._counters import Counters
 from ._flights import Table
-from ._ports import Port, Ports, step
+from ._ports import Port, Ports, Workers, step
 from .contracts import Backend, Capabilities, deadline
 from .errors import ConfigError, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
@@ -32,6 +32,9 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
 PROBE_KEY = f"{KEY_PREFIX}probe"
 """A key that no entry has; reading it shows whether a tier answers."""
+
+CALLS = 32
+"""Most calls to a backend at once from event loops; more wait, and that is no timeout of the tier."""
 
 CHUNK = 1024
 """Keys of one backend call where the backend names no ``max_batch``: the deadline is looked at in between."""
@@ -103,6 +106,7 @@ class LiveTier:
         ports: Ports,
         cards: Mapping[str, Mapping[str, Value]],
         emit: Callable[[Event], None],
+        listened: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self.name = name
@@ -121,6 +125,7 @@ class LiveTier:
         self._ports = ports
         self._cards = cards
         self._emit = emit
+        self._listened = listened
         self._clock = clock
         self._corrupt = False
         self.reset()
@@ -129,7 +134,9 @@ class LiveTier:
         """Start anew, as in a forked child."""
         from weakref import WeakKeyDictionary
 
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may use the cache
+        self._workers = Workers(CALLS)
+        self.counters.renew()
         self._draining = False
         self._silent_until = 0.0
         self._carded: dict[str, float] = {}
@@ -156,7 +163,8 @@ class LiveTier:
 
     async def _call(self, port: Port, call: Callable[[], Any]) -> Any:
         caps = self.capabilities
-        return await port.call(call, self.timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+        quick = not caps.blocking and caps.deadline
+        return await port.call(call, self.timeout, self._workers, inline=caps.deadline, quick=quick)
 
     async def _get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         loop = port.loop
@@ -198,6 +206,9 @@ class LiveTier:
             return TierTimeout(f"tier {self.name!r} did not answer within {self.timeout} s", self.name)
         return TierError(f"tier {self.name!r} failed ({cause})", self.name)
 
+    def _left_out(self) -> TierError:
+        return TierError(f"tier {self.name!r} has failed and is left out until it answers again", self.name)
+
     def _chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
         size = self.capabilities.max_batch or (CHUNK if self.capabilities.blocking else len(keys) or 1)
         for start in range(0, len(keys), size):
@@ -230,6 +241,9 @@ class LiveTier:
                 if admitted == "probe":
                     self._probe()
                 read.skipped += len(chunk)
+                if self.on_error == "raise":
+                    self._note(read, task, start)
+                    raise self._left_out()
                 continue
             try:
                 values = await self._get(port, chunk)
@@ -327,7 +341,8 @@ class LiveTier:
             "skipped": read.skipped,
         }
         self.counters.count(seconds=read.seconds, cause=read.cause, **counts)
-        self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
+        if self._listened():
+            self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
         """See off the caller's path whether the tier answers again."""
@@ -398,6 +413,8 @@ class LiveTier:
             admitted = self.writes.admit()
             if admitted == "skip":
                 self._wrote(0, dropped=len(part), cause="skipped")
+                if self.on_error == "raise":
+                    raise self._left_out()
                 continue
             if admitted == "probe":
                 self._off_path(lambda part=part: self._write_caught(ticket, part, probe=True))  # type: ignore[misc]
@@ -471,7 +488,10 @@ class LiveTier:
     ) -> None:
         seconds = 0.0 if start is None else time.perf_counter() - start
         self.counters.count(stored=stored, dropped=dropped, errors=errors, cause=cause, seconds=seconds)
-        self._emit(Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause))
+        if self._listened():
+            self._emit(
+                Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause)
+            )
 
     # --- background writes --------------------------------------------------------------------
 
@@ -497,14 +517,8 @@ class LiveTier:
                 return
             self._draining = True
             draining.add(self)
-        if self._off_path(self._drain):
-            return
-        # The interpreter is ending. What keeps its deadline can be written here and now.
-        if self.capabilities.deadline:
-            self._drain()
-        else:
-            self._drained()
-            log.warning("tier %r: %d entries were not written", self.name, self._table.queued(self.name))
+        if not self._off_path(self._drain):
+            self._drain()  # the interpreter is ending: here and now, or never
 
     def _drain(self) -> None:
         while True:
@@ -519,6 +533,7 @@ class LiveTier:
         draining.discard(self)
 
     def wait_until_drained(self, timeout: float) -> bool:
+        """Wait for the writes under way; False after ``timeout`` seconds."""
         return self._table.flushed(timeout)
 
     def drain(self) -> None:
@@ -603,7 +618,8 @@ class LiveTier:
         # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
         timeout = None if listing else self.timeout
         try:
-            return await port.call(call, timeout, inline=caps.deadline, quick=not caps.blocking and caps.deadline)
+            quick = not caps.blocking and caps.deadline
+            return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
         except TierError as error:
             raise TierError(str(error), self.name) from error
         except TimeoutError as error:
@@ -649,9 +665,13 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
             )
         if tier.lease is not None:
             _check_lease(name, tier, caps, chain)
+        for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
+            if getattr(tier, option) not in values:
+                wanted = ", ".join(f'"{value}"' for value in values if value is not None)
+                raise ConfigError(f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}")
         for option in ("ttl", "timeout", "lease"):
             value = getattr(tier, option)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
         names.add(name)
         chain.append((name, tier))

@@ -64,7 +64,7 @@ class Upkeep:
             try:
                 cards = await self.cards(port, tier)
             except TierError as error:
-                failed[tier.name] = str(error)
+                failed[tier.name] = _cause(error)
             else:
                 scopes.update(
                     {
@@ -107,7 +107,7 @@ class Upkeep:
                 try:
                     await erase(tier)
                 except TierError as error:
-                    failed[tier.name] = str(error)
+                    failed[tier.name] = _cause(error)
                 else:
                     if tier.name in writing:
                         failed[tier.name] = "a write of it that hangs may still arrive"
@@ -124,18 +124,17 @@ class Upkeep:
         return {**self._cards, **held}
 
     async def contents(self, port: Port) -> list[Held]:
-        """Count what each tier holds, by scope.
-
-        Raises:
-            TierError: a tier cannot list its keys, or failed.
-        """
+        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
         held: list[Held] = []
         for tier in self._tiers:
-            cards = await self.cards(port, tier)
+            try:
+                cards = await self.cards(port, tier)
+                keys = await tier.scan(port, KEY_PREFIX)
+            except TierError as error:
+                held.append(Held(tier.name, "", None, 0, _cause(error)))
+                continue
             scopes = Counter(
-                key.split(".", 2)[1]
-                for key in await tier.scan(port, KEY_PREFIX)
-                if not key.startswith(CARD_PREFIX) and key.count(".") == 2
+                key.split(".", 2)[1] for key in keys if not key.startswith(CARD_PREFIX) and key.count(".") == 2
             )
             held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
@@ -153,8 +152,7 @@ class Upkeep:
                 if ok:
                     detail = await tier.describe(port)
             except TierError as error:
-                cause = error.__cause__
-                detail = str(error) if cause is None or not str(cause) else f"{error}: {cause}"
+                detail = _cause(error)
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
@@ -212,7 +210,7 @@ class Upkeep:
         try:
             values = await tier.peek(port, [key])
         except TierError as error:
-            return f"error: {error}"
+            return f"error: {_cause(error)}"
         if key not in values:
             return "miss"
         decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
@@ -237,6 +235,13 @@ class Upkeep:
             differs = ", ".join(f"{part} {card.get(part)!r} instead of {mine[part]!r}" for part in other)
             reasons.append(f"tier {tier.name!r} holds entries with {differs}")
         return reasons
+
+
+def _cause(error: TierError) -> str:
+    """Return what went wrong with a tier, in the store's own words where it has some."""
+    cause = error.__cause__
+    said = " ".join(str(cause).split()) if cause is not None else ""
+    return f"{error}: {said}" if said and said != str(error) else str(error)
 
 
 def _report(failed: Mapping[str, str], what: str) -> None:

@@ -61,6 +61,8 @@ def matrix(rows: Sequence[NDArray[np.float32] | None], dimensions: int | None) -
         raise Incomplete(
             f"{missing} of {len(rows)} texts have no vector; read `rows`, and `failed` for the reasons"
         ) from None
+    if len(joined) != len(rows) * rows[0].nbytes:  # type: ignore[union-attr]
+        raise Incomplete("the rows have different dimensions")  # never reshaped into rows that nobody asked for
     return np.frombuffer(joined, np.float32).reshape(len(rows), -1)
 
 
@@ -99,6 +101,8 @@ class Held:
     card: Mapping[str, Value] | None
     """The space card; None where the tier has lost it."""
     entries: int
+    error: str | None = None
+    """Why the tier cannot say what it holds; ``scope`` is then empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -18,7 +19,7 @@ from ._checks import checked_matrix, rounded
 from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
-from ._routes import Route, Source, describe
+from ._routes import Route, Source, describe, plain_texts
 from ._tiers import LiveTier, Tier, compose_chain, draining
 from ._upkeep import Upkeep
 from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
@@ -32,6 +33,7 @@ from .vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
 if TYPE_CHECKING:
     from typing import Self
 
+T = TypeVar("T")
 Mode: TypeAlias = Literal["read-through", "replay"]
 Matrix: TypeAlias = NDArray[np.float32]
 
@@ -92,6 +94,9 @@ class Cache:
             raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
         if mode not in ("read-through", "replay"):
             raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
+        for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
+            if not number >= 0:
+                raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
         self._policy = key or KeyPolicy()
         self._steps = [_normalizer(name) for name in self._policy.normalize]
         self._source = Source(wrap(provider, space), fallback=False)
@@ -101,10 +106,11 @@ class Cache:
         self._mode: Mode = mode
         self._flush_timeout = flush_timeout
         self._listeners = list(listeners)
+        self._broken_listeners: set[int] = set()
         self._clock = clock
         self._routes: dict[tuple[Source, str], Route] = {}
         self._cards: dict[str, dict[str, Value]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
         self._fell_back = False
 
@@ -118,6 +124,7 @@ class Cache:
                 ports=self._ports,
                 cards=self._cards,
                 emit=self._emit,
+                listened=lambda: bool(self._listeners),
                 clock=clock,
             )
             for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
@@ -140,8 +147,7 @@ class Cache:
         self._hot = self._hot_tier()
         _open_caches.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+        _close_at_exit()
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -169,9 +175,13 @@ class Cache:
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
-        _refuse_str(texts, "embed_iter")
-        for window in _windows(texts, batch):
-            yield from step(self._rows(self._ports.blocking, window, task))
+        self._check_iter(texts, batch, "embed_iter")
+
+        def rows() -> Iterator[Matrix]:
+            for window in _windows(texts, batch):
+                yield from step(self._rows(self._ports.blocking, window, task))
+
+        return rows()
 
     def fetch(
         self,
@@ -238,11 +248,7 @@ class Cache:
         return step(self._explain(self._ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count what each tier holds, by scope.
-
-        Raises:
-            TierError: a tier cannot list its keys, or failed.
-        """
+        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
         self._check_open()
         return step(self._upkeep.contents(self._ports.blocking))
 
@@ -268,9 +274,12 @@ class Cache:
 
     def close(self) -> None:
         """Flush, within ``flush_timeout``, then close backends and provider. Calling it twice does nothing."""
+        self._close(self._flush_timeout)
+
+    def _close(self, timeout: float) -> None:
         if not self._shut():
             return
-        if not self.flush():
+        if not self.flush(timeout):
             queued = {tier.name: n for tier in self._tiers if (n := self._table.queued(tier.name))}
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
         for closing in (*(tier.backend for tier in self._tiers), self._source.provider):
@@ -278,6 +287,12 @@ class Cache:
         if self._fallback is not None:
             self._let_go(self._fallback.provider)
         self._ports.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Cache has threads, locks and connections: it cannot be copied or pickled. "
+            "Pass its configuration and call embedonce.open where it is needed"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -299,14 +314,18 @@ class Cache:
         """As :meth:`embed_batch`."""
         return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
 
-    async def aembed_iter(
+    def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
     ) -> AsyncIterator[Matrix]:
         """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
-        _refuse_str(texts, "aembed_iter")
-        async for window in _awindows(texts, batch):
-            for row in await self._rows(self._ports.of_running_loop(), window, task):
-                yield row
+        self._check_iter(texts, batch, "aembed_iter")
+
+        async def rows() -> AsyncIterator[Matrix]:
+            async for window in _awindows(texts, batch):
+                for row in await self._rows(self._ports.of_running_loop(), window, task):
+                    yield row
+
+        return rows()
 
     async def afetch(
         self,
@@ -353,12 +372,30 @@ class Cache:
         """As :meth:`explain`."""
         return await self._explain(self._ports.of_running_loop(), text, task)
 
+    async def acontents(self) -> list[Held]:
+        """As :meth:`contents`."""
+        self._check_open()
+        return await self._upkeep.contents(self._ports.of_running_loop())
+
+    async def acheck(self) -> list[TierCheck]:
+        """As :meth:`check`."""
+        self._check_open()
+        return await self._upkeep.check(self._ports.of_running_loop())
+
+    async def aflush(self, timeout: float | None = None) -> bool:
+        """As :meth:`flush`, without holding the loop up."""
+        return await self._off_loop(lambda: self.flush(timeout))
+
     async def aclose(self) -> None:
         """As :meth:`close`, without holding the loop up."""
         port = self._ports.of_running_loop()
         for tier in self._tiers:
             await tier.close_twin(port)
-        await port.call(self.close, None, inline=False, quick=False)
+        await self._off_loop(self.close)
+
+    async def _off_loop(self, call: Callable[[], T]) -> T:
+        port = self._ports.of_running_loop()
+        return await port.call(call, None, self._ports.workers, inline=False, quick=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -392,7 +429,7 @@ class Cache:
         return self._source.provider
 
     def __repr__(self) -> str:
-        space = self._source.provider.space("document")
+        space = self._route(self._source, TASKS[0]).space
         chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
         return f"<embedonce.Cache {chain}>"
 
@@ -404,17 +441,20 @@ class Cache:
         This is the path that must stay under a microsecond: no coroutine, no lock, no event.
         """
         get, count, routes = self._hot
-        if type(text) is not str or task not in routes:
+        if type(text) is not str or type(task) is not str or task not in routes:
             return None
         route = routes[task]
         key = route.known.get(text)
         if key is None:
             key = route.key(text)
-        entry = get(key)
-        if entry is None:
-            return None
-        expires = entry.expires
-        if expires is not None and expires <= self._clock():
+        try:
+            entry = get(key)
+            if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
+                return None
+            expires = entry.expires
+            if expires is not None and expires <= self._clock():
+                return None
+        except Exception:  # noqa: BLE001  (the long way counts the error, or says that the cache is closed)
             return None
         count()
         return entry.vector
@@ -433,6 +473,8 @@ class Cache:
         return (lambda key: None), (lambda: 0), {}
 
     def _route(self, source: Source, task: Task) -> Route:
+        if not isinstance(task, str) or not task:
+            raise TypeError(f'a task is a str such as "document" or "query", not {task!r}')
         route = self._routes.get((source, task))
         if route is None:
             with self._lock:
@@ -510,7 +552,7 @@ class Cache:
     ) -> Answer:
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = texts if isinstance(texts, list | tuple) else list(texts)
+        texts = plain_texts(texts)
         route = self._route(source, task)
         keys = route.keys(texts)
         return Answer(route, keys, texts, store, _by_key(keys, metadata))
@@ -524,13 +566,14 @@ class Cache:
         metadata: Sequence[Metadata | None] | None,
     ) -> None:
         answer = self._ask(self._source, texts, task, metadata=metadata)
-        if not answer.keys:
-            return
         who = "put was given"
+        if not answer.keys and len(vectors) == 0:
+            return
         rows = rounded(
             checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
         )
-        answer.route.dimensions = rows.shape[1]
+        if answer.route.settle(rows.shape[1]) != rows.shape[1]:
+            checked_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
         created = self._clock()
         entries: dict[str, Entry] = {}
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
@@ -542,7 +585,7 @@ class Cache:
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = list(texts)
+        texts = plain_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
         routes = [self._route(source, name) for source in sources for name in sorted(tasks)]
@@ -551,7 +594,7 @@ class Cache:
             await self._upkeep.forget(port, list(keys))
         finally:
             for route in routes:
-                route.discard(texts)
+                route.discard(keys)
 
     async def _purge(
         self,
@@ -596,7 +639,15 @@ class Cache:
             try:
                 listener(event)
             except Exception:  # noqa: BLE001  (a broken listener must not cost an embedding)
-                log.exception("a listener failed on %s", type(event).__name__)
+                if id(listener) not in self._broken_listeners:  # once, not once an event
+                    self._broken_listeners.add(id(listener))
+                    log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
+
+    def _check_iter(self, texts: object, batch: int, what: str) -> None:
+        self._check_open()
+        _refuse_str(texts, what)
+        if batch < 1:
+            raise ValueError(f"{what} reads at least one text at a time: batch is {batch}")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -621,9 +672,12 @@ class Cache:
 
     def _after_fork(self) -> None:
         """In the child: locks, flights, queue and threads are the parent's; start with our own."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ports.reset()
         self._table.reset()
+        self._source.renew()
+        if self._fallback is not None:
+            self._fallback.renew()
         for tier in self._tiers:
             tier.reset()
         if self._engine.leases is not None:
@@ -639,6 +693,8 @@ def _normalizer(name: str) -> Normalizer:
 
 
 def _refuse_str(texts: object, what: str) -> None:
+    if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
+        raise TypeError(f"{what} takes a list of texts, not {type(texts).__name__}")
     if isinstance(texts, str | bytes):
         raise TypeError(
             f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed"
@@ -679,17 +735,42 @@ async def _awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> Asy
 
 
 def _close_all() -> None:
-    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
-    for cache in list(_open_caches):
-        cache.close()
+    """Flush and close what the program left open, and wait for writes of caches that are gone already.
+
+    All of them together take no longer than the longest would alone.
+    """
+    caches = list(_open_caches)
+    start = time.monotonic()
+    for cache in caches:
+        for tier in cache._tiers:
+            tier.start_draining()
+    for cache in caches:
+        cache._close(max(0.0, start + cache._flush_timeout - time.monotonic()))
     for tier in list(draining):
-        tier.wait_until_drained(LAST_FLUSH)
+        tier.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+
+
+def _close_at_exit() -> None:
+    """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if "multiprocessing.process" in sys.modules:
+        from multiprocessing import parent_process
+        from multiprocessing.util import Finalize
+
+        if parent_process() is not None:  # a child that was forked ends without atexit
+            Finalize(None, _close_all, exitpriority=100)
 
 
 def _after_fork_in_child() -> None:
     draining.clear()
     for cache in list(_open_caches):
         cache._after_fork()
+    if "multiprocessing.util" in sys.modules:
+        from multiprocessing.util import register_after_fork
+
+        # multiprocessing forgets in the child what is to run at its end, and then calls what was registered so.
+        register_after_fork(_open_caches, lambda caches: _close_at_exit())
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

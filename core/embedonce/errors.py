@@ -115,9 +115,9 @@ class EraseIncomplete(EmbedonceError):
     ``tiers`` maps each tier's name to the reason. Call again when the tier is back.
     """
 
-    def __init__(self, message: str, tiers: Mapping[str, str]) -> None:
+    def __init__(self, message: str, tiers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.tiers = dict(tiers)
+        self.tiers = dict(tiers or {})
 
 
 class CacheClosed(EmbedonceError, RuntimeError):

@@ -221,7 +221,7 @@ def test_stats_counts_what_is_held_by_scope(command: Any, filled: Path) -> None:
 def test_stats_of_nothing(command: Any, folder: Path) -> None:
     command("init")
     assert command("stats").out == "The tiers hold nothing.\n"
-    assert command("stats", "--json").json == {"held": [], "entries": 0}
+    assert command("stats", "--json").json == {"held": [], "entries": 0, "errors": {}}
 
 
 def test_plugins_lists_what_is_installed(command: Any) -> None:

@@ -21,6 +21,7 @@ import embedonce
 from embedonce import (
     Cache,
     CacheClosed,
+    ConfigError,
     Embedded,
     Incomplete,
     KeyPolicy,
@@ -177,6 +178,27 @@ def test_after_close_everything_says_so_and_close_twice_is_fine() -> None:
         with pytest.raises(CacheClosed):
             call()
     assert provider.closed == 1
+
+
+def test_embed_iter_refuses_at_once_what_it_cannot_do() -> None:
+    with Cache(CountingProvider(), [MemoryBackend()]) as cache:
+        for call in (cache.embed_iter, cache.aembed_iter):
+            with pytest.raises(ValueError, match="at least one text at a time"):
+                call(["a"], batch=0)
+            with pytest.raises(TypeError, match="takes a list of texts, not one str"):
+                call("text")
+
+
+@pytest.mark.parametrize("task", [None, 7, ["document"], ""])
+def test_a_task_is_a_str(task: Any) -> None:
+    with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="a task is a str"):
+        cache.embed("a", task)
+
+
+@pytest.mark.parametrize("options", [{"max_wait": -1}, {"flush_timeout": -3}, {"max_queued": 0}, {"dtype": "float64"}])
+def test_numbers_that_make_no_sense_are_refused(options: Any) -> None:
+    with pytest.raises(ConfigError):
+        Cache(CountingProvider(), [MemoryBackend()], **options)
 
 
 # --- provider answers -------------------------------------------------------------------------
@@ -410,6 +432,10 @@ def test_put_checks_vectors_as_a_providers_answer() -> None:
                 cache.put(["a", "b"], wrong)
         with pytest.raises(ValueError, match="metadata has 1 items for 2 texts"):
             cache.put(["a", "b"], [[1, 2], [3, 4]], metadata=[None])
+        with pytest.raises(ProviderError, match="1 vectors for 0 texts"):
+            cache.put([], [[1.0, 2.0]])
+        with pytest.raises(TypeError, match="takes a list of texts, not NoneType"):
+            cache.embed_batch(None)  # type: ignore[arg-type]
         cache.put([], [])
         assert cache.lookup(["a", "b"]).sources == [None, None]
 

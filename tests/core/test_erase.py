@@ -178,7 +178,10 @@ def test_forget_never_fails_open(forget: Forget) -> None:
         down.faults.append(Fault("refuse"))
         with pytest.raises(EraseIncomplete, match="stubborn") as caught:
             forget(cache, ["text"])
-        assert caught.value.tiers == {"down": "ConnectionRefusedError", "stubborn": "it cannot delete"}
+        assert caught.value.tiers == {
+            "down": "ConnectionRefusedError: a fault on purpose",
+            "stubborn": "it cannot delete",
+        }
         assert "text" not in str(caught.value)
         assert entries(near) == []  # what could be reached is done
 
@@ -264,3 +267,15 @@ def test_purge_wins_over_a_running_flight() -> None:
         cache.flush(GENEROUS)
         assert cache.lookup(["text"]).sources == [None]
         assert entries(far) == []
+
+
+def test_a_tier_that_cannot_say_what_it_holds_does_not_hide_the_others() -> None:
+    blind, down = DictBackend(scan=False, scope="host"), FaultyBackend(DictBackend(scope="host"), [Fault("refuse")])
+    tiers = [Tier(DictBackend(), name="good"), Tier(blind, name="blind"), Tier(down, name="down")]
+    with Cache(CountingProvider(), tiers) as cache:
+        cache.embed("a")
+        good, cannot, broken = cache.contents()
+        assert (good.tier, good.entries, good.error) == ("good", 1, None)
+        assert (cannot.tier, cannot.entries, cannot.error) == ("blind", 0, "it cannot list its keys")
+        assert broken.error is not None
+        assert broken.error.startswith("ConnectionRefusedError")

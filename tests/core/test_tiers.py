@@ -228,6 +228,32 @@ def test_on_error_raise(ask: Ask, operation: Any) -> None:
             assert cache.lookup(["text"]).sources == ["near"]
 
 
+@pytest.mark.parametrize("operation", ["get", "set"])
+def test_on_error_raise_raises_while_the_breaker_is_open_too(operation: Any) -> None:
+    """Whoever chose it does not want to pay for what the tier would have had."""
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on=operation)])
+    with Cache(provider, [Tier(faulty, name="host", on_error="raise")]) as cache:
+        for i in range(6):
+            with pytest.raises(TierError):
+                cache.embed(f"{i}")
+        assert provider.texts == (0 if operation == "get" else 6)
+
+
+def test_a_promotion_that_fails_raises_where_asked_but_loses_nothing() -> None:
+    near = FaultyBackend(DictBackend(scope="host"))
+    middle, far = DictBackend(), DictBackend()
+    tiers = [Tier(near, name="near", on_error="raise"), Tier(middle, name="middle"), Tier(far, name="far")]
+    with Cache(CountingProvider(), tiers) as cache:
+        cache.embed("a")
+        for backend in (near, middle):
+            backend.delete_many(list(backend.scan("")))
+        near.faults.append(Fault("raise", on="set"))
+        with pytest.raises(TierError):
+            cache.embed("a")
+        assert [held.tier for held in cache.contents()] == ["middle", "far"]
+
+
 def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("hang")])
     tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
@@ -364,6 +390,8 @@ def test_only_what_is_still_missing_is_asked_of_the_next_tier() -> None:
         ([Tier(DictBackend(), name="provider")], 'cannot be called "provider"'),
         ([Tier(DictBackend(scope="host"), ttl=0)], "ttl is a number of seconds above 0"),
         ([object()], "is not a backend"),
+        ([Tier(DictBackend(), write="bogus")], 'write is one of "inline", "background", "none", not \'bogus\''),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), on_error="bogus")], 'on_error is one of "skip", "raise"'),  # type: ignore[arg-type]
     ],
 )
 def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:

@@ -194,6 +194,8 @@ def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
 
 
 def _kept(config: Config) -> str:
+    if config.cache.mode == "replay":
+        return 'Nothing is computed in replay mode: what is missing is stored by a run with mode = "read-through".'
     if any(_outlives(tier.cls) for tier in config.tiers):
         return "What was computed is stored: run the same command again and it goes on from there."
     return "No tier outlives this process, so nothing is kept: add a disk tier to go on from there next time."

@@ -46,14 +46,11 @@ normalize = ["nfc", "strip"]
 type = "ngram"
 dimensions = 256
 
-# For meaning, use a model instead, from a plugin that is installed (`embedonce plugins` lists them), such as
+# For meaning, use a model: the provider of a plugin that is installed (`embedonce plugins` lists them),
 #   [provider]
-#   type = "sentence-transformers"
-#   model = "sentence-transformers/all-MiniLM-L6-v2"
-# or, with the key in OPENAI_API_KEY,
-#   [provider]
-#   type = "openai"
-#   model = "text-embedding-3-small"
+#   type = "the-plugins-name"
+#   model = "the-models-name"
+# or, from Python, any function that makes vectors: embedonce.Cache(function, tiers, space={"model": "..."}).
 
 # The tiers are asked in this order, the fastest first. What a slower one has is copied into the faster ones.
 [[tiers]]

@@ -129,13 +129,19 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
     from .opened import opened
 
     with opened(config) as cache:
-        held = cache.contents()
+        listed = cache.contents()
+    held = [one for one in listed if one.error is None]
+    broken = {one.tier: one.error for one in listed if one.error is not None}
     if json:
-        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held)})
-        return
-    rows = [[one.tier, one.scope, *((one.card or {}).get(name) for name in CARD), one.entries] for one in held]
-    columns = {"tier": "left", "scope": "left", **dict.fromkeys(CARD, "left"), "entries": "right"}
-    show(table(columns, rows) if rows else "The tiers hold nothing.")
+        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held), "errors": broken})
+    else:
+        rows = [[one.tier, one.scope, *((one.card or {}).get(name) for name in CARD), one.entries] for one in held]
+        columns = {"tier": "left", "scope": "left", **dict.fromkeys(CARD, "left"), "entries": "right"}
+        show(table(columns, rows) if rows else "The tiers hold nothing.")
+    for tier, why in broken.items():
+        say(f"tier {tier!r}: {why}")
+    if broken:
+        raise typer.Exit(FAILED)
 
 
 def plugins(json: JsonOption = False) -> None:

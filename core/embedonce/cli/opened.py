@@ -26,7 +26,7 @@ def load(source: str | None) -> Config:
         say(
             "No configuration found: using the ngram provider, which needs no model and knows no meaning,\n"
             "a memory tier, and a disk tier in your cache folder.\n"
-            "`embedonce init` writes an embedonce.toml that shows how to use a real model."
+            "`embedonce init` writes an embedonce.toml that says how a model is used instead."
         )
     return loaded
 

@@ -1,0 +1,493 @@
+"""What somebody found who set out to break the engine; each was a wrong vector, a hang or a loss."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedonce import Cache, CacheClosed, ConfigError, EraseIncomplete, Incomplete, Limits, ProviderError, Tier
+from embedonce.functions import FunctionProvider
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 20.0
+SPACE = {"model": "m"}
+
+
+def lengths(texts: list[str]) -> list[list[float]]:
+    return [[float(len(text)), 1.0] for text in texts]
+
+
+# --- wrong vectors ----------------------------------------------------------------------------
+
+
+def test_a_list_that_the_caller_reuses_while_it_is_embedded() -> None:
+    backend = DictBackend(scope="host")
+    with Cache(lengths, [backend], space=SPACE) as cache:
+
+        async def main() -> Any:
+            texts = ["a", "bb"]
+            task = asyncio.create_task(cache.aembed_batch(texts))
+            await asyncio.sleep(0)
+            texts[:] = ["cccccc", "dddddddd"]
+            return await task
+
+        assert asyncio.run(main())[:, 0].tolist() == [1, 2]
+        assert [row is not None and row[0] for row in cache.lookup(["a", "bb"]).rows] == [1, 2]
+
+
+class Kind(str, Enum):  # noqa: UP042 - its str() is not its text, unlike a StrEnum's
+    TEA = "tea"
+
+
+class Caseless(str):
+    def __eq__(self, other: object) -> bool:
+        return self.lower() == str(other).lower()
+
+    def __hash__(self) -> int:
+        return hash(self.lower())
+
+
+def test_a_subclass_of_str_is_the_text_that_it_holds() -> None:
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        seen.extend(f"passage: {text}" for text in texts)
+        assert all(type(text) is str for text in texts)
+        return lengths(texts)
+
+    with Cache(embed, [MemoryBackend()], space=SPACE) as cache:
+        cache.embed(Kind.TEA)
+        cache.embed("tea")
+        cache.embed_batch([Caseless("HELLO")])
+        cache.embed("hello")
+        cache.embed(np.str_("numpy"))
+    assert seen == ["passage: tea", "passage: HELLO", "passage: hello", "passage: numpy"]
+
+
+def test_vectors_of_different_dimensions_at_once_are_never_reshaped() -> None:
+    for _ in range(50):
+        barrier = threading.Barrier(2)
+
+        def embed(texts: list[str], barrier: threading.Barrier = barrier) -> list[list[float]]:
+            barrier.wait(GENEROUS)
+            return [[1.0, 2.0]] if texts == ["a"] else [[3.0, 4.0, 5.0, 6.0]]
+
+        provider = FunctionProvider(embed, SPACE, Limits(max_batch=1, concurrency=2))
+        with Cache(provider, [MemoryBackend()]) as cache:
+            fetched = cache.fetch(["a", "b"])
+            assert len(fetched.failed) == 1
+            assert isinstance(next(iter(fetched.failed.values())), ProviderError)
+    from embedonce.answers import matrix
+
+    with pytest.raises(Incomplete):
+        matrix([np.zeros(2, np.float32), np.zeros(4, np.float32)], None)
+
+
+def test_two_caches_of_different_precision_on_one_memory_backend() -> None:
+    shared = MemoryBackend()
+    provider = CountingProvider(dimensions=32)
+    with Cache(provider, [shared], dtype="int8") as coarse, Cache(provider, [shared]) as fine:
+        rough = coarse.embed("x").copy()
+        for _ in range(2):
+            assert (fine.embed("x") == provider.vector_of("x")).all()
+            assert (fine.embed_batch(["x"])[0] == provider.vector_of("x")).all()
+            assert (coarse.embed("x") == rough).all()
+
+
+@pytest.mark.parametrize("junk", ["junk", 7, (), (1, 2, 3, 4, 5)])
+def test_an_in_process_backend_whose_get_gives_junk(junk: Any) -> None:
+    class Junk(MemoryBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get = lambda key: junk  # type: ignore[assignment]
+
+    with Cache(lengths, [Junk()], space=SPACE) as cache:
+        assert [cache.embed("four")[0] for _ in range(3)] == [4, 4, 4]
+
+
+# --- hangs ------------------------------------------------------------------------------------
+
+
+def test_a_token_counter_that_raises_fails_its_text_alone_and_nobody_waits() -> None:
+    class Provider(CountingProvider):
+        def count_tokens(self, text: str) -> int:
+            if text == "<|endoftext|>":
+                raise ValueError("a special token")
+            return 1
+
+    provider = Provider()
+    provider.limits = Limits(max_tokens=100)
+    with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(1) as pool:
+        assert not cache.fetch(["good", "<|endoftext|>"]).failed
+        assert pool.submit(cache.embed, "good").result(GENEROUS) is not None
+
+
+def test_what_raises_between_claim_and_computation_leaves_no_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache(lengths, [MemoryBackend()], space=SPACE) as cache, ThreadPoolExecutor(1) as pool:
+        route = cache._routes[cache._source, "document"]
+        monkeypatch.setattr(route.keyer, "_steps", ())
+        broken = cache._engine._normalized
+
+        def interrupted(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        cache._engine._normalized = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            cache.embed_batch(["a", "b"])
+        cache._engine._normalized = broken  # type: ignore[method-assign]
+        assert pool.submit(cache.embed, "a").result(GENEROUS)[0] == 1
+
+
+# Ctrl-C that strikes inside a weak reference's callback is printed and lost, as Python does with any.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("seed", range(12))
+def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    texts = [f"text {i}" for i in range(3000)]
+    with Cache(lengths, [MemoryBackend(), DiskBackend(path=tmp_path)], space=SPACE) as cache:
+        for round_ in range(4):
+            mine = [f"{round_} {text}" for text in texts]
+            signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
+            previous = signal.signal(signal.SIGVTALRM, signal.default_int_handler)
+            try:
+                cache.embed_batch(mine)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.signal(signal.SIGVTALRM, previous)
+            with ThreadPoolExecutor(1) as pool:
+                matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
+            assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
+        assert not cache._table._calls
+
+
+@pytest.mark.parametrize("where", ["provider", "backend"])
+def test_stop_iteration_is_an_error_not_the_end(where: str) -> None:
+    def embed(texts: list[str]) -> Any:
+        return next(iter([])) if where == "provider" else lengths(texts)
+
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", error=StopIteration)] * (where == "backend"))
+
+    async def main() -> Any:
+        async with asyncio.timeout(GENEROUS):
+            with Cache(embed, [Tier(faulty, name="far", timeout=GENEROUS)], space=SPACE) as cache:
+                return await cache.afetch(["four"]), cache.stats()
+
+    fetched, stats = asyncio.run(main())
+    if where == "provider":
+        assert isinstance(fetched.failed[0], RuntimeError)
+    else:
+        assert fetched.rows[0][0] == 4
+        assert "timeout" not in stats.tiers["far"].causes
+
+
+def test_a_fork_while_other_threads_count(tmp_path: Path) -> None:
+    with Cache(lengths, [MemoryBackend()], space=SPACE) as cache:
+        cache.embed_batch(["x", "y"])
+        stop = threading.Event()
+
+        def count() -> None:
+            while not stop.is_set():
+                cache.embed_batch(["x", "y"])
+
+        threads = [threading.Thread(target=count) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(25):
+                in_fork(lambda: bool(cache.embed_batch(["x"])[0, 0] == 1) and cache.stats() is not None)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def in_fork(work: Callable[[], bool]) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+        pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if work() else 3)
+        finally:
+            os._exit(4)
+    end = time.monotonic() + GENEROUS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail("the forked child hangs")
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
+    def every_millisecond(handler: Callable[[], Any]) -> None:
+        inside = False
+
+        def handle(*_: Any) -> None:
+            nonlocal inside
+            if not inside:
+                inside = True
+                try:
+                    handler()
+                finally:
+                    inside = False
+
+        signal.signal(signal.SIGVTALRM, handle)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # not the clock that pytest-timeout uses
+
+    previous = signal.getsignal(signal.SIGVTALRM)
+    yield every_millisecond
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, previous)
+
+
+def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
+    with Cache(lengths, [MemoryBackend()], space=SPACE) as cache:
+        handled = 0
+
+        def handler() -> None:
+            nonlocal handled
+            handled += 1
+            cache.embed_batch(["x", f"{handled}"])
+
+        alarm(handler)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            cache.embed_batch(["x", "y"])
+        assert handled > 10
+
+
+def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> None:
+    provider = FaultyProvider(CountingProvider(asynchronous=True, max_batch=1), [ProviderFault("hang")])
+    cache = Cache(provider, [MemoryBackend()])
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(cache.embed_batch, ["a", "b", "c"])
+        provider.gate.until(1)
+        cache.close()
+        with pytest.raises(CacheClosed):
+            call.result(GENEROUS)
+    assert not [thread for thread in threading.enumerate() if thread.name == "embedonce-loop"]
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_put_stores_also_what_is_being_computed_at_that_moment(store: bool) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        began.set()
+        go_on.wait(GENEROUS)
+        if store:
+            raise RuntimeError("the computation fails")
+        return [[3.0, 4.0]]
+
+    with Cache(embed, [MemoryBackend()], space=SPACE) as cache, ThreadPoolExecutor(1) as pool:
+        computing = pool.submit(lambda: cache.fetch(["x"], store=store))
+        began.wait(GENEROUS)
+        cache.put(["x"], [[1.0, 2.0]])
+        assert cache.lookup(["x"]).sources == ["memory"]
+        go_on.set()
+        computing.result(GENEROUS)
+        assert cache.lookup(["x"]).rows[0].tolist() == [1.0, 2.0]  # type: ignore[union-attr]
+
+
+def test_a_worker_that_is_busy_takes_no_job_from_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedonce._ports import Workers
+
+    monkeypatch.setattr(Workers, "IDLE_SECONDS", 0.02)
+    for _ in range(300):
+        workers = Workers()
+        together = threading.Barrier(3)
+        futures = [workers.submit(partial(together.wait, GENEROUS)) for _ in range(3)]
+        assert sorted(future.result(GENEROUS) for future in futures) == [0, 1, 2]
+        again = threading.Barrier(3)
+        futures = [workers.submit(partial(again.wait, GENEROUS)) for _ in range(3)]
+        assert sorted(future.result(GENEROUS) for future in futures) == [0, 1, 2]
+
+
+def test_workers_above_their_most_wait_and_all_get_done() -> None:
+    from embedonce._ports import Workers
+
+    workers = Workers(3)
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def work() -> int:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.001)
+        with lock:
+            at_once -= 1
+        return 1
+
+    assert sum(future.result(GENEROUS) for future in [workers.submit(work) for _ in range(100)]) == 100
+    assert most == 3
+
+
+def _forked(folder: str) -> None:
+    backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
+    cache = Cache(CountingProvider(max_batch=1), [Tier(backend, name="d", write="background", timeout=GENEROUS)])
+    cache.embed_batch([str(i) for i in range(10)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_background_writes_survive_the_end_of_a_child_process(method: str, tmp_path: Path) -> None:
+    child = multiprocessing.get_context(method).Process(target=_forked, args=(str(tmp_path),))  # type: ignore[attr-defined]
+    child.start()
+    child.join(GENEROUS)
+    assert child.exitcode == 0
+    with Cache(CountingProvider(), [Tier(DiskBackend(path=tmp_path), name="d")]) as cache:
+        assert cache.lookup([str(i) for i in range(10)]).sources == ["d"] * 10
+
+
+# --- costs ------------------------------------------------------------------------------------
+
+
+def test_thousands_of_tasks_need_no_thousands_of_threads(tmp_path: Path) -> None:
+    provider = CountingProvider(delay=0.0005)
+    most, before = 0, threading.active_count()
+
+    async def main(cache: Cache) -> None:
+        nonlocal most
+        tasks = [asyncio.create_task(cache.aembed(f"text {i}")) for i in range(2000)]
+        while not all(task.done() for task in tasks):
+            most = max(most, threading.active_count())
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*tasks)
+
+    with Cache(provider, [Tier(DiskBackend(path=tmp_path), name="disk", timeout=GENEROUS)]) as cache:
+        asyncio.run(main(cache))
+        stats = cache.stats().tiers["disk"]
+    assert (stats.errors, stats.dropped, stats.stored) == (0, 0, 2000)
+    assert most - before < 80
+    assert provider.most_at_once <= 32
+
+
+def test_a_call_under_way_does_not_make_every_later_forget_cost_more() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(cache.embed, "hanging")
+        provider.gate.until(1)
+        for i in range(2000):
+            cache.forget([f"{i}"])
+        table = cache._table
+        looked: list[str] = []
+        forbidden = table._forbidden
+        table._forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
+        cache.embed_batch(["a", "b"])
+        assert len(looked) == 2  # once per key, however many erasures there are
+        assert len(table._erased) == 4000 or len(table._erased) == 2000  # one or two tasks' keys
+        provider.heal()
+        hanging.result(GENEROUS)
+        assert not table._erased
+
+
+def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
+    with Cache(provider, [MemoryBackend()]) as cache:
+        for i in range(5):
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(cache.aembed(f"{i}"))
+            loop.run_until_complete(asyncio.sleep(0.01))
+            for pending in asyncio.all_tasks(loop) | {task}:
+                pending._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
+            loop.close()
+            del task, pending
+        asyncio.run(cache.aclose())
+        assert len(cache._ports._loops) <= 1
+
+
+# --- small things -----------------------------------------------------------------------------
+
+
+def test_errors_travel_between_processes_and_caches_do_not() -> None:
+    error = EraseIncomplete("could not reach everything", {"far": "timeout"})
+    assert pickle.loads(pickle.dumps(error)).tiers == {"far": "timeout"}
+    with Cache(lengths, space=SPACE) as cache:
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                attempt(cache)
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(max_batch=0), Limits(concurrency=0), Limits(timeout=0), Limits(timeout=float("inf"))]
+)
+def test_limits_that_make_no_sense_are_refused(limits: Limits) -> None:
+    with pytest.raises(ConfigError):
+        Cache(FunctionProvider(lengths, SPACE, limits))
+
+
+def test_a_tier_with_an_endless_timeout_is_refused() -> None:
+    with pytest.raises(ConfigError, match="timeout is a number of seconds"):
+        Cache(lengths, [Tier(DictBackend(scope="host"), timeout=float("inf"))], space=SPACE)
+
+
+def test_a_provider_may_shorten_the_list_that_it_is_given() -> None:
+    class Shortening(CountingProvider):
+        def _embed(self, texts: Any, task: Any, /) -> Any:
+            answer = super()._embed(texts, task)
+            texts.clear()
+            return answer
+
+    with Cache(Shortening(), [MemoryBackend()]) as cache:
+        assert cache.fetch(["a", "b"]).sources == ["provider", "provider"]
+
+
+def test_an_error_that_many_callers_get_is_each_ones_own() -> None:
+    provider = FaultyProvider(CountingProvider(delay=0.1), [ProviderFault("slow", seconds=0.1, calls={1, 2})])
+    provider.faults = [ProviderFault("refuse", positions=True)]
+    with Cache(provider, [MemoryBackend()]) as cache:
+
+        async def main() -> list[BaseException]:
+            return await asyncio.gather(*(cache.aembed("a") for _ in range(200)), return_exceptions=True)  # type: ignore[return-value]
+
+        errors = asyncio.run(main())
+    assert all(_frames(error) < 60 for error in errors)
+
+
+def _frames(error: BaseException) -> int:
+    n, trace = 0, error.__traceback__
+    while trace is not None:
+        n, trace = n + 1, trace.tb_next
+    return n
+
+
+def test_forget_takes_every_spelling_from_the_memo() -> None:
+    from embedonce import KeyPolicy
+
+    with Cache(lengths, [MemoryBackend()], space=SPACE, key=KeyPolicy(normalize=["strip", "casefold"])) as cache:
+        cache.embed_batch(["  Tea ", "tea", "other"])
+        cache.forget(["TEA"])
+        (route,) = {id(route.known): route for route in cache._routes.values() if route.task == "document"}.values()
+        assert set(route.known) | set(route._older) == {"other"}
