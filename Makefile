@@ -51,8 +51,11 @@ format: wheel
 	$(TEST_BIN)/ruff check --fix .
 	$(TEST_BIN)/ruff format .
 
+servers:
+	@./.ci/servers
+
 # -P keeps the current folder off the path, so that nothing but the wheel can be imported.
-pytest: wheel
+pytest: wheel servers
 	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 
 test: lint

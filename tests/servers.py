@@ -288,6 +288,7 @@ class RedisServer(Server):
         """Keep nothing on disk; listen on loopback and on a socket."""
         words = [program("redis-server"), "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)]
         words += ["--save", "", "--appendonly", "no", "--unixsocket", str(self.socket)]
+        words += ["--shutdown-timeout", "0", "--repl-diskless-sync-delay", "0"]  # nobody waits for a replica
         if self.password:
             words += ["--requirepass", self.password]
         if self.tls:
@@ -452,9 +453,7 @@ class RedisSentinelServers(Group):
     def start(self) -> Self:
         """Start them, and return when the replica follows and the sentinels know it and each other."""
         self.master: RedisServer = self.add(RedisServer())
-        self.replica: RedisServer = self.add(
-            RedisServer("--replicaof", f"{HOST} {self.master.port}", "--repl-diskless-sync-delay", "0")
-        )
+        self.replica: RedisServer = self.add(RedisServer("--replicaof", f"{HOST} {self.master.port}"))
         quorum = self.count // 2 + 1
         self.sentinels = [self.add(_Sentinel(self.master.port, self.service, quorum)) for _ in range(self.count)]
         wait_until(lambda: all(map(self._knows_all, self.sentinels)), "the sentinels know each other")

@@ -14,6 +14,7 @@ import hiredis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import (
     AskError,
+    ClusterDownError,
     ConnectionError,
     InvalidResponse,
     MovedError,
@@ -304,6 +305,8 @@ class Cluster:
                     again.setdefault((_other(reply, node), False), []).append(place)
                 elif isinstance(reply, AskError):  # its slot is on its way: this once, ask over there
                     again.setdefault((_other(reply, node), True), []).append(place)
+                elif isinstance(reply, ClusterDownError):
+                    self._known = None
         return again
 
     def _slots(self) -> Plan[Slots]:

@@ -36,6 +36,9 @@ PROBE_KEY = f"{KEY_PREFIX}probe"
 CALLS = 32
 """Most calls to a backend at once from event loops; more wait, and that is no timeout of the tier."""
 
+PROBED = 64
+"""A probe asks again for so many keys of the call that failed: others may be on another node, which answers."""
+
 CHUNK = 1024
 """Keys of one backend call where the backend names no ``max_batch``: the deadline is looked at in between."""
 
@@ -139,6 +142,7 @@ class LiveTier:
         self.counters.renew()
         self._draining = False
         self._silent_until = 0.0
+        self._failing: Sequence[str] = ()
         self._carded: dict[str, float] = {}
         self.reads = Breaker(lambda state, cause: self._changed("read", state, cause))
         self.writes = Breaker(lambda state, cause: self._changed("write", state, cause))
@@ -251,6 +255,7 @@ class LiveTier:
                     values = {key: values[key] for key in chunk if key in values}
             except Exception as error:
                 read.cause = self._failed(self.reads, error)
+                self._failing = chunk[:: -(-len(chunk) // PROBED)]
                 read.errors += len(chunk)
                 if self.on_error == "raise":
                     self._note(read, task, start)
@@ -345,12 +350,12 @@ class LiveTier:
             self._emit(LookedUp(tier=self.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
-        """See off the caller's path whether the tier answers again."""
+        """See off the caller's path whether the tier answers again what it did not."""
 
         def probe() -> None:
             try:
                 with deadline(self.timeout):
-                    self.backend.get_many([PROBE_KEY])
+                    self.backend.get_many(self._failing)
             except Exception as error:  # noqa: BLE001  (the breaker is what it is for)
                 self._failed(self.reads, error, probe=True)
             else:

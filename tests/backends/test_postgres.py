@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -862,8 +864,8 @@ class Bouncer(Server):
         settings = self.folder / "pgbouncer.ini"
         settings.write_text(
             f"[databases]\n* = host={host} port={port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {users}\npool_mode = transaction\n"
-            "default_pool_size = 2\n"
+            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {users}\n"
+            "pool_mode = transaction\ndefault_pool_size = 2\n"
         )
         self.folder.chmod(0o755)
         return [binary, str(settings)]
@@ -1011,6 +1013,45 @@ def test_a_fork_beside_calls_under_way(backend: PostgresBackend) -> None:
         for thread in threads:
             thread.join(LONG)
     assert same(backend.get_many(list(items)), items)
+
+
+# --- vectors where they lie ---------------------------------------------------------------------
+
+
+def test_the_statements_of_the_documentation(postgres_server: Any) -> None:
+    page = Path(__file__).parents[2] / "docs" / "postgres.md"
+    statements = re.findall(r"```sql\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(statements) == 5
+    with database_of(postgres_server.url, vectors=True) as database:
+        database.run("DO $$ BEGIN CREATE ROLE app; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        provider = CountingProvider(dimensions=384)
+        with opened(database.url, table="embedonce") as backend:
+            tier = Tier(backend, write="inline", timeout=60, ttl=3600)
+            texts = [f"text {number}" for number in range(500)]
+            with Cache(provider, [tier]) as cache:
+                vectors = cache.embed_batch(texts)
+                scope = cache.explain(texts[0]).scope
+            with Cache(CountingProvider(dimensions=8), [tier]) as other:
+                other.embed("of another dimension")
+            made = [statement.replace("0123456789abcdef", scope) for statement in statements]
+            answers = [database.run(statement) for statement in made[:-1]]
+            assert scope in [row[0] for row in answers[1]]
+            assert database.run("SELECT count(*) FROM minilm") == [(500,)]
+            with psycopg.connect(database.url) as connection:
+                connection.execute("SET enable_seqscan = off")
+                plan = "\n".join(row for (row,) in connection.execute("EXPLAIN " + made[-1]))
+                assert "Index Scan using minilm_hnsw" in plan
+                nearest = connection.execute(made[-1]).fetchall()
+            assert len(nearest) == 10
+            assert nearest[0][2] == pytest.approx(1.0, abs=1e-6)
+            ((first,),) = database.run("SELECT embedding::text FROM minilm LIMIT 1")
+            units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            cosines = units @ (np.array(json.loads(first)) / np.linalg.norm(json.loads(first)))
+            exact = np.sort(cosines)[::-1][:10]
+            assert sum(np.isclose(exact, row[2], atol=1e-5).any() for row in nearest) >= 8  # HNSW is approximate
+            database.run("UPDATE embedonce SET kept_until = 1 WHERE embedding IS NOT NULL")
+            assert database.run("SELECT count(*) FROM minilm") == [(0,)]
+        database.run("DROP OWNED BY app")
 
 
 # --- in a chain ---------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -158,8 +159,8 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a minute would pass otherwise: an open breaker lets nobody ask before its probe is settled."""
-    monkeypatch.setattr(Breaker, "FIRST_WAIT", 0.0)
-    faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[4])]
+    monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
+    faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
 
     def changed(event: Event) -> None:
@@ -177,7 +178,50 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
             time.sleep(0.01)
         cache.embed("after")
         assert cache.flush()
-        assert cache.stats().tiers["far"].stored == 1
+        stats = cache.stats().tiers["far"]
+        assert (stats.stored, dict(stats.causes)) == (1, {"ConnectionRefusedError": 3, "TierBusy": 1})
+
+
+class HalfBackend(DictBackend):
+    """Of two nodes, one hangs: that of the keys that end in an even digit."""
+
+    hangs = False
+
+    def __init__(self) -> None:
+        super().__init__(scope="network", deadline=True)
+        self.probed = threading.Semaphore(0)
+
+    def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            self.probed.release()
+        if self.hangs and any(int(key[-1], 16) % 2 == 0 for key in keys):
+            raise TimeoutError
+        return super().get_many(keys)
+
+
+def test_a_probe_asks_for_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for anything else it may reach the node that works, and then callers pay for every probe."""
+    monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
+    monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
+    changes: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TierChanged):
+            changes.append(event.state)
+
+    backend = HalfBackend()
+    with Cache(CountingProvider(), [Tier(backend, name="far", write="none")], listeners=[listen]) as cache:
+        backend.hangs = True
+        cache.embed_batch(TEXTS)
+        for text in TEXTS[:5]:
+            cache.embed(text)
+            assert backend.probed.acquire(timeout=GENEROUS)
+        assert changes == ["open"]
+        backend.hangs = False
+        end = time.monotonic() + GENEROUS
+        while changes != ["open", "closed"]:
+            cache.embed(TEXTS[0])
+            assert time.monotonic() < end
 
 
 def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -211,6 +212,16 @@ def test_a_redis_that_hangs_costs_its_timeout_and_no_more(redis: RedisServer, lo
             redis.resume()
         print(f"50 calls with a Redis that hangs, timeout 250 ms: {took * 1e3:.0f} ms")
         assert took < 50 * 0.25, "each call has waited"
+
+
+def test_a_text_is_computed_once_however_often_it_is_asked_for(redis: RedisServer, log: Path) -> None:
+    """Redis is the only tier, and written in the background: what is not there yet must not be computed again."""
+    with Service(redis, log) as service, ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            asked = [f"{TEXTS[0]}, call {number}"]
+            assert all(pool.map(service.sources, [asked] * 8))
+            assert all(service.sources(asked) for _ in range(4))
+        assert service.metrics()["embed_cache_misses_total"] == 10
 
 
 def test_an_empty_batch(redis: RedisServer, log: Path) -> None:

@@ -1,0 +1,132 @@
+"""Write the tables of docs/faults.md by running the fault matrix of tests/faults.
+
+usage: python docs/generate_faults.py
+
+Starts Redis, Postgres and memcached, and takes a few minutes. tests/faults/test_matrix.py fails where the page lists
+other cells, or other causes, than the matrix has.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests"
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))
+
+from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Outcome, run_cell  # noqa: E402
+from faults.stores import STORES  # noqa: E402
+
+PAGE = Path(__file__).parent / "faults.md"
+BEGIN = "<!-- From here on this page is written by docs/generate_faults.py: run it instead of changing this. -->\n"
+
+TITLES = {
+    "redis": "Redis",
+    "cluster": "Redis Cluster",
+    "sentinel": "Redis behind sentinels",
+    "postgres": "Postgres",
+    "memcached": "memcached",
+    "disk": "Disk",
+}
+EFFECTS = {
+    ("read", "fails"): "computed",
+    ("read", "serves"): "served",
+    ("read", "forgets"): "a miss, computed",
+    ("read", "partly"): "served or computed",
+    ("write", "fails"): "not stored",
+    ("write", "serves"): "stored",
+    ("write", "partly"): "stored or not",
+}
+HEAD = "| fault | | texts are | errors counted as | first call, + ms | later calls, + ms | back after, s |\n"
+HEAD += "| --- | --- | --- | --- | ---: | ---: | ---: |"
+
+
+def page(current: str) -> str:
+    """Return the page with its tables as a run of the matrix makes them."""
+    head, mark, _ = current.partition(BEGIN)
+    if not mark:
+        raise SystemExit(f"{PAGE} has no line {BEGIN!r}")
+    return head + BEGIN + "\n" + "\n".join(tables()) + "\n"
+
+
+def tables() -> Iterator[str]:
+    """Yield the lines of every store's table."""
+    for name, kind in STORES.items():
+        store = kind()
+        try:
+            yield from (
+                ("", f"## {TITLES[name]}", "", HEAD)
+                if name != next(iter(STORES))
+                else (
+                    f"## {TITLES[name]}",
+                    "",
+                    HEAD,
+                )
+            )
+            for fault in FAULTS:
+                for operation in OPERATIONS if fault in store.strikes else ():
+                    outcomes = {face: run_cell(store, Cell(name, fault, operation, face)) for face in FACES}
+                    print(name, fault, operation, file=sys.stderr)
+                    yield row(store, fault, operation, outcomes)
+            yield from ("", *explained(store))
+        finally:
+            store.close()
+
+
+def row(store: object, fault: str, operation: str, outcomes: Mapping[str, Outcome]) -> str:
+    """Return the line of a fault: times of both faces, causes of either."""
+    strike = store.strikes[fault]  # type: ignore[attr-defined]
+    causes = set().union(*(outcome.causes for outcome in outcomes.values()))
+    if causes:
+        causes |= strike.causes
+    columns = [
+        fault,
+        operation,
+        EFFECTS[operation, strike.read if operation == "read" else strike.write],
+        ", ".join(f"`{cause}`" for cause in sorted(causes)) or "-",
+        " / ".join(milliseconds(outcome.first) for outcome in outcomes.values()),
+        " / ".join(milliseconds(outcome.later) for outcome in outcomes.values()),
+        " / ".join(f"{outcome.resumed:.1f}" for outcome in outcomes.values()),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a delay as it stands in the table."""
+    return f"{1000 * seconds:.0f}" if seconds >= 0.0005 else "0"
+
+
+def explained(store: object) -> Iterator[str]:
+    """Yield how each fault was brought about, and why one was not."""
+    yield "| fault | how | |"
+    yield "| --- | --- | --- |"
+    for fault in FAULTS:
+        if fault in store.strikes:  # type: ignore[attr-defined]
+            yield f"| {fault} | {store.strikes[fault].how} | |"  # type: ignore[attr-defined]
+        else:
+            yield f"| {fault} | - | {store.absent[fault]} |"  # type: ignore[attr-defined]
+
+
+def listed(text: str) -> dict[tuple[str, str, str], tuple[str, set[str]]]:
+    """Return what a page says of each store, fault and operation: the effect, and the causes."""
+    names = {title: name for name, title in TITLES.items()}
+    effects = {(operation, words): effect for (operation, effect), words in EFFECTS.items()}
+    found: dict[tuple[str, str, str], tuple[str, set[str]]] = {}
+    store = ""
+    for line in text.partition(BEGIN)[2].splitlines():
+        if line.startswith("## "):
+            store = names[line[3:]]
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        if len(columns) == 7 and columns[1] in OPERATIONS:
+            fault, operation, words, causes = columns[:4]
+            named = {cause.strip("`") for cause in causes.split(", ")} - {"-"}
+            found[store, fault, operation] = effects[operation, words], named
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    PAGE.write_text(page(PAGE.read_text()))

@@ -1,0 +1,461 @@
+"""memcached when the network or a node is bad: every call ends in time, nothing wrong comes back, service resumes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pytest
+from pymemcache.exceptions import MemcacheError
+from servers import MemcachedServer
+
+from embedonce import Cache, Tier
+from embedonce.contracts import deadline
+from embedonce.errors import EraseIncomplete, TierError
+from embedonce.testing import CountingProvider, FaultProxy, ManualClock, NetworkFault
+from embedonce.testing._support import in_threads
+from embedonce_backends import _memcached_nodes
+from embedonce_backends.memcached import MemcachedBackend, NodeDown, NodeTimeout
+
+GENEROUS = 20.0
+"""Seconds within which a call with a short deadline has to be back: not for ever."""
+
+OPERATIONS: dict[str, Callable[[Any], object]] = {
+    "get": lambda backend: backend.get_many([key_of(number) for number in range(60)]),
+    "set": lambda backend: backend.set_many(items_of(range(60)), 3600.0),
+    "add": lambda backend: backend.add_many({key_of(number): b"lease" for number in range(1000, 1060)}, 60.0),
+    "delete": lambda backend: backend.delete_many([key_of(number) for number in range(2000, 2060)]),
+}
+
+
+def key_of(number: int) -> str:
+    return f"eo1.0123456789abcdef.{sha256(b'%d' % number).hexdigest()}"
+
+
+def items_of(numbers: range) -> dict[str, bytes]:
+    return {key_of(number): sha256(b"value %d" % number).digest() * 50 for number in numbers}
+
+
+def keys_of(numbers: range) -> list[str]:
+    return list(items_of(numbers))
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[MemcachedServer]]:
+    with MemcachedServer() as first, MemcachedServer() as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def proxies(servers: list[MemcachedServer]) -> Iterator[list[FaultProxy]]:
+    for server in servers:
+        server.call("flush_all")
+    with FaultProxy("127.0.0.1", servers[0].port) as first, FaultProxy("127.0.0.1", servers[1].port) as second:
+        yield [first, second]
+
+
+@contextmanager
+def opened(*nodes: Any, **options: Any) -> Iterator[MemcachedBackend]:
+    backend = MemcachedBackend(
+        servers=[n.url_port if isinstance(n, FaultProxy) else n.address for n in nodes], **options
+    )
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """The clock by which a node that failed is tried again."""
+    clock = ManualClock(1000.0)
+    monkeypatch.setattr(_memcached_nodes, "_now", clock)
+    return clock
+
+
+def held_by(backend: MemcachedBackend, node: Any, numbers: range) -> list[str]:
+    """Return the keys whose place is this node."""
+    name = node.url_port if isinstance(node, FaultProxy) else node.address
+    return [key for part_of, part in backend._by_node(keys_of(numbers)).items() if part_of.name == name for key in part]
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
+
+
+# --- one node: whatever the network does --------------------------------------------------------
+
+FAULTS = {
+    "refuse": NetworkFault("refuse"),
+    "reset": NetworkFault("reset"),
+    "reset in mid-reply": NetworkFault("reset", after=100),
+    "cut": NetworkFault("cut"),
+    "cut in mid-reply": NetworkFault("cut", after=100),
+    "garbage": NetworkFault("garbage"),
+    "garbage in mid-reply": NetworkFault("garbage", after=100),
+    "black hole": NetworkFault("black_hole"),
+    "replies lost": NetworkFault("black_hole", direction="replies"),
+    "slow": NetworkFault("latency", seconds=30.0),
+    "a byte at a time": NetworkFault("bandwidth", bytes_per_second=20),
+    "replies a byte at a time": NetworkFault("bandwidth", bytes_per_second=20, direction="replies"),
+    "half-open": NetworkFault("half_open"),
+}
+
+
+SILENT = ("black hole", "replies lost", "slow", "a byte at a time", "replies a byte at a time", "half-open")
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_call_ends_in_time_and_service_resumes(
+    proxies: list[FaultProxy], name: str, operation: str, used: bool
+) -> None:
+    call = OPERATIONS[operation]
+    with opened(proxies[0]) as backend, opened(proxies[0]) as other:
+        other.set_many(items_of(range(60)), None)
+        if used:
+            backend.get_many(keys_of(range(3)))
+        proxies[0].fault = FAULTS[name]
+        error: Exception | None = None
+        start = time.monotonic()
+        unharmed = name == "half-open" and not used
+        try:
+            with deadline(GENEROUS if unharmed else 0.15):
+                call(backend)
+        except Exception as raised:
+            error = raised
+        assert time.monotonic() - start < GENEROUS
+        if unharmed:
+            assert error is None
+        elif name in SILENT:
+            assert isinstance(error, TimeoutError)
+        else:
+            assert isinstance(error, (OSError, MemcacheError, ValueError))
+        proxies[0].heal()
+        # At once, and with its own replies.
+        for first in range(0, 60, 7):
+            wanted = range(first, min(60, first + 7))
+            assert backend.get_many(keys_of(wanted)) == items_of(wanted)
+        assert backend.add_many({key_of(5000): b"lease"}, 60.0) == {key_of(5000)}
+        backend.delete_many([key_of(5000)])
+
+
+def test_connecting_ends_in_time() -> None:
+    """A listening socket whose queue is full: the system answers no more, as behind a firewall that drops."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            with suppress(BlockingIOError):
+                one.connect(listening.getsockname())
+        backend = MemcachedBackend(servers=["{}:{}".format(*listening.getsockname())])
+        for operation in OPERATIONS.values():
+            with deadline(0.1), pytest.raises(TimeoutError):
+                operation(backend)
+        backend.close()
+        for one in waiting:
+            one.close()
+
+
+def test_looking_a_name_up_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def hangs(host: Any, *args: Any) -> Any:
+        if args[-1] != socket.AI_NUMERICHOST:
+            released.wait(GENEROUS)
+        return look_up(host, *args)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    backend = MemcachedBackend(servers=["memcached.invalid"])
+    try:
+        with deadline(0.1), pytest.raises(TimeoutError):
+            backend.get_many([key_of(0)])
+    finally:
+        released.set()
+        backend.close()
+
+
+def test_a_write_that_nobody_reads_ends_in_time(proxies: list[FaultProxy]) -> None:
+    with opened(proxies[0]) as backend:
+        proxies[0].fault = NetworkFault("black_hole")
+        large = {key_of(number): bytes(10**6) for number in range(30)}
+        with deadline(0.3), pytest.raises(TimeoutError):
+            backend.set_many(large, None)
+
+
+def test_a_restart_costs_no_error(servers: list[MemcachedServer]) -> None:
+    """Idle connections that the server has closed are noticed, and the call is made over a new one."""
+    with MemcachedServer() as server, opened(server) as backend:
+        for operation in ("get", "set", "delete"):
+            in_threads(4, lambda _: backend.set_many(items_of(range(60)), None), "set_many")
+            server.kill()
+            server.restart()
+            OPERATIONS[operation](backend)
+        server.kill()
+        with pytest.raises(ConnectionRefusedError):
+            backend.get_many([key_of(0)])
+        server.restart()
+        assert backend.get_many([key_of(0)]) == {}
+
+
+@contextmanager
+def scripted(*connections: Sequence[bytes]) -> Iterator[MemcachedBackend]:
+    """Give a backend of a server that answers what the test says, request by request, and closes the connection."""
+
+    def answer() -> None:
+        for replies in connections:
+            connection, _ = listening.accept()
+            with connection:
+                for reply in replies:
+                    connection.recv(1000)
+                    connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, daemon=True).start()
+        backend = MemcachedBackend(servers=["{}:{}".format(*listening.getsockname())])
+        try:
+            yield backend
+        finally:
+            backend.close()
+
+
+def test_an_answer_to_add_that_is_lost_is_no_answer() -> None:
+    """Added again, the key would seem to be somebody else's."""
+    with scripted([b"END\r\n", b""], [b"NOT_STORED\r\n"]) as backend:
+        assert backend.get_many([key_of(0)]) == {}
+        with pytest.raises((MemcacheError, ConnectionError)):
+            backend.add_many({key_of(0): b"lease"}, 60.0)
+
+
+def test_another_answer_that_is_lost_is_asked_for_again() -> None:
+    with scripted([b"END\r\n", b""], [b"STORED\r\n"]) as backend:
+        assert backend.get_many([key_of(0)]) == {}
+        backend.set_many({key_of(0): b"value"}, None)
+
+
+def test_a_reply_to_delete_that_is_none_is_an_error() -> None:
+    """pymemcache's own ``delete_many`` takes any line for a yes; what is to be forgotten must be gone."""
+    with scripted([b"STORED\r\n"]) as backend, pytest.raises(MemcacheError):
+        backend.delete_many([key_of(0)])
+
+
+def test_a_value_that_nobody_asked_for_is_an_error() -> None:
+    shifted = f"VALUE {key_of(1)} 0 5\r\nwrong\r\nEND\r\n".encode()
+    with scripted([shifted], [b"END\r\n"]) as backend:
+        with pytest.raises(KeyError):
+            backend.get_many([key_of(0)])
+        assert backend.get_many([key_of(1)]) == {}
+
+
+# --- two nodes ----------------------------------------------------------------------------------
+
+
+def test_a_dead_nodes_keys_are_misses_and_the_other_serves(
+    servers: list[MemcachedServer], clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = items_of(range(100))
+    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+        backend.set_many(everything, None)
+        lost = held_by(backend, mortal, range(100))
+        kept = {key: value for key, value in everything.items() if key not in lost}
+        assert len(lost) > 20
+        assert len(kept) > 20
+        mortal.kill()
+        for _ in range(3):
+            assert backend.get_many(list(everything)) == kept
+            assert backend.get_many(lost[:1]) == {}
+            with pytest.raises(NodeDown, match=mortal.address):
+                backend.set_many(everything, None)
+            with pytest.raises(NodeDown):
+                backend.add_many({key: b"lease" for key in lost}, None)
+            with pytest.raises(ConnectionRefusedError):
+                backend.delete_many(lost)
+        assert backend.describe() == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
+        mortal.restart()
+        assert backend.get_many(list(everything)) == kept
+        clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+        backend.set_many(everything, None)
+        assert backend.get_many(list(everything)) == everything
+        assert backend.describe() == "frames on 2 nodes"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"memcached {mortal.address} does not answer (ConnectionRefusedError); its keys are misses until it does",
+        f"memcached {mortal.address} answers again",
+    ]
+
+
+def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock: ManualClock) -> None:
+    everything = items_of(range(100))
+    with opened(*proxies) as backend:
+        backend.set_many(everything, None)
+        kept = {key: everything[key] for key in held_by(backend, proxies[1], range(100))}
+        proxies[0].fault = NetworkFault("black_hole")
+        with deadline(0.9):
+            assert backend.get_many(list(everything)) == kept
+        # The black hole has accepted what it will accept: from now on nobody goes there.
+        accepted = proxies[0].accepted
+        for _ in range(20):
+            with deadline(0.9):
+                assert backend.get_many(list(everything)) == kept
+        with deadline(0.9), pytest.raises(NodeDown):
+            backend.set_many(everything, None)
+        assert proxies[0].accepted == accepted
+        # Then one call tries it again, and no other beside it.
+        clock.advance(1.0)
+        started = threading.Event()
+
+        def try_again() -> None:
+            started.set()
+            with deadline(0.9):
+                backend.get_many(list(everything))
+
+        trying = threading.Thread(target=try_again)
+        trying.start()
+        started.wait(GENEROUS)
+        while proxies[0].accepted == accepted:
+            time.sleep(0.001)
+        for _ in range(5):
+            assert backend.get_many(list(everything)) == kept
+        trying.join()
+        assert proxies[0].accepted == accepted + 1
+        proxies[0].heal()
+        clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+        assert backend.get_many(list(everything)) == everything
+
+
+def test_a_node_that_hangs_alone_is_an_error_not_a_miss(proxies: list[FaultProxy]) -> None:
+    with opened(*proxies) as backend:
+        mine = held_by(backend, proxies[0], range(10))[:1]
+        proxies[0].fault = NetworkFault("black_hole")
+        with deadline(0.2), pytest.raises(NodeTimeout):
+            backend.get_many(mine)
+        assert backend.get_many(mine) == {}
+
+
+def test_where_no_node_answers_it_says_so_every_time(proxies: list[FaultProxy], clock: ManualClock) -> None:
+    with opened(*proxies) as backend:
+        backend.set_many(items_of(range(100)), None)
+        for proxy in proxies:
+            proxy.fault = NetworkFault("refuse")
+        for _ in range(10):
+            for operation in OPERATIONS.values():
+                with pytest.raises(ConnectionRefusedError):
+                    operation(backend)
+        proxies[0].heal()
+        mine = held_by(backend, proxies[0], range(100))
+        # No clock has moved: whoever answers is asked, as the tier's breaker has waited already.
+        assert len(backend.get_many(mine)) == len(mine)
+
+
+def test_waits_grow_with_failures_not_with_callers(proxies: list[FaultProxy], clock: ManualClock) -> None:
+    with opened(*proxies) as backend:
+        proxies[0].fault = NetworkFault("black_hole")
+        node = backend._nodes[proxies[0].url_port]
+        waiting = threading.Barrier(8)
+
+        def work(_: int) -> None:
+            waiting.wait()
+            with deadline(2.0):
+                OPERATIONS["get"](backend)
+
+        in_threads(8, work, "get_many from eight threads")
+        waits = [node._wait]
+        proxies[0].fault = NetworkFault("refuse")
+        for _ in range(10):
+            clock.advance(100.0)
+            OPERATIONS["get"](backend)
+            waits.append(node._wait)
+        assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
+
+
+# --- in a cache -----------------------------------------------------------------------------------
+
+
+def test_a_cache_over_a_dead_node(
+    servers: list[MemcachedServer], caplog: pytest.LogCaptureFixture, clock: ManualClock
+) -> None:
+    texts = [f"dead node {number}" for number in range(60)]
+    provider = CountingProvider()
+    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+        tier = Tier(backend, name="shared", timeout=10.0, write="inline")
+        with Cache(provider, [tier]) as cache:
+            first = cache.embed_batch(texts)
+            mortal.kill()
+            found = cache.fetch(texts)
+            assert np.array_equal(found.vectors, first)
+            lost = found.sources.count("provider")
+            assert 10 < lost < 50
+            assert found.sources.count("shared") == 60 - lost
+            for text in texts:  # one by one: no breaker may open for the node that lives
+                assert (cache.embed(text) == first[texts.index(text)]).all()
+            stats = cache.stats().tiers["shared"]
+            assert stats.skipped == 0
+            assert stats.errors > 0
+            with pytest.raises(EraseIncomplete):
+                cache.forget(texts)
+            assert cache.lookup(texts).sources == [None] * 60
+            mortal.restart()
+            clock.advance(1000.0)
+            cache.embed_batch(texts)
+            assert cache.fetch(texts).sources == ["shared"] * 60
+    assert not [record for record in caplog.records if "left out" in record.getMessage()]
+
+
+def test_on_error_raise_raises_for_a_dead_node(servers: list[MemcachedServer]) -> None:
+    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+        tier = Tier(backend, name="shared", timeout=10.0, write="inline", on_error="raise")
+        with Cache(CountingProvider(), [tier]) as cache:
+            mortal.kill()
+            with pytest.raises(TierError, match="shared"):
+                cache.embed_batch([f"strict {number}" for number in range(40)])
+
+
+@pytest.mark.parametrize("face", ["sync", "async"])
+async def test_faults_at_random_never_give_a_wrong_vector(proxies: list[FaultProxy], face: str) -> None:
+    """Two nodes, each of which has one fault after the other, in front of a cache that is asked all the time."""
+    chance = random.Random(1)
+    provider = CountingProvider(dimensions=384)
+    texts = [f"text {number}" for number in range(200)]
+    faults = [None, None, *FAULTS.values()]
+    with opened(*proxies) as backend:
+        cache = Cache(provider, [Tier(backend, timeout=0.1, write="inline")])
+        for _ in range(60):
+            for proxy in proxies:
+                proxy.fault = chance.choice(faults)
+            some = chance.sample(texts, 40)
+            vectors = cache.embed_batch(some) if face == "sync" else await cache.aembed_batch(some)
+            assert all((row == provider.vector_of(text)).all() for text, row in zip(some, vectors, strict=True))
+        for proxy in proxies:
+            proxy.heal()
+        corrupt = cache.stats().tiers["memcached"].corrupt
+        await cache.aclose()
+    assert corrupt == 0
+    with opened(*proxies) as backend, Cache(provider, [Tier(backend, timeout=10.0, write="inline")]) as cache:
+        cache.embed_batch(texts)
+        assert cache.fetch(texts).sources == ["memcached"] * 200
+
+
+def test_the_log_tells_no_key(proxies: list[FaultProxy], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with opened(*proxies) as backend:
+        backend.set_many(items_of(range(60)), None)
+        for fault in FAULTS.values():
+            for proxy in proxies:
+                proxy.fault = fault
+            with suppress(Exception), deadline(0.05):
+                OPERATIONS["get"](backend)
+    assert "eo1." not in caplog.text

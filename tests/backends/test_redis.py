@@ -1,0 +1,716 @@
+"""The Redis backend passes the contract on one server, a cluster, and behind sentinels; and what is Redis' own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import redis
+from servers import (
+    Certificates,
+    RedisClusterServers,
+    RedisSentinelServers,
+    RedisServer,
+    Server,
+    wait_until,
+)
+
+import embedonce
+from embedonce import Cache, Tier
+from embedonce.contracts import deadline
+from embedonce.errors import CacheClosed, ConfigError, TierBusy
+from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
+from embedonce.testing.backend_contract import key
+from embedonce_backends.redis import RedisBackend
+
+numbers = itertools.count()
+
+
+@contextmanager
+def paused(*servers: Server) -> Iterator[None]:
+    for server in servers:
+        server.pause()
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.resume()
+
+
+class RedisContract(BackendContract):
+    """Each backend that is asked for gets a prefix of its own: that is how stores are kept apart in one Redis."""
+
+    url: ClassVar[str]
+    examples = 15
+
+    def make(self) -> RedisBackend:
+        self.prefix = f"test[{next(numbers)}]*:"
+        return RedisBackend(url=self.url, prefix=self.prefix, max_connections=8, max_value_bytes=2**21)
+
+    def reopen(self, backend: Any) -> RedisBackend:
+        return RedisBackend(url=self.url, prefix=backend._prefix)
+
+    def recipe(self, backend: Any) -> Recipe:
+        return Recipe(RedisBackend, {"url": self.url, "prefix": backend._prefix})
+
+
+class TestOneServer(RedisContract):
+    @pytest.fixture(autouse=True)
+    def on_server(self, redis_server: RedisServer) -> Iterator[None]:
+        type(self).url = redis_server.url
+        self.server = redis_server
+        yield
+        with redis.Redis.from_url(redis_server.url) as client:
+            client.flushdb()
+
+    def stall(self, backend: Any) -> Any:
+        return paused(self.server)
+
+
+class TestCluster(RedisContract):
+    @pytest.fixture(autouse=True)
+    def on_cluster(self, redis_cluster: RedisClusterServers) -> Iterator[None]:
+        type(self).url = redis_cluster.url
+        self.servers = redis_cluster
+        yield
+        redis_cluster.flush()
+
+    def stall(self, backend: Any) -> Any:
+        return paused(*self.servers.members)
+
+
+class TestBehindSentinels(RedisContract):
+    @pytest.fixture(autouse=True)
+    def behind_sentinels(self, redis_sentinel: RedisSentinelServers) -> Iterator[None]:
+        type(self).url = redis_sentinel.url
+        yield
+        redis_sentinel.master.call("FLUSHALL")
+
+
+# --- what is Redis' own -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    """A server that the test may do anything to."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def backends() -> Iterator[Any]:
+    """Makes backends that are closed after the test."""
+    made: list[RedisBackend] = []
+
+    def make(**options: Any) -> RedisBackend:
+        made.append(RedisBackend(**options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend.close()
+
+
+def items(count: int, size: int = 100) -> dict[str, bytes]:
+    return {key(number): number.to_bytes(4, "big") * (size // 4) for number in range(count)}
+
+
+def test_the_prefix_is_before_every_key(server: RedisServer, backends: Any) -> None:
+    backend, other = backends(url=server.url, prefix="embed:v1:"), backends(url=server.url)
+    backend.set_many(items(1), None)
+    assert server.call("KEYS", "*") == [b"embed:v1:" + key(0).encode()]
+    assert (list(backend.scan("eo1.")), list(other.scan("eo1."))) == ([key(0)], [])
+
+
+def test_a_prefix_is_no_pattern(server: RedisServer, backends: Any) -> None:
+    for prefix in ("a*", "a?", "a[bc]", "a\\", "a^-"):
+        backends(url=server.url, prefix=prefix).set_many(items(1), None)
+    for prefix in ("a*", "a?", "a[bc]", "a\\", "a^-"):
+        backend = backends(url=server.url, prefix=prefix)
+        assert list(backend.scan("eo1.")) == [key(0)], prefix
+    assert backends(url=server.url, prefix="a*").count("") == 1
+
+
+def test_the_server_frees_what_has_expired(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url)
+    backend.set_many({key(1): b"a"}, 3600.0)
+    backend.set_many({key(2): b"b"}, None)
+    backend.set_many({key(3): b"c"}, 0.0001)
+    backend.set_many({key(4): b"d"}, 1e300)
+    assert set(backend.add_many({key(5): b"e"}, 7200.0)) == {key(5)}
+    assert 3_500_000 < server.call("PTTL", key(1)) <= 3_600_000
+    assert server.call("PTTL", key(2)) == -1
+    assert server.call("PTTL", key(3)) <= 1
+    assert server.call("PTTL", key(4)) > 10**14
+    wait_until(lambda: not backend.get_many([key(3)]), "what has expired is gone")
+    assert 7_100_000 < server.call("PTTL", key(5)) <= 7_200_000
+
+
+def test_a_batch_is_one_trip(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url)
+    backend.set_many(items(500), 60.0)
+    server.call("CONFIG", "RESETSTAT")
+    assert backend.get_many(list(items(500))) == items(500)
+    assert b"cmdstat_mget:calls=1," in _commands(server)
+    backend.delete_many(list(items(500)))
+    assert b"cmdstat_unlink:calls=1," in _commands(server)
+    assert b"cmdstat_keys" not in _commands(server)
+
+
+def _commands(server: RedisServer) -> bytes:
+    with redis.Redis(port=server.port) as client:
+        found: bytes = client.execute_command("INFO", "commandstats", NEVER_DECODE=True)
+    return (
+        str(found).encode().replace(b"'", b"").replace(b": {calls: ", b":calls=") if isinstance(found, dict) else found
+    )
+
+
+def test_no_text_is_in_redis(server: RedisServer, backends: Any) -> None:
+    text = "an unmistakable sentence about herons"
+    with Cache(CountingProvider(), [Tier(backends(url=server.url), write="inline")]) as cache:
+        cache.embed_batch([text, "another"], task="query")
+    dump = b"".join(server.call("DUMP", name) or b"" for name in server.call("KEYS", "*"))
+    names = b" ".join(server.call("KEYS", "*"))
+    for word in ("herons", "unmistakable", "another"):
+        assert word.encode() not in dump + names
+
+
+def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisServer) -> None:
+    provider = CountingProvider()
+    for _ in range(2):
+        with Cache(provider, [RedisBackend(url=server.url)]) as cache:
+            cache.embed_batch(["a", "b"])
+    assert dict(provider.count) == {"a": 1, "b": 1}
+
+
+def test_toml_names_it(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_REDIS", server.url)
+    tier = {"type": "redis", "url": "${SOME_REDIS}", "prefix": "embed:v1:", "write": "inline", "ttl": "1h"}
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": [tier]}) as cache:
+        first = cache.embed("a text")
+        assert cache.fetch(["a text"]).sources == ["redis"]
+        assert np.array_equal(first, cache.embed("a text"))
+    assert all(name.startswith(b"embed:v1:eo1.") for name in server.call("KEYS", "*"))
+
+
+# --- urls -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://localhost", "scheme"),
+        ("localhost:6379", "scheme"),
+        ("redis://", "host"),
+        ("redis://a,b", "several hosts"),
+        ("redis://host:0", "port"),
+        ("redis://host:70000", "port"),
+        ("redis://host/x", "database"),
+        ("redis://host?socket_timeout=1", "options"),
+        ("redis+cluster://host/3", "only number 0"),
+        ("redis+sentinel://host:26379", "service"),
+        ("unix://", "socket"),
+        ("redis://:pass#word@host", "fragment"),
+        ("redis://user:pa/ss@host", "read"),
+        ("redis://[::1:6379", "read"),
+    ],
+)
+def test_a_url_that_is_none_is_explained_and_not_repeated(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        RedisBackend(url=url)
+    assert "pass" not in str(caught.value).replace("password", "")
+
+
+def test_hosts_with_colons_and_sockets_can_be_named(server: RedisServer, backends: Any) -> None:
+    for url in (f"unix://{server.socket}?db=3", f"valkey://localhost:{server.port}/3"):
+        backend = backends(url=url)
+        backend.set_many(items(3), None)
+        assert backend.get_many(list(items(3))) == items(3)
+        assert len(asyncio.run(_read_by_twin(backend))) == 3
+    with redis.Redis(port=server.port, db=3) as client:
+        assert client.dbsize() == 3
+    RedisBackend(url="redis://[::1]:6379/0").close()
+
+
+async def _read_by_twin(backend: RedisBackend, count: int = 3) -> dict[str, bytes]:
+    twin: Any = backend.twin()
+    try:
+        found: dict[str, bytes] = await twin.get_many(list(items(count)))
+        return found
+    finally:
+        await twin.close()
+
+
+def test_what_is_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="password is given twice"):
+        RedisBackend(url="redis://:a@host", password="b")
+    with pytest.raises(ConfigError, match="ca_file is for TLS"):
+        RedisBackend(url="redis://host", ca_file=Path("x"))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        RedisBackend(url="rediss://host", ca_file=Path("/does/not/exist"))
+
+
+# --- who may -----------------------------------------------------------------------------------------
+
+
+def test_user_and_password_by_url_or_option(backends: Any) -> None:
+    with RedisServer(password="s3cr:t/@") as server:
+        server.call("ACL", "SETUSER", "embed", "on", ">p@ss", "~embed:*", "+@read", "+@write", "+@connection")
+        address = server.address
+        good = [
+            {"url": server.url},
+            {"url": f"redis://{address}", "password": "s3cr:t/@"},
+            {"url": f"redis://embed:p%40ss@{address}"},
+            {"url": f"redis://{address}", "username": "embed", "password": "p@ss"},
+        ]
+        for options in good:
+            backend = backends(prefix="embed:", **options)
+            backend.set_many(items(3), 60.0)
+            assert backend.get_many(list(items(3))) == items(3)
+            assert len(asyncio.run(_read_by_twin(backend))) == 3
+        for options in ({"url": f"redis://{address}"}, {"url": f"redis://:wr0ng@{address}"}):
+            backend = backends(**options)
+            with pytest.raises(redis.AuthenticationError) as caught:
+                backend.get_many([key(1)])
+            assert "wr0ng" not in str(caught.value)
+            with pytest.raises(redis.AuthenticationError):
+                asyncio.run(_read_by_twin(backend))
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            backends(url=f"redis://embed:p%40ss@{address}", prefix="other:").get_many([key(1)])
+
+
+def test_nothing_shows_a_password(backends: Any) -> None:
+    backend = backends(url="redis://user:s3cret@localhost:1", sentinel_password="s3cret")
+    for shown in (backend, backend.capabilities, backend._settings, backend._client, backend._topology):
+        assert "s3cret" not in repr(shown)
+    with pytest.raises(redis.ConnectionError) as caught:
+        backend.get_many([key(1)])
+    assert "s3cret" not in repr(caught.value)
+
+
+def test_tls(tmp_path: Path, backends: Any) -> None:
+    certificates = Certificates(tmp_path)
+    with RedisServer(tls=certificates) as server:
+        url = f"rediss://127.0.0.1:{server.tls_port}"
+        backend = backends(url=url, ca_file=certificates.authority)
+        backend.set_many(items(400, 4000), None)
+        assert backend.get_many(list(items(400, 4000))) == items(400, 4000)
+        assert asyncio.run(_read_by_twin(backend)) == items(3, 4000)
+        with pytest.raises(redis.ConnectionError, match="certificate"):
+            backends(url=url).get_many([key(1)])
+        with paused(server), deadline(0.2), pytest.raises(TimeoutError):
+            backend.get_many([key(1)])
+        with deadline(0.3), pytest.raises((redis.ConnectionError, TimeoutError)):
+            backends(url=f"rediss://127.0.0.1:{server.port}", ca_file=certificates.authority).get_many([key(1)])
+        assert len(backend.get_many(list(items(2)))) == 2
+
+
+# --- servers that are full, read only, gone, back ------------------------------------------------------
+
+
+def test_a_full_server_says_so_and_keeps_what_it_has(backends: Any) -> None:
+    with RedisServer("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
+        backend = backends(url=server.url)
+        backend.set_many(items(10), None)
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            backend.set_many({key(1000 + number): os.urandom(100_000) for number in range(100)}, None)
+        assert backend.get_many(list(items(10))) == items(10)
+        server.call("CONFIG", "SET", "maxmemory", "100mb")
+        backend.set_many(items(20), None)
+        assert len(backend.get_many(list(items(20)))) == 20
+
+
+def test_a_server_that_evicts_is_a_cache(backends: Any) -> None:
+    with RedisServer("--maxmemory", "4mb", "--maxmemory-policy", "allkeys-lru") as server:
+        backend = backends(url=server.url)
+        for start in range(100):
+            backend.set_many({key(start): os.urandom(100_000)}, None)
+        found = backend.get_many([key(number) for number in range(100)])
+        assert 0 < len(found) < 100
+        assert key(99) in found
+
+
+def test_a_replica_takes_no_writes(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
+    backend = backends(url=redis_sentinel.replica.url)
+    with pytest.raises(redis.ReadOnlyError):
+        backend.set_many(items(2), None)
+    with pytest.raises(redis.ReadOnlyError):
+        backend.add_many(items(2), 60.0)
+    assert backend.get_many([key(1)]) == {}
+
+
+def test_a_server_that_comes_back_is_used_at_once(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url)
+    backend.set_many(items(3), None)
+
+    async def with_twin() -> None:
+        twin: Any = backend.twin()
+        await twin.set_many(items(3), None)
+        server.kill()
+        with pytest.raises(redis.ConnectionError):
+            await twin.get_many([key(1)])
+        with pytest.raises(redis.ConnectionError):
+            backend.get_many([key(1)])
+        server.restart()
+        assert await twin.get_many([key(1)]) == {}
+        assert backend.get_many([key(1)]) == {}
+        await twin.set_many(items(3), None)
+        server.kill()
+        server.restart()  # nobody looked meanwhile: the dead connections are noticed before they are used
+        assert await twin.get_many([key(1)]) == {}
+        assert backend.get_many([key(1)]) == {}
+        await twin.close()
+
+    asyncio.run(with_twin())
+
+
+def test_sentinels_name_the_next_master(backends: Any) -> None:
+    with RedisSentinelServers() as servers:
+        backend = backends(url=servers.url)
+        backend.set_many(items(5), None)
+        servers.master.call("WAIT", "1", "5000")
+        servers.sentinels[0].kill()  # the others will do
+        servers.master.kill()
+        with pytest.raises(redis.ConnectionError):
+            backend.get_many([key(1)])
+        servers.wait_for_failover()
+        assert backend.get_many(list(items(5))) == items(5)
+        backend.set_many(items(8), None)
+        assert len(asyncio.run(_read_by_twin(backend, 8))) == 8
+        # The old master comes back, and is no master: nobody is sent there.
+        servers.master.restart()
+        assert backend.get_many(list(items(8))) == items(8)
+
+
+def test_a_service_that_no_sentinel_knows(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
+    sentinel = redis_sentinel.sentinels[0].address
+    backend = backends(url=f"redis+sentinel://127.0.0.1:1,{sentinel}/another")
+    with pytest.raises(redis.ConnectionError, match="no service of this name"):
+        backend.get_many([key(1)])
+
+
+def test_a_master_that_was_demoted_is_left(backends: Any) -> None:
+    """Sentinels that still name a server which has become a replica: nothing is read from it or written to it."""
+    with RedisServer() as server, RedisServer() as other, FakeSentinel(server.port) as sentinel:
+        url = f"redis+sentinel://127.0.0.1:{sentinel.port}/embeddings"
+        backend, fresh = backends(url=url), backends(url=url)
+        backend.set_many(items(1), None)
+        server.call("REPLICAOF", "127.0.0.1", str(other.port))
+        with pytest.raises(redis.ReadOnlyError):
+            backend.set_many(items(1), None)
+        with pytest.raises(redis.ConnectionError, match="not the master any more"):
+            fresh.get_many([key(1)])
+        with pytest.raises(redis.ConnectionError, match="not the master any more"):
+            asyncio.run(_read_by_twin(fresh))
+        sentinel.master = other.port
+        backend.set_many(items(1), None)
+        assert len(asyncio.run(_read_by_twin(fresh))) == len(fresh.get_many([key(0)])) == 1
+
+
+class FakeSentinel:
+    """A sentinel that names the master that it is told to name."""
+
+    def __init__(self, master: int) -> None:
+        self.master = master
+        sentinel = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                while self.rfile.readline().startswith(b"*"):
+                    for _ in range(6):
+                        self.rfile.readline()
+                    port = str(sentinel.master)
+                    self.wfile.write(b"*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%s\r\n" % (len(port), port.encode()))
+
+        class Threads(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+
+        self._server = Threads(("127.0.0.1", 0), Handler)
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> FakeSentinel:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+# --- clusters ---------------------------------------------------------------------------------------
+
+
+def test_keys_that_have_moved_are_followed(backends: Any) -> None:
+    with RedisClusterServers() as servers:
+        first, second, _ = servers.members
+        backend = backends(url=servers.url, prefix="{one}:")
+        many = items(50)
+        backend.set_many(many, None)
+        slot = first.call("CLUSTER", "KEYSLOT", "{one}:")
+        owner = next(node for node in servers.members if node.call("CLUSTER", "COUNTKEYSINSLOT", slot))
+        target = first if owner is not first else second
+        ids = {node.port: node.call("CLUSTER", "MYID").decode() for node in servers.members}
+        target.call("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[owner.port])
+        owner.call("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+        moved = ["{one}:" + name for name in list(many)[:20]]
+        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "5000", "KEYS", *moved)
+        # Half of the slot is over there: ASK.
+        assert backend.get_many(list(many)) == many
+        assert asyncio.run(_read_by_twin(backend, 50)) == many
+        backend.set_many(items(60), None)
+        assert backend.get_many(list(items(60))) == items(60)
+        assert backend.add_many({**many, "fresh": b"x"}, 60.0) == {"fresh"}
+        backend.delete_many(["fresh"])
+        rest = owner.call("CLUSTER", "GETKEYSINSLOT", slot, "1000")
+        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "5000", "KEYS", *rest)
+        for node in (target, owner):
+            node.call("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+        # All of it is: MOVED, then the new map.
+        assert backend.get_many(list(items(60))) == items(60)
+        assert backend.get_many(list(items(60))) == items(60)
+        assert sorted(backend.scan("eo1.")) == sorted(items(60))
+        backend.delete_many(list(items(60)))
+        assert backend.count("") == 0
+
+
+def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
+    with RedisClusterServers() as servers:
+        backend = backends(url=servers.url)
+        backend.set_many(items(60), None)
+        servers.members[0].kill()
+        with pytest.raises(redis.RedisError):
+            backend.get_many(list(items(60)))
+        servers.members[0].restart()
+        wait_until(servers.whole, "the cluster is whole again")
+        found = backend.get_many(list(items(60)))
+        assert 0 < len(found) < 60
+        backend.set_many(items(60), None)
+        assert backend.get_many(list(items(60))) == items(60)
+
+
+def test_one_server_that_is_no_cluster_is_named_so(server: RedisServer, backends: Any) -> None:
+    with pytest.raises(redis.ResponseError, match="cluster support disabled"):
+        backends(url=f"redis+cluster://{server.address}").get_many([key(1)])
+
+
+# --- deadlines ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(server: RedisServer) -> Iterator[FaultProxy]:
+    with FaultProxy("127.0.0.1", server.port) as proxy:
+        yield proxy
+
+
+def in_time(call: Any, seconds: float = 0.3) -> None:
+    """Require that a call, blocking or not, ends by its deadline; the test's own timeout is what else would end it."""
+    with deadline(seconds), pytest.raises(TimeoutError):
+        call()
+
+
+@pytest.mark.parametrize("where", ["connecting", "connected"])
+def test_a_server_that_drips_does_not_get_round_the_deadline(proxy: FaultProxy, backends: Any, where: str) -> None:
+    # Ten bytes in a second, each well before any socket's timeout: the reply would take 1,000 s.
+    backend = backends(url=f"redis://{proxy.url_port}/1")
+    many = items(100)
+    backend.set_many(many, None)
+    if where == "connecting":
+        backend.close()
+        backend = backends(url=f"redis://{proxy.url_port}/1")
+    proxy.fault = NetworkFault("bandwidth", bytes_per_second=10, direction="replies")
+    in_time(lambda: backend.get_many(list(many)))
+    in_time(lambda: asyncio.run(_read_by_twin(backend, 100)))
+    proxy.fault = NetworkFault("bandwidth", bytes_per_second=10, direction="requests")
+    in_time(lambda: backend.set_many({key(1): os.urandom(20_000_000)}, None))
+    proxy.heal()
+    assert backend.get_many(list(many)) == many
+
+
+def test_a_black_hole_does_not_get_round_the_deadline(proxy: FaultProxy, backends: Any) -> None:
+    backend = backends(url=f"redis://{proxy.url_port}")
+    many = items(10)
+    backend.set_many(many, None)
+    proxy.fault = NetworkFault("black_hole")
+    for call in (
+        lambda: backend.get_many([key(1)]),
+        lambda: backend.set_many(many, None),
+        lambda: backend.add_many(many, 60.0),
+        lambda: backend.delete_many([key(1)]),
+        lambda: list(backend.scan("")),
+        lambda: backend.count(""),
+    ):
+        in_time(call, 0.1)
+    proxy.heal()
+    assert len(backend.get_many(list(many))) >= 9  # the late UNLINK may have arrived
+
+
+def test_garbage_is_an_error_and_ends_the_connection(proxy: FaultProxy, backends: Any) -> None:
+    backend = backends(url=f"redis://{proxy.url_port}")
+    many = items(50)
+    backend.set_many(many, None)
+    for kind in ("garbage", "cut", "reset"):
+        proxy.fault = NetworkFault(kind, after=700)  # type: ignore[arg-type]
+        with deadline(2.0), pytest.raises((redis.RedisError, OSError)):
+            backend.get_many(list(many))
+        with pytest.raises((redis.RedisError, OSError, TimeoutError)):
+            asyncio.run(asyncio.wait_for(_read_by_twin(backend, 50), 2.0))
+        proxy.heal()
+        assert backend.get_many(list(many)) == many
+
+
+def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url, max_connections=1)
+    backend.set_many(items(3), None)
+    taken = backend._client._pool(next(iter(backend._client._pools))).take()
+    with deadline(0.2), pytest.raises(TierBusy, match="max_connections = 1"):
+        backend.get_many([key(1)])
+    backend._client._pool(next(iter(backend._client._pools))).give(taken, sound=True)
+    assert len(backend.get_many(list(items(3)))) == 3
+
+    async def with_twin() -> None:
+        twin: Any = backend.twin()
+        with paused(server), deadline(5.0):
+            first = asyncio.ensure_future(twin.get_many([key(1)]))
+            await asyncio.sleep(0)
+            with deadline(0.2), pytest.raises(TierBusy):
+                await twin.get_many([key(2)])
+        assert len(await first) == 1
+        await twin.close()
+
+    asyncio.run(with_twin())
+
+
+def test_many_threads_share_few_connections(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url, max_connections=3)
+    many = items(64)
+    backend.set_many(many, None)
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        for turn in range(50):
+            wanted = {key((number + turn) % 64), key((number * 7 + turn) % 64)}
+            found = backend.get_many(list(wanted))
+            if found != {name: many[name] for name in wanted}:
+                wrong.append(wanted)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    with redis.Redis.from_url(server.url) as client:
+        assert len(client.client_list()) <= 4
+
+
+def test_cancelled_calls_shift_no_reply(redis_server: RedisServer, redis_cluster: Any, backends: Any) -> None:
+    """The hammer: calls are cancelled at every point of their life while others go on."""
+    many = items(200, 2000)
+
+    async def hammer(twin: Any) -> None:
+        async def one(number: int) -> None:
+            names = [key((number * step) % 200) for step in (1, 3, 7)]
+            found = await twin.get_many(names)
+            assert found == {name: many[name] for name in names}
+
+        async def cancelled(number: int) -> None:
+            call = asyncio.ensure_future(one(number))
+            for _ in range(number % 23):
+                await asyncio.sleep(0)
+            if number % 3:
+                await asyncio.sleep(0.0001 * (number % 11))
+            call.cancel()
+            result = (await asyncio.gather(call, return_exceptions=True))[0]
+            assert result is None or isinstance(result, asyncio.CancelledError), result
+
+        for start in range(0, 400, 20):
+            kinds = [(one if number % 2 else cancelled)(number) for number in range(start, start + 20)]
+            await asyncio.gather(*kinds)
+        await twin.close()
+
+    for url in (redis_server.url, redis_cluster.url):
+        backend = backends(url=url, prefix="hammer:", max_connections=4)
+        backend.set_many(many, 60.0)
+
+        async def run(backend: RedisBackend = backend) -> None:
+            await hammer(backend.twin())
+
+        asyncio.run(run())
+
+
+# --- forks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fork_shares_no_connection(server: RedisServer, backends: Any) -> None:
+    """Parent and child, forked before and after the first use, while another call is under way, read at once."""
+    many = items(100, 1000)
+    backend = backends(url=server.url)
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                backend.set_many(many, None)
+                if all(backend.get_many(list(many)) == many for _ in range(50)):
+                    status = 0
+            finally:
+                os._exit(status)
+        backend.set_many(many, None)
+        assert all(backend.get_many(list(many)) == many for _ in range(50))
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fork_leaves_the_parents_event_loop_alone(server: RedisServer, backends: Any) -> None:
+    backend = backends(url=server.url)
+    many = items(20)
+    backend.set_many(many, None)
+
+    async def main() -> None:
+        twin: Any = backend.twin()
+        assert await twin.get_many(list(many)) == many
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                import gc
+
+                connections = twin._client._pools
+                connections.clear()
+                gc.collect()
+                status = 0 if backend.get_many(list(many)) == many else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        async with asyncio.timeout(20):
+            assert await twin.get_many(list(many)) == many
+        await twin.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_backend_says_so(server: RedisServer) -> None:
+    backend = RedisBackend(url=server.url)
+    backend.set_many(items(1), None)
+    backend.close()
+    for call in (lambda: backend.get_many([key(0)]), lambda: list(backend.scan(""))):
+        with pytest.raises(CacheClosed):
+            call()
+
+
+def test_making_one_connects_to_nothing() -> None:
+    for url in ("redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/x"):
+        RedisBackend(url=url).close()

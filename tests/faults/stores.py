@@ -1,0 +1,625 @@
+"""The stores of the fault matrix: real servers behind proxies, and how each fault is brought about."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Strike
+from servers import (
+    HOST,
+    START,
+    MemcachedServer,
+    PostgresServer,
+    RedisClusterServers,
+    RedisSentinelServers,
+    RedisServer,
+    _Sentinel,
+    wait_until,
+)
+
+from embedonce.contracts import Backend
+from embedonce.testing import FaultProxy, NetworkFault
+
+PASSWORD = "right"
+
+NETWORK: Mapping[str, NetworkFault] = {
+    "refused": NetworkFault("refuse"),
+    "black hole": NetworkFault("black_hole"),
+    "slow": NetworkFault("bandwidth", bytes_per_second=5, direction="replies"),
+    "reset mid-reply": NetworkFault("reset", after=3),
+    "garbage": NetworkFault("garbage"),
+}
+ON_THE_LINE: Mapping[str, Strike] = {
+    "refused": Strike("nobody listens, and connections are reset"),
+    "black hole": Strike("nothing gets through, and connections stay open"),
+    "slow": Strike("replies drip, a byte at a time"),
+    "reset mid-reply": Strike("each connection is reset after three bytes of a reply"),
+    "garbage": Strike("replies are random bytes"),
+}
+
+
+class Served:
+    """A store of servers, each behind a proxy of its own."""
+
+    name: ClassVar[str]
+    strikes: ClassVar[Mapping[str, Strike]]
+    absent: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.proxies: list[FaultProxy] = []
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def behind_proxy(self, port: int) -> FaultProxy:
+        proxy = self.stack.enter_context(FaultProxy(HOST, port))
+        self.proxies.append(proxy)
+        return proxy
+
+    def backend(self, fault: str) -> Backend:
+        raise NotImplementedError
+
+    @contextmanager
+    def fault(self, fault: str) -> Iterator[None]:
+        if fault in NETWORK:
+            with self.on_the_line(NETWORK[fault]):
+                yield
+        else:
+            with getattr(self, fault.replace(" ", "_").replace("-", "_"))():
+                yield
+
+    @contextmanager
+    def on_the_line(self, fault: NetworkFault) -> Iterator[None]:
+        for proxy in self.proxies:
+            proxy.fault = fault
+        try:
+            yield
+        finally:
+            for proxy in self.proxies:
+                proxy.heal()
+
+    @contextmanager
+    def killed(self, *servers: Any) -> Iterator[None]:
+        for server in servers:
+            server.kill()
+        try:
+            yield
+        finally:
+            for server in servers:
+                server.restart()
+
+
+# --- Redis --------------------------------------------------------------------------------------
+
+ENDED = frozenset({"ConnectionError", "ConnectionResetError"})
+"""redis' own error or the socket's: it depends on where the connection ends."""
+
+REDIS_STRIKES: Mapping[str, Strike] = {
+    **ON_THE_LINE,
+    "refused": replace(ON_THE_LINE["refused"], causes=ENDED),
+    "reset mid-reply": replace(ON_THE_LINE["reset mid-reply"], causes=ENDED),
+    "killed and restarted": Strike("kill -9, then started again, empty", twice=False, causes=ENDED),
+    "out of memory or disk full": Strike("`maxmemory 1` without eviction", read="serves"),
+    "read-only": Strike("it is made a replica", read="serves"),
+    "wrong password": Strike(
+        "the password is changed and connections are ended", causes=ENDED | {"AuthenticationError"}
+    ),
+    "evicting": Strike("`maxmemory` with `allkeys-random`, and others write", read="forgets", write="serves"),
+}
+
+
+class Redis(Served):
+    """One Redis."""
+
+    name = "redis"
+    strikes = REDIS_STRIKES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start()
+
+    def start(self) -> None:
+        self.server: Any = self.stack.enter_context(RedisServer(password=PASSWORD))
+        self.nodes: list[Any] = [self.server]
+        self.proxy = self.behind_proxy(self.server.port)
+
+    def backend(self, fault: str) -> Backend:
+        from embedonce_backends.redis import RedisBackend
+
+        return RedisBackend(url=self.url(fault))
+
+    def url(self, fault: str) -> str:
+        address = self.server.address if fault == "killed and restarted" else self.proxy.url_port
+        return f"redis://:{PASSWORD}@{address}/0"
+
+    def killed_and_restarted(self) -> Any:
+        return self.killed(self.server)
+
+    def configured(self, **settings: str) -> Any:
+        return configured(self.nodes, settings)
+
+    def out_of_memory_or_disk_full(self) -> Any:
+        return self.configured(maxmemory="1")
+
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        self.server.call("REPLICAOF", HOST, "1")
+        try:
+            yield
+        finally:
+            self.server.call("REPLICAOF", "NO", "ONE")
+
+    @contextmanager
+    def wrong_password(self) -> Iterator[None]:
+        for node in self.nodes:
+            node.call("CONFIG", "SET", "requirepass", "other")
+            node.password = "other"
+            node.call("CLIENT", "KILL", "TYPE", "normal")
+        try:
+            yield
+        finally:
+            for node in self.nodes:
+                node.call("CONFIG", "SET", "requirepass", PASSWORD)
+                node.password = PASSWORD
+
+    @contextmanager
+    def evicting(self) -> Iterator[None]:
+        limits = [(node, int(node.call("INFO", "memory")["used_memory"]) + 100_000) for node in self.nodes]
+        with ExitStack() as stack:
+            for node, limit in limits:
+                settings = {"maxmemory": str(limit), "maxmemory-policy": "allkeys-random"}
+                stack.enter_context(configured([node], settings))
+                fill(node)
+            yield
+
+
+def fill(node: Any) -> None:
+    """Write until a Redis evicts, and has evicted much."""
+    import redis
+
+    with redis.Redis(host=HOST, port=node.port, password=node.password, protocol=2) as client:
+        # In a cluster a node takes the keys of its own slots alone, so they all have the hash tag of one.
+        tag = next(tag for tag in map(str, range(10_000)) if holds(client, tag))
+        with client.pipeline(transaction=False) as pipeline:
+            for number in range(2_000):
+                pipeline.set(f"{{{tag}}}{number}", bytes(1_000), ex=60)
+            pipeline.execute()
+        assert int(client.info("stats")["evicted_keys"]) > 1_000
+
+
+def holds(client: Any, tag: str) -> bool:
+    import redis
+
+    try:
+        client.get(f"{{{tag}}}")
+    except redis.ResponseError:  # MOVED
+        return False
+    return True
+
+
+@contextmanager
+def configured(nodes: list[Any], settings: Mapping[str, str]) -> Iterator[None]:
+    """Change settings of Redis servers for a while."""
+    before = [(node, key, node.call("CONFIG", "GET", key)) for node in nodes for key in settings]
+    for node in nodes:
+        for key, value in settings.items():
+            node.call("CONFIG", "SET", key, value)
+    try:
+        yield
+    finally:
+        for node, key, value in before:
+            found = value[key] if isinstance(value, dict) else value[1]
+            node.call("CONFIG", "SET", key, found)
+
+
+@contextmanager
+def without_writing(nodes: list[Any]) -> Iterator[None]:
+    """Take away the right to write."""
+    for node in nodes:
+        node.call("ACL", "SETUSER", "default", "-@write")
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.call("ACL", "SETUSER", "default", "+@all")
+
+
+class Cluster(Redis):
+    """A Redis cluster of three; the nodes name the proxies as their addresses."""
+
+    name = "cluster"
+    strikes: ClassVar[Mapping[str, Strike]] = {
+        **REDIS_STRIKES,
+        "killed and restarted": Strike(
+            "one node of three: kill -9, then started again, empty",
+            read="partly",
+            write="partly",
+            twice=False,
+            causes=ENDED,
+        ),
+        "read-only": Strike("an ACL takes the right to write away", read="serves"),
+    }
+
+    def start(self) -> None:
+        servers = self.stack.enter_context(RedisClusterServers(password=PASSWORD))
+        self.servers = servers
+        self.nodes = servers.members
+        for node in self.nodes:
+            proxy = self.behind_proxy(node.port)
+            node.options = (*node.options, "--cluster-announce-port", str(proxy.address[1]))
+            node.options = (*node.options, "--cluster-announce-bus-port", str(node.bus))
+            node.call("CONFIG", "SET", "cluster-announce-bus-port", str(node.bus))
+            node.call("CONFIG", "SET", "cluster-announce-port", str(proxy.address[1]))
+        ports = {proxy.address[1] for proxy in self.proxies}
+        wait_until(lambda: all(self.announced(node) == ports for node in self.nodes), "the nodes name the proxies")
+
+    def announced(self, node: Any) -> set[int]:
+        return {int(port) for shard in node.call("CLUSTER", "SLOTS") for _, port, *_ in shard[2:]}
+
+    def url(self, fault: str) -> str:
+        del fault
+        return f"redis+cluster://:{PASSWORD}@{self.proxies[0].url_port},{self.proxies[1].url_port}"
+
+    @contextmanager
+    def killed_and_restarted(self) -> Iterator[None]:
+        with self.killed(self.nodes[0]):
+            yield
+        wait_until(self.servers.whole, "the cluster is whole again")
+
+    def read_only(self) -> Any:
+        return without_writing(self.nodes)
+
+
+class Sentinel(Redis):
+    """A master behind a proxy whose address a sentinel tells; a set with a replica, to fail over, for the kill."""
+
+    name = "sentinel"
+    strikes: ClassVar[Mapping[str, Strike]] = {
+        **REDIS_STRIKES,
+        "killed and restarted": Strike(
+            "the master: kill -9; the replica becomes the master", twice=False, causes=ENDED
+        ),
+    }
+
+    def start(self) -> None:
+        self.server = self.stack.enter_context(RedisServer(password=PASSWORD))
+        self.nodes = [self.server]
+        self.proxy = self.behind_proxy(self.server.port)
+        sentinel = _Sentinel(self.proxy.address[1], "embeddings", 1)
+        sentinel.configuration = (
+            f"bind {HOST}\n"
+            f"dir {sentinel.folder}\n"
+            f"sentinel monitor embeddings {HOST} {self.proxy.address[1]} 1\n"
+            f"sentinel auth-pass embeddings {PASSWORD}\n"
+            "sentinel down-after-milliseconds embeddings 600000\n"
+        )
+        self.sentinel = self.stack.enter_context(sentinel)
+        self.set: RedisSentinelServers | None = None
+
+    def url(self, fault: str) -> str:
+        if fault != "killed and restarted":
+            return f"redis+sentinel://:{PASSWORD}@{self.sentinel.address}/embeddings/0"
+        if self.set is not None:
+            self.set.close()
+        self.set = self.stack.enter_context(RedisSentinelServers())
+        return self.set.url
+
+    @contextmanager
+    def killed_and_restarted(self) -> Iterator[None]:
+        assert self.set is not None
+        self.set.master.kill()
+        yield
+
+
+# --- Postgres -----------------------------------------------------------------------------------
+
+FULL = """
+CREATE OR REPLACE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION USING ERRCODE = 'disk_full', MESSAGE = 'no space left on device'; END $$;
+CREATE OR REPLACE TRIGGER full_disk BEFORE INSERT ON public.embedonce EXECUTE FUNCTION full_disk();
+"""
+
+
+class Postgres(Served):
+    """Postgres, with a role that needs a password."""
+
+    name = "postgres"
+    strikes: ClassVar[Mapping[str, Strike]] = {
+        **ON_THE_LINE,
+        "garbage": replace(ON_THE_LINE["garbage"], causes=frozenset({"DatabaseError", "OperationalError"})),
+        "killed and restarted": Strike("kill -9 of all its processes, then started again", twice=False),
+        "out of memory or disk full": Strike("a trigger raises `disk_full`", read="serves"),
+        "read-only": Strike("`default_transaction_read_only` is set", read="serves"),
+        "wrong password": Strike(
+            "the password is changed and sessions are ended", causes=frozenset({"AdminShutdown", "OperationalError"})
+        ),
+    }
+    absent: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; rows go when they have expired"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server = self.stack.enter_context(PostgresServer())
+        hba = self.server.data / "pg_hba.conf"
+        hba.write_text(f"host all app 127.0.0.1/32 scram-sha-256\n{hba.read_text()}")
+        self.server.call(
+            f"CREATE ROLE app LOGIN PASSWORD '{PASSWORD}'; GRANT CREATE ON SCHEMA public TO app;"
+            "CREATE EXTENSION IF NOT EXISTS vector; SELECT pg_reload_conf()"
+        )
+        self.proxy = self.behind_proxy(self.server.port)
+
+    def backend(self, fault: str) -> Backend:
+        from embedonce_backends.postgres import PostgresBackend
+
+        address = self.server.address if fault == "killed and restarted" else self.proxy.url_port
+        return PostgresBackend(url=f"postgresql://app:{PASSWORD}@{address}/postgres")
+
+    @contextmanager
+    def killed_and_restarted(self) -> Iterator[None]:
+        process = self.server.process
+        assert process is not None
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        self.server.kill()
+        for pid in map(int, children.stdout.split()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        try:
+            yield
+        finally:
+            (self.server.data / "postmaster.pid").unlink(missing_ok=True)
+            self.server.restart()
+
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        """Let transactions be read-only by default, in the sessions that there are too."""
+        self.set_read_only("on")
+        try:
+            yield
+        finally:
+            self.set_read_only("off")
+
+    def set_read_only(self, value: str) -> None:
+        self.server.call(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+        self.server.call("SELECT pg_reload_conf()")
+        wait_until(lambda: self.server.call("SHOW default_transaction_read_only") == value, "the setting is taken")
+
+    @contextmanager
+    def with_sql(self, before: str, after: str) -> Iterator[None]:
+        self.server.call(before)
+        try:
+            yield
+        finally:
+            self.server.call(after)
+
+    def out_of_memory_or_disk_full(self) -> Any:
+        return self.with_sql(FULL, "DROP TRIGGER full_disk ON public.embedonce")
+
+    def wrong_password(self) -> Any:
+        change = "ALTER ROLE app PASSWORD"
+        end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'"
+        return self.with_sql(f"{change} 'other'; {end}", f"{change} '{PASSWORD}'")
+
+
+# --- memcached ----------------------------------------------------------------------------------
+
+
+class Memcached(Served):
+    """Two memcached nodes, both struck."""
+
+    name = "memcached"
+    strikes: ClassVar[Mapping[str, Strike]] = {
+        **{
+            fault: replace(strike, causes=frozenset({cause, "NodeDown"}))
+            for (fault, strike), cause in zip(
+                ON_THE_LINE.items(),
+                ("ConnectionRefusedError", "timeout", "timeout", "ConnectionResetError", "timeout"),
+                strict=True,
+            )
+        },
+        "killed and restarted": Strike(
+            "both nodes: kill -9, then started again, empty",
+            twice=False,
+            causes=frozenset({"ConnectionRefusedError", "ConnectionResetError", "NodeDown"}),
+        ),
+        "out of memory or disk full": Strike(
+            "both nodes are full and were started with `-M`", read="serves", twice=False
+        ),
+        "evicting": Strike("others fill both nodes", read="forgets", write="serves", twice=False),
+    }
+    absent: ClassVar[Mapping[str, str]] = {
+        "read-only": "memcached has no such state",
+        "wrong password": "the tier has no password: memcached is kept private by its network",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.servers = [self.stack.enter_context(MemcachedServer()) for _ in range(2)]
+        self.addresses = [self.behind_proxy(server.port).url_port for server in self.servers]
+        self.small: list[MemcachedServer] = []
+
+    def backend(self, fault: str) -> Backend:
+        from embedonce_backends.memcached import MemcachedBackend
+
+        addresses = self.addresses
+        if fault == "killed and restarted":
+            addresses = [server.address for server in self.servers]
+        elif fault in ("out of memory or disk full", "evicting"):
+            options = ("-m", "2", *(("-M",) if fault != "evicting" else ()))
+            for server in self.small:
+                server.close()
+            self.small = [self.stack.enter_context(MemcachedServer(*options)) for _ in range(2)]
+            addresses = [server.address for server in self.small]
+        return MemcachedBackend(servers=addresses)
+
+    def killed_and_restarted(self) -> Any:
+        return self.killed(*self.servers)
+
+    @contextmanager
+    def out_of_memory_or_disk_full(self) -> Iterator[None]:
+        for server in self.small:
+            for size in (200, 250, 300, 350, 400):
+                fill_memcached(server, size)
+        try:
+            yield
+        finally:
+            for server in self.small:
+                server.call("flush_all")
+
+    @contextmanager
+    def evicting(self) -> Iterator[None]:
+        for server in self.small:
+            fill_memcached(server, 1_200, 6_000)
+        yield
+
+
+def fill_memcached(server: MemcachedServer, size: int, most: int = 30_000) -> None:
+    """Store values of one size until a node refuses, or has so many."""
+    from pymemcache.client.base import Client
+    from pymemcache.exceptions import MemcacheServerError
+
+    client = Client((HOST, server.port), default_noreply=False)
+    try:
+        for start in range(0, most, 500):
+            client.set_many({f"{size}.{start + number}": bytes(size) for number in range(500)}, noreply=False)
+    except MemcacheServerError:
+        pass
+    finally:
+        client.close()
+
+
+# --- disk ---------------------------------------------------------------------------------------
+
+WRITER = """
+import sqlite3, sys, time
+with sqlite3.connect(sys.argv[1], isolation_level=None) as other:
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("DELETE FROM Cache")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+class Disk:
+    """A folder of this host."""
+
+    name = "disk"
+    strikes: ClassVar[Mapping[str, Strike]] = {
+        "black hole": Strike("another process holds the lock of those who write", read="serves"),
+        "garbage": Strike(
+            "the files are overwritten with random bytes; later their folder is emptied",
+            read="partly",
+            write="partly",
+            twice=False,
+            causes=frozenset({"DatabaseError"}),
+        ),
+        "killed and restarted": Strike("kill -9 of a process that is writing", read="serves", write="serves"),
+        "out of memory or disk full": Strike("no file may grow (`RLIMIT_FSIZE`)", read="serves"),
+        "evicting": Strike("others write more than `max_bytes`", read="forgets", write="serves", twice=False),
+    }
+    absent: ClassVar[Mapping[str, str]] = {
+        "refused": "nobody listens on a file",
+        "slow": "no read of a file ends half-way; a slow disk cannot be told to be faster",
+        "reset mid-reply": "there is no connection",
+        "read-only": "a file that is open stays writable; opened read-only, it is an error as a full disk is",
+        "wrong password": "there is none",
+    }
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="embedonce-faults-"))
+        self.number = 0
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / str(self.number)
+
+    def backend(self, fault: str) -> Backend:
+        from embedonce_backends.disk import DiskBackend
+
+        self.number += 1
+        return DiskBackend(path=self.path, max_bytes=2**20 if fault == "evicting" else 2**26)
+
+    @contextmanager
+    def fault(self, fault: str) -> Iterator[None]:
+        with getattr(self, fault.replace(" ", "_").replace("-", "_"))():
+            yield
+
+    @contextmanager
+    def black_hole(self) -> Iterator[None]:
+        other = sqlite3.connect(self.path / "cache.db", isolation_level=None, check_same_thread=False, timeout=START)
+        try:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+        finally:
+            other.close()
+
+    @contextmanager
+    def garbage(self) -> Iterator[None]:
+        random_bytes = random.Random(0).randbytes
+        for name in ("cache.db", "cache.db-wal"):
+            file = self.path / name
+            if file.exists():
+                file.write_bytes(random_bytes(max(20_000, file.stat().st_size)))
+        yield
+        for file in self.path.iterdir():
+            file.unlink()
+
+    @contextmanager
+    def killed_and_restarted(self) -> Iterator[None]:
+        command = [sys.executable, "-c", WRITER, str(self.path / "cache.db")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline()
+            writer.kill()
+            writer.wait(START)
+        yield
+
+    @contextmanager
+    def out_of_memory_or_disk_full(self) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # SQLite's index of its log is 32 KiB from the start.
+        most = max(2**15, (self.path / "cache.db-wal").stat().st_size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    @contextmanager
+    def evicting(self) -> Iterator[None]:
+        from embedonce_backends.disk import DiskBackend
+
+        other = DiskBackend(path=self.path, max_bytes=2**20)
+        for turn in range(4):
+            other.set_many({f"eo1.{turn:x}.{number}": bytes(1_000) for number in range(500)}, None)
+        other.close()
+        yield
+
+
+STORES: Mapping[str, Any] = {store.name: store for store in (Redis, Cluster, Sentinel, Postgres, Memcached, Disk)}
+
+CELLS = [
+    Cell(name, fault, operation, face)
+    for name, store in STORES.items()
+    for fault in FAULTS
+    if fault in store.strikes
+    for operation in OPERATIONS
+    for face in FACES
+]

@@ -1,0 +1,58 @@
+"""Every store with every fault, read and written, through both faces: ``docs/faults.md`` is the table of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.cells import FAULTS, Cell, run_cell
+from faults.stores import CELLS, STORES
+
+SCRIPT = Path(__file__).parent.parent.parent / "docs" / "generate_faults.py"
+spec = importlib.util.spec_from_file_location("generate_faults", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+generate_faults = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate_faults)
+
+LISTED = generate_faults.listed(generate_faults.PAGE.read_text())
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Callable[[str], Any]]:
+    """Start a store when its first cell comes."""
+    stores: dict[str, Any] = {}
+
+    def store(name: str) -> Any:
+        if name not in stores:
+            stores[name] = STORES[name]()
+        return stores[name]
+
+    yield store
+    for each in stores.values():
+        each.close()
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_a_fault_costs_a_bounded_delay_and_nothing_else(cell: Cell, started: Callable[[str], Any]) -> None:
+    outcome = run_cell(started(cell.store), cell)
+    _, causes = LISTED[cell[:3]]
+    assert outcome.causes <= causes, "if that is right, run: python docs/generate_faults.py"
+
+
+def test_the_page_lists_the_cells_of_the_matrix() -> None:
+    assert set(LISTED) == {cell[:3] for cell in CELLS}, "run: python docs/generate_faults.py"
+    for (store, fault, operation), (effect, _) in LISTED.items():
+        strike = STORES[store].strikes[fault]
+        assert effect == (strike.read if operation == "read" else strike.write)
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_no_fault_is_left_out_without_a_reason(store: Any) -> None:
+    assert {*store.strikes, *store.absent} == set(FAULTS)
+    page = generate_faults.PAGE.read_text()
+    for fault, reason in store.absent.items():
+        assert f"| {fault} | - | {reason} |" in page, "run: python docs/generate_faults.py"
