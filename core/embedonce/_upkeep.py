@@ -148,9 +148,9 @@ class Upkeep:
             try:
                 await tier.peek(port, [PROBE_KEY])
                 detail = await self._foreign(port, tier)
-                ok = not detail
-                if ok:
+                if not detail:
                     detail = await tier.describe(port)
+                    ok = True
             except TierError as error:
                 detail = _cause(error)
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
