@@ -1,6 +1,6 @@
 """Print the tables of the tiers that processes share: Redis, Postgres, memcached, and one disk for many processes.
 
-    python benchmarks/networked.py                      # about ten minutes
+    python benchmarks/networked.py                      # about five minutes
     python benchmarks/networked.py --quick              # fewer repeats
     python benchmarks/networked.py --only hits growth   # some sections
     python benchmarks/networked.py --full               # growth up to 1,000,000 entries

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
 if str(TESTS) not in sys.path:
@@ -49,7 +50,7 @@ def page(current: str) -> str:
     head, mark, _ = current.partition(BEGIN)
     if not mark:
         raise SystemExit(f"{PAGE} has no line {BEGIN!r}")
-    return head + BEGIN + "\n" + "\n".join(tables()) + "\n"
+    return head + BEGIN + "\n" + "\n".join(tables())
 
 
 def tables() -> Iterator[str]:
@@ -57,28 +58,20 @@ def tables() -> Iterator[str]:
     for name, kind in STORES.items():
         store = kind()
         try:
-            yield from (
-                ("", f"## {TITLES[name]}", "", HEAD)
-                if name != next(iter(STORES))
-                else (
-                    f"## {TITLES[name]}",
-                    "",
-                    HEAD,
-                )
-            )
+            yield from (f"## {TITLES[name]}", "", HEAD)
             for fault in FAULTS:
                 for operation in OPERATIONS if fault in store.strikes else ():
                     outcomes = {face: run_cell(store, Cell(name, fault, operation, face)) for face in FACES}
                     print(name, fault, operation, file=sys.stderr)
                     yield row(store, fault, operation, outcomes)
-            yield from ("", *explained(store))
+            yield from ("", *explained(store), "")
         finally:
             store.close()
 
 
-def row(store: object, fault: str, operation: str, outcomes: Mapping[str, Outcome]) -> str:
+def row(store: Any, fault: str, operation: str, outcomes: Mapping[str, Outcome]) -> str:
     """Return the line of a fault: times of both faces, causes of either."""
-    strike = store.strikes[fault]  # type: ignore[attr-defined]
+    strike = store.strikes[fault]
     causes = set().union(*(outcome.causes for outcome in outcomes.values()))
     if causes:
         causes |= strike.causes
@@ -99,15 +92,15 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f}" if seconds >= 0.0005 else "0"
 
 
-def explained(store: object) -> Iterator[str]:
+def explained(store: Any) -> Iterator[str]:
     """Yield how each fault was brought about, and why one was not."""
-    yield "| fault | how | |"
-    yield "| --- | --- | --- |"
+    yield "| fault | how it was brought about |"
+    yield "| --- | --- |"
     for fault in FAULTS:
-        if fault in store.strikes:  # type: ignore[attr-defined]
-            yield f"| {fault} | {store.strikes[fault].how} | |"  # type: ignore[attr-defined]
+        if fault in store.strikes:
+            yield f"| {fault} | {store.strikes[fault].how} |"
         else:
-            yield f"| {fault} | - | {store.absent[fault]} |"  # type: ignore[attr-defined]
+            yield f"| {fault} | - ({store.absent[fault]}) |"
 
 
 def listed(text: str) -> dict[tuple[str, str, str], tuple[str, set[str]]]:

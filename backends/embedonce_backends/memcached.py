@@ -240,7 +240,8 @@ class MemcachedBackend:
         if not failures:
             return
         if not self._some_up():
-            raise next(iter(failures.values()))
+            asked = [error for error in failures.values() if type(error) is not _LeftOut]
+            raise (asked or [*failures.values()])[0]
         for node, error in failures.items():
             if node.up:
                 raise error

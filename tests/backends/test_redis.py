@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import os
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -553,6 +554,17 @@ def test_a_black_hole_does_not_get_round_the_deadline(proxy: FaultProxy, backend
         in_time(call, 0.1)
     proxy.heal()
     assert len(backend.get_many(list(many))) >= 9  # the late UNLINK may have arrived
+
+
+def test_a_name_server_that_hangs_does_not_get_round_the_deadline(
+    backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(60) and [])
+    in_time(lambda: backends(url="redis://somewhere").get_many([key(1)]))
+    found.set()
+    with deadline(5.0), pytest.raises(redis.ConnectionError):
+        backends(url="redis://somewhere").get_many([key(1)])
 
 
 def test_garbage_is_an_error_and_ends_the_connection(proxy: FaultProxy, backends: Any) -> None:

@@ -222,13 +222,12 @@ class Run:
     # --- the three parts of a cell --------------------------------------------------------------
 
     def run(self) -> Outcome:
-        with listening() as lines, ExitStack() as around:
-            caller = around.enter_context(self.opened())
+        with listening() as lines, self.opened() as caller:
             self.settle(caller, self.known)
             usual = self.usual(caller)
             self.events.clear()
             assert not lines.said, lines.said
-            seconds = self.reads(caller, around) if self.cell.operation == "read" else self.writes(caller)
+            seconds = self.reads(caller) if self.cell.operation == "read" else self.writes(caller)
             self.outcome.first = max(0.0, seconds[0] - usual)
             self.outcome.later = max(0.0, median(seconds[1:]) - usual)
             struck = list(self.events)
@@ -247,17 +246,19 @@ class Run:
         new = self.texts(3)
         return [*self.known[:5], *new, *self.known[5:]] if self.cell.operation == "read" else new
 
-    def reads(self, caller: Caller, around: ExitStack) -> list[float]:
+    def reads(self, caller: Caller) -> list[float]:
         """Ask again and again while the fault lasts."""
-        del around
         with self.store.fault(self.cell.fault):
             return [self.fetch(caller, self.mixed())[1] for _ in range(CALLS)]
 
     def writes(self, caller: Caller) -> list[float]:
         """Let the fault begin when the texts have been looked up and are about to be stored."""
-        if self.strike.twice:
-            return [self.struck_write(caller, 0)[0] for _ in range(CALLS)]
-        return self.struck_write(caller, CALLS - 1)
+        if not self.strike.twice:
+            return self.struck_write(caller, CALLS - 1)
+        seconds = self.struck_write(caller, 0)
+        if self.effect == "fails":  # later a probe may come when the fault has just ended
+            assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
+        return [*seconds, *(self.struck_write(caller, 0)[0] for _ in range(1, CALLS))]
 
     def struck_write(self, caller: Caller, later: int) -> list[float]:
         with ExitStack() as fault:
@@ -300,7 +301,7 @@ class Run:
         wrong = {name: number for name, number in found.items() if number}
         if self.effect == "fails":
             assert found["errors"] + found["corrupt"] > 0, wrong
-            assert found["hits"] == found["misses"] == found["stored"] == 0, wrong
+            assert found["hits"] == found["misses"] == 0, wrong
         else:
             assert found["errors"] == found["corrupt"] == found["skipped"] == found["dropped"] == 0, wrong
         if self.effect == "serves" and self.cell.operation == "read":
