@@ -77,6 +77,8 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
         "files": 2,
         "binary": 1,
         "trouble": {},
+        "causes": {},
+        "unstored": [],
         "bytes": 0,
         "seconds": 0,
         "out": "out.npy",
@@ -392,3 +394,45 @@ def test_memory_does_not_grow_with_the_corpus(process: Callable[..., subprocess.
 
     # 12,000 more passages are 12 MB of text, 3 MB of vectors and 10 MB of JSON; the memory tier is full in both runs.
     assert peak(18_000) - peak(6_000) < 8 * 2**20
+
+
+def test_a_tier_that_stored_nothing_is_an_error_with_its_cause(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from embedonce_backends.disk import DiskBackend
+
+    def full(self: Any, items: Any, ttl: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert command("init").code == 0
+    Path("notes.txt").write_text("one\n\ntwo\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskBackend, "set_many", full)
+        done = command("embed", "notes.txt", "--out", "out.npy")
+        assert done.code == 1
+        assert "tier disk: " in done.err
+        assert "(OSError: " in done.err
+        assert "error: tier disk stored nothing of what was computed" in done.err
+        assert np.load("out.npy").shape == (2, 256)
+        assert command("embed", "notes.txt", "--out", "out.npy", "--json").json["unstored"] == ["disk"]
+    assert command("embed", "notes.txt", "--out", "out.npy").code == 0
+
+
+def test_the_index_of_a_linked_output_is_named_where_it_is(command: Any, folder: Path) -> None:
+    Path("real").mkdir()
+    Path("link.npy").symlink_to("real/there.npy")
+    Path("notes.txt").write_text("one\n")
+    index = command("embed", "notes.txt", "--out", "link.npy", "--json").json["index"]
+    assert Path(index).read_text() == '{"row": 0, "source": "notes.txt", "line": 1}\n'
+    assert Path("link.npy").is_symlink()
+
+
+def test_running_again_is_not_advised_where_it_does_not_help(command: Any, folder: Path) -> None:
+    assert command("init").code == 0
+    Path("lines.jsonl").write_text("{}\n")
+    done = command("embed", "lines.jsonl", "--out", "out.npy", "--strict")
+    assert done.code == 1
+    assert "run the same command again" not in done.err
+    assert "once that is put right" in done.err

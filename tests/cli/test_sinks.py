@@ -159,3 +159,88 @@ def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, 
     with pytest.raises(SinkError, match=message):
         open_sink(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str, linked: bool) -> None:
+    special = tmp_path / f"special.{kind}"
+    os.mkfifo(special)
+    out = special
+    if linked:
+        out = tmp_path / f"link.{kind}"
+        out.symlink_to(special)
+    with pytest.raises(SinkError, match="no regular file"):
+        open_sink(out)
+    assert special.is_fifo()
+    sink = open_sink(tmp_path / f"late.{kind}")
+    os.mkfifo(tmp_path / f"late.{kind}")
+    sink.write(PASSAGES, VECTORS)
+    with pytest.raises(SinkError, match="no regular file"):
+        sink.finish(5)
+    sink.abort()
+    assert (tmp_path / f"late.{kind}").is_fifo()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out.npy").symlink_to("out.npy")
+    with pytest.raises(SinkError, match="leads back to itself"):
+        open_sink(tmp_path / "out.npy")
+
+
+def test_a_link_in_the_place_of_the_hidden_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".out.jsonl.part").symlink_to("precious")
+    with pytest.raises(SinkError, match="cannot write"):
+        open_sink(tmp_path / "out.jsonl")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_an_index_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out.index.jsonl").mkdir()
+    with pytest.raises(SinkError, match=r"out\.index\.jsonl: this is a folder"):
+        open_sink(tmp_path / "out.npy")
+
+
+@pytest.mark.parametrize("fails", ["fsync", "out.index.jsonl", "out.npy"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "signal"]
+)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_whatever_ends_the_finish_the_old_output_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, error: BaseException, earlier: bool
+) -> None:
+    out = tmp_path / "out.npy"
+    if earlier:
+        write(out, rows=3)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sink = open_sink(out)
+    sink.write(PASSAGES, VECTORS)
+    real = os.replace
+
+    def fsync(number: int) -> None:
+        raise error
+
+    def replace(old: Any, new: Any) -> None:
+        if Path(new).name == fails and Path(old).suffix == ".part":
+            raise error
+        real(old, new)
+
+    with monkeypatch.context() as patch:
+        if fails == "fsync":
+            patch.setattr(os, "fsync", fsync)
+        else:
+            patch.setattr(os, "replace", replace)
+        with pytest.raises(SinkError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+            sink.finish(5)
+    if isinstance(error, OSError) and fails != "fsync":
+        assert fails in str(raised.value)
+    sink.abort()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(out)
+    assert len(read(out)[0]) == 10
+
+
+def test_names_that_differ_in_case_have_an_index_each(tmp_path: Path) -> None:
+    assert not {*written_by(tmp_path / "x.npy")} & {*written_by(tmp_path / "x.NPY")}

@@ -166,15 +166,14 @@ def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp
     with Cache(lengths, [MemoryBackend(), DiskBackend(path=tmp_path)], space=SPACE) as cache:
         for round_ in range(4):
             mine = [f"{round_} {text}" for text in texts]
-            signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
-            previous = signal.signal(signal.SIGVTALRM, signal.default_int_handler)
+            signal.signal(signal.SIGVTALRM, signal.default_int_handler)
             try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
                 cache.embed_batch(mine)
             except KeyboardInterrupt:
                 pass
             finally:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-                signal.signal(signal.SIGVTALRM, previous)
+                no_more_signals()
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
@@ -262,10 +261,14 @@ def alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
         signal.signal(signal.SIGVTALRM, handle)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # not the clock that pytest-timeout uses
 
-    previous = signal.getsignal(signal.SIGVTALRM)
     yield every_millisecond
+    no_more_signals()
+
+
+def no_more_signals() -> None:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    signal.signal(signal.SIGVTALRM, previous)
+    # Not back to the default, which ends the process: one may still be on its way to another thread.
+    signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
 
 
 def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
@@ -281,6 +284,7 @@ def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
         end = time.monotonic() + 3
         while time.monotonic() < end:
             cache.embed_batch(["x", "y"])
+        no_more_signals()  # before the cache is closed, which the handler would raise wherever it strikes
         assert handled > 10
 
 

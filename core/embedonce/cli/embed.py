@@ -89,12 +89,13 @@ def embed(
             # The configuration may hold secrets, which are no text to send to a provider.
             leave_out = [*_own_files(out), *([str(loaded.file)] if loaded.file else [])]
             reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
-            run = Run(cache, reader, sink, task=task, strict=strict, tell=say)
+            lasting = [tier.name for tier in loaded.tiers if _outlives(tier.cls) and tier.write != "none"]
+            run = Run(cache, reader, sink, task=task, strict=strict, tell=say, lasting=lasting)
             code = _outcome(run, loaded, out, bar=_bar(reader, cache, show=not (json or quiet)))
     finally:
         sink.abort()
-    for tier, kinds in run.summary.trouble.items():
-        say(f"tier {tier}: {', '.join(f'{number:,} {kind}' for kind, number in kinds.items())}")
+    for line in troubles(run.summary):
+        say(line)
     _tell(run.summary, as_json=json, quiet=quiet)
     if code:
         raise typer.Exit(code)
@@ -170,7 +171,7 @@ def _sigterm() -> Iterator[None]:
 def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
     """Run, and return the exit code; what ends a run early is said here and noted in the summary."""
     from .run import Stopped
-    from .sinks import SinkError, index_of
+    from .sinks import SinkError, finals_of
 
     summary = run.summary
     try:
@@ -178,25 +179,30 @@ def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
             run.embed(bar)
     except Stopped as error:
         summary.stopped = str(error)
-        say(f"stopped: {error}; no output was written. {_kept(config)}")
+        say(f"stopped: {error}; no output was written. {_kept(config, error.passes)}")
         return FAILED
     except KeyboardInterrupt as error:
         summary.stopped = "interrupted"
         say(f"interrupted; no output was written. {_kept(config)}")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (OSError, SinkError) as error:
-        summary.stopped = f"cannot write {out}: {getattr(error, 'strerror', None) or error}"
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        summary.stopped = f"cannot write {out}: {said or type(error).__name__}"
         say(f"error: {summary.stopped}. {_kept(config)}")
         return FAILED
     summary.out = str(out)
-    summary.index = str(index_of(out)) if out.suffix.lower() == ".npy" else None
-    return FAILED if summary.failed else OK
+    summary.index = next(map(str, finals_of(out)[1:]), None)
+    return FAILED if summary.failed or summary.unstored else OK
 
 
-def _kept(config: Config) -> str:
+def _kept(config: Config, passes: bool = True) -> str:
+    """Say what a run that ended early leaves behind; ``passes``: the same command may succeed next time."""
     if config.cache.mode == "replay":
         return 'Nothing is computed in replay mode: what is missing is stored by a run with mode = "read-through".'
-    if any(_outlives(tier.cls) for tier in config.tiers):
+    lasting = any(_outlives(tier.cls) for tier in config.tiers)
+    if lasting and not passes:
+        return "What was computed is stored, and is not computed again once that is put right."
+    if lasting:
         return "What was computed is stored: run the same command again and it goes on from there."
     return "No tier outlives this process, so nothing is kept: add a disk tier to go on from there next time."
 
@@ -235,6 +241,24 @@ def told(summary: Summary) -> Iterator[str]:
     if summary.index is not None:
         yield f"and the source of each row to {summary.index}"
     yield f"{summary.seconds:,.1f} s, {summary.texts / max(summary.seconds, 1e-9):,.0f} passages/s"
+
+
+def troubles(summary: Summary) -> Iterator[str]:
+    """Yield what went wrong in the tiers, a line for each, and what to do about one that stored nothing."""
+    for tier, kinds in summary.trouble.items():
+        causes = "; ".join(f"{cause}: {number:,}" for cause, number in summary.causes.get(tier, {}).items())
+        counted = ", ".join(counted_as(kind, number) for kind, number in kinds.items())
+        yield f"tier {tier}: {counted}{f' ({causes})' if causes else ''}"
+    for tier in summary.unstored:
+        yield (
+            f"error: tier {tier} stored nothing of what was computed, and the next run computes it again: see whether "
+            "its disk is full or read-only, or its service down; `embedonce check` asks it"
+        )
+
+
+def counted_as(kind: str, number: int) -> str:
+    """Return ``1 error``, ``2 errors``, ``3 skipped``."""
+    return count(number, "error") if kind == "errors" else f"{number:,} {kind}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -17,7 +17,7 @@ from .passages import Found, Passage, place
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
     from embedonce.cache import Cache
-    from embedonce.events import Stats
+    from embedonce.events import Stats, TierStats
     from embedonce.keys import VectorSpace
 
     from .progress import Bar, NoBar
@@ -62,6 +62,10 @@ class Summary:
     """Binary files that were passed over in folders."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
     """By tier, where there was any: errors, corrupt entries, texts that it was skipped for, dropped writes."""
+    causes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By tier, where there was any: errors and dropped writes by what caused them."""
+    unstored: list[str] = field(default_factory=list)
+    """Tiers that outlive the process and failed to store anything of what was computed."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
@@ -73,14 +77,29 @@ class Summary:
 
 
 class Stopped(Exception):
-    """The run ends before the passages do: ``--strict``, or a provider that is down."""
+    """The run ends before the passages do: ``--strict``, or a provider that is down.
+
+    ``passes``: it may be over by itself, so that the same command succeeds later.
+    """
+
+    def __init__(self, message: str, *, passes: bool = False) -> None:
+        super().__init__(message)
+        self.passes = passes
 
 
 class Run:
     """Embeds everything that a reader finds. ``summary`` is true at every moment."""
 
     def __init__(
-        self, cache: Cache, reader: Reader, sink: Sink, *, task: str, strict: bool, tell: Callable[[str], None]
+        self,
+        cache: Cache,
+        reader: Reader,
+        sink: Sink,
+        *,
+        task: str,
+        strict: bool,
+        tell: Callable[[str], None],
+        lasting: Sequence[str] = (),
     ) -> None:
         self._cache = cache
         self._reader = reader
@@ -88,6 +107,7 @@ class Run:
         self._task = task
         self._strict = strict
         self._tell = tell
+        self._lasting = lasting
         self._distinct = Distinct()
         self._computed_before = self._computed()
         self._space = cache.lookup([], task=task).space
@@ -107,7 +127,7 @@ class Run:
                 self._window(window)
                 bar.done(sum(self.summary.hits.values()))
             if self.summary.failed and not self.summary.rows:
-                raise Stopped("nothing could be embedded")
+                raise Stopped("nothing could be embedded", passes=self._outage > 0)
             self._finish()
         finally:
             self._close(time.monotonic() - started)
@@ -135,7 +155,8 @@ class Run:
         if space != self._space:
             raise Stopped(
                 f"the provider fails, and the fallback ({space.provider} {space.model}) answers in its own vector "
-                "space; one output never mixes two"
+                "space; one output never mixes two",
+                passes=True,
             )
 
     # --- counting -----------------------------------------------------------------------------
@@ -158,7 +179,11 @@ class Run:
         answered = summary.rows - sum(summary.hits.values())
         summary.repeated = max(answered - summary.computed, 0)
         summary.unique = self._distinct.count()
-        summary.trouble = trouble(self._cache.stats())
+        stats = self._cache.stats()
+        summary.trouble = trouble(stats)
+        summary.causes = causes(stats)
+        if summary.computed:
+            summary.unstored = [name for name in self._lasting if _stored_nothing(stats.tiers[name])]
         summary.seconds = round(seconds, 3)
         self._distinct.close()
 
@@ -188,7 +213,7 @@ class Run:
         if self._strict:
             raise Stopped("--strict, and a passage failed")
         if self._outage >= OUTAGE:
-            raise Stopped("the provider fails for everything that it is asked")
+            raise Stopped("the provider fails for everything that it is asked", passes=True)
 
 
 def trouble(stats: Stats) -> dict[str, dict[str, int]]:
@@ -197,6 +222,16 @@ def trouble(stats: Stats) -> dict[str, dict[str, int]]:
     by_tier = {name: {kind: getattr(tier, kind) for kind in kinds} for name, tier in stats.tiers.items()}
     found = {name: {kind: number for kind, number in counted.items() if number} for name, counted in by_tier.items()}
     return {name: counted for name, counted in found.items() if counted}
+
+
+def causes(stats: Stats) -> dict[str, dict[str, int]]:
+    """Return what caused errors and dropped writes, by tier; one without any is left out."""
+    found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
+    return {name: by_cause for name, by_cause in found.items() if by_cause}
+
+
+def _stored_nothing(tier: TierStats) -> bool:
+    return not tier.stored and bool(tier.errors or tier.dropped)
 
 
 def windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

@@ -1,5 +1,10 @@
 """Writing results: rows go to a hidden file beside the output, which gets its name when it is whole.
 
+Nothing but a regular file is ever replaced. A ``.npy`` and its index are both whole and on the disk before
+the index takes its name, and the matrix takes its own right after: an error or a signal in between puts the
+earlier index back, and only a ``kill -9`` between the two renames can leave the new index beside the earlier
+matrix. No earlier matrix is ever gone before the new one is there.
+
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); ``NAME.index.jsonl`` beside it has line i for row i
 .jsonl     one object per row: ``source``, ``line``, ``vector``
@@ -11,9 +16,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -54,29 +61,56 @@ def open_sink(out: Path, *, with_text: bool = False) -> Sink:
     """Open the output that the file's end asks for.
 
     Raises:
-        SinkError: an unknown end, a folder that is missing, a file that another run is writing.
+        SinkError: an unknown end, a folder that is missing, something that is no regular file, a file that
+            another run is writing.
     """
     if out.suffix.lower() not in _SINKS:
         raise SinkError(f"--out {out}: the name ends in .npy, .jsonl or .parquet")
-    if out.is_dir():
-        raise SinkError(f"--out {out}: this is a folder")
-    if not out.parent.is_dir():
-        raise SinkError(f"--out {out}: the folder {out.parent} does not exist")
-    final = Path(os.path.realpath(out))  # an output that is a link stays one
-    return _SINKS[out.suffix.lower()](final, with_text)
+    finals = finals_of(out)
+    for final in finals:
+        what = _cannot_be(final)
+        if what:
+            raise SinkError(f"--out {out}: {'' if final == out else f'{final}: '}{what}")
+    return _SINKS[out.suffix.lower()](finals[0], with_text)
+
+
+def _cannot_be(final: Path) -> str | None:
+    """Say why a file cannot be written under this name, or None where it can."""
+    try:
+        mode = os.lstat(final).st_mode
+    except FileNotFoundError:
+        return None if final.parent.is_dir() else f"the folder {final.parent} does not exist"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return "this is a folder"
+    return "this link leads back to itself" if stat.S_ISLNK(mode) else "this is no regular file"
+
+
+def finals_of(out: Path) -> list[Path]:
+    """Return where an output goes, and its index where it has one: an output that is a link stays one."""
+    final = _followed(out)
+    return [final, _followed(index_of(final))] if out.suffix.lower() == ".npy" else [final]
+
+
+def _followed(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def written_by(out: Path) -> list[Path]:
     """Return every file that an output may have: its own, its index, and what they are called on the way."""
-    finals = [out]
-    if out.suffix.lower() == ".npy":
-        finals.append(index_of(out))
+    finals = finals_of(out)
     return [*finals, *map(_on_the_way, finals)]
 
 
-def index_of(out: Path) -> Path:
-    """Return where a .npy output's sources are: ``vectors.npy`` has ``vectors.index.jsonl``."""
-    return out.with_suffix(".index.jsonl")
+def index_of(final: Path) -> Path:
+    """Return where a matrix's sources are: ``vectors.npy`` has ``vectors.index.jsonl``.
+
+    A name that ends otherwise keeps its end: ``vectors.NPY`` and ``vectors.npy`` may stand side by side.
+    """
+    return final.with_name(f"{final.name.removesuffix('.npy')}.index.jsonl")
 
 
 def _on_the_way(final: Path) -> Path:
@@ -96,7 +130,7 @@ class _Part:
             self.file = self._locked()
             self.file.truncate(0)
         except OSError as error:
-            raise SinkError(f"--out: cannot write in {final.parent}: {error.strerror}") from error
+            raise SinkError(f"--out: cannot write {self.path}: {error.strerror}") from error
 
     def _locked(self) -> BinaryIO:
         while True:
@@ -111,26 +145,57 @@ class _Part:
             file.close()
 
     def finish(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        if sys.platform == "win32":  # an open file cannot be renamed there
-            self.file.close()
-        os.replace(self.path, self.final)
+        self.sync()
+        self.place()
         self.file.close()
+
+    @property
+    def placed(self) -> bool:
+        """Whether it has its name. The file system says so, since a signal may come before a note of it is taken."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        return not self.file.closed and not os.path.samestat(os.fstat(self.file.fileno()), found)
+
+    def sync(self) -> None:
+        """Bring all of it to the disk."""
+        with self._named():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            if sys.platform == "win32":  # an open file cannot be renamed there
+                self.file.close()
+
+    def place(self) -> None:
+        """Give it its name, in the place of what has it."""
+        what = _cannot_be(self.final)  # once more: a run may take hours
+        if what:
+            raise SinkError(f"{self.final}: {what}")
+        with self._named():
+            os.replace(self.path, self.final)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SinkError(f"{self.final}: {error.strerror or type(error).__name__}") from error
 
     def abort(self) -> None:
         """Remove it; the lock goes last, so that nobody takes over a file that is about to vanish."""
         if self.file.closed:
             return
+        placed = self.placed  # then another run may be writing under this name by now
         if sys.platform == "win32":
             self.file.close()
-        self.path.unlink(missing_ok=True)
+        if not placed:
+            self.path.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk fails again when the rest of the buffer is written
             self.file.close()
 
 
 def _creating(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(file: BinaryIO) -> bool:
@@ -154,7 +219,7 @@ class NpySink:
         self._with_text = with_text
         self._matrix = _Part(out)
         try:
-            self._index = _Part(index_of(out))
+            self._index = _Part(_followed(index_of(out)))
         except SinkError:
             self._matrix.abort()
             raise
@@ -175,14 +240,40 @@ class NpySink:
         shape = (self._rows, dimensions if self._dimensions is None else self._dimensions)
         self._matrix.file.seek(0)
         self._matrix.file.write(npy_header(shape))
-        # Never an index beside another run's matrix: for a moment there is no matrix instead.
-        self._matrix.final.unlink(missing_ok=True)
-        self._index.finish()
-        self._matrix.finish()
+        self._matrix.sync()
+        self._index.sync()
+        with _kept(self._index.final) as earlier:
+            try:
+                self._index.place()
+                self._matrix.place()
+            except BaseException:
+                if self._index.placed and not self._matrix.placed:
+                    os.replace(earlier or self._index.final, self._index.final if earlier else self._index.path)
+                raise
+        self._matrix.file.close()
+        self._index.file.close()
 
     def abort(self) -> None:
         self._matrix.abort()
         self._index.abort()
+
+
+@contextmanager
+def _kept(file: Path) -> Iterator[Path | None]:
+    """Keep what a file holds under a second name meanwhile; None where there is no such file."""
+    earlier = file.with_name(f".{file.name}.old")
+    earlier.unlink(missing_ok=True)  # a killed run's
+    if not file.exists():
+        yield None
+        return
+    try:
+        os.link(file, earlier)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, earlier)
+    try:
+        yield earlier
+    finally:
+        earlier.unlink(missing_ok=True)
 
 
 def npy_header(shape: tuple[int, int]) -> bytes:
