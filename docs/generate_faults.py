@@ -72,13 +72,14 @@ def tables() -> Iterator[str]:
 def row(store: Any, fault: str, operation: str, outcomes: Mapping[str, Outcome]) -> str:
     """Return the line of a fault: times of both faces, causes of either."""
     strike = store.strikes[fault]
+    effect = strike.read if operation == "read" else strike.write
     causes = set().union(*(outcome.causes for outcome in outcomes.values()))
-    if causes:
+    if effect in ("fails", "partly"):  # chance decides between some
         causes |= strike.causes
     columns = [
         fault,
         operation,
-        EFFECTS[operation, strike.read if operation == "read" else strike.write],
+        EFFECTS[operation, effect],
         ", ".join(f"`{cause}`" for cause in sorted(causes)) or "-",
         " / ".join(milliseconds(outcome.first) for outcome in outcomes.values()),
         " / ".join(milliseconds(outcome.later) for outcome in outcomes.values()),

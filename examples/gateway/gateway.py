@@ -75,8 +75,8 @@ def main() -> None:
     with patch.dict(os.environ, GATEWAY_POSTGRES_URL=NOWHERE), embedonce.open(CONFIG) as cache:
         for number in range(4):
             answer, seconds = timed(lambda number=number: cache.fetch([f"{text} Call {number}."]))
+            cache.flush()  # only so that a warning is printed before the line, not in the midst of it
             print(f"no store   from {answer.sources[0]}, {seconds * 1e3:.2f} ms")
-            cache.flush()  # only so that warnings come where they belong
 
 
 if __name__ == "__main__":

@@ -55,4 +55,4 @@ def test_no_fault_is_left_out_without_a_reason(store: Any) -> None:
     assert {*store.strikes, *store.absent} == set(FAULTS)
     page = generate_faults.PAGE.read_text()
     for fault, reason in store.absent.items():
-        assert f"| {fault} | - | {reason} |" in page, "run: python docs/generate_faults.py"
+        assert f"| {fault} | - ({reason}) |" in page, "run: python docs/generate_faults.py"
