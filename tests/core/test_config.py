@@ -981,3 +981,7 @@ def test_a_key_of_another_table_is_sent_there() -> None:
     assert problems_of('[cache]\nsecret = "' + "x" * 40 + '"\n' + PLAIN) == [
         'embedonce.toml:2:1: unknown key "secret" in [cache]; it belongs in [key]'
     ]
+
+
+def test_a_table_that_is_there_twice_is_named_as_toml_writes_it() -> None:
+    assert problems_of("[key.a]\n[key.a]\n")[0].endswith("not valid TOML: cannot declare key.a twice")
