@@ -78,6 +78,7 @@ class PostgresBackend:
             count=True,
             add=True,
             twin=True,
+            text_preview=text_preview,
         )
         self.ahead = 0.0
         """Seconds that are added to the server's clock, by which a ttl goes."""

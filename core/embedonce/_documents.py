@@ -110,7 +110,7 @@ def _found() -> Document:
         return found
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / FILE).is_file():
+        if os.path.lexists(folder / FILE):  # a link that leads nowhere too: passing over it would hide a mistake
             return read(folder / FILE)
         if _has_table(folder / PYPROJECT):
             return read(folder / PYPROJECT)
@@ -153,11 +153,19 @@ def read(file: Path, said_by: str = "") -> Document:
     """
     name = shown(file)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        content = file.read_bytes()
     except FileNotFoundError:
+        if os.path.islink(file):
+            raise ConfigError([Problem(f"is a link that leads nowhere{said_by}", name)]) from None
         raise ConfigError([Problem(f"there is no such file{said_by}; embedonce init writes one", name)]) from None
     except (OSError, ValueError) as error:
-        raise ConfigError([Problem(f"cannot be read: {_reason(error)}", name)]) from error
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError([Problem(f"cannot be read{said_by}: {said}", name)]) from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte, place = _not_utf8(content, error)
+        raise ConfigError([Problem(f"cannot be read: byte {byte} is not UTF-8", name, *place)]) from error
     data = _parsed(text, name)
     found = Document(data, name, Path(os.path.abspath(file)), text)
     if file.name == PYPROJECT:
@@ -165,10 +173,11 @@ def read(file: Path, said_by: str = "") -> Document:
     return found
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start + 1} is not UTF-8"
-    return str(getattr(error, "strerror", None) or error)
+def _not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, _toml.Place]:
+    """Return which byte, from 1, is not UTF-8, and its place."""
+    start = len(content) - len(error.object) + error.start  # the codec may have taken a byte order mark off
+    before = content[:start].decode("utf-8-sig").split("\n")
+    return start + 1, _toml.Place(len(before), len(before[-1]) + 1)
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -177,6 +186,8 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError([Problem("is nested too deeply", name)]) from None
     except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own words, which name a function of Python's
+            raise ConfigError([Problem("has a number that is far too large", name)]) from None
         message, place = _toml.syntax_error(error, text)
         problem = Problem(f"not valid TOML: {message}", name, *(place or (None, None)))
         raise ConfigError([problem]) from error
@@ -207,6 +218,8 @@ class Values:
     """Paths of text that had a variable in it: it may stand for a number."""
     private: set[_toml.Path] = field(default_factory=set)
     """Paths of text with something out of the environment in it: never shown."""
+    variables: dict[_toml.Path, dict[str, str]] = field(default_factory=dict)
+    """By the path of such text: what each variable in it holds."""
     wrong: list[tuple[_toml.Path, str]] = field(default_factory=list)
 
 
@@ -274,6 +287,7 @@ def _filler(path: _toml.Path, found: Values, missing: list[str]) -> Callable[[re
             )
         if value or default is None:
             found.private.add(path)
+            found.variables.setdefault(path, {})[match["name"]] = value or ""
             return value or ""
         return default
 

@@ -19,7 +19,7 @@ from ._toml import Path as Where
 from .contracts import Capabilities
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
-from .options import Doc
+from .options import BadValue, Doc
 
 TABLES = ("cache", "key", "provider", "tiers")
 
@@ -166,7 +166,7 @@ class _Loader:
         given = self._section("key", KeyTable)
         steps = [
             step
-            for index, step in enumerate(given.get("normalize", ()))
+            for index, step in enumerate(given.get("normalize", self._written_steps()))
             if self._has_step(step, ("key", "normalize", index))
         ]
         try:
@@ -175,7 +175,16 @@ class _Loader:
             self._wrong_of("key", "secret", str(error))
             return KeyPolicy()
 
-    def _has_step(self, step: str, where: Where) -> bool:
+    def _written_steps(self) -> list[Any]:
+        """Return the steps of a list in which something is no step at all: the others may be wrong too."""
+        table = self._values.data.get("key")
+        written = table.get("normalize") if isinstance(table, Mapping) else None
+        overridden = _form(("key", "normalize")) in self._variables
+        return written if isinstance(written, list) and not overridden else []
+
+    def _has_step(self, step: Any, where: Where) -> bool:
+        if not isinstance(step, str):
+            return False  # said when the table was read
         try:
             plugins.normalizer(step)
         except PluginError as error:
@@ -227,7 +236,7 @@ class _Loader:
         """Read a plugin's table; None where its class, and so its options, are not known."""
         kind = self._type(table)
         if kind is None:
-            self._unread.append(table.variables)
+            self._read_own(table, own)
             return None
         try:
             cls: type[Any] = find(kind)
@@ -235,12 +244,19 @@ class _Loader:
         except PluginError as error:
             named = self._override(table, "type") or _below((*table.where, "type"), self._values.private)
             self._wrong_value(table, "type", _unnamed(error, kind) if named else str(error))
-            self._unread.append(table.variables)
+            self._read_own(table, own)
             return None
         table.options = {**table.options, **options}
         self._read(table)
         del table.values["type"]
         return table, kind, cls
+
+    def _read_own(self, table: _Table, own: Mapping[str, Option]) -> None:
+        """Check what is embedonce's own in the table of a plugin that is not known."""
+        table.options = {**table.options, **own}
+        for option in own.values():
+            self._value(table, option)
+        self._unread.append(table.variables)
 
     def _type(self, table: _Table) -> str | None:
         example = "ngram" if table.where[0] == "provider" else "memory"
@@ -342,9 +358,9 @@ class _Loader:
         names = [*table.options, *table.tables]
         for key in table.given:
             if key not in names:
-                self._wrong(
-                    (*table.where, key), f"unknown key {quoted(key)} in {table.label}{_hint(key, names)}", key=True
-                )
+                home = next((name for name, cls in _OWN.items() if key in options_of(cls)), None)
+                hint = f"; it belongs in {self._document.table(home)}" if home else _hint(key, names)
+                self._wrong((*table.where, key), f"unknown key {quoted(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
             value = self._value(table, option)
             if value is not UNUSABLE:
@@ -380,6 +396,9 @@ class _Loader:
         private = _below(where, self._values.private)
         for text in _texts(value):
             table.secrets.update(_pieces(text) if private or is_secret(where[-1:]) else _credentials(text))
+        for place, found in self._values.variables.items():
+            if place[: len(where)] == where:
+                table.secrets.update(piece for text in found.values() for piece in _pieces(text))
         if where in self._values.expanded:
             value = read_text(option, value)
         return self._checked(option, value, table=table, hidden=private)
@@ -389,6 +408,8 @@ class _Loader:
     ) -> Any:
         hidden = hidden or variable is not None
         try:
+            if value == "" and option.is_path:
+                raise BadValue('must not be empty; "." is the folder of the configuration')
             return self._placed(option, option.check(value))
         except Refused as refused:
             for wrong in wrongs(value, refused, hidden=hidden or is_secret((option.name,))):
@@ -396,12 +417,20 @@ class _Loader:
                 name = _dotted((option.name, *wrong.where))
                 shown = None if hidden or isinstance(wrong.value, dict | list) else display(where, wrong.value)
                 what = f"{name} = {shown}" if shown else name
-                self._at(table, where, f"{what} in {table.label}: {wrong.message}", wrong.message, variable)
+                said = wrong.message + self._from_where((*table.where, option.name))
+                self._at(table, where, f"{what} in {table.label}: {said}", wrong.message, variable)
         except (PluginError, ValueError, RuntimeError) as error:
-            said = str(error) if isinstance(error, PluginError) or not hidden else "is not valid"
+            said = str(error) if isinstance(error, PluginError | BadValue) or not hidden else "is not valid"
             where = (*table.where, option.name)
-            self._at(table, where, f"{option.name} in {table.label}: {said}", said, variable)
+            self._at(table, where, f"{option.name} in {table.label}: {said}{self._from_where(where)}", said, variable)
         return UNUSABLE
+
+    def _from_where(self, where: Where) -> str:
+        """Name the variables that a value is made of; what they hold is not shown."""
+        names = [
+            name for place, found in self._values.variables.items() if place[: len(where)] == where for name in found
+        ]
+        return f" (it comes from the environment variable {listed(names)})" if names else ""
 
     def _at(self, table: _Table, where: Where, message: str, short: str, variable: str | None) -> None:
         if variable is not None:
@@ -432,6 +461,8 @@ class _Loader:
             if form not in known and not form.startswith(unread):
                 meant = closest(form, known)
                 hint = f"; did you mean {known[meant]}?" if meant else ""
+                if form.startswith("tiers__") and form.endswith("__name"):
+                    hint = ": a tier's name is what addresses it, and cannot be overridden"
                 self._problems.append(Problem(f"the environment variable {variable} overrides nothing{hint}"))
 
     # --- where values came from ---

@@ -139,13 +139,17 @@ def _key_parts(node: Any) -> Iterator[tuple[str, Any]]:
 _AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
+_TUPLE = re.compile(r"\('[^()]*',?\)")
+"""A key as Python's parser writes it in its messages: ``('a', 'b')``."""
+
+
 def syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
     """Return the message and the place of an error of the standard library's parser, which writes both in one text."""
     said = str(error)
     found = _AT.search(said)
     if found is None:
         return said, None
-    message = said[: found.start()]
+    message = _TUPLE.sub(lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), said[: found.start()])
     lines = text.split("\n")
     place = Place(int(found[1]), int(found[2])) if found[1] else Place(len(lines), len(lines[-1]) + 1)
     if message.startswith("Cannot "):  # said after the value: show the key that is there twice

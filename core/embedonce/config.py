@@ -154,7 +154,9 @@ def _repeats(error: BaseException | None, secrets: frozenset[str]) -> bool:
     if error is None:
         return False
     said = f"{error} {getattr(error, '__notes__', '')}"
-    return any(secret in said for secret in secrets) or any(
+    # A repr, as most messages have it, writes some characters as escapes.
+    written = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
+    return any(secret in said for secret in written) or any(
         _repeats(before, secrets) for before in (error.__cause__, error.__context__)
     )
 

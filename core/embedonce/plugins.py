@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -301,7 +301,32 @@ def _inspect(point: EntryPoint) -> InstalledPlugin:
     except PluginError as error:
         return InstalledPlugin(point.name, (), _distribution(point), _version(point), str(error))
     kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
-    return InstalledPlugin(point.name, kinds, _distribution(point), _version(point))
+    wrong = "; ".join(
+        problem for kind in kinds for cls in plugin.registered[kind].values() for problem in _lacks(kind, cls)
+    )
+    return InstalledPlugin(point.name, kinds, _distribution(point), _version(point), wrong or None)
+
+
+def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
+    """Yield what can be seen to be wrong with a class before one is made."""
+    from ._options import options_beside, options_of  # only `embedonce plugins` asks
+    from ._sections import TierTable
+
+    if kind == "normalizer":
+        return
+    # Attributes such as limits and capabilities may be set when one is made: methods are the class's own.
+    methods = ["get_many", "set_many", "close"] if kind == "backend" else ["space", "close"]
+    missing = [name for name in methods if not callable(getattr(cls, name, None))]
+    if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):
+        missing.insert(0, "embed or aembed")
+    if missing:
+        yield f"{cls.__module__}.{cls.__qualname__} has no method {listed(missing)}"
+    own = options_of(TierTable) if kind == "backend" else {}
+    taken = {"type"} if kind == "backend" else {"type", "fallback"}
+    try:
+        options_beside(cls, own, taken)
+    except PluginError as error:
+        yield str(error)
 
 
 # --- messages ---------------------------------------------------------------------------------

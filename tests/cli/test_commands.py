@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import embedonce
 from embedonce import config
+from embedonce.answers import Purged
 from embedonce.cli import output
 from embedonce.cli.init import TEMPLATE
 from embedonce.cli.output import excerpt
@@ -90,9 +93,9 @@ def test_on_a_terminal_the_line_is_shown(
     ("error", "code", "said"),
     [
         (embedonce.PluginError("no plugin"), 2, "error: no plugin\n"),
-        (TierError("it failed", "redis"), 1, "error: TierError: it failed\n"),
+        (TierError("it failed", "redis"), 1, "error: tier 'redis': it failed\n"),
         (EraseIncomplete("not all", {"redis": "OSError"}), 1, "error: not all\n  redis: OSError\n"),
-        (PermissionError(13, "Permission denied", "x"), 1, "error: [Errno 13] Permission denied: 'x'\n"),
+        (PermissionError(13, "Permission denied", "x"), 1, "error: x: Permission denied\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -298,3 +301,121 @@ def test_on_a_terminal_purge_asks(
     assert ("nothing was removed" in err) == (left == 2)
     assert started.returncode == 0
     assert entries(command) == left
+
+
+# --- what an outside tester found -------------------------------------------------------------
+
+
+def test_a_tier_that_fails_is_named_with_its_cause(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(cache: embedonce.Cache) -> Any:
+        raise TierError("it failed", "disk") from OSError("the store's own words")
+
+    monkeypatch.setattr(embedonce.Cache, "contents", fails)
+    done = command("stats")
+    assert (done.code, done.err) == (1, "error: tier 'disk': it failed: the store's own words\n")
+    Path("embedonce.toml").write_text(
+        '[provider]\ntype = "ngram"\n[[tiers]]\ntype = "disk"\npath = "${MY_PATH}"\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("MY_PATH", "own")
+    assert command("stats").err == "error: tier 'disk': it failed\n", "the words repeat what came from a variable"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[tiers]\npassword = "hunter2"\n',
+        '[tiers]\npasword = "hunter2"\n',
+        '[tiers]\nurl = "redis://me:hunter2@host"\n',
+        '[tiers]\nheaders = [\n"x: hunter2",\n]\n',
+        '[provider.headers]\nx = "hunter2"\n',
+        '[tool.embedonce.provider.headers]\nx = "hunter2"\n',
+        'key = { secret = "hunter2" }\n',
+        '[key]\nsecret = """\nhunter2"""\n',
+    ],
+)
+def test_a_line_with_a_secret_is_not_shown(folder: Path, text: str) -> None:
+    Path("x.toml").write_text(text)
+    number = next(n for n, line in enumerate(text.split("\n"), start=1) if "hunter2" in line)
+    assert excerpt(Problem("wrong", "x.toml", number, 1)) == []
+
+
+def test_an_excerpt_is_the_right_line_and_safe_to_print(folder: Path) -> None:
+    Path("x.toml").write_text(
+        '[key]\nversion = "a\u2028b"\r\nnormalize = 1 # \x1b[31m\r\n', encoding="utf-8", newline=""
+    )
+    shown = excerpt(Problem("wrong", "x.toml", 3, 13))
+    assert shown == ["    3 | normalize = 1 #  [31m", "      | " + " " * 12 + "^"]
+
+
+def test_init_says_how_the_file_is_tried(command: Any, folder: Path) -> None:
+    assert command("init", "my own.toml").out == (
+        "wrote my own.toml; now try: embedonce check --config 'my own.toml'\n"
+    )
+    Path("pyproject.toml").write_text("[project]\n")
+    for force in ([], ["--force"]):
+        assert command("init", "pyproject.toml", *force).code == 2
+    assert Path("pyproject.toml").read_text() == "[project]\n"
+
+
+def test_init_replaces_no_pipe_and_leaves_no_empty_file(
+    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo("pipe.toml")
+    assert command("init", "pipe.toml", "--force").code == 2
+    assert Path("pipe.toml").is_fifo()
+    monkeypatch.setattr("embedonce.cli.init.TEMPLATE", "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        command("init", "new.toml")
+    assert not Path("new.toml").exists()
+
+
+def test_a_scope_that_is_none_is_wrong_usage(command: Any, filled: Path) -> None:
+    assert command("purge", "--scope", "zz", "--yes").code == 2
+
+
+def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedonce.cli import purge
+
+    def interrupted(*_: Any, **__: Any) -> bool:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    monkeypatch.setattr(purge.typer, "confirm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        purge._confirmed(Purged({}, {}))
+
+
+def test_ctrl_c_while_it_is_imported(folder: Path) -> None:
+    code = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from embedonce.cli import main
+main()
+"""
+    ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
+@pytest.mark.parametrize("name", ["check", "plugins", "schema"])
+def test_a_closed_output_is_no_traceback(folder: Path, name: str) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f'"$0" -P -m embedonce {name} >&-', sys.executable], capture_output=True, text=True
+    )
+    assert ran.returncode == 0
+    assert "Traceback" not in ran.stderr
+
+
+def test_help_without_colour_is_without_any_style(folder: Path) -> None:
+    environment = {**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "embedonce", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0
+    assert "\x1b" not in ran.stdout

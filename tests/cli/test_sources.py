@@ -269,7 +269,9 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "linked.txt").symlink_to("a/file.txt")
-    assert texts(tmp_path) == [(1, "one"), (1, "one")]
+    passages = [one for one in found(tmp_path) if isinstance(one, Passage)]
+    assert [one.text for one in passages] == ["one", "one"]
+    assert broken(tmp_path) == [(None, "a link that leads nowhere"), (None, "a link that leads nowhere")]
     assert [text for _, text in texts(tmp_path / "a/up/a/up/a")] == ["one"]
 
 
@@ -286,12 +288,17 @@ def test_very_deep_folders(tmp_path: Path) -> None:
         folder.rmdir()
 
 
-def test_sockets_and_pipes_in_folders_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_and_pipes_in_folders_are_named_and_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert found(Path(".")) == []
+        assert broken(Path(".")) == [(None, "no regular file"), (None, "no regular file")]
+
+
+def test_a_line_of_no_break_spaces_is_blank(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "one\n\u00a0\n \u3000 \n\u00a0two\n")
+    assert texts(path, split="line") == [(1, "one"), (4, "\u00a0two")]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

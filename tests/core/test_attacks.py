@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 
@@ -358,16 +359,10 @@ def test_workers_above_their_most_wait_and_all_get_done() -> None:
     assert most == 3
 
 
-def _forked(folder: str) -> None:
-    backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
-    cache = Cache(CountingProvider(max_batch=1), [Tier(backend, name="d", write="background", timeout=GENEROUS)])
-    cache.embed_batch([str(i) for i in range(10)])
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_background_writes_survive_the_end_of_a_child_process(method: str, tmp_path: Path) -> None:
-    child = multiprocessing.get_context(method).Process(target=_forked, args=(str(tmp_path),))  # type: ignore[attr-defined]
+    child = multiprocessing.get_context(method).Process(target=children.write_in_background, args=(str(tmp_path),))  # type: ignore[attr-defined]
     child.start()
     child.join(GENEROUS)
     assert child.exitcode == 0

@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read(here: Path) -> None:
     assert problems("nowhere.toml") == ["nowhere.toml: there is no such file; embedonce init writes one"]
     assert problems(here)[0].startswith(".: cannot be read: ")
     (here / "latin.toml").write_bytes(b'x = "\xe9"')
-    assert problems("latin.toml") == ["latin.toml: cannot be read: byte 6 is not UTF-8"]
+    assert problems("latin.toml") == ["latin.toml:1:6: cannot be read: byte 6 is not UTF-8"]
     (here / "pyproject.toml").write_text("[project]\n")
     assert problems(Path("pyproject.toml")) == ["pyproject.toml: has no [tool.embedonce]"]
     assert problems(7) == ["a configuration is a path, a dict or None (then one is looked for), not int"]
@@ -381,8 +381,8 @@ def test_a_wrong_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) ->
         "and nothing waits for it; leave timeout out",
         "the environment variable EMBEDONCE__ overrides nothing",
         "the environment variable EMBEDONCE__CACH__DTYPE overrides nothing; did you mean EMBEDONCE__CACHE__DTYPE?",
-        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing; did you mean "
-        "EMBEDONCE__TIERS__MEMORY__TYPE?",
+        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name is what "
+        "addresses it, and cannot be overridden",
         "the environment variable EMBEDONCE__TIERS__MEMORY__TTLL overrides nothing; did you mean "
         "EMBEDONCE__TIERS__MEMORY__TTL?",
     ]
@@ -421,6 +421,8 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'embedonce.toml:3:9: dtype = "float8" in [cache]: must be "float32", "float16" or "int8"; '
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
+        'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce has '
+        "nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins may bring more",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '
@@ -924,3 +926,62 @@ def test_the_page_lists_every_option_with_its_default_and_every_hook() -> None:
         sentence = str(inspect.getdoc(hook)).replace("``", "`").removesuffix(".")
         assert f"| `{hook.__name__}" in page
         assert sentence[1:] in page, sentence
+
+
+# --- what an outside tester found -------------------------------------------------------------
+
+
+def test_a_link_or_folder_in_the_place_of_the_file_is_not_passed_over(here: Path) -> None:
+    place = here / "embedonce.toml"
+    place.symlink_to("gone.toml")
+    assert problems(None) == ["embedonce.toml: is a link that leads nowhere"]
+    place.unlink()
+    place.symlink_to("embedonce.toml")
+    assert problems(None)[0].startswith("embedonce.toml: cannot be read: ")
+    place.unlink()
+    place.mkdir()
+    assert problems(None)[0].startswith("embedonce.toml: cannot be read: ")
+
+
+def test_an_empty_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f'{NGRAM}[[tiers]]\ntype = "disk"\npath = "{{}}"\n'
+    said = 'must not be empty; "." is the folder of the configuration'
+    assert problems_of(text.format("")) == [f'embedonce.toml:5:8: path in [[tiers]] "disk": {said}']
+    assert problems_of(text.format("${NO_SUCH:-}"))[0].endswith(said)
+    Path("embedonce.toml").write_text(text.format("cache"))
+    monkeypatch.setenv("EMBEDONCE__TIERS__DISK__PATH", "")
+    assert problems(None) == [f"EMBEDONCE__TIERS__DISK__PATH: {said}"]
+    monkeypatch.setenv("EMBEDONCE__TIERS__DISK__PATH", ".")
+    assert config.load().tiers[0].options["path"] == Path.cwd()
+
+
+def test_a_byte_that_is_not_utf_8_has_its_place(here: Path) -> None:
+    (here / "x.toml").write_bytes(b"\xef\xbb\xbf# \xc3\xa9\n# a\xc3\xa9\xff\n")
+    assert problems("x.toml") == ["x.toml:2:5: cannot be read: byte 14 is not UTF-8"]
+
+
+def test_a_number_without_end_is_said_without_pythons_words() -> None:
+    assert problems_of(f"x = {'9' * 5000}\n") == ["embedonce.toml: has a number that is far too large"]
+
+
+def test_a_value_from_a_variable_names_it_and_never_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_DTYPE", "hunter2")
+    assert problems_of('[cache]\ndtype = "${MY_DTYPE}"\n' + PLAIN) == [
+        'embedonce.toml:2:9: dtype in [cache]: must be "float32", "float16" or "int8" '
+        "(it comes from the environment variable MY_DTYPE)"
+    ]
+
+
+def test_an_unknown_type_does_not_hide_what_else_is_wrong() -> None:
+    found = problems_of(f'{NGRAM}[[tiers]]\ntype = "nope"\nname = "a"\nttl = 0\ntimeout = "soon"\n')
+    assert [problem.split(":")[1] for problem in found] == ["4", "6", "7"]
+
+
+def test_a_key_of_another_table_is_sent_there() -> None:
+    assert problems_of('[cache]\nsecret = "' + "x" * 40 + '"\n' + PLAIN) == [
+        'embedonce.toml:2:1: unknown key "secret" in [cache]; it belongs in [key]'
+    ]
+
+
+def test_a_table_that_is_there_twice_is_named_as_toml_writes_it() -> None:
+    assert problems_of("[key.a]\n[key.a]\n")[0].endswith("not valid TOML: cannot declare key.a twice")

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import children
 import pytest
 
 from embedonce import Cache, ConfigError, Tier
 from embedonce._leases import lease_key
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
-from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
 GENEROUS = 30.0
-TEXTS = [f"text {i}" for i in range(1000)]
-
-
-def process(folder: str, seed: int, barrier: Any) -> int:
-    """Ask for all texts in an order of its own; return how many this process computed."""
-    provider = CountingProvider(delay=0.002, max_batch=32)
-    tier = Tier(DiskBackend(path=Path(folder)), name="shared", lease=GENEROUS, timeout=GENEROUS)
-    order = np.random.default_rng(seed).permutation(len(TEXTS))
-    with Cache(provider, [MemoryBackend(), tier]) as cache:
-        barrier.wait(GENEROUS)
-        for start in range(0, len(TEXTS), 100):
-            mine = [TEXTS[i] for i in order[start : start + 100]]
-            matrix = cache.embed_batch(mine)
-            assert all((row == provider.vector_of(text)).all() for text, row in zip(mine, matrix, strict=True))
-    return provider.texts
 
 
 def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        barrier = manager.Barrier(8)
-        with context.Pool(8) as pool:
-            computed = pool.starmap(process, [(str(tmp_path / "d"), seed, barrier) for seed in range(8)])
-    assert sum(computed) == len(TEXTS)
+    table = {"type": "disk", "path": str(tmp_path / "d"), "lease": "30s", "timeout": "30s"}
+    found = children.eight_ask_for_all(table, "disk")
+    assert sum(computed for computed, _ in found) == len(children.COLD)
 
 
 def two(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[Any, Any]:

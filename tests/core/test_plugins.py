@@ -369,3 +369,28 @@ class TestTheStrangersProvider(ProviderContract):
 
     def make(self) -> Any:
         return self.module.LettersProvider(first=5)
+
+
+def test_what_is_wrong_with_a_class_is_seen_before_one_is_made(install: Install) -> None:
+    code = """
+import embedonce
+class Half:
+    def __init__(self, *, ttl: int = 1): ...
+    def close(self): ...
+class Mute:
+    def space(self, task): ...
+@embedonce.hookimpl
+def embedonce_backends():
+    return {"half": Half, "table": dict}
+@embedonce.hookimpl
+def embedonce_providers():
+    return {"mute": Mute}
+"""
+    name = f"half-{next(_numbers)}"
+    install(code, name=name)
+    (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
+    said = found.error or ""
+    assert "Half has no method get_many and set_many" in said
+    assert "has an option named ttl, which TOML uses for something else" in said
+    assert "builtins.dict has no method get_many, set_many and close" in said
+    assert "Mute has no method embed or aembed and close" in said

@@ -77,7 +77,7 @@ def embed(
     """Embed the passages of files, each distinct text once, and write one row per passage."""
     from embedonce.config import compose
 
-    from .opened import load
+    from .opened import load, telling
     from .run import Run
     from .sources import Reader
 
@@ -85,7 +85,7 @@ def embed(
     try:
         _check_paths(paths, out, format)
         loaded = load(config)
-        with _sigterm(), compose(loaded) as cache:
+        with _sigterm(), telling(loaded), compose(loaded) as cache:
             # The configuration may hold secrets, which are no text to send to a provider.
             leave_out = [*_own_files(out), *([str(loaded.file)] if loaded.file else [])]
             reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
@@ -124,8 +124,12 @@ def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
     for path in paths:
         if path == "-":
             continue
-        if not os.path.lexists(path):
-            raise Refused(f"{path}: no such file or folder")
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            raise Refused(f"{path}: no such file or folder") from None
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         if os.path.realpath(path) in own:
             raise Refused(f"{path} is what --out writes")
     if paths.count("-") > 1:

@@ -84,15 +84,21 @@ def _by_line(lines: Iterable[Line], source: str) -> Iterator[Found]:
     for number, raw in lines:
         if raw is None:
             yield Broken(source, number, TOO_LONG)
-        elif raw.strip():
+        elif not _blank(raw):
             yield _decoded(raw, source, number)
+
+
+def _blank(raw: bytes) -> bool:
+    """Whether there is nothing but white space, among it what Unicode adds, such as U+00A0."""
+    stripped = raw.strip()
+    return not stripped or (stripped[0] >= 0x80 and not stripped.decode(errors="replace").strip())
 
 
 def _by_paragraph(lines: Iterable[Line], source: str) -> Iterator[Found]:
     held: list[bytes] = []
     start = size = 0
     for number, raw in lines:
-        if raw is not None and not raw.strip():
+        if raw is not None and _blank(raw):
             if held or size:
                 yield _paragraph(held, size, source, start)
             held, size = [], 0
@@ -119,7 +125,7 @@ def _whole(stream: BinaryIO, source: str, meter: Meter) -> Iterator[Found]:
     meter.bytes += len(raw)
     if len(raw) > MAX_PASSAGE:
         yield Broken(source, None, f"{TOO_LONG}; split it by paragraph or line")
-    elif (raw := raw.removeprefix(BOM)).strip():
+    elif not _blank(raw := raw.removeprefix(BOM)):
         yield _decoded(raw, source, 1)
 
 

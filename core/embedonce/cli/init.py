@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from embedonce._documents import FILE, PYPROJECT
 
 from .options import JsonOption
 from .output import Refused, emit
@@ -73,6 +76,8 @@ def init(
     json: JsonOption = False,
 ) -> None:
     """Write a commented configuration that works as it is."""
+    if file.name == PYPROJECT:
+        raise Refused(f"{file} holds more than a configuration: init writes a file of its own, such as {FILE}")
     try:
         _write(file, force)
     except FileExistsError:
@@ -82,15 +87,26 @@ def init(
     if json:
         emit({"file": str(file)})
     else:
-        print(f"wrote {file}; now try: embedonce check", flush=True)
+        print(f"wrote {file}; now try: {_check(file)}", flush=True)
+
+
+def _check(file: Path) -> str:
+    """Return the command that tries the file: only one of the usual name is found without being named."""
+    return "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
 
 
 def _write(file: Path, force: bool) -> None:
     """Write the file whole or not at all; without ``force``, only where there is none."""
-    if not force:
-        with open(file, "x", encoding="utf-8", newline="\n") as new:
-            new.write(TEMPLATE)
-        return
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(TEMPLATE, encoding="utf-8", newline="\n")
-    os.replace(part, file)
+    file = Path(os.path.realpath(file)) if force else file  # a link stays one
+    if force and file.exists() and not file.is_file():
+        raise Refused(f"{file} is no regular file")
+    new = file.with_name(f".{file.name}.part") if force else file
+    with open(new, "w" if force else "x", encoding="utf-8", newline="\n") as opened:
+        try:
+            opened.write(TEMPLATE)
+            opened.flush()
+        except BaseException:  # a full disk: no file without content is left behind
+            new.unlink()
+            raise
+    if force:
+        os.replace(new, file)

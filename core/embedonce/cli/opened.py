@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .output import say
+from embedonce.errors import TierError
+
+from .output import Failed, say
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
@@ -36,5 +38,32 @@ def opened(source: str | None) -> Iterator[Cache]:
     """Compose the cache of a configuration, and close it at the end."""
     from embedonce import config
 
-    with config.compose(load(source)) as cache:
+    loaded = load(source)
+    with telling(loaded), config.compose(loaded) as cache:
         yield cache
+
+
+@contextmanager
+def telling(loaded: Config) -> Iterator[None]:
+    """Say of a tier that fails which one it is, and its store's own words where they repeat no secret.
+
+    Raises:
+        Failed: in the place of a TierError.
+    """
+    try:
+        yield
+    except TierError as error:
+        parts = (loaded.provider, *loaded.tiers)
+        hidden = [secret for part in parts for secret in part.secrets]
+        raise Failed(told(error, hidden)) from error
+
+
+def told(error: TierError, hidden: Collection[str] = ()) -> str:
+    """Return what is said of a tier's error: its name, what failed, and why."""
+    said = str(error)
+    if error.tier and not said.startswith("tier "):
+        said = f"tier {error.tier!r}: {said}"
+    cause = " ".join(str(error.__cause__ or "").split())
+    if not cause or cause in said or any(secret in cause for secret in hidden):
+        return said
+    return f"{said}: {cause}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from embedonce.errors import ConfigError, Problem
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -15,6 +19,16 @@ OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 class Refused(Exception):
     """A command cannot be carried out as it was given; nothing was done. It ends with exit code 2."""
+
+
+class Failed(Exception):
+    """Something failed that its user must see to; the message says what. It ends with exit code 1."""
+
+
+def said_of(error: OSError) -> str:
+    """Return what the system says of a failed call, with the file that it was for."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"
 
 
 def say(message: str) -> None:
@@ -86,19 +100,50 @@ def say_config_error(error: ConfigError) -> None:
 def excerpt(problem: Problem) -> list[str]:
     """Return the line that a problem is on, and a caret under its column; nothing where it has no place.
 
-    Only for a terminal: the line may hold a secret, which has no place in a log.
+    Only for a terminal. A line that may hold a secret is not shown at all.
     """
     if problem.file is None or problem.line is None:
         return []
     try:
         with open(problem.file, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
+            lines = file.read().removeprefix("\ufeff").split("\n")
     except OSError:
         return []
-    if not 1 <= problem.line <= len(lines):
+    if lines[-1] == "":
+        del lines[-1]
+    if not 1 <= problem.line <= len(lines) or _holds_secret(lines, problem.line - 1):
         return []
-    line = lines[problem.line - 1]
+    # A terminal obeys control characters, which only a broken file has.
+    line = "".join(c if c.isprintable() or c == "\t" else " " for c in lines[problem.line - 1].removesuffix("\r"))
     before = line[: (problem.column or 1) - 1]
     number = f"{problem.line:>5}"
     pad = "".join("\t" if c == "\t" else " " for c in before)
     return [f"{number} | {line}", f"{' ' * len(number)} | {pad}^"]
+
+
+_HEADER = re.compile(r"\s*\[")
+_KEY = re.compile(r"""\s*(?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*\s*=""")
+_SECRETS = ("password", "passphrase", "secret", "token", "apikey", "credential", "authorization")
+
+
+def _holds_secret(lines: Sequence[str], number: int) -> bool:
+    """Whether a line may hold a secret: by the words in it, in the key that it goes on from, and in its table.
+
+    It looks at words alone, since the file may be no TOML, and a key may be misspelled: rather too often.
+    """
+    line = lines[number]
+    begins = next((n for n in range(number, -1, -1) if _KEY.match(lines[n]) or _HEADER.match(lines[n])), 0)
+    header = next((lines[n] for n in range(number, -1, -1) if _HEADER.match(lines[n])), "")
+    table = [word for word in re.findall(r"[\w-]+", header) if word not in ("tool", "embedonce")]
+    if _HEADER.match(line) and "=" not in line:
+        return False
+    words = [*table[1:], *re.findall(r"[\w-]+", " ".join(lines[begins:number])), *re.findall(r"[\w-]+", line)]
+    return re.search(r"//[^/\s]*@", line) is not None or any(map(_is_secretive, words))
+
+
+def _is_secretive(word: str) -> bool:
+    from embedonce._load import is_secret
+    from embedonce._suggest import closest
+
+    form = word.lower().replace("-", "_")
+    return is_secret((form,)) or closest(form.replace("_", ""), _SECRETS, likeness=0.8) is not None

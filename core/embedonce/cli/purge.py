@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -48,6 +49,8 @@ def purge(
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
     if all(value is None for value in selected.values()):
         raise Refused("say what to purge: --scope, --model, --version or --namespace")
+    if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
+        raise Refused(f"--scope {scope}: a scope has 16 hex digits, as `embedonce stats` shows them")
     asks = not (dry_run or yes)
     if asks and not sys.stdin.isatty():
         raise Refused("nobody can be asked here: add --yes, or look with --dry-run")
@@ -68,7 +71,12 @@ def purge(
 def _confirmed(would: Purged) -> bool:
     for line in told(would, "would be removed"):
         say(line)
-    return typer.confirm("Remove this?", err=True)
+    try:
+        return typer.confirm("Remove this?", err=True)
+    except typer.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        return False  # the end of the input is no yes
 
 
 def told(purged: Purged, verb: str) -> Iterator[str]:

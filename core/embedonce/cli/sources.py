@@ -96,6 +96,9 @@ class Reader:
             if path != top and not (os.path.isdir(path) and not os.path.islink(path)):
                 if os.path.isfile(path) and os.path.realpath(path) not in self._leave_out:
                     yield _File(path, named=False)
+                elif not os.path.isfile(path) and not os.path.isdir(path):
+                    nowhere = os.path.islink(path) and not os.path.exists(path)
+                    yield Broken(name_of(path), None, "a link that leads nowhere" if nowhere else "no regular file")
                 continue
             try:
                 names = sorted(name for name in os.listdir(path) if not name.startswith("."))

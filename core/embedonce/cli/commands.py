@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
+from typer import rich_utils
 from typer.core import TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
@@ -14,7 +16,7 @@ from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
 from . import purge as _purge
-from .output import FAILED, INTERRUPTED, USAGE, Refused, say, say_config_error
+from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, said_of, say, say_config_error
 
 EPILOG = """
 Examples:
@@ -48,13 +50,16 @@ class Commands(TyperGroup):
             for tier, why in error.tiers.items():
                 say(f"  {tier}: {why}")
             raise typer.Exit(FAILED) from None
+        except Failed as error:
+            say(f"error: {error}")
+            raise typer.Exit(FAILED) from None
         except EmbedonceError as error:
             say(f"error: {type(error).__name__}: {error}")
             raise typer.Exit(FAILED) from None
         except BrokenPipeError:
             raise  # whoever read the output has enough; typer ends quietly
         except OSError as error:
-            say(f"error: {error}")
+            say(f"error: {said_of(error)}")
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             say("interrupted")
@@ -101,6 +106,8 @@ app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
 
 
-def main() -> None:
+def run() -> None:
     """Run the command line and exit with its code."""
+    if os.environ.get("NO_COLOR"):
+        rich_utils.COLOR_SYSTEM = None  # rich itself would keep bold and dim
     app(prog_name="embedonce")

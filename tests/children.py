@@ -1,0 +1,52 @@
+"""What child processes of the tests run: a module of its own, as a spawned child must be able to import it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedonce import Cache, Tier, config
+from embedonce.testing.fakes import CountingProvider
+from embedonce.testing.faults import Fault, FaultyBackend
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+GENEROUS = 20.0
+COLD = [f"text {i}" for i in range(1000)]
+
+
+def write_in_background(folder: str) -> None:
+    """Compute ten texts whose writes take a while, and end without closing the cache."""
+    backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
+    cache = Cache(CountingProvider(max_batch=1), [Tier(backend, name="d", write="background", timeout=GENEROUS)])
+    cache.embed_batch([str(i) for i in range(10)])
+
+
+def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
+    """Ask for :data:`COLD` texts in an order of its own, through memory and a leased tier.
+
+    Returns how many this process computed, and for how many the tier failed.
+    """
+    provider = CountingProvider(delay=0.002, max_batch=32)
+    (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
+    tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
+    order = np.random.default_rng(seed).permutation(len(COLD))
+    with Cache(provider, [MemoryBackend(), tier]) as cache:
+        barrier.wait(3 * GENEROUS)
+        for start in range(0, len(COLD), 100):
+            mine = [f"{prefix} {COLD[i]}" for i in order[start : start + 100]]
+            matrix = cache.embed_batch(mine)
+            assert all((row == provider.vector_of(text)).all() for text, row in zip(mine, matrix, strict=True))
+        return provider.texts, cache.stats().tiers["shared"].errors
+
+
+def eight_ask_for_all(table: dict[str, Any], prefix: str) -> list[tuple[int, int]]:
+    """Run :func:`ask_for_all` in eight processes at once."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        barrier = manager.Barrier(8)
+        with context.Pool(8) as pool:
+            return pool.starmap(ask_for_all, [(table, prefix, seed, barrier) for seed in range(8)])
