@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,9 @@ def conform(
     if trusted and not _any_odd(values, now, dtype, dimensions):
         return Decoded(dict(values), [], [])
     decoded = Decoded({}, [], [])
+    finite = _all_finite(values.values())
     for key, entry in values.items():
-        if not _sound(entry, dimensions):
+        if not _sound(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
             decoded.corrupt.append(key)
         elif entry.expires is not None and entry.expires <= now:
             decoded.missed.append(key)
@@ -115,8 +116,16 @@ def _sound(entry: Any, dimensions: int | None) -> bool:
         and vector.ndim == 1
         and (dimensions is None or vector.size == dimensions)
         and not vector.flags.writeable
-        and bool(np.isfinite(vector).all())
     )
+
+
+def _all_finite(entries: Iterable[Any]) -> bool:
+    """Look at all vectors in one go, as they nearly always are; one by one costs ten times as much."""
+    try:
+        joined = b"".join([entry.vector for entry in entries])
+    except (AttributeError, TypeError, ValueError, BufferError):
+        return False
+    return len(joined) % 4 == 0 and bool(np.isfinite(np.frombuffer(joined, np.float32)).all())
 
 
 def _coarsen(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
