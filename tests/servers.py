@@ -536,6 +536,10 @@ class PostgresServer(Server):
         words = [f"{postgres_bin(self.user)}/pg_isready", "-q", "-h", HOST, "-p", str(self.port)]
         return subprocess.run(words, user=self.user, cwd=self.folder, check=False).returncode == 0
 
+    def restart(self) -> None:
+        """Start it again on the same port. Sessions of one that was killed end a moment later, and are waited for."""
+        wait_until(self._started, "postgres starts again")
+
     def call(self, sql: str, database: str = "postgres") -> str:
         """Run a statement by psql and return what it prints."""
         words = [f"{postgres_bin(self.user)}/psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]

@@ -167,7 +167,8 @@ def finish_all(idle: list[Any]) -> None:
 def abandon(connection: AnyConnection) -> None:
     """Close a connection, after asking the server, in a thread, to stop what it still does for it."""
     busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
-    if not busy or not _in_thread(lambda: _cancel(connection)):
+    # libpq before 17 has only a way to ask that blocks the whole process for as long as the server does not answer.
+    if not (busy and psycopg.capabilities.has_cancel_safe()) or not _in_thread(lambda: _cancel(connection)):
         finish(connection)
 
 

@@ -724,18 +724,19 @@ def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
 ) -> None:
     _drop_idle(behind)
     before = proxy.accepted
-    proxy.fault = NetworkFault("latency", seconds=0.05, direction="replies")
-    for _ in range(200):
+    proxy.fault = NetworkFault("latency", seconds=0.2, direction="replies")
+    for _ in range(40):
         try:
-            with deadline(0.15):
+            with deadline(0.7):
                 found = behind.get_many([key_of(1)])
             break
         except TimeoutError:
             continue
     assert same(found, {key_of(1): entry_of(1, 384)})
-    assert proxy.accepted - before <= 2
+    assert proxy.accepted - before <= 4
 
 
+@pytest.mark.skipif(not psycopg.capabilities.has_cancel_safe(), reason="libpq before 17 cannot ask without blocking")
 def test_a_query_that_nobody_waits_for_is_ended(database: Database, backend: PostgresBackend) -> None:
     backend.set_many({key_of(1): b"x"}, None)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
@@ -820,8 +821,8 @@ def test_a_server_is_killed_and_started_again() -> None:
         for connection in [backend._pool.take() for _ in range(4)]:
             backend._pool.give(connection)
         server.kill()
-        with deadline(LONG), pytest.raises(psycopg.OperationalError):
-            backend.get_many(list(items))
+        with pytest.raises(psycopg.OperationalError):
+            _ask_until_it_fails(backend)  # sessions end a moment after the server
         server.restart()
         with deadline(LONG):  # the first call, although four connections are dead
             assert same(backend.get_many(list(items)), items)
@@ -832,6 +833,12 @@ def test_a_server_is_killed_and_started_again() -> None:
         server.resume()
         with deadline(LONG):
             assert same(backend.get_many(list(items)), items)
+
+
+def _ask_until_it_fails(backend: PostgresBackend) -> None:
+    with deadline(LONG):
+        while True:
+            backend.get_many([key_of(1)])
 
 
 def test_a_wrong_password_is_an_error_of_the_tier() -> None:
