@@ -285,7 +285,7 @@ def test_a_row_that_stays_as_it_is_is_not_written(database: Database, backend: P
 
 
 def test_an_encrypted_tier_leaves_nothing_readable_beside_its_frames(database: Database) -> None:
-    with opened(database.url, text_preview=True) as backend:
+    with opened(database.url) as backend:
         tier = Tier(backend, encryption=Encryption(os.urandom(32)), write="inline", ttl=3600)
         with Cache(CountingProvider(), [tier]) as cache:
             cache.put(["secret text"], [np.ones(cache.embed("other").size)], metadata=[{"text_preview": "secret text"}])
