@@ -148,10 +148,10 @@ class Engine:
                         self.table.claim(ticket.number, missing, port.loop, claimed)
                         await self._share(port, ticket.number, answer, claimed.landed)
                         await self._lead(port, ticket, answer, claimed.led, leases=leases)
-                    except BaseException:  # before the computation began; while it runs, it looks after its flights
-                        self.table.abandon({key: f for key, f in claimed.led.items() if not f.guarded})
+                        await self._follow_all(port, ticket, answer, claimed, last=again)
+                    except BaseException:
+                        self._let_go(port, ticket, claimed)
                         raise
-                    await self._follow_all(port, ticket, answer, claimed, last=again)
                 elif missing:
                     await self._share(port, ticket.number, answer, self.table.landed(missing))
             missing = answer.missing() if missing else missing
@@ -163,6 +163,17 @@ class Engine:
                 break
         if answer.refusal is not None:
             raise answer.refusal
+
+    def _let_go(self, port: Port, ticket: Ticket, claimed: Claimed) -> None:
+        """Give up what a call leads that ends early, so that nobody waits for it.
+
+        On an event loop a computation that has begun is a task of its own: it goes on, and looks after its flights.
+        """
+        if port.loop is None:
+            self.table.abandon(claimed.led)
+            ticket.end()
+        else:
+            self.table.abandon({key: flight for key, flight in claimed.led.items() if not flight.guarded})
 
     async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Store entries that no tier has. They are readable at once, as a landed flight is.

@@ -128,6 +128,11 @@ class Ticket:
         if self._holders == 0:
             self._table.ended(self.number)
 
+    def end(self) -> None:
+        """Release it for all that hold it."""
+        self._holders = 0
+        self._table.ended(self.number)
+
     def __enter__(self) -> Ticket:
         return self
 
