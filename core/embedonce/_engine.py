@@ -142,7 +142,7 @@ class Engine:
             with self.table.call() as ticket:
                 missing = await self._look(port, ticket.number, answer, missing)
                 if missing and compute and not self._replay:
-                    claimed = Claimed()
+                    claimed, blocking = Claimed(), port.loop is None
                     leases = self.leases if answer.store else None
                     try:
                         self.table.claim(ticket.number, missing, port.loop, claimed)
@@ -150,7 +150,7 @@ class Engine:
                         await self._lead(port, ticket, answer, claimed.led, leases=leases)
                         await self._follow_all(port, ticket, answer, claimed, last=again)
                     except BaseException:
-                        self._let_go(port, ticket, claimed)
+                        self._let_go(ticket, claimed, blocking)
                         raise
                 elif missing:
                     await self._share(port, ticket.number, answer, self.table.landed(missing))
@@ -164,12 +164,12 @@ class Engine:
         if answer.refusal is not None:
             raise answer.refusal
 
-    def _let_go(self, port: Port, ticket: Ticket, claimed: Claimed) -> None:
+    def _let_go(self, ticket: Ticket, claimed: Claimed, blocking: bool) -> None:
         """Give up what a call leads that ends early, so that nobody waits for it.
 
         On an event loop a computation that has begun is a task of its own: it goes on, and looks after its flights.
         """
-        if port.loop is None:
+        if blocking:
             self.table.abandon(claimed.led)
             ticket.end()
         else:
