@@ -229,19 +229,27 @@ class Engine:
     async def _promote(
         self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry], tiers: Sequence[LiveTier]
     ) -> None:
+        await self._give(port, ticket, answer, entries, tiers, patience=False)
+
+    async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
+        """Give entries to every tier."""
+        await self._give(port, ticket, answer, entries, self.tiers, patience=True)
+
+    async def _give(
+        self,
+        port: Port,
+        ticket: int,
+        answer: Answer,
+        entries: Mapping[str, Entry],
+        tiers: Sequence[LiveTier],
+        *,
+        patience: bool,
+    ) -> None:
+        """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
         for tier in tiers:
             if tier.name not in answer.errors:
                 try:
-                    await tier.store(port, ticket, entries, answer.preview, patience=False)
-                except TierError as error:
-                    answer.refusal = error
-
-    async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
-        """Give entries to every tier that has not failed in this call; a raising tier does not stop the others."""
-        for tier in self.tiers:
-            if tier.name not in answer.errors:
-                try:
-                    await tier.store(port, ticket, entries, answer.preview)
+                    await tier.store(port, ticket, entries, answer.preview, patience=patience)
                 except TierError as error:
                     answer.refusal = error
 

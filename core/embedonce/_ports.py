@@ -248,6 +248,17 @@ class _Job:
             raise TimeoutError
 
 
+async def _finished(port: Port, job: _Job, future: Future[T]) -> T:
+    """Return what a job came to; what has not begun when the caller is cancelled, or by Ctrl-C, never shall."""
+    try:
+        while not await port.wait(future, job.left()):
+            job.give_up(future)
+    except BaseException:
+        future.cancel()
+        raise
+    return future.result()
+
+
 class BlockingPort:
     """The port of the blocking face: every method runs to its end without suspending."""
 
@@ -271,14 +282,7 @@ class BlockingPort:
             future: Future[T] = workers.submit(job)
         except RuntimeError:  # the interpreter is ending: there will be no thread
             return _timed(call, timeout)
-        try:
-            while not await self.wait(future, job.left()):
-                job.give_up(future)
-        except BaseException:  # cancelled, or Ctrl-C: what has not begun never shall
-            future.cancel()
-            raise
-        result: T = future.result()
-        return result
+        return await _finished(self, job, future)
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return _result(self._background.submit(start()), timeout)
@@ -365,14 +369,7 @@ class LoopPort:
             return call()
         job = _Job(call, timeout)
         future: Future[T] = workers.submit(job)
-        try:
-            while not await self.wait(future, job.left()):
-                job.give_up(future)
-        except BaseException:  # cancelled, or Ctrl-C: what has not begun never shall
-            future.cancel()
-            raise
-        result: T = future.result()
-        return result
+        return await _finished(self, job, future)
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return await _within(start(), timeout)

@@ -165,10 +165,12 @@ class LiveTier:
 
     # --- calls to the backend -----------------------------------------------------------------
 
-    async def _call(self, port: Port, call: Callable[[], Any]) -> Any:
+    async def _call(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
         caps = self.capabilities
+        # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
+        timeout = None if listing else self.timeout
         quick = not caps.blocking and caps.deadline
-        return await port.call(call, self.timeout, self._workers, inline=caps.deadline, quick=quick)
+        return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
 
     async def _get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         loop = port.loop
@@ -607,7 +609,7 @@ class LiveTier:
         done: str = await self._strictly(port, self.backend.migrate, listing=True)
         return done
 
-    async def peek(self, port: Port, keys: Sequence[str], *, dtype: Dtype = "int8") -> Mapping[str, Any]:
+    async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Return the raw values of some keys, uncounted.
 
         Raises:
@@ -619,12 +621,8 @@ class LiveTier:
         return values
 
     async def _strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
-        caps = self.capabilities
-        # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
-        timeout = None if listing else self.timeout
         try:
-            quick = not caps.blocking and caps.deadline
-            return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
+            return await self._call(port, call, listing=listing)
         except TierError as error:
             raise TierError(str(error), self.name) from error
         except TimeoutError as error:
