@@ -10,6 +10,7 @@ TEST_BIN := $(TEST_VENV)/bin
 BENCH_VENV := .venv-bench
 DEMO := .demo
 WHEELS := build/wheels
+FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,ray,sentence-transformers
 
 # More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
@@ -37,10 +38,10 @@ demo: install
 
 # What the tests run against is what a user gets: the wheel, not the tree.
 wheel:
-	@$(INSTALL) $(TEST_VENV) --group dev
+	@$(INSTALL) $(TEST_VENV) --group dev --group frameworks
 	@rm -rf $(WHEELS)
 	@$(TEST_BIN)/hatchling build --target wheel --directory $(WHEELS)
-	@$(INSTALL) $(TEST_VENV) "$$(echo $(WHEELS)/*.whl)[all]"
+	@$(INSTALL) $(TEST_VENV) "$$(echo $(WHEELS)/*.whl)[all,$(FRAMEWORKS)]"
 
 lint: wheel
 	$(TEST_BIN)/ruff check .
