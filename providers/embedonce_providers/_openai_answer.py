@@ -46,7 +46,7 @@ def read_answer(content: bytes, texts: int) -> Embedded:
         index = item.get("index") if isinstance(item, dict) else None
         if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
             raise ProviderError(
-                f"the endpoint's answer does not give each of {texts} vectors an index of its own, from 0; none was stored"
+                f"the endpoint's answer does not give each of {texts} vectors its own index, from 0; none was stored"
             )
         vectors[index] = _vector(item.get("embedding"))
     return Embedded([vector for vector in vectors if vector is not None], _tokens(answer.get("usage")))
@@ -79,5 +79,5 @@ def too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] |
     """
     if status not in TOO_LONG_STATUS or not TOO_LONG.search(message):
         return None
-    named = [int(number) for number in POSITION.findall(message)]
-    return [position for position in named if position < len(texts)]
+    named = {int(number) for number in POSITION.findall(message)}
+    return sorted(position for position in named if position < len(texts))

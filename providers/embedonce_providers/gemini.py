@@ -55,16 +55,19 @@ class GeminiProvider:
         api_key: Annotated[str | None, Doc("Default: GEMINI_API_KEY. Needed at the first miss.")] = None,
         dimensions: Annotated[int | None, Gt(0), Doc("Ask for vectors of this length.")] = None,
         normalize: Annotated[
-            bool, Doc("Scale vectors to length 1: gemini-embedding-001's are not, unless they have all 3072 dimensions.")
+            bool,
+            Doc("Scale vectors to length 1: gemini-embedding-001's are not, unless they have all 3072 dimensions."),
         ] = False,
         task_types: Annotated[
             Mapping[str, str] | None,
-            Doc("Gemini's task type for each task. Default: RETRIEVAL_DOCUMENT and RETRIEVAL_QUERY; {}: none is sent."),
+            Doc('Gemini\'s task type by task, beside RETRIEVAL_DOCUMENT and RETRIEVAL_QUERY. "": none is sent.'),
         ] = None,
         prefixes: Annotated[
             Mapping[str, str] | None, Doc("What is put before a text, by task, for models that take no task type.")
         ] = None,
-        base_url: Annotated[str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's own.")] = None,
+        base_url: Annotated[
+            str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's own.")
+        ] = None,
         endpoint_name: Annotated[
             str | None, Doc("Stands in keys for base_url, where several hosts serve the same model.")
         ] = None,
@@ -77,8 +80,7 @@ class GeminiProvider:
         self._api_key = api_key
         self._dimensions = dimensions
         self._normalize = normalize
-        self._task_types = dict(TASK_TYPES if task_types is None else task_types)
-        self._passes = task_types is None or bool(task_types)
+        self._task_types = {**TASK_TYPES, **(task_types or {})}
         self._prefixes = dict(prefixes or {})
         self._base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
         self._max_retries = max_retries
@@ -142,10 +144,10 @@ class GeminiProvider:
     def _task_type(self, task: Task) -> str | None:
         """Return Gemini's task type of a task; None where none is sent."""
         if task in self._task_types:
-            return self._task_types[task]
-        if self._passes and task.upper() in KNOWN_TASK_TYPES:
+            return self._task_types[task] or None
+        if task.upper() in KNOWN_TASK_TYPES:
             return task.upper()
-        if not self._passes and (task in ("document", "query") or task in self._prefixes or not self._prefixes):
+        if task in self._prefixes:
             return None
         raise SpaceError(
             f"Gemini has no task type for the task {task!r}: give it one in task_types, or use one of "
@@ -163,9 +165,7 @@ class GeminiProvider:
     def _request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
         from google.genai import types
 
-        config = types.EmbedContentConfig(
-            task_type=self._task_type(task), output_dimensionality=self._dimensions
-        )
+        config = types.EmbedContentConfig(task_type=self._task_type(task), output_dimensionality=self._dimensions)
         # One Content for each text: of a list of strings the client makes, for some models, one with many parts.
         contents = [types.Content(parts=[types.Part(text=text)]) for text in texts]
         return {"model": self._model, "contents": contents, "config": config}

@@ -76,7 +76,9 @@ class OpenAIProvider:
         ] = None,
         truncate: Annotated[
             Literal["error", "provider"],
-            Doc('What happens to a text that is too long: "error" where the endpoint refuses it, "provider" where it cuts.'),
+            Doc(
+                'What happens to a text that is too long: "error" if the endpoint refuses it, "provider" if it cuts it.'
+            ),
         ] = "error",
         encoding_format: Annotated[
             Literal["float", "base64"] | None,
@@ -263,7 +265,7 @@ def _refusing(texts: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except openai.APIStatusError as error:
-        positions = too_long(error.status_code, str(error), texts)
+        positions = too_long(error.status_code, f"{error} {error.body}", texts)
         if positions is None:
             raise
         raise TextRefused("a text has more tokens than the endpoint takes", positions) from error
