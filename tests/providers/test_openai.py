@@ -23,7 +23,7 @@ from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, 
 from embedonce.testing._support import in_fork
 from embedonce_backends.disk import DiskBackend
 from embedonce_providers._openai_answer import read_answer, too_long
-from embedonce_providers.openai import OpenAIProvider, canonical_url
+from embedonce_providers.openai import OpenAIProvider
 
 from .chains import FRESH, MIXED, Face, ask, never_wrong
 
@@ -388,18 +388,6 @@ def test_tasks() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"URL|azure_endpoint|option"):
         OpenAIProvider(model="m", **options)
-
-
-@pytest.mark.parametrize(
-    ("url", "canonical"),
-    [
-        ("http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
-        ("http://HOST:80", "http://host"),
-        ("https://u:p@host:444/a/B/", "https://host:444/a/B"),
-    ],
-)
-def test_canonical_urls(url: str, canonical: str) -> None:
-    assert canonical_url(url) == canonical
 
 
 # --- Azure ------------------------------------------------------------------------------------
