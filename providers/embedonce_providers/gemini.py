@@ -127,8 +127,8 @@ class GeminiProvider:
             ProviderError: the answer has fewer or more vectors than texts, or is none.
         """
         contents = self._texts(texts, task)
-        client = self._clients.get()
-        answer = client.models.embed_content(**self._request(contents, task))
+        with self._clients.using() as client:
+            answer = client.models.embed_content(**self._request(contents, task))
         return self._read(answer, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:

@@ -163,17 +163,16 @@ class OpenAIProvider:
             ProviderError: the endpoint's answer is none.
         """
         request = self._request(texts, task)
-        create = self._clients.get().embeddings.with_raw_response.create
-        with _refusing(request["input"]):
-            answer = create(**request)
+        with self._clients.using() as client, _refusing(request["input"]):
+            answer = client.embeddings.with_raw_response.create(**request)
         return read_answer(answer.content, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
         """As :meth:`embed`, with the async client of the running loop."""
         request = self._request(texts, task)
-        create = (await self._clients.aget()).embeddings.with_raw_response.create
+        client = await self._clients.aget()
         with _refusing(request["input"]):
-            answer = await create(**request)
+            answer = await client.embeddings.with_raw_response.create(**request)
         return read_answer(answer.content, len(texts))
 
     def close(self) -> None:
