@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
@@ -28,8 +29,10 @@ try:
 except ImportError as error:
     raise ImportError("LangChain is not installed: pip install 'embedonce[langchain]'") from error
 
+Floats: TypeAlias = NDArray[np.float32]
 CLIENTS = ("client", "async_client")
 """Where LangChain's OpenAI embeddings keep their clients."""
+ASYNC_METHODS = ("aembed_documents", "aembed_query")
 
 
 class CachedEmbeddings(Embeddings):
@@ -73,7 +76,7 @@ class CachedEmbeddings(Embeddings):
 
         ``kwargs`` are passed on, and vectors that were made with other ones are other vectors.
         """
-        return _floats(self._cache(kwargs).embed_batch(texts))
+        return _lists(self._cache(kwargs).embed_batch(texts))
 
     def embed_query(self, text: str, **kwargs: Any) -> list[float]:
         """Return the vector of a query."""
@@ -81,7 +84,7 @@ class CachedEmbeddings(Embeddings):
 
     async def aembed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
         """As :meth:`embed_documents`."""
-        return _floats(await self._cache(kwargs).aembed_batch(texts))
+        return _lists(await self._cache(kwargs).aembed_batch(texts))
 
     async def aembed_query(self, text: str, **kwargs: Any) -> list[float]:
         """As :meth:`embed_query`."""
@@ -101,16 +104,12 @@ class CachedEmbeddings(Embeddings):
 class _Inner:
     """LangChain embeddings, and their vector spaces by task."""
 
-    def __init__(
-        self, embeddings: Embeddings, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool
-    ) -> None:
+    def __init__(self, embeddings: Embeddings, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> None:
         self._embeddings = _in_order(embeddings)
         self._spaces = {}
         for task in ("document", "query"):
             told = None if symmetric else task
-            self._spaces[task] = (
-                _described(embeddings, told) if space is None else declared_space(space, task=told)
-            )
+            self._spaces[task] = _described(embeddings, told) if space is None else declared_space(space, task=told)
         sizes = (getattr(embeddings, name, None) for name in ("chunk_size", "batch_size"))
         size = next((size for size in sizes if type(size) is int and size > 0), None)
         self._limits = Limits() if size is None else Limits(max_batch=size)
@@ -134,9 +133,11 @@ class _Inner:
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
 
+        # LangChain's default async methods are the blocking ones in a thread, without kwargs: the cache has threads too.
+        native = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
             embed=embed,
-            aembed=aembed,
+            aembed=aembed if native else None,
             space=lambda task: spaces["query" if task == "query" else "document"],
             limits=self._limits,
         )
@@ -157,8 +158,14 @@ def _described(embeddings: Any, task: Task | None) -> VectorSpace:
     return model_space(embeddings, task=task, also=also)
 
 
-def _floats(vectors: Any) -> Any:
-    return vectors.tolist()
+def _floats(vector: Floats) -> list[float]:
+    floats: list[float] = vector.tolist()
+    return floats
+
+
+def _lists(vectors: Floats) -> list[list[float]]:
+    lists: list[list[float]] = vectors.tolist()
+    return lists
 
 
 class VectorByteStore(ByteStore):
@@ -232,7 +239,9 @@ class VectorByteStore(ByteStore):
         self.cache.flush()
         yield from _keys(self.cache.list_metadata(), prefix)
 
-    async def ayield_keys(self, *, prefix: str | None = None) -> AsyncIterator[str]:
+    async def ayield_keys(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base has no yield in it)
+        self, *, prefix: str | None = None
+    ) -> AsyncIterator[str]:
         """As :meth:`yield_keys`."""
         await self.cache.aflush()
         for key in _keys(await self.cache.alist_metadata(), prefix):

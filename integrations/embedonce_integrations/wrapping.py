@@ -62,7 +62,9 @@ NOT_IN_SPACE = frozenset(
 )
 """What embedders are given beside what decides their vectors, under the names that frameworks have for it."""
 
-_SECRET = re.compile(r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|hf|session)_token)(_|$)")
+_SECRET = re.compile(
+    r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|hf|session)_token)(_|$)"
+)
 
 MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
 """Where embedders keep the name of their model."""
@@ -78,9 +80,9 @@ _open: list[tuple[object, weakref.ref[Cache]]] = []
 def shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
     """Return the cache of a configuration; equal configurations in one process share their tiers and flights.
 
-    ``source`` is what :func:`embedonce.open` takes, or what :func:`embedonce.config.load` made of it. A ``provider`` takes the place of ``[provider]``: the cache
-    that comes back asks it for what the shared tiers do not hold. Nobody closes a shared cache; it flushes when the
-    program ends.
+    ``source`` is what :func:`embedonce.open` takes, or what :func:`embedonce.config.load` made of it. A ``provider``
+    takes the place of ``[provider]``: the cache that comes back asks it for what the shared tiers do not hold. Nobody
+    closes a shared cache; it flushes when the program ends.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -140,8 +142,8 @@ class WrappedProvider:
         space: Callable[[Task], VectorSpace],
         limits: Limits | None = None,
     ) -> None:
-        self.embed = embed
-        self.aembed = aembed
+        self.embed: Any = embed
+        self.aembed: Any = aembed
         self.limits = limits or Limits()
         self._space = space
 
@@ -225,9 +227,7 @@ def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None 
     return declared if task is None or declared.task is not None else replace(declared, task=task)
 
 
-_DECLARE = (
-    'declare it: space={"model": "my-model-v2"}, with whatever else decides the vectors (dimensions, prompt, revision, ...)'
-)
+_DECLARE = 'declare it: space={"model": "my-model-v2"}, with whatever else decides them (dimensions, prompt, ...)'
 
 
 def _plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
@@ -315,8 +315,8 @@ def _in_order(answer: Any, texts: int) -> Any:
         by_place = dict(enumerate(items))
     if len(items) != texts or by_place.keys() != set(range(texts)):
         raise ProviderError(
-            f"the endpoint answered {texts} inputs with {len(items)} vectors, and their index does not say which belongs "
-            "to which; none was stored"
+            f"the endpoint answered {texts} inputs with {len(items)} vectors, and their index does not say which is"
+            " whose; none was stored"
         )
     answer.data = [by_place[place] for place in range(texts)]
     return answer

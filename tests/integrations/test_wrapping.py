@@ -99,10 +99,17 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
 
     space = described_space(
         Embedder(),
-        {"key": Secret(), "headers": {"auth": Secret()}, "base_url": "https://me:pass@host:8080/v1"},
+        {
+            "key": Secret(),
+            "body": {"auth": Secret(), "user": "me", "truncate": True},
+            "base_url": "https://me:pass@host:8080/v1",
+            "cohere_api_key": "sk-1",
+            "azure_ad_token_provider": print,
+            "aws_secret_access_key": "s",
+        },
         model="m",
     )
-    assert space.extra == {"headers": {}, "base_url": "https://host:8080/v1"}
+    assert space.extra == {"body": {"truncate": True}, "base_url": "https://host:8080/v1"}
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
 
 

