@@ -133,7 +133,7 @@ class _Inner:
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
 
-        # LangChain's default async methods are the blocking ones in a thread, without kwargs: the cache has threads too.
+        # LangChain's default async methods are the blocking ones in a thread, without kwargs; the cache does it with.
         native = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
             embed=embed,

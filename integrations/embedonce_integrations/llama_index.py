@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, NoReturn, TypeAlias
@@ -108,16 +109,21 @@ class CachedEmbedding(BaseEmbedding):
             "CachedEmbedding cannot be made from a dict; make it from its embedding model and configuration"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process makes it again from.
+
+        Raises:
+            SpaceError: the embedding model would make other vectors there.
+        """
+        # Here and not there: a multiprocessing pool waits for ever for a worker that cannot unpickle its work.
+        self._handle.check_pickling()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Not BaseComponent's way, which calls __init__ with the fields and so loses the embedding model.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
             state["__dict__"].setdefault(name, default)  # left out where it could not be pickled
         BaseModel.__setstate__(self, state)
-        if self._handle.vectors != self.vectors:
-            raise SpaceError(
-                "the embedding model is not the same after pickling, and would make other vectors: give it what it "
-                "needs as its fields, or leave num_workers out"
-            )
 
 
 REFUSED = {
@@ -156,6 +162,23 @@ class _Handle:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Handle, self._parts
 
+    def check_pickling(self) -> None:
+        """See that the embedding model comes out of pickling as it was: LlamaIndex leaves out what it cannot pickle.
+
+        Raises:
+            SpaceError: it does not.
+        """
+        try:
+            again = pickle.loads(pickle.dumps(self))
+            changed = again.vectors != self.vectors
+        except Exception as error:
+            raise SpaceError(f"the embedding model cannot be pickled ({type(error).__name__}: {error})") from error
+        if changed:
+            raise SpaceError(
+                "the embedding model would make other vectors in another process: pickling loses a part of it that is "
+                "no field. Make it anew there, or leave num_workers out"
+            )
+
 
 def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> WrappedProvider:
     spaces = {}
@@ -164,16 +187,19 @@ def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | Non
         spaces[task] = _described(inner, told) if space is None else declared_space(space, task=told)
     ordered: Any = _in_order(inner)
 
+    # One that was unpickled may have lost the attribute with its rate limiter.
+    limiter = getattr(inner, "rate_limiter", None)
+
     def embed(texts: list[str], task: Task) -> Any:
-        if inner.rate_limiter is not None:
-            inner.rate_limiter.acquire()
+        if limiter is not None:
+            limiter.acquire()
         if task == "query":
             return [_vector(ordered._get_query_embedding(text)) for text in texts]
         return [_vector(answer) for answer in ordered._get_text_embeddings(texts)]
 
     async def aembed(texts: list[str], task: Task) -> Any:
-        if inner.rate_limiter is not None:
-            await inner.rate_limiter.async_acquire()
+        if limiter is not None:
+            await limiter.async_acquire()
         if task == "query":
             return [_vector(await ordered._aget_query_embedding(text)) for text in texts]
         return [_vector(answer) for answer in await ordered._aget_text_embeddings(texts)]

@@ -202,7 +202,7 @@ def model_space(embedder: object, *, task: Task | None = None, also: Mapping[str
         if not dataclasses.is_dataclass(embedder):
             raise SpaceError(f"{cls.__name__} does not say what decides its vectors; {_DECLARE}")
         names = [field.name for field in dataclasses.fields(embedder)]
-    fields = {name: getattr(embedder, name) for name in names}
+    fields = {name: getattr(embedder, name, None) for name in names}
     fields |= {**(getattr(embedder, "model_extra", None) or {}), **(also or {})}
     found = {name: fields[name] for name in MODEL_FIELDS if isinstance(fields.get(name), str)}
     model = next((name for name in found.values() if name not in ("", "unknown")), None)
