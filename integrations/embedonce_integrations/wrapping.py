@@ -169,15 +169,10 @@ def described_space(
     URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described, or the class has no name that is its own. The
-            message says how to declare the space instead.
+        SpaceError: a field holds an object that cannot be described. The message names the field and says how to
+            declare the space instead.
     """
     cls = type(embedder)
-    if cls.__module__ == "__main__":
-        raise SpaceError(
-            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
-            f"move it to a module, or {_DECLARE}"
-        )
     kept = {name: item for name, item in fields.items() if name not in leave_out}
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
@@ -194,9 +189,14 @@ def model_space(embedder: object, *, task: Task | None = None, also: Mapping[str
 
     Raises:
         SpaceError: as :func:`described_space`, or the embedder is neither, or it keeps what decides its vectors where
-            nobody sees it. The message says how to declare the space instead.
+            nobody sees it, or its class has no name that is its own.
     """
     cls = type(embedder)
+    if cls.__module__ == "__main__":
+        raise SpaceError(
+            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
+            f"move it to a module, or {_DECLARE}"
+        )
     names = getattr(cls, "model_fields", None)
     if names is None:
         if not dataclasses.is_dataclass(embedder):
