@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import threading
 import weakref
@@ -63,7 +64,7 @@ NOT_IN_SPACE = frozenset(
 """What embedders are given beside what decides their vectors, under the names that frameworks have for it."""
 
 _SECRET = re.compile(
-    r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|hf|session)_token)(_|$)"
+    r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
 )
 
 MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
@@ -246,6 +247,10 @@ def _plain(item: Any, name: str) -> Value:
     """Return a value that a vector space can hold."""
     if isinstance(item, Enum):
         return _plain(item.value, name)
+    if isinstance(item, os.PathLike):
+        return os.fspath(item)
+    if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
+        return str(item)
     if isinstance(item, str):
         return _without_credentials(item)
     if item is None or isinstance(item, bool | int | float | bytes):

@@ -8,6 +8,8 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -623,3 +625,11 @@ def test_a_byte_store_over_a_tier_that_fails_or_cannot_list(face: Face) -> None:
     broken: Callable[[Sequence[str]], Any] = lambda keys: 1 / 0  # noqa: E731
     down.get_many = broken  # type: ignore[method-assign]
     assert store.mget(["a"]) == [None], "a tier that fails is a miss, and the text is embedded again"
+
+
+def test_a_missing_framework_is_named_with_what_to_install() -> None:
+    code = "import sys; sys.modules['langchain_core'] = None; import embedonce_integrations.langchain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: " in done.stderr
+    assert "pip install 'embedonce[langchain]'" in done.stderr

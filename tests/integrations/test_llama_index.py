@@ -7,6 +7,8 @@ import gc
 import hashlib
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -568,3 +570,11 @@ def test_retrieval_from_a_vector_index_is_the_same() -> None:
         assert [text for text, _ in hits] == [text for text, _ in plain]
         np.testing.assert_allclose([score for _, score in hits], [score for _, score in plain], atol=1e-6)
         assert inner._count.total() == len(DOCUMENTS) + 1
+
+
+def test_a_missing_framework_is_named_with_what_to_install() -> None:
+    code = "import sys; sys.modules['llama_index'] = None; import embedonce_integrations.llama_index"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: " in done.stderr
+    assert "pip install 'embedonce[llama-index]'" in done.stderr

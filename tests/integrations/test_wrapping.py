@@ -113,6 +113,7 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
             "base_url": "https://me:pass@host:8080/v1",
             "cohere_api_key": "sk-1",
             "azure_ad_token_provider": print,
+            "azure_ad_async_token_provider": print,
             "aws_secret_access_key": "s",
         },
         model="m",
@@ -164,6 +165,12 @@ async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> 
     assert cache.embed("three").tolist() == [5.0, 1.0]
     first, second = ("embed", "embed") if face == "embed" else ("aembed", "aembed" if face == "aembed" else "embed")
     assert asked == [first, second]
+
+
+def test_paths_and_precisions_are_described() -> None:
+    assert fingerprint(model_path=Path("/a")) == fingerprint(model_path="/a")
+    dtype = type("dtype", (), {"__module__": "torch", "__str__": lambda self: "torch.float16"})()
+    assert fingerprint(options={"torch_dtype": dtype}) == fingerprint(options={"torch_dtype": "torch.float16"})
 
 
 # --- models and dataclasses -------------------------------------------------------------------
