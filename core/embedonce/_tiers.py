@@ -284,7 +284,7 @@ class LiveTier:
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.update(self._without_previews(decoded.entries))
+        entries.update(self.without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
@@ -292,7 +292,7 @@ class LiveTier:
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+    def without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
         """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
         if not self.capabilities.text_preview:
             return entries
