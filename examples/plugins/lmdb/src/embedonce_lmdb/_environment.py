@@ -1,4 +1,4 @@
-"""One LMDB environment per folder and process: opened late, shared, let go of before a fork, and written by one at a time.
+"""One LMDB environment per folder and process: opened late, shared, let go of in a fork, written by one at a time.
 
 LMDB locks by ``fcntl``, whose locks belong to the process: a folder that is opened twice in one process
 loses them when the first is closed. So every backend of a folder shares one :class:`Environment`.
@@ -54,6 +54,11 @@ class Opened:
     """Descriptor of the file whose lock a writer holds."""
     inode: int
 
+    def used(self, transaction: lmdb.Transaction) -> int:
+        """Return the bytes of all pages that hold something; the rest of the file is for writes to come."""
+        found = [transaction.stat(database) for database in (self.frames, self.order, self.due)]
+        return sum(one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) for one in found)
+
 
 class Environment:
     """The environment of one folder in this process."""
@@ -75,23 +80,26 @@ class Environment:
 
     # --- transactions -------------------------------------------------------------------------
 
-    def read(self, work: Callable[[Opened, lmdb.Transaction], T]) -> T:
+    def read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
         """Return ``work(…)`` of one read transaction. It sees one state of the store, whatever others write."""
         return self._patched(lambda: self._read(work))
 
-    def _read(self, work: Callable[[Opened, lmdb.Transaction], T]) -> T:
+    def _read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
         with self._entered() as opened, self._begun(opened) as transaction:
             return work(opened, transaction)
 
-    def write(self, work: Callable[[Opened, lmdb.Transaction], T]) -> T:
+    def write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
         """Return ``work(…)`` of one write transaction, which is stored as a whole or, where it raises, not at all."""
         return self._patched(lambda: self._write(work))
 
-    def _write(self, work: Callable[[Opened, lmdb.Transaction], T]) -> T:
-        with self._entered() as opened, self._alone(opened):
-            # Values as views: of most, a write looks at the first 16 bytes only.
-            with opened.handle.begin(write=True, buffers=True) as transaction:
-                return work(opened, transaction)
+    def _write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
+        # Values as views: of those that are there a write looks at the first 16 bytes only.
+        with (
+            self._entered() as opened,
+            self._alone(opened),
+            opened.handle.begin(write=True, buffers=True) as transaction,
+        ):
+            return work(opened, transaction)
 
     def _patched(self, call: Callable[[], T]) -> T:
         """Return ``call()``, tried once more after what stood in its way was put right.
@@ -113,7 +121,7 @@ class Environment:
             raise TierError(f"{self.path}: {error}{_hint(error)}") from error
 
     @contextmanager
-    def _begun(self, opened: Opened) -> Iterator[lmdb.Transaction]:
+    def _begun(self, opened: Opened) -> Iterator[lmdb.Transaction[bytes]]:
         try:
             transaction = opened.handle.begin()
         except lmdb.ReadersFullError:
@@ -216,7 +224,7 @@ class Environment:
             readahead=False,
         )
         try:
-            self._check_whole(handle)
+            self._fill_up(handle)
             handle.reader_check()
             frames, order, due = (handle.open_db(name) for name in (b"frames", b"order", b"due"))
             return Opened(handle, frames, order, due, lock, self._inode())
@@ -224,11 +232,15 @@ class Environment:
             handle.close()
             raise
 
-    def _check_whole(self, handle: lmdb.Environment) -> None:
-        """Refuse a file that was cut short: touching a page of the map that has no file behind it ends the process."""
+    def _fill_up(self, handle: lmdb.Environment) -> None:
+        """Give every page of the map a file behind it: touching one without ends the process.
+
+        A writer that was killed leaves out pages that nobody needs; where somebody cut the file short, LMDB now
+        finds zeros and says that it is damaged.
+        """
         needed = (handle.info()["last_pgno"] + 1) * handle.stat()["psize"]
         if (self.path / "data.mdb").stat().st_size < needed:
-            raise TierError(f"{self.path}: the file was cut short; remove the folder, what it held is computed again")
+            os.truncate(self.path / "data.mdb", needed)
 
     def _inode(self) -> int:
         try:

@@ -12,6 +12,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ class LmdbBackend:
             return {}
         now = self._now()
 
-        def work(opened: Opened, transaction: lmdb.Transaction) -> dict[str, bytes]:
+        def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> dict[str, bytes]:
             get, frames = transaction.get, opened.frames
             return {
                 key: value[HEADER:]
@@ -114,7 +115,7 @@ class LmdbBackend:
         """
         begin, start = prefix.encode(), prefix.encode()
         while True:
-            page = self._environment.read(lambda opened, txn, start=start: list(_from(opened, txn, start, begin, PAGE)))
+            page = self._environment.read(partial(_page, start=start, prefix=begin, most=PAGE))
             for key in page:
                 yield key.decode()
             if len(page) < PAGE:
@@ -125,10 +126,10 @@ class LmdbBackend:
         """Return how many keys ``scan(prefix)`` gives; all of them are walked over, unless it is all there are."""
         begin = prefix.encode()
 
-        def work(opened: Opened, transaction: lmdb.Transaction) -> int:
+        def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> int:
             if not begin:
                 return transaction.stat(opened.frames)["entries"]
-            return sum(1 for _ in _from(opened, transaction, begin, begin))
+            return len(_page(opened, transaction, start=begin, prefix=begin))
 
         return self._environment.read(work)
 
@@ -151,7 +152,7 @@ class LmdbBackend:
         if not keys:
             return
 
-        def work(opened: Opened, transaction: lmdb.Transaction) -> None:
+        def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> None:
             for key in keys:
                 _drop(opened, transaction, key.encode())
 
@@ -193,7 +194,7 @@ class LmdbBackend:
         ends = NEVER if ttl is None else _stamp(self.clock() + ttl)
         now = self._now()
 
-        def work(opened: Opened, transaction: lmdb.Transaction) -> tuple[set[str], int]:
+        def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> tuple[set[str], int]:
             evicted = self._make_room(opened, transaction, items, now)
             stored = set()
             number = transaction.id() << 24
@@ -223,10 +224,15 @@ class LmdbBackend:
             )
         return stored
 
-    def _make_room(self, opened: Opened, transaction: lmdb.Transaction, items: Mapping[str, bytes], now: bytes) -> int:
-        """Free what has expired and, where ``max_bytes`` would be passed, what was stored first; return how many of these.
+    def _make_room(
+        self, opened: Opened, transaction: lmdb.Transaction[memoryview], items: Mapping[str, bytes], now: bytes
+    ) -> int:
+        """Free what has expired and, where ``max_bytes`` would be passed, what was stored first.
 
         Expired entries go a few at a time, so that no write pays for all that have run out since the last one.
+
+        Returns:
+            How many entries were evicted before their time.
         """
         for ends, name in _first(transaction, opened.due, 2 * len(items) + 64):
             if ends[:8] > now:
@@ -235,7 +241,7 @@ class LmdbBackend:
         page = transaction.stat(opened.frames)["psize"]
         need = sum(_room(len(value), page) for value in items.values())
         evicted = 0
-        while self._used(opened, transaction) + need > self._max_bytes:
+        while opened.used(transaction) + need > self._max_bytes:
             oldest = _first(transaction, opened.order, max(8, len(items) // 4))
             if not oldest:
                 break
@@ -243,14 +249,6 @@ class LmdbBackend:
                 _drop(opened, transaction, name)
             evicted += len(oldest)
         return evicted
-
-    def _used(self, opened: Opened, transaction: lmdb.Transaction) -> int:
-        """Return the bytes of all pages that hold something."""
-        total = 0
-        for database in (opened.frames, opened.order, opened.due):
-            found = transaction.stat(database)
-            total += found["psize"] * (found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"])
-        return total
 
 
 def _stamp(seconds: float) -> bytes:
@@ -264,22 +262,22 @@ def _room(size: int, page: int) -> int:
     return size * 3 // 2 if size < page // 2 else -(-size // page) * page + 300
 
 
-def _from(
-    opened: Opened, transaction: lmdb.Transaction, start: bytes, prefix: bytes, most: int | None = None
-) -> Iterator[bytes]:
-    """Yield keys from ``start`` on for as long as they start with ``prefix``."""
+def _page(
+    opened: Opened, transaction: lmdb.Transaction[bytes], *, start: bytes, prefix: bytes, most: int | None = None
+) -> list[bytes]:
+    """Return keys from ``start`` on, for as long as they start with ``prefix``."""
+    page: list[bytes] = []
     with transaction.cursor(opened.frames) as cursor:
         there = cursor.set_range(start)
-        count = 0
-        while there and count != most and (key := bytes(cursor.key())).startswith(prefix):
-            yield key
-            count += 1
+        while there and len(page) != most and (key := cursor.key()).startswith(prefix):
+            page.append(key)
             there = cursor.next()
+    return page
 
 
-def _first(transaction: lmdb.Transaction, database: lmdb._Database, most: int) -> list[tuple[bytes, bytes]]:
+def _first(transaction: lmdb.Transaction[memoryview], database: lmdb._Database, most: int) -> list[tuple[bytes, bytes]]:
     """Return copies of the first pairs of a database."""
-    pairs = []
+    pairs: list[tuple[bytes, bytes]] = []
     with transaction.cursor(database) as cursor:
         there = cursor.first()
         while there and len(pairs) < most:
@@ -288,14 +286,14 @@ def _first(transaction: lmdb.Transaction, database: lmdb._Database, most: int) -
     return pairs
 
 
-def _drop(opened: Opened, transaction: lmdb.Transaction, name: bytes) -> None:
+def _drop(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes) -> None:
     there = transaction.get(name, None, opened.frames)
     if there is not None:
         _unlist(opened, transaction, bytes(there[:HEADER]))
         transaction.delete(name, db=opened.frames)
 
 
-def _unlist(opened: Opened, transaction: lmdb.Transaction, header: bytes) -> None:
+def _unlist(opened: Opened, transaction: lmdb.Transaction[memoryview], header: bytes) -> None:
     """Remove an entry from the lists of what was stored and of what expires."""
     transaction.delete(header[8:], db=opened.order)
     if header[:8] != NEVER:
