@@ -84,7 +84,9 @@ def read(store: Any, keys: Sequence[str], found: bool = True) -> None:
 def views_only(store: LmdbBackend, keys: Sequence[str]) -> None:
     """Read as the backend does, without copying: what is found is worthless afterwards."""
     for chunk in chunks(keys):
-        with store._shared._entered() as opened, opened.handle.begin(buffers=True) as transaction:
+        opened = store._shared._opened
+        assert opened is not None
+        with opened.handle.begin(buffers=True) as transaction:
             views = {key: transaction.get(key.encode(), None, opened.frames) for key in chunk}
             assert all(view[:8] for view in views.values() if view is not None)
 

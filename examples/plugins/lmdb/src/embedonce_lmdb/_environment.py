@@ -22,6 +22,7 @@ from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, TierTimeout
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 MIB = 2**20
 READERS = 1024
@@ -73,7 +74,8 @@ class Environment:
         self._renew_locks()
 
     def _renew_locks(self) -> None:
-        self._gate = threading.Condition()
+        self._lock = threading.RLock()
+        self._gate = threading.Condition(self._lock)
         self._inside = 0
         self._shut = False
         self._writing = threading.Lock()
@@ -82,80 +84,78 @@ class Environment:
 
     def read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
         """Return ``work(…)`` of one read transaction. It sees one state of the store, whatever others write."""
-        return self._patched(lambda: self._read(work))
+        return self._patched(self._read, work)
 
     def _read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
-        with self._entered() as opened, self._begun(opened) as transaction:
-            return work(opened, transaction)
+        opened = self._enter()
+        try:
+            with _begun(opened) as transaction:
+                return work(opened, transaction)
+        finally:
+            self._leave()
 
     def write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
         """Return ``work(…)`` of one write transaction, which is stored as a whole or, where it raises, not at all."""
-        return self._patched(lambda: self._write(work))
+        return self._patched(self._write, work)
 
     def _write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
-        # Values as views: of those that are there a write looks at the first 16 bytes only.
-        with (
-            self._entered() as opened,
-            self._alone(opened),
-            opened.handle.begin(write=True, buffers=True) as transaction,
-        ):
-            return work(opened, transaction)
+        opened = self._enter()
+        try:
+            # Values as views: of those that are there a write looks at the first 16 bytes only.
+            with self._alone(opened), opened.handle.begin(write=True, buffers=True) as transaction:
+                return work(opened, transaction)
+        finally:
+            self._leave()
 
-    def _patched(self, call: Callable[[], T]) -> T:
-        """Return ``call()``, tried once more after what stood in its way was put right.
+    def _patched(self, call: Callable[[W], T], work: W) -> T:
+        """Return ``call(work)``, tried once more after what stood in its way was put right.
 
         Raises:
             TierError: with what LMDB says, and where.
         """
         try:
             try:
-                return call()
+                return call(work)
             except lmdb.MapResizedError:  # another process has a larger map
                 self._resize(0)
             except lmdb.MapFullError:  # readers hold on to pages that were let go of
                 self._resize(self._map_size() + self.settings.max_bytes // 4 + 16 * MIB)
-            return call()
+            return call(work)
         except lmdb.ReadersFullError as error:
             raise TierBusy(f"{self.path}: all {READERS} places for readers are taken") from error
         except lmdb.Error as error:
             raise TierError(f"{self.path}: {error}{_hint(error)}") from error
 
-    @contextmanager
-    def _begun(self, opened: Opened) -> Iterator[lmdb.Transaction[bytes]]:
-        try:
-            transaction = opened.handle.begin()
-        except lmdb.ReadersFullError:
-            opened.handle.reader_check()  # a process that was killed leaves its places behind
-            transaction = opened.handle.begin()
-        with transaction:
-            yield transaction
-
     # --- who may go in ------------------------------------------------------------------------
 
-    @contextmanager
-    def _entered(self) -> Iterator[Opened]:
-        left = time_left()
-        with self._gate:
-            if not self._gate.wait_for(lambda: not self._shut, PATIENCE if left is None else left):
-                raise TierTimeout("this process is forking, or the map is being resized")
-            if self._stranded:
-                raise TierError(
-                    "this process was forked while the store was in use, and LMDB cannot go on in it; "
-                    "fork earlier, or start processes with spawn"
-                )
-            if not self.users:
-                raise CacheClosed("the lmdb backend is closed")
-            if self._opened is None:
-                self._opened = self._open()
+    def _enter(self) -> Opened:
+        with self._lock:
             opened = self._opened
+            if opened is None or self._shut:
+                opened = self._enter_late()
             self._inside += 1
-        try:
-            yield opened
-        finally:
-            with self._gate:
-                self._inside -= 1
-                if not self._inside:
-                    self._gate.notify_all()
+            return opened
+
+    def _enter_late(self) -> Opened:
+        left = time_left()
+        if not self._gate.wait_for(lambda: not self._shut, PATIENCE if left is None else left):
+            raise TierTimeout("this process is forking, or the map is being resized")
+        if self._stranded:
+            raise TierError(
+                "this process was forked while the store was in use, and LMDB cannot go on in it; "
+                "fork earlier, or start processes with spawn"
+            )
+        if not self.users:
+            raise CacheClosed("the lmdb backend is closed")
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._shut and not self._inside:
+                self._gate.notify_all()
 
     @contextmanager
     def _emptied(self, seconds: float) -> Iterator[bool]:
@@ -182,7 +182,7 @@ class Environment:
         if not self._writing.acquire(timeout=max(0.0, end - time.monotonic())):
             raise TierTimeout("another thread writes")
         try:
-            _lock(opened.lock, end)
+            _take(opened.lock, end)
             try:
                 yield
             finally:
@@ -200,7 +200,7 @@ class Environment:
             raise TierError(f"{self.path} cannot be opened for writing ({error.strerror})") from error
         try:
             # Laying out a new file is a write, and LMDB would wait for another's without an end.
-            _lock(lock, time.monotonic() + (PATIENCE if (left := time_left()) is None else left))
+            _take(lock, time.monotonic() + (PATIENCE if (left := time_left()) is None else left))
             try:
                 return self._laid_out(lock)
             finally:
@@ -257,8 +257,11 @@ class Environment:
                     self._close()
 
     def _map_size(self) -> int:
-        with self._entered() as opened:
+        opened = self._enter()
+        try:
             return opened.handle.info()["map_size"]
+        finally:
+            self._leave()
 
     def _resize(self, size: int) -> None:
         """Make the map larger; 0: as large as another process has made it."""
@@ -300,11 +303,22 @@ class Environment:
         """Let go of the parent's files before opening them: closing them later would release the child's own locks."""
         self._stranded = self._stranded or self._inside > 0
         self._renew_locks()
-        if not self._stranded:
+        if self._stranded:
+            self._opened = None
+        else:
             self._close()
 
 
-def _lock(descriptor: int, end: float) -> None:
+def _begun(opened: Opened) -> lmdb.Transaction[bytes]:
+    """Begin to read."""
+    try:
+        return opened.handle.begin()
+    except lmdb.ReadersFullError:
+        opened.handle.reader_check()  # a process that was killed leaves its places behind
+        return opened.handle.begin()
+
+
+def _take(descriptor: int, end: float) -> None:
     """Take the lock of a file, trying again and again: ``flock`` itself has no time limit.
 
     Raises:

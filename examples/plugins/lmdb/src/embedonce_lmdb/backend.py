@@ -106,7 +106,13 @@ class LmdbBackend:
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
-        return self.get_many((key,)).get(key)
+        now = self._now()
+
+        def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> bytes | None:
+            value = transaction.get(key.encode(), None, opened.frames)
+            return None if value is None or value[:8] <= now else value[HEADER:]
+
+        return self._environment.read(work)
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix`` in order, those too whose ttl has passed but that still take space.
