@@ -10,10 +10,10 @@ import asyncio
 import os
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 api = 1
+
+G = TypeVar("G")
+T = TypeVar("T")
 
 KEYS = 256
 """Keys of one call."""
@@ -119,7 +122,7 @@ class ObjectsBackend:
         """Yield the keys that start with ``prefix``, page by page. What is stored meanwhile may be missing."""
         pages = self._objects.pages(prefix, self._open())
         while True:
-            page = self._run(lambda pages: self._objects.page(pages), pages)
+            page = self._run(self._objects.page, pages)
             if page is None:
                 return
             yield from (key for key in page if key.startswith(prefix))
@@ -137,7 +140,7 @@ class ObjectsBackend:
             raise CacheClosed("the objects backend is closed")
         return self._objects.store()
 
-    def _run(self, call: Callable[[Any], Any], given: Any) -> Any:
+    def _run(self, call: Callable[[G], Coroutine[Any, Any, T]], given: G) -> T:
         self._open()
         return self._background.run(call(given))
 
@@ -176,6 +179,7 @@ class _Objects:
         parts = urlsplit(url)
         self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         """The url without what may be secret in it."""
+        self.scope: Literal["process", "host", "network"]
         self._concurrency = concurrency
         self._store: ObjectStore | None = None
         self._folder: Path | None = None
