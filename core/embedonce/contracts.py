@@ -48,6 +48,8 @@ class Capabilities:
     deadline: bool = False
     """True: every call raises by :func:`time_left`. Otherwise the engine runs the backend's calls in a
     thread of its own, so that a hanging one can be left behind."""
+    fork: bool = True
+    """False: its client library cannot go on in a forked child. Every call there raises at once, and says what to do."""
     ttl: bool = False
     """True: the backend frees an entry's space after its ttl. (The engine never serves an expired entry.)"""
     max_batch: int | None = None
