@@ -42,6 +42,7 @@ ORDER = (
     "functions",
     "answers",
     "_checks",
+    "similarity",
     "hookspecs",
     "_ports",
     "_flights",
