@@ -142,16 +142,12 @@ class Engine:
             with self.table.call() as ticket:
                 missing = await self._look(port, ticket.number, answer, missing)
                 if missing and compute and not self._replay:
-                    claimed, blocking = Claimed(), port.loop is None
+                    refusal = await self.refusal(port, answer.route)
+                    if refusal is not None:
+                        answer.failed.update(dict.fromkeys(missing, refusal))
+                        break
                     leases = self.leases if answer.store else None
-                    try:
-                        self.table.claim(ticket.number, missing, port.loop, claimed)
-                        await self._share(port, ticket.number, answer, claimed.landed)
-                        await self._lead(port, ticket, answer, claimed.led, leases=leases)
-                        await self._follow_all(port, ticket, answer, claimed, last=again)
-                    except BaseException:
-                        self._let_go(ticket, claimed, blocking)
-                        raise
+                    await self._claim(port, ticket, answer, missing, leases=leases, last=again)
                 elif missing:
                     await self._share(port, ticket.number, answer, self.table.landed(missing))
             missing = answer.missing() if missing else missing
@@ -163,6 +159,31 @@ class Engine:
                 break
         if answer.refusal is not None:
             raise answer.refusal
+
+    moves = False
+    """Whether :meth:`current` may lead to another space."""
+
+    async def refusal(self, port: Port, route: Route) -> Exception | None:
+        """Return why nothing may be computed in this space, or None."""
+        return None
+
+    async def current(self, port: Port, route: Route) -> Route:
+        """Return the route to the space in which texts are embedded now."""
+        return route
+
+    async def _claim(
+        self, port: Port, ticket: Ticket, answer: Answer, keys: list[str], *, leases: Leases | None, last: bool
+    ) -> None:
+        """Compute the keys that nobody computes, then wait for the others."""
+        claimed, blocking = Claimed(), port.loop is None
+        try:
+            self.table.claim(ticket.number, keys, port.loop, claimed)
+            await self._share(port, ticket.number, answer, claimed.landed)
+            await self._lead(port, ticket, answer, claimed.led, leases=leases)
+            await self._follow_all(port, ticket, answer, claimed, last=last)
+        except BaseException:
+            self._let_go(ticket, claimed, blocking)
+            raise
 
     def _let_go(self, ticket: Ticket, claimed: Claimed, blocking: bool) -> None:
         """Give up what a call leads that ends early, so that nobody waits for it.
@@ -281,7 +302,7 @@ class Engine:
             if error is None or (last and isinstance(error, Abandoned)):
                 alone.append(key)
             elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
-                answer.failed[key] = _own(error)
+                answer.failed[key] = own_error(error)
         await self._share(port, ticket.number, answer, claimed.followed)
         if alone:
             flights = {key: Flight(ticket.number, port.loop) for key in alone}
@@ -470,7 +491,7 @@ def _tokens(reply: Any) -> int | None:
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
 
 
-def _own(error: Exception) -> Exception:
+def own_error(error: Exception) -> Exception:
     """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
     try:
         own = copy(error)
