@@ -115,8 +115,8 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
     def set_all(self, items: Mapping[str, bytes], expire: int) -> Sequence[str]:
         """Store the items, and return the keys of those that were refused."""
         values: Any = items
-        refused: Sequence[str] = self.set_many(values, expire, noreply=False)
-        return refused
+        refused: Any = self.set_many(values, expire, noreply=False)
+        return refused  # type: ignore[no-any-return]
 
     def add_all(self, items: Mapping[str, bytes], expire: int) -> set[str]:
         """Store what is absent, and return those keys. (pymemcache's ``add`` is for one key.)"""

@@ -20,10 +20,11 @@ from xxhash import xxh3_64_intdigest
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, deadline, time_left
-from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy
+from embedonce.errors import CacheClosed, ConfigError, PartialAnswer
 from embedonce.options import Doc, Size
 
 from ._memcached_nodes import Connection, Node, silences
+from ._nodes import NodeDown, NodeTimeout
 
 api = 1
 
@@ -42,16 +43,8 @@ LAST_DATE = 2**31 - 1
 """A later date wraps around, and is in the past."""
 
 
-class NodeDown(TierBusy):
-    """A node does not answer and others do: an error, but no reason to leave the whole tier out."""
-
-
 class _LeftOut(NodeDown):
     """A node was not asked, because it failed a moment ago."""
-
-
-class NodeTimeout(NodeDown, TimeoutError):
-    """A node did not answer in time and others do."""
 
 
 class MemcachedBackend:
