@@ -329,6 +329,7 @@ def test_a_full_server_says_so_and_keeps_what_it_has(backends: Any) -> None:
             backend.set_many(many, None)
         assert isinstance(caught.value.__cause__, redis.exceptions.OutOfMemoryError)
         assert backend.get_many(list(many)).keys() == many.keys() - caught.value.failed
+        server.call("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             backend.set_many(items(30), None)
         assert backend.get_many(list(items(10))) == items(10)
