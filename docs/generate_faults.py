@@ -42,7 +42,8 @@ EFFECTS = {
     ("write", "partly"): "stored or not",
 }
 HEAD = (
-    "| fault | | texts are | errors counted as | calls that waited | first call, + ms | later calls, + ms | back after, s |"
+    "| fault | | texts are | errors counted as | calls that waited | first call, + ms | later calls, + ms |"
+    " back after, s |"
     "\n| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"
 )
 COLUMNS = 8

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from servers import (
     RedisSentinelServers,
     RedisServer,
     Server,
+    ValkeyServer,
     wait_until,
 )
 
@@ -79,6 +81,17 @@ class TestOneServer(RedisContract):
         return paused(self.server)
 
 
+class TestValkey(TestOneServer):
+    """Valkey speaks the same protocol."""
+
+    @pytest.fixture(autouse=True)
+    def on_server(self, valkey_server: ValkeyServer) -> Iterator[None]:
+        type(self).url = valkey_server.url.replace("redis://", "valkey://")
+        self.server = valkey_server
+        yield
+        valkey_server.call("FLUSHDB")
+
+
 class TestCluster(RedisContract):
     @pytest.fixture(autouse=True)
     def on_cluster(self, redis_cluster: RedisClusterServers) -> Iterator[None]:
@@ -100,6 +113,12 @@ class TestBehindSentinels(RedisContract):
 
 
 # --- what is Redis' own -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def valkey_server() -> Iterator[ValkeyServer]:
+    with ValkeyServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -315,6 +334,38 @@ def test_tls(tmp_path: Path, backends: Any) -> None:
         with deadline(0.3), pytest.raises((redis.ConnectionError, TimeoutError)):
             backends(url=f"rediss://127.0.0.1:{server.port}", ca_file=certificates.authority).get_many([key(1)])
         assert len(backend.get_many(list(items(2)))) == 2
+
+
+@pytest.mark.parametrize("place", ["url", "options"])
+def test_an_acl_user_over_tls_from_toml_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    certificates = Certificates(tmp_path)
+    secret = "p@ss/w:rd#%"
+    with RedisServer(tls=certificates, password="admin") as server:
+        server.call("ACL", "SETUSER", "embed", "on", f">{secret}", "resetkeys", "~embed:v1:*", "-@all", "+mget", "+set")
+        address = f"127.0.0.1:{server.tls_port}"
+        monkeypatch.setenv("REDIS_USER", "embed")
+        monkeypatch.setenv("REDIS_PASSWORD", secret)
+        monkeypatch.setenv("REDIS_URL", f"rediss://embed:{quote(secret, safe='')}@{address}/0")
+        login = 'url = "${REDIS_URL}"'
+        if place == "options":
+            login = f'url = "rediss://{address}"\nusername = "${{REDIS_USER}}"\npassword = "${{REDIS_PASSWORD}}"'
+        config = tmp_path / "embedonce.toml"
+        config.write_text(
+            f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "redis"\nprefix = "embed:v1:"\nwrite = "inline"\n'
+            f'timeout = "20s"\nca_file = "{certificates.authority}"\n{login}\n'
+        )
+        with embedonce.open(config) as cache:
+            cache.embed("text")
+            assert cache.fetch(["text"]).sources == ["redis"]
+            assert asyncio.run(cache.afetch(["text"])).sources == ["redis"]
+            assert cache.stats().tiers["redis"].errors == 0
+            assert secret not in repr(cache)
+        monkeypatch.setenv("EMBEDONCE__TIERS__REDIS__CA_FILE", str(tmp_path / "none.pem"))
+        with pytest.raises(ConfigError, match="ca_file") as caught:
+            embedonce.open(config)
+        assert secret not in str(caught.value)
 
 
 # --- servers that are full, read only, gone, back ------------------------------------------------------
