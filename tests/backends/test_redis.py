@@ -359,9 +359,14 @@ def test_an_acl_user_over_tls_from_toml_and_the_environment(
         with embedonce.open(config) as cache:
             cache.embed("text")
             assert cache.fetch(["text"]).sources == ["redis"]
-            assert asyncio.run(cache.afetch(["text"])).sources == ["redis"]
             assert cache.stats().tiers["redis"].errors == 0
             assert secret not in repr(cache)
+
+        async def read() -> Any:
+            async with embedonce.open(config) as cache:
+                return await cache.afetch(["text"])
+
+        assert asyncio.run(read()).sources == ["redis"]
         monkeypatch.setenv("EMBEDONCE__TIERS__REDIS__CA_FILE", str(tmp_path / "none.pem"))
         with pytest.raises(ConfigError, match="ca_file") as caught:
             embedonce.open(config)
