@@ -282,7 +282,9 @@ class Cluster:
         """Those that answered when they were asked last."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
-        return (yield from self.each(keys, [("GET", key) for key in keys], is_value))
+        replies = yield from self.each(keys, [("GET", key) for key in keys], is_value)
+        # A key that somebody else made a list is nothing to us, as it is to MGET; SET replaces it.
+        return [None if isinstance(reply, ResponseError) and _is_of_another_type(reply) else reply for reply in replies]
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
         raised((yield from self.each(keys, [("UNLINK", key) for key in keys], is_number)))
@@ -371,6 +373,10 @@ class Cluster:
             self._known = slots
             return slots
         raise problem
+
+
+def _is_of_another_type(error: ResponseError) -> bool:
+    return str(error).startswith("WRONGTYPE")
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:

@@ -195,6 +195,9 @@ class LiveTier:
             return found
         twin = self._twins.get(loop)
         if twin is None:
+            # A twin holds its loop, and so would stay, with its connections, when the loop has ended.
+            for ended in [other for other in list(self._twins) if other.is_closed()]:
+                self._twins.pop(ended, None)
             twin = self._twins[loop] = self.backend.twin()
 
         async def get() -> Mapping[str, Any]:
