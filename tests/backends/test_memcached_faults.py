@@ -434,6 +434,23 @@ def test_a_cache_over_a_dead_node(
     assert not [record for record in caplog.records if "left out" in record.getMessage()]
 
 
+def test_check_names_the_node_that_is_away_wherever_it_is(servers: list[MemcachedServer]) -> None:
+    with MemcachedServer() as mortal:
+        mortal.kill()
+        for place in (servers[0].address, mortal.address):
+            with opened(servers[0], mortal) as backend:
+                backend._ring.get_node = lambda _, place=place: place  # the key that is asked for is on either
+                tier = Tier(backend, name="shared", timeout=10.0)
+                with Cache(CountingProvider(), [tier]) as cache:
+                    (one,) = cache.check()
+                    assert one.ok
+                    assert one.detail == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
+        with opened(mortal) as backend, Cache(CountingProvider(), [Tier(backend, name="shared")]) as cache:
+            (one,) = cache.check()
+            assert not one.ok
+            assert one.detail.startswith("ConnectionRefusedError")
+
+
 def test_on_error_raise_raises_for_a_dead_node(servers: list[MemcachedServer]) -> None:
     with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
         tier = Tier(backend, name="shared", timeout=10.0, write="inline", on_error="raise")

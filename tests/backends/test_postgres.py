@@ -507,6 +507,30 @@ def test_migrate_says_what_it_does_and_does_it_once(database: Database, plain_da
         assert backend.describe() == 'bytea (column = "bytea")'
 
 
+@pytest.mark.parametrize(
+    ("vectors", "column", "said"),
+    [
+        (True, "auto", "pgvector 0."),
+        (True, "bytea", 'bytea (column = "bytea")'),
+        (False, "auto", "bytea: pgvector is not installed in this database"),
+    ],
+)
+def test_check_says_what_holds_the_vectors(
+    database: Database, plain_database: Database, tmp_path: Path, vectors: bool, column: str, said: str
+) -> None:
+    url = (database if vectors else plain_database).url
+    config = tmp_path / "embedonce.toml"
+    config.write_text(
+        f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "postgres"\nurl = "{url}"\n'
+        f'table = "{next(_names)}"\ncolumn = "{column}"\ntimeout = "20s"\n'
+    )
+    command = [sys.executable, "-m", "embedonce", "check", "--json", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tier,) = json.loads(done.stdout)["tiers"]
+    assert tier["ok"]
+    assert tier["detail"].startswith(said)
+
+
 def test_a_table_made_without_pgvector_gets_its_column_by_migrate(postgres_server: Any) -> None:
     with database_of(postgres_server.url, vectors=False) as database:
         with opened(database.url, table="later") as backend:

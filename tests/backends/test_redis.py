@@ -373,6 +373,37 @@ def test_an_acl_user_over_tls_from_toml_and_the_environment(
         assert secret not in str(caught.value)
 
 
+def test_the_acl_of_the_documentation_is_enough_and_lets_nothing_block(backends: Any) -> None:
+    """No KEYS, FLUSHDB or DEL: they are not allowed."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "redis.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER embedonce ")]
+    provider = CountingProvider()
+    with RedisServer(password="admin") as server:
+        server.call(*line.replace(">PASSWORD", ">secret").split())
+        backend = backends(url=f"redis://embedonce:secret@{server.address}", prefix="embed:v1:")
+        with Cache(provider, [Tier(backend, name="shared", timeout=20.0, lease=30.0)]) as cache:
+            cache.embed_batch([f"text {number}" for number in range(50)])
+            cache.forget(["text 1"])
+            assert cache.lookup(["text 1", "text 2"]).sources == [None, "shared"]
+            assert asyncio.run(_read_by_twin(backend)) == {}
+            assert [held.entries for held in cache.contents() if held.card] == [49]
+            cache.purge(model=str(provider.space("document").model))
+            assert cache.lookup(["text 2"]).sources == [None]
+            assert not cache.stats().tiers["shared"].causes
+
+
+def test_values_that_are_too_large_are_counted_and_no_error(server: RedisServer, backends: Any) -> None:
+    small, large = CountingProvider(dimensions=8), CountingProvider(dimensions=384)
+    for provider, stored in ((small, 10), (large, 0)):
+        backend = backends(url=server.url, max_value_bytes=300)
+        with Cache(provider, [Tier(backend, name="shared", write="inline", timeout=20.0)]) as cache:
+            for _ in range(4):
+                cache.embed_batch([f"text {number}" for number in range(10)])
+            stats = cache.stats().tiers["shared"]
+            assert (stats.stored, dict(stats.causes)) == (stored, {})
+            assert dict(stats.drops) == ({} if stored else {"too large": 40})
+
+
 # --- servers that are full, read only, gone, back ------------------------------------------------------
 
 
