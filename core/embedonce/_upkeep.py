@@ -14,7 +14,7 @@ from ._ports import Port
 from ._routes import Route
 from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
-from .errors import EraseIncomplete, TierError
+from .errors import EraseIncomplete, TierBusy, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
 from .vectors import Dtype, Metadata
 
@@ -169,7 +169,7 @@ class Upkeep:
             start = time.perf_counter()
             detail, ok = "", False
             try:
-                await tier.peek(port, [PROBE_KEY])
+                await self._knock(port, tier)
                 detail = await self._foreign(port, tier)
                 if not detail:
                     detail = await tier.describe(port)
@@ -179,6 +179,14 @@ class Upkeep:
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
+
+    async def _knock(self, port: Port, tier: LiveTier) -> None:
+        """Ask a tier for a key that nobody has. One that is busy, or has it on a node that is away, is there."""
+        try:
+            await tier.peek(port, [PROBE_KEY])
+        except TierError as error:
+            if not isinstance(error.__cause__, TierBusy):
+                raise
 
     async def _foreign(self, port: Port, tier: LiveTier) -> str:
         """Say so where the cards of an encrypted tier cannot be read: its key is another one."""

@@ -78,6 +78,10 @@ class FrameBackend(Protocol):
 
     Keys are ASCII, under 120 characters, from ``a-z 0-9 .``: nothing needs escaping. Every method
     may raise anything; an exception is counted as the tier's error and never reaches the caller.
+
+    A store of several nodes of which some fail raises :class:`~embedonce.errors.PartialAnswer`, with what the others
+    said: that is used, and only the keys that failed are errors. Never leave such a key out of an answer instead:
+    it would count as a miss.
     """
 
     @property
