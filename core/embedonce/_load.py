@@ -17,11 +17,12 @@ from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
 from ._suggest import closest, listed, quoted, written
 from ._toml import Path as Where
 from .contracts import Capabilities
+from .drift import DriftGuard
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
 from .options import BadValue, Doc
 
-TABLES = ("cache", "key", "provider", "tiers")
+TABLES = ("cache", "key", "provider", "drift", "tiers")
 
 
 def loaded(document: Document, *, own_provider: bool = False) -> Config:
@@ -81,6 +82,7 @@ class _Loader:
         cache = self._section("cache", CacheTable)
         key = self._key()
         provider, fallback, fetch_only = self._providers()
+        drift = self._drift()
         tiers = self._tiers()
         self._check_variables()
         if self._problems:
@@ -93,6 +95,7 @@ class _Loader:
             provider=provider,
             fallback=fallback,
             fallback_fetch_only=fetch_only,
+            drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
             document=self._document,
             _settings=self._settings,
@@ -162,6 +165,11 @@ class _Loader:
         table = _Table((name,), self._document.table(name), (name,), given, dict(options_of(cls)))
         self._read(table)
         return table.values
+
+    def _drift(self) -> dict[str, Any] | None:
+        """Return the options of the drift guard, or None where neither the table nor a variable asks for one."""
+        asked = "drift" in self._values.data or any(name.startswith("drift__") for name in self._variables)
+        return self._section("drift", DriftGuard) if asked else None
 
     def _key(self) -> KeyPolicy:
         given = self._section("key", KeyTable)
@@ -495,7 +503,7 @@ class _Loader:
         return f"{self._document.shown}:{place.line}" if place else self._document.source
 
 
-_OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable}
+_OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable, "drift": DriftGuard}
 
 
 def _form(parts: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from . import plugins
 from ._options import Option, adapter, options_beside, options_of
 from ._sections import CacheTable, FallbackTable, KeyTable, TierTable
+from .drift import DriftGuard
 from .errors import PluginError
 from .keys import NORMALIZERS
 
@@ -39,6 +40,7 @@ class _Schema:
                 "cache": self._own(CacheTable, "How the cache as a whole behaves."),
                 "key": self._key(),
                 "provider": self._provider(),
+                "drift": self._own(DriftGuard, "Looks whether the provider still makes the vectors that are stored."),
                 "tiers": self._tiers(),
             },
             "required": ["provider", "tiers"],

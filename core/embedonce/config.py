@@ -142,6 +142,7 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             mode=config.cache.mode,
             fallback=fallback,
             fallback_fetch_only=config.fallback_fetch_only,
+            drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,
