@@ -66,6 +66,8 @@ class Config:
     file: Path | None
     cache: CacheTable
     key: KeyPolicy
+    allow: Sequence[str] | None
+    """Plugins of others that may be loaded, by distribution or by name; None: all."""
     provider: Plugged
     fallback: Plugged | None
     fallback_fetch_only: bool

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import plugins
 from ._options import Option, adapter, options_beside, options_of
-from ._sections import CacheTable, FallbackTable, KeyTable, TierTable
+from ._sections import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
 from .errors import PluginError
 from .keys import NORMALIZERS
 
@@ -38,6 +38,7 @@ class _Schema:
             "properties": {
                 "cache": self._own(CacheTable, "How the cache as a whole behaves."),
                 "key": self._key(),
+                "plugins": self._own(PluginsTable, "Which plugins of others may be loaded."),
                 "provider": self._provider(),
                 "tiers": self._tiers(),
             },
@@ -76,7 +77,7 @@ class _Schema:
         }
 
     def _names(self, kind: plugins.Kind) -> list[str]:
-        return [plugin.name for plugin in self._installed if kind in plugin.kinds]
+        return [plugin.type for plugin in self._installed if kind in plugin.kinds]
 
     def _plugins(
         self,

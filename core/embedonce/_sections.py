@@ -55,6 +55,19 @@ class KeyTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PluginsTable:
+    """``[plugins]``: which plugins of others may be loaded."""
+
+    allow: Annotated[
+        Sequence[str] | None,
+        Doc(
+            "Load no plugins of others than these, by the package that brings them or by name; embedonce's own are "
+            "always allowed. Without it all that are installed may be used."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackTable:
     """``[provider.fallback]``, beside the fallback provider's own options."""
 

@@ -20,9 +20,9 @@ from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
-from ._tiers import LiveTier, Tier, compose_chain, draining
+from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck, matrix
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
 from .events import Event, Stats
@@ -114,6 +114,9 @@ class Cache:
         self._closed = False
         self._fell_back = False
 
+        chain = compose_chain(tiers, keyed=self._policy.secret is not None)
+        self._warnings = tuple(chain_warnings(chain))
+        log_once(self._warnings)
         self._ports = Ports()
         self._table = Table(max_queued)
         self._tiers = [
@@ -127,7 +130,7 @@ class Cache:
                 listened=lambda: bool(self._listeners),
                 clock=clock,
             )
-            for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
+            for name, tier in chain
         ]
         self._engine = Engine(
             self._tiers,
@@ -423,6 +426,11 @@ class Cache:
     def tiers(self) -> Sequence[str]:
         """The tiers' names, fastest first."""
         return tuple(tier.name for tier in self._tiers)
+
+    @property
+    def warnings(self) -> Sequence[ChainWarning]:
+        """What works in this chain and is hardly meant, such as a network tier above a local one."""
+        return self._warnings
 
     @property
     def provider(self) -> AnyProvider:

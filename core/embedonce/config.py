@@ -6,17 +6,31 @@ Nothing heavy is imported here: pydantic and the plugins' metadata wait for the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
+    from ._tiers import ChainError
+    from .answers import ChainWarning
     from .cache import Cache
     from .encryption import Encryption
 
-__all__ = ["Config", "Plugged", "Setting", "Source", "TierConfig", "compose", "load", "open", "schema"]
+__all__ = [
+    "Config",
+    "Plugged",
+    "Setting",
+    "Source",
+    "TierConfig",
+    "allowed",
+    "compose",
+    "load",
+    "open",
+    "schema",
+    "warnings",
+]
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
 """What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
@@ -44,6 +58,18 @@ def load(source: Source = None) -> Config:
     return loaded(document(source))
 
 
+def allowed(source: Source = None) -> Sequence[str] | None:
+    """Return what ``[plugins] allow`` of a configuration says, whatever else is wrong with it; None: everything.
+
+    Raises:
+        ConfigError: the file cannot be read, or that table is wrong.
+    """
+    from ._documents import document
+    from ._load import allowed
+
+    return allowed(document(source))
+
+
 def schema() -> dict[str, Any]:
     """Return the JSON schema (draft 7) of ``embedonce.toml``, with the options of every installed plugin.
 
@@ -61,9 +87,12 @@ def compose(config: Config) -> Cache:
         ConfigError: a plugin refused its options, or the parts do not go together. What was already
             made is closed.
     """
+    from . import plugins
+
     made: list[Any] = []
     try:
-        return _composed(config, made)
+        with plugins.only(config.allow):
+            return _composed(config, made)
     except BaseException as error:
         _close(made, error)
         raise
@@ -71,7 +100,7 @@ def compose(config: Config) -> Cache:
 
 def _composed(config: Config, made: list[Any]) -> Cache:
     from . import plugins
-    from ._tiers import Tier
+    from ._tiers import ChainError, Tier
     from .cache import Cache
 
     problems: list[Problem] = []
@@ -120,12 +149,26 @@ def _composed(config: Config, made: list[Any]) -> Cache:
             max_queued=config.cache.max_queued,
             listeners=plugins.listeners([*used, *config.key.normalize]),
         )
+    except ChainError as error:
+        raise ConfigError([_refused(config, error)]) from error
     except ConfigError as error:
         shown = config.document.shown
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
     except SpaceError as error:
         at = config.fallback or config.provider
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
+
+
+def _refused(config: Config, error: ChainError) -> Problem:
+    """Return what the chain refuses, at the option that it refuses, or at its tier."""
+    tier = config.tiers[error.place]
+    return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
+
+
+def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
+    """Return ``Cache.warnings``, each at the table of its tier."""
+    paths = {tier.name: tier.path for tier in config.tiers}
+    return [config.document.problem(paths[warning.tier], warning.message, key=True) for warning in found]
 
 
 def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:

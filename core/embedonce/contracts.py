@@ -66,9 +66,23 @@ class Capabilities:
     """Has ``add_many(items, ttl)``: set if absent, for leases."""
     twin: bool = False
     """Has ``twin()``: a native async client of the same store."""
+    bounded: bool | None = None
+    """Whether it keeps to a size of its own by dropping entries; None where it cannot say. A chain with two tiers
+    that grow without end gets a warning."""
     text_preview: bool = False
     """Keeps the text's beginning beside the vector, because somebody asked for it: entries come with it as the
     metadata ``text_preview``. Refused together with encryption or a secret."""
+
+
+EXTRAS: Mapping[str, str] = {
+    "get": "get",
+    "delete": "delete_many",
+    "scan": "scan",
+    "count": "count",
+    "add": "add_many",
+    "twin": "twin",
+}
+"""The method that each of these capabilities declares."""
 
 
 class FrameBackend(Protocol):

@@ -97,6 +97,7 @@ def _top(
 
 app.command(epilog=_init.EPILOG)(_init.init)
 app.command(epilog=_inspect.CHECK_EPILOG)(_inspect.check)
+app.command(epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
 app.command(epilog=_embed.EPILOG)(_embed.embed)
 app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
