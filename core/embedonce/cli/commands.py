@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
 
+from . import conformance as _conformance
 from . import embed as _embed
 from . import init as _init
 from . import inspect as _inspect
@@ -105,6 +106,7 @@ app.command(epilog=_purge.EPILOG)(_purge.purge)
 app.command(epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
+app.command(epilog=_conformance.EPILOG)(_conformance.conformance)
 
 
 def run() -> None:

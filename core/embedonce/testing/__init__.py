@@ -16,6 +16,7 @@ from .proxy import FaultProxy, NetworkFault
 
 if TYPE_CHECKING:
     from .backend_contract import BackendContract
+    from .normalizer_contract import NormalizerContract
     from .provider_contract import ProviderContract
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FaultyProvider",
     "ManualClock",
     "NetworkFault",
+    "NormalizerContract",
     "ProviderContract",
     "ProviderFault",
     "Recipe",
@@ -35,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("BackendContract", "ProviderContract"):
+    if name not in ("BackendContract", "NormalizerContract", "ProviderContract"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ._lazy import contract
 

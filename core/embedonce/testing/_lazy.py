@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-MODULES = {"BackendContract": "backend_contract", "ProviderContract": "provider_contract"}
+MODULES = {
+    "BackendContract": "backend_contract",
+    "NormalizerContract": "normalizer_contract",
+    "ProviderContract": "provider_contract",
+}
 
 
 def contract(name: str) -> Any:
