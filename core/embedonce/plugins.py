@@ -129,6 +129,11 @@ def names() -> list[str]:
     return sorted({_type(point) for point in _all_entry_points() if _refusal(point) is None})
 
 
+def installed_by_embedonce() -> list[str]:
+    """Return the names of embedonce's own plugins, without loading any."""
+    return sorted(point.name for point in _all_entry_points() if _is_own(point))
+
+
 def installed() -> list[InstalledPlugin]:
     """Load every installed plugin, one by one, and return what each is or why it cannot be used."""
     points = sorted(_all_entry_points(), key=lambda point: (point.name, _distribution(point)))

@@ -16,6 +16,7 @@ from . import embed as _embed
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
+from . import new as _new
 from . import purge as _purge
 from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, said_of, say, say_config_error
 
@@ -106,6 +107,7 @@ app.command(epilog=_purge.EPILOG)(_purge.purge)
 app.command(epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
+app.command(epilog=_new.EPILOG)(_new.new)
 app.command(epilog=_conformance.EPILOG)(_conformance.conformance)
 
 

@@ -15,7 +15,9 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
+from embedonce._options import options_of
 from embedonce.contracts import Embedded
+from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
 from ._values import key, values_for
@@ -36,7 +38,7 @@ def main() -> None:
     if "forms" in request:
         json.dump([made(text) for text in request["forms"]], answers)
         return
-    plugin = made(**request["options"])
+    plugin = made(**_typed(made, request["options"]))
     if "scope" in request:
         _write(plugin, request, answers)
     try:
@@ -44,6 +46,15 @@ def main() -> None:
     finally:
         plugin.close()
     json.dump(answer, answers)
+
+
+def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options in the types that a plugin declares, as TOML gives them: JSON has no paths."""
+    try:
+        declared = options_of(made) if isinstance(made, type) else {}
+    except PluginError:  # a class that TOML could not make
+        declared = {}
+    return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
 
 
 def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
