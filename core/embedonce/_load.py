@@ -13,10 +13,18 @@ from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
 from ._options import Option, Refused, options_beside, options_of, read_text, wrongs
 from ._resolved import Config, Plugged, Setting, TierConfig
-from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
+from ._sections import (
+    NOT_IN_PROCESS,
+    TIER_NAME,
+    CacheTable,
+    FallbackTable,
+    KeyTable,
+    PluginsTable,
+    TierTable,
+    is_in_process,
+)
 from ._suggest import closest, listed, quoted, written
 from ._toml import Path as Where
-from .contracts import Capabilities
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
 from .options import BadValue, Doc
@@ -361,16 +369,9 @@ class _Loader:
         return name
 
     def _check_honoured(self, table: _Table, cls: type[Any]) -> None:
-        capabilities = getattr(cls, "capabilities", None)
-        in_process = isinstance(capabilities, Capabilities) and capabilities.scope == "process"
-        if not in_process:
+        if not is_in_process(cls):
             return
-        refused = {
-            "timeout": "a timeout: it holds its entries in this process, and nothing waits for it",
-            "encryption": "encryption: it keeps vectors as they are, in this process",
-            "lease": "a lease: no other process shares it",
-        }
-        for option, why in refused.items():
+        for option, why in NOT_IN_PROCESS.items():
             if table.values.get(option) is not None:
                 self._wrong_value(table, option, f"the tier cannot honour {why}; leave {option} out", key=True)
 

@@ -16,7 +16,7 @@ from embedonce._load import HIDDEN
 from embedonce._suggest import quoted
 
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, count, emit, say, show, shown, table
+from .output import FAILED, Refused, count, emit, say, say_excerpt, show, shown, table
 
 if TYPE_CHECKING:
     from embedonce.plugins import InstalledPlugin
@@ -107,6 +107,7 @@ def check(config: ConfigOption = None, json: JsonOption = False) -> None:
         show(table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
     for problem in warned:
         say(f"warning: {problem}")
+        say_excerpt(problem)
     for one in unusable:
         say(f"warning: a plugin that is installed cannot be used: {_named(one)}")
     broken = [one.tier for one in checks if not one.ok]
