@@ -163,10 +163,9 @@ class _Schema:
             return None
         for model, definition in described.pop("$defs", {}).items():
             self._definitions[f"{title}.{option.name}.{model}"] = definition
+        described.pop("description", None)
         # pydantic writes a bound that it checks by itself under Python's name for it.
-        for key in ("description", "gt", "ge", "lt", "le"):
-            described.pop(key, None)
-        return _without_null(described)
+        return {key: part for key, part in _without_null(described).items() if key not in ("gt", "ge", "lt", "le")}
 
 
 def _above(kind: dict[str, Any], option: Option) -> dict[str, Any]:
