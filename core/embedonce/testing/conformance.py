@@ -279,6 +279,9 @@ class Conformance:
             def make(self) -> Any:
                 return step
 
+            def recipe(self) -> Recipe | None:
+                return Recipe(step) if _is_importable(step) else None
+
         return OfStep
 
     # --- how long it takes --------------------------------------------------------------------
@@ -321,6 +324,12 @@ class Conformance:
             for batch in sorted({1, min(32, self._most, provider.limits.max_batch)}):
                 texts = [f"A text to be embedded, number {n} of {batch}." for n in range(batch)]
                 yield _timed("embed" if blocking else "aembed", batch, rounds, partial(embed, texts))
+
+
+def _is_importable(step: Any) -> bool:
+    """Whether another process can import a function by its name: a lambda or a method of the interpreter's has none."""
+    module, name = getattr(step, "__module__", None), getattr(step, "__qualname__", "<")
+    return isinstance(module, str) and "<" not in name
 
 
 def _timed(
