@@ -32,13 +32,13 @@ from .options import BadValue, Doc
 TABLES = ("cache", "key", "plugins", "provider", "tiers")
 
 
-def loaded(document: Document) -> Config:
-    """Return what a document configures.
+def loaded(document: Document, *, own_provider: bool = False) -> Config:
+    """Return what a document configures; with ``own_provider``, without its ``[provider]``, which is not read.
 
     Raises:
         ConfigError: with everything that is wrong with it, in the order of the file.
     """
-    return _Loader(document).load()
+    return _Loader(document, own_provider=own_provider).load()
 
 
 def allowed(document: Document) -> Sequence[str] | None:
@@ -47,7 +47,7 @@ def allowed(document: Document) -> Sequence[str] | None:
     Raises:
         ConfigError: that table is wrong.
     """
-    return _Loader(document).allowed()
+    return _Loader(document, own_provider=False).allowed()
 
 
 @dataclass(slots=True)
@@ -81,9 +81,11 @@ class _Table:
 
 
 class _Loader:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, *, own_provider: bool) -> None:
         self._document = document
-        self._values: Values = values(document.data)
+        self._own_provider = own_provider
+        left_out = ("provider",) if own_provider else ()
+        self._values: Values = values({name: item for name, item in document.data.items() if name not in left_out})
         self._problems: list[Problem] = []
         self._tables: list[_Table] = []
         self._variables = {_form(parts): (name, text) for name, parts, text in overrides()}
@@ -111,7 +113,6 @@ class _Loader:
         self._check_variables()
         if self._problems:
             raise ConfigError(sorted(self._problems, key=_in_order))
-        assert provider is not None
         return Config(
             source=self._document.source,
             file=self._document.file,
@@ -235,6 +236,9 @@ class _Loader:
     # --- plugins ---
 
     def _providers(self) -> tuple[Plugged | None, Plugged | None, bool]:
+        if self._own_provider:
+            self._unread.append(("provider",))
+            return None, None, False
         if "provider" not in self._values.data:
             example = f'write one, such as {self._document.table("provider")} type = "ngram"'
             self._problems.append(

@@ -68,7 +68,8 @@ class Config:
     key: KeyPolicy
     allow: Sequence[str] | None
     """Plugins of others that may be loaded, by distribution or by name; None: all."""
-    provider: Plugged
+    provider: Plugged | None
+    """None where it was loaded for a provider of the caller's own."""
     fallback: Plugged | None
     fallback_fetch_only: bool
     tiers: tuple[TierConfig, ...]

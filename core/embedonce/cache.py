@@ -113,6 +113,10 @@ class Cache:
         self._lock = threading.RLock()
         self._closed = False
         self._fell_back = False
+        self._main = self
+        """Whose tiers these are: another cache's, where :meth:`for_provider` made this one."""
+        self._others: WeakSet[Cache] = WeakSet()
+        """The caches that :meth:`for_provider` has made of this one."""
 
         chain = compose_chain(tiers, keyed=self._policy.secret is not None)
         self._warnings = tuple(chain_warnings(chain))
@@ -151,6 +155,32 @@ class Cache:
         _open_caches.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
         _close_at_exit()
+
+    def for_provider(
+        self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
+    ) -> Cache:
+        """Return a cache of the same tiers that asks another provider, and has no fallback.
+
+        Key policy, flights, queues, breakers and the tiers' counters are shared; vectors meet only where the
+        providers describe the same vector space. Closing the new cache closes its provider alone, and closing
+        this one ends both.
+
+        Raises:
+            SpaceError: the provider describes no vector space.
+        """
+        self._check_open()
+        other = object.__new__(Cache)
+        other.__dict__.update(self.__dict__)
+        other._source = Source(wrap(provider, space), fallback=False)
+        other._fallback = None
+        other._fell_back = False
+        other._lock = threading.RLock()
+        other._routes = {}
+        for task in TASKS:
+            other._route(other._source, task)
+        other._hot = other._hot_tier()
+        self._main._others.add(other)
+        return other
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -285,11 +315,17 @@ class Cache:
         if not self.flush(timeout):
             queued = {tier.name: n for tier in self._tiers if (n := self._table.queued(tier.name))}
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
-        for closing in (*(tier.backend for tier in self._tiers), self._source.provider):
-            self._let_go(closing)
+        if self._main is self:
+            for other in list(self._others):
+                if other._shut():
+                    self._let_go(other._source.provider)
+            for tier in self._tiers:
+                self._let_go(tier.backend)
+        self._let_go(self._source.provider)
         if self._fallback is not None:
             self._let_go(self._fallback.provider)
-        self._ports.close()
+        if self._main is self:
+            self._ports.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -392,8 +428,9 @@ class Cache:
     async def aclose(self) -> None:
         """As :meth:`close`, without holding the loop up."""
         port = self._ports.of_running_loop()
-        for tier in self._tiers:
-            await tier.close_twin(port)
+        if self._main is self:
+            for tier in self._tiers:
+                await tier.close_twin(port)
         await self._off_loop(self.close)
 
     async def _off_loop(self, call: Callable[[], T]) -> T:
@@ -420,7 +457,8 @@ class Cache:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event from now on. One that raises is logged and stays."""
         self._listeners.append(listener)
-        self._hot = self._hot_tier()
+        for cache in (self._main, *self._main._others):
+            cache._hot = cache._hot_tier()
 
     @property
     def tiers(self) -> Sequence[str]:
@@ -435,6 +473,10 @@ class Cache:
     @property
     def provider(self) -> AnyProvider:
         return self._source.provider
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def __repr__(self) -> str:
         space = self._route(self._source, TASKS[0]).space
@@ -680,10 +722,11 @@ class Cache:
 
     def _after_fork(self) -> None:
         """In the child: locks, flights, queue and threads are the parent's; start with our own."""
-        self._lock = threading.RLock()
         self._ports.reset()
         self._table.reset()
-        self._source.renew()
+        for cache in (self, *self._others):
+            cache._lock = threading.RLock()
+            cache._source.renew()
         if self._fallback is not None:
             self._fallback.renew()
         for tier in self._tiers:

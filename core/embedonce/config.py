@@ -6,7 +6,7 @@ Nothing heavy is imported here: pydantic and the plugins' metadata wait for the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._resolved import Config, Plugged, Setting, TierConfig
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ._tiers import ChainError
     from .answers import ChainWarning
     from .cache import Cache
+    from .contracts import AnyProvider
     from .encryption import Encryption
+    from .keys import VectorSpace
 
 __all__ = [
     "Config",
@@ -36,7 +38,12 @@ Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
 """What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
 
 
-def open(source: Source = None) -> Cache:
+def open(
+    source: Source = None,
+    *,
+    provider: AnyProvider | Callable[..., Any] | None = None,
+    space: VectorSpace | Mapping[str, Any] | None = None,
+) -> Cache:
     """Return the cache that a configuration describes.
 
     ``source`` is a TOML file, a dict of the same shape, or None. None takes the file that
@@ -44,18 +51,25 @@ def open(source: Source = None) -> Cache:
     ``pyproject.toml`` in this folder or one above, else the ngram provider with a memory tier and a
     disk tier in the user's cache folder.
 
+    A ``provider`` of yours, or a function together with its ``space``, takes the place of ``[provider]``,
+    which may then be left out and is not read.
+
     Raises:
         ConfigError: it cannot be used; ``problems`` lists everything that is wrong.
+        SpaceError: ``provider`` describes no vector space.
     """
-    return compose(load(source))
+    return compose(load(source, own_provider=provider is not None), provider=provider, space=space)
 
 
-def load(source: Source = None) -> Config:
-    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does."""
+def load(source: Source = None, *, own_provider: bool = False) -> Config:
+    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does.
+
+    ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one.
+    """
     from ._documents import document
     from ._load import loaded
 
-    return loaded(document(source))
+    return loaded(document(source), own_provider=own_provider)
 
 
 def allowed(source: Source = None) -> Sequence[str] | None:
@@ -80,25 +94,37 @@ def schema() -> dict[str, Any]:
     return schema()
 
 
-def compose(config: Config) -> Cache:
+def compose(
+    config: Config,
+    *,
+    provider: AnyProvider | Callable[..., Any] | None = None,
+    space: VectorSpace | Mapping[str, Any] | None = None,
+) -> Cache:
     """Make the provider and the backends of a configuration, and the cache of them.
+
+    ``provider``, and the ``space`` of one that is a function, take the place of the configuration's.
 
     Raises:
         ConfigError: a plugin refused its options, or the parts do not go together. What was already
             made is closed.
+        SpaceError: ``provider`` describes no vector space.
     """
     from . import plugins
 
+    if provider is None and space is not None:
+        raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
+    if provider is None and config.provider is None:
+        raise TypeError("a configuration that was loaded with own_provider is composed with a provider")
     made: list[Any] = []
     try:
         with plugins.only(config.allow):
-            return _composed(config, made)
+            return _composed(config, made, provider, space)
     except BaseException as error:
         _close(made, error)
         raise
 
 
-def _composed(config: Config, made: list[Any]) -> Cache:
+def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from . import plugins
     from ._tiers import ChainError, Tier
     from .cache import Cache
@@ -115,8 +141,8 @@ def _composed(config: Config, made: list[Any]) -> Cache:
             return None
         return made[-1]
 
-    provider = make(config.provider)
-    fallback = make(config.fallback) if config.fallback is not None else None
+    provider = make(config.provider) if own is None and config.provider is not None else own
+    fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
     encryptions = [_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
@@ -139,6 +165,7 @@ def _composed(config: Config, made: list[Any]) -> Cache:
         return Cache(
             provider,
             tiers,
+            space=space,
             key=config.key,
             dtype=config.cache.dtype,
             mode=config.cache.mode,
@@ -156,6 +183,8 @@ def _composed(config: Config, made: list[Any]) -> Cache:
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
     except SpaceError as error:
         at = config.fallback or config.provider
+        if own is not None or at is None:
+            raise
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
 
 

@@ -54,7 +54,7 @@ def telling(loaded: Config) -> Iterator[None]:
         yield
     except TierError as error:
         parts = (loaded.provider, *loaded.tiers)
-        hidden = [secret for part in parts for secret in part.secrets]
+        hidden = [secret for part in parts if part is not None for secret in part.secrets]
         raise Failed(told(error, hidden)) from error
 
 

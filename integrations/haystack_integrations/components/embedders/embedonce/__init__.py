@@ -1,0 +1,1 @@
+"""Haystack components that embed each text once."""
