@@ -22,9 +22,9 @@ from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
-from ._tiers import LiveTier, Tier, compose_chain, draining
+from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck, matrix
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
@@ -125,6 +125,9 @@ class Cache:
         self._others: WeakSet[Cache] = WeakSet()
         """The caches that :meth:`for_provider` has made of this one."""
 
+        chain = compose_chain(tiers, keyed=self._policy.secret is not None)
+        self._warnings = tuple(chain_warnings(chain))
+        log_once(self._warnings)
         self._ports = Ports()
         self._table = Table(max_queued)
         self._tiers = [
@@ -138,7 +141,7 @@ class Cache:
                 listened=lambda: bool(self._listeners),
                 clock=clock,
             )
-            for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
+            for name, tier in chain
         ]
         engine = Engine if drift is None else partial(Guarded, guard=drift)
         self._engine: Engine = engine(
@@ -483,6 +486,11 @@ class Cache:
     def tiers(self) -> Sequence[str]:
         """The tiers' names, fastest first."""
         return tuple(tier.name for tier in self._tiers)
+
+    @property
+    def warnings(self) -> Sequence[ChainWarning]:
+        """What works in this chain and is hardly meant, such as a network tier above a local one."""
+        return self._warnings
 
     @property
     def provider(self) -> AnyProvider:

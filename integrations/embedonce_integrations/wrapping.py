@@ -248,7 +248,7 @@ def _plain(item: Any, name: str) -> Value:
     if isinstance(item, Enum):
         return _plain(item.value, name)
     if isinstance(item, os.PathLike):
-        return os.fspath(item)
+        return str(os.fspath(item))
     if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
         return str(item)
     if isinstance(item, str):
