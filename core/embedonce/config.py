@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from .encryption import Encryption
     from .keys import VectorSpace
 
-__all__ = ["Config", "Plugged", "Setting", "Source", "TierConfig", "compose", "load", "open", "schema"]
+__all__ = [
+    "Config",
+    "Plugged",
+    "Setting",
+    "Source",
+    "TierConfig",
+    "compose",
+    "load",
+    "open",
+    "schema",
+    "secrets_in",
+]
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
 """What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
@@ -66,6 +77,16 @@ def schema() -> dict[str, Any]:
     from ._schema import schema
 
     return schema()
+
+
+def secrets_in(document: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, so that nobody writes them to a file.
+
+    A value that stands for a variable, ``${NAME}``, holds none.
+    """
+    from ._load import secrets_in
+
+    return secrets_in(document)
 
 
 def compose(

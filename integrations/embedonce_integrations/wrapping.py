@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-from embedonce import Cache, Limits, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
-from embedonce.keys import Value
+from embedonce.keys import Value, canonical
 
 Answer: TypeAlias = Vectors | Embedded
 
@@ -88,6 +91,25 @@ def shared_cache(source: config.Source = None, *, provider: AnyProvider | None =
     return cache if provider is None else cache.for_provider(provider)
 
 
+def writable(source: config.Source) -> str | dict[str, Any] | None:
+    """Return a configuration as a framework may write it to a file.
+
+    Raises:
+        ConfigError: a dict holds a secret in the clear.
+    """
+    if source is None:
+        return None
+    if not isinstance(source, Mapping):
+        return os.fspath(source)
+    found = config.secrets_in(source)
+    if found:
+        raise ConfigError(
+            f"{', '.join(found)}: a secret would be written to a file; write ${{NAME}}, which stands for an "
+            "environment variable, or name a TOML file as config"
+        )
+    return dict(source)
+
+
 class _NoProvider:
     """Stands in a shared cache that is only ever asked through :meth:`Cache.for_provider`."""
 
@@ -148,7 +170,8 @@ def described_space(
     """Return the vector space of a framework's embedder, described by its fields.
 
     Left out are fields that are None, those in :data:`NOT_IN_SPACE` and ``leave_out``, and secrets; a URL loses its
-    credentials. ``task`` is given where the embedder treats documents and queries differently.
+    credentials. ``task`` is given where the embedder treats documents and queries differently. Where ``model`` is a
+    folder, its content is what counts: where it lies changes nothing, and weights that change in place do.
 
     Raises:
         SpaceError: a field holds an object that cannot be described. The message names the field and says how to
@@ -156,12 +179,43 @@ def described_space(
     """
     cls = type(embedder)
     kept = {name: item for name, item in fields.items() if name not in NOT_IN_SPACE and name not in leave_out}
+    content = _content(model)
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
-        model=model,
+        model=model if content is None else f"folder:{content[:12]}",
+        revision=content,
         task=task,
         extra={name: _plain(item, f"{cls.__name__}.{name}") for name, item in kept.items() if _counts(item)} or None,
     )
+
+
+def _content(model: str) -> str | None:
+    """Return the SHA-256 over the files of a model's folder, in hex; None where ``model`` names no such folder.
+
+    Names and contents of all files count, but of hidden ones and documents (``.md``). The weights are read once a
+    process, and again when they have changed.
+    """
+    folder = Path(model).expanduser()
+    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+        return None
+    found = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"}
+    files = {
+        name.as_posix(): _sha256(file) for name, file in found.items() if not any(part[0] == "." for part in name.parts)
+    }
+    return hashlib.sha256(canonical(files)).hexdigest()
+
+
+_hashed: dict[tuple[int, ...], bytes] = {}
+"""SHA-256 of files, by what changes whenever their contents do."""
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        stat = os.fstat(stream.fileno())
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if state not in _hashed:
+            _hashed[state] = hashlib.file_digest(stream, "sha256").digest()
+        return _hashed[state]
 
 
 def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:
