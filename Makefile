@@ -10,7 +10,7 @@ TEST_BIN := $(TEST_VENV)/bin
 BENCH_VENV := .venv-bench
 DEMO := .demo
 WHEELS := build/wheels
-FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,ray,sentence-transformers
+FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,sentence-transformers
 
 # More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=

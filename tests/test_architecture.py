@@ -40,6 +40,7 @@ ORDER = (
     "encryption",
     "contracts",
     "functions",
+    "similarity",
     "answers",
     "_checks",
     "hookspecs",

@@ -146,8 +146,8 @@ class WrappedProvider:
         space: Callable[[Task], VectorSpace],
         limits: Limits | None = None,
     ) -> None:
-        self.embed = embed
-        self.aembed = aembed
+        self.embed: Any = embed
+        self.aembed: Any = aembed
         self.limits = limits or Limits()
         self._space = space
 
