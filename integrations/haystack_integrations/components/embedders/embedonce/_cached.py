@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from haystack import component, default_from_dict, default_to_dict
 from haystack.core.serialization import component_to_dict
 
 from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused, VectorSpace
-from embedonce.contracts import AnyProvider, Task
+from embedonce.contracts import Task
 from embedonce_integrations.wrapping import WrappedProvider, shared_cache, writable
 
 from ._described import space_of
@@ -86,7 +86,7 @@ class CachedEmbedder:
             raise TypeError(f"{embedder.__name__} is a class: pass an instance of it, {embedder.__name__}(...)")
         if embedder is None and space is not None:
             raise TypeError("space= describes an embedder that is passed; a configuration's provider describes its own")
-        sockets = getattr(embedder, "__haystack_input__", ())
+        sockets: Any = getattr(embedder, "__haystack_input__", ())
         if embedder is not None and self._input not in sockets:
             raise TypeError(
                 f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r}; "
@@ -206,17 +206,16 @@ class CachedEmbedder:
 
     # --- the embedder as a provider -----------------------------------------------------------
 
-    def _provider(self, extra: Mapping[str, Any]) -> AnyProvider:
+    def _provider(self, extra: Mapping[str, Any]) -> WrappedProvider:
         space = self._space(extra)
         size = getattr(self.embedder, "batch_size", None)
         size = size if isinstance(size, int) and size > 0 else CHUNK
-        provider = WrappedProvider(
+        return WrappedProvider(
             embed=self._embed,
             aembed=self._aembed if hasattr(self.embedder, "run_async") else None,
             space=lambda task: space,
             limits=Limits(max_batch=-(-CHUNK // size) * size),  # whole batches
         )
-        return cast("AnyProvider", provider)
 
     def _space(self, extra: Mapping[str, Any]) -> VectorSpace:
         return space_of(self.embedder, extra, task=self._task, declared=self.space)
