@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -107,7 +108,7 @@ def writable(source: config.Source) -> str | dict[str, Any] | None:
             f"{', '.join(found)}: a secret would be written to a file; write ${{NAME}}, which stands for an "
             "environment variable, or name a TOML file as config"
         )
-    return dict(source)
+    return deepcopy(dict(source))  # a writer of YAML makes references of what is the same object
 
 
 class _NoProvider:

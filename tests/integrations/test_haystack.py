@@ -22,7 +22,6 @@ from haystack.components.writers import DocumentWriter
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.document_stores.types import DuplicatePolicy
 from haystack.utils import Secret
-from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
 from haystack_integrations.components.embedders.sentence_transformers import (
     SentenceTransformersDocumentEmbedder,
     SentenceTransformersTextEmbedder,
@@ -33,6 +32,7 @@ from hypothesis import strategies as st
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.wrapping import shared_cache
+from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
 
 AsyncPipeline: Any = getattr(haystack, "AsyncPipeline", Pipeline)  # Haystack 3 has one class for both
 NGRAM: dict[str, Any] = {"provider": {"type": "ngram", "dimensions": 64}}
@@ -311,8 +311,6 @@ def test_every_document_has_the_vector_of_its_own_text(
     options["meta_fields_to_embed"] = ["title", "year"] if with_meta else None
     inner, plain = Embedder(**options), Embedder(**options)
     embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "hypothesis"}})
-    assert embedder._cache is None
-    shared_cache({**MEMORY, **NGRAM, "key": {"namespace": "hypothesis"}}).purge(namespace="hypothesis")
     for given_documents in runs:
         before = [replace(one) for one in given_documents]
         output = embedder.run(documents=given_documents)
@@ -331,3 +329,475 @@ def test_equal_texts_are_computed_once() -> None:
     assert output["meta"]["cache"] == {"hits": {}, "computed": 1, "failed": 0}
     assert embeddings(output)[0] == embeddings(output)[1]
     assert [one.meta for one in output["documents"]] == [first.meta, second.meta, first.meta]
+
+
+def test_what_is_embedded_is_normalised_and_prefix_and_suffix_are_not() -> None:
+    inner = Embedder(prefix="passage: ", suffix=" .", meta_fields_to_embed=["title"])
+    config = {**MEMORY, "key": {"normalize": ["strip"], "namespace": "normalised"}}
+    embedder = CachedDocumentEmbedder(inner, config=config)
+    output = embedder.run(documents=[Document(content="tea \n", meta={"title": " green"}), *documents("tea", " tea")])
+    assert inner.count == {"passage: green\ntea .": 1, "passage: tea .": 1}
+    assert output["meta"]["cache"]["computed"] == 2
+    assert embeddings(output)[1] == embeddings(output)[2] == vector_of("passage: tea .", "m")
+
+
+def test_another_embedder_is_another_space() -> None:
+    config = {**MEMORY, "key": {"namespace": "spaces"}}
+    made: list[CachedDocumentEmbedder] = []  # a memory tier lives as long as somebody has its cache
+
+    def embedded(**options: Any) -> int:
+        made.append(CachedDocumentEmbedder(Embedder(**options), config=config))
+        output = made[-1].run(documents=documents("tea"))
+        assert embeddings(output) == [one.embedding for one in Embedder(**options).run(documents("tea"))["documents"]]
+        return int(output["meta"]["cache"]["computed"])
+
+    assert embedded() == 1
+    assert embedded(batch_size=1) == 0
+    assert embedded(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, "the text has it"
+    for options in ({"model": "n"}, {"prefix": "p"}, {"suffix": "p"}):
+        assert embedded(**options) == 1
+
+
+def test_what_run_is_given_beside_the_texts_is_passed_on_and_part_of_the_space() -> None:
+    @component
+    class Styled:
+        meta_fields_to_embed: list[str] = []  # noqa: RUF012
+
+        def __init__(self, model: str = "styled") -> None:
+            self.model = model
+            self.count: Counter[Any] = Counter()
+
+        @component.output_types(documents=list[Document])
+        def run(self, documents: list[Document], style: str = "plain", level: int | None = None) -> dict[str, Any]:
+            self.count.update((one.content, style, level) for one in documents)
+            embedded = [replace(one, embedding=vector_of(f"{one.content} {style} {level}")) for one in documents]
+            return {"documents": embedded}
+
+    inner = Styled()
+    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "styled"}})
+    pipeline = Pipeline()
+    pipeline.add_component("embedder", embedder)
+    tea = documents("tea")
+    for _ in range(2):
+        assert embeddings(embedder.run(documents=tea)) == [vector_of("tea plain None")]
+        assert embeddings(embedder.run(documents=tea, style="bold")) == [vector_of("tea bold None")]
+        output = pipeline.run({"embedder": {"documents": tea, "style": "bold", "level": 3}})["embedder"]
+        assert embeddings(output) == [vector_of("tea bold 3")]
+        assert embeddings(pipeline.run({"embedder": {"documents": tea}})["embedder"]) == [vector_of("tea plain None")]
+    assert set(inner.count.values()) == {1}
+    with pytest.raises(TypeError, match="colour"):
+        embedder.run(documents=tea, colour="red")
+    with pytest.raises(TypeError, match="style"):
+        CachedDocumentEmbedder(config={**MEMORY, **NGRAM}).run(documents=tea, style="bold")
+
+
+# --- embedders that misbehave -----------------------------------------------------------------
+
+
+def test_documents_in_another_order_keep_their_vectors() -> None:
+    inner = Embedder()
+    inner.spoil = lambda embedded: embedded[::-1]
+    output = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "order"}}).run(
+        documents=documents("a", "b", "c")
+    )
+    assert embeddings(output) == [vector_of(text, "m") for text in "abc"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda found: [found[0], *found[2:]], lambda found: [found[0], replace(found[1], embedding=None), *found[2:]]],
+    ids=["fewer", "none"],
+)
+def test_a_document_without_embedding_has_none_and_is_asked_for_again(
+    spoil: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = Embedder()
+    config = {**MEMORY, "key": {"namespace": f"failed {spoil(documents('1', '2', '3'))[1].content}"}}
+    embedder = CachedDocumentEmbedder(inner, config=config)
+    given_documents = [replace(one, embedding=[1.0]) for one in documents("a", "b", "c", "b")]
+    inner.spoil = spoil
+    output = embedder.run(documents=given_documents)
+    assert embeddings(output) == [vector_of("a", "m"), None, vector_of("c", "m"), None]
+    assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 2}
+    assert inner.calls.count("run") == 1, "what came with it is not asked for twice"
+    assert f"2 of 4 documents got no embedding: {given_documents[1].id}" in caplog.text
+
+    inner.spoil = list
+    output = embedder.run(documents=given_documents)
+    assert embeddings(output) == [vector_of(text, "m") for text in "abcb"]
+    assert output["meta"]["cache"] == {"hits": {"memory": 2}, "computed": 1, "failed": 0}
+    assert inner.count == {"a": 1, "b": 2, "c": 1}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda found: [*found, found[0]],
+        lambda found: [*found, Document(content="new", embedding=[1.0] * 8)],
+        lambda found: [replace(one, id="same") for one in found],
+        lambda found: [*found[:-1], replace(found[-1], embedding=[float("nan")] * 8)],
+        lambda found: [*found[:-1], replace(found[-1], embedding=[1.0] * 7)],
+        lambda found: [*found[:-1], replace(found[-1], embedding=[])],
+        lambda found: [*found[:-1], replace(found[-1], embedding=[0.0] * 8)],
+    ],
+    ids=["twice", "more", "same id", "nan", "dimension", "empty", "zeros"],
+)
+async def test_an_answer_that_cannot_be_right_is_an_error_and_nothing_of_it_is_kept(
+    spoil: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
+    inner = Embedder()
+    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": request.node.name}})
+    embedder.run(documents=documents("a", "b"))
+    inner.spoil = spoil
+    with pytest.raises(ProviderError):
+        embedder.run(documents=documents("c", "a", "d", "b"))
+    with pytest.raises(ProviderError):
+        await embedder.run_async(documents=documents("c", "a", "d", "b"))
+    inner.spoil = list
+    output = embedder.run(documents=documents("c", "a", "d", "b"))
+    assert embeddings(output) == [vector_of(text, "m") for text in "cadb"]
+    assert output["meta"]["cache"] == {"hits": {"memory": 2}, "computed": 2, "failed": 0}
+
+
+# --- OpenAI's client ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(dimensions=16, api_key=KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    return {"api_base_url": server.base_url, "max_retries": 0}
+
+
+DOCUMENT_OPTIONS: dict[str, Any] = {
+    "prefix": "passage: ",
+    "suffix": " .",
+    "meta_fields_to_embed": ["title"],
+    "progress_bar": False,
+    "batch_size": 2,
+}
+TEAS = [Document(content=f"tea {number}", meta={"title": f"t{number}", "page": number}) for number in range(5)]
+
+
+def expected_of(server: OpenAIServer, number: int) -> list[float]:
+    return list(np.float32(server.vector_of(f"passage: t{number}\ntea {number} .")).tolist())
+
+
+@pytest.mark.parametrize("face", ["run", "run_async"])
+async def test_only_misses_are_paid_for(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], face: str
+) -> None:
+    embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
+
+    async def run(teas: list[Document]) -> dict[str, Any]:
+        return dict(await embedder.run_async(documents=teas) if face == "run_async" else embedder.run(documents=teas))
+
+    first = await run(TEAS[1:4])
+    mixed = await run([TEAS[4], TEAS[2], TEAS[0], TEAS[2], TEAS[1], TEAS[4]])
+    assert embeddings(first) == [expected_of(server, number) for number in (1, 2, 3)]
+    assert embeddings(mixed) == [expected_of(server, number) for number in (4, 2, 0, 2, 1, 4)]
+    assert server.texts == 5
+    assert mixed["meta"]["cache"] == {"hits": {"memory": 3}, "computed": 2, "failed": 0}
+    assert mixed["meta"]["model"] == "text-embedding-3-small"
+    plain = OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS)
+    two = plain.run(documents=[TEAS[4], TEAS[0]])
+    assert mixed["meta"]["usage"] == two["meta"]["usage"]
+    assert embeddings(mixed)[::2] == float32([*embeddings(two), embeddings(first)[0]])
+    plain.close()
+
+    assert (await run(TEAS))["meta"] == {
+        "model": "text-embedding-3-small",
+        "cache": {"hits": {"memory": 5}, "computed": 0, "failed": 0},
+    }
+    await embedder.close_async()
+    embedder.close()
+
+
+# Haystack's embedder goes by the order of the reply, not by its `index`: what it is given out of order it gives to
+# the wrong documents, with and without a cache.
+@pytest.mark.parametrize("how", ["short", "long", "empty", "nan", "zeros", "dimension", "ragged", "no_values"])
+async def test_a_bad_reply_is_an_error(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
+) -> None:
+    embedder = CachedDocumentEmbedder(
+        OpenAIDocumentEmbedder(**openai, **{**DOCUMENT_OPTIONS, "batch_size": 32}), config=disk
+    )
+    embedder.run(documents=TEAS[1:3])
+    server.misbehave(how, times=2)
+    with pytest.raises((ProviderError, ValueError)):
+        embedder.run(documents=TEAS)
+    with pytest.raises((ProviderError, ValueError)):
+        await embedder.run_async(documents=TEAS)
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    await embedder.close_async()
+    embedder.close()
+
+
+@pytest.mark.parametrize("how", ["server_error", "rate_limit", "unauthorized", "disconnect"])
+async def test_a_failure_is_not_cached(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
+) -> None:
+    """Of three calls the second fails: its documents have no embedding, and the next run embeds them."""
+    embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
+    embedder.run(documents=TEAS[:1])
+    server.misbehave(how)
+    output = await embedder.run_async(documents=TEAS)
+    assert embeddings(output) == [expected_of(server, 0), None, None, expected_of(server, 3), expected_of(server, 4)]
+    assert output["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 2, "failed": 2}
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    assert server.texts == 5
+
+    strict = OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS, raise_on_failure=True, model="other")
+    server.misbehave(how)
+    with pytest.raises(Exception, match=r"Error code|Connection error"):
+        CachedDocumentEmbedder(strict, config=disk).run(documents=TEAS)
+    await embedder.close_async()
+    embedder.close()
+    strict.close()
+
+
+async def test_a_query_is_paid_for_once(server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]) -> None:
+    embedder = CachedTextEmbedder(OpenAITextEmbedder(**openai, prefix="query: "), config=disk)
+    first = embedder.run(text="tea")
+    assert first["embedding"] == np.float32(server.vector_of("query: tea")).tolist()
+    assert first["meta"]["usage"]["total_tokens"] > 0
+    again = await embedder.run_async(text="tea")
+    assert again["embedding"] == first["embedding"]
+    assert again["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 0, "failed": 0}
+    server.misbehave("server_error", times=2)
+    for _ in range(2):
+        with pytest.raises(Exception, match="500"):
+            await embedder.run_async(text="coffee")
+    assert (await embedder.run_async(text="coffee"))["embedding"] == np.float32(
+        server.vector_of("query: coffee")
+    ).tolist()
+    await embedder.close_async()
+    embedder.close()
+
+
+def test_a_query_and_a_document_share_nothing_unless_it_is_said(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
+) -> None:
+    quiet = {"progress_bar": False}
+    document, query = OpenAIDocumentEmbedder(**openai, **quiet), OpenAITextEmbedder(**openai)
+
+    def both(**options: Any) -> list[int]:
+        one = CachedDocumentEmbedder(document, config=disk, **options).run(documents=documents("tea"))
+        other = CachedTextEmbedder(query, config=disk, **options).run(text="tea")
+        assert embeddings(one) == [other["embedding"]]
+        return [output["meta"]["cache"]["computed"] for output in (one, other)]
+
+    assert both() == [1, 1]
+    assert both(space={"model": "text-embedding-3-small"}) == [1, 1]
+    assert both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
+    document.close()
+    query.close()
+
+
+# --- from and to YAML -------------------------------------------------------------------------
+
+
+def test_a_pipeline_survives_yaml(server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]) -> None:
+    pipeline = Pipeline()
+    inner = OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS)
+    pipeline.add_component("wrapped", CachedDocumentEmbedder(inner, config=disk))
+    pipeline.add_component("text", CachedTextEmbedder(config={**disk, **NGRAM}))
+    pipeline.add_component(
+        "declared",
+        CachedTextEmbedder(OpenAITextEmbedder(**openai), config=Path("embedonce.toml"), space={"model": "m", "n": 2}),
+    )
+    pipeline.add_component(
+        "provider",
+        CachedDocumentEmbedder(config={**disk, **NGRAM}, meta_fields_to_embed=["title"], embedding_separator=": "),
+    )
+    embedded = pipeline.get_component("wrapped").run(documents=TEAS)
+    dumped = pipeline.dumps()
+    assert KEY not in dumped
+    again = Pipeline.loads(dumped)
+    assert again.dumps() == dumped
+    provider = again.get_component("provider")
+    assert (provider.meta_fields_to_embed, provider.embedding_separator) == (["title"], ": ")
+    assert again.get_component("declared").config == "embedonce.toml"
+    output = again.get_component("wrapped").run(documents=TEAS)
+    assert output["meta"]["cache"]["hits"] == {"memory": 5}
+    assert embeddings(output) == embeddings(embedded)
+    inner.close()
+
+
+def test_no_secret_is_written() -> None:
+    config = {"tiers": [{"type": "redis", "url": "redis://:hunter2@localhost:6379/0"}]}
+    with pytest.raises(ConfigError, match=r"tiers\[0\]\.url: a secret") as raised:
+        CachedTextEmbedder(Texts(), config=config).to_dict()
+    assert "hunter2" not in str(raised.value)
+    config["tiers"][0]["url"] = "redis://:${PASSWORD}@localhost:6379/0"
+    assert CachedTextEmbedder(Texts(), config=config).to_dict()["init_parameters"]["config"] == config
+
+
+def test_a_secret_that_is_no_variable_is_left_out_of_the_space(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
+) -> None:
+    text = {"text": "tea"}
+    for secret in (Secret.from_env_var("OPENAI_API_KEY"), Secret.from_token(KEY)):
+        inner = OpenAITextEmbedder(**openai, api_key=secret)
+        CachedTextEmbedder(inner, config=disk).run(**text)
+        inner.close()
+    assert server.texts == 1
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@component
+class Texts:
+    """Embeds texts, and says which model it uses."""
+
+    def __init__(self, model: str = "texts", precision: str = "float32") -> None:
+        self.model = model
+        self.precision = precision
+        self.count: Counter[str] = Counter()
+
+    @component.output_types(embedding=list[float])
+    def run(self, text: str) -> dict[str, Any]:
+        self.count[text] += 1
+        return {"embedding": vector_of(text) if text else None}
+
+
+@pytest.mark.parametrize("wrong", [None, "text", Document(content="a"), [Document(content="a"), "b"], ["a"], [None]])
+async def test_documents_are_documents(wrong: Any) -> None:
+    embedder = CachedDocumentEmbedder(Embedder(), config=MEMORY)
+    with pytest.raises(TypeError, match="list of Documents"):
+        embedder.run(documents=wrong)
+    with pytest.raises(TypeError, match="list of Documents"):
+        await embedder.run_async(documents=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 1, ["a"], b"a", Document(content="a")])
+async def test_a_text_is_a_str(wrong: Any) -> None:
+    embedder = CachedTextEmbedder(Texts(), config=MEMORY)
+    with pytest.raises(TypeError, match="embeds a str"):
+        embedder.run(text=wrong)
+    with pytest.raises(TypeError, match="embeds a str"):
+        await embedder.run_async(text=wrong)
+
+
+def test_a_text_without_embedding_is_an_error() -> None:
+    with pytest.raises(ProviderError, match="gave no embedding"):
+        CachedTextEmbedder(Texts(), config=MEMORY).run(text="")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: CachedTextEmbedder(Embedder()), "whose run takes 'text'"),
+        (lambda: CachedDocumentEmbedder(Texts()), "whose run takes 'documents'"),
+        (lambda: CachedDocumentEmbedder("openai"), "whose run takes 'documents'"),
+        (lambda: CachedTextEmbedder(Texts), r"is a class: pass an instance of it, Texts\(...\)"),
+        (lambda: CachedTextEmbedder(space={"model": "m"}), "describes an embedder that is passed"),
+        (lambda: CachedDocumentEmbedder(Embedder(), meta_fields_to_embed=[]), "set it there"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(make: Callable[[], Any], why: str) -> None:
+    with pytest.raises(TypeError, match=why):
+        make()
+
+
+def test_an_embedder_that_says_nothing_is_refused_until_it_is_declared() -> None:
+    with pytest.raises(SpaceError, match="give it to CachedDocumentEmbedder"):
+        CachedDocumentEmbedder(Bare(), config=MEMORY)
+    with pytest.raises(SpaceError, match="declare what decides its vectors: space="):
+        CachedDocumentEmbedder(Bare(), config=MEMORY, meta_fields_to_embed=[]).run(documents=[])
+    inner = Bare()
+    embedder = CachedDocumentEmbedder(inner, config=MEMORY, space={"model": "bare"}, meta_fields_to_embed=["title"])
+    tea = Document(content="tea", meta={"title": "green", "page": 3})
+    assert embeddings(embedder.run(documents=[tea])) == [vector_of("green\ntea")]
+    assert [(one.content, one.meta) for one in inner.seen] == [("green\ntea", {})]
+
+
+def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
+    with pytest.raises(SpaceError, match="quantization_ranges"):
+        CachedTextEmbedder(Texts(precision="int8"), config=MEMORY).warm_up()
+
+
+# --- a component's life -----------------------------------------------------------------------
+
+
+def test_the_embedder_is_warmed_up_by_the_first_miss_alone() -> None:
+    inner = Embedder()
+    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "life"}})
+    pipeline = Pipeline()
+    pipeline.add_component("embedder", embedder)
+    embedder.close()
+    assert inner.calls == ["close"], "nothing was opened"
+    pipeline.warm_up()
+    pipeline.warm_up()
+    embedder.run(documents=[])
+    assert inner.calls == ["close"]
+    for content in ("a", "a", "b"):
+        pipeline.run({"embedder": {"documents": documents(content)}})
+    assert inner.calls == ["close", "warm_up", "run", "run"]
+    embedder.close()
+    pipeline.run({"embedder": {"documents": documents("a", "c")}})
+    assert inner.calls == ["close", "warm_up", "run", "run", "close", "warm_up", "run"]
+
+
+def test_a_configuration_that_is_wrong_is_an_error_before_anything_runs() -> None:
+    pipeline = Pipeline()
+    pipeline.add_component("embedder", CachedTextEmbedder(Texts(), config={"tiers": [{"type": "memry"}]}))
+    with pytest.raises(ConfigError, match='did you mean "memory"'):
+        pipeline.warm_up()
+
+
+def test_equal_configurations_share_one_cache(disk: dict[str, Any]) -> None:
+    one, other = Embedder(), Embedder()
+    first = CachedDocumentEmbedder(one, config=disk)
+    first.run(documents=documents("a", "b"))
+    output = CachedDocumentEmbedder(other, config=dict(disk)).run(documents=documents("b", "a"))
+    assert output["meta"]["cache"]["hits"] == {"memory": 2}
+    assert not other.calls
+
+
+def test_threads_and_tasks_compute_each_text_once() -> None:
+    inner = Embedder()
+    config = {**MEMORY, "key": {"namespace": "threads"}}
+    contents = [f"text {number}" for number in range(40)]
+    at_once = 8
+    start = threading.Barrier(at_once)
+
+    def work(shift: int) -> list[Any]:
+        embedder = CachedDocumentEmbedder(inner, config=config)
+        order = documents(*contents[shift:], *contents[:shift])
+        start.wait()
+
+        async def tasks() -> list[dict[str, Any]]:
+            return list(await asyncio.gather(*(embedder.run_async(documents=order) for _ in range(3))))
+
+        outputs = asyncio.run(tasks()) if shift % 2 else [embedder.run(documents=order)]
+        return [(one.content, one.embedding) for output in outputs for one in output["documents"]]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for found in pool.map(work, range(at_once)):
+            assert all(embedding == vector_of(str(content), "m") for content, embedding in found)
+    assert set(inner.count.values()) == {1}
+    assert len(inner.count) == len(contents)
+
+
+# --- a provider of the configuration ----------------------------------------------------------
+
+
+async def test_a_provider_embeds_documents_and_queries() -> None:
+    config = {**MEMORY, **NGRAM}
+    embedder = CachedDocumentEmbedder(config=config, meta_fields_to_embed=["title"])
+    tea = Document(content="tea", meta={"title": "green"})
+    output = embedder.run(documents=[tea, *documents("tea")])
+    assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 0}
+    cache = shared_cache(config)
+    assert embeddings(output) == cache.embed_batch(["green\ntea", "tea"]).tolist()
+    # ngram declares that queries and documents have the same vectors.
+    answer = await CachedTextEmbedder(config=config).run_async(text="green\ntea")
+    assert answer["meta"]["cache"]["hits"] == {"memory": 1}
+    assert answer["embedding"] == output["documents"][0].embedding

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -149,8 +150,9 @@ class CachedEmbedder:
             ConfigError: ``config`` is a dict that holds a secret in the clear.
         """
         embedder = None if self.embedder is None else component_to_dict(self.embedder, "embedder")
-        space = None if self.space is None else dict(self.space)
-        return default_to_dict(self, embedder=embedder, config=writable(self.config), space=space, **more)
+        return default_to_dict(
+            self, embedder=embedder, config=writable(self.config), space=deepcopy(self.space), **more
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Any:
