@@ -40,6 +40,7 @@ ORDER = (
     "encryption",
     "contracts",
     "functions",
+    "model_files",
     "similarity",
     "answers",
     "_checks",

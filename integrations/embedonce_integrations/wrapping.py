@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import weakref
@@ -16,7 +15,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
-from embedonce.keys import Value, canonical
+from embedonce.keys import Value
+from embedonce.model_files import digest
 
 Answer: TypeAlias = Vectors | Embedded
 
@@ -180,7 +180,8 @@ def described_space(
     """
     cls = type(embedder)
     kept = {name: item for name, item in fields.items() if name not in NOT_IN_SPACE and name not in leave_out}
-    content = _content(model)
+    folder = Path(model).expanduser()
+    content = digest(folder) if any((folder / name).is_file() for name in ("config.json", "modules.json")) else None
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
         model=model if content is None else f"folder:{content[:12]}",
@@ -188,35 +189,6 @@ def described_space(
         task=task,
         extra={name: _plain(item, f"{cls.__name__}.{name}") for name, item in kept.items() if _counts(item)} or None,
     )
-
-
-def _content(model: str) -> str | None:
-    """Return the SHA-256 over the files of a model's folder, in hex; None where ``model`` names no such folder.
-
-    Names and contents of all files count, but of hidden ones and documents (``.md``). The weights are read once a
-    process, and again when they have changed.
-    """
-    folder = Path(model).expanduser()
-    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
-        return None
-    found = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"}
-    files = {
-        name.as_posix(): _sha256(file) for name, file in found.items() if not any(part[0] == "." for part in name.parts)
-    }
-    return hashlib.sha256(canonical(files)).hexdigest()
-
-
-_hashed: dict[tuple[int, ...], bytes] = {}
-"""SHA-256 of files, by what changes whenever their contents do."""
-
-
-def _sha256(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        stat = os.fstat(stream.fileno())
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if state not in _hashed:
-            _hashed[state] = hashlib.file_digest(stream, "sha256").digest()
-        return _hashed[state]
 
 
 def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:

