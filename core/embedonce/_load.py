@@ -592,6 +592,18 @@ def is_secret(where: Sequence[str | int]) -> bool:
     return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
 
 
+def secrets_in(value: Any, where: Where = ()) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
+    if isinstance(value, Mapping):
+        return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
+    if isinstance(value, list | tuple):
+        return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
+    if not isinstance(value, str):
+        return []
+    found = _pieces(value) if is_secret(where[1:]) else _credentials(value)
+    return [_dotted(where)] if any("${" not in secret for secret in found) else []
+
+
 def display(where: Where, value: Any) -> str | None:
     """Return a value as TOML writes it, shortened; None where it must not be shown."""
     if is_secret(where[1:]):
