@@ -39,6 +39,8 @@ CONNECT_SECONDS = 10
 """A connection that takes longer is given up, where the URL has no ``connect_timeout``."""
 CANCEL_SECONDS = 2.0
 """How long the server is asked to stop a query that nobody waits for any more."""
+TICK = 0.01
+"""Seconds after which a call that waits looks at its deadline."""
 IDLE_SECONDS = 300.0
 """A connection that was not used for so long is closed."""
 
@@ -102,21 +104,24 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             TierTimeout: the deadline has passed. The connection is of no use then.
         """
-        try:
-            wanted: int = next(gen)
-            with _Selector() as selector:
-                selector.register(self.pgconn.socket, wanted)
-                while True:
-                    events = selector.select(time_left())
-                    time_left()
-                    if not events:
-                        continue
-                    was, wanted = wanted, gen.send(events[0][1])
-                    if wanted != was:
-                        selector.modify(self.pgconn.socket, wanted)
-        except StopIteration as done:
-            result: T = done.value
-            return result
+        left = time_left()
+        return waiting.wait(_timed(gen), self.pgconn.socket, TICK if left is None else min(left, TICK))
+
+
+def _timed(gen: PQGen[T]) -> PQGen[T]:
+    """Do what ``gen`` does, and look at the deadline whenever something has come, and with each tick.
+
+    The waiting itself is psycopg's, in C: an answer of 256 vectors comes in dozens of pieces.
+    """
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            time_left()
+            wanted = gen.send(ready)
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):

@@ -90,7 +90,7 @@ class PostgresBackend:
     def __repr__(self) -> str:
         return f"<PostgresBackend of the table {self.schema}.{self.table}>"
 
-    def get_many(self, keys: Sequence[str], /) -> dict[str, Item]:
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
         """Return what is there, by one query."""
         if not keys:
             return {}
@@ -251,7 +251,7 @@ class PostgresTwin:
         self._backend = backend
         self._pool = pool
 
-    async def get_many(self, keys: Sequence[str], /) -> dict[str, Item]:
+    async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
         """Return what is there, by one query."""
         if not keys:
             return {}
