@@ -224,7 +224,7 @@ class Engine:
                 answer.found.append((tier.name, read.entries))
                 if answer.store and depth:
                     await self._promote(port, ticket, answer, read.entries, self.tiers[:depth])
-                keys = read.entries.lacking(keys)
+                keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
         return keys
 
     def _agree(self, tier: LiveTier, answer: Answer, entries: Entries) -> None:

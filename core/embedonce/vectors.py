@@ -192,6 +192,8 @@ class Entries(MutableMapping[str, Entry]):
         """Return the entries that are in no block."""
         if not self._blocks:
             return dict(self._held)  # type: ignore[arg-type]
+        if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._held):
+            return {}
         return {key: held for key, held in self._held.items() if type(held) is not Block}  # type: ignore[misc]
 
     def as_dict(self) -> dict[str, Entry]:
@@ -210,7 +212,7 @@ class Entries(MutableMapping[str, Entry]):
     def lacking(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that are not here."""
         held = self._held
-        return [key for key in keys if key not in held]
+        return [key for key in keys if key not in held] if held else list(keys)
 
     def matrix(self, keys: Sequence[str], dimensions: int | None) -> NDArray[np.float32]:
         """Return the vectors of keys, in their order, as a new matrix of shape (n, d), as :func:`matrix` does.
