@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from peers import Matrix, Peer, sha256
-from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, sample, stored, table
+from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, resident, sample, stored, table
 
 import embedonce
 from embedonce.vectors import Entry, encode_frames, freeze_rows
@@ -316,6 +316,14 @@ class OverDisk(Embedonce):
         return DiskBackend(path=self.folder, max_bytes=2**36)
 
 
+class OverMemory(Embedonce):
+    name = "**embedonce**, memory"
+
+    def opened(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
+        space = {"model": "benchmark-v1", "dimensions": dimensions}
+        return embedonce.Cache(function, [MemoryBackend(max_entries=2_000_000)], space=space)
+
+
 def _refuse(texts: list[str]) -> Matrix:
     raise AssertionError("a stored text was computed again")
 
@@ -566,34 +574,35 @@ def growth(repeats: int, most: int = 100_000) -> None:
     print("\n### growth: 384 dimensions, a payload of 1,536 bytes; 2,000 texts read at random\n")
     print("| | entries | batch hit, µs per text | bytes per entry | stored, µs per text |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    _grow(OverMemory(Path()), repeats, most, lambda _: resident())
+    with tempfile.TemporaryDirectory() as folder:
+        _grow(OverDisk(Path(folder)), repeats, most, _size_on_disk)
     for _, server, classes in each_server():
         for cls in filter(is_embedonce, classes):
-            _grow(cls.name, cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
-    with tempfile.TemporaryDirectory() as folder:
-        _grow(OverDisk.name, OverDisk(Path(folder)), repeats, most, _size_on_disk)
+            _grow(cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
 
 
-def _grow(name: str, peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
+def _grow(peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
     matrix = vectors(1000, 384)
-    texts: list[str] = []
+    texts = [f"growth {at}" for at in range(most)]
     peer.store(["makes what is needed"], matrix[:1])
     before = size(peer)
     chance = np.random.default_rng(5)
+    there = 0
     for entries in (1_000, 100_000, 1_000_000):
         if entries > most:
             break
-        start, begun = time.perf_counter(), len(texts)
-        while len(texts) < entries:
-            more = [f"growth {name} {len(texts) + at}" for at in range(1000)]
-            peer.store(more, matrix)
-            texts += more
-        stored_in = (time.perf_counter() - start) / (entries - begun) * 1e6
+        start, new = time.perf_counter(), range(there, entries, 1000)
+        for at in new:
+            peer.store(texts[at : at + 1000], matrix)
+        stored_in = (time.perf_counter() - start) / (entries - there) * 1e6
+        there = entries
         asked = Renewed([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
         calls: Calls = {"read": lambda asked=asked: [peer.read(chunk) for chunk in chunks(asked.now)]}  # type: ignore[misc]
-        ((quickest, _),) = measure(calls, max(3, repeats // 2), asked.renew).values()
+        ((quickest, _),) = measure(calls, repeats, asked.renew).values()
         each = quickest / len(asked.now) * 1e6
         weight = (size(peer) - before) / entries
-        print(f"| {name} | {entries:,} | {each:.2f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
+        print(f"| {peer.name} | {entries:,} | {each:.2f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
     peer.close()
 
 

@@ -129,7 +129,7 @@ class Block:
         """Shape (n,), as ``created``. Infinity: never."""
         self.metadata = metadata
         """None where no row has any."""
-        self.dtype = dtype
+        self.dtype: Dtype = dtype
         self._entries: dict[str, Entry] | None = None
 
     def entries(self) -> dict[str, Entry]:
