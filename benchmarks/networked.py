@@ -387,7 +387,7 @@ def hits(repeats: int) -> None:
 
 def reads(peers: Sequence[Peer], texts: Renewed) -> Calls:
     """Return by peer a call that reads the texts chunk by chunk."""
-    return {p.name: (lambda p=p: [p.read(chunk) for chunk in chunks(texts.now)]) for p in peers}
+    return {p.name: (lambda p=p: map(p.read, chunks(texts.now))) for p in peers}
 
 
 def misses(repeats: int) -> None:
@@ -598,7 +598,7 @@ def _grow(peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> N
         stored_in = (time.perf_counter() - start) / (entries - there) * 1e6
         there = entries
         asked = Renewed([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
-        calls: Calls = {"read": lambda asked=asked: [peer.read(chunk) for chunk in chunks(asked.now)]}  # type: ignore[misc]
+        calls: Calls = {"read": lambda asked=asked: map(peer.read, chunks(asked.now))}  # type: ignore[misc]
         ((quickest, _),) = measure(calls, repeats, asked.renew).values()
         each = quickest / len(asked.now) * 1e6
         weight = (size(peer) - before) / entries
