@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import selectors
+import select
 import threading
 import time
 import weakref
@@ -85,9 +85,6 @@ def parameters(url: str) -> dict[str, Any]:
 # Autocommit, and nothing prepared: behind a transaction pooler the next statement may go to another server process.
 _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
 
-# Two descriptors at most, so poll or select cost less than making an epoll.
-_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
 
 class Connection(psycopg.Connection[Any]):
     """A connection whose every wait ends by the deadline of the call, however the bytes trickle in."""
@@ -145,9 +142,16 @@ def is_quiet(connection: AnyConnection) -> bool:
     """Say whether an idle connection is as it was left: one that the server closed, or wrote to, can be read from."""
     if connection.closed:
         return False
-    with _Selector() as selector:
-        selector.register(connection.pgconn.socket, selectors.EVENT_READ)
-        return not selector.select(0)
+    if not hasattr(select, "poll"):
+        return not select.select([connection.pgconn.socket], [], [], 0)[0]
+    poll = select.poll()
+    poll.register(connection.pgconn.socket, select.POLLIN)
+    return not poll.poll(0)
+
+
+def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
+    """Say whether a statement gave rows, be they none. (``description`` makes an object per column to say so.)"""
+    return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
 def is_sound(connection: AnyConnection, error: BaseException) -> bool:
