@@ -16,15 +16,17 @@ import argparse
 import gc
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,47 @@ def vectors(count: int, dimensions: int) -> Matrix:
 
 def joined(values: Sequence[Any]) -> Matrix:
     return np.frombuffer(b"".join(values), np.float32).reshape(len(values), -1)
+
+
+# --- CPU time -------------------------------------------------------------------------------------
+
+
+def cpu(calls: Calls, repeats: int, before: Callable[[], object]) -> dict[str, float]:
+    """Return by name the CPU seconds that a call takes here and in the servers below this process (Linux).
+
+    The median of the repeats: unlike the time that passes, it depends little on what else the machine does.
+    """
+    below = _descendants(os.getpid())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            before()
+            servers_before, start = _scheduled(below), time.process_time()
+            deque(call(), maxlen=0)  # type: ignore[arg-type]
+            seconds[name].append(time.process_time() - start + _scheduled(below) - servers_before)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def _descendants(root: int) -> list[Path]:
+    """Return the folders in /proc of all processes that this one has started, and those have started."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return [Path(f"/proc/{pid}") for pid in found - {root}]
+
+
+def _scheduled(folders: Sequence[Path]) -> float:
+    """Return the seconds that all threads of processes have run."""
+    nanoseconds = 0
+    for folder in folders:
+        for thread in folder.glob("task/*/schedstat"):
+            with suppress(OSError):
+                nanoseconds += int(thread.read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 # --- floors and peers -----------------------------------------------------------------------------
@@ -378,10 +421,16 @@ def hits(repeats: int) -> None:
             texts = [f"{dimensions} {text}" for text in sample(TEXTS)]
             with stored(classes, texts, vectors(TEXTS, dimensions)) as ready:
                 many, ones = Renewed(texts), Renewed(texts[:ONES])
-                notes = {p.name: p.note for p in ready}
-                title = f"{kind}: batch hit, {dimensions} dimensions"
-                table(title, measure(reads(ready, many), repeats, many.renew), TEXTS, notes)
-                calls: Calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
+                calls = reads(ready, many)
+                times = measure(calls, repeats, many.renew)
+                spent = {name: seconds / TEXTS * 1e6 for name, seconds in cpu(calls, repeats, many.renew).items()}
+                floor = spent[ready[0].name]
+                notes = {
+                    p.name: f"CPU of both sides {spent[p.name]:.1f} µs, {spent[p.name] / floor:.2f} times; {p.note}"
+                    for p in ready
+                }
+                table(f"{kind}: batch hit, {dimensions} dimensions", times, TEXTS, notes)
+                calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
                 table(f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), ONES)
 
 
@@ -572,8 +621,8 @@ def processes(repeats: int) -> None:
 def growth(repeats: int, most: int = 100_000) -> None:
     """Fill each backend, and see what a batch costs and what an entry weighs."""
     print("\n### growth: 384 dimensions, a payload of 1,536 bytes; 2,000 texts read at random\n")
-    print("| | entries | batch hit, µs per text | bytes per entry | stored, µs per text |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| | entries | batch hit, µs per text | CPU of both sides | bytes per entry | stored, µs per text |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     _grow(OverMemory(Path()), repeats, most, lambda _: resident())
     with tempfile.TemporaryDirectory() as folder:
         _grow(OverDisk(Path(folder)), repeats, most, _size_on_disk)
@@ -601,8 +650,9 @@ def _grow(peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> N
         calls: Calls = {"read": lambda asked=asked: map(peer.read, chunks(asked.now))}  # type: ignore[misc]
         ((quickest, _),) = measure(calls, repeats, asked.renew).values()
         each = quickest / len(asked.now) * 1e6
+        spent = cpu(calls, repeats, asked.renew)["read"] / len(asked.now) * 1e6
         weight = (size(peer) - before) / entries
-        print(f"| {peer.name} | {entries:,} | {each:.2f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
+        print(f"| {peer.name} | {entries:,} | {each:.1f} | {spent:.1f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
     peer.close()
 
 
