@@ -20,7 +20,7 @@ from .contracts import EXTRAS, Backend, Capabilities, deadline
 from .errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
-from .vectors import Decoded, Dtype, Entry, decode_frames, encode_frames, freeze
+from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
 
 if TYPE_CHECKING:
     import asyncio
@@ -90,7 +90,7 @@ class Tier:
 class Read:
     """What one tier gave for one call."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     hits: int = 0
     misses: int = 0
     errors: int = 0
@@ -278,7 +278,7 @@ class LiveTier:
                 continue
             try:
                 values = await self._get(port, chunk)
-                if len(values) > len(chunk) or not values.keys() <= set(chunk):  # what nobody asked for
+                if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
                     values = {key: values[key] for key in chunk if key in values}
             except Exception as error:
                 read.cause = self._failed(self.reads, error)
@@ -304,19 +304,18 @@ class LiveTier:
         self._note(read, task, start)
         return read
 
-    def _accept(
-        self, values: Mapping[str, Any], entries: dict[str, Entry], dtype: Dtype, dimensions: int | None
-    ) -> int:
+    def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
         """Put what is sound into ``entries`` and return how many are corrupt."""
         if not values:
             return 0
         decoded = self.decoded(values, dtype=dtype, dimensions=dimensions)
-        if dimensions is None:  # only a space card has no values; under a text's key it is somebody's mistake
+        # Only a space card has no values; under a text's key it is somebody's mistake.
+        if dimensions is None and 0 in decoded.entries.sizes():
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.update(self.without_previews(decoded.entries))
+        entries.add(self.without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
@@ -324,11 +323,11 @@ class LiveTier:
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+    def without_previews(self, entries: Entries) -> Entries:
         """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
         if not self.capabilities.text_preview:
             return entries
-        for key, entry in entries.items():
+        for key, entry in entries.as_dict().items():
             if entry.metadata is not None and TEXT_PREVIEW in entry.metadata:
                 rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
                 entries[key] = entry._replace(metadata=rest or None)
@@ -343,17 +342,19 @@ class LiveTier:
         if holds == "entries":
             trusted = self.capabilities.scope == "process"
             return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=trusted)
-        entries = {k: v for k, v in values.items() if type(v) is Entry} if holds == "either" else {}
-        if not entries:
+        if holds == "frames" or not (entries := _entries_among(values)):
             return self._decoded_frames(values, now, dtype, dimensions)
-        frames = self._decoded_frames({k: v for k, v in values.items() if k not in entries}, now, dtype, dimensions)
         if self._encryption is None:
-            rest = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+            decoded = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
         else:  # stored before the tier was encrypted
-            rest = Decoded(missed=list(entries))
-        return Decoded(
-            {**frames.entries, **rest.entries}, [*frames.corrupt, *rest.corrupt], [*frames.missed, *rest.missed]
-        )
+            decoded = Decoded(missed=list(entries))
+        if len(entries) < len(values):
+            rest = {key: value for key, value in values.items() if key not in entries}
+            frames = self._decoded_frames(rest, now, dtype, dimensions)
+            decoded.entries.add(frames.entries)
+            decoded.corrupt.extend(frames.corrupt)
+            decoded.missed.extend(frames.missed)
+        return decoded
 
     def _decoded_frames(self, frames: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> Decoded:
         if self._encryption is None:
@@ -707,6 +708,10 @@ class ChainError(ConfigError):
         super().__init__(message)
         self.place = place
         self.option = option
+
+
+def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
+    return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:

@@ -24,7 +24,7 @@ from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
 from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
@@ -212,7 +212,7 @@ class Cache:
         Raises:
             Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
         """
-        return self._matrix(step(self._rows(self._ports.blocking, texts, task)), task)
+        return step(self._matrix(self._ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
@@ -369,7 +369,7 @@ class Cache:
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """As :meth:`embed_batch`."""
-        return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
+        return await self._matrix(self._ports.of_running_loop(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
@@ -575,8 +575,9 @@ class Cache:
         answer = await self._answer(port, texts, task, rows_only=True)
         return answer.rows()
 
-    def _matrix(self, rows: list[Any], task: Task) -> Matrix:
-        return matrix(rows, self._route(self._source, task).dimensions)
+    async def _matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.matrix()
 
     async def _fetch(
         self,

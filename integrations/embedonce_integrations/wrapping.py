@@ -190,7 +190,7 @@ def described_space(
 
     Left out are fields that are None, those in :data:`NOT_IN_SPACE` (in mappings too) and ``leave_out``, and secrets; a
     URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently. Where
-    ``model`` is a folder, its content is what counts: where it lies changes nothing, and weights that change in place do.
+    ``model`` is a folder, its content is what counts: where it lies does not, and weights that change in place do.
 
     Raises:
         SpaceError: a field holds an object that cannot be described. The message names the field and says how to
