@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,7 +121,7 @@ def _only(texts: Texts, judged: dict[str, Any]) -> Texts:
 
 
 def _evaluated(
-    source: str | None, documents: Texts, asked: Texts, judged: dict[str, Gains] | None, k: int
+    source: str | None, documents: Texts, asked: Texts, judged: Mapping[str, Gains] | None, k: int
 ) -> Evaluation:
     from embedonce.config import compose
 
