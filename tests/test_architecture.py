@@ -41,6 +41,7 @@ ORDER = (
     "contracts",
     "drift",
     "functions",
+    "similarity",
     "answers",
     "_checks",
     "similarity",

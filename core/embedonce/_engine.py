@@ -49,6 +49,10 @@ class Answer:
     failed: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, str] = field(default_factory=dict)
+    failing: set[str] = field(default_factory=set)
+    """Tiers that are not written to in this call, because they failed in it or are left out."""
+    unknown: dict[str, set[str]] = field(default_factory=dict)
+    """By tier the keys that a part of it failed for, which are not written to it."""
     refusal: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
     _text_of: dict[str, str] | None = None
@@ -226,6 +230,10 @@ class Engine:
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
+            if read.failed:
+                answer.failing.add(tier.name)
+            if read.unknown:
+                answer.unknown.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
                 self._agree(tier, answer, read.entries)
                 answer.entries.update(read.entries)
@@ -268,9 +276,11 @@ class Engine:
     ) -> None:
         """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
         for tier in tiers:
-            if tier.name not in answer.errors:
+            if tier.name not in answer.failing:
+                unknown = answer.unknown.get(tier.name)
+                known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
                 try:
-                    await tier.store(port, ticket, entries, answer.preview, patience=patience)
+                    await tier.store(port, ticket, known, answer.preview, patience=patience)
                 except TierError as error:
                     answer.refusal = error
 
@@ -393,7 +403,7 @@ class Engine:
                 port, ticket, answer, read.entries, [other for other in self.tiers if other is not tier]
             )
             self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
-        return not read.errors and not read.skipped
+        return not read.failed
 
     def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
         normalize = answer.route.keyer.normalize

@@ -290,6 +290,16 @@ class Cache:
         self._check_open()
         return step(self._upkeep.contents(self._ports.blocking))
 
+    def list_metadata(self, task: Task = "document") -> list[Metadata]:
+        """Return the metadata of every entry of the task's vector space that has some, in no order, each entry once.
+
+        It walks over all tiers, and sees what is in them: ``flush`` first where a tier is written in the background.
+
+        Raises:
+            TierError: a tier failed or cannot list; the message names it.
+        """
+        return step(self._list_metadata(self._ports.blocking, task))
+
     def check(self) -> list[TierCheck]:
         """Ask every tier whether it answers."""
         self._check_open()
@@ -420,6 +430,10 @@ class Cache:
         """As :meth:`contents`."""
         self._check_open()
         return await self._upkeep.contents(self._ports.of_running_loop())
+
+    async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
+        """As :meth:`list_metadata`."""
+        return await self._list_metadata(self._ports.of_running_loop(), task)
 
     async def acheck(self) -> list[TierCheck]:
         """As :meth:`check`."""
@@ -704,6 +718,10 @@ class Cache:
         if scope is None and not wanted:
             raise ValueError("purge needs at least one of scope, model, version and namespace")
         return await self._upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
+
+    async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
+        self._check_open()
+        return await self._upkeep.metadata(port, self._route(self._source, task), self._dtype)
 
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()

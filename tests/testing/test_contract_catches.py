@@ -46,6 +46,12 @@ class FailsOnNothing(DictBackend):
         return super().get_many(keys)
 
 
+class AnswersInAForkedChild(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = replace(self.capabilities, fork=False)
+
+
 class StoresText(DictBackend):
     def get_many(self, keys):
         return {key: value.hex() for key, value in super().get_many(keys).items()}
@@ -504,6 +510,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_what_was_stored_is_there_when_opened_again", LosesWhatWasLast),
     ("test_two_clients_see_one_store", KeepsACopyInMemory),
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
+    ("test_a_forked_child_is_refused", AnswersInAForkedChild),
     ("test_other_processes_use_the_store", HashingShelfBackend),
     ("test_threads_keep_their_values_apart", ForgetsBetweenThreads),
     ("test_threads_that_overwrite_leave_one_whole_value", WritesInTwoHalves),

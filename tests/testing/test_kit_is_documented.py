@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from embedonce.testing import BackendContract, ProviderContract, faults, proxy
+from embedonce.testing import BackendContract, ProviderContract, faults, gemini_server, openai_server, proxy
 
 # Without its code, whose comments look like headings.
 PAGE = re.sub(
@@ -42,6 +42,7 @@ def test_every_fault_is_listed() -> None:
     assert in_tables(backend) == set(get_args(faults.Kind))
     assert in_tables(provider) == set(get_args(faults.ProviderKind))
     assert in_tables(section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
+    assert in_tables(section("What happens when an API misbehaves?")) == set(get_args(openai_server.OpenAIMisbehaviour))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,8 @@ def test_every_fault_is_listed() -> None:
         (faults.Fault, faults.Kind),
         (faults.ProviderFault, faults.ProviderKind),
         (proxy.NetworkFault, proxy.NetworkKind),
+        (openai_server.OpenAIServer, openai_server.OpenAIMisbehaviour),
+        (gemini_server.GeminiServer, gemini_server.GeminiMisbehaviour),
     ],
 )
 def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:
