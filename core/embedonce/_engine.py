@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ._checks import checked_matrix, rounded
 from ._flights import Abandoned, Claimed, Flight, Table, Ticket, leading
@@ -25,7 +28,7 @@ from .answers import Fetched
 from .contracts import AnyProvider, Embedded
 from .errors import ProviderError, ProviderTimeout, ReplayMiss, TextRefused, TierError
 from .events import Computed, Event
-from .vectors import Dtype, Entry, Metadata, freeze_rows
+from .vectors import Dtype, Entries, Entry, Metadata, freeze_rows
 
 log = logging.getLogger("embedonce")
 
@@ -44,7 +47,7 @@ class Answer:
     texts: Sequence[str]
     store: bool
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -60,7 +63,7 @@ class Answer:
     @property
     def dimensions(self) -> int | None:
         if self.route.dimensions is None and self.entries:
-            return int(next(iter(self.entries.values())).vector.size)
+            return next(iter(self.entries.sizes()))
         return self.route.dimensions
 
     def preview(self, key: str) -> str:
@@ -74,8 +77,9 @@ class Answer:
         return self._text_of
 
     def missing(self) -> list[str]:
-        entries, failed = self.entries, self.failed
-        return [key for key in dict.fromkeys(self.keys) if key not in entries and key not in failed]
+        failed = self.failed
+        missing = self.entries.lacking(dict.fromkeys(self.keys))
+        return [key for key in missing if key not in failed] if failed else missing
 
     def rows(self) -> list[Any]:
         """Return every row in order.
@@ -83,17 +87,26 @@ class Answer:
         Raises:
             Exception: what the first text that failed, failed with.
         """
-        entries = self.entries
-        try:
-            return [entries[key].vector for key in self.keys]
-        except KeyError:
-            raise next(self.failed[key] for key in self.keys if key in self.failed) from None
+        self._check()
+        entries = self.entries.as_dict()
+        return [entries[key].vector for key in self.keys]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """Return every row in order, as a matrix (n, d). Raises as :meth:`rows` does."""
+        self._check()
+        return self.entries.matrix(self.keys, self.route.dimensions)
+
+    def _check(self) -> None:
+        if self.failed:
+            for key in self.entries.lacking(self.keys):
+                raise self.failed[key]
 
     def fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)
         for name, keys in self.found:
             sources.update(dict.fromkeys(keys, name))
-        entries = [self.entries.get(key) for key in self.keys]
+        held = self.entries.as_dict()
+        entries = [held.get(key) for key in self.keys]
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
@@ -236,29 +249,29 @@ class Engine:
                 answer.unknown.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
                 self._agree(tier, answer, read.entries)
-                answer.entries.update(read.entries)
+                answer.entries.add(read.entries)
                 answer.found.append((tier.name, read.entries))
-                if answer.store:
+                if answer.store and depth:
                     await self._promote(port, ticket, answer, read.entries, self.tiers[:depth])
-                keys = [key for key in keys if key not in read.entries]
+                keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
         return keys
 
-    def _agree(self, tier: LiveTier, answer: Answer, entries: dict[str, Entry]) -> None:
+    def _agree(self, tier: LiveTier, answer: Answer, entries: Entries) -> None:
         """Leave out entries of another dimension, where only the entries themselves can tell the right one."""
         if answer.dimensions is not None:
             return
-        sizes = Counter(entry.vector.size for entry in entries.values())
+        sizes = entries.sizes()
         if len(sizes) > 1:
             usual = sizes.most_common(1)[0][0]
-            odd = [key for key, entry in entries.items() if entry.vector.size != usual]
+            odd = [key for key, entry in entries.as_dict().items() if entry.vector.size != usual]
             for key in odd:
                 del entries[key]
             tier.counters.count(corrupt=len(odd), hits=-len(odd))
 
     async def _promote(
-        self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry], tiers: Sequence[LiveTier]
+        self, port: Port, ticket: int, answer: Answer, entries: Entries, tiers: Sequence[LiveTier]
     ) -> None:
-        await self._give(port, ticket, answer, entries, tiers, patience=False)
+        await self._give(port, ticket, answer, entries.as_dict(), tiers, patience=False)
 
     async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier."""
@@ -397,7 +410,7 @@ class Engine:
             return False
         if read.entries:
             self._agree(tier, answer, read.entries)
-            answer.entries.update(read.entries)
+            answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
             await self._promote(
                 port, ticket, answer, read.entries, [other for other in self.tiers if other is not tier]
@@ -419,7 +432,7 @@ class Engine:
         entries = await self._ask(port, ticket, answer, texts, flights)
         if not entries:
             return
-        answer.entries.update(entries)
+        answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:
             if answer.store:

@@ -67,6 +67,8 @@ class Config:
     file: Path | None
     cache: CacheTable
     key: KeyPolicy
+    allow: Sequence[str] | None
+    """Plugins of others that may be loaded, by distribution or by name; None: all."""
     provider: Plugged | None
     """None where it was loaded for a provider of the caller's own."""
     fallback: Plugged | None

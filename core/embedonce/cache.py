@@ -22,9 +22,9 @@ from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
-from ._tiers import LiveTier, Tier, compose_chain, draining
+from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
@@ -125,6 +125,9 @@ class Cache:
         self._others: WeakSet[Cache] = WeakSet()
         """The caches that :meth:`for_provider` has made of this one."""
 
+        chain = compose_chain(tiers, keyed=self._policy.secret is not None)
+        self._warnings = tuple(chain_warnings(chain))
+        log_once(self._warnings)
         self._ports = Ports()
         self._table = Table(max_queued)
         self._tiers = [
@@ -138,7 +141,7 @@ class Cache:
                 listened=lambda: bool(self._listeners),
                 clock=clock,
             )
-            for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
+            for name, tier in chain
         ]
         engine = Engine if drift is None else partial(Guarded, guard=drift)
         self._engine: Engine = engine(
@@ -209,7 +212,7 @@ class Cache:
         Raises:
             Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
         """
-        return self._matrix(step(self._rows(self._ports.blocking, texts, task)), task)
+        return step(self._matrix(self._ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
@@ -366,7 +369,7 @@ class Cache:
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """As :meth:`embed_batch`."""
-        return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
+        return await self._matrix(self._ports.of_running_loop(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
@@ -485,6 +488,11 @@ class Cache:
         return tuple(tier.name for tier in self._tiers)
 
     @property
+    def warnings(self) -> Sequence[ChainWarning]:
+        """What works in this chain and is hardly meant, such as a network tier above a local one."""
+        return self._warnings
+
+    @property
     def provider(self) -> AnyProvider:
         return self._source.provider
 
@@ -567,8 +575,9 @@ class Cache:
         answer = await self._answer(port, texts, task, rows_only=True)
         return answer.rows()
 
-    def _matrix(self, rows: list[Any], task: Task) -> Matrix:
-        return matrix(rows, self._route(self._source, task).dimensions)
+    async def _matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.matrix()
 
     async def _fetch(
         self,

@@ -9,14 +9,17 @@ import re
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-from embedonce import Cache, Limits, ProviderError, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, Limits, ProviderError, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
 from embedonce.keys import Value
+from embedonce.model_files import digest
 
 Answer: TypeAlias = Vectors | Embedded
 
@@ -107,6 +110,25 @@ def shared_cache(source: config.Source | config.Config = None, *, provider: AnyP
     return cache if provider is None else cache.for_provider(provider)
 
 
+def writable(source: config.Source) -> str | dict[str, Any] | None:
+    """Return a configuration as a framework may write it to a file.
+
+    Raises:
+        ConfigError: a dict holds a secret in the clear.
+    """
+    if source is None:
+        return None
+    if not isinstance(source, Mapping):
+        return os.fspath(source)
+    found = config.secrets_in(source)
+    if found:
+        raise ConfigError(
+            f"{', '.join(found)}: a secret would be written to a file; write ${{NAME}}, which stands for an "
+            "environment variable, or name a TOML file as config"
+        )
+    return deepcopy(dict(source))  # a writer of YAML makes references of what is the same object
+
+
 class _NoProvider:
     """Stands in a shared cache that is only ever asked through :meth:`Cache.for_provider`."""
 
@@ -167,7 +189,8 @@ def described_space(
     """Return the vector space of a framework's embedder, described by its fields.
 
     Left out are fields that are None, those in :data:`NOT_IN_SPACE` (in mappings too) and ``leave_out``, and secrets; a
-    URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently.
+    URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently. Where
+    ``model`` is a folder, its content is what counts: where it lies does not, and weights that change in place do.
 
     Raises:
         SpaceError: a field holds an object that cannot be described. The message names the field and says how to
@@ -175,9 +198,12 @@ def described_space(
     """
     cls = type(embedder)
     kept = {name: item for name, item in fields.items() if name not in leave_out}
+    folder = Path(model).expanduser()
+    content = digest(folder) if any((folder / name).is_file() for name in ("config.json", "modules.json")) else None
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
-        model=model,
+        model=model if content is None else f"folder:{content[:12]}",
+        revision=content,
         task=task,
         extra=_plain_fields(kept, cls.__name__) or None,
     )
@@ -248,7 +274,7 @@ def _plain(item: Any, name: str) -> Value:
     if isinstance(item, Enum):
         return _plain(item.value, name)
     if isinstance(item, os.PathLike):
-        return os.fspath(item)
+        return str(os.fspath(item))
     if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
         return str(item)
     if isinstance(item, str):
