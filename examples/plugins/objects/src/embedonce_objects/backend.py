@@ -96,6 +96,7 @@ class ObjectsBackend:
             # A lease that has run out is taken over by a conditional write, which a folder does not have.
             add=scope == "network",
             twin=True,
+            bounded=False,
         )
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
