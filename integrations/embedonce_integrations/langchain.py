@@ -171,8 +171,8 @@ def _lists(vectors: Floats) -> list[list[float]]:
 class VectorByteStore(ByteStore):
     """Holds what CacheBackedEmbeddings stores, JSON lists of numbers, as entries in a chain of tiers.
 
-    The numbers come back as float32, or as coarse as ``[cache] dtype`` says, in JSON without spaces. A key is kept beside
-    its vector, as metadata, so that ``yield_keys`` can tell it.
+    The numbers come back as float32, or as coarse as ``[cache] dtype`` says, in JSON without spaces. A key is kept
+    beside its vector, as metadata, so that ``yield_keys`` can tell it.
 
     Args:
         space: what decides the vectors, at least ``{"model": ...}``: the keys of CacheBackedEmbeddings do not say it.
