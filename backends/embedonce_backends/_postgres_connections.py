@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import random
-import selectors
+import select
 import threading
 import time
 import weakref
@@ -42,6 +42,8 @@ CANCEL_SECONDS = 2.0
 """How long the server is asked to stop a query that nobody waits for any more."""
 NEXT_HOST_SECONDS = 0.04
 """Where the URL names several hosts and one has not answered for so long, the next one is tried beside it."""
+TICK = 0.01
+"""Seconds after which a call that waits looks at its deadline."""
 IDLE_SECONDS = 300.0
 """A connection that was not used for so long is closed."""
 
@@ -104,9 +106,6 @@ def hosts_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 # Autocommit, and nothing prepared: behind a transaction pooler the next statement may go to another server process.
 _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
 
-# Two descriptors at most, so poll or select cost less than making an epoll.
-_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
 
 class Connection(psycopg.Connection[Any]):
     """A connection whose every wait ends by the deadline of the call, however the bytes trickle in."""
@@ -123,21 +122,24 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             TierTimeout: the deadline has passed. The connection is of no use then.
         """
-        try:
-            wanted: int = next(gen)
-            with _Selector() as selector:
-                selector.register(self.pgconn.socket, wanted)
-                while True:
-                    events = selector.select(time_left())
-                    time_left()
-                    if not events:
-                        continue
-                    was, wanted = wanted, gen.send(events[0][1])
-                    if wanted != was:
-                        selector.modify(self.pgconn.socket, wanted)
-        except StopIteration as done:
-            result: T = done.value
-            return result
+        left = time_left()
+        return waiting.wait(_timed(gen), self.pgconn.socket, TICK if left is None else min(left, TICK))
+
+
+def _timed(gen: PQGen[T]) -> PQGen[T]:
+    """Do what ``gen`` does, and look at the deadline whenever something has come, and with each tick.
+
+    The waiting itself is psycopg's, in C: an answer of 256 vectors comes in dozens of pieces.
+    """
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            time_left()
+            wanted = gen.send(ready)
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
@@ -161,9 +163,16 @@ def is_quiet(connection: AnyConnection) -> bool:
     """Say whether an idle connection is as it was left: one that the server closed, or wrote to, can be read from."""
     if connection.closed:
         return False
-    with _Selector() as selector:
-        selector.register(connection.pgconn.socket, selectors.EVENT_READ)
-        return not selector.select(0)
+    if not hasattr(select, "poll"):
+        return not select.select([connection.pgconn.socket], [], [], 0)[0]
+    poll = select.poll()
+    poll.register(connection.pgconn.socket, select.POLLIN)
+    return not poll.poll(0)
+
+
+def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
+    """Say whether a statement gave rows, be they none. (``description`` makes an object per column to say so.)"""
+    return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
 def is_sound(connection: AnyConnection, error: BaseException) -> bool:

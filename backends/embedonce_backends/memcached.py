@@ -79,6 +79,7 @@ class MemcachedBackend:
             max_value_bytes=max_value_bytes,
             delete=True,
             add=True,
+            bounded=True,
         )
         self.clock: Callable[[], float] = time.time
         """Unix time in seconds, for a ttl above thirty days."""

@@ -5,9 +5,11 @@ from .answers import Explanation, Fetched, Held, Purged, TierCheck
 from .cache import Cache
 from .config import open
 from .contracts import Capabilities, Embedded, Limits
+from .drift import DriftGuard
 from .errors import (
     CacheClosed,
     ConfigError,
+    DriftError,
     EmbedonceError,
     EraseIncomplete,
     Incomplete,
@@ -35,6 +37,8 @@ __all__ = [
     "CacheClosed",
     "Capabilities",
     "ConfigError",
+    "DriftError",
+    "DriftGuard",
     "Embedded",
     "EmbedonceError",
     "Entry",

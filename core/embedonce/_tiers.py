@@ -14,11 +14,13 @@ from ._checks import conform
 from ._counters import Counters
 from ._flights import Table
 from ._ports import Port, Ports, Workers, step
-from .contracts import Backend, Capabilities, deadline
+from ._suggest import listed
+from .answers import ChainWarning
+from .contracts import EXTRAS, Backend, Capabilities, deadline
 from .errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
-from .vectors import Decoded, Dtype, Entry, decode_frames, encode_frames, freeze
+from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
 
 if TYPE_CHECKING:
     import asyncio
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .encryption import Encryption
 
 log = logging.getLogger("embedonce")
+chain_log = logging.getLogger("embedonce.chain")
 
 WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
@@ -87,7 +90,7 @@ class Tier:
 class Read:
     """What one tier gave for one call."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     hits: int = 0
     misses: int = 0
     errors: int = 0
@@ -275,7 +278,7 @@ class LiveTier:
                 continue
             try:
                 values = await self._get(port, chunk)
-                if len(values) > len(chunk) or not values.keys() <= set(chunk):  # what nobody asked for
+                if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
                     values = {key: values[key] for key in chunk if key in values}
             except Exception as error:
                 read.cause = self._failed(self.reads, error)
@@ -301,19 +304,18 @@ class LiveTier:
         self._note(read, task, start)
         return read
 
-    def _accept(
-        self, values: Mapping[str, Any], entries: dict[str, Entry], dtype: Dtype, dimensions: int | None
-    ) -> int:
+    def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
         """Put what is sound into ``entries`` and return how many are corrupt."""
         if not values:
             return 0
         decoded = self.decoded(values, dtype=dtype, dimensions=dimensions)
-        if dimensions is None:  # only a space card has no values; under a text's key it is somebody's mistake
+        # Only a space card has no values; under a text's key it is somebody's mistake.
+        if dimensions is None and 0 in decoded.entries.sizes():
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.update(self._without_previews(decoded.entries))
+        entries.add(self.without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
@@ -321,11 +323,11 @@ class LiveTier:
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+    def without_previews(self, entries: Entries) -> Entries:
         """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
         if not self.capabilities.text_preview:
             return entries
-        for key, entry in entries.items():
+        for key, entry in entries.as_dict().items():
             if entry.metadata is not None and TEXT_PREVIEW in entry.metadata:
                 rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
                 entries[key] = entry._replace(metadata=rest or None)
@@ -340,17 +342,19 @@ class LiveTier:
         if holds == "entries":
             trusted = self.capabilities.scope == "process"
             return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=trusted)
-        entries = {k: v for k, v in values.items() if type(v) is Entry} if holds == "either" else {}
-        if not entries:
+        if holds == "frames" or not (entries := _entries_among(values)):
             return self._decoded_frames(values, now, dtype, dimensions)
-        frames = self._decoded_frames({k: v for k, v in values.items() if k not in entries}, now, dtype, dimensions)
         if self._encryption is None:
-            rest = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+            decoded = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
         else:  # stored before the tier was encrypted
-            rest = Decoded(missed=list(entries))
-        return Decoded(
-            {**frames.entries, **rest.entries}, [*frames.corrupt, *rest.corrupt], [*frames.missed, *rest.missed]
-        )
+            decoded = Decoded(missed=list(entries))
+        if len(entries) < len(values):
+            rest = {key: value for key, value in values.items() if key not in entries}
+            frames = self._decoded_frames(rest, now, dtype, dimensions)
+            decoded.entries.add(frames.entries)
+            decoded.corrupt.extend(frames.corrupt)
+            decoded.missed.extend(frames.missed)
+        return decoded
 
     def _decoded_frames(self, frames: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> Decoded:
         if self._encryption is None:
@@ -697,63 +701,134 @@ def _parted(keys: Sequence[str], error: Exception, kind: type) -> tuple[Sequence
     return keys, ()
 
 
+class ChainError(ConfigError):
+    """A tier cannot be in the chain as it is; ``place`` is its place there, ``option`` what is wrong with it."""
+
+    def __init__(self, message: str, place: int, option: str | None = None) -> None:
+        super().__init__(message)
+        self.place = place
+        self.option = option
+
+
+def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
+    return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}
+
+
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
     """Name the tiers and refuse a chain that cannot work; ``keyed``: the key policy has a secret.
 
     Raises:
-        ConfigError: two tiers have one name, or an option that the backend cannot honour.
+        ChainError: two tiers have one name, a backend is none, or an option is one that it cannot honour.
     """
     chain: list[tuple[str, Tier]] = []
-    names: set[str] = set()
-    for tier in tiers:
-        tier = tier if isinstance(tier, Tier) else Tier(tier)
-        caps = getattr(tier.backend, "capabilities", None)
-        if not isinstance(caps, Capabilities):
-            raise ConfigError(
-                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
-                "(see embedonce.contracts.FrameBackend)"
-            )
+    for place, given in enumerate(tiers):
+        tier = given if isinstance(given, Tier) else Tier(given)
         name = tier.name or _default_name(tier.backend)
-        if name in names:
-            raise ConfigError(f"two tiers are called {name!r}; give each a name of its own with name=")
-        if name == "provider":
-            raise ConfigError('a tier cannot be called "provider": that is what Fetched.sources calls the provider')
-        if tier.timeout is not None and caps.scope == "process":
-            raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
-        if tier.encryption is not None and caps.holds == "entries":
-            raise ConfigError(f"tier {name!r} keeps vectors as they are: it takes no encryption")
-        if caps.text_preview and (tier.encryption is not None or keyed):
-            raise ConfigError(
-                f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
-                "secret is there to prevent: leave one of them out"
-            )
-        if tier.lease is not None:
-            _check_lease(name, tier, caps, chain)
-        for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
-            if getattr(tier, option) not in values:
-                wanted = ", ".join(f'"{value}"' for value in values if value is not None)
-                raise ConfigError(f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}")
-        for option in ("ttl", "timeout", "lease"):
-            value = getattr(tier, option)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
-        names.add(name)
+        wrong = next(_problems(name, tier, chain, keyed=keyed), None)
+        if wrong is not None:
+            option, message = wrong
+            raise ChainError(message, place, option)
         chain.append((name, tier))
     return chain
 
 
-def _check_lease(name: str, tier: Tier, caps: Capabilities, chain: Sequence[tuple[str, Tier]]) -> None:
+def _problems(
+    name: str, tier: Tier, above: Sequence[tuple[str, Tier]], *, keyed: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Yield what is wrong with a tier below those ``above``: the option, if it is one, and why."""
+    caps = getattr(tier.backend, "capabilities", None)
+    if not isinstance(caps, Capabilities):
+        yield (
+            None,
+            (
+                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
+                "(see embedonce.contracts.FrameBackend)"
+            ),
+        )
+        return
+    for capability, method in EXTRAS.items():
+        if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):
+            yield None, f"tier {name!r}: its backend declares {capability} and has no method {method}"
+    if any(name == other for other, _ in above):
+        yield "name", f"two tiers are called {name!r}; give each a name of its own with name="
+    if name == "provider":
+        yield "name", 'a tier cannot be called "provider": that is what Fetched.sources calls the provider'
+    if tier.timeout is not None and caps.scope == "process":
+        yield "timeout", f"tier {name!r} is in this process and never waits: it takes no timeout"
+    if tier.encryption is not None and caps.holds == "entries":
+        yield "encryption", f"tier {name!r} keeps vectors as they are: it takes no encryption"
+    if caps.text_preview and (tier.encryption is not None or keyed):
+        yield (
+            "encryption" if tier.encryption is not None else None,
+            f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
+            "secret is there to prevent: leave one of them out",
+        )
+    if tier.lease is not None:
+        yield from (("lease", message) for message in _lease_problems(name, tier, caps, above))
+    for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
+        if getattr(tier, option) not in values:
+            wanted = ", ".join(f'"{value}"' for value in values if value is not None)
+            yield option, f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}"
+    for option in ("ttl", "timeout", "lease"):
+        value = getattr(tier, option)
+        if value is not None and not 0 < value < float("inf"):
+            yield option, f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}"
+
+
+def _lease_problems(name: str, tier: Tier, caps: Capabilities, above: Sequence[tuple[str, Tier]]) -> Iterator[str]:
     if caps.scope == "process":
-        raise ConfigError(f"tier {name!r} is in this process: no other process shares it, and a lease has no use")
+        yield f"tier {name!r} is in this process: no other process shares it, and a lease has no use"
     if not caps.add:
-        raise ConfigError(f"tier {name!r} cannot hold leases: its backend has no add_many")
+        yield f"tier {name!r} cannot hold leases: its backend has no add_many"
     if tier.write in ("background", "none"):
-        raise ConfigError(
+        yield (
             f'tier {name!r} has a lease, so others wait for what it stores: write = "{tier.write}" does not go with it'
         )
-    other = next((other for other, one in chain if one.lease is not None), None)
+    other = next((other for other, one in above if one.lease is not None), None)
     if other is not None:
-        raise ConfigError(f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it")
+        yield f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it"
+
+
+_WARNED: set[str] = set()
+"""Warnings that this process has logged: a program that makes many caches of one configuration says it once."""
+
+_SLOWNESS = {"process": 0, "host": 1, "network": 2}
+_WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}
+
+
+def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
+    """Return what works in a chain and is hardly meant, each with the tier that it is about."""
+    found = []
+    for place, (name, tier) in enumerate(chain):
+        scope = tier.backend.capabilities.scope
+        slower = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
+        above = next(((other, where) for other, where in slower if _SLOWNESS[where] > _SLOWNESS[scope]), None)
+        if above is not None:
+            found.append(
+                ChainWarning(
+                    name,
+                    f"tier {name!r} is {_WHERE[scope]} and is asked only after {above[0]!r}, which is "
+                    f"{_WHERE[above[1]]}: what it has costs as much as what the slower one has; put it first",
+                )
+            )
+    endless = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
+    if len(endless) > 1:
+        found.append(
+            ChainWarning(
+                endless[0],
+                f"tiers {listed(map(repr, endless))} grow without end, and each keeps all that the other has: give "
+                "the faster one a ttl, or a limit if it has an option for one",
+            )
+        )
+    return found
+
+
+def log_once(warnings: Iterable[ChainWarning]) -> None:
+    """Log the warnings that this process has not logged before."""
+    for warning in warnings:
+        if warning.message not in _WARNED:
+            _WARNED.add(warning.message)
+            chain_log.warning("%s", warning.message)
 
 
 def _default_name(backend: Backend) -> str:

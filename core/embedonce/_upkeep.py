@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from ._flights import Erasure, Table
@@ -15,9 +16,11 @@ from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
 from .errors import EraseIncomplete, TierBusy, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
-from .vectors import Dtype
+from .vectors import Dtype, Metadata
 
 Card = Mapping[str, Value]
+LISTED_AT_ONCE = 1024
+"""Entries that are in memory at once while a tier is walked over."""
 
 
 class Upkeep:
@@ -138,6 +141,26 @@ class Upkeep:
             )
             held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
+
+    async def metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
+        """Return the metadata of every entry of a route's scope that has some, each entry once.
+
+        Raises:
+            TierError: a tier failed or cannot list; the message names it.
+        """
+        found: dict[str, Metadata | None] = {}
+        for tier in self._tiers:
+            try:
+                listed = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
+                keys = [key for key in listed if key not in found]
+                for start in range(0, len(keys), LISTED_AT_ONCE):
+                    values = await tier.peek(port, keys[start : start + LISTED_AT_ONCE])
+                    decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
+                    entries = tier.without_previews(decoded.entries)
+                    found.update({key: deepcopy(entry.metadata) for key, entry in entries.items()})
+            except TierError as error:
+                raise TierError(f"tier {tier.name!r}: {_cause(error)}", tier.name) from error
+        return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
         """Ask every tier for a key that nobody has, and say whether it answers."""

@@ -74,6 +74,13 @@ class ProviderTimeout(ProviderError, TimeoutError):
     """A provider did not answer within its ``timeout``."""
 
 
+class DriftError(ProviderError):
+    """The provider makes other vectors than those that are stored in the same vector space; nothing was computed.
+
+    Raised where the drift guard's ``action`` is ``"refuse"``. Raise ``[key] version``, or go back to the former model.
+    """
+
+
 class TextRefused(ProviderError, ValueError):
     """Raised by a provider for texts that it will not embed (empty, too long).
 
