@@ -81,6 +81,8 @@ class CachedEmbedder:
     _task: ClassVar[Task]
     _input: ClassVar[str]
     """The parameter of ``run`` that this component and the one that it wraps have."""
+    _output: ClassVar[str]
+    """The key of their answer with the vectors in it."""
 
     def __init__(self, embedder: Any, config: Any, space: Mapping[str, Any] | None) -> None:
         if isinstance(embedder, type):
@@ -88,10 +90,11 @@ class CachedEmbedder:
         if embedder is None and space is not None:
             raise TypeError("space= describes an embedder that is passed; a configuration's provider describes its own")
         sockets: Any = getattr(embedder, "__haystack_input__", ())
-        if embedder is not None and self._input not in sockets:
+        made = getattr(embedder, "__haystack_output__", ())
+        if embedder is not None and not (self._input in sockets and self._output in made):
             raise TypeError(
-                f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r}; "
-                f"{type(embedder).__name__} is none"
+                f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r} and returns "
+                f"{self._output!r}; {type(embedder).__name__} is none"
             )
         self.embedder: Any = embedder
         self.config = config
