@@ -39,6 +39,7 @@ ORDER = (
     "events",
     "encryption",
     "contracts",
+    "drift",
     "functions",
     "model_files",
     "similarity",
@@ -54,6 +55,7 @@ ORDER = (
     "_routes",
     "_upkeep",
     "_engine",
+    "_drift",
     "_simple",
     "_options",
     "_sections",
@@ -122,9 +124,14 @@ class Import(NamedTuple):
         return f"{self.file.relative_to(ROOT)}:{self.line}: {what}"
 
 
+def sources(folder: Path) -> list[Path]:
+    """Return the modules of a package; the templates of ``embedonce new`` are packages in themselves."""
+    return sorted(file for file in folder.rglob("*.py") if "templates" not in file.relative_to(folder).parts)
+
+
 def imports_of(package: str) -> Iterator[Import]:
     folder = PACKAGES[package]
-    for file in sorted(folder.rglob("*.py")):
+    for file in sources(folder):
         inside = [package, *file.relative_to(folder).parts[:-1]]
         tree = ast.parse(file.read_text(), str(file))
         deferred = {id(node) for block in ast.walk(tree) if _defers(block) for node in ast.walk(block)}
@@ -165,7 +172,7 @@ def imported_core_modules(entry: Import) -> Iterator[str]:
 
 
 def test_every_core_module_has_its_place() -> None:
-    found = {core_module(file) for file in PACKAGES["embedonce"].rglob("*.py")}
+    found = {core_module(file) for file in sources(PACKAGES["embedonce"])}
     assert found <= set(ORDER), f"say in ORDER what {sorted(found - set(ORDER))} may import"
 
 

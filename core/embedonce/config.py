@@ -6,13 +6,15 @@ Nothing heavy is imported here: pydantic and the plugins' metadata wait for the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
+    from ._tiers import ChainError
+    from .answers import ChainWarning
     from .cache import Cache
     from .contracts import AnyProvider
     from .encryption import Encryption
@@ -24,11 +26,13 @@ __all__ = [
     "Setting",
     "Source",
     "TierConfig",
+    "allowed",
     "compose",
     "load",
     "open",
     "schema",
     "secrets_in",
+    "warnings",
 ]
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
@@ -69,6 +73,18 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
     return loaded(document(source), own_provider=own_provider)
 
 
+def allowed(source: Source = None) -> Sequence[str] | None:
+    """Return what ``[plugins] allow`` of a configuration says, whatever else is wrong with it; None: everything.
+
+    Raises:
+        ConfigError: the file cannot be read, or that table is wrong.
+    """
+    from ._documents import document
+    from ._load import allowed
+
+    return allowed(document(source))
+
+
 def schema() -> dict[str, Any]:
     """Return the JSON schema (draft 7) of ``embedonce.toml``, with the options of every installed plugin.
 
@@ -104,13 +120,16 @@ def compose(
             made is closed.
         SpaceError: ``provider`` describes no vector space.
     """
+    from . import plugins
+
     if provider is None and space is not None:
         raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
     if provider is None and config.provider is None:
         raise TypeError("a configuration that was loaded with own_provider is composed with a provider")
     made: list[Any] = []
     try:
-        return _composed(config, made, provider, space)
+        with plugins.only(config.allow):
+            return _composed(config, made, provider, space)
     except BaseException as error:
         _close(made, error)
         raise
@@ -118,7 +137,7 @@ def compose(
 
 def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from . import plugins
-    from ._tiers import Tier
+    from ._tiers import ChainError, Tier
     from .cache import Cache
 
     problems: list[Problem] = []
@@ -163,11 +182,14 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             mode=config.cache.mode,
             fallback=fallback,
             fallback_fetch_only=config.fallback_fetch_only,
+            drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,
             listeners=plugins.listeners([*used, *config.key.normalize]),
         )
+    except ChainError as error:
+        raise ConfigError([_refused(config, error)]) from error
     except ConfigError as error:
         shown = config.document.shown
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
@@ -176,6 +198,18 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
         if own is not None or at is None:
             raise
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
+
+
+def _refused(config: Config, error: ChainError) -> Problem:
+    """Return what the chain refuses, at the option that it refuses, or at its tier."""
+    tier = config.tiers[error.place]
+    return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
+
+
+def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
+    """Return ``Cache.warnings``, each at the table of its tier."""
+    paths = {tier.name: tier.path for tier in config.tiers}
+    return [config.document.problem(paths[warning.tier], warning.message, key=True) for warning in found]
 
 
 def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:

@@ -34,11 +34,11 @@ def load(source: str | None) -> Config:
 
 
 @contextmanager
-def opened(source: str | None) -> Iterator[Cache]:
-    """Compose the cache of a configuration, and close it at the end."""
+def opened(source: str | Config | None) -> Iterator[Cache]:
+    """Compose the cache of a configuration, which is read here unless it was before, and close it at the end."""
     from embedonce import config
 
-    loaded = load(source)
+    loaded = source if isinstance(source, config.Config) else load(source)
     with telling(loaded), config.compose(loaded) as cache:
         yield cache
 

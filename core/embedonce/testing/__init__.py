@@ -18,6 +18,7 @@ from .proxy import FaultProxy, NetworkFault
 if TYPE_CHECKING:
     from .backend_contract import BackendContract
     from .gemini_server import GeminiServer
+    from .normalizer_contract import NormalizerContract
     from .openai_server import OpenAIServer
     from .provider_contract import ProviderContract
 
@@ -32,6 +33,7 @@ __all__ = [
     "GeminiServer",
     "ManualClock",
     "NetworkFault",
+    "NormalizerContract",
     "OpenAIServer",
     "ProviderContract",
     "ProviderFault",

@@ -8,6 +8,7 @@ from typing import Any
 MODULES = {
     "BackendContract": "backend_contract",
     "GeminiServer": "gemini_server",
+    "NormalizerContract": "normalizer_contract",
     "OpenAIServer": "openai_server",
     "ProviderContract": "provider_contract",
 }
