@@ -526,9 +526,9 @@ async def test_only_misses_are_paid_for(
     embedder.close()
 
 
-# Haystack's embedder goes by the order of the reply, not by its `index`: what it is given out of order it gives to
-# the wrong documents, with and without a cache.
-@pytest.mark.parametrize("how", ["short", "long", "empty", "nan", "zeros", "dimension", "ragged", "no_values"])
+@pytest.mark.parametrize(
+    "how", ["short", "long", "empty", "duplicate_index", "nan", "zeros", "dimension", "ragged", "no_values"]
+)
 async def test_a_bad_reply_is_an_error(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
@@ -542,6 +542,21 @@ async def test_a_bad_reply_is_an_error(
     with pytest.raises((ProviderError, ValueError)):
         await embedder.run_async(documents=TEAS)
     assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    await embedder.close_async()
+    embedder.close()
+
+
+@pytest.mark.parametrize("how", ["out_of_order", "no_index"])
+async def test_a_reply_is_put_in_order(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
+) -> None:
+    """Haystack's own embedder takes the vectors as they come."""
+    embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
+    server.misbehave(how, times=None)
+    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_of(server, number) for number in (1, 2)]
+    output = await embedder.run_async(documents=TEAS)
+    assert embeddings(output) == [expected_of(server, number) for number in range(5)]
+    assert server.texts == 5
     await embedder.close_async()
     embedder.close()
 
@@ -733,6 +748,12 @@ def test_sparse_embeddings_are_refused() -> None:
         CachedDocumentEmbedder(inner, config=MEMORY).run(documents=documents("a"))
     with pytest.raises(TypeError, match="returns 'embedding'"):
         CachedTextEmbedder(SentenceTransformersSparseTextEmbedder(), config=MEMORY)
+
+
+def test_an_embedder_of_the_script_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Texts, "__module__", "__main__")
+    with pytest.raises(SpaceError, match="move it to a module, or declare"):
+        CachedTextEmbedder(Texts(), config=MEMORY).warm_up()
 
 
 def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
