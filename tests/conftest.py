@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Redis, Postgres and memcached, started when the first test asks for one.
-pytest_plugins = ["servers"]
+# Redis, Postgres and memcached, started when the first test asks for one; and a real model.
+pytest_plugins = ["servers", "minilm"]
 
 # A shared CI machine is slow at times: that is no reason to fail. `print_blob` lets a failure be replayed elsewhere.
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

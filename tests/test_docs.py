@@ -48,7 +48,7 @@ NOT_RUN: dict[str, int] = {}
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
-CONFIGURATION = {"cache", "key", "provider", "tiers"}
+CONFIGURATION = {"cache", "key", "provider", "drift", "tiers"}
 
 
 class Fence(NamedTuple):

@@ -347,6 +347,7 @@ class DiskBackend:
             scan=True,
             count=True,
             add=True,
+            bounded=True,
         )
         self.clock: Callable[[], float] = time.time
         """Unix time in seconds, for ttl."""

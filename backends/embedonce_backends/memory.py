@@ -42,7 +42,15 @@ class MemoryBackend:
     """Holds entries in this process; what is least worth keeping makes room for what is new."""
 
     capabilities = Capabilities(
-        holds="entries", scope="process", blocking=False, deadline=True, get=True, delete=True, scan=True, count=True
+        holds="entries",
+        scope="process",
+        blocking=False,
+        deadline=True,
+        get=True,
+        delete=True,
+        scan=True,
+        count=True,
+        bounded=True,
     )
 
     get: Callable[[str], Entry | None]

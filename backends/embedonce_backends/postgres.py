@@ -78,6 +78,7 @@ class PostgresBackend:
             count=True,
             add=True,
             twin=True,
+            bounded=False,
             text_preview=text_preview,
         )
         self.ahead = 0.0

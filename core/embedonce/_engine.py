@@ -52,6 +52,10 @@ class Answer:
     failed: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, str] = field(default_factory=dict)
+    failing: set[str] = field(default_factory=set)
+    """Tiers that are not written to in this call, because they failed in it or are left out."""
+    unknown: dict[str, set[str]] = field(default_factory=dict)
+    """By tier the keys that a part of it failed for, which are not written to it."""
     refusal: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
     _text_of: dict[str, str] | None = None
@@ -155,16 +159,12 @@ class Engine:
             with self.table.call() as ticket:
                 missing = await self._look(port, ticket.number, answer, missing)
                 if missing and compute and not self._replay:
-                    claimed, blocking = Claimed(), port.loop is None
+                    refusal = await self.refusal(port, answer.route)
+                    if refusal is not None:
+                        answer.failed.update(dict.fromkeys(missing, refusal))
+                        break
                     leases = self.leases if answer.store else None
-                    try:
-                        self.table.claim(ticket.number, missing, port.loop, claimed)
-                        await self._share(port, ticket.number, answer, claimed.landed)
-                        await self._lead(port, ticket, answer, claimed.led, leases=leases)
-                        await self._follow_all(port, ticket, answer, claimed, last=again)
-                    except BaseException:
-                        self._let_go(ticket, claimed, blocking)
-                        raise
+                    await self._claim(port, ticket, answer, missing, leases=leases, last=again)
                 elif missing:
                     await self._share(port, ticket.number, answer, self.table.landed(missing))
             missing = answer.missing() if missing else missing
@@ -176,6 +176,31 @@ class Engine:
                 break
         if answer.refusal is not None:
             raise answer.refusal
+
+    moves = False
+    """Whether :meth:`current` may lead to another space."""
+
+    async def refusal(self, port: Port, route: Route) -> Exception | None:
+        """Return why nothing may be computed in this space, or None."""
+        return None
+
+    async def current(self, port: Port, route: Route) -> Route:
+        """Return the route to the space in which texts are embedded now."""
+        return route
+
+    async def _claim(
+        self, port: Port, ticket: Ticket, answer: Answer, keys: list[str], *, leases: Leases | None, last: bool
+    ) -> None:
+        """Compute the keys that nobody computes, then wait for the others."""
+        claimed, blocking = Claimed(), port.loop is None
+        try:
+            self.table.claim(ticket.number, keys, port.loop, claimed)
+            await self._share(port, ticket.number, answer, claimed.landed)
+            await self._lead(port, ticket, answer, claimed.led, leases=leases)
+            await self._follow_all(port, ticket, answer, claimed, last=last)
+        except BaseException:
+            self._let_go(ticket, claimed, blocking)
+            raise
 
     def _let_go(self, ticket: Ticket, claimed: Claimed, blocking: bool) -> None:
         """Give up what a call leads that ends early, so that nobody waits for it.
@@ -218,6 +243,10 @@ class Engine:
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
+            if read.failed:
+                answer.failing.add(tier.name)
+            if read.unknown:
+                answer.unknown.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
                 self._agree(tier, answer, read.entries)
                 answer.entries.add(read.entries)
@@ -260,9 +289,11 @@ class Engine:
     ) -> None:
         """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
         for tier in tiers:
-            if tier.name not in answer.errors:
+            if tier.name not in answer.failing:
+                unknown = answer.unknown.get(tier.name)
+                known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
                 try:
-                    await tier.store(port, ticket, entries, answer.preview, patience=patience)
+                    await tier.store(port, ticket, known, answer.preview, patience=patience)
                 except TierError as error:
                     answer.refusal = error
 
@@ -294,7 +325,7 @@ class Engine:
             if error is None or (last and isinstance(error, Abandoned)):
                 alone.append(key)
             elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
-                answer.failed[key] = _own(error)
+                answer.failed[key] = own_error(error)
         await self._share(port, ticket.number, answer, claimed.followed)
         if alone:
             flights = {key: Flight(ticket.number, port.loop) for key in alone}
@@ -385,7 +416,7 @@ class Engine:
                 port, ticket, answer, read.entries, [other for other in self.tiers if other is not tier]
             )
             self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
-        return not read.errors and not read.skipped
+        return not read.failed
 
     def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
         normalize = answer.route.keyer.normalize
@@ -483,7 +514,7 @@ def _tokens(reply: Any) -> int | None:
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
 
 
-def _own(error: Exception) -> Exception:
+def own_error(error: Exception) -> Exception:
     """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
     try:
         own = copy(error)

@@ -13,24 +13,42 @@ from . import plugins
 from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
 from ._options import Option, Refused, options_beside, options_of, read_text, wrongs
 from ._resolved import Config, Plugged, Setting, TierConfig
-from ._sections import TIER_NAME, CacheTable, FallbackTable, KeyTable, TierTable
+from ._sections import (
+    NOT_IN_PROCESS,
+    TIER_NAME,
+    CacheTable,
+    FallbackTable,
+    KeyTable,
+    PluginsTable,
+    TierTable,
+    is_in_process,
+)
 from ._suggest import closest, listed, quoted, written
 from ._toml import Path as Where
-from .contracts import Capabilities
+from .drift import DriftGuard
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
 from .options import BadValue, Doc
 
-TABLES = ("cache", "key", "provider", "tiers")
+TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers")
 
 
-def loaded(document: Document) -> Config:
-    """Return what a document configures.
+def loaded(document: Document, *, own_provider: bool = False) -> Config:
+    """Return what a document configures; with ``own_provider``, without its ``[provider]``, which is not read.
 
     Raises:
         ConfigError: with everything that is wrong with it, in the order of the file.
     """
-    return _Loader(document).load()
+    return _Loader(document, own_provider=own_provider).load()
+
+
+def allowed(document: Document) -> Sequence[str] | None:
+    """Return what ``[plugins] allow`` of a document says, whatever else is in it.
+
+    Raises:
+        ConfigError: that table is wrong.
+    """
+    return _Loader(document, own_provider=False).allowed()
 
 
 @dataclass(slots=True)
@@ -64,34 +82,49 @@ class _Table:
 
 
 class _Loader:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, *, own_provider: bool) -> None:
         self._document = document
-        self._values: Values = values(document.data)
+        self._own_provider = own_provider
+        left_out = ("provider",) if own_provider else ()
+        self._values: Values = values({name: item for name, item in document.data.items() if name not in left_out})
         self._problems: list[Problem] = []
         self._tables: list[_Table] = []
         self._variables = {_form(parts): (name, text) for name, parts, text in overrides()}
         self._unread: list[tuple[str, ...]] = []
         """Paths of tables that could not be read: what overrides is in them is not known."""
 
+    def allowed(self) -> Sequence[str] | None:
+        allow = self._section("plugins", PluginsTable).get("allow")
+        wrong = [problem for where, problem in self._unusable() if where[0] == "plugins"] + self._problems
+        if wrong:
+            raise ConfigError(wrong)
+        return allow
+
     def load(self) -> Config:
-        self._refuse_unusable()
+        self._problems += [problem for _, problem in self._unusable()]
         self._check_names()
         cache = self._section("cache", CacheTable)
-        key = self._key()
-        provider, fallback, fetch_only = self._providers()
-        tiers = self._tiers()
+        written = "plugins" in self._values.data or _form(("plugins", "allow")) in self._variables
+        # What cannot be read allows nothing.
+        allow = self._section("plugins", PluginsTable).get("allow", () if written else None)
+        with plugins.only(allow):
+            key = self._key()
+            provider, fallback, fetch_only = self._providers()
+            drift = self._drift()
+            tiers = self._tiers()
         self._check_variables()
         if self._problems:
             raise ConfigError(sorted(self._problems, key=_in_order))
-        assert provider is not None
         return Config(
             source=self._document.source,
             file=self._document.file,
             cache=CacheTable(**cache),
             key=key,
+            allow=allow,
             provider=provider,
             fallback=fallback,
             fallback_fetch_only=fetch_only,
+            drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
             document=self._document,
             _settings=self._settings,
@@ -102,11 +135,13 @@ class _Loader:
     def _wrong(self, where: Where, message: str, *, key: bool = False) -> None:
         self._problems.append(self._document.problem(where, message, key=key))
 
-    def _refuse_unusable(self) -> None:
+    def _unusable(self) -> Iterable[tuple[Where, Problem]]:
+        """Yield each value that nothing can be made of, with what is wrong with it."""
         for where, message in self._values.wrong:
             head, rest = self._split(where)
             name = _dotted(rest)
-            self._wrong(where, f"{name} in {self._label(head)} {message}" if head else f"{name} {message}")
+            said = f"{name} in {self._label(head)} {message}" if head else f"{name} {message}"
+            yield where, self._document.problem(where, said, key=False)
 
     def _split(self, where: Where) -> tuple[Where, Where]:
         """Return the path of the table that a value is in, and the rest of its path."""
@@ -162,6 +197,11 @@ class _Loader:
         self._read(table)
         return table.values
 
+    def _drift(self) -> dict[str, Any] | None:
+        """Return the options of the drift guard, or None where neither the table nor a variable asks for one."""
+        asked = "drift" in self._values.data or any(name.startswith("drift__") for name in self._variables)
+        return self._section("drift", DriftGuard) if asked else None
+
     def _key(self) -> KeyPolicy:
         given = self._section("key", KeyTable)
         steps = [
@@ -204,6 +244,9 @@ class _Loader:
     # --- plugins ---
 
     def _providers(self) -> tuple[Plugged | None, Plugged | None, bool]:
+        if self._own_provider:
+            self._unread.append(("provider",))
+            return None, None, False
         if "provider" not in self._values.data:
             example = f'write one, such as {self._document.table("provider")} type = "ngram"'
             self._problems.append(
@@ -321,6 +364,7 @@ class _Loader:
         name = given.get(key)
         if not isinstance(name, str):
             return None  # what is wrong with it is said when the table is read
+        name = plugins.bare(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             wanted = f'a tier\'s name is like "{_slug(name)}": a letter a-z, then a-z, 0-9, - and _'
             why = '"provider" is what stands for the provider' if name == "provider" else wanted
@@ -337,16 +381,9 @@ class _Loader:
         return name
 
     def _check_honoured(self, table: _Table, cls: type[Any]) -> None:
-        capabilities = getattr(cls, "capabilities", None)
-        in_process = isinstance(capabilities, Capabilities) and capabilities.scope == "process"
-        if not in_process:
+        if not is_in_process(cls):
             return
-        refused = {
-            "timeout": "a timeout: it holds its entries in this process, and nothing waits for it",
-            "encryption": "encryption: it keeps vectors as they are, in this process",
-            "lease": "a lease: no other process shares it",
-        }
-        for option, why in refused.items():
+        for option, why in NOT_IN_PROCESS.items():
             if table.values.get(option) is not None:
                 self._wrong_value(table, option, f"the tier cannot honour {why}; leave {option} out", key=True)
 
@@ -491,7 +528,12 @@ class _Loader:
         return f"{self._document.shown}:{place.line}" if place else self._document.source
 
 
-_OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable}
+_OWN: Mapping[str, type[Any]] = {
+    "cache": CacheTable,
+    "key": KeyTable,
+    "plugins": PluginsTable,
+    "drift": DriftGuard,
+}
 
 
 def _form(parts: Sequence[str]) -> str:
@@ -548,6 +590,18 @@ _IN_URL = re.compile(r"//[^/\s]*@")
 def is_secret(where: Sequence[str | int]) -> bool:
     """Whether a value with these names on its path is taken for a secret."""
     return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
+
+
+def secrets_in(value: Any, where: Where = ()) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
+    if isinstance(value, Mapping):
+        return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
+    if isinstance(value, list | tuple):
+        return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
+    if not isinstance(value, str):
+        return []
+    found = _pieces(value) if is_secret(where[1:]) else _credentials(value)
+    return [_dotted(where)] if any("${" not in secret for secret in found) else []
 
 
 def display(where: Where, value: Any) -> str | None:

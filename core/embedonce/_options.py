@@ -50,7 +50,7 @@ class Option:
     @property
     def doc(self) -> str | None:
         """The sentence of its ``Doc`` (anybody's), wherever in the type that is."""
-        said = (getattr(part, "documentation", None) for part in _metadata(self.hint))
+        said = (getattr(part, "documentation", None) for part in metadata(self.hint))
         return next((text for text in said if isinstance(text, str)), None)
 
     @property
@@ -133,12 +133,12 @@ def _named(cls: type[Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _metadata(hint: Any) -> list[Any]:
+def metadata(hint: Any) -> list[Any]:
     """Return what ``Annotated`` says, at the top or inside a union."""
     found = list(getattr(hint, "__metadata__", ()))
     for part in typing.get_args(hint):
         if typing.get_origin(part) is typing.Annotated or typing.get_args(part):
-            found += _metadata(part)
+            found += metadata(part)
     return found
 
 

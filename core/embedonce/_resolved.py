@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ._documents import Document
     from ._sections import CacheTable
+    from .drift import DriftGuard
 
 PluginClass: TypeAlias = type[Any]
 
@@ -66,9 +67,13 @@ class Config:
     file: Path | None
     cache: CacheTable
     key: KeyPolicy
-    provider: Plugged
+    allow: Sequence[str] | None
+    """Plugins of others that may be loaded, by distribution or by name; None: all."""
+    provider: Plugged | None
+    """None where it was loaded for a provider of the caller's own."""
     fallback: Plugged | None
     fallback_fetch_only: bool
+    drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
     document: Document = field(repr=False, compare=False)
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)

@@ -9,12 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from annotated_types import Gt
+
 from . import plugins
-from ._options import Option, adapter, options_beside, options_of
-from ._sections import CacheTable, FallbackTable, KeyTable, TierTable
+from ._options import Option, adapter, metadata, options_beside, options_of
+from ._sections import (
+    NOT_IN_PROCESS,
+    TIER_NAME,
+    CacheTable,
+    FallbackTable,
+    KeyTable,
+    PluginsTable,
+    TierTable,
+    is_in_process,
+)
+from .drift import DriftGuard
 from .errors import PluginError
 from .keys import NORMALIZERS
 
+TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
+"""What a tier may be called."""
 VARIABLE = {"type": "string", "pattern": r"\$\{"}
 """Text with a ``${VAR}`` in it may stand for any value."""
 
@@ -38,7 +52,9 @@ class _Schema:
             "properties": {
                 "cache": self._own(CacheTable, "How the cache as a whole behaves."),
                 "key": self._key(),
+                "plugins": self._own(PluginsTable, "Which plugins of others may be loaded."),
                 "provider": self._provider(),
+                "drift": self._own(DriftGuard, "Looks whether the provider still makes the vectors that are stored."),
                 "tiers": self._tiers(),
             },
             "required": ["provider", "tiers"],
@@ -76,7 +92,7 @@ class _Schema:
         }
 
     def _names(self, kind: plugins.Kind) -> list[str]:
-        return [plugin.name for plugin in self._installed if kind in plugin.kinds]
+        return [plugin.type for plugin in self._installed if kind in plugin.kinds]
 
     def _plugins(
         self,
@@ -94,12 +110,24 @@ class _Schema:
         self, name: str, role: str, find: Callable[[str], type[Any]], own: Mapping[str, Option], more: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         try:
-            options = options_beside(find(name), own, {"type", *more})
+            cls = find(name)
+            options = options_beside(cls, own, {"type", *more})
         except PluginError:  # embedonce plugins says what is wrong with it
             return None
+        if own and is_in_process(cls):
+            options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
         table = self._table(f"{role}.{name}", options, more)
-        properties = {"type": {"const": name, "description": "The plugin, by name."}, **table["properties"]}
+        properties = {"type": self._name(name), **table["properties"]}
+        if role == "tier":
+            properties["name"] = {**properties["name"], **TIER}
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
+
+    def _name(self, name: str) -> dict[str, Any]:
+        """Return the schema of a plugin's ``type``: its name, also with its distribution before it."""
+        described = {"description": "The plugin, by name."}
+        (found,) = [plugin for plugin in self._installed if plugin.type == name]
+        full = f"{found.distribution}:{found.name}"
+        return {**described, "const": name} if full == name else {**described, "enum": [name, full]}
 
     def _table(self, title: str, options: Mapping[str, Option], more: Mapping[str, Any]) -> dict[str, Any]:
         properties = {
@@ -116,8 +144,11 @@ class _Schema:
             return None
         if described.get("type") != "string" or "enum" in described or "const" in described or "pattern" in described:
             kinds = described["anyOf"] if set(described) == {"anyOf"} else [described]
+            kinds = [_above(kind, option) for kind in kinds]
             alternatives: dict[str, Any] = {"anyOf": [*kinds, VARIABLE]}
             described = alternatives
+        if option.is_path and described.get("type") == "string":
+            described["minLength"] = 1
         if option.doc:
             described["description"] = option.doc
         if not option.required and isinstance(option.default, bool | int | float | str):
@@ -135,7 +166,16 @@ class _Schema:
         for model, definition in described.pop("$defs", {}).items():
             self._definitions[f"{title}.{option.name}.{model}"] = definition
         described.pop("description", None)
-        return _without_null(described)
+        # pydantic writes a bound that it checks by itself under Python's name for it.
+        return {key: part for key, part in _without_null(described).items() if key not in ("gt", "ge", "lt", "le")}
+
+
+def _above(kind: dict[str, Any], option: Option) -> dict[str, Any]:
+    """Return a number with the bound that its option has beside its type: a Size or a Duration knows nothing of it."""
+    bounds = [part.gt for part in metadata(option.hint) if isinstance(part, Gt)]
+    if not bounds or "minimum" not in kind:
+        return kind
+    return {**{name: value for name, value in kind.items() if name != "minimum"}, "exclusiveMinimum": bounds[0]}
 
 
 def _required(options: Iterable[Option], properties: Mapping[str, Any]) -> list[str]:

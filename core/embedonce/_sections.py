@@ -5,18 +5,26 @@ Each class is read as a plugin's is: its keyword-only parameters are the keys of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from .contracts import Capabilities
 from .keys import Hash
 from .options import Doc, Duration
 from .vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
 """What a tier may be called; ``provider`` is taken: it is what ``Fetched.sources`` says of a computed vector."""
+
+NOT_IN_PROCESS: Mapping[str, str] = {
+    "timeout": "a timeout: it holds its entries in this process, and nothing waits for it",
+    "encryption": "encryption: it keeps vectors as they are, in this process",
+    "lease": "a lease: no other process shares it",
+}
+"""Options of every tier that one which lives in this process cannot honour, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,19 @@ class KeyTable:
     hash: Annotated[Hash, Doc("The hash of the key's digest.")] = "sha256"
     secret: Annotated[
         str | None, Doc("Makes the digest a keyed one, so that nobody who reads the keys can guess short texts.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginsTable:
+    """``[plugins]``: which plugins of others may be loaded."""
+
+    allow: Annotated[
+        Sequence[str] | None,
+        Doc(
+            "Load no plugins of others than these, by the package that brings them or by name; embedonce's own are "
+            "always allowed. Without it all that are installed may be used."
+        ),
     ] = None
 
 
@@ -99,3 +120,9 @@ class TierTable:
             "most this long. One tier of a chain can have it."
         ),
     ] = None
+
+
+def is_in_process(cls: type[Any]) -> bool:
+    """Whether a backend class says that what it holds is this process's alone."""
+    capabilities = getattr(cls, "capabilities", None)
+    return isinstance(capabilities, Capabilities) and capabilities.scope == "process"

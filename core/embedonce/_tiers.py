@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._breaker import Breaker
@@ -14,8 +14,10 @@ from ._checks import conform
 from ._counters import Counters
 from ._flights import Table
 from ._ports import Port, Ports, Workers, step
-from .contracts import Backend, Capabilities, deadline
-from .errors import ConfigError, TierBusy, TierError, TierTimeout
+from ._suggest import listed
+from .answers import ChainWarning
+from .contracts import EXTRAS, Backend, Capabilities, deadline
+from .errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
 from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .encryption import Encryption
 
 log = logging.getLogger("embedonce")
+chain_log = logging.getLogger("embedonce.chain")
 
 WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
@@ -95,6 +98,22 @@ class Read:
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
+    failed: bool = False
+    """The tier, or its breaker, gave no answer for some keys: it is not written to in this call."""
+    unknown: set[str] = field(default_factory=set)
+    """Keys for which a part of the tier failed while others answered: these alone are not written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of entries that were to be written."""
+
+    stored: int = 0
+    refused: int = 0
+    """Too large."""
+    failed: int = 0
+    error: Exception | None = None
+    """Of those that failed."""
 
 
 class LiveTier:
@@ -179,6 +198,9 @@ class LiveTier:
             return found
         twin = self._twins.get(loop)
         if twin is None:
+            # A twin holds its loop, and so would stay, with its connections, when the loop has ended.
+            for ended in [other for other in list(self._twins) if other.is_closed()]:
+                self._twins.pop(ended, None)
             twin = self._twins[loop] = self.backend.twin()
 
         async def get() -> Mapping[str, Any]:
@@ -199,6 +221,8 @@ class LiveTier:
 
     def _failed(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
         """Take note of a failed call; return its cause."""
+        if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.failed(cause)
@@ -247,6 +271,7 @@ class LiveTier:
                 if admitted == "probe":
                     self._probe()
                 read.skipped += len(chunk)
+                read.failed = True
                 if self.on_error == "raise":
                     self._note(read, task, start)
                     raise self._left_out()
@@ -257,13 +282,20 @@ class LiveTier:
                     values = {key: values[key] for key in chunk if key in values}
             except Exception as error:
                 read.cause = self._failed(self.reads, error)
-                self._failing = chunk[:: -(-len(chunk) // PROBED)]
-                read.errors += len(chunk)
+                failed, found = _parted(chunk, error, Mapping)
+                self._failing = failed[:: -(-len(failed) // PROBED)]
+                read.errors += len(failed)
                 if self.on_error == "raise":
                     self._note(read, task, start)
                     raise self._raised(error) from error
-                continue
-            self.reads.succeeded()
+                if len(failed) == len(chunk):
+                    read.failed = True
+                    continue
+                read.unknown.update(failed)
+                read.misses -= len(failed)
+                values = {key: found[key] for key in chunk if key in found and key not in read.unknown}
+            else:
+                self.reads.succeeded()
             corrupt = self._accept(values, read.entries, dtype, dimensions)
             read.corrupt += corrupt
             read.misses += len(chunk) - corrupt
@@ -283,7 +315,7 @@ class LiveTier:
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.add(self._without_previews(decoded.entries))
+        entries.add(self.without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
@@ -291,7 +323,7 @@ class LiveTier:
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _without_previews(self, entries: Entries) -> Entries:
+    def without_previews(self, entries: Entries) -> Entries:
         """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
         if not self.capabilities.text_preview:
             return entries
@@ -429,18 +461,18 @@ class LiveTier:
                 continue
             start = time.perf_counter()
             try:
-                stored, refused = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
-            except Exception as error:
-                cause = self._failed(self.writes, error)
-                self._wrote(0, errors=len(part), cause=cause, start=start)
-                if self.on_error == "raise":
-                    raise self._raised(error) from error
-            else:
-                self.writes.succeeded()
-                self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+                written = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001  (as in read)
+                written = Written(failed=len(part), error=error)
+            self._settle(written, start)
+            if written.error is not None and self.on_error == "raise":
+                raise self._raised(written.error) from written.error
 
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
-        """Set what is absent and return those keys; None where the tier fails or its breaker is open."""
+        """Set what is absent and return those keys, and the keys of a part of the tier that failed.
+
+        None where the tier fails or its breaker is open.
+        """
         added: set[str] = set()
         for chunk in self._chunks(list(items)):
             if self.writes.open:
@@ -450,20 +482,23 @@ class LiveTier:
             try:
                 added |= await self._call(port, lambda part=part: self.backend.add_many(part, ttl))  # type: ignore[misc]
             except Exception as error:  # noqa: BLE001  (as in read)
-                self._wrote(0, errors=len(part), cause=self._failed(self.writes, error), start=start)
-                return None
-            self.writes.succeeded()
+                failed, others = _parted(list(part), error, Set)
+                self._wrote(0, errors=len(failed), cause=self._failed(self.writes, error), start=start)
+                if len(failed) == len(part):
+                    return None
+                added.update(failed, others)
+            else:
+                self.writes.succeeded()
         return added
 
-    def _write(self, ticket: int, entries: Mapping[str, Entry]) -> tuple[int, int]:
-        """Write what may still be stored. Returns how many were stored, and how many are too large."""
+    def _write(self, ticket: int, entries: Mapping[str, Entry]) -> Written:
+        """Write what may still be stored."""
         with self._table.writing(self.name, ticket, entries) as permitted:
             return self._set(permitted)
 
-    def _set(self, entries: Mapping[str, Entry]) -> tuple[int, int]:
+    def _set(self, entries: Mapping[str, Entry]) -> Written:
         if not entries:
-            return 0, 0
-        self._set_cards(entries)
+            return Written()
         expires = [entry.expires for entry in entries.values()]
         ends = [end for end in expires if end is not None]
         ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
@@ -471,9 +506,16 @@ class LiveTier:
         limit = self.capabilities.max_value_bytes
         if limit is not None:
             values = {k: v for k, v in values.items() if not isinstance(v, bytes) or len(v) <= limit}
+        failed: Sequence[str] = ()
+        problem = None
         if values:
-            self.backend.set_many(values, ttl)
-        return len(values), len(entries) - len(values)
+            try:
+                self.backend.set_many(values, ttl)
+            except PartialAnswer as error:
+                problem = error
+                failed, _ = _parted(list(values), error, object)
+        self._set_cards(entries)
+        return Written(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
 
     def _set_cards(self, keys: Iterable[str]) -> None:
         """Store the space card of each scope, now and again.
@@ -488,8 +530,24 @@ class LiveTier:
         due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
         cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
         if cards:
-            self.backend.set_many(self._encoded(cards), None)
+            try:
+                self.backend.set_many(self._encoded(cards), None)
+            except (PartialAnswer, TierBusy):  # the entries are stored all the same; the card comes with later ones
+                return
             self._carded.update(dict.fromkeys(due, now))
+
+    def _settle(self, written: Written, start: float, *, probe: bool = False) -> str | None:
+        """Count what became of a write, and tell the breaker; return the cause of what was not stored."""
+        if written.error is None:
+            self.writes.succeeded()
+            cause = "too large" if written.refused else None
+        else:
+            cause = self._failed(self.writes, written.error, probe=probe)
+            if written.refused:
+                self._wrote(0, dropped=written.refused, cause="too large")
+                written = replace(written, refused=0)
+        self._wrote(written.stored, dropped=written.refused, errors=written.failed, cause=cause, start=start)
+        return cause
 
     def _wrote(
         self, stored: int, *, dropped: int = 0, errors: int = 0, cause: str | None = None, start: float | None = None
@@ -562,17 +620,14 @@ class LiveTier:
         """Write where nobody waits for the result: a failure is counted and logged."""
         start = time.perf_counter()
         try:
-            stored, refused = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
+            written: Written = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
         except Exception as error:  # noqa: BLE001  (as in read)
-            cause = self._failed(self.writes, error, probe=probe)
-            now = time.monotonic()
-            if not self.writes.open and now >= self._silent_until:
-                self._silent_until = now + SILENT_SECONDS
-                log.warning("tier %r: a background write of %d entries failed (%s)", self.name, len(entries), cause)
-            self._wrote(0, errors=len(entries), cause=cause, start=start)
-        else:
-            self.writes.succeeded()
-            self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+            written = Written(failed=len(entries), error=error)
+        cause = self._settle(written, start, probe=probe)
+        now = time.monotonic()
+        if written.error is not None and not self.writes.open and now >= self._silent_until:
+            self._silent_until = now + SILENT_SECONDS
+            log.warning("tier %r: a background write of %d entries failed (%s)", self.name, written.failed, cause)
 
     # --- erasing and listing ------------------------------------------------------------------
 
@@ -637,6 +692,24 @@ class LiveTier:
             self._carded.pop(scope, None)
 
 
+def _parted(keys: Sequence[str], error: Exception, kind: type) -> tuple[Sequence[str], Any]:
+    """Return the keys that a call failed for and the answer for the others; without a sound one all have failed."""
+    if isinstance(error, PartialAnswer) and isinstance(error.answer, kind):
+        failed = [key for key in keys if key in error.failed]
+        if failed:
+            return failed, error.answer
+    return keys, ()
+
+
+class ChainError(ConfigError):
+    """A tier cannot be in the chain as it is; ``place`` is its place there, ``option`` what is wrong with it."""
+
+    def __init__(self, message: str, place: int, option: str | None = None) -> None:
+        super().__init__(message)
+        self.place = place
+        self.option = option
+
+
 def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
     return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}
 
@@ -645,59 +718,117 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
     """Name the tiers and refuse a chain that cannot work; ``keyed``: the key policy has a secret.
 
     Raises:
-        ConfigError: two tiers have one name, or an option that the backend cannot honour.
+        ChainError: two tiers have one name, a backend is none, or an option is one that it cannot honour.
     """
     chain: list[tuple[str, Tier]] = []
-    names: set[str] = set()
-    for tier in tiers:
-        tier = tier if isinstance(tier, Tier) else Tier(tier)
-        caps = getattr(tier.backend, "capabilities", None)
-        if not isinstance(caps, Capabilities):
-            raise ConfigError(
-                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
-                "(see embedonce.contracts.FrameBackend)"
-            )
+    for place, given in enumerate(tiers):
+        tier = given if isinstance(given, Tier) else Tier(given)
         name = tier.name or _default_name(tier.backend)
-        if name in names:
-            raise ConfigError(f"two tiers are called {name!r}; give each a name of its own with name=")
-        if name == "provider":
-            raise ConfigError('a tier cannot be called "provider": that is what Fetched.sources calls the provider')
-        if tier.timeout is not None and caps.scope == "process":
-            raise ConfigError(f"tier {name!r} is in this process and never waits: it takes no timeout")
-        if tier.encryption is not None and caps.holds == "entries":
-            raise ConfigError(f"tier {name!r} keeps vectors as they are: it takes no encryption")
-        if caps.text_preview and (tier.encryption is not None or keyed):
-            raise ConfigError(
-                f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
-                "secret is there to prevent: leave one of them out"
-            )
-        if tier.lease is not None:
-            _check_lease(name, tier, caps, chain)
-        for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
-            if getattr(tier, option) not in values:
-                wanted = ", ".join(f'"{value}"' for value in values if value is not None)
-                raise ConfigError(f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}")
-        for option in ("ttl", "timeout", "lease"):
-            value = getattr(tier, option)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}")
-        names.add(name)
+        wrong = next(_problems(name, tier, chain, keyed=keyed), None)
+        if wrong is not None:
+            option, message = wrong
+            raise ChainError(message, place, option)
         chain.append((name, tier))
     return chain
 
 
-def _check_lease(name: str, tier: Tier, caps: Capabilities, chain: Sequence[tuple[str, Tier]]) -> None:
+def _problems(
+    name: str, tier: Tier, above: Sequence[tuple[str, Tier]], *, keyed: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Yield what is wrong with a tier below those ``above``: the option, if it is one, and why."""
+    caps = getattr(tier.backend, "capabilities", None)
+    if not isinstance(caps, Capabilities):
+        yield (
+            None,
+            (
+                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
+                "(see embedonce.contracts.FrameBackend)"
+            ),
+        )
+        return
+    for capability, method in EXTRAS.items():
+        if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):
+            yield None, f"tier {name!r}: its backend declares {capability} and has no method {method}"
+    if any(name == other for other, _ in above):
+        yield "name", f"two tiers are called {name!r}; give each a name of its own with name="
+    if name == "provider":
+        yield "name", 'a tier cannot be called "provider": that is what Fetched.sources calls the provider'
+    if tier.timeout is not None and caps.scope == "process":
+        yield "timeout", f"tier {name!r} is in this process and never waits: it takes no timeout"
+    if tier.encryption is not None and caps.holds == "entries":
+        yield "encryption", f"tier {name!r} keeps vectors as they are: it takes no encryption"
+    if caps.text_preview and (tier.encryption is not None or keyed):
+        yield (
+            "encryption" if tier.encryption is not None else None,
+            f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
+            "secret is there to prevent: leave one of them out",
+        )
+    if tier.lease is not None:
+        yield from (("lease", message) for message in _lease_problems(name, tier, caps, above))
+    for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
+        if getattr(tier, option) not in values:
+            wanted = ", ".join(f'"{value}"' for value in values if value is not None)
+            yield option, f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}"
+    for option in ("ttl", "timeout", "lease"):
+        value = getattr(tier, option)
+        if value is not None and not 0 < value < float("inf"):
+            yield option, f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}"
+
+
+def _lease_problems(name: str, tier: Tier, caps: Capabilities, above: Sequence[tuple[str, Tier]]) -> Iterator[str]:
     if caps.scope == "process":
-        raise ConfigError(f"tier {name!r} is in this process: no other process shares it, and a lease has no use")
+        yield f"tier {name!r} is in this process: no other process shares it, and a lease has no use"
     if not caps.add:
-        raise ConfigError(f"tier {name!r} cannot hold leases: its backend has no add_many")
+        yield f"tier {name!r} cannot hold leases: its backend has no add_many"
     if tier.write in ("background", "none"):
-        raise ConfigError(
+        yield (
             f'tier {name!r} has a lease, so others wait for what it stores: write = "{tier.write}" does not go with it'
         )
-    other = next((other for other, one in chain if one.lease is not None), None)
+    other = next((other for other, one in above if one.lease is not None), None)
     if other is not None:
-        raise ConfigError(f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it")
+        yield f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it"
+
+
+_WARNED: set[str] = set()
+"""Warnings that this process has logged: a program that makes many caches of one configuration says it once."""
+
+_SLOWNESS = {"process": 0, "host": 1, "network": 2}
+_WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}
+
+
+def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
+    """Return what works in a chain and is hardly meant, each with the tier that it is about."""
+    found = []
+    for place, (name, tier) in enumerate(chain):
+        scope = tier.backend.capabilities.scope
+        slower = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
+        above = next(((other, where) for other, where in slower if _SLOWNESS[where] > _SLOWNESS[scope]), None)
+        if above is not None:
+            found.append(
+                ChainWarning(
+                    name,
+                    f"tier {name!r} is {_WHERE[scope]} and is asked only after {above[0]!r}, which is "
+                    f"{_WHERE[above[1]]}: what it has costs as much as what the slower one has; put it first",
+                )
+            )
+    endless = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
+    if len(endless) > 1:
+        found.append(
+            ChainWarning(
+                endless[0],
+                f"tiers {listed(map(repr, endless))} grow without end, and each keeps all that the other has: give "
+                "the faster one a ttl, or a limit if it has an option for one",
+            )
+        )
+    return found
+
+
+def log_once(warnings: Iterable[ChainWarning]) -> None:
+    """Log the warnings that this process has not logged before."""
+    for warning in warnings:
+        if warning.message not in _WARNED:
+            _WARNED.add(warning.message)
+            chain_log.warning("%s", warning.message)
 
 
 def _default_name(backend: Backend) -> str:

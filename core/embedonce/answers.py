@@ -102,6 +102,14 @@ class TierCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainWarning:
+    """Something about a chain of tiers that works and is hardly meant."""
+
+    tier: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Purged:
     """What ``purge`` removed, or with ``dry_run`` would remove."""
 

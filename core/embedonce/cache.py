@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 from weakref import WeakSet
@@ -16,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._checks import checked_matrix, rounded
+from ._drift import Guarded, Moved
 from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
-from ._tiers import LiveTier, Tier, compose_chain, draining
+from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import Explanation, Fetched, Held, Purged, TierCheck
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
+from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
 from .events import Event, Stats
 from .functions import wrap
@@ -39,6 +42,8 @@ Matrix: TypeAlias = NDArray[np.float32]
 
 TASKS = ("document", "query")
 ITER_BATCH = 1024
+MOVES = 5
+"""Most new spaces that one call opens for a provider that drifts."""
 LAST_FLUSH = 5.0
 """Seconds that the program's end waits for the writes of caches that nobody holds any more."""
 
@@ -62,6 +67,7 @@ class Cache:
         fallback: a provider that answers, in its own vector space, when the first one fails.
         fallback_fetch_only: the fallback answers ``fetch`` only, whose caller reads ``Fetched.space``;
             ``embed…`` raise what the first provider raised. Needed where the dimensions differ.
+        drift: looks now and again whether the provider still makes the vectors that are stored.
         max_wait: seconds to wait for another call's computation of the same text before computing it too.
         flush_timeout: seconds that ``close`` and the program's end wait for background writes.
         max_queued: entries that may wait for a background write, per tier.
@@ -84,6 +90,7 @@ class Cache:
         mode: Mode = "read-through",
         fallback: AnyProvider | None = None,
         fallback_fetch_only: bool = False,
+        drift: DriftGuard | None = None,
         max_wait: float = 60.0,
         flush_timeout: float = 5.0,
         max_queued: int = 4096,
@@ -113,7 +120,14 @@ class Cache:
         self._lock = threading.RLock()
         self._closed = False
         self._fell_back = False
+        self._main = self
+        """Whose tiers these are: another cache's, where :meth:`for_provider` made this one."""
+        self._others: WeakSet[Cache] = WeakSet()
+        """The caches that :meth:`for_provider` has made of this one."""
 
+        chain = compose_chain(tiers, keyed=self._policy.secret is not None)
+        self._warnings = tuple(chain_warnings(chain))
+        log_once(self._warnings)
         self._ports = Ports()
         self._table = Table(max_queued)
         self._tiers = [
@@ -127,9 +141,10 @@ class Cache:
                 listened=lambda: bool(self._listeners),
                 clock=clock,
             )
-            for name, tier in compose_chain(tiers, keyed=self._policy.secret is not None)
+            for name, tier in chain
         ]
-        self._engine = Engine(
+        engine = Engine if drift is None else partial(Guarded, guard=drift)
+        self._engine: Engine = engine(
             self._tiers,
             self._table,
             dtype=dtype,
@@ -148,6 +163,32 @@ class Cache:
         _open_caches.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
         _close_at_exit()
+
+    def for_provider(
+        self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
+    ) -> Cache:
+        """Return a cache of the same tiers that asks another provider, and has no fallback.
+
+        Key policy, flights, queues, breakers and the tiers' counters are shared; vectors meet only where the
+        providers describe the same vector space. Closing the new cache closes its provider alone, and closing
+        this one ends both.
+
+        Raises:
+            SpaceError: the provider describes no vector space.
+        """
+        self._check_open()
+        other = object.__new__(Cache)
+        other.__dict__.update(self.__dict__)
+        other._source = Source(wrap(provider, space), fallback=False)
+        other._fallback = None
+        other._fell_back = False
+        other._lock = threading.RLock()
+        other._routes = {}
+        for task in TASKS:
+            other._route(other._source, task)
+        other._hot = other._hot_tier()
+        self._main._others.add(other)
+        return other
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -252,6 +293,16 @@ class Cache:
         self._check_open()
         return step(self._upkeep.contents(self._ports.blocking))
 
+    def list_metadata(self, task: Task = "document") -> list[Metadata]:
+        """Return the metadata of every entry of the task's vector space that has some, in no order, each entry once.
+
+        It walks over all tiers, and sees what is in them: ``flush`` first where a tier is written in the background.
+
+        Raises:
+            TierError: a tier failed or cannot list; the message names it.
+        """
+        return step(self._list_metadata(self._ports.blocking, task))
+
     def check(self) -> list[TierCheck]:
         """Ask every tier whether it answers."""
         self._check_open()
@@ -282,11 +333,17 @@ class Cache:
         if not self.flush(timeout):
             queued = {tier.name: n for tier in self._tiers if (n := self._table.queued(tier.name))}
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
-        for closing in (*(tier.backend for tier in self._tiers), self._source.provider):
-            self._let_go(closing)
+        if self._main is self:
+            for other in list(self._others):
+                if other._shut():
+                    self._let_go(other._source.provider)
+            for tier in self._tiers:
+                self._let_go(tier.backend)
+        self._let_go(self._source.provider)
         if self._fallback is not None:
             self._let_go(self._fallback.provider)
-        self._ports.close()
+        if self._main is self:
+            self._ports.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -377,6 +434,10 @@ class Cache:
         self._check_open()
         return await self._upkeep.contents(self._ports.of_running_loop())
 
+    async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
+        """As :meth:`list_metadata`."""
+        return await self._list_metadata(self._ports.of_running_loop(), task)
+
     async def acheck(self) -> list[TierCheck]:
         """As :meth:`check`."""
         self._check_open()
@@ -389,8 +450,9 @@ class Cache:
     async def aclose(self) -> None:
         """As :meth:`close`, without holding the loop up."""
         port = self._ports.of_running_loop()
-        for tier in self._tiers:
-            await tier.close_twin(port)
+        if self._main is self:
+            for tier in self._tiers:
+                await tier.close_twin(port)
         await self._off_loop(self.close)
 
     async def _off_loop(self, call: Callable[[], T]) -> T:
@@ -417,7 +479,8 @@ class Cache:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event from now on. One that raises is logged and stays."""
         self._listeners.append(listener)
-        self._hot = self._hot_tier()
+        for cache in (self._main, *self._main._others):
+            cache._hot = cache._hot_tier()
 
     @property
     def tiers(self) -> Sequence[str]:
@@ -425,8 +488,17 @@ class Cache:
         return tuple(tier.name for tier in self._tiers)
 
     @property
+    def warnings(self) -> Sequence[ChainWarning]:
+        """What works in this chain and is hardly meant, such as a network tier above a local one."""
+        return self._warnings
+
+    @property
     def provider(self) -> AnyProvider:
         return self._source.provider
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def __repr__(self) -> str:
         space = self._route(self._source, TASKS[0]).space
@@ -484,6 +556,21 @@ class Cache:
                 self._hot = self._hot_tier()
         return route
 
+    async def _current(self, port: Port, source: Source, task: Task) -> Route:
+        """Return the route to a task's space, as it is now that the provider may have drifted."""
+        self._check_open()
+        route = self._route(source, task)
+        current = await self._engine.current(port, route)
+        if current is not route:
+            with self._lock:
+                # Tasks that share a space leave it together.
+                for place, other in list(self._routes.items()):
+                    if place[0] is source and other.origin == current.origin and other.generation != current.generation:
+                        self._routes[place] = current if place[1] == task else other.at(current.generation)
+                self._cards[current.keyer.scope] = card(self._policy, current.space)
+            self._hot = self._hot_tier()
+        return self._route(source, task)
+
     async def _rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
         answer = await self._answer(port, texts, task, rows_only=True)
         return answer.rows()
@@ -505,6 +592,8 @@ class Cache:
         return answer.fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
+        if self._engine.moves:
+            await self._current(port, self._source, task)
         answer = self._ask(self._source, texts, task)
         await self._engine.fetch(port, answer, compute=False)
         return answer.fetched()
@@ -520,8 +609,10 @@ class Cache:
         rows_only: bool = False,
     ) -> Answer:
         """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
-        answer = self._ask(self._source, texts, task, store=store, metadata=metadata)
-        await self._engine.fetch(port, answer)
+        if not isinstance(texts, list):
+            _refuse_str(texts, "a batch")
+            texts = plain_texts(texts)  # it may be asked again, and an iterator could not be
+        answer = await self._asked(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback
         if fallback is None or self._mode == "replay":
             return answer
@@ -530,9 +621,28 @@ class Cache:
             self._note_fallback(fallback, down=False if not down else self._fell_back)
             return answer
         self._note_fallback(fallback, down=True)
-        other = self._ask(fallback, texts, task, store=store, metadata=metadata)
-        await self._engine.fetch(port, other)
+        other = await self._asked(port, fallback, texts, task, store=store, metadata=metadata)
         return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
+
+    async def _asked(
+        self,
+        port: Port,
+        source: Source,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> Answer:
+        """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
+        for _ in range(MOVES):
+            if self._engine.moves:
+                await self._current(port, source, task)
+            answer = self._ask(source, texts, task, store=store, metadata=metadata)
+            await self._engine.fetch(port, answer)
+            if not any(isinstance(error, Moved) for error in answer.failed.values()):
+                break
+        return answer
 
     def _note_fallback(self, fallback: Source, *, down: bool) -> None:
         if down != self._fell_back:
@@ -566,6 +676,8 @@ class Cache:
         task: Task,
         metadata: Sequence[Metadata | None] | None,
     ) -> None:
+        if self._engine.moves:
+            await self._current(port, self._source, task)
         answer = self._ask(self._source, texts, task, metadata=metadata)
         who = "put was given"
         if not answer.keys and len(vectors) == 0:
@@ -589,7 +701,8 @@ class Cache:
         texts = plain_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
-        routes = [self._route(source, name) for source in sources for name in sorted(tasks)]
+        current = [await self._current(port, source, name) for source in sources for name in sorted(tasks)]
+        routes = [*current, *(route.at(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
             await self._upkeep.forget(port, list(keys))
@@ -613,11 +726,15 @@ class Cache:
             raise ValueError("purge needs at least one of scope, model, version and namespace")
         return await self._upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
 
+    async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
+        self._check_open()
+        return await self._upkeep.metadata(port, self._route(self._source, task), self._dtype)
+
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()
         if not isinstance(text, str):
             raise TypeError(f"explain takes a str, not {type(text).__name__}")
-        route = self._route(self._source, task)
+        route = await self._current(port, self._source, task)
         return await self._upkeep.explain(port, route, text, self._policy, self._dtype)
 
     # --- composing, events, ending ------------------------------------------------------------
@@ -673,10 +790,11 @@ class Cache:
 
     def _after_fork(self) -> None:
         """In the child: locks, flights, queue and threads are the parent's; start with our own."""
-        self._lock = threading.RLock()
         self._ports.reset()
         self._table.reset()
-        self._source.renew()
+        for cache in (self, *self._others):
+            cache._lock = threading.RLock()
+            cache._source.renew()
         if self._fallback is not None:
             self._fallback.renew()
         for tier in self._tiers:

@@ -6,23 +6,45 @@ Nothing heavy is imported here: pydantic and the plugins' metadata wait for the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
+    from ._tiers import ChainError
+    from .answers import ChainWarning
     from .cache import Cache
+    from .contracts import AnyProvider
     from .encryption import Encryption
+    from .keys import VectorSpace
 
-__all__ = ["Config", "Plugged", "Setting", "Source", "TierConfig", "compose", "load", "open", "schema"]
+__all__ = [
+    "Config",
+    "Plugged",
+    "Setting",
+    "Source",
+    "TierConfig",
+    "allowed",
+    "compose",
+    "load",
+    "open",
+    "schema",
+    "secrets_in",
+    "warnings",
+]
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
 """What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
 
 
-def open(source: Source = None) -> Cache:
+def open(
+    source: Source = None,
+    *,
+    provider: AnyProvider | Callable[..., Any] | None = None,
+    space: VectorSpace | Mapping[str, Any] | None = None,
+) -> Cache:
     """Return the cache that a configuration describes.
 
     ``source`` is a TOML file, a dict of the same shape, or None. None takes the file that
@@ -30,18 +52,37 @@ def open(source: Source = None) -> Cache:
     ``pyproject.toml`` in this folder or one above, else the ngram provider with a memory tier and a
     disk tier in the user's cache folder.
 
+    A ``provider`` of yours, or a function together with its ``space``, takes the place of ``[provider]``,
+    which may then be left out and is not read.
+
     Raises:
         ConfigError: it cannot be used; ``problems`` lists everything that is wrong.
+        SpaceError: ``provider`` describes no vector space.
     """
-    return compose(load(source))
+    return compose(load(source, own_provider=provider is not None), provider=provider, space=space)
 
 
-def load(source: Source = None) -> Config:
-    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does."""
+def load(source: Source = None, *, own_provider: bool = False) -> Config:
+    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does.
+
+    ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one.
+    """
     from ._documents import document
     from ._load import loaded
 
-    return loaded(document(source))
+    return loaded(document(source), own_provider=own_provider)
+
+
+def allowed(source: Source = None) -> Sequence[str] | None:
+    """Return what ``[plugins] allow`` of a configuration says, whatever else is wrong with it; None: everything.
+
+    Raises:
+        ConfigError: the file cannot be read, or that table is wrong.
+    """
+    from ._documents import document
+    from ._load import allowed
+
+    return allowed(document(source))
 
 
 def schema() -> dict[str, Any]:
@@ -54,24 +95,49 @@ def schema() -> dict[str, Any]:
     return schema()
 
 
-def compose(config: Config) -> Cache:
+def secrets_in(document: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, so that nobody writes them to a file.
+
+    A value that stands for a variable, ``${NAME}``, holds none.
+    """
+    from ._load import secrets_in
+
+    return secrets_in(document)
+
+
+def compose(
+    config: Config,
+    *,
+    provider: AnyProvider | Callable[..., Any] | None = None,
+    space: VectorSpace | Mapping[str, Any] | None = None,
+) -> Cache:
     """Make the provider and the backends of a configuration, and the cache of them.
+
+    ``provider``, and the ``space`` of one that is a function, take the place of the configuration's.
 
     Raises:
         ConfigError: a plugin refused its options, or the parts do not go together. What was already
             made is closed.
+        SpaceError: ``provider`` describes no vector space.
     """
+    from . import plugins
+
+    if provider is None and space is not None:
+        raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
+    if provider is None and config.provider is None:
+        raise TypeError("a configuration that was loaded with own_provider is composed with a provider")
     made: list[Any] = []
     try:
-        return _composed(config, made)
+        with plugins.only(config.allow):
+            return _composed(config, made, provider, space)
     except BaseException as error:
         _close(made, error)
         raise
 
 
-def _composed(config: Config, made: list[Any]) -> Cache:
+def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from . import plugins
-    from ._tiers import Tier
+    from ._tiers import ChainError, Tier
     from .cache import Cache
 
     problems: list[Problem] = []
@@ -86,8 +152,8 @@ def _composed(config: Config, made: list[Any]) -> Cache:
             return None
         return made[-1]
 
-    provider = make(config.provider)
-    fallback = make(config.fallback) if config.fallback is not None else None
+    provider = make(config.provider) if own is None and config.provider is not None else own
+    fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
     encryptions = [_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
@@ -110,22 +176,40 @@ def _composed(config: Config, made: list[Any]) -> Cache:
         return Cache(
             provider,
             tiers,
+            space=space,
             key=config.key,
             dtype=config.cache.dtype,
             mode=config.cache.mode,
             fallback=fallback,
             fallback_fetch_only=config.fallback_fetch_only,
+            drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,
             listeners=plugins.listeners([*used, *config.key.normalize]),
         )
+    except ChainError as error:
+        raise ConfigError([_refused(config, error)]) from error
     except ConfigError as error:
         shown = config.document.shown
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
     except SpaceError as error:
         at = config.fallback or config.provider
+        if own is not None or at is None:
+            raise
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
+
+
+def _refused(config: Config, error: ChainError) -> Problem:
+    """Return what the chain refuses, at the option that it refuses, or at its tier."""
+    tier = config.tiers[error.place]
+    return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
+
+
+def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
+    """Return ``Cache.warnings``, each at the table of its tier."""
+    paths = {tier.name: tier.path for tier in config.tiers}
+    return [config.document.problem(paths[warning.tier], warning.message, key=True) for warning in found]
 
 
 def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:

@@ -48,6 +48,8 @@ class Capabilities:
     deadline: bool = False
     """True: every call raises by :func:`time_left`. Otherwise the engine runs the backend's calls in a
     thread of its own, so that a hanging one can be left behind."""
+    fork: bool = True
+    """False: its client library cannot go on in a forked child. There, a call raises at once and says what to do."""
     ttl: bool = False
     """True: the backend frees an entry's space after its ttl. (The engine never serves an expired entry.)"""
     max_batch: int | None = None
@@ -66,9 +68,23 @@ class Capabilities:
     """Has ``add_many(items, ttl)``: set if absent, for leases."""
     twin: bool = False
     """Has ``twin()``: a native async client of the same store."""
+    bounded: bool | None = None
+    """Whether it keeps to a size of its own by dropping entries; None where it cannot say. A chain with two tiers
+    that grow without end gets a warning."""
     text_preview: bool = False
     """Keeps the text's beginning beside the vector, because somebody asked for it: entries come with it as the
     metadata ``text_preview``. Refused together with encryption or a secret."""
+
+
+EXTRAS: Mapping[str, str] = {
+    "get": "get",
+    "delete": "delete_many",
+    "scan": "scan",
+    "count": "count",
+    "add": "add_many",
+    "twin": "twin",
+}
+"""The method that each of these capabilities declares."""
 
 
 class FrameBackend(Protocol):
@@ -76,6 +92,10 @@ class FrameBackend(Protocol):
 
     Keys are ASCII, under 120 characters, from ``a-z 0-9 .``: nothing needs escaping. Every method
     may raise anything; an exception is counted as the tier's error and never reaches the caller.
+
+    A store of several nodes of which some fail raises :class:`~embedonce.errors.PartialAnswer`, with what the others
+    said: that is used, and only the keys that failed are errors. Never leave such a key out of an answer instead:
+    it would count as a miss.
     """
 
     @property

@@ -24,21 +24,18 @@ def hookimpl(function: Function) -> Function: ...
 
 
 @overload
-def hookimpl(
-    *,
-    hookwrapper: bool = ...,
-    wrapper: bool = ...,
-    tryfirst: bool = ...,
-    trylast: bool = ...,
-    specname: str | None = ...,
-) -> Callable[[Function], Function]: ...
+def hookimpl(*, specname: str | None = ...) -> Callable[[Function], Function]: ...
 
 
-def hookimpl(function: Any = None, **options: Any) -> Any:
-    """Mark a function of a plugin's module as the implementation of the hook of its name."""
+def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
+    """Mark a function of a plugin's module as the implementation of a hook: that of its name, or of ``specname``.
+
+    pluggy's other options are about the order of plugins and calls around calls. There are none here:
+    each plugin is asked for itself alone.
+    """
     import pluggy
 
-    return pluggy.HookimplMarker(PROJECT)(function, **options)
+    return pluggy.HookimplMarker(PROJECT)(function, specname=specname)
 
 
 def embedonce_backends() -> Mapping[str, type[FrameBackend] | type[EntryBackend]]:  # type: ignore[empty-body]

@@ -136,15 +136,16 @@ class Parsed:
         return dict(self._schema)
 
 
+_WHOLE = r"[0-9]{1,20}(?:\.0{1,20})?"  # there is no half of a byte
 _SIZE_SCHEMA = {
     "anyOf": [
-        {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(?:(?:[kKmMgGtT][iI]?)?[bB])?\s*$"},
+        {"type": "integer", "minimum": 0, "maximum": MOST_BYTES},
+        {"type": "string", "pattern": rf"^\s*(?:{_WHOLE}\s*[bB]?|{_NUMBER}\s*[kKmMgGtT][iI]?[bB])\s*$"},
     ]
 }
 _DURATION_SCHEMA = {
     "anyOf": [
-        {"type": "number", "minimum": 0},
+        {"type": "number", "minimum": 0, "maximum": MOST_SECONDS},
         {"type": "string", "pattern": rf"^\s*(?:{_NUMBER}|(?:{_NUMBER}\s*(?:ms|s|m|h|d|w)\s*)+)\s*$"},
     ]
 }

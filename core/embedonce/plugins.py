@@ -2,6 +2,9 @@
 
 A plugin is an entry point in the group ``embedonce``: its name is what TOML says, its value a module
 with hooks (:mod:`embedonce.hookspecs`). embedonce's own plugins are registered in the same way.
+
+A name alone means embedonce's own plugin where there is one, so that no package which is installed
+later changes what a configuration means; ``distribution:name`` chooses among several of one name.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -51,6 +56,10 @@ class InstalledPlugin:
     version: str
     error: str | None = None
     """Why it cannot be used."""
+    type: str = ""
+    """What TOML says to choose it: its name, or ``distribution:name`` where the name alone means another."""
+    broken: bool = False
+    """``error`` is its author's to put right; otherwise it is disabled, not allowed, or an extra is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +73,27 @@ class _Loaded:
     registered: Mapping[Kind, Mapping[str, Any]] = field(repr=False)
 
 
+@contextmanager
+def only(allow: Iterable[str] | None) -> Iterator[None]:
+    """Let the calls inside the block load no plugins of others than ``allow``, by distribution or by name.
+
+    None allows all. embedonce's own are always allowed.
+    """
+    token = _allow.set(None if allow is None else frozenset(map(_canonical, allow)))
+    try:
+        yield
+    finally:
+        _allow.reset(token)
+
+
+_allow: ContextVar[frozenset[str] | None] = ContextVar("embedonce_allowed_plugins", default=None)
+
+
 def backend(name: str) -> type[Any]:
-    """Return the backend class that TOML calls ``name``.
+    """Return the backend class that TOML calls ``name``, or ``distribution:name``.
 
     Raises:
-        PluginError: it is not installed, cannot be loaded, or is no backend.
+        PluginError: it is not installed, not allowed, cannot be loaded, or is no backend.
     """
     cls: type[Any] = _registered("backend", name)
     return cls
@@ -94,9 +119,19 @@ def normalizer(name: str) -> Normalizer:
     return step
 
 
+def bare(name: str) -> str:
+    """Return the plugin's own name of ``distribution:name``, or of a name alone."""
+    return name.rpartition(":")[2]
+
+
 def names() -> list[str]:
-    """Return the names of all installed plugins that are not disabled, without loading any."""
-    return sorted({point.name for point in _all_entry_points() if not _disabled(point)})
+    """Return what TOML calls the installed plugins that may be loaded, without loading any."""
+    return sorted({_type(point) for point in _all_entry_points() if _refusal(point) is None})
+
+
+def installed_by_embedonce() -> list[str]:
+    """Return the names of embedonce's own plugins, without loading any."""
+    return sorted(point.name for point in _all_entry_points() if _is_own(point))
 
 
 def installed() -> list[InstalledPlugin]:
@@ -107,7 +142,7 @@ def installed() -> list[InstalledPlugin]:
 
 def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
     """Return the event hooks of those of the plugins ``used`` that have one, to be called with each event."""
-    modules = {id(plugin.module): plugin.module for name in used if (plugin := _plugins.get(name)) is not None}
+    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load(name).module]}
     return [function for module in modules.values() for function in _event_hooks(module)]
 
 
@@ -127,28 +162,60 @@ def _all_entry_points() -> tuple[EntryPoint, ...]:
 
 
 def _entry_points(name: str) -> list[EntryPoint]:
-    found = [point for point in _all_entry_points() if point.name == name]
+    """Return the entry points that ``name``, with or without a distribution, may mean."""
+    found = _named_so(name)
     if not found:  # it may have been installed since
         _scan.cache_clear()
-        found = [point for point in _all_entry_points() if point.name == name]
+        found = _named_so(name)
     return found
+
+
+def _named_so(name: str) -> list[EntryPoint]:
+    distribution, _, plugin = name.rpartition(":")
+    return [
+        point
+        for point in _all_entry_points()
+        if point.name == plugin and (not distribution or _canonical(_distribution(point)) == _canonical(distribution))
+    ]
 
 
 def _the_entry_point(name: str) -> EntryPoint:
     found = _entry_points(name)
-    usable = [point for point in found if not _disabled(point)]
-    if len(usable) == 1:
-        return usable[0]
-    if usable:
-        raise PluginError(_ambiguous(name, usable))
+    usable = [point for point in found if _refusal(point) is None]
+    meant = [point for point in usable if _is_own(point)] or usable
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise PluginError(_ambiguous(name, meant))
     if found:
-        raise PluginError(f'plugin "{name}" of {_origin(found[0])} is disabled by {DISABLE}={os.environ[DISABLE]}')
+        raise PluginError(str(_refusal(found[0])))
     raise PluginError(_not_installed(name))
 
 
-def _disabled(point: EntryPoint) -> bool:
-    listed_there = {_canonical(part) for part in os.environ.get(DISABLE, "").split(",")}
-    return _canonical(point.name) in listed_there or _canonical(_distribution(point)) in listed_there
+def _type(point: EntryPoint) -> str:
+    """Return what TOML says to choose this plugin."""
+    others = [other for other in _named_so(point.name) if other is not point and _refusal(other) is None]
+    hidden = others and not _is_own(point)
+    return _full_name(point) if hidden else point.name
+
+
+def _refusal(point: EntryPoint) -> str | None:
+    """Return why a plugin must not be loaded: it is disabled, or not allowed."""
+    names = {_canonical(point.name), _canonical(_distribution(point)), _canonical(_full_name(point))}
+    if names & {_canonical(part) for part in os.environ.get(DISABLE, "").split(",")}:
+        return f"{_named(point)} is disabled by {DISABLE}={os.environ[DISABLE]}"
+    allow = _allow.get()
+    if allow is None or _is_own(point) or names & allow:
+        return None
+    return f'{_named(point)} is not allowed: add "{_distribution(point)}" to allow in [plugins]'
+
+
+def _is_own(point: EntryPoint) -> bool:
+    return _canonical(_distribution(point)) == hookspecs.PROJECT
+
+
+def _full_name(point: EntryPoint) -> str:
+    return f"{_distribution(point)}:{point.name}"
 
 
 def _canonical(name: str) -> str:
@@ -172,6 +239,7 @@ def _origin(point: EntryPoint) -> str:
 
 _lock = threading.RLock()
 _plugins: dict[str, _Loaded] = {}
+"""By ``distribution:name``."""
 
 
 @functools.cache
@@ -188,18 +256,21 @@ def _manager() -> pluggy.PluginManager:
 
 def _registered(kind: Kind, name: str) -> Any:
     plugin = _load(name)
-    found = plugin.registered[kind].get(name)
+    found = plugin.registered[kind].get(plugin.name)
     if found is None:
         raise PluginError(_wrong_kind(kind, plugin))
     return found
 
 
 def _load(name: str) -> _Loaded:
-    point = _the_entry_point(name)
+    return _load_point(_the_entry_point(name))
+
+
+def _load_point(point: EntryPoint) -> _Loaded:
     with _lock:
-        known = _plugins.get(name)
+        known = _plugins.get(_full_name(point))
         if known is None or known.origin != _origin(point):
-            known = _plugins[name] = _load_entry_point(point)
+            known = _plugins[_full_name(point)] = _load_entry_point(point)
         return known
 
 
@@ -237,7 +308,7 @@ def _register(point: EntryPoint, module: Any) -> None:
     if manager.is_registered(module):  # one module may stand behind several names
         return
     try:
-        manager.register(module, name=f"{_distribution(point)}:{point.name}")
+        manager.register(module, name=f"{_full_name(point)}={point.value}")
         _check_hooks(manager, module)
     except Exception as error:
         if manager.is_registered(module):
@@ -294,17 +365,23 @@ def _listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
 
 
 def _inspect(point: EntryPoint) -> InstalledPlugin:
-    try:
-        plugin = _load(point.name)
-        if plugin.origin != _origin(point):
-            raise PluginError(f'plugin "{point.name}" comes from {plugin.origin}, as {DISABLE} says')
-    except PluginError as error:
-        return InstalledPlugin(point.name, (), _distribution(point), _version(point), str(error))
-    kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
-    wrong = "; ".join(
-        problem for kind in kinds for cls in plugin.registered[kind].values() for problem in _lacks(kind, cls)
+    about = functools.partial(
+        InstalledPlugin, point.name, distribution=_distribution(point), version=_version(point), type=_type(point)
     )
-    return InstalledPlugin(point.name, kinds, _distribution(point), _version(point), wrong or None)
+    refusal = _refusal(point)
+    if refusal is not None:
+        return about(kinds=(), error=refusal)
+    try:
+        plugin = _load_point(point)
+    except PluginError as error:
+        return about(kinds=(), error=str(error), broken=not _lacks_extra(point, error))
+    kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
+    wrong = [problem for kind in kinds for cls in plugin.registered[kind].values() for problem in _lacks(kind, cls)]
+    try:
+        _the_entry_point(point.name)
+    except PluginError as error:  # its name alone means two
+        wrong.append(str(error))
+    return about(kinds=kinds, error="; ".join(wrong) or None, broken=bool(wrong))
 
 
 def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
@@ -356,6 +433,14 @@ def _missing(point: EntryPoint, error: ModuleNotFoundError) -> str:
     return f"needs the module {module}, which is not installed"
 
 
+def _lacks_extra(point: EntryPoint, error: PluginError) -> bool:
+    """Whether a plugin would work if an extra of its distribution were installed."""
+    missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+    if not missing or f"{point.module}.".startswith(f"{missing}.") or point.dist is None:
+        return False
+    return _extra(point.dist, point.name, missing) is not None
+
+
 def _extra(distribution: Distribution, plugin: str, module: str) -> str | None:
     """Return the extra of the distribution that brings a missing module.
 
@@ -375,12 +460,10 @@ def _extra(distribution: Distribution, plugin: str, module: str) -> str | None:
     return None
 
 
-def _ambiguous(name: str, points: list[EntryPoint]) -> str:
+def _ambiguous(name: str, points: Sequence[EntryPoint]) -> str:
     origins = listed(_origin(point) for point in points)
-    return (
-        f'{len(points)} distributions bring a plugin "{name}": {origins}; uninstall all but one, '
-        f"or set {DISABLE} to the name of each that is not meant"
-    )
+    full = listed((f'"{_full_name(point)}"' for point in points), "or")
+    return f'{len(points)} distributions bring a plugin "{name}": {origins}; say which one is meant: {full}'
 
 
 def _not_installed(name: str) -> str:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -439,7 +439,7 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'embedonce.toml:20:8: "Bad Name" cannot be a tier\'s name: a tier\'s name is like "bad-name": a letter a-z, '
         "then a-z, 0-9, - and _",
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
-        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [provider] and [[tiers]]",
+        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [plugins], [provider] and [[tiers]]",
     ]
 
 
@@ -732,6 +732,51 @@ def test_the_schema_refuses_what_is_wrong(validator: Any, text: str) -> None:
     assert problems(tomllib.loads(text))
 
 
+SAMPLES: Sequence[tuple[str, str, Sequence[str]]] = [
+    ("disk", "max_bytes", ['"2 GiB"', '"1.5 MiB"', '"1.5"', '"1.5 B"', '"2000000.0"', "2000000", "2e6", "-1", '"2 Mb"',
+                           '" 2 mib "', '""', "true", str(2**63), '"9999999 TB"']),
+    ("disk", "ttl", ['"1h30m"', '"1h 30m"', "1.5", "0", '"0s"', "-1", "nan", "inf", '"1 month"', "4e9", '"5"', "[]"]),
+    ("disk", "path", ['"x"', '""', "1", '"${NO_SUCH:-x}"']),
+    ("disk", "name", ['"a-b_2"', '"A"', '"provider"', '"é"', '""', '"2"']),
+    ("disk", "write", ['"inline"', '"none"', '"nowhere"', "true"]),
+    ("disk", "lease", ['"5s"', "0"]),
+    ("memory", "timeout", ['"5s"']),
+    ("memory", "lease", ['"5s"']),
+    ("memory", "encryption", ['"x"']),
+    ("memory", "max_entries", ["1", "0", "1.0", '"1"', "true", str(2**63)]),
+    ("memory", "type", ['"embedonce:memory"', '"embedonce:memry"', '"disk:memory"']),
+]  # fmt: skip
+
+# What a schema cannot say, or says only with much: the loader alone refuses these.
+LOADER_ALONE = {
+    ("max_bytes", '"9999999 TB"'),
+    ("max_entries", str(2**63)),
+    ("max_entries", "1.0"),  # in JSON the same number as 1
+    ("max_bytes", "2e6"),
+    ("ttl", '"0s"'),
+}
+
+
+@pytest.mark.parametrize(("kind", "option", "value"), [(k, o, v) for k, o, values in SAMPLES for v in values])
+def test_the_schema_and_the_loader_agree(validator: Any, kind: str, option: str, value: str) -> None:
+    path = 'path = "x"\n' if kind == "disk" and option != "path" else ""
+    kind = "" if option == "type" else f'type = "{kind}"\n'
+    document = tomllib.loads(f'provider.type = "ngram"\n[[tiers]]\n{kind}{path}{option} = {value}')
+    try:
+        config.load(document)
+    except ConfigError:
+        takes = False
+    else:
+        takes = True
+    if value in ("nan", "inf"):  # no JSON either
+        assert not takes
+    elif (option, value) in LOADER_ALONE:
+        assert not takes
+        assert validator.is_valid(document)
+    else:
+        assert validator.is_valid(document) == takes
+
+
 def test_every_option_is_described(validator: Any) -> None:
     undocumented = [
         f"{title}.{name}"
@@ -828,6 +873,99 @@ def test_no_file_makes_a_traceback(source: dict[str, Any]) -> None:
     text = _toml(source)
     Path("fuzz.toml").write_text(text, encoding="utf-8")
     _is_read_or_refused("fuzz.toml")
+
+
+@fuzz
+@given(documents)
+def test_what_the_loader_takes_the_schema_takes(validator: Any, source: dict[str, Any]) -> None:
+    text = _toml(source)
+    try:
+        document = tomllib.loads(text)
+        config.load(document)
+    except (ValueError, ConfigError):
+        return
+    validator.validate(json.loads(json.dumps(document, default=str)))
+
+
+VALID = """\
+# A file with one of everything.
+[cache]
+dtype = "float16"
+max_wait = 3.5
+
+[key]
+version = "v2"
+normalize = ["nfc", "strip"]
+secret = "${NO_SUCH_SECRET:-sixteen characters}"
+
+[plugins]
+allow = ["acme", 'another']
+
+[provider]
+type = "ngram"
+dimensions = 0x40
+fallback = { type = "ngram", dimensions = 128, fetch_only = true }
+
+[[tiers]]
+type = "memory"
+max_entries = 1_000
+max_bytes = "64 MiB"
+
+[[tiers]]
+type = "memory"
+name = "second"
+ttl = "1h30m"
+policy = \'\'\'lru\'\'\'
+"""
+
+edits = st.lists(
+    st.tuples(
+        st.integers(0, len(VALID)),
+        st.integers(0, 12),
+        st.binary(max_size=4)
+        | st.sampled_from(
+            [b'"', b"'", b"[", b"]]", b"{", b"}", b"=", b"\n", b"\0", b".", b"${", b'"""', b"\xef\xbb\xbf"]
+        ),
+    ),
+    max_size=4,
+)
+
+
+def mutated(changes: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """Return the valid file with stretches of it replaced."""
+    content = VALID.encode()
+    for start, length, put in changes:
+        content = content[:start] + put + content[start + length :]
+    return content
+
+
+def test_the_file_that_is_mutated_is_valid() -> None:
+    Path("fuzz.toml").write_bytes(mutated([]))
+    assert len(config.load("fuzz.toml").tiers) == 2
+
+
+@fuzz
+@given(edits)
+def test_no_mutation_of_a_valid_file_makes_a_traceback(changes: list[tuple[int, int, bytes]]) -> None:
+    Path("fuzz.toml").write_bytes(mutated(changes))
+    _is_read_or_refused("fuzz.toml")
+
+
+@fuzz
+@given(edits, st.sampled_from([["check"], ["config"], ["config", "--json"], ["plugins"]]))
+def test_no_file_makes_a_traceback_of_a_command(changes: list[tuple[int, int, bytes]], command: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from embedonce.cli import app, output
+
+    Path("fuzz.toml").write_bytes(mutated(changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "is_terminal", lambda: True)  # with the lines that are wrong
+        done = CliRunner().invoke(app, [*command, "--config", "fuzz.toml"])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code in (0, 1, 2)
+    assert "Traceback" not in done.output
+    assert done.exit_code != 2 or "error: fuzz.toml" in done.stderr
 
 
 lines = st.sampled_from(

@@ -258,6 +258,15 @@ def test_a_plugin_for_another_contract(install: Install, api: str, upgrade: str)
     assert message.endswith(upgrade)
 
 
+def test_what_is_broken_and_what_is_only_not_installed(with_stranger: Path, install: Install) -> None:
+    broken, older = install("raise RuntimeError()", distribution="acme_a"), install("api = 0", distribution="acme_b")
+    found = {plugin.name: plugin for plugin in plugins.installed()}
+    assert found[broken].broken
+    assert found[older].broken
+    assert not found["compressed"].broken, "it lacks an extra"
+    assert not found["folder"].broken
+
+
 def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"twice-{next(_numbers)}"
     code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
@@ -270,6 +279,125 @@ def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.M
     assert len([plugin for plugin in plugins.installed() if plugin.name == name and plugin.error]) == 2
     monkeypatch.setenv(plugins.DISABLE, "nothing, ACME.Two")
     assert plugins.backend(name).__name__ == "Backend"
+
+
+def test_the_distribution_says_which_of_two_is_meant(install: Install) -> None:
+    name = f"twice-{next(_numbers)}"
+    code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
+    install(code.replace("class Backend: ...", "class Backend: which = 1"), name=name, distribution="acme-one")
+    install(code.replace("class Backend: ...", "class Backend: which = 2"), name=name, distribution="acme_two")
+    assert said(name).endswith(f'say which one is meant: "acme_two:{name}" or "acme-one:{name}"')
+    assert [plugins.backend(f"{other}:{name}").which for other in ("ACME-one", "acme.two")] == [1, 2]
+    found = {plugin.type for plugin in plugins.installed() if plugin.name == name}
+    assert found == {f"acme-one:{name}", f"acme_two:{name}"} <= set(plugins.names())
+    assert f'"acme-one:{name}"' in json.dumps(config.schema())
+
+
+STEP = """
+    import embedonce
+    @embedonce.hookimpl
+    def embedonce_normalizers():
+        return {"NAME": lambda text: text + "!"}
+    @embedonce.hookimpl
+    def embedonce_event(event): ...
+"""
+
+
+def test_a_name_of_ours_means_ours_and_a_strangers_of_that_name_is_chosen_by_its_distribution(
+    install: Install, tmp_path: Path
+) -> None:
+    install(
+        """
+        import embedonce
+        from embedonce_backends.memory import MemoryBackend
+        class Stranger(MemoryBackend): ...
+        @embedonce.hookimpl
+        def embedonce_backends(): return {"memory": Stranger}
+        """,
+        name="memory",
+        distribution="acme-memory",
+    )
+    assert plugins.backend("memory").__name__ == "MemoryBackend"
+    assert plugins.backend("acme-memory:memory").__name__ == "Stranger"
+    assert plugins.backend("embedonce:memory").__name__ == "MemoryBackend"
+    assert {"memory", "acme-memory:memory"} <= set(plugins.names())
+    tiers = [{"type": "memory"}, {"type": "acme-memory:memory", "name": "second"}]
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": tiers}) as cache:
+        assert cache.fetch(["a"]).sources == ["provider"]
+        assert cache.tiers == ("memory", "second")
+    assert not [plugin for plugin in plugins.installed() if plugin.name == "memory" and plugin.error]
+
+
+def test_a_tier_is_named_without_the_distribution(install: Install) -> None:
+    loaded = config.load({"provider": {"type": "embedonce:ngram"}, "tiers": [{"type": "embedonce:memory"}]})
+    assert loaded.tiers[0].name == "memory"
+
+
+def test_of_two_steps_with_one_name_the_distribution_chooses(install: Install) -> None:
+    name = f"step{next(_numbers)}"
+    install(STEP.replace("NAME", name), name=name, distribution="acme-one")
+    install(STEP.replace("NAME", name).replace("!", "?"), name=name, distribution="acme-two")
+    key = {"normalize": [f"acme-two:{name}"]}
+    with embedonce.open({"provider": {"type": "ngram"}, "key": key, "tiers": []}) as cache:
+        assert cache.explain("a").normalized
+    assert plugins.normalizer(f"acme-two:{name}")("a") == "a?"
+
+
+# --- what may be loaded -----------------------------------------------------------------------
+
+
+def test_what_is_not_allowed_is_not_loaded(install: Install) -> None:
+    name = install("raise RuntimeError('loaded')", distribution="acme-loud")
+    source: dict[str, Any] = {"plugins": {"allow": []}, "provider": {"type": "ngram"}, "tiers": [{"type": name}]}
+    with pytest.raises(ConfigError) as caught:
+        config.load(source)
+    (problem,) = caught.value.problems
+    assert 'is not allowed: add "acme-loud" to allow in [plugins]' in problem.message
+    with plugins.only([]):
+        (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
+        assert "is not allowed" in str(found.error)
+        assert not found.broken
+        assert name not in plugins.names()
+    source["tiers"] = [{"type": "memory"}]
+    with embedonce.open(source) as cache:
+        assert len(cache.embed("embedonce's own are always allowed")) == 256
+
+
+@pytest.mark.parametrize("written", ["NAME", "acme-fine", "ACME.fine", "acme-fine:NAME"])
+def test_what_is_allowed_by_name_or_distribution_is_loaded(install: Install, written: str) -> None:
+    name = f"fine-{next(_numbers)}"
+    install(STEP.replace("NAME", name), name=name, distribution="acme-fine")
+    allow = ["something-else", written.replace("NAME", name)]
+    source = {"plugins": {"allow": allow}, "key": {"normalize": [name]}, "provider": {"type": "ngram"}, "tiers": []}
+    with embedonce.open(source) as cache:
+        assert cache.embed("a").tolist() == cache.embed("a").tolist()
+
+
+def test_of_two_with_one_name_the_one_that_is_allowed_is_meant(install: Install) -> None:
+    name = f"step{next(_numbers)}"
+    install(STEP.replace("NAME", name), name=name, distribution="acme-one")
+    install(STEP.replace("NAME", name), name=name, distribution="acme-two")
+    source = {"plugins": {"allow": ["acme-two"]}, "key": {"normalize": [name]}, "provider": {"type": "ngram"}}
+    with embedonce.open({**source, "tiers": []}) as cache:
+        assert cache.embed("a").shape == (256,)
+
+
+def test_a_list_that_cannot_be_read_allows_nothing(install: Install) -> None:
+    name = install("raise RuntimeError('loaded')")
+    for allow in (name, [1], "${NOT_SET_ANYWHERE}"):
+        source = {"plugins": {"allow": allow}, "provider": {"type": "ngram"}, "tiers": [{"type": name}]}
+        with pytest.raises(ConfigError) as caught:
+            config.load(source)
+        assert "loaded" not in str(caught.value)
+        with pytest.raises(ConfigError, match="allow"):
+            config.allowed(source)
+
+
+def test_the_list_is_read_whatever_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.allowed({"plugins": {"allow": ["acme"]}, "tiers": 3}) == ["acme"]
+    assert config.allowed({"provider": {}}) is None
+    monkeypatch.setenv("EMBEDONCE__PLUGINS__ALLOW", "one,two")
+    assert config.allowed({}) == ["one", "two"]
 
 
 def test_a_disabled_plugin_is_not_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedonce_odd import HashingProvider
-from embedonce_shelf import HashingShelfBackend, ShelfBackend
+from embedonce_odd import HashingProvider, words_as_a_set
+from embedonce_shelf import (
+    HashingShelfBackend,
+    ShelfBackend,
+    WritesAtItsEndShelfBackend,
+    WritesInPlaceShelfBackend,
+)
+from embedonce_wire import Server, SharesItsConnectionAfterAFork, WireBackend
 
 from embedonce.contracts import Capabilities, Embedded, Limits, time_left
-from embedonce.testing import BackendContract, CountingProvider, DictBackend, ManualClock, ProviderContract, Recipe
+from embedonce.testing import (
+    BackendContract,
+    CountingProvider,
+    DictBackend,
+    ManualClock,
+    NormalizerContract,
+    ProviderContract,
+    Recipe,
+)
 
 PATH = "."
 """Where the broken backends on files have their folder; each test sets its own."""
@@ -30,34 +44,50 @@ PATH = "."
 
 
 class DeclaresInADict(DictBackend):
+    """Declares its capabilities in a dict of its own making."""
+
     def __init__(self) -> None:
         super().__init__()
         self.capabilities = {"holds": "frames"}
 
 
 class CountsNothing(DictBackend):
+    """Declares `count` and has no such method."""
+
     count = None
 
 
 class FailsOnNothing(DictBackend):
+    """Sends `IN ()` to its database when no keys are asked for."""
+
     def get_many(self, keys):
         if not keys:
             raise ValueError("syntax error near IN ()")
         return super().get_many(keys)
 
 
+class AnswersInAForkedChild(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = replace(self.capabilities, fork=False)
+
+
 class StoresText(DictBackend):
+    """Gives back hexadecimal text where bytes were stored."""
+
     def get_many(self, keys):
         return {key: value.hex() for key, value in super().get_many(keys).items()}
 
 
 class NoneForMiss(DictBackend):
+    """Returns None for a miss."""
+
     def get_many(self, keys):
         return dict.fromkeys(keys) | super().get_many(keys)
 
 
 class ShiftsByDuplicates(DictBackend):
-    """Asks for different keys, and lays the answer against the keys as they came."""
+    """Lays replies against the keys as they came, so that a key which comes twice shifts the rest."""
 
     def get_many(self, keys):
         found = super().get_many(keys)
@@ -66,21 +96,29 @@ class ShiftsByDuplicates(DictBackend):
 
 
 class TellsEverything(DictBackend):
+    """Returns all that it holds, whatever was asked."""
+
     def get_many(self, keys):
         return super().get_many(list(self._store))
 
 
 class WantsLists(DictBackend):
+    """Calls `keys.copy()`, which only a list has."""
+
     def get_many(self, keys):
         return super().get_many(keys.copy())
 
 
 class LosesAboveFiveHundred(DictBackend):
+    """Meets a limit of its store at 500 keys and does not declare it."""
+
     def get_many(self, keys):
         return super().get_many(keys[:500])
 
 
 class CutsTheBatch(DictBackend):
+    """Answers the first 100 keys of a larger batch as if they were all."""
+
     def __init__(self):
         super().__init__(max_batch=100)
 
@@ -89,7 +127,7 @@ class CutsTheBatch(DictBackend):
 
 
 class CutsKeys(DictBackend):
-    """As a column of 100 characters does."""
+    """Truncates keys, as a column of 100 characters does."""
 
     def get_many(self, keys):
         found = super().get_many([key[:100] for key in keys])
@@ -100,21 +138,29 @@ class CutsKeys(DictBackend):
 
 
 class KeepsTheFirst(DictBackend):
+    """Keeps the value that was there first."""
+
     def set_many(self, items, ttl):
         self.add_many(items, ttl)
 
 
 class StripsValues(DictBackend):
+    """Strips NUL bytes from the end of values."""
+
     def set_many(self, items, ttl):
         super().set_many({key: value.rstrip(b"\0") for key, value in items.items()}, ttl)
 
 
 class ThinksEmptyIsAbsent(DictBackend):
+    """Drops empty values: `if value` where `if value is not None` was meant."""
+
     def get_many(self, keys):
         return {key: value for key, value in super().get_many(keys).items() if value}
 
 
 class DoesNotHoldItsLargest(DictBackend):
+    """Declares a `max_value_bytes` that is one byte too large."""
+
     def __init__(self):
         super().__init__(max_value_bytes=1000)
 
@@ -123,6 +169,8 @@ class DoesNotHoldItsLargest(DictBackend):
 
 
 class CutsValues(DictBackend):
+    """Truncates values above `max_value_bytes`."""
+
     def __init__(self):
         super().__init__(max_value_bytes=1000)
 
@@ -131,6 +179,8 @@ class CutsValues(DictBackend):
 
 
 class HoldsNoCards(DictBackend):
+    """Drops entries whose vector has no values, as a space card has."""
+
     def __init__(self):
         super().__init__(holds="entries")
 
@@ -151,7 +201,17 @@ class WritesLater(DictBackend):
         return super().get_many(keys)
 
 
+class EmptiesItsInput(DictBackend):
+    """Mutates its input: takes the items out of the mapping that it is given."""
+
+    def set_many(self, items, ttl):
+        while items:
+            super().set_many(dict([items.popitem()]), ttl)
+
+
 class HandsOutItself(DictBackend):
+    """Hands out its own dict, which a caller may change."""
+
     def __init__(self):
         super().__init__()
         self.held = {}
@@ -164,6 +224,8 @@ class HandsOutItself(DictBackend):
 
 
 class HandsOutItsArrays(DictBackend):
+    """Keeps writable arrays and hands them out."""
+
     def __init__(self):
         super().__init__(holds="entries")
 
@@ -173,23 +235,29 @@ class HandsOutItsArrays(DictBackend):
 
 
 class GetRaises(DictBackend):
+    """Raises from `get` for a key that is not there."""
+
     def get(self, key):
         return self._store[key][0]
 
 
 class DeletesTooMuch(DictBackend):
+    """Deletes the whole scope of a key."""
+
     def delete_many(self, keys):
         self._store.clear()
 
 
 class DeleteRaises(DictBackend):
+    """Raises for the deletion of what is not there."""
+
     def delete_many(self, keys):
         for key in keys:
             del self._store[key]
 
 
 class Buries(DictBackend):
-    """What was deleted stays so."""
+    """Never stores again what was deleted once."""
 
     def delete_many(self, keys):
         super().delete_many(keys)
@@ -200,11 +268,15 @@ class Buries(DictBackend):
 
 
 class ScansByPattern(DictBackend):
+    """Reads a prefix as a regular expression, whose full stop stands for anything."""
+
     def scan(self, prefix):
         return [key for key in self._store if re.match(prefix, key)]
 
 
 class ScansALiveDict(DictBackend):
+    """Scans a dict that changes while it is scanned."""
+
     def scan(self, prefix):
         for key in self._store:
             if key.startswith(prefix):
@@ -212,17 +284,23 @@ class ScansALiveDict(DictBackend):
 
 
 class CountsEverything(DictBackend):
+    """Counts all keys, whatever the prefix."""
+
     def count(self, prefix):
         return len(self._store)
 
 
 class AddsOver(DictBackend):
+    """Replaces with `add_many` what is there."""
+
     def add_many(self, items, ttl):
         self.set_many(items, ttl)
         return set(items)
 
 
 class AddsInTwoSteps(DictBackend):
+    """Looks what is absent first, and stores it afterwards."""
+
     def add_many(self, items, ttl):
         absent = {key: value for key, value in items.items() if key not in self._store}
         time.sleep(0.001)
@@ -231,18 +309,22 @@ class AddsInTwoSteps(DictBackend):
 
 
 class ReadsLongTtlsAsDates(DictBackend):
-    """As memcached does above thirty days."""
+    """Reads a TTL above thirty days as a date, as memcached does."""
 
     def set_many(self, items, ttl):
         super().set_many(items, ttl if ttl is None or ttl <= 30 * 86_400 else ttl - self.clock())
 
 
 class NeverExpires(DictBackend):
+    """Declares `ttl` and forgets it."""
+
     def set_many(self, items, ttl):
         super().set_many(items, None)
 
 
 class KeepsTheFirstTtl(DictBackend):
+    """Counts the TTL from when a key was stored first."""
+
     def set_many(self, items, ttl):
         ends = {key: self._store[key][1] for key in items if key in self._store}
         super().set_many(items, ttl)
@@ -251,11 +333,15 @@ class KeepsTheFirstTtl(DictBackend):
 
 
 class LeasesForEver(DictBackend):
+    """Forgets the TTL of what `add_many` stores."""
+
     def add_many(self, items, ttl):
         return super().add_many(items, None)
 
 
 class ClosesOnce(DictBackend):
+    """Raises when it is closed twice."""
+
     def close(self):
         if self._closed:
             raise ValueError("closed twice")
@@ -263,12 +349,14 @@ class ClosesOnce(DictBackend):
 
 
 class NeverCloses(DictBackend):
+    """Goes on working after `close`."""
+
     def close(self):
         return
 
 
 class AnswersAfterClose(DictBackend):
-    """Reads nothing and stores nothing, and says nothing about it."""
+    """Answers "not there" after `close`."""
 
     def get_many(self, keys):
         return {} if self._closed else super().get_many(keys)
@@ -279,7 +367,7 @@ class AnswersAfterClose(DictBackend):
 
 
 class OnlyInThisProcess(DictBackend):
-    """Says that its host shares what is in its own dict."""
+    """Says that its host shares what is in a dict of its process."""
 
     def __init__(self, **options):
         super().__init__(scope="host", **options)
@@ -302,6 +390,8 @@ class LosesWhatWasLast(ShelfBackend):
 
 
 class KeepsACopyInMemory(ShelfBackend):
+    """Answers from a copy in memory that other clients do not change."""
+
     def __init__(self, *, path):
         super().__init__(path=path)
         self.copy = {}
@@ -315,7 +405,7 @@ class KeepsACopyInMemory(ShelfBackend):
 
 
 class ForgetsBetweenThreads(DictBackend):
-    """Replaces the whole of what it holds."""
+    """Reads all that it holds, and writes it back with what is new."""
 
     def set_many(self, items, ttl):
         held = dict(self._store)
@@ -324,6 +414,8 @@ class ForgetsBetweenThreads(DictBackend):
 
 
 class WritesInTwoHalves(DictBackend):
+    """Writes a value in two steps, between which readers see half of it."""
+
     def set_many(self, items, ttl):
         held = super().get_many(list(items))
         super().set_many({key: value[:32] + held.get(key, value)[32:] for key, value in items.items()}, ttl)
@@ -332,6 +424,8 @@ class WritesInTwoHalves(DictBackend):
 
 
 class IgnoresItsDeadline(DictBackend):
+    """Declares `deadline` and never asks `time_left()`."""
+
     def __init__(self):
         super().__init__()
         self.capabilities = replace(self.capabilities, deadline=True)
@@ -341,7 +435,7 @@ class IgnoresItsDeadline(DictBackend):
 
 
 class LeavesTheReply(DictBackend):
-    """Gives up a call in time, and reads its reply as that of the next one."""
+    """Gives up a call in time, and takes its reply for that of the next one."""
 
     stalled = False
     unread = None
@@ -382,6 +476,8 @@ class Twin:
 
 
 class TwinWithItsOwnStore(DictBackend):
+    """Has an async twin with a store of its own."""
+
     def __init__(self):
         super().__init__(twin=True)
 
@@ -390,6 +486,8 @@ class TwinWithItsOwnStore(DictBackend):
 
 
 class OneTwinForAllLoops(DictBackend):
+    """Gives one async client to all event loops."""
+
     def __init__(self):
         super().__init__(twin=True)
         self.only = None
@@ -401,6 +499,8 @@ class OneTwinForAllLoops(DictBackend):
 
 
 class TwinWithOnePlaceForKeys(DictBackend):
+    """Keeps the keys of an async call where the next call finds them."""
+
     def __init__(self):
         super().__init__(twin=True)
 
@@ -415,6 +515,8 @@ class TwinWithOnePlaceForKeys(DictBackend):
 
 
 class TwinThatLeavesTheReply(DictBackend):
+    """Leaves the reply of a cancelled async call in the connection, for the next one."""
+
     def __init__(self):
         super().__init__(twin=True)
 
@@ -436,6 +538,8 @@ class TwinThatLeavesTheReply(DictBackend):
 
 
 class TwinThatNeverCloses(DictBackend):
+    """Has an async twin that goes on after `close`."""
+
     def __init__(self):
         super().__init__(twin=True)
 
@@ -448,7 +552,7 @@ class TwinThatNeverCloses(DictBackend):
 
 
 class CannotAddWhatWasDeleted(DictBackend):
-    """Only two calls in this order show it."""
+    """Never adds again what was deleted once."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -460,6 +564,57 @@ class CannotAddWhatWasDeleted(DictBackend):
 
     def add_many(self, items, ttl):
         return super().add_many({key: value for key, value in items.items() if key not in self.deleted}, ttl)
+
+
+class FoldsCase(DictBackend):
+    """Case-folds keys: holds them in capitals, and lists them so."""
+
+    def set_many(self, items, ttl):
+        super().set_many({key.upper(): value for key, value in items.items()}, ttl)
+
+    def get_many(self, keys):
+        found = super().get_many([key.upper() for key in keys])
+        return {key: found[key.upper()] for key in keys if key.upper() in found}
+
+    def scan(self, prefix):
+        return super().scan(prefix.upper())
+
+
+class SwallowsErrors(WireBackend):
+    """Swallows errors: a server that is gone holds nothing."""
+
+    def get_many(self, keys):
+        try:
+            return super().get_many(keys)
+        except OSError:
+            return {}
+
+    def set_many(self, items, ttl):
+        with suppress(OSError):
+            super().set_many(items, ttl)
+
+
+class TakesHalfAReply(WireBackend):
+    """Takes what came of a reply that ends early for all of it."""
+
+    def get_many(self, keys):
+        try:
+            return super().get_many(keys)
+        except (ConnectionError, ValueError) as error:
+            if isinstance(error, ConnectionRefusedError):
+                raise
+            return {}
+
+
+class KeepsADeadConnection(WireBackend):
+    """Goes on with a connection that has not answered."""
+
+    def _connected(self, timeout):
+        return super()._connected(min(timeout, 0.1))
+
+    def _drop(self):
+        if self._closed:
+            super()._drop()
 
 
 BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
@@ -481,6 +636,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_value_too_large_is_whole_or_not_there", CutsValues),
     ("test_a_space_card_comes_back", HoldsNoCards),
     ("test_what_is_handed_in_is_left_alone", WritesLater),
+    ("test_what_is_handed_in_is_left_alone", EmptiesItsInput),
     ("test_what_is_handed_out_cannot_change_the_store", HandsOutItself),
     ("test_what_is_handed_out_cannot_change_the_store", HandsOutItsArrays),
     ("test_get_agrees_with_get_many", GetRaises),
@@ -488,6 +644,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_delete_of_what_is_not_there_is_no_error", DeleteRaises),
     ("test_what_was_deleted_can_be_stored_again", Buries),
     ("test_scan_finds_what_starts_with_the_prefix", ScansByPattern),
+    ("test_scan_finds_what_starts_with_the_prefix", FoldsCase),
     ("test_scan_goes_on_while_keys_are_deleted", ScansALiveDict),
     ("test_scan_holds_up_no_writer_and_misses_nothing_that_stays", ScansALiveDict),
     ("test_count_agrees_with_what_is_there", CountsEverything),
@@ -504,11 +661,18 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_what_was_stored_is_there_when_opened_again", LosesWhatWasLast),
     ("test_two_clients_see_one_store", KeepsACopyInMemory),
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
+    ("test_a_forked_child_is_refused", AnswersInAForkedChild),
+    ("test_a_forked_child_uses_the_store", SharesItsConnectionAfterAFork),
     ("test_other_processes_use_the_store", HashingShelfBackend),
+    ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),
+    ("test_a_writer_that_is_killed_leaves_whole_values", WritesAtItsEndShelfBackend),
     ("test_threads_keep_their_values_apart", ForgetsBetweenThreads),
     ("test_threads_that_overwrite_leave_one_whole_value", WritesInTwoHalves),
     ("test_a_call_past_its_deadline_raises", IgnoresItsDeadline),
     ("test_a_store_that_stalls_is_left_by_the_deadline", LeavesTheReply),
+    ("test_a_server_that_is_gone_is_an_error_and_no_miss", SwallowsErrors),
+    ("test_a_reply_that_ends_early_is_an_error", TakesHalfAReply),
+    ("test_a_connection_that_died_silently_is_left_by_the_deadline", KeepsADeadConnection),
     ("test_the_twin_shares_the_store", TwinWithItsOwnStore),
     ("test_every_loop_has_its_own_twin", OneTwinForAllLoops),
     ("test_the_twin_answers_many_at_once", TwinWithOnePlaceForKeys),
@@ -525,8 +689,11 @@ class Tries(BackendContract):
         self.broken = broken
         self.folder = folder
         self.clock = ManualClock()
+        self.wire = Server() if issubclass(broken, WireBackend) else None
 
     def make(self) -> Any:
+        if self.wire is not None:
+            return self.through(None, *self.server())
         if issubclass(self.broken, ShelfBackend):
             return self.broken(path=str(self.folder))
         backend = self.broken()
@@ -538,6 +705,13 @@ class Tries(BackendContract):
 
     def recipe(self, backend: Any) -> Recipe:
         return Recipe(self.broken, {"path": str(self.folder)})
+
+    def server(self) -> tuple[str, int]:
+        assert self.wire is not None
+        return self.wire.server_address
+
+    def through(self, backend: Any, host: str, port: int) -> Any:
+        return self.broken(host=host, port=port, store="one")
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -551,7 +725,13 @@ class Tries(BackendContract):
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN_BACKENDS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_backend_contract_catches(name: str, broken: Callable[[], Any], tmp_path: Path) -> None:
-    assert fails(getattr(Tries(broken, tmp_path), name)), f"{name} lets {broken.__name__} pass"
+    tries = Tries(broken, tmp_path)
+    try:
+        assert fails(getattr(tries, name)), f"{name} lets {broken.__name__} pass"
+    finally:
+        if tries.wire is not None:
+            tries.wire.shutdown()
+            tries.wire.server_close()
 
 
 def test_every_test_of_the_backend_contract_catches_something() -> None:
@@ -574,27 +754,37 @@ def fails(test: Callable[[], None]) -> bool:
 
 
 class TakesNothing(CountingProvider):
+    """Asks for batches of nothing."""
+
     def __init__(self):
         super().__init__()
         self.limits = Limits(max_batch=0)
 
 
 class LearnsItsRevision(CountingProvider):
+    """Describes another space once it has been called."""
+
     def space(self, task):
         return replace(super().space(task), revision="main" if not self.calls else "4ac1")
 
 
 class AnotherSpaceEveryTime(CountingProvider):
+    """Puts the identity of the instance into its space."""
+
     def space(self, task):
         return replace(super().space(task), extra={"instance": id(self)})
 
 
 class SaysSeven(CountingProvider):
+    """Says another number of dimensions than its vectors have."""
+
     def space(self, task):
         return replace(super().space(task), dimensions=7)
 
 
 class OneSpaceForTwoTasks(CountingProvider):
+    """Embeds queries otherwise and describes one space for both tasks."""
+
     def __init__(self):
         super().__init__(symmetric=False)
 
@@ -618,38 +808,52 @@ class Changes(CountingProvider):
 
 
 class AnswersAHundred(Changes):
+    """Returns 100 vectors at most, whatever it was sent."""
+
     def change(self, vectors, texts):
         return vectors[:100]
 
 
 class HalfAnIdea(Changes):
+    """Returns NaN."""
+
     def change(self, vectors, texts):
         vectors[-1, 0] = np.nan
         return vectors
 
 
 class AllTheSame(Changes):
+    """Returns one vector for all texts."""
+
     def change(self, vectors, texts):
         vectors[:] = 1.0
         return vectors
 
 
 class Sorts(Changes):
+    """Returns vectors in an order of its own."""
+
     def change(self, vectors, texts):
         return vectors[np.argsort(texts)]
 
 
 class LooksAtItsNeighbours(Changes):
+    """Scales vectors by the size of the batch."""
+
     def change(self, vectors, texts):
         return vectors / len(vectors)
 
 
 class DropsDuplicates(Changes):
+    """Drops the vectors of texts that come twice."""
+
     def change(self, vectors, texts):
         return np.unique(vectors, axis=0)
 
 
 class UsesOneBuffer(Changes):
+    """Answers every call from one buffer."""
+
     def change(self, vectors, texts):
         if not hasattr(self, "buffer"):
             self.buffer = np.zeros((256, self.dimensions), np.float32)
@@ -658,6 +862,8 @@ class UsesOneBuffer(Changes):
 
 
 class StripsTheList(Changes):
+    """Changes the list of texts that it is given."""
+
     def changed(self, texts, task):
         with suppress(TypeError):
             texts[:] = [text.strip() for text in texts]
@@ -665,12 +871,14 @@ class StripsTheList(Changes):
 
 
 class OwesTokens(Changes):
+    """Says that a call was charged for fewer than no tokens."""
+
     def change(self, vectors, texts):
         return Embedded(vectors, tokens=-1)
 
 
 class TwoFaces(CountingProvider):
-    """Its two faces are two models."""
+    """Has an `embed` and an `aembed` of two models."""
 
     def __init__(self):
         super().__init__()
@@ -678,12 +886,16 @@ class TwoFaces(CountingProvider):
 
 
 class NothingIsZero(Changes):
+    """Returns a vector that is all zero for an empty text."""
+
     def change(self, vectors, texts):
         vectors[[not text for text in texts]] = 0.0
         return vectors
 
 
 class RefusesSomewhere(Changes):
+    """Raises an error of its own for a text that is too long, instead of `TextRefused`."""
+
     limit = 10_000
 
     def change(self, vectors, texts):
@@ -693,6 +905,8 @@ class RefusesSomewhere(Changes):
 
 
 class FearsNul(Changes):
+    """Raises for a text with a NUL in it."""
+
     def change(self, vectors, texts):
         if any("\0" in text for text in texts):
             raise ValueError("embedded null character")
@@ -700,6 +914,8 @@ class FearsNul(Changes):
 
 
 class HasOnePlaceForTexts(Changes):
+    """Keeps the texts of a call where another thread's call finds them."""
+
     def changed(self, texts, task):
         self.texts_now = texts
         time.sleep(0.002)
@@ -707,6 +923,8 @@ class HasOnePlaceForTexts(Changes):
 
 
 class HasOnePlaceForTextsOnALoop(CountingProvider):
+    """Keeps the texts of a call where another task's call finds them."""
+
     def __init__(self):
         super().__init__(asynchronous=True)
         self.honest = self.aembed
@@ -719,6 +937,8 @@ class HasOnePlaceForTextsOnALoop(CountingProvider):
 
 
 class ClosesOnceOnly(CountingProvider):
+    """Raises when it is closed twice."""
+
     def close(self):
         super().close()
         if self.closed > 1:
@@ -770,6 +990,98 @@ def test_the_provider_contract_catches(name: str, broken: Callable[[], Any]) -> 
 def test_every_test_of_the_provider_contract_catches_something() -> None:
     own = {"test_no_standard_test_is_replaced"}
     assert {name for name, _ in BROKEN_PROVIDERS} | own == set(ProviderContract.standard_tests)
+
+
+# --- broken normalisation steps ---------------------------------------------------------------
+
+
+def returns_bytes(text):
+    """Returns bytes."""
+    return text.encode()
+
+
+def counts_its_calls(text, seen=[]):  # noqa: B006 - its fault
+    """Gives a text another form when it comes again."""
+    seen.append(text)
+    return f"{text} ({seen.count(text)})"
+
+
+def one_space_of_two(text):
+    """Replaces two spaces by one, once: four become two, and its result is not stable."""
+    return text.replace("  ", " ") if "  " in text else text.replace("\n", "  ")
+
+
+def looks_at_the_first_character(text):
+    """Looks at the first character, and an empty text has none."""
+    return text if text[0] != "\ufeff" else text[1:]
+
+
+def cuts_utf_16(text):
+    """Cuts characters above U+FFFF in half."""
+    return text.encode("utf-16-le", "surrogatepass")[:30].decode("utf-16-le", "surrogatepass")
+
+
+def cuts_at_512(text):
+    """Truncates a text, so that long texts which begin alike are one."""
+    return text[:512]
+
+
+def keeps_ascii_alone(text):
+    """Drops what is not ASCII, and with it all of a Japanese text."""
+    return "".join(character for character in text if character.isascii())
+
+
+def loses_no_case(text):
+    """Changes nothing, where it says that case does not count."""
+    return text
+
+
+class HasOnePlaceForAText:
+    """Keeps the text of a call where another thread's call finds it."""
+
+    def __call__(self, text):
+        self.text = text
+        time.sleep(0.0001)
+        return self.text
+
+
+one_place_for_a_text = HasOnePlaceForAText()
+
+BROKEN_NORMALIZERS: list[tuple[str, Callable[[str], Any]]] = [
+    ("test_a_form_is_text", returns_bytes),
+    ("test_a_text_has_one_form", counts_its_calls),
+    ("test_a_form_is_its_own_form", one_space_of_two),
+    ("test_an_empty_text_has_a_form", looks_at_the_first_character),
+    ("test_any_unicode_has_a_form", cuts_utf_16),
+    ("test_a_long_text_keeps_its_end", cuts_at_512),
+    ("test_texts_that_differ_stay_apart", keeps_ascii_alone),
+    ("test_spellings_of_one_text_meet", loses_no_case),
+    ("test_threads_get_their_own_forms", one_place_for_a_text),
+    ("test_another_process_gives_the_same_form", words_as_a_set),
+]
+
+
+class TriesNormalizer(NormalizerContract):
+    same = (("A Text", "a text"),)
+
+    def __init__(self, broken: Callable[[str], Any]) -> None:
+        self.broken = broken
+
+    def make(self) -> Any:
+        return self.broken
+
+    def recipe(self) -> Recipe:
+        return Recipe(self.broken)
+
+
+@pytest.mark.parametrize(("name", "broken"), BROKEN_NORMALIZERS, ids=[name for name, _ in BROKEN_NORMALIZERS])
+def test_the_normalizer_contract_catches(name: str, broken: Callable[[str], Any]) -> None:
+    assert fails(getattr(TriesNormalizer(broken), name)), f"{name} lets it pass"
+
+
+def test_every_test_of_the_normalizer_contract_catches_something() -> None:
+    own = {"test_no_standard_test_is_replaced"}
+    assert {name for name, _ in BROKEN_NORMALIZERS} | own == set(NormalizerContract.standard_tests)
 
 
 # --- the contract itself ----------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from embedonce_shelf import ShelfBackend
+from embedonce_wire import Server, WireBackend
 
+from embedonce.contracts import Normalizer
+from embedonce.keys import NORMALIZERS
 from embedonce.testing import (
     BackendContract,
     CountingProvider,
@@ -18,6 +21,7 @@ from embedonce.testing import (
     FaultyBackend,
     FaultyProvider,
     ManualClock,
+    NormalizerContract,
     ProviderContract,
     Recipe,
 )
@@ -79,6 +83,77 @@ class TestFilesInAFolder(BackendContract):
 
     def recipe(self, backend: ShelfBackend) -> Recipe:
         return Recipe(ShelfBackend, {"path": backend.path})
+
+
+class TestEitherInADict(OnAClock):
+    def make(self) -> DictBackend:
+        return DictBackend(clock=self.clock, holds="either", twin=True)
+
+
+class TestOverTheWire(BackendContract):
+    """A store behind TCP, through the proxy as well."""
+
+    examples = 10
+
+    @pytest.fixture(autouse=True)
+    def served(self) -> Iterator[None]:
+        with Server() as self.wire:
+            self.made = 0
+            yield
+            self.wire.shutdown()
+
+    def make(self) -> WireBackend:
+        self.made += 1
+        return WireBackend(host="127.0.0.1", port=self.server()[1], store=str(self.made))
+
+    def reopen(self, backend: WireBackend) -> WireBackend:
+        return self.through(backend, backend.host, backend.port)
+
+    def recipe(self, backend: WireBackend) -> Recipe:
+        return Recipe(WireBackend, {"host": backend.host, "port": backend.port, "store": backend.store})
+
+    def server(self) -> tuple[str, int]:
+        return "127.0.0.1", self.wire.server_address[1]
+
+    def through(self, backend: WireBackend, host: str, port: int) -> WireBackend:
+        return WireBackend(host=host, port=port, store=backend.store)
+
+
+class OurSteps(NormalizerContract):
+    name: ClassVar[str]
+
+    def make(self) -> Normalizer:
+        return NORMALIZERS[self.name]
+
+
+class TestNfc(OurSteps):
+    name = "nfc"
+    same = (("e\u0301", "é"),)
+
+
+class TestNfkc(OurSteps):
+    name = "nfkc"
+    same = (("ﬁt", "fit"),)
+
+
+class TestStrip(OurSteps):
+    name = "strip"
+    same = ((" a text\n", "a text"),)
+
+
+class TestCollapseWhitespace(OurSteps):
+    name = "collapse-whitespace"
+    same = (("a  text\n of\twords", "a text of words"),)
+
+
+class TestCasefold(OurSteps):
+    name = "casefold"
+    same = (("Straße", "STRASSE"),)
+
+
+class TestNewlines(OurSteps):
+    name = "newlines"
+    same = (("one\r\ntwo\rthree", "one\ntwo\nthree"),)
 
 
 class TestCountingProvider(ProviderContract):

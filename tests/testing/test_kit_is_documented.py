@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from runpy import run_path
 from typing import get_args
 
 import pytest
 
-from embedonce.testing import BackendContract, ProviderContract, faults, proxy
+from embedonce.testing import (
+    BackendContract,
+    NormalizerContract,
+    ProviderContract,
+    faults,
+    gemini_server,
+    openai_server,
+    proxy,
+)
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 # Without its code, whose comments look like headings.
 PAGE = re.sub(
@@ -31,10 +42,21 @@ def in_tables(text: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("title", "contract"),
-    [("What is checked of a backend", BackendContract), ("Is my provider right?", ProviderContract)],
+    [
+        ("What is checked of a backend", BackendContract),
+        ("Is my provider right?", ProviderContract),
+        ("Is my step right?", NormalizerContract),
+    ],
 )
 def test_every_standard_test_is_listed(title: str, contract: type) -> None:
     assert in_tables(section(title)) == set(contract.standard_tests)
+
+
+def test_the_tables_of_bugs_are_current() -> None:
+    script = run_path(str(DOCS / "generate_conformance.py"))
+    page = (DOCS / "conformance.md").read_text()
+    assert script["page"](page) == page, "run: python docs/generate_conformance.py"
+    assert all("|  |" not in line and "| |" not in line for line in script["tables"]()), "a bug has no sentence"
 
 
 def test_every_fault_is_listed() -> None:
@@ -42,6 +64,7 @@ def test_every_fault_is_listed() -> None:
     assert in_tables(backend) == set(get_args(faults.Kind))
     assert in_tables(provider) == set(get_args(faults.ProviderKind))
     assert in_tables(section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
+    assert in_tables(section("What happens when an API misbehaves?")) == set(get_args(openai_server.OpenAIMisbehaviour))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +73,8 @@ def test_every_fault_is_listed() -> None:
         (faults.Fault, faults.Kind),
         (faults.ProviderFault, faults.ProviderKind),
         (proxy.NetworkFault, proxy.NetworkKind),
+        (openai_server.OpenAIServer, openai_server.OpenAIMisbehaviour),
+        (gemini_server.GeminiServer, gemini_server.GeminiMisbehaviour),
     ],
 )
 def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:

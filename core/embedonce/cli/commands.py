@@ -11,10 +11,13 @@ from typer.core import TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
 
+from . import conformance as _conformance
 from . import embed as _embed
+from . import evaluate as _evaluate
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
+from . import new as _new
 from . import purge as _purge
 from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, said_of, say, say_config_error
 
@@ -97,13 +100,17 @@ def _top(
 
 app.command(epilog=_init.EPILOG)(_init.init)
 app.command(epilog=_inspect.CHECK_EPILOG)(_inspect.check)
+app.command(epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
 app.command(epilog=_embed.EPILOG)(_embed.embed)
 app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
+app.command(epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
 app.command(epilog=_purge.EPILOG)(_purge.purge)
 app.command(epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
 app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
+app.command(epilog=_new.EPILOG)(_new.new)
+app.command(epilog=_conformance.EPILOG)(_conformance.conformance)
 
 
 def run() -> None:

@@ -1,16 +1,25 @@
-"""The commands that look and change nothing: ``check``, ``explain``, ``stats``, ``plugins``, ``schema``."""
+"""The commands that look and change nothing: ``check``, ``config``, ``explain``, ``stats``, ``plugins``, ``schema``."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embedonce._load import HIDDEN
+from embedonce._suggest import quoted
+
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, count, emit, say, show, shown, table
+from .output import FAILED, Refused, count, emit, say, say_excerpt, show, shown, table
+
+if TYPE_CHECKING:
+    from embedonce.plugins import InstalledPlugin
 
 CHECK_EPILOG = """
 Examples:
@@ -19,7 +28,18 @@ embedonce check
 
 embedonce check --config production.toml --json
 
-The exit code is 1 where a tier does not answer. The provider is shown, not asked: that may cost money.
+The exit code is 1 where a tier does not answer. The provider is shown, not asked: that may cost money. What the chain
+is warned of, and plugins that are installed and broken, are named and change no exit code.
+"""
+CONFIG_EPILOG = """
+Examples:
+
+embedonce config
+
+embedonce config --config production.toml --json
+
+A value that is, or may hold, a secret is shown as (hidden), as is text that came out of the environment. Nothing is
+opened, and no tier is asked: that is what check does.
 """
 EXPLAIN_EPILOG = """
 Examples:
@@ -42,7 +62,10 @@ Examples:
 
 embedonce plugins
 
-The exit code is 1 where a plugin is installed and cannot be used.
+embedonce plugins --json
+
+Where the configuration has a list of allowed plugins, no others are loaded. The exit code is 1 where a plugin is
+broken: not where it is disabled, not allowed, or one of its extras is not installed.
 """
 SCHEMA_EPILOG = """
 Examples:
@@ -58,21 +81,97 @@ CARD = ("provider", "model", "task", "version", "namespace")
 
 def check(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Compose the chain, ask each tier whether it answers, and show it."""
-    from .opened import opened
+    from embedonce.config import warnings
 
-    with opened(config) as cache:
+    from .opened import load, opened
+
+    loaded = load(config)
+    with _chain_log_silent(), opened(loaded) as cache:
         space = cache.provider.space("document").described()
         checks = cache.check()
+        warned = warnings(loaded, cache.warnings)
+    unusable = [one for one in _installed(loaded.allow) if one.broken]
     if json:
-        emit({"provider": space, "tiers": [asdict(one) for one in checks], "ok": all(one.ok for one in checks)})
+        emit(
+            {
+                "provider": space,
+                "tiers": [asdict(one) for one in checks],
+                "warnings": [asdict(one) for one in warned],
+                "plugins": [asdict(one) for one in unusable],
+                "ok": all(one.ok for one in checks),
+            }
+        )
     else:
         show(f"provider  {space.get('provider')}, model {space.get('model')}, {_dimensions(space)}")
         columns = {"tier": "left", "type": "left", "answers": "left", "ms": "right", "detail": "left"}
         show(table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
+    for problem in warned:
+        say(f"warning: {problem}")
+        say_excerpt(problem)
+    for one in unusable:
+        say(f"warning: a plugin that is installed cannot be used: {_named(one)}")
     broken = [one.tier for one in checks if not one.ok]
     if broken:
         say(f"error: {count(len(broken), 'tier')} without an answer: {', '.join(broken)}")
         raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _chain_log_silent() -> Iterator[None]:
+    """Keep warnings of a chain out of the log where they are shown with their places."""
+    log = logging.getLogger("embedonce.chain")
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
+    from embedonce import plugins
+
+    with plugins.only(allow):
+        return plugins.installed()
+
+
+def _named(plugin: InstalledPlugin) -> str:
+    """Return what is wrong with a plugin, with its name, distribution and version, which the error may have already."""
+    error = str(plugin.error)
+    named = f'plugin "{plugin.name}" of {plugin.distribution} {plugin.version}'
+    return error if error.startswith(named) else f"{named}: {error}"
+
+
+def config(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Show every value that holds, and where it came from: a line of the file, the environment, or a default."""
+    from .opened import load
+
+    loaded = load(config)
+    settings = loaded.settings()
+    if json:
+        emit({"source": loaded.source, "settings": [asdict(one) for one in settings]})
+        return
+    show(f"from  {loaded.source}")
+    show(
+        table(
+            dict.fromkeys(("setting", "value", "from"), "left"),
+            [[s.name, _written(s.value), s.origin] for s in settings],
+        )
+    )
+
+
+def _written(value: Any) -> str | None:
+    """Return a value much as TOML writes it; what is not set is left empty."""
+    if value is None or isinstance(value, bool):
+        return None if value is None else str(value).lower()
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(str(_written(item)) for item in value)}]"
+    return quoted(value) if isinstance(value, str) and value != HIDDEN else str(value)
 
 
 def _dimensions(space: Mapping[str, Any]) -> str:
@@ -144,22 +243,24 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def plugins(json: JsonOption = False) -> None:
+def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List the backends, providers and normalisation steps that are installed."""
-    from embedonce.plugins import installed
+    from embedonce.config import allowed
 
-    found = installed()
+    found = _installed(allowed(config))
     if json:
         emit([asdict(one) for one in found])
     else:
-        rows = [[one.name, ", ".join(one.kinds), f"{one.distribution} {one.version}", one.error] for one in found]
-        show(table({"name": "left", "is": "left", "from": "left", "problem": "left"}, rows))
-    if any(one.error for one in found):
+        rows = [[one.type, ", ".join(one.kinds), f"{one.distribution} {one.version}", one.error] for one in found]
+        show(table({"type": "left", "is": "left", "from": "left", "problem": "left"}, rows))
+    if any(one.broken for one in found):
         raise typer.Exit(FAILED)
 
 
-def schema(json: JsonOption = False) -> None:
+def schema(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Print the JSON schema of the configuration, with the options of all installed plugins."""
-    from embedonce import config
+    from embedonce.config import allowed, schema
+    from embedonce.plugins import only
 
-    emit(config.schema())
+    with only(allowed(config)):
+        emit(schema())

@@ -34,11 +34,11 @@ def load(source: str | None) -> Config:
 
 
 @contextmanager
-def opened(source: str | None) -> Iterator[Cache]:
-    """Compose the cache of a configuration, and close it at the end."""
+def opened(source: str | Config | None) -> Iterator[Cache]:
+    """Compose the cache of a configuration, which is read here unless it was before, and close it at the end."""
     from embedonce import config
 
-    loaded = load(source)
+    loaded = source if isinstance(source, config.Config) else load(source)
     with telling(loaded), config.compose(loaded) as cache:
         yield cache
 
@@ -54,7 +54,7 @@ def telling(loaded: Config) -> Iterator[None]:
         yield
     except TierError as error:
         parts = (loaded.provider, *loaded.tiers)
-        hidden = [secret for part in parts for secret in part.secrets]
+        hidden = [secret for part in parts if part is not None for secret in part.secrets]
         raise Failed(told(error, hidden)) from error
 
 

@@ -92,9 +92,19 @@ def say_config_error(error: ConfigError) -> None:
     """Name every problem of a configuration; on a terminal, show the line with a mark under the place."""
     for problem in error.problems:
         say(f"error: {problem}")
-        if sys.stderr.isatty():
-            for line in excerpt(problem):
-                say(line)
+        say_excerpt(problem)
+
+
+def say_excerpt(problem: Problem) -> None:
+    """On a terminal, show the line that a problem is on with a mark under the place."""
+    if is_terminal():
+        for line in excerpt(problem):
+            say(line)
+
+
+def is_terminal() -> bool:
+    """Whether somebody looks at standard error."""
+    return sys.stderr.isatty()
 
 
 def excerpt(problem: Problem) -> list[str]:

@@ -1,13 +1,14 @@
 """For tests of plugins and of what uses them: contracts to subclass, fakes that are real, faults on purpose.
 
-The contracts need pytest and hypothesis (``pip install "embedonce[testing]"``) and are imported when
-they are asked for; the rest needs numpy alone.
+The contracts need pytest and hypothesis (``pip install "embedonce[testing]"``); the rest needs numpy alone.
+Contracts and servers are imported when they are asked for.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._lazy import MODULES, load
 from ._support import Recipe
 from .clocks import ManualClock
 from .fakes import CountingProvider, DictBackend
@@ -16,6 +17,9 @@ from .proxy import FaultProxy, NetworkFault
 
 if TYPE_CHECKING:
     from .backend_contract import BackendContract
+    from .gemini_server import GeminiServer
+    from .normalizer_contract import NormalizerContract
+    from .openai_server import OpenAIServer
     from .provider_contract import ProviderContract
 
 __all__ = [
@@ -26,8 +30,11 @@ __all__ = [
     "FaultProxy",
     "FaultyBackend",
     "FaultyProvider",
+    "GeminiServer",
     "ManualClock",
     "NetworkFault",
+    "NormalizerContract",
+    "OpenAIServer",
     "ProviderContract",
     "ProviderFault",
     "Recipe",
@@ -35,8 +42,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("BackendContract", "ProviderContract"):
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ._lazy import contract
-
-    return contract(name)
+    return load(name)

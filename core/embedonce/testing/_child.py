@@ -1,6 +1,7 @@
 """What another process does for the contracts: make a plugin, use it, tell. Run by :mod:`._support`.
 
-Reads one JSON object from standard input and writes one to standard output.
+Reads one JSON object from standard input and writes one to standard output; one that writes until it is
+killed tells after each batch how many keys it has stored.
 """
 
 from __future__ import annotations
@@ -9,29 +10,61 @@ import asyncio
 import json
 import sys
 from importlib import import_module
-from typing import Any
+from itertools import count
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
+from embedonce._options import options_of
 from embedonce.contracts import Embedded
+from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
-from ._values import values_for
+from ._values import key, values_for
+
+WRITE_BATCH = 20
+"""Keys that a process which is to be killed stores in one call."""
 
 
 def main() -> None:
     """Answer the request on standard input."""
+    # What a plugin prints is no answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
     request = json.load(sys.stdin)
     module, _, name = request["plugin"].partition(":")
     made: Any = import_module(module)
     for part in name.split("."):
         made = getattr(made, part)
-    plugin = made(**request["options"])
+    if "forms" in request:
+        json.dump([made(text) for text in request["forms"]], answers)
+        return
+    plugin = made(**_typed(made, request["options"]))
+    if "scope" in request:
+        _write(plugin, request, answers)
     try:
         answer = _embed(plugin, request) if "texts" in request else _store(plugin, request)
     finally:
         plugin.close()
-    json.dump(answer, sys.stdout)
+    json.dump(answer, answers)
+
+
+def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options in the types that a plugin declares, as TOML gives them: JSON has no paths."""
+    try:
+        declared = options_of(made) if isinstance(made, type) else {}
+    except PluginError:  # a class that TOML could not make
+        declared = {}
+    return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
+
+
+def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
+    """Store samples, batch after batch, and tell after each how many there are: until the process is killed."""
+    values = values_for(backend, request["dimensions"])
+    for start in count(0, WRITE_BATCH):
+        numbers = range(start, start + WRITE_BATCH)
+        backend.set_many({key(number, request["scope"]): values.sample(number) for number in numbers}, None)
+        print(start + WRITE_BATCH, file=answers, flush=True)
+    raise AssertionError("unreachable")
 
 
 def _store(backend: Any, request: dict[str, Any]) -> dict[str, Any]:

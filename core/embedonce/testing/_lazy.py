@@ -1,18 +1,24 @@
-"""Imports a contract when it is asked for, since it needs pytest and hypothesis."""
+"""Imports what costs time or needs more than numpy when it is asked for: contracts, and servers."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-MODULES = {"BackendContract": "backend_contract", "ProviderContract": "provider_contract"}
+MODULES = {
+    "BackendContract": "backend_contract",
+    "GeminiServer": "gemini_server",
+    "NormalizerContract": "normalizer_contract",
+    "OpenAIServer": "openai_server",
+    "ProviderContract": "provider_contract",
+}
 
 
-def contract(name: str) -> Any:
-    """Return the contract of that name.
+def load(name: str) -> Any:
+    """Return the class of that name, one of :data:`MODULES`.
 
     Raises:
-        ImportError: pytest or hypothesis is not installed; says how to install them.
+        ImportError: pytest or hypothesis, which the contracts need, is not installed; says how to install them.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)

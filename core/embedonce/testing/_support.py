@@ -82,8 +82,8 @@ def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
         raise errors[0]
 
 
-def in_fork(work: Callable[[], None], what: str) -> None:
-    """Run ``work`` in a forked child of this process.
+def in_fork(work: Callable[[], None], what: str, *, beside: Callable[[], None] = lambda: None) -> None:
+    """Run ``work`` in a forked child of this process, and ``beside`` here, again and again until that has ended.
 
     Raises:
         AssertionError: it raised there (with what it said), or did not end.
@@ -97,7 +97,10 @@ def in_fork(work: Callable[[], None], what: str) -> None:
         _run_and_exit(work, writer)
     os.close(writer)
     try:
-        said = _read_all(reader, child)
+        said = _read_all(reader, child, lambda: bounded(beside, f"{what}, in the parent,"))
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     finally:
         os.close(reader)
         _, status = os.waitpid(child, 0)
@@ -118,11 +121,14 @@ def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no 
         os._exit(status)
 
 
-def _read_all(reader: int, child: int) -> bytes | None:
+def _read_all(reader: int, child: int, meanwhile: Callable[[], None]) -> bytes | None:
     """Return what the child wrote until its end, or None after ending it for taking too long."""
     said = b""
     end = time.monotonic() + BOUND
-    while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
+    while time.monotonic() < end:
+        if not select.select([reader], [], [], 0.0)[0]:
+            meanwhile()
+            continue
         part = os.read(reader, 8192)
         if not part:
             return said
@@ -139,20 +145,9 @@ def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **enviro
     Raises:
         AssertionError: a process failed, with what it said, or did not end.
     """
-    name = f"{recipe.plugin.__module__}:{recipe.plugin.__qualname__}"
-    paths = os.pathsep.join(path for path in sys.path if path)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", "embedonce.testing._child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths, **environment},
-        )
-        for _ in requests
-    ]
+    children = [_child(environment) for _ in requests]
     try:
-        messages = [json.dumps({"plugin": name, "options": dict(recipe.options), **request}) for request in requests]
+        messages = [_message(recipe, request) for request in requests]
         return [_answer(child, message) for child, message in zip(children, messages, strict=True)]
     finally:
         for child in children:
@@ -160,9 +155,57 @@ def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **enviro
             child.communicate()
 
 
-def _answer(child: subprocess.Popen[bytes], message: str) -> Any:
+def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, dimensions: Sequence[int]) -> int:
+    """Let a fresh process store one batch of samples after the other, and kill it when it has told of ``batches``.
+
+    Return how many keys it had told of as stored; it was at work on the next ones.
+
+    Raises:
+        AssertionError: it failed, with what it said, or did not tell.
+    """
+    with _child({}) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(_message(recipe, {"scope": scope, "dimensions": dimensions}))
+            child.stdin.close()
+            told = [_told(child) for _ in range(batches)]
+        finally:
+            child.kill()  # with SIGKILL
+        # It may have told of more before it was struck.
+        told += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        return told[-1]
+
+
+def _told(child: subprocess.Popen[bytes]) -> int:
+    """Return the next number that a writing child tells."""
+    assert child.stdout is not None
+    told = bounded(child.stdout.readline, "a writer in another process")
+    if not told:
+        assert child.stderr is not None
+        raise AssertionError(f"it fails in another process:\n{child.stderr.read().decode(errors='replace')}")
+    return int(told)
+
+
+def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "embedonce.testing._child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+    )
+
+
+def _message(recipe: Recipe, request: Mapping[str, Any]) -> bytes:
+    name = f"{recipe.plugin.__module__}:{recipe.plugin.__qualname__}"
+    return json.dumps({"plugin": name, "options": dict(recipe.options), **request}).encode()
+
+
+def _answer(child: subprocess.Popen[bytes], message: bytes) -> Any:
     try:
-        said, errors = child.communicate(message.encode(), timeout=BOUND)
+        said, errors = child.communicate(message, timeout=BOUND)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"another process does not come back within {BOUND:g} s") from None
     assert child.returncode == 0, f"it fails in another process:\n{errors.decode(errors='replace')}"

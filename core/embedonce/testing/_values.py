@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Protocol
 
 import numpy as np
 
 from embedonce.vectors import Dtype, Entry, freeze, round_vectors
+
+SCOPE = "0123456789abcdef"
 
 CREATED = 1_700_000_000.25
 EXPIRES = 4_102_444_800.5
@@ -16,6 +19,11 @@ EXPIRES = 4_102_444_800.5
 
 MIB = 2**20
 FRAME_SIZES = (0, 1, 6 * 1024, MIB)
+
+
+def key(number: int, scope: str = SCOPE) -> str:
+    """Return a key as the engine makes them, another for every number."""
+    return f"eo1.{scope}.{sha256(b'%d' % number).hexdigest()}"
 
 
 class Values(Protocol):
@@ -36,7 +44,13 @@ class Values(Protocol):
 
 def values_for(backend: Any, dimensions: Sequence[int]) -> Values:
     """Return the values that a backend holds, by its capabilities."""
-    return Entries(dimensions) if backend.capabilities.holds == "entries" else Frames()
+    match backend.capabilities.holds:
+        case "entries":
+            return Entries(dimensions)
+        case "either":
+            return Either(dimensions)
+        case _:
+            return Frames()
 
 
 class Frames:
@@ -101,6 +115,25 @@ class Entries:
             and found.vector.tobytes() == stored.vector.tobytes()
             and found[1:] == stored[1:]
         )
+
+
+class Either:
+    """Frames and entries in turn, for a backend that takes both."""
+
+    def __init__(self, dimensions: Sequence[int]) -> None:
+        self._frames, self._entries = Frames(), Entries(dimensions)
+
+    def sample(self, seed: int) -> Any:
+        """Return a frame for an even seed, an entry for an odd one."""
+        return self._entries.sample(seed) if seed % 2 else self._frames.sample(seed)
+
+    def edges(self, most: int | None) -> Mapping[str, Any]:
+        """Return those of both."""
+        return {**self._frames.edges(most), **self._entries.edges(most)}
+
+    def same(self, found: object, stored: Any) -> bool:
+        """Compare as the kind of what was stored does."""
+        return self._frames.same(found, stored) if type(stored) is bytes else self._entries.same(found, stored)
 
 
 NESTED = {"source": "a/b.md", "chunk": 3, "tags": ["ä", "\U0001f9ea"], "deep": {"none": None, "yes": True, "f": 0.5}}

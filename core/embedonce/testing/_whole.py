@@ -24,7 +24,9 @@ class Whole:
         """The tests are the contract's own, also after what was done to the class since it was made."""
         replaced = _replaced(type(self))
         assert not replaced, f"standard tests were replaced or removed: {', '.join(replaced)}"
-        assert self.standard_tests, "this class is no contract: subclass BackendContract or ProviderContract"
+        assert self.standard_tests, (
+            "this class is no contract: subclass BackendContract, ProviderContract or NormalizerContract"
+        )
 
 
 def _replaced(cls: type[Whole]) -> list[str]:

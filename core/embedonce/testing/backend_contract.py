@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from hashlib import sha256
 from inspect import iscoroutinefunction
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -19,34 +19,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedonce.contracts import Backend, Capabilities, deadline
+from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
 from embedonce.keys import CARD_PREFIX
 
+from ._child import WRITE_BATCH
 from ._dict_model import run_as_a_dict
-from ._support import BOUND, Recipe, bounded, in_fork, in_processes, in_threads
-from ._values import Values, values_for
+from ._support import BOUND, Recipe, bounded, in_fork, in_processes, in_threads, killed_while_writing
+from ._values import SCOPE, Values, key, values_for
 from ._whole import Whole, standard
+from .proxy import FaultProxy, NetworkFault
 
 T = TypeVar("T")
 
-SCOPE = "0123456789abcdef"
 OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
-
-EXTRAS = {
-    "get": ("get",),
-    "delete": ("delete_many",),
-    "scan": ("scan",),
-    "count": ("count",),
-    "add": ("add_many",),
-    "twin": ("twin",),
-}
-"""Methods by the capability that declares them."""
-
-
-def key(number: int, scope: str = SCOPE) -> str:
-    """Return a key as the engine makes them, another for every number."""
-    return f"eo1.{scope}.{sha256(b'%d' % number).hexdigest()}"
+RECOVERY = 10
+"""Calls after which a client must have left the connections of its pool that have died."""
 
 
 class BackendContract(Whole):
@@ -82,13 +70,21 @@ class BackendContract(Whole):
         """Return a context inside which the store of ``backend`` does not answer (a server that is stopped)."""
         raise NotImplementedError
 
+    def server(self) -> tuple[str, int | None]:
+        """Return host and port of the server that the backend talks to over TCP, or a Unix socket's path and None."""
+        raise NotImplementedError
+
+    def through(self, backend: Any, host: str, port: int) -> Backend:
+        """Return another client of the store that ``backend`` uses, for which its server is at ``host:port``."""
+        raise NotImplementedError
+
     # --- what it declares ---------------------------------------------------------------------
 
     def test_capabilities_are_declared_and_stay(self) -> None:
         with self._open() as backend:
             declared = backend.capabilities
             assert isinstance(declared, Capabilities), "capabilities is a Capabilities(...)"
-            assert declared.holds in ("frames", "entries"), f"holds is not {declared.holds!r}"
+            assert declared.holds in ("frames", "entries", "either"), f"holds is not {declared.holds!r}"
             assert declared.scope in ("process", "host", "network"), f"scope is not {declared.scope!r}"
             for name in ("max_batch", "max_value_bytes"):
                 assert getattr(declared, name) is None or getattr(declared, name) >= 1, f"{name} is None or at least 1"
@@ -97,8 +93,8 @@ class BackendContract(Whole):
 
     def test_declared_extras_are_there(self) -> None:
         with self._open() as backend:
-            for capability, methods in EXTRAS.items():
-                for method in methods if getattr(backend.capabilities, capability) else ():
+            for capability, method in EXTRAS.items():
+                if getattr(backend.capabilities, capability):
                     found = callable(getattr(backend, method, None))
                     assert found, f"{capability} is declared, and there is no method {method}"
             for method in ("get_many", "set_many", "close"):
@@ -232,10 +228,10 @@ class BackendContract(Whole):
 
     def test_a_space_card_comes_back(self) -> None:
         with self._open() as backend:
-            if backend.capabilities.holds != "entries":
+            if backend.capabilities.holds == "frames":
                 pytest.skip("a frame is bytes, whatever is in it")
             values = self._values(backend)
-            card = values.sample(0)._replace(vector=values.sample(0).vector[:0].copy(), metadata={"model": "m"})
+            card = values.sample(1)._replace(vector=values.sample(1).vector[:0].copy(), metadata={"model": "m"})
             backend.set_many({CARD_PREFIX + SCOPE: card}, None)
             found = backend.get_many([CARD_PREFIX + SCOPE]).get(CARD_PREFIX + SCOPE)
             assert values.same(found, card), "an entry whose vector has no values does not come back (space cards)"
@@ -484,6 +480,7 @@ class BackendContract(Whole):
         if not hasattr(os, "fork"):
             pytest.skip("this platform has no fork")
         with self._open() as backend:
+            self._needs(backend, "fork")
             self._needs_sharing(backend)
             values = self._values(backend)
             self._stored(backend, range(10))
@@ -493,10 +490,32 @@ class BackendContract(Whole):
                     self._holds(backend, {key(number): number for number in range(10)})
                     backend.set_many({key(100 + turn): values.sample(turn)}, None)
 
-            in_fork(child, "a backend that was open before the fork")
+            def parent() -> None:
+                self._holds(backend, {key(number): number for number in range(10)})
+
+            in_fork(child, "a backend that was open before the fork", beside=parent)
             self._holds(backend, {key(100 + turn): turn for turn in range(20)})
             self._stored(backend, [50])
             self._holds(backend, {key(number): number for number in (*range(10), 50)})
+
+    def test_a_forked_child_is_refused(self) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("this platform has no fork")
+        with self._open() as backend:
+            if backend.capabilities.fork:
+                pytest.skip("fork is declared")
+            value = self._values(backend).sample(1)
+            backend.set_many({key(1): value}, None)
+
+            def child() -> None:
+                with pytest.raises(Exception):  # noqa: B017, PT011  (any error will do; silence will not)
+                    backend.get_many([key(1)])
+                with pytest.raises(Exception):  # noqa: B017, PT011
+                    backend.set_many({key(2): value}, None)
+                backend.close()
+
+            in_fork(child, "a backend that cannot go on in a forked child")
+            self._holds(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
         with self._open() as backend:
@@ -512,6 +531,26 @@ class BackendContract(Whole):
                 assert answer["wrong"] == [], "another process does not see what was stored in this one"
             for store in stores:
                 self._holds(backend, store)
+
+    def test_a_writer_that_is_killed_leaves_whole_values(self) -> None:
+        if not hasattr(signal, "SIGKILL"):
+            pytest.skip("this platform has no kill -9")
+        with self._open() as backend:
+            self._needs_sharing(backend)
+            recipe = self.recipe(backend)
+            if recipe is None:
+                pytest.skip("needs recipe(): how another process makes a client of the same store")
+            self._stored(backend, [1])
+            for turn, batches in enumerate((1, 2, 7)):
+                # Another scope every time, so that the keys are new.
+                scope = f"{turn:016x}"
+                stored = killed_while_writing(recipe, scope=scope, batches=batches, dimensions=list(self.dimensions))
+                self._holds(backend, {key(number, scope): number for number in range(stored)})
+                perhaps = {key(number, scope): number for number in range(stored, stored + 2 * WRITE_BATCH)}
+                there = backend.get_many(list(perhaps))
+                self._same(backend, there, {name: seed for name, seed in perhaps.items() if name in there})
+                backend.set_many({key(0, scope): self._values(backend).sample(2)}, None)
+                self._holds(backend, {key(0, scope): 2, key(1): 1})
 
     # --- threads and time ---------------------------------------------------------------------
 
@@ -592,6 +631,44 @@ class BackendContract(Whole):
             # The reply that comes too late belongs to nobody: it must not answer the next question.
             self._same(backend, backend.get_many([key(2)]), {key(2): 2})
             self._holds(backend, {key(1): 1, key(2): 2, key(3): 3})
+
+    # --- the network --------------------------------------------------------------------------
+
+    def test_a_server_that_is_gone_is_an_error_and_no_miss(self) -> None:
+        with self._open() as backend, self._proxied(backend) as (proxy, client):
+            value = self._values(backend).sample(9)
+            proxy.fault = NetworkFault("refuse")
+            self._fails(lambda: client.get_many([key(1)]), "get_many without a server")
+            self._fails(lambda: client.set_many({key(9): value}, None), "set_many without a server")
+            if backend.capabilities.delete:
+                self._fails(lambda: client.delete_many([key(1)]), "delete_many without a server")
+            proxy.heal()
+            self._recovers(client)
+            self._holds(backend, {key(1): 1, key(2): 2})
+
+    def test_a_reply_that_ends_early_is_an_error(self) -> None:
+        with self._open() as backend, self._proxied(backend) as (proxy, client):
+            for kind in ("cut", "reset", "garbage"):
+                for after in (0, 3):
+                    proxy.fault = NetworkFault(kind, after=after)
+                    what = f"get_many whose reply is {kind} after {after} bytes"
+                    self._fails(lambda: client.get_many([key(1), key(2)]), what)
+                    proxy.heal()
+                    self._recovers(client)
+
+    def test_a_connection_that_died_silently_is_left_by_the_deadline(self) -> None:
+        with self._open() as backend, self._proxied(backend) as (proxy, client):
+            self._needs(backend, "deadline")
+            proxy.fault = NetworkFault("half_open")
+
+            def ask() -> None:
+                with deadline(0.2):
+                    client.get_many([key(1)])
+
+            # It may find out at once that the connection is dead, and use a new one.
+            with suppress(Exception):
+                bounded(ask, "get_many on a connection that has died")
+            self._recovers(client)
 
     # --- the async twin -----------------------------------------------------------------------
 
@@ -693,6 +770,40 @@ class BackendContract(Whole):
             yield backend
         finally:
             backend.close()
+
+    @contextmanager
+    def _proxied(self, backend: Any) -> Iterator[tuple[FaultProxy, Any]]:
+        """Give a proxy before the server, and a client that goes through it and has been used."""
+        if not self._has("server"):
+            pytest.skip("needs server() and through(): where the server is, and a client of another address")
+        host, port = self.server()
+        self._stored(backend, [1, 2])
+        with FaultProxy(host, port) as proxy, self._closing(self.through(backend, *proxy.address)) as client:
+            self._holds(client, {key(1): 1, key(2): 2})
+            yield proxy, client
+            proxy.heal()
+
+    def _fails(self, call: Callable[[], object], what: str) -> None:
+        """Require that a call raises. Within a deadline, which a backend that does not declare one need not obey."""
+
+        def within() -> None:
+            with deadline(2.0):
+                call()
+
+        try:
+            bounded(within, what)
+        except AssertionError:
+            raise
+        except Exception:
+            return
+        raise AssertionError(f"{what} raises nothing: an error is never taken for a miss, or for done")
+
+    def _recovers(self, client: Any) -> None:
+        """Require right answers again; the first calls may still meet connections that have died."""
+        for _ in range(RECOVERY):
+            with suppress(Exception), deadline(2.0):
+                client.get_many([key(1)])
+        self._holds(client, {key(1): 1, key(2): 2})
 
     def _has(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(BackendContract, hook)

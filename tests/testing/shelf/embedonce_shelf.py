@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class ShelfBackend:
 
 
 class HashingShelfBackend(ShelfBackend):
-    """Broken: names its files by Python's own hash, which is another one in every process."""
+    """Names its files by Python's own `hash()`, which is another one in every process."""
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
         found = super().get_many([f"eo1.{hash(key)}" for key in keys])
@@ -81,3 +82,33 @@ class HashingShelfBackend(ShelfBackend):
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         super().set_many({f"eo1.{hash(key)}": frame for key, frame in items.items()}, ttl)
+
+
+class WritesInPlaceShelfBackend(ShelfBackend):
+    """Writes a value straight into the file of its key: a writer that is killed leaves half of it."""
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        for key, frame in items.items():
+            with open(self.folder / key, "wb", buffering=0) as file:
+                for byte in frame:
+                    file.write(bytes([byte]))
+                    time.sleep(0.0001)
+
+
+class WritesAtItsEndShelfBackend(ShelfBackend):
+    """Gathers what it stores in memory and writes it when it is closed: a process that is killed loses all of it."""
+
+    def __init__(self, *, path: str) -> None:
+        super().__init__(path=path)
+        self._gathered: dict[str, bytes] = {}
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        return {**super().get_many(keys), **{key: self._gathered[key] for key in keys if key in self._gathered}}
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        self._gathered.update(items)
+
+    def close(self) -> None:
+        if self._folder is not None:
+            super().set_many(self._gathered, None)
+        super().close()

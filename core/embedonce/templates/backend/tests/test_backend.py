@@ -1,0 +1,40 @@
+"""The tests that every backend must pass, and one that a configuration finds it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import embedonce
+import pytest
+from embedonce.testing import BackendContract, Recipe
+
+from embedonce_example.backend import ExampleBackend
+
+
+class TestExampleBackend(BackendContract):
+    examples = 20
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folders = (tmp_path / str(number) for number in itertools.count())
+
+    def make(self) -> ExampleBackend:
+        """Return a new, empty store."""
+        return ExampleBackend(path=next(self.folders))
+
+    def reopen(self, backend: Any) -> ExampleBackend:
+        """Return another client of the same store."""
+        return ExampleBackend(path=backend._path)
+
+    def recipe(self, backend: Any) -> Recipe:
+        """Say how another process makes a client of it."""
+        return Recipe(ExampleBackend, {"path": str(backend._path)})
+
+
+def test_a_configuration_finds_it(tmp_path: Path) -> None:
+    tier = {"type": "example", "path": str(tmp_path / "vectors")}
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": [tier]}) as cache:
+        assert cache.fetch(["a text"]).sources == ["provider"]
+        assert cache.fetch(["a text"]).sources == ["example"]

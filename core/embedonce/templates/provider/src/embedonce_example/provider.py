@@ -1,0 +1,58 @@
+"""A provider that counts words. Replace what is in the methods by your model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge, Le
+from embedonce import Limits, TextRefused, VectorSpace, hookimpl
+from embedonce.options import Doc
+from numpy.typing import NDArray
+
+api = 1
+"""The version of the plugin contract that this module is written for."""
+
+
+class ExampleProvider:
+    """Makes vectors. A keyword argument of ``__init__`` is an option in TOML."""
+
+    limits = Limits(max_batch=256)
+
+    def __init__(self, *, dimensions: Annotated[int, Ge(8), Le(8192), Doc("Length of a vector.")] = 256) -> None:
+        self._dimensions = dimensions
+
+    def space(self, task: str, /) -> VectorSpace:
+        """Describe everything that decides which vector a text gets: another space has other keys."""
+        return VectorSpace(provider="example", model="words-1", dimensions=self._dimensions, normalize=True)
+
+    def embed(self, texts: Sequence[str], task: str, /) -> NDArray[np.float32]:
+        """Return one vector per text, in order: shape (n, dimensions).
+
+        Raises:
+            TextRefused: a text has no words.
+        """
+        empty = [position for position, text in enumerate(texts) if not text.split()]
+        if empty:
+            raise TextRefused("a text has no words", empty)
+        vectors = np.zeros((len(texts), self._dimensions), np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in text.split():
+                row[self._place(word)] += 1.0
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+    def close(self) -> None:
+        """Let go of what is open; twice does nothing."""
+
+    def _place(self, word: str) -> int:
+        # Not Python's hash(): it is another one in every process.
+        return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") % self._dimensions
+
+
+@hookimpl
+def embedonce_providers() -> Mapping[str, type[ExampleProvider]]:
+    """Register the provider under the name that TOML says."""
+    return {"example": ExampleProvider}

@@ -1,0 +1,24 @@
+"""The tests that every provider must pass, and one that a configuration finds it."""
+
+from __future__ import annotations
+
+import embedonce
+from embedonce.testing import ProviderContract, Recipe
+
+from embedonce_example.provider import ExampleProvider
+
+
+class TestExampleProvider(ProviderContract):
+    def make(self) -> ExampleProvider:
+        """Return a new provider, always with the same options."""
+        return ExampleProvider(dimensions=512)
+
+    def recipe(self) -> Recipe:
+        """Say how another process makes the same."""
+        return Recipe(ExampleProvider, {"dimensions": 512})
+
+
+def test_a_configuration_finds_it() -> None:
+    with embedonce.open({"provider": {"type": "example"}, "tiers": [{"type": "memory"}]}) as cache:
+        assert cache.fetch(["a text"]).sources == ["provider"]
+        assert cache.fetch(["a text"]).sources == ["memory"]

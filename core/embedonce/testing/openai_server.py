@@ -1,0 +1,253 @@
+"""An OpenAI-compatible embeddings API on loopback, for tests: it answers as the real one does, or badly on demand.
+
+::
+
+    with OpenAIServer() as server:
+        client = openai.OpenAI(base_url=server.base_url, api_key="any")
+        client.embeddings.create(model="text-embedding-3-small", input=["a", "b"])
+        server.texts  # 2
+        server.misbehave("out_of_order")
+
+The standard library and numpy alone. Source of requests, replies and errors: OpenAI's API reference,
+and what its Python client sends.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
+
+OpenAIMisbehaviour: TypeAlias = Literal[
+    "out_of_order",
+    "duplicate_index",
+    "no_index",
+    "short",
+    "long",
+    "empty",
+    "nan",
+    "infinity",
+    "zeros",
+    "dimension",
+    "ragged",
+    "no_values",
+    "rate_limit",
+    "quota",
+    "server_error",
+    "unauthorized",
+    "error_as_200",
+    "not_json",
+    "truncated",
+    "drip",
+    "hang",
+    "disconnect",
+]
+
+OPENAI_PATH = re.compile(r"(?:/openai)?/v1/(embeddings|models)")
+AZURE_PATH = re.compile(r"/openai/deployments/([^/]+)/embeddings")
+
+NOT_IN_SPACE = ("input", "model", "dimensions", "encoding_format", "user")
+"""Fields of the body that are no part of ``extra``."""
+
+
+class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
+    """Speaks ``POST /v1/embeddings`` and ``GET /v1/models``, and Azure's variants of both paths.
+
+    The vector of an input depends on the model, the dimensions and every other field of the body but
+    ``user`` and ``encoding_format``: :meth:`vector_of` says which one it is. Any model is served.
+    ``deployments`` are Azure's: the name in the URL, and the model behind it. With ``base64=False`` it
+    answers floats whatever is asked, as some servers do.
+
+    :meth:`misbehave` knows:
+
+    ===================  ==========================================================================
+    ``out_of_order``     the items come in reverse, each with its right ``index``
+    ``duplicate_index``  the last item has the first one's ``index``; alone, an ``index`` of 1
+    ``no_index``         the items have no ``index``
+    ``short``            the first vector is missing, and the others have moved up
+    ``long``             there is a vector too many, at the front
+    ``empty``            there are no vectors
+    ``nan``              one value is NaN (as JSON, ``NaN``)
+    ``infinity``         one value is infinite
+    ``zeros``            one vector is all zero
+    ``dimension``        every vector is one value short
+    ``ragged``           one vector is one value short
+    ``no_values``        one vector has no values
+    ``rate_limit``       status 429 with ``Retry-After``
+    ``quota``            status 429, ``insufficient_quota``
+    ``server_error``     status 500
+    ``unauthorized``     status 401
+    ``error_as_200``     status 200 with an error in place of the data
+    ``not_json``         status 200 with a page of HTML
+    ``truncated``        the body ends in its middle
+    ``drip``             the body comes a byte at a time
+    ``hang``             there is no reply until ``heal()``
+    ``disconnect``       the connection is closed without a reply
+    ===================  ==========================================================================
+    """
+
+    KINDS = get_args(OpenAIMisbehaviour)
+
+    def __init__(
+        self,
+        *,
+        model: str = "text-embedding-3-small",
+        dimensions: int = 16,
+        max_inputs: int = 2048,
+        max_tokens: int = 8192,
+        max_total_tokens: int = 300_000,
+        base64: bool = True,
+        deployments: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self.max_inputs = max_inputs
+        self.max_tokens = max_tokens
+        self.max_total_tokens = max_total_tokens
+        self.base64 = base64
+        self.deployments = dict(deployments or {})
+        super().__init__(model=model, dimensions=dimensions, api_key=api_key)
+
+    @property
+    def base_url(self) -> str:
+        """For the client's ``base_url``. Azure's endpoint is ``url``."""
+        return f"{self.url}/v1"
+
+    def vector_of(
+        self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
+    ) -> NDArray[np.float32]:
+        """Return the vector of a text or of tokens, shape (dimensions,), length 1, without counting it."""
+        about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
+        return vector_from(about, dimensions or self.dimensions)
+
+    def tokens_of(self, text: str | Sequence[int]) -> int:
+        """Return how many tokens are charged for a text: words and marks, and at least a quarter of its bytes."""
+        return tokens_in(text) if isinstance(text, str) else len(text)
+
+    def route(self, request: Request) -> Reply | None:
+        """As the base class says."""
+        openai, azure = OPENAI_PATH.fullmatch(request.path), AZURE_PATH.fullmatch(request.path)
+        if not self._allowed(request.headers):
+            return self.failure("unauthorized", 0)
+        if request.method == "POST" and (azure or (openai and openai[1] == "embeddings")):
+            return None
+        if request.method == "GET" and openai and openai[1] == "models":
+            models = [{"id": self.model, "object": "model", "created": 0, "owned_by": "loopback"}]
+            return Reply(200, {"object": "list", "data": models})
+        return _error(404, f"Invalid URL ({request.method} {request.path})")
+
+    def embed(self, request: Request, kind: str | None) -> Reply:
+        """As the base class says."""
+        body = request.body
+        if not isinstance(body, dict):
+            raise Refused(_error(400, "We could not parse the JSON body of your request."))
+        model = self._model(request)
+        inputs = _inputs(body.get("input"))
+        total = self._check_lengths(inputs)
+        dimensions = body.get("dimensions", self.dimensions)
+        if type(dimensions) is not int or not 1 <= dimensions <= self.dimensions:
+            raise Refused(_error(400, f"Invalid value for 'dimensions': {dimensions!r}.", param="dimensions"))
+        form = body.get("encoding_format", "float")
+        if form not in ("float", "base64"):
+            raise Refused(_error(400, f"Invalid value for 'encoding_format': {form!r}.", param="encoding_format"))
+        extra = {name: value for name, value in body.items() if name not in NOT_IN_SPACE}
+        self.counted([text if isinstance(text, str) else tuple(text) for text in inputs])
+        vectors = [self.vector_of(text, model=model, dimensions=dimensions, **extra) for text in inputs]
+        items = spoilt([Item(index, vector) for index, vector in enumerate(vectors)], kind)
+        encode = _as_base64 if form == "base64" and self.base64 else _as_floats
+        data = [{"object": "embedding", "index": item.index, "embedding": encode(item.vector)} for item in items]
+        if kind == "no_index":
+            data = [{name: value for name, value in item.items() if name != "index"} for item in data]
+        usage = {"prompt_tokens": total, "total_tokens": total}
+        return Reply(200, {"object": "list", "data": data, "model": model, "usage": usage})
+
+    def failure(self, kind: str, seconds: float) -> Reply | None:
+        """As the base class says."""
+        match kind:
+            case "rate_limit":
+                reply = _error(429, "Rate limit reached for requests.", type="requests", code="rate_limit_exceeded")
+                return Reply(reply.status, reply.content, {"Retry-After": f"{seconds:g}"})
+            case "quota":
+                message = "You exceeded your current quota, please check your plan and billing details."
+                return _error(429, message, type="insufficient_quota", code="insufficient_quota")
+            case "server_error":
+                return _error(500, "The server had an error while processing your request.", type="server_error")
+            case "unauthorized":
+                return _error(401, "Incorrect API key provided.", code="invalid_api_key")
+            case "error_as_200":
+                return Reply(200, {"error": {"message": "Provider returned an error.", "code": 502}})
+            case "not_json":
+                return Reply(200, b"<html><body>Please log in.</body></html>", {"Content-Type": "text/html"})
+            case _:
+                return None
+
+    def _allowed(self, headers: Mapping[str, str]) -> bool:
+        given = headers.get("api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        return self.api_key is None or given == self.api_key
+
+    def _model(self, request: Request) -> str:
+        azure = AZURE_PATH.fullmatch(request.path)
+        if azure is None:
+            model = request.body.get("model")
+            if not isinstance(model, str) or not model:
+                raise Refused(_error(400, "you must provide a model parameter"))
+            return self.deployments.get(model, model)
+        if "api-version" not in request.query:
+            raise Refused(_error(404, "Resource not found", type=None, code="404"))
+        if azure[1] not in self.deployments:
+            message = "The API deployment for this resource does not exist."
+            raise Refused(_error(404, message, type=None, code="DeploymentNotFound"))
+        return self.deployments[azure[1]]
+
+    def _check_lengths(self, inputs: Sequence[Any]) -> int:
+        """Return the tokens of all inputs, each of which the API would take."""
+        if len(inputs) > self.max_inputs:
+            message = f"Invalid 'input': array too long. Expected at most {self.max_inputs}, got {len(inputs)}."
+            raise Refused(_error(400, message, param="input", code="array_above_max_length"))
+        lengths = [self.tokens_of(text) for text in inputs]
+        for position, length in enumerate(lengths):
+            if length > self.max_tokens:
+                message = f"Invalid 'input[{position}]': maximum input length is {self.max_tokens} tokens."
+                raise Refused(_error(400, message))
+        if sum(lengths) > self.max_total_tokens:
+            message = f"Requested {sum(lengths)} tokens, max {self.max_total_tokens} tokens per request"
+            kind = "max_tokens_per_request"
+            raise Refused(_error(400, message, type=kind, code=kind))
+        return sum(lengths)
+
+
+def _inputs(given: Any) -> list[Any]:
+    """Return the texts or the lists of tokens of any of the four shapes of ``input``, none of them empty."""
+    if isinstance(given, str) or (isinstance(given, list) and all(type(token) is int for token in given)):
+        given = [given]
+    texts = isinstance(given, list) and all(isinstance(text, str) for text in given)
+    tokens = isinstance(given, list) and all(
+        isinstance(one, list) and all(type(token) is int and token >= 0 for token in one) for one in given
+    )
+    if not given or not (texts or tokens) or not all(given):
+        raise Refused(_error(400, "'$.input' is invalid."))
+    return list(given)
+
+
+def _as_floats(vector: NDArray[np.float32]) -> list[float]:
+    return [float(value) for value in vector]
+
+
+def _as_base64(vector: NDArray[np.float32]) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _error(
+    status: int,
+    message: str,
+    *,
+    type: str | None = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+) -> Reply:
+    return Reply(status, {"error": {"message": message, "type": type, "param": param, "code": code}})

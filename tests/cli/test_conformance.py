@@ -1,0 +1,217 @@
+"""``embedonce conformance``: a plugin is found, tried and timed, and what is wrong with it is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import RedisServer
+
+from embedonce.testing import BackendContract, NormalizerContract, ProviderContract
+
+PLUGINS = """
+from pathlib import Path
+
+from embedonce import Capabilities, Limits, TextRefused, VectorSpace
+
+
+class FileBackend:
+    capabilities = Capabilities(scope="host", delete=True)
+
+    def __init__(self, *, path: Path, password: str = "") -> None:
+        print("made")
+        if password == "wrong":
+            raise PermissionError(f"refused: {password}")
+        self.folder = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def get_many(self, keys, /):
+        return {key: (self.folder / key).read_bytes() for key in keys if (self.folder / key).exists()}
+
+    def set_many(self, items, ttl, /):
+        for key, frame in items.items():
+            new = self.folder / f"{key}~"
+            new.write_bytes(frame)
+            new.rename(self.folder / key)
+
+    def delete_many(self, keys, /):
+        for key in keys:
+            (self.folder / key).unlink()
+
+    def close(self):
+        pass
+
+
+STORE = {}
+
+
+class SharedBackend:
+    capabilities = Capabilities(scope="host")
+
+    def __init__(self, *, prefix: str = "") -> None:
+        self.prefix = prefix
+
+    def get_many(self, keys, /):
+        return {key: STORE[self.prefix + key] for key in keys if self.prefix + key in STORE}
+
+    def set_many(self, items, ttl, /):
+        STORE.update({self.prefix + key: frame for key, frame in items.items()})
+
+    def close(self):
+        pass
+
+
+class LettersProvider:
+    limits = Limits(max_batch=64)
+
+    def __init__(self, *, first: int = 128) -> None:
+        self.first = first
+
+    def space(self, task, /):
+        return VectorSpace(provider="letters", model="letters-1", dimensions=self.first + 1)
+
+    def embed(self, texts, task, /):
+        return [[len(text) + 1.0, *(float(text.count(chr(c))) for c in range(self.first))] for text in texts]
+
+    def close(self):
+        pass
+
+
+def shout(text):
+    return text.upper()
+
+
+class Neither:
+    pass
+"""
+
+
+@pytest.fixture
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write a module of plugins into this folder; return its name."""
+    (folder / "mypackage.py").write_text(PLUGINS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "mypackage"
+    sys.modules.pop("mypackage", None)
+
+
+def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) -> None:
+    done = command(
+        "conformance", f"{module}:FileBackend", "--option", "path=./x", "--rounds", "3", "--examples", "2", "--json"
+    )
+    told = done.json
+    assert done.code == 1, "it fails for two threads, for a deletion of what is not there, and after close"
+    outcomes = {one["test"]: one for one in told["tests"]}
+    assert set(outcomes) == set(BackendContract.standard_tests)
+    failed = outcomes["test_delete_of_what_is_not_there_is_no_error"]
+    assert failed["outcome"] == "failed"
+    assert failed["detail"].startswith("FileNotFoundError: ")
+    assert failed["detail"].endswith(")")
+    assert "(pathlib.py:" in failed["detail"]
+    assert outcomes["test_use_after_close_raises"]["outcome"] == "failed"
+    for name in ("test_a_miss_is_absent", "test_other_processes_use_the_store", "test_a_forked_child_uses_the_store"):
+        assert outcomes[name]["outcome"] == "passed", outcomes[name]
+    assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == "ttl is not declared"
+    assert (told["kind"], told["failed"] + told["passed"] + told["skipped"]) == ("backend", len(outcomes))
+    timed = {(one["operation"], one["batch"]) for one in told["timings"]}
+    assert timed == {(name, n) for n in (1, 256) for name in (
+        "set_many", "get_many, all hits", "get_many, all misses", "delete_many")}  # fmt: skip
+    assert all(0 < one["p50"] <= one["p99"] and 1 <= one["calls"] <= 3 for one in told["timings"])
+    assert "made" in done.err
+    assert not (folder / "x").exists(), "the stores that were made for the tests are removed"
+
+
+def test_the_report_for_people(command: Any, module: str) -> None:
+    names = ("a_miss_is_absent", "delete_of_what_is_not_there_is_no_error", "count_agrees_with_what_is_there")
+    done = command("conformance", f"{module}:FileBackend", *(part for n in names for part in ("--test", f"test_{n}")))
+    assert done.code == 1
+    assert [line for line in done.out.splitlines() if "No such file" not in line] == [
+        "passed   test_a_miss_is_absent",
+        "failed   test_delete_of_what_is_not_there_is_no_error",
+        "skipped  test_count_agrees_with_what_is_there  count is not declared",
+        "",
+        "mypackage:FileBackend, a backend: 1 passed, 1 skipped, 1 failed",
+    ]
+    assert done.err.splitlines()[-1] == "error: 1 test failed"
+    done = command("conformance", f"{module}:LettersProvider", "--rounds", "2")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["operation", "batch", "calls", "p50", "ms", "p99", "ms"] in rows
+    assert ["embed", "1", "2"] in [row[:3] for row in rows]
+
+
+def test_one_test_alone(command: Any, module: str) -> None:
+    done = command("conformance", f"{module}:FileBackend", "--test", "test_a_miss_is_absent")
+    assert (done.code, done.out.splitlines()[0]) == (0, "passed   test_a_miss_is_absent")
+    assert "p50" not in done.out
+    assert command("conformance", f"{module}:FileBackend", "--test", "test_a_mis").code == 2
+
+
+def test_a_provider(command: Any, module: str) -> None:
+    told = command("conformance", f"{module}:LettersProvider", "-o", "first=64", "--rounds", "2", "--json").json
+    outcomes = {one["test"]: one["outcome"] for one in told["tests"]}
+    assert set(outcomes) == set(ProviderContract.standard_tests)
+    assert outcomes["test_another_process_makes_the_same_vectors"] == "passed"
+    assert (told["kind"], told["failed"]) == ("provider", 0)
+    assert [(one["operation"], one["batch"]) for one in told["timings"]] == [("embed", 1), ("embed", 32)]
+
+
+def test_a_step(command: Any, module: str) -> None:
+    done = command("conformance", f"{module}:shout", "--json")
+    assert {one["test"] for one in done.json["tests"]} == set(NormalizerContract.standard_tests)
+    assert done.json["kind"] == "normalizer"
+    assert command("conformance", "casefold").code == 0
+
+
+@pytest.mark.parametrize("name", ["ngram", "embedonce:ngram"])
+def test_a_plugin_by_name(command: Any, folder: Path, name: str) -> None:
+    done = command("conformance", name, "-o", "dimensions=64", "--rounds", "2")
+    assert done.code == 0, done.out
+    assert f"{name}, a provider: " in done.out
+
+
+def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
+    assert command("conformance", "memory", "--test", "test_it_behaves_as_a_dict").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["nothing_of_that_name:X"], "there is no module nothing_of_that_name, neither installed nor in this folder"),
+        (["mypackage:FileBackand"], "mypackage has no FileBackand; did you mean FileBackend?"),
+        (["mypackage:Neither"], "is neither a backend (get_many, set_many) nor a provider (embed or aembed)"),
+        (["mypackage:STORE"], "mypackage:STORE is no class and no function"),
+        (["dsik"], 'no plugin "dsik" is installed; did you mean "disk"?'),
+        (["mypackage:FileBackend", "-o", "paht=x"], 'unknown option "paht"; did you mean path?'),
+        (["mypackage:FileBackend", "-o", "path"], "an option is written as name=value"),
+        (["mypackage:FileBackend", "-o", "path=a", "-o", "path=b"], "option path is given twice"),
+        (["mypackage:LettersProvider", "-o", "first=many"], "option first must be a whole number"),
+        (["mypackage:SharedBackend"], "write {new} into an option that tells stores apart"),
+        (["mypackage:SharedBackend", "-o", "prefix={server}"], "say where it listens with --server HOST:PORT"),
+        (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server has no use"),
+        (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server is written as HOST:PORT"),
+        (["mypackage:FileBackend", "-o", "password=wrong"], "its message is hidden: it repeats a secret"),
+    ],
+)
+def test_what_cannot_be_tried_is_named(command: Any, module: str, arguments: list[str], wanted: str) -> None:
+    done = command("conformance", *arguments)
+    assert done.code == 2
+    assert wanted in done.err
+    assert "Traceback" not in done.err
+
+
+def test_new_in_an_option_tells_stores_apart(command: Any, module: str) -> None:
+    test = ["--test", "test_two_clients_see_one_store", "--test", "test_any_value_comes_back_exactly"]
+    assert command("conformance", f"{module}:SharedBackend", "-o", "prefix={new}", *test).code == 0
+
+
+def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_server: RedisServer) -> None:
+    address = redis_server.url.removeprefix("redis://").partition("/")[0]
+    network = [name for name in BackendContract.standard_tests if "server" in name or "reply_that" in name]
+    chosen = [part for name in network for part in ("--test", name)]
+    options = ["-o", "url=redis://{server}/0", "-o", "prefix={new}", "--server", address]
+    done = command("conformance", "redis", *options, *chosen)
+    assert done.code == 0, done.out
+    assert len(network) == done.out.count("passed   test_") == 2

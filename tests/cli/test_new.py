@@ -1,0 +1,148 @@
+"""``embedonce new``: what it writes is built, installed, passes its tests, and is found like one of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILES = {
+    "pyproject.toml",
+    "README.md",
+    ".github/workflows/ci.yml",
+    "src/embedonce_my_shelf/__init__.py",
+    "src/embedonce_my_shelf/py.typed",
+}
+
+
+def run(*command: str | Path, site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in ``folder`` with ``site`` on the path of Python."""
+    path = os.pathsep.join([str(site), *(part for part in sys.path if part and "site-packages" in part)])
+    return subprocess.run(
+        [sys.executable, "-P", *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+@pytest.mark.parametrize("kind", ["backend", "provider"])
+def test_what_is_written_is_built_and_installed_and_passes(command: Any, folder: Path, kind: str) -> None:
+    done = command("new", kind, "my-shelf", "--json")
+    assert done.code == 0
+    package = folder / "embedonce-my-shelf"
+    assert set(done.json["files"]) == FILES | {f"src/embedonce_my_shelf/{kind}.py", f"tests/test_{kind}.py"}
+    assert {file.relative_to(package).as_posix() for file in package.rglob("*") if file.is_file()} == set(
+        done.json["files"]
+    )
+    for file in package.rglob("*"):
+        assert not file.is_file() or re.search(r"\bexample\b|Example", file.read_text()) is None, file
+
+    site, wheels = folder / "site", folder / "wheels"
+    built = run("-m", "hatchling", "build", "--target", "wheel", "--directory", wheels, site=site, folder=package)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        assert f"embedonce_my_shelf/{kind}.py" in opened.namelist()
+    installed = run(
+        *("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check"),
+        *("--target", site, wheel),
+        site=site,
+        folder=folder,
+    )
+    assert installed.returncode == 0, installed.stderr
+
+    tested = run("-m", "pytest", "-q", "-W", "error", "-p", "no:asyncio", site=site, folder=package)
+    assert tested.returncode == 0, tested.stdout
+    assert " passed" in tested.stdout.splitlines()[-1]
+
+    listed = json.loads(run("-m", "embedonce", "plugins", "--json", site=site, folder=folder).stdout)
+    (found,) = [one for one in listed if one["name"] == "my-shelf"]
+    assert (found["kinds"], found["distribution"], found["error"]) == ([kind], "embedonce-my-shelf", None)
+    schema = json.loads(run("-m", "embedonce", "schema", site=site, folder=folder).stdout)
+    option = "path" if kind == "backend" else "dimensions"
+    table = schema["properties"]["tiers"]["items"] if kind == "backend" else schema["properties"]["provider"]
+    (own,) = [one for one in table["oneOf"] if one.get("title") == "my-shelf"]
+    assert option in own["properties"]
+    readme = (package / "README.md").read_text()
+    (folder / "embedonce.toml").write_text(readme.partition("```toml\n")[2].partition("```")[0])
+    checked = run("-m", "embedonce", "check", site=site, folder=folder)
+    assert checked.returncode == 0, checked.stderr
+    assert ("my-shelf" in checked.stdout) or kind == "backend"
+
+
+def test_every_version_that_the_readme_promises_is_in_its_metadata(command: Any, folder: Path) -> None:
+    command("new", "backend", "shelf")
+    project = tomllib.loads(Path("embedonce-shelf/pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["embedonce"] == {"shelf": "embedonce_shelf.backend"}
+    assert project["optional-dependencies"]["test"] == ["embedonce[testing]>=0.1"]
+    assert "class ShelfBackend:" in Path("embedonce-shelf/src/embedonce_shelf/backend.py").read_text()
+
+
+def test_what_is_said_afterwards_is_what_to_do(command: Any, folder: Path) -> None:
+    assert command("new", "backend", "shelf").out == (
+        "wrote embedonce-shelf; now try:\n  cd embedonce-shelf\n  pip install -e '.[test]'\n  pytest\n"
+    )
+    assert command("new", "provider", "shelf", "--folder", "a b/c").code == 0
+    assert (folder / "a b/c/src/embedonce_shelf/provider.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Shelf", "a letter a-z, then a-z and 0-9, with single hyphens inside"),
+        ("my_shelf", "a letter a-z"),
+        ("my--shelf", "a letter a-z"),
+        ("shelf-", "a letter a-z"),
+        ("1shelf", "a letter a-z"),
+        ("../shelf", "a letter a-z"),
+        ("", "a letter a-z"),
+        ("s" * 41, "at most 40 characters"),
+        ("embedonce-shelf", "give the rest, shelf"),
+        ("provider", "has a meaning of its own"),
+        ("backends", "has a meaning of its own"),
+        ("disk", "embedonce brings disk itself"),
+        ("strip", "embedonce brings strip itself"),
+    ],
+)
+def test_a_bad_name_is_refused(command: Any, folder: Path, name: str, wanted: str) -> None:
+    done = command("new", "backend", name)
+    assert done.code == 2
+    assert wanted in done.err
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_there_is_left_alone(command: Any, folder: Path) -> None:
+    (folder / "embedonce-shelf").mkdir()
+    (folder / "embedonce-books").symlink_to("nowhere")
+    (folder / "file").touch()
+    for name, more in (
+        ("shelf", []),
+        ("books", []),
+        ("shelf", ["--folder", "file"]),
+        ("shelf", ["--folder", "file/x"]),
+    ):
+        done = command("new", "backend", name, *more)
+        assert done.code == 2
+        assert "there already" in done.err or "cannot write" in done.err
+    assert sorted(path.name for path in folder.iterdir()) == ["embedonce-books", "embedonce-shelf", "file"]
+    assert list((folder / "embedonce-shelf").iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedonce.cli import new
+
+    monkeypatch.setattr(new, "_renamed", lambda text, name: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        new._write("backend", "shelf", folder / "embedonce-shelf")
+    assert list(folder.iterdir()) == []

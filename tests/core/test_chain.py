@@ -1,0 +1,124 @@
+"""What a chain is refused for, with its place, what it is warned of, and what the engine makes up."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import embedonce
+from embedonce import Cache, Capabilities, ConfigError, Tier, config
+from embedonce.contracts import EXTRAS
+from embedonce.errors import EraseIncomplete
+from embedonce.testing import CountingProvider, DictBackend
+
+
+def chain(*scopes: str, **options: Any) -> list[Tier]:
+    return [Tier(DictBackend(scope=scope), name=f"t{n}", **options) for n, scope in enumerate(scopes)]
+
+
+def warned(tiers: list[Tier]) -> list[tuple[str, str]]:
+    with Cache(CountingProvider(), tiers) as cache:
+        return [(warning.tier, warning.message) for warning in cache.warnings]
+
+
+@pytest.mark.parametrize(
+    ("scopes", "about"),
+    [
+        ("process", []),
+        ("process process host network network", []),
+        ("host process", ["t1"]),
+        ("network process", ["t1"]),
+        ("network host", ["t1"]),
+        ("process network host network host", ["t2", "t4"]),
+    ],
+)
+def test_a_slower_tier_above_a_faster_one_is_warned_of(scopes: str, about: list[str]) -> None:
+    assert [tier for tier, _ in warned(chain(*scopes.split()))] == about
+
+
+class Endless(DictBackend):
+    bounded: bool | None = False
+
+    def __init__(self) -> None:
+        super().__init__(scope="host")
+        self.capabilities = Capabilities(scope="host", bounded=self.bounded)
+
+
+class Bounded(Endless):
+    bounded = True
+
+
+class Silent(Endless):
+    bounded = None
+
+
+def test_two_tiers_that_grow_without_end_are_warned_of() -> None:
+    ((tier, message),) = warned([Tier(Endless(), name="a"), Tier(Bounded(), name="b"), Tier(Endless(), name="c")])
+    assert tier == "a"
+    assert message.startswith("tiers 'a' and 'c' grow without end")
+    assert not warned([Tier(Endless(), name="a"), Tier(Endless(), name="b", ttl=60.0)])
+    assert not warned([Tier(Endless(), name="a"), Tier(Silent(), name="b")])
+
+
+def test_a_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    tiers = [Tier(DictBackend(scope="host"), name="once-first"), Tier(DictBackend(), name="once-second")]
+    with caplog.at_level(logging.WARNING, "embedonce"):
+        for _ in range(3):
+            assert len(warned(tiers)) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "tier 'once-second' is in this process and is asked only after 'once-first', which is on this host: "
+        "what it has costs as much as what the slower one has; put it first"
+    ]
+
+
+def test_a_warning_has_its_place_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "embedonce.toml"
+    file.write_text('provider.type = "ngram"\n[[tiers]]\ntype = "disk"\npath = "x"\n\n[[tiers]]\ntype = "memory"\n')
+    loaded = config.load(file)
+    with config.compose(loaded) as cache:
+        (problem,) = config.warnings(loaded, cache.warnings)
+    assert (problem.line, problem.column) == (6, 1)
+
+
+def test_what_the_chain_refuses_has_its_place_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "embedonce.toml"
+    file.write_text(
+        'provider.type = "ngram"\n[[tiers]]\ntype = "disk"\npath = "x"\nlease = "5s"\n\n'
+        '[[tiers]]\ntype = "disk"\nname = "second"\npath = "y"\nlease = "5s"\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        embedonce.open(file)
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == (11, 1)
+    assert problem.message == "tiers 'disk' and 'second' both have a lease; one of a chain can have it"
+
+
+@pytest.mark.parametrize("capability", EXTRAS)
+def test_a_capability_without_its_method_is_refused(capability: str) -> None:
+    class Bare:
+        capabilities = Capabilities(**{capability: True})
+
+        def get_many(self, keys: Any) -> dict[str, bytes]:
+            return {}
+
+        def set_many(self, items: Any, ttl: float | None) -> None: ...
+
+        def close(self) -> None: ...
+
+    with pytest.raises(ConfigError, match=f"declares {capability} and has no method {EXTRAS[capability]}"):
+        Cache(CountingProvider(), [Bare()])
+
+
+def test_what_a_backend_has_not_the_engine_makes_up_or_names() -> None:
+    bare = DictBackend(ttl=False, get=False, delete=False, scan=False, count=False, add=False)
+    with Cache(CountingProvider(), [Tier(bare, name="bare", ttl=60.0)]) as cache:
+        cache.embed("a")
+        assert cache.fetch(["a"]).sources == ["bare"], "without get, get_many answers"
+        (held,) = cache.contents()
+        assert held.error == "it cannot list its keys"
+        with pytest.raises(EraseIncomplete) as caught:
+            cache.forget(["a"])
+        assert caught.value.tiers == {"bare": "it cannot delete"}

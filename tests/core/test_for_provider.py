@@ -1,0 +1,154 @@
+"""A provider of one's own over a configuration's tiers, and several providers over one chain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce import Cache, CacheClosed, SpaceError, config
+from embedonce.testing.fakes import CountingProvider, DictBackend
+
+TIERS = {"tiers": [{"type": "memory"}]}
+
+
+def lengths(texts: list[str]) -> np.ndarray:
+    return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+
+def test_open_takes_a_provider_in_the_place_of_the_configurations() -> None:
+    broken = {"type": "no such plugin", "api_key": "${NOT_SET_ANYWHERE}"}
+    for source in (TIERS, {**TIERS, "provider": broken}):
+        with embedonce.open(source, provider=lengths, space={"model": "lengths"}) as cache:
+            assert cache.embed("four").tolist() == [4.0, 1.0]
+            assert cache.fetch(["four"]).sources == ["memory"]
+
+
+def test_open_takes_a_provider_beside_an_override_of_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDONCE__PROVIDER__DIMENSIONS", "64")
+    with embedonce.open({**TIERS, "provider": {"type": "ngram"}}, provider=CountingProvider()) as cache:
+        assert cache.embed("text").shape == (CountingProvider().space("document").dimensions,)
+
+
+def test_open_says_that_a_function_needs_a_space() -> None:
+    with pytest.raises(SpaceError, match="space="):
+        embedonce.open(TIERS, provider=lengths)
+    with pytest.raises(TypeError, match="provider="):
+        embedonce.open({**TIERS, "provider": {"type": "ngram"}}, space={"model": "x"})
+
+
+def test_what_was_loaded_for_an_own_provider_needs_one() -> None:
+    with pytest.raises(TypeError, match="own_provider"):
+        config.compose(config.load(TIERS, own_provider=True))
+
+
+def test_providers_share_tiers_and_never_vectors_of_other_spaces() -> None:
+    backend = DictBackend()
+    one, same, other = CountingProvider(), CountingProvider(), CountingProvider(model="another")
+    with Cache(one, [backend]) as cache:
+        equal, different = cache.for_provider(same), cache.for_provider(other)
+        first = cache.embed("text")
+        assert (equal.embed("text") == first).all()
+        assert same.texts == 0, "the same space is the same entry"
+        assert (different.embed("text") == other.vector_of("text")).all()
+        assert (one.texts, other.texts) == (1, 1)
+        assert cache.stats().tiers == different.stats().tiers
+        assert list(different.stats().providers) == list(equal.stats().providers)
+
+
+def test_one_flight_for_two_caches_of_one_space() -> None:
+    gate, started = threading.Event(), threading.Event()
+    slow, idle = CountingProvider(), CountingProvider()
+    embed = slow.embed
+
+    def gated(texts: Sequence[str], task: str) -> Any:
+        started.set()
+        assert gate.wait(20)
+        return embed(texts, task)
+
+    slow.embed = gated
+    with Cache(slow, [DictBackend()]) as cache:
+        other = cache.for_provider(idle)
+        answers: list[np.ndarray] = []
+        threads = [threading.Thread(target=lambda c=c: answers.append(c.embed("text"))) for c in (cache, other)]
+        threads[0].start()
+        assert started.wait(20)
+        threads[1].start()
+        gate.set()
+        for thread in threads:
+            thread.join(20)
+        assert (answers[0] == answers[1]).all()
+        assert (slow.texts, idle.texts) == (1, 0)
+
+
+def test_closing_one_leaves_the_tiers_and_closing_the_first_ends_all() -> None:
+    first, second, third = CountingProvider(), CountingProvider(model="2"), CountingProvider(model="3")
+    cache = Cache(first, [DictBackend()])
+    two, three = cache.for_provider(second), cache.for_provider(third)
+    two.close()
+    assert (second.closed, first.closed, third.closed) == (1, 0, 0)
+    with pytest.raises(CacheClosed):
+        two.embed("text")
+    three.embed("text")
+    cache.close()
+    assert (first.closed, third.closed, second.closed) == (1, 1, 1)
+    for closed in (cache, three):
+        assert closed.closed
+        with pytest.raises(CacheClosed):
+            closed.embed("text")
+    with pytest.raises(CacheClosed):
+        cache.for_provider(first)
+
+
+def test_closing_the_first_flushes_what_the_others_wrote() -> None:
+    backend = DictBackend()
+    cache = Cache(CountingProvider(), [embedonce.Tier(backend, write="background")])
+    cache.for_provider(CountingProvider(model="2")).embed_batch([str(i) for i in range(50)])
+    cache.close()
+    assert cache.stats().tiers["dict"].stored == 50
+
+
+def test_a_listener_of_one_hears_all() -> None:
+    heard: list[object] = []
+    with embedonce.open(TIERS, provider=CountingProvider()) as cache:
+        other = cache.for_provider(CountingProvider(model="2"))
+        other.embed("text")
+        other.embed("text")
+        cache.subscribe(heard.append)
+        other.embed("text")
+        assert heard
+
+
+def test_the_async_face_of_another_provider() -> None:
+    async def run() -> None:
+        cache = embedonce.open(TIERS, provider=CountingProvider())
+        other = cache.for_provider(CountingProvider(model="2"))
+        await asyncio.gather(*(other.aembed_batch(["a", "b"]) for _ in range(5)))
+        assert other.stats().providers["counting"].texts == 2
+        await other.aclose()
+        assert (await cache.aembed("a")).shape
+        await cache.aclose()
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_uses_both() -> None:
+    with embedonce.open(TIERS, provider=CountingProvider()) as cache:
+        other = cache.for_provider(CountingProvider(model="2"))
+        cache.embed("before")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                other.embed_batch(["before", "after"])
+                cache.embed("after")
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0

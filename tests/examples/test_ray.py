@@ -1,0 +1,89 @@
+"""The Ray example: killed half-way with its whole cluster, run again, and only the rest is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from servers import wait_until
+
+import embedonce
+from embedonce_providers.ngram import NgramProvider
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "ray" / "embed_corpus.py"
+LINES = [f"passage {i} of the corpus, of which no other is the same" for i in range(2000)]
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="it finds the processes of a job in /proc"),
+]
+
+
+def entries(config: Path) -> int:
+    with embedonce.open(config) as cache:
+        return sum(held.entries for held in cache.contents() if held.tier == "disk")
+
+
+def kill_all_of(job: str) -> None:
+    """Kill the driver and everything that Ray has started for it, in sessions of their own: they share a variable."""
+
+    def kill() -> bool:
+        found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if has(path, job)]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not found
+
+    wait_until(kill, "all processes of the job have ended", seconds=60)
+
+
+def has(environ: Path, job: str) -> bool:
+    try:
+        return f"EMBEDONCE_TEST_JOB={job}\0".encode() in environ.read_bytes()
+    except OSError:
+        return False  # it has ended
+
+
+def test_a_killed_job_computes_the_rest(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join([*LINES, LINES[7]]))
+    config = tmp_path / "embedonce.toml"
+    config.write_text(SCRIPT.with_name("embedonce.toml").read_text())
+    command = [sys.executable, str(SCRIPT), str(corpus), "--config", str(config), "--out", str(tmp_path / "vectors")]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "EMBEDONCE_TEST_JOB": str(tmp_path)}
+
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(
+            [*command, "--batch-size", "50", "--pause", "0.3"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            wait_until(lambda: job.poll() is not None or entries(config) >= 100, "some are stored", seconds=120)
+            assert job.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            kill_all_of(environment["EMBEDONCE_TEST_JOB"])
+            job.wait()
+    stored = entries(config)
+    assert 100 <= stored < len(LINES)
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
+    said = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
+    assert said is not None, again.stdout
+    computed = int(said[1])
+    # A text that comes twice may be asked for by two workers at the same moment.
+    assert computed - (len(LINES) - stored) in (0, 1)
+
+    table = pyarrow.parquet.read_table(tmp_path / "vectors")
+    assert sorted(table["text"].to_pylist()) == sorted([*LINES, LINES[7]])
+    expected = NgramProvider().embed(table["text"].to_pylist(), "document")
+    assert (np.array(table["embedding"].to_pylist(), np.float32) == expected).all()

@@ -1,0 +1,172 @@
+"""Microsoft Agent Framework: its real OpenAI client against a real HTTP API on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from agent_framework import BaseEmbeddingClient, Embedding, GeneratedEmbeddings, SupportsGetEmbeddings
+from agent_framework.openai import OpenAIEmbeddingClient
+
+from embedonce import ProviderError, SpaceError
+from embedonce.testing import OpenAIServer
+from embedonce_integrations.agent_framework import CachedEmbeddingClient
+
+MODEL = "text-embedding-3-small"
+TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
+MEMORY = {"tiers": [{"type": "memory"}]}
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(dimensions=64) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: OpenAIServer) -> AsyncIterator[OpenAIEmbeddingClient]:
+    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="sk-secret", max_retries=0) as inner:
+        yield OpenAIEmbeddingClient(model=MODEL, async_client=inner)
+
+
+@pytest.fixture
+def tiers(tmp_path: Path) -> dict[str, Any]:
+    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}]}
+
+
+def rows(made: GeneratedEmbeddings[list[float], Any]) -> np.ndarray:
+    return np.array([item.vector for item in made], np.float32)
+
+
+async def test_it_satisfies_the_protocol(client: OpenAIEmbeddingClient) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY, additional_properties={"team": "search"})
+    assert isinstance(cached, SupportsGetEmbeddings)
+    assert isinstance(cached, BaseEmbeddingClient)
+    assert cached.additional_properties == {"team": "search"}
+    assert "sk-secret" not in repr(cached) + str(cached.to_dict())
+
+
+async def test_without_us_cold_and_warm_are_the_same(
+    server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any]
+) -> None:
+    without = await client.get_embeddings(TEXTS)
+    cold = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
+    warm = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
+    assert server.texts == 6
+    assert (rows(cold) == rows(without)).all()
+    assert (rows(warm) == rows(without)).all()
+    assert cold.usage == without.usage
+    assert not warm.usage
+    assert cold.additional_properties == {"sources": ["provider"] * 3}
+    assert warm.additional_properties == {"sources": ["memory"] * 3}
+    assert [(type(item), type(item.vector), item.dimensions, item.model) for item in warm] == [
+        (Embedding, list, 64, MODEL)
+    ] * 3
+
+
+async def test_usage_counts_misses_alone(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    await cached.get_embeddings(TEXTS[:2])
+    mixed = await cached.get_embeddings(TEXTS)
+    assert mixed.usage == (await client.get_embeddings(TEXTS[2:])).usage
+    assert mixed.additional_properties["sources"] == ["memory", "memory", "provider"]
+
+
+async def test_options_that_decide_vectors_are_a_space_of_their_own(
+    server: OpenAIServer, client: OpenAIEmbeddingClient
+) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    for _ in range(2):
+        for options in ({}, {"dimensions": 32}, {"model": "text-embedding-3-large"}):
+            made = await cached.get_embeddings(TEXTS[:1], options=options)
+            asked = {"model": MODEL, "dimensions": 64, **options}
+            assert (rows(made)[0] == server.vector_of(TEXTS[0], **asked)).all()
+            assert made.options == options
+            assert made[0].model == asked["model"]
+    assert server.texts == 3
+    await cached.get_embeddings(TEXTS[:1], options={"user": "me", "encoding_format": "base64"})
+    assert server.texts == 3
+
+
+async def test_options_that_decide_nothing_reach_the_client(
+    server: OpenAIServer, client: OpenAIEmbeddingClient
+) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    await cached.get_embeddings(TEXTS, options={"user": "me"})
+    assert server.requests[-1].body["user"] == "me"
+
+
+async def test_two_endpoints_do_not_meet(client: OpenAIEmbeddingClient) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    await cached.get_embeddings(TEXTS)
+    with OpenAIServer(dimensions=64) as other:
+        async with openai.AsyncOpenAI(base_url=other.base_url, api_key="any") as inner:
+            elsewhere = OpenAIEmbeddingClient(model=MODEL, async_client=inner)
+            await CachedEmbeddingClient(elsewhere, config=MEMORY).get_embeddings(TEXTS)
+        assert other.texts == 3
+
+
+async def test_many_tasks_ask_once(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    answers = await asyncio.gather(*(cached.get_embeddings(TEXTS[i % 3 :]) for i in range(12)))
+    assert server.texts == 3
+    for i, made in enumerate(answers):
+        for text, row in zip(TEXTS[i % 3 :], rows(made), strict=True):
+            assert (row == server.vector_of(text, model=MODEL)).all()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["out_of_order", "short", "long", "empty", "nan", "zeros", "dimension", "ragged", "server_error", "truncated"],
+)
+async def test_a_mixed_batch_against_a_server_that_misbehaves(
+    server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any], how: Any
+) -> None:
+    cached = CachedEmbeddingClient(client, config=tiers)
+    await cached.get_embeddings(TEXTS[:1])
+    server.misbehave(how)
+    mixed = cached.get_embeddings([TEXTS[2], TEXTS[0], TEXTS[1]])
+    if how == "out_of_order":
+        assert (rows(await mixed)[0] == server.vector_of(TEXTS[2], model=MODEL)).all()
+    else:
+        with pytest.raises((ProviderError, openai.OpenAIError, ValueError)) as failed:
+            await mixed
+        assert not any(text in str(failed.value) for text in TEXTS)
+    after = await cached.get_embeddings(TEXTS)
+    for text, row in zip(TEXTS, rows(after), strict=True):
+        assert (row == server.vector_of(text, model=MODEL)).all()
+
+
+async def test_without_a_client_the_configuration_makes_the_vectors() -> None:
+    config = {"provider": {"type": "ngram", "dimensions": 64}, **MEMORY}
+    cached = CachedEmbeddingClient(config=config)
+    assert rows(await cached.get_embeddings(TEXTS)).shape == (3, 64)
+    assert (await cached.get_embeddings([])) == []
+    with pytest.raises(ValueError, match="dimensions"):
+        await cached.get_embeddings(TEXTS, options={"dimensions": 8})
+    assert CachedEmbeddingClient(config=dict(config)).cache is cached.cache
+
+
+class Nameless(BaseEmbeddingClient[str, list[float], Any]):
+    """Does not say which model it asks."""
+
+    async def get_embeddings(self, values: Any, *, options: Any = None) -> GeneratedEmbeddings[list[float], Any]:
+        return GeneratedEmbeddings([Embedding(vector=[float(len(text)), 1.0]) for text in values][-1:])
+
+
+async def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SpaceError, match=r"Nameless does not say.*space="):
+        CachedEmbeddingClient(Nameless(), config=MEMORY)
+    cached = CachedEmbeddingClient(Nameless(), config=MEMORY, space={"model": "nameless-v1"})
+    assert rows(await cached.get_embeddings(["four"])).tolist() == [[4.0, 1.0]]
+    with pytest.raises(ProviderError, match="1 vectors for 2 texts"):
+        await cached.get_embeddings(["a", "bb"])
+    with pytest.raises(TypeError, match="item 0"):
+        await cached.get_embeddings([5])
+    with pytest.raises(SpaceError, match="provider"):
+        CachedEmbeddingClient(config=MEMORY, space={"model": "nameless-v1"})

@@ -1,0 +1,237 @@
+"""Chroma: real collections, a real embedding function against a real HTTP API on loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import numpy as np
+import openai as openai_client
+import pytest
+from chromadb.api.types import Documents, EmbeddingFunction, Embeddings
+from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction, register_embedding_function
+
+from embedonce import ProviderError, SpaceError
+from embedonce.testing import OpenAIServer
+from embedonce_integrations.chroma import CachedEmbeddingFunction
+
+MODEL = "text-embedding-3-small"
+DOCUMENTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered.", "Oolong is between."]
+NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(dimensions=64) as server:
+        yield server
+
+
+@pytest.fixture
+def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., OpenAIEmbeddingFunction]]:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
+    made: list[OpenAIEmbeddingFunction] = []
+
+    def make(**options: Any) -> OpenAIEmbeddingFunction:
+        function = OpenAIEmbeddingFunction(
+            **{"model_name": MODEL, "api_base": server.base_url, "dimensions": 32, **options}
+        )
+        function.client = function.client.with_options(max_retries=0)
+        made.append(function)
+        return function
+
+    yield make
+    for function in made:
+        function.client.close()
+
+
+@pytest.fixture
+def tiers(tmp_path: Path) -> dict[str, Any]:
+    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}]}
+
+
+def collection(name: str, function: Any, path: Path | None = None) -> Any:
+    client = chromadb.EphemeralClient() if path is None else chromadb.PersistentClient(str(path))
+    return client.get_or_create_collection(name, embedding_function=function)
+
+
+def stored(collection: Any, ids: list[str]) -> np.ndarray:
+    found = collection.get(ids=ids, include=["embeddings"])
+    by_id = dict(zip(found["ids"], found["embeddings"], strict=True))
+    return np.stack([by_id[name] for name in ids]).astype(np.float32)
+
+
+def test_without_us_cold_and_warm_are_the_same(
+    server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
+) -> None:
+    ids = [str(i) for i in range(len(DOCUMENTS))]
+    answers, asked = [], []
+    for name, function in (
+        ("without", openai()),
+        ("cold", CachedEmbeddingFunction(openai(), config=tiers)),
+        ("warm", CachedEmbeddingFunction(openai(), config=tiers)),
+    ):
+        before = server.texts
+        tea = collection(f"{name}-tea", function)
+        tea.add(ids=ids, documents=DOCUMENTS)
+        nearest = tea.query(query_texts=["Which tea is steamed?", DOCUMENTS[1]], n_results=4)
+        answers.append((stored(tea, ids), nearest["ids"], nearest["distances"]))
+        asked.append(server.texts - before)
+    for vectors, order, distances in answers[1:]:
+        assert (vectors == answers[0][0]).all()
+        assert (order, distances) == answers[0][1:]
+    # A symmetric model: the second query is a document that is there already.
+    assert asked == [6, 5, 0]
+
+
+def test_a_mixed_batch_gives_each_document_its_own(
+    server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
+) -> None:
+    function = CachedEmbeddingFunction(openai(), config=tiers)
+    function(DOCUMENTS[1:3])
+    texts = [DOCUMENTS[3], DOCUMENTS[1], DOCUMENTS[0], DOCUMENTS[3], DOCUMENTS[2]]
+    for text, vector in zip(texts, function(texts), strict=True):
+        assert vector.dtype == np.float32
+        assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
+    assert server.texts == 4
+
+
+@pytest.mark.parametrize("how", ["short", "long", "nan", "zeros", "dimension", "ragged", "server_error", "not_json"])
+def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
+    server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any], how: Any
+) -> None:
+    function = CachedEmbeddingFunction(openai(), config=tiers)
+    function(DOCUMENTS[:2])
+    server.misbehave(how)
+    with pytest.raises((ProviderError, openai_client.OpenAIError, ValueError, AttributeError)):
+        function(DOCUMENTS)
+    for text, vector in zip(DOCUMENTS, function(DOCUMENTS), strict=True):
+        assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
+
+
+def test_a_persistent_collection_is_opened_by_the_wrapped_name(
+    server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any], tmp_path: Path
+) -> None:
+    old = collection("tea", openai(), tmp_path / "chroma")
+    old.add(ids=["0"], documents=DOCUMENTS[:1])
+    ours = collection("tea", CachedEmbeddingFunction(openai(), config=tiers), tmp_path / "chroma")
+    ours.add(ids=["1"], documents=DOCUMENTS[1:2])
+    assert ours.query(query_texts=[DOCUMENTS[1]], n_results=1)["ids"] == [["1"]]
+    again = collection("tea", openai(), tmp_path / "chroma")
+    assert again.count() == 2
+    new = collection("new", CachedEmbeddingFunction(openai(), config=tiers), tmp_path / "chroma")
+    assert new.configuration["embedding_function"].name() == "openai"
+    function = CachedEmbeddingFunction(openai(), config=tiers)
+    assert function.get_config() == openai().get_config()
+    assert "sk-secret" not in json.dumps(function.get_config())
+
+
+def test_a_configurations_provider_is_stored_with_the_collection(tmp_path: Path) -> None:
+    tea = collection("tea", CachedEmbeddingFunction(config=NGRAM), tmp_path)
+    tea.add(ids=["0", "1"], documents=DOCUMENTS[:2])
+    # Opened by its name alone, as Chroma does when it is given no function.
+    again = chromadb.PersistentClient(str(tmp_path)).get_collection("tea")
+    assert again.query(query_texts=[DOCUMENTS[1]], n_results=1)["ids"] == [["1"]]
+    function = CachedEmbeddingFunction.build_from_config({"config": NGRAM})
+    assert function.cache is CachedEmbeddingFunction(config=NGRAM).cache
+
+
+def test_another_configuration_may_not_make_other_vectors() -> None:
+    function = CachedEmbeddingFunction(config=NGRAM)
+    other = {**NGRAM, "provider": {"type": "ngram", "dimensions": 128}}
+    function.validate_config_update({"config": NGRAM}, {"config": {**NGRAM, "tiers": []}})
+    with pytest.raises(ValueError, match="other vectors"):
+        function.validate_config_update({"config": NGRAM}, {"config": other})
+
+
+@register_embedding_function
+class TwoSided(EmbeddingFunction[Documents]):
+    """Embeds a query otherwise than a document, as some models do."""
+
+    def __init__(self, model: str = "two") -> None:
+        self.model = model
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def __call__(self, input: Documents) -> Embeddings:
+        self.asked.append(("document", list(input)))
+        return [np.array([len(text), 1.0], np.float32) for text in input]
+
+    def embed_query(self, input: Documents) -> Embeddings:
+        self.asked.append(("query", list(input)))
+        return [np.array([len(text), 2.0], np.float32) for text in input]
+
+    @staticmethod
+    def name() -> str:
+        return "two-sided"
+
+    def get_config(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    @staticmethod
+    def build_from_config(config: dict[str, Any]) -> TwoSided:
+        return TwoSided(config["model"])
+
+
+def test_queries_and_documents_never_meet_where_the_function_tells_them_apart() -> None:
+    inner = TwoSided()
+    function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
+    for _ in range(2):
+        assert function(["four"])[0].tolist() == [4.0, 1.0]
+        assert function.embed_query(["four"])[0].tolist() == [4.0, 2.0]
+    assert inner.asked == [("document", ["four"]), ("query", ["four"])]
+
+
+def test_equal_functions_share_what_is_stored_and_others_do_not() -> None:
+    tiers = {"tiers": [{"type": "memory"}], "key": {"namespace": "sharing"}}
+    one, equal, other = TwoSided(), TwoSided(), TwoSided("three")
+    functions = [CachedEmbeddingFunction(inner, config=tiers) for inner in (one, equal, other)]
+    for function in functions:
+        function(["text"])
+    assert (len(one.asked), len(equal.asked), len(other.asked)) == (1, 0, 1)
+
+
+class Bare(EmbeddingFunction[Documents]):
+    """Does not describe itself."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, input: Documents) -> Embeddings:
+        return [np.array([len(text), 1.0], np.float32) for text in input]
+
+
+def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+    tiers = {"tiers": [{"type": "memory"}]}
+    with pytest.raises(SpaceError, match=r"Bare has no get_config.*space="):
+        CachedEmbeddingFunction(Bare(), config=tiers)
+    function = CachedEmbeddingFunction(Bare(), config=tiers, space={"model": "bare-v1"})
+    assert function(["four"])[0].tolist() == [4.0, 1.0]
+    with pytest.raises(SpaceError, match="provider"):
+        CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
+
+
+def test_normalisation_reaches_the_wrapped_function() -> None:
+    inner = TwoSided()
+    tiers = {"tiers": [{"type": "memory"}], "key": {"normalize": ["strip"]}}
+    CachedEmbeddingFunction(inner, config=tiers)(["  four  ", "four"])
+    assert inner.asked == [("document", ["four"])]
+
+
+def test_what_is_no_text_is_a_type_error() -> None:
+    function = CachedEmbeddingFunction(config=NGRAM)
+    with pytest.raises(TypeError, match="item 1"):
+        function(["text", 5])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="list of texts"):
+        function("text")  # type: ignore[arg-type]
+
+
+def test_too_few_vectors_are_not_shifted() -> None:
+    class Short(TwoSided):
+        def __call__(self, input: Documents) -> Embeddings:
+            return super().__call__(input)[1:]
+
+    function = CachedEmbeddingFunction(Short(), config={"tiers": [{"type": "memory"}]})
+    with pytest.raises(ProviderError, match="1 vectors for 2 texts"):
+        function(["a", "bb"])

@@ -1,0 +1,251 @@
+"""What every integration stands on: equal configurations share one cache, and embedders describe themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedonce import Cache, ProviderError, SpaceError, VectorSpace, config
+from embedonce.testing.fakes import CountingProvider
+from embedonce_integrations.wrapping import (
+    NOT_IN_SPACE,
+    InOrder,
+    WrappedProvider,
+    asked_with,
+    declared_space,
+    described_space,
+    is_openai_resource,
+    model_space,
+    shared_cache,
+)
+
+NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
+TIERS = {"tiers": [{"type": "memory"}]}
+
+
+class Embedder:
+    """Stands for a framework's."""
+
+
+def fingerprint(embedder: object = None, *, task: str | None = None, **fields: Any) -> bytes:
+    return described_space(embedder or Embedder(), fields, model="m", task=task).fingerprint()
+
+
+def test_equal_configurations_share_one_cache(tmp_path: Path) -> None:
+    file = tmp_path / "embedonce.toml"
+    file.write_text('[provider]\ntype = "ngram"\ndimensions = 64\n[[tiers]]\ntype = "memory"\n')
+    first = shared_cache(NGRAM)
+    assert shared_cache(dict(NGRAM)) is first
+    assert shared_cache(file) is first
+    assert shared_cache(config.load(file)) is first
+    assert shared_cache({**NGRAM, "key": {"version": "v2"}}) is not first
+
+
+def test_another_provider_shares_the_tiers() -> None:
+    one, two, other = CountingProvider(), CountingProvider(), CountingProvider(model="other")
+    first, second, third = (shared_cache(TIERS, provider=provider) for provider in (one, two, other))
+    first.embed_batch(["a", "b"])
+    second.embed_batch(["b", "a"])
+    third.embed_batch(["a", "b"])
+    assert (one.texts, two.texts, other.texts) == (2, 0, 2)
+
+
+def test_a_provider_takes_the_place_of_the_configurations() -> None:
+    provider = CountingProvider()
+    cache = shared_cache({**NGRAM, "provider": {"type": "no such plugin"}}, provider=provider)
+    assert (cache.embed("a") == provider.vector_of("a")).all()
+
+
+def test_a_cache_that_was_closed_or_left_is_not_handed_out_again() -> None:
+    first = shared_cache(NGRAM)
+    first.close()
+    second = shared_cache(NGRAM)
+    assert second is not first
+    second.embed("text")
+    del first, second
+    gc.collect()
+    assert shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier went with its last user"
+
+
+def test_the_shared_cache_lives_as_long_as_one_of_its_users() -> None:
+    cache: Cache | None = shared_cache(TIERS, provider=CountingProvider())
+    assert cache is not None
+    cache.embed("text")
+    gc.collect()
+    again = CountingProvider()
+    shared_cache(TIERS, provider=again).embed("text")
+    assert again.texts == 0
+
+
+def test_what_decides_vectors_changes_the_space() -> None:
+    plain = fingerprint()
+    for field, value in (("dimensions", 2), ("prompt", "q: "), ("normalize", True), ("layers", [1, 2])):
+        assert fingerprint(**{field: value}) != plain, field
+    assert fingerprint(prompt=None) == plain
+    assert fingerprint(task="query") != plain
+    assert fingerprint(type("Other", (), {})()) != plain
+
+
+@pytest.mark.parametrize("name", sorted(NOT_IN_SPACE))
+def test_what_decides_nothing_does_not(name: str) -> None:
+    assert fingerprint(**{name: object()}) == fingerprint()
+
+
+def test_secrets_and_credentials_are_in_no_space() -> None:
+    class Secret:
+        def get_secret_value(self) -> str:
+            raise AssertionError("nobody asks for it")
+
+    space = described_space(
+        Embedder(),
+        {
+            "key": Secret(),
+            "body": {"auth": Secret(), "user": "me", "truncate": True},
+            "base_url": "https://me:pass@host:8080/v1",
+            "cohere_api_key": "sk-1",
+            "azure_ad_token_provider": print,
+            "azure_ad_async_token_provider": print,
+            "aws_secret_access_key": "s",
+        },
+        model="m",
+    )
+    assert space.extra == {"body": {"truncate": True}, "base_url": "https://host:8080/v1"}
+    assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
+
+
+def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SpaceError, match=r"Embedder\.pooler.*space="):
+        fingerprint(pooler=object())
+    with pytest.raises(SpaceError, match=r"Embedder\.options\.hook"):
+        fingerprint(options={"hook": print})
+
+
+def test_values_of_a_description() -> None:
+    class Pooling(Enum):
+        MEAN = "mean"
+
+    assert fingerprint(pooling=Pooling.MEAN) == fingerprint(pooling="mean")
+    assert fingerprint(tags={"b", "a"}) == fingerprint(tags=["a", "b"])
+
+
+def test_a_declared_space() -> None:
+    assert declared_space({"model": "m"}).task is None
+    assert declared_space({"model": "m"}, task="query").task == "query"
+    assert declared_space(VectorSpace(provider="p", model="m", task="mine"), task="query").task == "mine"
+
+
+@pytest.mark.parametrize("face", ["both", "embed", "aembed"])
+async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> None:
+    asked: list[str] = []
+
+    def embed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
+        asked.append("embed")
+        return [[float(len(text)), 1.0] for text in texts]
+
+    async def aembed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
+        asked.append("aembed")
+        return [[float(len(text)), 1.0] for text in texts]
+
+    provider = WrappedProvider(
+        embed=embed if face != "aembed" else None,
+        aembed=aembed if face != "embed" else None,
+        space=lambda task: VectorSpace(provider="p", model="m"),
+    )
+    cache = shared_cache({"tiers": []}, provider=provider)
+    assert np.asarray(await cache.aembed("four")).tolist() == [4.0, 1.0]
+    assert cache.embed("three").tolist() == [5.0, 1.0]
+    first, second = ("embed", "embed") if face == "embed" else ("aembed", "aembed" if face == "aembed" else "embed")
+    assert asked == [first, second]
+
+
+def test_paths_and_precisions_are_described() -> None:
+    assert fingerprint(model_path=Path("/a")) == fingerprint(model_path="/a")
+    dtype = type("dtype", (), {"__module__": "torch", "__str__": lambda self: "torch.float16"})()
+    assert fingerprint(options={"torch_dtype": dtype}) == fingerprint(options={"torch_dtype": "torch.float16"})
+
+
+# --- models and dataclasses -------------------------------------------------------------------
+
+
+@dataclass
+class Described:
+    model: str = "m"
+    prompt: str = ""
+    batch_size: int = 8
+
+
+def test_a_dataclass_describes_itself() -> None:
+    space = model_space(Described())
+    assert space.model == "m"
+    assert space == model_space(Described(batch_size=9))
+    assert space != model_space(Described(prompt="query: "))
+    assert space != model_space(Described(), also={"endpoint": "here"})
+    assert space != model_space(Described(), task="query")
+
+
+def test_what_describes_nothing_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"Embedder does not say.*space="):
+        model_space(Embedder())
+    script = type("Described", (Described,), {"__module__": "__main__"})
+    with pytest.raises(SpaceError, match=r"another script.*space="):
+        model_space(script())
+
+
+def test_what_a_call_is_given_is_part_of_the_space() -> None:
+    space = VectorSpace(provider="p", model="m", extra={"a": 1})
+    assert asked_with(space, {}) == space
+    assert asked_with(space, {"batch_size": 3, "user": "me", "unset": None}) == space
+    asked = asked_with(space, {"dimensions": 8})
+    assert asked.extra == {"a": 1, "request": {"dimensions": 8}}
+    with pytest.raises(SpaceError, match=r"the call's\.hook"):
+        asked_with(space, {"hook": print})
+
+
+# --- an OpenAI client's answers ---------------------------------------------------------------
+
+
+def answer_with(places: Sequence[Any]) -> Any:
+    return SimpleNamespace(data=[SimpleNamespace(index=place, embedding=[place]) for place in places])
+
+
+@pytest.mark.parametrize("inputs", [["a", "b", "c"], [[1], [2, 3], [4]]])
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [None, None, None]])
+def test_answers_come_in_the_order_of_the_input(inputs: Any, places: list[Any]) -> None:
+    async def later(**_: Any) -> Any:
+        return answer_with(places)
+
+    resource = SimpleNamespace(create=lambda **_: answer_with(places), other=1)
+    wanted = [None] * 3 if places[0] is None else [0, 1, 2]
+    ordered = InOrder(resource)
+    assert [item.index for item in ordered.create(input=inputs).data] == wanted
+    assert ordered.other == 1
+    answer = asyncio.run(InOrder(SimpleNamespace(create=later)).create(input=inputs))
+    assert [item.index for item in answer.data] == wanted
+
+
+@pytest.mark.parametrize("places", [[], [0], [0, 0], [0, 2], [-1, 0], [None, 0], [0, 1, 2], ["0", "1"]])
+def test_an_answer_that_does_not_say_whose_its_vectors_are_is_an_error(places: list[Any]) -> None:
+    ordered = InOrder(SimpleNamespace(create=lambda **_: answer_with(places)))
+    with pytest.raises(ProviderError, match="which is whose"):
+        ordered.create(input=["a", "b"])
+
+
+@pytest.mark.parametrize("one", ["text", [1, 2, 3]])
+def test_one_input_has_one_vector(one: Any) -> None:
+    assert InOrder(SimpleNamespace(create=lambda **_: answer_with([0]))).create(input=one).data[0].index == 0
+    with pytest.raises(ProviderError):
+        InOrder(SimpleNamespace(create=lambda **_: answer_with([0, 1]))).create(input=one)
+
+
+def test_only_openais_own_clients_are_known() -> None:
+    assert not is_openai_resource(None)
+    assert not is_openai_resource(SimpleNamespace(create=print))

@@ -1,0 +1,302 @@
+"""The gemini provider: the real client, against an API on loopback that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from google.genai import errors
+
+import embedonce
+from embedonce import Cache, ProviderError, SpaceError, TextRefused
+from embedonce.testing import GeminiServer, ProviderContract, Recipe
+from embedonce_backends.disk import DiskBackend
+from embedonce_providers.gemini import KNOWN_TASK_TYPES, GeminiProvider
+
+from .chains import FRESH, MIXED, Face, never_wrong
+
+MODEL = "gemini-embedding-001"
+
+# google-genai's async client speaks through aiohttp where that is installed, and through httpx2 where it is not.
+pytestmark = pytest.mark.filterwarnings("ignore:Inheritance class AiohttpClientSession:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("GEMINI_", "GOOGLE_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[GeminiServer]:
+    with GeminiServer() as server:
+        yield server
+
+
+def made(server: GeminiServer, **options: Any) -> GeminiProvider:
+    usual = {"model": MODEL, "base_url": server.base_url, "api_key": "any", "max_retries": 0, "timeout": 20}
+    return GeminiProvider(**{**usual, **options})
+
+
+class TestGemini(ProviderContract):
+    tasks = ("document", "query", "clustering")
+
+    @pytest.fixture(autouse=True)
+    def against_a_server(self) -> Iterator[None]:
+        with GeminiServer() as self.server:
+            yield
+
+    def options(self) -> dict[str, Any]:
+        return {"model": MODEL, "base_url": self.server.base_url, "api_key": "any"}
+
+    def make(self) -> GeminiProvider:
+        return GeminiProvider(**self.options())
+
+    def recipe(self) -> Recipe:
+        return Recipe(GeminiProvider, self.options())
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+try:
+    import aiohttp
+except ModuleNotFoundError:
+    BY_AIOHTTP: tuple[type[Exception], ...] = ()
+else:
+    BY_AIOHTTP = (aiohttp.ClientError,)
+
+FAILS: dict[str, tuple[type[Exception], ...]] = {
+    **dict.fromkeys(
+        ["short", "long", "empty", "nan", "infinity", "zeros", "dimension", "ragged", "no_values"], (ProviderError,)
+    ),
+    "rate_limit": (errors.ClientError,),
+    "quota": (errors.ClientError,),
+    "server_error": (errors.ServerError,),
+    "unauthorized": (errors.ClientError,),
+    "not_json": (json.JSONDecodeError,),
+    "truncated": (httpx2.RemoteProtocolError, *BY_AIOHTTP),
+    "disconnect": (httpx2.RemoteProtocolError, *BY_AIOHTTP),
+    "hang": (httpx2.ReadTimeout, TimeoutError),
+    "drip": (httpx2.ReadTimeout, TimeoutError),
+}
+
+
+def test_every_way_to_misbehave_is_tried() -> None:
+    assert set(FAILS) == set(GeminiServer.KINDS)
+
+
+@pytest.mark.parametrize("face", ["blocking", "async"])
+@pytest.mark.parametrize("kind", GeminiServer.KINDS)
+def test_hits_and_misses_while_it_misbehaves(server: GeminiServer, tmp_path: Path, kind: Any, face: Face) -> None:
+    timeout = 0.3 if kind in ("hang", "drip") else 20
+    failed = never_wrong(
+        face,
+        tmp_path,
+        make=lambda: made(server),
+        hasty=lambda: made(server, timeout=timeout),
+        spoil=lambda: server.misbehave(kind, times=None),
+        heal=server.heal,
+        vector_of=lambda text: server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"),
+    )
+    assert {MIXED[place] for place in failed} == set(FRESH)
+    assert all(isinstance(error, FAILS[kind]) for error in failed.values())
+    assert not any(text in str(error) for error in failed.values() for text in MIXED)
+
+
+@pytest.mark.parametrize("face", ["blocking", "async"])
+def test_retries_are_switched_on(server: GeminiServer, face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The client's wait begins at a second.
+    monkeypatch.setattr("google.genai._api_client._RETRY_INITIAL_DELAY", 0.001)
+    monkeypatch.setattr("google.genai._api_client._RETRY_JITTER", 0.0)
+    server.misbehave("rate_limit")
+    server.misbehave("server_error")
+    with Cache(made(server, max_retries=2)) as cache:
+        found = cache.embed("a") if face == "blocking" else asyncio.run(cache.aembed("a"))
+    assert np.array_equal(found, server.vector_of("a", task_type="RETRIEVAL_DOCUMENT"))
+    assert len(server.requests) == 3
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["gemini-embedding-001", "gemini-embedding-2", "text-embedding-004"])
+@pytest.mark.parametrize("face", ["blocking", "async"])
+def test_every_text_is_a_content_of_its_own(server: GeminiServer, model: str, face: Face) -> None:
+    """For a newer model, its client makes one content, and one vector, of a list of strings."""
+    with Cache(made(server, model=model)) as cache:
+        ask = cache.embed_batch if face == "blocking" else lambda texts: asyncio.run(cache.aembed_batch(texts))
+        found = ask(["a", "b"])
+    expected = [server.vector_of(text, model=model, task_type="RETRIEVAL_DOCUMENT") for text in "ab"]
+    assert np.array_equal(found, np.stack(expected))
+
+
+def test_an_empty_text_fails_alone(server: GeminiServer) -> None:
+    with Cache(made(server)) as cache:
+        fetched = cache.fetch(["a", "", "b"])
+        assert [type(error) for error in fetched.failed.values()] == [TextRefused]
+        assert fetched.sources == ["provider", None, "provider"]
+
+
+def test_calls_have_a_hundred_texts_at_most(server: GeminiServer) -> None:
+    with Cache(made(server)) as cache:
+        cache.embed_batch([f"text {number}" for number in range(250)])
+    assert sorted(len(request.body["requests"]) for request in server.requests) == [50, 100, 100]
+
+
+def test_tokens_are_counted_on_misses_alone(server: GeminiServer) -> None:
+    with Cache(made(server)) as cache:
+        cache.embed_batch(["one two", "one two three", "one two"])
+        assert cache.stats().providers["gemini"].tokens == 5
+
+
+# --- tasks and the space ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "sent"),
+    [
+        ({}, "document", "RETRIEVAL_DOCUMENT"),
+        ({}, "query", "RETRIEVAL_QUERY"),
+        ({}, "CLASSIFICATION", "CLASSIFICATION"),
+        ({}, "semantic_similarity", "SEMANTIC_SIMILARITY"),
+        ({"task_types": {"document": "CLUSTERING"}}, "document", "CLUSTERING"),
+        ({"task_types": {"document": "CLUSTERING"}}, "query", "RETRIEVAL_QUERY"),
+        ({"task_types": {"faq": "QUESTION_ANSWERING"}}, "faq", "QUESTION_ANSWERING"),
+        ({"task_types": {"document": ""}}, "document", None),
+        ({"prefixes": {"faq": "faq: "}}, "faq", None),
+    ],
+    ids=str,
+)
+def test_task_types(server: GeminiServer, options: dict[str, Any], task: str, sent: str | None) -> None:
+    provider = made(server, **options)
+    with Cache(provider) as cache:
+        cache.embed("a", task=task)
+    assert server.requests[0].body["requests"][0].get("taskType") == sent
+    assert (provider.space(task).extra or {}).get("task_type") == sent
+
+
+def test_every_task_has_a_space_of_its_own(server: GeminiServer) -> None:
+    provider = made(server)
+    tasks = ["document", "query", *(name.lower() for name in KNOWN_TASK_TYPES[2:])]
+    assert len({provider.space(task).fingerprint() for task in tasks}) == len(tasks)
+    with pytest.raises(SpaceError, match="task_types"):
+        provider.space("no_such_task")
+
+
+NO_TASK_TYPES = {"document": "", "query": ""}
+
+
+def test_prefixes_for_models_without_task_types(server: GeminiServer) -> None:
+    provider = made(server, task_types=NO_TASK_TYPES, prefixes={"query": "task: search result | query: "})
+    with Cache(provider) as cache:
+        assert np.array_equal(cache.embed("a", task="query"), server.vector_of("task: search result | query: a"))
+        assert np.array_equal(cache.embed("a"), server.vector_of("a"))
+    assert provider.space("query").fingerprint() != provider.space("document").fingerprint()
+    symmetric = made(server, task_types=NO_TASK_TYPES)
+    assert symmetric.space("query").fingerprint() == symmetric.space("document").fingerprint()
+
+
+def test_fewer_dimensions_are_scaled_where_asked(server: GeminiServer) -> None:
+    about = {"dimensions": 8, "task_type": "RETRIEVAL_DOCUMENT"}
+    with Cache(made(server, dimensions=8)) as cache:
+        assert np.array_equal(cache.embed("a"), server.vector_of("a", **about))
+    with Cache(made(server, dimensions=8, normalize=True)) as cache:
+        found = cache.embed("a")
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
+    assert float(found @ server.vector_of("a", **about)) == pytest.approx(0.75, abs=1e-6)
+
+
+def fingerprint(**options: Any) -> bytes:
+    return GeminiProvider(**{"model": MODEL, **options}).space("document").fingerprint()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "gemini-embedding-2"},
+        {"dimensions": 768},
+        {"normalize": True},
+        {"task_types": {"document": ""}},
+        {"prefixes": {"document": "text: "}},
+        {"base_url": "http://localhost"},
+        {"endpoint_name": "ours"},
+    ],
+    ids=str,
+)
+def test_what_changes_the_space(options: dict[str, Any]) -> None:
+    assert fingerprint(**options) != fingerprint()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": f"models/{MODEL}"},
+        {"api_key": "k"},
+        {"batch_size": 3, "concurrency": 9, "max_retries": 9, "timeout": 9.0},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_the_space(options: dict[str, Any]) -> None:
+    assert fingerprint(**options) == fingerprint()
+
+
+# --- keys, clients ----------------------------------------------------------------------------
+
+
+def test_no_key_is_needed_until_the_first_miss(
+    server: GeminiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache(made(server), [DiskBackend(path=tmp_path)]) as cache:
+        cache.embed("a")
+    with Cache(made(server, api_key=None), [DiskBackend(path=tmp_path)]) as cache:
+        assert cache.embed("a").shape == (16,)
+        with pytest.raises(ValueError, match="API key"):
+            cache.embed("b")
+        monkeypatch.setenv("GEMINI_API_KEY", "from-environment")
+        assert cache.embed("b").shape == (16,)
+    assert server.requests[-1].headers["x-goog-api-key"] == "from-environment"
+
+
+def test_a_warm_run_imports_no_client(server: GeminiServer, tmp_path: Path) -> None:
+    configuration = {
+        "provider": {"type": "gemini", "model": MODEL, "base_url": server.base_url, "api_key": "k"},
+        "tiers": [{"type": "disk", "path": str(tmp_path)}],
+    }
+    with embedonce.open(configuration) as cache:
+        cache.embed("a")
+    program = (
+        "import json, sys, embedonce\n"
+        "with embedonce.open(json.loads(sys.argv[1])) as cache: cache.embed('a')\n"
+        "sys.exit('google.genai' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, json.dumps(configuration)], check=True, timeout=60)
+    assert len(server.requests) == 1
+
+
+def test_the_package_is_asked_for_when_it_is_missing() -> None:
+    program = (
+        "import sys, embedonce\n"
+        "sys.modules['google.genai'] = None\n"
+        "embedonce.open({'provider': {'type': 'gemini', 'model': 'm'}, 'tiers': []})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "pip install 'embedonce[gemini]'" in done.stderr
+
+
+def test_each_loop_has_a_client_that_ends_with_it(server: GeminiServer) -> None:
+    """A connection that outlives its loop would be a ResourceWarning, and those are errors here."""
+    with Cache(made(server)) as cache:
+        for text in ("a", "b", "c"):
+            found = asyncio.run(cache.aembed(text))
+            assert np.array_equal(found, server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"))
+            assert not cache.provider._clients._of_loop  # type: ignore[union-attr]

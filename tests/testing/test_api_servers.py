@@ -1,0 +1,332 @@
+"""The loopback APIs, driven by the vendors' own clients: what they answer, what they refuse, how they misbehave."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from google import genai
+from google.genai import errors, types
+
+from embedonce.testing import GeminiServer, OpenAIServer
+
+
+@pytest.fixture
+def api() -> Iterator[OpenAIServer]:
+    with OpenAIServer(deployments={"mine": "text-embedding-3-small"}) as server:
+        yield server
+
+
+@pytest.fixture
+def client(api: OpenAIServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=api.base_url, api_key="any", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def gemini() -> Iterator[GeminiServer]:
+    with GeminiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def genai_client(gemini: GeminiServer) -> Iterator[genai.Client]:
+    with genai.Client(api_key="any", http_options=types.HttpOptions(base_url=gemini.base_url)) as client:
+        yield client
+
+
+def contents(*texts: str) -> Any:
+    return [types.Content(parts=[types.Part(text=text)]) for text in texts]
+
+
+# --- OpenAI -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["float", "base64", None])
+@pytest.mark.parametrize("given", ["a", ["a", "b"], [1, 2], [[1, 2], [3]]], ids=str)
+def test_each_shape_of_input_in_each_format(api: OpenAIServer, client: openai.OpenAI, given: Any, form: Any) -> None:
+    inputs = given if isinstance(given[0], list) or (isinstance(given, list) and given[0] == "a") else [given]
+    answer = client.embeddings.create(
+        model=api.model, input=given, encoding_format=form or openai.omit, dimensions=4, extra_body={"kind": 7}
+    )
+    for index, (one, item) in enumerate(zip(inputs, answer.data, strict=True)):
+        raw: Any = item.embedding
+        found = np.frombuffer(b64decode(raw), "<f4") if form == "base64" else np.float32(raw)
+        assert np.array_equal(found, api.vector_of(one, dimensions=4, kind=7))
+        assert item.index == index
+    assert answer.usage.total_tokens == sum(map(api.tokens_of, inputs))
+    assert api.texts == len(inputs)
+    assert api.requests[-1].headers["authorization"] == "Bearer any"
+
+
+def test_a_vector_depends_on_everything_but_user_and_format(api: OpenAIServer, client: openai.OpenAI) -> None:
+    def vector(**options: Any) -> bytes:
+        asked = {"model": api.model, "input": "a", **options}
+        return np.float32(client.embeddings.create(**asked).data[0].embedding).tobytes()
+
+    others = [
+        {"model": "another"},
+        {"dimensions": 4},
+        {"extra_body": {"input_type": "query"}},
+        {"input": "b"},
+        {"input": [1]},
+    ]
+    assert len({vector(), *(vector(**other) for other in others)}) == 1 + len(others)
+    assert vector() == vector(user="me") == vector(encoding_format="float")
+    assert np.linalg.norm(api.vector_of("a")) == pytest.approx(1)
+
+
+def test_both_paths_of_azure(api: OpenAIServer) -> None:
+    with openai.AzureOpenAI(azure_endpoint=api.url, api_key="k", api_version="2024-10-21", max_retries=0) as azure:
+        found = azure.embeddings.create(model="mine", input="a").data[0].embedding
+        with pytest.raises(openai.NotFoundError):
+            azure.embeddings.create(model="another", input="a")
+    with openai.OpenAI(base_url=f"{api.url}/openai/v1/", api_key="k", max_retries=0) as client:
+        again = client.embeddings.create(model="mine", input="a").data[0].embedding
+    assert found == again == api.vector_of("a").tolist()
+    assert api.requests[0].path == "/openai/deployments/mine/embeddings"
+    assert api.requests[0].query == {"api-version": "2024-10-21"}
+
+
+def test_a_server_without_base64_answers_floats(client: openai.OpenAI) -> None:
+    with OpenAIServer(base64=False) as api:
+        answer = client.with_options(base_url=api.base_url).embeddings.create(model="m", input="a")
+        assert answer.data[0].embedding == api.vector_of("a", model="m").tolist()
+
+
+def test_models_are_listed(api: OpenAIServer, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [api.model]
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", [], ["a", ""], [[1], []], ["a", 1], ["a"] * 11, "word " * 101, ["word " * 60] * 5],
+    ids=["empty", "none", "empty_in_list", "no_tokens", "mixed", "too_many", "too_long", "too_long_together"],
+)
+def test_what_the_api_refuses(client: openai.OpenAI, given: Any) -> None:
+    with OpenAIServer(max_inputs=10, max_tokens=100, max_total_tokens=250) as api:
+        with pytest.raises(openai.BadRequestError):
+            client.with_options(base_url=api.base_url).embeddings.create(model="m", input=given)
+        assert api.texts == 0
+
+
+def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
+    with OpenAIServer(api_key="right") as api:
+        right = client.with_options(base_url=api.base_url, api_key="right")
+        assert right.embeddings.create(model="m", input="a").data
+        with pytest.raises(openai.AuthenticationError):
+            right.with_options(api_key="wrong").embeddings.create(model="m", input="a")
+
+
+FAILURES = {
+    "rate_limit": openai.RateLimitError,
+    "quota": openai.RateLimitError,
+    "server_error": openai.InternalServerError,
+    "unauthorized": openai.AuthenticationError,
+    "truncated": openai.APIConnectionError,
+    "disconnect": openai.APIConnectionError,
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_strikes_as_often_as_it_is_told(api: OpenAIServer, client: openai.OpenAI, kind: Any) -> None:
+    api.misbehave(kind, times=2)
+    for _ in range(2):
+        with pytest.raises(FAILURES[kind]):
+            client.embeddings.create(model=api.model, input="a")
+    assert client.embeddings.create(model=api.model, input="a").data
+
+
+def test_retry_after_is_said(api: OpenAIServer, client: openai.OpenAI) -> None:
+    api.misbehave("rate_limit", seconds=7)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.embeddings.create(model=api.model, input="a")
+    assert caught.value.response.headers["retry-after"] == "7"
+    api.misbehave("rate_limit", seconds=0.01)
+    assert client.with_options(max_retries=1).embeddings.create(model=api.model, input="a").data
+
+
+def answer_of(url: str, **more: Any) -> Any:
+    reply = httpx2.post(f"{url}/v1/embeddings", json={"model": "m", "input": ["a", "b", "c"], **more}, timeout=20)
+    assert reply.status_code == 200
+    return reply.text
+
+
+SPOILT = {
+    "out_of_order": ([2, 1, 0], "cba"),
+    "duplicate_index": ([0, 1, 0], "abc"),
+    "short": ([0, 1], "bc"),
+    "long": ([0, 1, 2, 3], "?abc"),
+    "empty": ([], ""),
+    "nan": ([0, 1, 2], "?bc"),
+    "infinity": ([0, 1, 2], "?bc"),
+    "zeros": ([0, 1, 2], "?bc"),
+    "dimension": ([0, 1, 2], "???"),
+    "ragged": ([0, 1, 2], "?bc"),
+    "no_values": ([0, 1, 2], "?bc"),
+}
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_an_answer_is_spoilt_as_its_name_says(api: OpenAIServer, kind: Any, form: str) -> None:
+    api.misbehave(kind)
+    data = json.loads(answer_of(api.url, encoding_format=form))["data"]
+    known = {api.vector_of(text, model="m").tobytes(): text for text in "abc"}
+
+    def raw(embedding: Any) -> bytes:
+        return b64decode(embedding) if form == "base64" else np.float32(embedding).tobytes()
+
+    found = "".join(known.get(raw(item["embedding"]), "?") for item in data)
+    assert ([item["index"] for item in data], found) == SPOILT[kind]
+    if kind in ("nan", "infinity"):
+        values = np.frombuffer(raw(data[0]["embedding"]), np.float32)
+        assert np.isnan(values).sum() == (kind == "nan")
+        assert np.isinf(values).sum() == (kind == "infinity")
+
+
+def test_answers_that_are_none(api: OpenAIServer) -> None:
+    api.misbehave("no_index")
+    assert "index" not in json.loads(answer_of(api.url))["data"][0]
+    api.misbehave("error_as_200")
+    assert "data" not in json.loads(answer_of(api.url))
+    api.misbehave("not_json")
+    assert answer_of(api.url).startswith("<html>")
+
+
+@pytest.mark.parametrize("kind", ["hang", "drip"])
+def test_a_slow_reply_ends_when_the_fault_does(api: OpenAIServer, kind: Any) -> None:
+    api.misbehave(kind, times=None, seconds=30)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(answer_of, api.url)
+        if kind == "hang":
+            api.until_hanging()
+        while not api.requests:
+            threading.Event().wait(0.01)
+        assert not answer.done()
+        api.heal()
+        assert json.loads(answer.result(20))["data"]
+    assert json.loads(answer_of(api.url))["data"]
+
+
+def test_a_body_drips_whole(api: OpenAIServer) -> None:
+    api.misbehave("drip", seconds=0.0001)
+    assert json.loads(answer_of(api.url, dimensions=1))["data"]
+
+
+def test_closing_lets_go_of_what_hangs(client: openai.OpenAI) -> None:
+    api = OpenAIServer()
+    api.misbehave("hang", times=None)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(answer_of, api.url)
+        api.until_hanging()
+        api.close()
+        assert json.loads(answer.result(20))["data"]
+    with pytest.raises(openai.APIConnectionError):
+        client.with_options(base_url=api.base_url).embeddings.create(model="m", input="a")
+
+
+def test_an_unknown_fault_is_refused(api: OpenAIServer, gemini: GeminiServer) -> None:
+    for server in (api, gemini):
+        with pytest.raises(ValueError, match="is not one of"):
+            server.misbehave("no_such_thing")  # type: ignore[arg-type]
+
+
+# --- Gemini -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["gemini-embedding-001", "gemini-embedding-2", "text-embedding-004"])
+def test_gemini_answers_its_client(gemini: GeminiServer, genai_client: genai.Client, model: str) -> None:
+    about = types.EmbedContentConfig(task_type="RETRIEVAL_QUERY", output_dimensionality=4)
+    answer = genai_client.models.embed_content(model=model, contents=contents("a", "b"), config=about)
+    assert answer.embeddings is not None
+    for text, found in zip("ab", answer.embeddings, strict=True):
+        wanted = gemini.vector_of(text, model=model, task_type="RETRIEVAL_QUERY", dimensions=4)
+        assert np.array_equal(np.float32(found.values), wanted)
+    assert gemini.count == {"a": 1, "b": 1}
+    assert gemini.requests[-1].headers["x-goog-api-key"] == "any"
+
+
+def test_gemini_has_one_vector_for_a_content_of_parts(gemini: GeminiServer, genai_client: genai.Client) -> None:
+    """The trap: for a newer model, its client makes one content of a list of strings."""
+    answer = genai_client.models.embed_content(model="gemini-embedding-2", contents=["a", "b"])
+    assert answer.embeddings is not None
+    assert len(answer.embeddings) == 1
+    assert gemini.count == {"ab": 1}
+
+
+def test_one_content_alone(gemini: GeminiServer) -> None:
+    body = {"content": {"parts": [{"text": "a"}]}, "outputDimensionality": 16}
+    reply = httpx2.post(f"{gemini.url}/v1beta/models/{gemini.model}:embedContent", json=body)
+    assert np.array_equal(np.float32(reply.json()["embedding"]["values"]), gemini.vector_of("a"))
+
+
+def test_fewer_dimensions_have_another_length(gemini: GeminiServer) -> None:
+    assert np.linalg.norm(gemini.vector_of("a")) == pytest.approx(1)
+    assert np.linalg.norm(gemini.vector_of("a", dimensions=8)) == pytest.approx(0.75)
+
+
+def test_what_gemini_refuses(genai_client: genai.Client, gemini: GeminiServer) -> None:
+    for texts in ([""], ["a"] * 101):
+        with pytest.raises(errors.ClientError) as caught:
+            genai_client.models.embed_content(model=gemini.model, contents=contents(*texts))
+        assert caught.value.code == 400
+    with pytest.raises(errors.ClientError):
+        genai_client.models.embed_content(
+            model=gemini.model, contents=contents("a"), config=types.EmbedContentConfig(output_dimensionality=17)
+        )
+
+
+def test_gemini_cuts_what_is_too_long_or_refuses_it() -> None:
+    long = "word " * 3000
+    for truncates in (True, False):
+        with GeminiServer(truncates=truncates, api_key="k") as server:
+            options = types.HttpOptions(base_url=server.base_url)
+            with genai.Client(api_key="k", http_options=options) as client:
+                if not truncates:
+                    with pytest.raises(errors.ClientError):
+                        client.models.embed_content(model=server.model, contents=contents(long))
+                    continue
+                answer = client.models.embed_content(model=server.model, contents=contents(long, long + "more"))
+                assert answer.embeddings is not None
+                assert answer.embeddings[0].values == answer.embeddings[1].values
+            with genai.Client(api_key="wrong", http_options=options) as client, pytest.raises(errors.ClientError):
+                client.models.embed_content(model=server.model, contents=contents("a"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("rate_limit", errors.ClientError),
+        ("quota", errors.ClientError),
+        ("server_error", errors.ServerError),
+        ("unauthorized", errors.ClientError),
+        ("not_json", json.JSONDecodeError),
+        ("truncated", httpx2.RemoteProtocolError),
+        ("disconnect", httpx2.RemoteProtocolError),
+    ],
+)
+def test_gemini_fails_as_it_is_told(
+    gemini: GeminiServer, genai_client: genai.Client, kind: Any, error: type[Exception]
+) -> None:
+    gemini.misbehave(kind)
+    with pytest.raises(error):
+        genai_client.models.embed_content(model=gemini.model, contents=contents("a"))
+    assert genai_client.models.embed_content(model=gemini.model, contents=contents("a")).embeddings
+
+
+@pytest.mark.parametrize("kind", sorted(SPOILT.keys() - {"out_of_order", "duplicate_index"}))
+def test_gemini_spoils_an_answer_as_its_name_says(gemini: GeminiServer, genai_client: genai.Client, kind: Any) -> None:
+    gemini.misbehave(kind)
+    answer = genai_client.models.embed_content(model=gemini.model, contents=contents("a", "b", "c"))
+    known = {gemini.vector_of(text).tobytes(): text for text in "abc"}
+    found = [known.get(np.float32(item.values).tobytes(), "?") for item in answer.embeddings or []]
+    assert "".join(found) == SPOILT[kind][1]
