@@ -202,6 +202,12 @@ def test_rows_of_different_dimensions_are_never_put_together() -> None:
     assert entries.sizes() == {4: 2, 8: 2}
     with pytest.raises(Incomplete, match="different dimensions"):
         entries.matrix([key_of(1), key_of(3)], None)
+    for number in (3, 4):
+        del entries[key_of(number)]
+    assert entries.sizes() == {4: 2}
+    assert entries.matrix([key_of(2), key_of(1)], 4).tolist() == [vector_of(2).tolist(), vector_of(1).tolist()]
+    with pytest.raises(KeyError):
+        entries.matrix([key_of(3)], 4)
     assert Entries().matrix([], 7).shape == (0, 7)
 
 
