@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -24,6 +23,7 @@ from .wrapping import (
 )
 
 try:
+    import orjson  # three times as fast as json for an array
     from langchain_core.embeddings import Embeddings
     from langchain_core.stores import ByteStore
 except ImportError as error:
@@ -171,8 +171,8 @@ def _lists(vectors: Floats) -> list[list[float]]:
 class VectorByteStore(ByteStore):
     """Holds what CacheBackedEmbeddings stores, JSON lists of numbers, as entries in a chain of tiers.
 
-    The numbers come back as float32, or as coarse as ``[cache] dtype`` says. A key is kept beside its vector, as
-    metadata, so that ``yield_keys`` can tell it.
+    The numbers come back as float32, or as coarse as ``[cache] dtype`` says, in JSON without spaces. A key is kept
+    beside its vector, as metadata, so that ``yield_keys`` can tell it.
 
     Args:
         space: what decides the vectors, at least ``{"model": ...}``: the keys of CacheBackedEmbeddings do not say it.
@@ -263,7 +263,7 @@ def _computes_nothing(texts: Sequence[str], task: Task) -> NoReturn:
 
 
 def _value(row: Any) -> bytes | None:
-    return None if row is None else json.dumps(row.tolist()).encode()
+    return None if row is None else orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
@@ -271,7 +271,7 @@ def _vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
     vectors = {}
     for position, (key, value) in enumerate(pairs):
         try:
-            numbers = json.loads(value)
+            numbers = orjson.loads(value)
             if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
                 raise ValueError
             vectors[key] = [float(number) for number in numbers]

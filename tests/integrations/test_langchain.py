@@ -180,7 +180,7 @@ class TestStandardIntegrationWrapping(Wrapping, EmbeddingsIntegrationTests):
 class Stores:
     @pytest.fixture
     def three_values(self) -> tuple[bytes, bytes, bytes]:
-        return b"[0.5, 1.0]", b"[-2.0, 0.25]", b"[3.0, 0.0]"
+        return b"[0.5,1.0]", b"[-2.0,0.25]", b"[3.0,0.0]"
 
     @pytest.fixture
     def kv_store(self, tmp_path: Path) -> VectorByteStore:
@@ -574,7 +574,7 @@ def test_values_come_back_in_order_as_float32() -> None:
     values = store.mget(["c", "x", "a", "c"])
     assert values[1] is None
     assert values[0] == values[3]
-    assert json.loads(values[2] or b"") == np.float32(vector("a")).tolist()
+    assert same(json.loads(values[2] or b""), vector("a"))
     assert store.mget([]) == []
     store.mset([])
     store.mset([("a", b"[1, 1, 1, 1, 1, 1, 1, 1]"), ("a", json.dumps(vector("z")).encode())])
@@ -593,10 +593,10 @@ def test_stores_of_other_spaces_do_not_meet() -> None:
 
 def test_a_byte_store_holds_vectors_alone() -> None:
     store = VectorByteStore(space={"model": "m"}, config=memory())
-    for value in (b"text", b"{}", b'["a"]', b"[true]", b"\xff", b"[1" + b"0" * 400 + b"]"):
+    for value in (b"text", b"{}", b'["a"]', b"[true]", b"[NaN]", b"\xff", b"[1" + b"0" * 400 + b"]"):
         with pytest.raises(ValueError, match="item 1 is not a JSON list of numbers"):
             store.mset([("good", b"[1.0]"), ("bad", value)])
-    for value in (b"[]", b"[NaN]", b"[0.0]", b"[1e300]", b"[1.0, 2.0]"):
+    for value in (b"[]", b"[0.0]", b"[1e300]", b"[1.0, 2.0]"):
         with pytest.raises(ProviderError):
             store.mset([("good", b"[1.0]"), ("bad", value)])
     assert store.mget(["good", "bad"]) == [None, None]

@@ -542,6 +542,7 @@ async def test_an_async_pipeline_embeds_each_node_once() -> None:
         assert inner._count.total() == len(DOCUMENTS)
 
 
+@pytest.mark.timeout(300)  # each process imports LlamaIndex
 def test_a_pipeline_over_processes_shares_a_disk(
     server: OpenAIServer, openai: OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
