@@ -635,14 +635,16 @@ class Cache:
         metadata: Sequence[Metadata | None] | None,
     ) -> Answer:
         """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
-        for _ in range(MOVES):
+        moves = 0
+        while True:
             if self._engine.moves:
                 await self._current(port, source, task)
             answer = self._ask(source, texts, task, store=store, metadata=metadata)
             await self._engine.fetch(port, answer)
-            if not any(isinstance(error, Moved) for error in answer.failed.values()):
-                break
-        return answer
+            moved = any(isinstance(error, Moved) for error in answer.failed.values())
+            if not moved or moves == MOVES:
+                return answer
+            moves += 1
 
     def _note_fallback(self, fallback: Source, *, down: bool) -> None:
         if down != self._fell_back:

@@ -152,7 +152,9 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             return None
         return made[-1]
 
-    provider = make(config.provider) if own is None and config.provider is not None else own
+    provider = own
+    if own is None and config.provider is not None:
+        provider = make(config.provider)
     fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
     encryptions = [_encryption(config, tier, problems) for tier in config.tiers]

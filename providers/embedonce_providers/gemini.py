@@ -180,7 +180,7 @@ class GeminiProvider:
         if self._normalize:
             # A vector that cannot be scaled stays as it is, for the check of the answer to refuse.
             vectors = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
-        usage = answer.usage_metadata
+        usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has none
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
     def _make(self) -> genai.Client:

@@ -101,6 +101,12 @@ class TestOneNode(TestMemcached):
             self.servers = [self.proxy.url_port]
             yield
 
+    def server(self) -> tuple[str, int]:
+        return self.proxy.address
+
+    def through(self, backend: Any, host: str, port: int) -> MemcachedBackend:
+        return self.client({**self.options[id(backend)], "servers": [f"{host}:{port}"]})
+
     @contextmanager
     def stall(self, backend: Any) -> Iterator[None]:
         self.proxy.fault = NetworkFault("black_hole")

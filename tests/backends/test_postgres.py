@@ -160,8 +160,8 @@ class PostgresContract(BackendContract):
     def make(self) -> PostgresBackend:
         return self.client(next(_names))
 
-    def client(self, table: str, ahead: float = 0.0) -> PostgresBackend:
-        backend = PostgresBackend(url=self.database.url, table=table, column=self.column, max_connections=4)
+    def client(self, table: str, ahead: float = 0.0, url: str = "") -> PostgresBackend:
+        backend = PostgresBackend(url=url or self.database.url, table=table, column=self.column, max_connections=4)
         backend.capabilities = replace(backend.capabilities, holds=self.holds)
         backend.ahead = ahead
         self.made.append(backend)
@@ -169,6 +169,13 @@ class PostgresContract(BackendContract):
 
     def reopen(self, backend: PostgresBackend) -> PostgresBackend:
         return self.client(backend.table, backend.ahead)
+
+    def server(self) -> tuple[str, int]:
+        return self.database.address
+
+    def through(self, backend: PostgresBackend, host: str, port: int) -> PostgresBackend:
+        user = urlsplit(self.database.url).netloc.rpartition("@")[0]
+        return self.client(backend.table, url=self.database.url_of(user, f"{host}:{port}"))
 
     def advance(self, seconds: float) -> None:
         for backend in self.made:

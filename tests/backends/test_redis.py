@@ -72,13 +72,19 @@ class TestOneServer(RedisContract):
     @pytest.fixture(autouse=True)
     def on_server(self, redis_server: RedisServer) -> Iterator[None]:
         type(self).url = redis_server.url
-        self.server = redis_server
+        self.one = redis_server
         yield
         with redis.Redis.from_url(redis_server.url) as client:
             client.flushdb()
 
     def stall(self, backend: Any) -> Any:
-        return paused(self.server)
+        return paused(self.one)
+
+    def server(self) -> tuple[str, int]:
+        return "127.0.0.1", self.one.port
+
+    def through(self, backend: Any, host: str, port: int) -> RedisBackend:
+        return RedisBackend(url=f"redis://{host}:{port}/0", prefix=backend._prefix)
 
 
 class TestValkey(TestOneServer):

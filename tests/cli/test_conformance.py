@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,3 +216,14 @@ def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_ser
     done = command("conformance", "redis", *options, *chosen)
     assert done.code == 0, done.out
     assert len(network) == done.out.count("passed   test_") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_ctrl_c_ends_it_and_removes_what_it_made(process: Any, folder: Path) -> None:
+    running = process("conformance", "disk", "--option", "path=./x")
+    assert running.stdout.readline().startswith("passed   test_")
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate()
+    assert (running.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    assert "failed" not in out
+    assert not (folder / "x").exists()

@@ -19,11 +19,13 @@ from haystack import Document, Pipeline, component
 from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
 from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
 from haystack.components.writers import DocumentWriter
+from haystack.dataclasses import SparseEmbedding
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack.document_stores.types import DuplicatePolicy
 from haystack.utils import Secret
 from haystack_integrations.components.embedders.sentence_transformers import (
     SentenceTransformersDocumentEmbedder,
+    SentenceTransformersSparseTextEmbedder,
     SentenceTransformersTextEmbedder,
 )
 from hypothesis import given
@@ -115,6 +117,12 @@ def embeddings(output: dict[str, Any]) -> list[Any]:
 
 def float32(vectors: list[list[float]]) -> list[list[float]]:
     return [np.float32(vector).tolist() for vector in vectors]
+
+
+def close(*embedders: Any) -> None:
+    for embedder in embedders:
+        if hasattr(embedder, "close"):  # Haystack 3
+            embedder.close()
 
 
 def documents(*contents: str) -> list[Document]:
@@ -508,7 +516,7 @@ async def test_only_misses_are_paid_for(
     two = plain.run(documents=[TEAS[4], TEAS[0]])
     assert mixed["meta"]["usage"] == two["meta"]["usage"]
     assert embeddings(mixed)[::2] == float32([*embeddings(two), embeddings(first)[0]])
-    plain.close()
+    close(plain)
 
     assert (await run(TEAS))["meta"] == {
         "model": "text-embedding-3-small",
@@ -518,9 +526,9 @@ async def test_only_misses_are_paid_for(
     embedder.close()
 
 
-# Haystack's embedder goes by the order of the reply, not by its `index`: what it is given out of order it gives to
-# the wrong documents, with and without a cache.
-@pytest.mark.parametrize("how", ["short", "long", "empty", "nan", "zeros", "dimension", "ragged", "no_values"])
+@pytest.mark.parametrize(
+    "how", ["short", "long", "empty", "duplicate_index", "nan", "zeros", "dimension", "ragged", "no_values"]
+)
 async def test_a_bad_reply_is_an_error(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
@@ -534,6 +542,21 @@ async def test_a_bad_reply_is_an_error(
     with pytest.raises((ProviderError, ValueError)):
         await embedder.run_async(documents=TEAS)
     assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    await embedder.close_async()
+    embedder.close()
+
+
+@pytest.mark.parametrize("how", ["out_of_order", "no_index"])
+async def test_a_reply_is_put_in_order(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
+) -> None:
+    """Haystack's own embedder takes the vectors as they come."""
+    embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
+    server.misbehave(how, times=None)
+    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_of(server, number) for number in (1, 2)]
+    output = await embedder.run_async(documents=TEAS)
+    assert embeddings(output) == [expected_of(server, number) for number in range(5)]
+    assert server.texts == 5
     await embedder.close_async()
     embedder.close()
 
@@ -558,7 +581,7 @@ async def test_a_failure_is_not_cached(
         CachedDocumentEmbedder(strict, config=disk).run(documents=TEAS)
     await embedder.close_async()
     embedder.close()
-    strict.close()
+    close(strict)
 
 
 async def test_a_query_is_paid_for_once(server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]) -> None:
@@ -595,8 +618,7 @@ def test_a_query_and_a_document_share_nothing_unless_it_is_said(
     assert both() == [1, 1]
     assert both(space={"model": "text-embedding-3-small"}) == [1, 1]
     assert both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
-    document.close()
-    query.close()
+    close(document, query)
 
 
 # --- from and to YAML -------------------------------------------------------------------------
@@ -626,7 +648,7 @@ def test_a_pipeline_survives_yaml(server: OpenAIServer, openai: dict[str, Any], 
     output = again.get_component("wrapped").run(documents=TEAS)
     assert output["meta"]["cache"]["hits"] == {"memory": 5}
     assert embeddings(output) == embeddings(embedded)
-    inner.close()
+    close(inner)
 
 
 def test_no_secret_is_written() -> None:
@@ -645,7 +667,7 @@ def test_a_secret_that_is_no_variable_is_left_out_of_the_space(
     for secret in (Secret.from_env_var("OPENAI_API_KEY"), Secret.from_token(KEY)):
         inner = OpenAITextEmbedder(**openai, api_key=secret)
         CachedTextEmbedder(inner, config=disk).run(**text)
-        inner.close()
+        close(inner)
     assert server.texts == 1
 
 
@@ -716,6 +738,22 @@ def test_an_embedder_that_says_nothing_is_refused_until_it_is_declared() -> None
     tea = Document(content="tea", meta={"title": "green", "page": 3})
     assert embeddings(embedder.run(documents=[tea])) == [vector_of("green\ntea")]
     assert [(one.content, one.meta) for one in inner.seen] == [("green\ntea", {})]
+
+
+def test_sparse_embeddings_are_refused() -> None:
+    inner = Embedder()
+    sparse = SparseEmbedding(indices=[0], values=[1.0])
+    inner.spoil = lambda found: [replace(one, embedding=None, sparse_embedding=sparse) for one in found]
+    with pytest.raises(ProviderError, match="sparse"):
+        CachedDocumentEmbedder(inner, config=MEMORY).run(documents=documents("a"))
+    with pytest.raises(TypeError, match="returns 'embedding'"):
+        CachedTextEmbedder(SentenceTransformersSparseTextEmbedder(), config=MEMORY)
+
+
+def test_an_embedder_of_the_script_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Texts, "__module__", "__main__")
+    with pytest.raises(SpaceError, match="move it to a module, or declare"):
+        CachedTextEmbedder(Texts(), config=MEMORY).warm_up()
 
 
 def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import embedonce
 from embedonce import ProviderError, SpaceError
@@ -375,3 +377,46 @@ def test_more_spaces_than_are_kept(
     for call, answer in zip(calls, answers, strict=True):
         assert vectors(answer) == [server.vector_of("one", model=call["model"]).tolist()]
     assert server.texts == 4
+
+
+# --- whatever comes ---------------------------------------------------------------------------
+
+POOL: list[Any] = ["one", "two", "three", "1,2", "1"]
+TOKENS: list[Any] = [[1], [1, 2], [2, 1], [12], [0]]
+INPUTS = st.one_of(
+    st.sampled_from(POOL),
+    st.lists(st.sampled_from(POOL), min_size=1, max_size=6),
+    st.sampled_from(TOKENS),
+    st.lists(st.sampled_from(TOKENS), min_size=1, max_size=6),
+)
+CALLS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["m", "n"]), "input": INPUTS},
+    optional={
+        "dimensions": st.sampled_from([8, 16]),
+        "extra_body": st.sampled_from([{"input_type": "query"}, {"input_type": "document"}]),
+        "encoding_format": st.sampled_from(["float"]),
+        "user": st.sampled_from(["me", "you"]),
+    },
+)
+
+
+def test_any_calls_in_any_order_get_their_own_vectors(server: OpenAIServer) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+
+        @settings(max_examples=25, deadline=None)
+        @given(st.lists(CALLS, min_size=1, max_size=5), st.sampled_from([None, "out_of_order"]))
+        def property_of(calls: list[dict[str, Any]], kind: Any) -> None:
+            client = cached(
+                plain, config={"key": {"version": str(len(server.requests))}, "tiers": [{"type": "memory"}]}
+            )
+            for call in calls:
+                if kind is not None:
+                    server.misbehave(kind)
+                inputs = call["input"] if isinstance(call["input"], list) else [call["input"]]
+                inputs = [inputs] if isinstance(inputs[0], int) else inputs
+                about = {"dimensions": call.get("dimensions"), **call.get("extra_body", {})}
+                expected = [server.vector_of(one, model=call["model"], **about).tolist() for one in inputs]
+                assert vectors(client.embeddings.create(**call)) == expected
+                server.heal()
+
+        property_of()

@@ -67,6 +67,8 @@ class FailsOnNothing(DictBackend):
 
 
 class AnswersInAForkedChild(DictBackend):
+    """Says that it cannot go on in a forked child, and answers there."""
+
     def __init__(self) -> None:
         super().__init__()
         self.capabilities = replace(self.capabilities, fork=False)

@@ -24,7 +24,7 @@ embedonce new backend shelf
 embedonce new provider my-model
 
 It writes the package embedonce-NAME into a folder of that name: a working plugin with one option, its entry point, its
-tests, a README and a CI file. Then, in that folder: pip install -e '.[test]' and pytest
+tests, a README and a CI file. Install it from there with its extra "test", and run pytest.
 """
 
 NAME = r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*"

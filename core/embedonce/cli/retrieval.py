@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .output import Refused
 
 JSON_LINES = (".jsonl", ".ndjson")
 
-Gains = Mapping[str, float]
+Gains: TypeAlias = Mapping[str, float]
 """By document identifier: how relevant it is to one query; what is missing is not."""
 
 

@@ -14,7 +14,7 @@ from embedonce_example.backend import ExampleBackend
 
 
 class TestExampleBackend(BackendContract):
-    examples = 20
+    examples = 10
 
     @pytest.fixture(autouse=True)
     def in_a_folder(self, tmp_path: Path) -> None:

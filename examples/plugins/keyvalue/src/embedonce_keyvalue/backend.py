@@ -102,9 +102,9 @@ class KeyValueBackend:
         What the parent had is kept and left alone: to close its loop here would take the parent's sockets
         out of the epoll that both share.
         """
-        _abandoned.append((self._client, self._background))
-        self._end.detach()
-        self._start()
+        if self._end.detach() is not None:  # it was not closed
+            _abandoned.append((self._client, self._background))
+            self._start()
 
 
 class KeyValueTwin:

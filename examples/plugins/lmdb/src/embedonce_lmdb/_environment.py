@@ -344,7 +344,7 @@ def _hint(error: lmdb.Error) -> str:
 
 # --- the environments of this process -------------------------------------------------------------
 
-_registry = threading.Lock()
+_registry = threading.RLock()  # a backend that is collected is released wherever its thread is, also in here
 _environments: dict[Path, Environment] = {}
 
 
@@ -374,20 +374,20 @@ def release(environment: Environment) -> None:
 
 def _before_fork() -> None:
     _registry.acquire()
-    for environment in _environments.values():
+    for environment in list(_environments.values()):
         environment.before_fork()
 
 
 def _after_in_parent() -> None:
-    for environment in _environments.values():
+    for environment in list(_environments.values()):
         environment.after_in_parent()
     _registry.release()
 
 
 def _after_in_child() -> None:
     global _registry
-    _registry = threading.Lock()
-    for environment in _environments.values():
+    _registry = threading.RLock()
+    for environment in list(_environments.values()):
         environment.after_in_child()
 
 

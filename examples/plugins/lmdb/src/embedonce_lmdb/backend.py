@@ -75,6 +75,7 @@ class LmdbBackend:
             scan=True,
             count=True,
             add=True,
+            bounded=True,
         )
         self.clock: Callable[[], float] = time.time
         """Unix time in seconds, for ttl."""

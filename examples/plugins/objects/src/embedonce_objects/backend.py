@@ -96,6 +96,7 @@ class ObjectsBackend:
             # A lease that has run out is taken over by a conditional write, which a folder does not have.
             add=scope == "network",
             twin=True,
+            bounded=False,
         )
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
@@ -299,7 +300,8 @@ class _Objects:
 
     async def _each(self, keys: Iterable[str], call: Callable[[str], Awaitable[None]]) -> None:
         """Call it for every key, ``concurrency`` at a time; the first failure ends the others."""
-        left = iter(list(keys))
+        names = list(keys)
+        left = iter(names)
 
         async def work() -> None:
             for key in left:
@@ -307,7 +309,7 @@ class _Objects:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._concurrency):
+                for _ in range(min(self._concurrency, len(names))):
                     group.create_task(work())
         except BaseExceptionGroup as failed:
             raise self._explained(failed.exceptions[0]) from None

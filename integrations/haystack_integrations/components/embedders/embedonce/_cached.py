@@ -18,7 +18,7 @@ from haystack.core.serialization import component_to_dict
 
 from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused, VectorSpace
 from embedonce.contracts import Task
-from embedonce_integrations.wrapping import WrappedProvider, shared_cache, writable
+from embedonce_integrations.wrapping import InOrder, WrappedProvider, is_openai_resource, shared_cache, writable
 
 from ._described import space_of
 
@@ -81,6 +81,8 @@ class CachedEmbedder:
     _task: ClassVar[Task]
     _input: ClassVar[str]
     """The parameter of ``run`` that this component and the one that it wraps have."""
+    _output: ClassVar[str]
+    """The key of their answer with the vectors in it."""
 
     def __init__(self, embedder: Any, config: Any, space: Mapping[str, Any] | None) -> None:
         if isinstance(embedder, type):
@@ -88,10 +90,11 @@ class CachedEmbedder:
         if embedder is None and space is not None:
             raise TypeError("space= describes an embedder that is passed; a configuration's provider describes its own")
         sockets: Any = getattr(embedder, "__haystack_input__", ())
-        if embedder is not None and self._input not in sockets:
+        made = getattr(embedder, "__haystack_output__", ())
+        if embedder is not None and not (self._input in sockets and self._output in made):
             raise TypeError(
-                f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r}; "
-                f"{type(embedder).__name__} is none"
+                f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r} and returns "
+                f"{self._output!r}; {type(embedder).__name__} is none"
             )
         self.embedder: Any = embedder
         self.config = config
@@ -255,6 +258,7 @@ class CachedEmbedder:
             if not self._warm:
                 if hasattr(self.embedder, "warm_up"):
                     self.embedder.warm_up()
+                _put_in_order(self.embedder)
                 self._check_model()
                 self._warm = True
 
@@ -263,6 +267,7 @@ class CachedEmbedder:
             await asyncio.to_thread(self._warm_up_embedder)
             return
         await self.embedder.warm_up_async()  # each time: its clients belong to an event loop
+        _put_in_order(self.embedder)
         if not self._warm:
             await asyncio.to_thread(self._check_model)
             self._warm = True
@@ -270,6 +275,14 @@ class CachedEmbedder:
     def _check_model(self) -> None:
         if _model(self._space(self._defaults())) != self._model:
             raise SpaceError("the embedder's model has changed since the cache was opened: make a new component")
+
+
+def _put_in_order(embedder: Any) -> None:
+    """Let an OpenAI client inside an embedder answer in the order of its input: the embedder ignores ``index``."""
+    for name in ("client", "async_client"):
+        client: Any = getattr(embedder, name, None)
+        if is_openai_resource(getattr(client, "embeddings", None)):
+            client.embeddings = InOrder(client.embeddings)
 
 
 def _model(space: VectorSpace) -> tuple[str, str | None]:

@@ -13,10 +13,7 @@ from haystack.utils import Secret
 
 from embedonce import SpaceError, VectorSpace
 from embedonce.contracts import Task
-from embedonce_integrations.wrapping import declared_space, described_space
-
-MODEL: Final = ("model", "model_name", "model_id", "azure_deployment")
-"""Parameters that name the model, the first that is there."""
+from embedonce_integrations.wrapping import MODEL_FIELDS, asked_with, declared_space, described_space
 
 NOT_IN_SPACE: Final = frozenset(
     {
@@ -67,11 +64,18 @@ def space_of(
     Raises:
         SpaceError: it cannot be described, and was not declared; the message says how to.
     """
-    run = {name: value for name, value in run.items() if value is not None}
-    if declared is not None:
-        return declared_space({**declared, "run": run} if run else declared, task=task)
-    fields = dict(init_parameters(embedder))
+    space = _described(embedder, task) if declared is None else declared_space(declared, task=task)
+    return asked_with(space, run)
+
+
+def _described(embedder: Any, task: Task) -> VectorSpace:
     name = type(embedder).__name__
+    if type(embedder).__module__ == "__main__":
+        raise SpaceError(
+            f"{name} is defined in the script that runs, and another script may have another one of that name; "
+            f"move it to a module, or {_DECLARE}"
+        )
+    fields = dict(init_parameters(embedder))
     if fields.get("precision") in ("int8", "uint8") and fields.get("quantization_ranges") is None:
         raise SpaceError(
             f"{name} with precision={fields['precision']!r} and no quantization_ranges takes the range from the texts "
@@ -79,14 +83,15 @@ def space_of(
         )
     if "api_base_url" in fields and fields["api_base_url"] is None:
         fields["api_base_url"] = os.environ.get("OPENAI_BASE_URL")  # where the client then looks
-    model = next((fields.pop(one) for one in MODEL if isinstance(fields.get(one), str)), None)
-    if model is None and not fields.get("api_params"):  # those of Hugging Face's APIs name a model or a server
-        raise SpaceError(
-            f"{name} does not say which model it uses (it has no {MODEL[0]!r}); declare what decides its vectors: "
-            'space={"model": "my-model-v2"}, with whatever else does (dimensions, prompt, ...)'
-        )
-    if run:
-        fields["run"] = run
+    model = next((fields.pop(one) for one in MODEL_FIELDS if isinstance(fields.get(one), str)), None)
     if model is None:
-        model = fields["api_params"].get("model", "")
+        if not fields.get("api_params"):  # those of Hugging Face's APIs name a model or a server
+            raise SpaceError(f"{name} does not say which model it uses (it has no 'model'); {_DECLARE}")
+        model = str(fields["api_params"].get("model", ""))
     return described_space(embedder, fields, model=model, task=task, leave_out=NOT_IN_SPACE)
+
+
+_DECLARE: Final = (
+    'declare what decides its vectors: space={"model": "my-model-v2"}, '
+    "with whatever else does (dimensions, prompt, ...)"
+)

@@ -38,6 +38,7 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
     _task: ClassVar[Task] = "document"
     _input: ClassVar[str] = "documents"
+    _output: ClassVar[str] = "documents"
 
     def __init__(
         self,
@@ -82,13 +83,13 @@ class CachedDocumentEmbedder(CachedEmbedder):
             Exception: whatever the embedder raised; what was embedded before is stored.
         """
         texts = self._texts(documents)
-        return _output(documents, *self._fetch(texts, kwargs))
+        return _answer(documents, *self._fetch(texts, kwargs))
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
         """As :meth:`run`. An embedder without ``run_async`` works in a thread."""
         texts = self._texts(documents)
-        return _output(documents, *await self._afetch(texts, kwargs))
+        return _answer(documents, *await self._afetch(texts, kwargs))
 
     def _texts(self, documents: list[Document]) -> list[str]:
         """Return each document's effective text, without prefix and suffix."""
@@ -117,10 +118,12 @@ class CachedDocumentEmbedder(CachedEmbedder):
                 raise ProviderError("the embedder returned a document twice, or one that it was not given")
             if document.embedding is not None:
                 vectors[text] = document.embedding
+            elif document.sparse_embedding is not None:
+                raise ProviderError("the embedder makes sparse embeddings, which cannot be cached: use it as it is")
         return vectors
 
 
-def _output(documents: list[Document], fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
+def _answer(documents: list[Document], fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
     for error in fetched.failed.values():
         if not isinstance(error, NotEmbedded):
             raise error

@@ -25,6 +25,7 @@ class CachedTextEmbedder(CachedEmbedder):
 
     _task: ClassVar[Task] = "query"
     _input: ClassVar[str] = "text"
+    _output: ClassVar[str] = "embedding"
 
     def __init__(
         self,
@@ -54,13 +55,13 @@ class CachedTextEmbedder(CachedEmbedder):
             Exception: whatever the embedder raised.
         """
         _check(text)
-        return _output(*self._fetch([text], kwargs))
+        return _answer(*self._fetch([text], kwargs))
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     async def run_async(self, text: str, **kwargs: Any) -> dict[str, Any]:
         """As :meth:`run`. An embedder without ``run_async`` works in a thread."""
         _check(text)
-        return _output(*await self._afetch([text], kwargs))
+        return _answer(*await self._afetch([text], kwargs))
 
     def _questions(self, texts: list[str]) -> list[tuple[list[str], Any]]:
         return [([text], text) for text in texts]
@@ -77,7 +78,7 @@ def _check(text: Any) -> None:
         )
 
 
-def _output(fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
+def _answer(fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
     for error in fetched.failed.values():
         raise error
     return {"embedding": fetched.vectors[0].tolist(), "meta": meta}
