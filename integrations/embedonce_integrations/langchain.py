@@ -155,8 +155,8 @@ def _described(embeddings: Any, task: Task | None) -> VectorSpace:
         options = getattr(embeddings, name, None)
         if isinstance(options, Mapping) and options.get("precision") in ("int8", "uint8"):
             raise SpaceError(
-                f"{type(embeddings).__name__} with precision={options['precision']!r} takes its range from the batch: a "
-                "text has no vector of its own that could be cached. Leave precision out, and "
+                f"{type(embeddings).__name__} with precision={options['precision']!r} takes its range from the batch: "
+                "a text has no vector of its own that could be cached. Leave precision out, and "
                 'keep bytes instead with [cache] dtype = "int8"'
             )
     clients = (getattr(embeddings, name, None) for name in CLIENTS)
