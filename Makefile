@@ -17,13 +17,12 @@ PYTEST ?=
 BENCH ?=
 WORKERS ?= auto
 
-.PHONY: help install demo test faults lint format wheel pytest bench bench-networked clean
+.PHONY: help install demo test lint format wheel pytest bench bench-networked clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
 	@echo "make test    lint, types, and all tests against the built wheel"
-	@echo "make faults  every fault on every store, about two minutes"
 	@echo "make lint    ruff, mypy and pyright alone"
 	@echo "make format  let ruff put the sources in order"
 	@echo "make bench   print the table of benchmarks"
@@ -58,12 +57,7 @@ servers:
 
 # -P keeps the current folder off the path, so that nothing but the wheel can be imported.
 pytest: wheel servers
-	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal \
-		--ignore=tests/faults/test_matrix.py $(PYTEST)
-
-# The whole fault matrix: some cells depend on how busy the machine is, so it is a run of its own.
-faults: wheel
-	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) tests/faults/test_matrix.py
+	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 
 test: lint
 	@$(MAKE) --no-print-directory pytest

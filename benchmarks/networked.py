@@ -16,22 +16,24 @@ import argparse
 import gc
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peers import Matrix, Peer, sha256
-from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, sample, stored, table
+from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, resident, sample, stored, table
 
 import embedonce
 from embedonce.vectors import Entry, encode_frames, freeze_rows
@@ -58,6 +60,47 @@ def vectors(count: int, dimensions: int) -> Matrix:
 
 def joined(values: Sequence[Any]) -> Matrix:
     return np.frombuffer(b"".join(values), np.float32).reshape(len(values), -1)
+
+
+# --- CPU time -------------------------------------------------------------------------------------
+
+
+def cpu(calls: Calls, repeats: int, before: Callable[[], object]) -> dict[str, float]:
+    """Return by name the CPU seconds that a call takes here and in the servers below this process (Linux).
+
+    The median of the repeats: unlike the time that passes, it depends little on what else the machine does.
+    """
+    below = _descendants(os.getpid())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            before()
+            servers_before, start = _scheduled(below), time.process_time()
+            deque(call(), maxlen=0)  # type: ignore[arg-type]
+            seconds[name].append(time.process_time() - start + _scheduled(below) - servers_before)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def _descendants(root: int) -> list[Path]:
+    """Return the folders in /proc of all processes that this one has started, and those have started."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return [Path(f"/proc/{pid}") for pid in found - {root}]
+
+
+def _scheduled(folders: Sequence[Path]) -> float:
+    """Return the seconds that all threads of processes have run."""
+    nanoseconds = 0
+    for folder in folders:
+        for thread in folder.glob("task/*/schedstat"):
+            with suppress(OSError):
+                nanoseconds += int(thread.read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 # --- floors and peers -----------------------------------------------------------------------------
@@ -316,6 +359,14 @@ class OverDisk(Embedonce):
         return DiskBackend(path=self.folder, max_bytes=2**36)
 
 
+class OverMemory(Embedonce):
+    name = "**embedonce**, memory"
+
+    def opened(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
+        space = {"model": "benchmark-v1", "dimensions": dimensions}
+        return embedonce.Cache(function, [MemoryBackend(max_entries=2_000_000)], space=space)
+
+
 def _refuse(texts: list[str]) -> Matrix:
     raise AssertionError("a stored text was computed again")
 
@@ -370,16 +421,22 @@ def hits(repeats: int) -> None:
             texts = [f"{dimensions} {text}" for text in sample(TEXTS)]
             with stored(classes, texts, vectors(TEXTS, dimensions)) as ready:
                 many, ones = Renewed(texts), Renewed(texts[:ONES])
-                notes = {p.name: p.note for p in ready}
-                title = f"{kind}: batch hit, {dimensions} dimensions"
-                table(title, measure(reads(ready, many), repeats, many.renew), TEXTS, notes)
-                calls: Calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
+                calls = reads(ready, many)
+                times = measure(calls, repeats, many.renew)
+                spent = {name: seconds / TEXTS * 1e6 for name, seconds in cpu(calls, repeats, many.renew).items()}
+                floor = spent[ready[0].name]
+                notes = {
+                    p.name: f"CPU of both sides {spent[p.name]:.1f} µs, {spent[p.name] / floor:.2f} times; {p.note}"
+                    for p in ready
+                }
+                table(f"{kind}: batch hit, {dimensions} dimensions", times, TEXTS, notes)
+                calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
                 table(f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), ONES)
 
 
 def reads(peers: Sequence[Peer], texts: Renewed) -> Calls:
     """Return by peer a call that reads the texts chunk by chunk."""
-    return {p.name: (lambda p=p: [p.read(chunk) for chunk in chunks(texts.now)]) for p in peers}
+    return {p.name: (lambda p=p: map(p.read, chunks(texts.now))) for p in peers}
 
 
 def misses(repeats: int) -> None:
@@ -564,36 +621,38 @@ def processes(repeats: int) -> None:
 def growth(repeats: int, most: int = 100_000) -> None:
     """Fill each backend, and see what a batch costs and what an entry weighs."""
     print("\n### growth: 384 dimensions, a payload of 1,536 bytes; 2,000 texts read at random\n")
-    print("| | entries | batch hit, µs per text | bytes per entry | stored, µs per text |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| | entries | batch hit, µs per text | CPU of both sides | bytes per entry | stored, µs per text |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    _grow(OverMemory(Path()), repeats, most, lambda _: resident())
+    with tempfile.TemporaryDirectory() as folder:
+        _grow(OverDisk(Path(folder)), repeats, most, _size_on_disk)
     for _, server, classes in each_server():
         for cls in filter(is_embedonce, classes):
-            _grow(cls.name, cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
-    with tempfile.TemporaryDirectory() as folder:
-        _grow(OverDisk.name, OverDisk(Path(folder)), repeats, most, _size_on_disk)
+            _grow(cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
 
 
-def _grow(name: str, peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
+def _grow(peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
     matrix = vectors(1000, 384)
-    texts: list[str] = []
+    texts = [f"growth {at}" for at in range(most)]
     peer.store(["makes what is needed"], matrix[:1])
     before = size(peer)
     chance = np.random.default_rng(5)
+    there = 0
     for entries in (1_000, 100_000, 1_000_000):
         if entries > most:
             break
-        start, begun = time.perf_counter(), len(texts)
-        while len(texts) < entries:
-            more = [f"growth {name} {len(texts) + at}" for at in range(1000)]
-            peer.store(more, matrix)
-            texts += more
-        stored_in = (time.perf_counter() - start) / (entries - begun) * 1e6
+        start, new = time.perf_counter(), range(there, entries, 1000)
+        for at in new:
+            peer.store(texts[at : at + 1000], matrix)
+        stored_in = (time.perf_counter() - start) / (entries - there) * 1e6
+        there = entries
         asked = Renewed([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
-        calls: Calls = {"read": lambda asked=asked: [peer.read(chunk) for chunk in chunks(asked.now)]}  # type: ignore[misc]
-        ((quickest, _),) = measure(calls, max(3, repeats // 2), asked.renew).values()
+        calls: Calls = {"read": lambda asked=asked: map(peer.read, chunks(asked.now))}  # type: ignore[misc]
+        ((quickest, _),) = measure(calls, repeats, asked.renew).values()
         each = quickest / len(asked.now) * 1e6
+        spent = cpu(calls, repeats, asked.renew)["read"] / len(asked.now) * 1e6
         weight = (size(peer) - before) / entries
-        print(f"| {name} | {entries:,} | {each:.2f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
+        print(f"| {peer.name} | {entries:,} | {each:.1f} | {spent:.1f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
     peer.close()
 
 

@@ -3,7 +3,7 @@
 usage: python docs/generate_faults.py
 
 Starts Redis, Postgres and memcached, and takes a few minutes. tests/faults/test_matrix.py fails where the page lists
-other cells, or other causes, than the matrix has.
+other cells, effects, causes or ways to bring a fault about than the matrix has; the figures are of one run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
-from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Outcome, run_cell  # noqa: E402
+from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Operation, Outcome, run_cell  # noqa: E402
 from faults.stores import STORES  # noqa: E402
 
 PAGE = Path(__file__).parent / "faults.md"
@@ -41,8 +41,12 @@ EFFECTS = {
     ("write", "serves"): "stored",
     ("write", "partly"): "stored or not",
 }
-HEAD = "| fault | | texts are | errors counted as | first call, + ms | later calls, + ms | back after, s |\n"
-HEAD += "| --- | --- | --- | --- | ---: | ---: | ---: |"
+HEAD = (
+    "| fault | | texts are | errors counted as | calls that waited | first call, + ms | later calls, + ms |"
+    " back after, s |"
+    "\n| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"
+)
+COLUMNS = 8
 
 
 def page(current: str) -> str:
@@ -69,18 +73,15 @@ def tables() -> Iterator[str]:
             store.close()
 
 
-def row(store: Any, fault: str, operation: str, outcomes: Mapping[str, Outcome]) -> str:
-    """Return the line of a fault: times of both faces, causes of either."""
+def row(store: Any, fault: str, operation: Operation, outcomes: Mapping[str, Outcome]) -> str:
+    """Return the line of a fault, with the figures of both faces."""
     strike = store.strikes[fault]
-    effect = strike.read if operation == "read" else strike.write
-    causes = set().union(*(outcome.causes for outcome in outcomes.values()))
-    if effect in ("fails", "partly"):  # chance decides between some
-        causes |= strike.causes
     columns = [
         fault,
         operation,
-        EFFECTS[operation, effect],
-        ", ".join(f"`{cause}`" for cause in sorted(causes)) or "-",
+        EFFECTS[operation, strike.effect(operation)],
+        ", ".join(f"`{cause}`" for cause in sorted(strike.causes_of(operation))) or "-",
+        " / ".join(str(outcome.timeouts) for outcome in outcomes.values()),
         " / ".join(milliseconds(outcome.first) for outcome in outcomes.values()),
         " / ".join(milliseconds(outcome.later) for outcome in outcomes.values()),
         " / ".join(f"{outcome.resumed:.1f}" for outcome in outcomes.values()),
@@ -114,7 +115,7 @@ def listed(text: str) -> dict[tuple[str, str, str], tuple[str, set[str]]]:
         if line.startswith("## "):
             store = names[line[3:]]
         columns = [column.strip() for column in line.strip("|").split("|")]
-        if len(columns) == 7 and columns[1] in OPERATIONS:
+        if len(columns) == COLUMNS and columns[1] in OPERATIONS:
             fault, operation, words, causes = columns[:4]
             named = {cause.strip("`") for cause in causes.split(", ")} - {"-"}
             found[store, fault, operation] = effects[operation, words], named

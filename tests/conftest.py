@@ -12,6 +12,12 @@ from hypothesis import HealthCheck, settings
 # Redis, Postgres and memcached, started when the first test asks for one; and a real model.
 pytest_plugins = ["servers", "minilm"]
 
+# Frameworks send no statistics and fetch nothing by themselves: read when they are imported.
+os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run side by side: models that each want every core wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shared CI machine is slow at times: that is no reason to fail. `print_blob` lets a failure be replayed elsewhere.
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _common, max_examples=50)

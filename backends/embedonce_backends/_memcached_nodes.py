@@ -112,10 +112,11 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
         found: Any = self.get_many(keys)
         return found  # type: ignore[no-any-return]
 
-    def set_all(self, items: Mapping[str, bytes], expire: int) -> int:
-        """Store the items, and return how many were refused."""
+    def set_all(self, items: Mapping[str, bytes], expire: int) -> Sequence[str]:
+        """Store the items, and return the keys of those that were refused."""
         values: Any = items
-        return len(self.set_many(values, expire, noreply=False))
+        refused: Any = self.set_many(values, expire, noreply=False)
+        return refused  # type: ignore[no-any-return]
 
     def add_all(self, items: Mapping[str, bytes], expire: int) -> set[str]:
         """Store what is absent, and return those keys. (pymemcache's ``add`` is for one key.)"""
@@ -246,7 +247,7 @@ class Node:
         self._drop_idle()
         if was_up and not self._alone:
             cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
-            log.warning("memcached %s does not answer (%s); its keys are misses until it does", self.name, cause)
+            log.warning("memcached %s does not answer (%s); its keys are not served until it does", self.name, cause)
 
     def answered(self) -> None:
         """Ask it from now on."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import selectors
+import random
+import select
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -39,6 +40,10 @@ CONNECT_SECONDS = 10
 """A connection that takes longer is given up, where the URL has no ``connect_timeout``."""
 CANCEL_SECONDS = 2.0
 """How long the server is asked to stop a query that nobody waits for any more."""
+NEXT_HOST_SECONDS = 0.04
+"""Where the URL names several hosts and one has not answered for so long, the next one is tried beside it."""
+TICK = 0.01
+"""Seconds after which a call that waits looks at its deadline."""
 IDLE_SECONDS = 300.0
 """A connection that was not used for so long is closed."""
 
@@ -77,14 +82,29 @@ def parameters(url: str) -> dict[str, Any]:
         found.setdefault("connect_timeout", CONNECT_SECONDS)
     found.setdefault("fallback_application_name", "embedonce")
     found["client_encoding"] = "UTF8"
+    hosts_of(found)
     return found
+
+
+def hosts_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parameters for each host of a URL that names several, in the order in which to try them."""
+    lists = {name: str(given[name]).split(",") for name in ("host", "hostaddr", "port") if given.get(name)}
+    most = max(map(len, lists.values()), default=1)
+    if most == 1:
+        return [given]
+    lists = {name: values * most if len(values) == 1 else values for name, values in lists.items()}
+    if any(len(values) != most for values in lists.values()):
+        raise ConfigError("url has not as many ports as hosts")
+    hosts = [{**given, **{name: values[place] for name, values in lists.items()}} for place in range(most)]
+    if given.get("load_balance_hosts") == "random":
+        random.shuffle(hosts)
+    if given.get("target_session_attrs") == "prefer-standby":  # of one host it means "any"
+        return [{**host, "target_session_attrs": wanted} for wanted in ("standby", "any") for host in hosts]
+    return list(hosts)
 
 
 # Autocommit, and nothing prepared: behind a transaction pooler the next statement may go to another server process.
 _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
-
-# Two descriptors at most, so poll or select cost less than making an epoll.
-_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Connection(psycopg.Connection[Any]):
@@ -102,21 +122,24 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             TierTimeout: the deadline has passed. The connection is of no use then.
         """
-        try:
-            wanted: int = next(gen)
-            with _Selector() as selector:
-                selector.register(self.pgconn.socket, wanted)
-                while True:
-                    events = selector.select(time_left())
-                    time_left()
-                    if not events:
-                        continue
-                    was, wanted = wanted, gen.send(events[0][1])
-                    if wanted != was:
-                        selector.modify(self.pgconn.socket, wanted)
-        except StopIteration as done:
-            result: T = done.value
-            return result
+        left = time_left()
+        return waiting.wait(_timed(gen), self.pgconn.socket, TICK if left is None else min(left, TICK))
+
+
+def _timed(gen: PQGen[T]) -> PQGen[T]:
+    """Do what ``gen`` does, and look at the deadline whenever something has come, and with each tick.
+
+    The waiting itself is psycopg's, in C: an answer of 256 vectors comes in dozens of pieces.
+    """
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            time_left()
+            wanted = gen.send(ready)
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
@@ -140,9 +163,16 @@ def is_quiet(connection: AnyConnection) -> bool:
     """Say whether an idle connection is as it was left: one that the server closed, or wrote to, can be read from."""
     if connection.closed:
         return False
-    with _Selector() as selector:
-        selector.register(connection.pgconn.socket, selectors.EVENT_READ)
-        return not selector.select(0)
+    if not hasattr(select, "poll"):
+        return not select.select([connection.pgconn.socket], [], [], 0)[0]
+    poll = select.poll()
+    poll.register(connection.pgconn.socket, select.POLLIN)
+    return not poll.poll(0)
+
+
+def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
+    """Say whether a statement gave rows, be they none. (``description`` makes an object per column to say so.)"""
+    return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
 def is_sound(connection: AnyConnection, error: BaseException) -> bool:
@@ -209,6 +239,12 @@ class _Attempt:
 
     done = False
     error: BaseException | None = None
+
+    def __init__(self, hosts: int) -> None:
+        self.left = hosts
+        """Hosts that may still answer."""
+        self.failed = threading.Event()
+        """The host that was tried last has failed, or another has answered: nobody need wait for it."""
 
 
 class Pool:
@@ -305,21 +341,42 @@ class Pool:
     def _connect(self) -> _Attempt:
         self._open += 1
         self._connecting += 1
-        attempt = _Attempt()
-        if not _in_thread(lambda: self._run(attempt)):
-            self._run(attempt)
+        hosts = hosts_of(self._parameters)
+        attempt = _Attempt(len(hosts))
+        if not _in_thread(lambda: self._run(attempt, hosts)):
+            for host in hosts:
+                self._try(attempt, host)
         return attempt
 
-    def _run(self, attempt: _Attempt) -> None:
-        connection = None
+    def _run(self, attempt: _Attempt, hosts: Sequence[Mapping[str, Any]]) -> None:
+        """Try the hosts in turn, each in a thread, so that one that does not answer holds up none."""
+        for host in hosts[:-1]:
+            attempt.failed.clear()
+            if not attempt.done and _in_thread(lambda host=host: self._try(attempt, host)):  # type: ignore[misc]
+                attempt.failed.wait(NEXT_HOST_SECONDS)
+        self._try(attempt, hosts[-1])
+
+    def _try(self, attempt: _Attempt, host: Mapping[str, Any]) -> None:
+        if attempt.done:
+            return
+        connection: Connection | None = None
+        problem: BaseException | None = None
         try:
-            connection = Connection.connect(**self._parameters, **_OPTIONS, cursor_factory=RawCursor)
+            connection = Connection.connect(**host, **_OPTIONS, cursor_factory=RawCursor)
         except psycopg.errors.ConnectionTimeout:
-            attempt.error = TierTimeout(SLOW)
+            problem = TierTimeout(SLOW)
         except BaseException as error:  # noqa: BLE001  (it reaches the call that wanted the connection)
-            attempt.error = error
+            problem = error
         with self._changed:
-            attempt.done = True
+            attempt.left -= 1
+            attempt.failed.set()
+            if attempt.done:  # another host was first
+                if connection is not None:
+                    finish(connection)
+                return
+            if connection is None and attempt.left:
+                return
+            attempt.done, attempt.error = True, problem
             self._connecting -= 1
             if connection is None:
                 self._open -= 1
@@ -383,10 +440,26 @@ class AsyncPool:
         return connection
 
     async def _connect(self) -> AsyncConnection:
+        """Try the hosts in turn; one that does not answer holds up none."""
+        hosts = hosts_of(self._parameters)
+        tasks: set[asyncio.Task[AsyncConnection]] = set()
+        problem: BaseException = TierTimeout(SLOW)
         try:
-            return await AsyncConnection.connect(**self._parameters, **_OPTIONS, cursor_factory=AsyncRawCursor)
-        except psycopg.errors.ConnectionTimeout:
-            raise TierTimeout(SLOW) from None
+            while hosts or tasks:
+                if hosts:
+                    tasks.add(asyncio.create_task(_connected(hosts.pop(0))))
+                patience = NEXT_HOST_SECONDS if hosts else None
+                done, tasks = await asyncio.wait(tasks, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (error := task.exception()) is None:
+                        tasks.update(done - {task})
+                        return task.result()
+                    problem = error
+            raise problem
+        finally:
+            for task in tasks:
+                task.add_done_callback(_too_late)
+                task.cancel()
 
     def _came_late(self, task: asyncio.Task[AsyncConnection]) -> None:
         """Keep a connection whose call did not wait for it."""
@@ -416,6 +489,19 @@ class AsyncPool:
         finish_all(self._idle)
         for task in self._late:
             task.cancel()
+
+
+async def _connected(host: Mapping[str, Any]) -> AsyncConnection:
+    try:
+        return await AsyncConnection.connect(**host, **_OPTIONS, cursor_factory=AsyncRawCursor)
+    except psycopg.errors.ConnectionTimeout:
+        raise TierTimeout(SLOW) from None
+
+
+def _too_late(task: asyncio.Task[AsyncConnection]) -> None:
+    """Close a connection to a host when another host was first."""
+    if not task.cancelled() and task.exception() is None:
+        finish(task.result())
 
 
 _pools: WeakSet[Pool] = WeakSet()

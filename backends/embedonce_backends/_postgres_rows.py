@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from embedonce.vectors import Dtype, Entry, decode_frames, encode_frames, freeze_rows
+from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames
 
 from ._postgres_connections import Binary
 
@@ -145,52 +145,62 @@ def _metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None,
 # --- from rows --------------------------------------------------------------------------------
 
 
-def items_of(rows: Sequence[Row]) -> dict[str, Item]:
-    """Return what the rows hold: vectors bit for bit, bytes as they are.
+def items_of(rows: Sequence[Row]) -> Mapping[str, Item]:
+    """Return what the rows hold: vectors bit for bit, as one block where they have one dimension, bytes as they are.
 
     A frame that cannot be read comes back as bytes, for the tier to count as corrupt.
     """
-    groups: dict[int | None, list[Row]] = {}
-    for row in rows:
-        embedding = row[1]
-        groups.setdefault(None if embedding is None else len(embedding), []).append(row)
-    framed = groups.pop(None, [])
-    found: dict[str, Item] = {}
-    for group in groups.values():
-        found |= _entries(group)
-    if framed:
-        found |= _unframed(framed)
-    return found
+    entries = Entries()
+    frames: dict[str, bytes] = {}
+    for size, dtype, alike in _alike(rows):
+        columns = tuple(zip(*alike, strict=True))
+        if size is not None:
+            entries.add_block(_vector_block(columns))
+        elif dtype is not None and dtype in _DTYPES:
+            _unframe(columns, _DTYPES[dtype], entries, frames)
+        else:
+            frames.update(zip(columns[0], (frame or b"" for frame in columns[2]), strict=True))
+    return {**entries.as_dict(), **frames} if frames else entries
 
 
-def _entries(rows: Sequence[Row]) -> dict[str, Entry]:
-    """Return the entries of rows whose vectors have one dimension."""
-    keys, embeddings, _, _, created, expires, metadata, previews = zip(*rows, strict=True)
-    words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(rows), -1)
-    vectors = freeze_rows(words[:, _VECTOR_HEADER // 4 :])
-    read: Iterable[dict[str, Any] | None] = repeat(None)
-    if any(metadata) or any(previews):
-        read = map(_read_metadata, metadata, previews)
-    return dict(zip(keys, map(Entry, vectors, created, expires, read), strict=True))
+def _alike(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
+    """Yield the rows by the size of their vector (None: they have a frame) and their dtype."""
+    kinds = [(None if row[1] is None else len(row[1]), row[3]) for row in rows]
+    for kind in dict.fromkeys(kinds):
+        alike = rows if kinds.count(kind) == len(rows) else [r for r, k in zip(rows, kinds, strict=True) if k == kind]
+        yield *kind, alike
 
 
-def _unframed(rows: Sequence[Row]) -> dict[str, Item]:
-    found: dict[str, Item] = {}
-    entries: dict[Dtype, dict[str, bytes]] = {}
-    metadata: dict[str, dict[str, Any] | None] = {}
-    for key, _, frame, dtype, _, _, written, preview in rows:
-        found[key] = frame = b"" if frame is None else frame
-        if dtype in _DTYPES:
-            entries.setdefault(_DTYPES[dtype], {})[key] = frame
-            if written is not None or preview is not None:
-                metadata[key] = _read_metadata(written, preview)
-    for dtype, frames in entries.items():
-        found |= decode_frames(frames, now=-math.inf, dtype=dtype).entries
-    for key, read in metadata.items():
-        entry = found[key]
-        if isinstance(entry, Entry):
-            found[key] = entry._replace(metadata=read)
-    return found
+def _vector_block(columns: Sequence[Sequence[Any]]) -> Block:
+    """Return the block of rows whose vectors have one dimension."""
+    keys, embeddings, _, _, created, expires, *more = columns
+    words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
+    return Block(
+        list(keys),
+        words[:, _VECTOR_HEADER // 4 :].astype(np.float32),
+        np.array(created, np.float64),
+        np.array([math.inf if end is None else end for end in expires], np.float64),
+        _metadata_of(*more),
+    )
+
+
+def _unframe(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
+    """Add the entries that the frames of rows hold; their metadata has a column of its own."""
+    keys, _, written, _, _, _, *more = columns
+    given = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
+    found = decode_frames(given, now=-math.inf, dtype=dtype).entries
+    if (metadata := _metadata_of(*more)) is not None:
+        read = dict(zip(keys, metadata, strict=True))
+        found = Entries({key: entry._replace(metadata=read[key]) for key, entry in found.as_dict().items()})
+    entries.add(found)
+    frames.update((key, given[key]) for key in found.lacking(keys))
+
+
+def _metadata_of(written: Sequence[str | None], previews: Sequence[str | None]) -> list[dict[str, Any] | None] | None:
+    """Return the metadata of each row; None where none has any."""
+    if written.count(None) == previews.count(None) == len(written):
+        return None
+    return list(map(_read_metadata, written, previews))
 
 
 def _read_metadata(written: str | None, preview: str | None) -> dict[str, Any] | None:

@@ -186,7 +186,8 @@ class Statements:
     """Of new rows; None: they are frames."""
 
 
-_LIVE = "(kept_until IS NULL OR kept_until > {now} + $1::float8)"
+# A query of its own, so that the clock is read once and not for each row.
+_LIVE = "(kept_until IS NULL OR kept_until > (SELECT {now} + $1::float8))"
 _PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
 
 _GET = (

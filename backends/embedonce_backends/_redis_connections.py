@@ -23,7 +23,7 @@ import redis.asyncio
 from redis.connection import DefaultParser
 from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
-from embedonce.contracts import time_left
+from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
 
 from ._redis_plans import ROLE, Node, Plan, Reply, Trip, is_master
@@ -40,6 +40,8 @@ SLOW = "Redis did not answer in time"
 
 IDLE_SECONDS = 300.0
 """A connection that was not used for so long is not used again: load balancers forget it without a word."""
+SHARE = 0.75
+"""Of the time that is left, what one of several nodes may take."""
 READ_BYTES = 2**18
 """Read at once. A batch of 256 frames of 384 dimensions has 400 kB."""
 
@@ -164,6 +166,12 @@ class Connection(redis.Connection):
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
             _check_role(reply)
+
+    def begin(self, trip: Trip) -> None:
+        """Connect where that is to be done, and send the commands of a trip."""
+        if not self.is_connected:
+            self.open()
+        self.send(trip)
 
     def ask(self, trip: Trip) -> list[Reply]:
         """Send the commands of a trip and read the replies."""
@@ -363,28 +371,61 @@ class Client:
                 pool = self._pools.setdefault(node, Pool(node, self._settings))
         return pool
 
-    def _exchange(self, trips: Sequence[Trip]) -> list[list[Reply]]:
-        """Send all trips, then read all replies."""
+    def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+        """Send all trips, then read all replies. A trip that fails beside others has its error for every reply.
+
+        Raises:
+            Exception: of the first trip, where all have failed.
+        """
         time_left()
         # Everybody takes connections in the same order: two calls never wait for each other's.
         ways = {index: self._pool(trip.node) for index, trip in enumerate(trips)}
         lent: dict[int, Connection] = {}
         done: set[int] = set()
         replies: list[list[Reply]] = [[] for _ in trips]
+        errors: dict[int, Exception] = {}
         try:
             for index in sorted(ways, key=lambda index: trips[index].node):
                 lent[index] = ways[index].take()
             for index, connection in lent.items():
-                if not connection.is_connected:
-                    connection.open()
-                connection.send(trips[index])
+                try:
+                    with deadline(_share(len(trips))):
+                        connection.begin(trips[index])
+                except Exception as error:  # noqa: BLE001  (raised below, unless others answer)
+                    errors[index] = error
             for index, connection in lent.items():
-                replies[index] = connection.read(trips[index])
-                done.add(index)
-            return replies
+                if index in errors:
+                    continue
+                try:
+                    with deadline(_share(len(trips))):
+                        replies[index] = connection.read(trips[index])
+                    done.add(index)
+                except Exception as error:  # noqa: BLE001  (as above)
+                    errors[index] = error
         finally:
             for index, connection in lent.items():
                 ways[index].give(connection, sound=index in done)
+        return _with_errors(trips, replies, errors)
+
+
+def _share(trips: int) -> float | None:
+    """Return the seconds that one of several trips may take of what is left: the others' replies are read after it."""
+    left = time_left()
+    return left if left is None or trips == 1 else left * SHARE
+
+
+def _with_errors(
+    trips: Sequence[Trip], replies: Sequence[Sequence[Reply]], errors: Mapping[int, Exception]
+) -> Sequence[Sequence[Reply]]:
+    """Put the error of a trip in the place of each of its replies; raise where all trips have failed."""
+    if not errors:
+        return replies
+    if len(errors) == len(trips):
+        raise errors[min(errors)]
+    words = {index: _in_our_words(error) for index, error in errors.items()}
+    return [
+        [words[index]] * len(trip.commands) if index in words else replies[index] for index, trip in enumerate(trips)
+    ]
 
 
 def _in_our_words(error: BaseException) -> BaseException:
@@ -570,14 +611,21 @@ class AsyncClient:
     async def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         if len(trips) == 1:
             return [await self._pool(trips[0].node).ask(trips[0])]
-        tasks = [asyncio.ensure_future(self._pool(trip.node).ask(trip)) for trip in trips]
-        try:
-            return await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        pools = [self._pool(trip.node) for trip in trips]
+
+        async def ask(pool: AsyncPool, trip: Trip) -> list[Reply]:
+            async with asyncio.timeout(_share(len(trips))):
+                return await pool.ask(trip)
+
+        # Cancelling this cancels all of them, and waits until they have dropped their connections.
+        results = await asyncio.gather(*map(ask, pools, trips), return_exceptions=True)
+        errors: dict[int, Exception] = {}
+        for index, result in enumerate(results):
+            if isinstance(result, Exception):
+                errors[index] = result
+            elif isinstance(result, BaseException):
+                raise result
+        return _with_errors(trips, [[] if isinstance(r, BaseException) else r for r in results], errors)
 
     def _pool(self, node: Node) -> AsyncPool:
         if self._closed:

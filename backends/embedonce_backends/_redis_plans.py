@@ -1,7 +1,8 @@
 """What is said to which server of Redis, without saying it: plans that the blocking and the async client carry out.
 
 A plan is a generator. It yields :class:`Trip` s, each to one server, is sent the replies of each, or is thrown
-what went wrong, and returns the result. Both clients thus do the same, and do it at the same time on all servers.
+what went wrong, and returns the result. Where some of several trips fail, their error stands for each of their
+replies. Both clients thus do the same, and do it at the same time on all servers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from embedonce.errors import PartialAnswer
+
+from ._nodes import NodeDown
 from ._redis_url import Address, Place
 
 T = TypeVar("T")
@@ -119,7 +123,7 @@ class Topology(Protocol):
     """Knows which server holds which key. Shared by threads, and by both clients."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
-        """Ask for the values of the keys, in their order."""
+        """Ask for the values of the keys, in their order; errors are among them."""
         ...
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
@@ -133,6 +137,24 @@ class Topology(Protocol):
     def masters(self) -> Plan[Sequence[Node]]:
         """Return every server that holds keys, as of now."""
         ...
+
+
+def settled(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -> None:
+    """Raise what went wrong with some keys, if anything did, with the answer for the others.
+
+    Raises:
+        PartialAnswer: some keys failed.
+        Exception: all of them did.
+    """
+    failed = [(key, reply) for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Exception)]
+    if not failed:
+        return
+    problem: Exception = failed[0][1]
+    if len(failed) == len(keys):
+        raise problem
+    raise PartialAnswer(
+        f"{len(failed)} of {len(keys)} keys failed", answer=answer, failed=[key for key, _ in failed]
+    ) from problem
 
 
 class OneServer:
@@ -256,11 +278,13 @@ class Cluster:
     def __init__(self, addresses: Sequence[Address]) -> None:
         self._nodes = Candidates(addresses)
         self._known: Slots | None = None
+        self._up: set[Node] = set()
+        """Those that answered when they were asked last."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
         replies = yield from self.each(keys, [("GET", key) for key in keys], is_value)
-        raised(replies)
-        return replies
+        # A key that somebody else made a list is nothing to us, as it is to MGET; SET replaces it.
+        return [None if isinstance(reply, ResponseError) and _is_of_another_type(reply) else reply for reply in replies]
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
         raised((yield from self.each(keys, [("UNLINK", key) for key in keys], is_number)))
@@ -292,12 +316,24 @@ class Cluster:
         trips = [_group_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
         try:
             answers = yield trips
-        except BaseException:  # cancelled as well: that is how an async call runs out of time
+        except BaseException as error:  # cancelled as well: that is how an async call runs out of time
             self._known = None  # a node is gone, or slow: look where its slots are next time
-            raise
+            self._up.difference_update(node for node, _ in groups)
+            problem = self._down(error)
+            if problem is error:
+                raise
+            raise problem from error
+        for (node, _), answer in zip(groups, answers, strict=True):
+            if _has_failed(answer):
+                self._known = None
+                self._up.discard(node)
+            else:
+                self._up.add(node)
         again: dict[tuple[Node, bool], list[int]] = {}
         for (node, asking), answer in zip(groups, answers, strict=True):
             own = answer[1::2] if asking else answer
+            if _has_failed(answer):
+                own = [self._down(answer[0])] * len(own)
             for place, reply in zip(groups[node, asking], own, strict=True):
                 replies[place] = reply
                 if isinstance(reply, MovedError):
@@ -308,6 +344,14 @@ class Cluster:
                 elif isinstance(reply, ClusterDownError):
                     self._known = None
         return again
+
+    def _down(self, error: BaseException) -> BaseException:
+        """Return an error of some nodes, as NodeDown where others are up and nobody has to wait for these."""
+        if not self._up or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
+            return error
+        problem = NodeDown(f"a node of the cluster fails ({type(error).__name__}); others are up")
+        problem.__cause__ = error
+        return problem
 
     def _slots(self) -> Plan[Slots]:
         if self._known is not None:
@@ -325,9 +369,19 @@ class Cluster:
                 problem = error
                 continue
             self._nodes.learned(node.address for node in slots.nodes)
+            self._up.intersection_update(slots.nodes)
             self._known = slots
             return slots
         raise problem
+
+
+def _is_of_another_type(error: ResponseError) -> bool:
+    return str(error).startswith("WRONGTYPE")
+
+
+def _has_failed(answer: Sequence[Reply]) -> bool:
+    # What a server says is a ResponseError, if it is an error.
+    return isinstance(answer[0], Exception) and not isinstance(answer[0], ResponseError)
 
 
 def _another_may_answer(error: BaseException) -> bool:

@@ -361,6 +361,9 @@ class DiskBackend:
 
         A row that this backend did not write comes back as it is, or as ``b""``: no frame, so corrupt.
         """
+        if len(keys) == 1:  # a third of the time
+            value = self.get(keys[0])
+            return {} if value is None else {keys[0]: value}
         found: dict[str, bytes] = {}
         now = self.clock()
         for start in range(0, len(keys), KEYS):

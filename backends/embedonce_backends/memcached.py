@@ -10,7 +10,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Gt, MinLen
@@ -20,10 +20,11 @@ from xxhash import xxh3_64_intdigest
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, deadline, time_left
-from embedonce.errors import CacheClosed, ConfigError, TierBusy
+from embedonce.errors import CacheClosed, ConfigError, PartialAnswer
 from embedonce.options import Doc, Size
 
 from ._memcached_nodes import Connection, Node, silences
+from ._nodes import NodeDown, NodeTimeout
 
 api = 1
 
@@ -42,16 +43,8 @@ LAST_DATE = 2**31 - 1
 """A later date wraps around, and is in the past."""
 
 
-class NodeDown(TierBusy):
-    """A node does not answer and others do: an error, but no reason to leave the whole tier out."""
-
-
 class _LeftOut(NodeDown):
     """A node was not asked, because it failed a moment ago."""
-
-
-class NodeTimeout(NodeDown, TimeoutError):
-    """A node did not answer in time and others do."""
 
 
 class MemcachedBackend:
@@ -97,49 +90,55 @@ class MemcachedBackend:
         weakref.finalize(self, _close, list(self._nodes.values()))
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there, by one ``get`` per node. The keys of a node that is down are absent.
+        """Return what is there, by one ``get`` per node.
 
         Raises:
+            PartialAnswer: some nodes do not answer; what the others have is in it.
             NodeDown: no node that was asked has answered; others are up.
             Exception: pymemcache's or the socket's: no node is up.
         """
         found: dict[str, bytes] = {}
-        answers, failures = self._ask(self._by_node(keys), Connection.get_all)
+        parts = self._by_node(keys)
+        answers, failures = self._ask(parts, Connection.get_all)
         for answer in answers:
             found.update(answer)
-        if not answers:
-            self._check({node: error for node, error in failures.items() if type(error) is not _LeftOut})
+        self._check(failures, parts, found)
         return found
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item, in one trip per node.
 
         Raises:
-            MemcacheServerError: a node refused a value.
-            NodeDown: some nodes do not answer; the others have stored their part.
+            MemcacheServerError: every value was refused.
+            PartialAnswer: some values were refused, or some nodes do not answer; the other values are stored.
+            NodeDown: no node that was asked has answered; others are up.
         """
         expire = self._expire(ttl)
-        answers, failures = self._ask(
-            self._items_by_node(items), lambda connection, part: connection.set_all(part, expire)
-        )
-        self._check(failures)
-        if refused := sum(answers):
-            raise MemcacheServerError(f"{refused} of {len(items)} values were not stored")
+        parts = self._items_by_node(items)
+        answers, failures = self._ask(parts, lambda connection, part: connection.set_all(part, expire))
+        refused = [key for answer in answers for key in answer]
+        self._check(failures, parts, None, refused)
+        if refused:
+            problem = MemcacheServerError(f"{len(refused)} of {len(items)} values were not stored")
+            if len(refused) == len(items):
+                raise problem
+            raise PartialAnswer(str(problem), failed=refused) from problem
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is absent, in one trip per node, and return those keys.
 
         Raises:
-            NodeDown: some nodes do not answer; the others have stored their part.
+            PartialAnswer: some nodes do not answer; what the others have stored is in it.
+            NodeDown: no node that was asked has answered; others are up.
         """
         expire = self._expire(ttl)
+        parts = self._items_by_node(items)
         # Never twice: an answer that was lost had perhaps stored, and the second would name another as the winner.
-        answers, failures = self._ask(
-            self._items_by_node(items), lambda connection, part: connection.add_all(part, expire), twice=False
-        )
-        self._check(failures)
+        answers, failures = self._ask(parts, lambda connection, part: connection.add_all(part, expire), twice=False)
         added: set[str] = set()
-        return added.union(*answers)
+        added.update(*answers)
+        self._check(failures, parts, added)
+        return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys, in one trip per node. A node that is down is asked all the same.
@@ -236,19 +235,34 @@ class MemcachedBackend:
     def _some_up(self) -> bool:
         return any(node.up for node in self._nodes.values())
 
-    def _check(self, failures: Mapping[Node, Exception]) -> None:
-        """Raise what went wrong, if anything did; as NodeDown where the nodes that failed are not all there are."""
+    def _check(
+        self,
+        failures: Mapping[Node, Exception],
+        parts: Mapping[Node, Collection[str]],
+        answer: Any,
+        refused: Sequence[str] = (),
+    ) -> None:
+        """Raise what went wrong with nodes, if anything did; with the answer of those that gave one.
+
+        As NodeDown where the nodes that failed are not all there are.
+        """
         if not failures:
             return
+        problem = self._problem(failures)
+        if len(failures) == len(parts):
+            raise problem
+        failed = [key for node in failures for key in parts[node]]
+        raise PartialAnswer(str(problem), answer=answer, failed=[*failed, *refused]) from problem
+
+    def _problem(self, failures: Mapping[Node, Exception]) -> Exception:
+        asked = [error for error in failures.values() if type(error) is not _LeftOut]
         if not self._some_up():
-            asked = [error for error in failures.values() if type(error) is not _LeftOut]
-            raise (asked or [*failures.values()])[0]
+            return (asked or [*failures.values()])[0]
         for node, error in failures.items():
             if node.up:
-                raise error
-        cause = next(iter(failures.values()))
-        kind = NodeTimeout if isinstance(cause, TimeoutError) else NodeDown
-        raise kind(f"memcached {', '.join(node.name for node in failures)}: no answer; others are up") from cause
+                return error
+        kind = NodeTimeout if any(isinstance(error, TimeoutError) for error in asked) else NodeDown
+        return kind(f"memcached {', '.join(node.name for node in failures)}: no answer; others are up")
 
 
 _HOST = re.compile(r"([\w.-]+|\[[\w:.%]+\])(?::([0-9]{1,5}))?")

@@ -20,7 +20,7 @@ from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc
 
-from ._postgres_connections import AsyncPool, Connection, Pool, is_sound, parameters
+from ._postgres_connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
 from ._postgres_rows import Item, columns, items_of, texts
 from ._postgres_schema import Column, Found, Run, Statements, look, make, statements
 
@@ -91,7 +91,7 @@ class PostgresBackend:
     def __repr__(self) -> str:
         return f"<PostgresBackend of the table {self.schema}.{self.table}>"
 
-    def get_many(self, keys: Sequence[str], /) -> dict[str, Item]:
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
         """Return what is there, by one query."""
         if not keys:
             return {}
@@ -252,7 +252,7 @@ class PostgresTwin:
         self._backend = backend
         self._pool = pool
 
-    async def get_many(self, keys: Sequence[str], /) -> dict[str, Item]:
+    async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
         """Return what is there, by one query."""
         if not keys:
             return {}
@@ -281,7 +281,7 @@ class PostgresTwin:
             connection = await self._pool.take()
             try:
                 cursor = await connection.execute(statement, values, binary=True)
-                rows = await cursor.fetchall() if cursor.description else []
+                rows = await cursor.fetchall() if has_rows(cursor) else []
             except BaseException as error:
                 self._backend.forget(error)
                 if is_sound(connection, error):
@@ -295,7 +295,7 @@ class PostgresTwin:
 
 def _execute(connection: Connection, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     cursor = connection.execute(statement, values, binary=True)
-    return cursor.fetchall() if cursor.description else []
+    return cursor.fetchall() if has_rows(cursor) else []
 
 
 def _end(prefix: str) -> str | None:

@@ -19,7 +19,7 @@ from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc, Size
 
 from ._redis_connections import AsyncClient, Client, Settings
-from ._redis_plans import Command, Node, Plan, Trip, is_page, is_status, raised, topology_of
+from ._redis_plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
 from ._redis_url import Place, place_of
 
 if TYPE_CHECKING:
@@ -91,13 +91,18 @@ class RedisBackend:
         )
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there, by one MGET, or in a cluster one pipeline per node."""
+        """Return what is there, by one MGET, or in a cluster one pipeline per node.
+
+        Raises:
+            PartialAnswer: nodes of a cluster do not answer; what the others have is in it.
+        """
         return self._client.run(self._getting(keys)) if keys else {}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item, by one pipeline per server. Where one is refused, the others are stored all the same.
 
         Raises:
+            PartialAnswer: some are not stored, and why is its cause.
             redis.OutOfMemoryError: the server is full and may not evict.
             redis.ReadOnlyError: the server is a replica.
         """
@@ -164,17 +169,22 @@ class RedisBackend:
 
     def _getting(self, keys: Sequence[str]) -> Plan[dict[str, bytes]]:
         values = yield from self._topology.get(self._names(keys))
-        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+        found = {key: value for key, value in zip(keys, values, strict=True) if type(value) is bytes}
+        if len(found) < len(keys):
+            settled(keys, values, found)
+        return found
 
     def _setting(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[None]:
         names = self._names(list(items))
-        raised((yield from self._topology.each(names, _sets(names, items, _lasting(ttl)), is_status)))
+        replies = yield from self._topology.each(names, _sets(names, items, _lasting(ttl)), is_status)
+        settled([*items], replies, None)
 
     def _adding(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[set[str]]:
         names = self._names(list(items))
         replies = yield from self._topology.each(names, _sets(names, items, ("NX", *_lasting(ttl))), is_status)
-        raised(replies)
-        return {key for key, reply in zip(items, replies, strict=True) if reply is not None}
+        added = {key for key, reply in zip(items, replies, strict=True) if reply == b"OK"}
+        settled([*items], replies, added)
+        return added
 
 
 class RedisTwin:

@@ -5,12 +5,15 @@ from .answers import Explanation, Fetched, Held, Purged, TierCheck
 from .cache import Cache
 from .config import open
 from .contracts import Capabilities, Embedded, Limits
+from .drift import DriftGuard
 from .errors import (
     CacheClosed,
     ConfigError,
+    DriftError,
     EmbedonceError,
     EraseIncomplete,
     Incomplete,
+    PartialAnswer,
     PluginError,
     ProviderError,
     ProviderTimeout,
@@ -34,6 +37,8 @@ __all__ = [
     "CacheClosed",
     "Capabilities",
     "ConfigError",
+    "DriftError",
+    "DriftGuard",
     "Embedded",
     "EmbedonceError",
     "Entry",
@@ -44,6 +49,7 @@ __all__ = [
     "Incomplete",
     "KeyPolicy",
     "Limits",
+    "PartialAnswer",
     "PluginError",
     "ProviderError",
     "ProviderTimeout",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .contracts import Embedded
 from .errors import ProviderError
-from .vectors import Decoded, Dtype, Entry, freeze, round_vectors
+from .vectors import Block, Decoded, Dtype, Entries, Entry, freeze, round_vectors
 
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
@@ -77,9 +77,12 @@ def conform(
 
     ``trusted``: the backend is in this process and holds the very objects that this cache gave it.
     """
+    decoded = Decoded()
+    if isinstance(values, Entries):
+        values = _without_sound_blocks(values, now, dtype, dimensions, decoded.entries)
     if trusted and not _any_odd(values, now, dtype, dimensions):
-        return Decoded(dict(values), [], [])
-    decoded = Decoded({}, [], [])
+        decoded.entries.add(values)
+        return decoded
     finite = _all_finite(values.values())
     for key, entry in values.items():
         if not _sound(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
@@ -93,6 +96,29 @@ def conform(
         else:
             _coarsen(key, entry, dtype, decoded)
     return decoded
+
+
+def _without_sound_blocks(
+    values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
+) -> dict[str, Entry]:
+    """Take the blocks that are sound to the last row; return the other entries, to be looked at one by one."""
+    rest = values.loose()
+    for block in values.blocks:
+        if block.dtype == dtype and _is_sound(block, now, dimensions):
+            entries.add_block(block)
+        else:
+            rest |= block.entries()
+    return rest
+
+
+def _is_sound(block: Block, now: float, dimensions: int | None) -> bool:
+    rows = block.values
+    return (
+        rows.dtype == np.float32
+        and rows.ndim == 2
+        and (dimensions is None or rows.shape[1] == dimensions)
+        and bool(np.isfinite(rows).all() and (block.expires > now).all())
+    )
 
 
 def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ._checks import checked_matrix, rounded
 from ._flights import Abandoned, Claimed, Flight, Table, Ticket, leading
@@ -25,7 +28,7 @@ from .answers import Fetched
 from .contracts import AnyProvider, Embedded
 from .errors import ProviderError, ProviderTimeout, ReplayMiss, TextRefused, TierError
 from .events import Computed, Event
-from .vectors import Dtype, Entry, Metadata, freeze_rows
+from .vectors import Dtype, Entries, Entry, Metadata, freeze_rows
 
 log = logging.getLogger("embedonce")
 
@@ -44,11 +47,15 @@ class Answer:
     texts: Sequence[str]
     store: bool
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, str] = field(default_factory=dict)
+    failing: set[str] = field(default_factory=set)
+    """Tiers that are not written to in this call, because they failed in it or are left out."""
+    unknown: dict[str, set[str]] = field(default_factory=dict)
+    """By tier the keys that a part of it failed for, which are not written to it."""
     refusal: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
     _text_of: dict[str, str] | None = None
@@ -56,7 +63,7 @@ class Answer:
     @property
     def dimensions(self) -> int | None:
         if self.route.dimensions is None and self.entries:
-            return int(next(iter(self.entries.values())).vector.size)
+            return next(iter(self.entries.sizes()))
         return self.route.dimensions
 
     def preview(self, key: str) -> str:
@@ -70,8 +77,9 @@ class Answer:
         return self._text_of
 
     def missing(self) -> list[str]:
-        entries, failed = self.entries, self.failed
-        return [key for key in dict.fromkeys(self.keys) if key not in entries and key not in failed]
+        failed = self.failed
+        missing = self.entries.lacking(dict.fromkeys(self.keys))
+        return [key for key in missing if key not in failed] if failed else missing
 
     def rows(self) -> list[Any]:
         """Return every row in order.
@@ -79,17 +87,26 @@ class Answer:
         Raises:
             Exception: what the first text that failed, failed with.
         """
-        entries = self.entries
-        try:
-            return [entries[key].vector for key in self.keys]
-        except KeyError:
-            raise next(self.failed[key] for key in self.keys if key in self.failed) from None
+        self._check()
+        entries = self.entries.as_dict()
+        return [entries[key].vector for key in self.keys]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """Return every row in order, as a matrix (n, d). Raises as :meth:`rows` does."""
+        self._check()
+        return self.entries.matrix(self.keys, self.route.dimensions)
+
+    def _check(self) -> None:
+        if self.failed:
+            for key in self.entries.lacking(self.keys):
+                raise self.failed[key]
 
     def fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)
         for name, keys in self.found:
             sources.update(dict.fromkeys(keys, name))
-        entries = [self.entries.get(key) for key in self.keys]
+        held = self.entries.as_dict()
+        entries = [held.get(key) for key in self.keys]
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
@@ -142,16 +159,12 @@ class Engine:
             with self.table.call() as ticket:
                 missing = await self._look(port, ticket.number, answer, missing)
                 if missing and compute and not self._replay:
-                    claimed, blocking = Claimed(), port.loop is None
+                    refusal = await self.refusal(port, answer.route)
+                    if refusal is not None:
+                        answer.failed.update(dict.fromkeys(missing, refusal))
+                        break
                     leases = self.leases if answer.store else None
-                    try:
-                        self.table.claim(ticket.number, missing, port.loop, claimed)
-                        await self._share(port, ticket.number, answer, claimed.landed)
-                        await self._lead(port, ticket, answer, claimed.led, leases=leases)
-                        await self._follow_all(port, ticket, answer, claimed, last=again)
-                    except BaseException:
-                        self._let_go(ticket, claimed, blocking)
-                        raise
+                    await self._claim(port, ticket, answer, missing, leases=leases, last=again)
                 elif missing:
                     await self._share(port, ticket.number, answer, self.table.landed(missing))
             missing = answer.missing() if missing else missing
@@ -163,6 +176,31 @@ class Engine:
                 break
         if answer.refusal is not None:
             raise answer.refusal
+
+    moves = False
+    """Whether :meth:`current` may lead to another space."""
+
+    async def refusal(self, port: Port, route: Route) -> Exception | None:
+        """Return why nothing may be computed in this space, or None."""
+        return None
+
+    async def current(self, port: Port, route: Route) -> Route:
+        """Return the route to the space in which texts are embedded now."""
+        return route
+
+    async def _claim(
+        self, port: Port, ticket: Ticket, answer: Answer, keys: list[str], *, leases: Leases | None, last: bool
+    ) -> None:
+        """Compute the keys that nobody computes, then wait for the others."""
+        claimed, blocking = Claimed(), port.loop is None
+        try:
+            self.table.claim(ticket.number, keys, port.loop, claimed)
+            await self._share(port, ticket.number, answer, claimed.landed)
+            await self._lead(port, ticket, answer, claimed.led, leases=leases)
+            await self._follow_all(port, ticket, answer, claimed, last=last)
+        except BaseException:
+            self._let_go(ticket, claimed, blocking)
+            raise
 
     def _let_go(self, ticket: Ticket, claimed: Claimed, blocking: bool) -> None:
         """Give up what a call leads that ends early, so that nobody waits for it.
@@ -205,31 +243,35 @@ class Engine:
             answer.seconds[tier.name] += read.seconds
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
+            if read.failed:
+                answer.failing.add(tier.name)
+            if read.unknown:
+                answer.unknown.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
                 self._agree(tier, answer, read.entries)
-                answer.entries.update(read.entries)
+                answer.entries.add(read.entries)
                 answer.found.append((tier.name, read.entries))
-                if answer.store:
+                if answer.store and depth:
                     await self._promote(port, ticket, answer, read.entries, self.tiers[:depth])
-                keys = [key for key in keys if key not in read.entries]
+                keys = read.entries.lacking(keys) if len(read.entries) < len(keys) else []
         return keys
 
-    def _agree(self, tier: LiveTier, answer: Answer, entries: dict[str, Entry]) -> None:
+    def _agree(self, tier: LiveTier, answer: Answer, entries: Entries) -> None:
         """Leave out entries of another dimension, where only the entries themselves can tell the right one."""
         if answer.dimensions is not None:
             return
-        sizes = Counter(entry.vector.size for entry in entries.values())
+        sizes = entries.sizes()
         if len(sizes) > 1:
             usual = sizes.most_common(1)[0][0]
-            odd = [key for key, entry in entries.items() if entry.vector.size != usual]
+            odd = [key for key, entry in entries.as_dict().items() if entry.vector.size != usual]
             for key in odd:
                 del entries[key]
             tier.counters.count(corrupt=len(odd), hits=-len(odd))
 
     async def _promote(
-        self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry], tiers: Sequence[LiveTier]
+        self, port: Port, ticket: int, answer: Answer, entries: Entries, tiers: Sequence[LiveTier]
     ) -> None:
-        await self._give(port, ticket, answer, entries, tiers, patience=False)
+        await self._give(port, ticket, answer, entries.as_dict(), tiers, patience=False)
 
     async def store(self, port: Port, ticket: int, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier."""
@@ -247,9 +289,11 @@ class Engine:
     ) -> None:
         """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
         for tier in tiers:
-            if tier.name not in answer.errors:
+            if tier.name not in answer.failing:
+                unknown = answer.unknown.get(tier.name)
+                known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
                 try:
-                    await tier.store(port, ticket, entries, answer.preview, patience=patience)
+                    await tier.store(port, ticket, known, answer.preview, patience=patience)
                 except TierError as error:
                     answer.refusal = error
 
@@ -281,7 +325,7 @@ class Engine:
             if error is None or (last and isinstance(error, Abandoned)):
                 alone.append(key)
             elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
-                answer.failed[key] = _own(error)
+                answer.failed[key] = own_error(error)
         await self._share(port, ticket.number, answer, claimed.followed)
         if alone:
             flights = {key: Flight(ticket.number, port.loop) for key in alone}
@@ -366,13 +410,13 @@ class Engine:
             return False
         if read.entries:
             self._agree(tier, answer, read.entries)
-            answer.entries.update(read.entries)
+            answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
             await self._promote(
                 port, ticket, answer, read.entries, [other for other in self.tiers if other is not tier]
             )
             self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
-        return not read.errors and not read.skipped
+        return not read.failed
 
     def _normalized(self, answer: Answer, keys: Iterable[str]) -> dict[str, str]:
         normalize = answer.route.keyer.normalize
@@ -388,7 +432,7 @@ class Engine:
         entries = await self._ask(port, ticket, answer, texts, flights)
         if not entries:
             return
-        answer.entries.update(entries)
+        answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:
             if answer.store:
@@ -470,7 +514,7 @@ def _tokens(reply: Any) -> int | None:
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
 
 
-def _own(error: Exception) -> Exception:
+def own_error(error: Exception) -> Exception:
     """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
     try:
         own = copy(error)

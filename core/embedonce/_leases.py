@@ -45,7 +45,7 @@ class Leases:
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
         if added is None:
             return set(keys)
-        won = {asked[lease] for lease in added}
+        won = {key for lease, key in asked.items() if lease in added}
         with self._lock:
             self._ours.update(dict.fromkeys(won, now + self._seconds))
         return won | ours

@@ -25,11 +25,12 @@ from ._sections import (
 )
 from ._suggest import closest, listed, quoted, written
 from ._toml import Path as Where
+from .drift import DriftGuard
 from .errors import ConfigError, PluginError, Problem
 from .keys import KeyPolicy
 from .options import BadValue, Doc
 
-TABLES = ("cache", "key", "plugins", "provider", "tiers")
+TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers")
 
 
 def loaded(document: Document, *, own_provider: bool = False) -> Config:
@@ -109,6 +110,7 @@ class _Loader:
         with plugins.only(allow):
             key = self._key()
             provider, fallback, fetch_only = self._providers()
+            drift = self._drift()
             tiers = self._tiers()
         self._check_variables()
         if self._problems:
@@ -122,6 +124,7 @@ class _Loader:
             provider=provider,
             fallback=fallback,
             fallback_fetch_only=fetch_only,
+            drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
             document=self._document,
             _settings=self._settings,
@@ -193,6 +196,11 @@ class _Loader:
         table = _Table((name,), self._document.table(name), (name,), given, dict(options_of(cls)))
         self._read(table)
         return table.values
+
+    def _drift(self) -> dict[str, Any] | None:
+        """Return the options of the drift guard, or None where neither the table nor a variable asks for one."""
+        asked = "drift" in self._values.data or any(name.startswith("drift__") for name in self._variables)
+        return self._section("drift", DriftGuard) if asked else None
 
     def _key(self) -> KeyPolicy:
         given = self._section("key", KeyTable)
@@ -520,7 +528,12 @@ class _Loader:
         return f"{self._document.shown}:{place.line}" if place else self._document.source
 
 
-_OWN: Mapping[str, type[Any]] = {"cache": CacheTable, "key": KeyTable, "plugins": PluginsTable}
+_OWN: Mapping[str, type[Any]] = {
+    "cache": CacheTable,
+    "key": KeyTable,
+    "plugins": PluginsTable,
+    "drift": DriftGuard,
+}
 
 
 def _form(parts: Sequence[str]) -> str:
@@ -577,6 +590,18 @@ _IN_URL = re.compile(r"//[^/\s]*@")
 def is_secret(where: Sequence[str | int]) -> bool:
     """Whether a value with these names on its path is taken for a secret."""
     return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
+
+
+def secrets_in(value: Any, where: Where = ()) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
+    if isinstance(value, Mapping):
+        return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
+    if isinstance(value, list | tuple):
+        return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
+    if not isinstance(value, str):
+        return []
+    found = _pieces(value) if is_secret(where[1:]) else _credentials(value)
+    return [_dotted(where)] if any("${" not in secret for secret in found) else []
 
 
 def display(where: Where, value: Any) -> str | None:

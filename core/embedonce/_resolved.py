@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ._documents import Document
     from ._sections import CacheTable
+    from .drift import DriftGuard
 
 PluginClass: TypeAlias = type[Any]
 
@@ -72,6 +73,7 @@ class Config:
     """None where it was loaded for a provider of the caller's own."""
     fallback: Plugged | None
     fallback_fetch_only: bool
+    drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
     document: Document = field(repr=False, compare=False)
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ._ports import Workers
@@ -80,17 +81,38 @@ def describe(provider: AnyProvider, task: str) -> VectorSpace:
 class Route:
     """One provider asked for one task."""
 
-    def __init__(self, source: Source, task: str, policy: KeyPolicy, steps: Sequence[Callable[[str], str]]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        task: str,
+        policy: KeyPolicy,
+        steps: Sequence[Callable[[str], str]],
+        *,
+        generation: int = 0,
+    ) -> None:
         self.source = source
         self.task = task
-        self.space = describe(source.provider, task)
+        described = describe(source.provider, task)
+        self.origin = described.fingerprint()
+        """The fingerprint of the space as the provider describes it."""
+        self.generation = generation
+        """How often a new space was opened because the provider had drifted."""
+        if generation:
+            described = replace(described, extra={**(described.extra or {}), "drift": generation})
+        self.space = described
         self.keyer = Keyer(policy, self.space, steps)
+        self._policy = policy
+        self._steps = steps
         self.dimensions = self.space.dimensions
         """None until the first vector is seen, where the provider cannot tell."""
         self.known: dict[str, str] = {}
         """Young generation of the memo, text to key: a hash is computed once for a text that comes again."""
         self._older: dict[str, str] = {}
         self._characters = 0
+
+    def at(self, generation: int) -> Route:
+        """Return the route to another generation of the same space."""
+        return Route(self.source, self.task, self._policy, self._steps, generation=generation)
 
     def settle(self, dimensions: int) -> int:
         """Return the dimensions of this space: those given, where none were known before."""

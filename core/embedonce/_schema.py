@@ -23,6 +23,7 @@ from ._sections import (
     TierTable,
     is_in_process,
 )
+from .drift import DriftGuard
 from .errors import PluginError
 from .keys import NORMALIZERS
 
@@ -53,6 +54,7 @@ class _Schema:
                 "key": self._key(),
                 "plugins": self._own(PluginsTable, "Which plugins of others may be loaded."),
                 "provider": self._provider(),
+                "drift": self._own(DriftGuard, "Looks whether the provider still makes the vectors that are stored."),
                 "tiers": self._tiers(),
             },
             "required": ["provider", "tiers"],

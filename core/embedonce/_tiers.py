@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._breaker import Breaker
@@ -17,10 +17,10 @@ from ._ports import Port, Ports, Workers, step
 from ._suggest import listed
 from .answers import ChainWarning
 from .contracts import EXTRAS, Backend, Capabilities, deadline
-from .errors import ConfigError, TierBusy, TierError, TierTimeout
+from .errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from .events import Event, LookedUp, Stored, TierChanged
 from .keys import CARD_PREFIX, KEY_PREFIX, Value
-from .vectors import Decoded, Dtype, Entry, decode_frames, encode_frames, freeze
+from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
 
 if TYPE_CHECKING:
     import asyncio
@@ -90,7 +90,7 @@ class Tier:
 class Read:
     """What one tier gave for one call."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     hits: int = 0
     misses: int = 0
     errors: int = 0
@@ -98,6 +98,22 @@ class Read:
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
+    failed: bool = False
+    """The tier, or its breaker, gave no answer for some keys: it is not written to in this call."""
+    unknown: set[str] = field(default_factory=set)
+    """Keys for which a part of the tier failed while others answered: these alone are not written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of entries that were to be written."""
+
+    stored: int = 0
+    refused: int = 0
+    """Too large."""
+    failed: int = 0
+    error: Exception | None = None
+    """Of those that failed."""
 
 
 class LiveTier:
@@ -182,6 +198,9 @@ class LiveTier:
             return found
         twin = self._twins.get(loop)
         if twin is None:
+            # A twin holds its loop, and so would stay, with its connections, when the loop has ended.
+            for ended in [other for other in list(self._twins) if other.is_closed()]:
+                self._twins.pop(ended, None)
             twin = self._twins[loop] = self.backend.twin()
 
         async def get() -> Mapping[str, Any]:
@@ -202,6 +221,8 @@ class LiveTier:
 
     def _failed(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
         """Take note of a failed call; return its cause."""
+        if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.failed(cause)
@@ -250,23 +271,31 @@ class LiveTier:
                 if admitted == "probe":
                     self._probe()
                 read.skipped += len(chunk)
+                read.failed = True
                 if self.on_error == "raise":
                     self._note(read, task, start)
                     raise self._left_out()
                 continue
             try:
                 values = await self._get(port, chunk)
-                if len(values) > len(chunk) or not values.keys() <= set(chunk):  # what nobody asked for
+                if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
                     values = {key: values[key] for key in chunk if key in values}
             except Exception as error:
                 read.cause = self._failed(self.reads, error)
-                self._failing = chunk[:: -(-len(chunk) // PROBED)]
-                read.errors += len(chunk)
+                failed, found = _parted(chunk, error, Mapping)
+                self._failing = failed[:: -(-len(failed) // PROBED)]
+                read.errors += len(failed)
                 if self.on_error == "raise":
                     self._note(read, task, start)
                     raise self._raised(error) from error
-                continue
-            self.reads.succeeded()
+                if len(failed) == len(chunk):
+                    read.failed = True
+                    continue
+                read.unknown.update(failed)
+                read.misses -= len(failed)
+                values = {key: found[key] for key in chunk if key in found and key not in read.unknown}
+            else:
+                self.reads.succeeded()
             corrupt = self._accept(values, read.entries, dtype, dimensions)
             read.corrupt += corrupt
             read.misses += len(chunk) - corrupt
@@ -275,19 +304,18 @@ class LiveTier:
         self._note(read, task, start)
         return read
 
-    def _accept(
-        self, values: Mapping[str, Any], entries: dict[str, Entry], dtype: Dtype, dimensions: int | None
-    ) -> int:
+    def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
         """Put what is sound into ``entries`` and return how many are corrupt."""
         if not values:
             return 0
         decoded = self.decoded(values, dtype=dtype, dimensions=dimensions)
-        if dimensions is None:  # only a space card has no values; under a text's key it is somebody's mistake
+        # Only a space card has no values; under a text's key it is somebody's mistake.
+        if dimensions is None and 0 in decoded.entries.sizes():
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
-        entries.update(self._without_previews(decoded.entries))
+        entries.add(self.without_previews(decoded.entries))
         if decoded.corrupt and not self._corrupt:
             log.warning(
                 "tier %r: corrupt entries (%d in this call); they are computed again", self.name, len(decoded.corrupt)
@@ -295,11 +323,11 @@ class LiveTier:
         self._corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _without_previews(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+    def without_previews(self, entries: Entries) -> Entries:
         """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
         if not self.capabilities.text_preview:
             return entries
-        for key, entry in entries.items():
+        for key, entry in entries.as_dict().items():
             if entry.metadata is not None and TEXT_PREVIEW in entry.metadata:
                 rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
                 entries[key] = entry._replace(metadata=rest or None)
@@ -314,17 +342,19 @@ class LiveTier:
         if holds == "entries":
             trusted = self.capabilities.scope == "process"
             return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=trusted)
-        entries = {k: v for k, v in values.items() if type(v) is Entry} if holds == "either" else {}
-        if not entries:
+        if holds == "frames" or not (entries := _entries_among(values)):
             return self._decoded_frames(values, now, dtype, dimensions)
-        frames = self._decoded_frames({k: v for k, v in values.items() if k not in entries}, now, dtype, dimensions)
         if self._encryption is None:
-            rest = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+            decoded = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
         else:  # stored before the tier was encrypted
-            rest = Decoded(missed=list(entries))
-        return Decoded(
-            {**frames.entries, **rest.entries}, [*frames.corrupt, *rest.corrupt], [*frames.missed, *rest.missed]
-        )
+            decoded = Decoded(missed=list(entries))
+        if len(entries) < len(values):
+            rest = {key: value for key, value in values.items() if key not in entries}
+            frames = self._decoded_frames(rest, now, dtype, dimensions)
+            decoded.entries.add(frames.entries)
+            decoded.corrupt.extend(frames.corrupt)
+            decoded.missed.extend(frames.missed)
+        return decoded
 
     def _decoded_frames(self, frames: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> Decoded:
         if self._encryption is None:
@@ -431,18 +461,18 @@ class LiveTier:
                 continue
             start = time.perf_counter()
             try:
-                stored, refused = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
-            except Exception as error:
-                cause = self._failed(self.writes, error)
-                self._wrote(0, errors=len(part), cause=cause, start=start)
-                if self.on_error == "raise":
-                    raise self._raised(error) from error
-            else:
-                self.writes.succeeded()
-                self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+                written = await self._call(port, lambda part=part: self._write(ticket, part))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001  (as in read)
+                written = Written(failed=len(part), error=error)
+            self._settle(written, start)
+            if written.error is not None and self.on_error == "raise":
+                raise self._raised(written.error) from written.error
 
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
-        """Set what is absent and return those keys; None where the tier fails or its breaker is open."""
+        """Set what is absent and return those keys, and the keys of a part of the tier that failed.
+
+        None where the tier fails or its breaker is open.
+        """
         added: set[str] = set()
         for chunk in self._chunks(list(items)):
             if self.writes.open:
@@ -452,20 +482,23 @@ class LiveTier:
             try:
                 added |= await self._call(port, lambda part=part: self.backend.add_many(part, ttl))  # type: ignore[misc]
             except Exception as error:  # noqa: BLE001  (as in read)
-                self._wrote(0, errors=len(part), cause=self._failed(self.writes, error), start=start)
-                return None
-            self.writes.succeeded()
+                failed, others = _parted(list(part), error, Set)
+                self._wrote(0, errors=len(failed), cause=self._failed(self.writes, error), start=start)
+                if len(failed) == len(part):
+                    return None
+                added.update(failed, others)
+            else:
+                self.writes.succeeded()
         return added
 
-    def _write(self, ticket: int, entries: Mapping[str, Entry]) -> tuple[int, int]:
-        """Write what may still be stored. Returns how many were stored, and how many are too large."""
+    def _write(self, ticket: int, entries: Mapping[str, Entry]) -> Written:
+        """Write what may still be stored."""
         with self._table.writing(self.name, ticket, entries) as permitted:
             return self._set(permitted)
 
-    def _set(self, entries: Mapping[str, Entry]) -> tuple[int, int]:
+    def _set(self, entries: Mapping[str, Entry]) -> Written:
         if not entries:
-            return 0, 0
-        self._set_cards(entries)
+            return Written()
         expires = [entry.expires for entry in entries.values()]
         ends = [end for end in expires if end is not None]
         ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
@@ -473,9 +506,16 @@ class LiveTier:
         limit = self.capabilities.max_value_bytes
         if limit is not None:
             values = {k: v for k, v in values.items() if not isinstance(v, bytes) or len(v) <= limit}
+        failed: Sequence[str] = ()
+        problem = None
         if values:
-            self.backend.set_many(values, ttl)
-        return len(values), len(entries) - len(values)
+            try:
+                self.backend.set_many(values, ttl)
+            except PartialAnswer as error:
+                problem = error
+                failed, _ = _parted(list(values), error, object)
+        self._set_cards(entries)
+        return Written(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
 
     def _set_cards(self, keys: Iterable[str]) -> None:
         """Store the space card of each scope, now and again.
@@ -490,8 +530,24 @@ class LiveTier:
         due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
         cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
         if cards:
-            self.backend.set_many(self._encoded(cards), None)
+            try:
+                self.backend.set_many(self._encoded(cards), None)
+            except (PartialAnswer, TierBusy):  # the entries are stored all the same; the card comes with later ones
+                return
             self._carded.update(dict.fromkeys(due, now))
+
+    def _settle(self, written: Written, start: float, *, probe: bool = False) -> str | None:
+        """Count what became of a write, and tell the breaker; return the cause of what was not stored."""
+        if written.error is None:
+            self.writes.succeeded()
+            cause = "too large" if written.refused else None
+        else:
+            cause = self._failed(self.writes, written.error, probe=probe)
+            if written.refused:
+                self._wrote(0, dropped=written.refused, cause="too large")
+                written = replace(written, refused=0)
+        self._wrote(written.stored, dropped=written.refused, errors=written.failed, cause=cause, start=start)
+        return cause
 
     def _wrote(
         self, stored: int, *, dropped: int = 0, errors: int = 0, cause: str | None = None, start: float | None = None
@@ -564,17 +620,14 @@ class LiveTier:
         """Write where nobody waits for the result: a failure is counted and logged."""
         start = time.perf_counter()
         try:
-            stored, refused = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
+            written: Written = step(self._call(self._ports.blocking, lambda: self._write(ticket, entries)))
         except Exception as error:  # noqa: BLE001  (as in read)
-            cause = self._failed(self.writes, error, probe=probe)
-            now = time.monotonic()
-            if not self.writes.open and now >= self._silent_until:
-                self._silent_until = now + SILENT_SECONDS
-                log.warning("tier %r: a background write of %d entries failed (%s)", self.name, len(entries), cause)
-            self._wrote(0, errors=len(entries), cause=cause, start=start)
-        else:
-            self.writes.succeeded()
-            self._wrote(stored, dropped=refused, cause="too large" if refused else None, start=start)
+            written = Written(failed=len(entries), error=error)
+        cause = self._settle(written, start, probe=probe)
+        now = time.monotonic()
+        if written.error is not None and not self.writes.open and now >= self._silent_until:
+            self._silent_until = now + SILENT_SECONDS
+            log.warning("tier %r: a background write of %d entries failed (%s)", self.name, written.failed, cause)
 
     # --- erasing and listing ------------------------------------------------------------------
 
@@ -639,6 +692,15 @@ class LiveTier:
             self._carded.pop(scope, None)
 
 
+def _parted(keys: Sequence[str], error: Exception, kind: type) -> tuple[Sequence[str], Any]:
+    """Return the keys that a call failed for and the answer for the others; without a sound one all have failed."""
+    if isinstance(error, PartialAnswer) and isinstance(error.answer, kind):
+        failed = [key for key in keys if key in error.failed]
+        if failed:
+            return failed, error.answer
+    return keys, ()
+
+
 class ChainError(ConfigError):
     """A tier cannot be in the chain as it is; ``place`` is its place there, ``option`` what is wrong with it."""
 
@@ -646,6 +708,10 @@ class ChainError(ConfigError):
         super().__init__(message)
         self.place = place
         self.option = option
+
+
+def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
+    return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:

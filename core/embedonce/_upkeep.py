@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from ._flights import Erasure, Table
@@ -13,11 +14,13 @@ from ._ports import Port
 from ._routes import Route
 from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
-from .errors import EraseIncomplete, TierError
+from .errors import EraseIncomplete, TierBusy, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
-from .vectors import Dtype
+from .vectors import Dtype, Metadata
 
 Card = Mapping[str, Value]
+LISTED_AT_ONCE = 1024
+"""Entries that are in memory at once while a tier is walked over."""
 
 
 class Upkeep:
@@ -139,6 +142,26 @@ class Upkeep:
             held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
 
+    async def metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
+        """Return the metadata of every entry of a route's scope that has some, each entry once.
+
+        Raises:
+            TierError: a tier failed or cannot list; the message names it.
+        """
+        found: dict[str, Metadata | None] = {}
+        for tier in self._tiers:
+            try:
+                listed = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
+                keys = [key for key in listed if key not in found]
+                for start in range(0, len(keys), LISTED_AT_ONCE):
+                    values = await tier.peek(port, keys[start : start + LISTED_AT_ONCE])
+                    decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
+                    entries = tier.without_previews(decoded.entries)
+                    found.update({key: deepcopy(entry.metadata) for key, entry in entries.items()})
+            except TierError as error:
+                raise TierError(f"tier {tier.name!r}: {_cause(error)}", tier.name) from error
+        return [metadata for metadata in found.values() if metadata is not None]
+
     async def check(self, port: Port) -> list[TierCheck]:
         """Ask every tier for a key that nobody has, and say whether it answers."""
         checks = []
@@ -146,7 +169,7 @@ class Upkeep:
             start = time.perf_counter()
             detail, ok = "", False
             try:
-                await tier.peek(port, [PROBE_KEY])
+                await self._knock(port, tier)
                 detail = await self._foreign(port, tier)
                 if not detail:
                     detail = await tier.describe(port)
@@ -156,6 +179,14 @@ class Upkeep:
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
+
+    async def _knock(self, port: Port, tier: LiveTier) -> None:
+        """Ask a tier for a key that nobody has. One that is busy, or has it on a node that is away, is there."""
+        try:
+            await tier.peek(port, [PROBE_KEY])
+        except TierError as error:
+            if not isinstance(error.__cause__, TierBusy):
+                raise
 
     async def _foreign(self, port: Port, tier: LiveTier) -> str:
         """Say so where the cards of an encrypted tier cannot be read: its key is another one."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import Incomplete
 from .keys import Value, VectorSpace
-from .vectors import Metadata
+from .vectors import Metadata, matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +42,13 @@ class Fetched:
         Raises:
             Incomplete: a row is missing.
         """
-        return matrix(self.rows, self.dimensions)
-
-
-def matrix(rows: Sequence[NDArray[np.float32] | None], dimensions: int | None) -> NDArray[np.float32]:
-    """Put rows of one length together as a matrix of shape (n, d); (0, dimensions or 0) where there is none.
-
-    Raises:
-        Incomplete: a row is None.
-    """
-    if not rows:
-        return np.empty((0, dimensions or 0), np.float32)
-    try:
-        # Joining buffers is twice as fast as np.stack, which looks at every row in Python.
-        joined = bytearray().join(rows)  # type: ignore[arg-type]
-    except TypeError:
-        missing = sum(row is None for row in rows)
-        raise Incomplete(
-            f"{missing} of {len(rows)} texts have no vector; read `rows`, and `failed` for the reasons"
-        ) from None
-    if len(joined) != len(rows) * rows[0].nbytes:  # type: ignore[union-attr]
-        raise Incomplete("the rows have different dimensions")  # never reshaped into rows that nobody asked for
-    return np.frombuffer(joined, np.float32).reshape(len(rows), -1)
+        rows = [row for row in self.rows if row is not None]
+        if len(rows) < len(self.rows):
+            raise Incomplete(
+                f"{len(self.rows) - len(rows)} of {len(self.rows)} texts have no vector; "
+                "read `rows`, and `failed` for the reasons"
+            )
+        return matrix(rows, self.dimensions)
 
 
 @dataclass(frozen=True, slots=True)

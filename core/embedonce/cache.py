@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 from weakref import WeakSet
@@ -16,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._checks import checked_matrix, rounded
+from ._drift import Guarded, Moved
 from ._engine import Answer, Engine, log
 from ._flights import Table
 from ._ports import Port, Ports, step
 from ._routes import Route, Source, describe, plain_texts
 from ._tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
 from ._upkeep import Upkeep
-from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck, matrix
+from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
+from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
 from .events import Event, Stats
 from .functions import wrap
@@ -39,6 +42,8 @@ Matrix: TypeAlias = NDArray[np.float32]
 
 TASKS = ("document", "query")
 ITER_BATCH = 1024
+MOVES = 5
+"""Most new spaces that one call opens for a provider that drifts."""
 LAST_FLUSH = 5.0
 """Seconds that the program's end waits for the writes of caches that nobody holds any more."""
 
@@ -62,6 +67,7 @@ class Cache:
         fallback: a provider that answers, in its own vector space, when the first one fails.
         fallback_fetch_only: the fallback answers ``fetch`` only, whose caller reads ``Fetched.space``;
             ``embed…`` raise what the first provider raised. Needed where the dimensions differ.
+        drift: looks now and again whether the provider still makes the vectors that are stored.
         max_wait: seconds to wait for another call's computation of the same text before computing it too.
         flush_timeout: seconds that ``close`` and the program's end wait for background writes.
         max_queued: entries that may wait for a background write, per tier.
@@ -84,6 +90,7 @@ class Cache:
         mode: Mode = "read-through",
         fallback: AnyProvider | None = None,
         fallback_fetch_only: bool = False,
+        drift: DriftGuard | None = None,
         max_wait: float = 60.0,
         flush_timeout: float = 5.0,
         max_queued: int = 4096,
@@ -136,7 +143,8 @@ class Cache:
             )
             for name, tier in chain
         ]
-        self._engine = Engine(
+        engine = Engine if drift is None else partial(Guarded, guard=drift)
+        self._engine: Engine = engine(
             self._tiers,
             self._table,
             dtype=dtype,
@@ -204,7 +212,7 @@ class Cache:
         Raises:
             Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
         """
-        return self._matrix(step(self._rows(self._ports.blocking, texts, task)), task)
+        return step(self._matrix(self._ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
@@ -285,6 +293,16 @@ class Cache:
         self._check_open()
         return step(self._upkeep.contents(self._ports.blocking))
 
+    def list_metadata(self, task: Task = "document") -> list[Metadata]:
+        """Return the metadata of every entry of the task's vector space that has some, in no order, each entry once.
+
+        It walks over all tiers, and sees what is in them: ``flush`` first where a tier is written in the background.
+
+        Raises:
+            TierError: a tier failed or cannot list; the message names it.
+        """
+        return step(self._list_metadata(self._ports.blocking, task))
+
     def check(self) -> list[TierCheck]:
         """Ask every tier whether it answers."""
         self._check_open()
@@ -351,7 +369,7 @@ class Cache:
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """As :meth:`embed_batch`."""
-        return self._matrix(await self._rows(self._ports.of_running_loop(), texts, task), task)
+        return await self._matrix(self._ports.of_running_loop(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
@@ -415,6 +433,10 @@ class Cache:
         """As :meth:`contents`."""
         self._check_open()
         return await self._upkeep.contents(self._ports.of_running_loop())
+
+    async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
+        """As :meth:`list_metadata`."""
+        return await self._list_metadata(self._ports.of_running_loop(), task)
 
     async def acheck(self) -> list[TierCheck]:
         """As :meth:`check`."""
@@ -534,12 +556,28 @@ class Cache:
                 self._hot = self._hot_tier()
         return route
 
+    async def _current(self, port: Port, source: Source, task: Task) -> Route:
+        """Return the route to a task's space, as it is now that the provider may have drifted."""
+        self._check_open()
+        route = self._route(source, task)
+        current = await self._engine.current(port, route)
+        if current is not route:
+            with self._lock:
+                # Tasks that share a space leave it together.
+                for place, other in list(self._routes.items()):
+                    if place[0] is source and other.origin == current.origin and other.generation != current.generation:
+                        self._routes[place] = current if place[1] == task else other.at(current.generation)
+                self._cards[current.keyer.scope] = card(self._policy, current.space)
+            self._hot = self._hot_tier()
+        return self._route(source, task)
+
     async def _rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
         answer = await self._answer(port, texts, task, rows_only=True)
         return answer.rows()
 
-    def _matrix(self, rows: list[Any], task: Task) -> Matrix:
-        return matrix(rows, self._route(self._source, task).dimensions)
+    async def _matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.matrix()
 
     async def _fetch(
         self,
@@ -554,6 +592,8 @@ class Cache:
         return answer.fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
+        if self._engine.moves:
+            await self._current(port, self._source, task)
         answer = self._ask(self._source, texts, task)
         await self._engine.fetch(port, answer, compute=False)
         return answer.fetched()
@@ -569,8 +609,10 @@ class Cache:
         rows_only: bool = False,
     ) -> Answer:
         """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
-        answer = self._ask(self._source, texts, task, store=store, metadata=metadata)
-        await self._engine.fetch(port, answer)
+        if not isinstance(texts, list):
+            _refuse_str(texts, "a batch")
+            texts = plain_texts(texts)  # it may be asked again, and an iterator could not be
+        answer = await self._asked(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback
         if fallback is None or self._mode == "replay":
             return answer
@@ -579,9 +621,30 @@ class Cache:
             self._note_fallback(fallback, down=False if not down else self._fell_back)
             return answer
         self._note_fallback(fallback, down=True)
-        other = self._ask(fallback, texts, task, store=store, metadata=metadata)
-        await self._engine.fetch(port, other)
+        other = await self._asked(port, fallback, texts, task, store=store, metadata=metadata)
         return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
+
+    async def _asked(
+        self,
+        port: Port,
+        source: Source,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> Answer:
+        """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
+        moves = 0
+        while True:
+            if self._engine.moves:
+                await self._current(port, source, task)
+            answer = self._ask(source, texts, task, store=store, metadata=metadata)
+            await self._engine.fetch(port, answer)
+            moved = any(isinstance(error, Moved) for error in answer.failed.values())
+            if not moved or moves == MOVES:
+                return answer
+            moves += 1
 
     def _note_fallback(self, fallback: Source, *, down: bool) -> None:
         if down != self._fell_back:
@@ -615,6 +678,8 @@ class Cache:
         task: Task,
         metadata: Sequence[Metadata | None] | None,
     ) -> None:
+        if self._engine.moves:
+            await self._current(port, self._source, task)
         answer = self._ask(self._source, texts, task, metadata=metadata)
         who = "put was given"
         if not answer.keys and len(vectors) == 0:
@@ -638,7 +703,8 @@ class Cache:
         texts = plain_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
-        routes = [self._route(source, name) for source in sources for name in sorted(tasks)]
+        current = [await self._current(port, source, name) for source in sources for name in sorted(tasks)]
+        routes = [*current, *(route.at(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
             await self._upkeep.forget(port, list(keys))
@@ -662,11 +728,15 @@ class Cache:
             raise ValueError("purge needs at least one of scope, model, version and namespace")
         return await self._upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
 
+    async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
+        self._check_open()
+        return await self._upkeep.metadata(port, self._route(self._source, task), self._dtype)
+
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()
         if not isinstance(text, str):
             raise TypeError(f"explain takes a str, not {type(text).__name__}")
-        route = self._route(self._source, task)
+        route = await self._current(port, self._source, task)
         return await self._upkeep.explain(port, route, text, self._policy, self._dtype)
 
     # --- composing, events, ending ------------------------------------------------------------

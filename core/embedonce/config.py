@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "open",
     "schema",
+    "secrets_in",
     "warnings",
 ]
 
@@ -92,6 +93,16 @@ def schema() -> dict[str, Any]:
     from ._schema import schema
 
     return schema()
+
+
+def secrets_in(document: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of values that hold a secret in the clear, so that nobody writes them to a file.
+
+    A value that stands for a variable, ``${NAME}``, holds none.
+    """
+    from ._load import secrets_in
+
+    return secrets_in(document)
 
 
 def compose(
@@ -173,6 +184,7 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             mode=config.cache.mode,
             fallback=fallback,
             fallback_fetch_only=config.fallback_fetch_only,
+            drift=config.drift,
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,

@@ -48,6 +48,8 @@ class Capabilities:
     deadline: bool = False
     """True: every call raises by :func:`time_left`. Otherwise the engine runs the backend's calls in a
     thread of its own, so that a hanging one can be left behind."""
+    fork: bool = True
+    """False: its client library cannot go on in a forked child. There, a call raises at once and says what to do."""
     ttl: bool = False
     """True: the backend frees an entry's space after its ttl. (The engine never serves an expired entry.)"""
     max_batch: int | None = None
@@ -90,6 +92,10 @@ class FrameBackend(Protocol):
 
     Keys are ASCII, under 120 characters, from ``a-z 0-9 .``: nothing needs escaping. Every method
     may raise anything; an exception is counted as the tier's error and never reaches the caller.
+
+    A store of several nodes of which some fail raises :class:`~embedonce.errors.PartialAnswer`, with what the others
+    said: that is used, and only the keys that failed are errors. Never leave such a key out of an answer instead:
+    it would count as a miss.
     """
 
     @property

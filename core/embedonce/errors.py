@@ -7,8 +7,9 @@ No message holds a text, a vector or a secret.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class EmbedonceError(Exception):
@@ -73,6 +74,13 @@ class ProviderTimeout(ProviderError, TimeoutError):
     """A provider did not answer within its ``timeout``."""
 
 
+class DriftError(ProviderError):
+    """The provider makes other vectors than those that are stored in the same vector space; nothing was computed.
+
+    Raised where the drift guard's ``action`` is ``"refuse"``. Raise ``[key] version``, or go back to the former model.
+    """
+
+
 class TextRefused(ProviderError, ValueError):
     """Raised by a provider for texts that it will not embed (empty, too long).
 
@@ -107,6 +115,28 @@ class TierTimeout(TierError, TimeoutError):
 
 class TierBusy(TierError):
     """Raised by a backend whose connection pool is exhausted: an error, but no reason to call the store dead."""
+
+
+class PartialAnswer(TierError):
+    """Raised by a backend of several parts (nodes, shards) of which some failed: what the others said still counts.
+
+    ``answer`` is what the call would have returned without the keys that failed: a mapping from ``get_many``, the
+    keys that are now there from ``add_many``, None from ``set_many`` and ``delete_many``. ``failed`` names the keys of
+    which nothing is known (of a write: that are not stored). Every other key that was asked for is answered: a key
+    that is in neither is a miss.
+
+    Raise it ``from`` the error of the part that failed: that is its cause, under which the keys are counted, and
+    which moves the tier's breaker as it would alone. A part that is left out until it answers again, so that no
+    call waits for it, is a :class:`TierBusy`: it moves no breaker, and the other parts go on being asked. Where no
+    part answered, raise the error itself.
+    """
+
+    def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:
+        if not failed:
+            raise ValueError("a partial answer names the keys that failed")
+        super().__init__(message)
+        self.answer = answer
+        self.failed = frozenset(failed)
 
 
 class EraseIncomplete(EmbedonceError):

@@ -161,6 +161,23 @@ class VectorSpace:
         return hashlib.sha256(b"embedonce/space/1" + canonical(self.described())).digest()
 
 
+def canonical_url(url: str) -> str:
+    """Return a URL without what makes no other endpoint of it: credentials, case, a default port, a last slash.
+
+    Raises:
+        ValueError: it is no URL of an endpoint.
+    """
+    from urllib.parse import urlsplit  # some milliseconds, which most programs need not spend
+
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("an endpoint's URL is https://HOST/PATH, without ? and #")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    port = "" if parts.port in (None, usual) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
 def _is_unicode(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 

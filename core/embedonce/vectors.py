@@ -9,7 +9,8 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -18,6 +19,8 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from .errors import Incomplete
 
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 Metadata: TypeAlias = Mapping[str, Any]
@@ -78,6 +81,185 @@ def _rows(payloads: Iterable[bytes], dimension: int) -> list[NDArray[np.float32]
     # map over the constructor: 0.25 µs a row, np.frombuffer in a comprehension 0.35.
     make: Callable[..., NDArray[np.float32]] = np.ndarray
     return list(map(make, repeat((dimension,)), repeat(_FLOAT32), payloads))
+
+
+def matrix(rows: Sequence[NDArray[np.float32]], dimensions: int | None = None) -> NDArray[np.float32]:
+    """Put rows of one length together as a new matrix of shape (n, d); (0, dimensions or 0) where there is none.
+
+    Raises:
+        Incomplete: the rows have different lengths.
+        TypeError: a row is None.
+    """
+    if not rows:
+        return np.empty((0, dimensions or 0), np.float32)
+    # Joining buffers is twice as fast as np.stack, which looks at every row in Python.
+    joined = bytearray().join(rows)  # type: ignore[arg-type]
+    if len(joined) != len(rows) * rows[0].nbytes:
+        raise Incomplete("the rows have different dimensions")  # never reshaped into rows that nobody asked for
+    return np.frombuffer(joined, np.float32).reshape(len(rows), -1)
+
+
+# --- entries of a batch -----------------------------------------------------------------------
+
+_NEVER = math.inf
+
+
+class Block:
+    """Entries that were read together, as columns; an :class:`Entry` of its own is made when somebody asks for one."""
+
+    __slots__ = ("_entries", "created", "dtype", "expires", "keys", "metadata", "values")
+
+    def __init__(
+        self,
+        keys: list[str],
+        values: NDArray[np.float32],
+        created: NDArray[np.float64],
+        expires: NDArray[np.float64],
+        metadata: Sequence[Metadata | None] | None = None,
+        dtype: Dtype = "float32",
+    ) -> None:
+        columns = (values, created, expires) if metadata is None else (values, created, expires, metadata)
+        if values.ndim != 2 or any(len(column) != len(keys) for column in columns):
+            raise ValueError(f"a block of {len(keys)} keys has a matrix of as many rows, and columns as long")
+        self.keys = keys
+        self.values = values
+        """Shape (n, d): row i belongs to key i. It may be a view of what a store answered; nobody writes to it."""
+        self.created = created
+        self.expires = expires
+        """Shape (n,), as ``created``. Infinity: never."""
+        self.metadata = metadata
+        """None where no row has any."""
+        self.dtype: Dtype = dtype
+        self._entries: dict[str, Entry] | None = None
+
+    def entries(self) -> dict[str, Entry]:
+        """Return an entry for each key, the same ones every time; none keeps the block alive."""
+        if self._entries is None:
+            ends = repeat(None) if (self.expires == _NEVER).all() else _ends(self.expires)
+            metadata = repeat(None) if self.metadata is None else self.metadata
+            # strict would refuse the endless ones. All of it is in C: half the time of a loop.
+            parts = zip(
+                freeze_rows(self.values), self.created.tolist(), ends, metadata, repeat(self.dtype), strict=False
+            )
+            self._entries = dict(zip(self.keys, map(_ENTRY, parts), strict=True))
+        return self._entries
+
+    def where(self, good: NDArray[np.bool_]) -> Block:
+        """Return a block of some of the rows: those that are True."""
+        keep = np.flatnonzero(good).tolist()
+        metadata = None if self.metadata is None else [self.metadata[row] for row in keep]
+        keys = [self.keys[row] for row in keep]
+        return Block(keys, self.values[keep], self.created[keep], self.expires[keep], metadata, self.dtype)
+
+
+def _ends(dates: NDArray[np.float64]) -> list[float | None]:
+    return [None if date == _NEVER else date for date in dates.tolist()]
+
+
+class Entries(MutableMapping[str, Entry]):
+    """Entries by key, of which those that were read together stay a :class:`Block` until somebody asks for one.
+
+    A batch that only becomes a matrix thus costs no object per text. An entry backend may return one.
+    """
+
+    __slots__ = ("_blocks", "_held")
+
+    def __init__(self, entries: Mapping[str, Entry] | None = None, blocks: Iterable[Block] = ()) -> None:
+        self._held: dict[str, Entry | Block] = {} if entries is None else dict(entries)
+        self._blocks: list[Block] = []
+        for block in blocks:
+            self.add_block(block)
+
+    def add(self, entries: Mapping[str, Entry]) -> None:
+        """Take in other entries."""
+        if isinstance(entries, Entries):
+            self._held.update(entries._held)
+            self._blocks += entries._blocks
+        else:
+            self._held.update(entries)
+
+    def add_block(self, block: Block) -> None:
+        """Take in a block."""
+        self._held.update(dict.fromkeys(block.keys, block))
+        self._blocks.append(block)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """What was read together."""
+        return self._blocks
+
+    def loose(self) -> dict[str, Entry]:
+        """Return the entries that are in no block."""
+        if not self._blocks:
+            return dict(self._held)  # type: ignore[arg-type]
+        if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._held):
+            return {}
+        return {key: held for key, held in self._held.items() if type(held) is not Block}  # type: ignore[misc]
+
+    def as_dict(self) -> dict[str, Entry]:
+        """Return all entries, those of blocks made where they are not yet."""
+        if not self._blocks:
+            return dict(self._held)  # type: ignore[arg-type]
+        return {key: self[key] for key in self._held}
+
+    def sizes(self) -> Counter[int]:
+        """Return how many entries there are of each dimension."""
+        sizes = Counter(entry.vector.size for entry in self.loose().values())
+        for block in self._blocks:
+            sizes[block.values.shape[1]] += len(block.keys)
+        return sizes
+
+    def lacking(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys that are not here."""
+        held = self._held
+        return [key for key in keys if key not in held] if held else list(keys)
+
+    def matrix(self, keys: Sequence[str], dimensions: int | None) -> NDArray[np.float32]:
+        """Return the vectors of keys, in their order, as a new matrix of shape (n, d), as :func:`matrix` does.
+
+        Raises:
+            KeyError: a key that is not here.
+            Incomplete: the vectors have different dimensions.
+        """
+        if not self._blocks:
+            held = self._held
+            return matrix([held[key].vector for key in keys], dimensions)  # type: ignore[union-attr]
+        loose = self.loose()
+        names = [key for block in self._blocks for key in block.keys] + list(loose)
+        parts = [block.values for block in self._blocks]
+        if loose:
+            parts.append(matrix([entry.vector for entry in loose.values()]))
+        if len({part.shape[1] for part in parts}) > 1:
+            raise Incomplete("the rows have different dimensions")
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if names == keys:
+            return values.copy() if len(parts) == 1 else values
+        place = dict(zip(names, range(len(names)), strict=True))
+        return values[np.fromiter(map(place.__getitem__, keys), np.intp, len(keys))]
+
+    def __getitem__(self, key: str) -> Entry:
+        held = self._held[key]
+        return held.entries()[key] if type(held) is Block else held  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, entry: Entry) -> None:
+        self._held[key] = entry
+
+    def __delitem__(self, key: str) -> None:
+        self._held = dict(self.as_dict())
+        self._blocks = []
+        del self._held[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return f"<Entries of {len(self)} keys, {len(self._blocks)} blocks>"
 
 
 # --- rounding ---------------------------------------------------------------------------------
@@ -226,7 +408,6 @@ _REST = struct.Struct("<IIdd16sQ")  # dimension, metadata's length, created, exp
 _MAGIC = int.from_bytes(b"EO1F", "little")
 _VERSION = 1
 _HAS_METADATA = 1
-_NEVER = math.inf
 
 # From fine to coarse: a stored code that is greater than the cache's is coarser.
 _CODES: dict[Dtype, int] = {"float32": 1, "float16": 2, "int8": 3}
@@ -405,7 +586,7 @@ def is_plain_frame(frame: Any) -> bool:
 class Decoded:
     """What :func:`decode_frames` made of a tier's answer; each key is in exactly one of the three."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     corrupt: list[str] = field(default_factory=list)
     """Damaged, foreign or another key's: counted as corrupt, and the text is computed again."""
     missed: list[str] = field(default_factory=list)
@@ -482,9 +663,9 @@ def _as_bytes(value: Any) -> bytes | None:
 
 
 def _decode_alike(
-    keys: list[str], frames: list[bytes], wanted: _Wanted, entries: dict[str, Entry]
+    keys: list[str], frames: list[bytes], wanted: _Wanted, entries: Entries
 ) -> Iterable[tuple[str, bytes]]:
-    """Add the entries of frames of one size that are like the first; return the frames that need a closer look.
+    """Add a block of the frames of one size that are like the first; return the frames that need a closer look.
 
     Takes only frames that pass every check; :func:`_decode_one` says what the others are.
     """
@@ -505,27 +686,21 @@ def _decode_alike(
     if wanted.dtype != dtype:
         values, fits = _rounded(values, wanted.dtype)
         good &= fits
-    if wanted.dtype == "float32" and _LITTLE:
-        rows = _rows([frame[start:] for frame in frames], values.shape[1])
-    else:
-        rows = freeze_rows(values)
+    metadata = None
+    if start > _HEADER:
+        metadata = [
+            _read_metadata(frame[_HEADER:start]) if fine else None
+            for frame, fine in zip(frames, good.tolist(), strict=True)
+        ]
+        good &= [read is not None for read in metadata]
     dates = words[:, 3:5].view("<f8")
-    if start == _HEADER and good.all():  # all of it in C: half the time of the loop below
-        ends = repeat(None) if (dates[:, 1] == _NEVER).all() else _ends(dates[:, 1])
-        parts = zip(rows, dates[:, 0].tolist(), ends, repeat(None), repeat(wanted.dtype), strict=False)
-        entries.update(zip(keys, map(_ENTRY, parts), strict=True))
+    block = Block(keys, values, dates[:, 0], dates[:, 1], metadata, wanted.dtype)
+    if good.all():
+        entries.add_block(block)
         return ()
-    for key, frame, row, (created, expires), fine in zip(
-        keys, frames, rows, dates.tolist(), good.tolist(), strict=True
-    ):
-        metadata = _read_metadata(frame[_HEADER:start]) if start > _HEADER and fine else None
-        if fine and (metadata is not None or start == _HEADER):
-            entries[key] = Entry(row, created, None if expires == _NEVER else expires, metadata, wanted.dtype)
-    return [(key, frame) for key, frame in zip(keys, frames, strict=True) if key not in entries]
-
-
-def _ends(dates: NDArray[np.float64]) -> list[float | None]:
-    return [None if date == _NEVER else date for date in dates.tolist()]
+    if good.any():
+        entries.add_block(block.where(good))
+    return [pair for pair, fine in zip(zip(keys, frames, strict=True), good.tolist(), strict=True) if not fine]
 
 
 def _likeness(words: NDArray[np.uint64], size: int, wanted: _Wanted) -> tuple[Dtype, int] | None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import os
+import re
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-from embedonce import Cache, Limits, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, Limits, ProviderError, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
 from embedonce.keys import Value
+from embedonce.model_files import digest
 
 Answer: TypeAlias = Vectors | Embedded
 
@@ -27,29 +34,44 @@ NOT_IN_SPACE = frozenset(
         "callbacks",
         "chunk_size",
         "client",
+        "cookies",
         "default_headers",
         "device",
         "embed_batch_size",
         "embeddings_cache",
+        "encoding_format",
+        "extra_headers",
+        "headers",
         "http_async_client",
         "http_client",
         "http_client_kwargs",
         "max_retries",
         "num_workers",
+        "openai_organization",
+        "openai_proxy",
         "organization",
         "progress_bar",
         "rate_limiter",
         "request_timeout",
+        "reuse_client",
         "retry_max_seconds",
         "retry_min_seconds",
         "show_progress",
         "show_progress_bar",
         "timeout",
         "token",
+        "user",
         "verbose",
     }
 )
 """What embedders are given beside what decides their vectors, under the names that frameworks have for it."""
+
+_SECRET = re.compile(
+    r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
+)
+
+MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
+"""Where embedders keep the name of their model."""
 
 
 # --- the cache of a configuration -------------------------------------------------------------
@@ -59,18 +81,18 @@ _open: list[tuple[object, weakref.ref[Cache]]] = []
 """Configurations and their caches, as long as somebody uses them. A list: options cannot be hashed."""
 
 
-def shared_cache(source: config.Source = None, *, provider: AnyProvider | None = None) -> Cache:
+def shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
     """Return the cache of a configuration; equal configurations in one process share their tiers and flights.
 
-    ``source`` is what :func:`embedonce.open` takes. A ``provider`` takes the place of ``[provider]``: the cache
-    that comes back asks it for what the shared tiers do not hold. Nobody closes a shared cache; it flushes when the
-    program ends.
+    ``source`` is what :func:`embedonce.open` takes, or what :func:`embedonce.config.load` made of it. A ``provider``
+    takes the place of ``[provider]``: the cache that comes back asks it for what the shared tiers do not hold. Nobody
+    closes a shared cache; it flushes when the program ends.
 
     Raises:
         ConfigError: the configuration cannot be used.
         SpaceError: the provider describes no vector space.
     """
-    loaded = config.load(source, own_provider=provider is not None)
+    loaded = source if isinstance(source, config.Config) else config.load(source, own_provider=provider is not None)
     wanted = (
         loaded.cache,
         loaded.key,
@@ -86,6 +108,25 @@ def shared_cache(source: config.Source = None, *, provider: AnyProvider | None =
             cache = config.compose(loaded, provider=None if provider is None else _NoProvider())
             _open.append((wanted, weakref.ref(cache)))
     return cache if provider is None else cache.for_provider(provider)
+
+
+def writable(source: config.Source) -> str | dict[str, Any] | None:
+    """Return a configuration as a framework may write it to a file.
+
+    Raises:
+        ConfigError: a dict holds a secret in the clear.
+    """
+    if source is None:
+        return None
+    if not isinstance(source, Mapping):
+        return os.fspath(source)
+    found = config.secrets_in(source)
+    if found:
+        raise ConfigError(
+            f"{', '.join(found)}: a secret would be written to a file; write ${{NAME}}, which stands for an "
+            "environment variable, or name a TOML file as config"
+        )
+    return deepcopy(dict(source))  # a writer of YAML makes references of what is the same object
 
 
 class _NoProvider:
@@ -147,21 +188,64 @@ def described_space(
 ) -> VectorSpace:
     """Return the vector space of a framework's embedder, described by its fields.
 
-    Left out are fields that are None, those in :data:`NOT_IN_SPACE` and ``leave_out``, and secrets; a URL loses its
-    credentials. ``task`` is given where the embedder treats documents and queries differently.
+    Left out are fields that are None, those in :data:`NOT_IN_SPACE` (in mappings too) and ``leave_out``, and secrets; a
+    URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently. Where
+    ``model`` is a folder, its content is what counts: where it lies does not, and weights that change in place do.
 
     Raises:
         SpaceError: a field holds an object that cannot be described. The message names the field and says how to
             declare the space instead.
     """
     cls = type(embedder)
-    kept = {name: item for name, item in fields.items() if name not in NOT_IN_SPACE and name not in leave_out}
+    kept = {name: item for name, item in fields.items() if name not in leave_out}
+    folder = Path(model).expanduser()
+    content = digest(folder) if any((folder / name).is_file() for name in ("config.json", "modules.json")) else None
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
-        model=model,
+        model=model if content is None else f"folder:{content[:12]}",
+        revision=content,
         task=task,
-        extra={name: _plain(item, f"{cls.__name__}.{name}") for name, item in kept.items() if _counts(item)} or None,
+        extra=_plain_fields(kept, cls.__name__) or None,
     )
+
+
+def model_space(embedder: object, *, task: Task | None = None, also: Mapping[str, Any] | None = None) -> VectorSpace:
+    """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
+
+    ``also`` is what decides its vectors beside the fields, or in their place.
+
+    Raises:
+        SpaceError: as :func:`described_space`, or the embedder is neither, or it keeps what decides its vectors where
+            nobody sees it, or its class has no name that is its own.
+    """
+    cls = type(embedder)
+    if cls.__module__ == "__main__":
+        raise SpaceError(
+            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
+            f"move it to a module, or {_DECLARE}"
+        )
+    names = getattr(cls, "model_fields", None)
+    if names is None:
+        if not dataclasses.is_dataclass(embedder):
+            raise SpaceError(f"{cls.__name__} does not say what decides its vectors; {_DECLARE}")
+        names = [field.name for field in dataclasses.fields(embedder)]
+    fields = {name: getattr(embedder, name, None) for name in names}
+    fields |= {**(getattr(embedder, "model_extra", None) or {}), **(also or {})}
+    found = {name: fields[name] for name in MODEL_FIELDS if isinstance(fields.get(name), str)}
+    model = next((name for name in found.values() if name not in ("", "unknown")), None)
+    if model is None and getattr(cls, "__private_attributes__", None):
+        raise SpaceError(f"{cls.__name__} names no model and has private attributes; {_DECLARE}")
+    return described_space(embedder, fields, model=model or cls.__name__, task=task)
+
+
+def asked_with(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
+    """Return the vector space of calls that are given more than texts: what is in ``request`` may change the vectors.
+
+    Raises:
+        SpaceError: it holds an object that cannot be described.
+    """
+    said = _plain_fields(request, "the call's")
+    return replace(space, extra={**(space.extra or {}), "request": said}) if said else space
 
 
 def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:
@@ -170,27 +254,41 @@ def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None 
     return declared if task is None or declared.task is not None else replace(declared, task=task)
 
 
-def _counts(item: Any) -> bool:
-    return item is not None and not hasattr(item, "get_secret_value")
+_DECLARE = 'declare it: space={"model": "my-model-v2"}, with whatever else decides them (dimensions, prompt, ...)'
+
+
+def _plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
+    """Return what a vector space holds of fields: not what is None, a secret, or beside the point."""
+    return {
+        str(name): _plain(item, f"{owner}.{name}")
+        for name, item in fields.items()
+        if item is not None
+        and name not in NOT_IN_SPACE
+        and not _SECRET.search(str(name).lower())
+        and not hasattr(item, "get_secret_value")
+    }
 
 
 def _plain(item: Any, name: str) -> Value:
     """Return a value that a vector space can hold."""
     if isinstance(item, Enum):
         return _plain(item.value, name)
+    if isinstance(item, os.PathLike):
+        return str(os.fspath(item))
+    if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
+        return str(item)
     if isinstance(item, str):
         return _without_credentials(item)
     if item is None or isinstance(item, bool | int | float | bytes):
         return item
     if isinstance(item, Mapping):
-        return {str(key): _plain(value, f"{name}.{key}") for key, value in item.items() if _counts(value)}
+        return _plain_fields(item, name)
     if isinstance(item, list | tuple):
         return [_plain(value, f"{name}[{index}]") for index, value in enumerate(item)]
     if isinstance(item, set | frozenset) and all(isinstance(value, str) for value in item):
         return sorted(item)
     raise SpaceError(
-        f"{name} is a {type(item).__name__}, of which embedonce cannot tell whether it changes the vectors; declare "
-        'what decides them instead: space={"model": "my-model-v2"}, with whatever else does (dimensions, prompt, ...)'
+        f"{name} is a {type(item).__name__}, of which embedonce cannot tell whether it changes the vectors; {_DECLARE}"
     )
 
 
@@ -202,3 +300,54 @@ def _without_credentials(text: str) -> str:
     except ValueError:
         return text
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+# --- an OpenAI client inside an embedder ------------------------------------------------------
+
+
+def is_openai_resource(client: object) -> bool:
+    """Return whether this is the ``embeddings`` of a client of the ``openai`` package, blocking or async."""
+    return any(cls.__module__ == "openai.resources.embeddings" for cls in type(client).__mro__)
+
+
+class InOrder:
+    """The ``embeddings`` of an OpenAI client, whose answers come in the order of the input, whatever their order was.
+
+    Frameworks take the items of an answer as they come and do not read their ``index``; a vector that is missing, too
+    many, or in another's place would be stored under another text.
+    """
+
+    def __init__(self, resource: Any) -> None:
+        self._resource = resource
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._resource, name)
+
+    def create(self, **request: Any) -> Any:
+        """As the client's own; a coroutine where that one returns one.
+
+        Raises:
+            ProviderError: the answer does not say which vector belongs to which input.
+        """
+        given = request["input"]
+        texts = 1 if isinstance(given, str) or (given and isinstance(given[0], int)) else len(given)
+        answer = self._resource.create(**request)
+        return _awaited(answer, texts) if inspect.isawaitable(answer) else _in_order(answer, texts)
+
+
+async def _awaited(answer: Awaitable[Any], texts: int) -> Any:
+    return _in_order(await answer, texts)
+
+
+def _in_order(answer: Any, texts: int) -> Any:
+    items = list(answer.data or ())
+    by_place = {getattr(item, "index", None): item for item in items}
+    if by_place.keys() == {None}:  # a server that knows no index answers in order
+        by_place = dict(enumerate(items))
+    if len(items) != texts or by_place.keys() != set(range(texts)):
+        raise ProviderError(
+            f"the endpoint answered {texts} inputs with {len(items)} vectors, and their index does not say which is"
+            " whose; none was stored"
+        )
+    answer.data = [by_place[place] for place in range(texts)]
+    return answer

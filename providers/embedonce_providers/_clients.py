@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar
@@ -33,6 +34,15 @@ def need(package: str) -> None:
     """
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+@dataclass(slots=True)
+class _Used(Generic[Sync]):
+    """A blocking client, and by how many calls it is used at this moment."""
+
+    client: Sync
+    calls: int = 0
+    closed: bool = False
 
 
 class Clients(Generic[Sync, Async]):
@@ -61,17 +71,27 @@ class Clients(Generic[Sync, Async]):
 
     def _renew(self) -> None:
         self._lock = threading.RLock()
-        self._client: Sync | None = None
+        self._used: _Used[Sync] | None = None
         self._of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Async, AsyncGenerator[Async, None]]]
         self._of_loop = WeakKeyDictionary()
         self._ending: set[asyncio.Task[None]] = set()
 
-    def get(self) -> Sync:
-        """Return the blocking client."""
+    @contextmanager
+    def using(self) -> Iterator[Sync]:
+        """Give the blocking client to a call. It is not closed before the call ends, which may be left behind."""
         with self._lock:
-            if self._client is None:
-                self._client = self._make()
-            return self._client
+            if self._used is None:
+                self._used = _Used(self._make())
+            used = self._used
+            used.calls += 1
+        try:
+            yield used.client
+        finally:
+            with self._lock:
+                used.calls -= 1
+                last = used.closed and not used.calls
+            if last:
+                used.client.close()
 
     async def aget(self) -> Async:
         """Return the async client of the running loop."""
@@ -99,11 +119,14 @@ class Clients(Generic[Sync, Async]):
     def close(self) -> None:
         """Close all clients. The one of a loop that neither runs nor has ended is closed when that loop ends."""
         with self._lock:
-            client, self._client = self._client, None
+            used, self._used = self._used, None
+            if used is not None:
+                used.closed = True
+            idle = used is not None and not used.calls
             of_loop = [(loop, life) for loop, (_, life) in self._of_loop.items()]
             self._of_loop.clear()
-        if client is not None:
-            client.close()
+        if used is not None and idle:
+            used.client.close()
         for loop, life in of_loop:
             self._end(loop, life)
 
@@ -119,12 +142,12 @@ class Clients(Generic[Sync, Async]):
             task.add_done_callback(self._ending.discard)
             return
         future = asyncio.run_coroutine_threadsafe(end(), loop)
-        with contextlib.suppress(TimeoutError):  # a loop that is held up closes it when it goes on
+        with suppress(TimeoutError):  # a loop that is held up closes it when it goes on
             future.result(CLOSE_SECONDS)
 
     def after_fork(self) -> None:
         """In the child: start anew, and keep what is the parent's from being closed."""
-        self._inherited += [self._client, *self._of_loop.values(), *self._ending]
+        self._inherited += [self._used, *self._of_loop.values(), *self._ending]
         self._renew()
 
 

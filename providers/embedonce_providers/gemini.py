@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le
 
 from embedonce import Embedded, Limits, ProviderError, SpaceError, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
+from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 
 from ._clients import Clients, need
@@ -88,7 +89,7 @@ class GeminiProvider:
         self._about: dict[str, Any] = {
             "provider": "gemini",
             "model": self._model,
-            "endpoint": endpoint_name or (self._base_url.rstrip("/") if self._base_url else None),
+            "endpoint": endpoint_name or (canonical_url(self._base_url) if self._base_url else None),
             "dimensions": dimensions,
             "truncate": "provider",
             "normalize": True if normalize else None,
@@ -126,8 +127,8 @@ class GeminiProvider:
             ProviderError: the answer has fewer or more vectors than texts, or is none.
         """
         contents = self._texts(texts, task)
-        client = self._clients.get()
-        answer = client.models.embed_content(**self._request(contents, task))
+        with self._clients.using() as client:
+            answer = client.models.embed_content(**self._request(contents, task))
         return self._read(answer, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
@@ -179,7 +180,7 @@ class GeminiProvider:
         if self._normalize:
             # A vector that cannot be scaled stays as it is, for the check of the answer to refuse.
             vectors = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
-        usage = answer.usage_metadata
+        usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has none
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
     def _make(self) -> genai.Client:

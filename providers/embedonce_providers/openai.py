@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Le
 
 from embedonce import Embedded, Limits, SpaceError, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
+from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 
 from ._clients import Clients, need
@@ -162,17 +163,16 @@ class OpenAIProvider:
             ProviderError: the endpoint's answer is none.
         """
         request = self._request(texts, task)
-        create = self._clients.get().embeddings.with_raw_response.create
-        with _refusing(request["input"]):
-            answer = create(**request)
+        with self._clients.using() as client, _refusing(request["input"]):
+            answer = client.embeddings.with_raw_response.create(**request)
         return read_answer(answer.content, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
         """As :meth:`embed`, with the async client of the running loop."""
         request = self._request(texts, task)
-        create = (await self._clients.aget()).embeddings.with_raw_response.create
+        client = await self._clients.aget()
         with _refusing(request["input"]):
-            answer = await create(**request)
+            answer = await client.embeddings.with_raw_response.create(**request)
         return read_answer(answer.content, len(texts))
 
     def close(self) -> None:
@@ -230,21 +230,6 @@ class OpenAIProvider:
 @hookimpl
 def embedonce_providers() -> Mapping[str, type[OpenAIProvider]]:
     return {"openai": OpenAIProvider}
-
-
-def canonical_url(url: str) -> str:
-    """Return a URL without what makes no other endpoint of it: credentials, case, a default port, a last slash.
-
-    Raises:
-        ValueError: it is no URL of an endpoint.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("an endpoint's URL is https://HOST/PATH, without ? and #")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    usual = {"http": 80, "https": 443}[parts.scheme]
-    port = "" if parts.port in (None, usual) else f":{parts.port}"
-    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
 
 def _host(url: str) -> str:

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from embedonce import Limits, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
 from embedonce.errors import ConfigError, SpaceError
+from embedonce.model_files import digest
 from embedonce.options import Doc
 
 from ._hub_cache import full_name, snapshot
-from ._model_folder import Declared, declared, digest, is_model
+from ._model_folder import Declared, declared, is_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -145,7 +146,7 @@ class SentenceTransformersProvider:
         if not is_model(folder):
             raise SpaceError(f"{folder} holds no model: it has no modules.json and no config.json")
         folder = folder.absolute()
-        content = digest(folder)
+        content = digest(folder, pytorch=True)
         return _Described(
             model=f"folder:{content[:12]}", revision=content, folder=folder, on_hub=False, files=declared(folder)
         )
@@ -218,7 +219,7 @@ class SentenceTransformersProvider:
         }
         if not found.on_hub:
             model = cls(str(found.folder), local_files_only=True, **options)
-            if digest(found.folder) != found.revision:
+            if digest(found.folder, pytorch=True) != found.revision:
                 raise SpaceError(f"the model in {found.folder} has changed since the cache was opened; open it again")
         else:
             model = _of_hub(cls, found, options)

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
@@ -19,7 +19,7 @@ from servers import MemcachedServer
 
 from embedonce import Cache, Tier
 from embedonce.contracts import deadline
-from embedonce.errors import EraseIncomplete, TierError
+from embedonce.errors import EraseIncomplete, PartialAnswer, TierError
 from embedonce.testing import CountingProvider, FaultProxy, ManualClock, NetworkFault
 from embedonce.testing._support import in_threads
 from embedonce_backends import _memcached_nodes
@@ -83,8 +83,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
 
 def held_by(backend: MemcachedBackend, node: Any, numbers: range) -> list[str]:
     """Return the keys whose place is this node."""
+    return placed_on(backend, node, keys_of(numbers))
+
+
+def placed_on(backend: MemcachedBackend, node: Any, keys: list[str]) -> list[str]:
     name = node.url_port if isinstance(node, FaultProxy) else node.address
-    return [key for part_of, part in backend._by_node(keys_of(numbers)).items() if part_of.name == name for key in part]
+    return [key for part_of, part in backend._by_node(keys).items() if part_of.name == name for key in part]
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -264,7 +268,16 @@ def test_a_value_that_nobody_asked_for_is_an_error() -> None:
 # --- two nodes ----------------------------------------------------------------------------------
 
 
-def test_a_dead_nodes_keys_are_misses_and_the_other_serves(
+def partly(call: Callable[[], Any], failed: Collection[str]) -> Any:
+    """Return what a call answers of which the keys ``failed`` fail."""
+    with pytest.raises(PartialAnswer) as caught:
+        call()
+    assert isinstance(caught.value.__cause__, NodeDown)
+    assert caught.value.failed == set(failed)
+    return caught.value.answer
+
+
+def test_a_dead_nodes_keys_fail_and_the_other_serves(
     servers: list[MemcachedServer], clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     everything = items_of(range(100))
@@ -275,25 +288,28 @@ def test_a_dead_nodes_keys_are_misses_and_the_other_serves(
         assert len(lost) > 20
         assert len(kept) > 20
         mortal.kill()
-        for _ in range(3):
-            assert backend.get_many(list(everything)) == kept
-            assert backend.get_many(lost[:1]) == {}
+        for turn in range(3):
+            assert partly(lambda: backend.get_many(list(everything)), lost) == kept
             with pytest.raises(NodeDown, match=mortal.address):
-                backend.set_many(everything, None)
+                backend.get_many(lost[:1])
+            assert partly(lambda: backend.set_many(everything, None), lost) is None
             with pytest.raises(NodeDown):
                 backend.add_many({key: b"lease" for key in lost}, None)
+            leases = {f"{key}.{turn}": b"lease" for key in everything}
+            down = placed_on(backend, mortal, list(leases))
+            assert partly(lambda leases=leases: backend.add_many(leases, None), down) == leases.keys() - set(down)
             with pytest.raises(ConnectionRefusedError):
                 backend.delete_many(lost)
         assert backend.describe() == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
         mortal.restart()
-        assert backend.get_many(list(everything)) == kept
+        assert partly(lambda: backend.get_many(list(everything)), lost) == kept
         clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
         backend.set_many(everything, None)
         assert backend.get_many(list(everything)) == everything
         assert backend.describe() == "frames on 2 nodes"
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        f"memcached {mortal.address} does not answer (ConnectionRefusedError); its keys are misses until it does",
+        f"memcached {mortal.address} does not answer (ConnectionRefusedError); its keys are not served until it does",
         f"memcached {mortal.address} answers again",
     ]
 
@@ -304,15 +320,16 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
         backend.set_many(everything, None)
         kept = {key: everything[key] for key in held_by(backend, proxies[1], range(100))}
         proxies[0].fault = NetworkFault("black_hole")
+        lost = everything.keys() - kept.keys()
         with deadline(0.9):
-            assert backend.get_many(list(everything)) == kept
+            assert partly(lambda: backend.get_many(list(everything)), lost) == kept
         # The black hole has accepted what it will accept: from now on nobody goes there.
         accepted = proxies[0].accepted
         for _ in range(20):
             with deadline(0.9):
-                assert backend.get_many(list(everything)) == kept
-        with deadline(0.9), pytest.raises(NodeDown):
-            backend.set_many(everything, None)
+                assert partly(lambda: backend.get_many(list(everything)), lost) == kept
+        with deadline(0.9):
+            partly(lambda: backend.set_many(everything, None), lost)
         assert proxies[0].accepted == accepted
         # Then one call tries it again, and no other beside it.
         clock.advance(1.0)
@@ -321,7 +338,7 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
         def try_again() -> None:
             started.set()
             with deadline(0.9):
-                backend.get_many(list(everything))
+                partly(lambda: backend.get_many(list(everything)), lost)
 
         trying = threading.Thread(target=try_again)
         trying.start()
@@ -329,7 +346,7 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
         while proxies[0].accepted == accepted:
             time.sleep(0.001)
         for _ in range(5):
-            assert backend.get_many(list(everything)) == kept
+            assert partly(lambda: backend.get_many(list(everything)), lost) == kept
         trying.join()
         assert proxies[0].accepted == accepted + 1
         proxies[0].heal()
@@ -343,7 +360,8 @@ def test_a_node_that_hangs_alone_is_an_error_not_a_miss(proxies: list[FaultProxy
         proxies[0].fault = NetworkFault("black_hole")
         with deadline(0.2), pytest.raises(NodeTimeout):
             backend.get_many(mine)
-        assert backend.get_many(mine) == {}
+        with pytest.raises(NodeDown):
+            backend.get_many(mine)
 
 
 def test_where_no_node_answers_it_says_so_every_time(proxies: list[FaultProxy], clock: ManualClock) -> None:
@@ -369,7 +387,7 @@ def test_waits_grow_with_failures_not_with_callers(proxies: list[FaultProxy], cl
 
         def work(_: int) -> None:
             waiting.wait()
-            with deadline(2.0):
+            with deadline(2.0), pytest.raises(PartialAnswer):
                 OPERATIONS["get"](backend)
 
         in_threads(8, work, "get_many from eight threads")
@@ -377,7 +395,8 @@ def test_waits_grow_with_failures_not_with_callers(proxies: list[FaultProxy], cl
         proxies[0].fault = NetworkFault("refuse")
         for _ in range(10):
             clock.advance(100.0)
-            OPERATIONS["get"](backend)
+            with pytest.raises(PartialAnswer):
+                OPERATIONS["get"](backend)
             waits.append(node._wait)
         assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
 
@@ -413,6 +432,23 @@ def test_a_cache_over_a_dead_node(
             cache.embed_batch(texts)
             assert cache.fetch(texts).sources == ["shared"] * 60
     assert not [record for record in caplog.records if "left out" in record.getMessage()]
+
+
+def test_check_names_the_node_that_is_away_wherever_it_is(servers: list[MemcachedServer]) -> None:
+    with MemcachedServer() as mortal:
+        mortal.kill()
+        for place in (servers[0].address, mortal.address):
+            with opened(servers[0], mortal) as backend:
+                backend._ring.get_node = lambda _, place=place: place  # the key that is asked for is on either
+                tier = Tier(backend, name="shared", timeout=10.0)
+                with Cache(CountingProvider(), [tier]) as cache:
+                    (one,) = cache.check()
+                    assert one.ok
+                    assert one.detail == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
+        with opened(mortal) as backend, Cache(CountingProvider(), [Tier(backend, name="shared")]) as cache:
+            (one,) = cache.check()
+            assert not one.ok
+            assert one.detail.startswith("ConnectionRefusedError")
 
 
 def test_on_error_raise_raises_for_a_dead_node(servers: list[MemcachedServer]) -> None:

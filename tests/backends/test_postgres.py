@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +23,7 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
-from servers import PostgresServer, Server
+from servers import PgBouncerServer, PostgresServer
 
 import embedonce
 from embedonce import Cache, Tier
@@ -516,6 +514,30 @@ def test_migrate_says_what_it_does_and_does_it_once(database: Database, plain_da
         assert backend.describe() == 'bytea (column = "bytea")'
 
 
+@pytest.mark.parametrize(
+    ("vectors", "column", "said"),
+    [
+        (True, "auto", "pgvector 0."),
+        (True, "bytea", 'bytea (column = "bytea")'),
+        (False, "auto", "bytea: pgvector is not installed in this database"),
+    ],
+)
+def test_check_says_what_holds_the_vectors(
+    database: Database, plain_database: Database, tmp_path: Path, vectors: bool, column: str, said: str
+) -> None:
+    url = (database if vectors else plain_database).url
+    config = tmp_path / "embedonce.toml"
+    config.write_text(
+        f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "postgres"\nurl = "{url}"\n'
+        f'table = "{next(_names)}"\ncolumn = "{column}"\ntimeout = "20s"\n'
+    )
+    command = [sys.executable, "-m", "embedonce", "check", "--json", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tier,) = json.loads(done.stdout)["tiers"]
+    assert tier["ok"]
+    assert tier["detail"].startswith(said)
+
+
 def test_a_table_made_without_pgvector_gets_its_column_by_migrate(postgres_server: Any) -> None:
     with database_of(postgres_server.url, vectors=False) as database:
         with opened(database.url, table="later") as backend:
@@ -860,37 +882,8 @@ def test_a_wrong_password_is_an_error_of_the_tier() -> None:
         assert "hush" not in f"{caught.value} {caught.value!r}"
 
 
-class Bouncer(Server):
-    """PgBouncer, which lends out two sessions of a database, a transaction at a time."""
-
-    name = "pgbouncer"
-
-    def __init__(self, database: Database) -> None:
-        super().__init__()
-        self.database = database
-        self.user = "postgres" if os.geteuid() == 0 else None  # it refuses to be root
-
-    def command(self) -> list[str]:
-        binary = shutil.which("pgbouncer") or pytest.skip("pgbouncer is not here: apt-get install pgbouncer")
-        host, port = self.database.address
-        users = self.folder / "users.txt"
-        users.write_text('"postgres" ""\n')
-        settings = self.folder / "pgbouncer.ini"
-        settings.write_text(
-            f"[databases]\n* = host={host} port={port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {users}\n"
-            "pool_mode = transaction\ndefault_pool_size = 2\n"
-        )
-        self.folder.chmod(0o755)
-        return [binary, str(settings)]
-
-    def ready(self) -> bool:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-            return True
-
-
 def test_behind_a_transaction_pooler(database: Database) -> None:
-    with Bouncer(database) as bouncer:
+    with PgBouncerServer(database.address) as bouncer:
         url = database.url_of("postgres", bouncer.address)
         with opened(url, max_connections=8, schema="behind") as backend:
             assert "made the table" in backend.migrate()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,15 +24,17 @@ from servers import (
     RedisSentinelServers,
     RedisServer,
     Server,
+    ValkeyServer,
     wait_until,
 )
 
 import embedonce
 from embedonce import Cache, Tier
 from embedonce.contracts import deadline
-from embedonce.errors import CacheClosed, ConfigError, TierBusy
+from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.backend_contract import key
+from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
 
 numbers = itertools.count()
@@ -84,6 +87,17 @@ class TestOneServer(RedisContract):
         return RedisBackend(url=f"redis://{host}:{port}/0", prefix=backend._prefix)
 
 
+class TestValkey(TestOneServer):
+    """Valkey speaks the same protocol."""
+
+    @pytest.fixture(autouse=True)
+    def on_server(self, valkey_server: ValkeyServer) -> Iterator[None]:
+        type(self).url = valkey_server.url.replace("redis://", "valkey://")
+        self.server = valkey_server
+        yield
+        valkey_server.call("FLUSHDB")
+
+
 class TestCluster(RedisContract):
     @pytest.fixture(autouse=True)
     def on_cluster(self, redis_cluster: RedisClusterServers) -> Iterator[None]:
@@ -105,6 +119,12 @@ class TestBehindSentinels(RedisContract):
 
 
 # --- what is Redis' own -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def valkey_server() -> Iterator[ValkeyServer]:
+    with ValkeyServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -322,6 +342,74 @@ def test_tls(tmp_path: Path, backends: Any) -> None:
         assert len(backend.get_many(list(items(2)))) == 2
 
 
+@pytest.mark.parametrize("place", ["url", "options"])
+def test_an_acl_user_over_tls_from_toml_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    certificates = Certificates(tmp_path)
+    secret = "p@ss/w:rd#%"
+    with RedisServer(tls=certificates, password="admin") as server:
+        server.call("ACL", "SETUSER", "embed", "on", f">{secret}", "resetkeys", "~embed:v1:*", "-@all", "+mget", "+set")
+        address = f"127.0.0.1:{server.tls_port}"
+        monkeypatch.setenv("REDIS_USER", "embed")
+        monkeypatch.setenv("REDIS_PASSWORD", secret)
+        monkeypatch.setenv("REDIS_URL", f"rediss://embed:{quote(secret, safe='')}@{address}/0")
+        login = 'url = "${REDIS_URL}"'
+        if place == "options":
+            login = f'url = "rediss://{address}"\nusername = "${{REDIS_USER}}"\npassword = "${{REDIS_PASSWORD}}"'
+        config = tmp_path / "embedonce.toml"
+        config.write_text(
+            f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "redis"\nprefix = "embed:v1:"\nwrite = "inline"\n'
+            f'timeout = "20s"\nca_file = "{certificates.authority}"\n{login}\n'
+        )
+        with embedonce.open(config) as cache:
+            cache.embed("text")
+            assert cache.fetch(["text"]).sources == ["redis"]
+            assert cache.stats().tiers["redis"].errors == 0
+            assert secret not in repr(cache)
+
+        async def read() -> Any:
+            async with embedonce.open(config) as cache:
+                return await cache.afetch(["text"])
+
+        assert asyncio.run(read()).sources == ["redis"]
+        monkeypatch.setenv("EMBEDONCE__TIERS__REDIS__CA_FILE", str(tmp_path / "none.pem"))
+        with pytest.raises(ConfigError, match="ca_file") as caught:
+            embedonce.open(config)
+        assert secret not in str(caught.value)
+
+
+def test_the_acl_of_the_documentation_is_enough_and_lets_nothing_block(backends: Any) -> None:
+    """No KEYS, FLUSHDB or DEL: they are not allowed."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "redis.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER embedonce ")]
+    provider = CountingProvider()
+    with RedisServer(password="admin") as server:
+        server.call(*line.replace(">PASSWORD", ">secret").split())
+        backend = backends(url=f"redis://embedonce:secret@{server.address}", prefix="embed:v1:")
+        with Cache(provider, [Tier(backend, name="shared", timeout=20.0, lease=30.0)]) as cache:
+            cache.embed_batch([f"text {number}" for number in range(50)])
+            cache.forget(["text 1"])
+            assert cache.lookup(["text 1", "text 2"]).sources == [None, "shared"]
+            assert asyncio.run(_read_by_twin(backend)) == {}
+            assert [held.entries for held in cache.contents() if held.card] == [49]
+            cache.purge(model=str(provider.space("document").model))
+            assert cache.lookup(["text 2"]).sources == [None]
+            assert not cache.stats().tiers["shared"].causes
+
+
+def test_values_that_are_too_large_are_counted_and_no_error(server: RedisServer, backends: Any) -> None:
+    small, large = CountingProvider(dimensions=8), CountingProvider(dimensions=384)
+    for provider, stored in ((small, 10), (large, 0)):
+        backend = backends(url=server.url, max_value_bytes=300)
+        with Cache(provider, [Tier(backend, name="shared", write="inline", timeout=20.0)]) as cache:
+            for _ in range(4):
+                cache.embed_batch([f"text {number}" for number in range(10)])
+            stats = cache.stats().tiers["shared"]
+            assert (stats.stored, dict(stats.causes)) == (stored, {})
+            assert dict(stats.drops) == ({} if stored else {"too large": 40})
+
+
 # --- servers that are full, read only, gone, back ------------------------------------------------------
 
 
@@ -329,8 +417,14 @@ def test_a_full_server_says_so_and_keeps_what_it_has(backends: Any) -> None:
     with RedisServer("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
         backend = backends(url=server.url)
         backend.set_many(items(10), None)
+        many = {key(1000 + number): os.urandom(100_000) for number in range(100)}
+        with pytest.raises(PartialAnswer) as caught:
+            backend.set_many(many, None)
+        assert isinstance(caught.value.__cause__, redis.exceptions.OutOfMemoryError)
+        assert backend.get_many(list(many)).keys() == many.keys() - caught.value.failed
+        server.call("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(redis.exceptions.OutOfMemoryError):
-            backend.set_many({key(1000 + number): os.urandom(100_000) for number in range(100)}, None)
+            backend.set_many(items(30), None)
         assert backend.get_many(list(items(10))) == items(10)
         server.call("CONFIG", "SET", "maxmemory", "100mb")
         backend.set_many(items(20), None)
@@ -496,7 +590,7 @@ def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
         backend = backends(url=servers.url)
         backend.set_many(items(60), None)
         servers.members[0].kill()
-        with pytest.raises(redis.RedisError):
+        with pytest.raises(PartialAnswer):
             backend.get_many(list(items(60)))
         servers.members[0].restart()
         wait_until(servers.whole, "the cluster is whole again")
@@ -504,6 +598,94 @@ def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
         assert 0 < len(found) < 60
         backend.set_many(items(60), None)
         assert backend.get_many(list(items(60))) == items(60)
+
+
+@contextmanager
+def partial_cluster() -> Iterator[RedisClusterServers]:
+    """A cluster whose nodes go on serving while one is away."""
+    with RedisClusterServers() as servers:
+        for node in servers.members:
+            node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        yield servers
+
+
+def both_faces(backend: RedisBackend, seconds: float | None = None) -> list[Any]:
+    """Return what reading sixty keys gives, or the error, through either face."""
+
+    async def read() -> Any:
+        twin = backend.twin()
+        try:
+            with deadline(seconds):
+                return await twin.get_many(list(items(60)))
+        except Exception as error:
+            return error
+        finally:
+            await twin.close()
+
+    try:
+        with deadline(seconds):
+            first: Any = backend.get_many(list(items(60)))
+    except Exception as error:
+        first = error
+    return [first, asyncio.run(read())]
+
+
+@pytest.mark.parametrize("fault", ["killed", "hangs"])
+def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str) -> None:
+    with partial_cluster() as servers:
+        backend = backends(url=servers.url)
+        backend.set_many(items(60), None)
+        node = servers.members[1]
+        assert len(backend.get_many(list(items(60)))) == 60
+        mine = {name for name in items(60) if name.encode() in node.call("KEYS", "*")}
+        assert 5 < len(mine) < 55
+        if fault == "killed":
+            node.kill()
+        else:
+            node.pause()
+        for error in both_faces(backend, 0.6):
+            assert isinstance(error, PartialAnswer), error
+            assert error.failed == mine
+            assert error.answer == {name: value for name, value in items(60).items() if name not in mine}
+            assert isinstance(error.__cause__, NodeDown if fault == "killed" else TierTimeout)
+        with deadline(0.6), pytest.raises(PartialAnswer) as caught:
+            backend.set_many(items(60), None)
+        assert caught.value.failed == mine
+        leases = {f"{name}.lease": b"x" for name in items(60)}
+        with deadline(0.6), pytest.raises(PartialAnswer) as caught:
+            backend.add_many(leases, 60.0)
+        assert caught.value.failed | caught.value.answer == leases.keys()
+        assert not caught.value.failed & caught.value.answer
+        with deadline(0.3), pytest.raises((NodeDown, TimeoutError)):
+            backend.get_many([min(mine)])
+        node.resume() if fault == "hangs" else node.restart()
+        wait_until(servers.whole, "the cluster is whole again")
+
+
+def test_a_cache_over_a_cluster_without_one_node(backends: Any) -> None:
+    """A node that refuses opens no breaker: the others go on serving and storing."""
+    texts = [f"text {number}" for number in range(60)]
+    provider = CountingProvider()
+    with partial_cluster() as servers:
+        tier = Tier(backends(url=servers.url), name="shared", timeout=20.0, write="inline")
+        with Cache(provider, [tier]) as cache:
+            cache.embed_batch(texts)
+            servers.members[2].kill()
+            for _ in range(5):
+                fetched = cache.fetch(texts)
+                assert all(
+                    (row == provider.vector_of(text)).all() for text, row in zip(texts, fetched.rows, strict=True)
+                )
+                assert 10 < fetched.sources.count("shared") < 50
+                assert dict(fetched.errors) == {"shared": "NodeDown"}
+            for number in range(5):
+                cache.embed(texts[number])
+            new = [f"new {number}" for number in range(60)]
+            cache.embed_batch(new)
+            assert 10 < cache.fetch(new).sources.count("shared") < 50
+            stats = cache.stats().tiers["shared"]
+            assert stats.skipped == 0
+            assert stats.causes.keys() == {"NodeDown"}
 
 
 def test_one_server_that_is_no_cluster_is_named_so(server: RedisServer, backends: Any) -> None:

@@ -21,7 +21,7 @@ from embedonce.cli.init import TEMPLATE
 from embedonce.cli.output import excerpt
 from embedonce.errors import EraseIncomplete, Problem, TierError
 
-ALL = ["init", "check", "embed", "explain", "stats", "purge", "plugins", "schema"]
+ALL = ["init", "check", "embed", "evaluate", "explain", "stats", "purge", "plugins", "schema"]
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier
+from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier, TierError
+from embedonce.testing.clocks import ManualClock
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend
@@ -279,3 +280,49 @@ def test_a_tier_that_cannot_say_what_it_holds_does_not_hide_the_others() -> None
         assert (cannot.tier, cannot.entries, cannot.error) == ("blind", 0, "it cannot list its keys")
         assert broken.error is not None
         assert broken.error.startswith("ConnectionRefusedError")
+
+
+# --- list_metadata ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_metadata_of_a_space_is_listed_once_per_entry(face: str) -> None:
+    near, far = DictBackend(), DictBackend(scope="network")
+    provider = CountingProvider(symmetric=False)
+    with Cache(provider, [Tier(near, name="near"), Tier(far, name="far")]) as cache:
+        other = cache.for_provider(CountingProvider(model="other"))
+        cache.fetch(["a", "b", "a"], metadata=[{"n": 1}, {"n": 2}, {"n": 3}])
+        cache.fetch(["no metadata"])
+        cache.fetch(["a"], "query", metadata=[{"n": 4}])
+        other.fetch(["a"], metadata=[{"n": 5}])
+        assert cache.flush(GENEROUS)
+        near.delete_many([cache.explain("b").key])
+
+        def listed(cache: Cache, task: str = "document") -> list[int]:
+            found = cache.list_metadata(task) if face == "sync" else asyncio.run(cache.alist_metadata(task))
+            return sorted(metadata["n"] for metadata in found)
+
+        assert listed(cache) == [1, 2]
+        assert listed(cache, "query") == [4]
+        assert listed(other) == [5]
+        cache.list_metadata()[0]["n"] = 9
+        assert listed(cache) == [1, 2]
+        cache.forget(["a"])
+        assert listed(cache) == [2]
+
+
+def test_metadata_of_a_tier_that_cannot_list_or_fails_is_an_error() -> None:
+    blind = [Tier(DictBackend(), name="good"), Tier(DictBackend(scan=False), name="blind")]
+    with Cache(CountingProvider(), blind) as cache, pytest.raises(TierError, match="tier 'blind': it cannot list"):
+        cache.list_metadata()
+    down = [Tier(FaultyBackend(DictBackend(scope="host"), [Fault("refuse")]), name="down")]
+    with Cache(CountingProvider(), down) as cache, pytest.raises(TierError, match="tier 'down'"):
+        cache.list_metadata()
+
+
+def test_expired_metadata_is_not_listed() -> None:
+    clock = ManualClock()
+    with Cache(CountingProvider(), [Tier(DictBackend(), ttl=10)], clock=clock) as cache:
+        cache.fetch(["a"], metadata=[{"n": 1}])
+        clock.advance(20)
+        assert cache.list_metadata() == []

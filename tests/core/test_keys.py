@@ -31,7 +31,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embedonce.errors import ConfigError, SpaceError, TextError
-from embedonce.keys import CARD_PREFIX, NORMALIZERS, Keyer, KeyPolicy, VectorSpace, canonical, card
+from embedonce.keys import CARD_PREFIX, NORMALIZERS, Keyer, KeyPolicy, VectorSpace, canonical, canonical_url, card
 
 HERE = Path(__file__).parent
 CORE = HERE.parent.parent / "core"
@@ -709,3 +709,21 @@ def test_keys_are_the_same_in_every_python(version: str) -> None:
     if tried.returncode != 0:
         pytest.skip(f"python{version} does not start: {tried.stderr.strip().partition(chr(10))[0]}")
     assert keys_elsewhere(python) == [golden["key"] for golden in GOLDEN]
+
+
+@pytest.mark.parametrize(
+    ("url", "canonical"),
+    [
+        ("http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
+        ("http://HOST:80", "http://host"),
+        ("https://u:p@host:444/a/B/", "https://host:444/a/B"),
+    ],
+)
+def test_canonical_urls(url: str, canonical: str) -> None:
+    assert canonical_url(url) == canonical
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://host/v1?key=1", "http://host#x", "ftp://host", "http://"])
+def test_what_is_no_url_of_an_endpoint(url: str) -> None:
+    with pytest.raises(ValueError, match="URL"):
+        canonical_url(url)

@@ -1,102 +1,152 @@
-"""Nearest rows by cosine: against brute force, and at the edges."""
+"""``top_k`` against brute force: every pair, added up exactly."""
 
 from __future__ import annotations
 
-import itertools
+import math
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from hypothesis.extra import numpy as hnp
 
 from embedonce import similarity
 from embedonce.similarity import top_k
 
-# Few different values, so that equal cosines are common.
-SMALL = st.integers(-2, 2).map(float)
+
+def brute(queries: Any, matrix: Any, k: int) -> tuple[Any, Any]:
+    """Return what top_k must: in Python's own numbers, one pair after the other."""
+    indices, scores = [], []
+    for query in np.asarray(queries, np.float64).tolist():
+        found = []
+        for place, row in enumerate(np.asarray(matrix, np.float64).tolist()):
+            length = math.sqrt(math.fsum(x * x for x in query)) * math.sqrt(math.fsum(y * y for y in row))
+            dot = math.fsum(x * y for x, y in zip(query, row, strict=True))
+            found.append((-float(np.float32(dot / length if length else 0.0)), place))
+        found.sort()
+        indices.append([place for _, place in found[:k]])
+        scores.append([-score + 0.0 for score, _ in found[:k]])
+    shape = (len(queries), min(k, len(matrix)))
+    return np.array(indices, np.int64).reshape(shape), np.array(scores, np.float32).reshape(shape)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
-    d = draw(st.integers(1, 3))
-    queries = draw(arrays(np.float32, (draw(st.integers(1, 4)), d), elements=SMALL))
-    matrix = draw(arrays(np.float32, (draw(st.integers(0, 40)), d), elements=SMALL))
-    return queries, matrix, draw(st.integers(1, 12)), draw(st.sampled_from([1, 7, 64, 4096]))
+small_integers = st.integers(0, 5).flatmap(
+    lambda d: st.tuples(
+        *(
+            hnp.arrays(dtype, st.tuples(st.integers(0, most), st.just(d)), elements=st.integers(-3, 3))
+            for dtype, most in ((np.int8, 4), (np.float16, 40))
+        )
+    )
+)
 
 
-@given(problems())
-def test_it_is_what_brute_force_finds(problem: tuple[np.ndarray, np.ndarray, int, int]) -> None:
-    queries, matrix, k, block = problem
+@given(small_integers, st.integers(1, 50), st.sampled_from([1, 7, 64, 1 << 22]))
+def test_it_is_what_brute_force_finds(arrays: tuple[Any, Any], k: int, values: int) -> None:
+    """Small whole numbers have many ties and zero rows, and their sums are exact. Blocks of any size give the same."""
+    queries, matrix = arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "BLOCK", block)
-        places, scores = top_k(queries, matrix, k)
-    assert places.shape == scores.shape == (len(queries), min(k, len(matrix)))
-    assert (places.dtype, scores.dtype) == (np.int64, np.float32)
-    for query, found, cosines in zip(queries, places, scores, strict=True):
-        expected = [cosine(query, row) for row in matrix]
-        assert np.allclose(cosines, [expected[i] for i in found], atol=1e-6)
-        assert np.allclose(cosines, sorted(expected, reverse=True)[: len(found)], atol=1e-6)
-        assert len(set(found.tolist())) == len(found)
-        assert (np.diff(cosines) <= 0).all()
-        for i, j in itertools.pairwise(found):
-            assert i < j or cosines[list(found).index(i)] > cosines[list(found).index(j)]
+        patch.setattr(similarity, "VALUES", values)
+        indices, scores = top_k(queries, matrix, k)
+    wanted, cosines = brute(queries, matrix, k)
+    assert (indices.dtype, scores.dtype) == (np.int64, np.float32)
+    np.testing.assert_array_equal(indices, wanted)
+    np.testing.assert_array_equal(scores, cosines)
 
 
-def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    lengths = float(np.linalg.norm(one.astype(float)) * np.linalg.norm(other.astype(float)))
-    return 0.0 if lengths == 0 else float(one.astype(float) @ other.astype(float)) / lengths
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
+def test_vectors_like_those_of_a_model(dtype: Any) -> None:
+    rng = np.random.default_rng(7)
+    matrix = rng.normal(size=(5000, 96)) * (20 if dtype == np.int8 else 1)
+    matrix = matrix.astype(dtype)
+    queries = np.concatenate([matrix[:20], rng.normal(size=(20, 96)).astype(np.float64).astype(dtype)])
+    indices, scores = top_k(queries, matrix, 17)
+    wide = matrix.astype(np.float64) / np.maximum(np.linalg.norm(matrix.astype(np.float64), axis=1), 1e-300)[:, None]
+    asked = queries.astype(np.float64)
+    asked /= np.maximum(np.linalg.norm(asked, axis=1), 1e-300)[:, None]
+    exact = (asked @ wide.T).astype(np.float32)
+    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :17], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, indices, axis=1), scores, atol=1e-6)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert (indices[:20, 0] == np.arange(20)).all()
 
 
-def test_of_equal_rows_the_first_comes_first_also_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "BLOCK", 10)
-    places, _ = top_k([1.0, 0.0], np.tile(np.float32([[2, 0]]), (100, 1)), 5)
-    assert places.tolist() == [[0, 1, 2, 3, 4]]
+def test_equal_rows_have_equal_scores_wherever_they_lie() -> None:
+    rng = np.random.default_rng(3)
+    row = rng.normal(size=384).astype(np.float32)
+    matrix = rng.normal(size=(9001, 384)).astype(np.float32)
+    places = [0, 5, 2047, 2048, 4095, 8999, 9000]
+    matrix[places] = row
+    indices, scores = top_k(row[None], matrix, len(places))
+    assert indices.tolist() == [places]
+    assert len(set(scores[0].tolist())) == 1
 
 
-def test_lengths_do_not_matter_even_at_the_ends_of_float32() -> None:
-    matrix = np.array([[1e30, 0], [1e-30, 1e-30], [0, 1e-38], [0, 0]], np.float32)
-    places, scores = top_k(np.float32([1e-38, 0]), matrix, 4)
-    assert places.tolist() == [[0, 1, 2, 3]]
-    assert np.allclose(scores, [[1, 0.5**0.5, 0, 0]])
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int8, np.uint8])
-def test_any_numbers_in_any_layout(dtype: Any) -> None:
-    matrix = np.asfortranarray(np.arange(1, 61).reshape(6, 10)[:, ::2].astype(dtype))
-    places, scores = top_k(matrix[3], matrix, 1)
-    assert places.tolist() == [[3]]
-    assert scores[0, 0] == pytest.approx(1)
-
-
-def test_a_matrix_larger_than_a_block_takes_no_more_memory_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tracemalloc
-
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((200_000, 8), np.float32)
-    queries = matrix[:50]
-    monkeypatch.setattr(similarity, "BLOCK", 100_000)
-    tracemalloc.start()
-    places, _ = top_k(queries, matrix, 3)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (places[:, 0] == np.arange(50)).all()
-    assert peak < 200_000 * 50 * 4 / 3, "all similarities at once would be 40 MB"
-
-
-def test_bad_input_says_what_is_wrong() -> None:
-    good = np.ones((3, 2))
-    for queries, matrix, k, match in (
-        (np.ones(3), good, 1, "queries have 3 dimensions and the matrix 2"),
-        (good, np.ones(2), 1, "matrix are numbers of shape"),
-        (np.ones((1, 1, 2)), good, 1, "queries are numbers of shape"),
-        (["text"], good, 1, "queries are numbers"),
-        (good, good, 0, "k is at least 1"),
-        (good, np.array([[np.nan, 1]]), 1, "matrix have NaN"),
-        (np.array([np.inf, 1]), good, 1, "queries have NaN"),
+def test_views_lists_and_memory_maps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    whole = rng.normal(size=(60, 20)).astype(np.float32)
+    expected = top_k(whole[::2, ::-1].copy(), whole[:, ::-1].copy(), 5)
+    for queries, matrix in (
+        (whole[::2, ::-1], np.asfortranarray(whole[:, ::-1])),
+        (whole[::2, ::-1].tolist(), whole[:, ::-1].tolist()),
     ):
-        with pytest.raises(ValueError, match=match):
-            top_k(queries, matrix, k)
-    places, scores = top_k(np.empty((0, 2)), good, 2)
-    assert places.shape == scores.shape == (0, 2)
+        indices, scores = top_k(queries, matrix, 5)
+        assert (indices == expected[0]).all()
+        np.testing.assert_array_equal(scores, expected[1])
+    np.save(tmp_path / "m.npy", whole[:, ::-1])
+    mapped = np.load(tmp_path / "m.npy", mmap_mode="r")
+    assert (top_k(whole[::2, ::-1], mapped, 5)[0] == expected[0]).all()
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1e30, 1e300])
+def test_the_size_of_values_does_not_matter(size: float) -> None:
+    matrix = np.array([[1.0, 2.0], [2.0, 1.0], [-1.0, 0.5]])
+    indices, scores = top_k(matrix * size, matrix / size, 3)
+    wanted, cosines = top_k(matrix, matrix, 3)
+    assert (indices == wanted).all()
+    np.testing.assert_allclose(scores, cosines, rtol=1e-6, atol=1e-7)
+
+
+def test_memory_is_bounded() -> None:
+    matrix = np.random.default_rng(2).integers(-100, 100, size=(300_000, 16), dtype=np.int8)
+    queries = matrix[:100]
+    tracemalloc.start()
+    indices, _ = top_k(queries, matrix, 3)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (indices[:, 0] == np.arange(100)).all()
+    assert most < 16 * 2**20, f"{most / 2**20:.0f} MiB; the scores alone would take 114, the matrix as float64 37"
+
+
+def test_rows_that_are_all_the_same() -> None:
+    indices, scores = top_k(np.ones((3, 8)), np.ones((20_000, 8), np.int8), 4)
+    assert indices.tolist() == [[0, 1, 2, 3]] * 3
+    assert (scores == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "matrix", "k", "error", "message"),
+    [
+        ([1.0, 2.0], [[1.0, 2.0]], 1, ValueError, r"one vector v is v\[None, :\]"),
+        ([[1.0]], [[1.0, 2.0]], 1, ValueError, "queries have 1 dimensions, and the matrix has 2"),
+        ([[1.0]], [[1.0]], 0, ValueError, "k is at least 1"),
+        ([[1.0]], [[1.0]], 1.5, TypeError, "k is an integer"),
+        ([[1.0]], [[1.0]], True, TypeError, "k is an integer"),
+        ([["a"]], [[1.0]], 1, TypeError, "real numbers"),
+        ([[1j]], [[1.0]], 1, TypeError, "real numbers"),
+        ([[True]], [[1.0]], 1, TypeError, "real numbers"),
+        ([[1.0]], [[1.0], [math.nan]], 1, ValueError, "row 1 of matrix holds NaN"),
+        ([[math.inf]], [[1.0]], 1, ValueError, "row 0 of queries"),
+    ],
+)
+def test_bad_input(queries: Any, matrix: Any, k: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        top_k(queries, matrix, k)
+
+
+def test_nothing_asked_and_nothing_there() -> None:
+    assert top_k(np.empty((0, 3)), np.ones((2, 3)), 5)[0].shape == (0, 2)
+    assert top_k(np.ones((2, 3)), np.empty((0, 3)), 5)[1].shape == (2, 0)
+    assert top_k(np.ones((2, 0)), np.empty((1, 0)), 5)[1].tolist() == [[0.0], [0.0]]

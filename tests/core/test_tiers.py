@@ -250,6 +250,19 @@ def test_failing_writes_do_not_stop_reads() -> None:
         assert not cache._tiers[0].reads.open
 
 
+@faces
+def test_a_tier_whose_reads_are_left_out_is_not_written_to(ask: Ask) -> None:
+    """A store that hangs costs one timeout: its inline writes would be the second."""
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", obey=True)], deadline=True)
+    with Cache(CountingProvider(), [Tier(faulty, name="far", write="inline", timeout=0.2)]) as cache:
+        for i in range(20):
+            ask(cache, [f"{i}"])
+        assert cache._tiers[0].reads.open
+        assert faulty.called("set") == 0
+        assert not cache._tiers[0].writes.open
+        faulty.heal()
+
+
 def test_a_tier_that_failed_in_a_call_is_not_written_to_in_it() -> None:
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on="get", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="host")]) as cache:

@@ -65,7 +65,6 @@ no store   from provider, # ms
 no store   from provider, # ms
 WARNING embedonce: tier 'postgres': reads fail (OperationalError); it is left out and tried again until it answers
 no store   from provider, # ms
-WARNING embedonce: tier 'postgres': a background write of 1 entries failed (OperationalError)
 no store   from provider, # ms
 """
     )

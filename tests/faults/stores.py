@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,13 +41,26 @@ NETWORK: Mapping[str, NetworkFault] = {
     "reset mid-reply": NetworkFault("reset", after=3),
     "garbage": NetworkFault("garbage"),
 }
-ON_THE_LINE: Mapping[str, Strike] = {
-    "refused": Strike("nobody listens, and connections are reset"),
-    "black hole": Strike("nothing gets through, and connections stay open"),
-    "slow": Strike("replies drip, a byte at a time"),
-    "reset mid-reply": Strike("each connection is reset after three bytes of a reply"),
-    "garbage": Strike("replies are random bytes"),
+ON_THE_LINE: Mapping[str, str] = {
+    "refused": "nobody listens, and connections are reset",
+    "black hole": "nothing gets through, and connections stay open",
+    "slow": "replies drip, a byte at a time",
+    "reset mid-reply": "each connection is reset after three bytes of a reply",
+    "garbage": "replies are random bytes",
 }
+
+
+def causes(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+NONE = causes()
+
+
+def on_the_line(*, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]) -> dict[str, Strike]:
+    """Return what the network does, with the causes where connections end, where nobody answers, and for garbage."""
+    found = (ended, silent, silent, ended, garbled)
+    return {fault: Strike(how, of) for (fault, how), of in zip(ON_THE_LINE.items(), found, strict=True)}
 
 
 class Served:
@@ -57,6 +69,7 @@ class Served:
     name: ClassVar[str]
     strikes: ClassVar[Mapping[str, Strike]]
     absent: ClassVar[Mapping[str, str]] = {}
+    apart: ClassVar[int] = 1
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -105,28 +118,32 @@ class Served:
 
 # --- Redis --------------------------------------------------------------------------------------
 
-ENDED = frozenset({"ConnectionError", "ConnectionResetError"})
+ENDED = causes("ConnectionError", "ConnectionResetError")
 """redis' own error or the socket's: it depends on where the connection ends."""
 
-REDIS_STRIKES: Mapping[str, Strike] = {
-    **ON_THE_LINE,
-    "refused": replace(ON_THE_LINE["refused"], causes=ENDED),
-    "reset mid-reply": replace(ON_THE_LINE["reset mid-reply"], causes=ENDED),
-    "killed and restarted": Strike("kill -9, then started again, empty", twice=False, causes=ENDED),
-    "out of memory or disk full": Strike("`maxmemory 1` without eviction", read="serves"),
-    "read-only": Strike("it is made a replica", read="serves"),
-    "wrong password": Strike(
-        "the password is changed and connections are ended", causes=ENDED | {"AuthenticationError"}
-    ),
-    "evicting": Strike("`maxmemory` with `allkeys-random`, and others write", read="forgets", write="serves"),
-}
+
+def redis_strikes(ended: frozenset[str]) -> dict[str, Strike]:
+    """Return the faults of Redis, with the causes where connections end."""
+    return {
+        # Random bytes may also begin as a reply does, and then the rest of it is waited for.
+        **on_the_line(ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended),
+        "killed and restarted": Strike("kill -9, then started again, empty", ended, twice=False),
+        "out of memory or disk full": Strike(
+            "`maxmemory 1` without eviction", causes("OutOfMemoryError"), read="serves"
+        ),
+        "read-only": Strike("it is made a replica", causes("ReadOnlyError"), read="serves"),
+        "wrong password": Strike(
+            "the password is changed and connections are ended", ended | causes("AuthenticationError")
+        ),
+        "evicting": Strike("`maxmemory` with `allkeys-random`, and others write", NONE, read="forgets", write="serves"),
+    }
 
 
 class Redis(Served):
     """One Redis."""
 
     name = "redis"
-    strikes = REDIS_STRIKES
+    strikes: ClassVar[Mapping[str, Strike]] = redis_strikes(ENDED)
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,15 +260,15 @@ class Cluster(Redis):
 
     name = "cluster"
     strikes: ClassVar[Mapping[str, Strike]] = {
-        **REDIS_STRIKES,
+        **redis_strikes(ENDED | causes("NodeDown")),
         "killed and restarted": Strike(
             "one node of three: kill -9, then started again, empty",
+            ENDED | causes("NodeDown", "ClusterDownError"),
             read="partly",
             write="partly",
             twice=False,
-            causes=ENDED,
         ),
-        "read-only": Strike("an ACL takes the right to write away", read="serves"),
+        "read-only": Strike("an ACL takes the right to write away", causes("NoPermissionError"), read="serves"),
     }
 
     def start(self) -> None:
@@ -289,10 +306,8 @@ class Sentinel(Redis):
 
     name = "sentinel"
     strikes: ClassVar[Mapping[str, Strike]] = {
-        **REDIS_STRIKES,
-        "killed and restarted": Strike(
-            "the master: kill -9; the replica becomes the master", twice=False, causes=ENDED
-        ),
+        **redis_strikes(ENDED),
+        "killed and restarted": Strike("the master: kill -9; the replica becomes the master", ENDED, twice=False),
     }
 
     def start(self) -> None:
@@ -339,13 +354,18 @@ class Postgres(Served):
 
     name = "postgres"
     strikes: ClassVar[Mapping[str, Strike]] = {
-        **ON_THE_LINE,
-        "garbage": replace(ON_THE_LINE["garbage"], causes=frozenset({"DatabaseError", "OperationalError"})),
-        "killed and restarted": Strike("kill -9 of all its processes, then started again", twice=False),
-        "out of memory or disk full": Strike("a trigger raises `disk_full`", read="serves"),
-        "read-only": Strike("`default_transaction_read_only` is set", read="serves"),
+        **on_the_line(
+            ended=causes("OperationalError"),
+            silent=causes("timeout"),
+            garbled=causes("DatabaseError", "OperationalError", "timeout"),
+        ),
+        "killed and restarted": Strike(
+            "kill -9 of all its processes, then started again", causes("OperationalError"), twice=False
+        ),
+        "out of memory or disk full": Strike("a trigger raises `disk_full`", causes("DiskFull"), read="serves"),
+        "read-only": Strike("`default_transaction_read_only` is set", causes("ReadOnlySqlTransaction"), read="serves"),
         "wrong password": Strike(
-            "the password is changed and sessions are ended", causes=frozenset({"AdminShutdown", "OperationalError"})
+            "the password is changed and sessions are ended", causes("AdminShutdown", "OperationalError")
         ),
     }
     absent: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; rows go when they have expired"}
@@ -409,37 +429,40 @@ class Postgres(Served):
     def out_of_memory_or_disk_full(self) -> Any:
         return self.with_sql(FULL, "DROP TRIGGER full_disk ON public.embedonce")
 
-    def wrong_password(self) -> Any:
-        change = "ALTER ROLE app PASSWORD"
-        end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'"
-        return self.with_sql(f"{change} 'other'; {end}", f"{change} '{PASSWORD}'")
+    @contextmanager
+    def wrong_password(self) -> Iterator[None]:
+        self.server.call("ALTER ROLE app PASSWORD 'other'")
+        sessions = "FROM pg_stat_activity WHERE usename = 'app'"
+        self.server.call(f"SELECT count(pg_terminate_backend(pid)) {sessions}")
+        wait_until(lambda: self.server.call(f"SELECT count(*) {sessions}") == "0", "the sessions have ended")
+        try:
+            yield
+        finally:
+            self.server.call(f"ALTER ROLE app PASSWORD '{PASSWORD}'")
 
 
 # --- memcached ----------------------------------------------------------------------------------
+
+
+MEMCACHED_ENDED = causes("ConnectionRefusedError", "ConnectionResetError", "MemcacheUnexpectedCloseError", "NodeDown")
+SILENT = causes("NodeDown", "timeout")
 
 
 class Memcached(Served):
     """Two memcached nodes, both struck."""
 
     name = "memcached"
+    apart = 2
     strikes: ClassVar[Mapping[str, Strike]] = {
-        **{
-            fault: replace(strike, causes=frozenset({cause, "NodeDown"}))
-            for (fault, strike), cause in zip(
-                ON_THE_LINE.items(),
-                ("ConnectionRefusedError", "timeout", "timeout", "ConnectionResetError", "timeout"),
-                strict=True,
-            )
-        },
-        "killed and restarted": Strike(
-            "both nodes: kill -9, then started again, empty",
-            twice=False,
-            causes=frozenset({"ConnectionRefusedError", "ConnectionResetError", "NodeDown"}),
-        ),
+        **on_the_line(ended=MEMCACHED_ENDED, silent=SILENT, garbled=SILENT),
+        "killed and restarted": Strike("both nodes: kill -9, then started again, empty", MEMCACHED_ENDED, twice=False),
         "out of memory or disk full": Strike(
-            "both nodes are full and were started with `-M`", read="serves", twice=False
+            "both nodes are full and were started with `-M`",
+            causes("MemcacheServerError"),
+            read="serves",
+            twice=False,
         ),
-        "evicting": Strike("others fill both nodes", read="forgets", write="serves", twice=False),
+        "evicting": Strike("others fill both nodes", NONE, read="forgets", write="serves", twice=False),
     }
     absent: ClassVar[Mapping[str, str]] = {
         "read-only": "memcached has no such state",
@@ -518,18 +541,19 @@ class Disk:
     """A folder of this host."""
 
     name = "disk"
+    apart = 1
     strikes: ClassVar[Mapping[str, Strike]] = {
-        "black hole": Strike("another process holds the lock of those who write", read="serves"),
+        "black hole": Strike("another process holds the lock of those who write", causes("timeout"), read="serves"),
         "garbage": Strike(
             "the files are overwritten with random bytes; later their folder is emptied",
+            causes("DatabaseError", "corrupt"),
             read="partly",
             write="partly",
             twice=False,
-            causes=frozenset({"DatabaseError"}),
         ),
-        "killed and restarted": Strike("kill -9 of a process that is writing", read="serves", write="serves"),
-        "out of memory or disk full": Strike("no file may grow (`RLIMIT_FSIZE`)", read="serves"),
-        "evicting": Strike("others write more than `max_bytes`", read="forgets", write="serves", twice=False),
+        "killed and restarted": Strike("kill -9 of a process that is writing", NONE, read="serves", write="serves"),
+        "out of memory or disk full": Strike("no file may grow (`RLIMIT_FSIZE`)", causes("OSError"), read="serves"),
+        "evicting": Strike("others write more than `max_bytes`", NONE, read="forgets", write="serves", twice=False),
     }
     absent: ClassVar[Mapping[str, str]] = {
         "refused": "nobody listens on a file",

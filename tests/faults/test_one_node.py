@@ -10,7 +10,7 @@ import pytest
 from faults.cells import Cell, Run, listening
 from faults.stores import NETWORK, Cluster, Memcached
 
-from embedonce import TierBusy
+from embedonce import PartialAnswer
 
 PAUSE, CALLS = 0.05, 30
 
@@ -50,7 +50,7 @@ def test_when_the_last_node_goes_its_error_is_the_tiers() -> None:
     other = 1 - [f"127.0.0.1:{proxy.address[1]}" for proxy in store.proxies].index(first.name)
     try:
         store.proxies[1 - other].fault = NETWORK["refused"]
-        with pytest.raises(TierBusy):
+        with pytest.raises(PartialAnswer):
             backend.set_many(texts, None)
         store.proxies[other].fault = NETWORK["refused"]
         with pytest.raises(ConnectionRefusedError):

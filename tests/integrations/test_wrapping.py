@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedonce import Cache, SpaceError, VectorSpace
+from embedonce import Cache, ProviderError, SpaceError, VectorSpace, config
 from embedonce.testing.fakes import CountingProvider
 from embedonce_integrations.wrapping import (
     NOT_IN_SPACE,
+    InOrder,
     WrappedProvider,
+    asked_with,
     declared_space,
     described_space,
+    is_openai_resource,
+    model_space,
     shared_cache,
 )
 
@@ -39,6 +46,7 @@ def test_equal_configurations_share_one_cache(tmp_path: Path) -> None:
     first = shared_cache(NGRAM)
     assert shared_cache(dict(NGRAM)) is first
     assert shared_cache(file) is first
+    assert shared_cache(config.load(file)) is first
     assert shared_cache({**NGRAM, "key": {"version": "v2"}}) is not first
 
 
@@ -99,10 +107,18 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
 
     space = described_space(
         Embedder(),
-        {"key": Secret(), "headers": {"auth": Secret()}, "base_url": "https://me:pass@host:8080/v1"},
+        {
+            "key": Secret(),
+            "body": {"auth": Secret(), "user": "me", "truncate": True},
+            "base_url": "https://me:pass@host:8080/v1",
+            "cohere_api_key": "sk-1",
+            "azure_ad_token_provider": print,
+            "azure_ad_async_token_provider": print,
+            "aws_secret_access_key": "s",
+        },
         model="m",
     )
-    assert space.extra == {"headers": {}, "base_url": "https://host:8080/v1"}
+    assert space.extra == {"body": {"truncate": True}, "base_url": "https://host:8080/v1"}
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
 
 
@@ -149,3 +165,87 @@ async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> 
     assert cache.embed("three").tolist() == [5.0, 1.0]
     first, second = ("embed", "embed") if face == "embed" else ("aembed", "aembed" if face == "aembed" else "embed")
     assert asked == [first, second]
+
+
+def test_paths_and_precisions_are_described() -> None:
+    assert fingerprint(model_path=Path("/a")) == fingerprint(model_path="/a")
+    dtype = type("dtype", (), {"__module__": "torch", "__str__": lambda self: "torch.float16"})()
+    assert fingerprint(options={"torch_dtype": dtype}) == fingerprint(options={"torch_dtype": "torch.float16"})
+
+
+# --- models and dataclasses -------------------------------------------------------------------
+
+
+@dataclass
+class Described:
+    model: str = "m"
+    prompt: str = ""
+    batch_size: int = 8
+
+
+def test_a_dataclass_describes_itself() -> None:
+    space = model_space(Described())
+    assert space.model == "m"
+    assert space == model_space(Described(batch_size=9))
+    assert space != model_space(Described(prompt="query: "))
+    assert space != model_space(Described(), also={"endpoint": "here"})
+    assert space != model_space(Described(), task="query")
+
+
+def test_what_describes_nothing_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"Embedder does not say.*space="):
+        model_space(Embedder())
+    script = type("Described", (Described,), {"__module__": "__main__"})
+    with pytest.raises(SpaceError, match=r"another script.*space="):
+        model_space(script())
+
+
+def test_what_a_call_is_given_is_part_of_the_space() -> None:
+    space = VectorSpace(provider="p", model="m", extra={"a": 1})
+    assert asked_with(space, {}) == space
+    assert asked_with(space, {"batch_size": 3, "user": "me", "unset": None}) == space
+    asked = asked_with(space, {"dimensions": 8})
+    assert asked.extra == {"a": 1, "request": {"dimensions": 8}}
+    with pytest.raises(SpaceError, match=r"the call's\.hook"):
+        asked_with(space, {"hook": print})
+
+
+# --- an OpenAI client's answers ---------------------------------------------------------------
+
+
+def answer_with(places: Sequence[Any]) -> Any:
+    return SimpleNamespace(data=[SimpleNamespace(index=place, embedding=[place]) for place in places])
+
+
+@pytest.mark.parametrize("inputs", [["a", "b", "c"], [[1], [2, 3], [4]]])
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [None, None, None]])
+def test_answers_come_in_the_order_of_the_input(inputs: Any, places: list[Any]) -> None:
+    async def later(**_: Any) -> Any:
+        return answer_with(places)
+
+    resource = SimpleNamespace(create=lambda **_: answer_with(places), other=1)
+    wanted = [None] * 3 if places[0] is None else [0, 1, 2]
+    ordered = InOrder(resource)
+    assert [item.index for item in ordered.create(input=inputs).data] == wanted
+    assert ordered.other == 1
+    answer = asyncio.run(InOrder(SimpleNamespace(create=later)).create(input=inputs))
+    assert [item.index for item in answer.data] == wanted
+
+
+@pytest.mark.parametrize("places", [[], [0], [0, 0], [0, 2], [-1, 0], [None, 0], [0, 1, 2], ["0", "1"]])
+def test_an_answer_that_does_not_say_whose_its_vectors_are_is_an_error(places: list[Any]) -> None:
+    ordered = InOrder(SimpleNamespace(create=lambda **_: answer_with(places)))
+    with pytest.raises(ProviderError, match="which is whose"):
+        ordered.create(input=["a", "b"])
+
+
+@pytest.mark.parametrize("one", ["text", [1, 2, 3]])
+def test_one_input_has_one_vector(one: Any) -> None:
+    assert InOrder(SimpleNamespace(create=lambda **_: answer_with([0]))).create(input=one).data[0].index == 0
+    with pytest.raises(ProviderError):
+        InOrder(SimpleNamespace(create=lambda **_: answer_with([0, 1]))).create(input=one)
+
+
+def test_only_openais_own_clients_are_known() -> None:
+    assert not is_openai_resource(None)
+    assert not is_openai_resource(SimpleNamespace(create=print))

@@ -23,7 +23,7 @@ from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, 
 from embedonce.testing._support import in_fork
 from embedonce_backends.disk import DiskBackend
 from embedonce_providers._openai_answer import read_answer, too_long
-from embedonce_providers.openai import OpenAIProvider, canonical_url
+from embedonce_providers.openai import OpenAIProvider
 
 from .chains import FRESH, MIXED, Face, ask, never_wrong
 
@@ -100,7 +100,7 @@ FAILS: dict[str, tuple[type[Exception], ...]] = {
     "truncated": (openai.APIConnectionError,),
     "disconnect": (openai.APIConnectionError,),
     "hang": (openai.APITimeoutError, embedonce.ProviderTimeout),
-    "drip": (embedonce.ProviderTimeout,),
+    "drip": (openai.APITimeoutError, embedonce.ProviderTimeout),
 }
 
 
@@ -124,7 +124,8 @@ def test_hits_and_misses_while_it_misbehaves(
     failed = never_wrong(
         face,
         tmp_path,
-        make=lambda: made(server, encoding_format=encoding_format, timeout=timeout),
+        make=lambda: made(server, encoding_format=encoding_format),
+        hasty=lambda: made(server, encoding_format=encoding_format, timeout=timeout),
         spoil=lambda: server.misbehave(kind, times=None),
         heal=server.heal,
         vector_of=server.vector_of,
@@ -390,18 +391,6 @@ def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
         OpenAIProvider(model="m", **options)
 
 
-@pytest.mark.parametrize(
-    ("url", "canonical"),
-    [
-        ("http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
-        ("http://HOST:80", "http://host"),
-        ("https://u:p@host:444/a/B/", "https://host:444/a/B"),
-    ],
-)
-def test_canonical_urls(url: str, canonical: str) -> None:
-    assert canonical_url(url) == canonical
-
-
 # --- Azure ------------------------------------------------------------------------------------
 
 
@@ -533,16 +522,33 @@ def test_closing_within_the_loop_itself(server: OpenAIServer) -> None:
 def test_a_forked_child_has_its_own_connections(server: OpenAIServer) -> None:
     provider = made(server)
     provider.embed(["parent"], "document")
-    inherited = provider._clients.get()
+    inherited = provider._clients._used
+    assert inherited is not None
 
     def child() -> None:
-        assert provider._clients.get() is not inherited
+        assert provider._clients._used is None
         assert np.array_equal(np.array(provider.embed(["child"], "document").vectors)[0], server.vector_of("child"))
 
     in_fork(child, "embedding")
-    assert provider._clients.get() is inherited
+    assert provider._clients._used is inherited
     provider.embed(["parent"], "document")
     provider.close()
+
+
+def test_a_client_is_closed_when_its_last_call_ends(server: OpenAIServer) -> None:
+    provider = made(server)
+    provider.embed(["a"], "document")
+    assert provider._clients._used is not None
+    client = provider._clients._used.client
+    server.misbehave("hang")
+    thread = threading.Thread(target=provider.embed, args=(["b"], "document"))
+    thread.start()
+    server.until_hanging()
+    provider.close()
+    assert not client.is_closed()
+    server.heal()
+    thread.join()
+    assert client.is_closed()
 
 
 # --- in a chain -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from hub import Hub
 
 import embedonce
+from embedonce import model_files
 from embedonce.errors import ConfigError, PluginError, SpaceError, TextRefused
 from embedonce.testing import ProviderContract
 from embedonce.testing._support import in_fork
@@ -24,7 +25,6 @@ from embedonce.testing._support import in_fork
 pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
-from embedonce_providers import _model_folder
 from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -268,17 +268,17 @@ def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = small_files(minilm_path, tmp_path / "model")
     hashed: list[str] = []
-    original = _model_folder.hashlib.file_digest
+    original = model_files.hashlib.file_digest
 
     def counted(stream: Any, name: str) -> Any:
         hashed.append(Path(stream.name).name)
         return original(stream, name)
 
-    monkeypatch.setattr(_model_folder.hashlib, "file_digest", counted)
+    monkeypatch.setattr(model_files.hashlib, "file_digest", counted)
     fingerprint(folder)
     fingerprint(folder)
     assert hashed.count("model.safetensors") == 2, "it has just been written: a change might leave no trace"
-    monkeypatch.setattr(_model_folder, "SETTLED", -1.0)
+    monkeypatch.setattr(model_files, "SETTLED", -1.0)
     first = fingerprint(folder)
     hashed.clear()
     assert fingerprint(folder) == first

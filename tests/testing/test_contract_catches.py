@@ -66,6 +66,14 @@ class FailsOnNothing(DictBackend):
         return super().get_many(keys)
 
 
+class AnswersInAForkedChild(DictBackend):
+    """Says that it cannot go on in a forked child, and answers there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = replace(self.capabilities, fork=False)
+
+
 class StoresText(DictBackend):
     """Gives back hexadecimal text where bytes were stored."""
 
@@ -655,6 +663,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_what_was_stored_is_there_when_opened_again", LosesWhatWasLast),
     ("test_two_clients_see_one_store", KeepsACopyInMemory),
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
+    ("test_a_forked_child_is_refused", AnswersInAForkedChild),
     ("test_a_forked_child_uses_the_store", SharesItsConnectionAfterAFork),
     ("test_other_processes_use_the_store", HashingShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),

@@ -13,6 +13,7 @@ from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, Plugi
 
 from . import conformance as _conformance
 from . import embed as _embed
+from . import evaluate as _evaluate
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
@@ -102,6 +103,7 @@ app.command(epilog=_inspect.CHECK_EPILOG)(_inspect.check)
 app.command(epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
 app.command(epilog=_embed.EPILOG)(_embed.embed)
 app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
+app.command(epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
 app.command(epilog=_purge.EPILOG)(_purge.purge)
 app.command(epilog=_migrate.EPILOG)(_migrate.migrate)

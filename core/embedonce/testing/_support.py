@@ -15,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -83,7 +82,7 @@ def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
         raise errors[0]
 
 
-def in_fork(work: Callable[[], None], what: str, *, beside: Callable[[], None] | None = None) -> None:
+def in_fork(work: Callable[[], None], what: str, *, beside: Callable[[], None] = lambda: None) -> None:
     """Run ``work`` in a forked child of this process, and ``beside`` here, again and again until that has ended.
 
     Raises:
@@ -98,8 +97,7 @@ def in_fork(work: Callable[[], None], what: str, *, beside: Callable[[], None] |
         _run_and_exit(work, writer)
     os.close(writer)
     try:
-        meanwhile = None if beside is None else partial(bounded, beside, f"{what}, in the parent,")
-        said = _read_all(reader, child, meanwhile)
+        said = _read_all(reader, child, lambda: bounded(beside, f"{what}, in the parent,"))
     except BaseException:
         os.kill(child, signal.SIGKILL)
         raise
@@ -123,15 +121,13 @@ def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no 
         os._exit(status)
 
 
-def _read_all(reader: int, child: int, meanwhile: Callable[[], None] | None) -> bytes | None:
+def _read_all(reader: int, child: int, meanwhile: Callable[[], None]) -> bytes | None:
     """Return what the child wrote until its end, or None after ending it for taking too long."""
     said = b""
     end = time.monotonic() + BOUND
     while time.monotonic() < end:
-        wait = max(0.0, end - time.monotonic()) if meanwhile is None else 0.0
-        if not select.select([reader], [], [], wait)[0]:
-            if meanwhile is not None:
-                meanwhile()
+        if not select.select([reader], [], [], 0.0)[0]:
+            meanwhile()
             continue
         part = os.read(reader, 8192)
         if not part:

@@ -480,6 +480,7 @@ class BackendContract(Whole):
         if not hasattr(os, "fork"):
             pytest.skip("this platform has no fork")
         with self._open() as backend:
+            self._needs(backend, "fork")
             self._needs_sharing(backend)
             values = self._values(backend)
             self._stored(backend, range(10))
@@ -496,6 +497,25 @@ class BackendContract(Whole):
             self._holds(backend, {key(100 + turn): turn for turn in range(20)})
             self._stored(backend, [50])
             self._holds(backend, {key(number): number for number in (*range(10), 50)})
+
+    def test_a_forked_child_is_refused(self) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("this platform has no fork")
+        with self._open() as backend:
+            if backend.capabilities.fork:
+                pytest.skip("fork is declared")
+            value = self._values(backend).sample(1)
+            backend.set_many({key(1): value}, None)
+
+            def child() -> None:
+                with pytest.raises(Exception):  # noqa: B017, PT011  (any error will do; silence will not)
+                    backend.get_many([key(1)])
+                with pytest.raises(Exception):  # noqa: B017, PT011
+                    backend.set_many({key(2): value}, None)
+                backend.close()
+
+            in_fork(child, "a backend that cannot go on in a forked child")
+            self._holds(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
         with self._open() as backend:

@@ -1,0 +1,153 @@
+"""An engine that looks for drift before it computes: at the first miss, and then now and again.
+
+The canaries are ordinary entries of their scope, so that ``purge``, encryption, rounding and TTL hold for them as
+well. When they were last found unchanged is the date of their entries: a look that finds no drift stores the *old*
+vectors again, with a new date. So a process that starts knows when the last look was, a slow drift does not creep, and
+the TTL begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._engine import Answer, Engine, own_error
+from ._ports import Port
+from ._routes import Route
+from .drift import DriftGuard
+from .errors import DriftError
+from .vectors import Entry
+
+log = logging.getLogger("embedonce")
+
+SOON = 60.0
+"""Seconds until the next look after one that found drift that is refused, or that the provider's failure prevented."""
+
+MARK = "embedonce_drifted"
+"""In the metadata of canaries: their space was left for the next generation."""
+
+NOW = ".now"
+"""Ends the keys of the canaries' new vectors in the table of flights: they are not for the tiers."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of one vector space."""
+
+    due: float = -np.inf
+    """Unix time of the next look."""
+    error: DriftError | None = None
+    generation: int = 0
+    """The space in which texts are embedded now."""
+    known: bool = False
+    """Whether the tiers were asked for the generation."""
+
+
+class Moved(DriftError):
+    """Nothing is computed in this space any more: ask again in the current one."""
+
+
+class Guarded(Engine):
+    """Computes nothing before it has looked whether the provider still makes the same vectors."""
+
+    def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._guard = guard
+        self.moves = guard.action == "new-space"
+        self._states: dict[bytes, _State] = {}
+
+    async def refusal(self, port: Port, route: Route) -> Exception | None:
+        state = self._state(route)
+        if route.generation == state.generation and self._clock() >= state.due:
+            await self._look_for_drift(port, route, state)
+        if route.generation != state.generation:
+            return Moved("the provider has drifted, and this space was left")
+        return None if state.error is None else own_error(state.error)
+
+    async def current(self, port: Port, route: Route) -> Route:
+        if not self.moves:
+            return route
+        state = self._state(route)
+        if not state.known:
+            state.known = await self._find_generation(port, route.at(state.generation), state)
+        return route if route.generation == state.generation else route.at(state.generation)
+
+    def _state(self, route: Route) -> _State:
+        return self._states.setdefault(route.origin, _State())
+
+    async def _find_generation(self, port: Port, route: Route, state: _State) -> bool:
+        """Follow the marks that were left in spaces that have drifted. Return whether every tier answered."""
+        while True:
+            stored = self._canaries(route)
+            with self.table.call() as ticket:
+                await self._look(port, ticket.number, stored, stored.keys)
+            if not _is_left(stored):
+                state.generation = max(state.generation, route.generation)
+                return not stored.errors
+            route = route.at(route.generation + 1)
+
+    def _canaries(self, route: Route) -> Answer:
+        texts = list(dict.fromkeys(map(route.keyer.normalize, self._guard.texts)))
+        return Answer(route, [route.keyer.key(text) for text in texts], texts, store=True)
+
+    async def _look_for_drift(self, port: Port, route: Route, state: _State) -> None:
+        stored = self._canaries(route)
+        made = Answer(route, [key + NOW for key in stored.keys], stored.texts, store=False)
+        every = self._guard.every
+        with self.table.call() as ticket:
+            missing = await self._look(port, ticket.number, stored, stored.keys)
+            if self.moves and _is_left(stored):  # another process was first
+                state.due, state.generation = -np.inf, route.generation + 1
+                return
+            now = self._clock()
+            last = min((entry.created for entry in stored.entries.values()), default=-np.inf)
+            if not missing and now - every < last <= now:
+                state.due, state.error = last + every, None
+                return
+            # Calls that look at the same time share one computation.
+            await self._claim(port, ticket, made, made.keys, leases=None, last=True)
+            if not made.entries:
+                state.due = now + SOON  # the texts that are asked for will say what is wrong with the provider
+                return
+            new = {key.removesuffix(NOW): entry for key, entry in made.entries.items()}
+            cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
+            worst = min(cosines, default=1.0)
+            if 1.0 - worst <= self._guard.tolerance:
+                state.due, state.error = now + every, None
+                kept = {**new, **stored.entries}
+                dated = {key: entry._replace(created=now, expires=None) for key, entry in kept.items()}
+                await self.store(port, ticket.number, stored, dated)
+                return
+            self._found(route, state, worst, now)
+            if self.moves:
+                marked = {
+                    key: entry._replace(expires=None, metadata={MARK: True}) for key, entry in stored.entries.items()
+                }
+                await self.store(port, ticket.number, stored, marked)
+
+    def _found(self, route: Route, state: _State, worst: float, now: float) -> None:
+        error = DriftError(
+            f"provider {route.source.name!r}, model {route.space.model!r}, makes other vectors than those that are "
+            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Raise [key] version to leave the old "
+            "vectors behind, or go back to the model that made them"
+        )
+        log.warning("%s", error)
+        if self._guard.action == "refuse":
+            state.due, state.error = now + SOON, error
+        elif self._guard.action == "warn":
+            state.due = now + self._guard.every
+        else:
+            state.due, state.generation = -np.inf, route.generation + 1
+            log.warning("a new vector space is opened: drift %d", state.generation)
+
+
+def _is_left(canaries: Answer) -> bool:
+    return any((entry.metadata or {}).get(MARK) for entry in canaries.entries.values())
+
+
+def _cosine(one: Entry, other: Entry) -> float:
+    first, second = (np.asarray(entry.vector, np.float64) for entry in (one, other))
+    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

@@ -1,0 +1,72 @@
+"""The plot of ``embedonce evaluate``: retrieval beside bytes, a bar for each dtype. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import Refused
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
+SUFFIXES = (".pdf", ".png", ".svg")
+COLOURS = ("#4c6a92", "#d98e3d")
+
+
+def check_plot(file: Path) -> None:
+    """Refuse a plot that cannot be drawn, before anything is computed.
+
+    Raises:
+        Refused: matplotlib is not installed, or the file has another suffix.
+    """
+    if file.suffix.lower() not in SUFFIXES:
+        raise Refused(f"{file}: a plot's name ends in {', '.join(SUFFIXES)}")
+    if not file.absolute().parent.is_dir():
+        raise Refused(f"{file.parent}: no such folder")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Refused("--plot needs matplotlib, which is not installed: pip install 'embedonce[plot]'")
+
+
+def draw(evaluation: Evaluation, file: Path) -> None:
+    """Write the plot. No window and no state of pyplot's: this may run inside another program."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    found, kept = figure.subplots(1, 2, width_ratios=[3, 2])
+    names = [one.dtype for one in evaluation.dtypes]
+    places = range(len(names))
+    truth = "judgements" if evaluation.truth == "qrels" else "float32 as the truth"
+    for number, (label, values) in enumerate(
+        (
+            (f"recall@{evaluation.k}", [100 * one.recall for one in evaluation.dtypes]),
+            (f"nDCG@{evaluation.k}", [100 * one.ndcg for one in evaluation.dtypes]),
+        )
+    ):
+        bars = found.bar([place + 0.38 * number - 0.19 for place in places], values, 0.36, color=COLOURS[number])
+        bars.set_label(label)
+        found.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    found.set_ylim(0, 118)
+    found.set_ylabel("%")
+    found.set_title(f"Found ({truth})", fontsize=10)
+    found.legend(loc="upper center", ncols=2, fontsize=8, frameon=False)
+    bars = kept.bar(places, [one.bytes for one in evaluation.dtypes], 0.6, color="#7a8f6a")
+    kept.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+    kept.set_title("Bytes per entry", fontsize=10)
+    kept.margins(y=0.12)
+    for axes in (found, kept):
+        _plain(axes, names)
+    figure.suptitle(
+        f"{evaluation.model}, {evaluation.documents:,} documents, {evaluation.queries:,} queries", fontsize=10
+    )
+    figure.savefig(file, dpi=110)
+
+
+def _plain(axes: Any, names: list[Any]) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.tick_params(length=0, labelsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

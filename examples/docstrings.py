@@ -1,0 +1,73 @@
+"""Make a small retrieval set from Python's standard library: no download, and everybody has it.
+
+    python examples/docstrings.py build/docstrings
+    embedonce evaluate build/docstrings/corpus.jsonl build/docstrings/queries.jsonl --qrels build/docstrings/qrels.tsv
+
+A query is the first sentence of a docstring; its one relevant document is the rest of that docstring, without it. The
+files are those of a BEIR data set. Which docstrings there are depends on the version of Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+SENTENCE = re.compile(r"(.{20,200}?[.!?])\s+(.*)", re.DOTALL)
+SHORTEST, LONGEST = 100, 1500
+"""Characters of a document."""
+
+
+def docstrings() -> Iterator[str]:
+    """Yield the docstrings of the standard library's modules and packages, without its tests."""
+    top = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(top.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(path.relative_to(top).parts):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return each first sentence with the rest of its docstring; of equal sentences or rests the first alone."""
+    found: dict[str, str] = {}
+    for text in docstrings():
+        match = SENTENCE.fullmatch(text.strip())
+        if match and SHORTEST <= len(match[2]) <= LONGEST:
+            sentence, rest = " ".join(match[1].split()), " ".join(match[2].split())
+            if sentence not in found and rest not in found.values():
+                found[sentence] = rest
+    return sorted(found.items())
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/docstrings.py FOLDER")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    made = pairs()
+    for name, texts in (("queries", [query for query, _ in made]), ("corpus", [document for _, document in made])):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number, text in enumerate(texts):
+                print(json.dumps({"_id": str(number), "text": text}), file=file)
+    with (folder / "qrels.tsv").open("w", encoding="utf-8") as file:
+        print("query-id\tcorpus-id\tscore", file=file)
+        for number in range(len(made)):
+            print(f"{number}\t{number}\t1", file=file)
+    print(f"{len(made):,} queries and documents in {folder}")
+
+
+if __name__ == "__main__":
+    main()

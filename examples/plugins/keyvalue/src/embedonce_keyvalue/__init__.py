@@ -1,0 +1,1 @@
+"""Any py-key-value-aio store as a tier of embedonce."""

@@ -1,0 +1,185 @@
+"""Time the lmdb backend beside the disk tier and a loop over diskcache, in µs per text.
+
+Run: python benchmark.py [--entries N] [--dimensions D ...] [--repeats R]
+
+Everything runs in turn, repeat by repeat, and the quickest counts. "8 processes" is the time until eight processes,
+which start together, have each read everything that is asked for, divided by all that they read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import diskcache
+from embedonce_lmdb.backend import HEADER, LmdbBackend
+
+from embedonce_backends.disk import DiskBackend
+
+CHUNK = 256
+READ = 2000
+PROCESSES = 8
+FRAME_HEADER = 64
+
+
+class Diskcache:
+    """As tutorials use it, with bytes as values so that nothing is pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = diskcache.Cache(str(folder / "diskcache"), size_limit=2**34)
+        self.get: Callable[[str], Any] = self.cache.get
+
+    def get_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
+        found = {key: self.cache.get(key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None) -> None:
+        for key, value in items.items():
+            self.cache.set(key, value)
+
+
+def waiting(folder: Path) -> Any:
+    return LmdbBackend(path=folder / "lmdb")
+
+
+def without_sync(folder: Path) -> Any:
+    return LmdbBackend(path=folder / "lmdb-without", sync=False)
+
+
+def disk(folder: Path) -> Any:
+    return DiskBackend(path=folder / "disk")
+
+
+STORES: Mapping[str, Callable[[Path], Any]] = {
+    "lmdb": waiting,
+    "lmdb, sync = false": without_sync,
+    "disk tier": disk,
+    "diskcache": Diskcache,
+}
+
+
+def key_of(number: int) -> str:
+    return f"eo1.0123456789abcdef.{hashlib.sha256(b'%d' % number).hexdigest()}"
+
+
+def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(keys), CHUNK):
+        yield keys[start : start + CHUNK]
+
+
+def read(store: Any, keys: Sequence[str], found: bool = True) -> None:
+    if sum(len(store.get_many(chunk)) for chunk in chunks(keys)) != len(keys) * found:
+        raise RuntimeError("what was stored does not come back")
+
+
+def views_only(store: LmdbBackend, keys: Sequence[str]) -> None:
+    """Read as the backend does, without copying: what is found is worthless afterwards."""
+    for chunk in chunks(keys):
+        opened = store._shared._opened
+        assert opened is not None
+        with opened.handle.begin(buffers=True) as transaction:
+            views = {key: transaction.get(key.encode(), None, opened.frames) for key in chunk}
+            assert all(view[:8] for view in views.values() if view is not None)
+
+
+def read_singly(store: Any, keys: Sequence[str]) -> None:
+    for key in keys:
+        store.get(key)
+
+
+def write(store: Any, batches: Sequence[Mapping[str, bytes]]) -> None:
+    for batch in batches:
+        store.set_many(batch, None)
+
+
+def reader(name: str, folder: Path, keys: Sequence[str], begin: Barrier, end: Barrier) -> None:
+    store = STORES[name](folder)
+    read(store, keys)
+    begin.wait()
+    read(store, keys)
+    end.wait()
+
+
+def together(name: str, folder: Path, keys: Sequence[str]) -> float:
+    """Return the µs per text of eight processes that read at once."""
+    spawn = multiprocessing.get_context("spawn")
+    begin, end = spawn.Barrier(PROCESSES + 1), spawn.Barrier(PROCESSES + 1)
+    readers = [spawn.Process(target=reader, args=(name, folder, keys, begin, end)) for _ in range(PROCESSES)]
+    for process in readers:
+        process.start()
+    begin.wait()
+    start = time.perf_counter()
+    end.wait()
+    took = time.perf_counter() - start
+    for process in readers:
+        process.join()
+    return took / (PROCESSES * len(keys)) * 1e6
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(folder: Path, entries: int, dimensions: int, repeats: int) -> None:
+    size = FRAME_HEADER + 4 * dimensions
+    frames = [os.urandom(size) for _ in range(1000)]
+    keys = [key_of(number) for number in range(entries)]
+    batches = [{key: frames[at % 1000] for at, key in enumerate(chunk)} for chunk in chunks(keys)]
+    asked = random.Random(1).sample(keys, min(READ, entries))
+    absent = [key_of(entries + number) for number in range(len(asked))]
+    stores = {name: made(folder) for name, made in STORES.items()}
+    rows: dict[str, list[float]] = {}
+
+    def quickest(row: str, call: Callable[[Any], object], times: int, texts: int) -> None:
+        best = dict.fromkeys(stores, float("inf"))
+        for _ in range(times):
+            for name, store in stores.items():
+                best[name] = min(best[name], seconds(lambda store=store: call(store)))  # type: ignore[misc]
+        rows[row] = [best[name] / texts * 1e6 for name in stores]
+
+    for store in stores.values():
+        write(store, [{"opened": frames[0]}])
+    quickest("write, new", lambda store: write(store, batches), 1, entries)
+    quickest("write, again", lambda store: write(store, batches[:8]), repeats, 8 * CHUNK)
+    quickest("batch hit", lambda store: read(store, asked), repeats, len(asked))
+    quickest("batch miss", lambda store: read(store, absent, found=False), repeats, len(absent))
+    quickest("single hit", lambda store: read_singly(store, asked), repeats, len(asked))
+    rows[f"batch hit, {PROCESSES} processes"] = [
+        min(together(name, folder, asked) for _ in range(max(1, repeats // 3))) for name in stores
+    ]
+    views = min(seconds(lambda: views_only(stores["lmdb"], asked)) for _ in range(repeats)) / len(asked) * 1e6
+
+    print(f"\n{entries} entries, {dimensions} dimensions ({size} bytes), batches of {CHUNK}; µs per text\n")
+    print(f"| | {' | '.join(stores)} | lmdb / disk tier |")
+    print(f"| --- |{' ---: |' * (len(stores) + 1)}")
+    for row, times in rows.items():
+        print(f"| {row} | {' | '.join(f'{each:.1f}' for each in times)} | {times[0] / times[2]:.2f} |")
+    print(f"\nA batch hit without the copy out of the map: {views:.1f} (each has {HEADER} bytes before its frame)")
+    for store in stores.values():
+        getattr(store, "cache", store).close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", type=int, default=20_000, help="stored before reading begins")
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[384, 1536])
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    for dimensions in options.dimensions:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Path(folder), options.entries, dimensions, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""moto's S3 on loopback, and a proxy before it that misbehaves on command."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, NamedTuple
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from embedonce.testing import FaultProxy
+
+BUCKET = "vectors"
+CREDENTIALS = {"region": "us-east-1", "access_key_id": "test", "secret_access_key": "a-secret-of-the-test"}
+
+
+class S3(NamedTuple):
+    endpoint: str
+    proxy: FaultProxy
+    """Between the endpoint and the server."""
+    server: str
+
+    def options(self, prefix: str) -> dict[str, Any]:
+        """Return options of a backend."""
+        return {"url": f"s3://{BUCKET}/{prefix}", "endpoint": self.endpoint, **CREDENTIALS}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with FaultProxy(host, port) as proxy:
+        client = boto3.client(
+            "s3",
+            endpoint_url=f"http://{host}:{port}",
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        yield S3(f"http://{proxy.url_port}", proxy, f"http://{host}:{port}")
+    server.stop()
+
+
+_numbers = count()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix of the bucket that nothing else uses."""
+    return f"test-{next(_numbers)}"

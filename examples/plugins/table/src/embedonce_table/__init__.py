@@ -1,0 +1,1 @@
+"""A SQLite table as a tier of embedonce."""

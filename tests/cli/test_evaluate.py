@@ -1,0 +1,192 @@
+"""``embedonce evaluate``: what it reads, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce.cli.evaluate import DTYPES
+from embedonce.cli.retrieval import ndcg, read_judgements, read_texts, recall
+from embedonce.vectors import Entry, encode_frames, round_vectors
+from embedonce_providers.ngram import NgramProvider
+
+DOCUMENTS = [
+    f"The {what} of {where} is {how}."
+    for what in ("roof", "garden", "cellar", "door", "stove")
+    for where in ("the old house", "a farm", "that castle")
+    for how in ("red", "cold", "far away")
+]
+QUERIES = ["the old roof is red", "a cold cellar", "castle garden", "nothing that anybody asked for"]
+
+
+@pytest.fixture
+def files(folder: Path) -> Path:
+    (folder / "embedonce.toml").write_text('[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "disk"\npath = "v"\n')
+    write(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(DOCUMENTS)])
+    write(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)])
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t2\nq0\td1\t1\nq1\td19\t1\nq2\td15\t0\n")
+    return folder
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> None:
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def by_hand(k: int) -> dict[str, list[list[int]]]:
+    """Return what each dtype finds, from whole matrices and Python's own sorting."""
+    found = {}
+    with embedonce.Cache(NgramProvider()) as cache:
+        documents, queries = cache.embed_batch(DOCUMENTS), cache.embed_batch(QUERIES, task="query")
+    for dtype in DTYPES:
+        rows, asked = (round_vectors(matrix, dtype).astype(np.float64) for matrix in (documents, queries))
+        rows /= np.linalg.norm(rows, axis=1)[:, None]
+        asked /= np.linalg.norm(asked, axis=1)[:, None]
+        scores = (asked @ rows.T).astype(np.float32)
+        found[dtype] = [sorted(range(len(rows)), key=lambda i, s=row: (-s[i], i))[:k] for row in scores]
+    return found
+
+
+def test_it_measures_against_judgements(command: Any, files: Path) -> None:
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--qrels", "qrels.tsv", "-k", "3", "--json")
+    assert done.code == 0, done.err
+    assert "2 queries without a relevant document left out" in done.err
+    told = done.json
+    assert (told["documents"], told["queries"], told["k"], told["truth"]) == (45, 2, 3, "qrels")
+    assert (told["dimensions"], told["computed"]) == (256, 47)
+    found = by_hand(3)
+    for one in told["dtypes"]:
+        mine = found[one["dtype"]]
+        first = len({0, 1} & set(mine[0])) / 2
+        assert one["recall"] == pytest.approx((first + (19 in mine[1])) / 2)
+        gains = sum({0: 2.0, 1: 1.0}.get(i, 0.0) / math.log2(rank + 2) for rank, i in enumerate(mine[0]))
+        best = 2.0 + 1.0 / math.log2(3)
+        second = sum((i == 19) / math.log2(rank + 2) for rank, i in enumerate(mine[1]))
+        assert one["ndcg"] == pytest.approx((gains / best + second) / 2)
+        alike = [len(set(a) & set(b)) / 3 for a, b in zip(mine[:2], found["float32"][:2], strict=True)]
+        assert one["same"] == pytest.approx(sum(alike) / 2)
+        frame = encode_frames({"k": Entry(np.ones(256, np.float32), 0.0, None, None, one["dtype"])})["k"]
+        assert one["bytes"] == len(frame)
+        assert one["write_us"] > 0
+        assert one["read_us"] > 0
+
+
+def test_without_judgements_float32_is_the_truth(command: Any, files: Path) -> None:
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--json")
+    told = done.json
+    assert (told["queries"], told["truth"]) == (4, "float32")
+    finest = told["dtypes"][0]
+    assert (finest["recall"], finest["ndcg"], finest["same"]) == (1.0, 1.0, 1.0)
+    assert all(one["recall"] == one["same"] for one in told["dtypes"])
+    found = by_hand(10)
+    alike = [len(set(a) & set(b)) / 10 for a, b in zip(found["int8"], found["float32"], strict=True)]
+    assert told["dtypes"][2]["same"] == pytest.approx(sum(alike) / 4)
+
+
+def test_the_vectors_are_computed_once(command: Any, files: Path) -> None:
+    assert command("evaluate", "corpus.jsonl", "queries.jsonl", "--json").json["computed"] == 49
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl")
+    assert done.code == 0
+    assert "0 computed" in done.out
+    lines = [line.split() for line in done.out.splitlines()]
+    assert [line[0] for line in lines if line and line[0] in DTYPES] == list(DTYPES)
+    assert "45 documents, 4 queries, measured by what float32 finds" in done.out
+
+
+def test_a_coarser_cache_is_measured_from_float32(command: Any, files: Path) -> None:
+    config = files / "embedonce.toml"
+    config.write_text('[cache]\ndtype = "int8"\n' + config.read_text())
+    assert command("embed", "corpus.jsonl", "--out", "out.npy").code == 0
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--json")
+    assert "rounds to int8" in done.err
+    assert done.json["computed"] == 49
+    assert done.json["dtypes"][2]["same"] == pytest.approx(
+        np.mean([len(set(a) & set(b)) / 10 for a, b in zip(by_hand(10)["int8"], by_hand(10)["float32"], strict=True)])
+    )
+
+
+def test_texts_and_other_spellings(folder: Path) -> None:
+    (folder / "plain.txt").write_text("\ufeffone\r\n\r\ntwo\n")
+    assert read_texts(folder / "plain.txt").ids == ["1", "3"]
+    assert read_texts(folder / "plain.txt").texts == ["one", "two"]
+    write(folder / "c.jsonl", [{"id": 7, "text": "b", "title": "A"}, {"text": "c", "title": ""}])
+    corpus = read_texts(folder / "c.jsonl")
+    assert (corpus.ids, corpus.texts) == (["7", "2"], ["A b", "c"])
+    write(folder / "r.jsonl", [{"query-id": "1", "corpus-id": 7}, {"query-id": 3, "corpus-id": "2", "score": 0.5}])
+    queries = read_texts(folder / "plain.txt")
+    assert read_judgements(folder / "r.jsonl", queries, corpus) == {"1": {"7": 1.0}, "3": {"2": 0.5}}
+    (folder / "r.tsv").write_text("1\t7\n3\t2\t-1\n")
+    assert read_judgements(folder / "r.tsv", queries, corpus) == {"1": {"7": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("corpus.jsonl", "{}\n", 'corpus.jsonl:1: no "text"'),
+        ("corpus.jsonl", '{"text": "a"}\n[1]\n', "corpus.jsonl:2: not a JSON object"),
+        ("corpus.jsonl", "", "corpus.jsonl: no texts"),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', "two texts with the identifier '1'"),
+        ("qrels.tsv", "q0\n", "qrels.tsv:1: a query, a document and a number"),
+        ("qrels.tsv", "q0\td0\tnan\n", "qrels.tsv:1: a query, a document and a number"),
+        ("qrels.tsv", "q9\td0\t1\n", "qrels.tsv:1: there is no query with the identifier 'q9'"),
+        ("qrels.tsv", "q0\td0\t0\n", "no query has a relevant document"),
+    ],
+)
+def test_bad_files(command: Any, files: Path, name: str, content: str, message: str) -> None:
+    (files / name).write_text(content)
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--qrels", "qrels.tsv")
+    assert done.code == 2
+    assert message in done.err
+    assert not (files / "v").exists(), "nothing was computed"
+
+
+def test_bytes_that_are_no_text(command: Any, files: Path) -> None:
+    (files / "queries.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl")
+    assert (done.code, done.out) == (2, "")
+    assert "queries.jsonl: not UTF-8 at byte 11" in done.err
+    assert command("evaluate", "gone.jsonl", "queries.jsonl").code == 1
+
+
+def test_a_text_that_the_provider_refuses(command: Any, files: Path) -> None:
+    config = files / "embedonce.toml"
+    config.write_text('[cache]\nmode = "replay"\n' + config.read_text())
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl")
+    assert done.code == 1
+    assert "45 documents could not be embedded, first 'd0': " in done.err
+    assert "roof" not in done.err
+
+
+def test_a_plot(command: Any, files: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    for name, begins in (("p.png", b"\x89PNG"), ("p.svg", b"<?xml"), ("p.pdf", b"%PDF")):
+        done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", name)
+        assert done.code == 0, done.err
+        assert (files / name).read_bytes().startswith(begins)
+    svg = (files / "p.svg").read_text()
+    assert "float16" in svg
+
+
+def test_a_plot_that_cannot_be_drawn(command: Any, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ends in .pdf, .png, .svg" in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "p.jpg").err
+    assert "no such folder" in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "x/p.png").err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "p.png")
+    assert done.code == 2
+    assert "pip install 'embedonce[plot]'" in done.err
+    assert not (files / "v").exists()
+
+
+def test_measures() -> None:
+    gains = {"a": 3.0, "b": 1.0}
+    assert recall(["x", "b"], gains) == 0.5
+    assert ndcg(["a", "b"], gains) == pytest.approx(1.0)
+    assert ndcg(["b", "a"], gains) == pytest.approx((1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)))
+    assert ndcg(["x", "y"], gains) == 0.0
+    assert ndcg(["a"], gains) == pytest.approx(1.0), "one place holds one document"

@@ -1,0 +1,407 @@
+"""The drift guard: when it looks, what it remembers over a restart, what it does about a provider that has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce import Cache, ConfigError, DriftError, DriftGuard, Tier, config
+from embedonce.drift import CANARIES
+from embedonce.testing import CountingProvider, FaultyProvider, ManualClock, ProviderFault
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+DAY = 86400.0
+
+
+class Changing(CountingProvider):
+    """Makes other vectors from ``changed`` on, and describes the same space. ``noise`` is added to every value."""
+
+    changed = False
+    noise = 0.0
+
+    def vector_of(self, text: str, task: str = "document") -> Any:
+        if self.changed:
+            text = f"another model: {text}"
+        return super().vector_of(text, task) + np.float32(self.noise)
+
+    @property
+    def looks(self) -> int:
+        """How often the canaries were embedded."""
+        counts = {self.count[text] for text in CANARIES}
+        assert len(counts) == 1
+        return counts.pop()
+
+
+def guarded(provider: Any, clock: ManualClock, tiers: Any = None, action: Any = "refuse", **options: Any) -> Cache:
+    guard = DriftGuard(action=action, every=DAY, **options.pop("guard", {}))
+    return Cache(provider, [MemoryBackend()] if tiers is None else tiers, drift=guard, clock=clock, **options)
+
+
+def test_it_looks_at_the_first_miss_and_never_for_a_hit() -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock) as cache:
+        assert provider.calls == []
+        cache.lookup(["a"])
+        assert provider.calls == []
+        cache.embed("a")
+        assert provider.looks == 1
+        cache.embed_batch(["a", "b", "c"])
+        assert provider.looks == 1
+        clock.advance(10 * DAY)
+        cache.embed_batch(["a", "b", "c"])
+        cache.put(["d"], [provider.vector_of("d")])
+        assert provider.looks == 1, "nothing was computed"
+        cache.embed("e")
+        assert provider.looks == 2
+        assert (cache.embed("e") == provider.vector_of("e")).all()
+
+
+def test_a_restart_knows_when_the_last_look_was(tmp_path: Path) -> None:
+    provider, clock = Changing(), ManualClock()
+    for text, passed, looks in (("a", 0.0, 1), ("b", 0.6, 1), ("c", 0.6, 2), ("d", 0.6, 2), ("e", 0.6, 3)):
+        clock.advance(passed * DAY)
+        with guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)]) as cache:
+            cache.embed(text)
+            cache.embed(f"{text} again")
+        assert provider.looks == looks, text
+
+
+def test_drift_over_a_restart_is_refused_and_hits_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+        old = cache.embed("stored")
+    provider.changed = True
+    clock.advance(2 * DAY)
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, caplog.at_level(logging.WARNING):
+        assert (cache.embed("stored") == old).all()
+        with pytest.raises(DriftError, match=r"makes other vectors than those .* Raise \[key\] version"):
+            cache.embed("new")
+        fetched = cache.fetch(["stored", "new"])
+        assert fetched.sources == ["disk", None]
+        assert isinstance(fetched.failed[1], DriftError)
+        assert provider.count["new"] == 0
+        assert cache.lookup(["new"]).sources == [None]
+        looks = provider.looks
+        for number in range(5):
+            with pytest.raises(DriftError):
+                cache.embed(f"new {number}")
+        assert provider.looks == looks, "what was found is remembered for a while"
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert not any(text in told[0] for text in CANARIES)
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, pytest.raises(DriftError):
+        cache.embed("new")
+
+    provider.changed = False
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+        assert (cache.embed("new") == provider.vector_of("new")).all()
+
+
+def test_a_provider_that_goes_back_is_taken_again_without_a_restart() -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock) as cache:
+        cache.embed("a")
+        provider.changed = True
+        clock.advance(DAY)
+        with pytest.raises(DriftError):
+            cache.embed("b")
+        provider.changed = False
+        with pytest.raises(DriftError):
+            cache.embed("b")
+        clock.advance(61)
+        assert (cache.embed("b") == provider.vector_of("b")).all()
+
+
+def test_a_new_version_leaves_the_old_vectors_behind(tmp_path: Path) -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+        cache.embed("a")
+    provider.changed = True
+    clock.advance(2 * DAY)
+    policy = embedonce.KeyPolicy(version="v2")
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)], key=policy) as cache:
+        assert (cache.embed("a") == provider.vector_of("a")).all()
+
+
+def test_warn_says_so_at_each_look_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, action="warn") as cache, caplog.at_level(logging.WARNING):
+        cache.embed("a")
+        provider.changed = True
+        for number, looks in enumerate((1, 2, 3)):
+            clock.advance(DAY)
+            cache.embed(f"b {number}")
+            cache.embed(f"c {number}")
+            assert len(caplog.records) == looks, "the vectors that are compared with are still the first ones"
+
+
+def test_a_slow_drift_does_not_creep() -> None:
+    """Each step alone is within the tolerance; what is compared with is the first vector, not the last."""
+    provider, clock = Changing(dimensions=64), ManualClock()
+    with guarded(provider, clock) as cache:
+        for step in range(40):
+            provider.noise = 0.01 * step
+            clock.advance(DAY)
+            try:
+                cache.embed(f"text {step}")
+            except DriftError:
+                break
+        else:
+            pytest.fail("never found")
+    first, now, before = (
+        np.stack([CountingProvider.vector_of(provider, text) + np.float32(noise) for text in CANARIES])
+        for noise in (0.0, provider.noise, provider.noise - 0.01)
+    )
+    assert 1 - _cosines(now, before).min() < 0.001 < 1 - _cosines(now, first).min()
+
+
+def _cosines(one: Any, other: Any) -> Any:
+    return (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_what_a_model_varies_by_is_no_drift(dtype: Any) -> None:
+    provider, clock = Changing(dimensions=384), ManualClock()
+    with guarded(provider, clock, dtype=dtype) as cache:
+        for number in range(5):
+            provider.noise = 1e-6 * number
+            clock.advance(DAY)
+            cache.embed(f"text {number}")
+    assert provider.looks == 5
+
+
+def test_each_space_has_its_own_canaries() -> None:
+    provider, clock = Changing(symmetric=False), ManualClock()
+    with guarded(provider, clock) as cache:
+        cache.embed("a")
+        cache.embed("a", task="query")
+        assert [task for task, texts in provider.calls if set(texts) == set(CANARIES)] == ["document", "query"]
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock) as cache:
+        cache.embed("a")
+        cache.embed("b", task="query")
+        assert provider.looks == 1, "a symmetric provider has one space"
+
+
+def test_canaries_that_a_tier_has_lost_are_made_again() -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock) as cache:
+        cache.embed("a")
+        cache.forget([CANARIES[0]])
+        provider.changed = True
+        clock.advance(DAY)
+        with pytest.raises(DriftError):  # the others are still there
+            cache.embed("b")
+        cache.forget(CANARIES)
+        clock.advance(DAY)
+        cache.embed("b")  # nothing to compare with: these are the canaries from now on
+
+
+def test_own_canaries_are_normalised_as_texts_are() -> None:
+    provider, clock = CountingProvider(), ManualClock()
+    policy = embedonce.KeyPolicy(normalize=["strip"])
+    with guarded(provider, clock, key=policy, guard={"texts": [" one ", "one", "two"]}) as cache:
+        cache.embed("a")
+        assert provider.calls[0][1] == ("one", "two")
+        assert cache.fetch(["one"]).sources == ["memory"], "they are entries like any other"
+
+
+def test_a_provider_that_fails_says_so_itself() -> None:
+    clock = ManualClock()
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("raise", error=OSError("down"))])
+    with guarded(provider, clock) as cache:
+        with pytest.raises(OSError, match="down"):
+            cache.embed("a")
+        provider.heal()
+        cache.embed("a")
+        clock.advance(61)
+        cache.embed("b")
+        assert [len(texts) for _, texts in provider.inner.calls] == [1, len(CANARIES), 1]
+
+
+def test_replay_never_looks() -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, mode="replay") as cache, pytest.raises(embedonce.ReplayMiss):
+        cache.embed("a")
+    assert provider.calls == []
+
+
+def test_a_tier_that_fails_does_not_hold_it_up() -> None:
+    from embedonce.testing import DictBackend, Fault, FaultyBackend
+
+    provider, clock = Changing(), ManualClock()
+    backend = FaultyBackend(DictBackend(scope="network"), [Fault("refuse", on="any")])
+    with guarded(provider, clock, [Tier(backend, name="broken", timeout=20.0)]) as cache:
+        assert (cache.embed("a") == provider.vector_of("a")).all()
+
+
+def test_threads_and_tasks() -> None:
+    provider, clock = Changing(delay=0.01), ManualClock()
+    with guarded(provider, clock) as cache:
+        found: dict[int, Any] = {}
+
+        def work(number: int) -> None:
+            found[number] = cache.embed(f"text {number}")
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        provider.changed = True
+        clock.advance(DAY)
+
+        async def tasks() -> list[Any]:
+            return await asyncio.gather(*(cache.aembed(f"late {n}") for n in range(8)), return_exceptions=True)
+
+        assert all(isinstance(error, DriftError) for error in asyncio.run(tasks()))
+    for number, vector in found.items():
+        assert (vector == Changing().vector_of(f"text {number}")).all()
+
+
+# --- a new space ------------------------------------------------------------------------------
+
+
+def test_a_new_space_is_opened_and_found_again(tmp_path: Path) -> None:
+    provider, clock = Changing(), ManualClock()
+
+    def opened() -> Cache:
+        return guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)], action="new-space")
+
+    with opened() as cache:
+        first = cache.fetch(["a", "b"])
+    provider.changed = True
+    clock.advance(2 * DAY)
+    with opened() as cache:
+        assert cache.fetch(["a"]).sources == ["disk"], "nothing was computed, so nobody has looked yet"
+        moved = cache.fetch(["a", "new"])
+        assert moved.sources == ["provider", "provider"], "one answer, one space"
+        for text, row in zip(["a", "new"], moved.vectors, strict=True):
+            assert (row == provider.vector_of(text)).all()
+        assert moved.space is not None
+        assert first.space is not None
+        assert moved.space.extra == {"drift": 1}
+        assert moved.space.fingerprint() != first.space.fingerprint()
+        assert (cache.embed("a", task="query") == moved.vectors[0]).all(), "both tasks have left the old space"
+        assert cache.explain("a").space["extra"] == {"drift": 1}
+    looks = provider.looks
+    with opened() as cache:
+        assert cache.fetch(["a", "new"]).sources == ["disk", "disk"]
+        assert cache.lookup(["b"]).sources == [None], "b is in the old space alone"
+        cache.put(["c"], [provider.vector_of("c")])
+        assert cache.fetch(["c"]).sources == ["memory"]
+        assert cache.embed("b").tolist() == provider.vector_of("b").tolist()
+        assert provider.looks == looks
+
+
+def test_another_process_follows_into_the_new_space(tmp_path: Path) -> None:
+    provider, clock = Changing(), ManualClock()
+    caches = [guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") for _ in range(2)]
+    with caches[0] as one, caches[1] as other:
+        one.embed("a")
+        other.embed("a2")
+        provider.changed = True
+        clock.advance(DAY)
+        assert (one.embed("b") == provider.vector_of("b")).all()
+        looks = provider.looks
+        assert (other.embed("c") == provider.vector_of("c")).all()
+        assert provider.looks == looks, "it reads the mark that the other one has left"
+        assert other.fetch(["b"]).sources == ["disk"]
+
+
+def test_drift_again_and_again() -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, action="new-space") as cache:
+        for number in range(3):
+            provider.changed = bool(number % 2)
+            clock.advance(DAY)
+            fetched = cache.fetch(["a", f"new {number}"])
+            assert (fetched.vectors[0] == provider.vector_of("a")).all()
+            assert fetched.space is not None
+            assert fetched.space.extra == ({"drift": number} if number else None)
+
+
+def test_forget_reaches_the_spaces_that_were_left(tmp_path: Path) -> None:
+    provider, clock = Changing(), ManualClock()
+    with guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") as cache:
+        cache.embed("a")
+        provider.changed = True
+        clock.advance(DAY)
+        cache.embed("b")
+        cache.forget(["a"])
+    provider.changed = False
+    with Cache(provider, [DiskBackend(path=tmp_path)]) as plain:
+        assert plain.lookup(["a"]).sources == [None]
+
+
+def test_tasks_and_threads_move_together() -> None:
+    provider, clock = Changing(delay=0.005), ManualClock()
+    with guarded(provider, clock, action="new-space") as cache:
+        cache.embed("a")
+        provider.changed = True
+        clock.advance(DAY)
+
+        async def tasks() -> list[Any]:
+            return await asyncio.gather(*(cache.afetch(["a", f"late {n}"]) for n in range(8)))
+
+        for number, fetched in enumerate(asyncio.run(tasks())):
+            assert fetched.space.extra == {"drift": 1}
+            for text, row in zip(["a", f"late {number}"], fetched.vectors, strict=True):
+                assert (row == provider.vector_of(text)).all()
+
+
+# --- configuration ----------------------------------------------------------------------------
+
+
+def loaded(**drift: Any) -> Any:
+    return config.load({"provider": {"type": "ngram"}, "tiers": [], "drift": drift}).drift
+
+
+def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"provider": {"type": "ngram"}, "tiers": []}
+    assert config.load(table).drift is None
+    assert not [one for one in config.load(table).settings() if one.name.startswith("drift")]
+    monkeypatch.setenv("EMBEDONCE__DRIFT__ACTION", "refuse")
+    assert config.load(table).drift == DriftGuard(action="refuse")
+
+
+def test_its_table() -> None:
+    assert loaded() == DriftGuard()
+    made = loaded(action="refuse", every="1h30m", tolerance=0.01, texts=["a", "b"])
+    assert made == DriftGuard(action="refuse", every=5400.0, tolerance=0.01, texts=("a", "b"))
+    assert "drift" in config.schema()["properties"]
+    with embedonce.open({"provider": {"type": "ngram"}, "tiers": [], "drift": {}}) as cache:
+        assert cache.embed("a").shape == (256,)
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        {"action": "panic"},
+        {"every": 0},
+        {"tolerance": 0},
+        {"tolerance": 2},
+        {"texts": []},
+        {"texts": "a"},
+        {"acton": 1},
+    ],
+)
+def test_what_it_refuses(drift: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="drift"):
+        loaded(**drift)
+
+
+@pytest.mark.parametrize(
+    "options", [{"action": "panic"}, {"texts": "a"}, {"texts": []}, {"every": 0}, {"tolerance": 2}]
+)
+def test_what_it_refuses_in_python(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        DriftGuard(**options)

@@ -1,0 +1,128 @@
+"""The Haystack example does what its README says, with the real model, and a real Redis."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from servers import RedisServer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "haystack_ingestion"
+COUNT = 16
+DAY = 24 * 3600
+
+# Each process imports torch, which takes a busy machine a while.
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def model(minilm_path: Path) -> str:
+    return str(minilm_path)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("haystack_ingestion", EXAMPLE / "ingest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def here(example: ModuleType, model: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Run the example in this process, which has the libraries loaded."""
+
+    def run(*arguments: str) -> list[str]:
+        example.main(["--documents", str(COUNT), "--model", model, *arguments])
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def elsewhere(model: str, *arguments: str) -> list[str]:
+    """Run the example in a process of its own."""
+    command = [sys.executable, EXAMPLE / "ingest.py", "--documents", str(COUNT), "--model", model, *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def unique(example: ModuleType) -> int:
+    """How many texts the documents have: some say the same."""
+    documents, _ = example.corpus(COUNT)
+    assert len(documents) == COUNT
+    return len({document.content for document in documents})
+
+
+def told(lines: list[str]) -> list[tuple[int, int]]:
+    """Return how many texts went through the model, and how many documents' vectors were found."""
+    found = [re.fullmatch(r".{14} *(\d+) through the model, (.*), 0 without, \d+\.\d\d s", line) for line in lines]
+    assert all(found), lines
+    return [(int(match[1]), sum(map(int, re.findall(r"\d+(?= from)", match[2])))) for match in found if match]
+
+
+def test_a_restart_computes_what_has_changed_and_nothing_is_lost_in_retrieval(
+    here: Callable[..., list[str]], model: str, unique: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INGEST_VECTORS", str(tmp_path / "vectors"))
+    assert told(elsewhere(model)) == [(unique, 0)]
+    assert told(here("--change", "1")) == [(1, COUNT - 1)]
+
+    printed = here("--compare")
+    assert told(printed[:5]) == [
+        (0, COUNT),
+        (COUNT, 0),  # as it is without us
+        (0, COUNT),
+        (0, COUNT),
+        (0, COUNT),
+    ]
+    table = {line[:9].strip(): line[9:].split() for line in printed[7:]}
+    assert table["float32"] == table["no cache"]
+    assert table["float32"][-1] == "yes"
+    assert table["float16"][:-1] == table["float32"][:-1], "what is found is the same, with other scores"
+
+    # A new version embeds everything, and leaves what was there to `purge`.
+    monkeypatch.setenv("EMBEDONCE__KEY__VERSION", "v2")
+    assert told(here()) == [(unique, 0)]
+    purge = [sys.executable, "-m", "embedonce", "purge", "--version", "v1", "--yes", "--json", "--config"]
+    done = subprocess.run([*purge, EXAMPLE / "embedonce.toml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The documents, the one that was changed, and the questions.
+    assert json.loads(done.stdout)["removed"]["disk"] == unique + 1 + COUNT
+    assert told(here()) == [(0, COUNT)]
+
+
+def test_workers_share_what_is_in_redis(
+    here: Callable[..., list[str]], model: str, unique: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer() as server:
+        monkeypatch.setenv("REDIS_URL", server.url)
+        monkeypatch.setenv("INGEST_TIMEOUT", "20s")
+        config = ("--config", str(EXAMPLE / "redis.toml"))
+        assert told(here(*config)) == [(unique, 0)]
+        ttls = remaining(server)
+        assert len(ttls) == unique
+        assert all(29 * DAY < ttl <= 30 * DAY for ttl in ttls)
+        assert told(elsewhere(model, *config)) == [(0, COUNT)]
+
+
+def remaining(server: RedisServer) -> list[Any]:
+    """Return the seconds that each vector has left."""
+    import redis
+
+    with redis.Redis.from_url(server.url) as client:
+        names = [name for name in client.scan_iter("*") if b"card" not in name and b"lease" not in name]
+        return [client.ttl(name) for name in names]

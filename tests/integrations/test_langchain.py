@@ -1,0 +1,635 @@
+"""LangChain, with its own standard tests, its OpenAI client and its CacheBackedEmbeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_classic.embeddings import CacheBackedEmbeddings
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings, FakeEmbeddings
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_openai import OpenAIEmbeddings
+from langchain_tests.integration_tests import BaseStoreAsyncTests, BaseStoreSyncTests, EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+from pydantic import BaseModel, PrivateAttr
+
+from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
+from embedonce.testing import DictBackend, OpenAIServer
+from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
+
+OpenAI: TypeAlias = Callable[..., OpenAIEmbeddings]
+NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
+SECRET = "sk-0123456789-do-not-tell"
+HITS = ["The first one is known.", "So is the second."]
+MIXED = ["A new one", HITS[0], "and another", HITS[1], "A new one", "and a last one"]
+
+
+_numbers = itertools.count()
+
+
+def memory(**key: Any) -> dict[str, Any]:
+    """Return the configuration of a memory tier that no other test shares."""
+    return {"tiers": [{"type": "memory"}], "key": {"namespace": f"test {next(_numbers)}", **key}}
+
+
+def on_disk(folder: Path) -> dict[str, Any]:
+    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(folder)}]}
+
+
+def vector(text: str) -> list[float]:
+    """Return eight numbers that float32 cannot hold exactly."""
+    return (np.frombuffer(hashlib.shake_256(text.encode()).digest(32), "<i4") / 2**31 + 1e-9).tolist()
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether both are equal as float32."""
+    return np.array_equal(np.asarray(left, np.float32), np.asarray(right, np.float32))
+
+
+class Letters(BaseModel, Embeddings):
+    """Deterministic embeddings that treat a query in another way, and count."""
+
+    model: str = "letters-1"
+    prompt: str = "query: "
+    size: int = 8
+    _count: Counter[str] = PrivateAttr(default_factory=Counter)
+    _calls: list[int] = PrivateAttr(default_factory=list)
+
+    def embed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
+        self._count.update(texts)
+        self._calls.append(len(texts))
+        return [vector(f"{text}{kwargs or ''}")[: self.size] for text in texts]
+
+    def embed_query(self, text: str, **kwargs: Any) -> list[float]:
+        return self.embed_documents([self.prompt + text], **kwargs)[0]
+
+
+@pytest.fixture(autouse=True)
+def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiktoken find the vocabulary that comes with LlamaIndex, as it may not download one."""
+    spec = importlib.util.find_spec("llama_index.core")
+    assert spec is not None
+    assert spec.origin is not None
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(spec.origin).parent / "_static" / "tiktoken_cache"))
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    """Hold the one event loop of a test: an async client belongs to one."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
+    """Make LangChain's client of the loopback server; with ``tokens`` it sends token ids, as it does by default."""
+    made = []
+
+    def make(*, tokens: bool = True, **options: Any) -> OpenAIEmbeddings:
+        options = {"model": "text-embedding-3-small", "api_key": SECRET, "max_retries": 0, **options}
+        made.append(OpenAIEmbeddings(base_url=server.base_url, check_embedding_ctx_length=tokens, **options))
+        return made[-1]
+
+    yield make
+    for embeddings in made:
+        embeddings.client._client.close()
+        runner.run(embeddings.async_client._client.close())
+
+
+class Face:
+    """The blocking or the async methods of embeddings."""
+
+    def __init__(self, name: str, runner: asyncio.Runner) -> None:
+        self._sync = name == "sync"
+        self._run = runner.run
+
+    def documents(self, embeddings: Embeddings, texts: list[str], **kwargs: Any) -> Any:
+        if self._sync:
+            return embeddings.embed_documents(texts, **kwargs)
+        return self._run(embeddings.aembed_documents(texts, **kwargs))
+
+    def query(self, embeddings: Embeddings, text: str, **kwargs: Any) -> Any:
+        if self._sync:
+            return embeddings.embed_query(text, **kwargs)
+        return self._run(embeddings.aembed_query(text, **kwargs))
+
+
+@pytest.fixture(params=["sync", "async"])
+def face(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Face:
+    return Face(request.param, runner)
+
+
+# --- LangChain's own tests --------------------------------------------------------------------
+
+
+class Standard:
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return CachedEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"config": NGRAM}
+
+
+class Wrapping(Standard):
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"embeddings": DeterministicFakeEmbedding(size=16), "config": memory()}
+
+
+class TestStandardUnit(Standard, EmbeddingsUnitTests):
+    pass
+
+
+class TestStandardIntegration(Standard, EmbeddingsIntegrationTests):
+    pass
+
+
+class TestStandardUnitWrapping(Wrapping, EmbeddingsUnitTests):
+    pass
+
+
+class TestStandardIntegrationWrapping(Wrapping, EmbeddingsIntegrationTests):
+    pass
+
+
+class Stores:
+    @pytest.fixture
+    def three_values(self) -> tuple[bytes, bytes, bytes]:
+        return b"[0.5,1.0]", b"[-2.0,0.25]", b"[3.0,0.0]"
+
+    @pytest.fixture
+    def kv_store(self, tmp_path: Path) -> VectorByteStore:
+        return VectorByteStore(space={"model": "m"}, config=on_disk(tmp_path))
+
+
+class TestByteStoreSync(Stores, BaseStoreSyncTests[bytes]):
+    pass
+
+
+class TestByteStoreAsync(Stores, BaseStoreAsyncTests[bytes]):
+    pass
+
+
+# --- without us, cold, warm -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_openai_without_us_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face, tokens: bool) -> None:
+    inner = openai(tokens=tokens)
+    cached = CachedEmbeddings(inner, config=memory())
+    documents, query = face.documents(inner, MIXED), face.query(inner, MIXED[0])
+    before = server.texts
+    for computed in (len(set(MIXED)) + 1, 0):  # cold, then warm; a query is no document
+        assert same(face.documents(cached, MIXED), documents)
+        assert same(face.query(cached, MIXED[0]), query)
+        assert server.texts == before + computed
+        before = server.texts
+    assert len(server.requests) == 4
+
+
+def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face) -> None:
+    inner, plain = Letters(), Letters()
+    cached = CachedEmbeddings(inner, config=memory())
+    for _ in range(2):
+        assert same(face.documents(cached, MIXED), face.documents(plain, MIXED))
+        assert same(face.query(cached, MIXED[0]), face.query(plain, MIXED[0]))
+        assert inner._count == Counter([*set(MIXED), inner.prompt + MIXED[0]])
+    first = face.documents(cached, MIXED)
+    assert type(first) is list
+    assert type(first[0]) is list
+    assert type(first[0][0]) is float
+    assert face.documents(cached, []) == []
+
+
+def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from langchain_huggingface import HuggingFaceEmbeddings
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    inner = HuggingFaceEmbeddings(
+        model_name=str(minilm_path), model_kwargs={"device": "cpu"}, query_encode_kwargs={"prompt": "query: "}
+    )
+    cached = CachedEmbeddings(inner, config=memory())
+    documents, query = inner.embed_documents(MIXED), inner.embed_query(MIXED[0])
+    encoded: list[str] = []
+    encode = inner._client.encode
+    monkeypatch.setattr(
+        inner._client, "encode", lambda texts, **options: encoded.extend(texts) or encode(texts, **options)
+    )
+    cold = cached.embed_documents(MIXED), cached.embed_query(MIXED[0])
+    assert sorted(encoded) == sorted([*set(MIXED), MIXED[0]])
+    warm = cached.embed_documents(MIXED), cached.embed_query(MIXED[0])
+    assert len(encoded) == len(set(MIXED)) + 1
+    assert cold == warm
+    np.testing.assert_allclose(cold[0], documents, atol=1e-6)  # another batch, other rounding
+    np.testing.assert_allclose(cold[1], query, atol=1e-6)
+    assert not np.allclose(cold[1], cold[0][0], atol=1e-3)
+
+
+def test_a_provider_of_the_configuration() -> None:
+    cached = CachedEmbeddings(config=NGRAM)
+    rows = cached.embed_documents(["one", "two", "one"])
+    assert rows[0] == rows[2] == cached.embed_query("one")
+    assert cached.cache.stats().providers["ngram"].texts == 2
+    with pytest.raises(TypeError, match=r"takes no chunk_size"):
+        cached.embed_query("one", chunk_size=2)
+    with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
+        CachedEmbeddings(config=NGRAM, space={"model": "m"})
+
+
+def test_retrieval_is_the_same() -> None:
+    documents = [Document(f"{city} is a city, number {i}.") for i, city in enumerate(["Oslo", "Rome", "Lima", "Bonn"])]
+
+    def found(embeddings: Embeddings) -> list[tuple[str, float]]:
+        store = InMemoryVectorStore(embeddings)
+        store.add_documents(documents)
+        return [(document.page_content, score) for document, score in store.similarity_search_with_score("Rome", k=4)]
+
+    plain = found(Letters())
+    cached = CachedEmbeddings(Letters(), config=memory())
+    for _ in range(2):
+        again = found(cached)
+        assert [text for text, _ in again] == [text for text, _ in plain]
+        np.testing.assert_allclose([score for _, score in again], [score for _, score in plain], atol=1e-6)
+
+
+# --- never another text's vector --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OpenAIServer.KINDS)
+@pytest.mark.parametrize(("face", "tokens"), [("sync", True), ("async", False)], indirect=["face"])
+def test_misbehaviour_brings_no_other_texts_vector(
+    server: OpenAIServer, openai: OpenAI, kind: Any, face: Face, tokens: bool
+) -> None:
+    inner = openai(tokens=tokens, timeout=0.5 if kind == "hang" else 20)
+    cached = CachedEmbeddings(inner, config=memory())
+    right = face.documents(inner, MIXED)
+    assert same(face.documents(cached, HITS), [right[1], right[3]])
+    server.misbehave(kind, seconds=0.0005)
+    try:
+        answer = face.documents(cached, MIXED)
+    except Exception:
+        assert kind not in ("out_of_order", "no_index", "drip")
+    else:
+        assert kind in ("out_of_order", "no_index", "drip")
+        assert same(answer, right)
+    server.heal()
+    assert same(face.documents(cached, HITS), [right[1], right[3]])
+    assert same(face.documents(cached, MIXED), right), "nothing wrong was stored"
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "duplicate_index", "dimension", "nan", "zeros"])
+def test_misbehaviour_for_one_query_is_an_error(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
+    cached = CachedEmbeddings(openai(), config=memory())
+    right = face.query(cached, "Known")
+    server.misbehave(kind)
+    with pytest.raises((ProviderError, ValueError)):
+        face.query(cached, "Not known")
+    assert face.query(cached, "Known") == right
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=12), max_size=6), st.integers(1, 4))
+def test_every_row_belongs_to_its_text(batches: list[list[str]], entries: int) -> None:
+    inner = Letters()
+    config = {"tiers": [{"type": "memory", "max_entries": entries}]}
+    cached = CachedEmbeddings(inner, config=config)
+    for batch in batches:
+        rows = cached.embed_documents(batch)
+        assert len(rows) == len(batch)
+        assert all(same(row, vector(text)) for row, text in zip(rows, batch, strict=True))
+        for text in batch[:2]:
+            assert same(cached.embed_query(text), vector("query: " + text))
+
+
+# --- spaces -----------------------------------------------------------------------------------
+
+
+def space_of(embeddings: Embeddings, task: str = "document", **options: Any) -> Any:
+    return CachedEmbeddings(embeddings, config=memory(), **options).cache.provider.space(task)
+
+
+def test_queries_share_with_documents_only_where_that_is_said() -> None:
+    assert space_of(Letters()) != space_of(Letters(), "query")
+    assert space_of(Letters(), symmetric=True) == space_of(Letters(), "query", symmetric=True)
+    declared = {"model": "mine"}
+    assert space_of(Letters(), space=declared) != space_of(Letters(), "query", space=declared)
+    inner = Letters(prompt="")
+    cached = CachedEmbeddings(inner, config=memory(), symmetric=True)
+    cached.embed_documents(["a"])
+    assert same(cached.embed_query("a"), vector("a"))
+    assert inner._count == {"a": 1}
+
+
+def test_what_decides_the_vectors_is_the_space(openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = space_of(openai())
+    for options in (
+        {"model": "text-embedding-3-large"},
+        {"dimensions": 8},
+        {"deployment": "mine"},
+        {"embedding_ctx_length": 100},
+        {"tokens": False},
+        {"model_kwargs": {"truncate": True}},
+        {"skip_empty": True},
+    ):
+        assert space_of(openai(**options)) != plain, options
+    for options in (
+        {"chunk_size": 3},
+        {"max_retries": 9},
+        {"timeout": 3},
+        {"api_key": "other"},
+        {"organization": "mine"},
+        {"default_headers": {"x": "y"}},
+        {"show_progress_bar": True},
+        {"model_kwargs": {"user": "me", "encoding_format": "float"}},
+    ):
+        assert space_of(openai(**options)) == plain, options
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://one.example/v1")
+    one = space_of(OpenAIEmbeddings(api_key=SECRET))
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://two.example/v1")
+    assert space_of(OpenAIEmbeddings(api_key=SECRET)) != one, "the client has its URL from the environment"
+
+
+def test_pydantic_embeddings_describe_themselves() -> None:
+    assert space_of(FakeEmbeddings(size=4)) != space_of(FakeEmbeddings(size=5))
+    assert space_of(Letters(model="letters-2")) != space_of(Letters())
+    assert space_of(Letters(prompt="")) != space_of(Letters())
+    assert space_of(Letters()) == space_of(Letters())
+
+
+class Opaque(Embeddings):
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [vector(text) for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        return vector(text)
+
+
+class Nameless(BaseModel, Opaque):
+    _weights: Any = PrivateAttr(default=1)
+
+
+class Nested(BaseModel, Opaque):
+    model: str = "m"
+    base: Any = None
+
+
+def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
+    script = type("Letters", (Letters,), {"__module__": "__main__"})
+    for embeddings, said in (
+        (Opaque(), "Opaque does not say"),
+        (Nameless(), "names no model and has private attributes"),
+        (Nested(base=object()), r"Nested\.base is a object"),
+        (script(), "another script may have another one"),
+    ):
+        with pytest.raises(SpaceError, match=said + r".*space="):
+            CachedEmbeddings(embeddings, config=memory())
+        cached = CachedEmbeddings(embeddings, config=memory(), space={"model": "mine"})
+        assert same(cached.embed_documents(["a"]), [vector("a")])
+
+
+def test_only_embeddings_are_wrapped() -> None:
+    with pytest.raises(TypeError, match="given as config="):
+        CachedEmbeddings("embedonce.toml")  # type: ignore[arg-type]
+
+
+def test_kwargs_are_passed_on_and_tell_vectors_apart(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+    cached = CachedEmbeddings(openai(), config=memory())
+    plain = face.documents(cached, ["a"])
+    assert len(plain[0]) == 16
+    for _ in range(2):
+        assert len(face.documents(cached, ["a"], dimensions=8)[0]) == 8
+        assert len(face.query(cached, "a", dimensions=8)) == 8
+    assert server.texts == 3
+    assert face.documents(cached, ["a"], chunk_size=7, user="me") == plain
+    assert server.texts == 3, "neither decides the vectors"
+    with pytest.raises(SpaceError, match=r"the call's\.hook"):
+        face.documents(cached, ["a"], hook=print)
+    inner = Letters()
+    declared = CachedEmbeddings(inner, config=memory(), space={"model": "mine"})
+    assert not same(face.query(declared, "a"), face.query(declared, "a", tone="kind"))
+    assert len(inner._calls) == 2
+
+
+def test_nobody_is_told_a_secret(openai: OpenAI) -> None:
+    inner = openai(default_headers={"authorization": SECRET}, model_kwargs={"access_token": SECRET})
+    cached = CachedEmbeddings(inner, config=memory(secret=SECRET))
+    told = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
+    assert SECRET not in told
+
+
+def test_embeddings_see_the_normalised_text() -> None:
+    inner = Letters()
+    cached = CachedEmbeddings(inner, config=memory(normalize=["strip"]))
+    assert same(cached.embed_documents([" a", "a\n"]), [vector("a")] * 2)
+    assert same(cached.embed_query(" a "), vector("query: a"))
+    assert inner._count == {"a": 1, "query: a": 1}
+
+
+# --- calls ------------------------------------------------------------------------------------
+
+
+def test_misses_come_in_the_embeddings_own_batches(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+    texts = [f"text {i}" for i in range(8)]
+    cached = CachedEmbeddings(openai(chunk_size=3), config=memory())
+    face.documents(cached, texts[:2])
+    server.requests.clear()
+    face.documents(cached, texts)
+    assert [len(request.body["input"]) for request in server.requests] == [3, 3]
+
+
+def test_what_was_computed_before_a_failure_is_kept(server: OpenAIServer, openai: OpenAI) -> None:
+    texts = [f"text {i}" for i in range(9)]
+    cached = CachedEmbeddings(openai(chunk_size=3), config=memory())
+    cached.embed_documents(texts[:3])
+    server.misbehave("server_error")
+    with pytest.raises(Exception, match="error while processing"):
+        cached.embed_documents(texts)
+    before = server.texts
+    assert before == 6
+    cached.embed_documents(texts)
+    assert server.texts == 9
+
+
+def test_threads_and_tasks_compute_a_text_once() -> None:
+    inner = Letters()
+    cached = CachedEmbeddings(inner, config=memory())
+    texts = [f"text {i}" for i in range(20)]
+    start = threading.Barrier(6)
+
+    def work(turn: int) -> Any:
+        start.wait(20)
+        mine = texts[turn:] + texts[:turn]
+        return mine, cached.embed_documents(mine) if turn % 2 else asyncio.run(cached.aembed_documents(mine))
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(work, range(6)))
+    for mine, rows in answers:
+        assert same(rows, [vector(text) for text in mine])
+    assert inner._count == Counter(texts)
+
+    async def together() -> Any:
+        return await asyncio.gather(*(cached.aembed_query("same") for _ in range(8)))
+
+    rows = asyncio.run(together())
+    assert all(same(row, vector("query: same")) for row in rows)
+    assert inner._count["query: same"] == 1
+
+
+def test_equal_configurations_share_one_cache() -> None:
+    one, two, other = Letters(), Letters(), Letters(model="letters-2")
+    config = memory()
+    first, second, third = (CachedEmbeddings(inner, config=dict(config)) for inner in (one, two, other))
+    first.embed_documents(["a"])
+    second.embed_documents(["a"])
+    third.embed_documents(["a"])
+    assert (one._calls, two._calls, other._calls) == ([1], [], [1])
+
+
+def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
+    cached = CachedEmbeddings(Letters(), config=on_disk(tmp_path))
+    documents, query = face.documents(cached, MIXED), face.query(cached, "a")
+    del cached
+    gc.collect()
+    inner = Letters()
+    cached = CachedEmbeddings(inner, config=on_disk(tmp_path))
+    assert face.documents(cached, MIXED) == documents
+    assert face.query(cached, "a") == query
+    assert inner._calls == []
+    assert cached.cache.stats().tiers["disk"].hits == len(set(MIXED)) + 1
+
+
+# --- CacheBackedEmbeddings over a chain -------------------------------------------------------
+
+
+def upper(text: str) -> str:
+    return f"mine:{text.upper()}"
+
+
+@pytest.mark.parametrize("encoder", ["sha256", "blake2b", "sha512", upper])
+def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: Face, encoder: Any) -> None:
+    namespace = {} if callable(encoder) else {"namespace": "letters-1"}
+    unique = list(dict.fromkeys(MIXED))
+
+    def backed(inner: Letters) -> tuple[CacheBackedEmbeddings, VectorByteStore]:
+        store = VectorByteStore(space={"model": "letters-1"}, config=on_disk(tmp_path))
+        return CacheBackedEmbeddings.from_bytes_store(inner, store, key_encoder=encoder, **namespace), store
+
+    plain = face.documents(Letters(), unique)
+    for computed in (unique, []):
+        inner = Letters()
+        embeddings, store = backed(inner)
+        assert same(face.documents(embeddings, unique), plain)
+        assert list(inner._count) == computed
+        assert same(face.documents(embeddings, unique[::-1]), plain[::-1])
+        assert list(inner._count) == computed
+        del embeddings, store
+        gc.collect()
+    _, store = backed(Letters())
+    keys = list(store.yield_keys())
+    assert len(keys) == len(unique)
+    assert all(key.startswith("mine:" if callable(encoder) else "letters-1") for key in keys)
+    assert not any(text in str(keys) for text in unique)
+
+
+def test_cache_backed_queries(face: Face) -> None:
+    inner = Letters()
+    documents, queries = (VectorByteStore(space={"model": "letters-1", "task": task}, config=memory()) for task in "dq")
+    embeddings = CacheBackedEmbeddings.from_bytes_store(
+        inner, documents, key_encoder="sha256", query_embedding_cache=queries
+    )
+    for _ in range(2):
+        assert same(face.documents(embeddings, ["a"]), [vector("a")])
+        assert same(face.query(embeddings, "a"), vector("query: a"))
+    assert inner._calls == [1, 1]
+
+
+def test_values_come_back_in_order_as_float32() -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory())
+    store.mset([(key, json.dumps(vector(key)).encode()) for key in "abc"])
+    values = store.mget(["c", "x", "a", "c"])
+    assert values[1] is None
+    assert values[0] == values[3]
+    assert same(json.loads(values[2] or b""), vector("a"))
+    assert store.mget([]) == []
+    store.mset([])
+    store.mset([("a", b"[1, 1, 1, 1, 1, 1, 1, 1]"), ("a", json.dumps(vector("z")).encode())])
+    assert same(json.loads(store.mget(["a"])[0] or b""), vector("z"))
+
+
+def test_stores_of_other_spaces_do_not_meet() -> None:
+    config = memory()
+    one, two = (VectorByteStore(space={"model": name}, config=config) for name in ("one", "two"))
+    one.mset([("key", b"[1.0]")])
+    assert two.mget(["key"]) == [None]
+    assert list(two.yield_keys()) == []
+    two.mdelete(["key"])
+    assert one.mget(["key"]) == [b"[1.0]"]
+
+
+def test_a_byte_store_holds_vectors_alone() -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory())
+    for value in (b"text", b"{}", b'["a"]', b"[true]", b"[NaN]", b"\xff", b"[1" + b"0" * 400 + b"]"):
+        with pytest.raises(ValueError, match="item 1 is not a JSON list of numbers"):
+            store.mset([("good", b"[1.0]"), ("bad", value)])
+    for value in (b"[]", b"[0.0]", b"[1e300]", b"[1.0, 2.0]"):
+        with pytest.raises(ProviderError):
+            store.mset([("good", b"[1.0]"), ("bad", value)])
+    assert store.mget(["good", "bad"]) == [None, None]
+    with pytest.raises(SpaceError, match="which model"):
+        VectorByteStore(space={"dimensions": 3}, config=memory())
+    with pytest.raises(ConfigError, match="a byte store sees keys alone"):
+        VectorByteStore(space={"model": "m"}, config=memory(normalize=["strip"]))
+    with pytest.raises(TypeError, match="makes no vectors"):
+        store.cache.embed("a")
+
+
+def test_a_byte_store_over_a_tier_that_fails_or_cannot_list(face: Face) -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory())
+
+    def over(*backends: DictBackend) -> Cache:
+        return Cache(store.cache.provider, list(backends))
+
+    down = DictBackend()
+    store.cache = over(DictBackend(scan=False))
+    store.mset([("a", b"[1.0]")])
+    assert store.mget(["a"]) == [b"[1.0]"]
+    with pytest.raises(TierError, match="it cannot list its keys"):
+        list(store.yield_keys())
+    store.cache = over(down)
+    store.mset([("a", b"[1.0]")])
+    broken: Callable[[Sequence[str]], Any] = lambda keys: 1 / 0  # noqa: E731
+    down.get_many = broken  # type: ignore[method-assign]
+    assert store.mget(["a"]) == [None], "a tier that fails is a miss, and the text is embedded again"
+
+
+def test_a_missing_framework_is_named_with_what_to_install() -> None:
+    code = "import sys; sys.modules['langchain_core'] = None; import embedonce_integrations.langchain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: " in done.stderr
+    assert "pip install 'embedonce[langchain]'" in done.stderr

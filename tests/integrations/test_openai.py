@@ -1,0 +1,422 @@
+"""OpenAI's own client with a cache inside, against an API on loopback: the same answers without us, cold and warm."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import openai
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embedonce
+from embedonce import ProviderError, SpaceError
+from embedonce.testing import OpenAIServer
+from embedonce_integrations.openai import AsyncCachedEmbeddings, CachedEmbeddings, cached
+from embedonce_providers.openai import OpenAIProvider
+
+Face = Literal["blocking", "async"]
+MODEL = "text-embedding-3-small"
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(deployments={"mine": MODEL}) as server:
+        yield server
+
+
+@pytest.fixture
+def tiers(tmp_path: Path) -> dict[str, Any]:
+    """A configuration that no other test has: equal ones share a cache."""
+    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "disk")}]}
+
+
+@pytest.fixture(params=["blocking", "async"])
+def face(request: pytest.FixtureRequest) -> Face:
+    face: Face = request.param
+    return face
+
+
+class Program:
+    """A program that has a client, and embeds with it: one ``create`` after the other."""
+
+    def __init__(self, server: OpenAIServer, face: Face, **options: Any) -> None:
+        self.face = face
+        self.options = {"base_url": server.base_url, "api_key": "any", "max_retries": 0, "timeout": 20, **options}
+
+    def __call__(self, *calls: dict[str, Any], **wrap: Any) -> list[Any]:
+        """Return the answers, or the exceptions, of calls to the client: as it is, or wrapped by ``wrap``."""
+        if self.face == "async":
+            return asyncio.run(self._async(calls, wrap))
+        answers: list[Any] = []
+        with openai.OpenAI(**self.options) as plain:
+            client = cached(plain, **wrap) if wrap else plain
+            for call in calls:
+                try:
+                    answers.append(client.embeddings.create(**call))
+                except Exception as error:
+                    answers.append(error)
+        return answers
+
+    async def _async(self, calls: tuple[dict[str, Any], ...], wrap: dict[str, Any]) -> list[Any]:
+        answers: list[Any] = []
+        async with openai.AsyncOpenAI(**self.options) as plain:
+            client = cached(plain, **wrap) if wrap else plain
+            for call in calls:
+                try:
+                    answers.append(await client.embeddings.create(**call))
+                except Exception as error:
+                    answers.append(error)
+        return answers
+
+
+def vectors(answer: Any) -> list[list[float]]:
+    return [np.float32(item.embedding).tolist() for item in answer.data]
+
+
+# --- without us, cold, warm -------------------------------------------------------------------
+
+SHAPES: dict[str, Any] = {
+    "a text": "one",
+    "texts": ["one", "two", "three", "one"],
+    "tokens": [3, 1, 4],
+    "lists of tokens": [[3, 1, 4], [1, 5], [3, 1, 4]],
+}
+
+
+@pytest.mark.parametrize("form", [openai.omit, "float", "base64"], ids=["unset", "float", "base64"])
+@pytest.mark.parametrize("given", SHAPES.values(), ids=SHAPES.keys())
+def test_without_us_cold_and_warm(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, given: Any, form: Any
+) -> None:
+    program = Program(server, face)
+    call = {"model": MODEL, "input": given, "encoding_format": form, "dimensions": 12}
+    (plain,) = program(call)
+    server.count.clear()
+    (cold,) = program(call, config=tiers)
+    asked = server.texts
+    (warm,) = program(call, config=tiers)
+    assert asked == len(server.count)
+    assert server.texts == asked
+    for answer in (cold, warm):
+        assert type(answer) is type(plain)
+        assert type(answer.data[0].embedding) is type(plain.data[0].embedding)
+        assert [item.index for item in answer.data] == [item.index for item in plain.data]
+        assert [item.embedding for item in answer.data] == [item.embedding for item in plain.data]
+        assert (answer.object, answer.model) == (plain.object, plain.model)
+    assert cold.usage.total_tokens == sum(map(server.tokens_of, server.count))
+    assert (warm.usage.prompt_tokens, warm.usage.total_tokens) == (0, 0)
+
+
+def test_each_input_of_a_call_hits_for_itself(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    first, second = Program(server, face)(
+        {"model": MODEL, "input": ["one", "two"]},
+        {"model": MODEL, "input": ["three", "two", "four", "one", "three"]},
+        config=tiers,
+    )
+    assert server.requests[1].body["input"] == ["three", "four"]
+    assert vectors(second) == [server.vector_of(text).tolist() for text in ("three", "two", "four", "one", "three")]
+    assert second.usage.total_tokens == 2
+    assert first.model == second.model == MODEL
+
+
+def test_an_iterable_that_can_be_read_once(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    program = Program(server, face)
+    texts, tokens = program(
+        {"model": MODEL, "input": (text for text in ("one", "two"))},
+        {"model": MODEL, "input": (iter(tokens) for tokens in ((1, 2), (3,)))},
+        config=tiers,
+    )
+    assert vectors(texts) == [server.vector_of(text).tolist() for text in ("one", "two")]
+    assert vectors(tokens) == [server.vector_of(tokens).tolist() for tokens in ([1, 2], [3])]
+
+
+def test_tokens_and_the_text_that_writes_them_never_meet(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face
+) -> None:
+    answers = Program(server, face)(
+        *({"model": MODEL, "input": given} for given in (["1,2", "12"], [[1, 2], [12]], [1, 2])), config=tiers
+    )
+    assert [vectors(answer) for answer in answers] == [
+        [server.vector_of("1,2").tolist(), server.vector_of("12").tolist()],
+        [server.vector_of([1, 2]).tolist(), server.vector_of([12]).tolist()],
+        [server.vector_of([1, 2]).tolist()],
+    ]
+    assert server.requests[1].body["input"] == [[1, 2], [12]]
+    assert len(server.requests) == 2
+
+
+def test_the_endpoint_gets_the_normalised_text(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    tiers["key"] = {"normalize": ["strip"]}
+    (answer,) = Program(server, face)({"model": MODEL, "input": [" one ", "one"]}, config=tiers)
+    assert vectors(answer) == [server.vector_of("one").tolist()] * 2
+    assert server.count == {"one": 1}
+
+
+# --- what is in the key -----------------------------------------------------------------------
+
+OTHERS: list[dict[str, Any]] = [
+    {"model": "another"},
+    {"dimensions": 8},
+    {"extra_body": {"input_type": "query"}},
+    {"extra_body": {"dimensions": 9}},
+    {"extra_query": {"tenant": "t"}},
+]
+
+
+def test_what_decides_vectors_is_in_the_key(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    calls = [{"model": MODEL, "input": "one"} | other for other in [{}, *OTHERS]]
+    answers = Program(server, face)(*calls, *calls, config=tiers)
+    assert len(server.requests) == len(calls)
+    assert [vectors(answer) for answer in answers[: len(calls)]] == [
+        vectors(answer) for answer in answers[len(calls) :]
+    ]
+    assert vectors(answers[3]) == [server.vector_of("one", input_type="query").tolist()]
+    assert vectors(answers[4]) == [server.vector_of("one", dimensions=9).tolist()]
+
+
+def test_what_decides_none_is_not(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    beside = {"user": "me", "extra_headers": {"x-mine": "1"}, "timeout": 19.0, "encoding_format": "float"}
+    Program(server, face)(
+        {"model": MODEL, "input": "one", **beside},
+        {"model": MODEL, "input": "one"},
+        {"model": MODEL, "input": "one", "extra_body": {"user": "you"}},
+        config=tiers,
+    )
+    assert len(server.requests) == 1
+    assert server.requests[0].body == {"model": MODEL, "input": ["one"], "user": "me", "encoding_format": "float"}
+    assert server.requests[0].headers["x-mine"] == "1"
+
+
+def test_another_endpoint_is_another_space(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    call = {"model": MODEL, "input": "one"}
+    with OpenAIServer() as other:
+        for endpoint in (server, other):
+            Program(endpoint, face)(call, config=tiers)
+        assert other.texts == 1
+        for endpoint in (server, other):
+            Program(endpoint, face)(call, config=tiers, endpoint_name="ours")
+        assert (server.texts, other.texts) == (2, 1)
+
+
+def test_the_openai_provider_has_the_same_vectors(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    """One chain may serve a program that asks the client, and one that asks embedonce."""
+    with embedonce.open(tiers, provider=OpenAIProvider(model=MODEL, base_url=server.base_url)) as cache:
+        found = cache.embed("one")
+    (answer,) = Program(server, face)({"model": MODEL, "input": "one"}, config=tiers)
+    assert vectors(answer) == [found.tolist()]
+    assert server.texts == 1
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+AS_WITHOUT_US: dict[str, type[Exception]] = {
+    "empty": ValueError,  # the client's own
+    "error_as_200": ValueError,
+    "not_json": AttributeError,
+    "rate_limit": openai.RateLimitError,
+    "quota": openai.RateLimitError,
+    "server_error": openai.InternalServerError,
+    "unauthorized": openai.AuthenticationError,
+    "truncated": openai.APIConnectionError,
+    "disconnect": openai.APIConnectionError,
+    "hang": openai.APITimeoutError,
+}
+KNOWN = ["known one", "known two", "known three"]
+FRESH = ["fresh one", "fresh two", "fresh three", "fresh four"]
+MIXED = [FRESH[0], KNOWN[0], FRESH[1], KNOWN[2], FRESH[2], FRESH[0], KNOWN[1], FRESH[3]]
+
+
+@pytest.mark.parametrize("kind", OpenAIServer.KINDS)
+def test_hits_and_misses_while_it_misbehaves(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, kind: Any
+) -> None:
+    program = Program(server, face)
+    program({"model": MODEL, "input": KNOWN}, config=tiers)
+    server.misbehave(kind, times=None, seconds=0.0001)
+    timeout = {"timeout": 0.3} if kind == "hang" else {}
+    known, mixed = program({"model": MODEL, "input": KNOWN}, {"model": MODEL, "input": MIXED, **timeout}, config=tiers)
+    server.heal()
+    expected = [server.vector_of(text).tolist() for text in MIXED]
+    assert vectors(known) == [server.vector_of(text).tolist() for text in KNOWN]
+    if kind in ("out_of_order", "drip"):
+        assert vectors(mixed) == expected
+    else:
+        assert isinstance(mixed, AS_WITHOUT_US.get(kind, ProviderError))
+        assert not any(text in str(mixed) for text in MIXED)
+        (again,) = program({"model": MODEL, "input": MIXED}, config=tiers)
+        assert vectors(again) == expected
+        assert server.requests[-1].body["input"] == FRESH
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"input": ""},
+        {"input": []},
+        {"input": [[]]},
+        {"input": ["one", ""]},
+        {"input": ["one", 1]},
+        {"input": {"one": 1}},
+        {"input": "word " * 9000},
+        {"input": "one", "dimensions": 1000},
+        {"input": "one", "encoding_format": "hex"},
+    ],
+    ids=str,
+)
+def test_what_the_api_refuses_it_refuses_with_us(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, call: dict[str, Any]
+) -> None:
+    program = Program(server, face)
+    (plain,), (ours,) = program({"model": MODEL, **call}), program({"model": MODEL, **call}, config=tiers)
+    assert isinstance(plain, openai.BadRequestError)
+    assert isinstance(ours, openai.BadRequestError)
+    assert ours.body == plain.body
+
+
+def test_what_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    calls = [
+        {"model": MODEL, "input": "one", "extra_body": {"encoding_format": "float"}},
+        {"model": MODEL, "input": "one", "extra_body": {"input": "two"}},
+    ]
+    answers = Program(server, face)(*calls, *calls, config=tiers)
+    assert len(server.requests) == 4
+    assert vectors(answers[1]) == [server.vector_of("two").tolist()]
+
+
+# --- the client is what it was ----------------------------------------------------------------
+
+
+def test_the_signature_is_the_clients() -> None:
+    ours = (CachedEmbeddings.create, AsyncCachedEmbeddings.create)
+    theirs = (openai.resources.Embeddings.create, openai.resources.AsyncEmbeddings.create)
+    for one, other in zip(ours, theirs, strict=True):
+        assert _shape(one) == _shape(other)
+
+
+def _shape(function: Any) -> list[Any]:
+    return [(p.name, p.kind, str(p.default)) for p in inspect.signature(function).parameters.values()]
+
+
+def test_the_rest_of_the_client_is_as_it_was(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        assert type(client) is openai.OpenAI
+        assert [model.id for model in client.models.list()] == [MODEL]
+        call: Any = {"model": MODEL, "input": "one"}
+        client.embeddings.create(**call)
+        before = len(server.requests)
+        raw = client.embeddings.with_raw_response.create(**call)
+        assert raw.parse().data[0].embedding == server.vector_of("one").tolist()
+        with client.embeddings.with_streaming_response.create(**call) as stream:
+            assert stream.status_code == 200
+        plain.embeddings.create(**call)
+        assert len(server.requests) == before + 3
+        for other in (client.with_options(timeout=7), client.copy(), client.with_options().with_options()):
+            assert other.embeddings.create(**call).usage.total_tokens == 0
+        assert client.with_options(timeout=7).timeout == 7
+        assert client.embeddings.cache.stats().tiers["memory"].hits == 3
+
+
+async def test_many_tasks_pay_once(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="any") as plain:
+        client = cached(plain, config=tiers)
+        answers = await asyncio.gather(
+            *(client.embeddings.create(model=MODEL, input=["one", f"text {number % 3}"]) for number in range(12))
+        )
+    assert server.count.total() == 4
+    assert sum(answer.usage.total_tokens for answer in answers) == sum(map(server.tokens_of, server.count))
+
+
+def test_two_clients_of_one_configuration_share_what_they_have(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    call = {"model": MODEL, "input": ["one", "two"]}
+    Program(server, "blocking")(call, config=tiers)
+    Program(server, "async", api_key="another")(call, config=dict(tiers))
+    assert server.texts == 2
+
+
+def test_azure_says_which_model_it_is(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    call: Any = {"model": "mine", "input": "one"}
+    with openai.AzureOpenAI(azure_endpoint=server.url, api_key="k", api_version="2024-10-21") as plain:
+        with pytest.raises(SpaceError, match="models="):
+            cached(plain, config=tiers).embeddings.create(**call)
+        client = cached(plain, config=tiers, models={"mine": MODEL})
+        assert type(client) is openai.AzureOpenAI
+        for _ in range(2):
+            assert vectors(client.embeddings.create(**call)) == [server.vector_of("one").tolist()]
+    assert [request.path for request in server.requests] == ["/openai/deployments/mine/embeddings"]
+
+
+def test_a_configuration_that_is_wrong_is_refused_at_once(server: OpenAIServer) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any") as plain:
+        with pytest.raises(embedonce.ConfigError):
+            cached(plain, config={"tiers": [{"type": "memry"}]})
+        with pytest.raises(TypeError, match="client"):
+            cached("no client", config={"tiers": []})  # type: ignore[type-var]
+
+
+def test_more_spaces_than_are_kept(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedonce_integrations.openai.SPACES", 2)
+    calls = [{"model": f"model {number % 4}", "input": "one"} for number in range(12)]
+    answers = Program(server, face)(*calls, config=tiers)
+    for call, answer in zip(calls, answers, strict=True):
+        assert vectors(answer) == [server.vector_of("one", model=call["model"]).tolist()]
+    assert server.texts == 4
+
+
+# --- whatever comes ---------------------------------------------------------------------------
+
+POOL: list[Any] = ["one", "two", "three", "1,2", "1"]
+TOKENS: list[Any] = [[1], [1, 2], [2, 1], [12], [0]]
+INPUTS = st.one_of(
+    st.sampled_from(POOL),
+    st.lists(st.sampled_from(POOL), min_size=1, max_size=6),
+    st.sampled_from(TOKENS),
+    st.lists(st.sampled_from(TOKENS), min_size=1, max_size=6),
+)
+CALLS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["m", "n"]), "input": INPUTS},
+    optional={
+        "dimensions": st.sampled_from([8, 16]),
+        "extra_body": st.sampled_from([{"input_type": "query"}, {"input_type": "document"}]),
+        "encoding_format": st.sampled_from(["float"]),
+        "user": st.sampled_from(["me", "you"]),
+    },
+)
+
+
+def test_any_calls_in_any_order_get_their_own_vectors(server: OpenAIServer) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+
+        @settings(max_examples=25, deadline=None)
+        @given(st.lists(CALLS, min_size=1, max_size=5), st.sampled_from([None, "out_of_order"]))
+        def property_of(calls: list[dict[str, Any]], kind: Any) -> None:
+            client = cached(
+                plain, config={"key": {"version": str(len(server.requests))}, "tiers": [{"type": "memory"}]}
+            )
+            for call in calls:
+                if kind is not None:
+                    server.misbehave(kind)
+                inputs = call["input"] if isinstance(call["input"], list) else [call["input"]]
+                inputs = [inputs] if isinstance(inputs[0], int) else inputs
+                about = {"dimensions": call.get("dimensions"), **call.get("extra_body", {})}
+                expected = [server.vector_of(one, model=call["model"], **about).tolist() for one in inputs]
+                assert vectors(client.embeddings.create(**call)) == expected
+                server.heal()
+
+        property_of()

@@ -1,0 +1,57 @@
+"""The plugins of ``examples/plugins/``, installed with pip as a stranger's are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PLUGINS = Path(__file__).parents[2] / "examples" / "plugins"
+NAMES = sorted(file.parent.name for file in PLUGINS.glob("*/pyproject.toml"))
+BUCKET = "vectors"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed every example plugin."""
+    site, sources = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("sources")
+    for name in NAMES:  # pip may build in place: leave the tree as it is
+        shutil.copytree(PLUGINS / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--disable-pip-version-check", "--target", str(site), *(str(sources / name) for name in NAMES)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=110)
+    return site
+
+
+@pytest.fixture
+def environment(installed: Path) -> dict[str, str]:
+    """What a process needs to see the plugins as installed ones."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**inherited, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The endpoint of moto's S3 on loopback, with a bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    client.create_bucket(Bucket=BUCKET)
+    client.close()
+    yield endpoint
+    server.stop()
