@@ -479,7 +479,7 @@ def server() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return {"api_base_url": server.base_url, "max_retries": 0}
+    return {"api_base_url": server.base_url, "max_retries": 0, "model": "text-embedding-3-small"}
 
 
 DOCUMENT_OPTIONS: dict[str, Any] = {
@@ -575,7 +575,7 @@ async def test_a_failure_is_not_cached(
     assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
     assert server.texts == 5
 
-    strict = OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS, raise_on_failure=True, model="other")
+    strict = OpenAIDocumentEmbedder(**{**openai, "model": "other"}, **DOCUMENT_OPTIONS, raise_on_failure=True)
     server.misbehave(how)
     with pytest.raises(Exception, match=r"Error code|Connection error"):
         CachedDocumentEmbedder(strict, config=disk).run(documents=TEAS)

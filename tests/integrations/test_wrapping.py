@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedonce import Cache, ProviderError, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
 from embedonce.testing.fakes import CountingProvider
 from embedonce_integrations.wrapping import (
     NOT_IN_SPACE,
@@ -26,6 +27,7 @@ from embedonce_integrations.wrapping import (
     is_openai_resource,
     model_space,
     shared_cache,
+    writable,
 )
 
 NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
@@ -249,3 +251,35 @@ def test_one_input_has_one_vector(one: Any) -> None:
 def test_only_openais_own_clients_are_known() -> None:
     assert not is_openai_resource(None)
     assert not is_openai_resource(SimpleNamespace(create=print))
+
+
+def test_a_configuration_is_written_without_secrets(tmp_path: Path) -> None:
+    assert writable(None) is None
+    assert writable(tmp_path / "embedonce.toml") == str(tmp_path / "embedonce.toml")
+    config = {
+        "key": {"secret": "${SECRET}", "version": "v1"},
+        "tiers": [{"type": "redis", "url": "redis://:${PASSWORD}@localhost"}, {"type": "disk", "encryption": "${KEY}"}],
+    }
+    written = writable(config)
+    assert written == config
+    assert isinstance(written, dict)
+    assert written["tiers"] is not config["tiers"]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"key": {"secret": "hunter2"}}, "key.secret"),
+        ({"provider": {"type": "openai", "api_key": "hunter2"}}, "provider.api_key"),
+        (
+            {"tiers": [{"type": "memory"}, {"type": "disk", "encryption": ["${OLD}", "hunter2"]}]},
+            "tiers[1].encryption[1]",
+        ),
+        ({"tiers": [{"type": "redis", "url": "redis://:hunter2@${HOST}"}]}, "tiers[0].url"),
+        ({"tiers": [{"type": "redis", "url": "redis://${HOST}/?password=hunter2"}]}, "tiers[0].url"),
+    ],
+)
+def test_a_secret_in_the_clear_is_named_and_not_written(config: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{name}: a secret would be written")) as raised:
+        writable(config)
+    assert "hunter2" not in str(raised.value)
