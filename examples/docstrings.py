@@ -43,19 +43,19 @@ def docstrings() -> Iterator[str]:
 def pairs() -> list[tuple[str, str]]:
     """Return each first sentence with the rest of its docstring; of equal sentences or rests the first alone."""
     found: dict[str, str] = {}
+    rests: set[str] = set()
     for text in docstrings():
         match = SENTENCE.fullmatch(text.strip())
         if match and SHORTEST <= len(match[2]) <= LONGEST:
             sentence, rest = " ".join(match[1].split()), " ".join(match[2].split())
-            if sentence not in found and rest not in found.values():
+            if sentence not in found and rest not in rests:
                 found[sentence] = rest
+                rests.add(rest)
     return sorted(found.items())
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/docstrings.py FOLDER")
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Write the three files."""
     folder.mkdir(parents=True, exist_ok=True)
     made = pairs()
     for name, texts in (("queries", [query for query, _ in made]), ("corpus", [document for _, document in made])):
@@ -70,4 +70,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/docstrings.py FOLDER")
+    main(Path(sys.argv[1]))

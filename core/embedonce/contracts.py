@@ -118,7 +118,11 @@ class FrameBackend(Protocol):
 
 
 class EntryBackend(Protocol):
-    """Holds entries under keys: for a store that keeps arrays or columns. Otherwise as :class:`FrameBackend`."""
+    """Holds entries under keys: for a store that keeps arrays or columns. Otherwise as :class:`FrameBackend`.
+
+    A store whose answer is one matrix may return it as such, ``Entries(blocks=[Block(keys, matrix, …)])`` of
+    :mod:`embedonce.vectors`: a batch that only becomes a matrix again then costs no object per text.
+    """
 
     @property
     def capabilities(self) -> Capabilities: ...

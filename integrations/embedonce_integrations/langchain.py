@@ -151,6 +151,14 @@ def _in_order(embeddings: Any) -> Any:
 
 
 def _described(embeddings: Any, task: Task | None) -> VectorSpace:
+    for name in ("encode_kwargs", "query_encode_kwargs"):
+        options = getattr(embeddings, name, None)
+        if isinstance(options, Mapping) and options.get("precision") in ("int8", "uint8"):
+            raise SpaceError(
+                f"{type(embeddings).__name__} with precision={options['precision']!r} takes its range from the batch: "
+                "a text has no vector of its own that could be cached. Leave precision out, and "
+                'keep bytes instead with [cache] dtype = "int8"'
+            )
     clients = (getattr(embeddings, name, None) for name in CLIENTS)
     client: Any = next((client for client in clients if is_openai_resource(client)), None)
     # The client may have its URL from the environment, which the embeddings' own field does not show.

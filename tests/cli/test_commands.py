@@ -239,7 +239,7 @@ def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest
     done = command("plugins", "--json")
     (disabled,) = [plugin for plugin in done.json if plugin["name"] == "ngram"]
     assert "disabled" in disabled["error"]
-    assert done.code == 1
+    assert done.code == 0, "it is somebody's will, and nothing broken"
 
 
 def test_schema_is_the_schema(command: Any) -> None:

@@ -439,7 +439,8 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'embedonce.toml:20:8: "Bad Name" cannot be a tier\'s name: a tier\'s name is like "bad-name": a letter a-z, '
         "then a-z, 0-9, - and _",
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
-        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [plugins], [provider] and [[tiers]]",
+        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [plugins], "
+        "[provider], [drift] and [[tiers]]",
     ]
 
 

@@ -148,6 +148,14 @@ def test_rows_come_in_the_order_asked_for(numbers: list[int], made: list[int]) -
     assert entries.matrix(keys, 4).shape == (len(keys), 4)
 
 
+@pytest.mark.parametrize("blocks", [[[5, 1, 9, 2]], [[5, 1], [9, 2]]])
+def test_as_many_keys_in_another_order_are_another_matrix(blocks: list[list[int]]) -> None:
+    entries = Entries(blocks=[block_of(numbers) for numbers in blocks])
+    for numbers in ([5, 1, 9, 2], [2, 9, 1, 5], [5, 5, 5, 5]):
+        matrix = entries.matrix([key_of(number) for number in numbers], 4)
+        assert matrix.tolist() == [vector_of(number).tolist() for number in numbers]
+
+
 def test_it_is_a_mapping() -> None:
     entries, vectors = mixed()
     assert len(entries) == len(vectors) == len(list(entries))
@@ -194,6 +202,12 @@ def test_rows_of_different_dimensions_are_never_put_together() -> None:
     assert entries.sizes() == {4: 2, 8: 2}
     with pytest.raises(Incomplete, match="different dimensions"):
         entries.matrix([key_of(1), key_of(3)], None)
+    for number in (3, 4):
+        del entries[key_of(number)]
+    assert entries.sizes() == {4: 2}
+    assert entries.matrix([key_of(2), key_of(1)], 4).tolist() == [vector_of(2).tolist(), vector_of(1).tolist()]
+    with pytest.raises(KeyError):
+        entries.matrix([key_of(3)], 4)
     assert Entries().matrix([], 7).shape == (0, 7)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parent.parent.parent / "examples/docstrings.py"
+from typer.testing import CliRunner
+
+from embedonce.cli import app
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "docstrings.py"
 
 
 def test_it_makes_a_set_that_evaluate_takes(tmp_path: Path) -> None:
-    made = subprocess.run([sys.executable, EXAMPLE, tmp_path], capture_output=True, text=True, timeout=100)
-    assert made.returncode == 0, made.stderr
+    spec = importlib.util.spec_from_file_location("docstrings", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(tmp_path)
     corpus, queries = (
         [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
         for name in ("corpus", "queries")
@@ -21,14 +28,9 @@ def test_it_makes_a_set_that_evaluate_takes(tmp_path: Path) -> None:
     assert sum(query in document for query, document in zip(queries, corpus, strict=True)) < len(queries) / 100
     (tmp_path / "embedonce.toml").write_text('tiers = []\n\n[provider]\ntype = "ngram"\n')
     files = [str(tmp_path / name) for name in ("corpus.jsonl", "queries.jsonl")]
-    options = ["--qrels", tmp_path / "qrels.tsv", "--config", tmp_path / "embedonce.toml", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "embedonce", "evaluate", *files, *options],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--qrels", str(tmp_path / "qrels.tsv"), "--config", str(tmp_path / "embedonce.toml"), "--json"]
+    done = CliRunner().invoke(app, ["evaluate", *files, *options])
+    assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["queries"] == len(queries)
     recalls = [one["recall"] for one in told["dtypes"]]

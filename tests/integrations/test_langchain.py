@@ -412,6 +412,16 @@ def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
         assert same(cached.embed_documents(["a"]), [vector("a")])
 
 
+class Quantized(Letters):
+    encode_kwargs: dict[str, Any] = {}
+
+
+def test_vectors_that_depend_on_the_batch_are_refused() -> None:
+    with pytest.raises(SpaceError, match="no vector of its own"):
+        CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory())
+    CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory())
+
+
 def test_only_embeddings_are_wrapped() -> None:
     with pytest.raises(TypeError, match="given as config="):
         CachedEmbeddings("embedonce.toml")  # type: ignore[arg-type]

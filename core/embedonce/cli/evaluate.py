@@ -203,22 +203,22 @@ def _measured(dtype: Dtype, rows: NDArray[Any], wanted: NDArray[Any], k: int) ->
     size = 0
     for at in range(0, len(rows), CHUNK):
         chunk = rows[at : at + CHUNK]
+        frames: dict[str, bytes] = {}
+        decoded: dict[str, Entry] = {}
         # As long as a key; which one does not matter to a frame.
         keys = [f"eo1.{0:016x}.{at + i:064x}" for i in range(len(chunk))]
-        write, read = [], []
+        write = read = float("inf")
         for _ in range(REPEATS):
             start = time.perf_counter()
             vectors = freeze_rows(round_vectors(chunk, dtype))
-            frames = encode_frames(
-                {key: Entry(vector, 0.0, None, None, dtype) for key, vector in zip(keys, vectors, strict=True)}
-            )
+            entries = [Entry(vector, 0.0, None, None, dtype) for vector in vectors]
+            frames.update(encode_frames(dict(zip(keys, entries, strict=True))))
             middle = time.perf_counter()
-            decoded = decode_frames(frames, now=1.0, dtype=dtype, dimensions=rows.shape[1]).entries
+            decoded.update(decode_frames(frames, now=1.0, dtype=dtype, dimensions=rows.shape[1]).entries)
             end = time.perf_counter()
-            write.append(middle - start)
-            read.append(end - middle)
+            write, read = min(write, middle - start), min(read, end - middle)
         read_back[at : at + CHUNK] = [decoded[key].vector for key in keys]
-        writing, reading, size = writing + min(write), reading + min(read), len(frames[keys[0]])
+        writing, reading, size = writing + write, reading + read, len(frames[keys[0]])
     indices, _ = top_k(round_vectors(wanted, dtype), read_back, k)
     return indices, size, 1e6 * writing / len(rows), 1e6 * reading / len(rows)
 
