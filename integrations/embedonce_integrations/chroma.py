@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from copy import copy
+from typing import Any, cast
 
 from embedonce import SpaceError, VectorSpace
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import WrappedProvider, declared_space, described_space, shared_cache
+from .wrapping import ClientInOrder, WrappedProvider, declared_space, described_space, is_openai_resource, shared_cache
 
 try:
     from chromadb.api.types import Documents, EmbeddingFunction, Embeddings, Space
@@ -99,13 +100,24 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
 
 
 def _provider(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str, Any] | None) -> WrappedProvider:
+    function = _in_order(inner)
     asymmetric = type(inner).embed_query is not EmbeddingFunction.embed_query
     spaces = {task: _space(inner, space, task if asymmetric else None) for task in ("document", "query")}
 
     def embed(texts: list[str], task: Task) -> Any:
-        return inner.embed_query(texts) if asymmetric and task == "query" else inner(texts)
+        return function.embed_query(texts) if asymmetric and task == "query" else function(texts)
 
     return WrappedProvider(embed=embed, space=lambda task: spaces["query" if task == "query" else "document"])
+
+
+def _in_order(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
+    """Return a function that reads an OpenAI answer by its ``index``: Chroma's own does not."""
+    client = getattr(inner, "client", None)
+    if not is_openai_resource(getattr(client, "embeddings", None)):
+        return inner
+    ordered: Any = copy(inner)
+    ordered.client = ClientInOrder(client)
+    return cast("EmbeddingFunction[Documents]", ordered)
 
 
 def _space(

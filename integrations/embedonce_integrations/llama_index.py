@@ -14,7 +14,7 @@ from embedonce import Cache, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import InOrder, WrappedProvider, declared_space, model_space, shared_cache
+from .wrapping import ClientInOrder, WrappedProvider, declared_space, model_space, shared_cache
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -238,12 +238,5 @@ def _in_order(inner: BaseEmbedding) -> BaseEmbedding:
     ordered = inner.model_copy()
     for name in ("_get_client", "_get_aclient"):
         make = getattr(inner, name)
-        object.__setattr__(ordered, name, lambda make=make: _ClientInOrder(make()))
+        object.__setattr__(ordered, name, lambda make=make: ClientInOrder(make()))
     return ordered
-
-
-class _ClientInOrder:
-    """An OpenAI client, as far as embedding models use one."""
-
-    def __init__(self, client: Any) -> None:
-        self.embeddings = InOrder(client.embeddings)

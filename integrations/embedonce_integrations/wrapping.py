@@ -335,6 +335,13 @@ class InOrder:
         return _awaited(answer, texts) if inspect.isawaitable(answer) else _in_order(answer, texts)
 
 
+class ClientInOrder:
+    """An OpenAI client, as far as embedders use one: :class:`InOrder` at its ``embeddings``."""
+
+    def __init__(self, client: Any) -> None:
+        self.embeddings = InOrder(client.embeddings)
+
+
 async def _awaited(answer: Awaitable[Any], texts: int) -> Any:
     return _in_order(await answer, texts)
 

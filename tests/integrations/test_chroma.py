@@ -111,6 +111,20 @@ def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
         assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
 
 
+def test_an_answer_in_another_order_is_read_by_its_index(
+    server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
+) -> None:
+    function = CachedEmbeddingFunction(openai(), config=tiers)
+    function(DOCUMENTS[1:2])
+    server.misbehave("out_of_order")
+    for _ in range(2):
+        for text, vector in zip(DOCUMENTS, function(DOCUMENTS), strict=True):
+            assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
+    server.misbehave("duplicate_index")
+    with pytest.raises(ProviderError, match="index"):
+        function(["Oolong again.", "Rooibos."])
+
+
 def test_a_persistent_collection_is_opened_by_the_wrapped_name(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any], tmp_path: Path
 ) -> None:
