@@ -63,7 +63,7 @@ def main() -> None:
         answer = collection.query(query_texts=[args.question], n_results=3)
         stored = collection.get(ids=ids, include=["embeddings"])
         vectors = dict(zip(stored["ids"], np.asarray(stored["embeddings"], np.float32), strict=True))
-        found.append((answer["ids"], [vectors[i].tobytes() for i in ids]))
+        found.append((answer["documents"], answer["distances"], [vectors[i].tobytes() for i in ids]))
         print(f"{name:8} {len(documents) + 1} texts, {inner.texts - before} embedded")
     print("the same" if found[0] == found[1] == found[2] else "NOT the same", "vectors and answers")
     print(f"nearest to {args.question!r}:")
