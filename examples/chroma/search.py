@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
     args = parser.parse_args()
 
-    documents = [part for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")]
-    documents = [part for part in documents if part.strip()]
+    parts = [part.strip() for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")]
+    documents = [part for part in parts if part]
     ids = [str(i) for i in range(len(documents))]
     inner = Ngrams()
 
