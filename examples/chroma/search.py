@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
     args = parser.parse_args()
 
-    parts = [part.strip() for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")]
+    parts = [
+        part.strip() for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")
+    ]
     documents = [part for part in parts if part]
     ids = [str(i) for i in range(len(documents))]
     inner = Ngrams()
