@@ -140,7 +140,7 @@ def _space(
     if declared is not None:
         space = declared_space(declared)
     else:
-        fields = client.to_dict(exclude_none=True)
+        fields = client.to_dict(exclude_none=True) if hasattr(client, "to_dict") else {}
         model = options.get("model") or next((fields[field] for field in MODEL if fields.get(field)), None)
         if not model:
             raise SpaceError(

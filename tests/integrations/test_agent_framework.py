@@ -159,6 +159,11 @@ class Nameless(BaseEmbeddingClient[str, list[float], Any]):
         return GeneratedEmbeddings([Embedding(vector=[float(len(text)), 1.0]) for text in values][-1:])
 
 
+async def test_a_client_that_says_nothing_is_refused() -> None:
+    with pytest.raises(SpaceError, match="does not say which model"):
+        CachedEmbeddingClient(object(), config={"tiers": [{"type": "memory"}]})  # type: ignore[arg-type]
+
+
 async def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
     with pytest.raises(SpaceError, match=r"Nameless does not say.*space="):
         CachedEmbeddingClient(Nameless(), config=MEMORY)
