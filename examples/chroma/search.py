@@ -66,8 +66,8 @@ def main() -> None:
         answer = collection.query(query_texts=[args.question], n_results=3)
         stored = collection.get(ids=ids, include=["embeddings"])
         vectors = dict(zip(stored["ids"], np.asarray(stored["embeddings"], np.float32), strict=True))
-        # The documents and not their ids: of equal documents, any may come first.
-        found.append((answer["documents"], [vectors[i].tobytes() for i in ids]))
+        # The distances and not the ids: of documents that are equally near, any may come first.
+        found.append((answer["distances"], [vectors[i].tobytes() for i in ids]))
         print(f"{name:8} {len(documents) + 1} texts, {inner.texts - before} embedded")
     print("the same" if found[0] == found[1] == found[2] else "NOT the same", "vectors and answers")
     print(f"nearest to {args.question!r}:")
