@@ -14,6 +14,7 @@ from embedonce_integrations.chroma import CachedEmbeddingFunction
 from embedonce_providers.ngram import NgramProvider
 
 HERE = Path(__file__).parent
+SPACE = {"model": "char-ngram", "dimensions": 256}  # a function from a module says so itself
 
 
 class Ngrams(EmbeddingFunction[Documents]):
@@ -50,13 +51,15 @@ def main() -> None:
         part.strip() for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")
     ]
     documents = [part for part in parts if part]
+    if not documents:
+        parser.error(f"there is no text in {args.folder}/*.md")
     ids = [str(i) for i in range(len(documents))]
     inner = Ngrams()
 
     found: list[Any] = []
     client = chromadb.EphemeralClient()
     for name in ("without", "cold", "warm"):
-        function = inner if name == "without" else CachedEmbeddingFunction(inner, config=args.config)
+        function = inner if name == "without" else CachedEmbeddingFunction(inner, config=args.config, space=SPACE)
         before = inner.texts
         collection = client.create_collection(name, embedding_function=function)
         for start in range(0, len(ids), 100):
@@ -65,7 +68,8 @@ def main() -> None:
         answer = collection.query(query_texts=[args.question], n_results=3)
         stored = collection.get(ids=ids, include=["embeddings"])
         vectors = dict(zip(stored["ids"], np.asarray(stored["embeddings"], np.float32), strict=True))
-        found.append((answer["documents"], answer["distances"], [vectors[i].tobytes() for i in ids]))
+        # The distances and not the ids: of documents that are equally near, any may come first.
+        found.append((answer["distances"], [vectors[i].tobytes() for i in ids]))
         print(f"{name:8} {len(documents) + 1} texts, {inner.texts - before} embedded")
     print("the same" if found[0] == found[1] == found[2] else "NOT the same", "vectors and answers")
     print(f"nearest to {args.question!r}:")

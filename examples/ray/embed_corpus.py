@@ -23,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path, help="a text file; every line is a text")
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
-    parser.add_argument("--out", type=Path, default=Path("vectors"), help="a folder for Parquet files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("vectors"), help="a folder for Parquet files; its content is replaced"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between batches: time to kill the job")
@@ -47,7 +49,7 @@ def main() -> None:
         )
         .materialize()
     )
-    embedded.write_parquet(str(args.out))
+    embedded.write_parquet(str(args.out), mode="overwrite")
     counts = Counter(row["source"] for row in embedded.select_columns(["source"]).iter_rows())
     print(f"{embedded.count()} texts: {counts.pop('provider', 0)} computed, {sum(counts.values())} found")
 

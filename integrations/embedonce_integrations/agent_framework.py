@@ -37,6 +37,9 @@ class _Call:
     """What the client was charged for."""
 
 
+MOST_SPACES = 64
+"""For so many different options a cache is kept; beyond, the oldest is made again. The vectors are in the tiers."""
+
 _call: ContextVar[_Call] = ContextVar("embedonce_agent_framework_call")
 
 
@@ -118,6 +121,8 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
         space = _space(self._client, self._space, deciding)
         fingerprint = space.fingerprint()
         if fingerprint not in self._caches:
+            if len(self._caches) == MOST_SPACES:
+                del self._caches[next(iter(self._caches))]
             provider = WrappedProvider(aembed=self._embed, space=lambda task: space)
             self._caches[fingerprint] = shared_cache(self._config, provider=provider)
         return self._caches[fingerprint]
@@ -140,7 +145,7 @@ def _space(
     if declared is not None:
         space = declared_space(declared)
     else:
-        fields = client.to_dict(exclude_none=True)
+        fields = client.to_dict(exclude_none=True) if hasattr(client, "to_dict") else {}
         model = options.get("model") or next((fields[field] for field in MODEL if fields.get(field)), None)
         if not model:
             raise SpaceError(

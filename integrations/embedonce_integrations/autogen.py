@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from embedonce.similarity import top_k
 
-from .wrapping import shared_cache
+from .wrapping import shared_cache, writable
 
 try:
     from autogen_core import CancellationToken, Component
@@ -72,6 +72,8 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         store_metadata: bool = False,
         memory_contents: Sequence[MemoryContent] = (),
     ) -> None:
+        if not isinstance(k, int) or isinstance(k, bool):
+            raise TypeError(f"k is an integer, not {type(k).__name__}")
         if k < 1:
             raise ValueError(f"k is at least 1, not {k}")
         self.cache = shared_cache(config)
@@ -83,7 +85,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         self._contents: list[MemoryContent] = []
         self._rows: list[NDArray[np.float32]] = []
         self._matrix: NDArray[np.float32] | None = None
-        self._not_embedded = list(memory_contents)
+        self._not_embedded = _copies(memory_contents)
         self._lock = asyncio.Lock()
 
     @property
@@ -106,7 +108,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
         That is a tier's name for a hit, ``"provider"`` for one that was computed. Raises as :meth:`add`.
         """
-        return await _linked(self._add(list(contents)), cancellation_token)
+        return await _linked(self._add(_copies(contents)), cancellation_token)
 
     async def query(
         self, query: str | MemoryContent, cancellation_token: CancellationToken | None = None, **kwargs: Any
@@ -167,14 +169,14 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         query = await self.cache.aembed(text, task="query")
         places, scores = top_k(query[None, :], matrix, k)
         return [
-            contents[place].model_copy(update={"metadata": {**(contents[place].metadata or {}), "score": float(score)}})
+            _scored(contents[place], score)
             for place, score in zip(places[0].tolist(), scores[0].tolist(), strict=True)
             if threshold is None or score >= threshold
         ]
 
     def _to_config(self) -> CachedMemoryConfig:
         return CachedMemoryConfig(
-            config=self._config,
+            config=writable(self._config),
             name=self._name,
             k=self._k,
             score_threshold=self._score_threshold,
@@ -192,6 +194,20 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
             store_metadata=config.store_metadata,
             memory_contents=config.memory_contents,
         )
+
+
+def _copies(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
+    """Return chunks that stay what their vectors were made of, whatever becomes of those that were given."""
+    wrong = next((item for item in contents if not isinstance(item, MemoryContent)), None)
+    if wrong is not None:
+        raise TypeError(f"a memory holds MemoryContent, not {type(wrong).__name__}")
+    return [content.model_copy(deep=True) for content in contents]
+
+
+def _scored(content: MemoryContent, score: float) -> MemoryContent:
+    found = content.model_copy(deep=True)
+    found.metadata = {**(found.metadata or {}), "score": score}
+    return found
 
 
 async def _linked(work: Coroutine[Any, Any, T], token: CancellationToken | None) -> T:

@@ -16,7 +16,16 @@ from embedonce import SpaceError, VectorSpace
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import ClientInOrder, WrappedProvider, declared_space, described_space, is_openai_resource, shared_cache
+from .wrapping import (
+    ClientInOrder,
+    WrappedProvider,
+    WrappedSpaces,
+    declared_space,
+    described_space,
+    is_openai_resource,
+    shared_cache,
+    writable,
+)
 
 try:
     from chromadb.api.types import Documents, EmbeddingFunction, Embeddings, Space
@@ -58,6 +67,12 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
                 )
             self.cache = shared_cache(config)
             return
+        if isinstance(embedding_function, type) or not hasattr(embedding_function, "embed_query"):
+            raise TypeError(
+                "CachedEmbeddingFunction wraps one of Chroma's embedding functions, not "
+                f"{embedding_function if isinstance(embedding_function, type) else type(embedding_function).__name__}; "
+                "a configuration is given as config="
+            )
         self.cache = shared_cache(config, provider=_provider(embedding_function, space))
         # Chroma asks the instance for these. On the class, where they are registered, they stay our own.
         for name in ("name", "get_config", "build_from_config", "validate_config", "validate_config_update"):
@@ -81,8 +96,12 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         return "embedonce"
 
     def get_config(self) -> dict[str, Any]:
-        """Return what :meth:`build_from_config` takes. Write secrets as ``${VARIABLE}``: they are stored as written."""
-        return {"config": self._config}
+        """Return what :meth:`build_from_config` takes. Chroma stores it with the collection.
+
+        Raises:
+            ConfigError: it holds a secret in the clear; write it as ``${VARIABLE}``.
+        """
+        return {"config": writable(self._config)}
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> CachedEmbeddingFunction:
@@ -102,12 +121,13 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
 def _provider(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str, Any] | None) -> WrappedProvider:
     function = _in_order(inner)
     asymmetric = type(inner).embed_query is not EmbeddingFunction.embed_query
-    spaces = {task: _space(inner, space, task if asymmetric else None) for task in ("document", "query")}
+    spaces = WrappedSpaces(lambda task: _space(inner, space, task if asymmetric else None))
 
     def embed(texts: list[str], task: Task) -> Any:
+        spaces.check(task)
         return function.embed_query(texts) if asymmetric and task == "query" else function(texts)
 
-    return WrappedProvider(embed=embed, space=lambda task: spaces["query" if task == "query" else "document"])
+    return WrappedProvider(embed=embed, space=spaces)
 
 
 def _in_order(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
@@ -131,6 +151,9 @@ def _space(
             f"{name} has no get_config, which says what decides its vectors; declare it: "
             'space={"model": "my-model-v2"}, with whatever else does'
         )
-    fields = inner.get_config()
+    fields = dict(inner.get_config())
+    client = getattr(inner, "client", None)
+    if is_openai_resource(getattr(client, "embeddings", None)):
+        fields["api_base"] = str(client.base_url)  # type: ignore[union-attr]  # it may be the environment's
     model = next((fields[key] for key in ("model_name", "model", "model_id") if fields.get(key)), name)
     return described_space(inner, fields, model=str(model), task=task, leave_out=NOT_IN_SPACE)

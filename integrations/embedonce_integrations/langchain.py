@@ -15,6 +15,7 @@ from embedonce.contracts import Task
 from .wrapping import (
     InOrder,
     WrappedProvider,
+    WrappedSpaces,
     asked_with,
     declared_space,
     is_openai_resource,
@@ -106,10 +107,12 @@ class _Inner:
 
     def __init__(self, embeddings: Embeddings, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> None:
         self._embeddings = _in_order(embeddings)
-        self._spaces = {}
-        for task in ("document", "query"):
+
+        def describe(task: Task) -> VectorSpace:
             told = None if symmetric else task
-            self._spaces[task] = _described(embeddings, told) if space is None else declared_space(space, task=told)
+            return _described(embeddings, told) if space is None else declared_space(space, task=told)
+
+        self._spaces = WrappedSpaces(describe)
         sizes = (getattr(embeddings, name, None) for name in ("chunk_size", "batch_size"))
         size = next((size for size in sizes if type(size) is int and size > 0), None)
         self._limits = Limits() if size is None else Limits(max_batch=size)
@@ -121,14 +124,16 @@ class _Inner:
             SpaceError: ``kwargs`` hold what cannot be described.
         """
         inner: Any = self._embeddings
-        spaces = {task: asked_with(space, kwargs) for task, space in self._spaces.items()}
+        spaces = self._spaces
 
         def embed(texts: list[str], task: Task) -> Any:
+            spaces.check(task)
             if task == "query":
                 return [inner.embed_query(text, **kwargs) for text in texts]
             return inner.embed_documents(texts, **kwargs)
 
         async def aembed(texts: list[str], task: Task) -> Any:
+            spaces.check(task)
             if task == "query":
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
@@ -138,7 +143,7 @@ class _Inner:
         return WrappedProvider(
             embed=embed,
             aembed=aembed if native else None,
-            space=lambda task: spaces["query" if task == "query" else "document"],
+            space=lambda task: asked_with(spaces(task), kwargs),
             limits=self._limits,
         )
 

@@ -14,7 +14,7 @@ from embedonce import Cache, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import ClientInOrder, WrappedProvider, declared_space, model_space, shared_cache
+from .wrapping import ClientInOrder, WrappedProvider, WrappedSpaces, declared_space, model_space, shared_cache
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -181,16 +181,18 @@ class _Handle:
 
 
 def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> WrappedProvider:
-    spaces = {}
-    for task in TASKS:
+    def describe(task: Task) -> VectorSpace:
         told = None if symmetric else task
-        spaces[task] = _described(inner, told) if space is None else declared_space(space, task=told)
+        return _described(inner, told) if space is None else declared_space(space, task=told)
+
+    spaces = WrappedSpaces(describe)
     ordered: Any = _in_order(inner)
 
     # One that was unpickled may have lost the attribute with its rate limiter.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:
+        spaces.check(task)
         if limiter is not None:
             limiter.acquire()
         if task == "query":
@@ -198,6 +200,7 @@ def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | Non
         return [_vector(answer) for answer in ordered._get_text_embeddings(texts)]
 
     async def aembed(texts: list[str], task: Task) -> Any:
+        spaces.check(task)
         if limiter is not None:
             await limiter.async_acquire()
         if task == "query":
@@ -207,7 +210,7 @@ def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | Non
     return WrappedProvider(
         embed=embed,
         aembed=aembed,
-        space=lambda task: spaces["query" if task == "query" else "document"],
+        space=spaces,
         limits=Limits(max_batch=inner.embed_batch_size),
     )
 

@@ -67,7 +67,8 @@ NOT_IN_SPACE = frozenset(
 """What embedders are given beside what decides their vectors, under the names that frameworks have for it."""
 
 _SECRET = re.compile(
-    r"(^|_)(api_?key|access_key|secret|password|credentials?|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
+    r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
+    r"|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
 )
 
 MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
@@ -165,6 +166,43 @@ class WrappedProvider:
         """Do nothing: the embedder belongs to whoever made it."""
 
 
+class WrappedSpaces:
+    """The vector spaces of an embedder, as it described itself when it was wrapped.
+
+    Args:
+        describe: the vector space, by task, as the embedder is now.
+
+    Raises:
+        SpaceError: whatever ``describe`` raises.
+    """
+
+    def __init__(self, describe: Callable[[Task], VectorSpace]) -> None:
+        self._describe = describe
+        self._spaces = {task: describe(task) for task in _TASKS}
+
+    def __call__(self, task: Task) -> VectorSpace:
+        return self._spaces["query" if task == "query" else "document"]
+
+    def check(self, task: Task) -> None:
+        """See that the embedder still is what it was: what it makes is stored under what it said then.
+
+        Raises:
+            SpaceError: a field that may decide vectors has changed.
+        """
+        then = self(task)
+        now = self._describe("query" if task == "query" else "document")
+        if (now.provider, now.extra) != (then.provider, then.extra):  # weights are read once, and may change on disk
+            before, after = dict(then.extra or {}), dict(now.extra or {})
+            names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+            raise SpaceError(
+                f"{then.provider} was changed after it was wrapped ({', '.join(names)}); wrap it anew, "
+                "or wrap another one"
+            )
+
+
+_TASKS: tuple[Task, ...] = ("document", "query")
+
+
 def described_space(
     embedder: object,
     fields: Mapping[str, Any],
@@ -180,10 +218,20 @@ def described_space(
     ``model`` is a folder, its content is what counts: where it lies does not, and weights that change in place do.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described. The message names the field and says how to
-            declare the space instead.
+        SpaceError: a field holds an object that cannot be described, or the class has no name that is its own. The
+            message says which, and how to declare the space instead.
     """
     cls = type(embedder)
+    if cls.__module__ == "__main__":
+        raise SpaceError(
+            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
+            f"move it to a module, or {_DECLARE}"
+        )
+    if "<locals>" in cls.__qualname__:
+        raise SpaceError(
+            f"{cls.__name__} is defined in a function, which may make another one of that name each time it runs; "
+            f"move it out of there, or {_DECLARE}"
+        )
     kept = {name: item for name, item in fields.items() if name not in leave_out}
     folder = Path(model).expanduser()
     content = digest(folder) if any((folder / name).is_file() for name in ("config.json", "modules.json")) else None
@@ -206,11 +254,6 @@ def model_space(embedder: object, *, task: Task | None = None, also: Mapping[str
             nobody sees it, or its class has no name that is its own.
     """
     cls = type(embedder)
-    if cls.__module__ == "__main__":
-        raise SpaceError(
-            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
-            f"move it to a module, or {_DECLARE}"
-        )
     names = getattr(cls, "model_fields", None)
     if names is None:
         if not dataclasses.is_dataclass(embedder):
@@ -251,7 +294,7 @@ def _plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
         for name, item in fields.items()
         if item is not None
         and name not in NOT_IN_SPACE
-        and not _SECRET.search(str(name).lower())
+        and not _is_secret(str(name))
         and not hasattr(item, "get_secret_value")
     }
 
@@ -279,14 +322,19 @@ def _plain(item: Any, name: str) -> Value:
     )
 
 
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name.lower().replace("-", "_")) is not None
+
+
 def _without_credentials(text: str) -> str:
-    if "://" not in text or "@" not in text:
+    if "://" not in text or not ("@" in text or "?" in text):
         return text
     try:
         parts = urlsplit(text)
     except ValueError:
         return text
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    query = "&".join(part for part in parts.query.split("&") if not _is_secret(part.partition("=")[0]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
 # --- an OpenAI client inside an embedder ------------------------------------------------------

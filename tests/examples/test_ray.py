@@ -74,8 +74,10 @@ def test_a_killed_job_computes_the_rest(tmp_path: Path) -> None:
             kill_all_of(environment["EMBEDONCE_TEST_JOB"])
             job.wait()
     stored = entries(config)
+    (tmp_path / "vectors").mkdir(exist_ok=True)
     assert 100 <= stored < len(LINES)
 
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["of another run"]}), tmp_path / "vectors" / "left.parquet")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
     said = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
     assert said is not None, again.stdout

@@ -15,7 +15,7 @@ from agent_framework.openai import OpenAIEmbeddingClient
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
-from embedonce_integrations.agent_framework import CachedEmbeddingClient
+from embedonce_integrations.agent_framework import MOST_SPACES, CachedEmbeddingClient
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -93,6 +93,21 @@ async def test_options_that_decide_vectors_are_a_space_of_their_own(
     assert server.texts == 3
 
 
+async def test_options_of_all_kinds_take_no_more_and_more_memory(
+    server: OpenAIServer, client: OpenAIEmbeddingClient
+) -> None:
+    cached = CachedEmbeddingClient(client, config=MEMORY)
+    await cached.get_embeddings(["text"])
+    for number in range(2 * MOST_SPACES):
+        await cached.get_embeddings(["text"], options={"extra_body": {"number": number}})
+    assert len(cached._caches) == MOST_SPACES
+    asked = server.texts
+    assert asked == 1 + 2 * MOST_SPACES
+    for options in (None, {"extra_body": {"number": 0}}):
+        await cached.get_embeddings(["text"], options=options)
+    assert server.texts == asked, "what was left has its vectors still"
+
+
 async def test_options_that_decide_nothing_reach_the_client(
     server: OpenAIServer, client: OpenAIEmbeddingClient
 ) -> None:
@@ -160,6 +175,8 @@ class Nameless(BaseEmbeddingClient[str, list[float], Any]):
 
 
 async def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SpaceError, match=r"object does not say.*space="):
+        CachedEmbeddingClient(object(), config=MEMORY)  # type: ignore[arg-type]
     with pytest.raises(SpaceError, match=r"Nameless does not say.*space="):
         CachedEmbeddingClient(Nameless(), config=MEMORY)
     cached = CachedEmbeddingClient(Nameless(), config=MEMORY, space={"model": "nameless-v1"})

@@ -20,7 +20,7 @@ from autogen_ext.memory.chromadb import (
 )
 from autogen_ext.models.replay import ReplayChatCompletionClient
 
-from embedonce import ProviderError
+from embedonce import ConfigError, ProviderError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.autogen import CachedMemory
 from embedonce_integrations.chroma import CachedEmbeddingFunction
@@ -45,14 +45,17 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-async def config(server: OpenAIServer, tmp_path: Path) -> AsyncIterator[dict[str, Any]]:
+async def config(
+    server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, Any]]:
+    monkeypatch.setenv("TEA_API_KEY", "sk-secret")
     config = {
         "key": {"normalize": ["strip"]},
         "provider": {
             "type": "openai",
             "model": "text-embedding-3-small",
             "base_url": server.base_url,
-            "api_key": "sk-secret",
+            "api_key": "${TEA_API_KEY}",
             "max_retries": 0,
         },
         "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}],
@@ -137,6 +140,48 @@ async def test_a_dumped_memory_is_loaded_with_its_chunks(server: OpenAIServer, c
     loaded = CachedMemory.load_component(dumped.model_dump())
     assert (loaded.name, texts(await loaded.query(TEA[2]))) == ("tea", [TEA[2]])
     assert server.texts == 3, "the query is a chunk, and the model is symmetric"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"key": {"secret": "hunter2" * 5}},
+        {"provider": {"type": "openai", "model": "m", "api_key": "hunter2"}},
+        {"tiers": [{"type": "memory"}, {"type": "redis", "url": "redis://:hunter2@127.0.0.1:1/0"}]},
+    ],
+)
+async def test_a_secret_in_the_clear_is_not_dumped(part: dict[str, Any]) -> None:
+    memory = CachedMemory({**NGRAM, **part})
+    with pytest.raises(ConfigError, match="a secret would be written") as raised:
+        memory.dump_component()
+    assert "hunter2" not in str(raised.value)
+
+
+async def test_chunks_stay_what_their_vectors_were_made_of() -> None:
+    given, later = chunk(TEA[0], where={"page": 1}), chunk(TEA[1], where={"page": 2})
+    memory = CachedMemory(NGRAM, k=1, memory_contents=[later])
+    await memory.add(given)
+    for content in (given, later):
+        content.content = "something else"
+        assert content.metadata is not None
+        content.metadata["where"]["page"] = 9
+    for page, text in enumerate(TEA[:2], 1):
+        found = (await memory.query(text)).results[0]
+        assert (found.content, found.metadata) == (text, {"where": {"page": page}, "score": pytest.approx(1.0)})
+        assert found.metadata is not None
+        found.metadata["where"]["page"] = 9
+        assert (await memory.query(text)).results[0].metadata["where"] == {"page": page}  # type: ignore[index]
+
+
+async def test_what_is_no_content_is_refused() -> None:
+    memory = CachedMemory(NGRAM)
+    with pytest.raises(TypeError, match="MemoryContent, not str"):
+        await memory.add_all(["text"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="MemoryContent, not str"):
+        CachedMemory(NGRAM, memory_contents=["text"])  # type: ignore[list-item]
+    for k in (1.5, "2", True):
+        with pytest.raises(TypeError, match="k is an integer"):
+            CachedMemory(NGRAM, k=k)  # type: ignore[arg-type]
 
 
 async def test_clear_empties_the_memory_and_not_the_cache(server: OpenAIServer, config: dict[str, Any]) -> None:

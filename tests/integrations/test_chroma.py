@@ -14,7 +14,7 @@ import pytest
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings
 from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction, register_embedding_function
 
-from embedonce import ProviderError, SpaceError
+from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.chroma import CachedEmbeddingFunction
 
@@ -226,6 +226,44 @@ def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
         CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
 
 
+def test_the_endpoint_counts_wherever_the_function_has_it_from(
+    server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = {"tiers": [{"type": "memory"}]}
+    with OpenAIServer(dimensions=64) as other:
+        for url in (server.base_url, other.base_url):
+            monkeypatch.setenv("OPENAI_BASE_URL", url)
+            CachedEmbeddingFunction(openai(api_base=None), config=tiers)(["text"])
+        CachedEmbeddingFunction(openai(api_base=other.base_url), config=tiers)(["text"])
+        assert (server.texts, other.texts) == (1, 1)
+
+
+def test_a_function_that_was_changed_is_not_asked(
+    server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]
+) -> None:
+    inner = openai()
+    function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
+    function(["text"])
+    inner.model_name = "text-embedding-3-large"
+    function(["text"])
+    with pytest.raises(SpaceError, match=r"changed after it was wrapped \(model_name\)"):
+        function(["another"])
+    assert server.texts == 1
+
+
+def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
+    function = CachedEmbeddingFunction(config={**NGRAM, "key": {"secret": "hunter2" * 5}})
+    with pytest.raises(ConfigError, match=r"key\.secret: a secret would be written") as raised:
+        function.get_config()
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [TwoSided, len, "text-embedding-3-small"])
+def test_what_is_no_function_of_chromas_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"wraps one of Chroma's embedding functions.*config="):
+        CachedEmbeddingFunction(wrong, config=NGRAM)
+
+
 def test_normalisation_reaches_the_wrapped_function() -> None:
     inner = TwoSided()
     tiers = {"tiers": [{"type": "memory"}], "key": {"normalize": ["strip"]}}
@@ -241,11 +279,12 @@ def test_what_is_no_text_is_a_type_error() -> None:
         function("text")  # type: ignore[arg-type]
 
 
-def test_too_few_vectors_are_not_shifted() -> None:
-    class Short(TwoSided):
-        def __call__(self, input: Documents) -> Embeddings:
-            return super().__call__(input)[1:]
+class Short(TwoSided):
+    def __call__(self, input: Documents) -> Embeddings:
+        return super().__call__(input)[1:]
 
+
+def test_too_few_vectors_are_not_shifted() -> None:
     function = CachedEmbeddingFunction(Short(), config={"tiers": [{"type": "memory"}]})
     with pytest.raises(ProviderError, match="1 vectors for 2 texts"):
         function(["a", "bb"])

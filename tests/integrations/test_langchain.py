@@ -401,17 +401,36 @@ class Nested(BaseModel, Opaque):
 
 
 def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
+    class Local(Letters):
+        pass
+
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for embeddings, said in (
         (Opaque(), "Opaque does not say"),
         (Nameless(), "names no model and has private attributes"),
         (Nested(base=object()), r"Nested\.base is a object"),
         (script(), "another script may have another one"),
+        (Local(), "defined in a function"),
     ):
         with pytest.raises(SpaceError, match=said + r".*space="):
             CachedEmbeddings(embeddings, config=memory())
         cached = CachedEmbeddings(embeddings, config=memory(), space={"model": "mine"})
         assert same(cached.embed_documents(["a"]), [vector("a")])
+
+
+def test_embeddings_that_were_changed_are_not_asked(openai: OpenAI, face: Face) -> None:
+    for inner, field in ((Letters(prompt="before: "), "prompt"), (openai(), "model")):
+        config = memory()
+        cached = CachedEmbeddings(inner, config=config)
+        known = face.documents(cached, ["a"])
+        as_it_was = inner.model_copy()
+        setattr(inner, field, "after")
+        assert face.documents(cached, ["a"]) == known
+        for ask in (lambda: face.documents(cached, ["b"]), lambda: face.query(cached, "b")):  # noqa: B023
+            with pytest.raises(SpaceError, match=rf"changed after it was wrapped \(.*{field}.*\)"):
+                ask()
+        again = CachedEmbeddings(as_it_was, config=config)
+        assert face.documents(again, ["a", "b"])[0] == known[0]
 
 
 class Quantized(Letters):

@@ -308,21 +308,42 @@ def test_queries_share_with_texts_only_where_that_is_said() -> None:
     assert declared["document"] != declared["query"]
 
 
+class Holding(Letters):
+    model: Any = None
+
+
 def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
-    class Holding(Letters):
-        model: Any = None
+    class Local(Letters):
+        pass
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for model, said in (
         (Letters(model_name="unknown"), "names no model and has private attributes"),
         (Holding(model=object()), r"Holding\.model is a object"),
         (script(), "another script may have another one"),
+        (Local(), "defined in a function"),
     ):
         with pytest.raises(SpaceError, match=said + r".*space="):
             CachedEmbedding(model, config=memory())
         cached = CachedEmbedding(model, config=memory(), space={"model": "mine"})
         assert same(cached.get_text_embedding("a"), vector("a"))
         assert cached.model_name == "mine"
+
+
+def test_a_model_that_was_changed_is_not_asked() -> None:
+    inner = Letters(model_name="before")
+    cached = CachedEmbedding(inner, config=memory())
+    cached.get_text_embedding("a")
+    inner.model_name = "after"
+    assert same(cached.get_text_embedding("a"), vector("a"))
+    for ask in (
+        lambda: cached.get_text_embedding("b"),
+        lambda: cached.get_query_embedding("b"),
+        lambda: asyncio.run(cached.aget_text_embedding_batch(["b"])),
+    ):
+        with pytest.raises(SpaceError, match=r"changed after it was wrapped \(model_name\)"):
+            ask()
+    assert inner._count == {"a": 1}
 
 
 def test_what_it_does_not_take_is_refused_with_what_to_do() -> None:

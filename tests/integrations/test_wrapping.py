@@ -21,6 +21,7 @@ from embedonce_integrations.wrapping import (
     NOT_IN_SPACE,
     InOrder,
     WrappedProvider,
+    WrappedSpaces,
     asked_with,
     declared_space,
     described_space,
@@ -117,10 +118,20 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
             "azure_ad_token_provider": print,
             "azure_ad_async_token_provider": print,
             "aws_secret_access_key": "s",
+            "headers_of_mine": {"x-api-key": "s", "Authorization": "Bearer s"},
+            "subscription_key": "s",
+            "endpoint": "https://host/v1?api-key=s&api-version=1",
+            "query_token": "[Q]",
         },
         model="m",
     )
-    assert space.extra == {"body": {"truncate": True}, "base_url": "https://host:8080/v1"}
+    assert space.extra == {
+        "body": {"truncate": True},
+        "base_url": "https://host:8080/v1",
+        "headers_of_mine": {},
+        "endpoint": "https://host/v1?api-version=1",
+        "query_token": "[Q]",
+    }
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
 
 
@@ -129,6 +140,29 @@ def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
         fingerprint(pooler=object())
     with pytest.raises(SpaceError, match=r"Embedder\.options\.hook"):
         fingerprint(options={"hook": print})
+
+
+def test_a_class_without_a_name_of_its_own_is_refused() -> None:
+    class Local:
+        pass
+
+    script = type("Embedder", (), {"__module__": "__main__"})
+    with pytest.raises(SpaceError, match=r"Local is defined in a function.*space="):
+        fingerprint(Local())
+    with pytest.raises(SpaceError, match=r"Embedder is defined in the script.*space="):
+        fingerprint(script())
+
+
+def test_an_embedder_that_was_changed_is_told_by_its_fields() -> None:
+    fields: dict[str, Any] = {"prompt": "a: ", "batch_size": 8}
+    spaces = WrappedSpaces(lambda task: described_space(Embedder(), fields, model="m", task=task))
+    fields["batch_size"] = 16
+    spaces.check("document")
+    fields |= {"prompt": "hunter2", "pooling": "mean"}
+    with pytest.raises(SpaceError, match=r"changed after it was wrapped \(pooling, prompt\)") as raised:
+        spaces.check("query")
+    assert "hunter2" not in str(raised.value)
+    assert spaces("query").extra == {"prompt": "a: "}
 
 
 def test_values_of_a_description() -> None:
