@@ -23,7 +23,7 @@ from ._sections import (
     TierTable,
     is_in_process,
 )
-from ._suggest import closest, listed, quoted, written
+from ._suggest import closest, listed, quoted, without_credentials, written
 from ._toml import Path as Where
 from .drift import DriftGuard
 from .errors import ConfigError, PluginError, Problem
@@ -364,12 +364,13 @@ class _Loader:
         name = given.get(key)
         if not isinstance(name, str):
             return None  # what is wrong with it is said when the table is read
+        url = without_credentials(name) if "://" in name else None
         name = plugins.bare(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
-            wanted = f'a tier\'s name is like "{_slug(name)}": a letter a-z, then a-z, 0-9, - and _'
+            wanted = f'a tier\'s name is like "{_slug(url or name)}": a letter a-z, then a-z, 0-9, - and _'
             why = '"provider" is what stands for the provider' if name == "provider" else wanted
             private = (*where, key) in self._values.private
-            what = f"what {key} stands for" if private else quoted(name)
+            what = f"what {key} stands for" if private else quoted(url or name)
             self._wrong((*where, key), f"{what} cannot be a tier's name{'' if private else f': {why}'}")
             return None
         form = name.replace("-", "_")  # as in environment variables
@@ -584,7 +585,6 @@ HIDDEN = "(hidden)"
 _SECRET = re.compile(
     r"secret|encryption|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
 )
-_IN_URL = re.compile(r"//[^/\s]*@")
 
 
 def is_secret(where: Sequence[str | int]) -> bool:
@@ -610,7 +610,7 @@ def display(where: Where, value: Any) -> str | None:
         return None
     if isinstance(value, bool):
         return str(value).lower()
-    return quoted(_without_credentials(value)) if isinstance(value, str) else str(value)
+    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def _masked(where: Where, value: Any) -> Any:
@@ -620,14 +620,7 @@ def _masked(where: Where, value: Any) -> Any:
         return {key: _masked((*where, key), item) for key, item in value.items()}
     if isinstance(value, list):
         return [_masked(where, item) for item in value]
-    return _without_credentials(value) if isinstance(value, str) else value
-
-
-def _without_credentials(value: str) -> str:
-    """Return a URL without user, password and query; other text as it is."""
-    if "://" not in value:
-        return value
-    return _IN_URL.sub("//***@", value).partition("?")[0]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _dotted(where: Where) -> str:

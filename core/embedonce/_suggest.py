@@ -29,8 +29,19 @@ def listed(words: Iterable[str], last: str = "and") -> str:
     return f"{', '.join(front)} {last} {end}" if front else end
 
 
+_IN_URL = re.compile(r"//[^/\s]*@")
+
+
+def without_credentials(text: str) -> str:
+    """Return a URL without user, password and query; other text as it is."""
+    if "://" not in text:
+        return text
+    return _IN_URL.sub("//***@", text).partition("?")[0]
+
+
 def quoted(text: str) -> str:
-    """Return text in quotes, shortened, with anything that a terminal would obey written as an escape."""
+    """Return text in quotes, shortened, without a URL's credentials; what a terminal would obey is an escape."""
+    text = without_credentials(text)
     short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return json.dumps(short, ensure_ascii=not short.isprintable())  # nor is a lone surrogate printable
 

@@ -141,12 +141,12 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
     from .functions import NoProvider
 
     problems: list[Problem] = []
-    causes: list[Exception] = []
+    causes: list[BaseException] = []
 
     def make(part: Plugged) -> Any:
         try:
             made.append(part.cls(**part.options))
-        except Exception as error:  # noqa: BLE001  (a plugin may raise anything; it becomes a problem at its table)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it is becomes a problem at its table)
             problems.append(_refusal(config, part, error))
             causes.extend([error] if not _repeats(error, part.secrets) else [])
             return None
@@ -227,7 +227,7 @@ def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> En
         return None
 
 
-def _refusal(config: Config, part: Plugged, error: Exception) -> Problem:
+def _refusal(config: Config, part: Plugged, error: BaseException) -> Problem:
     """Return what a plugin's constructor said, at its table, unless it repeats what must stay hidden."""
     said = "(its message is hidden: it repeats a secret)" if _repeats(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__

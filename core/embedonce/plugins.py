@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import hookspecs
-from ._suggest import closest, listed, quoted
+from ._suggest import closest, listed, quoted, without_credentials
 from .contracts import API, Normalizer
 from .errors import PluginError
 from .events import Event
@@ -188,7 +188,7 @@ def _the_entry_point(name: str) -> EntryPoint:
     if meant:
         raise PluginError(_ambiguous(name, meant))
     if found:
-        raise PluginError(str(_refusal(found[0])))
+        raise PluginError(str(_refusal(next(filter(_is_own, found), found[0]))))
     raise PluginError(_not_installed(name))
 
 
@@ -202,7 +202,7 @@ def _type(point: EntryPoint) -> str:
 def _refusal(point: EntryPoint) -> str | None:
     """Return why a plugin must not be loaded: it is disabled, or not allowed."""
     names = {_canonical(point.name), _canonical(_distribution(point)), _canonical(_full_name(point))}
-    if names & {_canonical(part) for part in os.environ.get(DISABLE, "").split(",")}:
+    if names & {_canonical(part) for part in os.environ.get(DISABLE, "").split(",") if part.strip()}:
         return f"{_named(point)} is disabled by {DISABLE}={os.environ[DISABLE]}"
     allow = _allow.get()
     if allow is None or _is_own(point) or names & allow:
@@ -310,7 +310,7 @@ def _register(point: EntryPoint, module: Any) -> None:
     try:
         manager.register(module, name=f"{_full_name(point)}={point.value}")
         _check_hooks(manager, module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if manager.is_registered(module):
             manager.unregister(module)
         raise PluginError(f"{_named(point)} cannot be registered: {_said(error)}") from error
@@ -333,7 +333,7 @@ def _ask(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
     others = [plugin for plugin in manager.get_plugins() if plugin is not module]
     try:
         answers = manager.subset_hook_caller(hook, others)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{_named(point)} failed in its hook {hook}: {_said(error)}") from error
     found: dict[str, Any] = {}
     for answer in answers:
@@ -377,11 +377,25 @@ def _inspect(point: EntryPoint) -> InstalledPlugin:
         return about(kinds=(), error=str(error), broken=not _lacks_extra(point, error))
     kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
     wrong = [problem for kind in kinds for cls in plugin.registered[kind].values() for problem in _lacks(kind, cls)]
+    wrong += _unreachable(point, plugin)
     try:
         _the_entry_point(point.name)
     except PluginError as error:  # its name alone means two
         wrong.append(str(error))
     return about(kinds=kinds, error="; ".join(wrong) or None, broken=bool(wrong))
+
+
+def _unreachable(point: EntryPoint, plugin: _Loaded) -> Iterator[str]:
+    """Yield what is registered under a name by which no configuration finds it."""
+    brought = {name for found in plugin.registered.values() for name in found}
+    if point.name not in brought and (brought or not _event_hooks(plugin.module)):
+        named = f'and nothing that is named as its entry point, "{point.name}"'
+        yield f"it brings {listed(_brought(plugin))}, {named}" if brought else "it brings nothing"
+        return
+    origin = _origin(point)
+    found_by = {other.name for other in _all_entry_points() if _origin(other) == origin and other.value == point.value}
+    for what, name in ((what, name) for what, name in _brought_names(plugin) if name not in found_by):
+        yield f'{what} cannot be used: add an entry point {name} = "{point.value}"'
 
 
 def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
@@ -414,7 +428,9 @@ def _named(point: EntryPoint) -> str:
 
 
 def _said(error: BaseException) -> str:
-    first = next(iter(str(error).splitlines()), "")
+    # pluggy says on its last lines what is wrong with a hook.
+    said = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
+    first = without_credentials(next(iter(said.splitlines()), ""))
     if isinstance(error, PluginError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -481,9 +497,21 @@ def _not_installed(name: str) -> str:
 def _no_step(name: str) -> str:
     meant = closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    return f"no normalisation step {quoted(name)}{hint} embedonce has {', '.join(NORMALIZERS)}; plugins may bring more"
+    more = "plugins may bring more, each with an entry point of its name"
+    return f"no normalisation step {quoted(name)}{hint} embedonce has {', '.join(NORMALIZERS)}; {more}"
 
 
 def _wrong_kind(kind: Kind, plugin: _Loaded) -> str:
-    has = [f'{other} "{name}"' for other, found in plugin.registered.items() for name in found]
-    return f'"{plugin.name}" is no {kind}: the plugin of {plugin.origin} brings {listed(has)}'
+    has = listed(_brought(plugin))
+    return f'"{plugin.name}" is no {kind}: the plugin of {plugin.origin} brings {has}'
+
+
+def _brought(plugin: _Loaded) -> list[str]:
+    return [what for what, _ in _brought_names(plugin)]
+
+
+def _brought_names(plugin: _Loaded) -> Iterator[tuple[str, str]]:
+    """Yield each thing that a plugin registers, as messages name it, with its name alone."""
+    for kind, found in plugin.registered.items():
+        for name in found:
+            yield f'{kind} "{name}"', name

@@ -244,6 +244,21 @@ def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest
     assert done.code == 0, "it is somebody's will, and nothing broken"
 
 
+@pytest.mark.parametrize("arguments", [["schema"], ["plugins", "--json"], ["check", "--json"]])
+def test_what_a_plugin_prints_is_not_in_the_document(folder: Path, arguments: list[str]) -> None:
+    info = folder / "site" / "loud-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[embedonce]\nloud = loud\n")
+    (folder / "site" / "loud.py").write_text("print('here I am')\n")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    ran = subprocess.run(
+        [sys.executable, "-m", "embedonce", *arguments], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert "here I am" in ran.stderr
+    json.loads(ran.stdout)
+
+
 def test_schema_is_the_schema(command: Any) -> None:
     assert command("schema").json == command("schema", "--json").json == json.loads(json.dumps(config.schema()))
 

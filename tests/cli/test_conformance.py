@@ -85,6 +85,17 @@ def shout(text):
     return text.upper()
 
 
+class EndingBackend(SharedBackend):
+    def get_many(self, keys, /):
+        if not keys:
+            raise SystemExit(0)
+        return super().get_many(keys)
+
+
+class UndeclaredBackend(SharedBackend):
+    capabilities = None
+
+
 class Neither:
     pass
 """
@@ -150,6 +161,15 @@ def test_one_test_alone(command: Any, module: str) -> None:
     assert command("conformance", f"{module}:FileBackend", "--test", "test_a_mis").code == 2
 
 
+def test_a_backend_that_ends_the_program_has_failed(command: Any, module: str) -> None:
+    arguments = ["--option", "prefix={new}", "--test", "test_empty_calls_do_nothing", "--json"]
+    ran = command("conformance", f"{module}:EndingBackend", *arguments)
+    assert ran.code == 1
+    (test,) = ran.json["tests"]
+    assert test["outcome"] == "failed"
+    assert "SystemExit" in test["detail"]
+
+
 def test_a_provider(command: Any, module: str) -> None:
     told = command("conformance", f"{module}:LettersProvider", "-o", "first=64", "--rounds", "2", "--json").json
     outcomes = {one["test"]: one["outcome"] for one in told["tests"]}
@@ -193,6 +213,7 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["mypackage:SharedBackend", "-o", "prefix={server}"], "say where it listens with --server HOST:PORT"),
         (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server has no use"),
         (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server is written as HOST:PORT"),
+        (["mypackage:UndeclaredBackend"], "a backend has its capabilities: capabilities = Capabilities(...)"),
         (["mypackage:FileBackend", "-o", "password=wrong"], "its message is hidden: it repeats a secret"),
     ],
 )

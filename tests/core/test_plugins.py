@@ -242,7 +242,61 @@ def test_a_hook_that_does_not_exist(install: Install) -> None:
 
 def test_a_hook_with_an_argument_that_it_does_not_get(install: Install) -> None:
     name = install("import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(config): return {}")
-    assert "cannot be registered" in said(name)
+    assert "Argument(s) {'config'} are declared in the hookimpl" in said(name)
+
+
+@pytest.mark.parametrize("body", ["exit(0)", "raise ValueError('redis://user:hunter2@host/0 is away')"])
+def test_a_hook_that_ends_the_program_or_tells_a_password(install: Install, body: str) -> None:
+    message = said(install(f"import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): {body}"))
+    assert "failed in its hook embedonce_backends" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("{}", "it brings nothing"),
+        ("{'another': Backend}", 'it brings backend "another", and nothing that is named as its entry point'),
+        ("{'NAME': Backend, 'more': Backend}", 'backend "more" cannot be used: add an entry point more = "acme_'),
+    ],
+)
+def test_what_no_configuration_can_name_is_a_problem(install: Install, body: str, wanted: str) -> None:
+    name = install(BACKEND.replace("{BODY}", body).replace("NAME", "one"), name="one")
+    (found,) = [one for one in plugins.installed() if one.name == name]
+    assert found.broken
+    assert wanted in str(found.error)
+
+
+def test_an_entry_point_without_a_name_stops_nothing(install: Install) -> None:
+    install(BACKEND.replace("{BODY}", "{}"), name="")
+    assert "memory" in [one.name for one in plugins.installed()]
+
+
+def test_a_constructor_that_ends_the_program_is_a_problem_at_its_table(install: Install) -> None:
+    methods = "def get_many(self, keys): ...\n        def set_many(self, items, ttl): ...\n        def close(self): ..."
+    code = BACKEND.replace(
+        "class Backend: ...", f"class Backend:\n        def __init__(self): exit(3)\n        {methods}"
+    )
+    name = install(code.replace("{BODY}", "{'ends': Backend}"), name="ends")
+    with pytest.raises(ConfigError, match="cannot be made: SystemExit: 3"):
+        embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": name}]})
+
+
+@pytest.mark.parametrize(
+    "table", [{"type": "redis://user:hunter2@host"}, {"type": "memory", "name": "redis://u:hunter2@h"}]
+)
+def test_a_url_where_a_name_belongs_keeps_its_password(table: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        embedonce.open({"provider": {"type": "ngram"}, "tiers": [table]})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_our_own_is_named_when_it_is_disabled_beside_another_of_its_name(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(BACKEND.replace("{BODY}", "{'memory': Backend}"), name="memory")
+    monkeypatch.setenv("EMBEDONCE_DISABLE_PLUGINS", "memory")
+    assert said("memory").startswith('plugin "memory" of embedonce ')
 
 
 def test_a_module_without_hooks(install: Install) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import rich_utils
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, PluginError, SpaceError
 
@@ -19,7 +19,7 @@ from . import inspect as _inspect
 from . import migrate as _migrate
 from . import new as _new
 from . import purge as _purge
-from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, said_of, say, say_config_error
+from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, results_alone, said_of, say, say_config_error
 
 EPILOG = """
 Examples:
@@ -34,6 +34,14 @@ embedonce explain "one text" --json
 
 Exit codes: 0 all went well, 1 something failed, 2 wrong usage or configuration, 130 interrupted.
 """
+
+
+class Command(TyperCommand):
+    """Keeps standard output for the results."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with results_alone():
+            return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
@@ -98,19 +106,19 @@ def _top(
 ) -> None: ...
 
 
-app.command(epilog=_init.EPILOG)(_init.init)
-app.command(epilog=_inspect.CHECK_EPILOG)(_inspect.check)
-app.command(epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
-app.command(epilog=_embed.EPILOG)(_embed.embed)
-app.command(epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
-app.command(epilog=_evaluate.EPILOG)(_evaluate.evaluate)
-app.command(epilog=_inspect.STATS_EPILOG)(_inspect.stats)
-app.command(epilog=_purge.EPILOG)(_purge.purge)
-app.command(epilog=_migrate.EPILOG)(_migrate.migrate)
-app.command(epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
-app.command(epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
-app.command(epilog=_new.EPILOG)(_new.new)
-app.command(epilog=_conformance.EPILOG)(_conformance.conformance)
+app.command(cls=Command, epilog=_init.EPILOG)(_init.init)
+app.command(cls=Command, epilog=_inspect.CHECK_EPILOG)(_inspect.check)
+app.command(cls=Command, epilog=_inspect.CONFIG_EPILOG)(_inspect.config)
+app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
+app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
+app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
+app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
+app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
+app.command(cls=Command, epilog=_migrate.EPILOG)(_migrate.migrate)
+app.command(cls=Command, epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)
+app.command(cls=Command, epilog=_inspect.SCHEMA_EPILOG)(_inspect.schema)
+app.command(cls=Command, epilog=_new.EPILOG)(_new.new)
+app.command(cls=Command, epilog=_conformance.EPILOG)(_conformance.conformance)
 
 
 def run() -> None:

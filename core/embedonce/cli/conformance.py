@@ -126,7 +126,7 @@ def _check_server(server: str, options: Any) -> None:
 def _timings(tried: Any, rounds: int) -> list[Timing]:
     try:
         timings: list[Timing] = tried.timings(rounds)
-    except Exception as error:  # noqa: BLE001  (a plugin may raise anything; its tests have said what is wrong)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (its tests have said what is wrong)
         say(f"not timed: {type(error).__name__}")
         return []
     return timings

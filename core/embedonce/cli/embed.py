@@ -16,7 +16,7 @@ import typer
 
 from .formats import Format, Split
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, count, emit, say
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, count, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
@@ -224,7 +224,7 @@ def _tell(summary: Summary, *, as_json: bool, quiet: bool) -> None:
         emit(asdict(summary))
     elif not quiet:
         for line in told(summary):
-            print(line, flush=True)
+            write(line)
 
 
 def told(summary: Summary) -> Iterator[str]:

@@ -12,7 +12,7 @@ import typer
 from embedonce._documents import FILE, PYPROJECT
 
 from .options import JsonOption
-from .output import Refused, emit
+from .output import Refused, emit, write
 
 EPILOG = """
 Examples:
@@ -87,7 +87,7 @@ def init(
     if json:
         emit({"file": str(file)})
     else:
-        print(f"wrote {file}; now try: {_check(file)}", flush=True)
+        write(f"wrote {file}; now try: {_check(file)}")
 
 
 def _check(file: Path) -> str:

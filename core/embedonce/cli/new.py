@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from .options import JsonOption
-from .output import Refused, emit
+from .output import Refused, emit, write
 
 EPILOG = """
 Examples:
@@ -54,10 +54,7 @@ def new(
     if json:
         emit({"folder": str(target), "files": written})
     else:
-        print(
-            f"wrote {target}; now try:\n  cd {shlex.quote(str(target))}\n  pip install -e '.[test]'\n  pytest",
-            flush=True,
-        )
+        write(f"wrote {target}; now try:\n  cd {shlex.quote(str(target))}\n  pip install -e '.[test]'\n  pytest")
 
 
 def _check(name: str) -> None:

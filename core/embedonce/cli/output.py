@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from typing import TextIO
 
     from embedonce.errors import ConfigError, Problem
 
@@ -36,21 +38,42 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+_results: TextIO | None = None
+
+
+@contextlib.contextmanager
+def results_alone() -> Iterator[None]:
+    """Let what others print go to standard error: a plugin's line would make the document of ``--json`` no JSON."""
+    global _results
+    before, _results = _results, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
+
+def write(line: str) -> None:
+    """Write a line to standard output."""
+    print(line, file=_results or sys.stdout, flush=True)
+
+
 def emit(value: Any) -> None:
     """Write one JSON document to standard output. It is ASCII, so that every terminal and pipe takes it."""
-    print(json.dumps(value, indent=2, default=str), flush=True)
+    write(json.dumps(value, indent=2, default=str))
 
 
 def show(*renderables: Any) -> None:
     """Write tables and text to standard output; into a pipe they are as wide as they need to be."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    out = _results or sys.stdout
+    console = Console(file=out, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=500, color_system=None)
+        console = Console(file=out, highlight=False, markup=False, emoji=False, width=500, color_system=None)
     for renderable in renderables:
         console.print(renderable)
-    sys.stdout.flush()
+    out.flush()
 
 
 def table(columns: dict[str, str], rows: list[list[Any]]) -> Any:

@@ -12,7 +12,7 @@ import typer
 
 from .inspect import CARD
 from .options import ConfigOption, JsonOption
-from .output import Refused, count, emit, say, shown
+from .output import Refused, count, emit, say, shown, write
 
 if TYPE_CHECKING:
     from embedonce.answers import Purged
@@ -65,7 +65,7 @@ def purge(
         emit(asdict(purged) | {"dry_run": dry_run})
     else:
         for line in told(purged, "would be removed" if dry_run else "removed"):
-            print(line, flush=True)
+            write(line)
 
 
 def _confirmed(would: Purged) -> bool:

@@ -1,7 +1,8 @@
 """What another process does for the contracts: make a plugin, use it, tell. Run by :mod:`._support`.
 
-Reads one JSON object from standard input and writes one to standard output; one that writes until it is
-killed tells after each batch how many keys it has stored.
+Reads a line with a JSON object from standard input, makes the plugin, says so with an empty line, waits for one, and
+writes a JSON object to standard output. One that writes until it is killed waits for nothing, and tells after each
+batch how many keys it has stored.
 """
 
 from __future__ import annotations
@@ -30,22 +31,36 @@ def main() -> None:
     """Answer the request on standard input."""
     # What a plugin prints is no answer.
     answers, sys.stdout = sys.stdout, sys.stderr
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
     module, _, name = request["plugin"].partition(":")
     made: Any = import_module(module)
     for part in name.split("."):
         made = getattr(made, part)
     if "forms" in request:
+        _wait(answers)
         json.dump([made(text) for text in request["forms"]], answers)
         return
     plugin = made(**_typed(made, request["options"]))
     if "scope" in request:
         _write(plugin, request, answers)
     try:
-        answer = _embed(plugin, request) if "texts" in request else _store(plugin, request)
+        _wait(answers)
+        answer = _answer(plugin, request)
     finally:
         plugin.close()
     json.dump(answer, answers)
+
+
+def _wait(answers: TextIO) -> None:
+    """Say that the plugin is made, and wait until the other processes have made theirs."""
+    print(file=answers, flush=True)
+    sys.stdin.readline()
+
+
+def _answer(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
+    if "texts" in request:
+        return _embed(plugin, request)
+    return _add(plugin, request) if "add" in request else _store(plugin, request)
 
 
 def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -68,12 +83,20 @@ def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
 
 
 def _store(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Store a sample under each key of ``store``; say which keys of ``expect`` do not hold theirs."""
+    """Store a sample under each key of ``store``, one a call; say which keys of ``expect`` do not hold theirs."""
     values = values_for(request["holds"], request["dimensions"])
-    backend.set_many({key: values.sample(seed) for key, seed in request["store"].items()}, None)
+    for name, seed in request["store"].items():
+        backend.set_many({name: values.sample(seed)}, None)
     found = backend.get_many(list(request["expect"]))
     wrong = [key for key, seed in request["expect"].items() if not values.same(found.get(key), values.sample(seed))]
     return {"wrong": wrong}
+
+
+def _add(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Add a lease under each key of ``add``, one a call; say which this process has stored."""
+    values = values_for(backend, request["dimensions"])
+    won = [name for name in request["add"] if backend.add_many({name: values.sample(0)}, None)]
+    return {"won": won}
 
 
 def _embed(provider: Any, request: dict[str, Any]) -> dict[str, Any]:

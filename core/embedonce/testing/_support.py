@@ -140,15 +140,21 @@ def _read_all(reader: int, child: int, meanwhile: Callable[[], None]) -> bytes |
 def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
     """Hand each request to a fresh Python process that makes the plugin of ``recipe``; return their answers.
 
-    All run at once. See :mod:`embedonce.testing._child` for what they understand.
+    All begin at one moment, when the last has made its plugin. See :mod:`embedonce.testing._child` for what they
+    understand.
 
     Raises:
         AssertionError: a process failed, with what it said, or did not end.
     """
     children = [_child(environment) for _ in requests]
     try:
-        messages = [_message(recipe, request) for request in requests]
-        return [_answer(child, message) for child, message in zip(children, messages, strict=True)]
+        for child, request in zip(children, requests, strict=True):
+            _say(child, _message(recipe, request))
+        for child in children:
+            _told(child)
+        for child in children:
+            _say(child, b"\n")
+        return [_answer(child) for child in children]
     finally:
         for child in children:
             child.kill()
@@ -169,7 +175,7 @@ def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str
         try:
             child.stdin.write(_message(recipe, {"scope": scope, "holds": holds, "dimensions": dimensions}))
             child.stdin.close()
-            told = [_told(child) for _ in range(batches)]
+            told = [int(_told(child)) for _ in range(batches)]
         finally:
             child.kill()  # with SIGKILL
         # It may have told of more before it was struck.
@@ -177,14 +183,22 @@ def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str
         return told[-1]
 
 
-def _told(child: subprocess.Popen[bytes]) -> int:
-    """Return the next number that a writing child tells."""
+def _say(child: subprocess.Popen[bytes], line: bytes) -> None:
+    """Write to a child. One that has failed does not read; what it said is looked at when it is asked."""
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.write(line)
+        child.stdin.flush()
+
+
+def _told(child: subprocess.Popen[bytes]) -> bytes:
+    """Return the next line that a child tells."""
     assert child.stdout is not None
-    told = bounded(child.stdout.readline, "a writer in another process")
+    told = bounded(child.stdout.readline, "another process")
     if not told:
         assert child.stderr is not None
         raise AssertionError(f"it fails in another process:\n{child.stderr.read().decode(errors='replace')}")
-    return int(told)
+    return told
 
 
 def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -200,12 +214,12 @@ def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 def _message(recipe: Recipe, request: Mapping[str, Any]) -> bytes:
     name = f"{recipe.plugin.__module__}:{recipe.plugin.__qualname__}"
-    return json.dumps({"plugin": name, "options": dict(recipe.options), **request}).encode()
+    return json.dumps({"plugin": name, "options": dict(recipe.options), **request}).encode() + b"\n"
 
 
-def _answer(child: subprocess.Popen[bytes], message: bytes) -> Any:
+def _answer(child: subprocess.Popen[bytes]) -> Any:
     try:
-        said, errors = child.communicate(message, timeout=BOUND)
+        said, errors = child.communicate(timeout=BOUND)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"another process does not come back within {BOUND:g} s") from None
     assert child.returncode == 0, f"it fails in another process:\n{errors.decode(errors='replace')}"

@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
+LISTED = 1100
+"""Keys of a long listing."""
 RECOVERY = 10
 """Calls after which a client must have left the connections of its pool that have died."""
 
@@ -87,7 +89,8 @@ class BackendContract(Whole):
             assert declared.holds in ("frames", "entries", "either"), f"holds is not {declared.holds!r}"
             assert declared.scope in ("process", "host", "network"), f"scope is not {declared.scope!r}"
             for name in ("max_batch", "max_value_bytes"):
-                assert getattr(declared, name) is None or getattr(declared, name) >= 1, f"{name} is None or at least 1"
+                most = getattr(declared, name)
+                assert most is None or (type(most) is int and most >= 1), f"{name} is None or a number from 1"
             backend.set_many({key(0): self._values(backend).sample(0)}, None)
             assert backend.capabilities == declared, "capabilities do not change while a backend is used"
 
@@ -283,6 +286,15 @@ class BackendContract(Whole):
             if backend.capabilities.get:
                 assert backend.get(key(1)) is None, "get returns what was deleted"
 
+    def test_a_full_batch_is_deleted(self) -> None:
+        with self._open() as backend:
+            self._needs(backend, "delete")
+            names = [key(number) for number in range(self._batch(backend))]
+            self._stored(backend, range(len(names)))
+            backend.delete_many(names)
+            left = len(backend.get_many(names))
+            assert not left, f"{left} of {len(names)} keys that were deleted in one call are still there"
+
     def test_delete_of_what_is_not_there_is_no_error(self) -> None:
         with self._open() as backend:
             self._needs(backend, "delete")
@@ -319,8 +331,27 @@ class BackendContract(Whole):
                 "": ours | theirs | decoys,
             }
             for prefix, names in expected.items():
-                found = set(backend.scan(prefix))
+                listed = list(backend.scan(prefix))
+                odd = {type(name).__name__ for name in listed if not isinstance(name, str)}
+                assert not odd, f"scan yields keys as str, not as {', '.join(sorted(odd))}"
+                found = set(listed)
                 assert found == names, f"scan({prefix!r}) finds {len(found)} keys, not the {len(names)} that are there"
+                assert len(listed) == len(found), f"scan({prefix!r}) yields {len(listed) - len(found)} keys twice"
+
+    def test_a_long_scan_leaves_nothing_out(self) -> None:
+        # Many stores list a thousand keys at a time.
+        with self._open() as backend:
+            self._needs(backend, "scan")
+            names, values = [key(number) for number in range(LISTED)], self._values(backend)
+            for start in range(0, LISTED, self._batch(backend)):
+                batch = names[start : start + self._batch(backend)]
+                backend.set_many(dict.fromkeys(batch, values.sample(0)), None)
+            found = list(backend.scan(f"eo1.{SCOPE}."))
+            assert set(found) == set(names), f"scan finds {len(set(found))} of {LISTED} keys"
+            assert len(found) == LISTED, f"scan yields {len(found) - LISTED} of {LISTED} keys twice"
+            if backend.capabilities.count:
+                counted = backend.count(f"eo1.{SCOPE}.")
+                assert counted == LISTED, f"count says {counted} where {LISTED} keys are there"
 
     def test_scan_goes_on_while_keys_are_deleted(self) -> None:
         with self._open() as backend:
@@ -378,6 +409,18 @@ class BackendContract(Whole):
             in_threads(8, work, "add_many")
             assert all(len(winners) == 1 for winners in won.values()), "each key is added once, by one thread"
             self._holds(backend, {name: winners[0] for name, winners in won.items()})
+
+    def test_an_added_key_has_one_winner_among_processes(self) -> None:
+        with self._open() as backend:
+            self._needs(backend, "add")
+            self._needs_sharing(backend)
+            recipe = self._needs_recipe(backend)
+            names = [key(number) for number in range(100)]
+            requests = [{"add": names, "dimensions": list(self.dimensions)}] * 3
+            won = [name for answer in in_processes(requests, recipe) for name in answer["won"]]
+            assert sorted(won) == sorted(names), (
+                f"three processes add the same {len(names)} keys, and {len(won)} times one is told that it did"
+            )
 
     # --- time to live -------------------------------------------------------------------------
 
@@ -520,9 +563,7 @@ class BackendContract(Whole):
     def test_other_processes_use_the_store(self) -> None:
         with self._open() as backend:
             self._needs_sharing(backend)
-            recipe = self.recipe(backend)
-            if recipe is None:
-                pytest.skip("needs recipe(): how another process makes a client of the same store")
+            recipe = self._needs_recipe(backend)
             self._stored(backend, range(10))
             expect = {key(number): number for number in range(10)}
             stores = [{key(100 * child + n): n for n in range(30)} for child in (1, 2, 3)]
@@ -538,9 +579,7 @@ class BackendContract(Whole):
             pytest.skip("this platform has no kill -9")
         with self._open() as backend:
             self._needs_sharing(backend)
-            recipe = self.recipe(backend)
-            if recipe is None:
-                pytest.skip("needs recipe(): how another process makes a client of the same store")
+            recipe = self._needs_recipe(backend)
             self._stored(backend, [1])
             for turn, batches in enumerate((1, 5)):
                 # Another scope every time, so that the keys are new.
@@ -836,6 +875,12 @@ class BackendContract(Whole):
             pytest.skip("its scope is the process: nothing is shared and nothing stays")
         assert self._has("reopen"), f"scope {scope!r} is declared: write reopen(), another client of the same store"
 
+    def _needs_recipe(self, backend: Any) -> Recipe:
+        recipe = self.recipe(backend)
+        if recipe is None:
+            pytest.skip("needs recipe(): how another process makes a client of the same store")
+        return recipe
+
     def _values(self, backend: Any) -> Values:
         return values_for(backend.capabilities.holds, self.dimensions)
 
@@ -866,8 +911,10 @@ class BackendContract(Whole):
         assert not missing, f"{len(missing)} of {len(expected)} keys that are there do not come back"
         assert len(found) == len(expected), f"{len(found) - len(expected)} keys come back that should not be there"
         for place, (name, seed) in enumerate(expected.items()):
-            assert values.same(found[name], values.sample(seed)), (
-                f"key {place} of {len(expected)} comes back with {_about(found[name])}, not with what was stored"
+            stored = values.sample(seed)
+            about = _about(found[name], stored)
+            assert values.same(found[name], stored), (
+                f"key {place} of {len(expected)} comes back with {about}, not with what was stored"
             )
 
     def _with_twin(self, backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
@@ -882,10 +929,12 @@ class BackendContract(Whole):
         asyncio.run(main())
 
 
-def _about(value: object) -> str:
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes of something else"
-    return "None" if value is None else f"another {type(value).__name__}"
+def _about(value: object, stored: object) -> str:
+    if value is None:
+        return "None"
+    if type(value) is not type(stored):
+        return f"a {type(value).__name__} instead of {type(stored).__name__}"
+    return f"{len(value)} bytes of something else" if isinstance(value, bytes) else f"another {type(value).__name__}"
 
 
 standard(BackendContract)

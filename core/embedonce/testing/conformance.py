@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import configuration
 
+from embedonce.contracts import Capabilities
 from embedonce.vectors import Entry, encode_frames, freeze
 
 from . import _targets
@@ -125,7 +126,7 @@ class Conformance:
                 getattr(contract(), name)()
         except pytest.skip.Exception as skipped:
             said, outcome = str(skipped), "skipped"
-        except (Exception, pytest.fail.Exception) as error:
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
             said, outcome = self._said(error), "failed"
         return Outcome(name, outcome, time.perf_counter() - start, said)  # type: ignore[arg-type]
 
@@ -183,6 +184,8 @@ class Conformance:
             with contextlib.redirect_stdout(sys.stderr):
                 made += [self._made(), self._made()]
                 one, two = made
+                if not isinstance(getattr(one, "capabilities", None), Capabilities):
+                    raise WrongTarget("a backend has its capabilities: capabilities = Capabilities(...)")
                 if one.capabilities.scope == "process":
                     return
                 value = self._values(one, 1)[key(1)]
@@ -190,7 +193,7 @@ class Conformance:
                 shared = key(1) in two.get_many([key(1)])
         except WrongTarget:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise WrongTarget(f"a first store fails: {self._said(error)}") from error
         finally:
             for backend in made:

@@ -25,7 +25,12 @@ TEXTS = (
     "a tab\tand  two spaces\r\nand a line",
     "3.14 and 2.71",
 )
-ODD = ("", " ", "\n", "\0", "a\0b", "\u200b", "\ufeff", "\U0010ffff", "e\u0301" * 50, "\u202eright to left", "\u0345")
+# UTF-16 that is cut at any place is cut in the middle of a character in one of these.
+HALVES = ("\U0001f9ea" * 100, "a" + "\U0001f9ea" * 100)
+ODD = (
+    *("", " ", "\n", "\0", "a\0b", "\u200b", "\ufeff", "\U0010ffff", "e\u0301" * 50, "\u202eright to left", "\u0345"),
+    *HALVES,
+)
 LONG = 2**20
 
 

@@ -141,6 +141,16 @@ class ProviderContract(Whole):
             for text, vector in zip(self.texts, vectors, strict=True):
                 self._near(opened.embed([text])[0], vector, "a text's vector, asked alone,")
 
+    def test_batches_that_are_almost_alike_differ(self) -> None:
+        with self._open() as opened:
+            *batch, other = self.texts[:4]
+            vectors = opened.embed([*batch, other])
+            opened.embed(batch)
+            for place in range(len(batch)):
+                order = [len(batch) if number == place else number for number in range(len(batch))]
+                found = opened.embed([self.texts[number] for number in order])
+                self._near(found, vectors[order], f"after a batch with another text at {place}, vectors")
+
     def test_a_text_twice_has_one_vector(self) -> None:
         with self._open() as opened:
             first, second = self.texts[:2]
@@ -178,7 +188,7 @@ class ProviderContract(Whole):
     # --- what it refuses ----------------------------------------------------------------------
 
     def test_an_empty_text_is_embedded_or_refused(self) -> None:
-        self._embedded_or_refused("", "an empty text")
+        self._embedded_or_refused("", "an empty text", full=True)
 
     def test_a_long_text_is_embedded_or_refused(self) -> None:
         words = "The quick brown fox jumps over the lazy dog. "
@@ -256,13 +266,19 @@ class ProviderContract(Whole):
         off = float(np.max(np.abs(found - expected)))
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}, and tolerance is {self.tolerance:g}"
 
-    def _embedded_or_refused(self, text: str, what: str) -> None:
-        """Require a good vector, or TextRefused that names the text and leaves its neighbours to be asked again."""
+    def _embedded_or_refused(self, text: str, what: str, *, full: bool = False) -> None:
+        """Require a good vector, or TextRefused that names the text and leaves its neighbours to be asked again.
+
+        ``full``: also as the last of a full batch.
+        """
         with self._open() as opened:
             good = self.texts[0]
             self._answers_or_refuses(opened, [text], 0, what)
             if opened.provider.limits.max_batch >= 3:
                 self._answers_or_refuses(opened, [good, text, good], 1, what)
+            if full and (largest := min(self.most, opened.provider.limits.max_batch)) > 3:
+                # What a service takes at once may be less: the position is that in the whole batch.
+                self._answers_or_refuses(opened, [good] * (largest - 1) + [text], largest - 1, what)
 
     def _answers_or_refuses(self, opened: _Opened, texts: list[str], place: int, what: str) -> None:
         refused: TextRefused | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,3 +114,36 @@ class WritesAtItsEndShelfBackend(ShelfBackend):
         if self._folder is not None:
             super().set_many(self._gathered, None)
         super().close()
+
+
+_of_this_process = threading.Lock()
+
+
+class AddsUnderALockShelfBackend(ShelfBackend):
+    """Looks what is absent and stores it under a lock of its process, of which another process knows nothing."""
+
+    def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
+        with _of_this_process:
+            absent = {key: frame for key, frame in items.items() if not (self.folder / key).exists()}
+            self.set_many(absent, ttl)
+            return set(absent)
+
+
+class OneFileShelfBackend(ShelfBackend):
+    """Keeps all in one file, read and written back under a lock of its process: two processes lose each other's."""
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        held = self._all()
+        return {key: held[key] for key in keys if key in held}
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        with _of_this_process:
+            held = {**self._all(), **items}
+            whole = json.dumps({key: frame.hex() for key, frame in held.items()})
+            os.replace(self._written(whole.encode()), self.folder / "all")
+
+    def _all(self) -> Mapping[str, bytes]:
+        try:
+            return {key: bytes.fromhex(frame) for key, frame in json.loads((self.folder / "all").read_text()).items()}
+        except FileNotFoundError:
+            return {}
