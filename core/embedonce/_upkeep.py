@@ -216,7 +216,8 @@ class Upkeep:
         reasons: list[str] = []
         if "hit" not in outcomes.values():
             for tier in self._tiers:
-                reasons += await self._near_misses(port, tier, keyer.scope)
+                if outcomes[tier.name] != "skipped" and not outcomes[tier.name].startswith("error"):
+                    reasons += await self._near_misses(port, tier, keyer.scope)
         return Explanation(
             key=key,
             scope=keyer.scope,
