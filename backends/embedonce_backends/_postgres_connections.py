@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -74,10 +75,11 @@ def parameters(url: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is none. The message does not repeat it: it may hold a password.
     """
-    try:
-        found: dict[str, Any] = dict(conninfo_to_dict(url))
-    except psycopg.Error:
-        raise ConfigError("url is not one of Postgres, such as postgresql://user@host:5432/database") from None
+    found: dict[str, Any] | None = None
+    with suppress(psycopg.Error):  # whose message repeats it, and would be the context of ours
+        found = dict(conninfo_to_dict(url))
+    if found is None:
+        raise ConfigError("url is not one of Postgres, such as postgresql://user@host:5432/database")
     if "PGCONNECT_TIMEOUT" not in os.environ:
         found.setdefault("connect_timeout", CONNECT_SECONDS)
     found.setdefault("fallback_application_name", "embedonce")

@@ -26,6 +26,7 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
 
+from ._pages import page
 from ._redis_plans import ROLE, Node, Plan, Reply, Trip, is_master
 from ._redis_url import Address, Place
 
@@ -346,7 +347,8 @@ class Client:
             raise CacheClosed(CLOSED)
         connection = Connection(node, self._settings)
         try:
-            connection.open()
+            with page():
+                connection.open()
             yield connection
         except Exception as error:
             ours = _in_our_words(error)

@@ -20,6 +20,7 @@ from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc
 
+from ._pages import page
 from ._postgres_connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
 from ._postgres_rows import Item, columns, items_of, texts
 from ._postgres_schema import Column, Found, Run, Statements, look, make, statements
@@ -123,10 +124,11 @@ class PostgresBackend:
         """Yield the keys in order, 5,000 a query; expired ones that are not swept yet among them."""
         last = ""
         while True:
-            page = self._run(self.prepared().scan, (prefix, _end(prefix), last, PAGE))
-            for (last,) in page:
+            with page():
+                keys = self._run(self.prepared().scan, (prefix, _end(prefix), last, PAGE))
+            for (last,) in keys:
                 yield last
-            if len(page) < PAGE:
+            if len(keys) < PAGE:
                 return
 
     def count(self, prefix: str, /) -> int:

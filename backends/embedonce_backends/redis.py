@@ -18,6 +18,7 @@ from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc, Size
 
+from ._pages import page
 from ._redis_connections import AsyncClient, Client, Settings
 from ._redis_plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
 from ._redis_url import Place, place_of
@@ -127,11 +128,14 @@ class RedisBackend:
         Raises:
             TierError: slots of the cluster moved meanwhile, so that keys may have been missed.
         """
-        nodes = self._client.run(self._topology.masters())
+        with page():
+            nodes = self._client.run(self._topology.masters())
         pattern = _pattern(self._prefix + prefix)
         for node in nodes:
             yield from self._scan(node, pattern)
-        if self._client.run(self._topology.masters()) != nodes:
+        with page():
+            changed = self._client.run(self._topology.masters()) != nodes
+        if changed:
             raise TierError("the cluster was changed during the listing, which may have missed keys; try again")
 
     def _scan(self, node: Node, pattern: str) -> Iterator[str]:
@@ -141,7 +145,8 @@ class RedisBackend:
             cursor = b"0"
             while True:
                 command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCANNED)
-                (reply,) = connection.ask(Trip(node, [command], is_page))
+                with page():
+                    (reply,) = connection.ask(Trip(node, [command], is_page))
                 raised([reply])
                 cursor, names = reply
                 for name in names:

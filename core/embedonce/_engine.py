@@ -381,7 +381,7 @@ class Engine:
         leases: Leases,
     ) -> None:
         """Compute what no other process computes, then wait for what others do; lead where a leader has died."""
-        ours = await leases.take(port, list(flights))
+        ours = await self._ours(port, answer, list(flights), leases)
         await self._compute(port, ticket, answer, {key: flights[key] for key in flights if key in ours}, texts)
         theirs = {key: flight for key, flight in flights.items() if key not in ours}
         if not theirs:
@@ -391,11 +391,19 @@ class Engine:
             answered = await self._take_written(port, ticket, answer, theirs, leases.tier)
             theirs = {key: flight for key, flight in theirs.items() if key not in answer.entries}
             if theirs:
-                ours = await leases.take(port, list(theirs)) if answered and not last else set(theirs)
+                ours = await self._ours(port, answer, list(theirs), leases) if answered and not last else set(theirs)
                 await self._compute(port, ticket, answer, {key: theirs[key] for key in theirs if key in ours}, texts)
                 theirs = {key: flight for key, flight in theirs.items() if key not in ours}
             if not theirs:
                 return
+
+    async def _ours(self, port: Port, answer: Answer, keys: Sequence[str], leases: Leases) -> set[str]:
+        """Return the keys that are ours to compute; of a tier that has failed in this call nobody asks for a lease."""
+        tier = leases.tier.name
+        if tier in answer.failing:
+            return set(keys)
+        unknown = answer.unknown.get(tier, set()).intersection(keys)
+        return unknown | await leases.take(port, [key for key in keys if key not in unknown])
 
     async def _take_written(
         self, port: Port, ticket: int, answer: Answer, flights: Mapping[str, Flight], tier: LiveTier
@@ -407,7 +415,10 @@ class Engine:
             )
         except TierError as error:
             answer.refusal = error
+            answer.failing.add(tier.name)
             return False
+        if read.failed:
+            answer.failing.add(tier.name)
         if read.entries:
             self._agree(tier, answer, read.entries)
             answer.entries.add(read.entries)

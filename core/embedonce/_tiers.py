@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 from ._breaker import Breaker
 from ._checks import conform
@@ -24,7 +25,6 @@ from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frame
 
 if TYPE_CHECKING:
     import asyncio
-    from weakref import WeakKeyDictionary
 
     from .encryption import Encryption
 
@@ -150,12 +150,13 @@ class LiveTier:
         self._listened = listened
         self._clock = clock
         self._corrupt = False
+        self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
+        self._twins = WeakKeyDictionary()
+        self._inherited: list[Any] = []
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child."""
-        from weakref import WeakKeyDictionary
-
+        """Start anew, as in a forked child, and keep what is the parent's from being closed."""
         self._lock = threading.RLock()  # a signal handler may use the cache
         self._workers = Workers(CALLS)
         self.counters.renew()
@@ -165,7 +166,8 @@ class LiveTier:
         self._carded: dict[str, float] = {}
         self.reads = Breaker(lambda state, cause: self._changed("read", state, cause))
         self.writes = Breaker(lambda state, cause: self._changed("write", state, cause))
-        self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+        self._inherited += self._twins.values()
+        self._twins = WeakKeyDictionary()
 
     def _changed(
         self, operation: Literal["read", "write"], state: Literal["open", "closed"], cause: str | None
@@ -196,12 +198,14 @@ class LiveTier:
         if loop is None or not self.capabilities.twin:
             found: Mapping[str, Any] = await self._call(port, lambda: self.backend.get_many(keys))
             return found
-        twin = self._twins.get(loop)
-        if twin is None:
+        held = self._twins.get(loop)
+        if held is None:
             # A twin holds its loop, and so would stay, with its connections, when the loop has ended.
             for ended in [other for other in list(self._twins) if other.is_closed()]:
                 self._twins.pop(ended, None)
-            twin = self._twins[loop] = self.backend.twin()
+            life = self._live()
+            held = self._twins[loop] = await anext(life), life
+        twin = held[0]
 
         async def get() -> Mapping[str, Any]:
             with deadline(self.timeout):
@@ -210,14 +214,25 @@ class LiveTier:
 
         return await port.drive(get, self.timeout)
 
-    async def close_twin(self, port: Port) -> None:
-        """Close the native async client of the running loop, if there is one."""
-        twin = self._twins.pop(port.loop, None) if port.loop is not None else None
-        if twin is not None:
+    async def _live(self) -> AsyncGenerator[Any, None]:
+        """Yield a twin once. A loop that ends ends its async generators, and so this one."""
+        import asyncio
+
+        twin = self.backend.twin()
+        try:
+            yield twin
+        finally:
             try:
-                await port.drive(twin.close, self.timeout)
+                async with asyncio.timeout(self.timeout):
+                    await twin.close()
             except Exception as error:  # noqa: BLE001  (the rest is closed all the same)
                 log.warning("tier %r: closing its async client failed (%s)", self.name, type(error).__name__)
+
+    async def close_twin(self, port: Port) -> None:
+        """Close the native async client of the running loop, if there is one."""
+        held = self._twins.pop(port.loop, None) if port.loop is not None else None
+        if held is not None:
+            await held[1].aclose()
 
     def _failed(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
         """Take note of a failed call; return its cause."""

@@ -16,7 +16,7 @@ from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
 from .errors import EraseIncomplete, TierBusy, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
-from .vectors import Dtype, Metadata
+from .vectors import Dtype, Metadata, open_frame
 
 Card = Mapping[str, Value]
 LISTED_AT_ONCE = 1024
@@ -189,13 +189,20 @@ class Upkeep:
                 raise
 
     async def _foreign(self, port: Port, tier: LiveTier) -> str:
-        """Say so where the cards of an encrypted tier cannot be read: its key is another one."""
-        if not tier.encrypted or not tier.capabilities.scan:
+        """Say so where the space cards of a tier are encrypted with another key than its own, or it has none.
+
+        Where a tier is not encrypted, or cannot list, that is this cache's own cards.
+        """
+        if tier.capabilities.scope == "process":
             return ""
-        cards = await tier.scan(port, CARD_PREFIX)
+        listed = tier.encrypted and tier.capabilities.scan
+        cards = await tier.scan(port, CARD_PREFIX) if listed else [CARD_PREFIX + scope for scope in self._cards]
         values = await tier.peek(port, cards) if cards else {}
+        if not tier.encrypted:
+            sealed = sum(open_frame(value) is not None for value in values.values())
+            return f"{sealed} of {len(values)} scopes are encrypted, and the tier has no key" if sealed else ""
         corrupt = tier.decoded(values, dtype="int8", dimensions=None).corrupt
-        return f"{len(corrupt)} of {len(cards)} scopes are encrypted with another key" if corrupt else ""
+        return f"{len(corrupt)} of {len(values)} scopes are encrypted with another key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
         """Bring the layout of every store that has one up to date. Return what was done, by tier.
@@ -216,7 +223,8 @@ class Upkeep:
         reasons: list[str] = []
         if "hit" not in outcomes.values():
             for tier in self._tiers:
-                reasons += await self._near_misses(port, tier, keyer.scope)
+                if outcomes[tier.name] != "skipped" and not outcomes[tier.name].startswith("error"):
+                    reasons += await self._near_misses(port, tier, keyer.scope)
         return Explanation(
             key=key,
             scope=keyer.scope,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ async def embed(request: Request) -> Response:
     try:
         asked = await request.json()
         texts, task = asked["texts"], asked.get("task", "document")
-    except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return JSONResponse({"error": 'not {"texts": [...]}'}, 400)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) > MOST_TEXTS:
         return JSONResponse({"error": f"texts is a list of at most {MOST_TEXTS} strings"}, 400)

@@ -468,12 +468,14 @@ def test_constructing_connects_to_nothing() -> None:
         assert "hush" not in repr(backend)
 
 
-@pytest.mark.parametrize("url", ["postgresql://user:hush@[host/db", "hush", "postgresql://h/db?hush=1", "a=hush"])
+@pytest.mark.parametrize(
+    "url", ["postgresql://user:hush@[host/db", "hush", "postgresql://h/db?hush=1", "a=hush", "mysql://u:hush@h/db"]
+)
 def test_a_url_that_is_none_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="url is not one of Postgres") as caught:
         PostgresBackend(url=url)
     assert "hush" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None  # configuration hides a message that anything like this repeats
 
 
 @pytest.mark.parametrize("name", ["", "a" * 64, "ä" * 32, "a\0b"])

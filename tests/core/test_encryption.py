@@ -134,8 +134,8 @@ def test_what_is_no_key_is_refused_without_showing_it(wrong: Any) -> None:
 # --- in a cache -------------------------------------------------------------------------------
 
 
-def open_(store: DictBackend, encryption: Encryption | None, holds: Any = "frames") -> Cache:
-    tier = Tier(DictBackend(store=store, scope="host", holds=holds), name="t", encryption=encryption)
+def open_(store: DictBackend, encryption: Encryption | None, holds: Any = "frames", *, scan: bool = True) -> Cache:
+    tier = Tier(DictBackend(store=store, scope="host", holds=holds, scan=scan), name="t", encryption=encryption)
     return Cache(CountingProvider(), [tier])
 
 
@@ -166,6 +166,21 @@ def test_a_wrong_key_is_a_corrupt_miss_and_check_says_so() -> None:
         assert "encrypted with another key" in check.detail
         assert cache.embed("a") is not None
         assert cache.lookup(["a"]).sources == ["t"]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("encryption", "words"), [(None, "the tier has no key"), (Encryption(OTHER), "encrypted with another key")]
+)
+def test_check_says_that_the_key_is_another_or_missing(encryption: Encryption | None, words: str, scan: bool) -> None:
+    store = DictBackend()
+    with open_(store, Encryption(KEY), scan=scan) as cache:
+        cache.embed("a")
+        assert [check.ok for check in cache.check()] == [True]
+    with open_(store, encryption, scan=scan) as cache:
+        (check,) = cache.check()
+        assert not check.ok
+        assert words in check.detail
 
 
 def test_entries_from_before_the_encryption_are_plain_misses_and_replaced() -> None:

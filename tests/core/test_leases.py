@@ -117,6 +117,16 @@ def test_without_the_lease_tier_every_process_computes(fault: Fault) -> None:
         faulty.heal()
 
 
+def test_a_tier_that_failed_in_a_call_is_not_asked_for_a_lease_in_it() -> None:
+    provider = CountingProvider()
+    faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="get")])
+    with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS)]) as cache:
+        assert (cache.embed("a") == provider.vector_of("a")).all()
+        assert cache.stats().tiers["shared"].errors == 1
+        faulty.heal()
+        assert not list(faulty.inner.scan(""))
+
+
 def test_crosswise_batches_of_two_processes() -> None:
     for round_ in range(10):
         (_, one), (_, two_) = two(DictBackend())

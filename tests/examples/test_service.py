@@ -152,6 +152,8 @@ def test_no_text_is_in_redis_nor_in_the_log(redis: RedisServer, log: Path) -> No
         assert service.embed([SECRET], task=SECRET)[0] == 400
         assert service.ask("POST", "/embed", f'{{"texts": ["{SECRET}"'.encode())[0].status == 400
         assert service.ask("POST", "/embed", b"\xff" + SECRET.encode())[0].status == 400
+        assert service.ask("POST", "/embed", b"[" * 100_000)[0].status == 400
+        assert service.ask("POST", "/embed", b"1" * 10_000)[0].status == 400
         redis.kill()
         service.sources([f"{SECRET}, {i}" for i in range(5)])
         redis.restart()
