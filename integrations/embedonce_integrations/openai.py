@@ -48,6 +48,9 @@ MOST = 2048
 NOT_FOR_US = ("input", "encoding_format")
 """Fields that, given as ``extra_body``, take the place of what the client itself is told: such a call is left alone."""
 
+RAW = "X-Stainless-Raw-Response"
+"""The header by which ``client.with_raw_response`` and ``with_streaming_response`` tell ``create`` what to return."""
+
 
 def cached(
     client: Client,
@@ -264,7 +267,7 @@ class _Cached:
             SpaceError: the model is a deployment's name, which says nothing of the model.
         """
         texts, body = _written(given), _body(request)
-        if texts is None or body is None:
+        if texts is None or body is None or RAW in (request["extra_headers"] or {}):
             return None
         tokens = _of_tokens(given)
         space = self._space(body, request["extra_query"] or {}, tokens=tokens)

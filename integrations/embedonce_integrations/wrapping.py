@@ -99,6 +99,7 @@ def shared_cache(source: config.Source | config.Config = None, *, provider: AnyP
         loaded.provider,
         loaded.fallback,
         loaded.fallback_fetch_only,
+        loaded.drift,
         loaded.tiers,
     )
     with _lock:
