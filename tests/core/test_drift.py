@@ -438,6 +438,7 @@ def test_its_table() -> None:
         {"tolerance": 2},
         {"texts": []},
         {"texts": "a"},
+        {"texts": [""]},
         {"acton": 1},
     ],
 )
@@ -447,7 +448,16 @@ def test_what_it_refuses(drift: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"action": "panic"}, {"texts": "a"}, {"texts": []}, {"every": 0}, {"tolerance": 2}]
+    "options",
+    [
+        {"action": "panic"},
+        {"texts": "a"},
+        {"texts": []},
+        {"texts": ["a", ""]},
+        {"texts": ["\ud800"]},
+        {"every": 0},
+        {"tolerance": 2},
+    ],
 )
 def test_what_it_refuses_in_python(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
