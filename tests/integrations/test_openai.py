@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedonce
-from embedonce import ProviderError, SpaceError
+from embedonce import ProviderError, SpaceError, keys
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.openai import AsyncCachedEmbeddings, CachedEmbeddings, cached
 from embedonce_providers.openai import OpenAIProvider
@@ -157,6 +158,17 @@ def test_tokens_and_the_text_that_writes_them_never_meet(
     ]
     assert server.requests[1].body["input"] == [[1, 2], [12]]
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("step", [lambda text: text.replace(",", ""), lambda text: re.sub(r"\d", "0", text)])
+def test_a_step_that_would_change_tokens_is_an_error(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(keys.NORMALIZERS, "strip", step)
+    call = {"model": MODEL, "input": [[1, 23], [12, 3]]}
+    (error,) = Program(server, face)(call, config={**tiers, "key": {"normalize": ["strip"]}})
+    assert type(error) is SpaceError
+    assert server.texts == 0
 
 
 def test_the_endpoint_gets_the_normalised_text(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
