@@ -65,7 +65,7 @@ def open(
 def load(source: Source = None, *, own_provider: bool = False) -> Config:
     """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does.
 
-    ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one.
+    ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one, or nothing is computed.
     """
     from ._documents import document
     from ._load import loaded
@@ -113,7 +113,8 @@ def compose(
 ) -> Cache:
     """Make the provider and the backends of a configuration, and the cache of them.
 
-    ``provider``, and the ``space`` of one that is a function, take the place of the configuration's.
+    ``provider``, and the ``space`` of one that is a function, take the place of the configuration's. Without either,
+    the cache computes nothing: it looks into the tiers, and stores and removes what it is told.
 
     Raises:
         ConfigError: a plugin refused its options, or the parts do not go together. What was already
@@ -124,8 +125,6 @@ def compose(
 
     if provider is None and space is not None:
         raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
-    if provider is None and config.provider is None:
-        raise TypeError("a configuration that was loaded with own_provider is composed with a provider")
     made: list[Any] = []
     try:
         with plugins.only(config.allow):
@@ -139,6 +138,7 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
     from . import plugins
     from ._tiers import ChainError, Tier
     from .cache import Cache
+    from .functions import NoProvider
 
     problems: list[Problem] = []
     causes: list[Exception] = []
@@ -153,8 +153,8 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
         return made[-1]
 
     provider = own
-    if own is None and config.provider is not None:
-        provider = make(config.provider)
+    if own is None:
+        provider = NoProvider() if config.provider is None else make(config.provider)
     fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
     encryptions = [_encryption(config, tier, problems) for tier in config.tiers]

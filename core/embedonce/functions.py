@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 from .contracts import AnyProvider, Embedded, Limits, Task, Vectors
-from .errors import SpaceError
+from .errors import ProviderError, SpaceError
 from .keys import VectorSpace
 
 Answer: TypeAlias = Vectors | Embedded
@@ -72,6 +72,27 @@ class AsyncFunctionProvider(_Declared):
     async def aembed(self, texts: Sequence[str], task: Task) -> Answer:
         """Return what the function returns for the texts; the engine checks it."""
         return await (self._function(list(texts), task=task) if self._takes_task else self._function(list(texts)))
+
+
+class NoProvider:
+    """Stands where nothing is to be computed: for looking into tiers, emptying them, or :meth:`Cache.for_provider`."""
+
+    limits = Limits()
+
+    def space(self, task: Task) -> VectorSpace:
+        """Return a space in which nobody has vectors."""
+        return VectorSpace(provider="none", model="none")
+
+    def embed(self, texts: Sequence[str], task: Task) -> Answer:
+        """Refuse.
+
+        Raises:
+            ProviderError: always.
+        """
+        raise ProviderError("this cache has no provider, and computes nothing; give open or compose one")
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Limits | None = None) -> AnyProvider:

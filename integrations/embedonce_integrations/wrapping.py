@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
@@ -101,12 +101,13 @@ def shared_cache(source: config.Source | config.Config = None, *, provider: AnyP
         loaded.fallback_fetch_only,
         loaded.drift,
         loaded.tiers,
+        loaded.allow,
     )
     with _lock:
         _open[:] = [(known, ref) for known, ref in _open if (cache := ref()) is not None and not cache.closed]
         cache = next((ref() for known, ref in _open if known == wanted), None)
         if cache is None:
-            cache = config.compose(loaded, provider=None if provider is None else _NoProvider())
+            cache = config.compose(loaded)
             _open.append((wanted, weakref.ref(cache)))
     return cache if provider is None else cache.for_provider(provider)
 
@@ -128,21 +129,6 @@ def writable(source: config.Source) -> str | dict[str, Any] | None:
             "environment variable, or name a TOML file as config"
         )
     return deepcopy(dict(source))  # a writer of YAML makes references of what is the same object
-
-
-class _NoProvider:
-    """Stands in a shared cache that is only ever asked through :meth:`Cache.for_provider`."""
-
-    limits = Limits()
-
-    def space(self, task: Task) -> VectorSpace:
-        return VectorSpace(provider="embedonce-integrations", model="none")
-
-    def embed(self, texts: Sequence[str], task: Task) -> Answer:
-        raise TypeError("this cache has no provider of its own; use for_provider")
-
-    def close(self) -> None:
-        pass
 
 
 # --- an embedder as a provider ----------------------------------------------------------------

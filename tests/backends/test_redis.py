@@ -93,7 +93,7 @@ class TestValkey(TestOneServer):
     @pytest.fixture(autouse=True)
     def on_server(self, valkey_server: ValkeyServer) -> Iterator[None]:
         type(self).url = valkey_server.url.replace("redis://", "valkey://")
-        self.server = valkey_server
+        self.one = valkey_server
         yield
         valkey_server.call("FLUSHDB")
 

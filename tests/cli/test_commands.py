@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,7 +66,8 @@ def test_every_problem_of_a_configuration_is_said_without_a_traceback(command: A
     done = command(name, *more)
     assert done.code == 2
     assert 'error: embedonce.toml:2:1: unknown key "dtyp" in [cache]; did you mean "dtype"?' in done.err
-    assert "error: embedonce.toml:5:8: " in done.err
+    # Commands that compute nothing do not read [provider].
+    assert ("error: embedonce.toml:5:8: " in done.err) == (name in ("check", "explain"))
     assert "Traceback" not in done.err
     assert "|" not in done.err, "the line itself is for terminals"
     assert done.out == ""
@@ -268,6 +270,18 @@ def test_purge_removes_what_matches_everything(command: Any, filled: Path) -> No
     done = command("purge", "--scope", scope, "--namespace", "", "--yes")
     assert done.code == 0
     assert "2 entries removed from disk" in done.out
+    assert entries(command) == 0
+
+
+def test_stats_and_purge_need_no_provider(command: Any, filled: Path) -> None:
+    config = Path("embedonce.toml")
+    whole = config.read_text()
+    tables = [table for table in re.split(r"\n(?=\[)", whole) if not table.startswith("[provider")]
+    for written in ("\n".join(tables), whole.replace('type = "ngram"', 'type = "not-installed-here"')):
+        config.write_text(written)
+        assert entries(command) == 2
+        assert command("purge", "--model", "char-ngram", "--dry-run").code == 0
+    assert command("purge", "--model", "char-ngram", "--yes").code == 0
     assert entries(command) == 0
 
 

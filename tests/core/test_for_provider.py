@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import embedonce
-from embedonce import Cache, CacheClosed, SpaceError, config
+from embedonce import Cache, CacheClosed, ProviderError, SpaceError, config
 from embedonce.testing.fakes import CountingProvider, DictBackend
 
 TIERS = {"tiers": [{"type": "memory"}]}
@@ -43,9 +43,12 @@ def test_open_says_that_a_function_needs_a_space() -> None:
         embedonce.open({**TIERS, "provider": {"type": "ngram"}}, space={"model": "x"})
 
 
-def test_what_was_loaded_for_an_own_provider_needs_one() -> None:
-    with pytest.raises(TypeError, match="own_provider"):
-        config.compose(config.load(TIERS, own_provider=True))
+def test_without_a_provider_nothing_is_computed() -> None:
+    with config.compose(config.load(TIERS, own_provider=True)) as cache:
+        cache.for_provider(CountingProvider()).embed("text")
+        assert [held.entries for held in cache.contents()] == [1]
+        with pytest.raises(ProviderError, match="no provider"):
+            cache.embed("text")
 
 
 def test_providers_share_tiers_and_never_vectors_of_other_spaces() -> None:

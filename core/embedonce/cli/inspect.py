@@ -227,7 +227,7 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Show what the tiers hold, by scope: one row per tier, model, task, version and namespace."""
     from .opened import opened
 
-    with opened(config) as cache:
+    with opened(config, computes=False) as cache:
         listed = cache.contents()
     held = [one for one in listed if one.error is None]
     broken = {one.tier: one.error for one in listed if one.error is not None}

@@ -20,7 +20,7 @@ def migrate(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Create or update the tables of tiers that have some (Postgres)."""
     from .opened import opened
 
-    with opened(config) as cache:
+    with opened(config, computes=False) as cache:
         done = cache.migrate()
     if json:
         emit({"tiers": done})

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from embedonce.config import Config
 
 
-def load(source: str | None) -> Config:
-    """Read the configuration; say so where there is none.
+def load(source: str | None, *, computes: bool = True) -> Config:
+    """Read the configuration; say so where there is none. What computes nothing needs no ``[provider]``.
 
     Raises:
         ConfigError: with every problem of it.
     """
     from embedonce import config
 
-    loaded = config.load(source)
+    loaded = config.load(source, own_provider=not computes)
     if loaded.file is None:
         say(
             "No configuration found: using the ngram provider, which needs no model and knows no meaning,\n"
@@ -34,11 +34,11 @@ def load(source: str | None) -> Config:
 
 
 @contextmanager
-def opened(source: str | Config | None) -> Iterator[Cache]:
+def opened(source: str | Config | None, *, computes: bool = True) -> Iterator[Cache]:
     """Compose the cache of a configuration, which is read here unless it was before, and close it at the end."""
     from embedonce import config
 
-    loaded = source if isinstance(source, config.Config) else load(source)
+    loaded = source if isinstance(source, config.Config) else load(source, computes=computes)
     with telling(loaded), config.compose(loaded) as cache:
         yield cache
 

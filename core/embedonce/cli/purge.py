@@ -54,7 +54,7 @@ def purge(
     asks = not (dry_run or yes)
     if asks and not sys.stdin.isatty():
         raise Refused("nobody can be asked here: add --yes, or look with --dry-run")
-    with opened(config) as cache:
+    with opened(config, computes=False) as cache:
         if asks:
             would = cache.purge(**selected, dry_run=True)
             if would.scopes and not _confirmed(would):

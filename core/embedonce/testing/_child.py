@@ -59,7 +59,7 @@ def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     """Store samples, batch after batch, and tell after each how many there are: until the process is killed."""
-    values = values_for(backend, request["dimensions"])
+    values = values_for(request["holds"], request["dimensions"])
     for start in count(0, WRITE_BATCH):
         numbers = range(start, start + WRITE_BATCH)
         backend.set_many({key(number, request["scope"]): values.sample(number) for number in numbers}, None)
@@ -69,7 +69,7 @@ def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
 
 def _store(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Store a sample under each key of ``store``; say which keys of ``expect`` do not hold theirs."""
-    values = values_for(backend, request["dimensions"])
+    values = values_for(request["holds"], request["dimensions"])
     backend.set_many({key: values.sample(seed) for key, seed in request["store"].items()}, None)
     found = backend.get_many(list(request["expect"]))
     wrong = [key for key, seed in request["expect"].items() if not values.same(found.get(key), values.sample(seed))]

@@ -41,7 +41,7 @@ def run_as_a_dict(
         def __init__(self) -> None:
             super().__init__()
             self.backend: Any = make()
-            self.values = values_for(self.backend, dimensions)
+            self.values = values_for(self.backend.capabilities.holds, dimensions)
             self.model: dict[str, tuple[int, float | None]] = {}
             self.now = 0.0
 

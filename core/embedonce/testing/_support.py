@@ -155,7 +155,7 @@ def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **enviro
             child.communicate()
 
 
-def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, dimensions: Sequence[int]) -> int:
+def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
     """Let a fresh process store one batch of samples after the other, and kill it when it has told of ``batches``.
 
     Return how many keys it had told of as stored; it was at work on the next ones.
@@ -167,7 +167,7 @@ def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, dimensions
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(_message(recipe, {"scope": scope, "dimensions": dimensions}))
+            child.stdin.write(_message(recipe, {"scope": scope, "holds": holds, "dimensions": dimensions}))
             child.stdin.close()
             told = [_told(child) for _ in range(batches)]
         finally:

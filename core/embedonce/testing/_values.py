@@ -42,9 +42,9 @@ class Values(Protocol):
         ...
 
 
-def values_for(backend: Any, dimensions: Sequence[int]) -> Values:
-    """Return the values that a backend holds, by its capabilities."""
-    match backend.capabilities.holds:
+def values_for(holds: str, dimensions: Sequence[int]) -> Values:
+    """Return the values that a backend holds, by what its capabilities say that it holds."""
+    match holds:
         case "entries":
             return Entries(dimensions)
         case "either":

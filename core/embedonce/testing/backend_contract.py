@@ -526,7 +526,8 @@ class BackendContract(Whole):
             self._stored(backend, range(10))
             expect = {key(number): number for number in range(10)}
             stores = [{key(100 * child + n): n for n in range(30)} for child in (1, 2, 3)]
-            requests = [{"store": store, "expect": expect, "dimensions": list(self.dimensions)} for store in stores]
+            values = {"holds": backend.capabilities.holds, "dimensions": list(self.dimensions)}
+            requests = [{"store": store, "expect": expect, **values} for store in stores]
             for answer in in_processes(requests, recipe):
                 assert answer["wrong"] == [], "another process does not see what was stored in this one"
             for store in stores:
@@ -544,7 +545,13 @@ class BackendContract(Whole):
             for turn, batches in enumerate((1, 5)):
                 # Another scope every time, so that the keys are new.
                 scope = f"{turn:016x}"
-                stored = killed_while_writing(recipe, scope=scope, batches=batches, dimensions=list(self.dimensions))
+                stored = killed_while_writing(
+                    recipe,
+                    scope=scope,
+                    batches=batches,
+                    holds=backend.capabilities.holds,
+                    dimensions=list(self.dimensions),
+                )
                 self._holds(backend, {key(number, scope): number for number in range(stored)})
                 perhaps = {key(number, scope): number for number in range(stored, stored + 2 * WRITE_BATCH)}
                 there = backend.get_many(list(perhaps))
@@ -830,7 +837,7 @@ class BackendContract(Whole):
         assert self._has("reopen"), f"scope {scope!r} is declared: write reopen(), another client of the same store"
 
     def _values(self, backend: Any) -> Values:
-        return values_for(backend, self.dimensions)
+        return values_for(backend.capabilities.holds, self.dimensions)
 
     def _batch(self, backend: Any) -> int:
         most: int | None = backend.capabilities.max_batch
