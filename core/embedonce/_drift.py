@@ -61,7 +61,9 @@ class Guarded(Engine):
 
     async def refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._state(route)
-        if route.generation == state.generation and self._clock() >= state.due:
+        # A clock that was set back must not put the next look off.
+        waits = state.due - max(self._guard.every, SOON) <= self._clock() < state.due
+        if route.generation == state.generation and not waits:
             await self._look_for_drift(port, route, state)
         if route.generation != state.generation:
             return Moved("the provider has drifted, and this space was left")
@@ -96,7 +98,7 @@ class Guarded(Engine):
     async def _look_for_drift(self, port: Port, route: Route, state: _State) -> None:
         stored = self._canaries(route)
         made = Answer(route, [key + NOW for key in stored.keys], stored.texts, store=False)
-        every = self._guard.every
+        every, due = self._guard.every, state.due
         with self.table.call() as ticket:
             missing = await self._look(port, ticket.number, stored, stored.keys)
             if self.moves and _is_left(stored):  # another process was first
@@ -107,11 +109,16 @@ class Guarded(Engine):
             if not missing and now - every < last <= now:
                 state.due, state.error = last + every, None
                 return
+            if missing and stored.errors:
+                state.due = now + SOON  # what a tier that is away holds is not replaced by what is made now
+                return
             # Calls that look at the same time share one computation.
             await self._claim(port, ticket, made, made.keys, leases=None, last=True)
             if not made.entries:
                 state.due = now + SOON  # the texts that are asked for will say what is wrong with the provider
                 return
+            if state.due != due or state.generation != route.generation:
+                return  # a call that looked at the same time has said what was found
             new = {key.removesuffix(NOW): entry for key, entry in made.entries.items()}
             cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
             worst = min(cosines, default=1.0)
@@ -150,4 +157,6 @@ def _is_left(canaries: Answer) -> bool:
 
 def _cosine(one: Entry, other: Entry) -> float:
     first, second = (np.asarray(entry.vector, np.float64) for entry in (one, other))
+    if first.shape != second.shape:
+        return 0.0  # nothing in common
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

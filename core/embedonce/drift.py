@@ -49,6 +49,8 @@ class DriftGuard:
             raise ConfigError(f'action is "warn", "refuse" or "new-space", not {self.action!r}')
         if isinstance(self.texts, str) or not self.texts or not all(isinstance(text, str) for text in self.texts):
             raise ConfigError("texts is a list of at least one text")
+        if not all(text and text == text.encode(errors="replace").decode() for text in self.texts):
+            raise ConfigError("a canary text of [drift] is empty or not valid Unicode: it cannot be embedded")
         if not self.every > 0 or not 0 < self.tolerance < 2:
             raise ConfigError("every is above 0, and tolerance between 0 and 2")
         object.__setattr__(self, "texts", tuple(self.texts))

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,9 @@ MOST = 2048
 
 NOT_FOR_US = ("input", "encoding_format")
 """Fields that, given as ``extra_body``, take the place of what the client itself is told: such a call is left alone."""
+
+RAW = "X-Stainless-Raw-Response"
+"""The header by which ``client.with_raw_response`` and ``with_streaming_response`` tell ``create`` what to return."""
 
 
 def cached(
@@ -214,7 +218,7 @@ def _listed(given: Any) -> Any:
 
 
 def _written(given: Any) -> list[str] | None:
-    """Return the inputs of any of the four shapes as texts, tokens with commas; None for what the API is to judge."""
+    """Return the inputs of any of the four shapes as texts, tokens in digits; None for what the API is to judge."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list) or not given:
@@ -224,7 +228,30 @@ def _written(given: Any) -> list[str] | None:
     items = [given] if all(type(item) is int for item in given) else given
     if not all(isinstance(item, list) and item and all(type(token) is int for token in item) for item in items):
         return None
-    return [",".join(map(str, item)) for item in items]
+    return [_write(item) for item in items]
+
+
+def _write(tokens: Sequence[int]) -> str:
+    """Return tokens as a text. Its end tells whether a step of ``[key] normalize`` has changed them."""
+    text = ",".join(map(str, tokens))
+    return f"{text}:{crc32(text.encode()).to_bytes(4, 'big').hex().translate(_LETTERS)}"
+
+
+def _read(text: str) -> list[int]:
+    """Return the tokens that a text was written for.
+
+    Raises:
+        SpaceError: it is not as it was written.
+    """
+    tokens = [int(token) for token in text.partition(":")[0].split(",") if token.removeprefix("-").isdecimal()]
+    if _write(tokens) != text:
+        raise SpaceError(
+            "what [key] normalize makes of tokens stands for other tokens; embed texts, or change its steps"
+        )
+    return tokens
+
+
+_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 
 def _of_tokens(given: Any) -> bool:
@@ -264,7 +291,7 @@ class _Cached:
             SpaceError: the model is a deployment's name, which says nothing of the model.
         """
         texts, body = _written(given), _body(request)
-        if texts is None or body is None:
+        if texts is None or body is None or RAW in (request["extra_headers"] or {}):
             return None
         tokens = _of_tokens(given)
         space = self._space(body, request["extra_query"] or {}, tokens=tokens)
@@ -320,7 +347,7 @@ def _is_azure(client: Any) -> bool:
 
 def _sent(texts: Sequence[str], *, tokens: bool) -> list[Any]:
     """Return texts as ``input`` is sent: the tokens that they write, where that is what they are."""
-    return [[int(token) for token in text.split(",")] for text in texts] if tokens else list(texts)
+    return [_read(text) for text in texts] if tokens else list(texts)
 
 
 # --- the resources ----------------------------------------------------------------------------

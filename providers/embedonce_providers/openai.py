@@ -95,6 +95,8 @@ class OpenAIProvider:
     ) -> None:
         if azure_endpoint is not None and base_url is not None:
             raise ValueError("azure_endpoint takes the place of base_url: give one of them")
+        if api_version is not None and azure_endpoint is None:
+            raise ValueError("api_version goes with azure_endpoint: nothing else sends it")
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         self._azure_endpoint = azure_endpoint
         self._api_version = api_version

@@ -243,7 +243,53 @@ def test_a_tier_that_fails_does_not_hold_it_up() -> None:
         assert (cache.embed("a") == provider.vector_of("a")).all()
 
 
-def test_threads_and_tasks() -> None:
+def test_a_tier_that_is_away_keeps_the_canaries_that_it_has() -> None:
+    from embedonce.testing import DictBackend, Fault, FaultyBackend
+
+    provider, clock, store = Changing(), ManualClock(), DictBackend()
+    guarded(provider, clock, [store]).embed("a")
+    provider.changed = True
+    clock.advance(2 * DAY)
+    away = FaultyBackend(store, [Fault("raise", on="get", calls=[1, 2])])
+    with guarded(provider, clock, [MemoryBackend(), Tier(away, name="away")]) as cache:
+        cache.embed("nothing to compare with")
+        assert provider.looks == 1, "the canaries that are there were not read, and no others are made"
+        clock.advance(120)
+        with pytest.raises(DriftError):
+            cache.embed("b")
+
+
+@pytest.mark.parametrize("action", ["warn", "refuse", "new-space"])
+def test_vectors_of_another_length_are_drift(tmp_path: Path, action: Any, caplog: pytest.LogCaptureFixture) -> None:
+    length, clock, space = [3], ManualClock(), {"model": "behind its name"}
+
+    def model(texts: list[str]) -> list[list[float]]:
+        return [[float(len(text) + 1)] * length[0] for text in texts]
+
+    with guarded(model, clock, [DiskBackend(path=tmp_path / "d")], space=space) as cache:
+        cache.embed("a")
+    length[0] = 2
+    clock.advance(2 * DAY)
+    with guarded(model, clock, [DiskBackend(path=tmp_path / "d")], action, space=space) as cache:
+        fetched = cache.fetch(["b"])
+        assert "makes other vectors" in caplog.text
+        assert [type(error) for error in fetched.failed.values()] == ([DriftError] if action == "refuse" else [])
+        if action == "new-space":
+            assert cache.fetch(["a", "b"]).vectors.shape == (2, 2)
+
+
+def test_a_clock_that_is_set_back_does_not_put_the_next_look_off() -> None:
+    provider, now = Changing(), [100 * DAY]
+    guard = DriftGuard(action="refuse", every=DAY)
+    with Cache(provider, [MemoryBackend()], drift=guard, clock=lambda: now[0]) as cache:
+        cache.embed("a")
+        now[0] = DAY
+        cache.embed("b")
+        cache.embed("c")
+        assert provider.looks == 2
+
+
+def test_threads_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
     provider, clock = Changing(delay=0.01), ManualClock()
     with guarded(provider, clock) as cache:
         found: dict[int, Any] = {}
@@ -263,6 +309,7 @@ def test_threads_and_tasks() -> None:
             return await asyncio.gather(*(cache.aembed(f"late {n}") for n in range(8)), return_exceptions=True)
 
         assert all(isinstance(error, DriftError) for error in asyncio.run(tasks()))
+        assert caplog.text.count("makes other vectors") == 1, "calls that look at the same time are one look"
     for number, vector in found.items():
         assert (vector == Changing().vector_of(f"text {number}")).all()
 
@@ -391,6 +438,7 @@ def test_its_table() -> None:
         {"tolerance": 2},
         {"texts": []},
         {"texts": "a"},
+        {"texts": [""]},
         {"acton": 1},
     ],
 )
@@ -400,7 +448,16 @@ def test_what_it_refuses(drift: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"action": "panic"}, {"texts": "a"}, {"texts": []}, {"every": 0}, {"tolerance": 2}]
+    "options",
+    [
+        {"action": "panic"},
+        {"texts": "a"},
+        {"texts": []},
+        {"texts": ["a", ""]},
+        {"texts": ["\ud800"]},
+        {"every": 0},
+        {"tolerance": 2},
+    ],
 )
 def test_what_it_refuses_in_python(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

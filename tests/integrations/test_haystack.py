@@ -30,6 +30,8 @@ from haystack_integrations.components.embedders.sentence_transformers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
@@ -299,6 +301,31 @@ def test_weights_that_change_in_place_are_another_model(minilm_path: Path, tmp_p
         embedder.run(documents=documents("opened before, embedded after"))
     folder.rename(elsewhere)
     assert described(elsewhere) not in (before, str(elsewhere))
+
+
+def test_what_haystack_has_loaded_of_a_folder_that_has_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
+    """Haystack's embedders share what one of them has loaded, by the folder's name."""
+    folder = tmp_path / "model"
+    shutil.copytree(minilm_path, folder)
+
+    def embedded(plain: SentenceTransformersDocumentEmbedder) -> Any:
+        answer = CachedDocumentEmbedder(plain, config=MEMORY).run(documents=documents("the same text"))
+        return np.float32(answer["documents"][0].embedding)
+
+    plain = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
+    plain.warm_up()  # outside of any cache
+    weights = load_file(folder / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    save_file({**weights, name: weights[name][:, ::-1].copy()}, folder / "model.safetensors", {"format": "pt"})
+    truth = SentenceTransformer(str(folder), device="cpu").encode("the same text")
+    other = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
+    np.testing.assert_allclose(embedded(other), truth, atol=1e-6)
+    third = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
+    third.warm_up()
+    assert third.embedding_backend is other.embedding_backend, "what was loaded since is shared as before"
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SpaceError, match="before its model's folder changed"):
+        embedded(third)
 
 
 # --- what a document's vector depends on ------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedonce
-from embedonce import ProviderError, SpaceError
+from embedonce import ProviderError, SpaceError, keys
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.openai import AsyncCachedEmbeddings, CachedEmbeddings, cached
 from embedonce_providers.openai import OpenAIProvider
@@ -157,6 +158,17 @@ def test_tokens_and_the_text_that_writes_them_never_meet(
     ]
     assert server.requests[1].body["input"] == [[1, 2], [12]]
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("step", [lambda text: text.replace(",", ""), lambda text: re.sub(r"\d", "0", text)])
+def test_a_step_that_would_change_tokens_is_an_error(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(keys.NORMALIZERS, "strip", step)
+    call = {"model": MODEL, "input": [[1, 23], [12, 3]]}
+    (error,) = Program(server, face)(call, config={**tiers, "key": {"normalize": ["strip"]}})
+    assert type(error) is SpaceError
+    assert server.texts == 0
 
 
 def test_the_endpoint_gets_the_normalised_text(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
@@ -321,14 +333,40 @@ def test_the_rest_of_the_client_is_as_it_was(server: OpenAIServer, tiers: dict[s
         before = len(server.requests)
         raw = client.embeddings.with_raw_response.create(**call)
         assert raw.parse().data[0].embedding == server.vector_of("one").tolist()
+        assert client.with_raw_response.embeddings.create(**call).parse().usage.total_tokens > 0
         with client.embeddings.with_streaming_response.create(**call) as stream:
             assert stream.status_code == 200
+        with client.with_streaming_response.embeddings.create(**call) as stream:
+            assert stream.status_code == 200
         plain.embeddings.create(**call)
-        assert len(server.requests) == before + 3
+        assert len(server.requests) == before + 5
         for other in (client.with_options(timeout=7), client.copy(), client.with_options().with_options()):
             assert other.embeddings.create(**call).usage.total_tokens == 0
         assert client.with_options(timeout=7).timeout == 7
         assert client.embeddings.cache.stats().tiers["memory"].hits == 3
+
+
+async def test_raw_responses_of_an_async_client(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        call: Any = {"model": MODEL, "input": "one"}
+        await client.embeddings.create(**call)
+        for resource in (client.with_raw_response.embeddings, client.embeddings.with_raw_response):
+            raw = await resource.create(**call)
+            assert raw.parse().data[0].embedding == server.vector_of("one").tolist()
+        async with client.with_streaming_response.embeddings.create(**call) as stream:
+            assert stream.status_code == 200
+        assert len(server.requests) == 4
+
+
+def test_the_drift_guard_of_a_configuration_looks(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    program, call = Program(server, face), {"model": MODEL, "input": ["one"]}
+    program(call, config=tiers)
+    assert server.texts == 1
+    answer, again = program({**call, "input": ["two"]}, call, config={**tiers, "drift": {"action": "refuse"}})
+    assert len(server.requests) == 3, "the canaries, then the text"
+    assert vectors(answer) == [server.vector_of("two").tolist()]
+    assert vectors(again) == [server.vector_of("one").tolist()]
 
 
 async def test_many_tasks_pay_once(server: OpenAIServer, tiers: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ def test_equal_configurations_share_one_cache(tmp_path: Path) -> None:
     assert shared_cache(file) is first
     assert shared_cache(config.load(file)) is first
     assert shared_cache({**NGRAM, "key": {"version": "v2"}}) is not first
+    assert shared_cache({**NGRAM, "drift": {"action": "refuse"}}) is not first
 
 
 def test_another_provider_shares_the_tiers() -> None:

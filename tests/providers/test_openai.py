@@ -381,6 +381,7 @@ def test_tasks() -> None:
         {"base_url": "http://host/v1?key=1"},
         {"base_url": "ftp://host"},
         {"base_url": "http://host", "azure_endpoint": "http://host"},
+        {"base_url": "http://host", "api_version": "2024-10-21"},
         {"extra_body": {"dimensions": 8}},
         {"task_body": {"query": {"model": "n"}}},
     ],

@@ -21,6 +21,7 @@ from embedonce.contracts import Task
 from embedonce_integrations.wrapping import InOrder, WrappedProvider, is_openai_resource, shared_cache, writable
 
 from ._described import space_of
+from ._loaded import load_anew, remember
 
 CHUNK = 256
 """Texts of one call of the embedder, at least. It makes its own batches of them; each chunk is stored as it lands."""
@@ -256,10 +257,13 @@ class CachedEmbedder:
     def _warm_up_embedder(self) -> None:
         with self._lock:
             if not self._warm:
+                _, content = self._model
                 if hasattr(self.embedder, "warm_up"):
+                    load_anew(self.embedder, content)
                     self.embedder.warm_up()
                 _put_in_order(self.embedder)
                 self._check_model()
+                remember(self.embedder, content)
                 self._warm = True
 
     async def _warm_up_embedder_async(self) -> None:
