@@ -46,8 +46,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
     args = parser.parse_args()
 
-    documents = [part for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")]
-    documents = [part for part in documents if part.strip()]
+    parts = [
+        part.strip() for file in sorted(args.folder.glob("*.md")) for part in file.read_text("utf-8").split("\n\n")
+    ]
+    documents = [part for part in parts if part]
     ids = [str(i) for i in range(len(documents))]
     inner = Ngrams()
 
@@ -63,7 +65,7 @@ def main() -> None:
         answer = collection.query(query_texts=[args.question], n_results=3)
         stored = collection.get(ids=ids, include=["embeddings"])
         vectors = dict(zip(stored["ids"], np.asarray(stored["embeddings"], np.float32), strict=True))
-        found.append((answer["ids"], [vectors[i].tobytes() for i in ids]))
+        found.append((answer["documents"], answer["distances"], [vectors[i].tobytes() for i in ids]))
         print(f"{name:8} {len(documents) + 1} texts, {inner.texts - before} embedded")
     print("the same" if found[0] == found[1] == found[2] else "NOT the same", "vectors and answers")
     print(f"nearest to {args.question!r}:")

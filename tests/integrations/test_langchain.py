@@ -251,7 +251,9 @@ def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.
 
 
 def test_a_provider_of_the_configuration() -> None:
-    cached = CachedEmbeddings(config=NGRAM)
+    # Of its own: others with an equal configuration would share its cache, and its counters.
+    config = {**NGRAM, "key": {"namespace": "test_a_provider_of_the_configuration"}}
+    cached = CachedEmbeddings(config=config)
     rows = cached.embed_documents(["one", "two", "one"])
     assert rows[0] == rows[2] == cached.embed_query("one")
     assert cached.cache.stats().providers["ngram"].texts == 2

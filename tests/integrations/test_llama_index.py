@@ -209,7 +209,8 @@ def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.
 
 
 def test_a_provider_of_the_configuration(face: Face) -> None:
-    cached = CachedEmbedding(config=NGRAM)
+    # Of its own: others with an equal configuration would share its cache, and its counters.
+    cached = CachedEmbedding(config={**NGRAM, "key": {"namespace": f"a provider, {face}"}})
     rows = face.texts(cached, ["one", "two", "one"])
     assert rows[0] == rows[2] == face.query(cached, "one")
     assert cached.cache.stats().providers["ngram"].texts == 2
