@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ T = TypeVar("T")
 
 END_SECONDS = 5.0
 """How long a close waits for the thread."""
+GRACE_SECONDS = 0.05
 
 
 class Background:
@@ -70,3 +72,6 @@ class Background:
             self._loop.call_soon_threadsafe(self._stop.set)
             if self._thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes
                 self._thread.join(END_SECONDS)
+                # obstore's threads let go of their last Python objects a moment after a call has returned. A program
+                # that ends in that moment is aborted by the interpreter.
+                time.sleep(GRACE_SECONDS)
