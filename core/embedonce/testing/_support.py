@@ -222,5 +222,7 @@ def _answer(child: subprocess.Popen[bytes]) -> Any:
         said, errors = child.communicate(timeout=BOUND)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"another process does not come back within {BOUND:g} s") from None
-    assert child.returncode == 0, f"it fails in another process ({child.returncode}):\n{errors.decode(errors='replace')}"
+    assert child.returncode == 0, (
+        f"it fails in another process ({child.returncode}):\n{errors.decode(errors='replace')}"
+    )
     return json.loads(said)
