@@ -15,7 +15,8 @@ FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,sent
 # More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
 BENCH ?=
-WORKERS ?= auto
+# Half of the time a test waits: for a server to start, for a timeout to pass.
+WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: help install demo test lint format wheel pytest bench bench-networked clean
 .DEFAULT_GOAL := help
