@@ -21,9 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shared CI machine is slow at times: that is no reason to fail. `print_blob` lets a failure be replayed elsewhere.
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _common, max_examples=50)
-settings.register_profile("ci", _common, max_examples=100)
 settings.register_profile("thorough", _common, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
 
 
 @pytest.fixture(scope="session", autouse=True)

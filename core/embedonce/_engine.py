@@ -225,6 +225,9 @@ class Engine:
             fresh = {key: entries[key] for key in missing}
             try:
                 self.table.claim(ticket.number, missing, port.loop, claimed)
+                for key, flight in claimed.landed.items():
+                    if flight.stored:  # and not yet written: the entry that was first stays
+                        del fresh[key]
                 # Also what others compute at this moment: they may fail, or not store it.
                 await self.store(port, ticket.number, answer, fresh)
             finally:

@@ -14,7 +14,7 @@ from ._ports import Port
 from ._routes import Route
 from ._tiers import PROBE_KEY, LiveTier
 from .answers import Explanation, Held, Purged, TierCheck
-from .errors import EraseIncomplete, TierBusy, TierError
+from .errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
 from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
 from .vectors import Dtype, Metadata, open_frame
 
@@ -169,7 +169,7 @@ class Upkeep:
             start = time.perf_counter()
             detail, ok = "", False
             try:
-                await self._knock(port, tier)
+                await self._asked(port, tier, [PROBE_KEY])
                 detail = await self._foreign(port, tier)
                 if not detail:
                     detail = await tier.describe(port)
@@ -180,13 +180,16 @@ class Upkeep:
             checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
 
-    async def _knock(self, port: Port, tier: LiveTier) -> None:
-        """Ask a tier for a key that nobody has. One that is busy, or has it on a node that is away, is there."""
+    async def _asked(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
+        """Ask a tier for some keys. One that is busy, or has them on a node that is away, is there all the same."""
         try:
-            await tier.peek(port, [PROBE_KEY])
+            return await tier.peek(port, keys)
         except TierError as error:
-            if not isinstance(error.__cause__, TierBusy):
-                raise
+            if isinstance(error.__cause__, PartialAnswer):
+                return dict(error.__cause__.answer)
+            if isinstance(error.__cause__, TierBusy):
+                return {}
+            raise
 
     async def _foreign(self, port: Port, tier: LiveTier) -> str:
         """Say so where the space cards of a tier are encrypted with another key than its own, or it has none.
@@ -197,7 +200,7 @@ class Upkeep:
             return ""
         listed = tier.encrypted and tier.capabilities.scan
         cards = await tier.scan(port, CARD_PREFIX) if listed else [CARD_PREFIX + scope for scope in self._cards]
-        values = await tier.peek(port, cards) if cards else {}
+        values = await self._asked(port, tier, cards) if cards else {}
         if not tier.encrypted:
             sealed = sum(open_frame(value) is not None for value in values.values())
             return f"{sealed} of {len(values)} scopes are encrypted, and the tier has no key" if sealed else ""

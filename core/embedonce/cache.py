@@ -29,7 +29,7 @@ from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import CacheClosed, ConfigError, SpaceError, TextRefused
 from .events import Event, Stats
-from .functions import wrap
+from .functions import NoProvider, wrap
 from .keys import NORMALIZERS, KeyPolicy, Value, VectorSpace, card
 from .vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
 
@@ -551,7 +551,8 @@ class Cache:
         if route is None:
             with self._lock:
                 route = self._routes.setdefault((source, task), Route(source, task, self._policy, self._steps))
-                self._cards[route.keyer.scope] = card(self._policy, route.space)
+                if not isinstance(source.provider, NoProvider):
+                    self._cards[route.keyer.scope] = card(self._policy, route.space)
             if hasattr(self, "_hot"):
                 self._hot = self._hot_tier()
         return route
