@@ -422,8 +422,8 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
         'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce has '
-        "nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point of "
-        "its name",
+        "nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point "
+        "of its name",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '
