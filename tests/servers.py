@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
@@ -139,6 +140,17 @@ def _tell_watch(sign: str, pid: int, folder: Path) -> None:
     stdin.flush()
 
 
+def _children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
+
+
+def _is_stopped(pid: int) -> bool:
+    """Tell whether a process has obeyed SIGSTOP, or is gone."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return not state.strip() or state.startswith(("T", "Z"))
+
+
 class Server:
     """One server process. Subclasses say how it is started and how it answers."""
 
@@ -151,6 +163,7 @@ class Server:
         self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix=f"embedonce-{self.name}-"))
         self.process: subprocess.Popen[bytes] | None = None
+        self._paused: list[int] = []
 
     def command(self) -> Sequence[str]:
         """Return program and arguments."""
@@ -187,12 +200,21 @@ class Server:
         self._end(self.end_by)
 
     def pause(self) -> None:
-        """Let it hang: connections are accepted by the system, and nothing answers."""
-        self._signal(signal.SIGSTOP)
+        """Let it hang, with the processes that it has: connections are accepted by the system, and nothing answers."""
+        assert self.process is not None, f"{self.name} is not running"
+        self._paused = [self.process.pid, *_children(self.process.pid)]
+        for pid in self._paused:
+            os.kill(pid, signal.SIGSTOP)
+        # A signal is sent before it is obeyed: a thread may go on answering for a moment.
+        os.waitpid(self.process.pid, os.WUNTRACED)
+        wait_until(lambda: all(map(_is_stopped, self._paused)), f"{self.name} hangs")
 
     def resume(self) -> None:
         """Let it go on."""
-        self._signal(signal.SIGCONT)
+        for pid in self._paused:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self._paused = []
 
     def close(self) -> None:
         """End it and remove its folder."""
@@ -232,16 +254,12 @@ class Server:
     def _ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
-    def _signal(self, number: signal.Signals) -> None:
-        assert self.process is not None, f"{self.name} is not running"
-        self.process.send_signal(number)
-
     def _end(self, number: signal.Signals) -> None:
         process, self.process = self.process, None
         if process is None:
             return
         process.send_signal(number)
-        process.send_signal(signal.SIGCONT)
+        self.resume()
         try:
             process.wait(START)
         except subprocess.TimeoutExpired:

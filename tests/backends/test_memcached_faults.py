@@ -222,19 +222,25 @@ def scripted(*connections: Sequence[bytes]) -> Iterator[MemcachedBackend]:
 
     def answer() -> None:
         for replies in connections:
-            connection, _ = listening.accept()
+            try:
+                connection, _ = listening.accept()
+            except OSError:  # the test has ended, and nobody has come
+                return
             with connection:
                 for reply in replies:
                     connection.recv(1000)
                     connection.sendall(reply)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=answer, daemon=True).start()
+        answering = threading.Thread(target=answer)
+        answering.start()
         backend = MemcachedBackend(servers=["{}:{}".format(*listening.getsockname())])
         try:
             yield backend
         finally:
             backend.close()
+            listening.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept()
+            answering.join()
 
 
 def test_an_answer_to_add_that_is_lost_is_no_answer() -> None:

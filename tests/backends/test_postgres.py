@@ -857,7 +857,7 @@ def test_a_server_is_killed_and_started_again() -> None:
         server.restart()
         with deadline(LONG):  # the first call, although four connections are dead
             assert same(backend.get_many(list(items)), items)
-        server.pause()  # the system still takes connections; sessions of before go on
+        server.pause()  # the system still takes connections
         _drop_idle(backend)
         with deadline(0.3), pytest.raises(TimeoutError):
             backend.get_many(list(items))

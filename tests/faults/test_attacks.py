@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import socketserver
 import stat
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ import psycopg
 import pytest
 import redis
 from faults.cells import FACES, RESUME, Caller, Face
-from servers import HOST, MemcachedServer, PostgresServer, RedisClusterServers, RedisServer, wait_until
+from servers import HOST, MemcachedServer, PostgresServer, RedisClusterServers, RedisServer, Server, wait_until
 
 from embedonce import Cache, EraseIncomplete, Tier, TierError
 from embedonce.contracts import Backend
@@ -99,18 +97,13 @@ def backend_of(kind: str, address: str, **options: Any) -> Any:
 
 
 @contextmanager
-def stopped(server: Any) -> Iterator[None]:
-    """Stop a server and the processes that it has: Postgres has one for each session."""
-    process = server.process
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    pids = [process.pid, *map(int, children.stdout.split())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+def stopped(server: Server) -> Iterator[None]:
+    """Let a server hang, all of it."""
+    server.pause()
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        server.resume()
 
 
 @faces

@@ -73,12 +73,17 @@ def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
-    """Store samples, batch after batch, and tell after each how many there are: until the process is killed."""
+    """Store samples, batch after batch, and tell after each how many there are: until the process is killed.
+
+    It tells when the next batch is made, so that it is writing while it is being killed.
+    """
     values = values_for(request["holds"], request["dimensions"])
-    for start in count(0, WRITE_BATCH):
-        numbers = range(start, start + WRITE_BATCH)
-        backend.set_many({key(number, request["scope"]): values.sample(number) for number in numbers}, None)
-        print(start + WRITE_BATCH, file=answers, flush=True)
+    for stored in count(0, WRITE_BATCH):
+        numbers = range(stored, stored + WRITE_BATCH)
+        items = {key(number, request["scope"]): values.sample(number) for number in numbers}
+        if stored:
+            print(stored, file=answers, flush=True)
+        backend.set_many(items, None)
     raise AssertionError("unreachable")
 
 

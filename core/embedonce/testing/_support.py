@@ -162,8 +162,9 @@ def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **enviro
 
 
 def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a fresh process store one batch of samples after the other, and kill it when it has told of ``batches``.
+    """Let a fresh process store one batch of samples after the other, and kill it after it has told of ``batches``.
 
+    It is struck half a batch later, by the time that the last one took: in the middle of the next, if it keeps pace.
     Return how many keys it had told of as stored; it was at work on the next ones.
 
     Raises:
@@ -175,7 +176,11 @@ def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str
         try:
             child.stdin.write(_message(recipe, {"scope": scope, "holds": holds, "dimensions": dimensions}))
             child.stdin.close()
-            told = [int(_told(child)) for _ in range(batches)]
+            told, times = [], []
+            for _ in range(batches):
+                told.append(int(_told(child)))
+                times.append(time.monotonic())
+            time.sleep((times[-1] - times[-2]) / 2)
         finally:
             child.kill()  # with SIGKILL
         # It may have told of more before it was struck.

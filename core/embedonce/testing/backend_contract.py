@@ -581,7 +581,7 @@ class BackendContract(Whole):
             self._needs_sharing(backend)
             recipe = self._needs_recipe(backend)
             self._stored(backend, [1])
-            for turn, batches in enumerate((1, 5)):
+            for turn, batches in enumerate((2, 5)):
                 # Another scope every time, so that the keys are new.
                 scope = f"{turn:016x}"
                 stored = killed_while_writing(
