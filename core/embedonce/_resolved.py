@@ -60,11 +60,11 @@ class TierConfig(Plugged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A whole configuration, checked, with every value resolved."""
+    """A whole configuration, checked, with every value resolved. Equal ones make the same cache, wherever they stand."""
 
-    source: str
+    source: str = field(compare=False)
     """What it was read from, in words: for the command line to say."""
-    file: Path | None
+    file: Path | None = field(compare=False)
     cache: CacheTable
     key: KeyPolicy
     allow: Sequence[str] | None

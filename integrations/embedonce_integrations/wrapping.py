@@ -78,7 +78,7 @@ MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment"
 # --- the cache of a configuration -------------------------------------------------------------
 
 _lock = threading.Lock()
-_open: list[tuple[object, weakref.ref[Cache]]] = []
+_open: list[tuple[config.Config, weakref.ref[Cache]]] = []
 """Configurations and their caches, as long as somebody uses them. A list: options cannot be hashed."""
 
 
@@ -94,22 +94,12 @@ def shared_cache(source: config.Source | config.Config = None, *, provider: AnyP
         SpaceError: the provider describes no vector space.
     """
     loaded = source if isinstance(source, config.Config) else config.load(source, own_provider=provider is not None)
-    wanted = (
-        loaded.cache,
-        loaded.key,
-        loaded.provider,
-        loaded.fallback,
-        loaded.fallback_fetch_only,
-        loaded.drift,
-        loaded.tiers,
-        loaded.allow,
-    )
     with _lock:
         _open[:] = [(known, ref) for known, ref in _open if (cache := ref()) is not None and not cache.closed]
-        cache = next((ref() for known, ref in _open if known == wanted), None)
+        cache = next((ref() for known, ref in _open if known == loaded), None)
         if cache is None:
             cache = config.compose(loaded)
-            _open.append((wanted, weakref.ref(cache)))
+            _open.append((loaded, weakref.ref(cache)))
     return cache if provider is None else cache.for_provider(provider)
 
 

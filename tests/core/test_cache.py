@@ -37,7 +37,7 @@ from embedonce import (
 from embedonce.events import Computed, Event, LookedUp, Stored
 from embedonce.functions import FunctionProvider
 from embedonce.testing.fakes import CountingProvider, DictBackend
-from embedonce.testing.faults import FaultyProvider, ProviderFault
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend
 
 
@@ -423,6 +423,22 @@ def test_put_warms_and_the_first_writers_metadata_stays(asynchronous: bool, writ
         cache.flush()
         assert list(face.lookup(["b"]).metadata) == [{"source": "x", "chunk": 1}]
     assert provider.texts == 0
+
+
+@faces
+def test_put_keeps_the_first_entry_while_its_write_is_queued(asynchronous: bool) -> None:
+    backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
+    with Cache(CountingProvider(), [Tier(backend, name="far", write="background", timeout=60)]) as cache:
+        face = Face(cache, asynchronous)
+        first, late = np.ones((1, 8), np.float32), np.full((1, 8), 2, np.float32)
+        face.put(["a"], first, metadata=[{"source": "first"}])
+        backend.gate.until(1)
+        face.put(["a", "b"], np.concatenate([late, late]), metadata=[{"source": "late"}, None])
+        backend.heal()
+        assert cache.flush(60)
+        fetched = face.lookup(["a", "b"])
+        assert (fetched.vectors == np.concatenate([first, late])).all()
+        assert list(fetched.metadata) == [{"source": "first"}, None]
 
 
 def test_put_checks_vectors_as_a_providers_answer() -> None:
