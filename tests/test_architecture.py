@@ -46,6 +46,7 @@ ORDER = (
     "answers",
     "_checks",
     "hookspecs",
+    "background",
     "_ports",
     "_flights",
     "_breaker",

@@ -18,8 +18,9 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+from .background import BackgroundLoop
 from .contracts import deadline
-from .errors import CacheClosed, TierBusy
+from .errors import TierBusy
 
 if TYPE_CHECKING:
     import asyncio
@@ -113,59 +114,6 @@ class Workers:
                             self._free -= 1
                             self._threads -= 1
                             return
-
-
-class BackgroundLoop:
-    """One event loop in a daemon thread, for an async provider under the blocking face."""
-
-    CLOSE_SECONDS = 2.0
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        import asyncio
-
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise CacheClosed("the cache was closed while its provider was at work")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._run, args=(self._loop,), name="embedonce-loop", daemon=True
-                )
-                self._thread.start()
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(coroutine, loop)
-
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        import asyncio
-
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-            left = asyncio.all_tasks(loop)
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-        finally:
-            loop.close()
-
-    def close(self) -> None:
-        """Cancel what still runs and end the loop, waiting a moment for a task that ignores it."""
-        with self._lock:
-            self._closed = True
-            loop, self._loop = self._loop, None
-            thread, self._thread = self._thread, None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(self.CLOSE_SECONDS)
 
 
 class Port(Protocol):
@@ -285,7 +233,7 @@ class BlockingPort:
         return await _finished(self, job, future)
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        return _result(self._background.submit(start()), timeout)
+        return self._background.run(start, timeout)
 
     async def wait(
         self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
@@ -333,20 +281,6 @@ class BlockingPort:
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
-
-
-def _result(future: Future[T], timeout: float | None) -> T:
-    from concurrent.futures import CancelledError, wait
-
-    try:
-        if not wait([future], timeout).done:
-            raise TimeoutError
-        return future.result()
-    except CancelledError:
-        raise CacheClosed("the cache was closed while its provider was at work") from None
-    except BaseException:  # Ctrl-C as well: a coroutine is cancelled
-        future.cancel()
-        raise
 
 
 class LoopPort:
@@ -449,7 +383,7 @@ class Ports:
     def reset(self) -> None:
         """Start anew, as in a forked child, whose threads and loops are the parent's."""
         self.workers = Workers()
-        self._background = BackgroundLoop()
+        self._background = BackgroundLoop("the provider")
         self.blocking = BlockingPort(self.workers, self._background)
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPort] = WeakKeyDictionary()
 

@@ -60,7 +60,7 @@ class TierConfig(Plugged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A whole configuration, checked, with every value resolved. Equal ones make the same cache, wherever they stand."""
+    """A whole configuration, checked, every value resolved. Equal ones make the same cache, wherever they stand."""
 
     source: str = field(compare=False)
     """What it was read from, in words: for the command line to say."""

@@ -301,7 +301,7 @@ def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> N
         cache.close()
         with pytest.raises(CacheClosed):
             call.result(GENEROUS)
-    assert not [thread for thread in threading.enumerate() if thread.name == "embedonce-loop"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "embedonce: the provider"]
 
 
 # --- losses -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import PLUGINS
 
-CONTRACT = {"embedonce", "embedonce.contracts", "embedonce.errors", "embedonce.options"}
+CONTRACT = {"embedonce", "embedonce.background", "embedonce.contracts", "embedonce.errors", "embedonce.options"}
 
 
 @pytest.mark.parametrize(

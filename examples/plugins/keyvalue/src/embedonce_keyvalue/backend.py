@@ -17,11 +17,10 @@ from annotated_types import Ge
 from key_value.aio.protocols import AsyncKeyValue
 
 from embedonce import hookimpl
-from embedonce.contracts import Capabilities
+from embedonce.background import BackgroundLoop
+from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import CacheClosed, ConfigError, TierError
 from embedonce.options import Doc, Size
-
-from ._background import Background
 
 api = 1
 
@@ -68,7 +67,7 @@ class KeyValueBackend:
 
     def _start(self) -> None:
         self._client = _Client(self._making)
-        self._background = Background("embedonce-keyvalue", self._client.close)
+        self._background = BackgroundLoop("the keyvalue backend", at_end=self._client.close)
         self._end = weakref.finalize(self, self._background.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
@@ -94,7 +93,7 @@ class KeyValueBackend:
     def _run(self, call: Callable[[G], Coroutine[Any, Any, T]], given: G) -> T:
         if not self._end.alive:
             raise CacheClosed("the keyvalue backend is closed")
-        return self._background.run(call(given))
+        return self._background.run(lambda: call(given), time_left())
 
     def restart(self) -> None:
         """Begin anew in a forked child, which has no thread but its own.

@@ -22,11 +22,10 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from embedonce import hookimpl
+from embedonce.background import BackgroundLoop
 from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import CacheClosed, ConfigError, TierError
 from embedonce.options import Doc
-
-from ._background import Background
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -41,6 +40,7 @@ KEYS = 256
 """Keys of one call."""
 LISTED = 1000
 """Keys of one page of a listing."""
+GRACE_SECONDS = 0.05
 FOLDER = 20
 """Characters of a key that name the folder of its object: ``eo1.`` and a scope. A store lists by whole folders."""
 
@@ -83,7 +83,7 @@ class ObjectsBackend:
             "secret_access_key": secret_access_key,
         }
         self._objects = _Objects(url, {name: value for name, value in s3.items() if value is not None}, concurrency)
-        self._background = Background("embedonce-objects")
+        self._background = BackgroundLoop("the objects backend", at_end=_let_go)
         self._end = weakref.finalize(self, self._background.close)
         scope = self._objects.scope
         self.capabilities = Capabilities(
@@ -143,7 +143,13 @@ class ObjectsBackend:
 
     def _run(self, call: Callable[[G], Coroutine[Any, Any, T]], given: G) -> T:
         self._open()
-        return self._background.run(call(given))
+        return self._background.run(lambda: call(given), time_left())
+
+
+async def _let_go() -> None:
+    # obstore's threads let go of their last Python objects a moment after a call has returned. A program that ends in
+    # that moment is aborted by the interpreter.
+    await asyncio.sleep(GRACE_SECONDS)
 
 
 class ObjectsTwin:
