@@ -67,14 +67,17 @@ def backend(memcached_servers: list[str]) -> Iterator[MemcachedBackend]:
 
 
 class TestMemcached(BackendContract):
-    """Two nodes."""
+    """Two nodes, one of them behind a proxy."""
 
     examples = 30
 
     @pytest.fixture(autouse=True)
-    def on_servers(self, memcached_servers: list[str]) -> None:
+    def on_servers(self, memcached_servers: list[str]) -> Iterator[None]:
         self.options: dict[int, dict[str, Any]] = {}
-        self.servers = memcached_servers
+        host, port = memcached_servers[0].split(":")
+        with FaultProxy(host, int(port)) as self.proxy:
+            self.servers = [self.proxy.url_port, *memcached_servers[1:]]
+            yield
 
     def make(self) -> MemcachedBackend:
         return self.client({"servers": self.servers, "prefix": unused()})
@@ -90,16 +93,21 @@ class TestMemcached(BackendContract):
     def recipe(self, backend: Any) -> Recipe:
         return Recipe(MemcachedBackend, self.options[id(backend)])
 
+    @contextmanager
+    def lose_a_node(self, backend: Any) -> Iterator[None]:
+        if len(self.servers) < 2:
+            pytest.skip("there is one node")
+        self.proxy.fault = NetworkFault("refuse")
+        yield
+        self.proxy.heal()
+
 
 class TestOneNode(TestMemcached):
-    """Behind a proxy, so that it can be made to stall."""
+    """Alone, it can be made to stall."""
 
     @pytest.fixture(autouse=True)
-    def behind_a_proxy(self, on_servers: None) -> Iterator[None]:
-        host, port = self.servers[0].split(":")
-        with FaultProxy(host, int(port)) as self.proxy:
-            self.servers = [self.proxy.url_port]
-            yield
+    def alone(self, on_servers: None) -> None:
+        del self.servers[1:]
 
     def server(self) -> tuple[str, int]:
         return self.proxy.address

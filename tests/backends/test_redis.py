@@ -109,6 +109,16 @@ class TestCluster(RedisContract):
     def stall(self, backend: Any) -> Any:
         return paused(*self.servers.members)
 
+    @contextmanager
+    def lose_a_node(self, backend: Any) -> Iterator[None]:
+        for node in self.servers.members:
+            node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        lost = self.servers.members[1]
+        lost.kill()
+        yield
+        lost.restart()
+        wait_until(self.servers.whole, "the cluster is whole again")
+
 
 class TestBehindSentinels(RedisContract):
     @pytest.fixture(autouse=True)

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from embedonce_nodes import TwoNodesBackend
 from embedonce_odd import HashingProvider, words_as_a_set
 from embedonce_shelf import (
     AddsUnderALockShelfBackend,
     HashingShelfBackend,
+    ListsWhatIsUnfinishedShelfBackend,
     OneFileShelfBackend,
     ShelfBackend,
     WritesAtItsEndShelfBackend,
@@ -28,7 +30,7 @@ from embedonce_shelf import (
 from embedonce_wire import Server, SharesItsConnectionAfterAFork, WireBackend
 
 from embedonce.contracts import Capabilities, Embedded, Limits, time_left
-from embedonce.errors import TextRefused
+from embedonce.errors import PartialAnswer, TextRefused
 from embedonce.testing import (
     BackendContract,
     CountingProvider,
@@ -608,6 +610,46 @@ class FoldsCase(DictBackend):
         return super().scan(prefix.upper())
 
 
+class LeavesOutWhatIsAway(TwoNodesBackend):
+    """Answers without the keys of a node that is away, as if they were not there."""
+
+    def get_many(self, keys):
+        return self._store.get_many(self._there(keys))
+
+
+class FailsAltogether(TwoNodesBackend):
+    """Fails as a whole where one node fails."""
+
+    def get_many(self, keys):
+        if self.away:
+            raise ConnectionError
+        return super().get_many(keys)
+
+
+class NamesTooFew(TwoNodesBackend):
+    """Names one key of those that failed."""
+
+    def _checked(self, keys, answer):
+        lost = [key for key in keys if self._is_lost(key)]
+        if lost:
+            raise PartialAnswer("a node is away", answer=answer, failed=lost[:1])
+        return answer
+
+
+class SaysAllIsStored(TwoNodesBackend):
+    """Takes a write of which a node that is away got nothing for done."""
+
+    def set_many(self, items, ttl):
+        self._store.set_many({key: items[key] for key in self._there(items)}, ttl)
+
+
+class ForgetsOnHalfTheNodes(TwoNodesBackend):
+    """Takes a deletion that a node which is away has not seen for done."""
+
+    def delete_many(self, keys):
+        self._store.delete_many(self._there(keys))
+
+
 class SwallowsErrors(WireBackend):
     """Swallows errors: a server that is gone holds nothing."""
 
@@ -699,6 +741,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_other_processes_use_the_store", OneFileShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesAtItsEndShelfBackend),
+    ("test_a_writer_that_is_killed_leaves_whole_values", ListsWhatIsUnfinishedShelfBackend),
     ("test_threads_keep_their_values_apart", ForgetsBetweenThreads),
     ("test_threads_that_overwrite_leave_one_whole_value", WritesInTwoHalves),
     ("test_a_call_past_its_deadline_raises", IgnoresItsDeadline),
@@ -706,6 +749,11 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_server_that_is_gone_is_an_error_and_no_miss", SwallowsErrors),
     ("test_a_reply_that_ends_early_is_an_error", TakesHalfAReply),
     ("test_a_connection_that_died_silently_is_left_by_the_deadline", KeepsADeadConnection),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", LeavesOutWhatIsAway),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", FailsAltogether),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", NamesTooFew),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", SaysAllIsStored),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", ForgetsOnHalfTheNodes),
     ("test_the_twin_shares_the_store", TwinWithItsOwnStore),
     ("test_every_loop_has_its_own_twin", OneTwinForAllLoops),
     ("test_the_twin_answers_many_at_once", TwinWithOnePlaceForKeys),
@@ -754,6 +802,12 @@ class Tries(BackendContract):
         backend.stalled = True
         yield
         backend.stalled = False
+
+    @contextmanager
+    def lose_a_node(self, backend: Any) -> Iterator[None]:
+        backend.away = True
+        yield
+        backend.away = False
 
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN_BACKENDS, ids=lambda value: getattr(value, "__name__", value))

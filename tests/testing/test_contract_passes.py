@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from embedonce_nodes import TwoNodesBackend
 from embedonce_shelf import ShelfBackend
 from embedonce_wire import Server, WireBackend
 
@@ -62,6 +63,19 @@ class TestWrappedWithoutFaults(OnAClock):
         backend.faults.append(Fault("hang", obey=True))
         yield
         backend.heal()
+
+
+class TestTwoNodes(BackendContract):
+    """One of which may be away."""
+
+    def make(self) -> TwoNodesBackend:
+        return TwoNodesBackend()
+
+    @contextmanager
+    def lose_a_node(self, backend: Any) -> Iterator[None]:
+        backend.away = True
+        yield
+        backend.away = False
 
 
 class TestFilesInAFolder(BackendContract):

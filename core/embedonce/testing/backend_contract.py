@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
+from embedonce.errors import PartialAnswer
 from embedonce.keys import CARD_PREFIX
 
 from ._child import WRITE_BATCH
@@ -78,6 +80,10 @@ class BackendContract(Whole):
 
     def through(self, backend: Any, host: str, port: int) -> Backend:
         """Return another client of the store that ``backend`` uses, for which its server is at ``host:port``."""
+        raise NotImplementedError
+
+    def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
+        """Return a context inside which one node of the store of ``backend`` is away, and the others answer."""
         raise NotImplementedError
 
     # --- what it declares ---------------------------------------------------------------------
@@ -595,6 +601,10 @@ class BackendContract(Whole):
                 perhaps = {key(number, scope): number for number in range(stored, stored + 2 * WRITE_BATCH)}
                 there = backend.get_many(list(perhaps))
                 self._same(backend, there, {name: seed for name, seed in perhaps.items() if name in there})
+                if backend.capabilities.scan:
+                    others = set(backend.scan(f"eo1.{scope}.")) - {key(number, scope) for number in range(stored)}
+                    left = len(others - set(perhaps))
+                    assert not left, f"{left} names are listed that are no keys: what a killed writer left behind"
                 backend.set_many({key(0, scope): self._values(backend).sample(2)}, None)
                 self._holds(backend, {key(0, scope): 2, key(1): 1})
 
@@ -715,6 +725,29 @@ class BackendContract(Whole):
             with suppress(Exception):
                 bounded(ask, "get_many on a connection that has died")
             self._recovers(client)
+
+    def test_a_node_that_is_away_takes_its_own_keys_alone(self) -> None:
+        with self._open() as backend:
+            if not self._has("lose_a_node"):
+                pytest.skip("needs lose_a_node(): a context in which one node of several is away")
+            values = self._values(backend)
+            self._stored(backend, range(100))
+            with self.lose_a_node(backend):
+                held = {key(number): number for number in range(100)}
+                found, failed = self._partly(lambda: backend.get_many(list(held)), held)
+                self._same(backend, found, {name: seed for name, seed in held.items() if name not in failed})
+                new = {key(number): number for number in range(100, 200)}
+                items = {name: values.sample(seed) for name, seed in new.items()}
+                _, failed = self._partly(lambda: backend.set_many(items, None), new)
+                self._holds(backend, {name: seed for name, seed in new.items() if name not in failed})
+                if backend.capabilities.add:
+                    new = {key(number): number for number in range(200, 300)}
+                    items = {name: values.sample(seed) for name, seed in new.items()}
+                    added, failed = self._partly(lambda: backend.add_many(items, None), new)
+                    assert set(added) == new.keys() - failed, "add_many returns the keys that are now there"
+                if backend.capabilities.delete:
+                    self._fails(lambda: backend.delete_many(list(held)), "delete_many while a node is away")
+            self._serves_again(backend)
 
     # --- the async twin -----------------------------------------------------------------------
 
@@ -850,6 +883,35 @@ class BackendContract(Whole):
             with suppress(Exception), deadline(2.0):
                 client.get_many([key(1)])
         self._holds(client, {key(1): 1, key(2): 2})
+
+    def _partly(self, call: Callable[[], Any], asked: Mapping[str, int]) -> tuple[Any, frozenset[str]]:
+        """Require a partial answer; return what is in it, and the keys that failed."""
+
+        def within() -> Any:
+            with deadline(BOUND / 2):
+                return call()
+
+        partial = None
+        try:
+            bounded(within, "a call while a node is away")
+        except PartialAnswer as raised:
+            partial = raised
+        assert partial is not None, "a node that is away raises PartialAnswer: an error is no miss, and not done"
+        assert partial.failed < asked.keys(), "what failed is some of the keys that were asked for, not all"
+        return partial.answer, partial.failed
+
+    def _serves_again(self, backend: Any) -> None:
+        """Require that every key can be stored once all nodes are there; a client may leave one out for a while."""
+        end = time.monotonic() + BOUND
+        while True:
+            try:
+                self._stored(backend, range(100))
+                break
+            except Exception:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        self._holds(backend, {key(number): number for number in range(100)})
 
     def _has(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(BackendContract, hook)

@@ -97,6 +97,16 @@ class WritesInPlaceShelfBackend(ShelfBackend):
                     time.sleep(0.0001)
 
 
+class ListsWhatIsUnfinishedShelfBackend(ShelfBackend):
+    """Lists the files that it writes before they have their names: those of a writer that was killed stay for ever."""
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        for key, frame in items.items():
+            (self.folder / f"{key}.new").write_bytes(frame)
+            time.sleep(0.01)
+            os.replace(self.folder / f"{key}.new", self.folder / key)
+
+
 class WritesAtItsEndShelfBackend(ShelfBackend):
     """Gathers what it stores in memory and writes it when it is closed: a process that is killed loses all of it."""
 
