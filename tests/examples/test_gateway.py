@@ -34,7 +34,8 @@ def environment(postgres: PostgresServer, request: pytest.FixtureRequest, monkey
     table = request.node.name[-50:]  # Postgres takes 63
     monkeypatch.setenv("GATEWAY_POSTGRES_URL", postgres.url)
     monkeypatch.setenv("GATEWAY_TABLE", table)
-    monkeypatch.setenv("GATEWAY_TIMEOUT", "20s")
+    monkeypatch.setenv("GATEWAY_TIMEOUT", "60s")
+    monkeypatch.setenv("EMBEDONCE__CACHE__FLUSH_TIMEOUT", "60s")
     return table
 
 
