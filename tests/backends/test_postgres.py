@@ -779,7 +779,10 @@ def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
 
 
 @pytest.mark.skipif(not psycopg.capabilities.has_cancel_safe(), reason="libpq before 17 cannot ask without blocking")
-def test_a_query_that_nobody_waits_for_is_ended(database: Database, backend: PostgresBackend) -> None:
+def test_a_query_that_nobody_waits_for_is_ended(
+    database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_postgres_connections, "CANCEL_SECONDS", LONG)
     backend.set_many({key_of(1): b"x"}, None)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
     with _locked(database, backend):
