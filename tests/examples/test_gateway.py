@@ -149,7 +149,7 @@ def test_without_postgres_texts_are_computed_and_a_warning_is_logged_once(
         with embedonce.open(CONFIG) as cache:
             expected = cache.embed_batch(TEXTS)
             assert cache.flush()
-            server.kill()
+            server.kill_all()  # a session that was left would go on answering for a moment
             for number in range(10):
                 assert cache.fetch([f"new {number}"]).sources == ["provider"]
             assert (cache.embed_batch(TEXTS) == expected).all()
