@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import errno
 import importlib.util
+import itertools
 import os
 import pwd
 import random
@@ -38,8 +39,10 @@ POSTGRES_URL = os.environ.get("EMBEDONCE_TEST_POSTGRES_URL")
 MEMCACHED = os.environ.get("EMBEDONCE_TEST_MEMCACHED")
 IN_CI = bool(os.environ.get("CI"))
 
-START = 30.0
+START = 60.0
 """Seconds in which a server has to answer."""
+PORTS = range(15_000, 32_000)
+"""Below those that the system gives to outgoing connections: none takes one while a server is being restarted."""
 HOST = "127.0.0.1"
 
 INSTALL = {
@@ -84,13 +87,23 @@ def program(name: str) -> str:
     return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or absent(name)
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on.
+@cache
+def _own_ports(pid: int) -> Iterator[int]:
+    """Go round the ports that are this process's share, from any of them.
 
-    Below those that the system gives to outgoing connections, so that none takes it while a server is being restarted.
+    A server listens some time after its port was chosen, and not while it is being restarted: another worker of
+    pytest-xdist that chose the same would speak with a server that is not its own.
     """
-    for _ in range(1000):
-        port = random.randrange(15_000, 32_000)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    # Not the shared generator: hypothesis seeds it, the same in every process.
+    start = random.SystemRandom().randrange(len(share))
+    return itertools.cycle([*share[start:], *share[:start]])
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on, and that this process has not had for long."""
+    for port in itertools.islice(_own_ports(os.getpid()), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind((HOST, port))
@@ -202,11 +215,14 @@ class Server:
     def pause(self) -> None:
         """Let it hang, with the processes that it has: connections are accepted by the system, and nothing answers."""
         assert self.process is not None, f"{self.name} is not running"
-        self._paused = [self.process.pid, *_children(self.process.pid)]
-        for pid in self._paused:
-            os.kill(pid, signal.SIGSTOP)
-        # A signal is sent before it is obeyed: a thread may go on answering for a moment.
+        self._paused = [self.process.pid]
+        self.process.send_signal(signal.SIGSTOP)
+        # A signal is sent before it is obeyed: a thread may go on answering for a moment, or start one more child.
         os.waitpid(self.process.pid, os.WUNTRACED)
+        self._paused += _children(self.process.pid)
+        for pid in self._paused[1:]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         wait_until(lambda: all(map(_is_stopped, self._paused)), f"{self.name} hangs")
 
     def resume(self) -> None:
@@ -472,7 +488,9 @@ class RedisClusterServers(Group):
 class _ClusterNode(RedisServer):
     def __init__(self, *, password: str | None) -> None:
         login = ("--masterauth", password) if password else ()
-        super().__init__("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", *login, password=password)
+        # A node that only stalls must not be called down by the others, who would then refuse what they are asked.
+        timeout = ("--cluster-node-timeout", f"{1000 * START:.0f}")
+        super().__init__("--cluster-enabled", "yes", *timeout, *login, password=password)
         self.bus = free_port()
 
     def command(self) -> Sequence[str]:
@@ -480,7 +498,10 @@ class _ClusterNode(RedisServer):
 
 
 class RedisSentinelServers(Group):
-    """A master, a replica, and sentinels that make the replica the master half a second after the master is gone."""
+    """A master, a replica, and sentinels that make the replica the master when it is gone and they look for it.
+
+    They do so in :meth:`wait_for_failover` alone: else a master that stalls for a moment would lose its place.
+    """
 
     service = "embeddings"
 
@@ -505,17 +526,33 @@ class RedisSentinelServers(Group):
 
     def master_port(self) -> int:
         """Return the port of the master as the first sentinel that answers has it."""
-        for sentinel in self.sentinels:
-            if sentinel.process is not None:
-                return int(sentinel.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
+        for sentinel in self._running():
+            return self._named_by(sentinel)
         raise ConnectionError("no sentinel is running")
 
+    def look_for_master(self, down_after: float = 0.5) -> None:
+        """Let the sentinels replace a master that they have not heard of for ``down_after`` seconds."""
+        milliseconds = f"{1000 * down_after:.0f}"
+        for sentinel in self._running():
+            sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
+
     def wait_for_failover(self) -> None:
-        """Return when the replica is the master, after the master was killed."""
+        """Return when the replica is the master and all sentinels say so, after the master was killed."""
+        self.look_for_master()
         wait_until(
-            lambda: self.master_port() == self.replica.port and self.replica.call("ROLE")[0] == b"master",
+            lambda: (
+                all(self._named_by(sentinel) == self.replica.port for sentinel in self._running())
+                and self.replica.call("ROLE")[0] == b"master"
+            ),
             "the replica becomes the master",
         )
+        self.look_for_master(START)  # that one may stall, too
+
+    def _running(self) -> list[_Sentinel]:
+        return [sentinel for sentinel in self.sentinels if sentinel.process is not None]
+
+    def _named_by(self, sentinel: _Sentinel) -> int:
+        return int(sentinel.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
 
     def _knows_all(self, sentinel: _Sentinel) -> bool:
         words = iter(sentinel.call("SENTINEL", "MASTER", self.service))
@@ -532,7 +569,7 @@ class _Sentinel(RedisServer):
             f"bind {HOST}\n"
             f"dir {self.folder}\n"
             f"sentinel monitor {service} {HOST} {master} {quorum}\n"
-            f"sentinel down-after-milliseconds {service} 500\n"
+            f"sentinel down-after-milliseconds {service} {1000 * START:.0f}\n"
             f"sentinel failover-timeout {service} 3000\n"
         )
 
@@ -579,6 +616,21 @@ class PostgresServer(Server):
         """Tell whether it takes sessions."""
         words = [f"{postgres_bin(self.user)}/pg_isready", "-q", "-h", HOST, "-p", str(self.port)]
         return subprocess.run(words, user=self.user, cwd=self.folder, check=False).returncode == 0
+
+    def kill_all(self) -> None:
+        """End it and each of its processes at one moment: a session of one that was killed goes on for a moment."""
+        self.pause()  # so that it starts no more
+        for pid in self._paused[1:]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.kill()
+
+    def reload(self) -> None:
+        """Let it read its settings and ``pg_hba.conf`` again; new sessions go by them when this returns."""
+        asked = "SELECT pg_conf_load_time()"
+        before = self.call(asked)
+        self.call("SELECT pg_reload_conf()")
+        wait_until(lambda: self.call(asked) != before, "postgres has read its settings")
 
     def restart(self) -> None:
         """Start it again on the same port. Sessions of one that was killed end a moment later, and are waited for."""
@@ -682,6 +734,7 @@ class MemcachedServer(Server):
     """One memcached. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
 
     name = "memcached"
+    end_by = signal.SIGKILL  # it keeps nothing, and looks for another signal once a second
 
     def __init__(self, *options: str) -> None:
         super().__init__()

@@ -18,10 +18,15 @@ from servers import (
     RedisClusterServers,
     RedisSentinelServers,
     RedisServer,
+    free_port,
     memcached_call,
     program,
     wait_until,
 )
+
+
+def test_no_port_is_given_twice() -> None:
+    assert len({free_port() for _ in range(100)}) == 100
 
 
 def test_redis_answers(redis_server: RedisServer) -> None:

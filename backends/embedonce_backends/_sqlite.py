@@ -148,6 +148,7 @@ class Connections:
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._opening = threading.Lock()
+        self._closing = threading.RLock()
         self.writing = threading.RLock()
         """Held by the one thread of this process that writes: threads queue here, processes poll SQLite's lock."""
 
@@ -197,9 +198,15 @@ class Connections:
                 self._lent.discard(connection)
                 return
         try:
-            connection.close()
+            self._end(connection)
         finally:
             self._lent.discard(connection)
+
+    def _end(self, connection: Connection) -> None:
+        # The last one to be closed writes the log back and removes it. Of two that are closed at one moment each takes
+        # the other for one that stays.
+        with self._closing:
+            connection.close()
 
     def _may_keep(self) -> bool:
         return not self._closed and not self._paused and len(self._idle) < IDLE
@@ -210,7 +217,7 @@ class Connections:
             self._generation += 1
             idle, self._idle = self._idle, []
         for connection in idle:
-            connection.close()
+            self._end(connection)
 
     def close(self) -> None:
         """Close every connection, those lent out when they come back."""

@@ -57,16 +57,25 @@ def start(folder: Path, number: int) -> subprocess.Popen[bytes]:
     )
 
 
-def killed_after(child: subprocess.Popen[bytes], seconds: float) -> list[int]:
-    """Kill the child ``seconds`` after it is ready; return the turns that it had acknowledged."""
+def killed_after(child: subprocess.Popen[bytes], batches: float) -> list[int]:
+    """Kill the child after so many batches, in the midst of the last; return the turns that it had acknowledged.
+
+    Batches, not seconds: on a busy machine it would not have begun by then.
+    """
     assert child.stdout is not None
     with child.stdout as said:
         assert said.readline() == b"ready\n"
-        time.sleep(seconds)  # no clock is waited for: this is the random moment of its death
+        whole, part = divmod(batches, 1)
+        times = [time.monotonic()]
+        for turn in range(int(whole)):
+            assert int(said.readline()) == turn
+            times.append(time.monotonic())
+        time.sleep(part * (times[-1] - times[-2] if whole else 0.05))
         child.kill()
         child.wait(60)
         lines = said.read().split(b"\n")
-    return [int(line) for line in lines[:-1]]  # the last one may be cut off
+    # The last one may be cut off.
+    return [*range(int(whole)), *(int(line) for line in lines[:-1])]
 
 
 def keys_of(number: int, turns: list[int]) -> list[str]:
@@ -98,7 +107,7 @@ def test_nothing_acknowledged_is_lost_to_kill(tmp_path: Path) -> None:
         numbers = [turn * 10, turn * 10 + 1]
         children = [start(tmp_path, number) for number in numbers]
         for number, child in zip(numbers, children, strict=True):
-            acknowledged[number] = killed_after(child, chance.uniform(0.0, 0.25))
+            acknowledged[number] = killed_after(child, chance.uniform(0.0, 10.0))
             require_whole(reader, keys_of(number, acknowledged[number]))
         if turn == 4:
             # From here on nobody has it open between the kills: the next to come recovers the log.
@@ -173,11 +182,12 @@ def test_killed_children_of_one_parent(tmp_path: Path) -> None:
                 os._exit(1)
         os.close(writer)
         backend.set_many({f"eo1.parent.{turn}": b"parent"}, None)
-        time.sleep(chance.uniform(0.005, 0.06))
-        os.kill(child, 9)
-        os.waitpid(child, 0)
         with open(reader, "rb") as said:
-            acknowledged += said.read().decode().split("\n")[:-1]
+            told = [said.readline() for _ in range(chance.randrange(4, 30))]
+            time.sleep(chance.uniform(0.0, 0.002))
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            acknowledged += b"".join([*told, said.read()]).decode().split("\n")[:-1]
     assert len(acknowledged) > 50
     assert backend.get_many(acknowledged) == {key: key.encode() * 40 for key in acknowledged}
     assert backend.count("eo1.parent.") == 12

@@ -16,7 +16,7 @@ OPTIONS = {
 def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    table = {"type": kind, "lease": "30s", "timeout": "30s", **OPTIONS[kind](request)}
+    table = {"type": kind, "lease": "60s", "timeout": "60s", **OPTIONS[kind](request)}
     found = children.eight_ask_for_all(table, kind)
     assert sum(errors for _, errors in found) == 0
     assert sum(computed for computed, _ in found) == len(children.COLD)

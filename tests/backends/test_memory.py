@@ -389,6 +389,6 @@ for thread in threads:
 def test_a_child_forked_in_the_middle_of_a_write_can_use_it(policy: str) -> None:
     path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}"
     done = subprocess.run(
-        [sys.executable, "-c", path + FORKS, policy], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", path + FORKS, policy], capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import os
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,9 @@ from embedonce.testing import BackendContract, CountingProvider, FaultProxy, Net
 from embedonce.testing.backend_contract import key
 from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
+
+PATIENT = 60.0
+"""A timeout that a healthy server keeps on any machine."""
 
 numbers = itertools.count()
 
@@ -214,8 +217,10 @@ def _commands(server: RedisServer) -> bytes:
 
 def test_no_text_is_in_redis(server: RedisServer, backends: Any) -> None:
     text = "an unmistakable sentence about herons"
-    with Cache(CountingProvider(), [Tier(backends(url=server.url), write="inline")]) as cache:
+    tier = Tier(backends(url=server.url), name="shared", timeout=PATIENT, write="inline")
+    with Cache(CountingProvider(), [tier]) as cache:
         cache.embed_batch([text, "another"], task="query")
+        assert cache.stats().tiers["shared"].stored == 2
     dump = b"".join(server.call("DUMP", name) or b"" for name in server.call("KEYS", "*"))
     names = b" ".join(server.call("KEYS", "*"))
     for word in ("herons", "unmistakable", "another"):
@@ -225,14 +230,22 @@ def test_no_text_is_in_redis(server: RedisServer, backends: Any) -> None:
 def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisServer) -> None:
     provider = CountingProvider()
     for _ in range(2):
-        with Cache(provider, [RedisBackend(url=server.url)]) as cache:
+        tier = Tier(RedisBackend(url=server.url), timeout=PATIENT)
+        with Cache(provider, [tier], flush_timeout=PATIENT) as cache:
             cache.embed_batch(["a", "b"])
     assert dict(provider.count) == {"a": 1, "b": 1}
 
 
 def test_toml_names_it(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_REDIS", server.url)
-    tier = {"type": "redis", "url": "${SOME_REDIS}", "prefix": "embed:v1:", "write": "inline", "ttl": "1h"}
+    tier = {
+        "type": "redis",
+        "url": "${SOME_REDIS}",
+        "prefix": "embed:v1:",
+        "write": "inline",
+        "ttl": "1h",
+        "timeout": "60s",
+    }
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": [tier]}) as cache:
         first = cache.embed("a text")
         assert cache.fetch(["a text"]).sources == ["redis"]
@@ -280,9 +293,13 @@ def test_hosts_with_colons_and_sockets_can_be_named(server: RedisServer, backend
 
 
 async def _read_by_twin(backend: RedisBackend, count: int = 3) -> dict[str, bytes]:
+    return await _by_twin(backend, list(items(count)))
+
+
+async def _by_twin(backend: RedisBackend, names: list[str]) -> dict[str, bytes]:
     twin: Any = backend.twin()
     try:
-        found: dict[str, bytes] = await twin.get_many(list(items(count)))
+        found: dict[str, bytes] = await twin.get_many(names)
         return found
     finally:
         await twin.close()
@@ -370,7 +387,7 @@ def test_an_acl_user_over_tls_from_toml_and_the_environment(
         config = tmp_path / "embedonce.toml"
         config.write_text(
             f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "redis"\nprefix = "embed:v1:"\nwrite = "inline"\n'
-            f'timeout = "20s"\nca_file = "{certificates.authority}"\n{login}\n'
+            f'timeout = "60s"\nca_file = "{certificates.authority}"\n{login}\n'
         )
         with embedonce.open(config) as cache:
             cache.embed("text")
@@ -397,7 +414,7 @@ def test_the_acl_of_the_documentation_is_enough_and_lets_nothing_block(backends:
     with RedisServer(password="admin") as server:
         server.call(*line.replace(">PASSWORD", ">secret").split())
         backend = backends(url=f"redis://embedonce:secret@{server.address}", prefix="embed:v1:")
-        with Cache(provider, [Tier(backend, name="shared", timeout=20.0, lease=30.0)]) as cache:
+        with Cache(provider, [Tier(backend, name="shared", timeout=PATIENT, lease=PATIENT)]) as cache:
             cache.embed_batch([f"text {number}" for number in range(50)])
             cache.forget(["text 1"])
             assert cache.lookup(["text 1", "text 2"]).sources == [None, "shared"]
@@ -412,7 +429,7 @@ def test_values_that_are_too_large_are_counted_and_no_error(server: RedisServer,
     small, large = CountingProvider(dimensions=8), CountingProvider(dimensions=384)
     for provider, stored in ((small, 10), (large, 0)):
         backend = backends(url=server.url, max_value_bytes=300)
-        with Cache(provider, [Tier(backend, name="shared", write="inline", timeout=20.0)]) as cache:
+        with Cache(provider, [Tier(backend, name="shared", write="inline", timeout=PATIENT)]) as cache:
             for _ in range(4):
                 cache.embed_batch([f"text {number}" for number in range(10)])
             stats = cache.stats().tiers["shared"]
@@ -489,7 +506,7 @@ def test_sentinels_name_the_next_master(backends: Any) -> None:
     with RedisSentinelServers() as servers:
         backend = backends(url=servers.url)
         backend.set_many(items(5), None)
-        servers.master.call("WAIT", "1", "5000")
+        assert servers.master.call("WAIT", "1", "50000") == 1
         servers.sentinels[0].kill()  # the others will do
         servers.master.kill()
         with pytest.raises(redis.ConnectionError):
@@ -548,7 +565,7 @@ class FakeSentinel:
 
         self._server = Threads(("127.0.0.1", 0), Handler)
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     def __enter__(self) -> FakeSentinel:
         self._thread.start()
@@ -575,7 +592,7 @@ def test_keys_that_have_moved_are_followed(backends: Any) -> None:
         target.call("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[owner.port])
         owner.call("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
         moved = ["{one}:" + name for name in list(many)[:20]]
-        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "5000", "KEYS", *moved)
+        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "50000", "KEYS", *moved)
         # Half of the slot is over there: ASK.
         assert backend.get_many(list(many)) == many
         assert asyncio.run(_read_by_twin(backend, 50)) == many
@@ -584,7 +601,7 @@ def test_keys_that_have_moved_are_followed(backends: Any) -> None:
         assert backend.add_many({**many, "fresh": b"x"}, 60.0) == {"fresh"}
         backend.delete_many(["fresh"])
         rest = owner.call("CLUSTER", "GETKEYSINSLOT", slot, "1000")
-        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "5000", "KEYS", *rest)
+        owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "50000", "KEYS", *rest)
         for node in (target, owner):
             node.call("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
         # All of it is: MOVED, then the new map.
@@ -619,25 +636,18 @@ def partial_cluster() -> Iterator[RedisClusterServers]:
         yield servers
 
 
-def both_faces(backend: RedisBackend, seconds: float | None = None) -> list[Any]:
-    """Return what reading sixty keys gives, or the error, through either face."""
+def partly(call: Callable[[int], object]) -> PartialAnswer:
+    """Return the partial answer of a call within a deadline, given the number of the attempt.
 
-    async def read() -> Any:
-        twin = backend.twin()
-        try:
-            with deadline(seconds):
-                return await twin.get_many(list(items(60)))
-        except Exception as error:
-            return error
-        finally:
-            await twin.close()
-
-    try:
-        with deadline(seconds):
-            first: Any = backend.get_many(list(items(60)))
-    except Exception as error:
-        first = error
-    return [first, asyncio.run(read())]
+    The nodes that are there may be too slow for it on a busy machine: then it is made again, with more time.
+    """
+    for attempt, seconds in enumerate((0.6, 6.0, 60.0)):
+        with deadline(seconds), pytest.raises((PartialAnswer, TierTimeout)) as caught:
+            call(attempt)
+        if isinstance(caught.value, PartialAnswer):
+            break
+    assert isinstance(caught.value, PartialAnswer)
+    return caught.value
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
@@ -653,19 +663,16 @@ def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str)
             node.kill()
         else:
             node.pause()
-        for error in both_faces(backend, 0.6):
-            assert isinstance(error, PartialAnswer), error
+        for read in (backend.get_many, lambda names: asyncio.run(_by_twin(backend, names))):
+            error = partly(lambda _, read=read: read(list(items(60))))
             assert error.failed == mine
             assert error.answer == {name: value for name, value in items(60).items() if name not in mine}
             assert isinstance(error.__cause__, NodeDown if fault == "killed" else TierTimeout)
-        with deadline(0.6), pytest.raises(PartialAnswer) as caught:
-            backend.set_many(items(60), None)
-        assert caught.value.failed == mine
-        leases = {f"{name}.lease": b"x" for name in items(60)}
-        with deadline(0.6), pytest.raises(PartialAnswer) as caught:
-            backend.add_many(leases, 60.0)
-        assert caught.value.failed | caught.value.answer == leases.keys()
-        assert not caught.value.failed & caught.value.answer
+        assert partly(lambda _: backend.set_many(items(60), None)).failed == mine
+        leases = [{f"{name}.lease{attempt}": b"x" for name in items(60)} for attempt in range(3)]
+        error = partly(lambda attempt: backend.add_many(leases[attempt], 60.0))
+        assert error.failed | error.answer in [lease.keys() for lease in leases]
+        assert not error.failed & error.answer
         with deadline(0.3), pytest.raises((NodeDown, TimeoutError)):
             backend.get_many([min(mine)])
         node.resume() if fault == "hangs" else node.restart()
@@ -677,7 +684,7 @@ def test_a_cache_over_a_cluster_without_one_node(backends: Any) -> None:
     texts = [f"text {number}" for number in range(60)]
     provider = CountingProvider()
     with partial_cluster() as servers:
-        tier = Tier(backends(url=servers.url), name="shared", timeout=20.0, write="inline")
+        tier = Tier(backends(url=servers.url), name="shared", timeout=PATIENT, write="inline")
         with Cache(provider, [tier]) as cache:
             cache.embed_batch(texts)
             servers.members[2].kill()
@@ -761,7 +768,7 @@ def test_a_name_server_that_hangs_does_not_get_round_the_deadline(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(60) and [])
     in_time(lambda: backends(url="redis://somewhere").get_many([key(1)]))
     found.set()
-    with deadline(5.0), pytest.raises(redis.ConnectionError):
+    with deadline(PATIENT), pytest.raises(redis.ConnectionError):
         backends(url="redis://somewhere").get_many([key(1)])
 
 
@@ -779,6 +786,22 @@ def test_garbage_is_an_error_and_ends_the_connection(proxy: FaultProxy, backends
         assert backend.get_many(list(many)) == many
 
 
+async def busy(twin: Any) -> bool:
+    """Tell whether a call finds all connections in use.
+
+    Where the loop stalls, the call's whole time may be over at once with that for which it waits: then once more.
+    """
+    for seconds in (0.2, 2.0, 20.0):
+        try:
+            with deadline(seconds):
+                await twin.get_many([key(2)])
+        except TierTimeout:
+            continue
+        except TierBusy:
+            return True
+    return False
+
+
 def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: Any) -> None:
     backend = backends(url=server.url, max_connections=1)
     backend.set_many(items(3), None)
@@ -790,11 +813,10 @@ def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: A
 
     async def with_twin() -> None:
         twin: Any = backend.twin()
-        with paused(server), deadline(5.0):
+        with paused(server), deadline(PATIENT):
             first = asyncio.ensure_future(twin.get_many([key(1)]))
             await asyncio.sleep(0)
-            with deadline(0.2), pytest.raises(TierBusy):
-                await twin.get_many([key(2)])
+            assert await busy(twin)
         assert len(await first) == 1
         await twin.close()
 

@@ -34,7 +34,8 @@ def environment(postgres: PostgresServer, request: pytest.FixtureRequest, monkey
     table = request.node.name[-50:]  # Postgres takes 63
     monkeypatch.setenv("GATEWAY_POSTGRES_URL", postgres.url)
     monkeypatch.setenv("GATEWAY_TABLE", table)
-    monkeypatch.setenv("GATEWAY_TIMEOUT", "20s")
+    monkeypatch.setenv("GATEWAY_TIMEOUT", "60s")
+    monkeypatch.setenv("EMBEDONCE__CACHE__FLUSH_TIMEOUT", "60s")
     return table
 
 
@@ -148,7 +149,7 @@ def test_without_postgres_texts_are_computed_and_a_warning_is_logged_once(
         with embedonce.open(CONFIG) as cache:
             expected = cache.embed_batch(TEXTS)
             assert cache.flush()
-            server.kill()
+            server.kill_all()  # a session that was left would go on answering for a moment
             for number in range(10):
                 assert cache.fetch([f"new {number}"]).sources == ["provider"]
             assert (cache.embed_batch(TEXTS) == expected).all()

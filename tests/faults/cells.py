@@ -43,9 +43,9 @@ FAULTS = (
 )
 
 TIMEOUT = 0.5
-"""Of the tier, in seconds, where the fault is that nobody answers. What does not keep it never ends: see FAULTS."""
+"""Of the tier, in seconds, where calls get no answer. What does not keep it never ends: see FAULTS."""
 PATIENT = 60.0
-"""The tier's timeout for the other faults: a busy machine must not make one of its own."""
+"""The tier's timeout for all else: a busy machine must not make one of its own."""
 RESUME = 60.0
 """Seconds after which service is taken for lost, once the fault has ended."""
 CALLS = 5
@@ -66,11 +66,6 @@ class Strike:
     write: Effect = "fails"
     twice: bool = True
     """It may be brought about and ended again for each call of a test."""
-
-    @property
-    def hangs(self) -> bool:
-        """Whether calls wait for an answer that does not come."""
-        return "timeout" in self.causes
 
     def effect(self, operation: Operation) -> Effect:
         """Return what becomes of reads, or of writes."""
@@ -210,7 +205,7 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[Caller]:
         write: Literal["inline", "background"] = "inline" if self.cell.operation == "write" else "background"
-        timeout = TIMEOUT if self.strike.hangs else PATIENT
+        timeout = TIMEOUT if "timeout" in self.strike.causes_of(self.cell.operation) else PATIENT
         tier = Tier(self.store.backend(self.cell.fault), name=self.store.name, timeout=timeout, write=write)
         cache = Cache(self.provider, [tier], listeners=[self.heard])
         with ExitStack() as stack:

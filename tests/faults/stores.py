@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -338,6 +336,7 @@ class Sentinel(Redis):
         assert self.set is not None
         self.set.master.kill()
         yield
+        self.set.look_for_master()
 
 
 # --- Postgres -----------------------------------------------------------------------------------
@@ -377,8 +376,9 @@ class Postgres(Served):
         hba.write_text(f"host all app 127.0.0.1/32 scram-sha-256\n{hba.read_text()}")
         self.server.call(
             f"CREATE ROLE app LOGIN PASSWORD '{PASSWORD}'; GRANT CREATE ON SCHEMA public TO app;"
-            "CREATE EXTENSION IF NOT EXISTS vector; SELECT pg_reload_conf()"
+            "CREATE EXTENSION IF NOT EXISTS vector"
         )
+        self.server.reload()
         self.proxy = self.behind_proxy(self.server.port)
 
     def backend(self, fault: str) -> Backend:
@@ -389,15 +389,7 @@ class Postgres(Served):
 
     @contextmanager
     def killed_and_restarted(self) -> Iterator[None]:
-        process = self.server.process
-        assert process is not None
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-        self.server.kill()
-        for pid in map(int, children.stdout.split()):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        self.server.kill_all()
         try:
             yield
         finally:
