@@ -165,7 +165,7 @@ class Gate:
             if ticket.set_running_or_notify_cancel():
                 ticket.set_result(None)
 
-    def until(self, waiting: int = 1, timeout: float = 20.0) -> None:
+    def until(self, waiting: int = 1, timeout: float = 60.0) -> None:
         """Block until so many calls hang at once.
 
         Raises:
