@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -171,13 +172,13 @@ def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp
         for round_ in range(4):
             mine = [f"{round_} {text}" for text in texts]
             signal.signal(signal.SIGVTALRM, signal.default_int_handler)
-            try:
-                signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
-                cache.embed_batch(mine)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                no_more_signals()
+            with suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
+                    cache.embed_batch(mine)
+                finally:
+                    no_more_signals()  # in here it may strike as well
+            no_more_signals()
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
