@@ -321,10 +321,11 @@ def _in_child(work: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
 def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=asynchronous), [ProviderFault("hang", calls={2})])
-    slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.3)])
-    tier = Tier(slow, name="far", write="background", timeout=GENEROUS)
+    far = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
+    tier = Tier(far, name="far", write="background", timeout=GENEROUS)
     with Cache(provider, [MemoryBackend(), tier]) as cache:
         cache.embed("before")
+        far.gate.until(1)
         leader = threading.Thread(target=cache.embed, args=("text",), daemon=True)
         leader.start()
         provider.gate.until(1)
@@ -342,6 +343,7 @@ def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -
         for _ in range(3):
             _in_child(child)
         provider.release()
+        far.release()
         leader.join(GENEROUS)
         assert not leader.is_alive()
 
