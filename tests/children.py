@@ -14,14 +14,15 @@ from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
-GENEROUS = 20.0
+GENEROUS = 60.0
 COLD = [f"text {i}" for i in range(1000)]
 
 
 def write_in_background(folder: str) -> None:
     """Compute ten texts whose writes take a while, and end without closing the cache."""
     backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
-    cache = Cache(CountingProvider(max_batch=1), [Tier(backend, name="d", write="background", timeout=GENEROUS)])
+    tier = Tier(backend, name="d", write="background", timeout=GENEROUS)
+    cache = Cache(CountingProvider(max_batch=1), [tier], flush_timeout=GENEROUS)
     cache.embed_batch([str(i) for i in range(10)])
 
 
@@ -34,8 +35,8 @@ def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> 
     (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
     order = np.random.default_rng(seed).permutation(len(COLD))
-    with Cache(provider, [MemoryBackend(), tier]) as cache:
-        barrier.wait(3 * GENEROUS)
+    with Cache(provider, [MemoryBackend(), tier], max_wait=GENEROUS) as cache:
+        barrier.wait(GENEROUS + 40)  # until the last of eight processes has started, and before pytest gives up
         for start in range(0, len(COLD), 100):
             mine = [f"{prefix} {COLD[i]}" for i in order[start : start + 100]]
             matrix = cache.embed_batch(mine)

@@ -1,9 +1,9 @@
-"""What every test gets: a home of its own, no settings from outside, hypothesis without a clock."""
+"""What every test gets: a home of its own, no settings from outside, hypothesis without a clock, patient tiers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,9 @@ settings.register_profile("default", _common, max_examples=50)
 settings.register_profile("thorough", _common, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
 
+PATIENT = 60.0
+"""Seconds that a call to a tier may take in a test which names no timeout: far more than a busy machine needs."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -39,3 +42,19 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("COLUMNS", "120")
         patch.setenv("NO_COLOR", "1")
         yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
+    """Let tiers that name no timeout be patient, and return the timeouts that they have otherwise.
+
+    A machine that tests share stops a thread for a second at times. A store that is well would then count as one that
+    hangs: its hit would be a miss, its write would be dropped. What a timeout does is tested with one that is named.
+    """
+    from embedonce import _tiers
+
+    shipped = dict(_tiers._TIMEOUTS)
+    patient = {scope: None if seconds is None else PATIENT for scope, seconds in shipped.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tiers, "_TIMEOUTS", patient)
+        yield shipped

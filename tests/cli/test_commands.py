@@ -323,7 +323,7 @@ def test_on_a_terminal_purge_asks(
     started = process("purge", "--version", "v1", stdin=inner)
     os.close(inner)
     os.write(terminal, f"{answer}\n".encode())
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=100)
     os.close(terminal)
     assert "2 entries would be removed from disk" in err
     assert "Remove this? [y/N]" in err

@@ -32,6 +32,7 @@ type = "memory"
 [[tiers]]
 type = "disk"
 path = "vectors.cache"
+timeout = "60s"
 """
 
 
@@ -123,7 +124,7 @@ def test_the_configuration_in_use_is_no_text(command: Any, corpus: Path) -> None
 
 def test_standard_input_may_be_closed(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
     started = process("embed", "-", "docs/a.md", "--out", "out.npy", preexec_fn=lambda: os.close(0))
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=100)
     assert (started.returncode, err) == (1, "-: standard input is closed\n")
     assert np.load("out.npy").shape == (3, 64)
 
@@ -265,7 +266,7 @@ def test_a_write_that_fails_is_said_and_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 2**20, 8 * 2**20))
 
     started = process("embed", "docs/long.txt", "--split", "line", "--out", "out.jsonl", preexec_fn=small_files)
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=100)
     assert started.returncode == 1
     assert f"error: cannot write out.jsonl: {os.strerror(errno.EFBIG)}" in err
     assert "Traceback" not in err
@@ -302,7 +303,7 @@ def test_an_ended_run_goes_on_from_what_was_stored(
     part = Path(".out.npy.part")
     wait_for_half(part, started)
     started.send_signal(number)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=100)
     if number == signal.SIGKILL:
         assert started.returncode == -signal.SIGKILL
         assert part.exists()
@@ -338,7 +339,7 @@ def test_a_terminal_sees_how_far_it_is(process: Callable[..., subprocess.Popen[s
         while more := os.read(terminal, 2**16):
             seen += more
     os.close(terminal)
-    out, _ = started.communicate(timeout=60)
+    out, _ = started.communicate(timeout=100)
     assert started.returncode == 0
     assert f"{MANY:,} passages from 1 file" in out
     shown = re.findall(rb"([\d,]+) passages  [\d,]+/s  0 % hits", seen)
@@ -358,7 +359,7 @@ def test_two_runs_at_once_do_not_write_one_output(
         assert done.code == 2
         assert "another run is writing" in done.err
     finally:
-        started.communicate("one text", timeout=60)
+        started.communicate("one text", timeout=100)
     assert started.returncode == 0
     assert np.load("out.npy").shape == (1, 64)
 
@@ -368,7 +369,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(process: Callable[..., subproce
     os.close(read)
     started = process("embed", "docs/a.md", "--out", "out.npy", "--json", stdout=write)
     os.close(write)
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=100)
     assert started.returncode == 1
     assert err == ""
     assert np.load("out.npy").shape == (3, 64)

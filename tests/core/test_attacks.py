@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 import children
 import numpy as np
 import pytest
+from patience import GENEROUS, auntil
 
 from embedonce import Cache, CacheClosed, ConfigError, EraseIncomplete, Incomplete, Limits, ProviderError, Tier
 from embedonce.functions import FunctionProvider
@@ -30,7 +33,6 @@ from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, Provi
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
-GENEROUS = 20.0
 SPACE = {"model": "m"}
 
 
@@ -166,17 +168,17 @@ def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp
     chance = random.Random(seed)
     texts = [f"text {i}" for i in range(3000)]
     tiers = [MemoryBackend(), DiskBackend(path=tmp_path)]
-    with Cache(lengths, tiers, space=SPACE, max_wait=GENEROUS / 4) as cache:
+    with Cache(lengths, tiers, space=SPACE, max_wait=5.0) as cache:
         for round_ in range(4):
             mine = [f"{round_} {text}" for text in texts]
             signal.signal(signal.SIGVTALRM, signal.default_int_handler)
-            try:
-                signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
-                cache.embed_batch(mine)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                no_more_signals()
+            with suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
+                    cache.embed_batch(mine)
+                finally:
+                    no_more_signals()  # in here it may strike as well
+            no_more_signals()
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
@@ -285,8 +287,8 @@ def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
             cache.embed_batch(["x", f"{handled}"])
 
         alarm(handler)
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
+        end = time.monotonic() + GENEROUS
+        while handled < 500 and time.monotonic() < end:
             cache.embed_batch(["x", "y"])
         no_more_signals()  # before the cache is closed, which the handler would raise wherever it strikes
         assert handled > 10
@@ -298,10 +300,13 @@ def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> N
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(cache.embed_batch, ["a", "b", "c"])
         provider.gate.until(1)
+        thread = cache._ports._background._thread
+        assert thread is not None
         cache.close()
         with pytest.raises(CacheClosed):
             call.result(GENEROUS)
-    assert not [thread for thread in threading.enumerate() if thread.name == "embedonce: the provider"]
+        thread.join(GENEROUS)
+    assert not thread.is_alive()
 
 
 # --- losses -----------------------------------------------------------------------------------
@@ -347,12 +352,16 @@ def test_workers_above_their_most_wait_and_all_get_done() -> None:
 
     workers = Workers(3)
     at_once, most, lock = 0, 0, threading.Lock()
+    numbers, together = itertools.count(), threading.Barrier(3)
 
     def work() -> int:
         nonlocal at_once, most
         with lock:
             at_once += 1
             most = max(most, at_once)
+            mine = next(numbers)
+        if mine < 3:  # the first three wait for each other, and so are at work together
+            together.wait(GENEROUS)
         time.sleep(0.001)
         with lock:
             at_once -= 1
@@ -388,7 +397,7 @@ def test_thousands_of_tasks_need_no_thousands_of_threads(tmp_path: Path) -> None
             await asyncio.sleep(0.005)
         await asyncio.gather(*tasks)
 
-    with Cache(provider, [Tier(DiskBackend(path=tmp_path), name="disk", timeout=GENEROUS)]) as cache:
+    with Cache(provider, [Tier(DiskBackend(path=tmp_path), name="disk", timeout=100.0)]) as cache:
         asyncio.run(main(cache))
         stats = cache.stats().tiers["disk"]
     assert (stats.errors, stats.dropped, stats.stored) == (0, 0, 2000)
@@ -421,7 +430,7 @@ def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
         for i in range(5):
             loop = asyncio.new_event_loop()
             task = loop.create_task(cache.aembed(f"{i}"))
-            loop.run_until_complete(asyncio.sleep(0.01))
+            loop.run_until_complete(auntil(lambda begun=i + 1: len(provider.calls) == begun))
             for pending in asyncio.all_tasks(loop) | {task}:
                 pending._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
             loop.close()

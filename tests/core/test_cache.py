@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import GENEROUS, made
 
 import embedonce
 from embedonce import (
@@ -342,7 +343,7 @@ def test_a_provider_that_hangs_beyond_its_timeout(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(timeout=0.1), [ProviderFault("hang")])
     with Cache(provider, [MemoryBackend()]) as cache:
         with pytest.raises(ProviderTimeout, match=r"within 0\.1 s"):
-            Face(cache, asynchronous).embed("a")
+            made(lambda: Face(cache, asynchronous).embed("a"))
         provider.release()
 
 
@@ -420,7 +421,7 @@ def test_put_warms_and_the_first_writers_metadata_stays(asynchronous: bool, writ
         assert (fetched.vectors == vectors[[1, 0]]).all()
         assert list(fetched.metadata) == [{"source": "x", "chunk": 1}, {"source": "x", "chunk": 0}]
         assert fetched.sources == ["far", "far"] or write == "background"
-        cache.flush()
+        assert cache.flush(GENEROUS)
         assert list(face.lookup(["b"]).metadata) == [{"source": "x", "chunk": 1}]
     assert provider.texts == 0
 
@@ -719,7 +720,7 @@ def run_program(source: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-c", textwrap.dedent(source)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
 
@@ -736,8 +737,8 @@ def test_background_writes_are_flushed_when_the_program_ends_without_close(tmp_p
                 time.sleep(0.05)
                 super().set_many(items, ttl)
 
-        tier = Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background")
-        cache = Cache(CountingProvider(max_batch=5), [tier])
+        tier = Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background", timeout={GENEROUS})
+        cache = Cache(CountingProvider(max_batch=5), [tier], flush_timeout={GENEROUS})
         cache.embed_batch([str(i) for i in range(100)])
     """)
     assert (done.returncode, done.stderr) == (0, "")

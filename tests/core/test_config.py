@@ -681,7 +681,7 @@ def test_importing_embedonce_is_light() -> None:
         print([name for name in heavy if name in sys.modules])
     """
     done = subprocess.run(
-        [sys.executable, "-I", "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-I", "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=100
     )
     assert done.stdout.strip() == "[]"
 

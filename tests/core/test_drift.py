@@ -239,7 +239,7 @@ def test_a_tier_that_fails_does_not_hold_it_up() -> None:
 
     provider, clock = Changing(), ManualClock()
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("refuse", on="any")])
-    with guarded(provider, clock, [Tier(backend, name="broken", timeout=20.0)]) as cache:
+    with guarded(provider, clock, [Tier(backend, name="broken", timeout=60.0)]) as cache:
         assert (cache.embed("a") == provider.vector_of("a")).all()
 
 

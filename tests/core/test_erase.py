@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from patience import GENEROUS
 
 from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier, TierError
 from embedonce.testing.clocks import ManualClock
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend
-
-GENEROUS = 20.0
 
 Forget = Callable[[Cache, list[str]], None]
 
@@ -76,13 +75,15 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
 @faces
 def test_forget_names_a_tier_into_which_a_write_hangs(forget: Forget) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
-    with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=0.2)]) as cache:
+    with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
+        cache._upkeep._patience = 0.2  # with a write that hangs; the tier itself is patient
         cache.embed("text")
         faulty.gate.until(1)
         with pytest.raises(EraseIncomplete) as caught:
             forget(cache, ["text"])
         assert set(caught.value.tiers) == {"far"}
         faulty.heal()
+        assert cache.flush(GENEROUS)
         forget(cache, ["text"])
         assert cache.lookup(["text"]).sources == [None]
 
@@ -151,7 +152,7 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
     texts = [f"text {i}" for i in range(20)]
     provider = CountingProvider(delay=0.004, max_batch=7, asynchronous=bool(seed % 2))
     write = chance.choice(["inline", "background"])
-    with Cache(provider, [near, Tier(slow, name="far", timeout=5.0, write=write)]) as cache:
+    with Cache(provider, [near, Tier(slow, name="far", timeout=GENEROUS, write=write)]) as cache:
         cache.embed_batch(chance.sample(texts, 5))  # some are hits and get promoted
         near.delete_many(list(near.scan("")))
         with ThreadPoolExecutor(4) as pool:

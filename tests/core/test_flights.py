@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import GENEROUS, auntil, followers, until
 
 from embedonce import Cache, Tier
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend
-
-GENEROUS = 20.0
-"""Seconds: far more than anything here takes, far less than for ever."""
 
 
 def background(backend: Any | None = None) -> Tier:
@@ -65,7 +63,7 @@ def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, co
         with ThreadPoolExecutor(33) as pool:
             tasks = pool.submit(asyncio.run, from_tasks())
             assert all(pool.map(from_thread, range(32)))
-            assert tasks.result(GENEROUS * 3)
+            assert tasks.result(GENEROUS)
         assert cache.flush(GENEROUS)
     each_once(provider, texts)
 
@@ -83,7 +81,7 @@ def test_crosswise_batches_do_not_wait_for_each_other(tiers: list[Any]) -> None:
 def test_a_background_written_tier_alone_computes_once_in_five_calls() -> None:
     slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.2)])
     provider = CountingProvider()
-    with Cache(provider, [Tier(slow, name="far", write="background", timeout=5.0)]) as cache:
+    with Cache(provider, [Tier(slow, name="far", write="background", timeout=GENEROUS)]) as cache:
         for _ in range(5):
             cache.embed("text")
             assert cache.lookup(["text"]).sources != [None]
@@ -100,42 +98,46 @@ def test_a_landed_flight_is_let_go_once_it_is_written() -> None:
 
 
 def test_cancelled_leader_neither_fails_nor_starves_its_followers_and_its_vector_is_stored() -> None:
-    provider = CountingProvider(asynchronous=True, delay=0.2)
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
     backend = DictBackend()
     with Cache(provider, [backend]) as cache:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await asyncio.sleep(0.05)
-            followers = [asyncio.create_task(cache.aembed("text")) for _ in range(10)]
-            await asyncio.sleep(0.05)
+            await auntil(lambda: provider.gate.waiting)
+            others = [asyncio.create_task(cache.aembed("text")) for _ in range(10)]
+            await auntil(lambda: followers(cache) == 10)
             leader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leader
+            provider.heal()
             async with asyncio.timeout(GENEROUS):
-                vectors = await asyncio.gather(*followers)
-            assert all((v == provider.vector_of("text")).all() for v in vectors)
+                vectors = await asyncio.gather(*others)
+            assert all((v == provider.inner.vector_of("text")).all() for v in vectors)
 
         asyncio.run(main())
         assert cache.lookup(["text"]).sources == ["dict"]
-    each_once(provider, ["text"])
+    each_once(provider.inner, ["text"])
 
 
 def test_cancelled_follower_leaves_the_others_alone() -> None:
-    provider = CountingProvider(asynchronous=True, delay=0.2)
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
     with Cache(provider, [MemoryBackend()]) as cache:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await asyncio.sleep(0.02)
+            await auntil(lambda: provider.gate.waiting)
             victim = asyncio.create_task(cache.aembed("text"))
             other = asyncio.create_task(cache.aembed("text"))
-            await asyncio.sleep(0.02)
+            await auntil(lambda: followers(cache) == 2)
             victim.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await victim
+            provider.heal()
             assert ((await leader) == (await other)).all()
 
         asyncio.run(main())
-    each_once(provider, ["text"])
+    each_once(provider.inner, ["text"])
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
@@ -156,7 +158,7 @@ def test_when_the_leader_fails_one_follower_leads_once(asynchronous: bool) -> No
     function = aembed if asynchronous else embed
     with Cache(function, [MemoryBackend()], space={"model": "m"}) as cache, ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(cache.embed, "text") for _ in range(8)]
-        time.sleep(0.3)
+        until(lambda: followers(cache) == 7)
         gate.set()
         outcomes = [future.exception(GENEROUS) for future in futures]
     assert sum(error is not None for error in outcomes) == 1
@@ -178,10 +180,15 @@ def test_a_loop_that_ends_wakes_its_followers() -> None:
     with Cache(provider, [MemoryBackend()]) as cache:
         loop = asyncio.new_event_loop()
         task = loop.create_task(cache.aembed("text"))
-        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.run_until_complete(auntil(lambda: provider.gate.waiting))
         with ThreadPoolExecutor(4) as pool:
-            futures = [pool.submit(cache.embed, "text") for _ in range(4)]
-            time.sleep(0.1)
+
+            async def while_others_follow() -> list[Any]:
+                following = [pool.submit(cache.embed, "text") for _ in range(4)]
+                await auntil(lambda: followers(cache) == 4)
+                return following
+
+            futures = loop.run_until_complete(while_others_follow())
             loop.close()
             for future in futures:
                 assert (future.result(GENEROUS) == provider.inner.vector_of("text")).all()
@@ -192,17 +199,14 @@ def test_a_loop_that_ends_wakes_its_followers() -> None:
 def test_a_loop_that_is_shut_down_by_asyncio_run_wakes_its_followers() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
     with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(4) as pool:
-        started = threading.Event()
 
         async def main() -> None:
             task = asyncio.create_task(cache.aembed("text"))
-            await asyncio.sleep(0.1)
-            started.set()
-            await asyncio.sleep(0.1)
+            await auntil(lambda: followers(cache))
             task.cancel()
 
         running = pool.submit(asyncio.run, main())
-        started.wait(GENEROUS)
+        provider.gate.until(1)
         follower = pool.submit(cache.embed, "text")
         assert (follower.result(GENEROUS) == provider.inner.vector_of("text")).all()
         running.result(GENEROUS)
@@ -239,15 +243,15 @@ def test_a_provider_that_calls_the_cache_for_other_texts_and_its_own(concurrency
 
 
 def test_a_blocking_call_on_the_thread_whose_loop_runs_the_leader() -> None:
-    provider = CountingProvider(asynchronous=True, delay=0.2)
-    with Cache(provider, [MemoryBackend()]) as cache:
+    provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [MemoryBackend()], max_wait=2 * GENEROUS) as cache:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await asyncio.sleep(0.05)
-            start = time.monotonic()
+            await auntil(lambda: provider.gate.waiting)
             vector = cache.embed("text")  # waiting here would keep the leader from landing
-            assert time.monotonic() - start < GENEROUS
+            assert provider.gate.waiting, "it has computed for itself"
+            provider.heal()
             assert (vector == await leader).all()
 
         asyncio.run(main())
@@ -264,16 +268,18 @@ def test_waiting_has_a_limit_after_which_the_caller_computes() -> None:
 
 
 def test_a_follower_that_stores_stores_what_a_leader_with_store_false_computed() -> None:
-    provider = CountingProvider(delay=0.3)
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang")])
     backend = DictBackend()
     with Cache(provider, [backend]) as cache, ThreadPoolExecutor(2) as pool:
         leader = pool.submit(lambda: cache.fetch(["text"], store=False))
-        time.sleep(0.1)
+        provider.gate.until(1)
         follower = pool.submit(lambda: cache.fetch(["text"]))
+        until(lambda: followers(cache))
+        provider.heal()
         assert leader.result(GENEROUS).sources == ["provider"]
         assert follower.result(GENEROUS).sources == ["provider"]
         assert cache.lookup(["text"]).sources == ["dict"]
-    each_once(provider, ["text"])
+    each_once(provider.inner, ["text"])
 
 
 def test_store_false_writes_and_promotes_nothing() -> None:
@@ -315,10 +321,11 @@ def _in_child(work: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
 def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=asynchronous), [ProviderFault("hang", calls={2})])
-    slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.3)])
-    tier = Tier(slow, name="far", write="background", timeout=5.0)
+    far = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
+    tier = Tier(far, name="far", write="background", timeout=GENEROUS)
     with Cache(provider, [MemoryBackend(), tier]) as cache:
         cache.embed("before")
+        far.gate.until(1)
         leader = threading.Thread(target=cache.embed, args=("text",), daemon=True)
         leader.start()
         provider.gate.until(1)
@@ -336,18 +343,23 @@ def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -
         for _ in range(3):
             _in_child(child)
         provider.release()
+        far.release()
         leader.join(GENEROUS)
         assert not leader.is_alive()
 
 
-def test_chunks_run_concurrently_up_to_the_providers_concurrency() -> None:
-    for asynchronous in (False, True):
-        provider = CountingProvider(asynchronous=asynchronous, concurrency=3, max_batch=5, delay=0.05)
-        texts = [str(i) for i in range(50)]
-        with Cache(provider) as cache:
-            assert right(provider, texts, cache.embed_batch(texts))
-        assert provider.most_at_once == 3
-        provider = CountingProvider(asynchronous=asynchronous, concurrency=3, max_batch=5, delay=0.05)
-        with Cache(provider) as cache:
-            assert right(provider, texts, asyncio.run(cache.aembed_batch(texts)))
-        assert provider.most_at_once == 3
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_chunks_run_concurrently_up_to_the_providers_concurrency(asynchronous: bool, face: str) -> None:
+    inner = CountingProvider(asynchronous=asynchronous, concurrency=3, max_batch=5, delay=0.01)
+    provider = FaultyProvider(inner, [ProviderFault("hang", calls={1, 2, 3})])
+    texts = [str(i) for i in range(50)]
+    with Cache(provider) as cache, ThreadPoolExecutor(1) as pool:
+        if face == "sync":
+            matrix = pool.submit(cache.embed_batch, texts)
+        else:
+            matrix = pool.submit(asyncio.run, cache.aembed_batch(texts))
+        provider.gate.until(3)
+        provider.heal()
+        assert right(inner, texts, matrix.result(GENEROUS))
+    assert provider.most_at_once == 3

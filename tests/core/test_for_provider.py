@@ -72,7 +72,7 @@ def test_one_flight_for_two_caches_of_one_space() -> None:
 
     def gated(texts: Sequence[str], task: str) -> Any:
         started.set()
-        assert gate.wait(20)
+        assert gate.wait(60)
         return embed(texts, task)
 
     slow.embed = gated
@@ -81,11 +81,11 @@ def test_one_flight_for_two_caches_of_one_space() -> None:
         answers: list[np.ndarray] = []
         threads = [threading.Thread(target=lambda c=c: answers.append(c.embed("text"))) for c in (cache, other)]
         threads[0].start()
-        assert started.wait(20)
+        assert started.wait(60)
         threads[1].start()
         gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert (answers[0] == answers[1]).all()
         assert (slow.texts, idle.texts) == (1, 0)
 

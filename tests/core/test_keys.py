@@ -683,7 +683,7 @@ def keys_elsewhere(python: str, **environment: str) -> list[str]:
         env={**clean, **environment, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -705,7 +705,7 @@ def test_keys_are_the_same_in_every_python(version: str) -> None:
     if python is None:
         pytest.skip(f"there is no python{version} on the PATH")
     # A version manager's stand-in is on the PATH although the version behind it is not.
-    tried = subprocess.run([python, "-c", "pass"], capture_output=True, text=True, timeout=60, check=False)
+    tried = subprocess.run([python, "-c", "pass"], capture_output=True, text=True, timeout=100, check=False)
     if tried.returncode != 0:
         pytest.skip(f"python{version} does not start: {tried.stderr.strip().partition(chr(10))[0]}")
     assert keys_elsewhere(python) == [golden["key"] for golden in GOLDEN]

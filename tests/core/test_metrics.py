@@ -29,7 +29,7 @@ def test_a_scrape_over_http_shows_hits_by_tier_misses_and_errors_by_cause() -> N
         server, thread = start_http_server(0, "127.0.0.1", registry)
         try:
             url = f"http://127.0.0.1:{server.server_port}/metrics"
-            page = urllib.request.urlopen(url, timeout=10).read().decode()
+            page = urllib.request.urlopen(url, timeout=60).read().decode()
         finally:
             server.shutdown()
             server.server_close()

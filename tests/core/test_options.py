@@ -297,6 +297,6 @@ def test_a_plain_configuration_is_read_without_pydantic() -> None:
         print("pydantic" in sys.modules)
     """
     done = subprocess.run(
-        [sys.executable, "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=100
     )
     assert done.stdout.strip() == "False"

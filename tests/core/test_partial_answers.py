@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import pytest
+from patience import GENEROUS
 
 from embedonce import Cache, EraseIncomplete, Fetched, PartialAnswer, Tier, TierBusy, TierError
 from embedonce._breaker import Breaker
@@ -84,12 +85,12 @@ def test_what_the_others_found_is_served_and_the_rest_is_an_error(
     with Cache(provider, [Tier(backend, name="far", write=write)], listeners=[events.append]) as cache:
         first, other = split(cache)
         fetch(cache, [*first[:10], *other[:10]])
-        assert cache.flush()
+        assert cache.flush(GENEROUS)
         events.clear()
         backend.problem = TierBusy("a node is down")
         backend.written.clear()
         fetched = fetch(cache, TEXTS)
-        assert cache.flush()
+        assert cache.flush(GENEROUS)
         for text, row, source in zip(TEXTS, fetched.rows, fetched.sources, strict=True):
             assert row is not None
             assert row.tobytes() == provider.vector_of(text).tobytes()
@@ -122,7 +123,7 @@ def test_a_write_that_a_part_refuses_is_counted_as_that_part(write: Literal["inl
 
         provider.embed = embed
         cache.fetch(TEXTS)
-        assert cache.flush()
+        assert cache.flush(GENEROUS)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, stats.errors, dict(stats.causes)) == (len(other), len(first), {"TierBusy": len(first)})
         assert not cache._tiers[0].writes.open

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from patience import GENEROUS, made, until
 
-from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout
+from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout, _breaker
 from embedonce._breaker import Breaker
 from embedonce.events import Event, LookedUp, TierChanged
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_backends.memory import MemoryBackend
 
-GENEROUS = 20.0
 TEXTS = [f"text {i}" for i in range(20)]
 
 Ask = Callable[[Cache, list[str]], NDArray[np.float32]]
@@ -106,6 +108,10 @@ def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_left_out(ask: Ask)
         faulty.release()
 
 
+def changes_of(events: Sequence[Event]) -> list[tuple[str, str]]:
+    return [(event.state, event.operation) for event in events if isinstance(event, TierChanged)]
+
+
 def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptureFixture) -> None:
     events: list[Event] = []
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("refuse")])
@@ -118,30 +124,29 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
                 "tier 'far': reads fail (ConnectionRefusedError); it is left out and tried again until it answers"
             ]
             faulty.heal()
-            end = time.monotonic() + GENEROUS
-            while cache._tiers[0].reads.open and time.monotonic() < end:
-                cache.embed(f"again {time.monotonic()}")
-                time.sleep(0.01)
+            # An event is told after it was logged.
+            until(lambda: cache.embed(f"again {time.monotonic()}") is not None and len(changes_of(events)) == 2)
             assert caplog.records[-1].message == "tier 'far': reads work again"
             assert len(caplog.records) == 2
-        changes = [event for event in events if isinstance(event, TierChanged)]
-        assert [(change.state, change.operation) for change in changes] == [("open", "read"), ("closed", "read")]
+        assert changes_of(events) == [("open", "read"), ("closed", "read")]
         assert sum(event.errors for event in events if isinstance(event, LookedUp)) == 3
 
 
-def test_exactly_one_probe_runs_and_not_on_the_callers_path() -> None:
+def test_exactly_one_probe_runs_and_not_on_the_callers_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
+    monkeypatch.setattr(Breaker, "LOST_PROBE", 2 * GENEROUS)
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", calls=range(1, 4)), Fault("hang")])
-    with Cache(CountingProvider(), [Tier(faulty, name="far", write="none", timeout=0.2)]) as cache:
+    with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
         for i in range(3):
             cache.embed(f"{i}")
         assert cache._tiers[0].reads.open
         before = faulty.called("get")
-        end = time.monotonic() + 2.0  # the first wait is at most 0.63 s
-        while time.monotonic() < end:
-            start = time.monotonic()
-            cache.embed(f"{time.monotonic()}")
-            assert time.monotonic() - start < GENEROUS
-        assert 1 <= faulty.called("get") - before <= 3
+        cache.embed("its probe hangs")
+        faulty.gate.until(1)
+        for i in range(100):
+            cache.embed(f"none of its own {i}")
+            assert faulty.gate.waiting == 1
+        assert faulty.called("get") - before == 1
         faulty.heal()
 
 
@@ -171,13 +176,11 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     with Cache(CountingProvider(), [tier], listeners=[changed]) as cache:
         for i in range(4):
             cache.embed(f"{i}")
-            assert cache.flush()
-        end = time.monotonic() + GENEROUS
-        while changes != ["open", "closed"]:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+            assert cache.flush(GENEROUS)
+        until(lambda: changes == ["open", "closed"])
+        until(lambda: "TierBusy" in cache.stats().tiers["far"].causes)  # the breaker is told before it is counted
         cache.embed("after")
-        assert cache.flush()
+        assert cache.flush(GENEROUS)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, dict(stats.causes)) == (1, {"ConnectionRefusedError": 3, "TierBusy": 1})
 
@@ -218,10 +221,7 @@ def test_a_probe_asks_for_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
             assert backend.probed.acquire(timeout=GENEROUS)
         assert changes == ["open"]
         backend.hangs = False
-        end = time.monotonic() + GENEROUS
-        while changes != ["open", "closed"]:
-            cache.embed(TEXTS[0])
-            assert time.monotonic() < end
+        until(lambda: cache.embed(TEXTS[0]) is not None and changes == ["open", "closed"])
 
 
 def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,7 +229,7 @@ def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: py
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
         for i in range(10):
             cache.embed(f"{i}")
-            assert cache.flush()
+            assert cache.flush(GENEROUS)
         assert cache.stats().tiers["far"].errors == 10
     assert [record.getMessage() for record in caplog.records] == [
         "tier 'far': a background write of 1 entries failed (TierBusy)"
@@ -316,8 +316,14 @@ def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
     tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
     with Cache(CountingProvider(), [tier]) as cache:
         with pytest.raises(TierTimeout, match=r"did not answer within 0\.05 s"):
-            cache.embed("text")
+            made(lambda: cache.embed("text"))
         faulty.heal()
+
+
+def test_a_timeout_that_is_not_named_follows_from_who_shares_the_backend(
+    shipped_timeouts: Mapping[str, float | None],
+) -> None:
+    assert shipped_timeouts == {"process": None, "host": 2.0, "network": 0.25}
 
 
 # --- time to live -----------------------------------------------------------------------------
@@ -383,7 +389,7 @@ def test_ttl_is_jittered_by_the_digest_and_never_longer_than_asked() -> None:
 def test_background_writes_survive_the_end_of_the_cache() -> None:
     backend = DictBackend(scope="network")
     slow = FaultyBackend(backend, [Fault("slow", on="set", seconds=0.05)])
-    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=2.0)])
+    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=GENEROUS)], flush_timeout=GENEROUS)
     cache.embed_batch(TEXTS)
     cache.close()
     assert len(backend) == len(TEXTS) + 1  # and the space card
@@ -393,11 +399,17 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
     tier = Tier(faulty, name="far", timeout=0.3)
     with Cache(CountingProvider(), [tier], max_queued=10, flush_timeout=0.2) as cache:
-        for i in range(40):
-            cache.embed(f"{i}")
-        stats = cache.stats().tiers["far"]
-        assert stats.dropped + stats.errors > 0
-        assert cache._table.queued("far") <= 10
+        texts = itertools.count()
+
+        def dropped() -> int:
+            cache.embed(f"{next(texts)}")
+            assert cache._table.queued("far") <= 10
+            stats = cache.stats().tiers["far"]
+            return stats.dropped + stats.errors
+
+        for _ in range(40):
+            dropped()
+        until(dropped)  # on a busy machine reads may time out at first, and then nothing is written
         faulty.heal()
 
 
@@ -458,7 +470,7 @@ def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
 
 def test_a_breaker_waits_longer_each_time_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_breaker, "time", SimpleNamespace(monotonic=lambda: now[0]))
     states: list[str] = []
     breaker = Breaker(lambda state, cause: states.append(state))
     waits = []

@@ -27,7 +27,7 @@ def api() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def client(api: OpenAIServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=api.base_url, api_key="any", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=api.base_url, api_key="any", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -155,7 +155,7 @@ def test_retry_after_is_said(api: OpenAIServer, client: openai.OpenAI) -> None:
 
 
 def answer_of(url: str, **more: Any) -> Any:
-    reply = httpx2.post(f"{url}/v1/embeddings", json={"model": "m", "input": ["a", "b", "c"], **more}, timeout=20)
+    reply = httpx2.post(f"{url}/v1/embeddings", json={"model": "m", "input": ["a", "b", "c"], **more}, timeout=60)
     assert reply.status_code == 200
     return reply.text
 
@@ -213,7 +213,7 @@ def test_a_slow_reply_ends_when_the_fault_does(api: OpenAIServer, kind: Any) -> 
             threading.Event().wait(0.01)
         assert not answer.done()
         api.heal()
-        assert json.loads(answer.result(20))["data"]
+        assert json.loads(answer.result(60))["data"]
     assert json.loads(answer_of(api.url))["data"]
 
 
@@ -229,7 +229,7 @@ def test_closing_lets_go_of_what_hangs(client: openai.OpenAI) -> None:
         answer = pool.submit(answer_of, api.url)
         api.until_hanging()
         api.close()
-        assert json.loads(answer.result(20))["data"]
+        assert json.loads(answer.result(60))["data"]
     with pytest.raises(openai.APIConnectionError):
         client.with_options(base_url=api.base_url).embeddings.create(model="m", input="a")
 
@@ -265,7 +265,7 @@ def test_gemini_has_one_vector_for_a_content_of_parts(gemini: GeminiServer, gena
 
 def test_one_content_alone(gemini: GeminiServer) -> None:
     body = {"content": {"parts": [{"text": "a"}]}, "outputDimensionality": 16}
-    reply = httpx2.post(f"{gemini.url}/v1beta/models/{gemini.model}:embedContent", json=body)
+    reply = httpx2.post(f"{gemini.url}/v1beta/models/{gemini.model}:embedContent", json=body, timeout=60)
     assert np.array_equal(np.float32(reply.json()["embedding"]["values"]), gemini.vector_of("a"))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,9 +41,26 @@ from embedonce.testing import (
     ProviderContract,
     Recipe,
 )
+from embedonce.testing._support import BOUND
 
 PATH = "."
 """Where the broken backends on files have their folder; each test sets its own."""
+
+
+class Meeting:
+    """Where the kit's eight threads wait for each other, each once.
+
+    What they do to each other then happens always, in whatever order a busy machine runs them.
+    """
+
+    def __init__(self) -> None:
+        self._all = threading.Barrier(8)
+        self._this = threading.local()
+
+    def __call__(self) -> None:
+        if threading.current_thread() is not threading.main_thread() and not hasattr(self._this, "met"):
+            self._this.met = True
+            self._all.wait(BOUND)
 
 
 # --- broken backends --------------------------------------------------------------------------
@@ -331,9 +349,13 @@ class AddsOver(DictBackend):
 class AddsInTwoSteps(DictBackend):
     """Looks what is absent first, and stores it afterwards."""
 
+    def __init__(self):
+        super().__init__()
+        self.meet = Meeting()
+
     def add_many(self, items, ttl):
         absent = {key: value for key, value in items.items() if key not in self._store}
-        time.sleep(0.001)
+        self.meet()
         self.set_many(absent, ttl)
         return set(absent)
 
@@ -437,9 +459,13 @@ class KeepsACopyInMemory(ShelfBackend):
 class ForgetsBetweenThreads(DictBackend):
     """Reads all that it holds, and writes it back with what is new."""
 
+    def __init__(self):
+        super().__init__()
+        self.meet = Meeting()
+
     def set_many(self, items, ttl):
         held = dict(self._store)
-        time.sleep(0.0005)
+        self.meet()
         self._store = held | {key: (value, None) for key, value in items.items()}
 
 
@@ -1025,9 +1051,13 @@ class FearsNul(Changes):
 class HasOnePlaceForTexts(Changes):
     """Keeps the texts of a call where another thread's call finds them."""
 
+    def __init__(self):
+        super().__init__()
+        self.meet = Meeting()
+
     def changed(self, texts, task):
         self.texts_now = texts
-        time.sleep(0.002)
+        self.meet()
         return super().changed(self.texts_now, task)
 
 
@@ -1150,9 +1180,12 @@ def loses_no_case(text):
 class HasOnePlaceForAText:
     """Keeps the text of a call where another thread's call finds it."""
 
+    def __init__(self):
+        self.meet = Meeting()
+
     def __call__(self, text):
         self.text = text
-        time.sleep(0.0001)
+        self.meet()
         return self.text
 
 

@@ -28,7 +28,7 @@ from embedonce.vectors import Entry, freeze
 FRAMES = {f"eo1.a.{number}": bytes([number]) * 40 for number in range(6)}
 ENTRIES = {key: Entry(freeze([1.0, 2.0, 3.0 + number]), 1.0) for number, key in enumerate(FRAMES)}
 KEYS = list(FRAMES)
-FAR = 20.0
+FAR = 60.0
 
 
 def faulty(*faults: Fault, entries: bool = False, **options: Any) -> FaultyBackend:
@@ -463,5 +463,5 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
     assert 'pip install "embedonce[testing]"' in done.stdout

@@ -129,9 +129,9 @@ class LoopbackServer(Generic[KindT]):
         """Return as soon as one more request hangs.
 
         Raises:
-            TimeoutError: none did within 30 seconds.
+            TimeoutError: none did within 60 seconds.
         """
-        if not self._hanging.acquire(timeout=30):
+        if not self._hanging.acquire(timeout=60):
             raise TimeoutError("no request hangs")
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
 LISTED = 1100
 """Keys of a long listing."""
+LOOKS = 5
+"""How often each reader at least looks at what others overwrite."""
 RECOVERY = 10
 """Calls after which a client must have left the connections of its pool that have died."""
 
@@ -640,19 +642,35 @@ class BackendContract(Whole):
             written = [values.sample(seed) for seed in range(6)]
 
             writing = list(written)
+            looks = [0, 0]
+
+            def write(value: Any) -> None:
+                turns = 0
+                try:
+                    # Until both readers have looked, however late a busy machine lets them begin.
+                    while turns < 20 or min(looks) < LOOKS:
+                        backend.set_many(dict.fromkeys(names, value), None)
+                        turns += 1
+                finally:
+                    writing.pop()
+
+            def read(reader: int) -> None:
+                try:
+                    while writing:
+                        for value in backend.get_many(names).values():
+                            known = any(values.same(value, one) for one in written)
+                            assert known, "a value comes back that nobody stored"
+                        looks[reader] += 1
+                finally:
+                    looks[reader] = LOOKS
 
             def work(number: int) -> None:
                 if number < len(written):
-                    try:
-                        for _ in range(20):
-                            backend.set_many(dict.fromkeys(names, written[number]), None)
-                    finally:
-                        writing.pop()
-                while number >= len(written) and writing:
-                    for value in backend.get_many(names).values():
-                        assert any(values.same(value, one) for one in written), "a value comes back that nobody stored"
+                    write(written[number])
+                else:
+                    read(number - len(written))
 
-            in_threads(len(written) + 2, work, "six threads that overwrite the same keys, and two that read")
+            in_threads(len(written) + len(looks), work, "six threads that overwrite the same keys, and two that read")
             assert set(backend.get_many(names)) == set(names), "a key is lost that every thread has stored"
 
     def test_a_call_past_its_deadline_raises(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import random
 import threading
 import time
@@ -129,12 +130,22 @@ class Gate:
     """Where calls that hang wait; each waits for itself, so that one which is given up holds up no other."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._waiting: set[Future[None]] = set()
+
+    def _after_fork(self) -> None:
+        """Forget in a forked child the calls that hang in its parent: their threads, and locks they hold, are there."""
+        if self._process != os.getpid():
+            self._reset()
 
     @property
     def waiting(self) -> int:
         """How many calls hang now."""
+        self._after_fork()
         return len(self._waiting)
 
     def wait(self, *, obey: bool = False) -> None:
@@ -158,6 +169,7 @@ class Gate:
 
     def release(self) -> None:
         """Let everything go on that hangs now; what comes later hangs again."""
+        self._after_fork()
         with self._changed:
             released, self._waiting = self._waiting, set()
             self._changed.notify_all()
@@ -165,18 +177,20 @@ class Gate:
             if ticket.set_running_or_notify_cancel():
                 ticket.set_result(None)
 
-    def until(self, waiting: int = 1, timeout: float = 20.0) -> None:
+    def until(self, waiting: int = 1, timeout: float = 60.0) -> None:
         """Block until so many calls hang at once.
 
         Raises:
             TimeoutError: they do not within ``timeout`` seconds.
         """
+        self._after_fork()
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._waiting) >= waiting, timeout):
                 raise TimeoutError(f"{len(self._waiting)} calls hang after {timeout:g} s, {waiting} were waited for")
 
     @contextmanager
     def _ticket(self) -> Iterator[Future[None]]:
+        self._after_fork()
         ticket: Future[None] = Future()
         with self._changed:
             self._waiting.add(ticket)

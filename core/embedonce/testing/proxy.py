@@ -18,6 +18,7 @@ import contextlib
 import random
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ CHUNK = 2**16
 """Most bytes that are passed on at once."""
 RESET = struct.pack("ii", 1, 0)
 """``SO_LINGER`` of a socket that is closed without a word of goodbye."""
+KEEPS_PORTS = sys.platform == "linux"
+"""Whether two sockets may have one port, and clients reach the one that listens."""
 PIECES_PER_SECOND = 50
 """Most pieces in which a narrow line delivers."""
 
@@ -96,6 +99,7 @@ class FaultProxy:
         self._links: set[_Link] = set()
         self._changed = asyncio.Event()
         self._listening: socket.socket | None = None
+        self._kept: socket.socket | None = None
         self._port = 0
         self.accepted = 0
         """How many connections were made to it so far."""
@@ -160,10 +164,18 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(BOUND)
         self._loop.close()
+        if self._kept is not None:
+            self._kept.close()
 
     async def _listen(self) -> None:
+        if self._kept is None and KEEPS_PORTS:
+            # Does not listen, and so refuses: while nobody listens, no other program is given the port.
+            self._kept = socket.socket()
+            self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._kept.bind(("127.0.0.1", 0))
+            self._port = self._kept.getsockname()[1]
         if self._listening is None:
-            self._listening = socket.create_server(("127.0.0.1", self._port), backlog=100)
+            self._listening = socket.create_server(("127.0.0.1", self._port), backlog=100, reuse_port=KEEPS_PORTS)
             self._listening.setblocking(False)
             self._port = self._listening.getsockname()[1]
             self._loop.add_reader(self._listening, self._accept, self._listening)

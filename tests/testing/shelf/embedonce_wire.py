@@ -7,13 +7,12 @@ import os
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedonce.contracts import Capabilities, time_left
 
-PATIENCE = 2.0
-"""Seconds that a call waits where there is no deadline."""
 MOST = 2**26
 
 
@@ -69,6 +68,8 @@ class WireBackend:
     """One connection, guarded by a lock; a call that fails drops it, and a forked child makes its own."""
 
     capabilities = Capabilities(scope="network", deadline=True)
+    patience = 60.0
+    """Seconds that a call waits where there is no deadline."""
 
     def __init__(self, *, host: str, port: int, store: str) -> None:
         self.host, self.port, self.store = host, port, store
@@ -96,12 +97,15 @@ class WireBackend:
                 self._forked()
             try:
                 left = time_left()
-                connection = self._connected(PATIENCE if left is None else left)
+                connection = self._connected(self.patience if left is None else left)
                 send(connection, {"store": self.store, **request})
-                return receive(connection)
+                return self._received(connection)
             except BaseException:
                 self._drop()
                 raise
+
+    def _received(self, connection: socket.socket) -> Any:
+        return receive(connection)
 
     def _connected(self, timeout: float) -> socket.socket:
         if self._connection is None:
@@ -123,5 +127,12 @@ class WireBackend:
 class SharesItsConnectionAfterAFork(WireBackend):
     """Uses the parent's connection in a forked child, so that both read each other's replies."""
 
+    patience = 2.0  # for a reply that the other one has read
+
     def _forked(self) -> None:
         return
+
+    def _received(self, connection: socket.socket) -> Any:
+        if self._process != os.getpid():
+            time.sleep(0.01)  # the parent comes first, at one call or another
+        return super()._received(connection)
