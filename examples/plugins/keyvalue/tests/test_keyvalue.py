@@ -188,7 +188,7 @@ def test_the_backend_ends_with_its_last_reference() -> None:
     thread = backend._background._thread
     assert thread is not None
     del backend
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
