@@ -46,8 +46,8 @@ class Background:
         try:
             return future.result(left)
         except concurrent.futures.TimeoutError:
-            if future.done():  # the coroutine's own
-                raise
+            if future.done():  # at the last moment; or the error is the coroutine's own
+                return future.result()
             raise TierTimeout("the store did not answer in time") from None
         finally:
             future.cancel()
