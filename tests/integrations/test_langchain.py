@@ -227,6 +227,7 @@ def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face) -> None:
     assert face.documents(cached, []) == []
 
 
+@pytest.mark.timeout(300)  # it imports torch
 def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from langchain_huggingface import HuggingFaceEmbeddings
 

@@ -187,6 +187,7 @@ def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face, model: type[Le
     np.testing.assert_allclose(means[0], means[1], atol=1e-7)
 
 
+@pytest.mark.timeout(300)  # it imports torch
 def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 

@@ -30,7 +30,8 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 NEAR = 1e-6
-# A process of its own imports torch, which takes a busy machine a while.
+# Whichever test comes first imports torch, which takes a busy machine a while; so does each process of its own.
+pytestmark = pytest.mark.timeout(300)
 in_another_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]
 
