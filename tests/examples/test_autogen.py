@@ -16,6 +16,9 @@ from embedonce.testing import OpenAIServer
 EXAMPLE = Path(__file__).parents[2] / "examples" / "autogen"
 QUESTION = "When do I need a doctor's note?"
 
+# Each process imports a good deal.
+pytestmark = pytest.mark.timeout(500)
+
 
 @pytest.fixture
 def server() -> Iterator[OpenAIServer]:
@@ -24,7 +27,7 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-def run(server: OpenAIServer, tmp_path: Path) -> Callable[..., list[str]]:
+def run(server: OpenAIServer, patient_disk: None, tmp_path: Path) -> Callable[..., list[str]]:
     for name in ("embedonce.toml", "handbook"):
         source = EXAMPLE / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -38,7 +41,7 @@ def run(server: OpenAIServer, tmp_path: Path) -> Callable[..., list[str]]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
+            timeout=140,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

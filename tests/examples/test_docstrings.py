@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from embedonce.cli import app
@@ -13,6 +14,7 @@ from embedonce.cli import app
 EXAMPLE = Path(__file__).parents[2] / "examples" / "docstrings.py"
 
 
+@pytest.mark.timeout(500)  # it embeds and compares thousands of texts
 def test_it_makes_a_set_that_evaluate_takes(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("docstrings", EXAMPLE)
     assert spec is not None

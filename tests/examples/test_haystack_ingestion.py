@@ -21,7 +21,7 @@ COUNT = 16
 DAY = 24 * 3600
 
 # Each process imports torch, which takes a busy machine a while.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def told(lines: list[str]) -> list[tuple[int, int]]:
     return [(int(match[1]), sum(map(int, re.findall(r"\d+(?= from)", match[2])))) for match in found if match]
 
 
+@pytest.mark.usefixtures("patient_disk")
 def test_a_restart_computes_what_has_changed_and_nothing_is_lost_in_retrieval(
     here: Callable[..., list[str]], model: str, unique: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +111,7 @@ def test_workers_share_what_is_in_redis(
 ) -> None:
     with RedisServer() as server:
         monkeypatch.setenv("REDIS_URL", server.url)
-        monkeypatch.setenv("INGEST_TIMEOUT", "20s")
+        monkeypatch.setenv("INGEST_TIMEOUT", "60s")
         config = ("--config", str(EXAMPLE / "redis.toml"))
         assert told(here(*config)) == [(unique, 0)]
         ttls = remaining(server)

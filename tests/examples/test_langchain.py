@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+# Each of two processes imports a good deal.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("patient_disk")]
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "langchain"
 
 
@@ -19,7 +24,7 @@ def test_the_same_answers_and_other_bills(tmp_path: Path) -> None:
     (folder / "b.md").write_text("Green tea is steamed.\n\nWhite tea is withered.")
     command = [sys.executable, EXAMPLE / "search.py", folder, "Which tea is withered?", "--config", config]
     for counts in ([6, 4, 0], [6, 0, 0]):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=140)
         assert done.returncode == 0, done.stderr
         assert [int(n) for n in re.findall(r"(\d+) embedded", done.stdout)] == counts
         assert "\nthe same vectors and answers\n" in done.stdout

@@ -10,6 +10,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "near_duplicates.py"
 
 
+@pytest.mark.timeout(500)  # it embeds and compares thousands of texts
 def test_most_edited_copies_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("near_duplicates", EXAMPLE)
     assert spec is not None

@@ -16,6 +16,9 @@ from embedonce.testing import OpenAIServer
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openai_client"
 QUESTION = "Which tea is oxidised in part?"
 
+# Each process imports a good deal.
+pytestmark = pytest.mark.timeout(500)
+
 
 @pytest.fixture
 def server() -> Iterator[OpenAIServer]:
@@ -24,7 +27,7 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-def run(server: OpenAIServer, tmp_path: Path) -> Callable[[str], list[str]]:
+def run(server: OpenAIServer, patient_disk: None, tmp_path: Path) -> Callable[[str], list[str]]:
     for name in ("embedonce.toml", "tea.txt"):
         shutil.copy(EXAMPLE / name, tmp_path)
     environment = {**os.environ, "OPENAI_API_KEY": "any", "OPENAI_BASE_URL": server.base_url}
@@ -37,7 +40,7 @@ def run(server: OpenAIServer, tmp_path: Path) -> Callable[[str], list[str]]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
+            timeout=140,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

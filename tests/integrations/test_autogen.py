@@ -58,7 +58,8 @@ async def config(
             "api_key": "${TEA_API_KEY}",
             "max_retries": 0,
         },
-        "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}],
+        # A busy machine is no fault of the disk's.
+        "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}],
     }
     cache = shared_cache(config)
     yield config

@@ -49,7 +49,8 @@ def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}]}
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    return {"tiers": [{"type": "memory"}, disk]}
 
 
 def collection(name: str, function: Any, path: Path | None = None) -> Any:
@@ -230,11 +231,14 @@ def test_the_endpoint_counts_wherever_the_function_has_it_from(
     server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiers = {"tiers": [{"type": "memory"}]}
+    functions: list[CachedEmbeddingFunction] = []  # a memory tier lives as long as somebody has its cache
     with OpenAIServer(dimensions=64) as other:
         for url in (server.base_url, other.base_url):
             monkeypatch.setenv("OPENAI_BASE_URL", url)
-            CachedEmbeddingFunction(openai(api_base=None), config=tiers)(["text"])
-        CachedEmbeddingFunction(openai(api_base=other.base_url), config=tiers)(["text"])
+            functions.append(CachedEmbeddingFunction(openai(api_base=None), config=tiers))
+            functions[-1](["text"])
+        functions.append(CachedEmbeddingFunction(openai(api_base=other.base_url), config=tiers))
+        functions[-1](["text"])
         assert (server.texts, other.texts) == (1, 1)
 
 

@@ -133,7 +133,8 @@ def documents(*contents: str) -> list[Document]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, Any]:
-    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors")}]}
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    return {"tiers": [{"type": "memory"}, disk]}
 
 
 # --- a real model, in real pipelines ----------------------------------------------------------
@@ -218,7 +219,9 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
     expected = answers(SentenceTransformersTextEmbedder(**minilm), plain)
     assert model.texts == len(CORPUS) + len(QUESTIONS)
 
-    cold, meta = ingest(CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk), CORPUS)
+    # A memory tier lives as long as somebody has its cache.
+    first = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
+    cold, meta = ingest(first, CORPUS)
     assert meta["cache"] == {"hits": {}, "computed": len(CORPUS), "failed": 0}
     assert answers(CachedTextEmbedder(SentenceTransformersTextEmbedder(**minilm), config=disk), cold) == expected
     model.passes = 0
@@ -829,6 +832,9 @@ def test_equal_configurations_share_one_cache(disk: dict[str, Any]) -> None:
 def test_threads_and_tasks_compute_each_text_once() -> None:
     inner = Embedder()
     config = {**MEMORY, "key": {"namespace": "threads"}}
+    # A memory tier lives as long as somebody has its cache: a thread may be done before another has begun.
+    kept = CachedDocumentEmbedder(inner, config=config)
+    kept.warm_up()
     contents = [f"text {number}" for number in range(40)]
     at_once = 8
     start = threading.Barrier(at_once)
@@ -855,7 +861,7 @@ def test_threads_and_tasks_compute_each_text_once() -> None:
 
 
 async def test_a_provider_embeds_documents_and_queries() -> None:
-    config = {**MEMORY, **NGRAM}
+    config = {**MEMORY, **NGRAM, "key": {"namespace": "provider"}}
     embedder = CachedDocumentEmbedder(config=config, meta_fields_to_embed=["title"])
     tea = Document(content="tea", meta={"title": "green"})
     output = embedder.run(documents=[tea, *documents("tea")])

@@ -42,7 +42,8 @@ def server() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
     """A configuration that no other test has: equal ones share a cache."""
-    return {"tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "disk")}]}
+    disk = {"type": "disk", "path": str(tmp_path / "disk"), "timeout": "60s"}  # a busy machine is no fault
+    return {"tiers": [{"type": "memory"}, disk]}
 
 
 @pytest.fixture(params=["blocking", "async"])

@@ -21,9 +21,12 @@ EXPECTED = NgramProvider(dimensions=64).embed(TEXTS, "document")
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
+    # A busy machine is no fault of the disk's.
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "write": "background", "timeout": "60s"}
     return {
         "provider": {"type": "ngram", "dimensions": 64},
-        "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors"), "write": "background"}],
+        "tiers": [{"type": "memory"}, disk],
+        "cache": {"flush_timeout": "60s"},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -19,14 +20,25 @@ BUCKET = "vectors"
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed every example plugin."""
-    site, sources = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("sources")
+    """A folder into which pip has installed every example plugin: one for all processes that run the tests."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    site, done = shared / "plugins", shared / "plugins.done"
+    with (shared / "plugins.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            install(site, tmp_path_factory.mktemp("sources"))
+            done.touch()
+    return site
+
+
+def install(site: Path, sources: Path) -> None:
+    shutil.rmtree(site, ignore_errors=True)  # of one that failed
     for name in NAMES:  # pip may build in place: leave the tree as it is
         shutil.copytree(PLUGINS / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     command += ["--disable-pip-version-check", "--target", str(site), *(str(sources / name) for name in NAMES)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=110)
-    return site
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=250)
 
 
 @pytest.fixture

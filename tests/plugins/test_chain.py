@@ -24,6 +24,9 @@ from .conftest import PLUGINS
 TEXTS = [f"text {number}" for number in range(40)]
 KEY, SECRET = "the-access-key", "the-secret-key"
 
+# The first of all needs what pip installs, and each process imports a good deal.
+pytestmark = pytest.mark.timeout(500)
+
 Open = Callable[[], embedonce.Cache]
 _numbers = count()
 
@@ -37,6 +40,7 @@ def folder(tmp_path: Path, installed: Path, s3: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("S3_ENDPOINT", s3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("EMBEDONCE__CACHE__FLUSH_TIMEOUT", "60s")
     monkeypatch.setenv("EMBEDONCE__TIERS__OBJECTS__URL", f"s3://vectors/chain-{next(_numbers)}")
     for tier in ("LMDB", "KEYVALUE", "OBJECTS"):  # a busy machine is no fault
         monkeypatch.setenv(f"EMBEDONCE__TIERS__{tier}__TIMEOUT", "60s")
@@ -52,7 +56,7 @@ def test_computed_once_promoted_and_forgotten(folder: Path, environment: dict[st
     (folder / "texts.txt").write_text("\n".join(TEXTS))
     command = [sys.executable, "-P", "-m", "embedonce", "embed", "texts.txt", "--split", "line", "--out", "out.npy"]
     done = subprocess.run(
-        [*command, "--json"], env=environment, check=True, capture_output=True, text=True, timeout=100
+        [*command, "--json"], env=environment, check=True, capture_output=True, text=True, timeout=200
     )
     assert json.loads(done.stdout)["computed"] == 40
     assert SECRET not in done.stdout + done.stderr
@@ -146,7 +150,7 @@ def test_a_lease_on_lmdb_lets_one_process_compute(tmp_path: Path, environment: d
             input=json.dumps(TEXTS),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=200,
         )
         return done.stderr
 

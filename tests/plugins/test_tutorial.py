@@ -44,9 +44,11 @@ def test_the_tests_are_those_of_the_page_and_its_patches() -> None:
     )
 
 
+@pytest.mark.timeout(500)  # pip may have to install the plugins first
 def test_its_configuration_works(tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (configuration,) = (content for content in FENCES if re.search(r'^type = "table"$', content, re.MULTILINE))
     (tmp_path / "embedonce.toml").write_text(configuration)
+    monkeypatch.setenv("EMBEDONCE__TIERS__TABLE__TIMEOUT", "60s")  # a busy machine is no fault
     monkeypatch.syspath_prepend(str(installed))
     for source in ("provider", "table"):
         with embedonce.open(tmp_path / "embedonce.toml") as cache:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedonce import Cache
+from embedonce import Cache, Tier
 from embedonce.contracts import AnyProvider
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
@@ -23,7 +23,8 @@ MIXED = [text for pair in zip(FRESH, [*KNOWN, KNOWN[0]], strict=True) for text i
 
 
 def chain(provider: AnyProvider, folder: Path) -> Cache:
-    return Cache(provider, [MemoryBackend(max_entries=100), DiskBackend(path=folder / "disk")])
+    disk = Tier(DiskBackend(path=folder / "disk"), timeout=60.0)  # a busy machine is no fault of the tier's
+    return Cache(provider, [MemoryBackend(max_entries=100), disk])
 
 
 def ask(cache: Cache, face: Face, texts: Sequence[str]) -> Any:

@@ -207,7 +207,7 @@ def computed_by(python: str, folder: Path, **environ: str) -> Any:
         "print(json.dumps(module.computed()))\n"
     )
     environ = {**os.environ, "PYTHONPATH": str(folder), **environ}
-    done = subprocess.run([python, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([python, "-c", code], env=environ, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

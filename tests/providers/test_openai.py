@@ -18,7 +18,7 @@ import openai
 import pytest
 
 import embedonce
-from embedonce import Cache, ProviderError, SpaceError, TextRefused
+from embedonce import Cache, ProviderError, SpaceError, TextRefused, Tier
 from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, Recipe
 from embedonce.testing._support import in_fork
 from embedonce_backends.disk import DiskBackend
@@ -419,10 +419,10 @@ def test_azures_newer_path(server: OpenAIServer) -> None:
 
 
 def test_no_key_is_needed_until_the_first_miss(server: OpenAIServer, tmp_path: Path) -> None:
-    with Cache(made(server, endpoint_name="openai"), [DiskBackend(path=tmp_path)]) as cache:
+    with Cache(made(server, endpoint_name="openai"), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
         cache.embed("a")
     keyless = OpenAIProvider(model=MODEL, endpoint_name="openai")
-    with Cache(keyless, [DiskBackend(path=tmp_path)]) as cache:
+    with Cache(keyless, [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
         with pytest.raises(openai.OpenAIError, match="OPENAI_API_KEY"):
             cache.embed("b")
@@ -436,7 +436,7 @@ def test_a_server_of_ones_own_needs_no_key(server: OpenAIServer) -> None:
 def test_a_warm_run_imports_no_client(server: OpenAIServer, tmp_path: Path) -> None:
     configuration = {
         "provider": {"type": "openai", "model": MODEL, "base_url": server.base_url},
-        "tiers": [{"type": "disk", "path": str(tmp_path)}],
+        "tiers": [{"type": "disk", "path": str(tmp_path), "timeout": "60s"}],
     }
     with embedonce.open(configuration) as cache:
         cache.embed("a")
@@ -445,7 +445,7 @@ def test_a_warm_run_imports_no_client(server: OpenAIServer, tmp_path: Path) -> N
         "with embedonce.open(json.loads(sys.argv[1])) as cache: cache.embed('a')\n"
         "sys.exit('openai' in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program, json.dumps(configuration)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, json.dumps(configuration)], check=True, timeout=100)
     assert len(server.requests) == 1
 
 
@@ -466,7 +466,7 @@ def test_the_package_is_asked_for_when_it_is_missing() -> None:
         "sys.modules['openai'] = None\n"
         "embedonce.open({'provider': {'type': 'openai', 'model': 'm'}, 'tiers': []})\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert "pip install 'embedonce[openai]'" in done.stderr
 
 
@@ -494,18 +494,23 @@ def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
     asyncio.run(work())
 
 
-def test_closing_from_another_thread_closes_the_client_of_a_running_loop(server: OpenAIServer) -> None:
+def test_closing_from_another_thread_closes_the_client_of_a_running_loop(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedonce_providers._clients.CLOSE_SECONDS", 60.0)  # the loop is not held up, but may be slow
     provider = made(server)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    asyncio.run_coroutine_threadsafe(provider.aembed(["a"], "document"), loop).result(20)
-    (client,) = [client for client, _ in provider._clients._of_loop.values()]
-    provider.close()
-    assert client.is_closed()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        asyncio.run_coroutine_threadsafe(provider.aembed(["a"], "document"), loop).result(60)
+        (client,) = [client for client, _ in provider._clients._of_loop.values()]
+        provider.close()
+        assert client.is_closed()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def test_closing_within_the_loop_itself(server: OpenAIServer) -> None:

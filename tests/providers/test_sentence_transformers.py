@@ -17,7 +17,7 @@ import pytest
 from hub import Hub
 
 import embedonce
-from embedonce import model_files
+from embedonce import Tier, model_files
 from embedonce.errors import ConfigError, PluginError, SpaceError, TextRefused
 from embedonce.testing import ProviderContract
 from embedonce.testing._support import in_fork
@@ -30,6 +30,9 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 NEAR = 1e-6
+# Whichever test comes first imports torch, which takes a busy machine a while; so does each process of its own.
+pytestmark = pytest.mark.timeout(300)
+in_another_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]
 
 
@@ -275,6 +278,7 @@ def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatc
         return original(stream, name)
 
     monkeypatch.setattr(model_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # however slow this machine is, it has just been written
     fingerprint(folder)
     fingerprint(folder)
     assert hashed.count("model.safetensors") == 2, "it has just been written: a change might leave no trace"
@@ -425,7 +429,7 @@ import json, sys
 import embedonce
 cache = embedonce.open({
     "provider": {"type": "sentence-transformers", "model": sys.argv[1], "device": "cpu"},
-    "tiers": [{"type": "disk", "path": sys.argv[2]}],
+    "tiers": [{"type": "disk", "path": sys.argv[2], "timeout": "60s"}],
 })
 with cache:
     vectors = cache.embed_batch(json.loads(sys.argv[3]))
@@ -437,27 +441,34 @@ with cache:
 """
 
 
+def patient(folder: Path) -> Tier:
+    """Return a disk tier whose time does not run out on a busy machine."""
+    return Tier(DiskBackend(path=folder), timeout=60.0)
+
+
 def run(model: Path | str, folder: Path, texts: list[str], **environ: str) -> Any:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(model), str(folder), json.dumps(texts)],
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@in_another_process
 def test_a_warm_run_loads_nothing(minilm_path: Path, shared: type[Shared], tmp_path: Path) -> None:
-    with embedonce.Cache(shared(model=str(minilm_path)), [DiskBackend(path=tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(shared(model=str(minilm_path)), [patient(tmp_path / "vectors")]) as cache:
         cold = cache.embed_batch(TEXTS)
     warm = run(minilm_path, tmp_path / "vectors", TEXTS)
     assert (warm["computed"], warm["loaded"]) == (0, [])
     assert warm["first"] == cold[0].tolist()
 
 
+@in_another_process
 def test_a_model_of_the_hub(minilm_path: Path, minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client downloads from a hub on loopback, once; from then on nothing is asked, also offline."""
     home = tmp_path / "home"
@@ -473,7 +484,7 @@ def test_a_model_of_the_hub(minilm_path: Path, minilm: Any, tmp_path: Path, monk
 
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(home / "hub"))
     provider = SentenceTransformersProvider(model=NAME, device="cpu")
-    with embedonce.Cache(provider, [DiskBackend(path=tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(provider, [patient(tmp_path / "vectors")]) as cache:
         assert cache.fetch([*TEXTS, "one more"]).sources == ["disk"] * 4 + ["provider"]
 
 
@@ -549,6 +560,7 @@ print(provider.embed(["a text"], "document").shape, flush=True)
 """
 
 
+@in_another_process
 def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) -> None:
     """The signal comes when torch is half imported, which nothing could repair if it stopped the import."""
     (tmp_path / "sentence_transformers_gate.py").write_text(
@@ -565,7 +577,7 @@ def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) 
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -189,7 +189,7 @@ def test_the_backend_ends_with_its_last_reference() -> None:
     backend.get_many([key(1)])
     (thread,) = (one for one in {*threading.enumerate()} - before if one.name == "embedonce: the keyvalue backend")
     del backend
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
