@@ -28,8 +28,9 @@ embedonce conformance mypackage:MyProvider --tolerance 1e-6 --json
 embedonce conformance redis --option url=redis://{server}/0 --option prefix={new} --server localhost:6379
 
 Each test has a store of its own: an option that is a path is that of a folder, in which they are made and removed; in
-any other option {new} stands for what is new each time. With {server} in an option, and --server, the network tests run
-through a proxy that resets and garbles. Tests of a TTL, of a store that stalls and of a node that is away need a test file: docs/testing.md.
+any other option {new} stands for what is new each time. With {server} in an option, and --server, the network tests
+run through a proxy that resets and garbles. Tests of a TTL, of a store that stalls and of a node that is away need a
+test file: docs/testing.md.
 
 The exit code is 1 where a test fails.
 """
