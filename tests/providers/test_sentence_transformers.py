@@ -551,6 +551,7 @@ INTERRUPTED = """
 import signal, sys, threading, time
 from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 import sentence_transformers_gate
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 provider = SentenceTransformersProvider(model=sys.argv[1], device="cpu")
 try:
     provider.embed(["a text"], "document")
