@@ -6,6 +6,7 @@ Which tests run is decided by what the backend declares of itself. ``docs/testin
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
+from itertools import count
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -38,7 +40,7 @@ DAY = 86_400.0
 LISTED = 1100
 """Keys of a long listing."""
 LOOKS = 5
-"""How often each reader at least looks at what others overwrite."""
+"""How often at least somebody looks at what others write at that moment."""
 RECOVERY = 10
 """Calls after which a client must have left the connections of its pool that have died."""
 
@@ -536,13 +538,19 @@ class BackendContract(Whole):
             values = self._values(backend)
             self._stored(backend, range(10))
 
+            made = mmap.mmap(-1, 1)
+            """How many calls the parent has made meanwhile, which the child sees."""
+
             def child() -> None:
-                for turn in range(20):
+                for turn in count():
                     self._holds(backend, {key(number): number for number in range(10)})
-                    backend.set_many({key(100 + turn): values.sample(turn)}, None)
+                    backend.set_many({key(100 + turn % 20): values.sample(turn % 20)}, None)
+                    if turn >= 20 and made[0] >= LOOKS:
+                        return
 
             def parent() -> None:
                 self._holds(backend, {key(number): number for number in range(10)})
+                made[0] = min(made[0] + 1, LOOKS)
 
             in_fork(child, "a backend that was open before the fork", beside=parent)
             self._holds(backend, {key(100 + turn): turn for turn in range(20)})
