@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce import Embedded, Limits, ProviderError, SpaceError, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
@@ -52,7 +52,7 @@ class GeminiProvider:
     def __init__(
         self,
         *,
-        model: Annotated[str, Doc("The model, such as gemini-embedding-001.")],
+        model: Annotated[str, MinLen(1), Doc("The model, such as gemini-embedding-001.")],
         api_key: Annotated[str | None, Doc("Default: GEMINI_API_KEY. Needed at the first miss.")] = None,
         dimensions: Annotated[int | None, Gt(0), Doc("Ask for vectors of this length.")] = None,
         normalize: Annotated[
@@ -77,6 +77,8 @@ class GeminiProvider:
         max_retries: Annotated[int, Ge(0), Doc("How often a call that failed is made again.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("How long the endpoint may take each time.")] = 60.0,
     ) -> None:
+        if not model:
+            raise ValueError("model is empty; it is a name, such as gemini-embedding-001")
         self._model = model.removeprefix("models/")
         self._api_key = api_key
         self._dimensions = dimensions

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 
 from embedonce import Embedded, Limits, SpaceError, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
@@ -46,7 +46,7 @@ class OpenAIProvider:
     def __init__(
         self,
         *,
-        model: Annotated[str, Doc("The model, such as text-embedding-3-small.")],
+        model: Annotated[str, MinLen(1), Doc("The model, such as text-embedding-3-small.")],
         base_url: Annotated[
             str | None, Doc("The endpoint, up to and with /v1. Default: OPENAI_BASE_URL, else OpenAI's own.")
         ] = None,
@@ -93,6 +93,8 @@ class OpenAIProvider:
         max_retries: Annotated[int, Ge(0), Doc("How often a call that failed is made again.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("How long the endpoint may take each time.")] = 60.0,
     ) -> None:
+        if not model:
+            raise ValueError("model is empty; it is a name, such as text-embedding-3-small")
         if azure_endpoint is not None and base_url is not None:
             raise ValueError("azure_endpoint takes the place of base_url: give one of them")
         if api_version is not None and azure_endpoint is None:

@@ -238,6 +238,11 @@ def test_what_changes_the_space(options: dict[str, Any]) -> None:
     assert fingerprint(**options) != fingerprint()
 
 
+def test_a_model_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is empty"):
+        GeminiProvider(model="")
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -392,6 +392,11 @@ def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
         OpenAIProvider(model="m", **options)
 
 
+def test_a_model_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is empty"):
+        OpenAIProvider(model="")
+
+
 # --- Azure ------------------------------------------------------------------------------------
 
 
