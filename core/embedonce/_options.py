@@ -317,8 +317,11 @@ def _phrase(detail: Any, value: Any, *, hidden: bool) -> str:
         words, name = BOUNDS[kind]
         return f"must be {words} {context[name]}"
     if kind in LENGTHS:
+        if value in ("", [], {}):
+            return "must not be empty"
         words, name = LENGTHS[kind]
-        return f"must have {words} {context[name]} {'characters' if kind.startswith('string') else 'items'}"
+        what = "character" if kind.startswith("string") else "item"
+        return f"must have {words} {context[name]} {what}{'' if context[name] == 1 else 's'}"
     if kind in ("literal_error", "enum"):
         return f"must be {context['expected'].replace(chr(39), chr(34))}" + _meant(value, context["expected"], hidden)
     if kind == "missing":
