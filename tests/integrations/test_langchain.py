@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import importlib.util
-import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,34 +33,9 @@ from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
 from embedonce.testing import DictBackend, OpenAIServer
 from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
 
+from .embedders import MIXED, NGRAM, SECRET, memory, never_wrong, on_disk, same, vector
+
 OpenAI: TypeAlias = Callable[..., OpenAIEmbeddings]
-NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
-SECRET = "sk-0123456789-do-not-tell"
-HITS = ["The first one is known.", "So is the second."]
-MIXED = ["A new one", HITS[0], "and another", HITS[1], "A new one", "and a last one"]
-
-
-_numbers = itertools.count()
-
-
-def memory(**key: Any) -> dict[str, Any]:
-    """Return the configuration of a memory tier that no other test shares."""
-    return {"tiers": [{"type": "memory"}], "key": {"namespace": f"test {next(_numbers)}", **key}}
-
-
-def on_disk(folder: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(folder), "timeout": "60s"}  # a busy machine is no fault
-    return {"tiers": [{"type": "memory"}, disk]}
-
-
-def vector(text: str) -> list[float]:
-    """Return eight numbers that float32 cannot hold exactly."""
-    return (np.frombuffer(hashlib.shake_256(text.encode()).digest(32), "<i4") / 2**31 + 1e-9).tolist()
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether both are equal as float32."""
-    return np.array_equal(np.asarray(left, np.float32), np.asarray(right, np.float32))
 
 
 class Letters(BaseModel, Embeddings):
@@ -89,19 +63,6 @@ def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec is not None
     assert spec.origin is not None
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(spec.origin).parent / "_static" / "tiktoken_cache"))
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runner() -> Iterator[asyncio.Runner]:
-    """Hold the one event loop of a test: an async client belongs to one."""
-    with asyncio.Runner() as runner:
-        yield runner
 
 
 @pytest.fixture
@@ -292,21 +253,9 @@ def test_misbehaviour_brings_no_other_texts_vector(
     config = memory()
     inner = openai(tokens=tokens, timeout=60)
     cached = CachedEmbeddings(inner, config=config)
-    # Asked only while the server misbehaves: a busy machine may be slower than this at any other time.
     hasty = CachedEmbeddings(openai(tokens=tokens, timeout=0.5 if kind == "hang" else 60), config=config)
     right = face.documents(inner, MIXED)
-    assert same(face.documents(cached, HITS), [right[1], right[3]])
-    server.misbehave(kind, seconds=0.0005)
-    try:
-        answer = face.documents(hasty, MIXED)
-    except Exception:
-        assert kind not in ("out_of_order", "no_index", "drip")
-    else:
-        assert kind in ("out_of_order", "no_index", "drip")
-        assert same(answer, right)
-    server.heal()
-    assert same(face.documents(cached, HITS), [right[1], right[3]])
-    assert same(face.documents(cached, MIXED), right), "nothing wrong was stored"
+    never_wrong(server, kind, right, partial(face.documents, cached), partial(face.documents, hasty))
 
 
 @pytest.mark.parametrize("kind", ["short", "long", "duplicate_index", "dimension", "nan", "zeros"])

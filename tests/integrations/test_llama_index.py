@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
-import itertools
 import pickle
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,33 +38,9 @@ from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.llama_index import CachedEmbedding
 
+from .embedders import MIXED, NGRAM, SECRET, memory, never_wrong, on_disk, same, vector
+
 OpenAI: TypeAlias = Callable[..., OpenAIEmbedding]
-NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
-SECRET = "sk-0123456789-do-not-tell"
-HITS = ["The first one is known.", "So is the second."]
-MIXED = ["A new one", HITS[0], "and another", HITS[1], "A new one", "and a last one"]
-_numbers = itertools.count()
-
-
-def memory(**key: Any) -> dict[str, Any]:
-    """Return the configuration of a memory tier that no other test shares."""
-    return {"tiers": [{"type": "memory"}], "key": {"namespace": f"test {next(_numbers)}", **key}}
-
-
-def on_disk(folder: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(folder), "timeout": "60s"}  # a busy machine is no fault
-    return {"tiers": [{"type": "memory"}, disk]}
-
-
-def vector(text: str) -> list[float]:
-    """Return eight numbers that float32 cannot hold exactly."""
-    numbers: list[float] = (np.frombuffer(hashlib.shake_256(text.encode()).digest(32), "<i4") / 2**31 + 1e-9).tolist()
-    return numbers
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether both are equal as float32."""
-    return np.array_equal(np.asarray(left, np.float32), np.asarray(right, np.float32))
 
 
 class Letters(BaseEmbedding):
@@ -96,19 +71,6 @@ class Response:
 class Responding(Letters):
     def _get_text_embedding(self, text: str) -> Any:
         return Response(super()._get_text_embedding(text))
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
-
-@pytest.fixture
-def runner() -> Iterator[asyncio.Runner]:
-    """Hold the one event loop of a test: an async client belongs to one."""
-    with asyncio.Runner() as runner:
-        yield runner
 
 
 @pytest.fixture
@@ -229,21 +191,9 @@ def test_misbehaviour_brings_no_other_texts_vector(server: OpenAIServer, openai:
     config = memory()
     inner = openai(timeout=60)
     cached = CachedEmbedding(inner, config=config)
-    # Asked only while the server misbehaves: a busy machine may be slower than this at any other time.
     hasty = CachedEmbedding(openai(timeout=0.5 if kind == "hang" else 60), config=config)
     right = face.texts(inner, MIXED)
-    assert same(face.texts(cached, HITS), [right[1], right[3]])
-    server.misbehave(kind, seconds=0.0005)
-    try:
-        answer = face.texts(hasty, MIXED)
-    except Exception:
-        assert kind not in ("out_of_order", "no_index", "drip")
-    else:
-        assert kind in ("out_of_order", "no_index", "drip")
-        assert same(answer, right)
-    server.heal()
-    assert same(face.texts(cached, HITS), [right[1], right[3]])
-    assert same(face.texts(cached, MIXED), right), "nothing wrong was stored"
+    never_wrong(server, kind, right, partial(face.texts, cached), partial(face.texts, hasty))
 
 
 @pytest.mark.parametrize("kind", ["short", "long", "duplicate_index", "dimension", "nan", "zeros"])
