@@ -124,7 +124,8 @@ def test_a_server_that_is_stopped_holds_up_no_listing(
 ) -> None:
     monkeypatch.setattr("embedonce_backends._pages.PAGE_SECONDS", 0.3)
     server = servers[kind]
-    with Cache(CountingProvider(), [Tier(backend_of(kind, server.address), name="far", write="inline")]) as cache:
+    tier = Tier(backend_of(kind, server.address), name="far", timeout=0.5, write="inline")
+    with Cache(CountingProvider(), [tier]) as cache:
         cache.embed_batch(TEXTS)
         with stopped(server):
             assert cache.contents()[0].error

@@ -48,18 +48,20 @@ PATH = "."
 
 
 class Meeting:
-    """Where the kit's eight threads wait for each other, each once.
+    """Where the kit's eight threads wait for each other, each so many times.
 
     What they do to each other then happens always, in whatever order a busy machine runs them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: int = 1) -> None:
+        self._times = times
         self._all = threading.Barrier(8)
         self._this = threading.local()
 
     def __call__(self) -> None:
-        if threading.current_thread() is not threading.main_thread() and not hasattr(self._this, "met"):
-            self._this.met = True
+        met = getattr(self._this, "met", 0)
+        if threading.current_thread() is not threading.main_thread() and met < self._times:
+            self._this.met = met + 1
             self._all.wait(BOUND)
 
 
@@ -1053,12 +1055,14 @@ class HasOnePlaceForTexts(Changes):
 
     def __init__(self):
         super().__init__()
-        self.meet = Meeting()
+        self.meet = Meeting(times=2)
 
     def changed(self, texts, task):
         self.texts_now = texts
-        self.meet()
-        return super().changed(self.texts_now, task)
+        self.meet()  # all have put theirs there
+        texts = self.texts_now
+        self.meet()  # and all have taken what they find
+        return super().changed(texts, task)
 
 
 class HasOnePlaceForTextsOnALoop(CountingProvider):
@@ -1181,12 +1185,14 @@ class HasOnePlaceForAText:
     """Keeps the text of a call where another thread's call finds it."""
 
     def __init__(self):
-        self.meet = Meeting()
+        self.meet = Meeting(times=2)
 
     def __call__(self, text):
         self.text = text
-        self.meet()
-        return self.text
+        self.meet()  # all have put theirs there
+        text = self.text
+        self.meet()  # and all have taken what they find
+        return text
 
 
 one_place_for_a_text = HasOnePlaceForAText()
