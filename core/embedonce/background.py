@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,22 +21,24 @@ CLOSE_SECONDS = 5.0
 
 
 class BackgroundLoop:
-    """One event loop, started by the first call. Its thread is a daemon: a call that hangs keeps no program alive.
+    """One event loop, started by the first call, and ended by :meth:`close` or with the last reference to this object.
 
-    A forked child has no thread but its own: make another there, and leave the parent's alone.
+    Its thread is a daemon: a call that hangs keeps no program alive. In a forked child, which has no thread but its
+    own, every call raises: declare ``fork=False``, or make another one there.
 
     Args:
-        what: whose it is, for the thread's name and for messages: ``"the objects backend"``.
+        what: whose it is, for messages and the thread's name: ``"the objects backend"``.
         at_end: run on the loop as its last act, to close a client there.
     """
 
     def __init__(self, what: str, *, at_end: Callable[[], Coroutine[Any, Any, object]] | None = None) -> None:
-        self._what = what
-        self._at_end = at_end
-        self._lock = threading.RLock()
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop = _Loop(what, at_end)
+        self._end = weakref.finalize(self, self._loop.close)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._loop.closed
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         """Return what a call of ``call`` comes to on the loop; a backend's ``timeout`` is ``time_left()``.
@@ -44,58 +48,133 @@ class BackgroundLoop:
         Raises:
             TimeoutError: it took longer than ``timeout`` seconds.
             CacheClosed: :meth:`close` was called, before or meanwhile.
+            RuntimeError: this is the loop's own thread, which would wait for itself, or a forked child.
         """
-        from concurrent.futures import CancelledError, wait
+        return self._loop.run(call, timeout)
+
+    def close(self) -> None:
+        """Cancel what still runs and end the loop, waiting a moment for a task that ignores it. Twice does nothing.
+
+        Raises:
+            Exception: what ``at_end`` raised.
+        """
+        self._end()
+
+
+class _Loop:
+    """What the thread shares with the object that its users hold, and keeps alive without keeping that one."""
+
+    def __init__(self, what: str, at_end: Callable[[], Coroutine[Any, Any, object]] | None) -> None:
+        self.closed = False
+        self._what = what
+        self._at_end = at_end
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._calls: set[Future[Any]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._failed: BaseException | None = None
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        from concurrent.futures import CancelledError
 
         future = self._begun(call)
         try:
-            if not wait([future], timeout).done:
-                raise TimeoutError(f"{self._what} did not answer in time")
-            return future.result()
+            return self._result(future, timeout)
         except CancelledError:
-            raise CacheClosed(f"{self._what} was closed while it was at work") from None
+            if self.closed:
+                raise CacheClosed(f"{self._what} was closed while it was at work") from None
+            raise
         finally:
+            self._calls.discard(future)
             future.cancel()
 
+    def _result(self, future: Future[T], timeout: float | None) -> T:
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            if not future.done():
+                raise TimeoutError(f"{self._what} did not answer in time") from None
+        return future.result()  # a timeout of the call's own, or an answer that came at the last moment
+
     def close(self) -> None:
-        """Cancel what still runs and end the loop, waiting a moment for a task that ignores it. Twice does nothing."""
         with self._lock:
-            self._closed = True
-            loop, self._loop = self._loop, None
-            thread, self._thread = self._thread, None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            if thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes
-                thread.join(CLOSE_SECONDS)
+            first, self.closed = not self.closed, True
+            loop, thread = self._loop, self._thread
+        if not first or loop is None or thread is None or self._process != os.getpid():
+            return
+        loop.call_soon_threadsafe(self._stop)
+        if thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes
+            thread.join(CLOSE_SECONDS)
+            self._give_up()
+            if self._failed is not None:
+                raise self._failed
 
     def _begun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         import asyncio
 
+        if self._process != os.getpid():
+            raise RuntimeError(f"{self._what} cannot go on in a forked child: make another one there")
         with self._lock:  # held until the loop has the call: what comes after the loop's end is never answered
-            if self._closed:
+            if self.closed:
                 raise CacheClosed(f"{self._what} is closed")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                # Not a method of this object, which a thread would keep alive.
-                self._thread = threading.Thread(
-                    target=_run, args=(self._loop, self._at_end), name=f"embedonce: {self._what}", daemon=True
-                )
-                self._thread.start()
-            return asyncio.run_coroutine_threadsafe(call(), self._loop)
+            if threading.current_thread() is self._thread:
+                raise RuntimeError(f"{self._what} is called on its own event loop, and would wait for itself: await it")
+            loop = self._loop or self._started()
+            future = asyncio.run_coroutine_threadsafe(call(), loop)
+            self._calls.add(future)
+            return future
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        import asyncio
+
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._work, args=(loop,), name=f"embedonce: {self._what}", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            loop.close()
+            raise
+        self._loop, self._thread = loop, thread
+        return loop
+
+    def _stop(self) -> None:
+        assert self._loop is not None
+        self._stopping = True
+        self._loop.stop()
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        try:
+            while not self._stopping:
+                try:
+                    loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):  # a coroutine's: its caller gets it as the loop goes on
+                    continue
+            loop.run_until_complete(_ended())
+            if self._at_end is not None:
+                loop.run_until_complete(self._at_end())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        except BaseException as error:  # noqa: BLE001  (whoever closes gets it)
+            self._failed = error
+        finally:
+            self._give_up()
+            loop.close()
+
+    def _give_up(self) -> None:
+        """Tell the callers that still wait that no answer will come."""
+        for future in list(self._calls):
+            future.cancel()
 
 
-def _run(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Coroutine[Any, Any, object]] | None) -> None:
+async def _ended() -> None:
+    """Cancel every other task of this loop, and those that they begin meanwhile."""
     import asyncio
 
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        left = asyncio.all_tasks(loop)
-        for task in left:
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        if at_end is not None:
-            loop.run_until_complete(at_end())
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
+        await asyncio.gather(*others, return_exceptions=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
@@ -856,24 +858,56 @@ async def _awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> Asy
         yield window
 
 
+_waited = 0.0
+"""Seconds for which the program's end has waited for writes already."""
+
+
+def _flush_all() -> None:
+    """Wait for what is queued, while pools of threads still take work: a client may need one."""
+    global _waited
+    start = time.monotonic()
+    _each_at_its_end(start, lambda cache, timeout: cache.flush(timeout))
+    _waited = time.monotonic() - start
+
+
 def _close_all() -> None:
-    """Flush and close what the program left open, and wait for writes of caches that are gone already.
+    """Flush and close what the program left open."""
+    _each_at_its_end(time.monotonic() - _waited, lambda cache, timeout: cache._close(timeout))
+
+
+def _each_at_its_end(start: float, end: Callable[[Cache, float], object]) -> None:
+    """End all caches, and wait for the writes of those that are gone already.
 
     All of them together take no longer than the longest would alone.
     """
     caches = list(_open_caches)
-    start = time.monotonic()
     for cache in caches:
         for tier in cache._tiers:
             tier.start_draining()
     for cache in caches:
-        cache._close(max(0.0, start + cache._flush_timeout - time.monotonic()))
+        end(cache, max(0.0, start + cache._flush_timeout - time.monotonic()))
     for tier in list(draining):
         tier.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
 
 
+@functools.cache
+def _flush_at_exit() -> None:
+    """See that :func:`_flush_all` runs when this process ends.
+
+    Callbacks of atexit come when the pools of concurrent.futures, asyncio's among them, have been shut. Before that
+    there is one place alone, that in which they are shut themselves: what was registered last is called first.
+    """
+    with suppress(RuntimeError):  # this process is ending already
+        import concurrent.futures.thread  # noqa: F401  (registers what shuts them)
+
+        register = getattr(threading, "_register_atexit", None)
+        if register is not None:
+            register(_flush_all)
+
+
 def _close_at_exit() -> None:
     """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
+    _flush_at_exit()
     atexit.unregister(_close_all)
     atexit.register(_close_all)
     if "multiprocessing.process" in sys.modules:
@@ -895,4 +929,5 @@ def _after_fork_in_child() -> None:
         register_after_fork(_open_caches, lambda caches: _close_at_exit())
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -242,6 +242,15 @@ _plugins: dict[str, _Loaded] = {}
 """By ``distribution:name``."""
 
 
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread of the parent may have held it, and is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 @functools.cache
 def _manager() -> pluggy.PluginManager:
     import pluggy

@@ -82,6 +82,15 @@ _open: list[tuple[config.Config, weakref.ref[Cache]]] = []
 """Configurations and their caches, as long as somebody uses them. A list: options cannot be hashed."""
 
 
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may have held it, and is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
     """Return the cache of a configuration; equal configurations in one process share their tiers and flights.
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from embedonce import Capabilities, background
 from embedonce.background import BackgroundLoop
+from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed
+from embedonce.testing import BackendContract
 
 PATIENT = 60.0
 
@@ -94,16 +101,184 @@ def test_nothing_is_started_or_ended_that_was_not_used() -> None:
     assert not [one for one in {*threading.enumerate()} - before if "remote" in one.name]
 
 
-def test_an_object_that_holds_a_loop_ends_it_with_its_last_reference() -> None:
-    class Holder:
-        def __init__(self) -> None:
-            self.loop = BackgroundLoop("the remote backend")
-            weakref.finalize(self, self.loop.close)
-
-    holder = Holder()
-    number = holder.loop.run(ident, PATIENT)
+def test_a_loop_that_nobody_holds_ends() -> None:
+    loop = BackgroundLoop("the remote backend")
+    number = loop.run(ident, PATIENT)
     (thread,) = (one for one in threading.enumerate() if one.ident == number)
-    del holder
+    del loop
     gc.collect()
     thread.join(PATIENT)
     assert not thread.is_alive()
+
+
+def test_a_call_that_ignores_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.05)
+    started, go = threading.Event(), threading.Event()
+
+    async def stubborn() -> None:
+        started.set()
+        while not go.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    loop = BackgroundLoop("the remote backend")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(loop.run, stubborn, None)
+        assert started.wait(PATIENT)
+        loop.close()
+        with pytest.raises(CacheClosed, match="was closed while it was at work"):
+            call.result(PATIENT)
+    go.set()
+
+
+def test_what_a_call_cancels_itself_is_its_own_error() -> None:
+    async def cancels() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(PATIENT))
+        task.cancel()
+        await task
+
+    loop = BackgroundLoop("the remote backend")
+    with pytest.raises(CancelledError):
+        loop.run(cancels, PATIENT)
+    loop.close()
+
+
+def test_a_call_that_ends_its_thread_ends_itself_alone() -> None:
+    async def ends() -> None:
+        raise SystemExit(3)
+
+    loop = BackgroundLoop("the remote backend")
+    with pytest.raises(SystemExit):
+        loop.run(ends, None)
+    assert loop.run(ident, PATIENT)
+    loop.close()
+
+
+def test_a_call_from_the_loop_itself_is_refused() -> None:
+    loop = BackgroundLoop("the remote backend")
+
+    async def nested() -> int:
+        return loop.run(ident, None)
+
+    with pytest.raises(RuntimeError, match="would wait for itself"):
+        loop.run(nested, None)
+    loop.close()
+
+
+def test_what_the_last_act_raises_reaches_who_closes() -> None:
+    async def at_end() -> None:
+        raise OSError("the connection was gone")
+
+    loop = BackgroundLoop("the remote backend", at_end=at_end)
+    loop.run(ident, PATIENT)
+    with pytest.raises(OSError, match="the connection was gone"):
+        loop.close()
+    loop.close()
+
+
+def test_tasks_that_begin_at_the_end_are_ended_too() -> None:
+    begun: list[asyncio.Task[None]] = []
+    started = threading.Event()
+
+    async def goes_on() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            begun.append(asyncio.ensure_future(asyncio.sleep(PATIENT)))
+
+    loop = BackgroundLoop("the remote backend")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(loop.run, goes_on, None)
+        assert started.wait(PATIENT)
+        loop.close()
+        with pytest.raises(CacheClosed):
+            call.result(PATIENT)
+    assert begun[0].cancelled()
+
+
+def test_a_thread_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    loop = BackgroundLoop("the remote backend")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            loop.run(ident, PATIENT)
+    assert loop.run(ident, PATIENT)
+    loop.close()
+
+
+class RemoteBackend:
+    """As docs/plugins.md shows it: the client is a dict of this process that takes its time."""
+
+    capabilities = Capabilities(scope="process", deadline=True, fork=False)
+
+    def __init__(self) -> None:
+        self._loop = BackgroundLoop("the remote backend")
+        self._frames: dict[str, bytes] = {}
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        return self._loop.run(lambda: self._get_many(keys), time_left())
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        self._loop.run(lambda: self._set_many(items), time_left())
+
+    def close(self) -> None:
+        self._loop.close()
+
+    async def _get_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
+        await asyncio.sleep(0)
+        return {key: self._frames[key] for key in keys if key in self._frames}
+
+    async def _set_many(self, items: Mapping[str, bytes]) -> None:
+        await asyncio.sleep(0)
+        self._frames.update(items)
+
+
+class TestABackendOnALoop(BackendContract):
+    """A forked child among other things, in which every call raises at once."""
+
+    examples = 10
+
+    def make(self) -> RemoteBackend:
+        return RemoteBackend()
+
+
+def test_what_is_queued_when_the_program_ends_is_written_by_a_client_with_a_pool_of_threads(tmp_path: Path) -> None:
+    """Thread pools take no work any more when atexit's callbacks come."""
+    program = f"""
+import asyncio, time
+from pathlib import Path
+from embedonce import Cache, Capabilities, Tier
+from embedonce.background import BackgroundLoop
+from embedonce.contracts import time_left
+from embedonce.testing import CountingProvider
+
+class InThreads:
+    capabilities = Capabilities(scope="network", deadline=True, max_batch=10)
+
+    def __init__(self):
+        self.loop = BackgroundLoop("the threaded backend")
+
+    def get_many(self, keys):
+        return {{}}
+
+    def set_many(self, items, ttl):
+        self.loop.run(lambda: asyncio.to_thread(self.write, items), time_left())
+
+    def write(self, items):
+        time.sleep(0.01)
+        for key in items:
+            (Path({str(tmp_path)!r}) / key).touch()
+
+    def close(self):
+        self.loop.close()
+
+cache = Cache(CountingProvider(), [Tier(InThreads(), name="far", write="background", timeout=60)], flush_timeout=60)
+cache.embed_batch([f"text {{n}}" for n in range(100)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=110, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(tmp_path.iterdir())) >= 100

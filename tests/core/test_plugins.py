@@ -8,6 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import embedonce
 from embedonce import config, hookspecs, plugins
 from embedonce.errors import ConfigError, PluginError
 from embedonce.testing import BackendContract, ProviderContract
+from embedonce.testing._support import in_fork
 
 STRANGER = Path(__file__).parent.parent / "plugin"
 
@@ -576,3 +578,21 @@ def embedonce_providers():
     assert "has an option named ttl, which TOML uses for something else" in said
     assert "builtins.dict has no method get_many, set_many and close" in said
     assert "Mute has no method embed or aembed and close" in said
+
+
+def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with plugins._lock:
+            held.set()
+            go.wait(60)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert held.wait(60)
+        in_fork(lambda: config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}), "loading plugins")
+    finally:
+        go.set()
+        holding.join()

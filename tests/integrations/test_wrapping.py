@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
+from embedonce.testing._support import in_fork
 from embedonce.testing.fakes import CountingProvider
+from embedonce_integrations import wrapping
 from embedonce_integrations.wrapping import (
     NOT_IN_SPACE,
     InOrder,
@@ -318,3 +321,21 @@ def test_a_secret_in_the_clear_is_named_and_not_written(config: dict[str, Any], 
     with pytest.raises(ConfigError, match=re.escape(f"{name}: a secret would be written")) as raised:
         writable(config)
     assert "hunter2" not in str(raised.value)
+
+
+def test_a_child_that_was_forked_while_a_cache_is_made_makes_one() -> None:
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with wrapping._lock:
+            held.set()
+            go.wait(60)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert held.wait(60)
+        in_fork(lambda: shared_cache(NGRAM).embed("a text"), "a shared cache")
+    finally:
+        go.set()
+        holding.join()

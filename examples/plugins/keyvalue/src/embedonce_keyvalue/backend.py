@@ -68,7 +68,6 @@ class KeyValueBackend:
     def _start(self) -> None:
         self._client = _Client(self._making)
         self._background = BackgroundLoop("the keyvalue backend", at_end=self._client.close)
-        self._end = weakref.finalize(self, self._background.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
         """Return what is there. A value that this backend did not write comes back as ``b""``: no frame, so corrupt."""
@@ -88,11 +87,9 @@ class KeyValueBackend:
 
     def close(self) -> None:
         """Close the store and end its loop."""
-        self._end()
+        self._background.close()
 
     def _run(self, call: Callable[[G], Coroutine[Any, Any, T]], given: G) -> T:
-        if not self._end.alive:
-            raise CacheClosed("the keyvalue backend is closed")
         return self._background.run(lambda: call(given), time_left())
 
     def restart(self) -> None:
@@ -101,7 +98,7 @@ class KeyValueBackend:
         What the parent had is kept and left alone: to close its loop here would take the parent's sockets
         out of the epoll that both share.
         """
-        if self._end.detach() is not None:  # it was not closed
+        if not self._background.closed:
             _abandoned.append((self._client, self._background))
             self._start()
 

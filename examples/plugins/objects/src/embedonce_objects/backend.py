@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -84,7 +83,6 @@ class ObjectsBackend:
         }
         self._objects = _Objects(url, {name: value for name, value in s3.items() if value is not None}, concurrency)
         self._background = BackgroundLoop("the objects backend", at_end=_let_go)
-        self._end = weakref.finalize(self, self._background.close)
         scope = self._objects.scope
         self.capabilities = Capabilities(
             scope=scope,
@@ -121,7 +119,7 @@ class ObjectsBackend:
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, page by page. What is stored meanwhile may be missing."""
-        pages = self._objects.pages(prefix, self._open())
+        pages = self._objects.pages(prefix)
         while True:
             page = self._run(self._objects.page, pages)
             if page is None:
@@ -134,15 +132,9 @@ class ObjectsBackend:
 
     def close(self) -> None:
         """End what is under way."""
-        self._end()
-
-    def _open(self) -> ObjectStore:
-        if not self._end.alive:
-            raise CacheClosed("the objects backend is closed")
-        return self._objects.store()
+        self._background.close()
 
     def _run(self, call: Callable[[G], Coroutine[Any, Any, T]], given: G) -> T:
-        self._open()
         return self._background.run(lambda: call(given), time_left())
 
 
@@ -291,10 +283,10 @@ class _Objects:
 
         await self._each(set(keys), delete)
 
-    def pages(self, prefix: str, store: ObjectStore) -> Any:
+    def pages(self, prefix: str) -> Any:
         """Return the listing of the folder that holds keys with this prefix, or of all."""
         folder = prefix[:FOLDER] if len(prefix) >= FOLDER else None
-        return obstore.list(store, folder, chunk_size=LISTED)
+        return obstore.list(self.store(), folder, chunk_size=LISTED)
 
     async def page(self, pages: Any) -> list[str] | None:
         """Return the keys of the next page, None after the last."""
