@@ -300,7 +300,7 @@ def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> N
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(cache.embed_batch, ["a", "b", "c"])
         provider.gate.until(1)
-        thread = cache._ports._background._thread
+        thread = cache._ports._background._loop._thread
         assert thread is not None
         cache.close()
         with pytest.raises(CacheClosed):
