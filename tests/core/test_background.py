@@ -246,6 +246,7 @@ class TestABackendOnALoop(BackendContract):
         return RemoteBackend()
 
 
+@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python starts no thread as a program ends")
 def test_what_is_queued_when_the_program_ends_is_written_by_a_client_with_a_pool_of_threads(tmp_path: Path) -> None:
     """Thread pools take no work any more when atexit's callbacks come."""
     program = f"""

@@ -474,10 +474,20 @@ class ForgetsBetweenThreads(DictBackend):
 class WritesInTwoHalves(DictBackend):
     """Writes a value in two steps, between which readers see half of it."""
 
+    def __init__(self):
+        super().__init__()
+        self.looks = 0
+
+    def get_many(self, keys):
+        self.looks += 1
+        return super().get_many(keys)
+
     def set_many(self, items, ttl):
         held = super().get_many(list(items))
         super().set_many({key: value[:32] + held.get(key, value)[32:] for key, value in items.items()}, ttl)
-        time.sleep(0.005)
+        looks, end = self.looks, time.monotonic() + 0.05
+        while self.looks == looks and time.monotonic() < end:  # a reader looks, if there is one
+            time.sleep(0.0005)
         super().set_many(items, ttl)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from runpy import run_path
@@ -78,4 +79,4 @@ def test_every_fault_is_listed() -> None:
     ],
 )
 def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:
-    assert set(re.findall(r"^ +``(\w+)``  ", fault.__doc__ or "", re.MULTILINE)) == set(get_args(kinds))
+    assert set(re.findall(r"^``(\w+)``  ", inspect.cleandoc(fault.__doc__ or ""), re.MULTILINE)) == set(get_args(kinds))
