@@ -268,9 +268,9 @@ class Connections:
 # mutexes too, which are the whole library's: one that another thread held stays locked for ever. So a fork finds no
 # connection open and none being opened or closed, in any backend; where it does, the child uses SQLite no more.
 #
-# No lock is held across a fork, and none is waited for without end, so a fork in a signal handler, in a finalizer,
-# beside another fork or in the middle of a call takes FORK_SECONDS at worst. What the child may do is decided in the
-# child, by what was open then: it does not matter why the parent did not get it closed.
+# A fork holds no lock, and waits for others until its time is up: it ends in a signal handler, in a finalizer, beside
+# another fork and in the middle of a call. What the child may do is decided in the child, by what was open when it was
+# forked: why the parent did not get it closed does not matter.
 
 _all: set[ref[Connections]] = set()
 _forks: list[int] = []
