@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, TierError, TierTimeout
@@ -31,6 +31,12 @@ STEPS = 100_000
 """SQLite's virtual machine looks at the deadline this often: under a millisecond apart."""
 
 
+FORKED = (
+    "this process was forked while the cache's file was in use, and SQLite cannot go on in it; "
+    "fork earlier, or start processes with spawn"
+)
+
+
 class Lock(Protocol):
     """A lock of :mod:`threading`."""
 
@@ -43,6 +49,16 @@ class Connection(sqlite3.Connection):
     """A connection that knows which opening of the file it belongs to."""
 
     generation = 0
+
+    def close(self) -> None:
+        """Close it, unless it is a parent's and this is a forked child that may not touch it."""
+        if _stranded:
+            _abandoned.append(self)
+            return
+        # The last one to be closed writes the log back and removes it. Of two that are closed at one moment each takes
+        # the other for one that stays.
+        with _closing:
+            super().close()
 
 
 def remaining() -> float:
@@ -85,6 +101,8 @@ def primary_code(error: Exception) -> int:
 
 def rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     """Return all rows of one statement, which waits for locks."""
+    if _stranded:  # the call that forked goes on here, with its parent's connection
+        raise TierError(FORKED)
     time_left()
     try:
         return connection.execute(sql, values).fetchall()
@@ -137,18 +155,15 @@ class Connections:
         self._idle: list[Connection] = []
         self._generation = 0
         self._closed = False
-        self._stranded = False
         self._reset_locks()
-        _all.add(self)
+        _all.add(ref(self, _all.discard))
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        self._paused = False
         # Weak: what a call drops when Ctrl-C strikes between two lines is no longer lent.
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._opening = threading.Lock()
-        self._closing = threading.RLock()
         self.writing = threading.RLock()
         """Held by the one thread of this process that writes: threads queue here, processes poll SQLite's lock."""
 
@@ -162,13 +177,13 @@ class Connections:
         while True:
             self._admit()
             with self._lock:
-                if not self._paused and self._idle:
-                    connection = self._idle.pop()
+                if not _forks and self._idle:
+                    connection = self._idle[-1]
                     self._lent.add(connection)
-                    return connection
+                    return self._idle.pop()
                 generation = self._generation
             with holding(self._opening):
-                if self._paused:  # a fork waits for this lock, so none begins while a file is being opened
+                if _forks:  # a fork waits for this lock, so none begins while a file is being opened
                     continue
                 connection = self._connect()
                 connection.generation = generation
@@ -176,19 +191,17 @@ class Connections:
                 return connection
 
     def _admit(self) -> None:
-        if self._paused:
+        if _forks:
             end = time.monotonic() + remaining()
-            while self._paused:
-                if time.monotonic() >= end:
+            while _forks:
+                # What the forking thread itself calls meanwhile, in a signal handler say, would wait for itself.
+                if threading.get_ident() in _forks or time.monotonic() >= end:
                     raise TierTimeout("this process is forking")
                 time.sleep(0.001)
         if self._closed:
             raise CacheClosed("the disk backend is closed")
-        if self._stranded or self._pid != os.getpid():
-            raise TierError(
-                "this process was forked while the cache's file was in use, and SQLite cannot go on in it; "
-                "fork earlier, or start processes with spawn"
-            )
+        if _stranded or self._pid != os.getpid():
+            raise TierError(FORKED)
 
     def give(self, connection: Connection, sound: bool) -> None:
         """Take a connection back; it is closed unless it is ``sound``."""
@@ -197,24 +210,22 @@ class Connections:
                 self._idle.append(connection)
                 self._lent.discard(connection)
                 return
+        self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
         try:
-            self._end(connection)
+            connection.close()
         finally:
             self._lent.discard(connection)
 
-    def _end(self, connection: Connection) -> None:
-        # The last one to be closed writes the log back and removes it. Of two that are closed at one moment each takes
-        # the other for one that stays.
-        with self._closing:
-            connection.close()
-
     def _may_keep(self) -> bool:
-        return not self._closed and not self._paused and len(self._idle) < IDLE
+        return not (self._closed or _forks or _stranded) and len(self._idle) < IDLE
 
     def renew(self) -> None:
         """Close what is idle and what comes back: the next call opens the file anew."""
         with self._lock:
             self._generation += 1
+            self._lent.update(self._idle)  # a fork waits for their closing too
             idle, self._idle = self._idle, []
         for connection in idle:
             self._end(connection)
@@ -224,58 +235,81 @@ class Connections:
         self._closed = True
         self.renew()
 
-    # SQLite keeps POSIX locks in tables of the process, and a child inherits the tables without the locks:
-    # its own connections to the same file would believe in locks that it does not hold, and lose writes.
-    # So a fork finds no connection open.
-
-    def pause(self, until: float) -> None:
-        """Hold new calls back, wait for those under way, close every connection."""
-        self._paused = True
-        if self._opening.acquire(timeout=max(0.0, until - time.monotonic())):
-            self._opening.release()
-        while self._is_lending() and time.monotonic() < until:
+    def rests(self, until: float) -> bool:
+        """Wait until no call opens, uses or closes a connection; say whether that came about in time."""
+        while self._opening.locked() or self._is_lending(until):
+            if time.monotonic() >= until:
+                return False
             time.sleep(0.001)
-        self.renew()
+        return True
 
-    def _is_lending(self) -> bool:
-        with self._lock:
+    def _is_lending(self, until: float) -> bool:
+        # Not for ever: a signal handler may fork while its own thread holds the lock.
+        if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            return True
+        try:
             return bool(self._lent)
+        finally:
+            self._lock.release()
 
-    def resume(self) -> None:
-        """Go on in the parent."""
-        self._paused = False
+    def has_open(self) -> bool:
+        """Say whether a connection is open, or is being opened; in a child, whether one was when it was forked."""
+        return bool(self._lent or self._idle) or self._opening.locked()
 
     def restart(self) -> None:
         """Go on in the child, whose other threads are gone."""
-        self._stranded = self._stranded or bool(self._lent) or self._opening.locked()
+        _abandoned.extend(self._idle)
+        self._idle = []
         self._reset_locks()
 
 
-_all: WeakSet[Connections] = WeakSet()
-_paused: list[Connections] = []
-_forking = threading.Lock()
+# SQLite keeps POSIX locks in tables of the process, and a child inherits the tables without the locks: its own
+# connections to the same file would believe in locks that it does not hold, and lose writes. It inherits SQLite's
+# mutexes too, which are the whole library's: one that another thread held stays locked for ever. So a fork finds no
+# connection open and none being opened or closed, in any backend; where it does, the child uses SQLite no more.
+#
+# A fork holds no lock, and waits for others until its time is up: it ends in a signal handler, in a finalizer, beside
+# another fork and in the middle of a call. What the child may do is decided in the child, by what was open when it was
+# forked: why the parent did not get it closed does not matter.
+
+_all: set[ref[Connections]] = set()
+_forks: list[int] = []
+"""The threads that are forking; while there is one no backend opens or lends a connection, however new it is."""
+_closing = threading.RLock()
+_stranded = False
+"""Whether this process is a child that was forked while SQLite was in use."""
+_abandoned: list[Connection] = []
+"""A parent's connections in such a child: kept, because letting go of one would close it."""
+
+
+def _alive() -> list[Connections]:
+    return [connections for found in list(_all) if (connections := found()) is not None]
 
 
 def _before_fork() -> None:
-    _forking.acquire()
     until = time.monotonic() + FORK_SECONDS
-    _paused.extend(_all)
-    for connections in _paused:
-        connections.pause(until)
+    _forks.append(threading.get_ident())
+    # Listed only now: a backend that is not among them finds the fork under way.
+    everyone = _alive()
+    if all(connections.rests(until) for connections in everyone):
+        for connections in everyone:
+            connections.renew()
+        # Another thread may have begun to close a backend, which needs no leave.
+        all(connections.rests(until) for connections in everyone)
 
 
 def _after_in_parent() -> None:
-    for connections in _paused:
-        connections.resume()
-    _paused.clear()
-    _forking.release()
+    if threading.get_ident() in _forks:
+        _forks.remove(threading.get_ident())
 
 
 def _after_in_child() -> None:
-    global _forking
-    _forking = threading.Lock()
-    _paused.clear()
-    for connections in list(_all):
+    global _closing, _stranded
+    everyone = _alive()
+    _stranded = _stranded or any(connections.has_open() for connections in everyone)
+    _closing = threading.RLock()
+    _forks.clear()
+    for connections in everyone:
         connections.restart()
 
 

@@ -26,7 +26,7 @@ import pytest
 
 import embedonce
 from embedonce.contracts import deadline
-from embedonce.errors import CacheClosed, ConfigError, TierError
+from embedonce.errors import CacheClosed, ConfigError, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
 from embedonce.testing._support import in_fork, in_threads
 from embedonce_backends import _sqlite, disk
@@ -563,6 +563,25 @@ def test_close_beside_calls_ends_both(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "and who closes last removes the log"
 
 
+def test_backends_that_close_at_one_moment_leave_no_log(tmp_path: Path) -> None:
+    # Where nothing makes them wait for each other, about one time in twenty leaves it.
+    def close(backend: DiskBackend, together: threading.Barrier) -> None:
+        together.wait(PATIENT)
+        backend.close()
+
+    for _ in range(100):
+        together = threading.Barrier(4)
+        backends = [DiskBackend(path=tmp_path) for _ in range(4)]
+        for number, backend in enumerate(backends):
+            backend.set_many(items_of(range(number, number + 1)), None)
+        threads = [threading.Thread(target=close, args=(backend, together)) for backend in backends]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [path.name for path in tmp_path.iterdir()] == ["cache.db"]
+
+
 def test_an_unclosed_backend_lets_go_when_it_is_collected(tmp_path: Path) -> None:
     backend = DiskBackend(path=tmp_path)
     backend.set_many(items_of(range(1)), None)
@@ -669,8 +688,20 @@ def test_a_child_goes_on_after_the_parent_has_closed(tmp_path: Path) -> None:
         assert again.get_many(list(items_of(range(150)))) == items_of(range(10)) | items_of(range(100, 150))
 
 
+def until_a_fork_waits(backend: DiskBackend, giving_up: threading.Event) -> None:
+    """Return when calls are held back for a fork of another thread."""
+    while not giving_up.is_set():
+        try:
+            with deadline(0.05):
+                backend.get(key_of(0))
+        except TierTimeout as error:
+            if "forking" in str(error):
+                return
+
+
 @forks
-def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path) -> None:
+def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
     with opened(tmp_path) as backend:
         stop = threading.Event()
         stored: list[dict[str, bytes]] = []
@@ -720,9 +751,15 @@ def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: p
         def child() -> None:
             with pytest.raises(TierError, match="forked"):
                 backend.get(key_of(1))
-            # Another path is another file: it works.
-            with opened(tmp_path / "other") as other:
-                other.set_many(items_of(range(3)), None)
+            # SQLite's tables and mutexes are the process's: no other backend goes on, of this file or another.
+            for path in (tmp_path, tmp_path / "other"):
+                with opened(path) as other, pytest.raises(TierError, match="forked"):
+                    other.set_many(items_of(range(3)), None)
+            in_fork(grandchild, "a fork of that child")
+
+        def grandchild() -> None:
+            with opened(tmp_path) as other, pytest.raises(TierError, match="forked"):
+                other.get(key_of(1))
 
         try:
             in_fork(child, "a fork in the middle of a call")
@@ -730,6 +767,182 @@ def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: p
             release.set()
             thread.join()
         assert backend.count("") == 10
+
+
+@forks
+def test_a_fork_beside_threads_that_make_and_close_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+    stop = threading.Event()
+
+    def come_and_go(number: int) -> None:
+        while not stop.is_set():
+            with opened(tmp_path) as own:
+                own.set_many(items_of(range(number, number + 1)), None)
+
+    def child() -> None:
+        with opened(tmp_path) as own, deadline(PATIENT):
+            own.set_many(items_of(range(100, 110)), None)
+            assert own.get_many(list(items_of(range(100, 110)))) == items_of(range(100, 110))
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            in_fork(child, "a fork beside backends that come and go")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@forks
+def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+    taken, release, forked = threading.Event(), threading.Event(), threading.Event()
+    wrong: list[BaseException] = []
+
+    def hold() -> None:
+        with busy._transaction():
+            taken.set()
+            release.wait(PATIENT)
+
+    def come() -> None:
+        try:
+            until_a_fork_waits(busy, forked)
+            ends_in_time(lambda: newcomer().get(key_of(1)), "this process is forking")
+        except BaseException as error:
+            wrong.append(error)
+        finally:
+            release.set()
+
+    def newcomer() -> DiskBackend:
+        made.append(DiskBackend(path=tmp_path))
+        return made[-1]
+
+    def child() -> None:
+        for backend in (busy, *made):
+            assert backend.get(key_of(1)) == value_of(1)
+
+    made: list[DiskBackend] = []
+    with opened(tmp_path) as busy:
+        busy.set_many(items_of(range(2)), None)
+        threads = [threading.Thread(target=call) for call in (hold, come)]
+        threads[0].start()
+        assert taken.wait(PATIENT)
+        threads[1].start()
+        try:
+            in_fork(child, "a fork that waited")
+        finally:
+            forked.set()
+            for thread in threads:
+                thread.join()
+        assert not wrong, wrong
+        child()
+        for backend in made:
+            backend.close()
+
+
+def closing_by(close: Callable[[], object]) -> type[_sqlite.Connection]:
+    """Return connections that call ``close`` before they are closed."""
+
+    class Closing(_sqlite.Connection):
+        def close(self) -> None:
+            close()
+            super().close()
+
+    return Closing
+
+
+@forks
+def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, release, forked = threading.Event(), threading.Event(), threading.Event()
+
+    def close() -> None:
+        closing.set()
+        release.wait(PATIENT)
+
+    def child_of_a_fork_that_waited_in_vain() -> None:
+        with opened(tmp_path) as own, pytest.raises(TierError, match="forked"):
+            own.get(key_of(1))
+
+    def child_of_a_fork_that_waited() -> None:
+        with opened(tmp_path) as own:
+            assert own.get(key_of(1)) == value_of(1)
+
+    def let_it_close() -> None:
+        with opened(tmp_path / "other") as other:
+            until_a_fork_waits(other, forked)
+        release.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "Connection", closing_by(close))
+        backend = DiskBackend(path=tmp_path)
+        backend.set_many(items_of(range(2)), None)
+    threads = [threading.Thread(target=call) for call in (backend.close, let_it_close)]
+    threads[0].start()
+    assert closing.wait(PATIENT)
+    try:
+        monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+        in_fork(child_of_a_fork_that_waited_in_vain, "a fork that waited in vain")
+        monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+        threads[1].start()
+        in_fork(child_of_a_fork_that_waited, "a fork that waited")
+    finally:
+        forked.set()
+        release.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+@forks
+def test_a_call_that_forks_goes_on_in_the_parent_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    with opened(tmp_path) as backend:
+        with backend._transaction() as connection:
+            backend._store(connection, items_of(range(5)), None)
+
+            def child() -> None:
+                with pytest.raises(TierError, match="forked"):
+                    _sqlite.rows(connection, "COMMIT")
+                backend._connections.give(connection, sound=True)
+                assert connection.in_transaction, "neither kept nor closed: both would use the parent's locks"
+                with pytest.raises(TierError, match="forked"):
+                    backend.get(key_of(1))
+
+            in_fork(child, "a call that forks")
+        assert backend.count("") == 5
+
+
+@forks
+def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A signal handler or a finalizer runs where it pleases: here, in the thread that forks, as it closes connections.
+    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    said: list[str] = []
+
+    def close() -> None:
+        if said:
+            return
+        try:
+            backend.get(key_of(1))
+        except TierTimeout as error:
+            said.append(str(error))
+        in_fork(refused, "a fork inside a fork")
+
+    def refused() -> None:
+        with pytest.raises(TierError, match="forked"):
+            backend.get(key_of(1))
+
+    def child() -> None:
+        assert backend.get(key_of(1)) == value_of(1)
+
+    monkeypatch.setattr(disk, "Connection", closing_by(close))
+    with opened(tmp_path) as backend:
+        backend.set_many(items_of(range(2)), None)
+        in_threads(1, lambda _: in_fork(child, "the outer fork"), "a fork inside a fork")
+        assert said == ["this process is forking"]
+        child()
 
 
 # --- disks that are full or damaged -----------------------------------------------------------
