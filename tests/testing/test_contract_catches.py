@@ -23,12 +23,13 @@ from embedonce_shelf import (
     AddsUnderALockShelfBackend,
     HashingShelfBackend,
     ListsWhatIsUnfinishedShelfBackend,
+    OneConnectionShelfBackend,
     OneFileShelfBackend,
     ShelfBackend,
     WritesAtItsEndShelfBackend,
     WritesInPlaceShelfBackend,
 )
-from embedonce_wire import Server, SharesItsConnectionAfterAFork, WireBackend
+from embedonce_wire import EndsTheConnectionOfItsChild, Server, SharesItsConnectionAfterAFork, WireBackend
 
 from embedonce.contracts import Capabilities, Embedded, Limits, time_left
 from embedonce.errors import PartialAnswer, TextRefused
@@ -765,6 +766,8 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
     ("test_a_forked_child_is_refused", AnswersInAForkedChild),
     ("test_a_forked_child_uses_the_store", SharesItsConnectionAfterAFork),
+    ("test_a_forked_child_goes_on_without_its_parent", EndsTheConnectionOfItsChild),
+    ("test_a_forked_child_goes_on_without_its_parent", OneConnectionShelfBackend),
     ("test_other_processes_use_the_store", HashingShelfBackend),
     ("test_other_processes_use_the_store", OneFileShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),

@@ -557,6 +557,42 @@ class BackendContract(Whole):
             self._stored(backend, [50])
             self._holds(backend, {key(number): number for number in (*range(10), 50)})
 
+    def test_a_forked_child_goes_on_without_its_parent(self) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("this platform has no fork")
+        with self._open() as backend:
+            self._needs(backend, "fork")
+            self._needs_sharing(backend)
+            before = {key(number): number for number in range(10)}
+            after = {key(number): number for number in range(100, 110)}
+            self._stored(backend, range(10))
+            closed = mmap.mmap(-1, 1)
+            """Whether the parent has closed its backend, which the child sees."""
+
+            def child() -> None:
+                end = time.monotonic() + BOUND
+                while not closed[0]:
+                    # Where the parent is killed, the child does not wait for ever.
+                    assert time.monotonic() < end, "the parent does not close its backend"
+                    time.sleep(0.001)
+                self._holds(backend, before)
+                self._stored(backend, range(100, 110))
+                self._holds(backend, after)
+                # It ends without a close, as a worker may: what was stored is there all the same.
+
+            def parent() -> None:
+                if not closed[0]:
+                    backend.close()
+                    closed[0] = 1
+                time.sleep(0.001)
+
+            in_fork(child, "a backend that its parent has closed after the fork", beside=parent)
+            with self._closing(self.reopen(backend)) as again:
+                found = again.get_many([*before, *after])
+                lost = len(after.keys() - set(found))
+                assert not lost, f"{lost} keys are lost that a forked child stored after its parent had closed"
+                self._same(again, found, {**before, **after})
+
     def test_a_forked_child_is_refused(self) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("this platform has no fork")
