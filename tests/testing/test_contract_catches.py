@@ -23,12 +23,13 @@ from embedonce_shelf import (
     AddsUnderALockShelfBackend,
     HashingShelfBackend,
     ListsWhatIsUnfinishedShelfBackend,
+    OneConnectionShelfBackend,
     OneFileShelfBackend,
     ShelfBackend,
     WritesAtItsEndShelfBackend,
     WritesInPlaceShelfBackend,
 )
-from embedonce_wire import Server, SharesItsConnectionAfterAFork, WireBackend
+from embedonce_wire import EndsTheConnectionOfItsChild, Server, SharesItsConnectionAfterAFork, WireBackend
 
 from embedonce.contracts import Capabilities, Embedded, Limits, time_left
 from embedonce.errors import PartialAnswer, TextRefused
@@ -674,6 +675,25 @@ class NamesTooFew(TwoNodesBackend):
         return answer
 
 
+class NamesWhatItAnswers(TwoNodesBackend):
+    """Names keys as failed that are in its answer."""
+
+    def get_many(self, keys):
+        try:
+            return super().get_many(keys)
+        except PartialAnswer as partial:
+            failed = [*partial.failed, *list(partial.answer)[:3]]
+            raise PartialAnswer("a node is away", answer=partial.answer, failed=failed) from partial.__cause__
+
+
+class StoresNothingBesideANodeThatIsAway(TwoNodesBackend):
+    """Stores nothing on the other nodes when one is away, and names the keys of that one alone."""
+
+    def set_many(self, items, ttl):
+        self._checked(items, None)
+        super().set_many(items, ttl)
+
+
 class SaysAllIsStored(TwoNodesBackend):
     """Takes a write of which a node that is away got nothing for done."""
 
@@ -775,6 +795,8 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
     ("test_a_forked_child_is_refused", AnswersInAForkedChild),
     ("test_a_forked_child_uses_the_store", SharesItsConnectionAfterAFork),
+    ("test_a_forked_child_goes_on_without_its_parent", EndsTheConnectionOfItsChild),
+    ("test_a_forked_child_goes_on_without_its_parent", OneConnectionShelfBackend),
     ("test_other_processes_use_the_store", HashingShelfBackend),
     ("test_other_processes_use_the_store", OneFileShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),
@@ -790,6 +812,8 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_node_that_is_away_takes_its_own_keys_alone", LeavesOutWhatIsAway),
     ("test_a_node_that_is_away_takes_its_own_keys_alone", FailsAltogether),
     ("test_a_node_that_is_away_takes_its_own_keys_alone", NamesTooFew),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", NamesWhatItAnswers),
+    ("test_a_node_that_is_away_takes_its_own_keys_alone", StoresNothingBesideANodeThatIsAway),
     ("test_a_node_that_is_away_takes_its_own_keys_alone", SaysAllIsStored),
     ("test_a_node_that_is_away_takes_its_own_keys_alone", ForgetsOnHalfTheNodes),
     ("test_the_twin_shares_the_store", TwinWithItsOwnStore),
@@ -857,6 +881,20 @@ def test_the_backend_contract_catches(name: str, broken: Callable[[], Any], tmp_
         if tries.wire is not None:
             tries.wire.shutdown()
             tries.wire.server_close()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (NamesWhatItAnswers, r"PartialAnswer\.failed names 3 keys that are in its answer"),
+        (NamesTooFew, r"\d+ keys are neither in PartialAnswer\.failed nor in its answer"),
+        (StoresNothingBesideANodeThatIsAway, r"\d+ keys are not in PartialAnswer\.failed and were not stored"),
+        (SaysAllIsStored, r"a node that is away raises PartialAnswer"),
+    ],
+)
+def test_what_is_wrong_with_a_partial_answer_is_said(broken: Callable[[], Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=says):
+        Tries(broken, tmp_path).test_a_node_that_is_away_takes_its_own_keys_alone()
 
 
 def test_every_test_of_the_backend_contract_catches_something() -> None:

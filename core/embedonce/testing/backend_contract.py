@@ -10,7 +10,7 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
@@ -87,7 +87,10 @@ class BackendContract(Whole):
         raise NotImplementedError
 
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
-        """Return a context inside which one node of the store of ``backend`` is away, and the others answer."""
+        """Return a context inside which one node of the store of ``backend`` is away, and the others answer.
+
+        For a store in which each key lies on one node: a store that has each on several misses nothing then.
+        """
         raise NotImplementedError
 
     # --- what it declares ---------------------------------------------------------------------
@@ -557,6 +560,42 @@ class BackendContract(Whole):
             self._stored(backend, [50])
             self._holds(backend, {key(number): number for number in (*range(10), 50)})
 
+    def test_a_forked_child_goes_on_without_its_parent(self) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("this platform has no fork")
+        with self._open() as backend:
+            self._needs(backend, "fork")
+            self._needs_sharing(backend)
+            before = {key(number): number for number in range(10)}
+            after = {key(number): number for number in range(100, 110)}
+            self._stored(backend, range(10))
+            closed = mmap.mmap(-1, 1)
+            """Whether the parent has closed its backend, which the child sees."""
+
+            def child() -> None:
+                end = time.monotonic() + BOUND
+                while not closed[0]:
+                    # Where the parent is killed, the child does not wait for ever.
+                    assert time.monotonic() < end, "the parent does not close its backend"
+                    time.sleep(0.001)
+                self._holds(backend, before)
+                self._stored(backend, range(100, 110))
+                self._holds(backend, after)
+                # It ends without a close, as a worker may: what was stored is there all the same.
+
+            def parent() -> None:
+                if not closed[0]:
+                    backend.close()
+                    closed[0] = 1
+                time.sleep(0.001)
+
+            in_fork(child, "a backend that its parent has closed after the fork", beside=parent)
+            with self._closing(self.reopen(backend)) as again:
+                found = again.get_many([*before, *after])
+                lost = len(after.keys() - set(found))
+                assert not lost, f"{lost} keys are lost that a forked child stored after its parent had closed"
+                self._same(again, found, {**before, **after})
+
     def test_a_forked_child_is_refused(self) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("this platform has no fork")
@@ -765,15 +804,18 @@ class BackendContract(Whole):
             with self.lose_a_node(backend):
                 held = {key(number): number for number in range(100)}
                 found, failed = self._partly(lambda: backend.get_many(list(held)), held)
+                assert isinstance(found, Mapping), f"PartialAnswer.answer is a {type(found).__name__}, not a mapping"
+                self._answered(found, failed, held)
                 self._same(backend, found, {name: seed for name, seed in held.items() if name not in failed})
                 new = {key(number): number for number in range(100, 200)}
                 items = {name: values.sample(seed) for name, seed in new.items()}
                 _, failed = self._partly(lambda: backend.set_many(items, None), new)
-                self._holds(backend, {name: seed for name, seed in new.items() if name not in failed})
+                self._kept(backend, {name: seed for name, seed in new.items() if name not in failed})
                 if backend.capabilities.add:
                     new = {key(number): number for number in range(200, 300)}
                     items = {name: values.sample(seed) for name, seed in new.items()}
                     added, failed = self._partly(lambda: backend.add_many(items, None), new)
+                    self._answered(added, failed, new)
                     assert set(added) == new.keys() - failed, "add_many returns the keys that are now there"
                 if backend.capabilities.delete:
                     self._fails(lambda: backend.delete_many(list(held)), "delete_many while a node is away")
@@ -927,8 +969,27 @@ class BackendContract(Whole):
         except PartialAnswer as raised:
             partial = raised
         assert partial is not None, "a node that is away raises PartialAnswer: an error is no miss, and not done"
-        assert partial.failed < asked.keys(), "what failed is some of the keys that were asked for, not all"
+        others = len(partial.failed - asked.keys())
+        assert not others, f"PartialAnswer.failed names {others} keys that were not asked for"
+        assert partial.failed != asked.keys(), "PartialAnswer.failed names all keys, though only one node is away"
         return partial.answer, partial.failed
+
+    def _answered(self, answer: Collection[str], failed: frozenset[str], asked: Mapping[str, int]) -> None:
+        """Require that each key is in a partial answer or failed, and none is both."""
+        both = len(failed & set(answer))
+        assert not both, f"PartialAnswer.failed names {both} keys that are in its answer"
+        neither = len(asked.keys() - failed - set(answer))
+        assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in its answer"
+
+    def _kept(self, backend: Any, expected: Mapping[str, int]) -> None:
+        """Require that what set_many did not name as failed is stored."""
+        try:
+            found, away = backend.get_many(list(expected)), frozenset[str]()
+        except PartialAnswer as partial:
+            found, away = partial.answer, partial.failed
+        lost = len(expected.keys() & away | expected.keys() - set(found or ()))
+        assert not lost, f"{lost} keys are not in PartialAnswer.failed and were not stored"
+        self._same(backend, found, expected)
 
     def _serves_again(self, backend: Any) -> None:
         """Require that every key can be stored once all nodes are there; a client may leave one out for a while."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -126,6 +127,31 @@ class WritesAtItsEndShelfBackend(ShelfBackend):
         if self._folder is not None:
             super().set_many(self._gathered, None)
         super().close()
+
+
+class OneConnectionShelfBackend(ShelfBackend):
+    """Keeps one SQLite connection with a WAL across a fork: the parent's close deletes what the child writes to."""
+
+    def __init__(self, *, path: str) -> None:
+        super().__init__(path=path)
+        self._lock = threading.Lock()
+        file = self.folder / "all.db"
+        self._connection = sqlite3.connect(file, timeout=50, isolation_level=None, check_same_thread=False)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("CREATE TABLE IF NOT EXISTS Frames (Key TEXT PRIMARY KEY, Frame BLOB)")
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        question = "SELECT Key, Frame FROM Frames WHERE Key = ?"
+        with self._lock:
+            return dict(row for key in keys for row in self._connection.execute(question, (key,)))
+
+    def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
+        with self._lock:
+            self._connection.executemany("REPLACE INTO Frames VALUES (?, ?)", list(items.items()))
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
 
 
 _of_this_process = threading.Lock()

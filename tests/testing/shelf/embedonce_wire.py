@@ -9,6 +9,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from embedonce.contracts import Capabilities, time_left
@@ -136,3 +137,16 @@ class SharesItsConnectionAfterAFork(WireBackend):
         if self._process != os.getpid():
             time.sleep(0.01)  # the parent comes first, at one call or another
         return super()._received(connection)
+
+
+class EndsTheConnectionOfItsChild(WireBackend):
+    """Uses the parent's connection in a forked child, and ends it for both when the parent closes."""
+
+    def _forked(self) -> None:
+        return
+
+    def close(self) -> None:
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+        super().close()
