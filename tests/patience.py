@@ -6,9 +6,11 @@ A machine that tests share may stop any thread for seconds. What is waited for h
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from embedonce import Cache, TierBusy
 
@@ -24,6 +26,16 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < end, "what is waited for does not come"
         time.sleep(0.001)
+
+
+def until_gone(what: weakref.ref[Any]) -> None:
+    """Return when an object is gone. A thread that has used it may hold it for a moment after its answer is there."""
+
+    def gone() -> bool:
+        gc.collect()
+        return what() is None
+
+    until(gone)
 
 
 async def auntil(true: Callable[[], object]) -> None:

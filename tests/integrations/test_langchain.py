@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib.util
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +27,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import BaseStoreAsyncTests, BaseStoreSyncTests, EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
+from patience import until_gone
 from pydantic import BaseModel, PrivateAttr
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
@@ -498,8 +499,9 @@ def test_equal_configurations_share_one_cache() -> None:
 def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
     cached = CachedEmbeddings(Letters(), config=on_disk(tmp_path))
     documents, query = face.documents(cached, MIXED), face.query(cached, "a")
+    cache = weakref.ref(cached.cache._main)
     del cached
-    gc.collect()
+    until_gone(cache)
     inner = Letters()
     cached = CachedEmbeddings(inner, config=on_disk(tmp_path))
     assert face.documents(cached, MIXED) == documents
@@ -532,8 +534,9 @@ def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: F
         assert list(inner._count) == computed
         assert same(face.documents(embeddings, unique[::-1]), plain[::-1])
         assert list(inner._count) == computed
+        cache = weakref.ref(store.cache._main)
         del embeddings, store
-        gc.collect()
+        until_gone(cache)
     _, store = backed(Letters())
     keys = list(store.yield_keys())
     assert len(keys) == len(unique)

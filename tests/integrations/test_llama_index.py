@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +33,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.rate_limiter import BaseRateLimiter, TokenBucketRateLimiter
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai import OpenAIEmbedding
+from patience import until_gone
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
@@ -453,8 +454,9 @@ def test_equal_configurations_share_one_cache() -> None:
 def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
     cached = CachedEmbedding(Letters(), config=on_disk(tmp_path))
     texts, query = face.texts(cached, MIXED), face.query(cached, "a")
+    cache = weakref.ref(cached.cache._main)
     del cached
-    gc.collect()
+    until_gone(cache)
     inner = Letters()
     cached = CachedEmbedding(inner, config=on_disk(tmp_path))
     assert face.texts(cached, MIXED) == texts

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import until_gone
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
 from embedonce.testing._support import in_fork
@@ -78,8 +80,9 @@ def test_a_cache_that_was_closed_or_left_is_not_handed_out_again() -> None:
     second = shared_cache(NGRAM)
     assert second is not first
     second.embed("text")
+    gone = weakref.ref(second)
     del first, second
-    gc.collect()
+    until_gone(gone)
     assert shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier went with its last user"
 
 
