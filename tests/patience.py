@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from embedonce import Cache, TierBusy
@@ -36,6 +38,26 @@ def until_gone(what: weakref.ref[Any]) -> None:
         return what() is None
 
     until(gone)
+
+
+@contextmanager
+def held(lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """Let another thread hold a lock, as one may at the moment of a fork."""
+    begun, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            begun.set()
+            end.wait(GENEROUS)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert begun.wait(GENEROUS)
+        yield
+    finally:
+        end.set()
+        holding.join()
 
 
 async def auntil(true: Callable[[], object]) -> None:

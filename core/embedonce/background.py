@@ -100,9 +100,9 @@ class _Loop:
 
     def close(self) -> None:
         with self._lock:
-            first, self.closed = not self.closed, True
+            self.closed = True
             loop, thread = self._loop, self._thread
-        if not first or loop is None or thread is None or self._process != os.getpid():
+        if loop is None or thread is None or self._process != os.getpid():
             return
         loop.call_soon_threadsafe(self._stop)
         if thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes

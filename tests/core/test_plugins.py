@@ -8,13 +8,13 @@ import itertools
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from patience import held
 
 import embedonce
 from embedonce import config, hookspecs, plugins
@@ -581,18 +581,5 @@ def embedonce_providers():
 
 
 def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:
-    held, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with plugins._lock:
-            held.set()
-            go.wait(60)
-
-    holding = threading.Thread(target=hold)
-    holding.start()
-    try:
-        assert held.wait(60)
+    with held(plugins._lock):
         in_fork(lambda: config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}), "loading plugins")
-    finally:
-        go.set()
-        holding.join()

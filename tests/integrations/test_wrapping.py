@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patience import until_gone
+from patience import held, until_gone
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
 from embedonce.testing._support import in_fork
@@ -327,18 +326,5 @@ def test_a_secret_in_the_clear_is_named_and_not_written(config: dict[str, Any], 
 
 
 def test_a_child_that_was_forked_while_a_cache_is_made_makes_one() -> None:
-    held, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with wrapping._lock:
-            held.set()
-            go.wait(60)
-
-    holding = threading.Thread(target=hold)
-    holding.start()
-    try:
-        assert held.wait(60)
+    with held(wrapping._lock):
         in_fork(lambda: shared_cache(NGRAM).embed("a text"), "a shared cache")
-    finally:
-        go.set()
-        holding.join()
