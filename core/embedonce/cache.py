@@ -866,27 +866,32 @@ def _flush_all() -> None:
     """Wait for what is queued, while pools of threads still take work: a client may need one."""
     global _waited
     start = time.monotonic()
-    _each_at_its_end(start, lambda cache, timeout: cache.flush(timeout))
+    caches = _end_each(start, lambda cache, timeout: cache.flush(timeout))
+    # What the others have not written in their time ends when they are closed.
+    _wait_for(set(draining).difference(*(cache._tiers for cache in caches)), start)
     _waited = time.monotonic() - start
 
 
 def _close_all() -> None:
-    """Flush and close what the program left open."""
-    _each_at_its_end(time.monotonic() - _waited, lambda cache, timeout: cache._close(timeout))
+    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
+    start = time.monotonic() - _waited
+    _end_each(start, lambda cache, timeout: cache._close(timeout))
+    _wait_for(draining, start)
 
 
-def _each_at_its_end(start: float, end: Callable[[Cache, float], object]) -> None:
-    """End all caches, and wait for the writes of those that are gone already.
-
-    All of them together take no longer than the longest would alone.
-    """
+def _end_each(start: float, end: Callable[[Cache, float], object]) -> list[Cache]:
+    """End and return all open caches. Together they take no longer than the longest would alone."""
     caches = list(_open_caches)
     for cache in caches:
         for tier in cache._tiers:
             tier.start_draining()
     for cache in caches:
         end(cache, max(0.0, start + cache._flush_timeout - time.monotonic()))
-    for tier in list(draining):
+    return caches
+
+
+def _wait_for(tiers: Iterable[LiveTier], start: float) -> None:
+    for tier in list(tiers):
         tier.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
 
 
