@@ -13,7 +13,7 @@ from ._resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
-    from ._tiers import ChainError
+    from ._engine.tiers import ChainError
     from .answers import ChainWarning
     from .cache import Cache
     from .contracts import AnyProvider
@@ -136,7 +136,7 @@ def compose(
 
 def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from . import plugins
-    from ._tiers import ChainError, Tier
+    from ._engine.tiers import ChainError, Tier
     from .cache import Cache
     from .functions import NoProvider
 

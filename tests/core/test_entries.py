@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from embedonce import Cache, Incomplete, Tier
-from embedonce._checks import conform
+from embedonce._engine.checks import conform
 from embedonce.contracts import Capabilities
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames, freeze, round_vectors

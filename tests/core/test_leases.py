@@ -12,7 +12,7 @@ import pytest
 from patience import GENEROUS, until
 
 from embedonce import Cache, ConfigError, Tier
-from embedonce._leases import Leases, lease_key
+from embedonce._engine.leases import Leases, lease_key
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend

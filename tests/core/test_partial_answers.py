@@ -10,7 +10,7 @@ import pytest
 from patience import GENEROUS
 
 from embedonce import Cache, EraseIncomplete, Fetched, PartialAnswer, Tier, TierBusy, TierError
-from embedonce._breaker import Breaker
+from embedonce._engine.breaker import Breaker
 from embedonce.events import Event, LookedUp, Stored
 from embedonce.testing import CountingProvider, DictBackend
 

@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from patience import GENEROUS, made, until
 
-from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout, _breaker
-from embedonce._breaker import Breaker
+from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout
+from embedonce._engine.breaker import Breaker
 from embedonce.events import Event, LookedUp, TierChanged
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.testing.faults import Fault, FaultyBackend
@@ -470,7 +470,7 @@ def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
 
 def test_a_breaker_waits_longer_each_time_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(_breaker, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("embedonce._engine.breaker.time", SimpleNamespace(monotonic=lambda: now[0]))
     states: list[str] = []
     breaker = Breaker(lambda state, cause: states.append(state))
     waits = []

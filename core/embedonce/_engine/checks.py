@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Embedded
-from .errors import ProviderError
-from .vectors import Block, Decoded, Dtype, Entries, Entry, freeze, round_vectors
+from embedonce.contracts import Embedded
+from embedonce.errors import ProviderError
+from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, freeze, round_vectors
 
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ._ports import Workers
-from .contracts import AnyProvider, Limits
-from .errors import ConfigError, SpaceError, TextError
-from .events import ProviderStats
-from .keys import Keyer, KeyPolicy, VectorSpace
+from embedonce.contracts import AnyProvider, Limits
+from embedonce.errors import ConfigError, SpaceError, TextError
+from embedonce.events import ProviderStats
+from embedonce.keys import Keyer, KeyPolicy, VectorSpace
+
+from .ports import Workers
 
 CALLS = 32
 """Most calls to a blocking provider at once from event loops; a thousand tasks need no thousand threads."""

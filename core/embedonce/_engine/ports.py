@@ -18,9 +18,9 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from .background import BackgroundLoop
-from .contracts import deadline
-from .errors import TierBusy
+from embedonce.background import BackgroundLoop
+from embedonce.contracts import deadline
+from embedonce.errors import TierBusy
 
 if TYPE_CHECKING:
     import asyncio

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from ._ports import Port
-from ._tiers import LiveTier
-from .keys import KEY_PREFIX, LEASE_PREFIX
+from embedonce.keys import KEY_PREFIX, LEASE_PREFIX
+
+from .ports import Port
+from .tiers import LiveTier
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 """Seconds between two looks at whether another process has written a vector; each is half as long again."""

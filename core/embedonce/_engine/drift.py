@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ._engine import Answer, Engine, own_error
-from ._ports import Port
-from ._routes import Route
-from .drift import DriftGuard
-from .errors import DriftError
-from .vectors import Entry
+from embedonce.drift import DriftGuard
+from embedonce.errors import DriftError
+from embedonce.vectors import Entry
+
+from .plan import Answer, Engine, own_error
+from .ports import Port
+from .routes import Route
 
 log = logging.getLogger("embedonce")
 

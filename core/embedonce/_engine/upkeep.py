@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from ._flights import Erasure, Table
-from ._leases import lease_keys
-from ._ports import Port
-from ._routes import Route
-from ._tiers import PROBE_KEY, LiveTier
-from .answers import Explanation, Held, Purged, TierCheck
-from .errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from .keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
-from .vectors import Dtype, Metadata, open_frame
+from embedonce.answers import Explanation, Held, Purged, TierCheck
+from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
+from embedonce.vectors import Dtype, Metadata, open_frame
+
+from .flights import Erasure, Table
+from .leases import lease_keys
+from .ports import Port
+from .routes import Route
+from .tiers import PROBE_KEY, LiveTier
 
 Card = Mapping[str, Value]
 LISTED_AT_ONCE = 1024

@@ -10,23 +10,24 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from ._breaker import Breaker
-from ._checks import conform
-from ._counters import Counters
-from ._flights import Table
-from ._ports import Port, Ports, Workers, step
-from ._suggest import listed
-from .answers import ChainWarning
-from .contracts import EXTRAS, Backend, Capabilities, deadline
-from .errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
-from .events import Event, LookedUp, Stored, TierChanged
-from .keys import CARD_PREFIX, KEY_PREFIX, Value
-from .vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
+from embedonce._suggest import listed
+from embedonce.answers import ChainWarning
+from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
+from embedonce.errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
+from embedonce.events import Event, LookedUp, Stored, TierChanged
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, Value
+from embedonce.vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames, freeze
+
+from .breaker import Breaker
+from .checks import conform
+from .counters import Counters
+from .flights import Table
+from .ports import Port, Ports, Workers, step
 
 if TYPE_CHECKING:
     import asyncio
 
-    from .encryption import Encryption
+    from embedonce.encryption import Encryption
 
 log = logging.getLogger("embedonce")
 chain_log = logging.getLogger("embedonce.chain")

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from .events import TierStats
+from embedonce.events import TierStats
 
 
 class Tally:

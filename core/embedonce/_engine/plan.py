@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._checks import checked_matrix, rounded
-from ._flights import Abandoned, Claimed, Flight, Table, Ticket, leading
-from ._leases import Leases
-from ._ports import Port
-from ._routes import Route, Source
-from ._tiers import LiveTier
-from .answers import Fetched
-from .contracts import AnyProvider, Embedded
-from .errors import ProviderError, ProviderTimeout, ReplayMiss, TextRefused, TierError
-from .events import Computed, Event
-from .vectors import Dtype, Entries, Entry, Metadata, freeze_rows
+from embedonce.answers import Fetched
+from embedonce.contracts import AnyProvider, Embedded
+from embedonce.errors import ProviderError, ProviderTimeout, ReplayMiss, TextRefused, TierError
+from embedonce.events import Computed, Event
+from embedonce.vectors import Dtype, Entries, Entry, Metadata, freeze_rows
+
+from .checks import checked_matrix, rounded
+from .flights import Abandoned, Claimed, Flight, Table, Ticket, leading
+from .leases import Leases
+from .ports import Port
+from .routes import Route, Source
+from .tiers import LiveTier
 
 log = logging.getLogger("embedonce")
 

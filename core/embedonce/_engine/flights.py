@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .vectors import Entry
+from embedonce.vectors import Entry
 
 if TYPE_CHECKING:
     import asyncio
