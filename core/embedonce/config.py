@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._resolved import Config, Plugged, Setting, TierConfig
+from ._config.resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
 
     ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one, or nothing is computed.
     """
-    from ._documents import document
-    from ._load import loaded
+    from ._config.documents import document
+    from ._config.loader import loaded
 
     return loaded(document(source), own_provider=own_provider)
 
@@ -79,8 +79,8 @@ def allowed(source: Source = None) -> Sequence[str] | None:
     Raises:
         ConfigError: the file cannot be read, or that table is wrong.
     """
-    from ._documents import document
-    from ._load import allowed
+    from ._config.documents import document
+    from ._config.loader import allowed
 
     return allowed(document(source))
 
@@ -90,7 +90,7 @@ def schema() -> dict[str, Any]:
 
     A plugin that cannot be loaded is left out.
     """
-    from ._schema import schema
+    from ._config.schema import schema
 
     return schema()
 
@@ -100,7 +100,7 @@ def secrets_in(document: Mapping[str, Any]) -> list[str]:
 
     A value that stands for a variable, ``${NAME}``, holds none.
     """
-    from ._load import secrets_in
+    from ._config.loader import secrets_in
 
     return secrets_in(document)
 

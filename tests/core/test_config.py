@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 import embedonce
 from embedonce import KeyPolicy, config, plugins
-from embedonce._documents import Document, read
+from embedonce._config.documents import Document, read
+from embedonce._config.places import Place, places
+from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
 from embedonce._options import options_of
-from embedonce._sections import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
-from embedonce._toml import Place, places
 from embedonce.errors import ConfigError, Problem
 
 NGRAM = '[provider]\ntype = "ngram"\n'

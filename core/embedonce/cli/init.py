@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from embedonce._documents import FILE, PYPROJECT
+from embedonce._config.documents import FILE, PYPROJECT
 
 from .options import JsonOption
 from .output import Refused, emit, write

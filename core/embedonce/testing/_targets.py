@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedonce import plugins
-from embedonce._load import _credentials, is_secret
+from embedonce._config.loader import _credentials, is_secret
 from embedonce._options import Option, Refused, options_of, read_text, wrongs
 from embedonce._suggest import closest, listed, quoted
 from embedonce.errors import PluginError

@@ -11,9 +11,13 @@ from typing import Any
 
 from annotated_types import Gt
 
-from . import plugins
-from ._options import Option, adapter, metadata, options_beside, options_of
-from ._sections import (
+from embedonce import plugins
+from embedonce._options import Option, adapter, metadata, options_beside, options_of
+from embedonce.drift import DriftGuard
+from embedonce.errors import PluginError
+from embedonce.keys import NORMALIZERS
+
+from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
     CacheTable,
@@ -23,9 +27,6 @@ from ._sections import (
     TierTable,
     is_in_process,
 )
-from .drift import DriftGuard
-from .errors import PluginError
-from .keys import NORMALIZERS
 
 TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
 """What a tier may be called."""

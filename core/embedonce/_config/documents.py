@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import _toml
-from ._suggest import written
-from .errors import ConfigError, Problem
+from embedonce import _toml
+from embedonce._suggest import written
+from embedonce.errors import ConfigError, Problem
 
 FILE = "embedonce.toml"
 PYPROJECT = "pyproject.toml"

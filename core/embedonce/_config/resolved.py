@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .keys import KeyPolicy
+from embedonce.keys import KeyPolicy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ._documents import Document
-    from ._sections import CacheTable
-    from .drift import DriftGuard
+    from embedonce.drift import DriftGuard
+
+    from .documents import Document
+    from .tables import CacheTable
 
 PluginClass: TypeAlias = type[Any]
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
-from .contracts import Capabilities
-from .keys import Hash
-from .options import Doc, Duration
-from .vectors import Dtype
+from embedonce.contracts import Capabilities
+from embedonce.keys import Hash
+from embedonce.options import Doc, Duration
+from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
 """What a tier may be called; ``provider`` is taken: it is what ``Fetched.sources`` says of a computed vector."""

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from . import plugins
-from ._documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
-from ._options import Option, Refused, options_beside, options_of, read_text, wrongs
-from ._resolved import Config, Plugged, Setting, TierConfig
-from ._sections import (
+from embedonce import plugins
+from embedonce._options import Option, Refused, options_beside, options_of, read_text, wrongs
+from embedonce._suggest import closest, listed, quoted, without_credentials, written
+from embedonce.drift import DriftGuard
+from embedonce.errors import ConfigError, PluginError, Problem
+from embedonce.keys import KeyPolicy
+from embedonce.options import BadValue, Doc
+
+from .documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
+from .places import Path as Where
+from .resolved import Config, Plugged, Setting, TierConfig
+from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
     CacheTable,
@@ -23,12 +30,6 @@ from ._sections import (
     TierTable,
     is_in_process,
 )
-from ._suggest import closest, listed, quoted, without_credentials, written
-from ._toml import Path as Where
-from .drift import DriftGuard
-from .errors import ConfigError, PluginError, Problem
-from .keys import KeyPolicy
-from .options import BadValue, Doc
 
 TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers")
 
