@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from embedonce import Capabilities, hookspecs, plugins
 from embedonce._config.tables import PluginsTable
-from embedonce._options import options_of
+from embedonce._plugins.options import options_of
 from embedonce.contracts import API, EXTRAS
 
 ROOT = Path(__file__).parent.parent

@@ -410,7 +410,7 @@ def _unreachable(point: EntryPoint, plugin: _Loaded) -> Iterator[str]:
 def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield what can be seen to be wrong with a class before one is made."""
     from ._config.tables import TierTable
-    from ._options import options_beside, options_of  # only `embedonce plugins` asks
+    from ._plugins.options import options_beside, options_of  # only `embedonce plugins` asks
 
     if kind == "normalizer":
         return

@@ -23,7 +23,7 @@ from embedonce import KeyPolicy, config, plugins
 from embedonce._config.documents import Document, read
 from embedonce._config.places import Place, places
 from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
-from embedonce._options import options_of
+from embedonce._plugins.options import options_of
 from embedonce.errors import ConfigError, Problem
 
 NGRAM = '[provider]\ntype = "ngram"\n'

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from embedonce._options import Option, Refused, options_of, read_text
-from embedonce._simple import UNSURE, simply
+from embedonce._plugins.options import Option, Refused, options_of, read_text
+from embedonce._plugins.plain_values import UNSURE, simply
 from embedonce.errors import PluginError
 from embedonce.options import BadValue, Doc, Duration, Size, parse_duration, parse_size
 

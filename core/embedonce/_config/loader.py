@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from embedonce import plugins
-from embedonce._options import Option, Refused, options_beside, options_of, read_text, wrongs
+from embedonce._plugins.options import Option, Refused, options_beside, options_of, read_text, wrongs
 from embedonce._suggest import closest, listed, quoted, without_credentials, written
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem

@@ -12,7 +12,7 @@ from typing import Any
 from annotated_types import Gt
 
 from embedonce import plugins
-from embedonce._options import Option, adapter, metadata, options_beside, options_of
+from embedonce._plugins.options import Option, adapter, metadata, options_beside, options_of
 from embedonce.drift import DriftGuard
 from embedonce.errors import PluginError
 from embedonce.keys import NORMALIZERS

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
-from embedonce._options import options_of
+from embedonce._plugins.options import options_of
 from embedonce.contracts import Embedded
 from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._simple import UNSURE, simply
-from ._suggest import closest, listed
-from .errors import PluginError
-from .options import BadValue
+from embedonce._suggest import closest, listed
+from embedonce.errors import PluginError
+from embedonce.options import BadValue
+
+from .plain_values import UNSURE, simply
 
 REQUIRED = inspect.Parameter.empty
 """The default of an option that has none."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from .options import BadValue, Doc, Parsed
+from embedonce.options import BadValue, Doc, Parsed
 
 UNSURE = object()
 """What :func:`simply` returns where pydantic must decide."""
