@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import hookspecs
-from ._suggest import closest, listed, quoted, without_credentials
+from ._messages import closest, listed, quoted, without_credentials
 from .contracts import API, Normalizer
 from .errors import PluginError
 from .events import Event

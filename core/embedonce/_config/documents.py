@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embedonce import _toml
-from embedonce._suggest import written
+from embedonce._messages import written
 from embedonce.errors import ConfigError, Problem
 
 FILE = "embedonce.toml"

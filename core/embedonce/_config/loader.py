@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from embedonce import plugins
+from embedonce._messages import closest, listed, quoted, without_credentials, written
 from embedonce._plugins.options import Option, Refused, options_beside, options_of, read_text, wrongs
-from embedonce._suggest import closest, listed, quoted, without_credentials, written
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy

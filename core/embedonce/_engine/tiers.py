@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from embedonce._suggest import listed
+from embedonce._messages import listed
 from embedonce.answers import ChainWarning
 from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
 from embedonce.errors import ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout

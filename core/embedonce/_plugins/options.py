@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedonce._suggest import closest, listed
+from embedonce._messages import closest, listed
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
 

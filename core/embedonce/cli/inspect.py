@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedonce._config.loader import HIDDEN
-from embedonce._suggest import quoted
+from embedonce._messages import quoted
 
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, Refused, count, emit, say, say_excerpt, show, shown, table

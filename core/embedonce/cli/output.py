@@ -176,7 +176,7 @@ def _holds_secret(lines: Sequence[str], number: int) -> bool:
 
 def _is_secretive(word: str) -> bool:
     from embedonce._config.loader import is_secret
-    from embedonce._suggest import closest
+    from embedonce._messages import closest
 
     form = word.lower().replace("-", "_")
     return is_secret((form,)) or closest(form.replace("_", ""), _SECRETS, likeness=0.8) is not None

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from embedonce import plugins
 from embedonce._config.loader import _credentials, is_secret
+from embedonce._messages import closest, listed, quoted
 from embedonce._plugins.options import Option, Refused, options_of, read_text, wrongs
-from embedonce._suggest import closest, listed, quoted
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
 
