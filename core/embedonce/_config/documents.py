@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedonce import _toml
 from embedonce._messages import written
 from embedonce.errors import ConfigError, Problem
+
+from .places import Place, Places, TomlPath, places, syntax_error
 
 FILE = "embedonce.toml"
 PYPROJECT = "pyproject.toml"
@@ -39,7 +40,7 @@ class Document:
     text: str = ""
     prefix: tuple[str, ...] = ()
     """Path of the configuration's table in the file."""
-    _places: _toml.Places | None = field(default=None, repr=False)
+    _places: Places | None = field(default=None, repr=False)
 
     @property
     def shown(self) -> str | None:
@@ -51,18 +52,18 @@ class Document:
         """What a relative path in it is relative to."""
         return Path.cwd() if self.file is None else self.file.parent
 
-    def place(self, path: _toml.Path, *, key: bool) -> _toml.Place | None:
+    def place(self, path: TomlPath, *, key: bool) -> Place | None:
         """Return the place of a key, or of its value; None where there is no file."""
         if self.file is None:
             return None
         if self._places is None:
             try:
-                self._places = _toml.places(self.text)
+                self._places = places(self.text)
             except RecursionError:  # nested more deeply than anything that has a meaning here
-                self._places = _toml.Places()
+                self._places = Places()
         return (self._places.key if key else self._places.value)((*self.prefix, *path))
 
-    def problem(self, path: _toml.Path, message: str, *, key: bool) -> Problem:
+    def problem(self, path: TomlPath, message: str, *, key: bool) -> Problem:
         """Return a problem with the key at ``path``, or with its value."""
         place = self.place(path, key=key)
         return Problem(message, self.shown, *(place or (None, None)))
@@ -173,11 +174,11 @@ def read(file: Path, said_by: str = "") -> Document:
     return found
 
 
-def _not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, _toml.Place]:
+def _not_utf8(content: bytes, error: UnicodeDecodeError) -> tuple[int, Place]:
     """Return which byte, from 1, is not UTF-8, and its place."""
     start = len(content) - len(error.object) + error.start  # the codec may have taken a byte order mark off
     before = content[:start].decode("utf-8-sig").split("\n")
-    return start + 1, _toml.Place(len(before), len(before[-1]) + 1)
+    return start + 1, Place(len(before), len(before[-1]) + 1)
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
     except ValueError as error:
         if "integer string conversion" in str(error):  # Python's own words, which name a function of Python's
             raise ConfigError([Problem("has a number that is far too large", name)]) from None
-        message, place = _toml.syntax_error(error, text)
+        message, place = syntax_error(error, text)
         problem = Problem(f"not valid TOML: {message}", name, *(place or (None, None)))
         raise ConfigError([problem]) from error
 
@@ -214,13 +215,13 @@ class Values:
     """A document's values with variables filled in, plain ones only, and what is wrong with the others."""
 
     data: dict[str, Any]
-    expanded: set[_toml.Path] = field(default_factory=set)
+    expanded: set[TomlPath] = field(default_factory=set)
     """Paths of text that had a variable in it: it may stand for a number."""
-    private: set[_toml.Path] = field(default_factory=set)
+    private: set[TomlPath] = field(default_factory=set)
     """Paths of text with something out of the environment in it: never shown."""
-    variables: dict[_toml.Path, dict[str, str]] = field(default_factory=dict)
+    variables: dict[TomlPath, dict[str, str]] = field(default_factory=dict)
     """By the path of such text: what each variable in it holds."""
-    wrong: list[tuple[_toml.Path, str]] = field(default_factory=list)
+    wrong: list[tuple[TomlPath, str]] = field(default_factory=list)
 
 
 def values(data: Mapping[str, Any]) -> Values:
@@ -234,7 +235,7 @@ UNUSABLE = object()
 """Stands where a value was that is already in ``Values.wrong``."""
 
 
-def _plain(value: Any, path: _toml.Path, found: Values) -> Any:
+def _plain(value: Any, path: TomlPath, found: Values) -> Any:
     if len(path) > DEEPEST:
         return _refuse("is nested too deeply", path, found)
     if isinstance(value, os.PathLike):
@@ -254,12 +255,12 @@ def _plain(value: Any, path: _toml.Path, found: Values) -> Any:
     return _refuse(f"must be text, a number, true or false, a list or a table, not {type(value).__name__}", path, found)
 
 
-def _refuse(message: str, path: _toml.Path, found: Values) -> Any:
+def _refuse(message: str, path: TomlPath, found: Values) -> Any:
     found.wrong.append((path, message))
     return UNUSABLE
 
 
-def _text(value: str, path: _toml.Path, found: Values) -> Any:
+def _text(value: str, path: TomlPath, found: Values) -> Any:
     if not is_unicode(value):
         return _refuse("is not valid Unicode", path, found)
     if "$" not in value:
@@ -271,7 +272,7 @@ def _text(value: str, path: _toml.Path, found: Values) -> Any:
     return text if is_unicode(text) else _refuse("has a variable in it that is not valid Unicode", path, found)
 
 
-def _filler(path: _toml.Path, found: Values, missing: list[str]) -> Callable[[re.Match[str]], str]:
+def _filler(path: TomlPath, found: Values, missing: list[str]) -> Callable[[re.Match[str]], str]:
     def fill(match: re.Match[str]) -> str:
         if match["dollar"]:
             return "$"

@@ -18,7 +18,7 @@ from embedonce.keys import KeyPolicy
 from embedonce.options import BadValue, Doc
 
 from .documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
-from .places import Path as Where
+from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
 from .tables import (
     NOT_IN_PROCESS,
@@ -56,7 +56,7 @@ def allowed(document: Document) -> Sequence[str] | None:
 class _Table:
     """One table of the configuration while it is read."""
 
-    where: Where
+    where: TomlPath
     label: str
     variables: tuple[str, ...]
     """What stands between ``EMBEDONCE__`` and the option in a variable that overrides it."""
@@ -133,10 +133,10 @@ class _Loader:
 
     # --- problems ---
 
-    def _wrong(self, where: Where, message: str, *, key: bool = False) -> None:
+    def _wrong(self, where: TomlPath, message: str, *, key: bool = False) -> None:
         self._problems.append(self._document.problem(where, message, key=key))
 
-    def _unusable(self) -> Iterable[tuple[Where, Problem]]:
+    def _unusable(self) -> Iterable[tuple[TomlPath, Problem]]:
         """Yield each value that nothing can be made of, with what is wrong with it."""
         for where, message in self._values.wrong:
             head, rest = self._split(where)
@@ -144,13 +144,13 @@ class _Loader:
             said = f"{name} in {self._label(head)} {message}" if head else f"{name} {message}"
             yield where, self._document.problem(where, said, key=False)
 
-    def _split(self, where: Where) -> tuple[Where, Where]:
+    def _split(self, where: TomlPath) -> tuple[TomlPath, TomlPath]:
         """Return the path of the table that a value is in, and the rest of its path."""
         depth = 2 if where[:1] == ("tiers",) or where[:2] == ("provider", "fallback") else 1
         depth = min(depth, len(where) - 1)
         return where[:depth], where[depth:]
 
-    def _label(self, where: Where) -> str:
+    def _label(self, where: TomlPath) -> str:
         if len(where) == 2 and isinstance(where[1], int):
             label = self._document.table("tiers", array=True)
             return f"{label} {self._called(where[1])}"
@@ -182,7 +182,7 @@ class _Loader:
 
     # --- tables ---
 
-    def _given(self, where: Where, given: Any) -> Mapping[str, Any] | None:
+    def _given(self, where: TomlPath, given: Any) -> Mapping[str, Any] | None:
         if isinstance(given, Mapping):
             return given
         if given is not UNUSABLE:
@@ -223,7 +223,7 @@ class _Loader:
         overridden = _form(("key", "normalize")) in self._variables
         return written if isinstance(written, list) and not overridden else []
 
-    def _has_step(self, step: Any, where: Where) -> bool:
+    def _has_step(self, step: Any, where: TomlPath) -> bool:
         if not isinstance(step, str):
             return False  # said when the table was read
         try:
@@ -234,7 +234,7 @@ class _Loader:
             return False
         return True
 
-    def _wrong_of(self, section: str, option: str, message: str, where: Where | None = None) -> None:
+    def _wrong_of(self, section: str, option: str, message: str, where: TomlPath | None = None) -> None:
         """Note a problem with one of embedonce's own values, at whatever gave it."""
         variable = self._variables.get(_form((section, option)))
         if variable:
@@ -342,7 +342,7 @@ class _Loader:
         return [tier for tier in tiers if tier is not None]
 
     def _tier(self, index: int, item: Any, taken: dict[str, str]) -> TierConfig | None:
-        where: Where = ("tiers", index)
+        where: TomlPath = ("tiers", index)
         given = self._given(where, item)
         if given is None:
             return None
@@ -359,7 +359,7 @@ class _Loader:
             **{**own, "name": name},
         )  # fmt: skip
 
-    def _name(self, where: Where, given: Mapping[str, Any], taken: dict[str, str]) -> str | None:
+    def _name(self, where: TomlPath, given: Mapping[str, Any], taken: dict[str, str]) -> str | None:
         """Return a tier's name, its type by default, or None where it can have none."""
         key = "name" if given.get("name") is not None else "type"
         name = given.get(key)
@@ -464,14 +464,14 @@ class _Loader:
             self._at(table, where, f"{option.name} in {table.label}: {said}{self._from_where(where)}", said, variable)
         return UNUSABLE
 
-    def _from_where(self, where: Where) -> str:
+    def _from_where(self, where: TomlPath) -> str:
         """Name the variables that a value is made of; what they hold is not shown."""
         names = [
             name for place, found in self._values.variables.items() if place[: len(where)] == where for name in found
         ]
         return f" (it comes from the environment variable {listed(names)})" if names else ""
 
-    def _at(self, table: _Table, where: Where, message: str, short: str, variable: str | None) -> None:
+    def _at(self, table: _Table, where: TomlPath, message: str, short: str, variable: str | None) -> None:
         if variable is not None:
             self._problems.append(Problem(f"{variable}: {short}"))
         else:
@@ -525,7 +525,7 @@ class _Loader:
             value = HIDDEN
         return Setting(dotted, _masked(where, value), override[0] if override else self._origin(where))
 
-    def _origin(self, where: Where) -> str:
+    def _origin(self, where: TomlPath) -> str:
         place = self._document.place(where, key=True)
         return f"{self._document.shown}:{place.line}" if place else self._document.source
 
@@ -568,7 +568,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
 
 
-def _below(where: Where, places: Iterable[Where]) -> bool:
+def _below(where: TomlPath, places: Iterable[TomlPath]) -> bool:
     return any(place[: len(where)] == where for place in places)
 
 
@@ -593,7 +593,7 @@ def is_secret(where: Sequence[str | int]) -> bool:
     return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
 
 
-def secrets_in(value: Any, where: Where = ()) -> list[str]:
+def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
     """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
     if isinstance(value, Mapping):
         return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
@@ -605,7 +605,7 @@ def secrets_in(value: Any, where: Where = ()) -> list[str]:
     return [_dotted(where)] if any("${" not in secret for secret in found) else []
 
 
-def display(where: Where, value: Any) -> str | None:
+def display(where: TomlPath, value: Any) -> str | None:
     """Return a value as TOML writes it, shortened; None where it must not be shown."""
     if is_secret(where[1:]):
         return None
@@ -614,7 +614,7 @@ def display(where: Where, value: Any) -> str | None:
     return quoted(value) if isinstance(value, str) else str(value)
 
 
-def _masked(where: Where, value: Any) -> Any:
+def _masked(where: TomlPath, value: Any) -> Any:
     if is_secret(where[1:]):
         return HIDDEN
     if isinstance(value, Mapping):
@@ -624,7 +624,7 @@ def _masked(where: Where, value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
-def _dotted(where: Where) -> str:
+def _dotted(where: TomlPath) -> str:
     """Return names and places in lists as ``servers[0].host``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{written(part)}" for part in where)
     return text.removeprefix(".")

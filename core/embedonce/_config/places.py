@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
-Path: TypeAlias = tuple[str | int, ...]
+TomlPath: TypeAlias = tuple[str | int, ...]
 """Keys and places in lists from the top of a document: ``("tiers", 0, "ttl")``."""
 
 
@@ -32,18 +32,18 @@ class Place(NamedTuple):
 class Places:
     """The places of a document's keys and values, by path."""
 
-    keys: dict[Path, Place] = field(default_factory=dict)
-    values: dict[Path, Place] = field(default_factory=dict)
+    keys: dict[TomlPath, Place] = field(default_factory=dict)
+    values: dict[TomlPath, Place] = field(default_factory=dict)
 
-    def key(self, path: Path) -> Place | None:
+    def key(self, path: TomlPath) -> Place | None:
         """Return where the key begins, else where the nearest table around it does."""
         return self._nearest(path, self.keys, self.values)
 
-    def value(self, path: Path) -> Place | None:
+    def value(self, path: TomlPath) -> Place | None:
         """Return where the value begins, else where its key or the nearest table around it does."""
         return self._nearest(path, self.values, self.keys)
 
-    def _nearest(self, path: Path, first: dict[Path, Place], second: dict[Path, Place]) -> Place | None:
+    def _nearest(self, path: TomlPath, first: dict[TomlPath, Place], second: dict[TomlPath, Place]) -> Place | None:
         for length in range(len(path), 0, -1):
             found = first.get(path[:length]) or second.get(path[:length])
             if found is not None:
@@ -67,7 +67,7 @@ class _Walk:
     def __init__(self, source: bytes) -> None:
         self._lines = source.split(b"\n")
         self._places = Places()
-        self._elements: Counter[Path] = Counter()
+        self._elements: Counter[TomlPath] = Counter()
         """Elements so far of each array of tables."""
 
     def document(self, root: Any) -> Places:
@@ -82,7 +82,7 @@ class _Walk:
         header, *rest = node.named_children
         names = [name for name, _ in _key_parts(header)]
         place = self._place(node)
-        path: Path = ()
+        path: TomlPath = ()
         for name in names[:-1]:
             self._places.keys.setdefault((*path, name), place)
             path = self._element((*path, name))
@@ -96,11 +96,11 @@ class _Walk:
             if child.type == "pair":
                 self._pair(child, path)
 
-    def _element(self, path: Path) -> Path:
+    def _element(self, path: TomlPath) -> TomlPath:
         """Return the path of the last element where ``path`` is an array of tables, else ``path``."""
         return (*path, self._elements[path] - 1) if path in self._elements else path
 
-    def _pair(self, node: Any, path: Path) -> None:
+    def _pair(self, node: Any, path: TomlPath) -> None:
         key, *rest = [child for child in node.named_children if child.type != "comment"]
         for name, part in _key_parts(key):
             path = (*path, name)
@@ -108,7 +108,7 @@ class _Walk:
         if rest:
             self._value(rest[0], path)
 
-    def _value(self, node: Any, path: Path) -> None:
+    def _value(self, node: Any, path: TomlPath) -> None:
         self._places.values.setdefault(path, self._place(node))
         children = [child for child in node.named_children if child.type not in ("comment", "ERROR")]
         if node.type == "inline_table":
