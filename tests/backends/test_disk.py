@@ -29,8 +29,8 @@ from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
 from embedonce.testing._support import in_fork, in_threads
-from embedonce_backends import _sqlite, disk
-from embedonce_backends.disk import BytesDisk, DiskBackend
+from embedonce_backends.disk import BytesDisk, DiskBackend, sqlite
+from embedonce_backends.disk import backend as disk_backend
 
 MIB = 2**20
 PATIENT = 60.0
@@ -330,7 +330,7 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_whose_folder_is_safe(owner: int, mode: int, user: int, safe: bool) -> None:
-    assert (disk._ownership(owner, mode, user) is None) is safe
+    assert (disk_backend._ownership(owner, mode, user) is None) is safe
 
 
 def test_max_bytes_has_a_floor(tmp_path: Path) -> None:
@@ -593,7 +593,7 @@ def test_connections_are_kept_few(tmp_path: Path) -> None:
     with opened(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
         in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
-        assert len(backend._connections._idle) <= _sqlite.IDLE
+        assert len(backend._connections._idle) <= sqlite.IDLE
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -701,7 +701,7 @@ def until_a_fork_waits(backend: DiskBackend, giving_up: threading.Event) -> None
 
 @forks
 def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
     with opened(tmp_path) as backend:
         stop = threading.Event()
         stored: list[dict[str, bytes]] = []
@@ -733,7 +733,7 @@ def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path, monkeypatch: pyt
 
 @forks
 def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
     with opened(tmp_path) as backend:
         backend.set_many(items_of(range(5)), None)
         taken, release = threading.Event(), threading.Event()
@@ -771,7 +771,7 @@ def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: p
 
 @forks
 def test_a_fork_beside_threads_that_make_and_close_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
     stop = threading.Event()
 
     def come_and_go(number: int) -> None:
@@ -798,7 +798,7 @@ def test_a_fork_beside_threads_that_make_and_close_backends(tmp_path: Path, monk
 
 @forks
 def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
     taken, release, forked = threading.Event(), threading.Event(), threading.Event()
     wrong: list[BaseException] = []
 
@@ -843,10 +843,10 @@ def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypa
             backend.close()
 
 
-def closing_by(close: Callable[[], object]) -> type[_sqlite.Connection]:
+def closing_by(close: Callable[[], object]) -> type[sqlite.Connection]:
     """Return connections that call ``close`` before they are closed."""
 
-    class Closing(_sqlite.Connection):
+    class Closing(sqlite.Connection):
         def close(self) -> None:
             close()
             super().close()
@@ -876,16 +876,16 @@ def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pyte
         release.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "Connection", closing_by(close))
+        patch.setattr(disk_backend, "Connection", closing_by(close))
         backend = DiskBackend(path=tmp_path)
         backend.set_many(items_of(range(2)), None)
     threads = [threading.Thread(target=call) for call in (backend.close, let_it_close)]
     threads[0].start()
     assert closing.wait(PATIENT)
     try:
-        monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+        monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
         in_fork(child_of_a_fork_that_waited_in_vain, "a fork that waited in vain")
-        monkeypatch.setattr(_sqlite, "FORK_SECONDS", PATIENT)
+        monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
         threads[1].start()
         in_fork(child_of_a_fork_that_waited, "a fork that waited")
     finally:
@@ -898,14 +898,14 @@ def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pyte
 
 @forks
 def test_a_call_that_forks_goes_on_in_the_parent_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
     with opened(tmp_path) as backend:
         with backend._transaction() as connection:
             backend._store(connection, items_of(range(5)), None)
 
             def child() -> None:
                 with pytest.raises(TierError, match="forked"):
-                    _sqlite.rows(connection, "COMMIT")
+                    sqlite.rows(connection, "COMMIT")
                 backend._connections.give(connection, sound=True)
                 assert connection.in_transaction, "neither kept nor closed: both would use the parent's locks"
                 with pytest.raises(TierError, match="forked"):
@@ -918,7 +918,7 @@ def test_a_call_that_forks_goes_on_in_the_parent_alone(tmp_path: Path, monkeypat
 @forks
 def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A signal handler or a finalizer runs where it pleases: here, in the thread that forks, as it closes connections.
-    monkeypatch.setattr(_sqlite, "FORK_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
     said: list[str] = []
 
     def close() -> None:
@@ -937,7 +937,7 @@ def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest
     def child() -> None:
         assert backend.get(key_of(1)) == value_of(1)
 
-    monkeypatch.setattr(disk, "Connection", closing_by(close))
+    monkeypatch.setattr(disk_backend, "Connection", closing_by(close))
     with opened(tmp_path) as backend:
         backend.set_many(items_of(range(2)), None)
         in_threads(1, lambda _: in_fork(child, "the outer fork"), "a fork inside a fork")
@@ -952,7 +952,7 @@ def test_a_full_disk_is_an_error_and_what_is_stored_stays(tmp_path: Path, monkey
     with opened(tmp_path) as backend:
         backend.set_many(items_of(range(100)), None)
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "PRAGMAS", (*disk.PRAGMAS, "max_page_count = 60"))
+        patch.setattr(disk_backend, "PRAGMAS", (*disk_backend.PRAGMAS, "max_page_count = 60"))
         with opened(tmp_path) as backend:
             for _ in range(3):
                 with pytest.raises(OSError, match="no room") as caught:

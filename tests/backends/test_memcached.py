@@ -28,8 +28,8 @@ from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing._support import in_fork, in_threads
-from embedonce_backends import _memcached_nodes
-from embedonce_backends.memcached import LARGEST, MemcachedBackend
+from embedonce_backends.memcached import MemcachedBackend, nodes
+from embedonce_backends.memcached.backend import LARGEST
 
 DAY = 86_400
 _numbers = itertools.count()
@@ -417,16 +417,16 @@ def test_an_exhausted_pool_is_busy_and_not_dead(memcached_servers: list[str], mo
 
 def test_a_call_that_is_interrupted_leaves_no_reply(backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.set_many(items_of(range(40)), None)
-    receive = _memcached_nodes._Socket.recv
+    receive = nodes._Socket.recv
 
     def interrupted(*_: object) -> bytes:
         raise KeyboardInterrupt
 
     for number in range(10):
-        monkeypatch.setattr(_memcached_nodes._Socket, "recv", interrupted)
+        monkeypatch.setattr(nodes._Socket, "recv", interrupted)
         with pytest.raises(KeyboardInterrupt):
             backend.get_many([key_of(number)])
-        monkeypatch.setattr(_memcached_nodes._Socket, "recv", receive)
+        monkeypatch.setattr(nodes._Socket, "recv", receive)
         assert backend.get_many([key_of(number + 1)]) == {key_of(number + 1): value_of(number + 1)}
 
 

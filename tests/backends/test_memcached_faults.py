@@ -22,8 +22,8 @@ from embedonce.contracts import deadline
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierError
 from embedonce.testing import CountingProvider, FaultProxy, ManualClock, NetworkFault
 from embedonce.testing._support import in_threads
-from embedonce_backends import _memcached_nodes
-from embedonce_backends.memcached import MemcachedBackend, NodeDown, NodeTimeout
+from embedonce_backends._nodes import NodeDown, NodeTimeout
+from embedonce_backends.memcached import MemcachedBackend, nodes
 
 R = TypeVar("R")
 
@@ -79,7 +79,7 @@ def opened(*nodes: Any, **options: Any) -> Iterator[MemcachedBackend]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """The clock by which a node that failed is tried again."""
     clock = ManualClock(1000.0)
-    monkeypatch.setattr(_memcached_nodes, "_now", clock)
+    monkeypatch.setattr(nodes, "_now", clock)
     return clock
 
 
@@ -311,7 +311,7 @@ def test_a_dead_nodes_keys_fail_and_the_other_serves(
         assert backend.describe() == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
         mortal.restart()
         assert partly(lambda: backend.get_many(list(everything)), lost) == kept
-        clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+        clock.advance(nodes.LONGEST_WAIT * 2)
         backend.set_many(everything, None)
         assert backend.get_many(list(everything)) == everything
         assert backend.describe() == "frames on 2 nodes"
@@ -329,7 +329,7 @@ def after_its_share(clock: ManualClock, call: Callable[[], R]) -> R:
             with deadline(seconds):
                 return call()
         except TimeoutError:
-            clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+            clock.advance(nodes.LONGEST_WAIT * 2)
     with deadline(90.0):
         return call()
 
@@ -349,7 +349,7 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
         partly(lambda: backend.set_many(everything, None), lost)
         assert proxies[0].accepted == accepted
         # Then one call tries it again, and no other beside it.
-        clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+        clock.advance(nodes.LONGEST_WAIT * 2)
         found: list[Any] = []
         trying = threading.Thread(target=lambda: found.append(backend.get_many(list(everything))))
         trying.start()
@@ -362,7 +362,7 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
             proxies[0].heal()
             trying.join()
         assert found == [everything]
-        clock.advance(_memcached_nodes.LONGEST_WAIT * 2)
+        clock.advance(nodes.LONGEST_WAIT * 2)
         assert backend.get_many(list(everything)) == everything
 
 

@@ -33,8 +33,8 @@ from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, Tier
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing._support import in_fork, in_threads
 from embedonce.vectors import Dtype, Entry, freeze, round_vectors
-from embedonce_backends import _postgres_connections, postgres
-from embedonce_backends.postgres import PostgresBackend
+from embedonce_backends.postgres import PostgresBackend, connections
+from embedonce_backends.postgres import backend as postgres_backend
 
 SCOPE = "0123456789abcdef"
 LONG = 60.0
@@ -420,7 +420,7 @@ def test_writers_of_the_same_rows_do_not_lock_each_other_out(backend: PostgresBa
 def test_expired_rows_are_swept_in_bites(
     database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "SWEEP_EVERY", 100)
+    monkeypatch.setattr(postgres_backend, "SWEEP_EVERY", 100)
     backend.set_many({key_of(number): b"old" for number in range(2500)}, 60.0)
     backend.set_many({key_of(5000): b"stays"}, None)
     backend.ahead += 61
@@ -782,7 +782,7 @@ def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
 def test_a_query_that_nobody_waits_for_is_ended(
     database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_postgres_connections, "CANCEL_SECONDS", LONG)
+    monkeypatch.setattr(connections, "CANCEL_SECONDS", LONG)
     backend.set_many({key_of(1): b"x"}, None)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
     with _locked(database, backend):
@@ -838,7 +838,7 @@ def test_connections_that_nobody_needs_are_closed(backend: PostgresBackend, monk
     for connection in [backend._pool.take() for _ in range(4)]:
         backend._pool.give(connection)
     assert backend._pool._open == 4
-    monkeypatch.setattr(_postgres_connections, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.0)
     assert backend.get_many([key_of(1)]) == {}
     assert backend._pool._open == len(backend._pool._idle) == 1
     assert backend.get_many([key_of(1)]) == {}

@@ -19,8 +19,8 @@ from embedonce import Cache, ConfigError, Entry, Tier
 from embedonce.contracts import deadline
 from embedonce.testing import CountingProvider, FaultProxy, NetworkFault
 from embedonce.vectors import freeze
-from embedonce_backends._postgres_connections import hosts_of
 from embedonce_backends.postgres import PostgresBackend
+from embedonce_backends.postgres.connections import hosts_of
 
 numbers = itertools.count()
 

@@ -22,9 +22,9 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities, deadline, time_left
 from embedonce.errors import CacheClosed, ConfigError, PartialAnswer
 from embedonce.options import Doc, Size
+from embedonce_backends._nodes import NodeDown, NodeTimeout
 
-from ._memcached_nodes import Connection, Node, silences
-from ._nodes import NodeDown, NodeTimeout
+from .nodes import Connection, Node, silences
 
 api = 1
 

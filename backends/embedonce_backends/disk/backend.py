@@ -28,7 +28,7 @@ from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError
 from embedonce.options import Doc, Size
 
-from ._sqlite import (
+from .sqlite import (
     STEPS,
     Connection,
     Connections,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames
 
-from ._postgres_connections import Binary
+from .connections import Binary
 
 Item: TypeAlias = Entry | bytes
 

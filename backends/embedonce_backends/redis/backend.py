@@ -17,11 +17,11 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc, Size
+from embedonce_backends._pages import page
 
-from ._pages import page
-from ._redis_connections import AsyncClient, Client, Settings
-from ._redis_plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
-from ._redis_url import Place, place_of
+from .connections import AsyncClient, Client, Settings
+from .plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
+from .url import Place, place_of
 
 if TYPE_CHECKING:
     from ssl import SSLContext

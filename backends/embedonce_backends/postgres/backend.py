@@ -19,11 +19,11 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc
+from embedonce_backends._pages import page
 
-from ._pages import page
-from ._postgres_connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
-from ._postgres_rows import Item, columns, items_of, texts
-from ._postgres_schema import Column, Found, Run, Statements, look, make, statements
+from .connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
+from .rows import Item, columns, items_of, texts
+from .schema import Column, Found, Run, Statements, look, make, statements
 
 api = 1
 

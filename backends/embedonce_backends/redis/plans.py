@@ -26,9 +26,9 @@ from redis.exceptions import (
 )
 
 from embedonce.errors import PartialAnswer
+from embedonce_backends._nodes import NodeDown
 
-from ._nodes import NodeDown
-from ._redis_url import Address, Place
+from .url import Address, Place
 
 T = TypeVar("T")
 

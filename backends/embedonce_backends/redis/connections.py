@@ -25,10 +25,10 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
+from embedonce_backends._pages import page
 
-from ._pages import page
-from ._redis_plans import ROLE, Node, Plan, Reply, Trip, is_master
-from ._redis_url import Address, Place
+from .plans import ROLE, Node, Plan, Reply, Trip, is_master
+from .url import Address, Place
 
 if TYPE_CHECKING:
     from ssl import SSLContext
