@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedonce.cli.distinct import Distinct
+from embedonce.cli.embedding.distinct import Distinct
 
 
 @given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=3))), st.integers(1, 30))

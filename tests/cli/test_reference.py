@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embedonce.cli.run import Summary
+from embedonce.cli.embedding.run import Summary
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 

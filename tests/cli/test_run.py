@@ -11,11 +11,11 @@ import pytest
 
 import embedonce
 from embedonce.cli import run as running
-from embedonce.cli.passages import Passage
-from embedonce.cli.progress import NoBar
-from embedonce.cli.run import Run, Stopped, failures, reason, windows
-from embedonce.cli.sinks import open_sink
-from embedonce.cli.sources import Reader
+from embedonce.cli.embedding.passages import Passage
+from embedonce.cli.embedding.progress import NoBar
+from embedonce.cli.embedding.run import Run, Stopped, failures, reason, windows
+from embedonce.cli.embedding.sinks import open_sink
+from embedonce.cli.embedding.sources import Reader
 
 
 class Function:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from embedonce.cli.passages import Passage
-from embedonce.cli.sinks import HEADER, SinkError, npy_header, open_sink, written_by
+from embedonce.cli.embedding.passages import Passage
+from embedonce.cli.embedding.sinks import HEADER, SinkError, npy_header, open_sink, written_by
 
 KINDS = ("npy", "jsonl", "parquet")
 PASSAGES = [Passage(f"text {i} “quoted”\n", f"folder/é{i % 3}.txt", i + 1) for i in range(10)]

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedonce.cli import formats
-from embedonce.cli.passages import Broken, Passage, name_of, place
-from embedonce.cli.sources import Reader
+from embedonce.cli.embedding.passages import Broken, Passage, name_of, place
+from embedonce.cli.embedding.sources import Reader
 
 WORDS = st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=20)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .formats import Format, Split
+from .embedding.formats import Format, Split
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, count, emit, say, write
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
 
-    from .progress import Bar, NoBar
-    from .run import Run, Summary
-    from .sinks import Sink
-    from .sources import Reader
+    from .embedding.progress import Bar, NoBar
+    from .embedding.run import Run, Summary
+    from .embedding.sinks import Sink
+    from .embedding.sources import Reader
 
 EPILOG = """
 Examples:
@@ -77,9 +77,9 @@ def embed(
     """Embed the passages of files, each distinct text once, and write one row per passage."""
     from embedonce.config import compose
 
+    from .embedding.run import Run
+    from .embedding.sources import Reader
     from .opened import load, telling
-    from .run import Run
-    from .sources import Reader
 
     sink = _sink(out, with_text)
     try:
@@ -105,7 +105,7 @@ def embed(
 
 
 def _sink(out: Path, with_text: bool) -> Sink:
-    from .sinks import SinkError, open_sink
+    from .embedding.sinks import SinkError, open_sink
 
     try:
         return open_sink(out, with_text=with_text)
@@ -114,7 +114,7 @@ def _sink(out: Path, with_text: bool) -> Sink:
 
 
 def _own_files(out: Path) -> list[str]:
-    from .sinks import written_by
+    from .embedding.sinks import written_by
 
     return [str(path) for path in written_by(out)]
 
@@ -139,7 +139,7 @@ def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
 
 
 def _bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
-    from .progress import Bar, NoBar
+    from .embedding.progress import Bar, NoBar
 
     if not (show and sys.stderr.isatty()):
         return NoBar()
@@ -174,8 +174,8 @@ def _sigterm() -> Iterator[None]:
 
 def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
     """Run, and return the exit code; what ends a run early is said here and noted in the summary."""
-    from .run import Stopped
-    from .sinks import SinkError, finals_of
+    from .embedding.run import Stopped
+    from .embedding.sinks import SinkError, finals_of
 
     summary = run.summary
     try:

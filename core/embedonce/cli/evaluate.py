@@ -176,7 +176,7 @@ def _evaluated(
 
 
 def _embedded(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
-    from .run import reason
+    from .embedding.run import reason
 
     fetched = cache.fetch(texts.texts, task=task)
     for position, error in fetched.failed.items():
