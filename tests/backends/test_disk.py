@@ -28,7 +28,7 @@ import embedonce
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
-from embedonce.testing._support import in_fork, in_threads
+from embedonce.testing.contracts.support import in_fork, in_threads
 from embedonce_backends.disk import BytesDisk, DiskBackend, sqlite
 from embedonce_backends.disk import backend as disk_backend
 

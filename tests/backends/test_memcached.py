@@ -27,7 +27,7 @@ from embedonce import Cache, Tier
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
-from embedonce.testing._support import in_fork, in_threads
+from embedonce.testing.contracts.support import in_fork, in_threads
 from embedonce_backends.memcached import MemcachedBackend, nodes
 from embedonce_backends.memcached.backend import LARGEST
 

@@ -21,7 +21,7 @@ from embedonce import Cache, Tier
 from embedonce.contracts import deadline
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierError
 from embedonce.testing import CountingProvider, FaultProxy, ManualClock, NetworkFault
-from embedonce.testing._support import in_threads
+from embedonce.testing.contracts.support import in_threads
 from embedonce_backends._nodes import NodeDown, NodeTimeout
 from embedonce_backends.memcached import MemcachedBackend, nodes
 

@@ -31,7 +31,7 @@ from embedonce.contracts import deadline
 from embedonce.encryption import Encryption
 from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
-from embedonce.testing._support import in_fork, in_threads
+from embedonce.testing.contracts.support import in_fork, in_threads
 from embedonce.vectors import Dtype, Entry, freeze, round_vectors
 from embedonce_backends.postgres import PostgresBackend, connections
 from embedonce_backends.postgres import backend as postgres_backend

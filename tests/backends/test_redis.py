@@ -33,7 +33,7 @@ from embedonce import Cache, Tier
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
-from embedonce.testing.backend_contract import key
+from embedonce.testing.contracts.backend import key
 from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
 

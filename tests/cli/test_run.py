@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import embedonce
-from embedonce.cli import run as running
+from embedonce.cli.embedding import run as running
 from embedonce.cli.embedding.passages import Passage
 from embedonce.cli.embedding.progress import NoBar
 from embedonce.cli.embedding.run import Run, Stopped, failures, reason, windows

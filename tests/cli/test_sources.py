@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedonce.cli import formats
+from embedonce.cli.embedding import formats
 from embedonce.cli.embedding.passages import Broken, Passage, name_of, place
 from embedonce.cli.embedding.sources import Reader
 

@@ -20,7 +20,7 @@ import embedonce
 from embedonce import config, hookspecs, plugins
 from embedonce.errors import ConfigError, PluginError
 from embedonce.testing import BackendContract, ProviderContract
-from embedonce.testing._support import in_fork
+from embedonce.testing.contracts.support import in_fork
 
 STRANGER = Path(__file__).parent.parent / "plugin"
 

@@ -23,7 +23,7 @@ from servers import HOST, MemcachedServer, PostgresServer, RedisClusterServers, 
 from embedonce import Cache, EraseIncomplete, Tier, TierError
 from embedonce.contracts import Backend
 from embedonce.testing import CountingProvider
-from embedonce.testing._support import in_threads
+from embedonce.testing.contracts.support import in_threads
 from embedonce_backends.memcached import MemcachedBackend
 from embedonce_backends.postgres import PostgresBackend
 from embedonce_backends.redis import RedisBackend

@@ -18,7 +18,7 @@ import pytest
 from patience import held, until_gone
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
-from embedonce.testing._support import in_fork
+from embedonce.testing.contracts.support import in_fork
 from embedonce.testing.fakes import CountingProvider
 from embedonce_integrations import wrapping
 from embedonce_integrations.wrapping import (

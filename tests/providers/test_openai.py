@@ -20,7 +20,7 @@ import pytest
 import embedonce
 from embedonce import Cache, ProviderError, SpaceError, TextRefused, Tier
 from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, Recipe
-from embedonce.testing._support import in_fork
+from embedonce.testing.contracts.support import in_fork
 from embedonce_backends.disk import DiskBackend
 from embedonce_providers._openai_answer import read_answer, too_long
 from embedonce_providers.openai import OpenAIProvider

@@ -20,7 +20,7 @@ import embedonce
 from embedonce import Tier, model_files
 from embedonce.errors import ConfigError, PluginError, SpaceError, TextRefused
 from embedonce.testing import ProviderContract
-from embedonce.testing._support import in_fork
+from embedonce.testing.contracts.support import in_fork
 
 pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
 from embedonce_backends.disk import DiskBackend

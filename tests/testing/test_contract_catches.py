@@ -42,7 +42,7 @@ from embedonce.testing import (
     ProviderContract,
     Recipe,
 )
-from embedonce.testing._support import BOUND
+from embedonce.testing.contracts.support import BOUND
 
 PATH = "."
 """Where the broken backends on files have their folder; each test sets its own."""

@@ -15,10 +15,9 @@ from embedonce.testing import (
     NormalizerContract,
     ProviderContract,
     faults,
-    gemini_server,
-    openai_server,
     proxy,
 )
+from embedonce.testing.servers import gemini, openai
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -65,7 +64,7 @@ def test_every_fault_is_listed() -> None:
     assert in_tables(backend) == set(get_args(faults.Kind))
     assert in_tables(provider) == set(get_args(faults.ProviderKind))
     assert in_tables(section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
-    assert in_tables(section("What happens when an API misbehaves?")) == set(get_args(openai_server.OpenAIMisbehaviour))
+    assert in_tables(section("What happens when an API misbehaves?")) == set(get_args(openai.OpenAIMisbehaviour))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,8 @@ def test_every_fault_is_listed() -> None:
         (faults.Fault, faults.Kind),
         (faults.ProviderFault, faults.ProviderKind),
         (proxy.NetworkFault, proxy.NetworkKind),
-        (openai_server.OpenAIServer, openai_server.OpenAIMisbehaviour),
-        (gemini_server.GeminiServer, gemini_server.GeminiMisbehaviour),
+        (openai.OpenAIServer, openai.OpenAIMisbehaviour),
+        (gemini.GeminiServer, gemini.GeminiMisbehaviour),
     ],
 )
 def test_every_fault_is_in_its_docstring(fault: type, kinds: object) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._lazy import MODULES, load
-from ._support import Recipe
 from .clocks import ManualClock
+from .contracts.support import Recipe
 from .fakes import CountingProvider, DictBackend
 from .faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from .proxy import FaultProxy, NetworkFault
 
 if TYPE_CHECKING:
-    from .backend_contract import BackendContract
-    from .gemini_server import GeminiServer
-    from .normalizer_contract import NormalizerContract
-    from .openai_server import OpenAIServer
-    from .provider_contract import ProviderContract
+    from .contracts.backend import BackendContract
+    from .contracts.normalizer import NormalizerContract
+    from .contracts.provider import ProviderContract
+    from .servers.gemini import GeminiServer
+    from .servers.openai import OpenAIServer
 
 __all__ = [
     "BackendContract",

@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import Any
 
 MODULES = {
-    "BackendContract": "backend_contract",
-    "GeminiServer": "gemini_server",
-    "NormalizerContract": "normalizer_contract",
-    "OpenAIServer": "openai_server",
-    "ProviderContract": "provider_contract",
+    "BackendContract": "contracts.backend",
+    "GeminiServer": "servers.gemini",
+    "NormalizerContract": "contracts.normalizer",
+    "OpenAIServer": "servers.openai",
+    "ProviderContract": "contracts.provider",
 }
 
 

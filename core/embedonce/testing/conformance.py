@@ -25,13 +25,13 @@ from embedonce.contracts import Capabilities
 from embedonce.vectors import Entry, encode_frames, freeze
 
 from . import _targets
-from ._support import Recipe
 from ._targets import NEW, SERVER, Target, WrongTarget
-from ._values import key
-from ._whole import Whole
-from .backend_contract import BackendContract
-from .normalizer_contract import NormalizerContract
-from .provider_contract import ProviderContract
+from .contracts.backend import BackendContract
+from .contracts.normalizer import NormalizerContract
+from .contracts.provider import ProviderContract
+from .contracts.support import Recipe
+from .contracts.values import key
+from .contracts.whole import Whole
 
 DIMENSIONS = 384
 """Of the vectors with which operations are timed."""

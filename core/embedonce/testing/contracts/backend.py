@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
 from embedonce.errors import PartialAnswer
 from embedonce.keys import CARD_PREFIX
+from embedonce.testing.proxy import FaultProxy, NetworkFault
 
-from ._child import WRITE_BATCH
-from ._dict_model import run_as_a_dict
-from ._support import BOUND, Recipe, bounded, in_fork, in_processes, in_threads, killed_while_writing
-from ._values import SCOPE, Values, key, values_for
-from ._whole import Whole, standard
-from .proxy import FaultProxy, NetworkFault
+from .child import WRITE_BATCH
+from .dict_model import run_as_a_dict
+from .support import BOUND, Recipe, bounded, in_fork, in_processes, in_threads, killed_while_writing
+from .values import SCOPE, Values, key, values_for
+from .whole import Whole, standard
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ._loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
+from .loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
 
 OpenAIMisbehaviour: TypeAlias = Literal[
     "out_of_order",

@@ -1,4 +1,4 @@
-"""What another process does for the contracts: make a plugin, use it, tell. Run by :mod:`._support`.
+"""What another process does for the contracts: make a plugin, use it, tell. Run by :mod:`.support`.
 
 Reads a line with a JSON object from standard input, makes the plugin, says so with an empty line, waits for one, and
 writes a JSON object to standard output. One that writes until it is killed waits for nothing, and tells after each
@@ -21,7 +21,7 @@ from embedonce.contracts import Embedded
 from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
-from ._values import key, values_for
+from .values import key, values_for
 
 WRITE_BATCH = 20
 """Keys that a process which is to be killed stores in one call."""

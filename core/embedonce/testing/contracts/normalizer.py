@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from embedonce.contracts import Normalizer
 
-from ._support import Recipe, in_processes, in_threads
-from ._whole import Whole, standard
+from .support import Recipe, in_processes, in_threads
+from .whole import Whole, standard
 
 TEXTS = (
     "A cache keeps what was computed once.",

@@ -140,7 +140,7 @@ def _read_all(reader: int, child: int, meanwhile: Callable[[], None]) -> bytes |
 def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
     """Hand each request to a fresh Python process that makes the plugin of ``recipe``; return their answers.
 
-    All begin at one moment, when the last has made its plugin. See :mod:`embedonce.testing._child` for what they
+    All begin at one moment, when the last has made its plugin. :mod:`embedonce.testing.contracts.child` says what they
     understand.
 
     Raises:
@@ -209,7 +209,7 @@ def _told(child: subprocess.Popen[bytes]) -> bytes:
 def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "embedonce.testing._child"],
+        [sys.executable, "-P", "-m", "embedonce.testing.contracts.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

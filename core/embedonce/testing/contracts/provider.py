@@ -18,8 +18,8 @@ from embedonce.contracts import AnyProvider, Embedded, Limits
 from embedonce.errors import TextRefused
 from embedonce.keys import VectorSpace
 
-from ._support import BOUND, Recipe, in_processes, in_threads
-from ._whole import Whole, standard
+from .support import BOUND, Recipe, in_processes, in_threads
+from .whole import Whole, standard
 
 TEXTS = (
     "A cache keeps what was computed once.",

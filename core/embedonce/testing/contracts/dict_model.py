@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from embedonce.contracts import Backend
 
-from ._values import values_for
+from .values import values_for
 
 TTLS = (10.0, 100.0)
 STEPS = (7.0, 70.0)

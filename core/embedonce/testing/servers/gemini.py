@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ._loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
+from .loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
 
 GeminiMisbehaviour: TypeAlias = Literal[
     "short",

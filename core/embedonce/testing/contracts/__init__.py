@@ -1,0 +1,1 @@
+"""What every plugin must do, as test classes; each needs pytest and hypothesis."""
