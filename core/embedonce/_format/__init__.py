@@ -1,0 +1,1 @@
+"""Vectors in memory and as bytes. Private; users import ``embedonce.vectors``."""

@@ -1,0 +1,123 @@
+"""How finely vectors are kept: rounding to a dtype, and the bytes of what was rounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .entries import Dtype, as_float32
+
+_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+
+
+def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
+    """Return the rows of a matrix (n, d) as a cache of this dtype answers them, as float32.
+
+    Rounding what is rounded changes no bit, and a row gives the same bits alone as in a batch. With
+    ``"float32"`` the result may be ``matrix`` itself.
+
+    Raises:
+        ValueError: a row is not finite, too large for the dtype, or becomes all zero; names the row.
+    """
+    given = np.asarray(matrix)
+    if given.ndim != 2:
+        raise ValueError(f"a matrix has two dimensions, not {given.ndim}")
+    rows = as_float32(given)
+    values, fits = round_rows(rows, dtype)
+    if rows is not given:  # float64 has small values that float32 does not
+        fits &= values.any(axis=1) | ~given.any(axis=1)
+    if not fits.all():
+        row = int(fits.argmin())
+        raise ValueError(f"row {row} {explain_unfit(given[row], dtype)}")
+    return values
+
+
+def round_rows(rows: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the rows as they read back once written, and which of them the dtype can hold."""
+    return read_back(rows, pack(rows, dtype), dtype)
+
+
+def read_back(
+    rows: NDArray[np.float32], payloads: NDArray[np.uint8], dtype: Dtype
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    if dtype == "float32":
+        return rows, _finite(rows)
+    values, sound = unpack(payloads, dtype)
+    with np.errstate(all="ignore"):  # numpy warns of a signalling NaN
+        lost = ~values.any(axis=1) & rows.any(axis=1)
+    return values, sound & ~lost
+
+
+def _finite(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(rows), axis=1)
+    return finite
+
+
+def explain_unfit(row: NDArray[Any], dtype: Dtype) -> str:
+    if not np.isfinite(row).all():
+        return "is not finite"
+    if np.abs(row).max() >= 1:
+        return f"has a value that is too large for {dtype}"
+    return f"becomes all zero as {dtype}"
+
+
+def payload_size(dtype: Dtype, dimension: int) -> int:
+    if dtype == "int8":
+        return 4 + dimension
+    return dimension * (2 if dtype == "float16" else 4)
+
+
+def pack(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
+    """Return the payloads of rows (n, d), one a row; what does not fit is for :func:`unpack` to find."""
+    if dtype == "float32":
+        return _octets(rows.astype("<f4", copy=False))
+    with np.errstate(all="ignore"):
+        if dtype == "float16":
+            return _octets(rows.astype("<f2"))
+        scales, steps = _to_int8(rows)
+    return np.hstack((_octets(scales.astype("<f4", copy=False)[:, None]), _octets(steps)))
+
+
+def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the values of payloads of one size, shape (n, d), and which rows an encoder could have written."""
+    if dtype == "float32":
+        values = payloads.view("<f4").astype(np.float32, copy=False)
+        return values, _finite(values)
+    with np.errstate(all="ignore"):
+        if dtype == "int8":
+            return _from_int8(payloads[:, :4].copy().view("<f4")[:, 0], payloads[:, 4:].view(np.int8))
+        values = payloads.view("<f2").astype(np.float32)
+    return values, _finite(values)
+
+
+def _octets(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    if not rows.size:
+        return np.empty((len(rows), rows.shape[1] * rows.itemsize), np.uint8)
+    return np.ascontiguousarray(rows).view(np.uint8)
+
+
+def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Return each row's scale (n,) and steps (n, d); a value is its step times its row's scale.
+
+    The scale is the row's largest value / 127, rounded up to 16 significant bits and to no less than the
+    smallest normal float32. A step has 7 bits, so the product has at most 23 and is exact in float32;
+    the largest step is 127 (unless the scale is the smallest), so the rounded row has the same scale again.
+    """
+    finite = _finite(rows)
+    if not finite.all():  # such a row becomes all zero, and is refused for that
+        rows = np.where(finite[:, None], rows, np.float32(0))
+    peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
+    mantissas, exponents = np.frexp(peaks / 127)
+    scales = np.maximum(np.ldexp(np.ceil(np.ldexp(mantissas, 16)), exponents - 16), _SMALLEST_SCALE)
+    return scales.astype(np.float32), np.rint(rows / scales[:, None]).astype(np.int8)
+
+
+def _from_int8(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
+    # Only what _to_int8 gives rounds to itself again: 16 significant bits, and steps that use the range.
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
+    sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _finite(values)
+    return values, sound & ((peaks == 127) | ((scales == _SMALLEST_SCALE) & (peaks < 127)))
