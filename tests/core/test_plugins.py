@@ -18,6 +18,7 @@ from patience import held
 
 import embedonce
 from embedonce import config, hookspecs, plugins
+from embedonce._plugins import loading
 from embedonce.errors import ConfigError, PluginError
 from embedonce.testing import BackendContract, ProviderContract
 from embedonce.testing.contracts.support import in_fork
@@ -581,5 +582,5 @@ def embedonce_providers():
 
 
 def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:
-    with held(plugins._lock):
+    with held(loading._lock):
         in_fork(lambda: config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}), "loading plugins")

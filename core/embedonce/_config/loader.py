@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from embedonce import plugins
 from embedonce._messages import closest, listed, quoted, without_credentials, written
+from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, options_beside, options_of, read_text, wrongs
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem
@@ -108,7 +108,7 @@ class _Loader:
         written = "plugins" in self._values.data or _form(("plugins", "allow")) in self._variables
         # What cannot be read allows nothing.
         allow = self._section("plugins", PluginsTable).get("allow", () if written else None)
-        with plugins.only(allow):
+        with entry_points.only(allow):
             key = self._key()
             provider, fallback, fetch_only = self._providers()
             drift = self._drift()
@@ -227,7 +227,7 @@ class _Loader:
         if not isinstance(step, str):
             return False  # said when the table was read
         try:
-            plugins.normalizer(step)
+            loading.normalizer(step)
         except PluginError as error:
             named = _form(("key", "normalize")) in self._variables or _below(where[:2], self._values.private)
             self._wrong_of("key", "normalize", _unnamed(error, step) if named else str(error), where)
@@ -274,7 +274,7 @@ class _Loader:
         self, where: tuple[str, ...], given: Mapping[str, Any], own: Mapping[str, Option], tables: tuple[str, ...] = ()
     ) -> tuple[_Table, str, type[Any]] | None:
         table = _Table(where, self._document.table(*where), where, given, tables=tables)
-        return self._plugin(table, plugins.provider, {**own})
+        return self._plugin(table, loading.provider, {**own})
 
     def _plugin(self, table: _Table, find: Any, own: Mapping[str, Option]) -> tuple[_Table, str, type[Any]] | None:
         """Read a plugin's table; None where its class, and so its options, are not known."""
@@ -348,7 +348,7 @@ class _Loader:
             return None
         name = self._name(where, given, taken)
         label = self._label(where)
-        found = self._plugin(_Table(where, label, ("tiers", name or ""), given), plugins.backend, options_of(TierTable))
+        found = self._plugin(_Table(where, label, ("tiers", name or ""), given), loading.backend, options_of(TierTable))
         if found is None or name is None:
             return None
         table, kind, cls = found
@@ -366,7 +366,7 @@ class _Loader:
         if not isinstance(name, str):
             return None  # what is wrong with it is said when the table is read
         url = without_credentials(name) if "://" in name else None
-        name = plugins.bare(name) if key == "type" else name
+        name = entry_points.bare(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             wanted = f'a tier\'s name is like "{_slug(url or name)}": a letter a-z, then a-z, 0-9, - and _'
             why = '"provider" is what stands for the provider' if name == "provider" else wanted

@@ -11,12 +11,13 @@ from typing import Any
 
 from annotated_types import Gt
 
-from embedonce import plugins
+from embedonce._plugins import loading
 from embedonce._plugins.options import Option, adapter, metadata, options_beside, options_of
 from embedonce.drift import DriftGuard
 from embedonce.errors import PluginError
 from embedonce.keys import NORMALIZERS
 
+from .inspection import installed
 from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
@@ -42,7 +43,7 @@ def schema() -> dict[str, Any]:
 class _Schema:
     def __init__(self) -> None:
         self._definitions: dict[str, Any] = {}
-        self._installed = plugins.installed()
+        self._installed = installed()
 
     def build(self) -> dict[str, Any]:
         return {
@@ -75,29 +76,29 @@ class _Schema:
     def _provider(self) -> dict[str, Any]:
         fallback = {
             "description": "Embeds what the provider fails to; its vectors live in a vector space of their own.",
-            "oneOf": self._plugins("provider", "fallback", plugins.provider, options_of(FallbackTable), {}),
+            "oneOf": self._plugins("provider", "fallback", loading.provider, options_of(FallbackTable), {}),
         }
         self._definitions["fallback"] = fallback
         inner = {"fallback": {"$ref": "#/definitions/fallback"}}
         return {
             "description": "What makes the vectors that no tier has.",
-            "oneOf": self._plugins("provider", "provider", plugins.provider, {}, inner),
+            "oneOf": self._plugins("provider", "provider", loading.provider, {}, inner),
         }
 
     def _tiers(self) -> dict[str, Any]:
-        tier = self._plugins("backend", "tier", plugins.backend, options_of(TierTable), {})
+        tier = self._plugins("backend", "tier", loading.backend, options_of(TierTable), {})
         return {
             "description": "Where vectors are kept, fastest first.",
             "type": "array",
             "items": {"oneOf": tier},
         }
 
-    def _names(self, kind: plugins.Kind) -> list[str]:
+    def _names(self, kind: loading.Kind) -> list[str]:
         return [plugin.type for plugin in self._installed if kind in plugin.kinds]
 
     def _plugins(
         self,
-        kind: plugins.Kind,
+        kind: loading.Kind,
         role: str,
         find: Callable[[str], type[Any]],
         own: Mapping[str, Option],
