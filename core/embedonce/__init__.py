@@ -1,6 +1,6 @@
 """Embed each text once: a pluggable, tiered cache for text embeddings."""
 
-from ._engine.tiers import Tier
+from ._engine.chain import Tier
 from .answers import Explanation, Fetched, Held, Purged, TierCheck
 from .cache import Cache
 from .config import open

@@ -18,13 +18,14 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from ._engine.chain import Tier, chain_warnings, compose_chain, log_once
 from ._engine.checks import checked_matrix, rounded
 from ._engine.drift import Guarded, Moved
 from ._engine.flights import Table
 from ._engine.plan import Answer, Engine, log
 from ._engine.ports import Port, Ports, step
 from ._engine.routes import Route, Source, describe, plain_texts
-from ._engine.tiers import LiveTier, Tier, chain_warnings, compose_chain, draining, log_once
+from ._engine.tiers import LiveTier, draining
 from ._engine.upkeep import Upkeep
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors

@@ -13,7 +13,7 @@ from ._config.resolved import Config, Plugged, Setting, TierConfig
 from .errors import ConfigError, EmbedonceError, Problem, SpaceError
 
 if TYPE_CHECKING:
-    from ._engine.tiers import ChainError
+    from ._engine.chain import ChainError
     from .answers import ChainWarning
     from .cache import Cache
     from .contracts import AnyProvider
@@ -100,7 +100,7 @@ def secrets_in(document: Mapping[str, Any]) -> list[str]:
 
     A value that stands for a variable, ``${NAME}``, holds none.
     """
-    from ._config.loader import secrets_in
+    from ._config.secrets import secrets_in
 
     return secrets_in(document)
 
@@ -136,7 +136,7 @@ def compose(
 
 def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from . import plugins
-    from ._engine.tiers import ChainError, Tier
+    from ._engine.chain import ChainError, Tier
     from .cache import Cache
     from .functions import NoProvider
 

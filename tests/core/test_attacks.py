@@ -334,7 +334,7 @@ def test_put_stores_also_what_is_being_computed_at_that_moment(store: bool) -> N
 
 
 def test_a_worker_that_is_busy_takes_no_job_from_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedonce._engine.ports import Workers
+    from embedonce._engine.workers import Workers
 
     monkeypatch.setattr(Workers, "IDLE_SECONDS", 0.02)
     for _ in range(300):
@@ -348,7 +348,7 @@ def test_a_worker_that_is_busy_takes_no_job_from_one_that_is_free(monkeypatch: p
 
 
 def test_workers_above_their_most_wait_and_all_get_done() -> None:
-    from embedonce._engine.ports import Workers
+    from embedonce._engine.workers import Workers
 
     workers = Workers(3)
     at_once, most, lock = 0, 0, threading.Lock()

@@ -19,7 +19,8 @@ from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc, Size
 from embedonce_backends._pages import page
 
-from .connections import AsyncClient, Client, Settings
+from .async_connections import AsyncClient
+from .connections import Client, Settings
 from .plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
 from .url import Place, place_of
 

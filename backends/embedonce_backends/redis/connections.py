@@ -6,9 +6,7 @@ server that is down.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import selectors
 import socket
 import threading
 import time
@@ -166,7 +164,7 @@ class Connection(redis.Connection):
         self.connect()
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
-            _check_role(reply)
+            check_role(reply)
 
     def begin(self, trip: Trip) -> None:
         """Connect where that is to be done, and send the commands of a trip."""
@@ -187,7 +185,7 @@ class Connection(redis.Connection):
             return False
 
 
-def _check_role(reply: Reply) -> None:
+def check_role(reply: Reply) -> None:
     if not is_master(reply):
         raise ConnectionError("the server that the sentinels named is not the master any more")
 
@@ -333,7 +331,7 @@ class Client:
                 try:
                     replies = self._exchange(trips)
                 except BaseException as error:  # noqa: BLE001  (the plan knows what it means)
-                    trips = plan.throw(_in_our_words(error))
+                    trips = plan.throw(in_our_words(error))
                 else:
                     trips = plan.send(replies)
         except StopIteration as done:
@@ -351,7 +349,7 @@ class Client:
                 connection.open()
             yield connection
         except Exception as error:
-            ours = _in_our_words(error)
+            ours = in_our_words(error)
             if ours is error:
                 raise
             raise ours from error
@@ -391,7 +389,7 @@ class Client:
                 lent[index] = ways[index].take()
             for index, connection in lent.items():
                 try:
-                    with deadline(_share(len(trips))):
+                    with deadline(share_of_deadline(len(trips))):
                         connection.begin(trips[index])
                 except Exception as error:  # noqa: BLE001  (raised below, unless others answer)
                     errors[index] = error
@@ -399,7 +397,7 @@ class Client:
                 if index in errors:
                     continue
                 try:
-                    with deadline(_share(len(trips))):
+                    with deadline(share_of_deadline(len(trips))):
                         replies[index] = connection.read(trips[index])
                     done.add(index)
                 except Exception as error:  # noqa: BLE001  (as above)
@@ -407,16 +405,16 @@ class Client:
         finally:
             for index, connection in lent.items():
                 ways[index].give(connection, sound=index in done)
-        return _with_errors(trips, replies, errors)
+        return with_errors(trips, replies, errors)
 
 
-def _share(trips: int) -> float | None:
+def share_of_deadline(trips: int) -> float | None:
     """Return the seconds that one of several trips may take of what is left: the others' replies are read after it."""
     left = time_left()
     return left if left is None or trips == 1 else left * SHARE
 
 
-def _with_errors(
+def with_errors(
     trips: Sequence[Trip], replies: Sequence[Sequence[Reply]], errors: Mapping[int, Exception]
 ) -> Sequence[Sequence[Reply]]:
     """Put the error of a trip in the place of each of its replies; raise where all trips have failed."""
@@ -424,13 +422,13 @@ def _with_errors(
         return replies
     if len(errors) == len(trips):
         raise errors[min(errors)]
-    words = {index: _in_our_words(error) for index, error in errors.items()}
+    words = {index: in_our_words(error) for index, error in errors.items()}
     return [
         [words[index]] * len(trip.commands) if index in words else replies[index] for index, trip in enumerate(trips)
     ]
 
 
-def _in_our_words(error: BaseException) -> BaseException:
+def in_our_words(error: BaseException) -> BaseException:
     """Return what the engine knows for redis-py's timeout and the standard library's; other errors as they are."""
     if isinstance(error, redis.TimeoutError) or (isinstance(error, TimeoutError) and type(error) is not TierTimeout):
         ours = TierTimeout(SLOW)
@@ -447,208 +445,12 @@ def _close_all(pools: Mapping[Any, Any]) -> None:
 # --- the same for an event loop ---------------------------------------------------------------------
 
 
-class AsyncConnection(redis.asyncio.Connection):
-    """A connection of an event loop. Cancelling a call ends what it does."""
-
-    idle_since = 0.0
-
-    def __init__(self, node: Node, settings: Settings) -> None:
-        self._node = node
-        self._tls = settings.tls
-        super().__init__(host=node.address.host, port=node.address.port, **settings.options(node))
-        _made.add(self)
-
-    def _connection_arguments(self) -> Mapping[str, Any]:
-        tls = {} if self._tls is None else {"ssl": self._tls, "server_hostname": self._node.address.host}
-        return {**super()._connection_arguments(), **tls, "limit": READ_BYTES}
-
-    async def _connect(self) -> None:
-        if self._node.address.port:
-            await super()._connect()
-        else:
-            path = self._node.address.host
-            self._reader, self._writer = await asyncio.open_unix_connection(path, limit=READ_BYTES)
-
-    async def open(self) -> None:
-        """Connect, log in, and see that a master is one."""
-        await self.connect()
-        if self._node.role == "master":
-            (reply,) = await self.ask(Trip(self._node, [ROLE], lambda _: True))
-            _check_role(reply)
-
-    async def ask(self, trip: Trip) -> list[Reply]:
-        """Send the commands of a trip, and return one reply per command; error replies are among them."""
-        await self.send_packed_command([trip.packed()])
-        replies = []
-        for _ in trip.commands:
-            try:
-                reply = await self.read_response()
-            except ResponseError as error:
-                reply = error
-            else:
-                if not trip.check(reply):
-                    raise InvalidResponse("a reply is not of the kind that was asked for")
-            replies.append(reply)
-        return replies
-
-    async def is_quiet(self) -> bool:
-        """Say whether it is as it was left: one that the server closed, or wrote to, can be read from."""
-        try:
-            # The socket as well: the loop may not have looked at it since.
-            return self.is_connected and not await self.can_read() and not _readable(self._writer)
-        except (redis.RedisError, OSError):
-            return False
-
-    async def drop(self) -> None:
-        """Close it at once: nothing that comes later is read."""
-        await self.disconnect(nowait=True)
-
-
-def _readable(writer: asyncio.StreamWriter | None) -> bool:
-    if writer is None or writer.is_closing():
-        return True
-    with _Selector() as selector:
-        selector.register(writer.get_extra_info("socket"), selectors.EVENT_READ)
-        return bool(selector.select(0))
-
-
-# One descriptor, so poll or select cost less than making an epoll.
-_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-class AsyncPool:
-    """The same as :class:`Pool` for one event loop."""
-
-    def __init__(self, node: Node, settings: Settings) -> None:
-        self._node = node
-        self._settings = settings
-        self._slots = asyncio.Semaphore(settings.most)
-        self._idle: list[AsyncConnection] = []
-        self._closed = False
-
-    async def ask(self, trip: Trip) -> list[Reply]:
-        """Carry out one trip; a connection that did not come to its end is dropped."""
-        await self._slot()
-        try:
-            connection = await self._pop() or AsyncConnection(self._node, self._settings)
-            try:
-                if not connection.is_connected:
-                    await connection.open()
-                replies = await connection.ask(trip)
-            except BaseException:
-                await connection.drop()
-                raise
-            await self._keep(connection)
-            return replies
-        finally:
-            self._slots.release()
-
-    async def _slot(self) -> None:
-        if not self._slots.locked():
-            await self._slots.acquire()
-            return
-        left = time_left()
-        try:
-            async with asyncio.timeout(None if left is None else left / 2):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise TierBusy(BUSY.format(self._settings.most)) from None
-
-    async def _pop(self) -> AsyncConnection | None:
-        if self._closed:
-            raise CacheClosed(CLOSED)
-        oldest = time.monotonic() - IDLE_SECONDS
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.idle_since > oldest and await connection.is_quiet():
-                return connection
-            await connection.drop()
-        return None
-
-    async def _keep(self, connection: AsyncConnection) -> None:
-        if self._closed:
-            await connection.drop()
-            return
-        connection.idle_since = time.monotonic()
-        self._idle.append(connection)
-
-    async def close(self) -> None:
-        """Close what is idle, and later what comes back."""
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            await connection.disconnect()
-
-
-class AsyncClient:
-    """Carries out plans on the running event loop."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._pools: dict[Node, AsyncPool] = {}
-        self._closed = False
-
-    async def run(self, plan: Plan[T]) -> T:
-        """Carry a plan out and return its result; raises as :meth:`Client.run`."""
-        async with asyncio.timeout(time_left()):
-            try:
-                trips = next(plan)
-                while True:
-                    try:
-                        replies = await self._exchange(trips)
-                    except BaseException as error:  # noqa: BLE001  (cancelled as well: the plan takes note of it)
-                        trips = plan.throw(_in_our_words(error))
-                    else:
-                        trips = plan.send(replies)
-            except StopIteration as done:
-                result: T = done.value
-                return result
-
-    async def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
-        self._closed = True
-        for pool in self._pools.values():
-            await pool.close()
-
-    async def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        if len(trips) == 1:
-            return [await self._pool(trips[0].node).ask(trips[0])]
-        pools = [self._pool(trip.node) for trip in trips]
-
-        async def ask(pool: AsyncPool, trip: Trip) -> list[Reply]:
-            async with asyncio.timeout(_share(len(trips))):
-                return await pool.ask(trip)
-
-        # Cancelling this cancels all of them, and waits until they have dropped their connections.
-        results = await asyncio.gather(*map(ask, pools, trips), return_exceptions=True)
-        errors: dict[int, Exception] = {}
-        for index, result in enumerate(results):
-            if isinstance(result, Exception):
-                errors[index] = result
-            elif isinstance(result, BaseException):
-                raise result
-        return _with_errors(trips, [[] if isinstance(r, BaseException) else r for r in results], errors)
-
-    def _pool(self, node: Node) -> AsyncPool:
-        if self._closed:
-            raise CacheClosed(CLOSED)
-        pool = self._pools.get(node)
-        if pool is None:
-            pool = self._pools[node] = AsyncPool(node, self._settings)
-        return pool
-
-
 # --- after a fork -----------------------------------------------------------------------------------
 
 _clients: WeakSet[Client] = WeakSet()
-_made: WeakSet[AsyncConnection] = WeakSet()
-_inherited: list[AsyncConnection] = []
-"""Connections of the parent's event loops. Collecting one in the child would take it out of the epoll that the
-child shares with its parent, who would wait for ever."""
 
 
 def _after_in_child() -> None:
-    _inherited.extend(_made)
     for client in list(_clients):
         client.reset()
 

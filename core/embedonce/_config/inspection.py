@@ -92,8 +92,9 @@ def _unreachable(point: EntryPoint, plugin: Loaded) -> Iterator[str]:
 
 def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield what can be seen to be wrong with a class before one is made."""
-    from ._config.tables import TierTable
-    from ._plugins.options import options_beside, options_of  # only `embedonce plugins` asks
+    from embedonce._plugins.options import options_beside, options_of  # only `embedonce plugins` asks
+
+    from .tables import TierTable
 
     if kind == "normalizer":
         return

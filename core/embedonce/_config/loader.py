@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
-from embedonce._messages import closest, listed, quoted, without_credentials, written
+from embedonce._messages import closest, listed, quoted, without_credentials
 from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, options_beside, options_of, read_text, wrongs
 from embedonce.drift import DriftGuard
@@ -20,6 +19,7 @@ from embedonce.options import BadValue, Doc
 from .documents import OVERRIDE, UNUSABLE, Document, Values, is_unicode, overrides, values
 from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
+from .secrets import HIDDEN, credentials_in, display, dotted, is_secret, mask, secret_parts, texts_in
 from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
@@ -140,7 +140,7 @@ class _Loader:
         """Yield each value that nothing can be made of, with what is wrong with it."""
         for where, message in self._values.wrong:
             head, rest = self._split(where)
-            name = _dotted(rest)
+            name = dotted(rest)
             said = f"{name} in {self._label(head)} {message}" if head else f"{name} {message}"
             yield where, self._document.problem(where, said, key=False)
 
@@ -422,7 +422,7 @@ class _Loader:
         return self._variables.get(variable) if variable in table.overridable else None
 
     def _from_variable(self, table: _Table, option: Option, variable: str, text: str) -> Any:
-        table.secrets.update(_pieces(text))
+        table.secrets.update(secret_parts(text))
         if not is_unicode(text):
             self._problems.append(Problem(f"{variable}: is not valid Unicode"))
             return UNUSABLE
@@ -433,11 +433,11 @@ class _Loader:
         if _holds_unusable(value):
             return UNUSABLE
         private = _below(where, self._values.private)
-        for text in _texts(value):
-            table.secrets.update(_pieces(text) if private or is_secret(where[-1:]) else _credentials(text))
+        for text in texts_in(value):
+            table.secrets.update(secret_parts(text) if private or is_secret(where[-1:]) else credentials_in(text))
         for place, found in self._values.variables.items():
             if place[: len(where)] == where:
-                table.secrets.update(piece for text in found.values() for piece in _pieces(text))
+                table.secrets.update(piece for text in found.values() for piece in secret_parts(text))
         if where in self._values.expanded:
             value = read_text(option, value)
         return self._checked(option, value, table=table, hidden=private)
@@ -453,7 +453,7 @@ class _Loader:
         except Refused as refused:
             for wrong in wrongs(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (*table.where, option.name, *wrong.where)
-                name = _dotted((option.name, *wrong.where))
+                name = dotted((option.name, *wrong.where))
                 shown = None if hidden or isinstance(wrong.value, dict | list) else display(where, wrong.value)
                 what = f"{name} = {shown}" if shown else name
                 said = wrong.message + self._from_where((*table.where, option.name))
@@ -521,9 +521,9 @@ class _Loader:
             return Setting(dotted, option.default, "default")
         value = table.resolved.get(name)
         from_environment = override is not None or _below(where, self._values.private)
-        if is_secret((name,)) or (from_environment and not option.is_closed and any(_texts(value))):
+        if is_secret((name,)) or (from_environment and not option.is_closed and any(texts_in(value))):
             value = HIDDEN
-        return Setting(dotted, _masked(where, value), override[0] if override else self._origin(where))
+        return Setting(dotted, mask(where, value), override[0] if override else self._origin(where))
 
     def _origin(self, where: TomlPath) -> str:
         place = self._document.place(where, key=True)
@@ -581,77 +581,3 @@ def _holds_unusable(value: Any) -> bool:
 
 
 # --- what messages may show -------------------------------------------------------------------
-
-HIDDEN = "(hidden)"
-_SECRET = re.compile(
-    r"secret|encryption|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
-)
-
-
-def is_secret(where: Sequence[str | int]) -> bool:
-    """Whether a value with these names on its path is taken for a secret."""
-    return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
-
-
-def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
-    """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
-    if isinstance(value, Mapping):
-        return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
-    if isinstance(value, list | tuple):
-        return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
-    if not isinstance(value, str):
-        return []
-    found = _pieces(value) if is_secret(where[1:]) else _credentials(value)
-    return [_dotted(where)] if any("${" not in secret for secret in found) else []
-
-
-def display(where: TomlPath, value: Any) -> str | None:
-    """Return a value as TOML writes it, shortened; None where it must not be shown."""
-    if is_secret(where[1:]):
-        return None
-    if isinstance(value, bool):
-        return str(value).lower()
-    return quoted(value) if isinstance(value, str) else str(value)
-
-
-def _masked(where: TomlPath, value: Any) -> Any:
-    if is_secret(where[1:]):
-        return HIDDEN
-    if isinstance(value, Mapping):
-        return {key: _masked((*where, key), item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_masked(where, item) for item in value]
-    return without_credentials(value) if isinstance(value, str) else value
-
-
-def _dotted(where: TomlPath) -> str:
-    """Return names and places in lists as ``servers[0].host``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{written(part)}" for part in where)
-    return text.removeprefix(".")
-
-
-def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
-
-
-def _pieces(text: str) -> Iterable[str]:
-    """Yield what is secret of a secret text: all of it, and any credentials of a URL in it."""
-    if text:
-        yield text
-    yield from _credentials(text)
-
-
-def _credentials(text: str) -> Iterable[str]:
-    """Yield what is secret in a URL: its password, or a user without one, and what has a secret's name."""
-    if "://" not in text:
-        return
-    try:
-        url = urlsplit(text)
-        found = [url.password or url.username, *(value for name, value in parse_qsl(url.query) if is_secret((name,)))]
-    except ValueError:  # no URL
-        return
-    yield from (unquoted for part in found if part for unquoted in {part, unquote(part)})

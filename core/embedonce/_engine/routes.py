@@ -13,7 +13,7 @@ from embedonce.errors import ConfigError, SpaceError, TextError
 from embedonce.events import ProviderStats
 from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 
-from .ports import Workers
+from .workers import Workers
 
 CALLS = 32
 """Most calls to a blocking provider at once from event loops; a thousand tasks need no thousand threads."""

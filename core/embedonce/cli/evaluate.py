@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 
 from .options import ConfigOption, JsonOption
 from .output import Failed, count, emit, say, show, table
-from .retrieval import Gains, Texts, ndcg, read_judgements, read_texts, recall
+from .retrieval import Evaluation, Gains, Measured, Texts, ndcg, read_judgements, read_texts, recall
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,43 +36,6 @@ CHUNK = 256
 """Entries that are written and read at a time, as a tier does."""
 REPEATS = 5
 """Of which the quickest counts: what else the machine does only ever makes one slower."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One dtype on one retrieval set. Recall, nDCG and ``same`` are means over the queries, from 0 to 1."""
-
-    dtype: Dtype
-    recall: float
-    ndcg: float
-    same: float
-    """Which part of the k documents that float32 finds are found."""
-    bytes: int
-    """Of a frame without metadata."""
-    write_us: float
-    """Microseconds to round an entry and make its frame."""
-    read_us: float
-    """Microseconds to check a frame and read its vector."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What ``--json`` prints."""
-
-    provider: str
-    model: str
-    dimensions: int
-    documents: int
-    queries: int
-    """Those that count: with a relevant document."""
-    k: int
-    truth: str
-    """``qrels`` or ``float32``."""
-    computed: int
-    """Texts that no tier had."""
-    seconds: float
-    """It took to get all vectors."""
-    dtypes: list[Measured]
 
 
 def evaluate(

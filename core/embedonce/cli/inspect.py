@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedonce._config.loader import HIDDEN
+from embedonce._config.secrets import HIDDEN
 from embedonce._messages import quoted
 
 from .options import ConfigOption, JsonOption, TaskOption

@@ -175,7 +175,7 @@ def _holds_secret(lines: Sequence[str], number: int) -> bool:
 
 
 def _is_secretive(word: str) -> bool:
-    from embedonce._config.loader import is_secret
+    from embedonce._config.secrets import is_secret
     from embedonce._messages import closest
 
     form = word.lower().replace("-", "_")

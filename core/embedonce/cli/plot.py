@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .output import Refused
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
+    from .retrieval import Evaluation
 
 SUFFIXES = (".pdf", ".png", ".svg")
 COLOURS = ("#4c6a92", "#d98e3d")

@@ -8,9 +8,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .output import Refused
+
+if TYPE_CHECKING:
+    from embedonce.vectors import Dtype
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -24,6 +27,43 @@ class Texts:
 
     ids: list[str]
     texts: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One dtype on one retrieval set. Recall, nDCG and ``same`` are means over the queries, from 0 to 1."""
+
+    dtype: Dtype
+    recall: float
+    ndcg: float
+    same: float
+    """Which part of the k documents that float32 finds are found."""
+    bytes: int
+    """Of a frame without metadata."""
+    write_us: float
+    """Microseconds to round an entry and make its frame."""
+    read_us: float
+    """Microseconds to check a frame and read its vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What ``--json`` prints."""
+
+    provider: str
+    model: str
+    dimensions: int
+    documents: int
+    queries: int
+    """Those that count: with a relevant document."""
+    k: int
+    truth: str
+    """``qrels`` or ``float32``."""
+    computed: int
+    """Texts that no tier had."""
+    seconds: float
+    """It took to get all vectors."""
+    dtypes: list[Measured]
 
 
 def read_texts(file: Path) -> Texts:

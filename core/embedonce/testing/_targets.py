@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedonce import plugins
-from embedonce._config.loader import _credentials, is_secret
+from embedonce._config.secrets import credentials_in, is_secret
 from embedonce._messages import closest, listed, quoted
 from embedonce._plugins.options import Option, Refused, options_of, read_text, wrongs
 from embedonce.errors import PluginError
@@ -46,7 +46,7 @@ class Target:
     def secrets(self) -> list[str]:
         """Texts among the options that no message may repeat."""
         named = (text for name, text in self.options.items() if is_secret((name,)))
-        return [secret for secret in (*named, *(c for t in self.options.values() for c in _credentials(t))) if secret]
+        return [secret for secret in (*named, *(c for t in self.options.values() for c in credentials_in(t))) if secret]
 
     def filled(self, *, new: str, server: str = "") -> dict[str, str]:
         """Return the options with ``{new}`` and ``{server}`` filled in."""

@@ -1,0 +1,85 @@
+"""Daemon threads for calls that may hang."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Daemon threads for calls that may hang: made on demand up to a most, reused, gone after ten idle seconds.
+
+    ``concurrent.futures``' own pool joins its threads when the program ends, so that one hanging
+    call would keep the program alive for ever.
+    """
+
+    IDLE_SECONDS = 10.0
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
+        self._lock = threading.RLock()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._threads = 0
+        self._free = 0  # threads that wait and for which no job is meant
+        self._backlog = 0  # jobs for which no thread is meant
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run ``call`` in a thread, in a copy of the caller's context; where all are busy, as soon as one is not.
+
+        Raises:
+            RuntimeError: the interpreter is ending and there is no thread.
+        """
+        future: Future[T] = Future()
+        context = copy_context()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = context.run(call)
+            except StopIteration as error:  # a future that is awaited cannot carry it
+                wrong = RuntimeError("a call raised StopIteration, as next() does of an empty iterator")
+                wrong.__cause__ = error
+                future.set_exception(wrong)
+            except BaseException as error:  # noqa: BLE001  (it reaches whoever waits)
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._lock:
+            if self._free:
+                self._free -= 1
+            elif self._most is None or self._threads < self._most:
+                threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
+                self._threads += 1
+            else:
+                self._backlog += 1
+            self._jobs.put(run)
+        return future
+
+    def _work(self) -> None:
+        run = self._jobs.get()
+        while True:
+            run()
+            del run
+            with self._lock:
+                if self._backlog:
+                    self._backlog -= 1
+                else:
+                    self._free += 1
+            while True:
+                try:
+                    run = self._jobs.get(timeout=self.IDLE_SECONDS)
+                    break
+                except queue.Empty:
+                    with self._lock:
+                        if self._free:  # else a job is meant for one of us, and about to arrive
+                            self._free -= 1
+                            self._threads -= 1
+                            return
