@@ -51,10 +51,10 @@ def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
     A machine that tests share stops a thread for a second at times. A store that is well would then count as one that
     hangs: its hit would be a miss, its write would be dropped. What a timeout does is tested with one that is named.
     """
-    from embedonce._engine import tiers
+    from embedonce._engine import backend_calls
 
-    shipped = dict(tiers._TIMEOUTS)
+    shipped = dict(backend_calls.TIMEOUTS)
     patient = {scope: None if seconds is None else PATIENT for scope, seconds in shipped.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiers, "_TIMEOUTS", patient)
+        patch.setattr(backend_calls, "TIMEOUTS", patient)
         yield shipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import os
 import sys
 import threading
@@ -18,15 +19,17 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from ._engine.call import Answer
 from ._engine.chain import Tier, chain_warnings, compose_chain, log_once
 from ._engine.checks import checked_matrix, rounded
 from ._engine.drift import Guarded, Moved
 from ._engine.flights import Table
-from ._engine.plan import Answer, Engine, log
+from ._engine.plan import Engine
 from ._engine.ports import Port, Ports, step
 from ._engine.routes import Route, Source, describe, plain_texts
-from ._engine.tiers import LiveTier, draining
+from ._engine.tiers import LiveTier
 from ._engine.upkeep import Upkeep
+from ._engine.writing import Writing, draining
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 T = TypeVar("T")
+
+log = logging.getLogger("embedonce")
 Mode: TypeAlias = Literal["read-through", "replay"]
 Matrix: TypeAlias = NDArray[np.float32]
 
@@ -323,7 +328,7 @@ class Cache:
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until background writes are done; False after ``timeout`` seconds (default: ``flush_timeout``)."""
         for tier in self._tiers:
-            tier.start_draining()
+            tier.writing.start_draining()
         return self._table.flushed(self._flush_timeout if timeout is None else timeout)
 
     def close(self) -> None:
@@ -762,7 +767,7 @@ class Cache:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception:  # noqa: BLE001  (a broken listener must not cost an embedding)
+            except Exception:
                 if id(listener) not in self._broken_listeners:  # once, not once an event
                     self._broken_listeners.add(id(listener))
                     log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
@@ -869,7 +874,7 @@ def _flush_all() -> None:
     start = time.monotonic()
     caches = _end_each(start, lambda cache, timeout: cache.flush(timeout))
     # What the others have not written in their time ends when they are closed.
-    _wait_for(set(draining).difference(*(cache._tiers for cache in caches)), start)
+    _wait_for(set(draining).difference(tier.writing for cache in caches for tier in cache._tiers), start)
     _waited = time.monotonic() - start
 
 
@@ -885,15 +890,15 @@ def _end_each(start: float, end: Callable[[Cache, float], object]) -> list[Cache
     caches = list(_open_caches)
     for cache in caches:
         for tier in cache._tiers:
-            tier.start_draining()
+            tier.writing.start_draining()
     for cache in caches:
         end(cache, max(0.0, start + cache._flush_timeout - time.monotonic()))
     return caches
 
 
-def _wait_for(tiers: Iterable[LiveTier], start: float) -> None:
-    for tier in list(tiers):
-        tier.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+def _wait_for(writings: Iterable[Writing], start: float) -> None:
+    for writing in list(writings):
+        writing.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
 
 
 @functools.cache

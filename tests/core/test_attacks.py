@@ -149,15 +149,14 @@ def test_what_raises_between_claim_and_computation_leaves_no_flight(monkeypatch:
     with Cache(lengths, [MemoryBackend()], space=SPACE) as cache, ThreadPoolExecutor(1) as pool:
         route = cache._routes[cache._source, "document"]
         monkeypatch.setattr(route.keyer, "_steps", ())
-        broken = cache._engine._normalized
 
         def interrupted(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        cache._engine._normalized = interrupted  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            cache.embed_batch(["a", "b"])
-        cache._engine._normalized = broken  # type: ignore[method-assign]
+        with monkeypatch.context() as patch:
+            patch.setattr("embedonce._engine.plan._normalized", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.embed_batch(["a", "b"])
         assert pool.submit(cache.embed, "a").result(GENEROUS)[0] == 1
 
 

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedonce import vectors
 from embedonce.vectors import MAX_METADATA, Decoded, Dtype, Entry, decode_frames, encode_frames, freeze, round_vectors
 
 HERE = Path(__file__).parent
@@ -197,7 +196,7 @@ def test_float32_comes_back_bit_for_bit(rows: list[list[float]]) -> None:
 def test_decoded_in_a_batch_or_alone_or_by_other_byte_order_paths_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     items = {key_of(n): entry_of(n, 16, DTYPES[n % 3]) for n in range(60)}
     usual = encode_frames(items)
-    monkeypatch.setattr(vectors, "_LITTLE", False)
+    monkeypatch.setattr("embedonce._format.frames.LITTLE_ENDIAN", False)
     assert encode_frames(items) == usual
     decoded = decode_frames(usual, now=NOW, dtype="int8")
     assert len(decoded.entries) == 60
@@ -394,7 +393,7 @@ def test_good_frames_of_one_size_are_read_together(
     dtype: Dtype, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata) for n in range(20)})
-    monkeypatch.delattr(vectors, "_decode_one")
+    monkeypatch.delattr("embedonce._format.frames._decode_one")
     assert len(decode_frames(frames, now=NOW, dtype=dtype, dimensions=8).entries) == 20
 
 

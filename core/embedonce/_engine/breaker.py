@@ -6,7 +6,10 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
+
+BreakerChange: TypeAlias = Callable[[Literal["open", "closed"], str | None], None]
+"""What a breaker calls when it opens, with the cause, and when it closes."""
 
 
 class Breaker:
@@ -20,7 +23,7 @@ class Breaker:
     FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
     LOST_PROBE = 30.0
 
-    def __init__(self, changed: Callable[[Literal["open", "closed"], str | None], None]) -> None:
+    def __init__(self, changed: BreakerChange) -> None:
         self._changed = changed
         self._lock = threading.RLock()
         self._failures = 0

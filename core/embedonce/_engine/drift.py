@@ -18,7 +18,8 @@ from embedonce.drift import DriftGuard
 from embedonce.errors import DriftError
 from embedonce.vectors import Entry
 
-from .plan import Answer, Engine, own_error
+from .call import Answer, Call
+from .plan import Engine, own_error
 from .ports import Port
 from .routes import Route
 
@@ -86,7 +87,7 @@ class Guarded(Engine):
         while True:
             stored = self._canaries(route)
             with self.table.call() as ticket:
-                await self._look(port, ticket.number, stored, stored.keys)
+                await self._look(Call(port, ticket, stored), stored.keys)
             if not _is_left(stored):
                 state.generation = max(state.generation, route.generation)
                 return not stored.errors
@@ -101,7 +102,8 @@ class Guarded(Engine):
         made = Answer(route, [key + NOW for key in stored.keys], stored.texts, store=False)
         every, due = self._guard.every, state.due
         with self.table.call() as ticket:
-            missing = await self._look(port, ticket.number, stored, stored.keys)
+            looking = Call(port, ticket, stored)
+            missing = await self._look(looking, stored.keys)
             if self.moves and _is_left(stored):  # another process was first
                 state.due, state.generation = -np.inf, route.generation + 1
                 return
@@ -114,7 +116,7 @@ class Guarded(Engine):
                 state.due = now + SOON  # what a tier that is away holds is not replaced by what is made now
                 return
             # Calls that look at the same time share one computation.
-            await self._claim(port, ticket, made, made.keys, leases=None, last=True)
+            await self._claim(Call(port, ticket, made), made.keys, leases=None, last=True)
             if not made.entries:
                 state.due = now + SOON  # the texts that are asked for will say what is wrong with the provider
                 return
@@ -127,14 +129,14 @@ class Guarded(Engine):
                 state.due, state.error = now + every, None
                 kept = {**new, **stored.entries}
                 dated = {key: entry._replace(created=now, expires=None) for key, entry in kept.items()}
-                await self.store(port, ticket.number, stored, dated)
+                await self.store(looking, dated)
                 return
             self._found(route, state, worst, now)
             if self.moves:
                 marked = {
                     key: entry._replace(expires=None, metadata={MARK: True}) for key, entry in stored.entries.items()
                 }
-                await self.store(port, ticket.number, stored, marked)
+                await self.store(looking, marked)
 
     def _found(self, route: Route, state: _State, worst: float, now: float) -> None:
         error = DriftError(

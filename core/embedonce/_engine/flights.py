@@ -4,8 +4,9 @@ A *flight* is one computation of one key, however many calls wait for it. A land
 readable until every background write of it is done or dropped, and as long as a call is still
 between its first look into a tier and its claim; without either, a text would be computed twice.
 
-Every call has a *ticket*, a number that rises. An erasure (``forget``, ``purge``) forbids the calls
+Every call has a *ticket* with a number that rises. An erasure (``forget``, ``purge``) forbids the calls
 that hold an older ticket to store what it erased, be it a computation, a promotion or a queued write.
+What may outlive a call (a flight, a queued write) keeps the number alone, so that a ticket ends with its call.
 
 One lock guards dictionaries and queues only; nothing is awaited, called or written under it.
 """
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import asyncio
 
 leading: ContextVar[frozenset[int]] = ContextVar("embedonce_leading", default=frozenset())
-"""Tickets of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
+"""Numbers of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
 
 
 class Abandoned(Exception):
@@ -37,10 +38,11 @@ class Abandoned(Exception):
 class Flight:
     """One computation of one key."""
 
-    __slots__ = ("_future", "entry", "error", "guarded", "loop", "pending", "stored", "thread", "ticket")
+    __slots__ = ("_future", "entry", "error", "guarded", "loop", "number", "pending", "stored", "thread")
 
-    def __init__(self, ticket: int, loop: asyncio.AbstractEventLoop | None) -> None:
-        self.ticket = ticket
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.number = number
+        """That of the leading call's ticket."""
         self.loop = loop
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
@@ -66,7 +68,7 @@ class Flight:
         So it is inside the provider call of the flight's own leader, and in a blocking call on the
         thread that is, or whose event loop runs, the leader.
         """
-        if self.ticket in leading.get():
+        if self.number in leading.get():
             return True
         return loop is None and self.thread is threading.current_thread()
 
@@ -85,7 +87,8 @@ class Write:
     """Entries on their way into one tier."""
 
     tier: str
-    ticket: int
+    number: int
+    """That of the ticket of the call that stores them."""
     entries: dict[str, Entry]
     flights: dict[str, Flight] = field(default_factory=dict)
 
@@ -97,13 +100,13 @@ class Erasure:
         self.keys = frozenset(keys)
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.until: int | None = None
-        """Calls with a ticket up to this one may not store; None while the erasure is under way: no call may."""
+        """Calls up to this number may not store; None while the erasure is under way: no call may."""
 
     def covers(self, key: str) -> bool:
         return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
 
-    def forbids(self, ticket: int) -> bool:
-        return self.until is None or ticket <= self.until
+    def forbids(self, number: int) -> bool:
+        return self.until is None or number <= self.until
 
 
 class Ticket:
@@ -156,7 +159,7 @@ class Table:
         """Start anew, as in a forked child: no flight and no queued write is its own."""
         self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
         self._changed = threading.Condition(self._lock)
-        self._ticket = 0
+        self._number = 0  # that of the newest ticket
         self._calls: dict[int, None] = {}  # every call under way, oldest first
         self._reading: dict[int, None] = {}  # those before their claim
         self._flights: dict[str, Flight] = {}
@@ -173,8 +176,8 @@ class Table:
     def call(self) -> Ticket:
         """Return the ticket of a call that begins now; use it in a ``with``."""
         with self._lock:
-            self._ticket += 1
-            ticket = Ticket(self, self._ticket)
+            self._number += 1
+            ticket = Ticket(self, self._number)
             self._calls[ticket.number] = None
             self._reading[ticket.number] = None
         return ticket
@@ -192,8 +195,8 @@ class Table:
             while self._erasures and (oldest is None or not self._erasures[0].forbids(oldest)):
                 self._forget(self._erasures.popleft())
 
-    def _end_reading(self, ticket: int) -> None:
-        if self._reading.pop(ticket, self) is self:
+    def _end_reading(self, number: int) -> None:
+        if self._reading.pop(number, self) is self:
             return
         oldest = next(iter(self._reading), None)
         while self._retired and (oldest is None or self._retired[0][0] < oldest):
@@ -211,7 +214,9 @@ class Table:
                 return {}
             return {key: flight for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
-    def claim(self, ticket: int, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claimed: Claimed) -> None:
+    def claim(
+        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claimed: Claimed
+    ) -> None:
         """Claim all keys of a call at once: lead what nobody computes, follow the rest.
 
         ``claimed`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
@@ -220,13 +225,13 @@ class Table:
             for key in keys:
                 flight = self._flights.get(key)
                 if flight is None:
-                    claimed.led[key] = self._flights[key] = Flight(ticket, loop)
+                    claimed.led[key] = self._flights[key] = Flight(ticket.number, loop)
                 elif flight.entry is not None:
                     claimed.landed[key] = flight
                 else:
                     flight.landed()
                     claimed.followed[key] = flight
-            self._end_reading(ticket)
+            self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
         """Answer the followers; ``stored`` says whether the entries were given to the tiers."""
@@ -258,7 +263,7 @@ class Table:
         """Say whether nobody is left who could land it: its call has ended, or its thread or loop has."""
         if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
             return True
-        return not flight.thread.is_alive() or not self.is_under_way(flight.ticket)
+        return not flight.thread.is_alive() or not self.is_under_way(flight.number)
 
     def disown(self, key: str, flight: Flight) -> None:
         """Forget a flight whose leader is gone, so that somebody else can lead."""
@@ -270,17 +275,17 @@ class Table:
         if flight.pending > 0 or self._flights.get(key) is not flight:
             return
         if self._reading:
-            self._retired.append((self._ticket, key, flight))
+            self._retired.append((self._number, key, flight))
         else:
             del self._flights[key]
 
     # --- writes -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, tier: str, ticket: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+    def writing(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
         """Hold an erasure back while the entries that may still be stored are written."""
         with self._lock:
-            write = Write(tier, ticket, self._permitted(ticket, entries))
+            write = Write(tier, number, self._permitted(number, entries))
             self._writing.add(write)
         try:
             yield write.entries
@@ -289,16 +294,16 @@ class Table:
                 self._writing.discard(write)
                 self._changed.notify_all()
 
-    def _permitted(self, ticket: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    def _permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         if not self._erased and not self._erased_prefixes:
             return dict(entries)
-        return {key: entry for key, entry in entries.items() if not self._forbidden(ticket, key)}
+        return {key: entry for key, entry in entries.items() if not self._forbidden(number, key)}
 
-    def _forbidden(self, ticket: int, key: str) -> bool:
-        if any(erasure.forbids(ticket) for erasure in self._erased.get(key, ())):
+    def _forbidden(self, number: int, key: str) -> bool:
+        if any(erasure.forbids(number) for erasure in self._erased.get(key, ())):
             return True
         return any(
-            key.startswith(prefix) and any(erasure.forbids(ticket) for erasure in erasures)
+            key.startswith(prefix) and any(erasure.forbids(number) for erasure in erasures)
             for prefix, erasures in self._erased_prefixes.items()
         )
 
@@ -320,7 +325,7 @@ class Table:
             else:
                 del index[name]
 
-    def queue(self, tier: str, ticket: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
+    def queue(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
         Returns whether there was room, and how many entries were dropped to make it: with ``force``
@@ -338,7 +343,7 @@ class Table:
                     queued -= len(oldest.entries)
                     dropped += len(oldest.entries)
                     self._written(oldest)
-            write = Write(tier, ticket, self._permitted(ticket, entries))
+            write = Write(tier, number, self._permitted(number, entries))
             if write.entries:
                 waiting.append(write)
                 for key in write.entries:
@@ -416,7 +421,7 @@ class Table:
             yield busy
         finally:
             with self._lock:
-                erasure.until = self._ticket
+                erasure.until = self._number
                 if self._calls:
                     self._erasures.append(erasure)
                 else:

@@ -91,7 +91,7 @@ class Upkeep:
             keys = await self._listed(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
-            tier.forget_cards(scopes)
+            tier.writing.forget_cards(scopes)
             removed[tier.name] = len(keys)
 
         prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]
@@ -123,7 +123,7 @@ class Upkeep:
         """Return the space cards that a tier holds, by scope, and those of this cache itself."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
-        decoded = tier.decoded(values, dtype="int8", dimensions=None)
+        decoded = tier.decode(values, dtype="int8", dimensions=None)
         held = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
         return {**self._cards, **held}
 
@@ -156,8 +156,8 @@ class Upkeep:
                 keys = [key for key in listed if key not in found]
                 for start in range(0, len(keys), LISTED_AT_ONCE):
                     values = await tier.peek(port, keys[start : start + LISTED_AT_ONCE])
-                    decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
-                    entries = tier.without_previews(decoded.entries)
+                    decoded = tier.decode(values, dtype=dtype, dimensions=route.dimensions)
+                    entries = tier.codec.remove_previews(decoded.entries)
                     found.update({key: deepcopy(entry.metadata) for key, entry in entries.items()})
             except TierError as error:
                 raise TierError(f"tier {tier.name!r}: {_cause(error)}", tier.name) from error
@@ -199,13 +199,13 @@ class Upkeep:
         """
         if tier.capabilities.scope == "process":
             return ""
-        listed = tier.encrypted and tier.capabilities.scan
+        listed = tier.codec.encrypts and tier.capabilities.scan
         cards = await tier.scan(port, CARD_PREFIX) if listed else [CARD_PREFIX + scope for scope in self._cards]
         values = await self._asked(port, tier, cards) if cards else {}
-        if not tier.encrypted:
+        if not tier.codec.encrypts:
             sealed = sum(open_frame(value) is not None for value in values.values())
             return f"{sealed} of {len(values)} scopes are encrypted, and the tier has no key" if sealed else ""
-        corrupt = tier.decoded(values, dtype="int8", dimensions=None).corrupt
+        corrupt = tier.decode(values, dtype="int8", dimensions=None).corrupt
         return f"{len(corrupt)} of {len(values)} scopes are encrypted with another key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
@@ -248,7 +248,7 @@ class Upkeep:
         )
 
     async def _outcome(self, port: Port, tier: LiveTier, key: str, route: Route, dtype: Dtype) -> str:
-        if tier.reads.open:
+        if tier.reading.breaker.open:
             return "skipped"
         try:
             values = await tier.peek(port, [key])
@@ -256,12 +256,12 @@ class Upkeep:
             return f"error: {_cause(error)}"
         if key not in values:
             return "miss"
-        decoded = tier.decoded(values, dtype=dtype, dimensions=route.dimensions)
+        decoded = tier.decode(values, dtype=dtype, dimensions=route.dimensions)
         if key in decoded.entries:
             return "hit"
         if key in decoded.corrupt:
             return "corrupt"
-        ever = tier.decoded(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
+        ever = tier.decode(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
         return "expired" if key in ever.entries else "coarser"
 
     async def _near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""What a backend is given for entries, and what its answers are worth: frames or entries, encrypted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from embedonce.contracts import Capabilities
+from embedonce.vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames
+
+from .checks import conform
+
+if TYPE_CHECKING:
+    from embedonce.encryption import Encryption
+
+TEXT_PREVIEW = "text_preview"
+"""Name of the metadata that holds the beginning of a text, for a tier that keeps it."""
+
+
+class Codec:
+    """Turns entries into what one backend holds, and back."""
+
+    def __init__(
+        self, capabilities: Capabilities, encryption: Encryption | None, *, clock: Callable[[], float]
+    ) -> None:
+        self._holds = capabilities.holds
+        self._trusted = capabilities.scope == "process"
+        self._keeps_previews = capabilities.text_preview
+        self._encryption = encryption
+        self._clock = clock
+
+    @property
+    def encrypts(self) -> bool:
+        return self._encryption is not None
+
+    def encode(self, entries: Mapping[str, Entry]) -> Mapping[str, Any]:
+        """Return what the backend is given for entries."""
+        if self._encryption is not None:
+            return self._encryption.encrypt(encode_frames(entries))
+        return encode_frames(entries) if self._holds == "frames" else entries
+
+    def decode(
+        self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
+    ) -> Decoded:
+        """Check what the backend gave, frames or entries, and decrypt it where the tier is encrypted."""
+        now = self._clock() if now is None else now
+        if self._holds == "entries":
+            return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._trusted)
+        if self._holds == "frames" or not (entries := _entries_among(values)):
+            return self._decode_frames(values, now, dtype, dimensions)
+        if self._encryption is None:
+            decoded = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+        else:  # stored before the tier was encrypted
+            decoded = Decoded(missed=list(entries))
+        if len(entries) < len(values):
+            rest = {key: value for key, value in values.items() if key not in entries}
+            frames = self._decode_frames(rest, now, dtype, dimensions)
+            decoded.entries.add(frames.entries)
+            decoded.corrupt.extend(frames.corrupt)
+            decoded.missed.extend(frames.missed)
+        return decoded
+
+    def _decode_frames(self, frames: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> Decoded:
+        if self._encryption is None:
+            return decode_frames(frames, now=now, dtype=dtype, dimensions=dimensions)
+        plain, corrupt, unencrypted = self._encryption.decrypt(frames)
+        decoded = decode_frames(plain, now=now, dtype=dtype, dimensions=dimensions)
+        decoded.corrupt.extend(corrupt)
+        decoded.missed.extend(unencrypted)
+        return decoded
+
+    def add_previews(self, entries: Mapping[str, Entry], previews: Callable[[str], str]) -> Mapping[str, Entry]:
+        """Return the entries with the beginning of each text, for a tier that keeps it; ``previews`` gives a key's."""
+        if not self._keeps_previews:
+            return entries
+        return {
+            key: entry._replace(metadata={**(entry.metadata or {}), TEXT_PREVIEW: previews(key)})
+            for key, entry in entries.items()
+        }
+
+    def remove_previews(self, entries: Entries) -> Entries:
+        """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
+        if not self._keeps_previews:
+            return entries
+        for key, entry in entries.as_dict().items():
+            if entry.metadata is not None and TEXT_PREVIEW in entry.metadata:
+                rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
+                entries[key] = entry._replace(metadata=rest or None)
+        return entries
+
+
+def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
+    return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}
