@@ -781,19 +781,19 @@ def test_limits_of_a_function() -> None:
 
 def test_at_the_programs_end_an_open_cache_has_its_flush_timeout_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write under way is waited for again when the cache is closed, which may end it."""
-    from embedonce import cache as module
+    from embedonce._engine import running
     from embedonce._engine.writing import Writing
 
     waited: list[str] = []
-    monkeypatch.setattr(module, "_waited", 0.0)
-    monkeypatch.setattr(module, "_open_caches", set())
+    monkeypatch.setattr(running, "_waited", 0.0)
+    monkeypatch.setattr(running, "_open_chains", set())
     monkeypatch.setattr(Writing, "wait_until_drained", lambda writing, timeout: waited.append(writing.name))
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
     far = Tier(backend, name="open", write="background", timeout=60)
     with Cache(CountingProvider(), [far], flush_timeout=0.05) as cache:
         cache.embed("a text")
         backend.gate.until(1)
-        module._flush_all()
+        running._flush_all()
         assert "open" not in waited
         assert cache.embed("a text").size
         backend.heal()

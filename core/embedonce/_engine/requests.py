@@ -1,0 +1,401 @@
+"""One provider's work over a running chain: each public method of a cache as a coroutine, and the way of a hot hit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedonce.answers import Explanation, Fetched, Purged
+from embedonce.contracts import Task, Vectors
+from embedonce.errors import CacheClosed, SpaceError, TextRefused
+from embedonce.functions import NoProvider
+from embedonce.keys import card
+from embedonce.vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
+
+from .call import Answer
+from .checks import checked_matrix, rounded
+from .drift import Moved
+from .ports import Port
+from .routes import Route, Source, describe, plain_texts
+from .running import Running, close_part
+
+log = logging.getLogger("embedonce")
+
+Matrix: TypeAlias = NDArray[np.float32]
+
+TASKS = ("document", "query")
+ITER_BATCH = 1024
+MOVES = 5
+"""Most new spaces that one call opens for a provider that drifts."""
+
+
+class Requests:
+    """Answers requests for one provider's vectors, through tiers that it may share with others.
+
+    A base class, so that a hot hit reads its attributes from the cache itself.
+    """
+
+    def __init__(self, running: Running, source: Source, fallback: Source | None, *, fetch_only: bool) -> None:
+        self._running = running
+        self._source = source
+        self._fallback = fallback
+        self._fetch_only = fetch_only
+        self._dtype: Dtype = running.dtype
+        self._clock = running.clock
+        self._routes: dict[tuple[Source, str], Route] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+        self._fell_back = False
+        for task in TASKS:
+            self._route(source, task)
+        if fallback is not None and not fetch_only:
+            _check_dimensions(source, fallback)
+        self._hot = self._hot_tier()
+        running.users.add(self)
+
+    # --- a hot hit ----------------------------------------------------------------------------
+
+    def _hit(self, text: str, task: Task) -> Matrix | None:
+        """Return the vector of a text whose key is known and whose entry is in a first in-process tier.
+
+        This is the path that must stay under a microsecond: no coroutine, no lock, no event.
+        """
+        get, count, routes = self._hot
+        if type(text) is not str or type(task) is not str or task not in routes:
+            return None
+        route = routes[task]
+        key = route.known.get(text)
+        if key is None:
+            key = route.key(text)
+        try:
+            entry = get(key)
+            if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
+                return None
+            expires = entry.expires
+            if expires is not None and expires <= self._clock():
+                return None
+        except Exception:  # noqa: BLE001  (the long way counts the error, or says that the cache is closed)
+            return None
+        count()
+        return entry.vector
+
+    def _hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
+        """Return a first in-process tier's ``get``, its counter and the routes; no route where there is none.
+
+        Whoever listens to events wants all of them, so that every hit then takes the long way.
+        """
+        running = self._running
+        if running.tiers and not running.listeners and not self._closed:
+            first = running.tiers[0]
+            caps = first.capabilities
+            if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
+                routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
+                return first.backend.get, first.counters.single.add, routes
+        return (lambda key: None), (lambda: 0), {}
+
+    def _refresh_hot_path(self) -> None:
+        self._hot = self._hot_tier()
+
+    # --- routes -------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheClosed("this cache is closed; open another one")
+
+    def _route(self, source: Source, task: Task) -> Route:
+        if not isinstance(task, str) or not task:
+            raise TypeError(f'a task is a str such as "document" or "query", not {task!r}')
+        route = self._routes.get((source, task))
+        if route is None:
+            running = self._running
+            with self._lock:
+                route = self._routes.setdefault((source, task), Route(source, task, running.policy, running.steps))
+                if not isinstance(source.provider, NoProvider):
+                    running.cards[route.keyer.scope] = card(running.policy, route.space)
+            if hasattr(self, "_hot"):
+                self._refresh_hot_path()
+        return route
+
+    async def _current(self, port: Port, source: Source, task: Task) -> Route:
+        """Return the route to a task's space, as it is now that the provider may have drifted."""
+        self._check_open()
+        running = self._running
+        route = self._route(source, task)
+        current = await running.engine.current(port, route)
+        if current is not route:
+            with self._lock:
+                # Tasks that share a space leave it together.
+                for place, other in list(self._routes.items()):
+                    if place[0] is source and other.origin == current.origin and other.generation != current.generation:
+                        self._routes[place] = current if place[1] == task else other.at(current.generation)
+                running.cards[current.keyer.scope] = card(running.policy, current.space)
+            self._refresh_hot_path()
+        return self._route(source, task)
+
+    # --- embedding ----------------------------------------------------------------------------
+
+    async def _rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.rows()
+
+    async def _matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
+        answer = await self._answer(port, texts, task, rows_only=True)
+        return answer.matrix()
+
+    async def _fetch(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> Fetched:
+        answer = await self._answer(port, texts, task, store=store, metadata=metadata)
+        return answer.fetched()
+
+    async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
+        engine = self._running.engine
+        if engine.moves:
+            await self._current(port, self._source, task)
+        answer = self._new_answer(self._source, texts, task)
+        await engine.fetch(port, answer, compute=False)
+        return answer.fetched()
+
+    async def _answer(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool = True,
+        metadata: Sequence[Metadata | None] | None = None,
+        rows_only: bool = False,
+    ) -> Answer:
+        """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
+        if not isinstance(texts, list):
+            _refuse_str(texts, "a batch")
+            texts = plain_texts(texts)  # it may be asked again, and an iterator could not be
+        answer = await self._answer_from(port, self._source, texts, task, store=store, metadata=metadata)
+        fallback = self._fallback
+        if fallback is None or self._running.replays:
+            return answer
+        down = any(not isinstance(error, TextRefused) for error in answer.failed.values())
+        if not down or (rows_only and self._fetch_only):
+            self._note_fallback(fallback, down=False if not down else self._fell_back)
+            return answer
+        self._note_fallback(fallback, down=True)
+        other = await self._answer_from(port, fallback, texts, task, store=store, metadata=metadata)
+        return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
+
+    async def _answer_from(
+        self,
+        port: Port,
+        source: Source,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> Answer:
+        """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
+        engine = self._running.engine
+        moves = 0
+        while True:
+            if engine.moves:
+                await self._current(port, source, task)
+            answer = self._new_answer(source, texts, task, store=store, metadata=metadata)
+            await engine.fetch(port, answer)
+            moved = any(isinstance(error, Moved) for error in answer.failed.values())
+            if not moved or moves == MOVES:
+                return answer
+            moves += 1
+
+    def _note_fallback(self, fallback: Source, *, down: bool) -> None:
+        if down != self._fell_back:
+            self._fell_back = down
+            if down:
+                log.warning("provider %r fails; %r answers, in its own vector space", self._source.name, fallback.name)
+            else:
+                log.warning("provider %r answers again", self._source.name)
+
+    def _new_answer(
+        self,
+        source: Source,
+        texts: Sequence[str],
+        task: Task,
+        *,
+        store: bool = True,
+        metadata: Sequence[Metadata | None] | None = None,
+    ) -> Answer:
+        """Return an answer to texts, with their keys and nothing else in it yet."""
+        self._check_open()
+        _refuse_str(texts, "a batch")
+        texts = plain_texts(texts)
+        route = self._route(source, task)
+        keys = route.keys(texts)
+        return Answer(route, keys, texts, store, _by_key(keys, metadata))
+
+    # --- storing and erasing ------------------------------------------------------------------
+
+    async def _put(
+        self,
+        port: Port,
+        texts: Sequence[str],
+        vectors: Vectors,
+        task: Task,
+        metadata: Sequence[Metadata | None] | None,
+    ) -> None:
+        engine = self._running.engine
+        if engine.moves:
+            await self._current(port, self._source, task)
+        answer = self._new_answer(self._source, texts, task, metadata=metadata)
+        who = "put was given"
+        if not answer.keys and len(vectors) == 0:
+            return
+        rows = rounded(
+            checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
+        )
+        if answer.route.settle(rows.shape[1]) != rows.shape[1]:
+            checked_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
+        created = self._clock()
+        entries: dict[str, Entry] = {}
+        for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
+            entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
+        for keys in windows(entries, ITER_BATCH):
+            window = Answer(answer.route, keys, [answer.text_of()[key] for key in keys], store=True)
+            await engine.put(port, window, entries)
+
+    async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
+        self._check_open()
+        _refuse_str(texts, "a batch")
+        texts = plain_texts(texts)
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
+        current = [await self._current(port, source, name) for source in sources for name in sorted(tasks)]
+        routes = [*current, *(route.at(older) for route in current for older in range(route.generation))]
+        keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
+        try:
+            await self._running.upkeep.forget(port, list(keys))
+        finally:
+            for route in routes:
+                route.discard(keys)
+
+    async def _purge(
+        self,
+        port: Port,
+        scope: str | None,
+        model: str | None,
+        version: str | None,
+        namespace: str | None,
+        dry_run: bool,
+    ) -> Purged:
+        self._check_open()
+        parts = {"model": model, "version": version, "namespace": namespace}
+        wanted = {name: value for name, value in parts.items() if value is not None}
+        if scope is None and not wanted:
+            raise ValueError("purge needs at least one of scope, model, version and namespace")
+        return await self._running.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
+
+    # --- listing and explaining ---------------------------------------------------------------
+
+    async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
+        self._check_open()
+        return await self._running.upkeep.metadata(port, self._route(self._source, task), self._dtype)
+
+    async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
+        self._check_open()
+        if not isinstance(text, str):
+            raise TypeError(f"explain takes a str, not {type(text).__name__}")
+        route = await self._current(port, self._source, task)
+        return await self._running.upkeep.explain(port, route, text, self._running.policy, self._dtype)
+
+    def _check_iter(self, texts: object, batch: int, what: str) -> None:
+        self._check_open()
+        _refuse_str(texts, what)
+        if batch < 1:
+            raise ValueError(f"{what} reads at least one text at a time: batch is {batch}")
+
+    # --- ending -------------------------------------------------------------------------------
+
+    def _shut(self) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True
+        self._refresh_hot_path()
+        return True
+
+    def _close_providers(self) -> None:
+        close_part(self._source.provider)
+        if self._fallback is not None:
+            close_part(self._fallback.provider)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+        self._source.renew()
+        if self._fallback is not None:
+            self._fallback.renew()
+
+
+def _check_dimensions(source: Source, fallback: Source) -> None:
+    """Refuse a fallback whose vectors cannot stand in for the provider's."""
+    for task in TASKS:
+        mine = describe(source.provider, task).dimensions
+        other = describe(fallback.provider, task).dimensions
+        if mine is None or mine != other:
+            raise SpaceError(
+                f"the fallback's vectors have {other or 'unknown'} dimensions and the provider's "
+                f"{mine or 'unknown'}: they cannot stand in for each other. Give both the same dimensions, or set "
+                "fetch_only = true in [provider.fallback] and read Fetched.space"
+            )
+
+
+def _refuse_str(texts: object, what: str) -> None:
+    if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
+        raise TypeError(f"{what} takes a list of texts, not {type(texts).__name__}")
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed"
+        )
+
+
+def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
+    if metadata is None:
+        return {}
+    if len(metadata) != len(keys):
+        raise ValueError(f"metadata has {len(metadata)} items for {len(keys)} texts")
+    by_key: dict[str, Metadata] = {}
+    for key, item in zip(keys, metadata, strict=True):
+        if item is not None and key not in by_key:
+            by_key[key] = plain_metadata(item)
+    return by_key
+
+
+def windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Read texts in lists of up to ``size``."""
+    iterator = iter(texts)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+async def awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
+    """As :func:`windows`; ``texts`` may be an async iterable."""
+    if isinstance(texts, Iterable):
+        for window in windows(texts, size):
+            yield window
+        return
+    window = []
+    async for text in texts:
+        window.append(text)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window

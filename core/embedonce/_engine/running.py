@@ -1,0 +1,291 @@
+"""A chain of tiers at work, from the first call to the end of the program: what its caches share."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
+from weakref import WeakSet
+
+from embedonce.contracts import Backend, Normalizer
+from embedonce.drift import DriftGuard
+from embedonce.errors import ConfigError
+from embedonce.events import Event
+from embedonce.keys import KeyPolicy, Value
+from embedonce.vectors import Dtype
+
+from .chain import Tier, chain_warnings, compose_chain, log_once
+from .drift import Guarded
+from .flights import Table
+from .plan import Engine
+from .ports import Port, Ports
+from .tiers import LiveTier
+from .upkeep import Upkeep
+from .writing import Writing, draining
+
+log = logging.getLogger("embedonce")
+
+Mode: TypeAlias = Literal["read-through", "replay"]
+
+LAST_FLUSH = 5.0
+"""Seconds that the program's end waits for the writes of caches that nobody holds any more."""
+
+_open_chains: WeakSet[Running] = WeakSet()
+
+
+class User(Protocol):
+    """What a running chain does with each cache that asks through it."""
+
+    def _refresh_hot_path(self) -> None:
+        """Look again whether a hit may take the short way."""
+
+    def _shut(self) -> bool:
+        """Refuse calls from now on; False where they were refused before."""
+        ...
+
+    def _close_providers(self) -> None: ...
+
+    def _renew(self) -> None:
+        """In a forked child: take new locks and threads."""
+
+
+class Running:
+    """The tiers of one chain, with all that the caches over them share: flights, queues, threads, events."""
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier | Backend],
+        *,
+        policy: KeyPolicy,
+        steps: Sequence[Normalizer],
+        dtype: Dtype,
+        mode: Mode,
+        drift: DriftGuard | None,
+        max_wait: float,
+        flush_timeout: float,
+        max_queued: int,
+        listeners: Iterable[Callable[[Event], None]],
+        clock: Callable[[], float],
+    ) -> None:
+        if dtype not in ("float32", "float16", "int8"):
+            raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
+        if mode not in ("read-through", "replay"):
+            raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
+        for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
+            if not number >= 0:
+                raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
+        self.policy = policy
+        self.steps = steps
+        self.dtype: Dtype = dtype
+        self.replays = mode == "replay"
+        self.flush_timeout = flush_timeout
+        self.clock = clock
+        self.cards: dict[str, dict[str, Value]] = {}
+        """By scope, the space cards that are stored beside its entries."""
+        self.users: WeakSet[User] = WeakSet()
+        """The caches that ask through these tiers."""
+        self.listeners = list(listeners)
+        self._broken_listeners: set[int] = set()
+        self._lock = threading.RLock()
+        self._closed = False
+
+        chain = compose_chain(tiers, keyed=policy.secret is not None)
+        self.warnings = tuple(chain_warnings(chain))
+        log_once(self.warnings)
+        self.ports = Ports()
+        self.table = Table(max_queued)
+        self.tiers = [
+            LiveTier(
+                tier,
+                name,
+                table=self.table,
+                ports=self.ports,
+                cards=self.cards,
+                emit=self.emit,
+                listened=lambda: bool(self.listeners),
+                clock=clock,
+            )
+            for name, tier in chain
+        ]
+        engine = Engine if drift is None else partial(Guarded, guard=drift)
+        self.engine: Engine = engine(
+            self.tiers,
+            self.table,
+            dtype=dtype,
+            replay=self.replays,
+            max_wait=max_wait,
+            emit=self.emit,
+            clock=clock,
+        )
+        patience = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
+        self.upkeep = Upkeep(self.tiers, self.table, self.cards, patience=patience, clock=clock)
+
+    def begin(self) -> None:
+        """See that background writes are flushed and the backends closed when this process ends."""
+        _open_chains.add(self)
+        # Last registered, first run: what a backend has registered to close itself must come after our flush.
+        _close_at_exit()
+
+    # --- events -------------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """Call every listener; one that raises is logged once."""
+        for listener in self.listeners:
+            try:
+                listener(event)
+            except Exception:
+                if id(listener) not in self._broken_listeners:  # once, not once an event
+                    self._broken_listeners.add(id(listener))
+                    log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        """Call a listener with every event from now on."""
+        self.listeners.append(listener)
+        for user in list(self.users):
+            user._refresh_hot_path()
+
+    # --- ending -------------------------------------------------------------------------------
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until background writes are done; False after ``timeout`` seconds."""
+        for tier in self.tiers:
+            tier.writing.start_draining()
+        return self.table.flushed(timeout)
+
+    def flush_or_warn(self, timeout: float) -> None:
+        """Flush before something is closed, and log what could not be written in time."""
+        if not self.flush(timeout):
+            queued = {tier.name: n for tier in self.tiers if (n := self.table.queued(tier.name))}
+            log.warning("closing with background writes not done: %s", queued or "one is still under way")
+
+    def close(self, timeout: float) -> None:
+        """Flush, then close the backends, and the providers of every cache. Calling it twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        users = [user for user in list(self.users) if user._shut()]
+        self.flush_or_warn(timeout)
+        for tier in self.tiers:
+            close_part(tier.backend)
+        for user in users:
+            user._close_providers()
+        self.ports.close()
+
+    async def close_twins(self, port: Port) -> None:
+        """Close the native async clients of the running loop."""
+        for tier in self.tiers:
+            await tier.close_twin(port)
+
+    def reset(self) -> None:
+        """In a forked child: locks, flights, queue and threads are the parent's; start with our own."""
+        self._lock = threading.RLock()
+        self.ports.reset()
+        self.table.reset()
+        for user in list(self.users):
+            user._renew()
+        for tier in self.tiers:
+            tier.reset()
+        if self.engine.leases is not None:
+            self.engine.leases.reset()
+
+
+def close_part(part: Any) -> None:
+    """Close a backend or a provider, if it can be closed; a failure is logged, so that the others are closed too."""
+    close = getattr(part, "close", None)
+    if close is None:
+        return
+    try:
+        close()
+    except Exception as error:  # noqa: BLE001  (the other backends are closed all the same)
+        log.warning("closing %s failed (%s)", type(part).__name__, type(error).__name__)
+
+
+# --- the end of the program -----------------------------------------------------------------------
+
+_waited = 0.0
+"""Seconds for which the program's end has waited for writes already."""
+
+
+def _flush_all() -> None:
+    """Wait for what is queued, while pools of threads still take work: a client may need one."""
+    global _waited
+    start = time.monotonic()
+    chains = _end_each(start, lambda chain, timeout: chain.flush(timeout))
+    # What the others have not written in their time ends when they are closed.
+    _wait_for(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
+    _waited = time.monotonic() - start
+
+
+def _close_all() -> None:
+    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
+    start = time.monotonic() - _waited
+    _end_each(start, lambda chain, timeout: chain.close(timeout))
+    _wait_for(draining, start)
+
+
+def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Running]:
+    """End and return all open chains. Together they take no longer than the longest would alone."""
+    chains = list(_open_chains)
+    for chain in chains:
+        for tier in chain.tiers:
+            tier.writing.start_draining()
+    for chain in chains:
+        end(chain, max(0.0, start + chain.flush_timeout - time.monotonic()))
+    return chains
+
+
+def _wait_for(writings: Iterable[Writing], start: float) -> None:
+    for writing in list(writings):
+        writing.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+
+
+@functools.cache
+def _flush_at_exit() -> None:
+    """See that :func:`_flush_all` runs when this process ends.
+
+    Callbacks of atexit come when the pools of concurrent.futures, asyncio's among them, have been shut. Before that
+    there is one place alone, that in which they are shut themselves: what was registered last is called first.
+    """
+    with suppress(RuntimeError):  # this process is ending already
+        import concurrent.futures.thread  # noqa: F401  (registers what shuts them)
+
+        register = getattr(threading, "_register_atexit", None)
+        if register is not None:
+            register(_flush_all)
+
+
+def _close_at_exit() -> None:
+    """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
+    _flush_at_exit()
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if "multiprocessing.process" in sys.modules:
+        from multiprocessing import parent_process
+        from multiprocessing.util import Finalize
+
+        if parent_process() is not None:  # a child that was forked ends without atexit
+            Finalize(None, _close_all, exitpriority=100)
+
+
+def _after_fork_in_child() -> None:
+    draining.clear()
+    for chain in list(_open_chains):
+        chain.reset()
+    if "multiprocessing.util" in sys.modules:
+        from multiprocessing.util import register_after_fork
+
+        # multiprocessing forgets in the child what is to run at its end, and then calls what was registered so.
+        register_after_fork(_open_chains, lambda chains: _close_at_exit())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
