@@ -197,7 +197,8 @@ class _Queue:
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        return list(self.entries.keys())
+        # Of a copy, which cachebox makes in one step: a hit moves a key without our lock, and ends an iteration.
+        return list(self.entries.copy())
 
     def clear(self) -> None:
         self.entries.clear()

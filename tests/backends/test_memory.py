@@ -64,6 +64,34 @@ def test_delete_scan_count_and_close(policy: Any) -> None:
             call()
 
 
+@every_policy
+def test_a_hit_between_any_two_steps_of_a_scan_changes_nothing(policy: Any) -> None:
+    """A hit takes no lock: another thread's may come at any bytecode of a scan, as the trace function's does here."""
+    backend = MemoryBackend(policy=policy, max_entries=100)
+    keys = [f"eo1.aa.{i}" for i in range(20)]
+    fill(backend, keys)
+    assert all(backend.get(key) is not None for key in keys)  # all are protected now, where the policy has that
+    hits = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal hits
+        if frame.f_code.co_filename != memory.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        hits += backend.get(keys[hits % len(keys)]) is not None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        scanned, counted = backend.scan("eo1."), backend.count("eo1.")
+    finally:
+        sys.settrace(before)
+    assert sorted(scanned) == sorted(keys)
+    assert counted == len(keys)
+    assert hits > 20
+
+
 def test_scanning_while_writing_is_a_snapshot() -> None:
     backend = MemoryBackend()
     fill(backend, [str(i) for i in range(10)])
