@@ -6,12 +6,14 @@ The sources are read, not imported, so that an import inside a function counts a
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -29,58 +31,18 @@ PACKAGES = {
     "haystack_integrations": ROOT / "integrations/haystack_integrations/components/embedders/embedonce",
 }
 
-# A module of `embedonce` imports only from modules above it. A package (testing, cli) is one entry.
-ORDER = (
-    "errors",
-    "_suggest",
-    "options",
-    "keys",
-    "vectors",
-    "events",
-    "encryption",
-    "contracts",
-    "drift",
-    "functions",
-    "model_files",
-    "similarity",
-    "answers",
-    "_checks",
-    "hookspecs",
-    "background",
-    "_ports",
-    "_flights",
-    "_breaker",
-    "_counters",
-    "_tiers",
-    "_leases",
-    "_routes",
-    "_upkeep",
-    "_engine",
-    "_drift",
-    "_simple",
-    "_options",
-    "_sections",
-    "plugins",
-    "cache",
-    "_toml",
-    "_documents",
-    "_schema",
-    "_resolved",
-    "_load",
-    "config",
-    "metrics",
-    "__init__",
-    "testing",
-    "cli",
-    "__main__",
-)
+PAGE = ROOT / "docs/design.md"
+
+MOST_LINES = 600
+"""Lines of a file; a reader sees one idea at a time."""
+LONGER = {"core/embedonce/testing/contracts/backend.py"}
+"""Every standard test of a backend in one class, where a reader looks for it."""
 
 # Core modules may import these at the top of a file; anything else inside the function that needs it.
 # A command line loads its own libraries when a command runs, a conformance kit runs under pytest.
 LIGHT = {"annotated_types", "numpy", "typing_extensions", "xxhash"}
 ALLOWED_AT_TOP = {
     "hookspecs": {"pluggy"},
-    "plugins": {"pluggy"},
     "metrics": {"prometheus_client"},
     "testing": {"hypothesis", "pytest"},
     "cli": {"typer"},
@@ -130,7 +92,12 @@ def sources(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*.py") if "templates" not in file.relative_to(folder).parts)
 
 
-def imports_of(package: str) -> Iterator[Import]:
+@functools.cache
+def imports_of(package: str) -> Sequence[Import]:
+    return tuple(_imports_of(package))
+
+
+def _imports_of(package: str) -> Iterator[Import]:
     folder = PACKAGES[package]
     for file in sources(folder):
         inside = [package, *file.relative_to(folder).parts[:-1]]
@@ -156,36 +123,120 @@ def _defers(node: ast.AST) -> bool:
 
 
 def core_module(file: Path) -> str:
-    """Return the entry of ORDER that a file of ``embedonce`` belongs to."""
+    """Return the module or package of ``embedonce`` that a file belongs to."""
     return file.relative_to(PACKAGES["embedonce"]).with_suffix("").parts[0]
 
 
-def imported_core_modules(entry: Import) -> Iterator[str]:
-    if entry.package != "embedonce":
+def module_of(package: str, file: Path) -> str:
+    """Return the dotted name of a file's module, without the package; of a package, that of its ``__init__``."""
+    return ".".join(file.relative_to(PACKAGES[package]).with_suffix("").parts)
+
+
+def imported_modules(entry: Import, package: str) -> Iterator[str]:
+    """Yield the modules of the package that an import names, as :func:`module_of` does."""
+    if entry.package != package:
         return
     below = entry.module.split(".")[1:]
-    if below:
-        yield below[0]
-    elif entry.name and (entry.name in ORDER or entry.name.startswith("_")):
-        yield entry.name
-    else:
-        yield "__init__"
+    folder = PACKAGES[package]
+    for parts in ([*below, entry.name or ""], below):
+        path = folder.joinpath(*parts)
+        if parts and parts[-1] and path.with_suffix(".py").is_file():
+            yield ".".join(parts)
+            return
+        if (path / "__init__.py").is_file():
+            yield ".".join([*parts, "__init__"]).strip(".")
+            return
 
 
-def test_every_core_module_has_its_place() -> None:
-    found = {core_module(file) for file in sources(PACKAGES["embedonce"])}
-    assert found <= set(ORDER), f"say in ORDER what {sorted(found - set(ORDER))} may import"
+# --- the layout that docs/design.md shows -------------------------------------------------------
+
+
+def blocks_of_page() -> list[str]:
+    section = PAGE.read_text().partition("\n## Where things live\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```text\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3, "docs/design.md shows the layout, the order of the core, and that of its engine"
+    return blocks
+
+
+def order_of(block: str) -> dict[str, int]:
+    """Return the line of each name; a name imports only from lines above its own."""
+    return {name: line for line, names in enumerate(block.splitlines()) for name in names.split()}
+
+
+def names_in(block: str) -> Iterator[str]:
+    """Yield the path of each name of a layout. A description stands behind two spaces, or on a line of its own."""
+    folders: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent > 8:
+            continue
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        inside = "".join(folder for _, folder in folders)
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            if name.endswith("/"):
+                folders.append((indent, name))
+            else:
+                yield f"{inside}{name}"
+
+
+def test_the_page_shows_every_module_and_no_other() -> None:
+    shown = set(names_in(blocks_of_page()[0]))
+    found = {
+        str(file.relative_to(ROOT).with_suffix(""))
+        for package in ("embedonce", "embedonce_backends")
+        for file in sources(PACKAGES[package])
+        if file.stem not in ("__init__", "__main__")
+    }
+    assert sorted(found - shown) == [], f"{PAGE.name} does not name these"
+    assert sorted(shown - found) == [], f"{PAGE.name} names these, which are not there"
 
 
 def test_core_imports_point_one_way() -> None:
-    place = {name: number for number, name in enumerate(ORDER)}
-    wrong = [
-        f"{entry}: {core_module(entry.file)} may not import {target}, which comes after it in ORDER"
-        for entry in imports_of("embedonce")
-        for target in imported_core_modules(entry)
-        if place.get(target, 0) > place.get(core_module(entry.file), len(ORDER))
-    ]
+    order = order_of(blocks_of_page()[1])
+    found = {core_module(file) for file in sources(PACKAGES["embedonce"])}
+    assert set(order) == found, "docs/design.md says what each may import"
+    wrong = []
+    for entry in imports_of("embedonce"):
+        own = core_module(entry.file)
+        for target in imported_modules(entry, "embedonce"):
+            unit = target.partition(".")[0]
+            if unit != own and order[unit] >= order[own]:
+                wrong.append(f"{entry}: {own} may not import {unit}, which does not stand above it")
     assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_the_engine_point_one_way() -> None:
+    order = order_of(blocks_of_page()[2])
+    folder = PACKAGES["embedonce"] / "_engine"
+    assert set(order) == {file.stem for file in sources(folder)} - {"__init__"}
+    wrong = []
+    for entry in imports_of("embedonce"):
+        if entry.file.parent == folder and entry.file.stem != "__init__":
+            for target in imported_modules(entry, "embedonce"):
+                package, _, name = target.partition(".")
+                if package == "_engine" and order[name] >= order[entry.file.stem]:
+                    wrong.append(f"{entry}: {entry.file.stem} may not import {name}, which does not stand above it")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    imports: dict[str, set[str]] = {module_of(package, file): set() for file in sources(PACKAGES[package])}
+    for entry in imports_of(package):
+        if entry.file.name != "__init__.py":  # a list of names
+            imports[module_of(package, entry.file)].update(imported_modules(entry, package))
+    TopologicalSorter(imports).prepare()  # raises CycleError, with the modules
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_are_short(package: str) -> None:
+    long = [
+        f"{file.relative_to(ROOT)} has {lines} lines"
+        for file in sources(PACKAGES[package])
+        if (lines := len(file.read_text().splitlines())) > MOST_LINES and str(file.relative_to(ROOT)) not in LONGER
+    ]
+    assert not long, f"cut these where two jobs meet; a file has at most {MOST_LINES} lines: {', '.join(long)}"
 
 
 def test_core_imports_no_plugin() -> None:
@@ -214,14 +265,20 @@ def test_plugins_stand_on_public_names_alone(package: str) -> None:
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name != "embedonce"])
 def test_one_plugin_does_not_need_another(package: str) -> None:
-    shared = {file.stem for file in PACKAGES[package].glob("_*.py")} | SHARED
+    folder = PACKAGES[package]
     wrong = []
     for entry in imports_of(package):
-        if entry.package == package and entry.file != PACKAGES[package] / "__init__.py":  # a list of names
-            module = entry.module.partition(".")[2] or entry.name
-            if module not in shared:
+        plugin = module_of(package, entry.file).partition(".")[0]
+        if plugin == "__init__":  # a list of names
+            continue
+        for target in imported_modules(entry, package):
+            name = target.partition(".")[0]
+            if name not in (plugin, *SHARED) and not (name.startswith("_") and (folder / f"{name}.py").is_file()):
                 wrong.append(str(entry))
-    assert not wrong, "one file, one plugin; what two of them share has a name that begins with _:\n" + "\n".join(wrong)
+    assert not wrong, (
+        "one file or folder, one plugin; what two of them share is a file whose name begins with _:\n"
+        + "\n".join(wrong)
+    )
 
 
 def test_core_defers_what_is_heavy() -> None:
@@ -273,7 +330,8 @@ def test_entry_points_name_modules_that_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, target in project["entry-points"]["embedonce"].items():
         package, _, module = target.partition(".")
-        assert (PACKAGES[package] / f"{module}.py").is_file(), f"{name} = {target!r}"
+        path = PACKAGES[package] / module
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), f"{name} = {target!r}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
