@@ -417,6 +417,6 @@ class _CacheOfSameTiers(Cache):
 def _normalizer(name: str) -> Normalizer:
     if name in NORMALIZERS:
         return NORMALIZERS[name]
-    from .plugins import normalizer
+    from ._plugins.loading import normalizer
 
     return normalizer(name)

@@ -121,13 +121,13 @@ def compose(
             made is closed.
         SpaceError: ``provider`` describes no vector space.
     """
-    from . import plugins
+    from ._plugins import entry_points
 
     if provider is None and space is not None:
         raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
     made: list[Any] = []
     try:
-        with plugins.only(config.allow):
+        with entry_points.only(config.allow):
             return _composed(config, made, provider, space)
     except BaseException as error:
         _close(made, error)
@@ -135,8 +135,8 @@ def compose(
 
 
 def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
-    from . import plugins
     from ._engine.chain import ChainError, Tier
+    from ._plugins import loading
     from .cache import Cache
     from .functions import NoProvider
 
@@ -188,7 +188,7 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             max_wait=config.cache.max_wait,
             flush_timeout=config.cache.flush_timeout,
             max_queued=config.cache.max_queued,
-            listeners=plugins.listeners([*used, *config.key.normalize]),
+            listeners=loading.listeners([*used, *config.key.normalize]),
         )
     except ChainError as error:
         raise ConfigError([_refused(config, error)]) from error

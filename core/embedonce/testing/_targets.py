@@ -9,9 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from embedonce import plugins
+from embedonce._config.inspection import installed
 from embedonce._config.secrets import credentials_in, is_secret
 from embedonce._messages import closest, listed, quoted
+from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, options_of, read_text, wrongs
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
@@ -95,7 +96,7 @@ def find(written: str, options: Mapping[str, str]) -> Target:
     Raises:
         WrongTarget: it cannot be found or imported.
     """
-    if ":" not in written or written in plugins.names() or _is_installed(written):
+    if ":" not in written or written in entry_points.names() or _is_installed(written):
         return _installed(written, options)
     module, _, name = written.partition(":")
     plugin = _imported(module, name)
@@ -104,14 +105,14 @@ def find(written: str, options: Mapping[str, str]) -> Target:
 
 def _is_installed(written: str) -> bool:
     distribution, _, name = written.rpartition(":")
-    return any(one.name == name and one.distribution == distribution for one in plugins.installed())
+    return any(one.name == name and one.distribution == distribution for one in installed())
 
 
 def _installed(written: str, options: Mapping[str, str]) -> Target:
     finders: Mapping[Kind, Callable[[str], Any]] = {
-        "backend": plugins.backend,
-        "provider": plugins.provider,
-        "normalizer": plugins.normalizer,
+        "backend": loading.backend,
+        "provider": loading.provider,
+        "normalizer": loading.normalizer,
     }
     said: list[str] = []
     for kind, finder in finders.items():
