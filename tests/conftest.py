@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from optional import QUICK
 
 # Redis, Postgres and memcached, started when the first test asks for one; and a real model.
 pytest_plugins = ["servers", "minilm"]
@@ -21,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shared CI machine is slow at times: that is no reason to fail. `print_blob` lets a failure be replayed elsewhere.
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _common, max_examples=50)
+settings.register_profile("quick", _common, max_examples=20)
 settings.register_profile("thorough", _common, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if QUICK else "default"))
 
 PATIENT = 60.0
 """Seconds that a call to a tier may take in a test which names no timeout: far more than a busy machine needs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optional import needs
 from servers import RedisServer
 
 from embedonce.testing import BackendContract, NormalizerContract, ProviderContract
@@ -111,6 +112,7 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("mypackage", None)
 
 
+@pytest.mark.slow
 def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) -> None:
     done = command(
         "conformance", f"{module}:FileBackend", "--option", "path=./x", "--rounds", "3", "--examples", "2", "--json"
@@ -230,6 +232,7 @@ def test_new_in_an_option_tells_stores_apart(command: Any, module: str) -> None:
     assert command("conformance", f"{module}:SharedBackend", "-o", "prefix={new}", *test).code == 0
 
 
+@needs("redis")
 def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_server: RedisServer) -> None:
     address = redis_server.url.removeprefix("redis://").partition("/")[0]
     network = [name for name in BackendContract.standard_tests if "server" in name or "reply_that" in name]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from optional import needs
 
 import embedonce
 
@@ -129,7 +129,7 @@ def test_standard_input_may_be_closed(process: Callable[..., subprocess.Popen[st
     assert np.load("out.npy").shape == (3, 64)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=needs("pyarrow"))])
 def test_the_other_outputs_say_the_same(command: Any, corpus: Path, kind: str) -> None:
     assert command("embed", "docs", "--out", "out.npy", "--quiet").out == ""
     done = command("embed", "docs", "--out", f"out.{kind}", "--with-text")
@@ -137,6 +137,8 @@ def test_the_other_outputs_say_the_same(command: Any, corpus: Path, kind: str) -
     if kind == "jsonl":
         rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     else:
+        import pyarrow.parquet as pq
+
         rows = pq.read_table("out.parquet").to_pylist()
     assert [(row["source"], row["line"]) for row in rows] == index(Path("out.npy"))
     assert [row["text"] for row in rows] == ["# One", "first\nparagraph", "the same", "the same", "last"]
@@ -375,6 +377,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(process: Callable[..., subproce
     assert np.load("out.npy").shape == (3, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
     def peak(passages: int) -> int:

@@ -36,6 +36,7 @@ def run(*command: str | Path, site: Path, folder: Path) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["backend", "provider"])
 def test_what_is_written_is_built_and_installed_and_passes(command: Any, folder: Path, kind: str) -> None:
     done = command("new", kind, "my-shelf", "--json")

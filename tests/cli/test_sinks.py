@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from optional import needs
 
 from embedonce.cli.embedding.passages import Passage
 from embedonce.cli.embedding.sinks import HEADER, SinkError, npy_header, open_sink, written_by
 
 KINDS = ("npy", "jsonl", "parquet")
+EACH_KIND = pytest.mark.parametrize("kind", ["npy", "jsonl", pytest.param("parquet", marks=needs("pyarrow"))])
 PASSAGES = [Passage(f"text {i} “quoted”\n", f"folder/é{i % 3}.txt", i + 1) for i in range(10)]
 VECTORS = np.random.default_rng(7).standard_normal((10, 5)).astype(np.float32)
 VECTORS[0] = [np.float32(1e-45), np.finfo(np.float32).max, -0.0, 0.1, 1.0]
@@ -42,11 +43,13 @@ def read(out: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
     if out.suffix == ".jsonl":
         rows = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
     else:
+        import pyarrow.parquet as pq
+
         rows = pq.read_table(out).to_pylist()
     return rows, np.array([row.pop("vector") for row in rows], dtype=np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("with_text", [False, True])
 def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_text: bool) -> None:
     out = tmp_path / f"out.{kind}"
@@ -59,7 +62,10 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_t
     assert set(os.listdir(tmp_path)) == {path.name for path in written_by(out) if not path.name.startswith(".")}
 
 
+@needs("pyarrow")
 def test_no_rows_have_the_dimensions_all_the_same(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
     for kind in KINDS:
         write(tmp_path / f"out.{kind}", rows=0)
     matrix = np.load(tmp_path / "out.npy")
@@ -82,7 +88,7 @@ def test_the_npy_header_is_numpys_own_format(rows: int, dimensions: int) -> None
     assert HEADER % 64 == 0  # numpy aligns the data for memory maps
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_until_it_is_finished_the_old_output_stays(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
     write(out)
@@ -95,7 +101,7 @@ def test_until_it_is_finished_the_old_output_stays(tmp_path: Path, kind: str) ->
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_what_a_killed_run_left_behind_is_taken_over(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
     for path in written_by(out):
@@ -106,7 +112,7 @@ def test_what_a_killed_run_left_behind_is_taken_over(tmp_path: Path, kind: str) 
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_two_runs_never_write_one_output(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
     first = open_sink(out)
@@ -135,6 +141,7 @@ def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
     assert len(read(tmp_path / "real/there.jsonl")[0]) == 10
 
 
+@needs("pyarrow")
 def test_vectors_of_two_lengths_are_refused(tmp_path: Path) -> None:
     for kind in KINDS:
         sink = open_sink(tmp_path / f"out.{kind}")
@@ -161,7 +168,7 @@ def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("linked", [False, True])
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str, linked: bool) -> None:
     special = tmp_path / f"special.{kind}"

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import needs
 
 from embedonce.cli.embedding import formats
 from embedonce.cli.embedding.passages import Broken, Passage, name_of, place
@@ -202,18 +201,27 @@ def test_csv_goes_on_after_a_line_that_is_too_long(tmp_path: Path, monkeypatch: 
 # --- Parquet ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_by_column(tmp_path: Path, kind: Any) -> None:
+@needs("pyarrow")
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_parquet_by_column(tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    type_of_column = pa.dictionary(pa.int32(), pa.string()) if kind == "dictionary" else getattr(pa, kind)()
     path = tmp_path / "a.parquet"
     values = ["one", None, "two"] * 1000
-    pq.write_table(pa.table({"text": pa.array(values, kind), "n": list(range(3000))}), path)
+    pq.write_table(pa.table({"text": pa.array(values, type_of_column), "n": list(range(3000))}), path)
     passages = found(path)
     assert [one.text for one in passages if isinstance(one, Passage)] == ["one", "two"] * 1000
     assert passages[1] == Broken(str(path), 2, 'field "text" is null, not a string')
     assert passages[-1] == Passage("two", str(path), 3000)
 
 
+@needs("pyarrow")
 def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     good = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1]}), good)
     assert broken(good) == [(None, 'no column "text"; choose one with --field')]
@@ -332,7 +340,11 @@ def test_a_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
     assert name_of("café") == "café"
 
 
+@needs("pyarrow")
 def test_bytes_read_reach_the_total(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     write(tmp_path, "a.txt", "one\n\ntwo\n" * 1000)
     write(tmp_path, "b.jsonl", '{"text": "x"}\n' * 100)
     write(tmp_path, "c.csv", "text\nx\n")

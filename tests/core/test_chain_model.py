@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -214,6 +215,7 @@ class Chain(RuleBasedStateMachine):
             self.cache.close()
 
 
+@pytest.mark.slow
 def test_a_chain_is_a_dict() -> None:
     run_state_machine_as_test(
         Chain,

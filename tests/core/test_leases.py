@@ -18,6 +18,7 @@ from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, Provi
 from embedonce_backends.memory import MemoryBackend
 
 
+@pytest.mark.slow
 def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(tmp_path: Path) -> None:
     table = {"type": "disk", "path": str(tmp_path / "d"), "lease": "100s", "timeout": "60s"}
     found = children.eight_ask_for_all(table, "disk")
