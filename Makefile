@@ -7,10 +7,15 @@ INSTALL := ./.ci/install
 VENV := .venv
 TEST_VENV := .venv-test
 TEST_BIN := $(TEST_VENV)/bin
+LINT_VENV := .venv-lint
+QUICK_VENV ?= .venv-quick
 BENCH_VENV := .venv-bench
 DEMO := .demo
 WHEELS := build/wheels
 FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,sentence-transformers
+
+# What `make quick` runs: tests that need no server and no optional library, or say so.
+QUICK_TESTS := tests/core tests/cli tests/test_architecture.py tests/test_development.py
 
 # More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
@@ -18,13 +23,15 @@ BENCH ?=
 # Half of the time a test waits: for a server to start, for a timeout to pass.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo test lint format wheel pytest bench bench-networked clean
+.PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
+	@echo "make quick   test the core and the command line in about a minute, without optional libraries"
 	@echo "make test    lint, types, and all tests against the built wheel"
-	@echo "make lint    ruff, mypy and pyright alone"
+	@echo "make lint    ruff alone"
+	@echo "make types   mypy and pyright alone, against the built wheel"
 	@echo "make format  let ruff put the sources in order"
 	@echo "make bench   print the table of benchmarks"
 	@echo "make bench-networked  print that of Redis, Postgres and memcached, which it starts on loopback"
@@ -36,6 +43,13 @@ install:
 demo: install
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/demo/run.sh $(DEMO)
 
+# Runs against the tree, so that a change is seen without a build, and leaves out the slow tests. It keeps no cache of
+# packages, because it should take little disk.
+quick:
+	@UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 $(INSTALL) $(QUICK_VENV) --editable . --group test
+	QUICK=1 $(QUICK_VENV)/bin/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "not slow" \
+	    $(QUICK_TESTS) $(PYTEST)
+
 # What the tests run against is what a user gets: the wheel, not the tree.
 wheel:
 	@$(INSTALL) $(TEST_VENV) --group dev --group frameworks
@@ -43,15 +57,19 @@ wheel:
 	@$(TEST_BIN)/hatchling build --target wheel --directory $(WHEELS)
 	@$(INSTALL) $(TEST_VENV) "$$(echo $(WHEELS)/*.whl)[all,$(FRAMEWORKS)]"
 
-lint: wheel
-	$(TEST_BIN)/ruff check .
-	$(TEST_BIN)/ruff format --check .
+lint:
+	@$(INSTALL) $(LINT_VENV) --group lint
+	$(LINT_VENV)/bin/ruff check .
+	$(LINT_VENV)/bin/ruff format --check .
+
+types: wheel
 	$(TEST_BIN)/mypy
 	$(TEST_BIN)/pyright --pythonpath $(TEST_BIN)/python
 
-format: wheel
-	$(TEST_BIN)/ruff check --fix .
-	$(TEST_BIN)/ruff format .
+format:
+	@$(INSTALL) $(LINT_VENV) --group lint
+	$(LINT_VENV)/bin/ruff check --fix .
+	$(LINT_VENV)/bin/ruff format .
 
 servers:
 	@./.ci/servers
@@ -60,7 +78,7 @@ servers:
 pytest: wheel servers
 	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 
-test: lint
+test: lint types
 	@$(MAKE) --no-print-directory pytest
 
 bench:
@@ -72,4 +90,4 @@ bench-networked:
 	@$(BENCH_VENV)/bin/python benchmarks/networked.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TEST_VENV) $(LINT_VENV) .venv-quick* $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
