@@ -255,6 +255,7 @@ def test_a_replay_names_what_is_missing_and_writes_the_rest(command: Any, corpus
     assert index(Path("out.npy"))[-1] == ("docs/b.jsonl", 1)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_is_said_and_leaves_nothing(
     process: Callable[..., subprocess.Popen[str]], corpus: Path
 ) -> None:
@@ -296,6 +297,7 @@ def wait_for_half(part: Path, started: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_ended_run_goes_on_from_what_was_stored(
     command: Any, process: Callable[..., subprocess.Popen[str]], long: Path, number: signal.Signals
@@ -330,6 +332,7 @@ def test_an_ended_run_goes_on_from_what_was_stored(
     assert sorted(os.listdir()) == ["docs", "embedonce.toml", "out.index.jsonl", "out.npy", "vectors.cache"]
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_how_far_it_is(process: Callable[..., subprocess.Popen[str]], long: Path) -> None:
     pty = pytest.importorskip("pty")
     terminal, inner = pty.openpty()
