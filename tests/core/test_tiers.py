@@ -326,6 +326,57 @@ def test_a_timeout_that_is_not_named_follows_from_who_shares_the_backend(
     assert shipped_timeouts == {"process": None, "host": 2.0, "network": 0.25}
 
 
+# --- what a read counts -----------------------------------------------------------------------
+
+
+class FailsFromThe(DictBackend):
+    """Answers calls until the n-th, and fails from there on."""
+
+    def __init__(self, call: int, **capabilities: Any) -> None:
+        super().__init__(scope="host", **capabilities)
+        self.left = call - 1
+
+    def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("gone")
+        return super().get_many(keys)
+
+
+def test_a_read_that_must_not_fail_counts_what_was_answered_before_it_did() -> None:
+    held, seen = DictBackend(scope="host"), list[Event]()
+    with Cache(CountingProvider(), [held]) as cache:
+        cache.embed_batch(TEXTS[:6])
+    failing = FailsFromThe(2, max_batch=8, store=held)
+    with Cache(CountingProvider(), [Tier(failing, name="host", on_error="raise")], listeners=[seen.append]) as cache:
+        with pytest.raises(TierError):
+            cache.embed_batch(TEXTS)
+        counted = cache.stats().tiers["host"]
+    assert (counted.hits, counted.misses, counted.errors) == (6, 2, 8)
+    (event,) = [event for event in seen if isinstance(event, LookedUp)]
+    assert (event.hits, event.misses, event.errors) == (6, 2, 8)
+
+
+@holds
+def test_entries_of_another_dimension_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
+    """Where nothing else tells the dimension, the most common one among the entries does."""
+    store, seen = DictBackend(scope="host", holds=kept), list[Event]()
+
+    def opened(dimensions: int, **options: Any) -> Cache:
+        provider = CountingProvider(dimensions=dimensions, tells_dimensions=False)
+        return Cache(provider, [Tier(DictBackend(scope="host", holds=kept, store=store), name="host")], **options)
+
+    for dimensions, texts in ((4, TEXTS[:3]), (5, TEXTS[3:4])):
+        with opened(dimensions) as cache:
+            cache.embed_batch(texts)
+    with opened(4, listeners=[seen.append]) as cache:
+        assert cache.embed_batch(TEXTS[:5]).shape == (5, 4)
+        counted = cache.stats().tiers["host"]
+    assert (counted.hits, counted.misses, counted.corrupt) == (3, 1, 1)
+    (event,) = [event for event in seen if isinstance(event, LookedUp)]
+    assert (event.hits, event.misses, event.corrupt) == (3, 1, 1)
+
+
 # --- time to live -----------------------------------------------------------------------------
 
 
