@@ -597,7 +597,7 @@ def test_a_load_that_fails_is_tried_again(minilm_path: Path, minilm: Any, monkey
 def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from embedonce import plugins
 
-    monkeypatch.setattr(plugins, "_plugins", {})
+    monkeypatch.setattr("embedonce._plugins.loading._plugins", {})
     monkeypatch.delitem(sys.modules, "embedonce_providers.sentence_transformers")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     with pytest.raises(

@@ -41,14 +41,6 @@ class Read:
     unknown: set[str] = field(default_factory=set)
     """Keys for which a part of the tier failed while others answered: these alone are not written."""
 
-    @property
-    def hits(self) -> int:
-        return len(self.entries)
-
-    @property
-    def misses(self) -> int:
-        return self.answered - self.hits - self.corrupt
-
 
 class Reading:
     """Reads from one tier."""
@@ -97,18 +89,29 @@ class Reading:
         """
         read = Read()
         start = time.perf_counter()
+        calls, breaker = self._calls, self.breaker
         try:
-            for chunk in self._calls.chunks(keys):
-                admitted = self.breaker.admit()
-                if admitted == "go":
-                    await self._read_chunk(port, chunk, read, dtype, dimensions)
+            for chunk in calls.chunks(keys):
+                admitted = breaker.admit()
+                if admitted != "go":
+                    if admitted == "probe":
+                        self._probe()
+                    read.skipped += len(chunk)
+                    read.failed = True
+                    if calls.on_error == "raise":
+                        raise calls.skipped_error()
                     continue
-                if admitted == "probe":
-                    self._probe()
-                read.skipped += len(chunk)
-                read.failed = True
-                if self._calls.on_error == "raise":
-                    raise self._calls.skipped_error()
+                try:
+                    values = await calls.get(port, chunk)
+                    if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
+                        values = {key: values[key] for key in chunk if key in values}
+                except Exception as error:  # noqa: BLE001  (whatever it is, it is the tier's)
+                    values = self._note_failure(chunk, read, error)
+                else:
+                    breaker.succeeded()
+                    read.answered += len(chunk)
+                if values:
+                    read.corrupt += self._accept(values, read.entries, dtype, dimensions)
         except TierError:
             self._count(read, task, start, again=again)
             raise
@@ -117,35 +120,27 @@ class Reading:
         self._count(read, task, start, again=again)
         return read
 
-    async def _read_chunk(
-        self, port: Port, chunk: Sequence[str], read: Read, dtype: Dtype, dimensions: int | None
-    ) -> None:
-        try:
-            values = await self._calls.get(port, chunk)
-            if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
-                values = {key: values[key] for key in chunk if key in values}
-        except Exception as error:
-            read.cause = self._calls.note_failure(self.breaker, error)
-            failed, found = split_partial(chunk, error, Mapping)
-            self.failing = failed[:: -(-len(failed) // PROBED)]
-            read.errors += len(failed)
-            if self._calls.on_error == "raise":
-                raise self._calls.tier_error(error) from error
-            if len(failed) == len(chunk):
-                read.failed = True
-                return
-            read.unknown.update(failed)
-            values = {key: found[key] for key in chunk if key in found and key not in read.unknown}
-            read.answered += len(chunk) - len(failed)
-        else:
-            self.breaker.succeeded()
-            read.answered += len(chunk)
-        read.corrupt += self._accept(values, read.entries, dtype, dimensions)
+    def _note_failure(self, chunk: Sequence[str], read: Read, error: Exception) -> Mapping[str, Any]:
+        """Take note of a chunk that failed, wholly or in part, and return what was answered of it.
+
+        Raises:
+            TierError: the tier's ``on_error`` is ``"raise"``.
+        """
+        read.cause = self._calls.note_failure(self.breaker, error)
+        failed, found = split_partial(chunk, error, Mapping)
+        self.failing = failed[:: -(-len(failed) // PROBED)]
+        read.errors += len(failed)
+        if self._calls.on_error == "raise":
+            raise self._calls.tier_error(error) from error
+        if len(failed) == len(chunk):
+            read.failed = True
+            return {}
+        read.unknown.update(failed)
+        read.answered += len(chunk) - len(failed)
+        return {key: found[key] for key in chunk if key in found and key not in read.unknown}
 
     def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
         """Put what is sound into ``entries`` and return how many are corrupt."""
-        if not values:
-            return 0
         decoded = self._codec.decode(values, dtype=dtype, dimensions=dimensions)
         # Only a space card has no values; under a text's key it is somebody's mistake.
         if dimensions is None and 0 in decoded.entries.sizes():
@@ -165,9 +160,10 @@ class Reading:
 
     def _count(self, read: Read, task: str, start: float, *, again: bool) -> None:
         read.seconds = time.perf_counter() - start
+        hits = len(read.entries)
         counts = {
-            "hits": read.hits,
-            "misses": 0 if again else read.misses,
+            "hits": hits,
+            "misses": 0 if again else read.answered - hits - read.corrupt,
             "errors": read.errors,
             "corrupt": read.corrupt,
             "skipped": read.skipped,
