@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from itertools import count
+from threading import Lock
 from typing import Any, NamedTuple
 
 import boto3
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from embedonce.testing import FaultProxy
@@ -29,7 +31,21 @@ class S3(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3]:
+def atomic_puts() -> Iterator[None]:
+    """Store an object in one step, as S3 does: moto looks whether it is there and then stores it, in many threads."""
+    one_at_a_time, put_object = Lock(), S3Response.put_object
+
+    def put(response: S3Response) -> Any:
+        with one_at_a_time:
+            return put_object(response)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3(atomic_puts: None) -> Iterator[S3]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
