@@ -41,8 +41,8 @@ LAST_FLUSH = 5.0
 _open_chains: WeakSet[Running] = WeakSet()
 
 
-class User(Protocol):
-    """What a running chain does with each cache that asks through it."""
+class CacheOverChain(Protocol):
+    """A cache, as the chain that it asks through knows it."""
 
     def _refresh_hot_path(self) -> None:
         """Look again whether a hit may take the short way."""
@@ -90,7 +90,7 @@ class Running:
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
         """By scope, the space cards that are stored beside its entries."""
-        self.users: WeakSet[User] = WeakSet()
+        self.caches: WeakSet[CacheOverChain] = WeakSet()
         """The caches that ask through these tiers."""
         self.listeners = list(listeners)
         self._broken_listeners: set[int] = set()
@@ -141,7 +141,7 @@ class Running:
         for listener in self.listeners:
             try:
                 listener(event)
-            except Exception:
+            except Exception:  # a broken listener must not cost an embedding
                 if id(listener) not in self._broken_listeners:  # once, not once an event
                     self._broken_listeners.add(id(listener))
                     log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
@@ -149,8 +149,8 @@ class Running:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call a listener with every event from now on."""
         self.listeners.append(listener)
-        for user in list(self.users):
-            user._refresh_hot_path()
+        for cache in list(self.caches):
+            cache._refresh_hot_path()
 
     # --- ending -------------------------------------------------------------------------------
 
@@ -172,12 +172,12 @@ class Running:
             if self._closed:
                 return
             self._closed = True
-        users = [user for user in list(self.users) if user._shut()]
+        caches = [cache for cache in list(self.caches) if cache._shut()]
         self.flush_or_warn(timeout)
         for tier in self.tiers:
             close_part(tier.backend)
-        for user in users:
-            user._close_providers()
+        for cache in caches:
+            cache._close_providers()
         self.ports.close()
 
     async def close_twins(self, port: Port) -> None:
@@ -190,8 +190,8 @@ class Running:
         self._lock = threading.RLock()
         self.ports.reset()
         self.table.reset()
-        for user in list(self.users):
-            user._renew()
+        for cache in list(self.caches):
+            cache._renew()
         for tier in self.tiers:
             tier.reset()
         if self.engine.leases is not None:
