@@ -20,7 +20,7 @@ QUICK_TESTS := tests/core tests/cli tests/test_architecture.py tests/test_develo
 # More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
 BENCH ?=
-# Half of the time a test waits: for a server to start, for a timeout to pass.
+# Two workers per core, because a test waits half of the time: for a server to start, for a timeout to pass.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked clean
@@ -28,8 +28,9 @@ WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
-	@echo "make quick   test the core and the command line in about a minute, without optional libraries"
+	@echo "make quick   test the core and the command line in under two minutes, without optional libraries"
 	@echo "make test    lint, types, and all tests against the built wheel"
+	@echo "make pytest  tests alone, against the built wheel: make pytest PYTEST=tests/backends/test_disk.py"
 	@echo "make lint    ruff alone"
 	@echo "make types   mypy and pyright alone, against the built wheel"
 	@echo "make format  let ruff put the sources in order"

@@ -197,7 +197,7 @@ class _Queue:
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        # Of a copy, which cachebox makes in one step: a hit moves a key without our lock, and ends an iteration.
+        # Copying is atomic in cachebox. A hit in another thread takes no lock of ours, and would break an iteration.
         return list(self.entries.copy())
 
     def clear(self) -> None:

@@ -399,11 +399,11 @@ class Cache(Requests):
 
 
 class _CacheOfSameTiers(Cache):
-    """What :meth:`Cache.for_provider` returns: another provider over the tiers of a cache, which alone closes them."""
+    """Another provider over the tiers of a cache. Only the cache that made it closes the tiers."""
 
     def __init__(self, owner: Cache, source: Source) -> None:
         Requests.__init__(self, owner._running, source, None, fetch_only=False)
-        self._owner = owner  # it lives for as long as this: whoever holds this alone still shares it
+        self._owner = owner  # kept alive, because others may still find and share it
 
     def close(self) -> None:
         if self._shut():

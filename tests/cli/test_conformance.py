@@ -244,6 +244,7 @@ def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_ser
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_removes_what_it_made(process: Any, folder: Path) -> None:
     running = process("conformance", "disk", "--option", "path=./x")
     assert running.stdout.readline().startswith("passed   test_")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optional import needs
 
 import embedonce
 from embedonce.cli.evaluate import DTYPES
@@ -163,8 +164,8 @@ def test_a_text_that_the_provider_refuses(command: Any, files: Path) -> None:
     assert "roof" not in done.err
 
 
+@needs("matplotlib")
 def test_a_plot(command: Any, files: Path) -> None:
-    pytest.importorskip("matplotlib", reason="pip install matplotlib")
     for name, begins in (("p.png", b"\x89PNG"), ("p.svg", b"<?xml"), ("p.pdf", b"%PDF")):
         done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", name)
         assert done.code == 0, done.err

@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("cryptography", reason="pip install 'embedonce[encryption]'")
-
 import embedonce
 from embedonce import Cache, ConfigError, Tier
 from embedonce.encryption import Encryption

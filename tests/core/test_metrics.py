@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import urllib.request
 
-import pytest
-
-pytest.importorskip("prometheus_client", reason="pip install 'embedonce[prometheus]'")
-
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 

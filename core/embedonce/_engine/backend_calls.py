@@ -46,7 +46,7 @@ class BackendCalls:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child, and keep what is the parent's from being closed."""
+        """Start anew, as in a forked child, and do not close what the parent owns."""
         self._workers = Workers(CALLS)
         self._inherited += self._twins.values()
         self._twins = WeakKeyDictionary()
@@ -61,7 +61,7 @@ class BackendCalls:
             Exception: whatever the backend raised.
         """
         caps = self.capabilities
-        # A listing walks over everything that a store holds: the timeout of a look-up is not its measure.
+        # A listing walks over everything that a store holds, so the timeout of a look-up does not apply.
         timeout = None if listing else self.timeout
         quick = not caps.blocking and caps.deadline
         return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)

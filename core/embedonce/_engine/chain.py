@@ -1,4 +1,4 @@
-"""The tiers of a chain: what each is given, what a chain refuses, and what it warns of."""
+"""The options of a tier, and what is checked when tiers are composed: errors and warnings of a chain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is given for entries, and what its answers are worth: frames or entries, encrypted or not."""
+"""Encodes entries for a backend, and decodes and checks its answers: frames or entries, encrypted or not."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Codec:
         return decoded
 
     def add_previews(self, entries: Mapping[str, Entry], previews: Callable[[str], str]) -> Mapping[str, Entry]:
-        """Return the entries with the beginning of each text, for a tier that keeps it; ``previews`` gives a key's."""
+        """Return the entries with the beginning of each text, ``previews(key)``, for a tier that keeps it."""
         if not self._keeps_previews:
             return entries
         return {

@@ -42,7 +42,7 @@ class Flight:
 
     def __init__(self, number: int, loop: asyncio.AbstractEventLoop | None) -> None:
         self.number = number
-        """That of the leading call's ticket."""
+        """The number of the leading call's ticket."""
         self.loop = loop
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
@@ -88,7 +88,7 @@ class Write:
 
     tier: str
     number: int
-    """That of the ticket of the call that stores them."""
+    """The number of the ticket of the call that stores them."""
     entries: dict[str, Entry]
     flights: dict[str, Flight] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ class Ticket:
 
 
 class Table:
-    """Flights, pending writes and erasures of one cache."""
+    """Flights, pending writes and erasures of one chain."""
 
     def __init__(self, max_queued: int) -> None:
         self.max_queued = max_queued
@@ -159,7 +159,7 @@ class Table:
         """Start anew, as in a forked child: no flight and no queued write is its own."""
         self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
         self._changed = threading.Condition(self._lock)
-        self._number = 0  # that of the newest ticket
+        self._number = 0  # of the newest ticket
         self._calls: dict[int, None] = {}  # every call under way, oldest first
         self._reading: dict[int, None] = {}  # those before their claim
         self._flights: dict[str, Flight] = {}

@@ -22,7 +22,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 
 
 class Leases:
-    """The leases of one cache, on one of its tiers."""
+    """The leases of one chain, on one of its tiers."""
 
     def __init__(self, tier: LiveTier, seconds: float) -> None:
         self.tier = tier

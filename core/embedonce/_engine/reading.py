@@ -1,4 +1,4 @@
-"""Reading from a tier: the read breaker and its probe, what of an answer is sound, and how it is counted."""
+"""Reading from a tier: the read breaker and its probe, which entries of an answer are valid, and what is counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .ports import Port
 log = logging.getLogger("embedonce")
 
 PROBED = 64
-"""A probe asks again for so many keys of the call that failed: others may be on another node, which answers."""
+"""A probe asks again for up to this many keys of the call that failed: other keys may be on a node that answers."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""One provider's work over a running chain: each public method of a cache as a coroutine, and the way of a hot hit."""
+"""One provider's work over a running chain: the steps of a cache's methods as coroutines, and the fast path of a hit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Requests:
         self._hot = self._hot_tier()
         running.caches.add(self)
 
-    # --- a hot hit ----------------------------------------------------------------------------
+    # --- the fast path of a hit ---------------------------------------------------------------
 
     def _hit(self, text: str, task: Task) -> Matrix | None:
         """Return the vector of a text whose key is known and whose entry is in a first in-process tier.

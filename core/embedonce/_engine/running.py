@@ -1,4 +1,4 @@
-"""A chain of tiers at work, from the first call to the end of the program: what its caches share."""
+"""A running chain: what the caches over it share, and what happens at the end of the program."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CacheOverChain(Protocol):
     """A cache, as the chain that it asks through knows it."""
 
     def _refresh_hot_path(self) -> None:
-        """Look again whether a hit may take the short way."""
+        """Look again whether a hit may take the fast path."""
 
     def _shut(self) -> bool:
         """Refuse calls from now on; False where they were refused before."""

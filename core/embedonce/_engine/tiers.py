@@ -1,4 +1,4 @@
-"""A tier of a running cache: reading and writing over one way to call its backend. What a backend never sees."""
+"""A tier of a running chain: its reading, its writing, and the calls to its backend that both make."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROBE_KEY = f"{KEY_PREFIX}probe"
 
 
 class LiveTier:
-    """A tier of a running cache."""
+    """A tier of a running chain."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class LiveTier:
             listened=listened,
             clock=clock,
         )
-        # The methods themselves, so that no call of the engine's goes through one more.
+        # Bound methods, because a method that calls another one would cost each read and write a call more.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout
@@ -79,7 +79,7 @@ class LiveTier:
         self.add = self.writing.add
 
     def reset(self) -> None:
-        """Start anew, as in a forked child, and keep what is the parent's from being closed."""
+        """Start anew, as in a forked child, and do not close what the parent owns."""
         self.counters.renew()
         self.calls.reset()
         self.reading.reset()

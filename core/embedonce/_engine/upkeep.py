@@ -25,7 +25,7 @@ LISTED_AT_ONCE = 1024
 
 
 class Upkeep:
-    """Erases, lists, checks and explains across the tiers of one cache."""
+    """Erases, lists, checks and explains across the tiers of one chain."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ CARD_SECONDS = 600.0
 """A space card is written again after this long: the tier may have evicted it, or somebody purged the scope."""
 
 SILENT_SECONDS = 60.0
-"""A background write that fails is logged, and none for so long: a busy tier's writes may all fail, one a call."""
+"""Least seconds between two log lines about background writes that failed: a busy tier's may all fail."""
 
 JITTER = 0.05
 """An entry's TTL is shortened by up to this share, so that what was written together does not expire together."""
