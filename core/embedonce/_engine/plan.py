@@ -52,7 +52,7 @@ class Engine:
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True) -> None:
-        """Fill the answer: from the tiers, from flights that have landed, from the provider, from the flights of others.
+        """Fill the answer: from the tiers, from flights that have landed, from the provider, from others' flights.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.

@@ -1,4 +1,4 @@
-"""One provider's work over a running chain: the steps of a cache's methods as coroutines, and the fast path of a hit."""
+"""One provider's work over a running chain: the steps of a cache's methods as coroutines, and the fast path."""
 
 from __future__ import annotations
 
