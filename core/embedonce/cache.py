@@ -14,6 +14,7 @@ from ._engine.running import Mode, Running
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
+from .errors import ConfigError
 from .events import Event, Stats
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
@@ -72,6 +73,7 @@ class Cache(Requests):
         listeners: Iterable[Callable[[Event], None]] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
+        _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
         policy = key or KeyPolicy()
         steps = [_normalizer(name) for name in policy.normalize]
         source = Source(wrap(provider, space), fallback=False)
@@ -90,7 +92,7 @@ class Cache(Requests):
             clock=clock,
         )
         super().__init__(running, source, second, fetch_only=fallback_fetch_only)
-        running.begin()
+        running.begin(self)
 
     def for_provider(
         self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
@@ -105,7 +107,7 @@ class Cache(Requests):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        return _CacheOfSameTiers(self, Source(wrap(provider, space), fallback=False))
+        return _CacheOfSameTiers(self._running, Source(wrap(provider, space), fallback=False))
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -401,9 +403,8 @@ class Cache(Requests):
 class _CacheOfSameTiers(Cache):
     """Another provider over the tiers of a cache. Only the cache that made it closes the tiers."""
 
-    def __init__(self, owner: Cache, source: Source) -> None:
-        Requests.__init__(self, owner._running, source, None, fetch_only=False)
-        self._owner = owner  # kept alive, because others may still find and share it
+    def __init__(self, running: Running, source: Source) -> None:
+        Requests.__init__(self, running, source, None, fetch_only=False)
 
     def close(self) -> None:
         if self._shut():
@@ -412,6 +413,16 @@ class _CacheOfSameTiers(Cache):
 
     async def aclose(self) -> None:
         await self._off_loop(self.close)
+
+
+def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float, max_queued: int) -> None:
+    if dtype not in ("float32", "float16", "int8"):
+        raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
+    if mode not in ("read-through", "replay"):
+        raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
+    for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
+        if not number >= 0:
+            raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
 
 
 def _normalizer(name: str) -> Normalizer:

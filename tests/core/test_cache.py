@@ -748,6 +748,33 @@ def test_background_writes_are_flushed_when_the_program_ends_without_close(tmp_p
         assert cache.lookup([str(i) for i in range(100)]).sources == ["disk"] * 100
 
 
+def test_what_nobody_holds_any_more_is_closed_when_the_program_ends_providers_too() -> None:
+    done = run_program("""
+        import gc
+        from embedonce import Cache, Tier
+        from embedonce.testing.fakes import CountingProvider, DictBackend
+
+        class Provider(CountingProvider):
+            def close(self):
+                print("provider")
+
+        class Backend(DictBackend):
+            def close(self):
+                print("backend")
+                super().close()
+
+        gc.disable()  # a collection would close neither
+        Cache(Provider(), [Backend()], fallback=Provider(model="2")).embed("a text")
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "backend\nprovider\nprovider\n", "")
+
+
+def test_wrong_options_are_said_before_a_provider_is_asked_for_its_space() -> None:
+    for options in ({"dtype": "f8"}, {"mode": "write"}, {"max_wait": -1}, {"flush_timeout": -1}, {"max_queued": 0}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            Cache(lambda texts: texts, **options)  # type: ignore[arg-type]
+
+
 def test_a_hanging_background_write_does_not_keep_the_program_alive() -> None:
     done = run_program("""
         from embedonce import Cache, Tier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections.abc import Sequence
@@ -107,6 +108,35 @@ def test_closing_one_leaves_the_tiers_and_closing_the_first_ends_all() -> None:
             closed.embed("text")
     with pytest.raises(CacheClosed):
         cache.for_provider(first)
+
+
+def test_closing_the_first_closes_the_others_then_the_tiers_then_its_own_providers() -> None:
+    closed: list[str] = []
+
+    class Provider(CountingProvider):
+        def close(self) -> None:
+            closed.append(self.space("document").model)
+
+    class Backend(DictBackend):
+        def close(self) -> None:
+            closed.append("backend")
+
+    cache = Cache(Provider(model="own"), [Backend()], fallback=Provider(model="fallback"))
+    other = cache.for_provider(Provider(model="other"))
+    cache.close()
+    assert closed == ["other", "backend", "own", "fallback"]
+    other.close()
+    cache.close()
+    assert len(closed) == 4
+
+
+def test_the_first_lives_for_as_long_as_another() -> None:
+    provider = CountingProvider()
+    other = Cache(provider, [DictBackend()]).for_provider(CountingProvider(model="2"))
+    gc.collect()
+    owner = other._running._owner
+    assert isinstance(owner, Cache)
+    assert owner.provider is provider
 
 
 def test_closing_the_first_flushes_what_the_others_wrote() -> None:

@@ -17,7 +17,6 @@ from weakref import WeakSet
 
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
-from embedonce.errors import ConfigError
 from embedonce.events import Event
 from embedonce.keys import KeyPolicy, Value
 from embedonce.vectors import Dtype
@@ -75,13 +74,6 @@ class Running:
         listeners: Iterable[Callable[[Event], None]],
         clock: Callable[[], float],
     ) -> None:
-        if dtype not in ("float32", "float16", "int8"):
-            raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
-        if mode not in ("read-through", "replay"):
-            raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
-        for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
-            if not number >= 0:
-                raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
         self.policy = policy
         self.steps = steps
         self.dtype: Dtype = dtype
@@ -92,10 +84,9 @@ class Running:
         """By scope, the space cards that are stored beside its entries."""
         self.caches: WeakSet[CacheOverChain] = WeakSet()
         """The caches that ask through these tiers."""
+        self._owner: CacheOverChain | None = None
         self.listeners = list(listeners)
         self._broken_listeners: set[int] = set()
-        self._lock = threading.RLock()
-        self._closed = False
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
         self.warnings = tuple(chain_warnings(chain))
@@ -128,8 +119,12 @@ class Running:
         patience = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
         self.upkeep = Upkeep(self.tiers, self.table, self.cards, patience=patience, clock=clock)
 
-    def begin(self) -> None:
-        """See that background writes are flushed and the backends closed when this process ends."""
+    def begin(self, owner: CacheOverChain) -> None:
+        """See that writes are flushed, and backends and providers closed, when this process ends.
+
+        ``owner`` is the cache that has made this chain. It lives for as long as the chain, which closes its providers.
+        """
+        self._owner = owner
         _open_chains.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
         _close_at_exit()
@@ -167,17 +162,20 @@ class Running:
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
 
     def close(self, timeout: float) -> None:
-        """Flush, then close the backends, and the providers of every cache. Calling it twice does nothing."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        caches = [cache for cache in list(self.caches) if cache._shut()]
+        """Flush, then close the other caches' providers, the backends, and the owner's providers, once.
+
+        The other caches answer until the flush is done.
+        """
+        owner = self._owner
+        if owner is None or not owner._shut():
+            return
         self.flush_or_warn(timeout)
+        for cache in list(self.caches):
+            if cache._shut():
+                cache._close_providers()
         for tier in self.tiers:
             close_part(tier.backend)
-        for cache in caches:
-            cache._close_providers()
+        owner._close_providers()
         self.ports.close()
 
     async def close_twins(self, port: Port) -> None:
@@ -187,7 +185,6 @@ class Running:
 
     def reset(self) -> None:
         """In a forked child: locks, flights, queue and threads are the parent's; start with our own."""
-        self._lock = threading.RLock()
         self.ports.reset()
         self.table.reset()
         for cache in list(self.caches):
