@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from patience import GENEROUS, made, until
 
-from embedonce import Cache, ConfigError, Tier, TierBusy, TierError, TierTimeout
+from embedonce import Cache, ConfigError, PartialAnswer, Tier, TierBusy, TierError, TierTimeout
 from embedonce._engine.breaker import Breaker
 from embedonce.events import Event, LookedUp, TierChanged
 from embedonce.testing.fakes import CountingProvider, DictBackend
@@ -355,6 +357,60 @@ def test_a_read_that_must_not_fail_counts_what_was_answered_before_it_did() -> N
     assert (counted.hits, counted.misses, counted.errors) == (6, 2, 8)
     (event,) = [event for event in seen if isinstance(event, LookedUp)]
     assert (event.hits, event.misses, event.errors) == (6, 2, 8)
+
+
+class AnswersAsTold(DictBackend):
+    """Each of its keys is a hit, a miss, corrupt, or on a node that is away; each of its calls may fail as a whole."""
+
+    def __init__(self, keys: Sequence[str], calls: Sequence[bool], **capabilities: Any) -> None:
+        super().__init__(scope="host", **capabilities)
+        self.kinds = dict.fromkeys(keys, "hit")
+        self.calls = list(calls)
+
+    def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
+        if self.calls and self.calls.pop():
+            raise ConnectionError("gone")
+        answer = {
+            key: value for key, value in super().get_many(keys).items() if self.kinds.get(key) in ("hit", "corrupt")
+        }
+        answer.update({key: b"corrupt" for key in answer if self.kinds[key] == "corrupt"})
+        away = [key for key in keys if self.kinds.get(key) == "away"]
+        if away:
+            raise PartialAnswer("a node is away", answer=answer, failed=away) from TierBusy("away")
+        return answer
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["hit", "miss", "corrupt", "away"]), min_size=1, max_size=12),
+    calls=st.lists(st.booleans(), max_size=6),
+    max_batch=st.integers(1, 5),
+    on_error=st.sampled_from(["skip", "raise"]),
+)
+def test_every_key_of_a_read_is_counted_once(
+    kinds: list[str], calls: list[bool], max_batch: int, on_error: Any
+) -> None:
+    texts, seen = TEXTS[: len(kinds)], list[Event]()
+    store = DictBackend(scope="host")
+    with Cache(CountingProvider(), [store]) as cache:
+        cache.embed_batch(texts)
+        keys = [cache.explain(text).key for text in texts]
+    backend = AnswersAsTold(keys, calls, max_batch=max_batch, store=store)
+    backend.kinds.update(zip(keys, kinds, strict=True))
+    with Cache(CountingProvider(), [Tier(backend, name="host", on_error=on_error)], listeners=[seen.append]) as cache:
+        ended_early = False
+        try:
+            cache.lookup(texts)
+        except TierError:
+            ended_early = True
+        stats = cache.stats().tiers["host"]
+    (event,) = [event for event in seen if isinstance(event, LookedUp)]
+    counts = [event.hits, event.misses, event.errors, event.corrupt, event.skipped]
+    assert counts == [stats.hits, stats.misses, stats.errors, stats.corrupt, stats.skipped]
+    assert min(counts) >= 0
+    assert sum(counts) <= len(texts)
+    assert ended_early or sum(counts) == len(texts)
+    assert event.hits <= kinds.count("hit")
+    assert event.corrupt <= kinds.count("corrupt")
 
 
 @holds
