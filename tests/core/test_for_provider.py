@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +129,35 @@ def test_closing_the_first_closes_the_others_then_the_tiers_then_its_own_provide
     other.close()
     cache.close()
     assert len(closed) == 4
+
+
+def test_a_listener_may_come_while_other_threads_make_caches() -> None:
+    """Listing a set fails when another thread adds to it meanwhile."""
+    cache = Cache(CountingProvider(), [DictBackend()])
+    others: list[Cache] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    stopped = threading.Event()
+
+    def make_many() -> None:
+        while not stopped.is_set():
+            others.append(cache.for_provider(CountingProvider()))
+            if len(others) > 30:
+                others.clear()
+
+    threads = [threading.Thread(target=make_many) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(2000):
+            cache.subscribe(print)
+            cache._running.listeners.clear()
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join(60)
+        sys.setswitchinterval(interval)
+    cache.close()
 
 
 def test_the_first_lives_for_as_long_as_another() -> None:

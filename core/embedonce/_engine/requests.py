@@ -57,7 +57,7 @@ class Requests:
         if fallback is not None and not fetch_only:
             _check_dimensions(source, fallback)
         self._hot = self._hot_tier()
-        running.caches.add(self)
+        running.add(self)
 
     # --- the fast path of a hit ---------------------------------------------------------------
 

@@ -38,6 +38,8 @@ LAST_FLUSH = 5.0
 """Seconds that the program's end waits for the writes of caches that nobody holds any more."""
 
 _open_chains: WeakSet[Running] = WeakSet()
+_open_lock = threading.RLock()
+"""Guards the set: listing it fails when another thread adds to it."""
 
 
 class CacheOverChain(Protocol):
@@ -82,8 +84,9 @@ class Running:
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
         """By scope, the space cards that are stored beside its entries."""
-        self.caches: WeakSet[CacheOverChain] = WeakSet()
-        """The caches that ask through these tiers."""
+        self._caches: WeakSet[CacheOverChain] = WeakSet()
+        self._lock = threading.RLock()
+        """Guards the set of caches, as threads may make one while another thread subscribes or closes."""
         self._owner: CacheOverChain | None = None
         self.listeners = list(listeners)
         self._broken_listeners: set[int] = set()
@@ -125,9 +128,19 @@ class Running:
         ``owner`` is the cache that has made this chain. It lives for as long as the chain, which closes its providers.
         """
         self._owner = owner
-        _open_chains.add(self)
+        with _open_lock:
+            _open_chains.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
         _close_at_exit()
+
+    def add(self, cache: CacheOverChain) -> None:
+        """Take note of a cache that asks through these tiers, for as long as somebody holds it."""
+        with self._lock:
+            self._caches.add(cache)
+
+    def _all_caches(self) -> list[CacheOverChain]:
+        with self._lock:
+            return list(self._caches)
 
     # --- events -------------------------------------------------------------------------------
 
@@ -144,7 +157,7 @@ class Running:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call a listener with every event from now on."""
         self.listeners.append(listener)
-        for cache in list(self.caches):
+        for cache in self._all_caches():
             cache._refresh_hot_path()
 
     # --- ending -------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ class Running:
         if owner is None or not owner._shut():
             return
         self.flush_or_warn(timeout)
-        for cache in list(self.caches):
+        for cache in self._all_caches():
             if cache._shut():
                 cache._close_providers()
         for tier in self.tiers:
@@ -185,9 +198,10 @@ class Running:
 
     def reset(self) -> None:
         """In a forked child: locks, flights, queue and threads are the parent's; start with our own."""
+        self._lock = threading.RLock()
         self.ports.reset()
         self.table.reset()
-        for cache in list(self.caches):
+        for cache in self._all_caches():
             cache._renew()
         for tier in self.tiers:
             tier.reset()
@@ -231,7 +245,8 @@ def _close_all() -> None:
 
 def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Running]:
     """End and return all open chains. Together they take no longer than the longest would alone."""
-    chains = list(_open_chains)
+    with _open_lock:
+        chains = list(_open_chains)
     for chain in chains:
         for tier in chain.tiers:
             tier.writing.start_draining()
@@ -274,6 +289,8 @@ def _close_at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _open_lock
+    _open_lock = threading.RLock()  # a thread of the parent may have held it, and is not here
     draining.clear()
     for chain in list(_open_chains):
         chain.reset()
