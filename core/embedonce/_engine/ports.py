@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -84,7 +85,16 @@ class Port(Protocol):
     async def sleep(self, seconds: float) -> None: ...
 
 
-def _timed(call: Callable[[], T], timeout: float | None) -> T:
+def call_by_deadline(call: Callable[[], T], timeout: float | None) -> T:
+    """Make a call in this thread that sees ``timeout`` seconds as its :func:`time_left`.
+
+    It runs in a copy of the context. Ctrl-C can interrupt between setting and resetting the deadline, and
+    a deadline that stays in the thread's own context would fail every later call once it has passed.
+    """
+    return copy_context().run(_call_in_this_context, call, timeout)
+
+
+def _call_in_this_context(call: Callable[[], T], timeout: float | None) -> T:
     with deadline(timeout):
         return call()
 
@@ -106,7 +116,7 @@ class _Job:
 
     def __call__(self) -> Any:
         self._since = time.monotonic()
-        return _timed(self._call, self._timeout)
+        return call_by_deadline(self._call, self._timeout)
 
     def left(self) -> float | None:
         return None if self._timeout is None else max(0.0, self._since + self._timeout - time.monotonic())
@@ -151,12 +161,12 @@ class BlockingPort:
         if quick:
             return call()
         if inline or timeout is None:
-            return _timed(call, timeout)
+            return call_by_deadline(call, timeout)
         job = _Job(call, timeout)
         try:
             future: Future[T] = workers.submit(job)
         except RuntimeError:  # the interpreter is ending: there will be no thread
-            return _timed(call, timeout)
+            return call_by_deadline(call, timeout)
         return await _finished(self, job, future)
 
     async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
