@@ -8,8 +8,7 @@ wrong, and the engine decides what that means.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -210,14 +209,24 @@ def time_left() -> float | None:
     return left
 
 
-@contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
-    """Give the calls inside the block ``seconds``; what :func:`time_left` counts down."""
-    token = _deadline.set(None if seconds is None else time.monotonic() + seconds)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
+class deadline:
+    """Give the calls inside the block ``seconds``; what :func:`time_left` counts down.
+
+    A class, because a generator that Ctrl-C leaves unfinished would reset the variable in whichever context the
+    garbage collector happens to run.
+    """
+
+    __slots__ = ("_seconds", "_token")
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        at = None if self._seconds is None else time.monotonic() + self._seconds
+        self._token = _deadline.set(at)
+
+    def __exit__(self, *_: object) -> None:
+        _deadline.reset(self._token)
 
 
 # --- providers --------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""Ctrl-C on any line of a call: later calls of the same thread work as if it had never happened."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedonce import Cache, Tier
+from embedonce._engine import ports
+from embedonce.contracts import time_left
+from embedonce_backends.disk import DiskBackend
+from embedonce_backends.memory import MemoryBackend
+
+TEXTS = ["one", "two"]
+
+
+def lengths(texts: list[str]) -> np.ndarray[Any, Any]:
+    return np.array([[len(text), 1.0] for text in texts], np.float32)
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt when this thread reaches its ``line``-th line of Python inside the block."""
+    count = itertools.count()
+    reached = [0]
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            reached[0] = next(count)
+            if reached[0] == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield reached
+    finally:
+        sys.settrace(before)
+
+
+def test_ctrl_c_leaves_no_deadline_in_the_thread() -> None:
+    with interrupted_at(-1) as lines:
+        ports.call_by_deadline(time_left, 60.0)
+    for line in range(lines[0]):
+        with suppress(KeyboardInterrupt), interrupted_at(line):
+            ports.call_by_deadline(time_left, 60.0)
+        assert time_left() is None, f"interrupted at line {line}"
+
+
+# A coroutine that never began is reported when it is collected, as Python does with any.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path) -> None:
+    for line in itertools.count():
+        tiers = [MemoryBackend(), Tier(DiskBackend(path=tmp_path / str(line)), timeout=60.0)]
+        with Cache(lengths, tiers, space={"model": "m"}) as cache:
+            finished = False
+            with suppress(KeyboardInterrupt), interrupted_at(line):
+                cache.embed_batch(TEXTS)
+                finished = True
+            assert time_left() is None, f"interrupted at line {line}"
+            assert cache.embed_batch(TEXTS)[:, 0].tolist() == [3.0, 3.0]
+        if finished:
+            break
