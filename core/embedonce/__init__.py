@@ -28,7 +28,7 @@ from .errors import (
 from .events import Stats
 from .hookspecs import hookimpl
 from .keys import KeyPolicy, VectorSpace
-from .vectors import Entry
+from .vectors import Entry, Matrix, Vector
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "Incomplete",
     "KeyPolicy",
     "Limits",
+    "Matrix",
     "PartialAnswer",
     "PluginError",
     "ProviderError",
@@ -64,6 +65,7 @@ __all__ = [
     "TierCheck",
     "TierError",
     "TierTimeout",
+    "Vector",
     "VectorSpace",
     "hookimpl",
     "open",

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ._messages import written
+from ._reprs import counts, html_table, number_of, short
 from .errors import Incomplete
 from .keys import Value, VectorSpace
-from .vectors import Metadata, matrix
+from .vectors import Matrix, Metadata, Vector, matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """What ``fetch`` and ``lookup`` found, text by text."""
 
-    rows: Sequence[NDArray[np.float32] | None]
+    rows: Sequence[Vector | None]
     """Per text: its vector of shape (d,), read-only, or None where there is none."""
     sources: Sequence[str | None]
     """Per text: a tier's name, ``"provider"``, or None where nothing was found or it failed."""
@@ -36,7 +36,7 @@ class Fetched:
     """Of the rows; None where it is not known."""
 
     @property
-    def vectors(self) -> NDArray[np.float32]:
+    def vectors(self) -> Matrix:
         """All rows as one float32 matrix of shape (n, d).
 
         Raises:
@@ -49,6 +49,35 @@ class Fetched:
                 "read `rows`, and `failed` for the reasons"
             )
         return matrix(rows, self.dimensions)
+
+    def _sources(self) -> dict[str, int]:
+        return dict(Counter(source for source in self.sources if source is not None))
+
+    def _missing(self) -> int:
+        return sum(row is None for row in self.rows) - len(self.failed)
+
+    def __repr__(self) -> str:
+        size = "" if self.dimensions is None else f" of {number_of(self.dimensions, 'dimension')}"
+        parts = [
+            counts(self._sources()),
+            f"{len(self.failed):,} failed" if self.failed else "",
+            f"{self._missing():,} missing" if self._missing() else "",
+            "tier errors: " + ", ".join(map(written, self.errors)) if self.errors else "",
+        ]
+        details = ", ".join(part for part in parts if part)
+        return f"<Fetched {number_of(len(self.rows), 'text')}{size}{': ' if details else ''}{details}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table of where the vectors came from, for notebooks."""
+        rows: list[Sequence[object]] = [
+            (source, f"{number:,}", f"{self.seconds.get(source, 0.0):.3f}", self.errors.get(source, ""))
+            for source, number in (dict.fromkeys(self.seconds, 0) | self._sources()).items()
+        ]
+        rows += [("failed", f"{len(self.failed):,}", "", "")] if self.failed else []
+        rows += [("missing", f"{self._missing():,}", "", "")] if self._missing() else []
+        size = "" if self.dimensions is None else f", {number_of(self.dimensions, 'dimension')}"
+        title = f"Fetched: {number_of(len(self.rows), 'text')}{size}"
+        return html_table(title, ("source", "texts", "seconds", "error"), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +103,29 @@ class Explanation:
         return next((tier for tier, outcome in self.tiers.items() if outcome == "hit"), None)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return every field and ``found``, by name."""
         return asdict(self) | {"found": self.found}
+
+    def __repr__(self) -> str:
+        where = "in no tier" if self.found is None else f"found in {written(self.found)}"
+        outcomes = ", ".join(f"{written(tier)} {written(outcome)}" for tier, outcome in self.tiers.items())
+        return f"<Explanation {where}{': ' if outcomes else ''}{outcomes}; scope {self.scope}, task {short(self.task)}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the key's parts, the tiers' outcomes and the reasons, for notebooks."""
+        rows: list[Sequence[object]] = [
+            ("key", self.key),
+            ("scope", self.scope),
+            ("fingerprint", self.fingerprint),
+            ("task", self.task),
+            *((f"space: {name}", short(value)) for name, value in self.space.items()),
+            *((f"policy: {name}", short(value)) for name, value in self.policy.items()),
+            ("normalisation changed the text", "yes" if self.normalized else "no"),
+            *((f"tier: {tier}", outcome) for tier, outcome in self.tiers.items()),
+            *(("reason", reason) for reason in self.reasons),
+        ]
+        title = "Explanation: in no tier" if self.found is None else f"Explanation: found in {self.found}"
+        return html_table(title, ("part", "value"), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +168,7 @@ class Purged:
     """The scopes that matched, with their space cards."""
     removed: Mapping[str, int] = field(default_factory=dict)
     """Entries by tier."""
+
+    def __repr__(self) -> str:
+        details = counts(self.removed)
+        return f"<Purged {number_of(len(self.scopes), 'scope')}{': ' if details else ''}{details}>"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._engine.chain import Tier
 from ._engine.ports import step
-from ._engine.requests import ITER_BATCH, TASKS, Matrix, Requests, awindows, windows
+from ._engine.requests import ITER_BATCH, TASKS, Requests, awindows, windows
 from ._engine.routes import Source
 from ._engine.running import Mode, Running
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .events import Event, Stats
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
-from .vectors import Dtype, Metadata
+from .vectors import Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:
     from typing import Self
@@ -111,7 +111,7 @@ class Cache(Requests):
 
     # --- the blocking face --------------------------------------------------------------------
 
-    def embed(self, text: str, task: Task = "document") -> Matrix:
+    def embed(self, text: str, task: Task = "document") -> Vector:
         """Return the text's vector: float32, shape (d,), read-only.
 
         Raises:
@@ -122,7 +122,7 @@ class Cache(Requests):
         vector = self._hit(text, task)
         if vector is not None:
             return vector
-        row: Matrix = step(self._rows(self._running.ports.blocking, [text], task))[0]
+        row: Vector = step(self._rows(self._running.ports.blocking, [text], task))[0]
         return row
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
@@ -133,11 +133,11 @@ class Cache(Requests):
         """
         return step(self._matrix(self._running.ports.blocking, texts, task))
 
-    def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Matrix]:
+    def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
         self._check_iter(texts, batch, "embed_iter")
 
-        def rows() -> Iterator[Matrix]:
+        def rows() -> Iterator[Vector]:
             for window in windows(texts, batch):
                 yield from step(self._rows(self._running.ports.blocking, window, task))
 
@@ -147,8 +147,8 @@ class Cache(Requests):
         self,
         texts: Sequence[str],
         task: Task = "document",
-        store: bool = True,
         *,
+        store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
         """Return the vectors with where each came from; failures are reported by position, not raised.
@@ -167,6 +167,7 @@ class Cache(Requests):
         texts: Sequence[str],
         vectors: Vectors,
         task: Task = "document",
+        *,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> None:
         """Store vectors that you already have; a text that a tier holds keeps its entry.
@@ -258,12 +259,12 @@ class Cache(Requests):
 
     # --- the async face -----------------------------------------------------------------------
 
-    async def aembed(self, text: str, task: Task = "document") -> Matrix:
+    async def aembed(self, text: str, task: Task = "document") -> Vector:
         """As :meth:`embed`."""
         vector = self._hit(text, task)
         if vector is not None:
             return vector
-        row: Matrix = (await self._rows(self._running.ports.of_running_loop(), [text], task))[0]
+        row: Vector = (await self._rows(self._running.ports.of_running_loop(), [text], task))[0]
         return row
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
@@ -272,11 +273,11 @@ class Cache(Requests):
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
-    ) -> AsyncIterator[Matrix]:
+    ) -> AsyncIterator[Vector]:
         """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
         self._check_iter(texts, batch, "aembed_iter")
 
-        async def rows() -> AsyncIterator[Matrix]:
+        async def rows() -> AsyncIterator[Vector]:
             async for window in awindows(texts, batch):
                 for row in await self._rows(self._running.ports.of_running_loop(), window, task):
                     yield row
@@ -287,8 +288,8 @@ class Cache(Requests):
         self,
         texts: Sequence[str],
         task: Task = "document",
-        store: bool = True,
         *,
+        store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
         """As :meth:`fetch`."""
@@ -303,6 +304,7 @@ class Cache(Requests):
         texts: Sequence[str],
         vectors: Vectors,
         task: Task = "document",
+        *,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> None:
         """As :meth:`put`."""
@@ -341,6 +343,11 @@ class Cache(Requests):
         """As :meth:`check`."""
         self._check_open()
         return await self._running.upkeep.check(self._running.ports.of_running_loop())
+
+    async def amigrate(self) -> dict[str, str]:
+        """As :meth:`migrate`."""
+        self._check_open()
+        return await self._running.upkeep.migrate(self._running.ports.of_running_loop())
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As :meth:`flush`, without holding the loop up."""

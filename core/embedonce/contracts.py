@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._reprs import number_of
 from .errors import TierTimeout
 from .keys import VectorSpace
 from .vectors import Entry
@@ -254,6 +255,10 @@ class Embedded:
     """Shape (n, d), row i for text i."""
     tokens: int | None = None
     """Tokens that the call was charged for."""
+
+    def __repr__(self) -> str:
+        tokens = "" if self.tokens is None else f", {number_of(self.tokens, 'token')}"
+        return f"<Embedded {number_of(len(self.vectors), 'vector')}{tokens}>"
 
 
 class Provider(Protocol):

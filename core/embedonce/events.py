@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from ._messages import written
+from ._reprs import html_table, percent
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookedUp:
@@ -79,6 +82,16 @@ class TierStats:
     drops: Mapping[str, int]
     """Dropped entries by cause: ``"too large"``, ``"queue full"``, ``"skipped"`` (the breaker was open)."""
 
+    @property
+    def looked_up(self) -> int:
+        """Texts that the tier was asked for, whatever came of it."""
+        return self.hits + self.misses + self.errors + self.corrupt + self.skipped
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits among hits and misses, from 0 to 1; None before the first of either. Errors do not count."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
+
 
 @dataclass(frozen=True, slots=True)
 class ProviderStats:
@@ -99,3 +112,45 @@ class Stats:
     providers: Mapping[str, ProviderStats]
     shared: int
     """Texts answered by a computation that another call had under way."""
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the texts asked for that some tier answered, from 0 to 1; None before the first one.
+
+        The first tier is asked for every text, so its count is what was asked for.
+        """
+        first = next(iter(self.tiers.values()), None)
+        if first is None or first.looked_up == 0:
+            return None
+        # The counters are read one after the other while calls go on, so a later tier may be ahead of the first.
+        return min(1.0, sum(tier.hits for tier in self.tiers.values()) / first.looked_up)
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{written(name)} {percent(tier.hit_rate)}" for name, tier in self.tiers.items())
+        computed = sum(provider.texts for provider in self.providers.values())
+        failed = sum(provider.failed for provider in self.providers.values())
+        return (
+            f"<Stats hit rate {percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
+            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a table with a row for each tier and provider, for notebooks."""
+        rows: list[tuple[object, ...]] = [
+            (
+                name,
+                percent(tier.hit_rate),
+                *(f"{number:,}" for number in (tier.hits, tier.misses, tier.errors, tier.corrupt, tier.skipped)),
+                f"{tier.stored:,}",
+                f"{tier.dropped:,}",
+                f"{tier.seconds:.3f}",
+            )
+            for name, tier in self.tiers.items()
+        ]
+        providers = ", ".join(
+            f"{name}: {provider.texts:,} computed, {provider.failed:,} failed, {provider.seconds:.3f} s"
+            for name, provider in self.providers.items()
+        )
+        title = f"Stats: hit rate {percent(self.hit_rate)}; {providers}; {self.shared:,} shared"
+        head = ("tier", "hit rate", "hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped", "seconds")
+        return html_table(title, head, rows)

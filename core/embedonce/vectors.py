@@ -3,7 +3,7 @@
 ``docs/frames.md`` has the layout of a frame, byte by byte.
 """
 
-from ._format.entries import Block, Dtype, Entries, Entry, Metadata, freeze, freeze_rows, matrix
+from ._format.entries import Block, Dtype, Entries, Entry, Matrix, Metadata, Vector, freeze, freeze_rows, matrix
 from ._format.frames import Decoded, decode_frames, encode_frames
 from ._format.metadata import MAX_METADATA, plain_metadata
 from ._format.rounding import round_vectors
@@ -16,8 +16,10 @@ __all__ = [
     "Dtype",
     "Entries",
     "Entry",
+    "Matrix",
     "Metadata",
     "SealedFrame",
+    "Vector",
     "decode_frames",
     "encode_frames",
     "freeze",

@@ -6,17 +6,14 @@ import logging
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from embedonce.answers import Explanation, Fetched, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, SpaceError, TextRefused
 from embedonce.functions import NoProvider
 from embedonce.keys import card
-from embedonce.vectors import Dtype, Entry, Metadata, freeze_rows, plain_metadata
+from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
 
 from .call import Answer
 from .checks import checked_matrix, rounded
@@ -26,8 +23,6 @@ from .routes import Route, Source, describe, plain_texts
 from .running import Running, close_part
 
 log = logging.getLogger("embedonce")
-
-Matrix: TypeAlias = NDArray[np.float32]
 
 TASKS = ("document", "query")
 ITER_BATCH = 1024
@@ -61,7 +56,7 @@ class Requests:
 
     # --- the fast path of a hit ---------------------------------------------------------------
 
-    def _hit(self, text: str, task: Task) -> Matrix | None:
+    def _hit(self, text: str, task: Task) -> Vector | None:
         """Return the vector of a text whose key is known and whose entry is in a first in-process tier.
 
         This is the path that must stay under a microsecond: no coroutine, no lock, no event.

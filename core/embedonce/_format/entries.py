@@ -13,16 +13,21 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embedonce._reprs import number_of
 from embedonce.errors import Incomplete
 
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 Metadata: TypeAlias = Mapping[str, Any]
+Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
+"""One vector: float32, shape (d,)."""
+Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+"""Vectors as rows: float32, shape (n, d)."""
 
 
 class Entry(NamedTuple):
     """A vector, when it was made and when it expires."""
 
-    vector: NDArray[np.float32]
+    vector: Vector
     """Shape (d,), read-only. Whatever ``dtype`` is, the values are float32."""
     created: float
     """Unix time in seconds."""
@@ -33,6 +38,11 @@ class Entry(NamedTuple):
     dtype: Dtype = "float32"
     """How finely the values are rounded."""
 
+    def __repr__(self) -> str:
+        ends = "" if self.expires is None else f", expires={self.expires}"
+        more = "" if self.metadata is None else f", metadata of {number_of(len(self.metadata), 'key')}"
+        return f"<Entry {np.size(self.vector)} x {self.dtype}, created={self.created}{ends}{more}>"
+
 
 _ENTRY: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
 """Makes an entry from a tuple of its fields, without a call into Python."""
@@ -41,7 +51,7 @@ FLOAT32 = np.dtype(np.float32)
 LITTLE_ENDIAN = sys.byteorder == "little"
 
 
-def freeze(vector: ArrayLike) -> NDArray[np.float32]:
+def freeze(vector: ArrayLike) -> Vector:
     """Return a float32 copy of shape (d,) that is read-only for good.
 
     It is backed by bytes of its own, so ``setflags(write=True)`` fails and no larger array is kept alive.
@@ -52,7 +62,7 @@ def freeze(vector: ArrayLike) -> NDArray[np.float32]:
     return np.ndarray(values.shape, FLOAT32, values.tobytes())
 
 
-def freeze_rows(matrix: ArrayLike) -> list[NDArray[np.float32]]:
+def freeze_rows(matrix: ArrayLike) -> list[Vector]:
     """Return each row of a matrix (n, d) as :func:`freeze` does; no row is a view of the others' memory."""
     values = as_float32(matrix)
     if values.ndim != 2:
@@ -68,13 +78,13 @@ def as_float32(values: ArrayLike) -> NDArray[np.float32]:
         return np.asarray(values, np.float32)
 
 
-def rows_of(payloads: Iterable[bytes], dimension: int) -> list[NDArray[np.float32]]:
+def rows_of(payloads: Iterable[bytes], dimension: int) -> list[Vector]:
     # map over the constructor: 0.25 µs a row, np.frombuffer in a comprehension 0.35.
-    make: Callable[..., NDArray[np.float32]] = np.ndarray
+    make: Callable[..., Vector] = np.ndarray
     return list(map(make, repeat((dimension,)), repeat(FLOAT32), payloads))
 
 
-def matrix(rows: Sequence[NDArray[np.float32]], dimensions: int | None = None) -> NDArray[np.float32]:
+def matrix(rows: Sequence[Vector], dimensions: int | None = None) -> Matrix:
     """Put rows of one length together as a new matrix of shape (n, d); (0, dimensions or 0) where there is none.
 
     Raises:

@@ -1,0 +1,181 @@
+"""The public surface: twins have one signature, types are checked, and answers print one line."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import xml.etree.ElementTree
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedonce
+from embedonce import Cache, Entry, Explanation, Fetched, Purged, Stats, Tier, VectorSpace
+from embedonce.contracts import Embedded
+from embedonce.errors import TextRefused
+from embedonce.events import ProviderStats, TierStats
+from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import Fault, FaultyBackend
+from embedonce_backends.memory import MemoryBackend
+
+TYPED = Path(__file__).parents[1] / "typing" / "public_api.py"
+WITHOUT_IO = {"for_provider", "stats", "subscribe"}
+
+METHODS = [name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")]
+TWINS = [name for name in METHODS if f"a{name}" in METHODS]
+
+
+# --- signatures and types ---------------------------------------------------------------------
+
+
+def test_every_method_that_does_io_has_a_twin() -> None:
+    assert {name for name in METHODS if name not in TWINS and name[1:] not in TWINS} == WITHOUT_IO
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
+    blocking, awaited = (inspect.signature(getattr(Cache, each)) for each in (name, f"a{name}"))
+    texts = blocking.parameters.get("texts")
+    if name == "embed_iter":  # the twin reads async iterables as well
+        assert awaited.parameters["texts"].annotation == "Iterable[str] | AsyncIterable[str]"
+        awaited = awaited.replace(
+            parameters=[texts if p.name == "texts" else p for p in awaited.parameters.values()],
+            return_annotation=awaited.return_annotation.replace("AsyncIterator", "Iterator"),
+        )
+    assert blocking == awaited
+
+
+def test_options_of_fetch_and_put_are_keyword_only() -> None:
+    for name, options in {"fetch": {"store", "metadata"}, "put": {"metadata"}}.items():
+        parameters = inspect.signature(getattr(Cache, name)).parameters.values()
+        assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == options
+
+
+def test_type_tests_cover_the_package_and_the_cache() -> None:
+    tree = ast.parse(TYPED.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    public = {name for name in vars(Cache) if not name.startswith("_")}
+    assert (public | set(embedonce.__all__)) - used == set()
+
+
+# --- one line each ----------------------------------------------------------------------------
+
+
+def many(cache: Cache, count: int) -> Fetched:
+    return cache.fetch([f"private {i}" for i in range(count)], metadata=[{"note": "private"}] * count)
+
+
+def a_stats(hits: int = 0, misses: int = 0, **counts: int) -> TierStats:
+    zeros = dict.fromkeys(("errors", "corrupt", "skipped", "stored", "dropped"), 0)
+    return TierStats(hits=hits, misses=misses, **{**zeros, **counts}, seconds=0.0, causes={}, drops={})
+
+
+def printed() -> dict[str, Any]:
+    """Return one of each value, all of them large, with a text, a line break and markup wherever one can be."""
+    hostile = "<b>&\n"
+    space = VectorSpace(
+        provider="p",
+        model=hostile * 100,
+        prompt="x" * 5000,
+        extra={f"{hostile}{i}": list(range(1000)) for i in range(99)},
+    )
+    down = FaultyBackend(DictBackend(), [Fault("refuse")])
+    tiers = [MemoryBackend(), Tier(DictBackend(scope="network"), name="far"), Tier(down, name="down")]
+    with Cache(CountingProvider(dimensions=384), tiers) as cache:
+        many(cache, 700)
+        fetched = many(cache, 1000)
+        explanation = cache.explain("private 1")
+        stats = cache.stats()
+        down.faults.clear()
+        purged = cache.purge(model="counting", dry_run=True)
+    failed = {0: TextRefused("private")}
+    provider = ProviderStats(texts=1, failed=0, tokens=0, seconds=0.0)
+    return {
+        "Fetched": fetched,
+        "Fetched with failures": Fetched(
+            [None] * 9, [None] * 9, failed, [None] * 9, space, {hostile: 1.0}, {hostile: hostile}
+        ),
+        "Fetched of nothing": Fetched([], [], {}, [], space, {}, {}),
+        "Stats": stats,
+        "Stats with odd names": Stats({hostile: a_stats(1, 2)}, {hostile: provider}, 3),
+        "Stats of nothing": Stats({}, {}, 0),
+        "VectorSpace": space,
+        "Explanation": explanation,
+        "Explanation of a miss": Explanation(
+            "eo1.k", "s", "f", hostile, {"extra": "y" * 9999}, {hostile: hostile}, True, {hostile: hostile}, [hostile]
+        ),
+        "Purged": purged,
+        "Purged a lot": Purged({str(i): None for i in range(1000)}, {hostile: 12345}),
+        "Entry": Entry(fetched.vectors[0], 1.0, None, {"text_preview": "private"}),
+        "Embedded": Embedded(fetched.vectors, tokens=7),
+    }
+
+
+VALUES = printed()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_prints_one_short_line_without_texts_and_vectors(name: str) -> None:
+    shown = repr(VALUES[name])
+    assert shown.isprintable()
+    assert len(shown) < 600
+    assert "private" not in shown
+    assert shown == str(VALUES[name])
+    assert "array" not in shown
+
+
+@pytest.mark.parametrize("name", [name for name, value in VALUES.items() if hasattr(value, "_repr_html_")])
+def test_a_notebook_shows_a_small_table_in_which_every_name_is_escaped(name: str) -> None:
+    shown = VALUES[name]._repr_html_()
+    table = xml.etree.ElementTree.fromstring(shown)
+    assert {node.tag for node in table.iter()} <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    widths = {len(row) for row in table.iter("tr")}
+    assert len(widths) == 1
+    assert "private" not in shown
+    assert len(shown) < 20_000
+
+
+def test_what_a_reader_sees() -> None:
+    with Cache(CountingProvider(dimensions=3), [MemoryBackend()], space=None) as cache:
+        cache.embed_batch(["a", "b"])
+        assert repr(cache.fetch(["a", "b", "c"])) == "<Fetched 3 texts of 3 dimensions: 2 from memory, 1 from provider>"
+        assert repr(cache.lookup(["z"])) == "<Fetched 1 text of 3 dimensions: 1 missing>"
+        assert repr(cache.stats()) == "<Stats hit rate 33.3 % (memory 33.3 %), 3 computed, 0 failed, 0 shared>"
+        explained = cache.explain("a")
+        assert repr(explained) == f"<Explanation found in memory: memory hit; scope {explained.scope}, task 'document'>"
+    space = VectorSpace(provider="openai", model="text-embedding-3-small", dimensions=256)
+    assert repr(space) == "VectorSpace(provider='openai', model='text-embedding-3-small', dimensions=256)"
+    assert eval(repr(space)) == space
+    assert repr(Entry(np.ones(3, np.float32), 5.0, 9.0, {"a": 1})) == (
+        "<Entry 3 x float32, created=5.0, expires=9.0, metadata of 1 key>"
+    )
+
+
+# --- hit rates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tiers", "rate"),
+    [
+        ({}, None),
+        ({"memory": a_stats()}, None),
+        ({"memory": a_stats(3, 1)}, 0.75),
+        ({"memory": a_stats(2, 6), "disk": a_stats(3, 3)}, 5 / 8),
+        ({"memory": a_stats(0, 4), "disk": a_stats(0, 0, skipped=4)}, 0.0),
+        ({"disk": a_stats(0, 0, errors=4), "redis": a_stats(2, 2)}, 0.5),
+        ({"memory": a_stats(0, 1), "disk": a_stats(2, 0)}, 1.0),  # read while calls go on
+    ],
+)
+def test_the_hit_rate_is_the_share_of_texts_that_some_tier_answered(
+    tiers: Mapping[str, TierStats], rate: float | None
+) -> None:
+    assert Stats(tiers, {}, 0).hit_rate == rate
+
+
+def test_errors_do_not_lower_a_tiers_hit_rate() -> None:
+    assert a_stats(1, 1, errors=7, skipped=7, corrupt=7).hit_rate == 0.5
+    assert a_stats(errors=7).hit_rate is None
