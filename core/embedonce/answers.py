@@ -1,4 +1,4 @@
-"""What the cache answers with."""
+"""What the methods of a cache return."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .vectors import Matrix, Metadata, Vector, matrix
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What ``fetch`` and ``lookup`` found, text by text."""
+    """The result of ``fetch`` and ``lookup``, text by text."""
 
     rows: Sequence[Vector | None]
     """Per text: its vector of shape (d,), read-only, or None where there is none."""
     sources: Sequence[str | None]
-    """Per text: a tier's name, ``"provider"``, or None where nothing was found or it failed."""
+    """Per text: the name of the tier that had it, ``"provider"``, or None where there is no vector."""
     failed: Mapping[int, Exception]
-    """Position to what the provider raised for it."""
+    """The error of each text that failed, by position."""
     metadata: Sequence[Metadata | None]
-    """Per text: what was stored beside its vector."""
+    """Per text: the metadata stored with its vector, or None."""
     space: VectorSpace
-    """The vector space of every row: the fallback's, where the fallback answered."""
+    """The vector space of all rows. It is the fallback's where the fallback answered."""
     seconds: Mapping[str, float]
-    """Spent in each tier, and under ``"provider"`` in the provider (summed over concurrent chunks)."""
+    """Seconds spent in each tier, by its name, and in ``"provider"`` (the sum over concurrent calls)."""
     errors: Mapping[str, str]
-    """Tiers that failed in this call, and the cause."""
+    """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
-    """Of the rows; None where it is not known."""
+    """Length of each vector; None where it is not known."""
 
     @property
     def vectors(self) -> Matrix:
@@ -46,7 +46,7 @@ class Fetched:
         if len(rows) < len(self.rows):
             raise Incomplete(
                 f"{len(self.rows) - len(rows)} of {len(self.rows)} texts have no vector; "
-                "read `rows`, and `failed` for the reasons"
+                "see `failed` for the reasons, or use `rows`"
             )
         return matrix(rows, self.dimensions)
 
@@ -82,7 +82,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The parts of a text's key, where its entry is, and why it missed. The text itself is not in it."""
+    """The parts of a text's key, where its entry is, and why it missed. The text itself is not included."""
 
     key: str
     scope: str
@@ -95,7 +95,7 @@ class Explanation:
     tiers: Mapping[str, str]
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: what the tiers hold that is nearly, but not, what was asked for."""
+    """For a miss: scopes in the tiers whose space card differs in one or two parts, such as another version."""
 
     @property
     def found(self) -> str | None:
@@ -130,15 +130,15 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one tier holds of one scope."""
+    """How many entries of one scope a tier holds."""
 
     tier: str
     scope: str
     card: Mapping[str, Value] | None
-    """The space card; None where the tier has lost it."""
+    """The space card, or None where the tier has lost it."""
     entries: int
     error: str | None = None
-    """Why the tier cannot say what it holds; ``scope`` is then empty."""
+    """Why the tier cannot count its entries, or None. With an error, ``scope`` is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class TierCheck:
 
 @dataclass(frozen=True, slots=True)
 class ChainWarning:
-    """Something about a chain of tiers that works and is hardly meant."""
+    """Something in a chain of tiers that works but is probably a mistake."""
 
     tier: str
     message: str
@@ -162,12 +162,12 @@ class ChainWarning:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What ``purge`` removed, or with ``dry_run`` would remove."""
+    """The result of ``purge``: what it removed, or with ``dry_run`` what it would remove."""
 
     scopes: Mapping[str, Mapping[str, Value] | None]
     """The scopes that matched, with their space cards."""
     removed: Mapping[str, int] = field(default_factory=dict)
-    """Entries by tier."""
+    """Number of removed entries, by tier."""
 
     def __repr__(self) -> str:
         details = counts(self.removed)

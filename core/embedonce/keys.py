@@ -1,8 +1,8 @@
 """What makes two requests the same: vector space, key policy, scope, key.
 
-Everything that is hashed is first written in a canonical form in which every value carries its type
-and its length, so that no two different values have the same bytes. ``docs/keys.md`` gives the form
-byte by byte; a test recomputes its worked examples from that page alone.
+Values are hashed in a canonical form. Each value carries its type and its length, so different values
+never have the same bytes. ``docs/keys.md`` gives the form byte by byte, and a test recomputes that
+page's examples from the page alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_PREFIX = "eo1."
 """First characters of every key; the 1 is the version of the key format."""
 
 CARD_PREFIX = "eo1.card."
-"""First characters of the keys of space cards. A scope is 16 hex digits, so it is never ``card``."""
+"""First characters of the keys of space cards. No scope is called ``card``, because a scope is 16 hex digits."""
 
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
@@ -46,7 +46,7 @@ def canonical(value: Value) -> bytes:
     ========  ==========================================================
 
     Raises:
-        SpaceError: a value of another type, NaN, or a string with a lone surrogate.
+        SpaceError: a value has another type, is NaN, or is a string with a lone surrogate.
     """
     if value is None:
         return b"n"
@@ -55,102 +55,101 @@ def canonical(value: Value) -> bytes:
     if value is False:
         return b"f"
     if isinstance(value, int):
-        return _sized(b"i", _digits(value))
+        return _encode_sized(b"i", _encode_digits(value))
     if isinstance(value, float):
         if math.isnan(value):
-            raise SpaceError("a vector space cannot hold NaN: it is not equal to itself")
+            raise SpaceError("a vector space cannot contain NaN, because NaN is not equal to itself")
         return b"d" + struct.pack(">d", value + 0.0)
     if isinstance(value, str):
-        return _sized(b"s", _utf8(value))
-    if isinstance(value, bytes | bytearray | memoryview):  # the last two would pass for a list of integers
-        return _sized(b"b", bytes(value))
+        return _encode_sized(b"s", _encode_utf8(value))
+    if isinstance(value, bytes | bytearray | memoryview):  # the last two are sequences of integers too
+        return _encode_sized(b"b", bytes(value))
     if isinstance(value, Mapping):
         pairs = []
         for key, item in value.items():
             if not isinstance(key, str):
-                raise SpaceError(f"a vector space's mappings have strings as keys, not {type(key).__name__}")
-            pairs.append((_utf8(key), canonical(item)))
+                raise SpaceError(f"mappings in a vector space must have string keys, got {type(key).__name__}")
+            pairs.append((_encode_utf8(key), canonical(item)))
         pairs.sort()
-        return b"m%d:" % len(pairs) + b"".join(_sized(b"s", key) + item for key, item in pairs)
+        return b"m%d:" % len(pairs) + b"".join(_encode_sized(b"s", key) + item for key, item in pairs)
     if isinstance(value, Sequence):
         return b"l%d:" % len(value) + b"".join(canonical(item) for item in value)
     raise SpaceError(
-        f"a vector space is described with None, bool, int, float, str, bytes, lists and mappings, "
-        f"not {type(value).__name__}"
+        f"a vector space may contain None, bool, int, float, str, bytes, lists and mappings, got {type(value).__name__}"
     )
 
 
-def _sized(tag: bytes, content: bytes) -> bytes:
+def _encode_sized(tag: bytes, content: bytes) -> bytes:
     return b"%b%d:%b" % (tag, len(content), content)
 
 
-def _digits(value: int) -> bytes:
+def _encode_digits(value: int) -> bytes:
     try:
         return b"%d" % value
-    except ValueError:  # more digits than Python converts; how many is a setting of the process
-        raise SpaceError("a vector space cannot hold an integer of thousands of digits") from None
+    except ValueError:  # Python refuses to convert this many digits; the limit is a setting of the process
+        raise SpaceError("a vector space cannot contain an integer with thousands of digits") from None
 
 
-def _utf8(value: str) -> bytes:
+def _encode_utf8(value: str) -> bytes:
     try:
         return value.encode()
     except UnicodeEncodeError:
-        raise SpaceError("a vector space's strings are Unicode without lone surrogates") from None
+        raise SpaceError("a string in a vector space has a lone surrogate; it is not valid Unicode") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorSpace:
-    """Everything that decides which vector a text gets, described by the provider.
+    """Everything that decides which vector a text gets, as described by the provider.
 
-    A field that is None is left out of the fingerprint, so that a field added later changes no
-    existing one. Device, batch size, timeouts, API keys and credentials have no place here.
+    The fingerprint leaves out fields that are None, so a field that is added later changes no existing
+    fingerprint. Device, batch size, timeouts, API keys and credentials do not belong here.
     """
 
     provider: str
     model: str
     task: str | None = None
-    """Set by a provider that embeds queries and documents differently; None: symmetric."""
+    """The task, where the provider embeds queries and documents differently; None where it does not."""
     endpoint: str | None = None
-    """URL without credentials, or an ``endpoint_name`` that stands for it."""
+    """URL without credentials, or the ``endpoint_name`` that replaces it."""
     revision: str | None = None
-    """A fixed one: ``main`` or ``latest`` is resolved before it gets here."""
+    """A fixed revision: the provider resolves ``main`` or ``latest`` first."""
     precision: str | None = None
     adapters: Sequence[str] | None = None
     dimensions: int | None = None
-    """Of the vectors; None where the provider cannot tell without loading its model."""
+    """Length of the vectors; None where the provider would have to load its model to know it."""
     pooling: str | None = None
     tokenizer: str | None = None
     max_length: int | None = None
     truncate: str | None = None
-    """``"error"`` or ``"provider"``: what happens to a text that is too long."""
+    """What happens to a text that is too long: ``"error"``, or ``"provider"``, which truncates it."""
     prompt: str | None = None
     prefix: str | None = None
     suffix: str | None = None
     normalize: bool | None = None
     """Whether vectors are scaled to length 1."""
     extra: Mapping[str, Value] | None = None
-    """Request fields beyond these that reach the model."""
+    """Further request fields that reach the model."""
     space_version: int | str | None = None
-    """Raised by a plugin whose vectors change though nothing above does."""
+    """Version that a plugin increases when its vectors change although no other field does."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.provider, str) or not self.provider or not isinstance(self.model, str):
-            raise SpaceError("a vector space names at least its provider and its model")
+            raise SpaceError("a vector space must name its provider and its model")
 
     @classmethod
     def of(cls, value: VectorSpace | Mapping[str, Any]) -> VectorSpace:
-        """Return ``value`` as a vector space; names that are not fields of it go to ``extra``."""
+        """Return ``value`` as a vector space; names that are not fields go to ``extra``."""
         if isinstance(value, VectorSpace):
             return value
         if not isinstance(value, Mapping) or not value:
-            raise SpaceError('a vector space is a mapping with at least a model, such as {"model": "my-model-v2"}')
+            raise SpaceError('a vector space must be a mapping with at least a model, such as {"model": "my-model-v2"}')
         known = {f.name for f in fields(cls)}
         named = {name: item for name, item in value.items() if name in known}
         more = {name: item for name, item in value.items() if name not in known}
         if more:
             named["extra"] = {**(named.get("extra") or {}), **more}
         if not named.get("model"):
-            raise SpaceError('a vector space says at least which model made its vectors: {"model": "my-model-v2"}')
+            raise SpaceError('a vector space must name the model that made its vectors: {"model": "my-model-v2"}')
         return cls(**{"provider": "callable", **named})
 
     def described(self) -> dict[str, Value]:
@@ -170,16 +169,18 @@ class VectorSpace:
 
 
 def canonical_url(url: str) -> str:
-    """Return a URL without what makes no other endpoint of it: credentials, case, a default port, a last slash.
+    """Return a URL without the parts that do not change the endpoint.
+
+    These are credentials, upper case in scheme and host, the default port, and a trailing slash.
 
     Raises:
-        ValueError: it is no URL of an endpoint.
+        ValueError: ``url`` is not the URL of an endpoint.
     """
-    from urllib.parse import urlsplit  # some milliseconds, which most programs need not spend
+    from urllib.parse import urlsplit  # takes milliseconds, and most programs do not need it
 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("an endpoint's URL is https://HOST/PATH, without ? and #")
+        raise ValueError("an endpoint's URL must have the form https://HOST/PATH, without ? and #")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     usual = {"http": 80, "https": 443}[parts.scheme]
     port = "" if parts.port in (None, usual) else f":{parts.port}"
@@ -217,7 +218,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "casefold": str.casefold,
     "newlines": _newlines,
 }
-"""The normalisation steps that come with embedonce, by the name that TOML says."""
+"""The normalisation steps that come with embedonce, by their name in TOML."""
 
 
 # --- key policy -------------------------------------------------------------------------------
@@ -227,53 +228,56 @@ Hash: TypeAlias = Literal["sha256", "blake2b"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPolicy:
-    """What makes two requests the same, beside the vector space and the text.
+    """What makes two requests the same, besides the vector space and the text.
 
-    ``normalize`` changes the text that is embedded, not the key alone: equal keys mean equal embedded
-    text. It is therefore not part of the key: two policies that bring a text to the same form share
-    the entry.
+    ``normalize`` changes the text that is embedded, not only the key, so equal keys mean that equal text
+    was embedded. The steps are therefore not part of the key. Two policies share an entry when their
+    steps turn a text into the same normalised text.
     """
 
     normalize: Sequence[str] = ()
-    """Steps by name, applied in this order. See :data:`NORMALIZERS`; plugins add more."""
+    """Names of the steps, in the order in which they are applied. See :data:`NORMALIZERS`; plugins add more."""
     version: str = "v1"
-    """Raise it to leave all old vectors behind."""
+    """Part of every key. A new version ignores all vectors that were stored under the old one."""
     namespace: str = ""
-    """Keeps tenants or projects apart in one store."""
+    """Part of every key: separates tenants or projects that share a store."""
     hash: Hash = "sha256"
     secret: str | bytes | None = field(default=None, repr=False)
-    """Makes the digest a keyed one, so that nobody who reads the keys can guess short texts."""
+    """Key of the digest, so that nobody who can read the store's keys can guess short texts from them."""
 
     def __post_init__(self) -> None:
         if isinstance(self.normalize, str):
-            raise ConfigError(f'normalize is a list of steps: ["{self.normalize}"]')
+            raise ConfigError(f'normalize must be a list of steps, such as ["{self.normalize}"]')
         object.__setattr__(self, "normalize", tuple(self.normalize))
         if self.hash not in ("sha256", "blake2b"):
-            raise ConfigError(f'hash is "sha256" or "blake2b", not {self.hash!r}')
+            raise ConfigError(f"hash must be one of sha256, blake2b, got {self.hash!r}")
         for name, value in (("version", self.version), ("namespace", self.namespace)):
             if not isinstance(value, str):
-                raise ConfigError(f"{name} is a string, not {type(value).__name__}")
+                raise ConfigError(f"{name} must be a string, got {type(value).__name__}")
             if not _is_unicode(value):
                 raise ConfigError(f"{name} has a lone surrogate; it is not valid Unicode")
         if isinstance(self.secret, str) and not _is_unicode(self.secret):
             raise ConfigError("secret has a lone surrogate; give bytes for a secret that is not text")
-        if self.secret is not None and len(self._secret()) == 0:
-            raise ConfigError("secret is empty; leave it out for keys without one")
-        if self.secret is not None and self.hash == "blake2b" and len(self._secret()) > 64:
-            raise ConfigError('hash = "blake2b" takes a secret of at most 64 bytes')
+        if self.secret is not None and len(self._secret_bytes()) == 0:
+            raise ConfigError("secret must not be empty; to use none, remove the option")
+        if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > 64:
+            raise ConfigError(
+                'secret must be at most 64 bytes with hash = "blake2b"; use a shorter one or hash = "sha256"'
+            )
 
-    def _secret(self) -> bytes:
+    def _secret_bytes(self) -> bytes:
         return self.secret.encode() if isinstance(self.secret, str) else (self.secret or b"")
 
     def secret_id(self) -> bytes | None:
-        """Return 16 bytes that name the secret without telling it; None where there is none."""
+        """Return 16 bytes that identify the secret without revealing it; None without a secret."""
         if self.secret is None:
             return None
-        # The secret is the message here: as an HMAC key, one that ends in NUL would have the id of a shorter one.
-        return hmac.digest(b"embedonce/secret-id/1", self._secret(), "sha256")[:16]
+        # The secret is the message, not the HMAC key: HMAC pads its key with NUL bytes, so a secret that ends in NUL
+        # would have the id of a shorter one.
+        return hmac.digest(b"embedonce/secret-id/1", self._secret_bytes(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:
-        """Return the 16 hex digits under which everything of this policy and space is listed and purged."""
+        """Return 16 hex digits that stand for this policy and ``space``; listing and purging go by scope."""
         parts = {
             "namespace": self.namespace,
             "version": self.version,
@@ -286,8 +290,8 @@ class KeyPolicy:
 class Keyer:
     """Turns texts into keys for one policy and one vector space.
 
-    The digest is the policy's hash over ``embedonce/text/1``, the space's fingerprint (32 bytes) and
-    the normalised text (UTF-8, the rest). With a secret it is HMAC-SHA-256, or BLAKE2b's own keyed mode.
+    The digest is the policy's hash of ``embedonce/text/1``, then the space's fingerprint (32 bytes), then
+    the normalised text in UTF-8. With a secret it is HMAC-SHA-256, or BLAKE2b in its keyed mode.
     """
 
     __slots__ = ("_digest", "_steps", "fingerprint", "prefix", "scope", "space")
@@ -298,7 +302,7 @@ class Keyer:
         self.fingerprint = space.fingerprint()
         self.prefix = f"{KEY_PREFIX}{self.scope}."
         self._steps = tuple(steps)
-        self._digest = _digest(policy, b"embedonce/text/1" + self.fingerprint)
+        self._digest = _make_digest(policy, b"embedonce/text/1" + self.fingerprint)
 
     @property
     def card_key(self) -> str:
@@ -306,7 +310,7 @@ class Keyer:
         return CARD_PREFIX + self.scope
 
     def normalize(self, text: str) -> str:
-        """Return what is embedded for ``text``."""
+        """Return the text that is embedded for ``text``."""
         for step in self._steps:
             text = step(text)
         return text
@@ -315,20 +319,23 @@ class Keyer:
         """Return the key of a normalised text: ``eo1.<scope>.<digest>``, 85 characters.
 
         Raises:
-            TextError: the text has a lone surrogate, which no encoding and no provider takes.
+            TextError: the text has a lone surrogate, which UTF-8 cannot encode.
         """
         try:
             return self.prefix + self._digest(normalized.encode())
         except UnicodeEncodeError as error:
             raise TextError(
                 f"the text has a lone surrogate at character {error.start}; it is not valid Unicode. "
-                "Read its source with the right encoding, or replace such characters before embedding"
+                "Read its source with the right encoding, or replace these characters before embedding"
             ) from None
 
 
-def _digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
-    """Return the function from a text's bytes to 64 hex digits; one closure per policy keeps it at one call."""
-    secret = policy._secret()
+def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
+    """Return a function from a text's bytes to 64 hex digits.
+
+    The choice between the hashes is made here, once, so that hashing a text is one call.
+    """
+    secret = policy._secret_bytes()
     if policy.hash == "blake2b":
         start = hashlib.blake2b(prefix, digest_size=32, key=secret)
 
@@ -345,7 +352,7 @@ def _digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card of a scope: what ``stats`` and ``purge`` need to name it, and no text."""
+    """Return the space card of a scope: the parts by which ``stats`` and ``purge`` name it. It contains no text."""
     described = space.described()
     return {
         "provider": described.get("provider"),
