@@ -262,7 +262,7 @@ class KeyPolicy:
             raise ConfigError("secret must not be empty; to use none, remove the option")
         if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > 64:
             raise ConfigError(
-                'secret must be at most 64 bytes with hash = "blake2b"; use a shorter one or hash = "sha256"'
+                'secret must be at most 64 bytes with hash = "blake2b"; shorten it or use "sha256"'
             )
 
     def _secret_bytes(self) -> bytes:
