@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 import embedonce
 from embedonce import config
@@ -46,6 +47,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # How many blocks of a page are not run. Raise a number here only for what no machine of ours can run.
 NOT_RUN: dict[str, int] = {"docs/backend-tutorial.md": 1}
+
+FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
@@ -359,12 +362,34 @@ def test_links_lead_somewhere() -> None:
     _report(problems)
 
 
+def test_readme_links_are_absolute_and_name_files_of_the_repository() -> None:
+    """A package index shows README.md without the files beside it, so a relative link is broken there."""
+    readme = ROOT / "README.md"
+    problems = [f"{link} is relative: write {FILES_IN_REPOSITORY}{link}" for link in _links(readme)]
+    for link in _all_links(readme):
+        if link.startswith(FILES_IN_REPOSITORY):
+            path, _, anchor = link.removeprefix(FILES_IN_REPOSITORY).partition("#")
+            if not (ROOT / path).is_file():
+                problems.append(f"{link}: there is no file {path}")
+            elif anchor and anchor not in _anchors(ROOT / path):
+                problems.append(f"{link} names no heading")
+    texts = (token.content for token in _inline_tokens(readme) if token.type == "text")
+    problems += [f"{text!r}: define the link at the end of the page" for text in texts if re.search(r"\[\w.+\]", text)]
+    _report(problems)
+
+
 def _links(page: Path) -> Iterator[str]:
+    """Yield the relative links of a page."""
+    return (link for link in _all_links(page) if not re.match(r"\w+:", link))
+
+
+def _all_links(page: Path) -> Iterator[str]:
+    return (str(token.attrs["href"]) for token in _inline_tokens(page) if token.type == "link_open")
+
+
+def _inline_tokens(page: Path) -> Iterator[Token]:
     for block in MarkdownIt("commonmark").parse(page.read_text()):
-        for token in block.children or ():
-            href = str(token.attrs.get("href", ""))
-            if token.type == "link_open" and not re.match(r"\w+:", href):
-                yield href
+        yield from block.children or ()
 
 
 def _anchors(page: Path) -> set[str]:
