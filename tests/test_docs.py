@@ -21,6 +21,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import inspect
 import io
 import json
 import os
@@ -396,6 +397,48 @@ def _anchors(page: Path) -> set[str]:
     tokens = MarkdownIt("commonmark").parse(page.read_text())
     titles = (tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open")
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# --- the tables of docs/using.md --------------------------------------------------------------
+
+
+def test_the_tables_of_methods_and_properties_are_complete() -> None:
+    """docs/using.md names every public method and property of Cache, and of each method its twin for asyncio."""
+    public = {name: value for name, value in inspect.getmembers(embedonce.Cache) if not name.startswith("_")}
+    twins = {f"a{name}" for name in public} & set(public)
+    methods = {name for name, value in public.items() if callable(value)} - twins
+    properties = {name for name, value in public.items() if not callable(value)}
+
+    rows = _rows("docs/using.md", "All methods", "method")
+    shown = {re.split(r"\W", row[0].strip("`"))[0]: row for row in rows}
+    problems = [f"the table lacks {name}" for name in sorted(methods - set(shown))]
+    problems += [f"{name} is no method of Cache" for name in sorted(set(shown) - methods)]
+    for name in sorted(methods & set(shown)):
+        call, _, last = shown[name]
+        twin = f"a{name}"
+        if (twin in twins) != (f"`{twin}`" in last) or (twin not in twins and not last.startswith("none")):
+            problems.append(f"{name}: the twin is {twin if twin in twins else 'none'}, and the table says {last}")
+        arguments = re.findall(r"(\w+)(?:=[^,)]+)?[,)]", call.partition("(")[2])
+        known = inspect.signature(public[name]).parameters
+        problems += [f"{name} has no argument {argument}" for argument in arguments if argument not in known]
+
+    named = {row[0].strip("`") for row in _rows("docs/using.md", "All methods", "property")}
+    problems += [f"the tables differ from Cache in {name}" for name in sorted(named ^ properties)]
+    _report(problems)
+
+
+def test_the_table_of_arguments_is_complete() -> None:
+    rows = _rows("docs/using.md", "Making one", "argument")
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert named == list(inspect.signature(embedonce.Cache).parameters)
+
+
+def _rows(page: str, heading: str, first_cell: str) -> list[list[str]]:
+    """Return the cells of each row of a table: the one below a heading whose first cell is ``first_cell``."""
+    section = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    table = section.partition(f"| {first_cell} |")[2].partition("\n\n")[0]
+    assert table, f"{page} has no table of this form below {heading!r}"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 WRONG_PAGE = """
