@@ -399,6 +399,15 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_pages_install_from_a_clone() -> None:
+    """Nothing is on a package index yet: ``pip install embedonce`` finds nothing, or somebody else's package."""
+    by_name = re.compile(r"pip install [^`\n]*(?<![/\w-])embedonce(?![\w/-])")
+    problems = []
+    for page in [*PAGES, *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/**/*.md")]:
+        problems += [f"{page.relative_to(ROOT)}: {match[0]}" for match in by_name.finditer(page.read_text())]
+    _report(problems)
+
+
 # --- the tables of docs/using.md --------------------------------------------------------------
 
 
