@@ -1,6 +1,6 @@
 """Query cached vectors where they lie: top-k by cosine in Postgres, with an HNSW index for one vector space.
 
-    pip install "embedonce[postgres]"
+    pip install '.[postgres]'
     python examples/postgres_top_k.py postgresql://user@localhost:5432/database
 
 The database needs pgvector (``CREATE EXTENSION vector``). The texts are the docstrings of the standard library,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import inspect
 import io
 import json
 import os
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 import embedonce
 from embedonce import config
@@ -46,6 +48,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # How many blocks of a page are not run. Raise a number here only for what no machine of ours can run.
 NOT_RUN: dict[str, int] = {"docs/backend-tutorial.md": 1}
+
+FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
@@ -359,18 +363,91 @@ def test_links_lead_somewhere() -> None:
     _report(problems)
 
 
+def test_readme_links_are_absolute_and_name_files_of_the_repository() -> None:
+    """A package index shows README.md without the files beside it, so a relative link is broken there."""
+    readme = ROOT / "README.md"
+    problems = [f"{link} is relative: write {FILES_IN_REPOSITORY}{link}" for link in _links(readme)]
+    for link in _all_links(readme):
+        if link.startswith(FILES_IN_REPOSITORY):
+            path, _, anchor = link.removeprefix(FILES_IN_REPOSITORY).partition("#")
+            if not (ROOT / path).is_file():
+                problems.append(f"{link}: there is no file {path}")
+            elif anchor and anchor not in _anchors(ROOT / path):
+                problems.append(f"{link} names no heading")
+    texts = (token.content for token in _inline_tokens(readme) if token.type == "text")
+    problems += [f"{text!r}: define the link at the end of the page" for text in texts if re.search(r"\[\w.+\]", text)]
+    _report(problems)
+
+
 def _links(page: Path) -> Iterator[str]:
+    """Yield the relative links of a page."""
+    return (link for link in _all_links(page) if not re.match(r"\w+:", link))
+
+
+def _all_links(page: Path) -> Iterator[str]:
+    return (str(token.attrs["href"]) for token in _inline_tokens(page) if token.type == "link_open")
+
+
+def _inline_tokens(page: Path) -> Iterator[Token]:
     for block in MarkdownIt("commonmark").parse(page.read_text()):
-        for token in block.children or ():
-            href = str(token.attrs.get("href", ""))
-            if token.type == "link_open" and not re.match(r"\w+:", href):
-                yield href
+        yield from block.children or ()
 
 
 def _anchors(page: Path) -> set[str]:
     tokens = MarkdownIt("commonmark").parse(page.read_text())
     titles = (tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open")
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_pages_install_from_a_clone() -> None:
+    """Nothing is on a package index yet: ``pip install embedonce`` finds nothing, or somebody else's package."""
+    by_name = re.compile(r"pip install [^`\n]*(?<![/\w-])embedonce(?![\w/-])")
+    problems = []
+    for page in [*PAGES, *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/**/*.md")]:
+        problems += [f"{page.relative_to(ROOT)}: {match[0]}" for match in by_name.finditer(page.read_text())]
+    _report(problems)
+
+
+# --- the tables of docs/using.md --------------------------------------------------------------
+
+
+def test_the_tables_of_methods_and_properties_are_complete() -> None:
+    """docs/using.md names every public method and property of Cache, and of each method its twin for asyncio."""
+    public = {name: value for name, value in inspect.getmembers(embedonce.Cache) if not name.startswith("_")}
+    twins = {f"a{name}" for name in public} & set(public)
+    methods = {name for name, value in public.items() if callable(value)} - twins
+    properties = {name for name, value in public.items() if not callable(value)}
+
+    rows = _rows("docs/using.md", "All methods", "method")
+    shown = {re.split(r"\W", row[0].strip("`"))[0]: row for row in rows}
+    problems = [f"the table lacks {name}" for name in sorted(methods - set(shown))]
+    problems += [f"{name} is no method of Cache" for name in sorted(set(shown) - methods)]
+    for name in sorted(methods & set(shown)):
+        call, _, last = shown[name]
+        twin = f"a{name}"
+        if (twin in twins) != (f"`{twin}`" in last) or (twin not in twins and not last.startswith("none")):
+            problems.append(f"{name}: the twin is {twin if twin in twins else 'none'}, and the table says {last}")
+        arguments = re.findall(r"(\w+)(?:=[^,)]+)?[,)]", call.partition("(")[2])
+        known = inspect.signature(public[name]).parameters
+        problems += [f"{name} has no argument {argument}" for argument in arguments if argument not in known]
+
+    named = {row[0].strip("`") for row in _rows("docs/using.md", "All methods", "property")}
+    problems += [f"the tables differ from Cache in {name}" for name in sorted(named ^ properties)]
+    _report(problems)
+
+
+def test_the_table_of_arguments_is_complete() -> None:
+    rows = _rows("docs/using.md", "Making one", "argument")
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert named == list(inspect.signature(embedonce.Cache).parameters)
+
+
+def _rows(page: str, heading: str, first_cell: str) -> list[list[str]]:
+    """Return the cells of each row of a table: the one below a heading whose first cell is ``first_cell``."""
+    section = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    table = section.partition(f"| {first_cell} |")[2].partition("\n\n")[0]
+    assert table, f"{page} has no table of this form below {heading!r}"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 WRONG_PAGE = """
