@@ -32,8 +32,8 @@ class BackgroundLoop:
     """
 
     def __init__(self, what: str, *, at_end: Callable[[], Coroutine[Any, Any, object]] | None = None) -> None:
-        self._loop = _Loop(what, at_end)
-        self._end = weakref.finalize(self, self._loop.close)
+        self._loop = _SharedLoop(what, at_end)
+        self._finalizer = weakref.finalize(self, self._loop.close)
 
     @property
     def closed(self) -> bool:
@@ -58,10 +58,10 @@ class BackgroundLoop:
         Raises:
             Exception: what ``at_end`` raised.
         """
-        self._end()
+        self._finalizer()
 
 
-class _Loop:
+class _SharedLoop:
     """What the thread shares with the object that its users hold, and keeps alive without keeping that one."""
 
     def __init__(self, what: str, at_end: Callable[[], Coroutine[Any, Any, object]] | None) -> None:
@@ -79,9 +79,9 @@ class _Loop:
     def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         from concurrent.futures import CancelledError
 
-        future = self._begun(call)
+        future = self._schedule(call)
         try:
-            return self._result(future, timeout)
+            return self._wait_for_result(future, timeout)
         except CancelledError:
             if self.closed:
                 raise CacheClosed(f"{self._what} was closed while it was at work") from None
@@ -90,7 +90,7 @@ class _Loop:
             self._calls.discard(future)
             future.cancel()
 
-    def _result(self, future: Future[T], timeout: float | None) -> T:
+    def _wait_for_result(self, future: Future[T], timeout: float | None) -> T:
         try:
             return future.result(timeout)
         except TimeoutError:
@@ -107,11 +107,11 @@ class _Loop:
         loop.call_soon_threadsafe(self._stop)
         if thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes
             thread.join(CLOSE_SECONDS)
-            self._give_up()
+            self._cancel_calls()
             if self._failed is not None:
                 raise self._failed
 
-    def _begun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+    def _schedule(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         import asyncio
 
         if self._process != os.getpid():
@@ -121,12 +121,12 @@ class _Loop:
                 raise CacheClosed(f"{self._what} is closed")
             if threading.current_thread() is self._thread:
                 raise RuntimeError(f"{self._what} is called on its own event loop, and would wait for itself: await it")
-            loop = self._loop or self._started()
+            loop = self._loop or self._start()
             future = asyncio.run_coroutine_threadsafe(call(), loop)
             self._calls.add(future)
             return future
 
-    def _started(self) -> asyncio.AbstractEventLoop:
+    def _start(self) -> asyncio.AbstractEventLoop:
         import asyncio
 
         loop = asyncio.new_event_loop()
@@ -154,23 +154,23 @@ class _Loop:
                     loop.run_forever()
                 except (SystemExit, KeyboardInterrupt):  # a coroutine's: its caller gets it as the loop goes on
                     continue
-            loop.run_until_complete(_ended())
+            loop.run_until_complete(_cancel_tasks())
             if self._at_end is not None:
                 loop.run_until_complete(self._at_end())
             loop.run_until_complete(loop.shutdown_asyncgens())
         except BaseException as error:  # noqa: BLE001  (whoever closes gets it)
             self._failed = error
         finally:
-            self._give_up()
+            self._cancel_calls()
             loop.close()
 
-    def _give_up(self) -> None:
+    def _cancel_calls(self) -> None:
         """Tell the callers that still wait that no answer will come."""
         for future in list(self._calls):
             future.cancel()
 
 
-async def _ended() -> None:
+async def _cancel_tasks() -> None:
     """Cancel every other task of this loop, and those that they begin meanwhile."""
     import asyncio
 

@@ -21,7 +21,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-_BY_TIER = {
+_TIER_COUNTERS = {
     "hits": "Texts found in a tier.",
     "corrupt": "Entries of a tier that were damaged or somebody else's.",
     "skipped": "Texts for which a tier was not asked, as its breaker was open.",
@@ -55,36 +55,38 @@ class CacheCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the counters as they are now."""
         stats = [cache.stats() for cache in self._caches]
-        for count, about in _BY_TIER.items():
+        for count, about in _TIER_COUNTERS.items():
             samples = [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()]
-            yield _summed(count, about, ["tier"], samples)
-        yield _summed(
+            yield _sum_samples(count, about, ["tier"], samples)
+        yield _sum_samples(
             "errors",
             "Texts of a tier's failed calls, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
         )
-        yield _summed(
+        yield _sum_samples(
             "dropped",
             "Entries that a tier did not get, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.drops.items()],
         )
-        yield _summed(
+        yield _sum_samples(
             "tier_seconds",
             "Seconds in calls to a tier.",
             ["tier"],
             [((name,), tier.seconds) for s in stats for name, tier in s.tiers.items()],
         )
-        yield _summed("misses", "Texts computed by a provider.", [], [((), _computed(s)) for s in stats])
-        yield _summed("shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats])
+        yield _sum_samples("misses", "Texts computed by a provider.", [], [((), _count_computed(s)) for s in stats])
+        yield _sum_samples(
+            "shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats]
+        )
         for count, about in {
             "texts": "Texts computed.",
             "failed": "Texts that failed.",
             "tokens": "Tokens charged for.",
             "seconds": "Seconds in calls to the provider.",
         }.items():
-            yield _summed(
+            yield _sum_samples(
                 f"provider_{count}",
                 about,
                 ["provider"],
@@ -99,11 +101,11 @@ def register(*caches: Cache, registry: CollectorRegistry = REGISTRY) -> CacheCol
     return collector
 
 
-def _computed(stats: Stats) -> int:
+def _count_computed(stats: Stats) -> int:
     return sum(provider.texts for provider in stats.providers.values())
 
 
-def _summed(
+def _sum_samples(
     name: str, about: str, labels: Sequence[str], samples: Sequence[tuple[tuple[str, ...], float]]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(f"embed_cache_{name}", about, labels=labels)

@@ -154,7 +154,7 @@ def test_what_raises_between_claim_and_computation_leaves_no_flight(monkeypatch:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("embedonce._engine.plan._normalized", interrupted)
+            patch.setattr("embedonce._engine.plan._normalize_texts", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.embed_batch(["a", "b"])
         assert pool.submit(cache.embed, "a").result(GENEROUS)[0] == 1
@@ -182,7 +182,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp
                 matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
         gc.collect()  # a traceback in a cycle may hold a ticket until then
-        assert not cache._running.table._calls
+        assert not cache._chain.in_flight._calls
 
 
 @pytest.mark.parametrize("where", ["provider", "backend"])
@@ -299,7 +299,7 @@ def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> N
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(cache.embed_batch, ["a", "b", "c"])
         provider.gate.until(1)
-        thread = cache._running.ports._background._loop._thread
+        thread = cache._chain.ports._background._loop._thread
         assert thread is not None
         cache.close()
         with pytest.raises(CacheClosed):
@@ -411,7 +411,7 @@ def test_a_call_under_way_does_not_make_every_later_forget_cost_more() -> None:
         provider.gate.until(1)
         for i in range(2000):
             cache.forget([f"{i}"])
-        table = cache._running.table
+        table = cache._chain.in_flight
         looked: list[str] = []
         forbidden = table._forbidden
         table._forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
@@ -435,7 +435,7 @@ def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
             loop.close()
             del task, pending
         asyncio.run(cache.aclose())
-        assert len(cache._running.ports._loops) <= 1
+        assert len(cache._chain.ports._loops) <= 1
 
 
 # --- small things -----------------------------------------------------------------------------

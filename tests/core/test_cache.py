@@ -812,7 +812,7 @@ def test_at_the_programs_end_an_open_cache_has_its_flush_timeout_and_no_more(mon
     from embedonce._engine.writing import Writing
 
     waited: list[str] = []
-    monkeypatch.setattr(running, "_waited", 0.0)
+    monkeypatch.setattr(running, "_seconds_waited", 0.0)
     monkeypatch.setattr(running, "_open_chains", set())
     monkeypatch.setattr(Writing, "wait_until_drained", lambda writing, timeout: waited.append(writing.name))
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
@@ -820,7 +820,7 @@ def test_at_the_programs_end_an_open_cache_has_its_flush_timeout_and_no_more(mon
     with Cache(CountingProvider(), [far], flush_timeout=0.05) as cache:
         cache.embed("a text")
         backend.gate.until(1)
-        running._flush_all()
+        running._flush_open_chains()
         assert "open" not in waited
         assert cache.embed("a text").size
         backend.heal()

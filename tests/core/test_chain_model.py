@@ -206,8 +206,8 @@ class Chain(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_under_way(self) -> None:
         if hasattr(self, "cache"):
-            assert not self.cache._running.table._calls
-            assert not self.cache._running.table._reading
+            assert not self.cache._chain.in_flight._calls
+            assert not self.cache._chain.in_flight._reading
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):

@@ -92,9 +92,9 @@ def test_a_landed_flight_is_let_go_once_it_is_written() -> None:
     with Cache(CountingProvider(), [background()]) as cache:
         cache.embed_batch([str(i) for i in range(500)])
         assert cache.flush(GENEROUS)
-        assert not cache._running.table._flights
-        assert not cache._running.table._calls
-        assert not cache._running.table._retired
+        assert not cache._chain.in_flight._flights
+        assert not cache._chain.in_flight._calls
+        assert not cache._chain.in_flight._retired
 
 
 def test_cancelled_leader_neither_fails_nor_starves_its_followers_and_its_vector_is_stored() -> None:
@@ -171,7 +171,7 @@ def test_a_provider_that_always_fails_fails_everybody_and_nobody_waits() -> None
         futures = [pool.submit(cache.embed, "text") for _ in range(16)]
         for future in futures:
             assert isinstance(future.exception(GENEROUS), RuntimeError)
-    assert not cache._running.table._flights
+    assert not cache._chain.in_flight._flights
 
 
 def test_a_loop_that_ends_wakes_its_followers() -> None:

@@ -151,7 +151,7 @@ def test_a_listener_may_come_while_other_threads_make_caches() -> None:
             thread.start()
         for _ in range(2000):
             cache.subscribe(print)
-            cache._running.listeners.clear()
+            cache._chain.listeners.clear()
     finally:
         stopped.set()
         for thread in threads:
@@ -164,7 +164,7 @@ def test_the_first_lives_for_as_long_as_another() -> None:
     provider = CountingProvider()
     other = Cache(provider, [DictBackend()]).for_provider(CountingProvider(model="2"))
     gc.collect()
-    owner = other._running._owner
+    owner = other._chain._owner
     assert isinstance(owner, Cache)
     assert owner.provider is provider
 

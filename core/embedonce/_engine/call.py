@@ -43,9 +43,9 @@ class Answer:
     """Tiers that are not written to in this call, because they failed in it or are left out."""
     unknown: dict[str, set[str]] = field(default_factory=dict)
     """By tier the keys that a part of it failed for, which are not written to it."""
-    refusal: TierError | None = None
+    store_error: TierError | None = None
     """A tier with ``on_error = "raise"`` that could not be written to."""
-    _text_of: dict[str, str] | None = None
+    _texts_by_key: dict[str, str] | None = None
 
     @property
     def dimensions(self) -> int | None:
@@ -55,15 +55,15 @@ class Answer:
 
     def preview(self, key: str) -> str:
         """Return the beginning of the text of a key, as it was asked for."""
-        return self.text_of()[key][:PREVIEW]
+        return self.texts_by_key()[key][:PREVIEW]
 
-    def text_of(self) -> dict[str, str]:
+    def texts_by_key(self) -> dict[str, str]:
         """Return the text of each key, the first one where normalisation makes several the same."""
-        if self._text_of is None:
-            self._text_of = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
-        return self._text_of
+        if self._texts_by_key is None:
+            self._texts_by_key = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
+        return self._texts_by_key
 
-    def missing(self) -> list[str]:
+    def find_missing(self) -> list[str]:
         failed = self.failed
         missing = self.entries.lacking(dict.fromkeys(self.keys))
         return [key for key in missing if key not in failed] if failed else missing
@@ -88,7 +88,7 @@ class Answer:
             for key in self.entries.lacking(self.keys):
                 raise self.failed[key]
 
-    def fetched(self) -> Fetched:
+    def to_fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)
         for name, keys in self.found:
             sources.update(dict.fromkeys(keys, name))

@@ -15,7 +15,7 @@ from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, freeze, rou
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
 
-def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
+def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
     """Return an answer as a float32 matrix of shape (texts, d), or refuse all of it.
 
     ``who`` begins the message: "provider 'x' returned", "put was given".
@@ -58,7 +58,7 @@ def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str)
     return matrix
 
 
-def rounded(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
+def round_matrix(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
     """Round a checked matrix to the cache's dtype.
 
     Raises:
@@ -70,7 +70,7 @@ def rounded(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.f
         raise ProviderError(f"{who} a vector that cannot be held as {dtype}: {error}") from error
 
 
-def conform(
+def check_entries(
     values: Mapping[str, Any], *, now: float, dtype: Dtype, dimensions: int | None, trusted: bool = False
 ) -> Decoded:
     """Do for an entry backend's answer what ``decode_frames`` does for frames.
@@ -79,13 +79,13 @@ def conform(
     """
     decoded = Decoded()
     if isinstance(values, Entries):
-        values = _without_sound_blocks(values, now, dtype, dimensions, decoded.entries)
-    if trusted and not _any_odd(values, now, dtype, dimensions):
+        values = _take_valid_blocks(values, now, dtype, dimensions, decoded.entries)
+    if trusted and not _has_unexpected(values, now, dtype, dimensions):
         decoded.entries.add(values)
         return decoded
-    finite = _all_finite(values.values())
+    finite = _are_all_finite(values.values())
     for key, entry in values.items():
-        if not _sound(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
+        if not _is_valid_entry(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
             decoded.corrupt.append(key)
         elif entry.expires is not None and entry.expires <= now:
             decoded.missed.append(key)
@@ -94,24 +94,24 @@ def conform(
         elif _FINENESS[entry.dtype] < _FINENESS[dtype]:
             decoded.missed.append(key)
         else:
-            _coarsen(key, entry, dtype, decoded)
+            _add_rounded(key, entry, dtype, decoded)
     return decoded
 
 
-def _without_sound_blocks(
+def _take_valid_blocks(
     values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
 ) -> dict[str, Entry]:
     """Take the blocks that are sound to the last row; return the other entries, to be looked at one by one."""
     rest = values.loose()
     for block in values.blocks:
-        if block.dtype == dtype and _is_sound(block, now, dimensions):
+        if block.dtype == dtype and _is_valid_block(block, now, dimensions):
             entries.add_block(block)
         else:
             rest |= block.entries()
     return rest
 
 
-def _is_sound(block: Block, now: float, dimensions: int | None) -> bool:
+def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
     rows = block.values
     return (
         rows.dtype == np.float32
@@ -121,7 +121,7 @@ def _is_sound(block: Block, now: float, dimensions: int | None) -> bool:
     )
 
 
-def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
+def _has_unexpected(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
     """Look for anything but what this cache would have stored itself; a batch that is all sound needs no more."""
     for entry in values.values():
         if type(entry) is not Entry:
@@ -132,7 +132,7 @@ def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: in
     return False
 
 
-def _sound(entry: Any, dimensions: int | None) -> bool:
+def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
     if type(entry) is not Entry or entry.dtype not in _FINENESS:
         return False
     vector = entry.vector
@@ -145,7 +145,7 @@ def _sound(entry: Any, dimensions: int | None) -> bool:
     )
 
 
-def _all_finite(entries: Iterable[Any]) -> bool:
+def _are_all_finite(entries: Iterable[Any]) -> bool:
     """Look at all vectors in one go, as they nearly always are; one by one costs ten times as much."""
     try:
         joined = b"".join([entry.vector for entry in entries])
@@ -154,7 +154,7 @@ def _all_finite(entries: Iterable[Any]) -> bool:
     return len(joined) % 4 == 0 and bool(np.isfinite(np.frombuffer(joined, np.float32)).all())
 
 
-def _coarsen(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
+def _add_rounded(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
     try:
         vector = freeze(round_vectors(entry.vector[None, :], dtype)[0])
     except ValueError:

@@ -16,9 +16,9 @@ class Tally:
     def __init__(self) -> None:
         self.add: Callable[[], int] = itertools.count().__next__
         self._reads = 0
-        self.renew()
+        self.renew_locks()
 
-    def renew(self) -> None:
+    def renew_locks(self) -> None:
         self._lock = threading.RLock()
 
     def value(self) -> int:
@@ -31,17 +31,17 @@ class Counters:
     """What a tier did, in texts."""
 
     def __init__(self) -> None:
-        self.single = Tally()
-        self.renew()
+        self.single_hits = Tally()
+        self.renew_locks()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._seconds = 0.0
 
-    def renew(self) -> None:
+    def renew_locks(self) -> None:
         """Take new locks, as in a forked child. They are re-entrant: a signal handler may use the cache."""
         self._lock = threading.RLock()
-        self.single.renew()
+        self.single_hits.renew_locks()
 
     def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
         with self._lock:
@@ -57,7 +57,7 @@ class Counters:
     def stats(self) -> TierStats:
         with self._lock:
             counts = Counter(self._counts)
-            counts["hits"] += self.single.value()
+            counts["hits"] += self.single_hits.value()
             names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
             return TierStats(
                 **{name: counts[name] for name in names},

@@ -27,7 +27,7 @@ from embedonce.vectors import Entry
 if TYPE_CHECKING:
     import asyncio
 
-leading: ContextVar[frozenset[int]] = ContextVar("embedonce_leading", default=frozenset())
+calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
 """Numbers of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
 
 
@@ -38,7 +38,7 @@ class Abandoned(Exception):
 class Flight:
     """One computation of one key."""
 
-    __slots__ = ("_future", "entry", "error", "guarded", "loop", "number", "pending", "stored", "thread")
+    __slots__ = ("_future", "entry", "error", "is_computing", "loop", "number", "pending_writes", "stored", "thread")
 
     def __init__(self, number: int, loop: asyncio.AbstractEventLoop | None) -> None:
         self.number = number
@@ -47,12 +47,12 @@ class Flight:
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
         self.error: BaseException | None = None
-        self.pending = 0
+        self.pending_writes = 0
         self.stored = False
-        self.guarded = False  # its computation has begun, and sees that it lands, fails or is abandoned
+        self.is_computing = False  # its computation has begun, and sees that it lands, fails or is abandoned
         self._future: Future[None] | None = None
 
-    def landed(self) -> Future[None]:
+    def get_future(self) -> Future[None]:
         """Return what followers wait on; made for the first of them only. Call it under the table's lock."""
         if self._future is None:
             self._future = Future()
@@ -62,20 +62,20 @@ class Flight:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
-    def waits_for_us(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+    def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
         """Say whether waiting here would be waiting for oneself.
 
         So it is inside the provider call of the flight's own leader, and in a blocking call on the
         thread that is, or whose event loop runs, the leader.
         """
-        if self.number in leading.get():
+        if self.number in calls_in_provider.get():
             return True
         return loop is None and self.thread is threading.current_thread()
 
 
 @dataclass(slots=True)
-class Claimed:
-    """What :meth:`Table.claim` found for each key of a call."""
+class Claims:
+    """What :meth:`InFlight.claim` found for each key of a call."""
 
     landed: dict[str, Flight] = field(default_factory=dict)
     led: dict[str, Flight] = field(default_factory=dict)
@@ -115,11 +115,11 @@ class Ticket:
     Ctrl-C can strike between any two lines, also in a context manager's own; whatever is left of a ticket then ends it.
     """
 
-    __slots__ = ("_holders", "_table", "number")
+    __slots__ = ("_holders", "_in_flight", "number")
 
-    def __init__(self, table: Table, number: int) -> None:
+    def __init__(self, in_flight: InFlight, number: int) -> None:
         self.number = number
-        self._table = table
+        self._in_flight = in_flight
         self._holders = 1
 
     def hold(self) -> None:
@@ -129,12 +129,12 @@ class Ticket:
     def release(self) -> None:
         self._holders -= 1
         if self._holders == 0:
-            self._table.ended(self.number)
+            self._in_flight.end_call(self.number)
 
     def end(self) -> None:
         """Release it for all that hold it."""
         self._holders = 0
-        self._table.ended(self.number)
+        self._in_flight.end_call(self.number)
 
     def __enter__(self) -> Ticket:
         return self
@@ -145,10 +145,10 @@ class Ticket:
     def __del__(self) -> None:
         if self._holders > 0:
             self._holders = 0
-            self._table.ended(self.number)
+            self._in_flight.end_call(self.number)
 
 
-class Table:
+class InFlight:
     """Flights, pending writes and erasures of one chain."""
 
     def __init__(self, max_queued: int) -> None:
@@ -173,7 +173,7 @@ class Table:
 
     # --- calls --------------------------------------------------------------------------------
 
-    def call(self) -> Ticket:
+    def new_ticket(self) -> Ticket:
         """Return the ticket of a call that begins now; use it in a ``with``."""
         with self._lock:
             self._number += 1
@@ -186,14 +186,14 @@ class Table:
         """Say whether the call with this ticket has not ended."""
         return number in self._calls
 
-    def ended(self, number: int) -> None:
+    def end_call(self, number: int) -> None:
         """Take a call from the table. An erasure is remembered while an older call may still store."""
         with self._lock:
             self._end_reading(number)
             self._calls.pop(number, None)
             oldest = next(iter(self._calls), None)
             while self._erasures and (oldest is None or not self._erasures[0].forbids(oldest)):
-                self._forget(self._erasures.popleft())
+                self._drop_erasure(self._erasures.popleft())
 
     def _end_reading(self, number: int) -> None:
         if self._reading.pop(number, self) is self:
@@ -206,7 +206,7 @@ class Table:
 
     # --- flights ------------------------------------------------------------------------------
 
-    def landed(self, keys: Iterable[str]) -> dict[str, Flight]:
+    def find_landed(self, keys: Iterable[str]) -> dict[str, Flight]:
         """Return flights that have landed and whose entries are not yet in every tier."""
         with self._lock:
             flights = self._flights
@@ -215,22 +215,22 @@ class Table:
             return {key: flight for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
     def claim(
-        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claimed: Claimed
+        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
     ) -> None:
-        """Claim all keys of a call at once: lead what nobody computes, follow the rest.
+        """Claims all keys of a call at once: lead what nobody computes, follow the rest.
 
-        ``claimed`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
+        ``claims`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
         """
         with self._lock:
             for key in keys:
                 flight = self._flights.get(key)
                 if flight is None:
-                    claimed.led[key] = self._flights[key] = Flight(ticket.number, loop)
+                    claims.led[key] = self._flights[key] = Flight(ticket.number, loop)
                 elif flight.entry is not None:
-                    claimed.landed[key] = flight
+                    claims.landed[key] = flight
                 else:
-                    flight.landed()
-                    claimed.followed[key] = flight
+                    flight.get_future()
+                    claims.followed[key] = flight
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
@@ -259,20 +259,20 @@ class Table:
         for flight in flights.values():
             flight.wake()
 
-    def abandoned(self, flight: Flight) -> bool:
+    def is_abandoned(self, flight: Flight) -> bool:
         """Say whether nobody is left who could land it: its call has ended, or its thread or loop has."""
         if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
             return True
         return not flight.thread.is_alive() or not self.is_under_way(flight.number)
 
-    def disown(self, key: str, flight: Flight) -> None:
+    def remove_abandoned(self, key: str, flight: Flight) -> None:
         """Forget a flight whose leader is gone, so that somebody else can lead."""
         with self._lock:
             if self._flights.get(key) is flight and flight.entry is None:
                 del self._flights[key]
 
     def _retire(self, key: str, flight: Flight) -> None:
-        if flight.pending > 0 or self._flights.get(key) is not flight:
+        if flight.pending_writes > 0 or self._flights.get(key) is not flight:
             return
         if self._reading:
             self._retired.append((self._number, key, flight))
@@ -282,10 +282,10 @@ class Table:
     # --- writes -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+    def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
         """Hold an erasure back while the entries that may still be stored are written."""
         with self._lock:
-            write = Write(tier, number, self._permitted(number, entries))
+            write = Write(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
         try:
             yield write.entries
@@ -294,12 +294,12 @@ class Table:
                 self._writing.discard(write)
                 self._changed.notify_all()
 
-    def _permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    def _select_permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         if not self._erased and not self._erased_prefixes:
             return dict(entries)
-        return {key: entry for key, entry in entries.items() if not self._forbidden(number, key)}
+        return {key: entry for key, entry in entries.items() if not self._is_forbidden(number, key)}
 
-    def _forbidden(self, number: int, key: str) -> bool:
+    def _is_forbidden(self, number: int, key: str) -> bool:
         if any(erasure.forbids(number) for erasure in self._erased.get(key, ())):
             return True
         return any(
@@ -307,25 +307,25 @@ class Table:
             for prefix, erasures in self._erased_prefixes.items()
         )
 
-    def _indexes(self, erasure: Erasure) -> Iterator[tuple[dict[str, tuple[Erasure, ...]], str]]:
+    def _list_indexes(self, erasure: Erasure) -> Iterator[tuple[dict[str, tuple[Erasure, ...]], str]]:
         for key in erasure.keys:
             yield self._erased, key
         for prefix in erasure.prefixes:
             yield self._erased_prefixes, prefix
 
-    def _remember(self, erasure: Erasure) -> None:
-        for index, name in self._indexes(erasure):
+    def _add_erasure(self, erasure: Erasure) -> None:
+        for index, name in self._list_indexes(erasure):
             index[name] = (*index.get(name, ()), erasure)
 
-    def _forget(self, erasure: Erasure) -> None:
-        for index, name in self._indexes(erasure):
+    def _drop_erasure(self, erasure: Erasure) -> None:
+        for index, name in self._list_indexes(erasure):
             left = tuple(other for other in index[name] if other is not erasure)
             if left:
                 index[name] = left
             else:
                 del index[name]
 
-    def queue(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
+    def queue_write(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
         Returns whether there was room, and how many entries were dropped to make it: with ``force``
@@ -342,18 +342,18 @@ class Table:
                     oldest = waiting.popleft()
                     queued -= len(oldest.entries)
                     dropped += len(oldest.entries)
-                    self._written(oldest)
-            write = Write(tier, number, self._permitted(number, entries))
+                    self._release_flights(oldest)
+            write = Write(tier, number, self._select_permitted(number, entries))
             if write.entries:
                 waiting.append(write)
                 for key in write.entries:
                     if flight := self._flights.get(key):
                         write.flights[key] = flight
-                        flight.pending += 1
+                        flight.pending_writes += 1
             self._queued[tier] = queued + len(write.entries)
         return True, dropped
 
-    def next_write(self, tier: str) -> Write | None:
+    def take_write(self, tier: str) -> Write | None:
         """Take the oldest queued write; :meth:`wrote` must follow. An erasure waits for it meanwhile."""
         with self._lock:
             waiting = self._queues.get(tier)
@@ -364,33 +364,33 @@ class Table:
             self._writing.add(write)
             return write
 
-    def wrote(self, write: Write) -> None:
+    def finish_write(self, write: Write) -> None:
         """Say that a write taken by :meth:`next_write` is done, or given up."""
         with self._lock:
             self._writing.discard(write)
-            self._written(write)
+            self._release_flights(write)
             self._changed.notify_all()
 
-    def _written(self, write: Write) -> None:
+    def _release_flights(self, write: Write) -> None:
         for key, flight in write.flights.items():
-            flight.pending -= 1
+            flight.pending_writes -= 1
             if flight.entry is not None:
                 self._retire(key, flight)
         write.flights = {}
 
-    def _scrub(self, write: Write, erasure: Erasure) -> int:
+    def _remove_erased(self, write: Write, erasure: Erasure) -> int:
         erased = [key for key in write.entries if erasure.covers(key)]
         for key in erased:
             del write.entries[key]
             if flight := write.flights.pop(key, None):
-                flight.pending -= 1
+                flight.pending_writes -= 1
         return len(erased)
 
-    def queued(self, tier: str) -> int:
+    def count_queued(self, tier: str) -> int:
         with self._lock:
             return self._queued.get(tier, 0)
 
-    def flushed(self, timeout: float) -> bool:
+    def wait_until_flushed(self, timeout: float) -> bool:
         """Wait until nothing is queued or being written; False after ``timeout`` seconds."""
         with self._lock:
             return self._changed.wait_for(lambda: not self._writing and not any(self._queues.values()), timeout)
@@ -398,31 +398,31 @@ class Table:
     # --- erasures -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def erasing(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
+    def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
         """Forbid the storing of what the erasure covers, drop queued writes of it, and yield ``busy``.
 
-        ``busy()`` names the tiers into which covered entries are being written at this moment.
+        ``list_busy_tiers()`` names the tiers into which covered entries are being written at this moment.
         """
         with self._lock:
-            self._remember(erasure)
+            self._add_erasure(erasure)
             for tier, waiting in self._queues.items():
                 for write in waiting:
-                    self._queued[tier] -= self._scrub(write, erasure)
+                    self._queued[tier] -= self._remove_erased(write, erasure)
             for key, flight in list(self._flights.items()):
                 if flight.entry is not None and erasure.covers(key):
                     del self._flights[key]
             self._changed.notify_all()
 
-        def busy() -> list[str]:
+        def list_busy_tiers() -> list[str]:
             with self._lock:
                 return sorted({w.tier for w in self._writing if any(map(erasure.covers, w.entries))})
 
         try:
-            yield busy
+            yield list_busy_tiers
         finally:
             with self._lock:
                 erasure.until = self._number
                 if self._calls:
                     self._erasures.append(erasure)
                 else:
-                    self._forget(erasure)
+                    self._drop_erasure(erasure)

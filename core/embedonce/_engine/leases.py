@@ -32,23 +32,23 @@ class Leases:
     def reset(self) -> None:
         """Start anew, as in a forked child: what the parent holds is not ours."""
         self._lock = threading.RLock()
-        self._ours: dict[str, float] = {}
+        self._held: dict[str, float] = {}
         self._token = os.urandom(16)
 
     async def take(self, port: Port, keys: Sequence[str]) -> set[str]:
         """Return the keys that are ours to compute: all of them where the tier does not answer."""
         now = time.monotonic()
         with self._lock:
-            self._ours = {key: until for key, until in self._ours.items() if until > now}
+            self._held = {key: until for key, until in self._held.items() if until > now}
             # A lease of our own from a moment ago: its vector was evicted or forgotten, and nobody else makes it.
-            ours = self._ours.keys() & set(keys)
+            ours = self._held.keys() & set(keys)
         asked = {lease_key(key): key for key in keys if key not in ours}
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
         if added is None:
             return set(keys)
         won = {key for lease, key in asked.items() if lease in added}
         with self._lock:
-            self._ours.update(dict.fromkeys(won, now + self._seconds))
+            self._held.update(dict.fromkeys(won, now + self._seconds))
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:

@@ -16,11 +16,11 @@ from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
 
 from .call import PROVIDER, Answer, Call
-from .checks import checked_matrix, rounded
-from .flights import Abandoned, Claimed, Flight, Table
+from .checks import check_matrix, round_matrix
+from .flights import Abandoned, Claims, Flight, InFlight
 from .leases import Leases
 from .ports import Port
-from .provider_calls import call_provider, chunks, tokens_in
+from .provider_calls import call_provider, cut_chunks, read_tokens
 from .routes import Route
 from .tiers import LiveTier
 
@@ -31,7 +31,7 @@ class Engine:
     def __init__(
         self,
         tiers: Sequence[LiveTier],
-        table: Table,
+        in_flight: InFlight,
         *,
         dtype: Dtype,
         replay: bool,
@@ -40,7 +40,7 @@ class Engine:
         clock: Callable[[], float],
     ) -> None:
         self.tiers = tiers
-        self.table = table
+        self.in_flight = in_flight
         self.dtype: Dtype = dtype
         self.shared = 0
         self._replay = replay
@@ -57,63 +57,65 @@ class Engine:
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
-        missing = answer.missing()
-        for again in (False, True):
-            with self.table.call() as ticket:
+        missing = answer.find_missing()
+        for is_retry in (False, True):
+            with self.in_flight.new_ticket() as ticket:
                 call = Call(port, ticket, answer)
-                missing = await self._look(call, missing)
+                missing = await self._read_tiers(call, missing)
                 if missing and compute and not self._replay:
-                    refusal = await self.refusal(port, answer.route)
+                    refusal = await self.find_refusal(port, answer.route)
                     if refusal is not None:
                         answer.failed.update(dict.fromkeys(missing, refusal))
                         break
                     leases = self.leases if answer.store else None
-                    await self._claim(call, missing, leases=leases, last=again)
+                    await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
                 elif missing:
-                    await self._share(call, self.table.landed(missing))
-            missing = answer.missing() if missing else missing
+                    await self._take_flights(call, self.in_flight.find_landed(missing))
+            missing = answer.find_missing() if missing else missing
             if not compute or not missing:
                 break
             if self._replay:
                 miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
                 answer.failed.update(dict.fromkeys(missing, miss))
                 break
-        if answer.refusal is not None:
-            raise answer.refusal
+        if answer.store_error is not None:
+            raise answer.store_error
 
-    moves = False
-    """Whether :meth:`current` may lead to another space."""
+    can_change_space = False
+    """Whether :meth:`find_current_route` may lead to another space."""
 
-    async def refusal(self, port: Port, route: Route) -> Exception | None:
+    async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         """Return why nothing may be computed in this space, or None."""
         return None
 
-    async def current(self, port: Port, route: Route) -> Route:
+    async def find_current_route(self, port: Port, route: Route) -> Route:
         """Return the route to the space in which texts are embedded now."""
         return route
 
-    async def _claim(self, call: Call, keys: list[str], *, leases: Leases | None, last: bool) -> None:
+    async def _compute_or_follow(
+        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
+    ) -> None:
         """Compute the keys that nobody computes, then wait for the others."""
-        claimed, loop = Claimed(), call.port.loop
+        claims, loop = Claims(), call.port.loop
         try:
-            self.table.claim(call.ticket, keys, loop, claimed)
-            await self._share(call, claimed.landed)
-            await self._lead(call, claimed.led, leases=leases)
-            await self._follow_all(call, claimed, last=last)
+            self.in_flight.claim(call.ticket, keys, loop, claims)
+            await self._take_flights(call, claims.landed)
+            await self._compute_flights(call, claims.led, leases=leases)
+            await self._follow_flights(call, claims, is_last_try=is_last_try)
         except BaseException:
-            self._give_up(call, claimed, blocking=loop is None)
+            self._give_up_flights(call, claims, blocking=loop is None)
             raise
 
-    def _give_up(self, call: Call, claimed: Claimed, *, blocking: bool) -> None:
+    def _give_up_flights(self, call: Call, claims: Claims, *, blocking: bool) -> None:
         """Give up what a call leads that ends early, so that nobody waits for it.
 
         On an event loop a computation that has begun is a task of its own: it goes on, and looks after its flights.
         """
         if blocking:
-            self.table.abandon(claimed.led)
+            self.in_flight.abandon(claims.led)
             call.ticket.end()
         else:
-            self.table.abandon({key: flight for key, flight in claimed.led.items() if not flight.guarded})
+            self.in_flight.abandon({key: flight for key, flight in claims.led.items() if not flight.is_computing})
 
     async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
         """Store entries that no tier has. They are readable at once, as a landed flight is.
@@ -121,26 +123,26 @@ class Engine:
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
-        claimed = Claimed()
-        with self.table.call() as ticket:
+        claims = Claims()
+        with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, answer)
-            missing = await self._look(call, answer.missing())
+            missing = await self._read_tiers(call, answer.find_missing())
             fresh = {key: entries[key] for key in missing}
             try:
-                self.table.claim(ticket, missing, port.loop, claimed)
-                for key, flight in claimed.landed.items():
+                self.in_flight.claim(ticket, missing, port.loop, claims)
+                for key, flight in claims.landed.items():
                     if flight.stored:  # and not yet written: the entry that was first stays
                         del fresh[key]
                 # Also what others compute at this moment: they may fail, or not store it.
                 await self.store(call, fresh)
             finally:
-                self.table.land(claimed.led, {key: entries[key] for key in claimed.led}, stored=True)
-        if answer.refusal is not None:
-            raise answer.refusal
+                self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
+        if answer.store_error is not None:
+            raise answer.store_error
 
     # --- tiers --------------------------------------------------------------------------------
 
-    async def _look(self, call: Call, keys: list[str]) -> list[str]:
+    async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
         """Ask tier by tier for what is still missing, and promote what is found. Return what is not."""
         answer = call.answer
         for depth, tier in enumerate(self.tiers):
@@ -165,14 +167,14 @@ class Engine:
         return keys
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
-        await self._give(call, entries.as_dict(), tiers, patience=False)
+        await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
 
     async def store(self, call: Call, entries: Mapping[str, Entry]) -> None:
         """Give entries to every tier."""
-        await self._give(call, entries, self.tiers, patience=True)
+        await self._store_in(call, entries, self.tiers, wait_for_room=True)
 
-    async def _give(
-        self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, patience: bool
+    async def _store_in(
+        self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
         """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
         answer = call.answer
@@ -181,13 +183,13 @@ class Engine:
                 unknown = answer.unknown.get(tier.name)
                 known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
                 try:
-                    await tier.store(call.port, call.ticket, known, answer.preview, patience=patience)
+                    await tier.store(call.port, call.ticket, known, answer.preview, wait_for_room=wait_for_room)
                 except TierError as error:
-                    answer.refusal = error
+                    answer.store_error = error
 
     # --- flights ------------------------------------------------------------------------------
 
-    async def _share(self, call: Call, flights: Mapping[str, Flight]) -> None:
+    async def _take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
         """Take what other calls' flights have brought, and store what they did not."""
         answer = call.answer
         expected = answer.dimensions
@@ -202,59 +204,59 @@ class Engine:
         if unstored:
             await self.store(call, unstored)
 
-    async def _follow_all(self, call: Call, claimed: Claimed, *, last: bool) -> None:
+    async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
         """Wait for the flights of others; only now, with everything that we claimed landed."""
         end = time.monotonic() + self._max_wait
-        alone: list[str] = []
-        for key, flight in claimed.followed.items():
-            await self._follow(call.port, key, flight, end)
+        unanswered: list[str] = []
+        for key, flight in claims.followed.items():
+            await self._follow_flight(call.port, key, flight, end)
             error = flight.error
             if flight.entry is not None:
                 continue
-            if error is None or (last and isinstance(error, Abandoned)):
-                alone.append(key)
-            elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
-                call.answer.failed[key] = own_error(error)
-        await self._share(call, claimed.followed)
-        if alone:
-            flights = {key: Flight(call.ticket.number, call.port.loop) for key in alone}
-            await self._lead(call, flights, leases=None)
+            if error is None or (is_last_try and isinstance(error, Abandoned)):
+                unanswered.append(key)
+            elif isinstance(error, TextRefused) or (is_last_try and isinstance(error, Exception)):
+                call.answer.failed[key] = copy_error(error)
+        await self._take_flights(call, claims.followed)
+        if unanswered:
+            flights = {key: Flight(call.ticket.number, call.port.loop) for key in unanswered}
+            await self._compute_flights(call, flights, leases=None)
 
-    async def _follow(self, port: Port, key: str, flight: Flight, end: float) -> None:
+    async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
         """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
-        if flight.entry is not None or flight.error is not None or flight.waits_for_us(port.loop):
+        if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
-        gone = partial(self.table.abandoned, flight)
-        if not await port.wait(flight.landed(), end - time.monotonic(), lambda: not gone()) and gone():
-            self.table.disown(key, flight)
+        gone = partial(self.in_flight.is_abandoned, flight)
+        if not await port.wait(flight.get_future(), end - time.monotonic(), lambda: not gone()) and gone():
+            self.in_flight.remove_abandoned(key, flight)
             flight.error = flight.error or Abandoned()
 
-    async def _lead(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
+    async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
         """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
         if not flights:
             return
-        texts = _normalized(call.answer, flights)
+        texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
         def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
-            self.table.abandon(flights)
+            self.in_flight.abandon(flights)
             ticket.release()
 
         ticket.hold()
         for flight in flights.values():
-            flight.guarded = True
+            flight.is_computing = True
         if leases is None:
-            await call.port.shielded(partial(self._compute, call, flights, texts), done)
+            await call.port.run_shielded(partial(self._compute, call, flights, texts), done)
         else:
-            await call.port.shielded(partial(self._compute_leased, call, flights, texts, leases), done)
+            await call.port.run_shielded(partial(self._compute_leased, call, flights, texts, leases), done)
 
     async def _compute(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
         provider = call.answer.route.source.provider
         jobs = [
             partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts)
-            for chunk in chunks(provider, {key: texts[key] for key in flights})
+            for chunk in cut_chunks(provider, {key: texts[key] for key in flights})
         ]
-        await call.port.each(jobs, provider.limits.concurrency)
+        await call.port.run_all(jobs, provider.limits.concurrency)
 
     async def _compute_leased(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
@@ -265,12 +267,16 @@ class Engine:
         theirs = {key: flight for key, flight in flights.items() if key not in ours}
         if not theirs:
             return
-        for pause, last in leases.pauses(self._max_wait):
+        for pause, is_last_look in leases.pauses(self._max_wait):
             await call.port.sleep(pause)
-            answered = await self._take_written(call, theirs, leases.tier)
+            answered = await self._read_written(call, theirs, leases.tier)
             theirs = {key: flight for key, flight in theirs.items() if key not in call.answer.entries}
             if theirs:
-                ours = await self._take_leases(call, list(theirs), leases) if answered and not last else set(theirs)
+                ours = (
+                    await self._take_leases(call, list(theirs), leases)
+                    if answered and not is_last_look
+                    else set(theirs)
+                )
                 await self._compute(call, {key: theirs[key] for key in theirs if key in ours}, texts)
                 theirs = {key: flight for key, flight in theirs.items() if key not in ours}
             if not theirs:
@@ -284,7 +290,7 @@ class Engine:
         unknown = call.answer.unknown.get(tier, set()).intersection(keys)
         return unknown | await leases.take(call.port, [key for key in keys if key not in unknown])
 
-    async def _take_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
+    async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
         """Land what another process has written meanwhile. Return whether the tier answered."""
         answer = call.answer
         try:
@@ -294,10 +300,10 @@ class Engine:
                 task=answer.route.task,
                 dtype=self.dtype,
                 dimensions=answer.dimensions,
-                again=True,
+                is_repeat=True,
             )
         except TierError as error:
-            answer.refusal = error
+            answer.store_error = error
             answer.failing.add(tier.name)
             return False
         if read.failed:
@@ -306,7 +312,7 @@ class Engine:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
             await self._promote(call, read.entries, [other for other in self.tiers if other is not tier])
-            self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
+            self.in_flight.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
         return not read.failed
 
     # --- the provider -------------------------------------------------------------------------
@@ -323,7 +329,7 @@ class Engine:
             if answer.store:
                 await self.store(call, entries)
         finally:
-            self.table.land(landed, entries, stored=answer.store)
+            self.in_flight.land(landed, entries, stored=answer.store)
 
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
@@ -345,20 +351,20 @@ class Engine:
                 rest = [key for key in part if key not in refused]
                 if rest:
                     todo.append(rest)
-                self._fail(answer, {key: flights[key] for key in refused}, error)
+                self._fail_flights(answer, {key: flights[key] for key in refused}, error)
             except Exception as error:  # noqa: BLE001  (whatever a provider raises reaches the caller, by position)
-                self._fail(answer, {key: flights[key] for key in part}, error)
+                self._fail_flights(answer, {key: flights[key] for key in part}, error)
             else:
                 for key, entry in zip(part, made, strict=True):
                     metadata = answer.metadata.get(key)
                     entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
         return entries
 
-    def _fail(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
+    def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
         source = answer.route.source
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
-        self.table.fail(flights, error)
+        self.in_flight.fail(flights, error)
 
     async def _embed(self, call: Call, texts: list[str]) -> list[Entry]:
         """Make one call to the provider and check its answer."""
@@ -370,12 +376,12 @@ class Engine:
         tokens: int | None = None
         try:
             reply = await call_provider(call, list(texts))
-            tokens = tokens_in(reply)
+            tokens = read_tokens(reply)
             who = f"provider {source.name!r} returned"
-            matrix = checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
-            matrix = rounded(matrix, self.dtype, who)
-            if route.settle(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first, just now
-                checked_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
+            matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
+            matrix = round_matrix(matrix, self.dtype, who)
+            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first, just now
+                check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:
             seconds = time.perf_counter() - start
@@ -396,13 +402,13 @@ class Engine:
         return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
 
 
-def _normalized(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
+def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
     normalize = answer.route.keyer.normalize
-    texts = answer.text_of()
+    texts = answer.texts_by_key()
     return {key: normalize(texts[key]) for key in keys}
 
 
-def own_error(error: Exception) -> Exception:
+def copy_error(error: Exception) -> Exception:
     """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
     try:
         own = copy(error)

@@ -1,7 +1,7 @@
 """The two ways in which the engine touches the world: one that blocks, one that awaits.
 
 The engine is a set of coroutines that await nothing but a port's methods. :class:`BlockingPort`
-never suspends, so :func:`step` runs such a coroutine to its end with one ``send``;
+never suspends, so :func:`run_blocking` runs such a coroutine to its end with one ``send``;
 :class:`LoopPort` suspends on the running event loop. What may hang runs in a :class:`Workers`
 thread, where it can be left behind.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
-SLICE = 0.25
-"""Seconds between two looks at whether waiting is still worthwhile."""
+CHECK_SECONDS = 0.25
+"""Seconds between two looks at whether waiting is still keep_waiting."""
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 
 
-def step(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that awaits only a :class:`BlockingPort`, and return its result."""
     try:
         coroutine.send(None)
@@ -61,31 +61,31 @@ class Port(Protocol):
         """
         ...
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         """Run a coroutine of a provider's, on this loop or on the background one."""
         ...
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
         """Wait until the future is done and return True; False after ``timeout`` seconds.
 
-        Now and again ``worthwhile`` is asked; False ends the waiting.
+        Now and again ``keep_waiting`` is asked; False ends the waiting.
         """
         ...
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         """Run all jobs, up to ``limit`` at once. Jobs keep their own errors; only what ends the program passes."""
         ...
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         """Run a job to its end even when the caller is cancelled, then call ``done``, whatever happened."""
         ...
 
     async def sleep(self, seconds: float) -> None: ...
 
 
-def call_by_deadline(call: Callable[[], T], timeout: float | None) -> T:
+def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
     """Make a call in this thread that sees ``timeout`` seconds as its :func:`time_left`.
 
     It runs in a copy of the context. Ctrl-C can interrupt between setting and resetting the deadline, and
@@ -99,29 +99,29 @@ def _call_in_this_context(call: Callable[[], T], timeout: float | None) -> T:
         return call()
 
 
-def _slices(timeout: float | None) -> Iterator[float]:
+def _split_wait(timeout: float | None) -> Iterator[float]:
     """Yield how long to wait next, until ``timeout`` seconds are over."""
     end = None if timeout is None else time.monotonic() + timeout
     while end is None or time.monotonic() < end:
-        yield SLICE if end is None else max(0.0, min(SLICE, end - time.monotonic()))
+        yield CHECK_SECONDS if end is None else max(0.0, min(CHECK_SECONDS, end - time.monotonic()))
 
 
-class _Job:
+class _TimedCall:
     """A call whose time begins when a worker begins it; waiting for a worker is limited to as long again."""
 
     def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self._call = call
         self._timeout = timeout
-        self._since = time.monotonic()
+        self._started = time.monotonic()
 
     def __call__(self) -> Any:
-        self._since = time.monotonic()
-        return call_by_deadline(self._call, self._timeout)
+        self._started = time.monotonic()
+        return call_with_deadline(self._call, self._timeout)
 
-    def left(self) -> float | None:
-        return None if self._timeout is None else max(0.0, self._since + self._timeout - time.monotonic())
+    def time_left(self) -> float | None:
+        return None if self._timeout is None else max(0.0, self._started + self._timeout - time.monotonic())
 
-    def give_up(self, future: Future[Any]) -> None:
+    def give_up_if_late(self, future: Future[Any]) -> None:
         """Leave the call behind if its time is over.
 
         Raises:
@@ -129,15 +129,15 @@ class _Job:
         """
         if future.cancel():
             raise TierBusy("all threads that may call it are busy")
-        if self.left() == 0.0 and not future.done():
+        if self.time_left() == 0.0 and not future.done():
             raise TimeoutError
 
 
-async def _finished(port: Port, job: _Job, future: Future[T]) -> T:
+async def _await_call(port: Port, job: _TimedCall, future: Future[T]) -> T:
     """Return what a job came to; what has not begun when the caller is cancelled, or by Ctrl-C, never shall."""
     try:
-        while not await port.wait(future, job.left()):
-            job.give_up(future)
+        while not await port.wait(future, job.time_left()):
+            job.give_up_if_late(future)
     except BaseException:
         future.cancel()
         raise
@@ -161,32 +161,32 @@ class BlockingPort:
         if quick:
             return call()
         if inline or timeout is None:
-            return call_by_deadline(call, timeout)
-        job = _Job(call, timeout)
+            return call_with_deadline(call, timeout)
+        job = _TimedCall(call, timeout)
         try:
             future: Future[T] = workers.submit(job)
         except RuntimeError:  # the interpreter is ending: there will be no thread
-            return call_by_deadline(call, timeout)
-        return await _finished(self, job, future)
+            return call_with_deadline(call, timeout)
+        return await _await_call(self, job, future)
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return self._background.run(start, timeout)
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
         from concurrent.futures import wait
 
-        if worthwhile is None:
+        if keep_waiting is None:
             return bool(wait([future], timeout).done)
-        for left in _slices(timeout):
+        for left in _split_wait(timeout):
             if wait([future], left).done:
                 return True
-            if not worthwhile():
+            if not keep_waiting():
                 break
         return future.done()
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         if limit <= 1 or len(jobs) <= 1:
             for job in jobs:
                 await job()
@@ -201,7 +201,7 @@ class BlockingPort:
                     job = next(waiting, None)
                 if job is None:
                     return
-                step(job())
+                run_blocking(job())
 
         futures = [self._workers.submit(work) for _ in range(min(limit, len(jobs)))]
         try:
@@ -210,7 +210,7 @@ class BlockingPort:
         finally:
             stopped.set()
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         try:
             await job()
         finally:
@@ -238,15 +238,15 @@ class LoopPort:
     ) -> T:
         if quick:
             return call()
-        job = _Job(call, timeout)
+        job = _TimedCall(call, timeout)
         future: Future[T] = workers.submit(job)
-        return await _finished(self, job, future)
+        return await _await_call(self, job, future)
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return await _within(start(), timeout)
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
         import asyncio
 
@@ -259,14 +259,14 @@ class LoopPort:
                 loop.call_soon_threadsafe(woken.set)
 
         future.add_done_callback(wake)
-        for left in [timeout] if worthwhile is None else _slices(timeout):
+        for left in [timeout] if keep_waiting is None else _split_wait(timeout):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(woken.wait(), left)
-            if future.done() or (worthwhile is not None and not worthwhile()):
+            if future.done() or (keep_waiting is not None and not keep_waiting()):
                 break
         return future.done()
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         if limit <= 1 or len(jobs) <= 1:
             for job in jobs:
                 await job()
@@ -286,7 +286,7 @@ class LoopPort:
             for task in tasks:
                 task.cancel()
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         import asyncio
 
         task = asyncio.create_task(job())
@@ -324,7 +324,7 @@ class Ports:
         self.blocking = BlockingPort(self.workers, self._background)
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPort] = WeakKeyDictionary()
 
-    def of_running_loop(self) -> LoopPort:
+    def get_loop_port(self) -> LoopPort:
         import asyncio
 
         loop = asyncio.get_running_loop()

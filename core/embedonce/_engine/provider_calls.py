@@ -10,10 +10,10 @@ from embedonce.contracts import AnyProvider, Embedded
 from embedonce.errors import ProviderError, ProviderTimeout
 
 from .call import Call
-from .flights import leading
+from .flights import calls_in_provider
 
 
-def tokens_in(reply: Any) -> int | None:
+def read_tokens(reply: Any) -> int | None:
     """Return how many tokens a provider says that its answer took; None where it does not say."""
     tokens = reply.tokens if isinstance(reply, Embedded) else None
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
@@ -35,19 +35,19 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
     start = time.monotonic()
 
     def block() -> Any:
-        token = leading.set(leading.get() | {number})
+        token = calls_in_provider.set(calls_in_provider.get() | {number})
         try:
             return embed(texts, task)
         finally:
-            leading.reset(token)
+            calls_in_provider.reset(token)
 
     async def drive() -> Any:
-        leading.set(leading.get() | {number})  # never reset: the context is the flight's own task's
+        calls_in_provider.set(calls_in_provider.get() | {number})  # never reset: the context is the flight's own task's
         return await aembed(texts, task)
 
     try:
         if aembed is not None and (port.loop is not None or embed is None):
-            return await port.drive(drive, timeout)
+            return await port.run_coroutine(drive, timeout)
         return await port.call(block, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
@@ -55,17 +55,17 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
         raise ProviderTimeout(f"the provider did not answer {count} texts within {timeout} s") from error
 
 
-def _count_tokens(count_tokens: Any, text: str, most: int | None) -> int:
-    if count_tokens is None or most is None:
+def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
+    if count_tokens is None or max_tokens is None:
         return 0
     try:
         tokens: int = count_tokens(text)
     except Exception:  # noqa: BLE001  (a chunk of its own: embedding it says what is wrong, for this text alone)
-        return most
+        return max_tokens
     return tokens
 
 
-def chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
+def cut_chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
     """Cut texts into chunks of the provider's size, by count and, where it can count them, by tokens."""
     limits = provider.limits
     count_tokens: Any = getattr(provider, "count_tokens", None) if limits.max_tokens is not None else None

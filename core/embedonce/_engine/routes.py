@@ -15,34 +15,34 @@ from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 
 from .workers import Workers
 
-CALLS = 32
+MAX_CALLS = 32
 """Most calls to a blocking provider at once from event loops; a thousand tasks need no thousand threads."""
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
 """Bounds of one generation of the memo from text to key; it holds two."""
 
-MEMO_LONGEST = 16_000
+MEMO_MAX_TEXT = 16_000
 """Characters of the longest text that the memo holds: hashing a longer one is little beside handling it."""
 
 
-class Source:
+class LiveProvider:
     """A provider of a running cache, with its name and what it did."""
 
     def __init__(self, provider: AnyProvider, *, fallback: bool) -> None:
         self.provider = provider
         self.fallback = fallback
-        space = describe(provider, "document")
+        space = describe_space(provider, "document")
         self.name = f"fallback:{space.provider}" if fallback else space.provider
         _check_limits(provider.limits, self.name)
-        self.renew()
+        self.reset()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Take a new lock and new threads, as in a forked child. A signal handler may use the cache: re-entrant."""
         self.lock = threading.RLock()
-        self.workers = Workers(CALLS)
+        self.workers = Workers(MAX_CALLS)
 
     def count(self, *, texts: int, failed: int, tokens: int, seconds: float) -> None:
         with self.lock:
@@ -65,7 +65,7 @@ def _check_limits(limits: Limits, name: str) -> None:
         raise ConfigError(f"provider {name!r}: its timeout is seconds above 0, or None, not {limits.timeout!r}")
 
 
-def describe(provider: AnyProvider, task: str) -> VectorSpace:
+def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     """Return the provider's vector space for a task.
 
     Raises:
@@ -84,7 +84,7 @@ class Route:
 
     def __init__(
         self,
-        source: Source,
+        source: LiveProvider,
         task: str,
         policy: KeyPolicy,
         steps: Sequence[Callable[[str], str]],
@@ -93,7 +93,7 @@ class Route:
     ) -> None:
         self.source = source
         self.task = task
-        described = describe(source.provider, task)
+        described = describe_space(source.provider, task)
         self.origin = described.fingerprint()
         """The fingerprint of the space as the provider describes it."""
         self.generation = generation
@@ -106,16 +106,16 @@ class Route:
         self._steps = steps
         self.dimensions = self.space.dimensions
         """None until the first vector is seen, where the provider cannot tell."""
-        self.known: dict[str, str] = {}
+        self.recent_keys: dict[str, str] = {}
         """Young generation of the memo, text to key: a hash is computed once for a text that comes again."""
-        self._older: dict[str, str] = {}
+        self._older_keys: dict[str, str] = {}
         self._characters = 0
 
-    def at(self, generation: int) -> Route:
+    def with_generation(self, generation: int) -> Route:
         """Return the route to another generation of the same space."""
         return Route(self.source, self.task, self._policy, self._steps, generation=generation)
 
-    def settle(self, dimensions: int) -> int:
+    def settle_dimensions(self, dimensions: int) -> int:
         """Return the dimensions of this space: those given, where none were known before."""
         with self.source.lock:
             if self.dimensions is None:
@@ -128,35 +128,35 @@ class Route:
         Raises:
             TextError: a text has a lone surrogate; the message names its position.
         """
-        keys = list(map(self.known.get, texts))
+        keys = list(map(self.recent_keys.get, texts))
         if None not in keys:
             return keys  # type: ignore[return-value]
         return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
     def key(self, text: str, position: int = 0) -> str:
         """Return the key of one text that the young generation does not know. Raises as :meth:`keys` does."""
-        key = self._older.get(text)
+        key = self._older_keys.get(text)
         if key is None:
             try:
                 key = self.keyer.key(self.keyer.normalize(text))
             except TextError as error:
                 raise TextError(f"item {position}: {error}", position) from None
         size = len(text)
-        if size <= MEMO_LONGEST:
-            self.known[text] = key
+        if size <= MEMO_MAX_TEXT:
+            self.recent_keys[text] = key
             self._characters += size
-            if len(self.known) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
-                self._older, self.known, self._characters = self.known, {}, 0
+            if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+                self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
         return key
 
-    def discard(self, keys: Collection[str]) -> None:
+    def discard_texts(self, keys: Collection[str]) -> None:
         """Forget the texts of keys, in every spelling that normalisation brings to them."""
-        for memo in (self.known, self._older):
+        for memo in (self.recent_keys, self._older_keys):
             for text in [text for text, key in list(memo.items()) if key in keys]:
                 memo.pop(text, None)
 
 
-def plain_texts(texts: Iterable[Any]) -> list[str]:
+def copy_texts(texts: Iterable[Any]) -> list[str]:
     """Return a list of plain str, which nobody else holds: a caller may change a list while it is embedded.
 
     A subclass of str may be equal to other texts, or look different when a provider formats it.

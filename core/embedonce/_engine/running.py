@@ -22,8 +22,8 @@ from embedonce.keys import KeyPolicy, Value
 from embedonce.vectors import Dtype
 
 from .chain import Tier, chain_warnings, compose_chain, log_once
-from .drift import Guarded
-from .flights import Table
+from .drift import DriftCheckingEngine
+from .flights import InFlight
 from .plan import Engine
 from .ports import Port, Ports
 from .tiers import LiveTier
@@ -34,10 +34,10 @@ log = logging.getLogger("embedonce")
 
 Mode: TypeAlias = Literal["read-through", "replay"]
 
-LAST_FLUSH = 5.0
+EXIT_FLUSH_SECONDS = 5.0
 """Seconds that the program's end waits for the writes of caches that nobody holds any more."""
 
-_open_chains: WeakSet[Running] = WeakSet()
+_open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
 """Guards the set: listing it fails when another thread adds to it."""
 
@@ -48,17 +48,17 @@ class CacheOverChain(Protocol):
     def _refresh_hot_path(self) -> None:
         """Look again whether a hit may take the fast path."""
 
-    def _shut(self) -> bool:
+    def _mark_closed(self) -> bool:
         """Refuse calls from now on; False where they were refused before."""
         ...
 
     def _close_providers(self) -> None: ...
 
-    def _renew(self) -> None:
+    def _reset_after_fork(self) -> None:
         """In a forked child: take new locks and threads."""
 
 
-class Running:
+class RunningChain:
     """The tiers of one chain, with all that the caches over them share: flights, queues, threads, events."""
 
     def __init__(
@@ -95,34 +95,34 @@ class Running:
         self.warnings = tuple(chain_warnings(chain))
         log_once(self.warnings)
         self.ports = Ports()
-        self.table = Table(max_queued)
+        self.in_flight = InFlight(max_queued)
         self.tiers = [
             LiveTier(
                 tier,
                 name,
-                table=self.table,
+                in_flight=self.in_flight,
                 ports=self.ports,
                 cards=self.cards,
                 emit=self.emit,
-                listened=lambda: bool(self.listeners),
+                has_listeners=lambda: bool(self.listeners),
                 clock=clock,
             )
             for name, tier in chain
         ]
-        engine = Engine if drift is None else partial(Guarded, guard=drift)
+        engine = Engine if drift is None else partial(DriftCheckingEngine, guard=drift)
         self.engine: Engine = engine(
             self.tiers,
-            self.table,
+            self.in_flight,
             dtype=dtype,
             replay=self.replays,
             max_wait=max_wait,
             emit=self.emit,
             clock=clock,
         )
-        patience = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
-        self.upkeep = Upkeep(self.tiers, self.table, self.cards, patience=patience, clock=clock)
+        write_wait = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
+        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, write_wait=write_wait, clock=clock)
 
-    def begin(self, owner: CacheOverChain) -> None:
+    def close_at_exit(self, owner: CacheOverChain) -> None:
         """See that writes are flushed, and backends and providers closed, when this process ends.
 
         ``owner`` is the cache that has made this chain. It lives for as long as the chain, which closes its providers.
@@ -131,14 +131,14 @@ class Running:
         with _open_lock:
             _open_chains.add(self)
         # Last registered, first run: what a backend has registered to close itself must come after our flush.
-        _close_at_exit()
+        _register_close()
 
-    def add(self, cache: CacheOverChain) -> None:
+    def add_cache(self, cache: CacheOverChain) -> None:
         """Take note of a cache that asks through these tiers, for as long as somebody holds it."""
         with self._lock:
             self._caches.add(cache)
 
-    def _all_caches(self) -> list[CacheOverChain]:
+    def _list_caches(self) -> list[CacheOverChain]:
         with self._lock:
             return list(self._caches)
 
@@ -157,7 +157,7 @@ class Running:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call a listener with every event from now on."""
         self.listeners.append(listener)
-        for cache in self._all_caches():
+        for cache in self._list_caches():
             cache._refresh_hot_path()
 
     # --- ending -------------------------------------------------------------------------------
@@ -166,12 +166,12 @@ class Running:
         """Wait until background writes are done; False after ``timeout`` seconds."""
         for tier in self.tiers:
             tier.writing.start_draining()
-        return self.table.flushed(timeout)
+        return self.in_flight.wait_until_flushed(timeout)
 
     def flush_or_warn(self, timeout: float) -> None:
         """Flush before something is closed, and log what could not be written in time."""
         if not self.flush(timeout):
-            queued = {tier.name: n for tier in self.tiers if (n := self.table.queued(tier.name))}
+            queued = {tier.name: n for tier in self.tiers if (n := self.in_flight.count_queued(tier.name))}
             log.warning("closing with background writes not done: %s", queued or "one is still under way")
 
     def close(self, timeout: float) -> None:
@@ -180,11 +180,11 @@ class Running:
         The other caches answer until the flush is done.
         """
         owner = self._owner
-        if owner is None or not owner._shut():
+        if owner is None or not owner._mark_closed():
             return
         self.flush_or_warn(timeout)
-        for cache in self._all_caches():
-            if cache._shut():
+        for cache in self._list_caches():
+            if cache._mark_closed():
                 cache._close_providers()
         for tier in self.tiers:
             close_part(tier.backend)
@@ -200,9 +200,9 @@ class Running:
         """In a forked child: locks, flights, queue and threads are the parent's; start with our own."""
         self._lock = threading.RLock()
         self.ports.reset()
-        self.table.reset()
-        for cache in self._all_caches():
-            cache._renew()
+        self.in_flight.reset()
+        for cache in self._list_caches():
+            cache._reset_after_fork()
         for tier in self.tiers:
             tier.reset()
         if self.engine.leases is not None:
@@ -222,28 +222,28 @@ def close_part(part: Any) -> None:
 
 # --- the end of the program -----------------------------------------------------------------------
 
-_waited = 0.0
+_seconds_waited = 0.0
 """Seconds for which the program's end has waited for writes already."""
 
 
-def _flush_all() -> None:
+def _flush_open_chains() -> None:
     """Wait for what is queued, while pools of threads still take work: a client may need one."""
-    global _waited
+    global _seconds_waited
     start = time.monotonic()
-    chains = _end_each(start, lambda chain, timeout: chain.flush(timeout))
+    chains = _end_open_chains(start, lambda chain, timeout: chain.flush(timeout))
     # What the others have not written in their time ends when they are closed.
-    _wait_for(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
-    _waited = time.monotonic() - start
+    _wait_for_writes(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
+    _seconds_waited = time.monotonic() - start
 
 
-def _close_all() -> None:
+def _close_open_chains() -> None:
     """Flush and close what the program left open, and wait for writes of caches that are gone already."""
-    start = time.monotonic() - _waited
-    _end_each(start, lambda chain, timeout: chain.close(timeout))
-    _wait_for(draining, start)
+    start = time.monotonic() - _seconds_waited
+    _end_open_chains(start, lambda chain, timeout: chain.close(timeout))
+    _wait_for_writes(draining, start)
 
 
-def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Running]:
+def _end_open_chains(start: float, end: Callable[[RunningChain, float], object]) -> list[RunningChain]:
     """End and return all open chains. Together they take no longer than the longest would alone."""
     with _open_lock:
         chains = list(_open_chains)
@@ -255,14 +255,14 @@ def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Run
     return chains
 
 
-def _wait_for(writings: Iterable[Writing], start: float) -> None:
+def _wait_for_writes(writings: Iterable[Writing], start: float) -> None:
     for writing in list(writings):
-        writing.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+        writing.wait_until_drained(max(0.0, start + EXIT_FLUSH_SECONDS - time.monotonic()))
 
 
 @functools.cache
-def _flush_at_exit() -> None:
-    """See that :func:`_flush_all` runs when this process ends.
+def _register_flush() -> None:
+    """See that :func:`_flush_open_chains` runs when this process ends.
 
     Callbacks of atexit come when the pools of concurrent.futures, asyncio's among them, have been shut. Before that
     there is one place alone, that in which they are shut themselves: what was registered last is called first.
@@ -272,23 +272,23 @@ def _flush_at_exit() -> None:
 
         register = getattr(threading, "_register_atexit", None)
         if register is not None:
-            register(_flush_all)
+            register(_flush_open_chains)
 
 
-def _close_at_exit() -> None:
-    """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
-    _flush_at_exit()
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)
+def _register_close() -> None:
+    """See that :func:`_close_open_chains` runs when this process ends, before anything that was registered until now."""
+    _register_flush()
+    atexit.unregister(_close_open_chains)
+    atexit.register(_close_open_chains)
     if "multiprocessing.process" in sys.modules:
         from multiprocessing import parent_process
         from multiprocessing.util import Finalize
 
         if parent_process() is not None:  # a child that was forked ends without atexit
-            Finalize(None, _close_all, exitpriority=100)
+            Finalize(None, _close_open_chains, exitpriority=100)
 
 
-def _after_fork_in_child() -> None:
+def _reset_after_fork() -> None:
     global _open_lock
     _open_lock = threading.RLock()  # a thread of the parent may have held it, and is not here
     draining.clear()
@@ -298,8 +298,8 @@ def _after_fork_in_child() -> None:
         from multiprocessing.util import register_after_fork
 
         # multiprocessing forgets in the child what is to run at its end, and then calls what was registered so.
-        register_after_fork(_open_chains, lambda chains: _close_at_exit())
+        register_after_fork(_open_chains, lambda chains: _register_close())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -21,8 +21,8 @@ class Workers:
 
     IDLE_SECONDS = 10.0
 
-    def __init__(self, most: int | None = None) -> None:
-        self._most = most
+    def __init__(self, max_threads: int | None = None) -> None:
+        self._max_threads = max_threads
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
@@ -55,7 +55,7 @@ class Workers:
         with self._lock:
             if self._free:
                 self._free -= 1
-            elif self._most is None or self._threads < self._most:
+            elif self._max_threads is None or self._threads < self._max_threads:
                 threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
                 self._threads += 1
             else:
