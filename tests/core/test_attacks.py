@@ -411,16 +411,16 @@ def test_a_call_under_way_does_not_make_every_later_forget_cost_more() -> None:
         provider.gate.until(1)
         for i in range(2000):
             cache.forget([f"{i}"])
-        table = cache._chain.in_flight
+        in_flight = cache._chain.in_flight
         looked: list[str] = []
-        forbidden = table._forbidden
-        table._forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
+        forbidden = in_flight._is_forbidden
+        in_flight._is_forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
         cache.embed_batch(["a", "b"])
         assert len(looked) == 2  # once per key, however many erasures there are
-        assert len(table._erased) == 4000 or len(table._erased) == 2000  # one or two tasks' keys
+        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two tasks' keys
         provider.heal()
         hanging.result(GENEROUS)
-        assert not table._erased
+        assert not in_flight._erased
 
 
 def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
@@ -499,5 +499,7 @@ def test_forget_takes_every_spelling_from_the_memo() -> None:
     with Cache(lengths, [MemoryBackend()], space=SPACE, key=KeyPolicy(normalize=["strip", "casefold"])) as cache:
         cache.embed_batch(["  Tea ", "tea", "other"])
         cache.forget(["TEA"])
-        (route,) = {id(route.known): route for route in cache._routes.values() if route.task == "document"}.values()
-        assert set(route.known) | set(route._older) == {"other"}
+        (route,) = {
+            id(route.recent_keys): route for route in cache._routes.values() if route.task == "document"
+        }.values()
+        assert set(route.recent_keys) | set(route._older_keys) == {"other"}

@@ -85,7 +85,7 @@ def test_close_ends_what_is_under_way_and_then_runs_the_last_act() -> None:
         call = pool.submit(loop.run, hang, PATIENT)
         assert started.wait(PATIENT)
         loop.close()
-        with pytest.raises(CacheClosed, match="the remote backend was closed while it was at work"):
+        with pytest.raises(CacheClosed, match="the remote backend was closed during the call"):
             call.result(PATIENT)
     assert happened == ["cancelled", "at end"]
     with pytest.raises(CacheClosed, match="the remote backend is closed"):
@@ -126,7 +126,7 @@ def test_a_call_that_ignores_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch
         call = pool.submit(loop.run, stubborn, None)
         assert started.wait(PATIENT)
         loop.close()
-        with pytest.raises(CacheClosed, match="was closed while it was at work"):
+        with pytest.raises(CacheClosed, match="was closed during the call"):
             call.result(PATIENT)
     go.set()
 
@@ -160,7 +160,7 @@ def test_a_call_from_the_loop_itself_is_refused() -> None:
     async def nested() -> int:
         return loop.run(ident, None)
 
-    with pytest.raises(RuntimeError, match="would wait for itself"):
+    with pytest.raises(RuntimeError, match="would deadlock; await it"):
         loop.run(nested, None)
     loop.close()
 

@@ -82,7 +82,7 @@ def test_drift_over_a_restart_is_refused_and_hits_go_on(tmp_path: Path, caplog: 
     clock.advance(2 * DAY)
     with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, caplog.at_level(logging.WARNING):
         assert (cache.embed("stored") == old).all()
-        with pytest.raises(DriftError, match=r"makes other vectors than those .* Raise \[key\] version"):
+        with pytest.raises(DriftError, match=r"no longer returns the vectors .* Change \[key\] version"):
             cache.embed("new")
         fetched = cache.fetch(["stored", "new"])
         assert fetched.sources == ["disk", None]
@@ -272,7 +272,7 @@ def test_vectors_of_another_length_are_drift(tmp_path: Path, action: Any, caplog
     clock.advance(2 * DAY)
     with guarded(model, clock, [DiskBackend(path=tmp_path / "d")], action, space=space) as cache:
         fetched = cache.fetch(["b"])
-        assert "makes other vectors" in caplog.text
+        assert "no longer returns the vectors" in caplog.text
         assert [type(error) for error in fetched.failed.values()] == ([DriftError] if action == "refuse" else [])
         if action == "new-space":
             assert cache.fetch(["a", "b"]).vectors.shape == (2, 2)
@@ -309,7 +309,7 @@ def test_threads_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
             return await asyncio.gather(*(cache.aembed(f"late {n}") for n in range(8)), return_exceptions=True)
 
         assert all(isinstance(error, DriftError) for error in asyncio.run(tasks()))
-        assert caplog.text.count("makes other vectors") == 1, "calls that look at the same time are one look"
+        assert caplog.text.count("no longer returns the vectors") == 1, "simultaneous checks are one check"
     for number, vector in found.items():
         assert (vector == Changing().vector_of(f"text {number}")).all()
 

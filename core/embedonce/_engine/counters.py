@@ -1,4 +1,4 @@
-"""What a tier did, counted from many threads."""
+"""Counters of a tier's reads and writes, updated from many threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedonce.events import TierStats
 
 
 class Tally:
-    """A count that many threads raise without a lock: ``add`` is one call into C."""
+    """A count that many threads increment without a lock: ``add`` is one call into C."""
 
     def __init__(self) -> None:
         self.add: Callable[[], int] = itertools.count().__next__
@@ -28,10 +28,11 @@ class Tally:
 
 
 class Counters:
-    """What a tier did, in texts."""
+    """Counters of one tier, in texts."""
 
     def __init__(self) -> None:
         self.single_hits = Tally()
+        """Hits of single texts on the fast path, which takes no lock."""
         self.renew_locks()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
@@ -39,7 +40,7 @@ class Counters:
         self._seconds = 0.0
 
     def renew_locks(self) -> None:
-        """Take new locks, as in a forked child. They are re-entrant: a signal handler may use the cache."""
+        """Replace the locks, also in a forked child. They are re-entrant: a signal handler may use the cache."""
         self._lock = threading.RLock()
         self.single_hits.renew_locks()
 

@@ -1,14 +1,14 @@
-"""One table of what is under way: computations, writes not yet done, and erasures.
+"""The computations, writes and erasures that are in flight in one chain.
 
-A *flight* is one computation of one key, however many calls wait for it. A landed flight stays
-readable until every background write of it is done or dropped, and as long as a call is still
-between its first look into a tier and its claim; without either, a text would be computed twice.
+A *flight* is one computation of one key, however many calls wait for it. It *lands* when its entry is
+computed. A landed flight stays readable until its background writes are done or dropped, and until no call
+is between its first read of a tier and its claim. Otherwise such a call would compute the text again.
 
-Every call has a *ticket* with a number that rises. An erasure (``forget``, ``purge``) forbids the calls
-that hold an older ticket to store what it erased, be it a computation, a promotion or a queued write.
-What may outlive a call (a flight, a queued write) keeps the number alone, so that a ticket ends with its call.
+Every call has a *ticket*, whose number is higher than those of earlier calls. An erasure (``forget``, ``purge``)
+forbids calls with older tickets to store the erased keys, whether they were computed, promoted or queued.
+A flight or a queued write may outlive its call, so it keeps the ticket's number and not the ticket.
 
-One lock guards dictionaries and queues only; nothing is awaited, called or written under it.
+One lock guards dictionaries and queues only. Nothing is awaited, called or written while it is held.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import asyncio
 
 calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
-"""Numbers of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
+"""Ticket numbers of the calls whose provider is running in this context. Waiting for one of them would deadlock."""
 
 
 class Abandoned(Exception):
-    """A flight's leader was cancelled or its event loop ended; a follower computes instead."""
+    """The call that computed a flight was cancelled, or its event loop ended. A follower computes the key instead."""
 
 
 class Flight:
@@ -49,11 +49,12 @@ class Flight:
         self.error: BaseException | None = None
         self.pending_writes = 0
         self.stored = False
-        self.is_computing = False  # its computation has begun, and sees that it lands, fails or is abandoned
+        self.is_computing = False
+        """Whether its computation has begun. From then on the computation itself lands, fails or abandons it."""
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
-        """Return what followers wait on; made for the first of them only. Call it under the table's lock."""
+        """Return the future that followers wait for. The first call creates it and must hold the lock."""
         if self._future is None:
             self._future = Future()
         return self._future
@@ -63,10 +64,10 @@ class Flight:
             self._future.set_result(None)
 
     def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Say whether waiting here would be waiting for oneself.
+        """Return whether waiting for this flight here would block the computation that is waited for.
 
-        So it is inside the provider call of the flight's own leader, and in a blocking call on the
-        thread that is, or whose event loop runs, the leader.
+        That is so inside the provider call of the flight's own leader, and in a blocking call on the
+        leader's thread or on the thread of its event loop.
         """
         if self.number in calls_in_provider.get():
             return True
@@ -75,32 +76,35 @@ class Flight:
 
 @dataclass(slots=True)
 class Claims:
-    """What :meth:`InFlight.claim` found for each key of a call."""
+    """The flights that :meth:`InFlight.claim` found or started for the keys of a call."""
 
     landed: dict[str, Flight] = field(default_factory=dict)
+    """Flights that have an entry already."""
     led: dict[str, Flight] = field(default_factory=dict)
+    """New flights, which this call computes."""
     followed: dict[str, Flight] = field(default_factory=dict)
+    """Flights that another call is computing."""
 
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """Entries on their way into one tier."""
+    """Entries that are being written, or wait to be written, to one tier."""
 
     tier: str
     number: int
-    """The number of the ticket of the call that stores them."""
+    """The ticket number of the call that stores them."""
     entries: dict[str, Entry]
     flights: dict[str, Flight] = field(default_factory=dict)
 
 
 class Erasure:
-    """What ``forget`` or ``purge`` removes: keys, and every key with one of some prefixes."""
+    """The keys that ``forget`` or ``purge`` removes: single keys, or all keys with one of the prefixes."""
 
     def __init__(self, keys: Iterable[str] = (), prefixes: Sequence[str] = ()) -> None:
         self.keys = frozenset(keys)
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.until: int | None = None
-        """Calls up to this number may not store; None while the erasure is under way: no call may."""
+        """Calls with tickets up to this number may not store the keys. None, while the erasure runs: no call may."""
 
     def covers(self, key: str) -> bool:
         return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
@@ -110,9 +114,9 @@ class Erasure:
 
 
 class Ticket:
-    """One call's place in the order of calls. It may be held by more than one, and ends with the last of them.
+    """One call's place in the order of calls. Several holders may share it; the call ends when the last releases it.
 
-    Ctrl-C can strike between any two lines, also in a context manager's own; whatever is left of a ticket then ends it.
+    Ctrl-C can interrupt between any two lines, even inside a context manager. ``__del__`` then ends the call.
     """
 
     __slots__ = ("_holders", "_in_flight", "number")
@@ -123,7 +127,7 @@ class Ticket:
         self._holders = 1
 
     def hold(self) -> None:
-        """Keep it for a computation that may outlive the call."""
+        """Add a holder: a computation that may outlive the call."""
         self._holders += 1
 
     def release(self) -> None:
@@ -132,7 +136,7 @@ class Ticket:
             self._in_flight.end_call(self.number)
 
     def end(self) -> None:
-        """Release it for all that hold it."""
+        """Release it for all holders."""
         self._holders = 0
         self._in_flight.end_call(self.number)
 
@@ -156,16 +160,17 @@ class InFlight:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: no flight and no queued write is its own."""
-        self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
+        """Start empty, also in a forked child: the parent's flights and queued writes stay with the parent."""
+        self._lock = threading.RLock()  # re-entrant: a signal handler may use the cache while we hold it
         self._changed = threading.Condition(self._lock)
         self._number = 0  # of the newest ticket
-        self._calls: dict[int, None] = {}  # every call under way, oldest first
-        self._reading: dict[int, None] = {}  # those before their claim
+        self._calls: dict[int, None] = {}  # every call in flight, oldest first
+        self._reading: dict[int, None] = {}  # calls that have not claimed their keys yet
         self._flights: dict[str, Flight] = {}
         self._retired: deque[tuple[int, str, Flight]] = deque()
-        self._erasures: deque[Erasure] = deque()  # in the order in which they end
-        self._erased: dict[str, tuple[Erasure, ...]] = {}  # by key: a look-up must not cost more with each erasure
+        self._erasures: deque[Erasure] = deque()  # finished ones, in the order in which they finished
+        # Indexed by key, so that the cost of a look-up does not grow with the number of erasures.
+        self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._writing: set[Write] = set()
         self._queues: dict[str, deque[Write]] = {}
@@ -174,7 +179,7 @@ class InFlight:
     # --- calls --------------------------------------------------------------------------------
 
     def new_ticket(self) -> Ticket:
-        """Return the ticket of a call that begins now; use it in a ``with``."""
+        """Return the ticket for a call that begins now. Use it in a ``with`` block."""
         with self._lock:
             self._number += 1
             ticket = Ticket(self, self._number)
@@ -183,11 +188,11 @@ class InFlight:
         return ticket
 
     def is_under_way(self, number: int) -> bool:
-        """Say whether the call with this ticket has not ended."""
+        """Return whether the call with this ticket number has not ended yet."""
         return number in self._calls
 
     def end_call(self, number: int) -> None:
-        """Take a call from the table. An erasure is remembered while an older call may still store."""
+        """Remove a call, and the erasures that no remaining call is old enough to violate."""
         with self._lock:
             self._end_reading(number)
             self._calls.pop(number, None)
@@ -207,7 +212,7 @@ class InFlight:
     # --- flights ------------------------------------------------------------------------------
 
     def find_landed(self, keys: Iterable[str]) -> dict[str, Flight]:
-        """Return flights that have landed and whose entries are not yet in every tier."""
+        """Return the flights of these keys that have landed and are still readable here."""
         with self._lock:
             flights = self._flights
             if not flights:
@@ -217,9 +222,9 @@ class InFlight:
     def claim(
         self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
     ) -> None:
-        """Claims all keys of a call at once: lead what nobody computes, follow the rest.
+        """Claim all keys of a call at once: start a flight for each key that has none, and follow the others.
 
-        ``claims`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
+        The caller passes ``claims`` in, so that it knows which flights it leads even if Ctrl-C interrupts this method.
         """
         with self._lock:
             for key in keys:
@@ -234,7 +239,7 @@ class InFlight:
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
-        """Answer the followers; ``stored`` says whether the entries were given to the tiers."""
+        """Set the entries of flights and wake their followers. ``stored``: the entries were given to the tiers."""
         with self._lock:
             for key, flight in flights.items():
                 flight.entry = entries[key]
@@ -244,13 +249,13 @@ class InFlight:
             flight.wake()
 
     def abandon(self, flights: Mapping[str, Flight]) -> None:
-        """Give up those of our flights that have neither landed nor failed."""
+        """Fail, with :class:`Abandoned`, the given flights that have neither landed nor failed."""
         left = {key: flight for key, flight in flights.items() if flight.entry is None and flight.error is None}
         if left:
             self.fail(left, Abandoned())
 
     def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
-        """Take flights that cannot land from the table and wake their followers."""
+        """Set the error of flights, remove them, and wake their followers."""
         with self._lock:
             for key, flight in flights.items():
                 flight.error = error
@@ -260,13 +265,13 @@ class InFlight:
             flight.wake()
 
     def is_abandoned(self, flight: Flight) -> bool:
-        """Say whether nobody is left who could land it: its call has ended, or its thread or loop has."""
+        """Return whether a flight can no longer land, because its call, thread or event loop has ended."""
         if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
             return True
         return not flight.thread.is_alive() or not self.is_under_way(flight.number)
 
     def remove_abandoned(self, key: str, flight: Flight) -> None:
-        """Forget a flight whose leader is gone, so that somebody else can lead."""
+        """Remove a flight whose leader is gone, so that another call can start a new one."""
         with self._lock:
             if self._flights.get(key) is flight and flight.entry is None:
                 del self._flights[key]
@@ -283,7 +288,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-        """Hold an erasure back while the entries that may still be stored are written."""
+        """Yield the entries that may still be stored. They count as being written until the block ends."""
         with self._lock:
             write = Write(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
@@ -328,8 +333,8 @@ class InFlight:
     def queue_write(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
-        Returns whether there was room, and how many entries were dropped to make it: with ``force``
-        the oldest ones give way.
+        Returns whether the queue had room, and how many entries were dropped. With ``force`` a full queue
+        drops its oldest writes to make room.
         """
         dropped = 0
         with self._lock:
@@ -354,7 +359,7 @@ class InFlight:
         return True, dropped
 
     def take_write(self, tier: str) -> Write | None:
-        """Take the oldest queued write; :meth:`wrote` must follow. An erasure waits for it meanwhile."""
+        """Take the oldest queued write, which counts as in progress until the caller calls :meth:`finish_write`."""
         with self._lock:
             waiting = self._queues.get(tier)
             if not waiting:
@@ -365,7 +370,7 @@ class InFlight:
             return write
 
     def finish_write(self, write: Write) -> None:
-        """Say that a write taken by :meth:`next_write` is done, or given up."""
+        """Remove a write that :meth:`take_write` returned, once it is done or has failed."""
         with self._lock:
             self._writing.discard(write)
             self._release_flights(write)
@@ -391,7 +396,7 @@ class InFlight:
             return self._queued.get(tier, 0)
 
     def wait_until_flushed(self, timeout: float) -> bool:
-        """Wait until nothing is queued or being written; False after ``timeout`` seconds."""
+        """Wait until no write is queued or in progress, and return True; return False after ``timeout`` seconds."""
         with self._lock:
             return self._changed.wait_for(lambda: not self._writing and not any(self._queues.values()), timeout)
 
@@ -399,9 +404,9 @@ class InFlight:
 
     @contextlib.contextmanager
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid the storing of what the erasure covers, drop queued writes of it, and yield ``busy``.
+        """Forbid older calls to store the erased keys, drop queued writes of them, and yield ``list_busy_tiers``.
 
-        ``list_busy_tiers()`` names the tiers into which covered entries are being written at this moment.
+        ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """
         with self._lock:
             self._add_erasure(erasure)

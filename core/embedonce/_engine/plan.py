@@ -1,7 +1,7 @@
-"""The read-through plan, once, for both faces.
+"""The read-through plan, written once for the blocking and the async face.
 
-Everything here is ``async`` and awaits nothing but a port, so that the blocking face can step
-through it and the async face can await it. :meth:`Engine.fetch` is the plan; the rest are its steps.
+Everything here is ``async`` and awaits nothing but a port. The blocking face runs it to its end without an event
+loop, and the async face awaits it. :meth:`Engine.fetch` is the plan; the other methods are its steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tiers import LiveTier
 
 
 class Engine:
-    """Looks through the tiers, computes what is missing, once, and stores it."""
+    """Reads entries from the tiers, computes the missing ones once, and stores them."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class Engine:
         self.in_flight = in_flight
         self.dtype: Dtype = dtype
         self.shared = 0
+        """How many texts were answered by other calls' flights."""
         self._replay = replay
         self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
         self._max_wait = max_wait
@@ -52,7 +53,7 @@ class Engine:
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True) -> None:
-        """Fill the answer: from the tiers, from flights that have landed, from the provider, from others' flights.
+        """Fill the answer from the tiers, landed flights, the provider and other calls' flights, in this order.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
@@ -82,20 +83,20 @@ class Engine:
             raise answer.store_error
 
     can_change_space = False
-    """Whether :meth:`find_current_route` may lead to another space."""
+    """Whether :meth:`find_current_route` may return a route to another vector space."""
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
-        """Return why nothing may be computed in this space, or None."""
+        """Return the error that forbids computing in this vector space, or None."""
         return None
 
     async def find_current_route(self, port: Port, route: Route) -> Route:
-        """Return the route to the space in which texts are embedded now."""
+        """Return the route to the vector space in which texts are embedded now."""
         return route
 
     async def _compute_or_follow(
         self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
     ) -> None:
-        """Compute the keys that nobody computes, then wait for the others."""
+        """Compute the keys that no other call computes, then wait for the others."""
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
@@ -107,9 +108,9 @@ class Engine:
             raise
 
     def _give_up_flights(self, call: Call, claims: Claims, *, blocking: bool) -> None:
-        """Give up what a call leads that ends early, so that nobody waits for it.
+        """Abandon the flights of a call that ends early, so that no other call waits for them.
 
-        On an event loop a computation that has begun is a task of its own: it goes on, and looks after its flights.
+        On an event loop, a computation that has begun continues in a task of its own, which lands its flights.
         """
         if blocking:
             self.in_flight.abandon(claims.led)
@@ -118,7 +119,7 @@ class Engine:
             self.in_flight.abandon({key: flight for key, flight in claims.led.items() if not flight.is_computing})
 
     async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
-        """Store entries that no tier has. They are readable at once, as a landed flight is.
+        """Store the entries that no tier has. Other calls see them at once, as they see a landed flight.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
@@ -131,9 +132,9 @@ class Engine:
             try:
                 self.in_flight.claim(ticket, missing, port.loop, claims)
                 for key, flight in claims.landed.items():
-                    if flight.stored:  # and not yet written: the entry that was first stays
+                    if flight.stored:  # its background write is queued; the earlier entry wins
                         del fresh[key]
-                # Also what others compute at this moment: they may fail, or not store it.
+                # Store keys that other calls are computing too: they may fail, or not store them.
                 await self.store(call, fresh)
             finally:
                 self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
@@ -143,7 +144,7 @@ class Engine:
     # --- tiers --------------------------------------------------------------------------------
 
     async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
-        """Ask tier by tier for what is still missing, and promote what is found. Return what is not."""
+        """Read the keys from tier after tier, promote the entries found, and return the keys that no tier has."""
         answer = call.answer
         for depth, tier in enumerate(self.tiers):
             if not keys:
@@ -170,13 +171,13 @@ class Engine:
         await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
 
     async def store(self, call: Call, entries: Mapping[str, Entry]) -> None:
-        """Give entries to every tier."""
+        """Store entries in every tier."""
         await self._store_in(call, entries, self.tiers, wait_for_room=True)
 
     async def _store_in(
         self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
+        """Store entries in the tiers that have not failed in this call. A tier that raises does not stop the others."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failing:
@@ -190,7 +191,7 @@ class Engine:
     # --- flights ------------------------------------------------------------------------------
 
     async def _take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
-        """Take what other calls' flights have brought, and store what they did not."""
+        """Add the entries of other calls' flights to the answer, and store those that their calls did not store."""
         answer = call.answer
         expected = answer.dimensions
         unstored: dict[str, Entry] = {}
@@ -205,7 +206,7 @@ class Engine:
             await self.store(call, unstored)
 
     async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
-        """Wait for the flights of others; only now, with everything that we claimed landed."""
+        """Wait for other calls' flights. Call it last: two calls that wait with unlanded flights could deadlock."""
         end = time.monotonic() + self._max_wait
         unanswered: list[str] = []
         for key, flight in claims.followed.items():
@@ -223,22 +224,22 @@ class Engine:
             await self._compute_flights(call, flights, leases=None)
 
     async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
-        """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
+        """Wait until a flight lands or fails, or until it is abandoned, its time is up, or waiting would deadlock."""
         if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
-        gone = partial(self.in_flight.is_abandoned, flight)
-        if not await port.wait(flight.get_future(), end - time.monotonic(), lambda: not gone()) and gone():
+        is_gone = partial(self.in_flight.is_abandoned, flight)
+        if not await port.wait(flight.get_future(), end - time.monotonic(), lambda: not is_gone()) and is_gone():
             self.in_flight.remove_abandoned(key, flight)
             flight.error = flight.error or Abandoned()
 
     async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
-        """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
+        """Compute, store and land flights, chunk by chunk. This continues if the caller is cancelled."""
         if not flights:
             return
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
+        def done() -> None:  # runs after an interrupt or the loop's end too, so that no follower waits for us
             self.in_flight.abandon(flights)
             ticket.release()
 
@@ -246,11 +247,11 @@ class Engine:
         for flight in flights.values():
             flight.is_computing = True
         if leases is None:
-            await call.port.run_shielded(partial(self._compute, call, flights, texts), done)
+            await call.port.run_shielded(partial(self._compute_chunks, call, flights, texts), done)
         else:
-            await call.port.run_shielded(partial(self._compute_leased, call, flights, texts, leases), done)
+            await call.port.run_shielded(partial(self._compute_with_leases, call, flights, texts, leases), done)
 
-    async def _compute(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
+    async def _compute_chunks(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
         provider = call.answer.route.source.provider
         jobs = [
             partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts)
@@ -258,12 +259,12 @@ class Engine:
         ]
         await call.port.run_all(jobs, provider.limits.concurrency)
 
-    async def _compute_leased(
+    async def _compute_with_leases(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
     ) -> None:
-        """Compute what no other process computes, then wait for what others do; lead where a leader has died."""
+        """Compute the keys whose leases we get, then poll for the others and take over expired leases."""
         ours = await self._take_leases(call, list(flights), leases)
-        await self._compute(call, {key: flights[key] for key in flights if key in ours}, texts)
+        await self._compute_chunks(call, {key: flights[key] for key in flights if key in ours}, texts)
         theirs = {key: flight for key, flight in flights.items() if key not in ours}
         if not theirs:
             return
@@ -277,13 +278,13 @@ class Engine:
                     if answered and not is_last_look
                     else set(theirs)
                 )
-                await self._compute(call, {key: theirs[key] for key in theirs if key in ours}, texts)
+                await self._compute_chunks(call, {key: theirs[key] for key in theirs if key in ours}, texts)
                 theirs = {key: flight for key, flight in theirs.items() if key not in ours}
             if not theirs:
                 return
 
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Return the keys that are ours to compute; of a tier that has failed in this call nobody asks for a lease."""
+        """Return the keys to compute here. If the tier has failed in this call, take no leases and return all."""
         tier = leases.tier.name
         if tier in call.answer.failing:
             return set(keys)
@@ -291,7 +292,7 @@ class Engine:
         return unknown | await leases.take(call.port, [key for key in keys if key not in unknown])
 
     async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
-        """Land what another process has written meanwhile. Return whether the tier answered."""
+        """Land the entries that other processes have written by now. Return whether the tier answered."""
         answer = call.answer
         try:
             read = await tier.read(
@@ -334,7 +335,7 @@ class Engine:
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
-        """Ask the provider; a text that it refuses fails alone. Return the entries of the others."""
+        """Ask the provider for vectors and return the entries. A text that it refuses does not fail the others."""
         answer = call.answer
         entries: dict[str, Entry] = {}
         todo = [list(flights)]
@@ -352,7 +353,7 @@ class Engine:
                 if rest:
                     todo.append(rest)
                 self._fail_flights(answer, {key: flights[key] for key in refused}, error)
-            except Exception as error:  # noqa: BLE001  (whatever a provider raises reaches the caller, by position)
+            except Exception as error:  # noqa: BLE001  (any error of a provider reaches the caller, by position)
                 self._fail_flights(answer, {key: flights[key] for key in part}, error)
             else:
                 for key, entry in zip(part, made, strict=True):
@@ -380,7 +381,7 @@ class Engine:
             who = f"provider {source.name!r} returned"
             matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
             matrix = round_matrix(matrix, self.dtype, who)
-            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first, just now
+            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first
                 check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:
@@ -409,9 +410,9 @@ def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
+    """Return a copy of an error for one caller. An exception that many callers raise collects all their tracebacks."""
     try:
         own = copy(error)
-    except Exception:  # noqa: BLE001  (an exception whose class takes other arguments than it keeps)
+    except Exception:  # noqa: BLE001  (its class takes other arguments than the exception keeps)
         return error
     return own if type(own) is type(error) else error
