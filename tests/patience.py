@@ -69,8 +69,8 @@ async def auntil(true: Callable[[], object]) -> None:
 
 def followers(cache: Cache) -> int:
     """Return how many calls wait at this moment for what others compute."""
-    with cache._running.table._lock:
-        futures = [flight._future for flight in cache._running.table._flights.values() if flight._future is not None]
+    with cache._chain.in_flight._lock:
+        futures = [flight._future for flight in cache._chain.in_flight._flights.values() if flight._future is not None]
     return sum(len(future._waiters) + len(future._done_callbacks) for future in futures)  # type: ignore[attr-defined]
 
 

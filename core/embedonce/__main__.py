@@ -1,4 +1,4 @@
-"""``python -m embedonce`` is the command ``embedonce``."""
+"""Run the command ``embedonce`` as ``python -m embedonce``."""
 
 from __future__ import annotations
 

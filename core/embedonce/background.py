@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: how blocking calls run what is asynchronous alone."""
+"""An event loop in a background thread, for blocking calls that have to run asynchronous code."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CLOSE_SECONDS = 5.0
-"""How long a close waits for what ignores that it is cancelled."""
+"""Seconds for which ``close`` waits for tasks that ignore their cancellation."""
 
 
 class BackgroundLoop:
-    """One event loop, started by the first call, and ended by :meth:`close` or with the last reference to this object.
+    """An event loop in a thread of its own.
 
-    Its thread is a daemon: a call that hangs keeps no program alive. In a forked child, which has no thread but its
-    own, every call raises: declare ``fork=False``, or make another one there.
+    The first call starts the loop. It ends with :meth:`close`, or when this object is garbage-collected.
+    Its thread is a daemon, so a hanging call does not keep the program alive. In a forked child the thread does not
+    exist, so every call raises: declare ``fork=False``, or create another ``BackgroundLoop`` there.
 
     Args:
-        what: whose it is, for messages and the thread's name: ``"the objects backend"``.
-        at_end: run on the loop as its last act, to close a client there.
+        what: the owner's name, for messages and the thread's name, such as ``"the objects backend"``.
+        at_end: a coroutine function that runs last on the loop, to close a client there.
     """
 
     def __init__(self, what: str, *, at_end: Callable[[], Coroutine[Any, Any, object]] | None = None) -> None:
-        self._loop = _Loop(what, at_end)
-        self._end = weakref.finalize(self, self._loop.close)
+        self._loop = _SharedLoop(what, at_end)
+        self._finalizer = weakref.finalize(self, self._loop.close)
 
     @property
     def closed(self) -> bool:
@@ -41,28 +42,28 @@ class BackgroundLoop:
         return self._loop.closed
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        """Return what a call of ``call`` comes to on the loop; a backend's ``timeout`` is ``time_left()``.
+        """Run the coroutine that ``call`` returns on the loop, and return its result.
 
-        It is cancelled where nobody waits for it any longer.
+        A backend passes ``time_left()`` as ``timeout``. The coroutine is cancelled when the caller stops waiting.
 
         Raises:
             TimeoutError: it took longer than ``timeout`` seconds.
-            CacheClosed: :meth:`close` was called, before or meanwhile.
-            RuntimeError: this is the loop's own thread, which would wait for itself, or a forked child.
+            CacheClosed: :meth:`close` was called, before or during the call.
+            RuntimeError: the caller is on the loop's own thread, or in a forked child.
         """
         return self._loop.run(call, timeout)
 
     def close(self) -> None:
-        """Cancel what still runs and end the loop, waiting a moment for a task that ignores it. Twice does nothing.
+        """Cancel all tasks and end the loop. Wait a few seconds for tasks that ignore it. A second call does nothing.
 
         Raises:
-            Exception: what ``at_end`` raised.
+            Exception: any error that ``at_end`` raised.
         """
-        self._end()
+        self._finalizer()
 
 
-class _Loop:
-    """What the thread shares with the object that its users hold, and keeps alive without keeping that one."""
+class _SharedLoop:
+    """The state of a ``BackgroundLoop``. The thread refers to this, so that the ``BackgroundLoop`` can be collected."""
 
     def __init__(self, what: str, at_end: Callable[[], Coroutine[Any, Any, object]] | None) -> None:
         self.closed = False
@@ -79,24 +80,24 @@ class _Loop:
     def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         from concurrent.futures import CancelledError
 
-        future = self._begun(call)
+        future = self._schedule(call)
         try:
-            return self._result(future, timeout)
+            return self._wait_for_result(future, timeout)
         except CancelledError:
             if self.closed:
-                raise CacheClosed(f"{self._what} was closed while it was at work") from None
+                raise CacheClosed(f"{self._what} was closed during the call") from None
             raise
         finally:
             self._calls.discard(future)
             future.cancel()
 
-    def _result(self, future: Future[T], timeout: float | None) -> T:
+    def _wait_for_result(self, future: Future[T], timeout: float | None) -> T:
         try:
             return future.result(timeout)
         except TimeoutError:
             if not future.done():
                 raise TimeoutError(f"{self._what} did not answer in time") from None
-        return future.result()  # a timeout of the call's own, or an answer that came at the last moment
+        return future.result()  # the call raised a TimeoutError itself, or its answer came at the last moment
 
     def close(self) -> None:
         with self._lock:
@@ -105,28 +106,28 @@ class _Loop:
         if loop is None or thread is None or self._process != os.getpid():
             return
         loop.call_soon_threadsafe(self._stop)
-        if thread is not threading.current_thread():  # a finalizer runs wherever the last reference goes
+        if thread is not threading.current_thread():  # garbage collection may run the finalizer on the loop's thread
             thread.join(CLOSE_SECONDS)
-            self._give_up()
+            self._cancel_calls()
             if self._failed is not None:
                 raise self._failed
 
-    def _begun(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+    def _schedule(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         import asyncio
 
         if self._process != os.getpid():
-            raise RuntimeError(f"{self._what} cannot go on in a forked child: make another one there")
-        with self._lock:  # held until the loop has the call: what comes after the loop's end is never answered
+            raise RuntimeError(f"{self._what} cannot be used in a forked child; create another one there")
+        with self._lock:  # held until the loop has the call: a call that arrives after the loop's end gets no answer
             if self.closed:
                 raise CacheClosed(f"{self._what} is closed")
             if threading.current_thread() is self._thread:
-                raise RuntimeError(f"{self._what} is called on its own event loop, and would wait for itself: await it")
-            loop = self._loop or self._started()
+                raise RuntimeError(f"{self._what} was called on its own event loop and would deadlock; await it")
+            loop = self._loop or self._start()
             future = asyncio.run_coroutine_threadsafe(call(), loop)
             self._calls.add(future)
             return future
 
-    def _started(self) -> asyncio.AbstractEventLoop:
+    def _start(self) -> asyncio.AbstractEventLoop:
         import asyncio
 
         loop = asyncio.new_event_loop()
@@ -152,26 +153,26 @@ class _Loop:
             while not self._stopping:
                 try:
                     loop.run_forever()
-                except (SystemExit, KeyboardInterrupt):  # a coroutine's: its caller gets it as the loop goes on
+                except (SystemExit, KeyboardInterrupt):  # raised by a coroutine; its caller gets it, the loop continues
                     continue
-            loop.run_until_complete(_ended())
+            loop.run_until_complete(_cancel_tasks())
             if self._at_end is not None:
                 loop.run_until_complete(self._at_end())
             loop.run_until_complete(loop.shutdown_asyncgens())
-        except BaseException as error:  # noqa: BLE001  (whoever closes gets it)
+        except BaseException as error:  # noqa: BLE001  (close raises it)
             self._failed = error
         finally:
-            self._give_up()
+            self._cancel_calls()
             loop.close()
 
-    def _give_up(self) -> None:
-        """Tell the callers that still wait that no answer will come."""
+    def _cancel_calls(self) -> None:
+        """Cancel the calls that are still waiting, because no answer will come."""
         for future in list(self._calls):
             future.cancel()
 
 
-async def _ended() -> None:
-    """Cancel every other task of this loop, and those that they begin meanwhile."""
+async def _cancel_tasks() -> None:
+    """Cancel every other task of this loop, including tasks that start during the cancellation."""
     import asyncio
 
     while others := asyncio.all_tasks() - {asyncio.current_task()}:

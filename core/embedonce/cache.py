@@ -7,10 +7,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._engine.chain import Tier
-from ._engine.ports import step
+from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, TASKS, Requests, awindows, windows
-from ._engine.routes import Source
-from ._engine.running import Mode, Running
+from ._engine.routes import LiveProvider
+from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
@@ -76,9 +76,9 @@ class Cache(Requests):
         _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
         policy = key or KeyPolicy()
         steps = [_normalizer(name) for name in policy.normalize]
-        source = Source(wrap(provider, space), fallback=False)
-        second = None if fallback is None else Source(wrap(fallback), fallback=True)
-        running = Running(
+        source = LiveProvider(wrap(provider, space), fallback=False)
+        second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True)
+        chain = RunningChain(
             tiers,
             policy=policy,
             steps=steps,
@@ -91,8 +91,8 @@ class Cache(Requests):
             listeners=listeners,
             clock=clock,
         )
-        super().__init__(running, source, second, fetch_only=fallback_fetch_only)
-        running.begin(self)
+        super().__init__(chain, source, second, fetch_only=fallback_fetch_only)
+        chain.close_at_exit(self)
 
     def for_provider(
         self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
@@ -107,7 +107,7 @@ class Cache(Requests):
             SpaceError: the provider describes no vector space.
         """
         self._check_open()
-        return _CacheOfSameTiers(self._running, Source(wrap(provider, space), fallback=False))
+        return _CacheOfSameTiers(self._chain, LiveProvider(wrap(provider, space), fallback=False))
 
     # --- the blocking face --------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Cache(Requests):
         vector = self._hit(text, task)
         if vector is not None:
             return vector
-        row: Vector = step(self._rows(self._running.ports.blocking, [text], task))[0]
+        row: Vector = run_blocking(self._rows(self._chain.ports.blocking, [text], task))[0]
         return row
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
@@ -131,7 +131,7 @@ class Cache(Requests):
         Raises:
             Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
         """
-        return step(self._matrix(self._running.ports.blocking, texts, task))
+        return run_blocking(self._matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
         """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
@@ -139,7 +139,7 @@ class Cache(Requests):
 
         def rows() -> Iterator[Vector]:
             for window in windows(texts, batch):
-                yield from step(self._rows(self._running.ports.blocking, window, task))
+                yield from run_blocking(self._rows(self._chain.ports.blocking, window, task))
 
         return rows()
 
@@ -156,11 +156,11 @@ class Cache(Requests):
         ``store=False`` writes and promotes nothing. ``metadata`` (small JSON, one per text) is stored
         beside vectors that are computed now; where an entry is there already, its own stays.
         """
-        return step(self._fetch(self._running.ports.blocking, texts, task, store=store, metadata=metadata))
+        return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """Return what the tiers hold, computing nothing."""
-        return step(self._lookup(self._running.ports.blocking, texts, task))
+        return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
 
     def put(
         self,
@@ -175,7 +175,7 @@ class Cache(Requests):
         Raises:
             ProviderError: the vectors are not what a provider may return.
         """
-        step(self._put(self._running.ports.blocking, texts, vectors, task, metadata))
+        run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
 
     def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
         """Remove the texts from every tier, for one task or for all, the fallback's vectors too.
@@ -185,7 +185,7 @@ class Cache(Requests):
         Raises:
             EraseIncomplete: tiers that failed or cannot delete, by name.
         """
-        step(self._forget(self._running.ports.blocking, texts, task))
+        run_blocking(self._forget(self._chain.ports.blocking, texts, task))
 
     def purge(
         self,
@@ -202,16 +202,16 @@ class Cache(Requests):
             ValueError: nothing was given.
             EraseIncomplete: tiers that failed, cannot list or cannot delete, by name.
         """
-        return step(self._purge(self._running.ports.blocking, scope, model, version, namespace, dry_run))
+        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
         """Say what the text's key is made of, where its entry is, and why it missed."""
-        return step(self._explain(self._running.ports.blocking, text, task))
+        return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
         """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
         self._check_open()
-        return step(self._running.upkeep.contents(self._running.ports.blocking))
+        return run_blocking(self._chain.upkeep.contents(self._chain.ports.blocking))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of every entry of the task's vector space that has some, in no order, each entry once.
@@ -221,12 +221,12 @@ class Cache(Requests):
         Raises:
             TierError: a tier failed or cannot list; the message names it.
         """
-        return step(self._list_metadata(self._running.ports.blocking, task))
+        return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
 
     def check(self) -> list[TierCheck]:
         """Ask every tier whether it answers."""
         self._check_open()
-        return step(self._running.upkeep.check(self._running.ports.blocking))
+        return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
 
     def migrate(self) -> dict[str, str]:
         """Create or update the layout of every store that has one (Postgres), and say what was done, by tier.
@@ -235,15 +235,15 @@ class Cache(Requests):
             TierError: a store could not be changed.
         """
         self._check_open()
-        return step(self._running.upkeep.migrate(self._running.ports.blocking))
+        return run_blocking(self._chain.upkeep.migrate(self._chain.ports.blocking))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until background writes are done; False after ``timeout`` seconds (default: ``flush_timeout``)."""
-        return self._running.flush(self._running.flush_timeout if timeout is None else timeout)
+        return self._chain.flush(self._chain.flush_timeout if timeout is None else timeout)
 
     def close(self) -> None:
         """Flush, within ``flush_timeout``, then close backends and provider. Calling it twice does nothing."""
-        self._running.close(self._running.flush_timeout)
+        self._chain.close(self._chain.flush_timeout)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -264,12 +264,12 @@ class Cache(Requests):
         vector = self._hit(text, task)
         if vector is not None:
             return vector
-        row: Vector = (await self._rows(self._running.ports.of_running_loop(), [text], task))[0]
+        row: Vector = (await self._rows(self._chain.ports.get_loop_port(), [text], task))[0]
         return row
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """As :meth:`embed_batch`."""
-        return await self._matrix(self._running.ports.of_running_loop(), texts, task)
+        return await self._matrix(self._chain.ports.get_loop_port(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
@@ -279,7 +279,7 @@ class Cache(Requests):
 
         async def rows() -> AsyncIterator[Vector]:
             async for window in awindows(texts, batch):
-                for row in await self._rows(self._running.ports.of_running_loop(), window, task):
+                for row in await self._rows(self._chain.ports.get_loop_port(), window, task):
                     yield row
 
         return rows()
@@ -293,11 +293,11 @@ class Cache(Requests):
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
         """As :meth:`fetch`."""
-        return await self._fetch(self._running.ports.of_running_loop(), texts, task, store=store, metadata=metadata)
+        return await self._fetch(self._chain.ports.get_loop_port(), texts, task, store=store, metadata=metadata)
 
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
         """As :meth:`lookup`."""
-        return await self._lookup(self._running.ports.of_running_loop(), texts, task)
+        return await self._lookup(self._chain.ports.get_loop_port(), texts, task)
 
     async def aput(
         self,
@@ -308,11 +308,11 @@ class Cache(Requests):
         metadata: Sequence[Metadata | None] | None = None,
     ) -> None:
         """As :meth:`put`."""
-        await self._put(self._running.ports.of_running_loop(), texts, vectors, task, metadata)
+        await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata)
 
     async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
         """As :meth:`forget`."""
-        await self._forget(self._running.ports.of_running_loop(), texts, task)
+        await self._forget(self._chain.ports.get_loop_port(), texts, task)
 
     async def apurge(
         self,
@@ -324,30 +324,30 @@ class Cache(Requests):
         dry_run: bool = False,
     ) -> Purged:
         """As :meth:`purge`."""
-        return await self._purge(self._running.ports.of_running_loop(), scope, model, version, namespace, dry_run)
+        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
         """As :meth:`explain`."""
-        return await self._explain(self._running.ports.of_running_loop(), text, task)
+        return await self._explain(self._chain.ports.get_loop_port(), text, task)
 
     async def acontents(self) -> list[Held]:
         """As :meth:`contents`."""
         self._check_open()
-        return await self._running.upkeep.contents(self._running.ports.of_running_loop())
+        return await self._chain.upkeep.contents(self._chain.ports.get_loop_port())
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """As :meth:`list_metadata`."""
-        return await self._list_metadata(self._running.ports.of_running_loop(), task)
+        return await self._list_metadata(self._chain.ports.get_loop_port(), task)
 
     async def acheck(self) -> list[TierCheck]:
         """As :meth:`check`."""
         self._check_open()
-        return await self._running.upkeep.check(self._running.ports.of_running_loop())
+        return await self._chain.upkeep.check(self._chain.ports.get_loop_port())
 
     async def amigrate(self) -> dict[str, str]:
         """As :meth:`migrate`."""
         self._check_open()
-        return await self._running.upkeep.migrate(self._running.ports.of_running_loop())
+        return await self._chain.upkeep.migrate(self._chain.ports.get_loop_port())
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """As :meth:`flush`, without holding the loop up."""
@@ -355,12 +355,12 @@ class Cache(Requests):
 
     async def aclose(self) -> None:
         """As :meth:`close`, without holding the loop up."""
-        await self._running.close_twins(self._running.ports.of_running_loop())
+        await self._chain.close_twins(self._chain.ports.get_loop_port())
         await self._off_loop(self.close)
 
     async def _off_loop(self, call: Callable[[], T]) -> T:
-        ports = self._running.ports
-        return await ports.of_running_loop().call(call, None, ports.workers, inline=False, quick=False)
+        ports = self._chain.ports
+        return await ports.get_loop_port().call(call, None, ports.workers, inline=False, quick=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -374,24 +374,24 @@ class Cache(Requests):
         """Return what tiers and providers did since the cache was made, in texts."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         return Stats(
-            tiers={tier.name: tier.counters.stats() for tier in self._running.tiers},
+            tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
             providers={source.name: source.stats() for source in sources},
-            shared=self._running.engine.shared,
+            shared=self._chain.engine.shared,
         )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event from now on. One that raises is logged and stays."""
-        self._running.subscribe(listener)
+        self._chain.subscribe(listener)
 
     @property
     def tiers(self) -> Sequence[str]:
         """The tiers' names, fastest first."""
-        return tuple(tier.name for tier in self._running.tiers)
+        return tuple(tier.name for tier in self._chain.tiers)
 
     @property
     def warnings(self) -> Sequence[ChainWarning]:
         """What works in this chain and is hardly meant, such as a network tier above a local one."""
-        return self._running.warnings
+        return self._chain.warnings
 
     @property
     def provider(self) -> AnyProvider:
@@ -410,12 +410,12 @@ class Cache(Requests):
 class _CacheOfSameTiers(Cache):
     """Another provider over the tiers of a cache. Only the cache that made it closes the tiers."""
 
-    def __init__(self, running: Running, source: Source) -> None:
-        Requests.__init__(self, running, source, None, fetch_only=False)
+    def __init__(self, chain: RunningChain, source: LiveProvider) -> None:
+        Requests.__init__(self, chain, source, None, fetch_only=False)
 
     def close(self) -> None:
-        if self._shut():
-            self._running.flush_or_warn(self._running.flush_timeout)
+        if self._mark_closed():
+            self._chain.flush_or_warn(self._chain.flush_timeout)
             self._close_providers()
 
     async def aclose(self) -> None:

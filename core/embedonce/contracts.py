@@ -1,8 +1,8 @@
-"""What a backend and a provider must be: read this file to write a plugin.
+"""The interfaces of backends and providers: read this file to write a plugin.
 
-A backend holds bytes (frames) or entries under keys. A provider makes vectors. Neither sees
-retries, breakers, metrics or flights; a backend never sees a text. Both raise when something goes
-wrong, and the engine decides what that means.
+A backend stores bytes (frames) or entries under keys. A provider computes vectors. Neither deals with
+retries, breakers, metrics or flights, and a backend never sees a text. Both raise an exception when something
+fails, and the engine decides how to handle it.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ Vectors: TypeAlias = NDArray[np.floating[Any]] | Sequence[Sequence[float]] | Seq
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a backend declares of itself; checked when a chain is composed.
+    """The properties that a backend declares. They are checked when a chain is composed.
 
-    Declare only what is there: the conformance kit fails a capability that is declared and absent.
+    Declare only capabilities that the backend has: the conformance kit fails if a declared one is missing.
     """
 
     holds: Literal["frames", "entries", "either"] = "frames"
     """``"frames"``: bytes, a :class:`FrameBackend`. ``"entries"``: an :class:`EntryBackend`. ``"either"``: an
-    entry backend that also takes frames, which an encrypted tier gives it, and returns each value as it was given."""
+    entry backend that also stores frames, for an encrypted tier, and returns each value in the form it was given."""
     scope: Literal["process", "host", "network"] = "host"
-    """Who shares what it holds. It decides the tier's default timeout and write mode."""
+    """Who shares its entries: one process, one host, or all hosts. The tier's default timeout and write mode follow."""
     blocking: bool = True
-    """False: a call is a matter of microseconds and runs on the event loop itself."""
+    """False: a call takes microseconds and runs on the event loop itself."""
     deadline: bool = False
-    """True: every call raises by :func:`time_left`. Otherwise the engine runs the backend's calls in a
-    thread of its own, so that a hanging one can be left behind."""
+    """True: every call ends within :func:`time_left` seconds. Otherwise the engine runs the backend's calls in
+    a thread, so that it can stop waiting for a hanging call."""
     fork: bool = True
-    """False: its client library cannot go on in a forked child. There, a call raises at once and says what to do."""
+    """False: its client library does not work in a forked child. A call there raises at once and says what to do."""
     ttl: bool = False
     """True: the backend frees an entry's space after its ttl. (The engine never serves an expired entry.)"""
     max_batch: int | None = None
-    """Most keys of one call; the engine splits larger ones."""
+    """Maximum number of keys per call; the engine splits larger calls. None means no limit."""
     max_value_bytes: int | None = None
-    """Largest value; the engine keeps larger ones away and counts them."""
+    """Maximum size of a value; the engine drops larger values and counts them. None means no limit."""
     get: bool = False
-    """Has ``get(key) -> value or None``: one key, for the single-text path of an in-process tier."""
+    """Has ``get(key) -> value or None``: reads one key, for the single-text path of an in-process tier."""
     delete: bool = False
     """Has ``delete_many(keys)``; needed by ``forget`` and ``purge``."""
     scan: bool = False
     """Has ``scan(prefix)``; needed by ``purge`` and ``stats``."""
     count: bool = False
-    """Has ``count(prefix)``; otherwise the engine counts what ``scan`` gives."""
+    """Has ``count(prefix)``; otherwise the engine counts the keys that ``scan`` yields."""
     add: bool = False
-    """Has ``add_many(items, ttl)``: set if absent, for leases."""
+    """Has ``add_many(items, ttl)``: sets absent keys, for leases."""
     twin: bool = False
     """Has ``twin()``: a native async client of the same store."""
     bounded: bool | None = None
-    """Whether it keeps to a size of its own by dropping entries; None where it cannot say. A chain with two tiers
-    that grow without end gets a warning."""
+    """Whether it limits its size by evicting entries; None if it cannot tell. A chain with two tiers that grow
+    without limit gets a warning."""
     text_preview: bool = False
-    """Keeps the text's beginning beside the vector, because somebody asked for it: entries come with it as the
-    metadata ``text_preview``. Refused together with encryption or a secret."""
+    """Stores the beginning of the text beside the vector, because its option says so. Entries then carry it as the
+    metadata ``text_preview``. An error together with encryption or a secret."""
 
 
 EXTRAS: Mapping[str, str] = {
@@ -84,44 +84,44 @@ EXTRAS: Mapping[str, str] = {
     "add": "add_many",
     "twin": "twin",
 }
-"""The method that each of these capabilities declares."""
+"""The name of the method behind each of these capabilities."""
 
 
 class FrameBackend(Protocol):
-    """Holds frames (bytes) under keys. Called from several threads at once.
+    """Stores frames (bytes) under keys. It is called from several threads at once.
 
-    Keys are ASCII, under 120 characters, from ``a-z 0-9 .``: nothing needs escaping. Every method
-    may raise anything; an exception is counted as the tier's error and never reaches the caller.
+    Keys are ASCII, under 120 characters, from ``a-z 0-9 .``, so they need no escaping. A method may raise any
+    exception; it is counted as an error of the tier and, by default, does not reach the caller.
 
-    A store of several nodes of which some fail raises :class:`~embedonce.errors.PartialAnswer`, with what the others
-    said: that is used, and only the keys that failed are errors. Never leave such a key out of an answer instead:
-    it would count as a miss.
+    If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the answers of the others:
+    those are used, and only the failed keys count as errors. Do not leave failed keys out of an answer instead:
+    they would count as misses.
     """
 
     @property
     def capabilities(self) -> Capabilities: ...
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
-        """Return what is there. A key that is not there is absent, never None."""
+        """Return the values of the keys that are stored. Leave missing keys out; never return None for them."""
         ...
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, replacing what is there.
+        """Store every item and replace existing values.
 
-        ``ttl`` is in seconds, None for ever: the space may be freed afterwards.
+        ``ttl`` is in seconds; the space may be freed after it. None means for ever.
         """
         ...
 
     def close(self) -> None:
-        """Let go of files and connections. Calling it twice does nothing."""
+        """Close files and connections. A second call does nothing."""
         ...
 
 
 class EntryBackend(Protocol):
-    """Holds entries under keys: for a store that keeps arrays or columns. Otherwise as :class:`FrameBackend`.
+    """Stores entries under keys, for a store of arrays or columns. Everything else is as in :class:`FrameBackend`.
 
-    A store whose answer is one matrix may return it as such, ``Entries(blocks=[Block(keys, matrix, …)])`` of
-    :mod:`embedonce.vectors`: a batch that only becomes a matrix again then costs no object per text.
+    A store that reads one matrix may return it as ``Entries(blocks=[Block(keys, matrix, …)])`` of
+    :mod:`embedonce.vectors`. A batch that is returned as a matrix then needs no object per text.
     """
 
     @property
@@ -140,11 +140,11 @@ class Extras(Protocol):
     def get(self, key: str, /) -> Any: ...
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys; one that is not there is no error."""
+        """Remove the keys. A missing key is not an error."""
         ...
 
     def scan(self, prefix: str, /) -> Iterable[str]:
-        """Yield every key that starts with ``prefix``, without holding the store up."""
+        """Yield every key that starts with ``prefix``, without blocking other calls to the store."""
         ...
 
     def count(self, prefix: str, /) -> int:
@@ -152,30 +152,30 @@ class Extras(Protocol):
         ...
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, and return those keys; for each key one caller only.
+        """Store the items whose key is absent, and return those keys. Of several callers, one gets each key.
 
-        The values are the few bytes of a lease, also where the backend holds entries.
+        The values are the few bytes of a lease, even if the backend stores entries.
         """
         ...
 
     def twin(self) -> AsyncBackend:
-        """Return a native async client; called inside the event loop that will use it, once per loop."""
+        """Return a native async client. Called once per event loop, inside the loop that will use the client."""
         ...
 
     def describe(self) -> str:
-        """Return in a few words how it stores vectors, for ``embedonce check``. Needs no capability."""
+        """Describe in a few words how it stores vectors, for ``embedonce check``. Needs no capability."""
         ...
 
     def migrate(self) -> str:
-        """Bring the store's layout up to date and say what was done, for ``embedonce migrate``. Needs no capability."""
+        """Update the store's layout and return what was done, for ``embedonce migrate``. Needs no capability."""
         ...
 
 
 class AsyncBackend(Protocol):
-    """The native async twin of a backend: the same calls as coroutines, for one event loop.
+    """The native async client of a backend: the same calls as coroutines, for one event loop.
 
-    A call that is cancelled (a timeout cancels it) must not leave its reply for the next call: drop
-    the connection that it had. A frame would show the mistake, an entry cannot.
+    A cancelled call (a timeout cancels it) must not leave its reply for the next call to read: drop its
+    connection. With frames the engine would notice the wrong reply; with entries it cannot.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...
@@ -188,15 +188,15 @@ class AsyncBackend(Protocol):
 Backend: TypeAlias = FrameBackend | EntryBackend
 
 
-# --- deadline of the call under way -----------------------------------------------------------
+# --- deadline of the current call -------------------------------------------------------------
 
 _deadline: ContextVar[float | None] = ContextVar("embedonce_deadline", default=None)
 
 
 def time_left() -> float | None:
-    """Return the seconds left to the backend call under way, or None where there is no limit.
+    """Return the seconds that the current backend call has left, or None if it has no limit.
 
-    A backend that declares ``deadline`` passes it to its client and asks again between chunks.
+    A backend that declares ``deadline`` passes this to its client as a timeout, and calls it again for each chunk.
 
     Raises:
         TierTimeout: the deadline has passed.
@@ -211,10 +211,10 @@ def time_left() -> float | None:
 
 
 class deadline:
-    """Give the calls inside the block ``seconds``; what :func:`time_left` counts down.
+    """Limit the calls inside the block to ``seconds``, which :func:`time_left` counts down.
 
-    A class, because a generator that Ctrl-C leaves unfinished would reset the variable in whichever context the
-    garbage collector happens to run.
+    This is a class, because a generator that Ctrl-C leaves unfinished would reset the variable when it is garbage
+    collected, in whichever context that happens.
     """
 
     __slots__ = ("_seconds", "_token")
@@ -235,26 +235,26 @@ class deadline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How a provider wants to be called. Not part of the vector space."""
+    """The limits of calls to a provider. They are not part of the vector space."""
 
     max_batch: int = 256
-    """Most texts of one call."""
+    """Maximum number of texts per call."""
     max_tokens: int | None = None
-    """Most tokens of one call, by the provider's ``count_tokens``; None where it does not matter."""
+    """Maximum number of tokens per call, as counted by the provider's ``count_tokens``. None means no limit."""
     concurrency: int = 1
-    """How many calls may be under way at once for one batch."""
+    """Maximum number of simultaneous calls for one batch."""
     timeout: float | None = None
-    """Seconds that one call may take; None where the provider's own client decides."""
+    """Seconds that one call may take. None leaves it to the provider's own client."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A provider's answer where it has more to say than the vectors."""
+    """A provider's answer with the vectors and the tokens that they cost."""
 
     vectors: Vectors
     """Shape (n, d), row i for text i."""
     tokens: int | None = None
-    """Tokens that the call was charged for."""
+    """Tokens charged for the call; None if the provider does not report them."""
 
     def __repr__(self) -> str:
         tokens = "" if self.tokens is None else f", {number_of(self.tokens, 'token')}"
@@ -262,19 +262,19 @@ class Embedded:
 
 
 class Provider(Protocol):
-    """Makes vectors, blocking. Called from several threads at once.
+    """Computes vectors with blocking calls. It is called from several threads at once.
 
-    It may also have ``aembed``, the same as a coroutine; the async face then prefers it.
+    It may also have ``aembed``, the same method as a coroutine, which the async face then prefers.
     """
 
     @property
     def limits(self) -> Limits: ...
 
     def space(self, task: Task, /) -> VectorSpace:
-        """Describe everything that decides which vector a text gets for this task.
+        """Describe everything that affects which vector a text gets for this task.
 
-        Called before any text is looked up: it loads no model and uses no network where it can be
-        helped. A symmetric provider returns the same space for every task.
+        Called before any text is looked up, so it should not load a model or use the network if it can avoid it.
+        A provider that embeds all tasks alike returns the same space for each of them.
         """
         ...
 
@@ -282,7 +282,7 @@ class Provider(Protocol):
         """Return one vector per text, in order. Never called with an empty list.
 
         Raises:
-            TextRefused: some texts cannot be embedded; the others are asked for again.
+            TextRefused: some texts cannot be embedded; the engine calls again with the others.
         """
         ...
 
@@ -290,7 +290,7 @@ class Provider(Protocol):
 
 
 class AsyncProvider(Protocol):
-    """Makes vectors on an event loop. The sync face drives it on one background loop of its own."""
+    """Computes vectors on an event loop. The blocking face runs it on a background event loop."""
 
     @property
     def limits(self) -> Limits: ...

@@ -1,8 +1,8 @@
-"""The drift guard's options: what is done when a provider begins to make other vectors under the same vector space.
+"""Options of the drift guard, which notices when a provider starts to return other vectors for the same vector space.
 
-A hosted model may be changed behind its name, a function behind its ``space``. The vector space then says the same as
-before, and new vectors would be stored among old ones that they do not fit. The guard embeds a few canary texts now and
-again and compares them with the vectors that it has for them.
+A hosted model can change while its name stays the same, and so can a function behind its ``space``. New vectors would
+then be stored among old ones that they cannot be compared with. The guard embeds a few canary texts at intervals,
+and compares the vectors with those that are stored for the same texts.
 """
 
 from __future__ import annotations
@@ -22,35 +22,43 @@ CANARIES = (
     "Im Jahr 1905 veröffentlichte Albert Einstein vier Arbeiten.",
     "東京は日本の首都です。",
 )
-"""Prose, code, another language and another script: a change of tokenizer shows in one of them, any other in all."""
+"""English prose, code, another language and another script. A changed tokenizer affects at least one of them, and any
+other change affects all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftGuard:
-    """``[drift]``: looks whether the provider still makes the vectors that are stored."""
+    """``[drift]``: checks at intervals whether the provider still returns the vectors that are stored."""
 
     action: Annotated[
         Literal["warn", "refuse", "new-space"],
         Doc(
-            'On drift "warn" logs it; "refuse" computes nothing more, and a text that no tier has is an error; '
-            '"new-space" goes on in a vector space of its own, in which every text is computed again.'
+            'What to do on drift: "warn" logs a warning; "refuse" raises an error for every text that no tier has; '
+            '"new-space" continues in a new vector space, in which every text is computed again.'
         ),
     ] = "warn"
-    every: Annotated[Duration, Gt(0), Doc("Look again after this long, at the next text that is computed.")] = 86400.0
+    every: Annotated[
+        Duration, Gt(0), Doc("Time between two checks; a check is made when the next missing text is computed.")
+    ] = 86400.0
     tolerance: Annotated[
-        float, Gt(0), Lt(2), Doc("Drift is a cosine with the stored vector that is below 1 by more than this.")
+        float,
+        Gt(0),
+        Lt(2),
+        Doc("A canary has drifted if the cosine with its stored vector is less than 1 minus this value."),
     ] = 0.001
     texts: Annotated[
-        Sequence[str], MinLen(1), Doc("The canary texts; own ones where the built-in ones say nothing to the model.")
+        Sequence[str], MinLen(1), Doc("The canary texts. Set your own if the built-in ones do not suit the model.")
     ] = CANARIES
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "refuse", "new-space"):
-            raise ConfigError(f'action is "warn", "refuse" or "new-space", not {self.action!r}')
+            raise ConfigError(f"[drift] action must be one of warn, refuse, new-space, got {self.action!r}")
         if isinstance(self.texts, str) or not self.texts or not all(isinstance(text, str) for text in self.texts):
-            raise ConfigError("texts is a list of at least one text")
+            raise ConfigError("[drift] texts must be a list of at least one str")
         if not all(text and text == text.encode(errors="replace").decode() for text in self.texts):
-            raise ConfigError("a canary text of [drift] is empty or not valid Unicode: it cannot be embedded")
-        if not self.every > 0 or not 0 < self.tolerance < 2:
-            raise ConfigError("every is above 0, and tolerance between 0 and 2")
+            raise ConfigError("[drift] texts must not contain an empty str or invalid Unicode: it cannot be embedded")
+        if not self.every > 0:
+            raise ConfigError(f"[drift] every must be more than 0 seconds, got {self.every!r}")
+        if not 0 < self.tolerance < 2:
+            raise ConfigError(f"[drift] tolerance must be between 0 and 2, got {self.tolerance!r}")
         object.__setattr__(self, "texts", tuple(self.texts))

@@ -1,8 +1,8 @@
-"""Every exception that embedonce raises of its own.
+"""The exceptions of embedonce.
 
-All derive from :class:`EmbedonceError`. A provider's own exception is not wrapped: it reaches the
-caller as the provider raised it, so that code which retries on a vendor's error keeps working.
-No message holds a text, a vector or a secret.
+All derive from :class:`EmbedonceError`. An exception that a provider raises is not wrapped: it reaches
+the caller unchanged, so that code which retries on a vendor's error keeps working.
+No message contains a text, a vector or a secret.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class EmbedonceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a configuration, and where.
+    """One error in a configuration, and its place.
 
-    ``line`` and ``column`` count from 1; both are None where the value came from a dict, the
-    environment or a default.
+    ``line`` and ``column`` count from 1. Both are None if the value came from a dict, the environment
+    or a default.
     """
 
     message: str
@@ -38,7 +38,7 @@ class Problem:
 
 
 class ConfigError(EmbedonceError, ValueError):
-    """A configuration cannot be used; ``problems`` lists everything that is wrong with it."""
+    """The configuration is invalid; ``problems`` lists all errors in it."""
 
     def __init__(self, problems: Sequence[Problem] | str) -> None:
         if isinstance(problems, str):
@@ -48,7 +48,7 @@ class ConfigError(EmbedonceError, ValueError):
 
 
 class PluginError(EmbedonceError):
-    """A plugin is not installed, cannot be loaded, or is not what it declares itself to be."""
+    """A plugin is not installed, cannot be loaded, or does not match its declaration."""
 
 
 class SpaceError(EmbedonceError, ValueError):
@@ -56,9 +56,9 @@ class SpaceError(EmbedonceError, ValueError):
 
 
 class TextError(EmbedonceError, ValueError):
-    """A text that cannot be encoded (a lone surrogate); nothing was sent or stored.
+    """A text cannot be encoded (a lone surrogate); nothing was sent or stored.
 
-    ``position`` is its place in the batch.
+    ``position`` is its index in the batch.
     """
 
     def __init__(self, message: str, position: int = 0) -> None:
@@ -75,17 +75,17 @@ class ProviderTimeout(ProviderError, TimeoutError):
 
 
 class DriftError(ProviderError):
-    """The provider makes other vectors than those that are stored in the same vector space; nothing was computed.
+    """The provider no longer returns the vectors that are stored in the same vector space; nothing was computed.
 
-    Raised where the drift guard's ``action`` is ``"refuse"``. Raise ``[key] version``, or go back to the former model.
+    Raised if the drift guard's ``action`` is ``"refuse"``. Change ``[key] version``, or go back to the previous model.
     """
 
 
 class TextRefused(ProviderError, ValueError):
-    """Raised by a provider for texts that it will not embed (empty, too long).
+    """A provider refuses to embed some texts (empty, too long). Providers raise it.
 
-    ``positions`` are their places in the chunk that the provider was given; leave it empty where the
-    provider cannot tell which, and the engine halves the chunk until it knows.
+    ``positions`` are the indexes of these texts in the chunk. If the provider cannot tell which texts they
+    are, leave it empty: the engine halves the chunk until it has found them.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
@@ -94,7 +94,7 @@ class TextRefused(ProviderError, ValueError):
 
 
 class ReplayMiss(EmbedonceError, LookupError):
-    """``mode = "replay"``: a text is in no tier, and nothing is computed in this mode."""
+    """A text is in no tier, and ``mode = "replay"`` computes nothing."""
 
 
 class Incomplete(EmbedonceError):
@@ -114,35 +114,37 @@ class TierTimeout(TierError, TimeoutError):
 
 
 class TierBusy(TierError):
-    """Raised by a backend whose connection pool is exhausted: an error, but no reason to call the store dead."""
+    """All connections or threads to a tier are in use. It counts as an error but does not open the breaker.
+
+    Backends raise it when their connection pool is exhausted.
+    """
 
 
 class PartialAnswer(TierError):
-    """Raised by a backend of several parts (nodes, shards) of which some failed: what the others said still counts.
+    """Some nodes or shards of a backend failed and others answered. Backends raise it; the answers are used.
 
-    ``answer`` is what the call would have returned without the keys that failed: a mapping from ``get_many``, the
-    keys that are now there from ``add_many``, None from ``set_many`` and ``delete_many``. ``failed`` names the keys of
-    which nothing is known (of a write: that are not stored). Every other key that was asked for is answered: a key
-    that is in neither is a miss.
+    ``answer`` is the return value of the call for the keys that did not fail: a mapping for ``get_many``, the
+    keys that were added for ``add_many``, None for ``set_many`` and ``delete_many``. ``failed`` contains the keys
+    whose state is unknown (for a write: the keys that were not stored). A requested key that is in neither is a miss.
 
-    Raise it ``from`` the error of the part that failed: that is its cause, under which the keys are counted, and
-    which moves the tier's breaker as it would alone. A part that is left out until it answers again, so that no
-    call waits for it, is a :class:`TierBusy`: it moves no breaker, and the other parts go on being asked. Where no
-    part answered, raise the error itself.
+    Raise it ``from`` the error of the node that failed. The keys are counted under that error, and it
+    affects the tier's breaker as if it had been raised alone. If the backend skips a node until the node
+    recovers, so that no call waits for it, raise it from a :class:`TierBusy`: that does not affect the breaker,
+    and the other nodes stay in use. If no node answered, raise the error itself.
     """
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:
         if not failed:
-            raise ValueError("a partial answer names the keys that failed")
+            raise ValueError("failed must contain at least one key")
         super().__init__(message)
         self.answer = answer
         self.failed = frozenset(failed)
 
 
 class EraseIncomplete(EmbedonceError):
-    """``forget`` or ``purge`` could not reach every tier; the tiers that it could reach are done.
+    """``forget`` or ``purge`` failed on some tiers; the others are done.
 
-    ``tiers`` maps each tier's name to the reason. Call again when the tier is back.
+    ``tiers`` maps the name of each failed tier to the reason. Call it again once these tiers are reachable.
     """
 
     def __init__(self, message: str, tiers: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What happened, a batch at a time, for counters, metrics and logs. No event holds a text or a key."""
+"""Events for listeners, and statistics. An event describes one batch, and contains no text and no key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._reprs import html_table, percent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookedUp:
-    """One tier was asked for some keys."""
+    """A tier was asked for keys. Counts are in texts."""
 
     tier: str
     task: str
@@ -23,12 +23,12 @@ class LookedUp:
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
-    """Of the errors: ``"timeout"`` or the exception's class name."""
+    """Cause of ``errors``: ``"timeout"`` or the exception's class name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One tier was given some entries."""
+    """Entries were written to a tier, or dropped."""
 
     tier: str
     stored: int = 0
@@ -40,7 +40,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A provider embedded one chunk of texts."""
+    """A provider was called with one chunk of texts."""
 
     provider: str
     task: str
@@ -66,7 +66,7 @@ Event: TypeAlias = LookedUp | Stored | Computed | TierChanged
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What a tier did since the cache was made, in texts."""
+    """Counters of a tier since the cache was created, in texts."""
 
     hits: int
     misses: int
@@ -76,11 +76,11 @@ class TierStats:
     stored: int
     dropped: int
     seconds: float
-    """Spent in calls to it. Single-text hits in a first memory tier are not timed: the clock costs as much."""
+    """Time spent in calls to it. Single-text hits in a first memory tier are not timed: the clock costs as much."""
     causes: Mapping[str, int]
     """Errors by cause: ``"timeout"`` or the exception's class name."""
     drops: Mapping[str, int]
-    """Dropped entries by cause: ``"too large"``, ``"queue full"``, ``"skipped"`` (the breaker was open)."""
+    """Dropped entries by cause: ``"too large"``, ``"queue full"`` or ``"skipped"`` (the breaker was open)."""
 
     @property
     def looked_up(self) -> int:
@@ -95,10 +95,10 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class ProviderStats:
-    """What a provider did since the cache was made."""
+    """Counters of a provider since the cache was created."""
 
     texts: int
-    """Computed: each is one that no tier had."""
+    """Texts that it embedded, each of which no tier had."""
     failed: int
     tokens: int
     seconds: float
@@ -106,12 +106,12 @@ class ProviderStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What ``Cache.stats`` returns: by name of the tier, by name of the provider."""
+    """The counters that ``Cache.stats`` returns, by the names of tiers and providers."""
 
     tiers: Mapping[str, TierStats]
     providers: Mapping[str, ProviderStats]
     shared: int
-    """Texts answered by a computation that another call had under way."""
+    """Texts answered by the computation of another call that was in flight."""
 
     @property
     def hit_rate(self) -> float | None:

@@ -261,9 +261,7 @@ class KeyPolicy:
         if self.secret is not None and len(self._secret_bytes()) == 0:
             raise ConfigError("secret must not be empty; to use none, remove the option")
         if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > 64:
-            raise ConfigError(
-                'secret must be at most 64 bytes with hash = "blake2b"; shorten it or use "sha256"'
-            )
+            raise ConfigError('secret must be at most 64 bytes with hash = "blake2b"; shorten it or use "sha256"')
 
     def _secret_bytes(self) -> bytes:
         return self.secret.encode() if isinstance(self.secret, str) else (self.secret or b"")

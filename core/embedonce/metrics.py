@@ -1,4 +1,4 @@
-"""Prometheus metrics of caches, read from their counters when they are scraped: nothing is paid per text.
+"""Prometheus metrics of caches. A scrape reads the caches' counters, so there is no extra cost per text.
 
 pip install 'embedonce[prometheus]'
 """
@@ -16,28 +16,28 @@ try:
     from prometheus_client.core import CounterMetricFamily
     from prometheus_client.registry import Collector
 except ImportError as error:
-    raise ImportError("metrics need the package prometheus-client: pip install 'embedonce[prometheus]'") from error
+    raise ImportError("embedonce.metrics requires prometheus-client: pip install 'embedonce[prometheus]'") from error
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-_BY_TIER = {
+_TIER_COUNTERS = {
     "hits": "Texts found in a tier.",
-    "corrupt": "Entries of a tier that were damaged or somebody else's.",
-    "skipped": "Texts for which a tier was not asked, as its breaker was open.",
-    "stored": "Entries given to a tier.",
+    "corrupt": "Damaged or foreign entries in a tier.",
+    "skipped": "Texts that were not looked up in a tier, because its breaker was open.",
+    "stored": "Entries written to a tier.",
 }
 
 
 class CacheCollector(Collector):
-    """Shows the counters of one or more caches; those of one tier name are added up.
+    """Collects the counters of one or more caches. Counters of tiers with the same name are added up.
 
     =====================================  ==================  =========================================
     ``embed_cache_hits_total``             ``tier``            texts found
     ``embed_cache_misses_total``                               texts computed by a provider
     ``embed_cache_errors_total``           ``tier``, ``cause`` texts of failed calls
     ``embed_cache_corrupt_total``          ``tier``            damaged or foreign entries
-    ``embed_cache_skipped_total``          ``tier``            texts not asked for, the breaker being open
+    ``embed_cache_skipped_total``          ``tier``            texts not looked up, because the breaker was open
     ``embed_cache_stored_total``           ``tier``            entries written
     ``embed_cache_dropped_total``          ``tier``, ``cause`` entries not written
     ``embed_cache_tier_seconds_total``     ``tier``            time in calls to the tier
@@ -55,36 +55,38 @@ class CacheCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the counters as they are now."""
         stats = [cache.stats() for cache in self._caches]
-        for count, about in _BY_TIER.items():
+        for count, about in _TIER_COUNTERS.items():
             samples = [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()]
-            yield _summed(count, about, ["tier"], samples)
-        yield _summed(
+            yield _sum_samples(count, about, ["tier"], samples)
+        yield _sum_samples(
             "errors",
             "Texts of a tier's failed calls, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
         )
-        yield _summed(
+        yield _sum_samples(
             "dropped",
-            "Entries that a tier did not get, by cause.",
+            "Entries that were not written to a tier, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.drops.items()],
         )
-        yield _summed(
+        yield _sum_samples(
             "tier_seconds",
             "Seconds in calls to a tier.",
             ["tier"],
             [((name,), tier.seconds) for s in stats for name, tier in s.tiers.items()],
         )
-        yield _summed("misses", "Texts computed by a provider.", [], [((), _computed(s)) for s in stats])
-        yield _summed("shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats])
+        yield _sum_samples("misses", "Texts computed by a provider.", [], [((), _count_computed(s)) for s in stats])
+        yield _sum_samples(
+            "shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats]
+        )
         for count, about in {
             "texts": "Texts computed.",
             "failed": "Texts that failed.",
             "tokens": "Tokens charged for.",
             "seconds": "Seconds in calls to the provider.",
         }.items():
-            yield _summed(
+            yield _sum_samples(
                 f"provider_{count}",
                 about,
                 ["provider"],
@@ -93,17 +95,17 @@ class CacheCollector(Collector):
 
 
 def register(*caches: Cache, registry: CollectorRegistry = REGISTRY) -> CacheCollector:
-    """Show the caches' counters in a registry (default: the one that ``start_http_server`` serves)."""
+    """Add the caches' counters to a registry (default: the one that ``start_http_server`` serves)."""
     collector = CacheCollector(*caches)
     registry.register(collector)
     return collector
 
 
-def _computed(stats: Stats) -> int:
+def _count_computed(stats: Stats) -> int:
     return sum(provider.texts for provider in stats.providers.values())
 
 
-def _summed(
+def _sum_samples(
     name: str, about: str, labels: Sequence[str], samples: Sequence[tuple[tuple[str, ...], float]]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(f"embed_cache_{name}", about, labels=labels)

@@ -1,4 +1,4 @@
-"""What somebody found who set out to break the engine; each was a wrong vector, a hang or a loss."""
+"""Regression tests for attempts to break the engine. Each one once led to a wrong vector, a hang or a lost entry."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lengths(texts: list[str]) -> list[list[float]]:
 # --- wrong vectors ----------------------------------------------------------------------------
 
 
-def test_a_list_that_the_caller_reuses_while_it_is_embedded() -> None:
+def test_a_caller_may_change_its_list_during_the_call() -> None:
     backend = DictBackend(scope="host")
     with Cache(lengths, [backend], space=SPACE) as cache:
 
@@ -70,7 +70,7 @@ class Caseless(str):
         return hash(self.lower())
 
 
-def test_a_subclass_of_str_is_the_text_that_it_holds() -> None:
+def test_a_subclass_of_str_counts_as_its_text() -> None:
     seen: list[str] = []
 
     def embed(texts: list[str]) -> list[list[float]]:
@@ -118,7 +118,7 @@ def test_two_caches_of_different_precision_on_one_memory_backend() -> None:
 
 
 @pytest.mark.parametrize("junk", ["junk", 7, (), (1, 2, 3, 4, 5)])
-def test_an_in_process_backend_whose_get_gives_junk(junk: Any) -> None:
+def test_junk_from_the_get_of_an_in_process_backend_is_a_miss(junk: Any) -> None:
     class Junk(MemoryBackend):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +131,7 @@ def test_an_in_process_backend_whose_get_gives_junk(junk: Any) -> None:
 # --- hangs ------------------------------------------------------------------------------------
 
 
-def test_a_token_counter_that_raises_fails_its_text_alone_and_nobody_waits() -> None:
+def test_a_token_counter_that_raises_affects_only_its_text_and_nobody_hangs() -> None:
     class Provider(CountingProvider):
         def count_tokens(self, text: str) -> int:
             if text == "<|endoftext|>":
@@ -145,7 +145,7 @@ def test_a_token_counter_that_raises_fails_its_text_alone_and_nobody_waits() -> 
         assert pool.submit(cache.embed, "good").result(GENEROUS) is not None
 
 
-def test_what_raises_between_claim_and_computation_leaves_no_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     with Cache(lengths, [MemoryBackend()], space=SPACE) as cache, ThreadPoolExecutor(1) as pool:
         route = cache._routes[cache._source, "document"]
         monkeypatch.setattr(route.keyer, "_steps", ())
@@ -154,16 +154,16 @@ def test_what_raises_between_claim_and_computation_leaves_no_flight(monkeypatch:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("embedonce._engine.plan._normalized", interrupted)
+            patch.setattr("embedonce._engine.plan._normalize_texts", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.embed_batch(["a", "b"])
         assert pool.submit(cache.embed, "a").result(GENEROUS)[0] == 1
 
 
-# Ctrl-C that strikes inside a weak reference's callback is printed and lost, as Python does with any.
+# Python prints and discards a KeyboardInterrupt that is raised in the callback of a weak reference.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(12))
-def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     texts = [f"text {i}" for i in range(3000)]
     tiers = [MemoryBackend(), DiskBackend(path=tmp_path)]
@@ -176,17 +176,17 @@ def test_ctrl_c_at_any_moment_leaves_nothing_that_others_wait_for(seed: int, tmp
                     signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
                     cache.embed_batch(mine)
                 finally:
-                    no_more_signals()  # in here it may strike as well
-            no_more_signals()
+                    stop_signals()  # the signal may arrive in here, too
+            stop_signals()
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
-        gc.collect()  # a traceback in a cycle may hold a ticket until then
-        assert not cache._running.table._calls
+        gc.collect()  # a traceback in a reference cycle may keep a ticket alive
+        assert not cache._chain.in_flight._calls
 
 
 @pytest.mark.parametrize("where", ["provider", "backend"])
-def test_stop_iteration_is_an_error_not_the_end(where: str) -> None:
+def test_stop_iteration_is_an_ordinary_error(where: str) -> None:
     def embed(texts: list[str]) -> Any:
         return next(iter([])) if where == "provider" else lengths(texts)
 
@@ -219,14 +219,14 @@ def test_a_fork_while_other_threads_count(tmp_path: Path) -> None:
             thread.start()
         try:
             for _ in range(25):
-                in_fork(lambda: bool(cache.embed_batch(["x"])[0, 0] == 1) and cache.stats() is not None)
+                run_in_fork(lambda: bool(cache.embed_batch(["x"])[0, 0] == 1) and cache.stats() is not None)
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
 
 
-def in_fork(work: Callable[[], bool]) -> None:
+def run_in_fork(work: Callable[[], bool]) -> None:
     import warnings
 
     with warnings.catch_warnings():
@@ -250,7 +250,7 @@ def in_fork(work: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
+def set_alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
     def every_millisecond(handler: Callable[[], Any]) -> None:
         inside = False
 
@@ -264,19 +264,19 @@ def alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
                     inside = False
 
         signal.signal(signal.SIGVTALRM, handle)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # not the clock that pytest-timeout uses
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # pytest-timeout uses the other clock
 
     yield every_millisecond
-    no_more_signals()
+    stop_signals()
 
 
-def no_more_signals() -> None:
+def stop_signals() -> None:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    # Not back to the default, which ends the process: one may still be on its way to another thread.
+    # Ignore it, because a pending signal would end the process if its default were restored.
     signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
 
 
-def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
+def test_a_signal_handler_may_use_the_cache(set_alarm: Any) -> None:
     with Cache(lengths, [MemoryBackend()], space=SPACE) as cache:
         handled = 0
 
@@ -285,21 +285,21 @@ def test_a_signal_handler_that_uses_the_cache(alarm: Any) -> None:
             handled += 1
             cache.embed_batch(["x", f"{handled}"])
 
-        alarm(handler)
+        set_alarm(handler)
         end = time.monotonic() + GENEROUS
         while handled < 500 and time.monotonic() < end:
             cache.embed_batch(["x", "y"])
-        no_more_signals()  # before the cache is closed, which the handler would raise wherever it strikes
+        stop_signals()  # before the cache is closed, because the handler raises on a closed cache
         assert handled > 10
 
 
-def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> None:
+def test_close_while_a_blocking_call_runs_an_async_provider() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True, max_batch=1), [ProviderFault("hang")])
     cache = Cache(provider, [MemoryBackend()])
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(cache.embed_batch, ["a", "b", "c"])
         provider.gate.until(1)
-        thread = cache._running.ports._background._loop._thread
+        thread = cache._chain.ports._background._loop._thread
         assert thread is not None
         cache.close()
         with pytest.raises(CacheClosed):
@@ -312,7 +312,7 @@ def test_close_while_an_async_provider_is_at_work_under_the_blocking_face() -> N
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_put_stores_also_what_is_being_computed_at_that_moment(store: bool) -> None:
+def test_put_also_stores_a_text_that_is_being_computed(store: bool) -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def embed(texts: list[str]) -> list[list[float]]:
@@ -332,7 +332,7 @@ def test_put_stores_also_what_is_being_computed_at_that_moment(store: bool) -> N
         assert cache.lookup(["x"]).rows[0].tolist() == [1.0, 2.0]  # type: ignore[union-attr]
 
 
-def test_a_worker_that_is_busy_takes_no_job_from_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_idle_worker_gets_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     from embedonce._engine.workers import Workers
 
     monkeypatch.setattr(Workers, "IDLE_SECONDS", 0.02)
@@ -346,7 +346,7 @@ def test_a_worker_that_is_busy_takes_no_job_from_one_that_is_free(monkeypatch: p
         assert sorted(future.result(GENEROUS) for future in futures) == [0, 1, 2]
 
 
-def test_workers_above_their_most_wait_and_all_get_done() -> None:
+def test_calls_beyond_max_threads_wait_and_all_are_done() -> None:
     from embedonce._engine.workers import Workers
 
     workers = Workers(3)
@@ -359,7 +359,7 @@ def test_workers_above_their_most_wait_and_all_get_done() -> None:
             at_once += 1
             most = max(most, at_once)
             mine = next(numbers)
-        if mine < 3:  # the first three wait for each other, and so are at work together
+        if mine < 3:  # the first three wait for each other, so they run at the same time
             together.wait(GENEROUS)
         time.sleep(0.001)
         with lock:
@@ -372,7 +372,7 @@ def test_workers_above_their_most_wait_and_all_get_done() -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_background_writes_survive_the_end_of_a_child_process(method: str, tmp_path: Path) -> None:
+def test_background_writes_are_done_when_a_child_process_exits(method: str, tmp_path: Path) -> None:
     child = multiprocessing.get_context(method).Process(target=children.write_in_background, args=(str(tmp_path),))  # type: ignore[attr-defined]
     child.start()
     child.join(GENEROUS)
@@ -384,7 +384,7 @@ def test_background_writes_survive_the_end_of_a_child_process(method: str, tmp_p
 # --- costs ------------------------------------------------------------------------------------
 
 
-def test_thousands_of_tasks_need_no_thousands_of_threads(tmp_path: Path) -> None:
+def test_thousands_of_tasks_do_not_need_thousands_of_threads(tmp_path: Path) -> None:
     provider = CountingProvider(delay=0.0005)
     most, before = 0, threading.active_count()
 
@@ -404,26 +404,26 @@ def test_thousands_of_tasks_need_no_thousands_of_threads(tmp_path: Path) -> None
     assert provider.most_at_once <= 32
 
 
-def test_a_call_under_way_does_not_make_every_later_forget_cost_more() -> None:
+def test_a_hanging_call_does_not_make_later_stores_slower_with_each_forget() -> None:
     provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
     with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(cache.embed, "hanging")
         provider.gate.until(1)
         for i in range(2000):
             cache.forget([f"{i}"])
-        table = cache._running.table
+        in_flight = cache._chain.in_flight
         looked: list[str] = []
-        forbidden = table._forbidden
-        table._forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
+        forbidden = in_flight._is_forbidden
+        in_flight._is_forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
         cache.embed_batch(["a", "b"])
         assert len(looked) == 2  # once per key, however many erasures there are
-        assert len(table._erased) == 4000 or len(table._erased) == 2000  # one or two tasks' keys
+        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two tasks' keys
         provider.heal()
         hanging.result(GENEROUS)
-        assert not table._erased
+        assert not in_flight._erased
 
 
-def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
+def test_a_loop_that_is_closed_with_a_flight_is_garbage_collected() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
     with Cache(provider, [MemoryBackend()]) as cache:
         for i in range(5):
@@ -435,13 +435,13 @@ def test_a_loop_that_is_closed_with_a_flight_under_way_is_let_go() -> None:
             loop.close()
             del task, pending
         asyncio.run(cache.aclose())
-        assert len(cache._running.ports._loops) <= 1
+        assert len(cache._chain.ports._loops) <= 1
 
 
 # --- small things -----------------------------------------------------------------------------
 
 
-def test_errors_travel_between_processes_and_caches_do_not() -> None:
+def test_errors_can_be_pickled_and_caches_cannot() -> None:
     error = EraseIncomplete("could not reach everything", {"far": "timeout"})
     assert pickle.loads(pickle.dumps(error)).tiers == {"far": "timeout"}
     with Cache(lengths, space=SPACE) as cache:
@@ -453,17 +453,17 @@ def test_errors_travel_between_processes_and_caches_do_not() -> None:
 @pytest.mark.parametrize(
     "limits", [Limits(max_batch=0), Limits(concurrency=0), Limits(timeout=0), Limits(timeout=float("inf"))]
 )
-def test_limits_that_make_no_sense_are_refused(limits: Limits) -> None:
+def test_invalid_limits_are_refused(limits: Limits) -> None:
     with pytest.raises(ConfigError):
         Cache(FunctionProvider(lengths, SPACE, limits))
 
 
-def test_a_tier_with_an_endless_timeout_is_refused() -> None:
+def test_a_tier_with_an_infinite_timeout_is_refused() -> None:
     with pytest.raises(ConfigError, match="timeout is a number of seconds"):
         Cache(lengths, [Tier(DictBackend(scope="host"), timeout=float("inf"))], space=SPACE)
 
 
-def test_a_provider_may_shorten_the_list_that_it_is_given() -> None:
+def test_a_provider_may_change_the_list_that_it_gets() -> None:
     class Shortening(CountingProvider):
         def _embed(self, texts: Any, task: Any, /) -> Any:
             answer = super()._embed(texts, task)
@@ -474,7 +474,7 @@ def test_a_provider_may_shorten_the_list_that_it_is_given() -> None:
         assert cache.fetch(["a", "b"]).sources == ["provider", "provider"]
 
 
-def test_an_error_that_many_callers_get_is_each_ones_own() -> None:
+def test_each_caller_gets_its_own_copy_of_an_error() -> None:
     provider = FaultyProvider(CountingProvider(delay=0.1), [ProviderFault("slow", seconds=0.1, calls={1, 2})])
     provider.faults = [ProviderFault("refuse", positions=True)]
     with Cache(provider, [MemoryBackend()]) as cache:
@@ -483,21 +483,23 @@ def test_an_error_that_many_callers_get_is_each_ones_own() -> None:
             return await asyncio.gather(*(cache.aembed("a") for _ in range(200)), return_exceptions=True)  # type: ignore[return-value]
 
         errors = asyncio.run(main())
-    assert all(_frames(error) < 60 for error in errors)
+    assert all(_count_frames(error) < 60 for error in errors)
 
 
-def _frames(error: BaseException) -> int:
+def _count_frames(error: BaseException) -> int:
     n, trace = 0, error.__traceback__
     while trace is not None:
         n, trace = n + 1, trace.tb_next
     return n
 
 
-def test_forget_takes_every_spelling_from_the_memo() -> None:
+def test_forget_removes_every_spelling_from_the_memo() -> None:
     from embedonce import KeyPolicy
 
     with Cache(lengths, [MemoryBackend()], space=SPACE, key=KeyPolicy(normalize=["strip", "casefold"])) as cache:
         cache.embed_batch(["  Tea ", "tea", "other"])
         cache.forget(["TEA"])
-        (route,) = {id(route.known): route for route in cache._routes.values() if route.task == "document"}.values()
-        assert set(route.known) | set(route._older) == {"other"}
+        (route,) = {
+            id(route.recent_keys): route for route in cache._routes.values() if route.task == "document"
+        }.values()
+        assert set(route.recent_keys) | set(route._older_keys) == {"other"}

@@ -1,4 +1,4 @@
-"""The loop on which blocking calls run what is asynchronous alone."""
+"""BackgroundLoop: asynchronous code under blocking calls."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from patience import GENEROUS
 
 from embedonce import Capabilities, background
 from embedonce.background import BackgroundLoop
@@ -21,17 +22,15 @@ from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed
 from embedonce.testing import BackendContract
 
-PATIENT = 60.0
 
-
-async def ident() -> int:
+async def get_thread_id() -> int:
     return threading.get_ident()
 
 
 def test_every_call_runs_on_one_loop_in_one_thread() -> None:
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(4) as pool:
-        threads = {call.result() for call in [pool.submit(loop.run, ident, PATIENT) for _ in range(20)]}
+        threads = {call.result() for call in [pool.submit(loop.run, get_thread_id, GENEROUS) for _ in range(20)]}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
     loop.close()
@@ -50,11 +49,11 @@ def test_a_call_that_takes_too_long_is_cancelled() -> None:
 
     with pytest.raises(TimeoutError, match="the remote backend did not answer in time"):
         loop.run(hang, 0.05)
-    assert ended.wait(PATIENT)
+    assert ended.wait(GENEROUS)
     loop.close()
 
 
-def test_the_coroutines_own_errors_pass_through() -> None:
+def test_errors_of_the_coroutine_reach_the_caller() -> None:
     loop = BackgroundLoop("the remote backend")
 
     async def fail(error: Exception) -> None:
@@ -62,11 +61,11 @@ def test_the_coroutines_own_errors_pass_through() -> None:
 
     for error in (TimeoutError("of the store"), KeyError("of the store"), CacheClosed("of the store")):
         with pytest.raises(type(error), match="of the store"):
-            loop.run(partial(fail, error), PATIENT)
+            loop.run(partial(fail, error), GENEROUS)
     loop.close()
 
 
-def test_close_ends_what_is_under_way_and_then_runs_the_last_act() -> None:
+def test_close_cancels_running_calls_and_then_runs_at_end() -> None:
     happened: list[str] = []
     started = threading.Event()
 
@@ -82,36 +81,36 @@ def test_close_ends_what_is_under_way_and_then_runs_the_last_act() -> None:
 
     loop = BackgroundLoop("the remote backend", at_end=at_end)
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(loop.run, hang, PATIENT)
-        assert started.wait(PATIENT)
+        call = pool.submit(loop.run, hang, GENEROUS)
+        assert started.wait(GENEROUS)
         loop.close()
-        with pytest.raises(CacheClosed, match="the remote backend was closed while it was at work"):
-            call.result(PATIENT)
+        with pytest.raises(CacheClosed, match="the remote backend was closed during the call"):
+            call.result(GENEROUS)
     assert happened == ["cancelled", "at end"]
     with pytest.raises(CacheClosed, match="the remote backend is closed"):
-        loop.run(ident, PATIENT)
+        loop.run(get_thread_id, GENEROUS)
 
 
-def test_nothing_is_started_or_ended_that_was_not_used() -> None:
+def test_an_unused_loop_starts_no_thread_and_does_not_run_at_end() -> None:
     async def at_end() -> None:
-        raise AssertionError("nothing was begun")
+        raise AssertionError("at_end ran although no call was made")
 
     before = {*threading.enumerate()}
     BackgroundLoop("the remote backend", at_end=at_end).close()
     assert not [one for one in {*threading.enumerate()} - before if "remote" in one.name]
 
 
-def test_a_loop_that_nobody_holds_ends() -> None:
+def test_a_garbage_collected_loop_ends_its_thread() -> None:
     loop = BackgroundLoop("the remote backend")
-    number = loop.run(ident, PATIENT)
+    number = loop.run(get_thread_id, GENEROUS)
     (thread,) = (one for one in threading.enumerate() if one.ident == number)
     del loop
     gc.collect()
-    thread.join(PATIENT)
+    thread.join(GENEROUS)
     assert not thread.is_alive()
 
 
-def test_a_call_that_ignores_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_for_ever_for_a_call_that_ignores_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "CLOSE_SECONDS", 0.05)
     started, go = threading.Event(), threading.Event()
 
@@ -124,59 +123,59 @@ def test_a_call_that_ignores_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(loop.run, stubborn, None)
-        assert started.wait(PATIENT)
+        assert started.wait(GENEROUS)
         loop.close()
-        with pytest.raises(CacheClosed, match="was closed while it was at work"):
-            call.result(PATIENT)
+        with pytest.raises(CacheClosed, match="was closed during the call"):
+            call.result(GENEROUS)
     go.set()
 
 
-def test_what_a_call_cancels_itself_is_its_own_error() -> None:
+def test_a_cancellation_that_the_call_causes_itself_reaches_the_caller() -> None:
     async def cancels() -> None:
-        task = asyncio.ensure_future(asyncio.sleep(PATIENT))
+        task = asyncio.ensure_future(asyncio.sleep(GENEROUS))
         task.cancel()
         await task
 
     loop = BackgroundLoop("the remote backend")
     with pytest.raises(CancelledError):
-        loop.run(cancels, PATIENT)
+        loop.run(cancels, GENEROUS)
     loop.close()
 
 
-def test_a_call_that_ends_its_thread_ends_itself_alone() -> None:
+def test_system_exit_in_a_call_does_not_end_the_loop() -> None:
     async def ends() -> None:
         raise SystemExit(3)
 
     loop = BackgroundLoop("the remote backend")
     with pytest.raises(SystemExit):
         loop.run(ends, None)
-    assert loop.run(ident, PATIENT)
+    assert loop.run(get_thread_id, GENEROUS)
     loop.close()
 
 
-def test_a_call_from_the_loop_itself_is_refused() -> None:
+def test_a_call_from_the_loops_own_thread_is_refused() -> None:
     loop = BackgroundLoop("the remote backend")
 
     async def nested() -> int:
-        return loop.run(ident, None)
+        return loop.run(get_thread_id, None)
 
-    with pytest.raises(RuntimeError, match="would wait for itself"):
+    with pytest.raises(RuntimeError, match="would deadlock; await it"):
         loop.run(nested, None)
     loop.close()
 
 
-def test_what_the_last_act_raises_reaches_who_closes() -> None:
+def test_close_raises_the_error_of_at_end() -> None:
     async def at_end() -> None:
         raise OSError("the connection was gone")
 
     loop = BackgroundLoop("the remote backend", at_end=at_end)
-    loop.run(ident, PATIENT)
+    loop.run(get_thread_id, GENEROUS)
     with pytest.raises(OSError, match="the connection was gone"):
         loop.close()
     loop.close()
 
 
-def test_tasks_that_begin_at_the_end_are_ended_too() -> None:
+def test_tasks_that_start_while_the_loop_closes_are_cancelled_too() -> None:
     begun: list[asyncio.Task[None]] = []
     started = threading.Event()
 
@@ -185,19 +184,19 @@ def test_tasks_that_begin_at_the_end_are_ended_too() -> None:
             started.set()
             await asyncio.Event().wait()
         finally:
-            begun.append(asyncio.ensure_future(asyncio.sleep(PATIENT)))
+            begun.append(asyncio.ensure_future(asyncio.sleep(GENEROUS)))
 
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(loop.run, goes_on, None)
-        assert started.wait(PATIENT)
+        assert started.wait(GENEROUS)
         loop.close()
         with pytest.raises(CacheClosed):
-            call.result(PATIENT)
+            call.result(GENEROUS)
     assert begun[0].cancelled()
 
 
-def test_a_thread_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_call_tries_again_to_start_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -205,13 +204,13 @@ def test_a_thread_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(RuntimeError, match="can't start"):
-            loop.run(ident, PATIENT)
-    assert loop.run(ident, PATIENT)
+            loop.run(get_thread_id, GENEROUS)
+    assert loop.run(get_thread_id, GENEROUS)
     loop.close()
 
 
 class RemoteBackend:
-    """As docs/plugins.md shows it: the client is a dict of this process that takes its time."""
+    """The example of docs/plugins.md, whose client is a dict in this process."""
 
     capabilities = Capabilities(scope="process", deadline=True, fork=False)
 
@@ -238,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """A forked child among other things, in which every call raises at once."""
+    """The contract of a backend, including that every call in a forked child raises at once."""
 
     examples = 10
 
@@ -246,9 +245,9 @@ class TestABackendOnALoop(BackendContract):
         return RemoteBackend()
 
 
-@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python starts no thread as a program ends")
-def test_what_is_queued_when_the_program_ends_is_written_by_a_client_with_a_pool_of_threads(tmp_path: Path) -> None:
-    """Thread pools take no work any more when atexit's callbacks come."""
+@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python cannot start a thread during exit")
+def test_queued_writes_are_done_at_exit_by_a_client_that_needs_a_thread_pool(tmp_path: Path) -> None:
+    """Thread pools no longer accept work when atexit callbacks run."""
     program = f"""
 import asyncio, time
 from pathlib import Path

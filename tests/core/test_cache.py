@@ -1,4 +1,4 @@
-"""The public surface: what each method returns, refuses and leaves alone, on both faces."""
+"""The public methods of a cache on both faces: what they return and what they refuse."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from embedonce_backends.memory import MemoryBackend
 
 
 class Face:
-    """The same calls on either face."""
+    """Makes the same calls on the blocking or the async face."""
 
     def __init__(self, cache: Cache, asynchronous: bool) -> None:
         self._cache = cache
@@ -115,7 +115,7 @@ def test_row_i_is_text_i_for_every_mix_of_hits_misses_and_duplicates(
     assert provider.count == dict.fromkeys(set(itertools.chain(*batches)), 1)
 
 
-def test_duplicates_cost_one_provider_item_with_no_tier_too() -> None:
+def test_duplicates_are_computed_once_even_without_tiers() -> None:
     provider = CountingProvider()
     with Cache(provider) as cache:
         cache.embed_batch(["a", "b", "a", "a", "b"])
@@ -142,14 +142,14 @@ def test_equal_keys_mean_equal_embedded_text() -> None:
 
 @faces
 @pytest.mark.parametrize("method", ["embed_batch", "fetch", "lookup", "embed_iter", "forget"])
-def test_a_bare_str_or_something_that_is_no_text_is_refused_by_position(asynchronous: bool, method: str) -> None:
+def test_a_str_or_a_list_with_a_non_text_is_refused_with_its_position(asynchronous: bool, method: str) -> None:
     provider = CountingProvider()
     with Cache(provider, [MemoryBackend()]) as cache:
         call = getattr(Face(cache, asynchronous), method)
         with pytest.raises(TypeError, match="takes a list of texts, not one str"):
             list(call("text"))
         for wrong in (None, 7, b"bytes", ["nested"]):
-            with pytest.raises(TypeError, match="item 1 is"):
+            with pytest.raises(TypeError, match="item 1 must be a str"):
                 list(call(["fine", wrong]))
         with pytest.raises(TextError, match="item 1: the text has a lone surrogate at character 2") as caught:
             list(call(["fine", "xy\ud800z"]))
@@ -159,17 +159,17 @@ def test_a_bare_str_or_something_that_is_no_text_is_refused_by_position(asynchro
 
 @faces
 @pytest.mark.parametrize("wrong", [None, 7, b"bytes", ["text"]])
-def test_embed_takes_a_str(asynchronous: bool, wrong: Any) -> None:
-    with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="item 0 is"):
+def test_embed_refuses_what_is_not_a_str(asynchronous: bool, wrong: Any) -> None:
+    with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="item 0 must be a str"):
         Face(cache, asynchronous).embed(wrong)
 
 
-def test_a_function_without_a_space_is_refused_not_guessed() -> None:
+def test_a_function_without_a_space_is_refused() -> None:
     with pytest.raises(SpaceError, match="space="):
         Cache(lambda texts: [[1.0]] * len(texts))
 
 
-def test_after_close_everything_says_so_and_close_twice_is_fine() -> None:
+def test_a_closed_cache_refuses_calls_and_a_second_close_does_nothing() -> None:
     provider = CountingProvider()
     cache = Cache(provider, [MemoryBackend()])
     cache.embed("a")
@@ -181,7 +181,7 @@ def test_after_close_everything_says_so_and_close_twice_is_fine() -> None:
     assert provider.closed == 1
 
 
-def test_embed_iter_refuses_at_once_what_it_cannot_do() -> None:
+def test_embed_iter_refuses_wrong_arguments_at_once() -> None:
     with Cache(CountingProvider(), [MemoryBackend()]) as cache:
         for call in (cache.embed_iter, cache.aembed_iter):
             with pytest.raises(ValueError, match="at least one text at a time"):
@@ -191,13 +191,13 @@ def test_embed_iter_refuses_at_once_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("task", [None, 7, ["document"], ""])
-def test_a_task_is_a_str(task: Any) -> None:
+def test_a_task_must_be_a_str(task: Any) -> None:
     with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="a task is a str"):
         cache.embed("a", task)
 
 
 @pytest.mark.parametrize("options", [{"max_wait": -1}, {"flush_timeout": -3}, {"max_queued": 0}, {"dtype": "float64"}])
-def test_numbers_that_make_no_sense_are_refused(options: Any) -> None:
+def test_invalid_options_are_refused(options: Any) -> None:
     with pytest.raises(ConfigError):
         Cache(CountingProvider(), [MemoryBackend()], **options)
 
@@ -209,10 +209,8 @@ KINDS = ["short", "long", "nan", "infinity", "zeros", "dimension", "empty"]
 
 @faces
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tells", [True, False], ids=["dimensions told", "dimensions untold"])
-def test_a_wrong_answer_is_an_error_stores_nothing_and_shifts_nothing(
-    asynchronous: bool, kind: Any, tells: bool
-) -> None:
+@pytest.mark.parametrize("tells", [True, False], ids=["dimensions stated", "dimensions not stated"])
+def test_a_wrong_answer_is_an_error_and_nothing_of_it_is_stored(asynchronous: bool, kind: Any, tells: bool) -> None:
     inner = CountingProvider(tells_dimensions=tells)
     provider = FaultyProvider(inner, [])
     with Cache(provider, [MemoryBackend()]) as cache:
@@ -250,7 +248,7 @@ def test_a_wrong_answer_is_an_error_stores_nothing_and_shifts_nothing(
     ],
     ids=lambda answer: repr(answer)[:12],
 )
-def test_an_answer_that_is_no_matrix_is_an_error(answer: Any) -> None:
+def test_an_answer_that_is_not_a_matrix_is_an_error(answer: Any) -> None:
     with Cache(lambda texts: answer, [MemoryBackend()], space={"model": "m"}) as cache:
         with pytest.raises(ProviderError):
             cache.embed("a")
@@ -271,13 +269,13 @@ def test_an_answer_that_is_no_matrix_is_an_error(answer: Any) -> None:
     ],
     ids=lambda answer: type(answer).__name__,
 )
-def test_what_a_provider_may_answer(answer: Any) -> None:
+def test_every_form_of_answer_that_a_provider_may_return(answer: Any) -> None:
     with Cache(lambda texts: answer, space={"model": "m"}) as cache:
         assert cache.embed("a").tolist() == [1.0, 2.0]
 
 
 @faces
-def test_a_providers_exception_reaches_the_caller_uncached_and_spares_the_hits(asynchronous: bool) -> None:
+def test_a_providers_exception_reaches_the_caller_and_does_not_affect_hits(asynchronous: bool) -> None:
     class VendorError(Exception):
         pass
 
@@ -292,7 +290,7 @@ def test_a_providers_exception_reaches_the_caller_uncached_and_spares_the_hits(a
 
 
 @faces
-def test_a_batch_that_dies_half_way_keeps_its_half(asynchronous: bool) -> None:
+def test_a_batch_that_fails_half_way_keeps_the_first_half(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(max_batch=10), [ProviderFault("raise", calls={6, 7, 8, 9, 10})])
     texts = [str(i) for i in range(100)]
     with Cache(provider, [DictBackend()]) as cache:
@@ -323,7 +321,7 @@ def test_each_chunk_is_stored_as_it_lands() -> None:
 
 @faces
 @pytest.mark.parametrize("positions", [True, False], ids=["says which", "does not say which"])
-def test_a_refused_text_fails_alone(asynchronous: bool, positions: bool) -> None:
+def test_a_refused_text_does_not_fail_the_others(asynchronous: bool, positions: bool) -> None:
     fault = ProviderFault("refuse", refused=lambda text: text in ("", "too long"), positions=positions)
     provider = FaultyProvider(CountingProvider(), [fault])
     texts = ["a", "", "b", "c", "too long", "d", "", "e"]
@@ -347,7 +345,7 @@ def test_a_provider_that_hangs_beyond_its_timeout(asynchronous: bool) -> None:
         provider.release()
 
 
-def test_chunks_are_cut_by_tokens_where_the_provider_counts_them() -> None:
+def test_chunks_are_cut_by_tokens_if_the_provider_counts_them() -> None:
     calls: list[list[str]] = []
 
     class ByWords:
@@ -373,7 +371,7 @@ def test_chunks_are_cut_by_tokens_where_the_provider_counts_them() -> None:
 # --- tasks and spaces -------------------------------------------------------------------------
 
 
-def test_query_and_document_share_only_where_the_provider_is_symmetric() -> None:
+def test_query_and_document_share_vectors_only_if_the_provider_is_symmetric() -> None:
     for symmetric in (True, False):
         provider = CountingProvider(symmetric=symmetric)
         with Cache(provider, [MemoryBackend()]) as cache:
@@ -382,7 +380,7 @@ def test_query_and_document_share_only_where_the_provider_is_symmetric() -> None
             assert provider.texts == (1 if symmetric else 2)
 
 
-def test_a_task_of_ones_own() -> None:
+def test_a_custom_task() -> None:
     provider = CountingProvider(symmetric=False)
     with Cache(provider, [MemoryBackend()]) as cache:
         cache.embed("text", "clustering")
@@ -409,7 +407,7 @@ def test_lookup_computes_nothing(asynchronous: bool) -> None:
 
 @faces
 @pytest.mark.parametrize("write", ["inline", "background"])
-def test_put_warms_and_the_first_writers_metadata_stays(asynchronous: bool, write: Any) -> None:
+def test_put_stores_vectors_and_keeps_existing_metadata(asynchronous: bool, write: Any) -> None:
     provider = CountingProvider()
     with Cache(provider, [Tier(DictBackend(scope="network"), name="far", write=write)]) as cache:
         face = Face(cache, asynchronous)
@@ -442,7 +440,7 @@ def test_put_keeps_the_first_entry_while_its_write_is_queued(asynchronous: bool)
         assert list(fetched.metadata) == [{"source": "first"}, None]
 
 
-def test_put_checks_vectors_as_a_providers_answer() -> None:
+def test_put_checks_vectors_like_a_providers_answer() -> None:
     with Cache(CountingProvider(dimensions=2), [MemoryBackend()]) as cache:
         for wrong in ([[1.0, 2.0]], [[1.0], [2.0]], [[1.0, 2.0], [float("nan"), 1.0]], [[0, 0], [1, 1]]):
             with pytest.raises(ProviderError, match="put was given"):
@@ -481,14 +479,14 @@ def test_metadata_is_a_copy_and_the_same_before_and_after_a_restart() -> None:
         assert cache.fetch(["a"]).metadata[0] == plain
 
 
-def test_fetch_stores_metadata_beside_what_is_computed() -> None:
+def test_fetch_stores_metadata_with_computed_vectors() -> None:
     with Cache(CountingProvider(), [DictBackend()]) as cache:
         cache.fetch(["a", "b"], metadata=[{"id": 1}, None])
         assert list(cache.fetch(["b", "a"], metadata=[{"id": 9}, {"id": 9}]).metadata) == [None, {"id": 1}]
 
 
 @faces
-def test_replay_computes_nothing_and_says_which(asynchronous: bool) -> None:
+def test_replay_computes_nothing_and_names_the_missing_texts(asynchronous: bool) -> None:
     store = DictBackend()
     provider = CountingProvider()
     with Cache(provider, [DictBackend(store=store)]) as cache:
@@ -504,7 +502,7 @@ def test_replay_computes_nothing_and_says_which(asynchronous: bool) -> None:
 
 
 @faces
-def test_explain_says_what_the_key_is_made_of_and_why_it_missed(asynchronous: bool) -> None:
+def test_explain_shows_the_parts_of_the_key_and_the_reason_of_a_miss(asynchronous: bool) -> None:
     store = DictBackend()
 
     def open_(version: str) -> Cache:
@@ -520,10 +518,10 @@ def test_explain_says_what_the_key_is_made_of_and_why_it_missed(asynchronous: bo
         assert miss.reasons == ["tier 'disk' holds entries with version 'v1' instead of 'v2'"]
         assert miss.key.split(".")[1] == miss.scope != hit.scope
         assert "private" not in repr(miss) + repr(hit)
-        assert new.stats().tiers["disk"].misses == 0  # looking does not count
+        assert new.stats().tiers["disk"].misses == 0  # explaining is not counted
 
 
-def test_repr_and_messages_hold_no_text_and_no_secret() -> None:
+def test_repr_and_messages_contain_no_text_and_no_secret() -> None:
     policy = KeyPolicy(secret="hunter2-hunter2")
     provider = FaultyProvider(CountingProvider(), [ProviderFault("short")])
     with Cache(provider, [MemoryBackend()], key=policy) as cache:
@@ -554,7 +552,7 @@ def test_embed_iter_reads_ahead_by_one_batch_only_and_keeps_order() -> None:
     assert provider.texts == 700
 
 
-def test_aembed_iter_takes_an_async_iterable() -> None:
+def test_aembed_iter_accepts_an_async_iterable() -> None:
     provider = CountingProvider()
 
     async def texts() -> AsyncIterator[str]:
@@ -585,7 +583,7 @@ def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, c
         assert fetched.space.model == "other"
         assert (fetched.vectors == [other.vector_of("hit"), other.vector_of("new")]).all()
         assert (face.embed("new") == other.vector_of("new")).all()
-        assert face.fetch(["hit"]).space.model == "main"  # nothing to compute: the first space answers
+        assert face.fetch(["hit"]).space.model == "main"  # a hit needs no provider, so the first space answers
         stats = cache.stats().providers
         assert stats["fallback:counting"].texts == 2
         assert len([r for r in caplog.records if "in its own vector space" in r.message]) >= 1
@@ -596,7 +594,7 @@ def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, c
         assert cache.contents() == []
 
 
-def test_a_fallback_of_other_dimensions_is_refused_unless_the_caller_reads_the_space() -> None:
+def test_a_fallback_of_other_dimensions_requires_fetch_only() -> None:
     main = FaultyProvider(CountingProvider(dimensions=8), [ProviderFault("raise", error=OSError)])
     other = CountingProvider(dimensions=4, model="other")
     with pytest.raises(SpaceError, match="fetch_only"):
@@ -682,7 +680,7 @@ def test_stats_count_texts(asynchronous: bool) -> None:
         assert (far.hits, far.misses, far.stored) == (0, 3, 2)
         counted = stats.providers["counting"]
         assert (counted.texts, counted.tokens, counted.failed) == (2, 3, 0)
-        assert cache.stats() == stats  # reading does not count
+        assert cache.stats() == stats  # reading the counters changes nothing
 
 
 def test_single_hits_from_many_threads_are_all_counted() -> None:
@@ -696,11 +694,11 @@ def test_single_hits_from_many_threads_are_all_counted() -> None:
         assert cache.stats().tiers["memory"].hits == 16_000
 
 
-def test_events_are_complete_and_hold_no_text(caplog: Any) -> None:
+def test_events_are_complete_and_contain_no_text(caplog: Any) -> None:
     events: list[Event] = []
 
     def broken(event: Event) -> None:
-        raise RuntimeError("a listener of somebody's")
+        raise RuntimeError("the listener failed")
 
     with Cache(CountingProvider(), [MemoryBackend()], listeners=[broken, events.append]) as cache:
         cache.embed("private text")
@@ -708,11 +706,11 @@ def test_events_are_complete_and_hold_no_text(caplog: Any) -> None:
     assert [type(event) for event in events] == [LookedUp, Computed, Stored, LookedUp]
     assert [event.hits for event in events if isinstance(event, LookedUp)] == [0, 1]
     assert "private" not in repr(events)
-    assert "a listener failed on LookedUp" in caplog.text
+    assert "listener failed on LookedUp" in caplog.text
     assert "private" not in caplog.text
 
 
-# --- the end of the program -------------------------------------------------------------------
+# --- exit of the program ----------------------------------------------------------------------
 
 
 def run_program(source: str) -> subprocess.CompletedProcess[str]:
@@ -725,7 +723,7 @@ def run_program(source: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_background_writes_are_flushed_when_the_program_ends_without_close(tmp_path: Any) -> None:
+def test_background_writes_are_flushed_at_exit_without_close(tmp_path: Any) -> None:
     done = run_program(f"""
         import time
         from embedonce import Cache, Tier
@@ -748,7 +746,7 @@ def test_background_writes_are_flushed_when_the_program_ends_without_close(tmp_p
         assert cache.lookup([str(i) for i in range(100)]).sources == ["disk"] * 100
 
 
-def test_what_nobody_holds_any_more_is_closed_when_the_program_ends_providers_too() -> None:
+def test_unreferenced_caches_and_their_providers_are_closed_at_exit() -> None:
     done = run_program("""
         import gc
         from embedonce import Cache, Tier
@@ -763,13 +761,13 @@ def test_what_nobody_holds_any_more_is_closed_when_the_program_ends_providers_to
                 print("backend")
                 super().close()
 
-        gc.disable()  # a collection would close neither
+        gc.disable()  # garbage collection would close neither
         Cache(Provider(), [Backend()], fallback=Provider(model="2")).embed("a text")
     """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "backend\nprovider\nprovider\n", "")
 
 
-def test_wrong_options_are_said_before_a_provider_is_asked_for_its_space() -> None:
+def test_options_are_checked_before_the_providers_space() -> None:
     for options in ({"dtype": "f8"}, {"mode": "write"}, {"max_wait": -1}, {"flush_timeout": -1}, {"max_queued": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Cache(lambda texts: texts, **options)  # type: ignore[arg-type]
@@ -806,13 +804,13 @@ def test_limits_of_a_function() -> None:
     assert sizes == [3, 3, 2]
 
 
-def test_at_the_programs_end_an_open_cache_has_its_flush_timeout_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write under way is waited for again when the cache is closed, which may end it."""
+def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write in progress is waited for again when the cache is closed, which may end the write."""
     from embedonce._engine import running
     from embedonce._engine.writing import Writing
 
     waited: list[str] = []
-    monkeypatch.setattr(running, "_waited", 0.0)
+    monkeypatch.setattr(running, "_seconds_waited", 0.0)
     monkeypatch.setattr(running, "_open_chains", set())
     monkeypatch.setattr(Writing, "wait_until_drained", lambda writing, timeout: waited.append(writing.name))
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
@@ -820,7 +818,7 @@ def test_at_the_programs_end_an_open_cache_has_its_flush_timeout_and_no_more(mon
     with Cache(CountingProvider(), [far], flush_timeout=0.05) as cache:
         cache.embed("a text")
         backend.gate.until(1)
-        running._flush_all()
+        running._flush_open_chains()
         assert "open" not in waited
         assert cache.embed("a text").size
         backend.heal()

@@ -1,4 +1,4 @@
-"""A chain of any tiers behaves as a dict, or as a slower dict: hypothesis looks for the run that does not."""
+"""A chain of any tiers behaves like a dict: hypothesis searches for a sequence of calls for which it does not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FAULTS = [
 
 
 class Chain(RuleBasedStateMachine):
-    """One provider, one clock, stores that outlive the cache."""
+    """A cache over random tiers with one provider and one clock. The stores outlive the cache."""
 
     @initialize(layout=tiers, dtype=st.sampled_from(["float32", "float16", "int8"]), symmetric=st.booleans())
     def compose(self, layout: list[dict[str, Any]], dtype: Any, symmetric: bool) -> None:
@@ -204,10 +204,10 @@ class Chain(RuleBasedStateMachine):
         assert all(not list(store.scan("")) for store in self.stores)
 
     @invariant()
-    def nothing_is_left_under_way(self) -> None:
+    def no_call_is_left_in_flight(self) -> None:
         if hasattr(self, "cache"):
-            assert not self.cache._running.table._calls
-            assert not self.cache._running.table._reading
+            assert not self.cache._chain.in_flight._calls
+            assert not self.cache._chain.in_flight._reading
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -216,7 +216,7 @@ class Chain(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_a_chain_is_a_dict() -> None:
+def test_a_chain_behaves_like_a_dict() -> None:
     run_state_machine_as_test(
         Chain,
         settings=settings(

@@ -1,4 +1,4 @@
-"""The drift guard: when it looks, what it remembers over a restart, what it does about a provider that has changed."""
+"""The drift guard: when it checks, what it remembers across restarts, and how it handles a changed provider."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DAY = 86400.0
 
 
 class Changing(CountingProvider):
-    """Makes other vectors from ``changed`` on, and describes the same space. ``noise`` is added to every value."""
+    """Returns other vectors for the same space once ``changed`` is set. ``noise`` is added to every value."""
 
     changed = False
     noise = 0.0
@@ -33,81 +33,83 @@ class Changing(CountingProvider):
         return super().vector_of(text, task) + np.float32(self.noise)
 
     @property
-    def looks(self) -> int:
-        """How often the canaries were embedded."""
+    def checks(self) -> int:
+        """The number of times that the canaries were embedded."""
         counts = {self.count[text] for text in CANARIES}
         assert len(counts) == 1
         return counts.pop()
 
 
-def guarded(provider: Any, clock: ManualClock, tiers: Any = None, action: Any = "refuse", **options: Any) -> Cache:
+def open_guarded(provider: Any, clock: ManualClock, tiers: Any = None, action: Any = "refuse", **options: Any) -> Cache:
     guard = DriftGuard(action=action, every=DAY, **options.pop("guard", {}))
     return Cache(provider, [MemoryBackend()] if tiers is None else tiers, drift=guard, clock=clock, **options)
 
 
-def test_it_looks_at_the_first_miss_and_never_for_a_hit() -> None:
+def test_it_checks_at_the_first_miss_and_never_for_a_hit() -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         assert provider.calls == []
         cache.lookup(["a"])
         assert provider.calls == []
         cache.embed("a")
-        assert provider.looks == 1
+        assert provider.checks == 1
         cache.embed_batch(["a", "b", "c"])
-        assert provider.looks == 1
+        assert provider.checks == 1
         clock.advance(10 * DAY)
         cache.embed_batch(["a", "b", "c"])
         cache.put(["d"], [provider.vector_of("d")])
-        assert provider.looks == 1, "nothing was computed"
+        assert provider.checks == 1, "nothing was computed"
         cache.embed("e")
-        assert provider.looks == 2
+        assert provider.checks == 2
         assert (cache.embed("e") == provider.vector_of("e")).all()
 
 
-def test_a_restart_knows_when_the_last_look_was(tmp_path: Path) -> None:
+def test_the_date_of_the_last_check_survives_a_restart(tmp_path: Path) -> None:
     provider, clock = Changing(), ManualClock()
-    for text, passed, looks in (("a", 0.0, 1), ("b", 0.6, 1), ("c", 0.6, 2), ("d", 0.6, 2), ("e", 0.6, 3)):
+    for text, passed, checks in (("a", 0.0, 1), ("b", 0.6, 1), ("c", 0.6, 2), ("d", 0.6, 2), ("e", 0.6, 3)):
         clock.advance(passed * DAY)
-        with guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)]) as cache:
+        with open_guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)]) as cache:
             cache.embed(text)
             cache.embed(f"{text} again")
-        assert provider.looks == looks, text
+        assert provider.checks == checks, text
 
 
-def test_drift_over_a_restart_is_refused_and_hits_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_drift_after_a_restart_is_refused_and_hits_are_still_answered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
         old = cache.embed("stored")
     provider.changed = True
     clock.advance(2 * DAY)
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, caplog.at_level(logging.WARNING):
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, caplog.at_level(logging.WARNING):
         assert (cache.embed("stored") == old).all()
-        with pytest.raises(DriftError, match=r"makes other vectors than those .* Raise \[key\] version"):
+        with pytest.raises(DriftError, match=r"no longer returns the vectors .* Change \[key\] version"):
             cache.embed("new")
         fetched = cache.fetch(["stored", "new"])
         assert fetched.sources == ["disk", None]
         assert isinstance(fetched.failed[1], DriftError)
         assert provider.count["new"] == 0
         assert cache.lookup(["new"]).sources == [None]
-        looks = provider.looks
+        checks = provider.checks
         for number in range(5):
             with pytest.raises(DriftError):
                 cache.embed(f"new {number}")
-        assert provider.looks == looks, "what was found is remembered for a while"
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert not any(text in told[0] for text in CANARIES)
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, pytest.raises(DriftError):
+        assert provider.checks == checks, "the result is remembered for a while"
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert not any(text in messages[0] for text in CANARIES)
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache, pytest.raises(DriftError):
         cache.embed("new")
 
     provider.changed = False
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
         assert (cache.embed("new") == provider.vector_of("new")).all()
 
 
-def test_a_provider_that_goes_back_is_taken_again_without_a_restart() -> None:
+def test_a_provider_that_returns_to_its_old_vectors_is_used_again_without_a_restart() -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         cache.embed("a")
         provider.changed = True
         clock.advance(DAY)
@@ -122,31 +124,31 @@ def test_a_provider_that_goes_back_is_taken_again_without_a_restart() -> None:
 
 def test_a_new_version_leaves_the_old_vectors_behind(tmp_path: Path) -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)]) as cache:
         cache.embed("a")
     provider.changed = True
     clock.advance(2 * DAY)
     policy = embedonce.KeyPolicy(version="v2")
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)], key=policy) as cache:
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)], key=policy) as cache:
         assert (cache.embed("a") == provider.vector_of("a")).all()
 
 
-def test_warn_says_so_at_each_look_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_warn_logs_each_check_that_finds_drift_and_continues(caplog: pytest.LogCaptureFixture) -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, action="warn") as cache, caplog.at_level(logging.WARNING):
+    with open_guarded(provider, clock, action="warn") as cache, caplog.at_level(logging.WARNING):
         cache.embed("a")
         provider.changed = True
-        for number, looks in enumerate((1, 2, 3)):
+        for number, checks in enumerate((1, 2, 3)):
             clock.advance(DAY)
             cache.embed(f"b {number}")
             cache.embed(f"c {number}")
-            assert len(caplog.records) == looks, "the vectors that are compared with are still the first ones"
+            assert len(caplog.records) == checks, "the reference vectors are still the first ones"
 
 
-def test_a_slow_drift_does_not_creep() -> None:
-    """Each step alone is within the tolerance; what is compared with is the first vector, not the last."""
+def test_a_slow_drift_is_measured_against_the_first_vectors() -> None:
+    """Each step is within the tolerance. The reference is the first vector, not the last, so the sum of them is not."""
     provider, clock = Changing(dimensions=64), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         for step in range(40):
             provider.noise = 0.01 * step
             clock.advance(DAY)
@@ -168,32 +170,32 @@ def _cosines(one: Any, other: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_what_a_model_varies_by_is_no_drift(dtype: Any) -> None:
+def test_small_variations_of_a_model_are_not_drift(dtype: Any) -> None:
     provider, clock = Changing(dimensions=384), ManualClock()
-    with guarded(provider, clock, dtype=dtype) as cache:
+    with open_guarded(provider, clock, dtype=dtype) as cache:
         for number in range(5):
             provider.noise = 1e-6 * number
             clock.advance(DAY)
             cache.embed(f"text {number}")
-    assert provider.looks == 5
+    assert provider.checks == 5
 
 
 def test_each_space_has_its_own_canaries() -> None:
     provider, clock = Changing(symmetric=False), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         cache.embed("a")
         cache.embed("a", task="query")
         assert [task for task, texts in provider.calls if set(texts) == set(CANARIES)] == ["document", "query"]
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         cache.embed("a")
         cache.embed("b", task="query")
-        assert provider.looks == 1, "a symmetric provider has one space"
+        assert provider.checks == 1, "a symmetric provider has one space"
 
 
-def test_canaries_that_a_tier_has_lost_are_made_again() -> None:
+def test_canaries_that_a_tier_has_lost_are_computed_again() -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         cache.embed("a")
         cache.forget([CANARIES[0]])
         provider.changed = True
@@ -202,22 +204,22 @@ def test_canaries_that_a_tier_has_lost_are_made_again() -> None:
             cache.embed("b")
         cache.forget(CANARIES)
         clock.advance(DAY)
-        cache.embed("b")  # nothing to compare with: these are the canaries from now on
+        cache.embed("b")  # there is no reference left: these vectors become the canaries
 
 
-def test_own_canaries_are_normalised_as_texts_are() -> None:
+def test_custom_canaries_are_normalised_like_texts() -> None:
     provider, clock = CountingProvider(), ManualClock()
     policy = embedonce.KeyPolicy(normalize=["strip"])
-    with guarded(provider, clock, key=policy, guard={"texts": [" one ", "one", "two"]}) as cache:
+    with open_guarded(provider, clock, key=policy, guard={"texts": [" one ", "one", "two"]}) as cache:
         cache.embed("a")
         assert provider.calls[0][1] == ("one", "two")
         assert cache.fetch(["one"]).sources == ["memory"], "they are entries like any other"
 
 
-def test_a_provider_that_fails_says_so_itself() -> None:
+def test_a_failing_provider_raises_its_own_error() -> None:
     clock = ManualClock()
     provider = FaultyProvider(CountingProvider(), [ProviderFault("raise", error=OSError("down"))])
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         with pytest.raises(OSError, match="down"):
             cache.embed("a")
         provider.heal()
@@ -227,33 +229,33 @@ def test_a_provider_that_fails_says_so_itself() -> None:
         assert [len(texts) for _, texts in provider.inner.calls] == [1, len(CANARIES), 1]
 
 
-def test_replay_never_looks() -> None:
+def test_replay_never_checks() -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, mode="replay") as cache, pytest.raises(embedonce.ReplayMiss):
+    with open_guarded(provider, clock, mode="replay") as cache, pytest.raises(embedonce.ReplayMiss):
         cache.embed("a")
     assert provider.calls == []
 
 
-def test_a_tier_that_fails_does_not_hold_it_up() -> None:
+def test_a_failing_tier_does_not_prevent_an_answer() -> None:
     from embedonce.testing import DictBackend, Fault, FaultyBackend
 
     provider, clock = Changing(), ManualClock()
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("refuse", on="any")])
-    with guarded(provider, clock, [Tier(backend, name="broken", timeout=60.0)]) as cache:
+    with open_guarded(provider, clock, [Tier(backend, name="broken", timeout=60.0)]) as cache:
         assert (cache.embed("a") == provider.vector_of("a")).all()
 
 
-def test_a_tier_that_is_away_keeps_the_canaries_that_it_has() -> None:
+def test_the_canaries_of_an_unreachable_tier_are_not_replaced() -> None:
     from embedonce.testing import DictBackend, Fault, FaultyBackend
 
     provider, clock, store = Changing(), ManualClock(), DictBackend()
-    guarded(provider, clock, [store]).embed("a")
+    open_guarded(provider, clock, [store]).embed("a")
     provider.changed = True
     clock.advance(2 * DAY)
     away = FaultyBackend(store, [Fault("raise", on="get", calls=[1, 2])])
-    with guarded(provider, clock, [MemoryBackend(), Tier(away, name="away")]) as cache:
+    with open_guarded(provider, clock, [MemoryBackend(), Tier(away, name="away")]) as cache:
         cache.embed("nothing to compare with")
-        assert provider.looks == 1, "the canaries that are there were not read, and no others are made"
+        assert provider.checks == 1, "the stored canaries could not be read, and no new ones are computed"
         clock.advance(120)
         with pytest.raises(DriftError):
             cache.embed("b")
@@ -266,19 +268,19 @@ def test_vectors_of_another_length_are_drift(tmp_path: Path, action: Any, caplog
     def model(texts: list[str]) -> list[list[float]]:
         return [[float(len(text) + 1)] * length[0] for text in texts]
 
-    with guarded(model, clock, [DiskBackend(path=tmp_path / "d")], space=space) as cache:
+    with open_guarded(model, clock, [DiskBackend(path=tmp_path / "d")], space=space) as cache:
         cache.embed("a")
     length[0] = 2
     clock.advance(2 * DAY)
-    with guarded(model, clock, [DiskBackend(path=tmp_path / "d")], action, space=space) as cache:
+    with open_guarded(model, clock, [DiskBackend(path=tmp_path / "d")], action, space=space) as cache:
         fetched = cache.fetch(["b"])
-        assert "makes other vectors" in caplog.text
+        assert "no longer returns the vectors" in caplog.text
         assert [type(error) for error in fetched.failed.values()] == ([DriftError] if action == "refuse" else [])
         if action == "new-space":
             assert cache.fetch(["a", "b"]).vectors.shape == (2, 2)
 
 
-def test_a_clock_that_is_set_back_does_not_put_the_next_look_off() -> None:
+def test_a_clock_that_is_set_back_does_not_postpone_the_next_check() -> None:
     provider, now = Changing(), [100 * DAY]
     guard = DriftGuard(action="refuse", every=DAY)
     with Cache(provider, [MemoryBackend()], drift=guard, clock=lambda: now[0]) as cache:
@@ -286,12 +288,12 @@ def test_a_clock_that_is_set_back_does_not_put_the_next_look_off() -> None:
         now[0] = DAY
         cache.embed("b")
         cache.embed("c")
-        assert provider.looks == 2
+        assert provider.checks == 2
 
 
-def test_threads_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
+def test_threads_and_tasks_share_one_check(caplog: pytest.LogCaptureFixture) -> None:
     provider, clock = Changing(delay=0.01), ManualClock()
-    with guarded(provider, clock) as cache:
+    with open_guarded(provider, clock) as cache:
         found: dict[int, Any] = {}
 
         def work(number: int) -> None:
@@ -309,7 +311,7 @@ def test_threads_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
             return await asyncio.gather(*(cache.aembed(f"late {n}") for n in range(8)), return_exceptions=True)
 
         assert all(isinstance(error, DriftError) for error in asyncio.run(tasks()))
-        assert caplog.text.count("makes other vectors") == 1, "calls that look at the same time are one look"
+        assert caplog.text.count("no longer returns the vectors") == 1, "simultaneous checks are one check"
     for number, vector in found.items():
         assert (vector == Changing().vector_of(f"text {number}")).all()
 
@@ -317,18 +319,18 @@ def test_threads_and_tasks(caplog: pytest.LogCaptureFixture) -> None:
 # --- a new space ------------------------------------------------------------------------------
 
 
-def test_a_new_space_is_opened_and_found_again(tmp_path: Path) -> None:
+def test_a_new_space_is_opened_and_found_after_a_restart(tmp_path: Path) -> None:
     provider, clock = Changing(), ManualClock()
 
     def opened() -> Cache:
-        return guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)], action="new-space")
+        return open_guarded(provider, clock, [MemoryBackend(), DiskBackend(path=tmp_path)], action="new-space")
 
     with opened() as cache:
         first = cache.fetch(["a", "b"])
     provider.changed = True
     clock.advance(2 * DAY)
     with opened() as cache:
-        assert cache.fetch(["a"]).sources == ["disk"], "nothing was computed, so nobody has looked yet"
+        assert cache.fetch(["a"]).sources == ["disk"], "nothing was computed, so there was no check yet"
         moved = cache.fetch(["a", "new"])
         assert moved.sources == ["provider", "provider"], "one answer, one space"
         for text, row in zip(["a", "new"], moved.vectors, strict=True):
@@ -337,36 +339,36 @@ def test_a_new_space_is_opened_and_found_again(tmp_path: Path) -> None:
         assert first.space is not None
         assert moved.space.extra == {"drift": 1}
         assert moved.space.fingerprint() != first.space.fingerprint()
-        assert (cache.embed("a", task="query") == moved.vectors[0]).all(), "both tasks have left the old space"
+        assert (cache.embed("a", task="query") == moved.vectors[0]).all(), "both tasks use the new space"
         assert cache.explain("a").space["extra"] == {"drift": 1}
-    looks = provider.looks
+    checks = provider.checks
     with opened() as cache:
         assert cache.fetch(["a", "new"]).sources == ["disk", "disk"]
-        assert cache.lookup(["b"]).sources == [None], "b is in the old space alone"
+        assert cache.lookup(["b"]).sources == [None], "b is only in the old space"
         cache.put(["c"], [provider.vector_of("c")])
         assert cache.fetch(["c"]).sources == ["memory"]
         assert cache.embed("b").tolist() == provider.vector_of("b").tolist()
-        assert provider.looks == looks
+        assert provider.checks == checks
 
 
-def test_another_process_follows_into_the_new_space(tmp_path: Path) -> None:
+def test_another_process_uses_the_new_space(tmp_path: Path) -> None:
     provider, clock = Changing(), ManualClock()
-    caches = [guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") for _ in range(2)]
+    caches = [open_guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") for _ in range(2)]
     with caches[0] as one, caches[1] as other:
         one.embed("a")
         other.embed("a2")
         provider.changed = True
         clock.advance(DAY)
         assert (one.embed("b") == provider.vector_of("b")).all()
-        looks = provider.looks
+        checks = provider.checks
         assert (other.embed("c") == provider.vector_of("c")).all()
-        assert provider.looks == looks, "it reads the mark that the other one has left"
+        assert provider.checks == checks, "it reads the mark that the other process has stored"
         assert other.fetch(["b"]).sources == ["disk"]
 
 
-def test_drift_again_and_again() -> None:
+def test_drift_again_opens_another_space() -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, action="new-space") as cache:
+    with open_guarded(provider, clock, action="new-space") as cache:
         for number in range(3):
             provider.changed = bool(number % 2)
             clock.advance(DAY)
@@ -376,9 +378,9 @@ def test_drift_again_and_again() -> None:
             assert fetched.space.extra == ({"drift": number} if number else None)
 
 
-def test_forget_reaches_the_spaces_that_were_left(tmp_path: Path) -> None:
+def test_forget_also_removes_from_the_old_spaces(tmp_path: Path) -> None:
     provider, clock = Changing(), ManualClock()
-    with guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") as cache:
+    with open_guarded(provider, clock, [DiskBackend(path=tmp_path)], action="new-space") as cache:
         cache.embed("a")
         provider.changed = True
         clock.advance(DAY)
@@ -389,9 +391,9 @@ def test_forget_reaches_the_spaces_that_were_left(tmp_path: Path) -> None:
         assert plain.lookup(["a"]).sources == [None]
 
 
-def test_tasks_and_threads_move_together() -> None:
+def test_tasks_that_drift_at_once_use_one_new_space() -> None:
     provider, clock = Changing(delay=0.005), ManualClock()
-    with guarded(provider, clock, action="new-space") as cache:
+    with open_guarded(provider, clock, action="new-space") as cache:
         cache.embed("a")
         provider.changed = True
         clock.advance(DAY)
@@ -408,11 +410,11 @@ def test_tasks_and_threads_move_together() -> None:
 # --- configuration ----------------------------------------------------------------------------
 
 
-def loaded(**drift: Any) -> Any:
+def load_guard(**drift: Any) -> Any:
     return config.load({"provider": {"type": "ngram"}, "tiers": [], "drift": drift}).drift
 
 
-def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"provider": {"type": "ngram"}, "tiers": []}
     assert config.load(table).drift is None
     assert not [one for one in config.load(table).settings() if one.name.startswith("drift")]
@@ -420,9 +422,9 @@ def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.load(table).drift == DriftGuard(action="refuse")
 
 
-def test_its_table() -> None:
-    assert loaded() == DriftGuard()
-    made = loaded(action="refuse", every="1h30m", tolerance=0.01, texts=["a", "b"])
+def test_its_toml_table() -> None:
+    assert load_guard() == DriftGuard()
+    made = load_guard(action="refuse", every="1h30m", tolerance=0.01, texts=["a", "b"])
     assert made == DriftGuard(action="refuse", every=5400.0, tolerance=0.01, texts=("a", "b"))
     assert "drift" in config.schema()["properties"]
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": [], "drift": {}}) as cache:
@@ -442,9 +444,9 @@ def test_its_table() -> None:
         {"acton": 1},
     ],
 )
-def test_what_it_refuses(drift: dict[str, Any]) -> None:
+def test_invalid_options_in_a_configuration_are_refused(drift: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="drift"):
-        loaded(**drift)
+        load_guard(**drift)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +461,6 @@ def test_what_it_refuses(drift: dict[str, Any]) -> None:
         {"tolerance": 2},
     ],
 )
-def test_what_it_refuses_in_python(options: dict[str, Any]) -> None:
+def test_invalid_options_in_python_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         DriftGuard(**options)

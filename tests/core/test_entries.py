@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from embedonce import Cache, Incomplete, Tier
-from embedonce._engine.checks import conform
+from embedonce._engine.checks import check_entries
 from embedonce.contracts import Capabilities
 from embedonce.testing.fakes import CountingProvider, DictBackend
 from embedonce.vectors import Block, Dtype, Entries, Entry, decode_frames, encode_frames, freeze, round_vectors
@@ -246,7 +246,7 @@ def test_the_block_of_a_backend_is_checked(change: str, corrupt: list[int], miss
         block.values[2, 1] = math.nan if change == "nan" else -math.inf
     if change == "expired":
         block.expires[2] = NOW
-    decoded = conform(Entries(blocks=[block]), now=NOW, dtype="float32", dimensions=4)
+    decoded = check_entries(Entries(blocks=[block]), now=NOW, dtype="float32", dimensions=4)
     assert decoded.corrupt == [key_of(n) for n in corrupt]
     assert decoded.missed == [key_of(n) for n in missed]
     left = [n for n in range(4) if n not in (*corrupt, *missed)]
@@ -256,7 +256,7 @@ def test_the_block_of_a_backend_is_checked(change: str, corrupt: list[int], miss
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
-    decoded = conform(Entries(blocks=[block_of(range(4))]), now=NOW, dtype=dtype, dimensions=4)
+    decoded = check_entries(Entries(blocks=[block_of(range(4))]), now=NOW, dtype=dtype, dimensions=4)
     rounded = round_vectors([vector_of(n) for n in range(4)], dtype)
     assert [decoded.entries[key_of(n)].vector.tolist() for n in range(4)] == rounded.tolist()
 

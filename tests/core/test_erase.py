@@ -64,9 +64,9 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
         cache.embed("first")  # its write hangs, so the next ones queue
         faulty.gate.until(1)
         cache.embed_batch(["queued", "kept"])
-        assert cache._running.table.queued("far") == 2
+        assert cache._chain.in_flight.count_queued("far") == 2
         forget(cache, ["queued"])
-        assert cache._running.table.queued("far") == 1
+        assert cache._chain.in_flight.count_queued("far") == 1
         faulty.heal()
         assert cache.flush(GENEROUS)
         assert cache.lookup(["first", "queued", "kept"]).sources == ["far", None, "far"]
@@ -76,7 +76,7 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
 def test_forget_names_a_tier_into_which_a_write_hangs(forget: Forget) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
-        cache._running.upkeep._patience = 0.2  # with a write that hangs; the tier itself is patient
+        cache._chain.upkeep._write_wait = 0.2  # with a write that hangs; the tier itself is patient
         cache.embed("text")
         faulty.gate.until(1)
         with pytest.raises(EraseIncomplete) as caught:
@@ -140,7 +140,7 @@ def test_after_a_forget_the_text_is_computed_and_stored_again() -> None:
         cache.embed("text")
         assert cache.lookup(["text"]).sources == ["memory"]
     assert provider.texts == 4
-    assert not cache._running.table._erasures
+    assert not cache._chain.in_flight._erasures
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -160,7 +160,7 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
 
             futures = [pool.submit(lambda: (began.wait(GENEROUS), cache.embed_batch(texts))) for _ in range(4)]
             began.wait(GENEROUS)
-            while len(cache._running.table._calls) < 4 and not all(future.done() for future in futures):
+            while len(cache._chain.in_flight._calls) < 4 and not all(future.done() for future in futures):
                 time.sleep(0)
             time.sleep(chance.uniform(0, 0.02))
             cache.forget(texts)

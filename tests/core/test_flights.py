@@ -1,4 +1,4 @@
-"""One text is computed once, however many ask for it, and nothing ever waits for ever."""
+"""Each text is computed once, however many callers ask for it at the same time, and no call hangs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from embedonce_backends.memory import MemoryBackend
 
 
 def background(backend: Any | None = None) -> Tier:
-    # Far more than 250 ms: on a busy machine the breaker would open, and rightly compute again.
+    # Far more than the default of 250 ms: on a busy machine the breaker would open, and texts would be computed again.
     return Tier(backend or DictBackend(scope="network"), name="far", write="background", timeout=GENEROUS)
 
 
-def right(provider: CountingProvider, texts: list[str], matrix: np.ndarray) -> bool:
+def all_correct(provider: CountingProvider, texts: list[str], matrix: np.ndarray) -> bool:
     return all((row == provider.vector_of(text)).all() for text, row in zip(texts, matrix, strict=True))
 
 
-def each_once(provider: CountingProvider, texts: Iterable[str]) -> None:
+def assert_computed_once(provider: CountingProvider, texts: Iterable[str]) -> None:
     assert provider.count == dict.fromkeys(texts, 1)
 
 
@@ -41,7 +41,7 @@ def tiers(request: pytest.FixtureRequest) -> list[Any]:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, concurrency: int) -> None:
-    """32 threads and 1,000 tasks, overlapping batches, a chain whose only tier is written in the background."""
+    """32 threads and 1,000 tasks ask for overlapping batches. The only tier is written in the background."""
     provider = CountingProvider(asynchronous=asynchronous, concurrency=concurrency, max_batch=16, delay=0.002)
     texts = [f"text {i}" for i in range(200)]
     with Cache(provider, [background()]) as cache:
@@ -50,13 +50,13 @@ def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, co
             mine = texts[n * 3 :] + texts[: n * 3]
             if n % 2:
                 mine.reverse()
-            return right(provider, mine, cache.embed_batch(mine))
+            return all_correct(provider, mine, cache.embed_batch(mine))
 
         async def from_tasks() -> bool:
             async def one(i: int) -> bool:
                 if i % 10:
                     return bool((await cache.aembed(texts[i % 200]) == provider.vector_of(texts[i % 200])).all())
-                return right(provider, texts[i % 150 :], await cache.aembed_batch(texts[i % 150 :]))
+                return all_correct(provider, texts[i % 150 :], await cache.aembed_batch(texts[i % 150 :]))
 
             return all(await asyncio.gather(*(one(i) for i in range(1000))))
 
@@ -65,39 +65,39 @@ def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, co
             assert all(pool.map(from_thread, range(32)))
             assert tasks.result(GENEROUS)
         assert cache.flush(GENEROUS)
-    each_once(provider, texts)
+    assert_computed_once(provider, texts)
 
 
-def test_crosswise_batches_do_not_wait_for_each_other(tiers: list[Any]) -> None:
+def test_batches_with_the_same_texts_in_opposite_order_do_not_deadlock(tiers: list[Any]) -> None:
     provider = CountingProvider(delay=0.005)
     with Cache(provider, tiers) as cache, ThreadPoolExecutor(8) as pool:
         for round_ in range(20):
             a, b = f"a{round_}", f"b{round_}"
             batches = [[a, b], [b, a]] * 4
             for batch, matrix in zip(batches, pool.map(cache.embed_batch, batches, timeout=GENEROUS), strict=True):
-                assert right(provider, batch, matrix)
+                assert all_correct(provider, batch, matrix)
 
 
-def test_a_background_written_tier_alone_computes_once_in_five_calls() -> None:
+def test_five_calls_to_a_chain_with_only_a_background_written_tier_compute_once() -> None:
     slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.2)])
     provider = CountingProvider()
     with Cache(provider, [Tier(slow, name="far", write="background", timeout=GENEROUS)]) as cache:
         for _ in range(5):
             cache.embed("text")
             assert cache.lookup(["text"]).sources != [None]
-    each_once(provider, ["text"])
+    assert_computed_once(provider, ["text"])
 
 
-def test_a_landed_flight_is_let_go_once_it_is_written() -> None:
+def test_a_landed_flight_is_removed_once_it_is_written() -> None:
     with Cache(CountingProvider(), [background()]) as cache:
         cache.embed_batch([str(i) for i in range(500)])
         assert cache.flush(GENEROUS)
-        assert not cache._running.table._flights
-        assert not cache._running.table._calls
-        assert not cache._running.table._retired
+        assert not cache._chain.in_flight._flights
+        assert not cache._chain.in_flight._calls
+        assert not cache._chain.in_flight._retired
 
 
-def test_cancelled_leader_neither_fails_nor_starves_its_followers_and_its_vector_is_stored() -> None:
+def test_cancelling_the_leader_does_not_fail_its_followers_and_its_vector_is_stored() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
     backend = DictBackend()
     with Cache(provider, [backend]) as cache:
@@ -117,10 +117,10 @@ def test_cancelled_leader_neither_fails_nor_starves_its_followers_and_its_vector
 
         asyncio.run(main())
         assert cache.lookup(["text"]).sources == ["dict"]
-    each_once(provider.inner, ["text"])
+    assert_computed_once(provider.inner, ["text"])
 
 
-def test_cancelled_follower_leaves_the_others_alone() -> None:
+def test_cancelling_a_follower_does_not_affect_the_others() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang")])
     with Cache(provider, [MemoryBackend()]) as cache:
 
@@ -137,11 +137,11 @@ def test_cancelled_follower_leaves_the_others_alone() -> None:
             assert ((await leader) == (await other)).all()
 
         asyncio.run(main())
-    each_once(provider.inner, ["text"])
+    assert_computed_once(provider.inner, ["text"])
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
-def test_when_the_leader_fails_one_follower_leads_once(asynchronous: bool) -> None:
+def test_when_the_leader_fails_one_follower_computes_once(asynchronous: bool) -> None:
     gate = threading.Event()
     calls: list[int] = []
 
@@ -165,17 +165,17 @@ def test_when_the_leader_fails_one_follower_leads_once(asynchronous: bool) -> No
     assert len(calls) == 2
 
 
-def test_a_provider_that_always_fails_fails_everybody_and_nobody_waits() -> None:
+def test_a_provider_that_always_fails_fails_every_caller_and_nobody_hangs() -> None:
     provider = FaultyProvider(CountingProvider(delay=0.02), [ProviderFault("raise", error=RuntimeError)])
     with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(16) as pool:
         futures = [pool.submit(cache.embed, "text") for _ in range(16)]
         for future in futures:
             assert isinstance(future.exception(GENEROUS), RuntimeError)
-    assert not cache._running.table._flights
+    assert not cache._chain.in_flight._flights
 
 
 def test_a_loop_that_ends_wakes_its_followers() -> None:
-    """The leader's loop is closed without its tasks being cancelled: nobody will ever land the flight."""
+    """The leader's loop is closed without cancelling its tasks, so the flight can never land."""
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
     with Cache(provider, [MemoryBackend()]) as cache:
         loop = asyncio.new_event_loop()
@@ -213,7 +213,7 @@ def test_a_loop_that_is_shut_down_by_asyncio_run_wakes_its_followers() -> None:
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_a_provider_that_calls_the_cache_for_other_texts_and_its_own(concurrency: int) -> None:
+def test_a_provider_may_call_the_cache_for_other_texts_and_its_own(concurrency: int) -> None:
     depth = threading.local()
 
     def embed(texts: list[str]) -> list[list[float]]:
@@ -242,15 +242,15 @@ def test_a_provider_that_calls_the_cache_for_other_texts_and_its_own(concurrency
         assert done[0][:, 0].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_a_blocking_call_on_the_thread_whose_loop_runs_the_leader() -> None:
+def test_a_blocking_call_on_the_leaders_event_loop_computes_for_itself() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
     with Cache(provider, [MemoryBackend()], max_wait=2 * GENEROUS) as cache:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
             await auntil(lambda: provider.gate.waiting)
-            vector = cache.embed("text")  # waiting here would keep the leader from landing
-            assert provider.gate.waiting, "it has computed for itself"
+            vector = cache.embed("text")  # waiting here would keep the leader from finishing
+            assert provider.gate.waiting, "the blocking call computed for itself"
             provider.heal()
             assert (vector == await leader).all()
 
@@ -267,7 +267,7 @@ def test_waiting_has_a_limit_after_which_the_caller_computes() -> None:
         assert (leader.result(GENEROUS) == provider.inner.vector_of("text")).all()
 
 
-def test_a_follower_that_stores_stores_what_a_leader_with_store_false_computed() -> None:
+def test_a_follower_stores_the_vector_of_a_leader_with_store_false() -> None:
     provider = FaultyProvider(CountingProvider(), [ProviderFault("hang")])
     backend = DictBackend()
     with Cache(provider, [backend]) as cache, ThreadPoolExecutor(2) as pool:
@@ -279,7 +279,7 @@ def test_a_follower_that_stores_stores_what_a_leader_with_store_false_computed()
         assert leader.result(GENEROUS).sources == ["provider"]
         assert follower.result(GENEROUS).sources == ["provider"]
         assert cache.lookup(["text"]).sources == ["dict"]
-    each_once(provider.inner, ["text"])
+    assert_computed_once(provider.inner, ["text"])
 
 
 def test_store_false_writes_and_promotes_nothing() -> None:
@@ -294,8 +294,8 @@ def test_store_false_writes_and_promotes_nothing() -> None:
         assert len(near) == 0
 
 
-def _in_child(work: Callable[[], bool]) -> None:
-    """Fork, run ``work`` in the child, and fail if it returns False, raises, or does not end."""
+def run_in_fork(work: Callable[[], bool]) -> None:
+    """Fork, run ``work`` in the child, and fail if it returns False, raises or hangs."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -319,7 +319,7 @@ def _in_child(work: Callable[[], bool]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
-def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -> None:
+def test_a_fork_while_flights_and_queued_writes_are_in_progress(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=asynchronous), [ProviderFault("hang", calls={2})])
     far = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
     tier = Tier(far, name="far", write="background", timeout=GENEROUS)
@@ -331,7 +331,7 @@ def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -
         provider.gate.until(1)
 
         def child() -> bool:
-            # The parent's flight of "text" is not ours to wait for, and its lock may have been held.
+            # The child must not wait for the parent's flight of "text", whose lock may have been held during the fork.
             vector = cache.embed("text")
             known = cache.embed("before")
             cache.close()
@@ -341,7 +341,7 @@ def test_a_fork_in_the_middle_of_flights_and_queued_writes(asynchronous: bool) -
             )
 
         for _ in range(3):
-            _in_child(child)
+            run_in_fork(child)
         provider.release()
         far.release()
         leader.join(GENEROUS)
@@ -361,5 +361,5 @@ def test_chunks_run_concurrently_up_to_the_providers_concurrency(asynchronous: b
             matrix = pool.submit(asyncio.run, cache.aembed_batch(texts))
         provider.gate.until(3)
         provider.heal()
-        assert right(inner, texts, matrix.result(GENEROUS))
+        assert all_correct(inner, texts, matrix.result(GENEROUS))
     assert provider.most_at_once == 3

@@ -1,4 +1,4 @@
-"""A provider of one's own over a configuration's tiers, and several providers over one chain."""
+"""A custom provider over configured tiers, and several providers over one chain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lengths(texts: list[str]) -> np.ndarray:
     return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
 
-def test_open_takes_a_provider_in_the_place_of_the_configurations() -> None:
+def test_open_accepts_a_provider_instead_of_the_configured_one() -> None:
     broken = {"type": "no such plugin", "api_key": "${NOT_SET_ANYWHERE}"}
     for source in (TIERS, {**TIERS, "provider": broken}):
         with embedonce.open(source, provider=lengths, space={"model": "lengths"}) as cache:
@@ -32,13 +32,15 @@ def test_open_takes_a_provider_in_the_place_of_the_configurations() -> None:
             assert cache.fetch(["four"]).sources == ["memory"]
 
 
-def test_open_takes_a_provider_beside_an_override_of_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_accepts_a_provider_although_the_environment_overrides_the_configured_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("EMBEDONCE__PROVIDER__DIMENSIONS", "64")
     with embedonce.open({**TIERS, "provider": {"type": "ngram"}}, provider=CountingProvider()) as cache:
         assert cache.embed("text").shape == (CountingProvider().space("document").dimensions,)
 
 
-def test_open_says_that_a_function_needs_a_space() -> None:
+def test_open_refuses_a_function_without_a_space() -> None:
     with pytest.raises(SpaceError, match="space="):
         embedonce.open(TIERS, provider=lengths)
     with pytest.raises(TypeError, match="provider="):
@@ -53,21 +55,21 @@ def test_without_a_provider_nothing_is_computed() -> None:
             cache.embed("text")
 
 
-def test_providers_share_tiers_and_never_vectors_of_other_spaces() -> None:
+def test_providers_share_tiers_but_not_vectors_of_other_spaces() -> None:
     backend = DictBackend()
     one, same, other = CountingProvider(), CountingProvider(), CountingProvider(model="another")
     with Cache(one, [backend]) as cache:
         equal, different = cache.for_provider(same), cache.for_provider(other)
         first = cache.embed("text")
         assert (equal.embed("text") == first).all()
-        assert same.texts == 0, "the same space is the same entry"
+        assert same.texts == 0, "providers of the same space share entries"
         assert (different.embed("text") == other.vector_of("text")).all()
         assert (one.texts, other.texts) == (1, 1)
         assert cache.stats().tiers == different.stats().tiers
         assert list(different.stats().providers) == list(equal.stats().providers)
 
 
-def test_one_flight_for_two_caches_of_one_space() -> None:
+def test_two_caches_of_one_space_share_a_computation() -> None:
     gate, started = threading.Event(), threading.Event()
     slow, idle = CountingProvider(), CountingProvider()
     embed = slow.embed
@@ -92,7 +94,7 @@ def test_one_flight_for_two_caches_of_one_space() -> None:
         assert (slow.texts, idle.texts) == (1, 0)
 
 
-def test_closing_one_leaves_the_tiers_and_closing_the_first_ends_all() -> None:
+def test_closing_a_cache_leaves_the_tiers_open_and_closing_the_first_closes_everything() -> None:
     first, second, third = CountingProvider(), CountingProvider(model="2"), CountingProvider(model="3")
     cache = Cache(first, [DictBackend()])
     two, three = cache.for_provider(second), cache.for_provider(third)
@@ -131,8 +133,8 @@ def test_closing_the_first_closes_the_others_then_the_tiers_then_its_own_provide
     assert len(closed) == 4
 
 
-def test_a_listener_may_come_while_other_threads_make_caches() -> None:
-    """Listing a set fails when another thread adds to it meanwhile."""
+def test_a_listener_may_subscribe_while_other_threads_create_caches() -> None:
+    """Iterating over a set fails if another thread adds to it."""
     cache = Cache(CountingProvider(), [DictBackend()])
     others: list[Cache] = []
     interval = sys.getswitchinterval()
@@ -151,7 +153,7 @@ def test_a_listener_may_come_while_other_threads_make_caches() -> None:
             thread.start()
         for _ in range(2000):
             cache.subscribe(print)
-            cache._running.listeners.clear()
+            cache._chain.listeners.clear()
     finally:
         stopped.set()
         for thread in threads:
@@ -160,16 +162,16 @@ def test_a_listener_may_come_while_other_threads_make_caches() -> None:
     cache.close()
 
 
-def test_the_first_lives_for_as_long_as_another() -> None:
+def test_the_first_cache_lives_as_long_as_any_other() -> None:
     provider = CountingProvider()
     other = Cache(provider, [DictBackend()]).for_provider(CountingProvider(model="2"))
     gc.collect()
-    owner = other._running._owner
+    owner = other._chain._owner
     assert isinstance(owner, Cache)
     assert owner.provider is provider
 
 
-def test_closing_the_first_flushes_what_the_others_wrote() -> None:
+def test_closing_the_first_cache_flushes_the_writes_of_the_others() -> None:
     backend = DictBackend()
     cache = Cache(CountingProvider(), [embedonce.Tier(backend, write="background")])
     cache.for_provider(CountingProvider(model="2")).embed_batch([str(i) for i in range(50)])
@@ -177,7 +179,7 @@ def test_closing_the_first_flushes_what_the_others_wrote() -> None:
     assert cache.stats().tiers["dict"].stored == 50
 
 
-def test_a_listener_of_one_hears_all() -> None:
+def test_a_listener_gets_the_events_of_all_caches_of_the_chain() -> None:
     heard: list[object] = []
     with embedonce.open(TIERS, provider=CountingProvider()) as cache:
         other = cache.for_provider(CountingProvider(model="2"))
@@ -202,7 +204,7 @@ def test_the_async_face_of_another_provider() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_uses_both() -> None:
+def test_both_caches_work_in_a_forked_child() -> None:
     with embedonce.open(TIERS, provider=CountingProvider()) as cache:
         other = cache.for_provider(CountingProvider(model="2"))
         cache.embed("before")

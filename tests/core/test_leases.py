@@ -1,4 +1,4 @@
-"""Across processes a cold text is computed once; without the lease's tier it is computed, never waited for for ever."""
+"""Leases: a missing text is computed by one process only; if the leases' tier fails, every process computes it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from embedonce_backends.memory import MemoryBackend
 
 
 @pytest.mark.slow
-def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(tmp_path: Path) -> None:
+def test_eight_processes_compute_each_of_a_thousand_texts_once(tmp_path: Path) -> None:
     table = {"type": "disk", "path": str(tmp_path / "d"), "lease": "100s", "timeout": "60s"}
     found = children.eight_ask_for_all(table, "disk")
     assert sum(computed for computed, _ in found) == len(children.COLD)
 
 
-def two(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[Any, Any]:
-    """Two caches as of two processes: all that they share is a store."""
+def open_two_caches(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[Any, Any]:
+    """Open two caches that share nothing but a store, as two processes do."""
 
     def one() -> Any:
         provider = FaultyProvider(CountingProvider(max_batch=4))
@@ -38,76 +38,76 @@ def two(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[An
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_follower_waits_for_the_vector_of_another_process(asynchronous: bool) -> None:
-    (leader, one), (follower, two_) = two(DictBackend())
+    (leader, one), (follower, other) = open_two_caches(DictBackend())
     leader.faults.append(ProviderFault("hang", calls={1}))
-    with one, two_, ThreadPoolExecutor(2) as pool:
+    with one, other, ThreadPoolExecutor(2) as pool:
         first = pool.submit(one.embed_batch, ["a", "b"])
         leader.gate.until(1)
 
         def follow() -> Any:
             if asynchronous:
-                return asyncio.run(two_.afetch(["b", "c", "a"]))
-            return two_.fetch(["b", "c", "a"])
+                return asyncio.run(other.afetch(["b", "c", "a"]))
+            return other.fetch(["b", "c", "a"])
 
         second = pool.submit(follow)
-        until(lambda: follower.count["c"])  # it computes what is its own, and then looks for the rest again and again
+        until(lambda: follower.count["c"])  # it has computed its own text, and now polls for the others
         assert not second.done()
         leader.release()
         fetched = second.result(GENEROUS)
         assert fetched.sources == ["shared", "provider", "shared"]
         assert (fetched.rows[0] == first.result(GENEROUS)[1]).all()
-        assert two_.lookup(["a"]).sources == ["memory"]
+        assert other.lookup(["a"]).sources == ["memory"]
         assert dict(follower.count) == {"c": 1}
-        assert two_.stats().tiers["shared"].misses == 3
+        assert other.stats().tiers["shared"].misses == 3
 
 
 def test_when_the_leader_dies_a_follower_computes_once_its_lease_has_expired() -> None:
     store = DictBackend()
-    (leader, one), (follower, two_) = two(store, lease=0.5)
+    (leader, one), (follower, other) = open_two_caches(store, lease=0.5)
     leader.faults.append(ProviderFault("hang"))
-    with one, two_, ThreadPoolExecutor(2) as pool:
+    with one, other, ThreadPoolExecutor(2) as pool:
         pool.submit(one.embed, "a")
         leader.gate.until(1)
-        assert (two_.embed("a") == follower.inner.vector_of("a")).all()
+        assert (other.embed("a") == follower.inner.vector_of("a")).all()
         assert follower.count["a"] == 1
         leader.heal()
 
 
 def test_waiting_for_another_process_has_a_limit() -> None:
-    (leader, one), (follower, two_) = two(DictBackend(), max_wait=0.3)
+    (leader, one), (follower, other) = open_two_caches(DictBackend(), max_wait=0.3)
     leader.faults.append(ProviderFault("hang"))
-    with one, two_, ThreadPoolExecutor(2) as pool:
+    with one, other, ThreadPoolExecutor(2) as pool:
         pool.submit(one.embed, "a")
         leader.gate.until(1)
-        assert (two_.embed("a") == follower.inner.vector_of("a")).all()
+        assert (other.embed("a") == follower.inner.vector_of("a")).all()
         leader.heal()
 
 
-def test_an_entry_that_is_gone_while_our_own_lease_holds_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_is_removed_while_we_hold_its_lease_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = DictBackend()
-    (provider, one), _ = two(store)
+    (provider, one), _ = open_two_caches(store)
     with one:
         one.embed("a")
         one.forget(["a"])
-        monkeypatch.setattr(Leases, "pauses", lambda *_: pytest.fail("it waits for a lease of its own"))
+        monkeypatch.setattr(Leases, "pauses", lambda *_: pytest.fail("the cache waits for its own lease"))
         one.embed("a")
         assert provider.count["a"] == 2
 
 
 def test_forget_and_purge_remove_leases_too() -> None:
     store = DictBackend()
-    (_, one), (other, two_) = two(store)
-    with one, two_:
+    (_, one), (provider, other) = open_two_caches(store)
+    with one, other:
         one.embed_batch(["a", "b"])
         one.forget(["a"])
-        two_.embed("a")  # it would wait for the lease otherwise
-        assert other.count["a"] == 1
+        other.embed("a")  # if the lease were still there, this would wait for it
+        assert provider.count["a"] == 1
         one.purge(version="v1")
         assert not list(store.scan(""))
 
 
 @pytest.mark.parametrize("fault", [Fault("refuse"), Fault("raise", on="add"), Fault("hang", on="add")])
-def test_without_the_lease_tier_every_process_computes(fault: Fault) -> None:
+def test_every_process_computes_if_the_lease_tier_fails(fault: Fault) -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [fault])
     with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS, timeout=0.2)]) as cache:
@@ -115,7 +115,7 @@ def test_without_the_lease_tier_every_process_computes(fault: Fault) -> None:
         faulty.heal()
 
 
-def test_a_tier_that_failed_in_a_call_is_not_asked_for_a_lease_in_it() -> None:
+def test_a_tier_that_failed_in_a_call_is_not_asked_for_leases_in_that_call() -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="get")])
     with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS)]) as cache:
@@ -125,16 +125,16 @@ def test_a_tier_that_failed_in_a_call_is_not_asked_for_a_lease_in_it() -> None:
         assert not list(faulty.inner.scan(""))
 
 
-def test_crosswise_batches_of_two_processes() -> None:
+def test_batches_with_the_same_texts_in_opposite_order_in_two_processes_do_not_deadlock() -> None:
     for round_ in range(10):
-        (_, one), (_, two_) = two(DictBackend())
-        with one, two_, ThreadPoolExecutor(2) as pool:
+        (_, one), (_, other) = open_two_caches(DictBackend())
+        with one, other, ThreadPoolExecutor(2) as pool:
             a, b = [f"a{round_}", f"b{round_}"], [f"b{round_}", f"a{round_}"]
-            futures = [pool.submit(one.embed_batch, a), pool.submit(two_.embed_batch, b)]
+            futures = [pool.submit(one.embed_batch, a), pool.submit(other.embed_batch, b)]
             assert (futures[0].result(GENEROUS) == futures[1].result(GENEROUS)[::-1]).all()
 
 
-def test_the_key_of_a_lease_is_a_key() -> None:
+def test_a_leases_key_has_the_form_of_a_key() -> None:
     key = "eo1." + "0" * 16 + "." + "f" * 64
     assert lease_key(key) == "eo1.lease." + "0" * 16 + "." + "f" * 64
     assert len(lease_key(key)) < 120

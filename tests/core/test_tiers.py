@@ -141,7 +141,7 @@ def test_exactly_one_probe_runs_and_not_on_the_callers_path(monkeypatch: pytest.
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
         for i in range(3):
             cache.embed(f"{i}")
-        assert cache._running.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].reading.breaker.open
         before = faulty.called("get")
         cache.embed("its probe hangs")
         faulty.gate.until(1)
@@ -248,8 +248,8 @@ def test_failing_writes_do_not_stop_reads() -> None:
         for i in range(5):
             cache.embed(f"new {i}")
         assert cache.lookup(TEXTS).sources == ["far"] * len(TEXTS)
-        assert cache._running.tiers[0].writing.breaker.open
-        assert not cache._running.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].writing.breaker.open
+        assert not cache._chain.tiers[0].reading.breaker.open
 
 
 @faces
@@ -259,9 +259,9 @@ def test_a_tier_whose_reads_are_left_out_is_not_written_to(ask: Ask) -> None:
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="inline", timeout=0.2)]) as cache:
         for i in range(20):
             ask(cache, [f"{i}"])
-        assert cache._running.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].reading.breaker.open
         assert faulty.called("set") == 0
-        assert not cache._running.tiers[0].writing.breaker.open
+        assert not cache._chain.tiers[0].writing.breaker.open
         faulty.heal()
 
 
@@ -510,7 +510,7 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
 
         def dropped() -> int:
             cache.embed(f"{next(texts)}")
-            assert cache._running.table.queued("far") <= 10
+            assert cache._chain.in_flight.count_queued("far") <= 10
             stats = cache.stats().tiers["far"]
             return stats.dropped + stats.errors
 

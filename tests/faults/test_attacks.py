@@ -198,7 +198,7 @@ def test_many_loops_in_many_threads(kind: str, servers: dict[str, Any]) -> None:
                     for text, row in zip(texts, fetched.rows, strict=True):
                         assert row is not None
                         assert row.tobytes() == provider.vector_of(text).tobytes()
-            await cache._running.tiers[0].close_twin(cache._running.ports.of_running_loop())
+            await cache._chain.tiers[0].close_twin(cache._chain.ports.get_loop_port())
 
         in_threads(8, lambda number: asyncio.run(ask(number)), "a loop in each of eight threads")
         assert cache.flush(PATIENT)

@@ -499,7 +499,7 @@ def test_equal_configurations_share_one_cache() -> None:
 def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
     cached = CachedEmbeddings(Letters(), config=on_disk(tmp_path))
     documents, query = face.documents(cached, MIXED), face.query(cached, "a")
-    cache = weakref.ref(cached.cache._running)
+    cache = weakref.ref(cached.cache._chain)
     del cached
     until_gone(cache)
     inner = Letters()
@@ -534,7 +534,7 @@ def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: F
         assert list(inner._count) == computed
         assert same(face.documents(embeddings, unique[::-1]), plain[::-1])
         assert list(inner._count) == computed
-        cache = weakref.ref(store.cache._running)
+        cache = weakref.ref(store.cache._chain)
         del embeddings, store
         until_gone(cache)
     _, store = backed(Letters())

@@ -454,7 +454,7 @@ def test_equal_configurations_share_one_cache() -> None:
 def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
     cached = CachedEmbedding(Letters(), config=on_disk(tmp_path))
     texts, query = face.texts(cached, MIXED), face.query(cached, "a")
-    cache = weakref.ref(cached.cache._running)
+    cache = weakref.ref(cached.cache._chain)
     del cached
     until_gone(cache)
     inner = Letters()

@@ -12,7 +12,7 @@ from embedonce.errors import PartialAnswer, TierBusy, TierError, TierTimeout
 
 from .breaker import Breaker
 from .chain import Tier
-from .ports import Port, Ports, call_by_deadline
+from .ports import Port, Ports, call_with_deadline
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class BackendCalls:
 
     def call_now(self, call: Callable[[], Any]) -> Any:
         """Make a call in this thread, with the tier's timeout as its deadline."""
-        return call_by_deadline(call, self.timeout)
+        return call_with_deadline(call, self.timeout)
 
     async def get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
         """Read some keys: on an event loop through the backend's async twin, if it has one."""
@@ -98,7 +98,7 @@ class BackendCalls:
                 answer: Mapping[str, Any] = await twin.get_many(keys)
                 return answer
 
-        return await port.drive(get, self.timeout)
+        return await port.run_coroutine(get, self.timeout)
 
     def chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
         """Cut keys into what one call takes."""

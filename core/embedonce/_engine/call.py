@@ -1,4 +1,4 @@
-"""One call while it is under way: how it waits, its place in the order of calls, and what it has gathered."""
+"""One call in flight: how it waits, its place in the order of calls, and the answer collected so far."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .routes import Route
 PROVIDER = "provider"
 
 PREVIEW = 200
-"""Characters of a text that a tier with ``text_preview`` keeps."""
+"""Number of a text's first characters that a tier with ``text_preview`` keeps."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What a call has gathered so far, by key."""
+    """The results of a call so far, by key."""
 
     route: Route
     keys: list[str]
@@ -40,12 +40,12 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, str] = field(default_factory=dict)
     failing: set[str] = field(default_factory=set)
-    """Tiers that are not written to in this call, because they failed in it or are left out."""
+    """Names of tiers that failed or were skipped in this call; nothing is written to them in this call."""
     unknown: dict[str, set[str]] = field(default_factory=dict)
-    """By tier the keys that a part of it failed for, which are not written to it."""
-    refusal: TierError | None = None
-    """A tier with ``on_error = "raise"`` that could not be written to."""
-    _text_of: dict[str, str] | None = None
+    """Per tier, the keys whose node or shard failed in this call; they are not written to that tier."""
+    store_error: TierError | None = None
+    """The error of a tier with ``on_error = "raise"`` that could not be written to."""
+    _texts_by_key: dict[str, str] | None = None
 
     @property
     def dimensions(self) -> int | None:
@@ -54,16 +54,17 @@ class Answer:
         return self.route.dimensions
 
     def preview(self, key: str) -> str:
-        """Return the beginning of the text of a key, as it was asked for."""
-        return self.text_of()[key][:PREVIEW]
+        """Return the beginning of a key's text, as the caller passed it."""
+        return self.texts_by_key()[key][:PREVIEW]
 
-    def text_of(self) -> dict[str, str]:
-        """Return the text of each key, the first one where normalisation makes several the same."""
-        if self._text_of is None:
-            self._text_of = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
-        return self._text_of
+    def texts_by_key(self) -> dict[str, str]:
+        """Return the text of each key. If several texts have the same key, it is the first of them."""
+        if self._texts_by_key is None:
+            self._texts_by_key = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
+        return self._texts_by_key
 
-    def missing(self) -> list[str]:
+    def find_missing(self) -> list[str]:
+        """Return the keys that have neither an entry nor an error yet, each once."""
         failed = self.failed
         missing = self.entries.lacking(dict.fromkeys(self.keys))
         return [key for key in missing if key not in failed] if failed else missing
@@ -72,7 +73,7 @@ class Answer:
         """Return every row in order.
 
         Raises:
-            Exception: what the first text that failed, failed with.
+            Exception: the error of the first text that failed.
         """
         self._check()
         entries = self.entries.as_dict()
@@ -88,7 +89,7 @@ class Answer:
             for key in self.entries.lacking(self.keys):
                 raise self.failed[key]
 
-    def fetched(self) -> Fetched:
+    def to_fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)
         for name, keys in self.found:
             sources.update(dict.fromkeys(keys, name))
@@ -98,7 +99,7 @@ class Answer:
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
             failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
-            # Copies: what is returned must not be a way to change what is cached.
+            # Copies, so that a caller who changes the metadata does not change the cached entry.
             metadata=[
                 None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
             ],
@@ -110,7 +111,7 @@ class Answer:
 
 
 class Call(NamedTuple):
-    """What every step of the plan needs of the call that it is a part of."""
+    """The arguments that every step of the plan needs."""
 
     port: Port
     ticket: Ticket

@@ -1,4 +1,4 @@
-"""What is checked of everything that comes in from a provider or an entry backend."""
+"""Validation of the vectors that come from a provider and of the entries that come from a backend."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, freeze, rou
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
 
-def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
+def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
     """Return an answer as a float32 matrix of shape (texts, d), or refuse all of it.
 
-    ``who`` begins the message: "provider 'x' returned", "put was given".
+    ``who`` is the beginning of an error message: "provider 'x' returned", "put was given".
 
     Raises:
-        ProviderError: fewer or more vectors than texts, another dimension, an empty vector, NaN,
-            infinity (also beyond float32's range), a vector that is all zero, or no numbers at all.
+        ProviderError: not one vector per text, an unexpected dimension, an empty vector, NaN, infinity
+            (including values beyond float32's range), a vector of zeros, or values that are not numbers.
     """
     vectors = answer.vectors if isinstance(answer, Embedded) else answer
     if not isinstance(vectors, np.ndarray) and hasattr(vectors, "__next__"):
@@ -30,7 +30,7 @@ def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str)
     try:
         count = len(vectors)
     except TypeError:
-        raise ProviderError(f"{who} {type(vectors).__name__}; one vector per text is expected") from None
+        raise ProviderError(f"{who} {type(vectors).__name__}; expected one vector per text") from None
     if count != texts:
         raise ProviderError(f"{who} {count} vectors for {texts} texts; none was stored")
     try:
@@ -41,51 +41,51 @@ def checked_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str)
             matrix = np.ascontiguousarray(raw, dtype=np.float32)
     except (ValueError, TypeError, RuntimeError):
         raise ProviderError(
-            f"{who} vectors of different lengths, or something that is not numbers; none was stored"
+            f"{who} vectors of different lengths, or values that are not numbers; none was stored"
         ) from None
     if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ProviderError(f"{who} an array of shape {matrix.shape}, not ({texts}, d); none was stored")
+        raise ProviderError(f"{who} an array of shape {matrix.shape}; expected ({texts}, d); none was stored")
     if dimensions is not None and matrix.shape[1] != dimensions:
         raise ProviderError(
-            f"{who} vectors of {matrix.shape[1]} dimensions where {dimensions} are expected "
-            "(its vector space says so, or earlier vectors of the same space have them); none was stored. "
-            "If the model changed, its vector space must change too: set its revision, or raise [key] version"
+            f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions}, "
+            "as in its vector space or in earlier vectors of that space; none was stored. "
+            "If the model has changed, its vector space must change too: set its revision, or change [key] version"
         )
     if not np.isfinite(matrix).all():
         raise ProviderError(f"{who} NaN or infinity; none of the vectors was stored")
     if not matrix.any(axis=1).all():
-        raise ProviderError(f"{who} a vector that is all zero; none was stored")
+        raise ProviderError(f"{who} a vector of zeros; none was stored")
     return matrix
 
 
-def rounded(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
+def round_matrix(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
     """Round a checked matrix to the cache's dtype.
 
     Raises:
-        ProviderError: a vector does not fit into it.
+        ProviderError: a vector cannot be rounded to it.
     """
     try:
         return round_vectors(matrix, dtype)
     except ValueError as error:
-        raise ProviderError(f"{who} a vector that cannot be held as {dtype}: {error}") from error
+        raise ProviderError(f"{who} a vector that cannot be rounded to {dtype}: {error}") from error
 
 
-def conform(
+def check_entries(
     values: Mapping[str, Any], *, now: float, dtype: Dtype, dimensions: int | None, trusted: bool = False
 ) -> Decoded:
-    """Do for an entry backend's answer what ``decode_frames`` does for frames.
+    """Check the answer of an entry backend, as ``decode_frames`` does for frames.
 
-    ``trusted``: the backend is in this process and holds the very objects that this cache gave it.
+    ``trusted``: the backend is in this process and returns the same objects that this cache gave it.
     """
     decoded = Decoded()
     if isinstance(values, Entries):
-        values = _without_sound_blocks(values, now, dtype, dimensions, decoded.entries)
-    if trusted and not _any_odd(values, now, dtype, dimensions):
+        values = _take_valid_blocks(values, now, dtype, dimensions, decoded.entries)
+    if trusted and not _has_unexpected(values, now, dtype, dimensions):
         decoded.entries.add(values)
         return decoded
-    finite = _all_finite(values.values())
+    finite = _are_all_finite(values.values())
     for key, entry in values.items():
-        if not _sound(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
+        if not _is_valid_entry(entry, dimensions) or not (finite or np.isfinite(entry.vector).all()):
             decoded.corrupt.append(key)
         elif entry.expires is not None and entry.expires <= now:
             decoded.missed.append(key)
@@ -94,24 +94,24 @@ def conform(
         elif _FINENESS[entry.dtype] < _FINENESS[dtype]:
             decoded.missed.append(key)
         else:
-            _coarsen(key, entry, dtype, decoded)
+            _add_rounded(key, entry, dtype, decoded)
     return decoded
 
 
-def _without_sound_blocks(
+def _take_valid_blocks(
     values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
 ) -> dict[str, Entry]:
-    """Take the blocks that are sound to the last row; return the other entries, to be looked at one by one."""
+    """Add the blocks whose rows are all valid to ``entries``. Return the other entries, to be checked one by one."""
     rest = values.loose()
     for block in values.blocks:
-        if block.dtype == dtype and _is_sound(block, now, dimensions):
+        if block.dtype == dtype and _is_valid_block(block, now, dimensions):
             entries.add_block(block)
         else:
             rest |= block.entries()
     return rest
 
 
-def _is_sound(block: Block, now: float, dimensions: int | None) -> bool:
+def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
     rows = block.values
     return (
         rows.dtype == np.float32
@@ -121,8 +121,8 @@ def _is_sound(block: Block, now: float, dimensions: int | None) -> bool:
     )
 
 
-def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
-    """Look for anything but what this cache would have stored itself; a batch that is all sound needs no more."""
+def _has_unexpected(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
+    """Return whether any entry differs in form from what this cache stores. If none does, no other check is needed."""
     for entry in values.values():
         if type(entry) is not Entry:
             return True
@@ -132,7 +132,7 @@ def _any_odd(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: in
     return False
 
 
-def _sound(entry: Any, dimensions: int | None) -> bool:
+def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
     if type(entry) is not Entry or entry.dtype not in _FINENESS:
         return False
     vector = entry.vector
@@ -145,8 +145,8 @@ def _sound(entry: Any, dimensions: int | None) -> bool:
     )
 
 
-def _all_finite(entries: Iterable[Any]) -> bool:
-    """Look at all vectors in one go, as they nearly always are; one by one costs ten times as much."""
+def _are_all_finite(entries: Iterable[Any]) -> bool:
+    """Check all vectors together, because nearly always all are finite; one by one costs ten times as much."""
     try:
         joined = b"".join([entry.vector for entry in entries])
     except (AttributeError, TypeError, ValueError, BufferError):
@@ -154,7 +154,7 @@ def _all_finite(entries: Iterable[Any]) -> bool:
     return len(joined) % 4 == 0 and bool(np.isfinite(np.frombuffer(joined, np.float32)).all())
 
 
-def _coarsen(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
+def _add_rounded(key: str, entry: Entry, dtype: Dtype, decoded: Decoded) -> None:
     try:
         vector = freeze(round_vectors(entry.vector[None, :], dtype)[0])
     except ValueError:

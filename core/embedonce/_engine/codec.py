@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from embedonce.contracts import Capabilities
 from embedonce.vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames
 
-from .checks import conform
+from .checks import check_entries
 
 if TYPE_CHECKING:
     from embedonce.encryption import Encryption
@@ -45,11 +45,11 @@ class Codec:
         """Check what the backend gave, frames or entries, and decrypt it where the tier is encrypted."""
         now = self._clock() if now is None else now
         if self._holds == "entries":
-            return conform(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._trusted)
+            return check_entries(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._trusted)
         if self._holds == "frames" or not (entries := _entries_among(values)):
             return self._decode_frames(values, now, dtype, dimensions)
         if self._encryption is None:
-            decoded = conform(entries, now=now, dtype=dtype, dimensions=dimensions)
+            decoded = check_entries(entries, now=now, dtype=dtype, dimensions=dimensions)
         else:  # stored before the tier was encrypted
             decoded = Decoded(missed=list(entries))
         if len(entries) < len(values):

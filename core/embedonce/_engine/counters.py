@@ -1,4 +1,4 @@
-"""What a tier did, counted from many threads."""
+"""Counters of a tier's reads and writes, updated from many threads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from embedonce.events import TierStats
 
 
 class Tally:
-    """A count that many threads raise without a lock: ``add`` is one call into C."""
+    """A count that many threads increment without a lock: ``add`` is one call into C."""
 
     def __init__(self) -> None:
         self.add: Callable[[], int] = itertools.count().__next__
         self._reads = 0
-        self.renew()
+        self.renew_locks()
 
-    def renew(self) -> None:
+    def renew_locks(self) -> None:
         self._lock = threading.RLock()
 
     def value(self) -> int:
@@ -28,20 +28,21 @@ class Tally:
 
 
 class Counters:
-    """What a tier did, in texts."""
+    """Counters of one tier, in texts."""
 
     def __init__(self) -> None:
-        self.single = Tally()
-        self.renew()
+        self.single_hits = Tally()
+        """Hits of single texts on the fast path, which takes no lock."""
+        self.renew_locks()
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._seconds = 0.0
 
-    def renew(self) -> None:
-        """Take new locks, as in a forked child. They are re-entrant: a signal handler may use the cache."""
+    def renew_locks(self) -> None:
+        """Replace the locks, also in a forked child. They are re-entrant: a signal handler may use the cache."""
         self._lock = threading.RLock()
-        self.single.renew()
+        self.single_hits.renew_locks()
 
     def count(self, *, seconds: float = 0.0, cause: str | None = None, **counts: int) -> None:
         with self._lock:
@@ -57,7 +58,7 @@ class Counters:
     def stats(self) -> TierStats:
         with self._lock:
             counts = Counter(self._counts)
-            counts["hits"] += self.single.value()
+            counts["hits"] += self.single_hits.value()
             names = ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped")
             return TierStats(
                 **{name: counts[name] for name in names},

@@ -1,9 +1,9 @@
-"""An engine that looks for drift before it computes: at the first miss, and then now and again.
+"""An engine that checks for drift before it computes: at the first miss, and then at intervals.
 
-The canaries are ordinary entries of their scope, so that ``purge``, encryption, rounding and TTL hold for them as
-well. When they were last found unchanged is the date of their entries: a look that finds no drift stores the *old*
-vectors again, with a new date. So a process that starts knows when the last look was, a slow drift does not creep, and
-the TTL begins anew.
+The canaries are ordinary entries of their scope, so ``purge``, encryption, rounding and TTL apply to them too. The
+date of their entries is the date of the last check without drift: such a check stores the *old* vectors again, with a
+new date. A process that starts therefore knows when the last check was, a slow drift is measured against the
+first vectors and not the last ones, and the TTL starts again.
 """
 
 from __future__ import annotations
@@ -19,147 +19,152 @@ from embedonce.errors import DriftError
 from embedonce.vectors import Entry
 
 from .call import Answer, Call
-from .plan import Engine, own_error
+from .plan import Engine, copy_error
 from .ports import Port
 from .routes import Route
 
 log = logging.getLogger("embedonce")
 
-SOON = 60.0
-"""Seconds until the next look after one that found drift that is refused, or that the provider's failure prevented."""
+RETRY_SECONDS = 60.0
+"""Seconds until the next check, after a check that could not be made, or that made ``action = "refuse"`` refuse."""
 
-MARK = "embedonce_drifted"
-"""In the metadata of canaries: their space was left for the next generation."""
+DRIFTED_MARK = "embedonce_drifted"
+"""Metadata of canaries whose space has drifted, so that the next generation of it is used instead."""
 
-NOW = ".now"
-"""Ends the keys of the canaries' new vectors in the table of flights: they are not for the tiers."""
+FRESH_SUFFIX = ".now"
+"""Suffix of the keys under which new canary vectors are in flight. They are never stored under these keys."""
 
 
 @dataclass(slots=True)
-class _State:
-    """What is known of one vector space."""
+class _SpaceState:
+    """The state of the checks of one vector space."""
 
-    due: float = -np.inf
-    """Unix time of the next look."""
+    next_check: float = -np.inf
+    """Unix time of the next check."""
     error: DriftError | None = None
     generation: int = 0
-    """The space in which texts are embedded now."""
-    known: bool = False
-    """Whether the tiers were asked for the generation."""
+    """Generation of the space in which texts are embedded now."""
+    is_generation_known: bool = False
+    """Whether all tiers have been searched for the generation that other processes use."""
 
 
-class Moved(DriftError):
-    """Nothing is computed in this space any more: ask again in the current one."""
+class SpaceLeft(DriftError):
+    """The space of a request is no longer in use, because the provider has drifted. Retry in the current space."""
 
 
-class Guarded(Engine):
-    """Computes nothing before it has looked whether the provider still makes the same vectors."""
+class DriftCheckingEngine(Engine):
+    """Checks whether the provider still returns the same vectors, before it computes in a space."""
 
     def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
         super().__init__(*args, **options)
         self._guard = guard
-        self.moves = guard.action == "new-space"
-        self._states: dict[bytes, _State] = {}
+        self.can_change_space = guard.action == "new-space"
+        self._states: dict[bytes, _SpaceState] = {}
 
-    async def refusal(self, port: Port, route: Route) -> Exception | None:
+    async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._state(route)
-        # A clock that was set back must not put the next look off.
-        waits = state.due - max(self._guard.every, SOON) <= self._clock() < state.due
-        if route.generation == state.generation and not waits:
-            await self._look_for_drift(port, route, state)
+        # The lower bound keeps a clock that was set back from postponing the next check.
+        is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
+        if route.generation == state.generation and not is_early:
+            await self._check_for_drift(port, route, state)
         if route.generation != state.generation:
-            return Moved("the provider has drifted, and this space was left")
-        return None if state.error is None else own_error(state.error)
+            return SpaceLeft("the provider has drifted; texts are now embedded in a new vector space")
+        return None if state.error is None else copy_error(state.error)
 
-    async def current(self, port: Port, route: Route) -> Route:
-        if not self.moves:
+    async def find_current_route(self, port: Port, route: Route) -> Route:
+        if not self.can_change_space:
             return route
         state = self._state(route)
-        if not state.known:
-            state.known = await self._find_generation(port, route.at(state.generation), state)
-        return route if route.generation == state.generation else route.at(state.generation)
+        if not state.is_generation_known:
+            state.is_generation_known = await self._find_generation(
+                port, route.with_generation(state.generation), state
+            )
+        return route if route.generation == state.generation else route.with_generation(state.generation)
 
-    def _state(self, route: Route) -> _State:
-        return self._states.setdefault(route.origin, _State())
+    def _state(self, route: Route) -> _SpaceState:
+        return self._states.setdefault(route.origin, _SpaceState())
 
-    async def _find_generation(self, port: Port, route: Route, state: _State) -> bool:
-        """Follow the marks that were left in spaces that have drifted. Return whether every tier answered."""
+    async def _find_generation(self, port: Port, route: Route, state: _SpaceState) -> bool:
+        """Find the first generation whose canaries are not marked as drifted. Return whether every tier answered."""
         while True:
-            stored = self._canaries(route)
-            with self.table.call() as ticket:
-                await self._look(Call(port, ticket, stored), stored.keys)
-            if not _is_left(stored):
+            stored = self._new_canary_answer(route)
+            with self.in_flight.new_ticket() as ticket:
+                await self._read_tiers(Call(port, ticket, stored), stored.keys)
+            if not _is_marked(stored):
                 state.generation = max(state.generation, route.generation)
                 return not stored.errors
-            route = route.at(route.generation + 1)
+            route = route.with_generation(route.generation + 1)
 
-    def _canaries(self, route: Route) -> Answer:
+    def _new_canary_answer(self, route: Route) -> Answer:
         texts = list(dict.fromkeys(map(route.keyer.normalize, self._guard.texts)))
         return Answer(route, [route.keyer.key(text) for text in texts], texts, store=True)
 
-    async def _look_for_drift(self, port: Port, route: Route, state: _State) -> None:
-        stored = self._canaries(route)
-        made = Answer(route, [key + NOW for key in stored.keys], stored.texts, store=False)
-        every, due = self._guard.every, state.due
-        with self.table.call() as ticket:
-            looking = Call(port, ticket, stored)
-            missing = await self._look(looking, stored.keys)
-            if self.moves and _is_left(stored):  # another process was first
-                state.due, state.generation = -np.inf, route.generation + 1
+    async def _check_for_drift(self, port: Port, route: Route, state: _SpaceState) -> None:
+        stored = self._new_canary_answer(route)
+        fresh = Answer(route, [key + FRESH_SUFFIX for key in stored.keys], stored.texts, store=False)
+        every, due = self._guard.every, state.next_check
+        with self.in_flight.new_ticket() as ticket:
+            call = Call(port, ticket, stored)
+            missing = await self._read_tiers(call, stored.keys)
+            if self.can_change_space and _is_marked(stored):  # another process found the drift
+                state.next_check, state.generation = -np.inf, route.generation + 1
                 return
             now = self._clock()
             last = min((entry.created for entry in stored.entries.values()), default=-np.inf)
             if not missing and now - every < last <= now:
-                state.due, state.error = last + every, None
+                state.next_check, state.error = last + every, None
                 return
             if missing and stored.errors:
-                state.due = now + SOON  # what a tier that is away holds is not replaced by what is made now
+                # A tier that failed may hold the old canaries; new ones must not replace them.
+                state.next_check = now + RETRY_SECONDS
                 return
-            # Calls that look at the same time share one computation.
-            await self._claim(Call(port, ticket, made), made.keys, leases=None, last=True)
-            if not made.entries:
-                state.due = now + SOON  # the texts that are asked for will say what is wrong with the provider
+            # Calls that check at the same time share one computation.
+            await self._compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+            if not fresh.entries:
+                # The provider failed. The computation of the requested texts will report why.
+                state.next_check = now + RETRY_SECONDS
                 return
-            if state.due != due or state.generation != route.generation:
-                return  # a call that looked at the same time has said what was found
-            new = {key.removesuffix(NOW): entry for key, entry in made.entries.items()}
+            if state.next_check != due or state.generation != route.generation:
+                return  # another call checked at the same time and has handled the result
+            new = {key.removesuffix(FRESH_SUFFIX): entry for key, entry in fresh.entries.items()}
             cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
             worst = min(cosines, default=1.0)
             if 1.0 - worst <= self._guard.tolerance:
-                state.due, state.error = now + every, None
+                state.next_check, state.error = now + every, None
                 kept = {**new, **stored.entries}
                 dated = {key: entry._replace(created=now, expires=None) for key, entry in kept.items()}
-                await self.store(looking, dated)
+                await self.store(call, dated)
                 return
-            self._found(route, state, worst, now)
-            if self.moves:
+            self._handle_drift(route, state, worst, now)
+            if self.can_change_space:
                 marked = {
-                    key: entry._replace(expires=None, metadata={MARK: True}) for key, entry in stored.entries.items()
+                    key: entry._replace(expires=None, metadata={DRIFTED_MARK: True})
+                    for key, entry in stored.entries.items()
                 }
-                await self.store(looking, marked)
+                await self.store(call, marked)
 
-    def _found(self, route: Route, state: _State, worst: float, now: float) -> None:
+    def _handle_drift(self, route: Route, state: _SpaceState, worst: float, now: float) -> None:
         error = DriftError(
-            f"provider {route.source.name!r}, model {route.space.model!r}, makes other vectors than those that are "
-            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Raise [key] version to leave the old "
-            "vectors behind, or go back to the model that made them"
+            f"provider {route.source.name!r}, model {route.space.model!r}, no longer returns the vectors that are "
+            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Change [key] version to compute "
+            "everything again, or go back to the previous model"
         )
         log.warning("%s", error)
         if self._guard.action == "refuse":
-            state.due, state.error = now + SOON, error
+            state.next_check, state.error = now + RETRY_SECONDS, error
         elif self._guard.action == "warn":
-            state.due = now + self._guard.every
+            state.next_check = now + self._guard.every
         else:
-            state.due, state.generation = -np.inf, route.generation + 1
-            log.warning("a new vector space is opened: drift %d", state.generation)
+            state.next_check, state.generation = -np.inf, route.generation + 1
+            log.warning("opening a new vector space (drift %d); texts are computed again in it", state.generation)
 
 
-def _is_left(canaries: Answer) -> bool:
-    return any((entry.metadata or {}).get(MARK) for entry in canaries.entries.values())
+def _is_marked(canaries: Answer) -> bool:
+    return any((entry.metadata or {}).get(DRIFTED_MARK) for entry in canaries.entries.values())
 
 
 def _cosine(one: Entry, other: Entry) -> float:
     first, second = (np.asarray(entry.vector, np.float64) for entry in (one, other))
     if first.shape != second.shape:
-        return 0.0  # nothing in common
+        return 0.0  # another dimension: treat the vectors as unrelated
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

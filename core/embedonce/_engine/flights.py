@@ -1,14 +1,14 @@
-"""One table of what is under way: computations, writes not yet done, and erasures.
+"""The computations, writes and erasures that are in flight in one chain.
 
-A *flight* is one computation of one key, however many calls wait for it. A landed flight stays
-readable until every background write of it is done or dropped, and as long as a call is still
-between its first look into a tier and its claim; without either, a text would be computed twice.
+A *flight* is one computation of one key, however many calls wait for it. It *lands* when its entry is
+computed. A landed flight stays readable until its background writes are done or dropped, and until no call
+is between its first read of a tier and its claim. Otherwise such a call would compute the text again.
 
-Every call has a *ticket* with a number that rises. An erasure (``forget``, ``purge``) forbids the calls
-that hold an older ticket to store what it erased, be it a computation, a promotion or a queued write.
-What may outlive a call (a flight, a queued write) keeps the number alone, so that a ticket ends with its call.
+Every call has a *ticket*, whose number is higher than those of earlier calls. An erasure (``forget``, ``purge``)
+forbids calls with older tickets to store the erased keys, whether they were computed, promoted or queued.
+A flight or a queued write may outlive its call, so it keeps the ticket's number and not the ticket.
 
-One lock guards dictionaries and queues only; nothing is awaited, called or written under it.
+One lock guards dictionaries and queues only. Nothing is awaited, called or written while it is held.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from embedonce.vectors import Entry
 if TYPE_CHECKING:
     import asyncio
 
-leading: ContextVar[frozenset[int]] = ContextVar("embedonce_leading", default=frozenset())
-"""Numbers of the calls whose provider is running in this context: waiting for them would be waiting for oneself."""
+calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
+"""Ticket numbers of the calls whose provider is running in this context. Waiting for one of them would deadlock."""
 
 
 class Abandoned(Exception):
-    """A flight's leader was cancelled or its event loop ended; a follower computes instead."""
+    """The call that computed a flight was cancelled, or its event loop ended. A follower computes the key instead."""
 
 
 class Flight:
     """One computation of one key."""
 
-    __slots__ = ("_future", "entry", "error", "guarded", "loop", "number", "pending", "stored", "thread")
+    __slots__ = ("_future", "entry", "error", "is_computing", "loop", "number", "pending_writes", "stored", "thread")
 
     def __init__(self, number: int, loop: asyncio.AbstractEventLoop | None) -> None:
         self.number = number
@@ -47,13 +47,14 @@ class Flight:
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
         self.error: BaseException | None = None
-        self.pending = 0
+        self.pending_writes = 0
         self.stored = False
-        self.guarded = False  # its computation has begun, and sees that it lands, fails or is abandoned
+        self.is_computing = False
+        """Whether its computation has begun. From then on the computation itself lands, fails or abandons it."""
         self._future: Future[None] | None = None
 
-    def landed(self) -> Future[None]:
-        """Return what followers wait on; made for the first of them only. Call it under the table's lock."""
+    def get_future(self) -> Future[None]:
+        """Return the future that followers wait for. The first call creates it and must hold the lock."""
         if self._future is None:
             self._future = Future()
         return self._future
@@ -62,45 +63,48 @@ class Flight:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
-    def waits_for_us(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Say whether waiting here would be waiting for oneself.
+    def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Return whether waiting for this flight here would block the computation that is waited for.
 
-        So it is inside the provider call of the flight's own leader, and in a blocking call on the
-        thread that is, or whose event loop runs, the leader.
+        That is so inside the provider call of the flight's own leader, and in a blocking call on the
+        leader's thread or on the thread of its event loop.
         """
-        if self.number in leading.get():
+        if self.number in calls_in_provider.get():
             return True
         return loop is None and self.thread is threading.current_thread()
 
 
 @dataclass(slots=True)
-class Claimed:
-    """What :meth:`Table.claim` found for each key of a call."""
+class Claims:
+    """The flights that :meth:`InFlight.claim` found or started for the keys of a call."""
 
     landed: dict[str, Flight] = field(default_factory=dict)
+    """Flights that have an entry already."""
     led: dict[str, Flight] = field(default_factory=dict)
+    """New flights, which this call computes."""
     followed: dict[str, Flight] = field(default_factory=dict)
+    """Flights that another call is computing."""
 
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """Entries on their way into one tier."""
+    """Entries that are being written, or wait to be written, to one tier."""
 
     tier: str
     number: int
-    """The number of the ticket of the call that stores them."""
+    """The ticket number of the call that stores them."""
     entries: dict[str, Entry]
     flights: dict[str, Flight] = field(default_factory=dict)
 
 
 class Erasure:
-    """What ``forget`` or ``purge`` removes: keys, and every key with one of some prefixes."""
+    """The keys that ``forget`` or ``purge`` removes: single keys, or all keys with one of the prefixes."""
 
     def __init__(self, keys: Iterable[str] = (), prefixes: Sequence[str] = ()) -> None:
         self.keys = frozenset(keys)
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.until: int | None = None
-        """Calls up to this number may not store; None while the erasure is under way: no call may."""
+        """Calls with tickets up to this number may not store the keys. None, while the erasure runs: no call may."""
 
     def covers(self, key: str) -> bool:
         return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
@@ -110,31 +114,31 @@ class Erasure:
 
 
 class Ticket:
-    """One call's place in the order of calls. It may be held by more than one, and ends with the last of them.
+    """One call's place in the order of calls. Several holders may share it; the call ends when the last releases it.
 
-    Ctrl-C can strike between any two lines, also in a context manager's own; whatever is left of a ticket then ends it.
+    Ctrl-C can interrupt between any two lines, even inside a context manager. ``__del__`` then ends the call.
     """
 
-    __slots__ = ("_holders", "_table", "number")
+    __slots__ = ("_holders", "_in_flight", "number")
 
-    def __init__(self, table: Table, number: int) -> None:
+    def __init__(self, in_flight: InFlight, number: int) -> None:
         self.number = number
-        self._table = table
+        self._in_flight = in_flight
         self._holders = 1
 
     def hold(self) -> None:
-        """Keep it for a computation that may outlive the call."""
+        """Add a holder: a computation that may outlive the call."""
         self._holders += 1
 
     def release(self) -> None:
         self._holders -= 1
         if self._holders == 0:
-            self._table.ended(self.number)
+            self._in_flight.end_call(self.number)
 
     def end(self) -> None:
-        """Release it for all that hold it."""
+        """Release it for all holders."""
         self._holders = 0
-        self._table.ended(self.number)
+        self._in_flight.end_call(self.number)
 
     def __enter__(self) -> Ticket:
         return self
@@ -145,10 +149,10 @@ class Ticket:
     def __del__(self) -> None:
         if self._holders > 0:
             self._holders = 0
-            self._table.ended(self.number)
+            self._in_flight.end_call(self.number)
 
 
-class Table:
+class InFlight:
     """Flights, pending writes and erasures of one chain."""
 
     def __init__(self, max_queued: int) -> None:
@@ -156,16 +160,17 @@ class Table:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: no flight and no queued write is its own."""
-        self._lock = threading.RLock()  # a signal handler may call into the cache while we hold it
+        """Start empty, also in a forked child: the parent's flights and queued writes stay with the parent."""
+        self._lock = threading.RLock()  # re-entrant: a signal handler may use the cache while we hold it
         self._changed = threading.Condition(self._lock)
         self._number = 0  # of the newest ticket
-        self._calls: dict[int, None] = {}  # every call under way, oldest first
-        self._reading: dict[int, None] = {}  # those before their claim
+        self._calls: dict[int, None] = {}  # every call in flight, oldest first
+        self._reading: dict[int, None] = {}  # calls that have not claimed their keys yet
         self._flights: dict[str, Flight] = {}
         self._retired: deque[tuple[int, str, Flight]] = deque()
-        self._erasures: deque[Erasure] = deque()  # in the order in which they end
-        self._erased: dict[str, tuple[Erasure, ...]] = {}  # by key: a look-up must not cost more with each erasure
+        self._erasures: deque[Erasure] = deque()  # finished ones, in the order in which they finished
+        # Indexed by key, so that the cost of a look-up does not grow with the number of erasures.
+        self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._writing: set[Write] = set()
         self._queues: dict[str, deque[Write]] = {}
@@ -173,8 +178,8 @@ class Table:
 
     # --- calls --------------------------------------------------------------------------------
 
-    def call(self) -> Ticket:
-        """Return the ticket of a call that begins now; use it in a ``with``."""
+    def new_ticket(self) -> Ticket:
+        """Return the ticket for a call that begins now. Use it in a ``with`` block."""
         with self._lock:
             self._number += 1
             ticket = Ticket(self, self._number)
@@ -183,17 +188,17 @@ class Table:
         return ticket
 
     def is_under_way(self, number: int) -> bool:
-        """Say whether the call with this ticket has not ended."""
+        """Return whether the call with this ticket number has not ended yet."""
         return number in self._calls
 
-    def ended(self, number: int) -> None:
-        """Take a call from the table. An erasure is remembered while an older call may still store."""
+    def end_call(self, number: int) -> None:
+        """Remove a call, and the erasures that no remaining call is old enough to violate."""
         with self._lock:
             self._end_reading(number)
             self._calls.pop(number, None)
             oldest = next(iter(self._calls), None)
             while self._erasures and (oldest is None or not self._erasures[0].forbids(oldest)):
-                self._forget(self._erasures.popleft())
+                self._drop_erasure(self._erasures.popleft())
 
     def _end_reading(self, number: int) -> None:
         if self._reading.pop(number, self) is self:
@@ -206,8 +211,8 @@ class Table:
 
     # --- flights ------------------------------------------------------------------------------
 
-    def landed(self, keys: Iterable[str]) -> dict[str, Flight]:
-        """Return flights that have landed and whose entries are not yet in every tier."""
+    def find_landed(self, keys: Iterable[str]) -> dict[str, Flight]:
+        """Return the flights of these keys that have landed and are still readable here."""
         with self._lock:
             flights = self._flights
             if not flights:
@@ -215,26 +220,26 @@ class Table:
             return {key: flight for key in keys if (flight := flights.get(key)) and flight.entry is not None}
 
     def claim(
-        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claimed: Claimed
+        self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
     ) -> None:
-        """Claim all keys of a call at once: lead what nobody computes, follow the rest.
+        """Claim all keys of a call at once: start a flight for each key that has none, and follow the others.
 
-        ``claimed`` is the caller's, so that it knows what it leads even if Ctrl-C strikes in here.
+        The caller passes ``claims`` in, so that it knows which flights it leads even if Ctrl-C interrupts this method.
         """
         with self._lock:
             for key in keys:
                 flight = self._flights.get(key)
                 if flight is None:
-                    claimed.led[key] = self._flights[key] = Flight(ticket.number, loop)
+                    claims.led[key] = self._flights[key] = Flight(ticket.number, loop)
                 elif flight.entry is not None:
-                    claimed.landed[key] = flight
+                    claims.landed[key] = flight
                 else:
-                    flight.landed()
-                    claimed.followed[key] = flight
+                    flight.get_future()
+                    claims.followed[key] = flight
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
-        """Answer the followers; ``stored`` says whether the entries were given to the tiers."""
+        """Set the entries of flights and wake their followers. ``stored``: the entries were given to the tiers."""
         with self._lock:
             for key, flight in flights.items():
                 flight.entry = entries[key]
@@ -244,13 +249,13 @@ class Table:
             flight.wake()
 
     def abandon(self, flights: Mapping[str, Flight]) -> None:
-        """Give up those of our flights that have neither landed nor failed."""
+        """Fail, with :class:`Abandoned`, the given flights that have neither landed nor failed."""
         left = {key: flight for key, flight in flights.items() if flight.entry is None and flight.error is None}
         if left:
             self.fail(left, Abandoned())
 
     def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
-        """Take flights that cannot land from the table and wake their followers."""
+        """Set the error of flights, remove them, and wake their followers."""
         with self._lock:
             for key, flight in flights.items():
                 flight.error = error
@@ -259,20 +264,20 @@ class Table:
         for flight in flights.values():
             flight.wake()
 
-    def abandoned(self, flight: Flight) -> bool:
-        """Say whether nobody is left who could land it: its call has ended, or its thread or loop has."""
+    def is_abandoned(self, flight: Flight) -> bool:
+        """Return whether a flight can no longer land, because its call, thread or event loop has ended."""
         if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
             return True
         return not flight.thread.is_alive() or not self.is_under_way(flight.number)
 
-    def disown(self, key: str, flight: Flight) -> None:
-        """Forget a flight whose leader is gone, so that somebody else can lead."""
+    def remove_abandoned(self, key: str, flight: Flight) -> None:
+        """Remove a flight whose leader is gone, so that another call can start a new one."""
         with self._lock:
             if self._flights.get(key) is flight and flight.entry is None:
                 del self._flights[key]
 
     def _retire(self, key: str, flight: Flight) -> None:
-        if flight.pending > 0 or self._flights.get(key) is not flight:
+        if flight.pending_writes > 0 or self._flights.get(key) is not flight:
             return
         if self._reading:
             self._retired.append((self._number, key, flight))
@@ -282,10 +287,10 @@ class Table:
     # --- writes -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-        """Hold an erasure back while the entries that may still be stored are written."""
+    def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+        """Yield the entries that may still be stored. They count as being written until the block ends."""
         with self._lock:
-            write = Write(tier, number, self._permitted(number, entries))
+            write = Write(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
         try:
             yield write.entries
@@ -294,12 +299,12 @@ class Table:
                 self._writing.discard(write)
                 self._changed.notify_all()
 
-    def _permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    def _select_permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         if not self._erased and not self._erased_prefixes:
             return dict(entries)
-        return {key: entry for key, entry in entries.items() if not self._forbidden(number, key)}
+        return {key: entry for key, entry in entries.items() if not self._is_forbidden(number, key)}
 
-    def _forbidden(self, number: int, key: str) -> bool:
+    def _is_forbidden(self, number: int, key: str) -> bool:
         if any(erasure.forbids(number) for erasure in self._erased.get(key, ())):
             return True
         return any(
@@ -307,29 +312,29 @@ class Table:
             for prefix, erasures in self._erased_prefixes.items()
         )
 
-    def _indexes(self, erasure: Erasure) -> Iterator[tuple[dict[str, tuple[Erasure, ...]], str]]:
+    def _list_indexes(self, erasure: Erasure) -> Iterator[tuple[dict[str, tuple[Erasure, ...]], str]]:
         for key in erasure.keys:
             yield self._erased, key
         for prefix in erasure.prefixes:
             yield self._erased_prefixes, prefix
 
-    def _remember(self, erasure: Erasure) -> None:
-        for index, name in self._indexes(erasure):
+    def _add_erasure(self, erasure: Erasure) -> None:
+        for index, name in self._list_indexes(erasure):
             index[name] = (*index.get(name, ()), erasure)
 
-    def _forget(self, erasure: Erasure) -> None:
-        for index, name in self._indexes(erasure):
+    def _drop_erasure(self, erasure: Erasure) -> None:
+        for index, name in self._list_indexes(erasure):
             left = tuple(other for other in index[name] if other is not erasure)
             if left:
                 index[name] = left
             else:
                 del index[name]
 
-    def queue(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
+    def queue_write(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
-        Returns whether there was room, and how many entries were dropped to make it: with ``force``
-        the oldest ones give way.
+        Returns whether the queue had room, and how many entries were dropped. With ``force`` a full queue
+        drops its oldest writes to make room.
         """
         dropped = 0
         with self._lock:
@@ -342,19 +347,19 @@ class Table:
                     oldest = waiting.popleft()
                     queued -= len(oldest.entries)
                     dropped += len(oldest.entries)
-                    self._written(oldest)
-            write = Write(tier, number, self._permitted(number, entries))
+                    self._release_flights(oldest)
+            write = Write(tier, number, self._select_permitted(number, entries))
             if write.entries:
                 waiting.append(write)
                 for key in write.entries:
                     if flight := self._flights.get(key):
                         write.flights[key] = flight
-                        flight.pending += 1
+                        flight.pending_writes += 1
             self._queued[tier] = queued + len(write.entries)
         return True, dropped
 
-    def next_write(self, tier: str) -> Write | None:
-        """Take the oldest queued write; :meth:`wrote` must follow. An erasure waits for it meanwhile."""
+    def take_write(self, tier: str) -> Write | None:
+        """Take the oldest queued write, which counts as in progress until the caller calls :meth:`finish_write`."""
         with self._lock:
             waiting = self._queues.get(tier)
             if not waiting:
@@ -364,65 +369,65 @@ class Table:
             self._writing.add(write)
             return write
 
-    def wrote(self, write: Write) -> None:
-        """Say that a write taken by :meth:`next_write` is done, or given up."""
+    def finish_write(self, write: Write) -> None:
+        """Remove a write that :meth:`take_write` returned, once it is done or has failed."""
         with self._lock:
             self._writing.discard(write)
-            self._written(write)
+            self._release_flights(write)
             self._changed.notify_all()
 
-    def _written(self, write: Write) -> None:
+    def _release_flights(self, write: Write) -> None:
         for key, flight in write.flights.items():
-            flight.pending -= 1
+            flight.pending_writes -= 1
             if flight.entry is not None:
                 self._retire(key, flight)
         write.flights = {}
 
-    def _scrub(self, write: Write, erasure: Erasure) -> int:
+    def _remove_erased(self, write: Write, erasure: Erasure) -> int:
         erased = [key for key in write.entries if erasure.covers(key)]
         for key in erased:
             del write.entries[key]
             if flight := write.flights.pop(key, None):
-                flight.pending -= 1
+                flight.pending_writes -= 1
         return len(erased)
 
-    def queued(self, tier: str) -> int:
+    def count_queued(self, tier: str) -> int:
         with self._lock:
             return self._queued.get(tier, 0)
 
-    def flushed(self, timeout: float) -> bool:
-        """Wait until nothing is queued or being written; False after ``timeout`` seconds."""
+    def wait_until_flushed(self, timeout: float) -> bool:
+        """Wait until no write is queued or in progress, and return True; return False after ``timeout`` seconds."""
         with self._lock:
             return self._changed.wait_for(lambda: not self._writing and not any(self._queues.values()), timeout)
 
     # --- erasures -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def erasing(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid the storing of what the erasure covers, drop queued writes of it, and yield ``busy``.
+    def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
+        """Forbid older calls to store the erased keys, drop queued writes of them, and yield ``list_busy_tiers``.
 
-        ``busy()`` names the tiers into which covered entries are being written at this moment.
+        ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """
         with self._lock:
-            self._remember(erasure)
+            self._add_erasure(erasure)
             for tier, waiting in self._queues.items():
                 for write in waiting:
-                    self._queued[tier] -= self._scrub(write, erasure)
+                    self._queued[tier] -= self._remove_erased(write, erasure)
             for key, flight in list(self._flights.items()):
                 if flight.entry is not None and erasure.covers(key):
                     del self._flights[key]
             self._changed.notify_all()
 
-        def busy() -> list[str]:
+        def list_busy_tiers() -> list[str]:
             with self._lock:
                 return sorted({w.tier for w in self._writing if any(map(erasure.covers, w.entries))})
 
         try:
-            yield busy
+            yield list_busy_tiers
         finally:
             with self._lock:
                 erasure.until = self._number
                 if self._calls:
                     self._erasures.append(erasure)
                 else:
-                    self._forget(erasure)
+                    self._drop_erasure(erasure)

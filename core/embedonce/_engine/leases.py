@@ -1,8 +1,9 @@
-"""One process of many computes a cold text: leases on a tier that they share.
+"""Leases on a shared tier: when several processes miss a text at once, only one of them computes it.
 
-A lease is a key that is set if it is absent, for a whole batch in one trip, and expires. It is never
-released: its holder writes the vectors inline before it does, and whoever waits polls for the vectors.
-It saves work and decides nothing: without the tier every process computes for itself.
+A lease is a key that is set only if it is absent, and that expires. One round trip takes the leases of a whole
+batch. A lease is never released: the process that holds it computes the vector and writes it inline, and the
+other processes poll the tier for the vector until it is there or the lease expires.
+Leases save work and nothing depends on them: if the tier fails, every process computes for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .ports import Port
 from .tiers import LiveTier
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-"""Seconds between two looks at whether another process has written a vector; each is half as long again."""
+"""Seconds between two polls for a vector that another process computes; each pause is 1.5 times the one before."""
 
 
 class Leases:
@@ -30,29 +31,29 @@ class Leases:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: what the parent holds is not ours."""
+        """Start without leases, also in a forked child: the parent's leases stay with the parent."""
         self._lock = threading.RLock()
-        self._ours: dict[str, float] = {}
+        self._held: dict[str, float] = {}
         self._token = os.urandom(16)
 
     async def take(self, port: Port, keys: Sequence[str]) -> set[str]:
-        """Return the keys that are ours to compute: all of them where the tier does not answer."""
+        """Take the leases of keys, and return the keys to compute here: all of them if the tier does not answer."""
         now = time.monotonic()
         with self._lock:
-            self._ours = {key: until for key, until in self._ours.items() if until > now}
-            # A lease of our own from a moment ago: its vector was evicted or forgotten, and nobody else makes it.
-            ours = self._ours.keys() & set(keys)
+            self._held = {key: until for key, until in self._held.items() if until > now}
+            # We still hold these leases, so no other process computes the vectors. They were evicted or forgotten.
+            ours = self._held.keys() & set(keys)
         asked = {lease_key(key): key for key in keys if key not in ours}
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
         if added is None:
             return set(keys)
         won = {key for lease, key in asked.items() if lease in added}
         with self._lock:
-            self._ours.update(dict.fromkeys(won, now + self._seconds))
+            self._held.update(dict.fromkeys(won, now + self._seconds))
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
-        """Yield how long to sleep before each look, and whether it is the last."""
+        """Yield for each poll how many seconds to sleep before it, and whether it is the last within ``limit``."""
         end = time.monotonic() + limit
         pause = FIRST_PAUSE
         while True:
@@ -61,7 +62,7 @@ class Leases:
 
 
 def lease_key(key: str) -> str:
-    """Return the key of the lease of a key."""
+    """Return the key under which the lease of an entry's key is stored."""
     return LEASE_PREFIX + key.removeprefix(KEY_PREFIX)
 
 

@@ -1,7 +1,7 @@
-"""The read-through plan, once, for both faces.
+"""The read-through plan, written once for the blocking and the async face.
 
-Everything here is ``async`` and awaits nothing but a port, so that the blocking face can step
-through it and the async face can await it. :meth:`Engine.fetch` is the plan; the rest are its steps.
+Everything here is ``async`` and awaits nothing but a port. The blocking face runs it to its end without an event
+loop, and the async face awaits it. :meth:`Engine.fetch` is the plan; the other methods are its steps.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
 
 from .call import PROVIDER, Answer, Call
-from .checks import checked_matrix, rounded
-from .flights import Abandoned, Claimed, Flight, Table
+from .checks import check_matrix, round_matrix
+from .flights import Abandoned, Claims, Flight, InFlight
 from .leases import Leases
 from .ports import Port
-from .provider_calls import call_provider, chunks, tokens_in
+from .provider_calls import call_provider, cut_chunks, read_tokens
 from .routes import Route
 from .tiers import LiveTier
 
 
 class Engine:
-    """Looks through the tiers, computes what is missing, once, and stores it."""
+    """Reads entries from the tiers, computes the missing ones once, and stores them."""
 
     def __init__(
         self,
         tiers: Sequence[LiveTier],
-        table: Table,
+        in_flight: InFlight,
         *,
         dtype: Dtype,
         replay: bool,
@@ -40,9 +40,10 @@ class Engine:
         clock: Callable[[], float],
     ) -> None:
         self.tiers = tiers
-        self.table = table
+        self.in_flight = in_flight
         self.dtype: Dtype = dtype
         self.shared = 0
+        """How many texts were answered by other calls' flights."""
         self._replay = replay
         self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
         self._max_wait = max_wait
@@ -52,96 +53,98 @@ class Engine:
     # --- the plan -----------------------------------------------------------------------------
 
     async def fetch(self, port: Port, answer: Answer, *, compute: bool = True) -> None:
-        """Fill the answer: from the tiers, from flights that have landed, from the provider, from others' flights.
+        """Fill the answer from the tiers, landed flights, the provider and other calls' flights, in this order.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
-        missing = answer.missing()
-        for again in (False, True):
-            with self.table.call() as ticket:
+        missing = answer.find_missing()
+        for is_retry in (False, True):
+            with self.in_flight.new_ticket() as ticket:
                 call = Call(port, ticket, answer)
-                missing = await self._look(call, missing)
+                missing = await self._read_tiers(call, missing)
                 if missing and compute and not self._replay:
-                    refusal = await self.refusal(port, answer.route)
+                    refusal = await self.find_refusal(port, answer.route)
                     if refusal is not None:
                         answer.failed.update(dict.fromkeys(missing, refusal))
                         break
                     leases = self.leases if answer.store else None
-                    await self._claim(call, missing, leases=leases, last=again)
+                    await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
                 elif missing:
-                    await self._share(call, self.table.landed(missing))
-            missing = answer.missing() if missing else missing
+                    await self._take_flights(call, self.in_flight.find_landed(missing))
+            missing = answer.find_missing() if missing else missing
             if not compute or not missing:
                 break
             if self._replay:
                 miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
                 answer.failed.update(dict.fromkeys(missing, miss))
                 break
-        if answer.refusal is not None:
-            raise answer.refusal
+        if answer.store_error is not None:
+            raise answer.store_error
 
-    moves = False
-    """Whether :meth:`current` may lead to another space."""
+    can_change_space = False
+    """Whether :meth:`find_current_route` may return a route to another vector space."""
 
-    async def refusal(self, port: Port, route: Route) -> Exception | None:
-        """Return why nothing may be computed in this space, or None."""
+    async def find_refusal(self, port: Port, route: Route) -> Exception | None:
+        """Return the error that forbids computing in this vector space, or None."""
         return None
 
-    async def current(self, port: Port, route: Route) -> Route:
-        """Return the route to the space in which texts are embedded now."""
+    async def find_current_route(self, port: Port, route: Route) -> Route:
+        """Return the route to the vector space in which texts are embedded now."""
         return route
 
-    async def _claim(self, call: Call, keys: list[str], *, leases: Leases | None, last: bool) -> None:
-        """Compute the keys that nobody computes, then wait for the others."""
-        claimed, loop = Claimed(), call.port.loop
+    async def _compute_or_follow(
+        self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
+    ) -> None:
+        """Compute the keys that no other call computes, then wait for the others."""
+        claims, loop = Claims(), call.port.loop
         try:
-            self.table.claim(call.ticket, keys, loop, claimed)
-            await self._share(call, claimed.landed)
-            await self._lead(call, claimed.led, leases=leases)
-            await self._follow_all(call, claimed, last=last)
+            self.in_flight.claim(call.ticket, keys, loop, claims)
+            await self._take_flights(call, claims.landed)
+            await self._compute_flights(call, claims.led, leases=leases)
+            await self._follow_flights(call, claims, is_last_try=is_last_try)
         except BaseException:
-            self._give_up(call, claimed, blocking=loop is None)
+            self._give_up_flights(call, claims, blocking=loop is None)
             raise
 
-    def _give_up(self, call: Call, claimed: Claimed, *, blocking: bool) -> None:
-        """Give up what a call leads that ends early, so that nobody waits for it.
+    def _give_up_flights(self, call: Call, claims: Claims, *, blocking: bool) -> None:
+        """Abandon the flights of a call that ends early, so that no other call waits for them.
 
-        On an event loop a computation that has begun is a task of its own: it goes on, and looks after its flights.
+        On an event loop, a computation that has begun continues in a task of its own, which lands its flights.
         """
         if blocking:
-            self.table.abandon(claimed.led)
+            self.in_flight.abandon(claims.led)
             call.ticket.end()
         else:
-            self.table.abandon({key: flight for key, flight in claimed.led.items() if not flight.guarded})
+            self.in_flight.abandon({key: flight for key, flight in claims.led.items() if not flight.is_computing})
 
     async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
-        """Store entries that no tier has. They are readable at once, as a landed flight is.
+        """Store the entries that no tier has. Other calls see them at once, as they see a landed flight.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
-        claimed = Claimed()
-        with self.table.call() as ticket:
+        claims = Claims()
+        with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, answer)
-            missing = await self._look(call, answer.missing())
+            missing = await self._read_tiers(call, answer.find_missing())
             fresh = {key: entries[key] for key in missing}
             try:
-                self.table.claim(ticket, missing, port.loop, claimed)
-                for key, flight in claimed.landed.items():
-                    if flight.stored:  # and not yet written: the entry that was first stays
+                self.in_flight.claim(ticket, missing, port.loop, claims)
+                for key, flight in claims.landed.items():
+                    if flight.stored:  # its background write is queued; the earlier entry wins
                         del fresh[key]
-                # Also what others compute at this moment: they may fail, or not store it.
+                # Store keys that other calls are computing too: they may fail, or not store them.
                 await self.store(call, fresh)
             finally:
-                self.table.land(claimed.led, {key: entries[key] for key in claimed.led}, stored=True)
-        if answer.refusal is not None:
-            raise answer.refusal
+                self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
+        if answer.store_error is not None:
+            raise answer.store_error
 
     # --- tiers --------------------------------------------------------------------------------
 
-    async def _look(self, call: Call, keys: list[str]) -> list[str]:
-        """Ask tier by tier for what is still missing, and promote what is found. Return what is not."""
+    async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
+        """Read the keys from tier after tier, promote the entries found, and return the keys that no tier has."""
         answer = call.answer
         for depth, tier in enumerate(self.tiers):
             if not keys:
@@ -165,30 +168,30 @@ class Engine:
         return keys
 
     async def _promote(self, call: Call, entries: Entries, tiers: Sequence[LiveTier]) -> None:
-        await self._give(call, entries.as_dict(), tiers, patience=False)
+        await self._store_in(call, entries.as_dict(), tiers, wait_for_room=False)
 
     async def store(self, call: Call, entries: Mapping[str, Entry]) -> None:
-        """Give entries to every tier."""
-        await self._give(call, entries, self.tiers, patience=True)
+        """Store entries in every tier."""
+        await self._store_in(call, entries, self.tiers, wait_for_room=True)
 
-    async def _give(
-        self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, patience: bool
+    async def _store_in(
+        self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Give entries to the tiers that have not failed in this call; a raising tier does not stop the others."""
+        """Store entries in the tiers that have not failed in this call. A tier that raises does not stop the others."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failing:
                 unknown = answer.unknown.get(tier.name)
                 known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
                 try:
-                    await tier.store(call.port, call.ticket, known, answer.preview, patience=patience)
+                    await tier.store(call.port, call.ticket, known, answer.preview, wait_for_room=wait_for_room)
                 except TierError as error:
-                    answer.refusal = error
+                    answer.store_error = error
 
     # --- flights ------------------------------------------------------------------------------
 
-    async def _share(self, call: Call, flights: Mapping[str, Flight]) -> None:
-        """Take what other calls' flights have brought, and store what they did not."""
+    async def _take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
+        """Add the entries of other calls' flights to the answer, and store those that their calls did not store."""
         answer = call.answer
         expected = answer.dimensions
         unstored: dict[str, Entry] = {}
@@ -202,90 +205,94 @@ class Engine:
         if unstored:
             await self.store(call, unstored)
 
-    async def _follow_all(self, call: Call, claimed: Claimed, *, last: bool) -> None:
-        """Wait for the flights of others; only now, with everything that we claimed landed."""
+    async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
+        """Wait for other calls' flights. Call it last: two calls that wait with unlanded flights could deadlock."""
         end = time.monotonic() + self._max_wait
-        alone: list[str] = []
-        for key, flight in claimed.followed.items():
-            await self._follow(call.port, key, flight, end)
+        unanswered: list[str] = []
+        for key, flight in claims.followed.items():
+            await self._follow_flight(call.port, key, flight, end)
             error = flight.error
             if flight.entry is not None:
                 continue
-            if error is None or (last and isinstance(error, Abandoned)):
-                alone.append(key)
-            elif isinstance(error, TextRefused) or (last and isinstance(error, Exception)):
-                call.answer.failed[key] = own_error(error)
-        await self._share(call, claimed.followed)
-        if alone:
-            flights = {key: Flight(call.ticket.number, call.port.loop) for key in alone}
-            await self._lead(call, flights, leases=None)
+            if error is None or (is_last_try and isinstance(error, Abandoned)):
+                unanswered.append(key)
+            elif isinstance(error, TextRefused) or (is_last_try and isinstance(error, Exception)):
+                call.answer.failed[key] = copy_error(error)
+        await self._take_flights(call, claims.followed)
+        if unanswered:
+            flights = {key: Flight(call.ticket.number, call.port.loop) for key in unanswered}
+            await self._compute_flights(call, flights, leases=None)
 
-    async def _follow(self, port: Port, key: str, flight: Flight, end: float) -> None:
-        """Wait until a flight has landed or failed, its leader is gone, or waiting makes no sense."""
-        if flight.entry is not None or flight.error is not None or flight.waits_for_us(port.loop):
+    async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
+        """Wait until a flight lands or fails, or until it is abandoned, its time is up, or waiting would deadlock."""
+        if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
-        gone = partial(self.table.abandoned, flight)
-        if not await port.wait(flight.landed(), end - time.monotonic(), lambda: not gone()) and gone():
-            self.table.disown(key, flight)
+        is_gone = partial(self.in_flight.is_abandoned, flight)
+        if not await port.wait(flight.get_future(), end - time.monotonic(), lambda: not is_gone()) and is_gone():
+            self.in_flight.remove_abandoned(key, flight)
             flight.error = flight.error or Abandoned()
 
-    async def _lead(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
-        """Compute, store and land flights, chunk by chunk, even when the caller is cancelled meanwhile."""
+    async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
+        """Compute, store and land flights, chunk by chunk. This continues if the caller is cancelled."""
         if not flights:
             return
-        texts = _normalized(call.answer, flights)
+        texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        def done() -> None:  # also when interrupted, or the loop ended: whoever follows must not wait for us
-            self.table.abandon(flights)
+        def done() -> None:  # runs after an interrupt or the loop's end too, so that no follower waits for us
+            self.in_flight.abandon(flights)
             ticket.release()
 
         ticket.hold()
         for flight in flights.values():
-            flight.guarded = True
+            flight.is_computing = True
         if leases is None:
-            await call.port.shielded(partial(self._compute, call, flights, texts), done)
+            await call.port.run_shielded(partial(self._compute_chunks, call, flights, texts), done)
         else:
-            await call.port.shielded(partial(self._compute_leased, call, flights, texts, leases), done)
+            await call.port.run_shielded(partial(self._compute_with_leases, call, flights, texts, leases), done)
 
-    async def _compute(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
+    async def _compute_chunks(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
         provider = call.answer.route.source.provider
         jobs = [
             partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts)
-            for chunk in chunks(provider, {key: texts[key] for key in flights})
+            for chunk in cut_chunks(provider, {key: texts[key] for key in flights})
         ]
-        await call.port.each(jobs, provider.limits.concurrency)
+        await call.port.run_all(jobs, provider.limits.concurrency)
 
-    async def _compute_leased(
+    async def _compute_with_leases(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
     ) -> None:
-        """Compute what no other process computes, then wait for what others do; lead where a leader has died."""
+        """Compute the keys whose leases we get, then poll for the others and take over expired leases."""
         ours = await self._take_leases(call, list(flights), leases)
-        await self._compute(call, {key: flights[key] for key in flights if key in ours}, texts)
+        await self._compute_chunks(call, {key: flights[key] for key in flights if key in ours}, texts)
         theirs = {key: flight for key, flight in flights.items() if key not in ours}
         if not theirs:
             return
-        for pause, last in leases.pauses(self._max_wait):
+        for pause, is_last_look in leases.pauses(self._max_wait):
             await call.port.sleep(pause)
-            answered = await self._take_written(call, theirs, leases.tier)
+            answered = await self._read_written(call, theirs, leases.tier)
             theirs = {key: flight for key, flight in theirs.items() if key not in call.answer.entries}
             if theirs:
-                ours = await self._take_leases(call, list(theirs), leases) if answered and not last else set(theirs)
-                await self._compute(call, {key: theirs[key] for key in theirs if key in ours}, texts)
+                ours = (
+                    await self._take_leases(call, list(theirs), leases)
+                    if answered and not is_last_look
+                    else set(theirs)
+                )
+                await self._compute_chunks(call, {key: theirs[key] for key in theirs if key in ours}, texts)
                 theirs = {key: flight for key, flight in theirs.items() if key not in ours}
             if not theirs:
                 return
 
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Return the keys that are ours to compute; of a tier that has failed in this call nobody asks for a lease."""
+        """Return the keys to compute here. If the tier has failed in this call, take no leases and return all."""
         tier = leases.tier.name
         if tier in call.answer.failing:
             return set(keys)
         unknown = call.answer.unknown.get(tier, set()).intersection(keys)
         return unknown | await leases.take(call.port, [key for key in keys if key not in unknown])
 
-    async def _take_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
-        """Land what another process has written meanwhile. Return whether the tier answered."""
+    async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
+        """Land the entries that other processes have written by now. Return whether the tier answered."""
         answer = call.answer
         try:
             read = await tier.read(
@@ -294,10 +301,10 @@ class Engine:
                 task=answer.route.task,
                 dtype=self.dtype,
                 dimensions=answer.dimensions,
-                again=True,
+                is_repeat=True,
             )
         except TierError as error:
-            answer.refusal = error
+            answer.store_error = error
             answer.failing.add(tier.name)
             return False
         if read.failed:
@@ -306,7 +313,7 @@ class Engine:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
             await self._promote(call, read.entries, [other for other in self.tiers if other is not tier])
-            self.table.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
+            self.in_flight.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
         return not read.failed
 
     # --- the provider -------------------------------------------------------------------------
@@ -323,12 +330,12 @@ class Engine:
             if answer.store:
                 await self.store(call, entries)
         finally:
-            self.table.land(landed, entries, stored=answer.store)
+            self.in_flight.land(landed, entries, stored=answer.store)
 
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
-        """Ask the provider; a text that it refuses fails alone. Return the entries of the others."""
+        """Ask the provider for vectors and return the entries. A text that it refuses does not fail the others."""
         answer = call.answer
         entries: dict[str, Entry] = {}
         todo = [list(flights)]
@@ -345,20 +352,20 @@ class Engine:
                 rest = [key for key in part if key not in refused]
                 if rest:
                     todo.append(rest)
-                self._fail(answer, {key: flights[key] for key in refused}, error)
-            except Exception as error:  # noqa: BLE001  (whatever a provider raises reaches the caller, by position)
-                self._fail(answer, {key: flights[key] for key in part}, error)
+                self._fail_flights(answer, {key: flights[key] for key in refused}, error)
+            except Exception as error:  # noqa: BLE001  (any error of a provider reaches the caller, by position)
+                self._fail_flights(answer, {key: flights[key] for key in part}, error)
             else:
                 for key, entry in zip(part, made, strict=True):
                     metadata = answer.metadata.get(key)
                     entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
         return entries
 
-    def _fail(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
+    def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
         source = answer.route.source
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
-        self.table.fail(flights, error)
+        self.in_flight.fail(flights, error)
 
     async def _embed(self, call: Call, texts: list[str]) -> list[Entry]:
         """Make one call to the provider and check its answer."""
@@ -370,12 +377,12 @@ class Engine:
         tokens: int | None = None
         try:
             reply = await call_provider(call, list(texts))
-            tokens = tokens_in(reply)
+            tokens = read_tokens(reply)
             who = f"provider {source.name!r} returned"
-            matrix = checked_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
-            matrix = rounded(matrix, self.dtype, who)
-            if route.settle(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first, just now
-                checked_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
+            matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
+            matrix = round_matrix(matrix, self.dtype, who)
+            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first
+                check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:
             seconds = time.perf_counter() - start
@@ -396,16 +403,16 @@ class Engine:
         return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
 
 
-def _normalized(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
+def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
     normalize = answer.route.keyer.normalize
-    texts = answer.text_of()
+    texts = answer.texts_by_key()
     return {key: normalize(texts[key]) for key in keys}
 
 
-def own_error(error: Exception) -> Exception:
-    """Return an exception of its own for each caller: one that many raise gathers all their tracebacks."""
+def copy_error(error: Exception) -> Exception:
+    """Return a copy of an error for one caller. An exception that many callers raise collects all their tracebacks."""
     try:
         own = copy(error)
-    except Exception:  # noqa: BLE001  (an exception whose class takes other arguments than it keeps)
+    except Exception:  # noqa: BLE001  (its class takes other arguments than the exception keeps)
         return error
     return own if type(own) is type(error) else error

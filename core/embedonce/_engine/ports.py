@@ -1,9 +1,9 @@
-"""The two ways in which the engine touches the world: one that blocks, one that awaits.
+"""The two ways in which the engine waits and calls: blocking, or on an event loop.
 
-The engine is a set of coroutines that await nothing but a port's methods. :class:`BlockingPort`
-never suspends, so :func:`step` runs such a coroutine to its end with one ``send``;
-:class:`LoopPort` suspends on the running event loop. What may hang runs in a :class:`Workers`
-thread, where it can be left behind.
+The engine is a set of coroutines that await nothing but a port's methods. A :class:`BlockingPort`
+never suspends, so :func:`run_blocking` runs such a coroutine to its end with one ``send``.
+A :class:`LoopPort` suspends on the running event loop. Calls that may hang run in a :class:`Workers`
+thread, which the engine can stop waiting for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
-SLICE = 0.25
-"""Seconds between two looks at whether waiting is still worthwhile."""
+CHECK_SECONDS = 0.25
+"""Seconds between two calls of ``keep_waiting`` during a wait."""
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 
 
-def step(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that awaits only a :class:`BlockingPort`, and return its result."""
     try:
         coroutine.send(None)
@@ -41,11 +41,11 @@ def step(coroutine: Coroutine[Any, Any, T]) -> T:
         result: T = done.value
         return result
     coroutine.close()
-    raise RuntimeError("the engine awaited something that is not a port: a defect in embedonce, please report it")
+    raise RuntimeError("the engine awaited something that is not a port; this is a bug in embedonce, please report it")
 
 
 class Port(Protocol):
-    """What the engine may await."""
+    """The operations that the engine may await."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None: ...
@@ -53,43 +53,46 @@ class Port(Protocol):
     async def call(
         self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
     ) -> T:
-        """Make a blocking call with a deadline. ``inline``: it keeps the deadline itself. ``quick``: it never blocks.
+        """Make a blocking call within ``timeout`` seconds.
+
+        ``inline``: the call keeps the deadline itself, so it needs no thread on the blocking face.
+        ``quick``: the call never blocks, so it runs at once and without a deadline.
 
         Raises:
-            TimeoutError: the deadline has passed; the call is left behind.
-            TierBusy: all workers were busy for as long as that; the call was not made.
+            TimeoutError: the deadline has passed; the call may still be running in its thread.
+            TierBusy: all workers were busy for ``timeout`` seconds; the call was not made.
         """
         ...
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        """Run a coroutine of a provider's, on this loop or on the background one."""
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        """Run a coroutine of a provider or an async backend, on this event loop or on the background loop."""
         ...
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
-        """Wait until the future is done and return True; False after ``timeout`` seconds.
+        """Wait until the future is done and return True; return False after ``timeout`` seconds.
 
-        Now and again ``worthwhile`` is asked; False ends the waiting.
+        ``keep_waiting`` is called every ``CHECK_SECONDS``; when it returns False, the wait ends.
         """
         ...
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
-        """Run all jobs, up to ``limit`` at once. Jobs keep their own errors; only what ends the program passes."""
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
+        """Run all jobs, up to ``limit`` at once. Jobs handle their own errors; only Ctrl-C and the like propagate."""
         ...
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
-        """Run a job to its end even when the caller is cancelled, then call ``done``, whatever happened."""
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
+        """Run a job to its end even if the caller is cancelled. Then call ``done``, whether or not it failed."""
         ...
 
     async def sleep(self, seconds: float) -> None: ...
 
 
-def call_by_deadline(call: Callable[[], T], timeout: float | None) -> T:
-    """Make a call in this thread that sees ``timeout`` seconds as its :func:`time_left`.
+def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
+    """Make a call in this thread, with a deadline in ``timeout`` seconds that it sees as :func:`time_left`.
 
-    It runs in a copy of the context. Ctrl-C can interrupt between setting and resetting the deadline, and
-    a deadline that stays in the thread's own context would fail every later call once it has passed.
+    The call runs in a copy of the context, because Ctrl-C can interrupt between setting and resetting the deadline.
+    A deadline left behind in the thread's own context would make every later call fail once it has passed.
     """
     return copy_context().run(_call_in_this_context, call, timeout)
 
@@ -99,45 +102,45 @@ def _call_in_this_context(call: Callable[[], T], timeout: float | None) -> T:
         return call()
 
 
-def _slices(timeout: float | None) -> Iterator[float]:
-    """Yield how long to wait next, until ``timeout`` seconds are over."""
+def _split_wait(timeout: float | None) -> Iterator[float]:
+    """Yield the length of each part of a wait of ``timeout`` seconds, in seconds."""
     end = None if timeout is None else time.monotonic() + timeout
     while end is None or time.monotonic() < end:
-        yield SLICE if end is None else max(0.0, min(SLICE, end - time.monotonic()))
+        yield CHECK_SECONDS if end is None else max(0.0, min(CHECK_SECONDS, end - time.monotonic()))
 
 
-class _Job:
-    """A call whose time begins when a worker begins it; waiting for a worker is limited to as long again."""
+class _TimedCall:
+    """A call with a timeout that starts when a worker starts the call. It may wait as long for a free worker."""
 
     def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self._call = call
         self._timeout = timeout
-        self._since = time.monotonic()
+        self._started = time.monotonic()
 
     def __call__(self) -> Any:
-        self._since = time.monotonic()
-        return call_by_deadline(self._call, self._timeout)
+        self._started = time.monotonic()
+        return call_with_deadline(self._call, self._timeout)
 
-    def left(self) -> float | None:
-        return None if self._timeout is None else max(0.0, self._since + self._timeout - time.monotonic())
+    def time_left(self) -> float | None:
+        return None if self._timeout is None else max(0.0, self._started + self._timeout - time.monotonic())
 
-    def give_up(self, future: Future[Any]) -> None:
-        """Leave the call behind if its time is over.
+    def give_up_if_late(self, future: Future[Any]) -> None:
+        """Stop waiting for the call if its time is over.
 
         Raises:
             TimeoutError, TierBusy: as :meth:`Port.call` says.
         """
         if future.cancel():
-            raise TierBusy("all threads that may call it are busy")
-        if self.left() == 0.0 and not future.done():
+            raise TierBusy("all worker threads are in use")
+        if self.time_left() == 0.0 and not future.done():
             raise TimeoutError
 
 
-async def _finished(port: Port, job: _Job, future: Future[T]) -> T:
-    """Return what a job came to; what has not begun when the caller is cancelled, or by Ctrl-C, never shall."""
+async def _await_call(port: Port, timed_call: _TimedCall, future: Future[T]) -> T:
+    """Wait for a call and return its result. If the caller is cancelled, a call that has not started never runs."""
     try:
-        while not await port.wait(future, job.left()):
-            job.give_up(future)
+        while not await port.wait(future, timed_call.time_left()):
+            timed_call.give_up_if_late(future)
     except BaseException:
         future.cancel()
         raise
@@ -161,32 +164,32 @@ class BlockingPort:
         if quick:
             return call()
         if inline or timeout is None:
-            return call_by_deadline(call, timeout)
-        job = _Job(call, timeout)
+            return call_with_deadline(call, timeout)
+        timed_call = _TimedCall(call, timeout)
         try:
-            future: Future[T] = workers.submit(job)
-        except RuntimeError:  # the interpreter is ending: there will be no thread
-            return call_by_deadline(call, timeout)
-        return await _finished(self, job, future)
+            future: Future[T] = workers.submit(timed_call)
+        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+            return call_with_deadline(call, timeout)
+        return await _await_call(self, timed_call, future)
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
         return self._background.run(start, timeout)
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
         from concurrent.futures import wait
 
-        if worthwhile is None:
+        if keep_waiting is None:
             return bool(wait([future], timeout).done)
-        for left in _slices(timeout):
+        for left in _split_wait(timeout):
             if wait([future], left).done:
                 return True
-            if not worthwhile():
+            if not keep_waiting():
                 break
         return future.done()
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         if limit <= 1 or len(jobs) <= 1:
             for job in jobs:
                 await job()
@@ -201,7 +204,7 @@ class BlockingPort:
                     job = next(waiting, None)
                 if job is None:
                     return
-                step(job())
+                run_blocking(job())
 
         futures = [self._workers.submit(work) for _ in range(min(limit, len(jobs)))]
         try:
@@ -210,7 +213,7 @@ class BlockingPort:
         finally:
             stopped.set()
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         try:
             await job()
         finally:
@@ -231,42 +234,44 @@ class LoopPort:
     def loop(self) -> asyncio.AbstractEventLoop:
         import asyncio
 
-        return asyncio.get_running_loop()  # not kept: a port must not keep its loop alive
+        return asyncio.get_running_loop()  # not stored: a port must not keep its loop alive
 
     async def call(
         self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
     ) -> T:
         if quick:
             return call()
-        job = _Job(call, timeout)
-        future: Future[T] = workers.submit(job)
-        return await _finished(self, job, future)
+        timed_call = _TimedCall(call, timeout)
+        future: Future[T] = workers.submit(timed_call)
+        return await _await_call(self, timed_call, future)
 
-    async def drive(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        return await _within(start(), timeout)
+    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+        import asyncio
+
+        return await asyncio.wait_for(start(), timeout)
 
     async def wait(
-        self, future: Future[Any], timeout: float | None, worthwhile: Callable[[], bool] | None = None
+        self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None
     ) -> bool:
         import asyncio
 
-        # A waiter of its own: cancelling one caller must not cancel the flight that others wait for.
+        # Each caller waits for its own event: cancelling one must not cancel the flight that others wait for.
         woken = asyncio.Event()
         loop = self.loop
 
         def wake(_: Future[Any]) -> None:
-            with contextlib.suppress(RuntimeError):  # this loop has ended meanwhile: nobody is left to wake
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so there is no waiter left
                 loop.call_soon_threadsafe(woken.set)
 
         future.add_done_callback(wake)
-        for left in [timeout] if worthwhile is None else _slices(timeout):
+        for left in [timeout] if keep_waiting is None else _split_wait(timeout):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(woken.wait(), left)
-            if future.done() or (worthwhile is not None and not worthwhile()):
+            if future.done() or (keep_waiting is not None and not keep_waiting()):
                 break
         return future.done()
 
-    async def each(self, jobs: Sequence[Job], limit: int) -> None:
+    async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
         if limit <= 1 or len(jobs) <= 1:
             for job in jobs:
                 await job()
@@ -286,11 +291,11 @@ class LoopPort:
             for task in tasks:
                 task.cancel()
 
-    async def shielded(self, job: Job, done: Callable[[], None]) -> None:
+    async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
         import asyncio
 
         task = asyncio.create_task(job())
-        self._tasks.add(task)  # the loop itself holds tasks weakly
+        self._tasks.add(task)  # a loop refers to its tasks only weakly
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
@@ -305,32 +310,27 @@ class LoopPort:
         await asyncio.sleep(seconds)
 
 
-async def _within(awaitable: Awaitable[T], timeout: float | None) -> T:
-    import asyncio
-
-    return await asyncio.wait_for(awaitable, timeout)
-
-
 class Ports:
-    """Gives each call the port of its face: one blocking port, one loop port for every running loop."""
+    """Provides the ports: one blocking port, and one loop port per running event loop."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child, whose threads and loops are the parent's."""
+        """Start over, also in a forked child: threads and event loops belong to the parent."""
         self.workers = Workers()
         self._background = BackgroundLoop("the provider")
         self.blocking = BlockingPort(self.workers, self._background)
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPort] = WeakKeyDictionary()
 
-    def of_running_loop(self) -> LoopPort:
+    def get_loop_port(self) -> LoopPort:
+        """Return the port of the running event loop."""
         import asyncio
 
         loop = asyncio.get_running_loop()
         port = self._loops.get(loop)
         if port is None:
-            # A loop that was closed with tasks of ours under way is kept alive by them.
+            # Our unfinished tasks keep a closed loop alive, so drop the ports of closed loops here.
             for ended in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(ended, None)
             port = self._loops[loop] = LoopPort(self.workers)

@@ -1,4 +1,4 @@
-"""The one way to call a provider: the face that fits the port, its timeout, and chunks of the size that it takes."""
+"""Calling a provider: through its blocking or its async method, within its timeout, and in chunks that it accepts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from embedonce.contracts import AnyProvider, Embedded
 from embedonce.errors import ProviderError, ProviderTimeout
 
 from .call import Call
-from .flights import leading
+from .flights import calls_in_provider
 
 
-def tokens_in(reply: Any) -> int | None:
-    """Return how many tokens a provider says that its answer took; None where it does not say."""
+def read_tokens(reply: Any) -> int | None:
+    """Return the number of tokens that a provider reports for its answer; None if it reports none."""
     tokens = reply.tokens if isinstance(reply, Embedded) else None
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:
-    """Call the face of the provider that fits the port best.
+    """Call the provider's ``embed`` or ``aembed``, whichever suits the port better.
 
     Raises:
         ProviderTimeout: no answer within the provider's ``timeout``.
@@ -34,39 +34,39 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
     aembed: Any = getattr(provider, "aembed", None)
     start = time.monotonic()
 
-    def block() -> Any:
-        token = leading.set(leading.get() | {number})
+    def embed_blocking() -> Any:
+        token = calls_in_provider.set(calls_in_provider.get() | {number})
         try:
             return embed(texts, task)
         finally:
-            leading.reset(token)
+            calls_in_provider.reset(token)
 
-    async def drive() -> Any:
-        leading.set(leading.get() | {number})  # never reset: the context is the flight's own task's
+    async def embed_async() -> Any:
+        calls_in_provider.set(calls_in_provider.get() | {number})  # no reset: the flight's task has its own context
         return await aembed(texts, task)
 
     try:
         if aembed is not None and (port.loop is not None or embed is None):
-            return await port.drive(drive, timeout)
-        return await port.call(block, timeout, source.workers, inline=False, quick=False)
+            return await port.run_coroutine(embed_async, timeout)
+        return await port.call(embed_blocking, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
-            raise  # the provider's own
-        raise ProviderTimeout(f"the provider did not answer {count} texts within {timeout} s") from error
+            raise  # the provider's own error
+        raise ProviderTimeout(f"provider {source.name!r} did not answer {count} texts within {timeout} s") from error
 
 
-def _count_tokens(count_tokens: Any, text: str, most: int | None) -> int:
-    if count_tokens is None or most is None:
+def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
+    if count_tokens is None or max_tokens is None:
         return 0
     try:
         tokens: int = count_tokens(text)
-    except Exception:  # noqa: BLE001  (a chunk of its own: embedding it says what is wrong, for this text alone)
-        return most
+    except Exception:  # noqa: BLE001  (a chunk of its own: embedding it then reports the error for this text only)
+        return max_tokens
     return tokens
 
 
-def chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
-    """Cut texts into chunks of the provider's size, by count and, where it can count them, by tokens."""
+def cut_chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the keys of texts in chunks within the provider's limits: by count, and by tokens if it can count them."""
     limits = provider.limits
     count_tokens: Any = getattr(provider, "count_tokens", None) if limits.max_tokens is not None else None
     chunk: list[str] = []

@@ -53,14 +53,14 @@ class Reading:
         *,
         changed: BreakerChange,
         emit: Callable[[Event], None],
-        listened: Callable[[], bool],
+        has_listeners: Callable[[], bool],
     ) -> None:
         self._calls = calls
         self._codec = codec
         self._counters = counters
         self._changed = changed
         self._emit = emit
-        self._listened = listened
+        self._has_listeners = has_listeners
         self._was_corrupt = False
         self.reset()
 
@@ -78,11 +78,11 @@ class Reading:
         task: str,
         dtype: Dtype,
         dimensions: int | None,
-        again: bool = False,
+        is_repeat: bool = False,
     ) -> Read:
         """Ask for the keys, chunk by chunk, and check what comes back.
 
-        ``again``: these keys were counted as misses of this call before.
+        ``is_repeat``: these keys were counted as misses of this call before.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -113,11 +113,11 @@ class Reading:
                 if values:
                     read.corrupt += self._accept(values, read.entries, dtype, dimensions)
         except TierError:
-            self._count(read, task, start, again=again)
+            self._count(read, task, start, is_repeat=is_repeat)
             raise
         if dimensions is None:
             _leave_out_odd(read)
-        self._count(read, task, start, again=again)
+        self._count(read, task, start, is_repeat=is_repeat)
         return read
 
     def _note_failure(self, chunk: Sequence[str], read: Read, error: Exception) -> Mapping[str, Any]:
@@ -158,18 +158,18 @@ class Reading:
         self._was_corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _count(self, read: Read, task: str, start: float, *, again: bool) -> None:
+    def _count(self, read: Read, task: str, start: float, *, is_repeat: bool) -> None:
         read.seconds = time.perf_counter() - start
         hits = len(read.entries)
         counts = {
             "hits": hits,
-            "misses": 0 if again else read.answered - hits - read.corrupt,
+            "misses": 0 if is_repeat else read.answered - hits - read.corrupt,
             "errors": read.errors,
             "corrupt": read.corrupt,
             "skipped": read.skipped,
         }
         self._counters.count(seconds=read.seconds, cause=read.cause, **counts)
-        if self._listened():
+        if self._has_listeners():
             self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:

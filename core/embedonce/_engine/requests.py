@@ -16,11 +16,11 @@ from embedonce.keys import card
 from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
 
 from .call import Answer
-from .checks import checked_matrix, rounded
-from .drift import Moved
+from .checks import check_matrix, round_matrix
+from .drift import SpaceLeft
 from .ports import Port
-from .routes import Route, Source, describe, plain_texts
-from .running import Running, close_part
+from .routes import LiveProvider, Route, copy_texts, describe_space
+from .running import RunningChain, close_part
 
 log = logging.getLogger("embedonce")
 
@@ -36,14 +36,16 @@ class Requests:
     A base class, so that a hot hit reads its attributes from the cache itself.
     """
 
-    def __init__(self, running: Running, source: Source, fallback: Source | None, *, fetch_only: bool) -> None:
-        self._running = running
+    def __init__(
+        self, chain: RunningChain, source: LiveProvider, fallback: LiveProvider | None, *, fetch_only: bool
+    ) -> None:
+        self._chain = chain
         self._source = source
         self._fallback = fallback
         self._fetch_only = fetch_only
-        self._dtype: Dtype = running.dtype
-        self._clock = running.clock
-        self._routes: dict[tuple[Source, str], Route] = {}
+        self._dtype: Dtype = chain.dtype
+        self._clock = chain.clock
+        self._routes: dict[tuple[LiveProvider, str], Route] = {}
         self._lock = threading.RLock()
         self._closed = False
         self._fell_back = False
@@ -52,7 +54,7 @@ class Requests:
         if fallback is not None and not fetch_only:
             _check_dimensions(source, fallback)
         self._hot = self._hot_tier()
-        running.add(self)
+        chain.add_cache(self)
 
     # --- the fast path of a hit ---------------------------------------------------------------
 
@@ -65,7 +67,7 @@ class Requests:
         if type(text) is not str or type(task) is not str or task not in routes:
             return None
         route = routes[task]
-        key = route.known.get(text)
+        key = route.recent_keys.get(text)
         if key is None:
             key = route.key(text)
         try:
@@ -85,13 +87,13 @@ class Requests:
 
         Whoever listens to events wants all of them, so that every hit then takes the long way.
         """
-        running = self._running
-        if running.tiers and not running.listeners and not self._closed:
-            first = running.tiers[0]
+        chain = self._chain
+        if chain.tiers and not chain.listeners and not self._closed:
+            first = chain.tiers[0]
             caps = first.capabilities
             if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
                 routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
-                return first.backend.get, first.counters.single.add, routes
+                return first.backend.get, first.counters.single_hits.add, routes
         return (lambda key: None), (lambda: 0), {}
 
     def _refresh_hot_path(self) -> None:
@@ -103,33 +105,33 @@ class Requests:
         if self._closed:
             raise CacheClosed("this cache is closed; open another one")
 
-    def _route(self, source: Source, task: Task) -> Route:
+    def _route(self, source: LiveProvider, task: Task) -> Route:
         if not isinstance(task, str) or not task:
             raise TypeError(f'a task is a str such as "document" or "query", not {task!r}')
         route = self._routes.get((source, task))
         if route is None:
-            running = self._running
+            chain = self._chain
             with self._lock:
-                route = self._routes.setdefault((source, task), Route(source, task, running.policy, running.steps))
+                route = self._routes.setdefault((source, task), Route(source, task, chain.policy, chain.steps))
                 if not isinstance(source.provider, NoProvider):
-                    running.cards[route.keyer.scope] = card(running.policy, route.space)
+                    chain.cards[route.keyer.scope] = card(chain.policy, route.space)
             if hasattr(self, "_hot"):
                 self._refresh_hot_path()
         return route
 
-    async def _current(self, port: Port, source: Source, task: Task) -> Route:
+    async def _current(self, port: Port, source: LiveProvider, task: Task) -> Route:
         """Return the route to a task's space, as it is now that the provider may have drifted."""
         self._check_open()
-        running = self._running
+        chain = self._chain
         route = self._route(source, task)
-        current = await running.engine.current(port, route)
+        current = await chain.engine.find_current_route(port, route)
         if current is not route:
             with self._lock:
                 # Tasks that share a space leave it together.
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
-                        self._routes[place] = current if place[1] == task else other.at(current.generation)
-                running.cards[current.keyer.scope] = card(running.policy, current.space)
+                        self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
+                chain.cards[current.keyer.scope] = card(chain.policy, current.space)
             self._refresh_hot_path()
         return self._route(source, task)
 
@@ -153,15 +155,15 @@ class Requests:
         metadata: Sequence[Metadata | None] | None,
     ) -> Fetched:
         answer = await self._answer(port, texts, task, store=store, metadata=metadata)
-        return answer.fetched()
+        return answer.to_fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
-        engine = self._running.engine
-        if engine.moves:
+        engine = self._chain.engine
+        if engine.can_change_space:
             await self._current(port, self._source, task)
         answer = self._new_answer(self._source, texts, task)
         await engine.fetch(port, answer, compute=False)
-        return answer.fetched()
+        return answer.to_fetched()
 
     async def _answer(
         self,
@@ -176,10 +178,10 @@ class Requests:
         """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
         if not isinstance(texts, list):
             _refuse_str(texts, "a batch")
-            texts = plain_texts(texts)  # it may be asked again, and an iterator could not be
+            texts = copy_texts(texts)  # it may be asked again, and an iterator could not be
         answer = await self._answer_from(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback
-        if fallback is None or self._running.replays:
+        if fallback is None or self._chain.replays:
             return answer
         down = any(not isinstance(error, TextRefused) for error in answer.failed.values())
         if not down or (rows_only and self._fetch_only):
@@ -192,7 +194,7 @@ class Requests:
     async def _answer_from(
         self,
         port: Port,
-        source: Source,
+        source: LiveProvider,
         texts: Sequence[str],
         task: Task,
         *,
@@ -200,19 +202,19 @@ class Requests:
         metadata: Sequence[Metadata | None] | None,
     ) -> Answer:
         """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
-        engine = self._running.engine
+        engine = self._chain.engine
         moves = 0
         while True:
-            if engine.moves:
+            if engine.can_change_space:
                 await self._current(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata)
             await engine.fetch(port, answer)
-            moved = any(isinstance(error, Moved) for error in answer.failed.values())
+            moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
             if not moved or moves == MOVES:
                 return answer
             moves += 1
 
-    def _note_fallback(self, fallback: Source, *, down: bool) -> None:
+    def _note_fallback(self, fallback: LiveProvider, *, down: bool) -> None:
         if down != self._fell_back:
             self._fell_back = down
             if down:
@@ -222,7 +224,7 @@ class Requests:
 
     def _new_answer(
         self,
-        source: Source,
+        source: LiveProvider,
         texts: Sequence[str],
         task: Task,
         *,
@@ -232,7 +234,7 @@ class Requests:
         """Return an answer to texts, with their keys and nothing else in it yet."""
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = plain_texts(texts)
+        texts = copy_texts(texts)
         route = self._route(source, task)
         keys = route.keys(texts)
         return Answer(route, keys, texts, store, _by_key(keys, metadata))
@@ -247,40 +249,40 @@ class Requests:
         task: Task,
         metadata: Sequence[Metadata | None] | None,
     ) -> None:
-        engine = self._running.engine
-        if engine.moves:
+        engine = self._chain.engine
+        if engine.can_change_space:
             await self._current(port, self._source, task)
         answer = self._new_answer(self._source, texts, task, metadata=metadata)
         who = "put was given"
         if not answer.keys and len(vectors) == 0:
             return
-        rows = rounded(
-            checked_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
+        rows = round_matrix(
+            check_matrix(vectors, len(answer.keys), dimensions=answer.dimensions, who=who), self._dtype, who
         )
-        if answer.route.settle(rows.shape[1]) != rows.shape[1]:
-            checked_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
+        if answer.route.settle_dimensions(rows.shape[1]) != rows.shape[1]:
+            check_matrix(rows, len(rows), dimensions=answer.route.dimensions, who=who)
         created = self._clock()
         entries: dict[str, Entry] = {}
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
             entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
         for keys in windows(entries, ITER_BATCH):
-            window = Answer(answer.route, keys, [answer.text_of()[key] for key in keys], store=True)
+            window = Answer(answer.route, keys, [answer.texts_by_key()[key] for key in keys], store=True)
             await engine.put(port, window, entries)
 
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
         self._check_open()
         _refuse_str(texts, "a batch")
-        texts = plain_texts(texts)
+        texts = copy_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
         current = [await self._current(port, source, name) for source in sources for name in sorted(tasks)]
-        routes = [*current, *(route.at(older) for route in current for older in range(route.generation))]
+        routes = [*current, *(route.with_generation(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
-            await self._running.upkeep.forget(port, list(keys))
+            await self._chain.upkeep.forget(port, list(keys))
         finally:
             for route in routes:
-                route.discard(keys)
+                route.discard_texts(keys)
 
     async def _purge(
         self,
@@ -296,20 +298,20 @@ class Requests:
         wanted = {name: value for name, value in parts.items() if value is not None}
         if scope is None and not wanted:
             raise ValueError("purge needs at least one of scope, model, version and namespace")
-        return await self._running.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
+        return await self._chain.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
 
     # --- listing and explaining ---------------------------------------------------------------
 
     async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
         self._check_open()
-        return await self._running.upkeep.metadata(port, self._route(self._source, task), self._dtype)
+        return await self._chain.upkeep.metadata(port, self._route(self._source, task), self._dtype)
 
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()
         if not isinstance(text, str):
             raise TypeError(f"explain takes a str, not {type(text).__name__}")
         route = await self._current(port, self._source, task)
-        return await self._running.upkeep.explain(port, route, text, self._running.policy, self._dtype)
+        return await self._chain.upkeep.explain(port, route, text, self._chain.policy, self._dtype)
 
     def _check_iter(self, texts: object, batch: int, what: str) -> None:
         self._check_open()
@@ -319,7 +321,7 @@ class Requests:
 
     # --- ending -------------------------------------------------------------------------------
 
-    def _shut(self) -> bool:
+    def _mark_closed(self) -> bool:
         with self._lock:
             if self._closed:
                 return False
@@ -332,18 +334,18 @@ class Requests:
         if self._fallback is not None:
             close_part(self._fallback.provider)
 
-    def _renew(self) -> None:
+    def _reset_after_fork(self) -> None:
         self._lock = threading.RLock()
-        self._source.renew()
+        self._source.reset()
         if self._fallback is not None:
-            self._fallback.renew()
+            self._fallback.reset()
 
 
-def _check_dimensions(source: Source, fallback: Source) -> None:
+def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
     """Refuse a fallback whose vectors cannot stand in for the provider's."""
     for task in TASKS:
-        mine = describe(source.provider, task).dimensions
-        other = describe(fallback.provider, task).dimensions
+        mine = describe_space(source.provider, task).dimensions
+        other = describe_space(fallback.provider, task).dimensions
         if mine is None or mine != other:
             raise SpaceError(
                 f"the fallback's vectors have {other or 'unknown'} dimensions and the provider's "

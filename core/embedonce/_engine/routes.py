@@ -1,4 +1,4 @@
-"""A route: one provider asked for one task. It knows the vector space and turns texts into keys."""
+"""A route: one provider and one task. It knows their vector space and turns texts into keys."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 
 from .workers import Workers
 
-CALLS = 32
-"""Most calls to a blocking provider at once from event loops; a thousand tasks need no thousand threads."""
+MAX_CALLS = 32
+"""Maximum number of simultaneous calls to a blocking provider from event loops, each in a thread."""
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Bounds of one generation of the memo from text to key; it holds two."""
+"""Limits of one generation of the memo that maps texts to keys. The memo has two generations."""
 
-MEMO_LONGEST = 16_000
-"""Characters of the longest text that the memo holds: hashing a longer one is little beside handling it."""
+MEMO_MAX_TEXT = 16_000
+"""Characters of the longest text in the memo. For longer ones, hashing costs little compared with the rest."""
 
 
-class Source:
-    """A provider of a running cache, with its name and what it did."""
+class LiveProvider:
+    """A provider of a running cache, with its name, its threads and its counters."""
 
     def __init__(self, provider: AnyProvider, *, fallback: bool) -> None:
         self.provider = provider
         self.fallback = fallback
-        space = describe(provider, "document")
+        space = describe_space(provider, "document")
         self.name = f"fallback:{space.provider}" if fallback else space.provider
         _check_limits(provider.limits, self.name)
-        self.renew()
+        self.reset()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 
-    def renew(self) -> None:
-        """Take a new lock and new threads, as in a forked child. A signal handler may use the cache: re-entrant."""
+    def reset(self) -> None:
+        """Replace lock and threads, also in a forked child. The lock is re-entrant for signal handlers."""
         self.lock = threading.RLock()
-        self.workers = Workers(CALLS)
+        self.workers = Workers(MAX_CALLS)
 
     def count(self, *, texts: int, failed: int, tokens: int, seconds: float) -> None:
         with self.lock:
@@ -60,16 +60,18 @@ class Source:
 def _check_limits(limits: Limits, name: str) -> None:
     for what, number in (("max_batch", limits.max_batch), ("concurrency", limits.concurrency)):
         if not isinstance(number, int) or number < 1:
-            raise ConfigError(f"provider {name!r}: its limits say {what} = {number!r}; it is at least 1")
+            raise ConfigError(f"provider {name!r}: limits.{what} must be an int of at least 1, got {number!r}")
     if limits.timeout is not None and not 0 < limits.timeout < float("inf"):
-        raise ConfigError(f"provider {name!r}: its timeout is seconds above 0, or None, not {limits.timeout!r}")
+        raise ConfigError(
+            f"provider {name!r}: limits.timeout must be None or a number of seconds above 0, got {limits.timeout!r}"
+        )
 
 
-def describe(provider: AnyProvider, task: str) -> VectorSpace:
+def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     """Return the provider's vector space for a task.
 
     Raises:
-        SpaceError: the provider describes none; it is refused, not guessed.
+        SpaceError: the provider describes none. It is never guessed.
     """
     space = provider.space(task)
     if not isinstance(space, VectorSpace):
@@ -80,11 +82,11 @@ def describe(provider: AnyProvider, task: str) -> VectorSpace:
 
 
 class Route:
-    """One provider asked for one task."""
+    """One provider and one task, with their vector space and the keys of recent texts."""
 
     def __init__(
         self,
-        source: Source,
+        source: LiveProvider,
         task: str,
         policy: KeyPolicy,
         steps: Sequence[Callable[[str], str]],
@@ -93,11 +95,11 @@ class Route:
     ) -> None:
         self.source = source
         self.task = task
-        described = describe(source.provider, task)
+        described = describe_space(source.provider, task)
         self.origin = described.fingerprint()
         """The fingerprint of the space as the provider describes it."""
         self.generation = generation
-        """How often a new space was opened because the provider had drifted."""
+        """How many times a new space was opened because the provider had drifted."""
         if generation:
             described = replace(described, extra={**(described.extra or {}), "drift": generation})
         self.space = described
@@ -105,61 +107,62 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """None until the first vector is seen, where the provider cannot tell."""
-        self.known: dict[str, str] = {}
-        """Young generation of the memo, text to key: a hash is computed once for a text that comes again."""
-        self._older: dict[str, str] = {}
+        """Dimensions of the space. None until the first vector is seen, if the provider does not state them."""
+        self.recent_keys: dict[str, str] = {}
+        """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
+        self._older_keys: dict[str, str] = {}
         self._characters = 0
 
-    def at(self, generation: int) -> Route:
+    def with_generation(self, generation: int) -> Route:
         """Return the route to another generation of the same space."""
         return Route(self.source, self.task, self._policy, self._steps, generation=generation)
 
-    def settle(self, dimensions: int) -> int:
-        """Return the dimensions of this space: those given, where none were known before."""
+    def settle_dimensions(self, dimensions: int) -> int:
+        """Set the dimensions of this space if they are not known yet, and return the space's dimensions."""
         with self.source.lock:
             if self.dimensions is None:
                 self.dimensions = dimensions
             return self.dimensions
 
     def keys(self, texts: Sequence[str]) -> list[str]:
-        """Return the key of each text, which is a plain str.
+        """Return the key of each text. The texts must be plain ``str``.
 
         Raises:
             TextError: a text has a lone surrogate; the message names its position.
         """
-        keys = list(map(self.known.get, texts))
+        keys = list(map(self.recent_keys.get, texts))
         if None not in keys:
             return keys  # type: ignore[return-value]
         return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
     def key(self, text: str, position: int = 0) -> str:
-        """Return the key of one text that the young generation does not know. Raises as :meth:`keys` does."""
-        key = self._older.get(text)
+        """Return the key of one text that is not in ``recent_keys``. Raises as :meth:`keys` does."""
+        key = self._older_keys.get(text)
         if key is None:
             try:
                 key = self.keyer.key(self.keyer.normalize(text))
             except TextError as error:
                 raise TextError(f"item {position}: {error}", position) from None
         size = len(text)
-        if size <= MEMO_LONGEST:
-            self.known[text] = key
+        if size <= MEMO_MAX_TEXT:
+            self.recent_keys[text] = key
             self._characters += size
-            if len(self.known) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
-                self._older, self.known, self._characters = self.known, {}, 0
+            if len(self.recent_keys) >= MEMO_TEXTS or self._characters >= MEMO_CHARACTERS:
+                self._older_keys, self.recent_keys, self._characters = self.recent_keys, {}, 0
         return key
 
-    def discard(self, keys: Collection[str]) -> None:
-        """Forget the texts of keys, in every spelling that normalisation brings to them."""
-        for memo in (self.known, self._older):
+    def discard_texts(self, keys: Collection[str]) -> None:
+        """Remove from the memo every text that has one of the keys."""
+        for memo in (self.recent_keys, self._older_keys):
             for text in [text for text, key in list(memo.items()) if key in keys]:
                 memo.pop(text, None)
 
 
-def plain_texts(texts: Iterable[Any]) -> list[str]:
-    """Return a list of plain str, which nobody else holds: a caller may change a list while it is embedded.
+def copy_texts(texts: Iterable[Any]) -> list[str]:
+    """Return the texts as a new list of plain ``str``.
 
-    A subclass of str may be equal to other texts, or look different when a provider formats it.
+    It is a copy, because a caller may change its list during the call. Subclasses of ``str`` are converted, because
+    they may compare equal to other texts, or look different when a provider formats them.
 
     Raises:
         TypeError: an item is not a str; the message names its position.
@@ -169,6 +172,6 @@ def plain_texts(texts: Iterable[Any]) -> list[str]:
         return plain
     for i, text in enumerate(plain):
         if not isinstance(text, str):
-            raise TypeError(f"item {i} is {type(text).__name__}, not str: only texts can be embedded")
+            raise TypeError(f"item {i} must be a str, got {type(text).__name__}")
         plain[i] = str.__str__(text)
     return plain

@@ -1,4 +1,4 @@
-"""A running chain: what the caches over it share, and what happens at the end of the program."""
+"""A running chain: everything that the caches over it share, and what happens when the program exits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from embedonce.keys import KeyPolicy, Value
 from embedonce.vectors import Dtype
 
 from .chain import Tier, chain_warnings, compose_chain, log_once
-from .drift import Guarded
-from .flights import Table
+from .drift import DriftCheckingEngine
+from .flights import InFlight
 from .plan import Engine
 from .ports import Port, Ports
 from .tiers import LiveTier
@@ -34,32 +34,32 @@ log = logging.getLogger("embedonce")
 
 Mode: TypeAlias = Literal["read-through", "replay"]
 
-LAST_FLUSH = 5.0
-"""Seconds that the program's end waits for the writes of caches that nobody holds any more."""
+EXIT_FLUSH_SECONDS = 5.0
+"""Seconds for which the exit of the program waits for writes of caches that have been garbage-collected."""
 
-_open_chains: WeakSet[Running] = WeakSet()
+_open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
-"""Guards the set: listing it fails when another thread adds to it."""
+"""Guards ``_open_chains``: iterating over it fails if another thread adds to it."""
 
 
 class CacheOverChain(Protocol):
-    """A cache, as the chain that it asks through knows it."""
+    """The methods of a cache that its chain calls."""
 
     def _refresh_hot_path(self) -> None:
-        """Look again whether a hit may take the fast path."""
+        """Decide again whether hits may take the fast path."""
 
-    def _shut(self) -> bool:
-        """Refuse calls from now on; False where they were refused before."""
+    def _mark_closed(self) -> bool:
+        """Refuse calls from now on. Return False if the cache was closed already."""
         ...
 
     def _close_providers(self) -> None: ...
 
-    def _renew(self) -> None:
-        """In a forked child: take new locks and threads."""
+    def _reset_after_fork(self) -> None:
+        """Replace locks and threads in a forked child."""
 
 
-class Running:
-    """The tiers of one chain, with all that the caches over them share: flights, queues, threads, events."""
+class RunningChain:
+    """The tiers of one chain, and everything that the caches over them share: flights, queues, threads, events."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class Running:
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
-        """By scope, the space cards that are stored beside its entries."""
+        """Per scope, the space card that is stored beside its entries."""
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
-        """Guards the set of caches, as threads may make one while another thread subscribes or closes."""
+        """Guards ``_caches``: one thread may create a cache while another subscribes or closes."""
         self._owner: CacheOverChain | None = None
         self.listeners = list(listeners)
         self._broken_listeners: set[int] = set()
@@ -95,96 +95,100 @@ class Running:
         self.warnings = tuple(chain_warnings(chain))
         log_once(self.warnings)
         self.ports = Ports()
-        self.table = Table(max_queued)
+        self.in_flight = InFlight(max_queued)
         self.tiers = [
             LiveTier(
                 tier,
                 name,
-                table=self.table,
+                in_flight=self.in_flight,
                 ports=self.ports,
                 cards=self.cards,
                 emit=self.emit,
-                listened=lambda: bool(self.listeners),
+                has_listeners=lambda: bool(self.listeners),
                 clock=clock,
             )
             for name, tier in chain
         ]
-        engine = Engine if drift is None else partial(Guarded, guard=drift)
+        engine = Engine if drift is None else partial(DriftCheckingEngine, guard=drift)
         self.engine: Engine = engine(
             self.tiers,
-            self.table,
+            self.in_flight,
             dtype=dtype,
             replay=self.replays,
             max_wait=max_wait,
             emit=self.emit,
             clock=clock,
         )
-        patience = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
-        self.upkeep = Upkeep(self.tiers, self.table, self.cards, patience=patience, clock=clock)
+        write_wait = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
+        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, write_wait=write_wait, clock=clock)
 
-    def begin(self, owner: CacheOverChain) -> None:
-        """See that writes are flushed, and backends and providers closed, when this process ends.
+    def close_at_exit(self, owner: CacheOverChain) -> None:
+        """Register this chain to be flushed and closed when the process exits.
 
-        ``owner`` is the cache that has made this chain. It lives for as long as the chain, which closes its providers.
+        ``owner`` is the cache that created this chain. The chain keeps it alive, to close its providers at the end.
         """
         self._owner = owner
         with _open_lock:
             _open_chains.add(self)
-        # Last registered, first run: what a backend has registered to close itself must come after our flush.
-        _close_at_exit()
+        # atexit runs callbacks in reverse order. Ours is registered last, to flush before a backend closes itself.
+        _register_close()
 
-    def add(self, cache: CacheOverChain) -> None:
-        """Take note of a cache that asks through these tiers, for as long as somebody holds it."""
+    def add_cache(self, cache: CacheOverChain) -> None:
+        """Add a cache that uses these tiers. The chain refers to it weakly."""
         with self._lock:
             self._caches.add(cache)
 
-    def _all_caches(self) -> list[CacheOverChain]:
+    def _list_caches(self) -> list[CacheOverChain]:
         with self._lock:
             return list(self._caches)
 
     # --- events -------------------------------------------------------------------------------
 
     def emit(self, event: Event) -> None:
-        """Call every listener; one that raises is logged once."""
+        """Call every listener. The first error of each listener is logged."""
         for listener in self.listeners:
             try:
                 listener(event)
             except Exception:  # a broken listener must not cost an embedding
-                if id(listener) not in self._broken_listeners:  # once, not once an event
+                if id(listener) not in self._broken_listeners:
                     self._broken_listeners.add(id(listener))
-                    log.exception("a listener failed on %s; that it does so again is not logged", type(event).__name__)
+                    log.exception(
+                        "listener failed on %s; further failures of this listener will not be logged",
+                        type(event).__name__,
+                    )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Call a listener with every event from now on."""
+        """Call ``listener`` with every event from now on."""
         self.listeners.append(listener)
-        for cache in self._all_caches():
+        for cache in self._list_caches():
             cache._refresh_hot_path()
 
     # --- ending -------------------------------------------------------------------------------
 
     def flush(self, timeout: float) -> bool:
-        """Wait until background writes are done; False after ``timeout`` seconds."""
+        """Wait until background writes are done, and return True; return False after ``timeout`` seconds."""
         for tier in self.tiers:
             tier.writing.start_draining()
-        return self.table.flushed(timeout)
+        return self.in_flight.wait_until_flushed(timeout)
 
     def flush_or_warn(self, timeout: float) -> None:
-        """Flush before something is closed, and log what could not be written in time."""
+        """Flush before closing, and log the writes that were not done in time."""
         if not self.flush(timeout):
-            queued = {tier.name: n for tier in self.tiers if (n := self.table.queued(tier.name))}
-            log.warning("closing with background writes not done: %s", queued or "one is still under way")
+            queued = {tier.name: n for tier in self.tiers if (n := self.in_flight.count_queued(tier.name))}
+            unfinished = ", ".join(f"tier {name!r}: {n} entries queued" for name, n in queued.items())
+            log.warning("closing before background writes are done (%s)", unfinished or "a write is still in progress")
 
     def close(self, timeout: float) -> None:
-        """Flush, then close the other caches' providers, the backends, and the owner's providers, once.
+        """Flush, then close the other caches' providers, the backends and the owner's providers.
 
-        The other caches answer until the flush is done.
+        The other caches still answer calls during the flush. A second call does nothing.
         """
         owner = self._owner
-        if owner is None or not owner._shut():
+        if owner is None or not owner._mark_closed():
             return
         self.flush_or_warn(timeout)
-        for cache in self._all_caches():
-            if cache._shut():
+        for cache in self._list_caches():
+            if cache._mark_closed():
                 cache._close_providers()
         for tier in self.tiers:
             close_part(tier.backend)
@@ -197,12 +201,12 @@ class Running:
             await tier.close_twin(port)
 
     def reset(self) -> None:
-        """In a forked child: locks, flights, queue and threads are the parent's; start with our own."""
+        """Start over in a forked child: locks, flights, queued writes and threads belong to the parent."""
         self._lock = threading.RLock()
         self.ports.reset()
-        self.table.reset()
-        for cache in self._all_caches():
-            cache._renew()
+        self.in_flight.reset()
+        for cache in self._list_caches():
+            cache._reset_after_fork()
         for tier in self.tiers:
             tier.reset()
         if self.engine.leases is not None:
@@ -210,41 +214,44 @@ class Running:
 
 
 def close_part(part: Any) -> None:
-    """Close a backend or a provider, if it can be closed; a failure is logged, so that the others are closed too."""
+    """Close a backend or provider that has ``close``. A failure is only logged, so that the others are closed too."""
     close = getattr(part, "close", None)
     if close is None:
         return
     try:
         close()
-    except Exception as error:  # noqa: BLE001  (the other backends are closed all the same)
+    except Exception as error:  # noqa: BLE001  (the others must still be closed)
         log.warning("closing %s failed (%s)", type(part).__name__, type(error).__name__)
 
 
-# --- the end of the program -----------------------------------------------------------------------
+# --- exit of the program --------------------------------------------------------------------------
 
-_waited = 0.0
-"""Seconds for which the program's end has waited for writes already."""
+_seconds_waited = 0.0
+"""Seconds that :func:`_flush_open_chains` spent waiting; :func:`_close_open_chains` waits that much less."""
 
 
-def _flush_all() -> None:
-    """Wait for what is queued, while pools of threads still take work: a client may need one."""
-    global _waited
+def _flush_open_chains() -> None:
+    """Wait for queued writes while thread pools still accept work, because a client may need a pool."""
+    global _seconds_waited
     start = time.monotonic()
-    chains = _end_each(start, lambda chain, timeout: chain.flush(timeout))
-    # What the others have not written in their time ends when they are closed.
-    _wait_for(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
-    _waited = time.monotonic() - start
+    chains = _end_open_chains(start, lambda chain, timeout: chain.flush(timeout))
+    # Open chains have had their time, and their remaining writes end when they are closed. Wait for the others only.
+    _wait_for_writes(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
+    _seconds_waited = time.monotonic() - start
 
 
-def _close_all() -> None:
-    """Flush and close what the program left open, and wait for writes of caches that are gone already."""
-    start = time.monotonic() - _waited
-    _end_each(start, lambda chain, timeout: chain.close(timeout))
-    _wait_for(draining, start)
+def _close_open_chains() -> None:
+    """Flush and close the chains that are still open, and wait for writes of garbage-collected caches."""
+    start = time.monotonic() - _seconds_waited
+    _end_open_chains(start, lambda chain, timeout: chain.close(timeout))
+    _wait_for_writes(draining, start)
 
 
-def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Running]:
-    """End and return all open chains. Together they take no longer than the longest would alone."""
+def _end_open_chains(start: float, end: Callable[[RunningChain, float], object]) -> list[RunningChain]:
+    """Call ``end`` on every open chain with the seconds that it has left, and return the chains.
+
+    The chains write at the same time, so that all together take no longer than the longest ``flush_timeout``.
+    """
     with _open_lock:
         chains = list(_open_chains)
     for chain in chains:
@@ -255,51 +262,52 @@ def _end_each(start: float, end: Callable[[Running, float], object]) -> list[Run
     return chains
 
 
-def _wait_for(writings: Iterable[Writing], start: float) -> None:
+def _wait_for_writes(writings: Iterable[Writing], start: float) -> None:
     for writing in list(writings):
-        writing.wait_until_drained(max(0.0, start + LAST_FLUSH - time.monotonic()))
+        writing.wait_until_drained(max(0.0, start + EXIT_FLUSH_SECONDS - time.monotonic()))
 
 
 @functools.cache
-def _flush_at_exit() -> None:
-    """See that :func:`_flush_all` runs when this process ends.
+def _register_flush() -> None:
+    """Register :func:`_flush_open_chains` to run when this process exits, before thread pools are shut down.
 
-    Callbacks of atexit come when the pools of concurrent.futures, asyncio's among them, have been shut. Before that
-    there is one place alone, that in which they are shut themselves: what was registered last is called first.
+    ``atexit`` callbacks run after the pools of ``concurrent.futures``, which asyncio uses too, have been shut down.
+    The pools are shut down by a callback of ``threading._register_atexit``. Those callbacks run in reverse
+    order, so one that is registered later runs before the pools are shut down.
     """
-    with suppress(RuntimeError):  # this process is ending already
-        import concurrent.futures.thread  # noqa: F401  (registers what shuts them)
+    with suppress(RuntimeError):  # this process is exiting already
+        import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)
 
         register = getattr(threading, "_register_atexit", None)
         if register is not None:
-            register(_flush_all)
+            register(_flush_open_chains)
 
 
-def _close_at_exit() -> None:
-    """See that :func:`_close_all` runs when this process ends, before anything that was registered until now."""
-    _flush_at_exit()
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)
+def _register_close() -> None:
+    """Register :func:`_close_open_chains` to run at exit, before all callbacks that are registered already."""
+    _register_flush()
+    atexit.unregister(_close_open_chains)
+    atexit.register(_close_open_chains)
     if "multiprocessing.process" in sys.modules:
         from multiprocessing import parent_process
         from multiprocessing.util import Finalize
 
-        if parent_process() is not None:  # a child that was forked ends without atexit
-            Finalize(None, _close_all, exitpriority=100)
+        if parent_process() is not None:  # a forked child of multiprocessing exits without atexit callbacks
+            Finalize(None, _close_open_chains, exitpriority=100)
 
 
-def _after_fork_in_child() -> None:
+def _reset_after_fork() -> None:
     global _open_lock
-    _open_lock = threading.RLock()  # a thread of the parent may have held it, and is not here
+    _open_lock = threading.RLock()  # a thread of the parent may have held the old one during the fork
     draining.clear()
     for chain in list(_open_chains):
         chain.reset()
     if "multiprocessing.util" in sys.modules:
         from multiprocessing.util import register_after_fork
 
-        # multiprocessing forgets in the child what is to run at its end, and then calls what was registered so.
-        register_after_fork(_open_chains, lambda chains: _close_at_exit())
+        # multiprocessing clears its finalizers in the child, and then calls the functions registered here.
+        register_after_fork(_open_chains, lambda chains: _register_close())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -15,7 +15,7 @@ from .backend_calls import BackendCalls
 from .chain import Tier
 from .codec import Codec
 from .counters import Counters
-from .flights import Table
+from .flights import InFlight
 from .ports import Port, Ports
 from .reading import Reading
 from .writing import Writing
@@ -34,11 +34,11 @@ class LiveTier:
         tier: Tier,
         name: str,
         *,
-        table: Table,
+        in_flight: InFlight,
         ports: Ports,
         cards: Mapping[str, Mapping[str, Value]],
         emit: Callable[[Event], None],
-        listened: Callable[[], bool],
+        has_listeners: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self.name = name
@@ -53,19 +53,19 @@ class LiveTier:
             self.counters,
             changed=partial(self._note_change, "read"),
             emit=emit,
-            listened=listened,
+            has_listeners=has_listeners,
         )
         self.writing = Writing(
             tier,
             self.calls,
             self.codec,
             self.counters,
-            table=table,
+            in_flight=in_flight,
             ports=ports,
             cards=cards,
             changed=partial(self._note_change, "write"),
             emit=emit,
-            listened=listened,
+            has_listeners=has_listeners,
             clock=clock,
         )
         # Bound methods, because a method that calls another one would cost each read and write a call more.
@@ -80,7 +80,7 @@ class LiveTier:
 
     def reset(self) -> None:
         """Start anew, as in a forked child, and do not close what the parent owns."""
-        self.counters.renew()
+        self.counters.renew_locks()
         self.calls.reset()
         self.reading.reset()
         self.writing.reset()

@@ -13,7 +13,7 @@ from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
 from embedonce.keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
 from embedonce.vectors import Dtype, Metadata, open_frame
 
-from .flights import Erasure, Table
+from .flights import Erasure, InFlight
 from .leases import lease_keys
 from .ports import Port
 from .routes import Route
@@ -30,16 +30,16 @@ class Upkeep:
     def __init__(
         self,
         tiers: Sequence[LiveTier],
-        table: Table,
+        in_flight: InFlight,
         cards: Mapping[str, Card],
         *,
-        patience: float,
+        write_wait: float,
         clock: Callable[[], float],
     ) -> None:
         self._tiers = tiers
-        self._table = table
+        self._in_flight = in_flight
         self._cards = cards
-        self._patience = patience
+        self._write_wait = write_wait
         self._clock = clock
 
     # --- erasing ------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ class Upkeep:
 
     async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], what: str) -> None:
         failed: dict[str, str] = {}
-        with self._table.erasing(erasure) as busy:
-            end = time.monotonic() + self._patience
+        with self._in_flight.forbid_stores(erasure) as busy:
+            end = time.monotonic() + self._write_wait
             while (writing := busy()) and time.monotonic() < end:
                 await port.sleep(0.002)
             for tier in self._tiers:

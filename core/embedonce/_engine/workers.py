@@ -13,27 +13,27 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Daemon threads for calls that may hang: made on demand up to a most, reused, gone after ten idle seconds.
+    """Daemon threads for calls that may hang: started on demand, reused, ended after ten idle seconds.
 
-    ``concurrent.futures``' own pool joins its threads when the program ends, so that one hanging
-    call would keep the program alive for ever.
+    ``max_threads`` limits how many run at once; None means no limit. The pool of ``concurrent.futures`` is no
+    alternative: it joins its threads at exit, so one hanging call would keep the program alive for ever.
     """
 
     IDLE_SECONDS = 10.0
 
-    def __init__(self, most: int | None = None) -> None:
-        self._most = most
+    def __init__(self, max_threads: int | None = None) -> None:
+        self._max_threads = max_threads
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._free = 0  # threads that wait and for which no job is meant
-        self._backlog = 0  # jobs for which no thread is meant
+        self._free = 0  # idle threads, less the jobs in the queue that they are about to take
+        self._backlog = 0  # queued jobs that must wait for a busy thread
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run ``call`` in a thread, in a copy of the caller's context; where all are busy, as soon as one is not.
+        """Run ``call`` in a thread, in a copy of the caller's context. If all threads are busy, it waits for one.
 
         Raises:
-            RuntimeError: the interpreter is ending and there is no thread.
+            RuntimeError: the interpreter is shutting down and starts no threads any more.
         """
         future: Future[T] = Future()
         context = copy_context()
@@ -43,11 +43,11 @@ class Workers:
                 return
             try:
                 result = context.run(call)
-            except StopIteration as error:  # a future that is awaited cannot carry it
-                wrong = RuntimeError("a call raised StopIteration, as next() does of an empty iterator")
-                wrong.__cause__ = error
-                future.set_exception(wrong)
-            except BaseException as error:  # noqa: BLE001  (it reaches whoever waits)
+            except StopIteration as error:  # an awaited future cannot carry it
+                replacement = RuntimeError("a call raised StopIteration, as next() does on an empty iterator")
+                replacement.__cause__ = error
+                future.set_exception(replacement)
+            except BaseException as error:  # noqa: BLE001  (the future passes it on to the waiting caller)
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -55,7 +55,7 @@ class Workers:
         with self._lock:
             if self._free:
                 self._free -= 1
-            elif self._most is None or self._threads < self._most:
+            elif self._max_threads is None or self._threads < self._max_threads:
                 threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
                 self._threads += 1
             else:
@@ -79,7 +79,7 @@ class Workers:
                     break
                 except queue.Empty:
                     with self._lock:
-                        if self._free:  # else a job is meant for one of us, and about to arrive
+                        if self._free:  # otherwise a job was just submitted that counts on this thread
                             self._free -= 1
                             self._threads -= 1
                             return

@@ -18,8 +18,8 @@ from .breaker import Breaker, BreakerChange
 from .chain import Tier, WriteMode
 from .codec import Codec
 from .counters import Counters
-from .flights import Table, Ticket
-from .ports import Port, Ports, step
+from .flights import InFlight, Ticket
+from .ports import Port, Ports, run_blocking
 
 log = logging.getLogger("embedonce")
 
@@ -61,12 +61,12 @@ class Writing:
         codec: Codec,
         counters: Counters,
         *,
-        table: Table,
+        in_flight: InFlight,
         ports: Ports,
         cards: Mapping[str, Mapping[str, Value]],
         changed: BreakerChange,
         emit: Callable[[Event], None],
-        listened: Callable[[], bool],
+        has_listeners: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self.name = calls.name
@@ -78,12 +78,12 @@ class Writing:
         self._calls = calls
         self._codec = codec
         self._counters = counters
-        self._table = table
+        self._in_flight = in_flight
         self._ports = ports
         self._cards = cards
         self._changed = changed
         self._emit = emit
-        self._listened = listened
+        self._has_listeners = has_listeners
         self._clock = clock
         self.reset()
 
@@ -104,9 +104,9 @@ class Writing:
         entries: Mapping[str, Entry],
         previews: Callable[[str], str],
         *,
-        patience: bool,
+        wait_for_room: bool,
     ) -> None:
-        """Write entries in this tier's mode. Promotions have no ``patience``: a full queue drops them.
+        """Write entries in this tier's mode. Promotions have no ``wait_for_room``: a full queue drops them.
 
         ``previews`` gives the beginning of a key's text to a tier that keeps it.
 
@@ -117,7 +117,7 @@ class Writing:
             return
         dated = self._dated(self._codec.add_previews(entries, previews))
         if self.mode == "background":
-            await self._queue(port, ticket, dated, patience=patience)
+            await self._queue(port, ticket, dated, wait_for_room=wait_for_room)
             return
         for chunk in self._calls.chunks(list(dated)):
             await self._store_now(port, ticket.number, {key: dated[key] for key in chunk})
@@ -183,7 +183,7 @@ class Writing:
 
     def _write(self, number: int, entries: Mapping[str, Entry]) -> Written:
         """Write what may still be stored by the call with this number."""
-        with self._table.writing(self.name, number, entries) as permitted:
+        with self._in_flight.track_write(self.name, number, entries) as permitted:
             return self._set(permitted)
 
     def _set(self, entries: Mapping[str, Entry]) -> Written:
@@ -225,7 +225,7 @@ class Writing:
     ) -> None:
         seconds = 0.0 if start is None else time.perf_counter() - start
         self._counters.count(stored=stored, dropped=dropped, errors=errors, cause=cause, seconds=seconds)
-        if self._listened():
+        if self._has_listeners():
             self._emit(
                 Stored(tier=self.name, stored=stored, dropped=dropped, errors=errors, seconds=seconds, cause=cause)
             )
@@ -258,24 +258,24 @@ class Writing:
 
     # --- background writes --------------------------------------------------------------------
 
-    async def _queue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, patience: bool) -> None:
+    async def _queue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, wait_for_room: bool) -> None:
         end = time.monotonic() + (self._calls.timeout or 0.0)
         while True:
-            force = patience and time.monotonic() >= end
-            room, dropped = self._table.queue(self.name, ticket.number, entries, force=force)
+            force = wait_for_room and time.monotonic() >= end
+            room, dropped = self._in_flight.queue_write(self.name, ticket.number, entries, force=force)
             self.start_draining()
-            if not room and not patience:
+            if not room and not wait_for_room:
                 dropped = len(entries)
             if dropped:
                 self._count(0, dropped=dropped, cause="queue full")
-            if room or not patience:
+            if room or not wait_for_room:
                 return
             await port.sleep(0.002)
 
     def start_draining(self) -> None:
         """See that somebody writes what is queued; one thread at a time."""
         with self._lock:
-            if self._is_draining or not self._table.queued(self.name):
+            if self._is_draining or not self._in_flight.count_queued(self.name):
                 return
             self._is_draining = True
             draining.add(self)
@@ -286,14 +286,14 @@ class Writing:
         while True:
             self.drain()
             with self._lock:
-                if not self._table.queued(self.name):
+                if not self._in_flight.count_queued(self.name):
                     self._is_draining = False
                     draining.discard(self)
                     return
 
     def drain(self) -> None:
         """Write what is queued, in this thread."""
-        while (write := self._table.next_write(self.name)) is not None:
+        while (write := self._in_flight.take_write(self.name)) is not None:
             try:
                 for chunk in self._calls.chunks(list(write.entries)):
                     part = {key: write.entries[key] for key in chunk}
@@ -303,17 +303,19 @@ class Writing:
                     else:
                         self._write_caught(write.number, part, probe=admitted == "probe")
             finally:
-                self._table.wrote(write)
+                self._in_flight.finish_write(write)
 
     def wait_until_drained(self, timeout: float) -> bool:
         """Wait for the writes under way; False after ``timeout`` seconds."""
-        return self._table.flushed(timeout)
+        return self._in_flight.wait_until_flushed(timeout)
 
     def _write_caught(self, number: int, entries: Mapping[str, Entry], *, probe: bool) -> None:
         """Write where nobody waits for the result: a failure is counted and logged."""
         start = time.perf_counter()
         try:
-            written: Written = step(self._calls.call(self._ports.blocking, lambda: self._write(number, entries)))
+            written: Written = run_blocking(
+                self._calls.call(self._ports.blocking, lambda: self._write(number, entries))
+            )
         except Exception as error:  # noqa: BLE001  (as in read)
             written = Written(failed=len(entries), error=error)
         cause = self._settle(written, start, probe=probe)
