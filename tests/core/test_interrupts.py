@@ -50,10 +50,10 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
 
 def test_ctrl_c_leaves_no_deadline_in_the_thread() -> None:
     with interrupted_at(-1) as lines:
-        ports.call_by_deadline(time_left, 60.0)
+        ports.call_with_deadline(time_left, 60.0)
     for line in range(lines[0]):
         with suppress(KeyboardInterrupt), interrupted_at(line):
-            ports.call_by_deadline(time_left, 60.0)
+            ports.call_with_deadline(time_left, 60.0)
         assert time_left() is None, f"interrupted at line {line}"
 
 
