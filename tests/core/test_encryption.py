@@ -195,7 +195,7 @@ def test_entries_from_before_the_encryption_are_plain_misses_and_replaced() -> N
 
 
 def test_a_tier_of_arrays_takes_no_encryption() -> None:
-    with pytest.raises(ConfigError, match="takes no encryption"):
+    with pytest.raises(ConfigError, match="encryption requires a backend that stores frames"):
         Cache(CountingProvider(), [Tier(MemoryBackend(), encryption=Encryption(KEY))])
 
 

@@ -126,7 +126,7 @@ def test_a_write_that_a_part_refuses_is_counted_as_that_part(write: Literal["inl
         assert cache.flush(GENEROUS)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, stats.errors, dict(stats.causes)) == (len(other), len(first), {"TierBusy": len(first)})
-        assert not cache._running.tiers[0].writing.breaker.open
+        assert not cache._running.tiers[0].writing.breaker.is_open
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_partial_answer_moves_the_breaker_as_its_cause_does(problem: Exception
         backend.problem = problem
         for turn in range(1, 6):
             cache.fetch(TEXTS)
-            assert cache._running.tiers[0].reading.breaker.open == (calls is not None and turn >= calls)
+            assert cache._running.tiers[0].reader.breaker.is_open == (calls is not None and turn >= calls)
 
 
 def test_a_probe_asks_for_what_the_part_failed_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_probe_asks_for_what_the_part_failed_for(monkeypatch: pytest.MonkeyPat
         first, _ = split(cache)
         backend.problem = TimeoutError()
         cache.fetch(TEXTS)
-        assert {*cache._running.tiers[0].reading.failing} == {cache.explain(text).key for text in first}
+        assert {*cache._running.tiers[0].reader.failing} == {cache.explain(text).key for text in first}
 
 
 @faces

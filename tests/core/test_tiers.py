@@ -123,7 +123,7 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
             for i in range(10):
                 cache.embed(f"{i}")
             assert [record.message for record in caplog.records] == [
-                "tier 'far': reads fail (ConnectionRefusedError); it is left out and tried again until it answers"
+                "tier 'far': reads are failing (ConnectionRefusedError); skipping it until a probe succeeds"
             ]
             faulty.heal()
             # An event is told after it was logged.
@@ -141,7 +141,7 @@ def test_exactly_one_probe_runs_and_not_on_the_callers_path(monkeypatch: pytest.
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
         for i in range(3):
             cache.embed(f"{i}")
-        assert cache._running.tiers[0].reading.breaker.open
+        assert cache._running.tiers[0].reader.breaker.is_open
         before = faulty.called("get")
         cache.embed("its probe hangs")
         faulty.gate.until(1)
@@ -234,7 +234,7 @@ def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: py
             assert cache.flush(GENEROUS)
         assert cache.stats().tiers["far"].errors == 10
     assert [record.getMessage() for record in caplog.records] == [
-        "tier 'far': a background write of 1 entries failed (TierBusy)"
+        "tier 'far': background write failed for 1 entries (TierBusy)"
     ]
 
 
@@ -248,8 +248,8 @@ def test_failing_writes_do_not_stop_reads() -> None:
         for i in range(5):
             cache.embed(f"new {i}")
         assert cache.lookup(TEXTS).sources == ["far"] * len(TEXTS)
-        assert cache._running.tiers[0].writing.breaker.open
-        assert not cache._running.tiers[0].reading.breaker.open
+        assert cache._running.tiers[0].writing.breaker.is_open
+        assert not cache._running.tiers[0].reader.breaker.is_open
 
 
 @faces
@@ -259,9 +259,9 @@ def test_a_tier_whose_reads_are_left_out_is_not_written_to(ask: Ask) -> None:
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="inline", timeout=0.2)]) as cache:
         for i in range(20):
             ask(cache, [f"{i}"])
-        assert cache._running.tiers[0].reading.breaker.open
+        assert cache._running.tiers[0].reader.breaker.is_open
         assert faulty.called("set") == 0
-        assert not cache._running.tiers[0].writing.breaker.open
+        assert not cache._running.tiers[0].writing.breaker.is_open
         faulty.heal()
 
 
@@ -561,13 +561,13 @@ def test_only_what_is_still_missing_is_asked_of_the_next_tier() -> None:
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        ([DictBackend(), DictBackend()], "two tiers are called 'dict'"),
-        ([Tier(MemoryBackend(), timeout=1.0)], "takes no timeout"),
-        ([Tier(DictBackend(), name="provider")], 'cannot be called "provider"'),
-        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl is a number of seconds above 0"),
+        ([DictBackend(), DictBackend()], "two tiers are named 'dict'"),
+        ([Tier(MemoryBackend(), timeout=1.0)], "timeout is not supported"),
+        ([Tier(DictBackend(), name="provider")], 'cannot be named "provider"'),
+        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl must be more than 0 seconds, got 0"),
         ([object()], "is not a backend"),
-        ([Tier(DictBackend(), write="bogus")], 'write is one of "inline", "background", "none", not \'bogus\''),  # type: ignore[arg-type]
-        ([Tier(DictBackend(), on_error="bogus")], 'on_error is one of "skip", "raise"'),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), write="bogus")], "write must be one of inline, background, none, got 'bogus'"),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), on_error="bogus")], "on_error must be one of skip, raise"),  # type: ignore[arg-type]
     ],
 )
 def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
@@ -581,22 +581,22 @@ def test_a_breaker_waits_longer_each_time_and_starts_anew_after_a_success(monkey
     states: list[str] = []
     breaker = Breaker(lambda state, cause: states.append(state))
     waits = []
-    breaker.failed("timeout")
+    breaker.record_failure("timeout")
     for _ in range(12):
         start = now[0]
         while breaker.admit() == "skip":
             now[0] += 0.05
         waits.append(now[0] - start)
         assert breaker.admit() == "skip"  # one probe only
-        breaker.failed("timeout")
+        breaker.record_failure("timeout")
     assert 0.3 < waits[0] < 0.7
     assert waits[3] > waits[0] * 3
     assert max(waits) <= 60 * 1.25 + 0.1
-    breaker.succeeded()
+    breaker.record_success()
     assert breaker.admit() == "go"
     assert states == ["open", "closed"]
-    breaker.failed("OSError")
-    breaker.failed("OSError")
+    breaker.record_failure("OSError")
+    breaker.record_failure("OSError")
     assert breaker.admit() == "go"
-    breaker.failed("OSError")
+    breaker.record_failure("OSError")
     assert breaker.admit() == "skip"
