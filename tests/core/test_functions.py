@@ -153,7 +153,7 @@ def test_a_function_without_a_space_is_refused_with_what_to_write() -> None:
 
 
 def test_a_space_with_a_task_is_refused_where_the_function_takes_it() -> None:
-    with pytest.raises(SpaceError, match="leave it out"):
+    with pytest.raises(SpaceError, match="remove task from space="):
         wrap(asymmetric, {"model": "m", "task": "document"})
     assert wrap(lengths, {"model": "m", "task": "document"}).space("query").task == "document"
 

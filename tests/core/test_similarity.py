@@ -48,7 +48,7 @@ def test_it_is_what_brute_force_finds(arrays: tuple[Any, Any], k: int, values: i
     """Small whole numbers have many ties and zero rows, and their sums are exact. Blocks of any size give the same."""
     queries, matrix = arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "VALUES", values)
+        patch.setattr(similarity, "BLOCK_VALUES", values)
         indices, scores = top_k(queries, matrix, k)
     wanted, cosines = brute(queries, matrix, k)
     assert (indices.dtype, scores.dtype) == (np.int64, np.float32)
@@ -129,15 +129,15 @@ def test_rows_that_are_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("queries", "matrix", "k", "error", "message"),
     [
-        ([1.0, 2.0], [[1.0, 2.0]], 1, ValueError, r"one vector v is v\[None, :\]"),
-        ([[1.0]], [[1.0, 2.0]], 1, ValueError, "queries have 1 dimensions, and the matrix has 2"),
-        ([[1.0]], [[1.0]], 0, ValueError, "k is at least 1"),
-        ([[1.0]], [[1.0]], 1.5, TypeError, "k is an integer"),
-        ([[1.0]], [[1.0]], True, TypeError, "k is an integer"),
+        ([1.0, 2.0], [[1.0, 2.0]], 1, ValueError, r"for one vector v, pass v\[None, :\]"),
+        ([[1.0]], [[1.0, 2.0]], 1, ValueError, "queries and matrix must have the same dimensions, got 1 and 2"),
+        ([[1.0]], [[1.0]], 0, ValueError, "k must be at least 1, got 0"),
+        ([[1.0]], [[1.0]], 1.5, TypeError, "k must be an integer, got float"),
+        ([[1.0]], [[1.0]], True, TypeError, "k must be an integer, got bool"),
         ([["a"]], [[1.0]], 1, TypeError, "real numbers"),
         ([[1j]], [[1.0]], 1, TypeError, "real numbers"),
         ([[True]], [[1.0]], 1, TypeError, "real numbers"),
-        ([[1.0]], [[1.0], [math.nan]], 1, ValueError, "row 1 of matrix holds NaN"),
+        ([[1.0]], [[1.0], [math.nan]], 1, ValueError, "row 1 of matrix has NaN"),
         ([[math.inf]], [[1.0]], 1, ValueError, "row 0 of queries"),
     ],
 )
