@@ -66,7 +66,7 @@ class Upkeep:
         scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}
         for tier in self._tiers:
             try:
-                cards = await self.cards(port, tier)
+                cards = await self._read_cards(port, tier)
             except TierError as error:
                 failed[tier.name] = _describe(error)
             else:
@@ -101,7 +101,7 @@ class Upkeep:
     async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
         return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
 
-    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], what: str) -> None:
+    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], operation: str) -> None:
         failed: dict[str, str] = {}
         with self._table.erasing(erasure) as busy:
             end = time.monotonic() + self._busy_timeout
@@ -115,24 +115,24 @@ class Upkeep:
                 else:
                     if tier.name in writing:
                         failed[tier.name] = "a write in flight hangs and may still restore entries"
-        _raise_if_incomplete(failed, what)
+        _raise_if_incomplete(failed, operation)
 
     # --- listing ------------------------------------------------------------------------------
 
-    async def cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
+    async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
         """Return, by scope, the space cards that a tier stores and those of this cache."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
         decoded = tier.decode(values, dtype="int8", dimensions=None)
-        held = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
-        return {**self._cards, **held}
+        stored = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
+        return {**self._cards, **stored}
 
     async def contents(self, port: Port) -> list[Held]:
         """Count the entries of each tier by scope; a tier that cannot be listed has one row with the reason."""
         held: list[Held] = []
         for tier in self._tiers:
             try:
-                cards = await self.cards(port, tier)
+                cards = await self._read_cards(port, tier)
                 keys = await tier.scan(port, KEY_PREFIX)
             except TierError as error:
                 held.append(Held(tier.name, "", None, 0, _describe(error)))
@@ -152,8 +152,8 @@ class Upkeep:
         found: dict[str, Metadata | None] = {}
         for tier in self._tiers:
             try:
-                listed = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
-                keys = [key for key in listed if key not in found]
+                scanned = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
+                keys = [key for key in scanned if key not in found]
                 for start in range(0, len(keys), ENTRIES_PER_READ):
                     values = await tier.peek(port, keys[start : start + ENTRIES_PER_READ])
                     decoded = tier.decode(values, dtype=dtype, dimensions=route.dimensions)
@@ -261,21 +261,21 @@ class Upkeep:
             return "hit"
         if key in decoded.corrupt:
             return "corrupt"
-        ever = tier.decode(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
-        return "expired" if key in ever.entries else "coarser"
+        unexpired = tier.decode(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
+        return "expired" if key in unexpired.entries else "coarser"
 
     async def _find_near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:
-        mine = self._cards.get(scope, {})
+        own_card = self._cards.get(scope, {})
         try:
-            cards = await self.cards(port, tier) if tier.capabilities.scan else {}
+            cards = await self._read_cards(port, tier) if tier.capabilities.scan else {}
         except TierError:
             return []  # the outcome of this tier already has the error
         reasons = []
         for name, card in sorted(cards.items()):
-            differing = [part for part in mine if card.get(part) != mine[part]]
+            differing = [part for part in own_card if card.get(part) != own_card[part]]
             if name == scope or not 0 < len(differing) <= 2 or name in self._cards:
                 continue
-            differences = ", ".join(f"{part} {card.get(part)!r} instead of {mine[part]!r}" for part in differing)
+            differences = ", ".join(f"{part} {card.get(part)!r} instead of {own_card[part]!r}" for part in differing)
             reasons.append(f"tier {tier.name!r} holds entries with {differences}")
         return reasons
 
@@ -287,7 +287,9 @@ def _describe(error: TierError) -> str:
     return f"{error}: {detail}" if detail and detail != str(error) else str(error)
 
 
-def _raise_if_incomplete(failed: Mapping[str, str], what: str) -> None:
+def _raise_if_incomplete(failed: Mapping[str, str], operation: str) -> None:
     if failed:
         causes = "; ".join(f"tier {name!r}: {cause}" for name, cause in failed.items())
-        raise EraseIncomplete(f"{what} is incomplete ({causes}). Call it again once these tiers are reachable", failed)
+        raise EraseIncomplete(
+            f"{operation} is incomplete ({causes}). Call it again once these tiers are reachable", failed
+        )

@@ -109,9 +109,8 @@ class Writing:
     ) -> None:
         """Write entries in this tier's write mode.
 
-        ``preview_of`` returns the start of a key's text; only a tier that stores previews calls it. ``patience``
-        says what a full queue does: with it, the call waits for room; without it, as in a promotion, the entries
-        are dropped.
+        ``preview_of`` returns the start of a key's text; it is called only if the tier stores previews. ``patience``
+        decides what happens when the queue of background writes is full: see :meth:`_enqueue`.
 
         Raises:
             TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
@@ -263,7 +262,11 @@ class Writing:
     # --- background writes --------------------------------------------------------------------
 
     async def _enqueue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, patience: bool) -> None:
-        """Queue entries for a background write; after the tier's timeout, a full queue drops its oldest entries."""
+        """Queue entries for a background write.
+
+        If the queue is full, a call with ``patience`` waits for room for up to the tier's timeout. After that the
+        oldest entries are dropped. Without ``patience``, as in a promotion, the new entries are dropped at once.
+        """
         end = time.monotonic() + (self._calls.timeout or 0.0)
         while True:
             force = patience and time.monotonic() >= end
