@@ -30,7 +30,7 @@ class Encryption:
     Args:
         keys: One or more keys, each given as 32 bytes, as their base64, or as ``"file:PATH"`` of a file with the
             base64. The first key encrypts, and all keys decrypt. To rotate, put the new key before the old one, and
-            remove the old one when the frames that it encrypted have expired or been replaced.
+            remove the old one when its frames have expired; texts of frames that are left are recomputed.
 
     Raises:
         ConfigError: a key is invalid or missing, or the package ``cryptography`` is not installed.

@@ -75,7 +75,7 @@ def _to_matrix(values: ArrayLike, name: str) -> NDArray[Any]:
 def _find_nearest(
     query_rows: NDArray[Any], rows: NDArray[Any], k: int, first: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return indices and scores of the k nearest rows for a block of queries, of which ``first`` is the first's index.
+    """Return the indices and scores of the k nearest rows for a block of queries; ``first`` is the first query's index.
 
     A matrix product rounds a row's score differently depending on the row's place in its block. So a float32 product
     only selects the candidates. Their scores are then computed row by row in float64, so that equal rows get equal

@@ -70,9 +70,9 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
 
 
 def _find_problems(
-    name: str, tier: Tier, above: Sequence[tuple[str, Tier]], *, keyed: bool
+    name: str, tier: Tier, earlier: Sequence[tuple[str, Tier]], *, keyed: bool
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield the problems of a tier that follows those in ``above``: the invalid option, if any, and the message."""
+    """Yield the problems of a tier that follows those in ``earlier``: the invalid option, if any, and the message."""
     caps = getattr(tier.backend, "capabilities", None)
     if not isinstance(caps, Capabilities):
         yield (
@@ -86,7 +86,7 @@ def _find_problems(
     for capability, method in EXTRAS.items():
         if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):
             yield None, f"tier {name!r}: its backend declares {capability} but has no method {method}"
-    if any(name == other for other, _ in above):
+    if any(name == other for other, _ in earlier):
         yield "name", f"two tiers are named {name!r}; give each a unique name with name="
     if name == "provider":
         yield "name", 'a tier cannot be named "provider": Fetched.sources uses that name for the provider'
@@ -102,7 +102,7 @@ def _find_problems(
             + " is meant to hide; remove one of the two",
         )
     if tier.lease is not None:
-        yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, above))
+        yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, earlier))
     for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
         if getattr(tier, option) not in values:
             wanted = ", ".join(value for value in values if value is not None)
@@ -110,10 +110,12 @@ def _find_problems(
     for option in ("ttl", "timeout", "lease"):
         value = getattr(tier, option)
         if value is not None and not 0 < value < float("inf"):
-            yield option, f"tier {name!r}: {option} must be more than 0 seconds, got {value!r}"
+            yield option, f"tier {name!r}: {option} must be a finite number of seconds above 0, got {value!r}"
 
 
-def _find_lease_problems(name: str, tier: Tier, caps: Capabilities, above: Sequence[tuple[str, Tier]]) -> Iterator[str]:
+def _find_lease_problems(
+    name: str, tier: Tier, caps: Capabilities, earlier: Sequence[tuple[str, Tier]]
+) -> Iterator[str]:
     if caps.scope == "process":
         yield f"tier {name!r}: lease requires a backend that several processes share; this one is private, so remove it"
     if not caps.add:
@@ -123,12 +125,12 @@ def _find_lease_problems(name: str, tier: Tier, caps: Capabilities, above: Seque
             f'tier {name!r}: lease requires write = "inline", got "{tier.write}", because other processes wait for '
             "what this tier stores"
         )
-    other = next((other for other, one in above if one.lease is not None), None)
+    other = next((other for other, one in earlier if one.lease is not None), None)
     if other is not None:
         yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have one"
 
 
-_WARNED: set[str] = set()
+_LOGGED: set[str] = set()
 """Warnings that this process has logged, so that many caches of one configuration log each warning only once."""
 
 _SLOWNESS = {"process": 0, "host": 1, "network": 2}
@@ -140,22 +142,22 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
     found = []
     for place, (name, tier) in enumerate(chain):
         scope = tier.backend.capabilities.scope
-        slower = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
-        above = next(((other, where) for other, where in slower if _SLOWNESS[where] > _SLOWNESS[scope]), None)
-        if above is not None:
+        earlier = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
+        slower = next(((other, where) for other, where in earlier if _SLOWNESS[where] > _SLOWNESS[scope]), None)
+        if slower is not None:
             found.append(
                 ChainWarning(
                     name,
-                    f"tier {name!r} ({_WHERE[scope]}) comes after the slower tier {above[0]!r} "
-                    f"({_WHERE[above[1]]}), so every hit in it waits for the slower tier first; move it up",
+                    f"tier {name!r} ({_WHERE[scope]}) comes after the slower tier {slower[0]!r} "
+                    f"({_WHERE[slower[1]]}), so every hit in it waits for the slower tier first; move it up",
                 )
             )
-    endless = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
-    if len(endless) > 1:
+    unlimited = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
+    if len(unlimited) > 1:
         found.append(
             ChainWarning(
-                endless[0],
-                f"tiers {listed(map(repr, endless))} grow without limit, and each stores everything the others store; "
+                unlimited[0],
+                f"tiers {listed(map(repr, unlimited))} grow without limit, and each stores all that the others store; "
                 "give the faster one a ttl, or a size limit if its backend has such an option",
             )
         )
@@ -165,8 +167,8 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
 def log_once(warnings: Iterable[ChainWarning]) -> None:
     """Log the warnings that this process has not logged before."""
     for warning in warnings:
-        if warning.message not in _WARNED:
-            _WARNED.add(warning.message)
+        if warning.message not in _LOGGED:
+            _LOGGED.add(warning.message)
             chain_log.warning("%s", warning.message)
 
 

@@ -39,7 +39,7 @@ class ReadResult:
     failed: bool = False
     """Whether the tier failed or was skipped for some keys; it is then not written to in this call."""
     unknown: set[str] = field(default_factory=set)
-    """Keys whose part (a node, say) failed while other parts answered; only these are not written in this call."""
+    """Keys whose node or shard failed while others answered; only these keys are not written in this call."""
 
 
 class TierReader:
@@ -151,7 +151,7 @@ class TierReader:
         entries.add(self._codec.remove_previews(decoded.entries))
         if decoded.corrupt and not self._last_was_corrupt:
             log.warning(
-                "tier %r: %d corrupt entries in this call; they count as misses and are recomputed",
+                "tier %r: ignoring %d corrupt entries; their vectors are recomputed",
                 self._calls.name,
                 len(decoded.corrupt),
             )
@@ -178,7 +178,7 @@ class TierReader:
         def probe() -> None:
             try:
                 self._calls.call_in_this_thread(lambda: self._calls.backend.get_many(self.failing))
-            except Exception as error:  # noqa: BLE001  (any failure keeps the breaker open)
+            except Exception as error:  # noqa: BLE001  (the breaker gets every failure)
                 self._calls.note_failure(self.breaker, error, probe=True)
             else:
                 self.breaker.record_success()

@@ -16,7 +16,7 @@ from .entries import FLOAT32, LITTLE_ENDIAN, NEVER, Block, Dtype, Entries, Entry
 from .metadata import MAX_METADATA, read_metadata, write_metadata
 from .rounding import explain_unfit, pack, payload_size, read_back, round_rows, unpack
 
-HEADER = 64
+HEADER = 64  # size in bytes
 START = struct.Struct("<QQ")  # one word of magic, version, dtype and flags; then the checksum. Same in every version.
 _REST = struct.Struct("<IIdd16sQ")  # dimension, length of the metadata, created, expires, echo of the key, key id
 MAGIC = int.from_bytes(b"EO1F", "little")
@@ -204,8 +204,8 @@ def _decode_batch(
 ) -> Iterable[tuple[str, bytes]]:
     """Decode frames of one size together: add a block of the valid ones, and return the others.
 
-    The block has the frames with the first one's header layout that pass every check. :func:`_decode_one` must
-    look at the others, because only it can tell why they failed.
+    The block has the frames that share the first one's layout and pass every check. The caller passes the others to
+    :func:`_decode_one`, because they may have another layout, and because only it returns why a frame is rejected.
     """
     count, size = len(frames), len(frames[0])
     if size < HEADER:

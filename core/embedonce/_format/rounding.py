@@ -74,7 +74,7 @@ def payload_size(dtype: Dtype, dimension: int) -> int:
 def pack(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
     """Return one payload per row of a matrix (n, d).
 
-    It does not check whether a row fits the dtype; :func:`unpack` finds the rows that do not.
+    It does not check whether the rows fit the dtype; :func:`read_back` does.
     """
     if dtype == "float32":
         return _view_as_bytes(rows.astype("<f4", copy=False))
