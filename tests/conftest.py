@@ -55,8 +55,8 @@ def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
     """
     from embedonce._engine import backend_calls
 
-    shipped = dict(backend_calls.TIMEOUTS)
+    shipped = dict(backend_calls.DEFAULT_TIMEOUTS)
     patient = {scope: None if seconds is None else PATIENT for scope, seconds in shipped.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_calls, "TIMEOUTS", patient)
+        patch.setattr(backend_calls, "DEFAULT_TIMEOUTS", patient)
         yield shipped

@@ -1,7 +1,7 @@
-"""Frames encrypted at rest with AES-256-GCM, for a tier whose store others can read.
+"""Encryption of stored frames with AES-256-GCM, for a tier whose store others can read.
 
-A vector is as sensitive as its text: short texts can be rebuilt from their vectors. The layout of an
-encrypted frame is in ``docs/encryption.md``.
+A vector is as sensitive as its text, because short texts can be reconstructed from their vectors.
+``docs/encryption.md`` has the layout of an encrypted frame.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from .vectors import SealedFrame, is_plain_frame, open_frame, seal_frame
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
-"""Random for each frame: NIST SP 800-38D allows 2^32 of them under one key."""
+"""Length of the nonce, random per frame. NIST SP 800-38D allows 2^32 random nonces per key."""
 
-FILE = "file:"
+FILE_PREFIX = "file:"
 
 
 class Encryption:
     """Encrypts and decrypts the frames of a tier.
 
     Args:
-        keys: 32 bytes each, or their base64, or ``"file:PATH"`` of a file with the base64. The first one
-            encrypts, all of them decrypt: to rotate, put the new key before the old one, and drop the old
-            one when what it encrypted has expired or been read again.
+        keys: One or more keys, each given as 32 bytes, as their base64, or as ``"file:PATH"`` of a file with the
+            base64. The first key encrypts, and all keys decrypt. To rotate, put the new key before the old one, and
+            remove the old one when its frames have expired; texts of frames that are left are recomputed.
 
     Raises:
-        ConfigError: a key that is none, or the package ``cryptography`` is missing.
+        ConfigError: a key is invalid or missing, or the package ``cryptography`` is not installed.
     """
 
     def __init__(self, keys: Sequence[str | bytes] | str | bytes) -> None:
         given = [keys] if isinstance(keys, str | bytes) else list(keys)
         if not given:
-            raise ConfigError("encryption needs at least one key")
+            raise ConfigError("encryption requires at least one key")
         try:
             from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError as error:
             raise ConfigError(
-                "encryption needs the package cryptography: pip install 'embedonce[encryption]'"
+                "encryption requires the package cryptography: pip install 'embedonce[encryption]'"
             ) from error
         self._invalid: type[Exception] = InvalidTag
-        read = [_read_key(key) for key in given]
-        self._ciphers: dict[int, Any] = {key_id(key): AESGCM(key) for key in read}
-        self._first = key_id(read[0])
+        decoded = [_read_key(key) for key in given]
+        self._ciphers: dict[int, Any] = {key_id(key): AESGCM(key) for key in decoded}
+        self._first = key_id(decoded[0])
 
     def __repr__(self) -> str:
         return f"<Encryption with {len(self._ciphers)} keys>"
 
     @property
     def key_ids(self) -> Sequence[str]:
-        """The keys' ids, 16 hex digits each, as frames carry them; the first one encrypts."""
+        """Ids of the keys as stored in frames, 16 hex digits each; the first key encrypts."""
         return [f"{key:016x}" for key in self._ciphers]
 
     def encrypt(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return each frame encrypted with the first key, bound to the key that it is stored under."""
+        """Return the frames, encrypted with the first key; each is bound to its storage key."""
         cipher = self._ciphers[self._first]
         sealed = {}
         for key, frame in frames.items():
@@ -76,10 +76,10 @@ class Encryption:
         return sealed
 
     def decrypt(self, frames: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], list[str]]:
-        """Return the plain frames, the keys of frames that are corrupt, and those of frames that are not encrypted.
+        """Return the decrypted frames, the storage keys of corrupt frames, and those of unencrypted frames.
 
-        Corrupt is whatever was not encrypted with one of the keys for exactly this key and header:
-        another tenant's, swapped, damaged, or with a date that somebody changed.
+        A frame is corrupt unless one of the keys encrypted it for exactly this storage key and header. So a frame
+        of another tenant, a swapped or damaged one, and one with a changed date are corrupt.
         """
         plain: dict[str, bytes] = {}
         corrupt: list[str] = []
@@ -90,44 +90,44 @@ class Encryption:
             if sealed is None or cipher is None:
                 (unencrypted if is_plain_frame(frame) else corrupt).append(key)
                 continue
-            body = self._body(cipher, key, sealed)
+            body = self._decrypt_body(cipher, key, sealed)
             if body is None:
                 corrupt.append(key)
             else:
                 plain[key] = sealed.with_body(body)
         return plain, corrupt, unencrypted
 
-    def _body(self, cipher: Any, key: str, sealed: SealedFrame) -> bytes | None:
+    def _decrypt_body(self, cipher: Any, key: str, sealed: SealedFrame) -> bytes | None:
         nonce, ciphertext = sealed.body[:NONCE_BYTES], sealed.body[NONCE_BYTES:]
         try:
             body: bytes = cipher.decrypt(nonce, ciphertext, key.encode() + sealed.header)
-        except (self._invalid, ValueError):  # ValueError: too short for a nonce
+        except (self._invalid, ValueError):  # ValueError: the body is shorter than a nonce
             return None
         return body
 
 
 def key_id(key: bytes) -> int:
-    """Return the 8 bytes that name a key in a frame without telling it; never 0, which means not encrypted."""
+    """Return the id of a key, 8 bytes that do not reveal it; never 0, which means not encrypted."""
     return int.from_bytes(hashlib.sha256(b"embedonce/key-id/1" + key).digest()[:8], "little") or 1
 
 
-def _read_key(given: str | bytes) -> bytes:
-    if isinstance(given, bytes):
-        key = given
+def _read_key(key_or_text: str | bytes) -> bytes:
+    if isinstance(key_or_text, bytes):
+        key = key_or_text
     else:
-        text = given
-        if given.startswith(FILE):
+        text = key_or_text
+        if text.startswith(FILE_PREFIX):
             try:
-                text = Path(given.removeprefix(FILE)).expanduser().read_text()
+                text = Path(text.removeprefix(FILE_PREFIX)).expanduser().read_text()
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"the file of an encryption key cannot be read ({type(error).__name__})") from None
+                raise ConfigError(f"cannot read the file of an encryption key ({type(error).__name__})") from None
         try:
             key = base64.b64decode(text.strip(), altchars=b"-_" if set("-_") & set(text) else None, validate=True)
         except (binascii.Error, ValueError):
             key = b""
     if len(key) != KEY_BYTES:
         raise ConfigError(
-            f"an encryption key is {KEY_BYTES} random bytes as base64 (make one: openssl rand -base64 32), "
-            'or "file:" and the path of a file with it'
+            f"an encryption key must be {KEY_BYTES} random bytes as base64 (create one: openssl rand -base64 32), "
+            'or "file:" and the path of a file with that base64'
         )
     return key

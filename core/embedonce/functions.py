@@ -1,4 +1,4 @@
-"""Any function from texts to vectors as a provider, with a vector space that the caller declares."""
+"""Providers that call a function from texts to vectors; the caller declares the vector space."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .keys import VectorSpace
 
 Answer: TypeAlias = Vectors | Embedded
 Function: TypeAlias = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
-"""``list[str] -> vectors``, sync or async. With a parameter named ``task`` it is given the task too."""
+"""Function ``list[str] -> vectors``, sync or async. If it has a parameter named ``task``, it gets the task too."""
 Space: TypeAlias = VectorSpace | Mapping[str, Any]
 
 
-class _Declared:
-    """What both faces share: the declared space, the limits, and whether the function wants the task."""
+class _FunctionBase:
+    """Base of both function providers: the declared space, the limits, and whether the function takes the task."""
 
     def __init__(self, function: Callable[..., Any], space: Space | None, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._takes_task = _takes_task(function)
-        self._space = _declared(space)
+        self._space = _require_space(space)
         if self._takes_task and self._space.task is not None:
-            raise SpaceError("the function takes the task, which is then part of the space: leave it out of space=")
+            raise SpaceError("the function takes the task, which embedonce adds to the space; remove task from space=")
 
     def space(self, task: Task) -> VectorSpace:
-        """Return the declared space, with the task in it where the function takes the task."""
+        """Return the declared space; it includes the task if the function takes the task."""
         return replace(self._space, task=task) if self._takes_task else self._space
 
     def close(self) -> None:
-        """Do nothing: the function belongs to the caller."""
+        """Do nothing, because the function belongs to the caller."""
 
 
-class FunctionProvider(_Declared):
-    """A provider whose vectors a function makes. It is given a ``list[str]``, and the task if it takes one.
+class FunctionProvider(_FunctionBase):
+    """A provider that calls a function with a ``list[str]``, and with the task if the function takes it.
 
     A function without a parameter named ``task`` is symmetric: documents and queries share their vectors.
     """
@@ -56,12 +56,12 @@ class FunctionProvider(_Declared):
         if inspect.isawaitable(answer):
             if inspect.iscoroutine(answer):
                 answer.close()
-            raise TypeError("the function returned an awaitable; declare it with async def, so that it is awaited")
+            raise TypeError("the function returned an awaitable; declare it with async def so that it is awaited")
         return answer
 
 
-class AsyncFunctionProvider(_Declared):
-    """A provider whose vectors an async function makes; otherwise as :class:`FunctionProvider`."""
+class AsyncFunctionProvider(_FunctionBase):
+    """A provider that calls an async function; otherwise like :class:`FunctionProvider`."""
 
     def __init__(
         self, function: Callable[..., Awaitable[Answer]], space: Space | None, limits: Limits | None = None
@@ -75,39 +75,39 @@ class AsyncFunctionProvider(_Declared):
 
 
 class NoProvider:
-    """Stands where nothing is to be computed: for looking into tiers, emptying them, or :meth:`Cache.for_provider`."""
+    """A placeholder that computes nothing: for inspecting or purging tiers, or for :meth:`Cache.for_provider`."""
 
     limits = Limits()
 
     def space(self, task: Task) -> VectorSpace:
-        """Return a space in which nobody has vectors."""
+        """Return a space that has no vectors."""
         return VectorSpace(provider="none", model="none")
 
     def embed(self, texts: Sequence[str], task: Task) -> Answer:
-        """Refuse.
+        """Raise an error.
 
         Raises:
             ProviderError: always.
         """
-        raise ProviderError("this cache has no provider, and computes nothing; give open or compose one")
+        raise ProviderError("this cache has no provider, so it cannot compute vectors; pass one to open() or compose()")
 
     def close(self) -> None:
         """Do nothing."""
 
 
 def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Limits | None = None) -> AnyProvider:
-    """Return ``source`` if it is a provider, else the provider that calls it.
+    """Return ``source`` if it is a provider, else a provider that calls it.
 
     Raises:
-        SpaceError: a function without a space, or a provider with one.
-        TypeError: neither a provider nor a function.
+        SpaceError: ``source`` is a function without a space, or a provider with a space or limits beside it.
+        TypeError: ``source`` is neither a provider nor a function.
     """
     if isinstance(source, type):
-        raise TypeError(f"{source.__name__} is a class: pass an instance of it, {source.__name__}(...)")
+        raise TypeError(f"{source.__name__} is a class; pass an instance of it, {source.__name__}(...)")
     if _is_provider(source):
         if space is not None or limits is not None:
             raise SpaceError(
-                f"{type(source).__name__} is a provider and describes its own space and limits: leave them out"
+                f"{type(source).__name__} is a provider and describes its own space and limits; remove space and limits"
             )
         return cast("AnyProvider", source)
     if not callable(source):
@@ -121,11 +121,12 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     return FunctionProvider(cast("Callable[..., Answer]", source), space, limits)
 
 
-def _declared(space: Space | None) -> VectorSpace:
+def _require_space(space: Space | None) -> VectorSpace:
     if space is None:
         raise SpaceError(
-            "a function cannot say what decides its vectors, so you must: pass at least the model's name and version, "
-            'space={"model": "my-model-v2"}, and whatever else changes the vectors (dimensions, prompt, normalize, ...)'
+            "a function does not describe its vector space; pass space= with at least the model's name and version, "
+            'space={"model": "my-model-v2"}, and everything else that changes the vectors (dimensions, prompt, '
+            "normalize, ...)"
         )
     return VectorSpace.of(space)
 
@@ -139,14 +140,14 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _takes_task(function: Callable[..., Any]) -> bool:
-    """Tell whether the function has a parameter ``task`` beside the texts.
+    """Return whether the function has a parameter ``task`` after the texts.
 
-    ``**kwargs`` is no such parameter, and a partial that has set the task has decided.
+    ``**kwargs`` does not count, nor does the ``task`` of a partial that has already set it.
     """
     if isinstance(function, functools.partial) and "task" in function.keywords:
         return False
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # a function in C may have no signature
+    except (TypeError, ValueError):  # a C function may have no signature
         return False
     return any(p.name == "task" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters[1:])

@@ -1,7 +1,7 @@
 """The hooks that a plugin may have, as functions of its module marked with :func:`hookimpl`.
 
-A plugin's module may also say ``api = 1``, the version of the contract that it was written for.
-pluggy is imported when the first plugin is loaded, not when ``hookimpl`` is: it costs 10 ms.
+A plugin's module may also set ``api = 1``, the version of the contract that it was written for.
+pluggy is imported when the first plugin is loaded, not with this module, because the import takes 10 ms.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def hookimpl(*, specname: str | None = ...) -> Callable[[Function], Function]: .
 
 
 def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
-    """Mark a function of a plugin's module as the implementation of a hook: that of its name, or of ``specname``.
+    """Mark a function of a plugin's module as the implementation of the hook ``specname``, or of the hook of its name.
 
-    pluggy's other options are about the order of plugins and calls around calls. There are none here:
-    each plugin is asked for itself alone.
+    pluggy's other options are not supported: they order and wrap the calls of several plugins, and embedonce calls
+    the hooks of each plugin separately.
     """
     import pluggy
 
@@ -39,19 +39,19 @@ def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
 
 
 def embedonce_backends() -> Mapping[str, type[FrameBackend] | type[EntryBackend]]:  # type: ignore[empty-body]
-    """Return backend classes by the name that TOML gives as a tier's ``type``."""
+    """Return backend classes by name; TOML uses the name as a tier's ``type``."""
 
 
 def embedonce_providers() -> Mapping[str, type[Provider] | type[AsyncProvider]]:  # type: ignore[empty-body]
-    """Return provider classes by the name that TOML gives as the provider's ``type``."""
+    """Return provider classes by name; TOML uses the name as the provider's ``type``."""
 
 
 def embedonce_normalizers() -> Mapping[str, Normalizer]:  # type: ignore[empty-body]
-    """Return normalisation steps by the name that TOML lists in ``[key] normalize``."""
+    """Return normalisation steps by name; TOML lists the names in ``[key] normalize``."""
 
 
 def embedonce_event(event: Event) -> None:
-    """See what happened, a batch at a time; runs on the caller's path, so do little and raise nothing."""
+    """Receive one event per batch. It runs while the caller waits, so it must be quick and must not raise."""
 
 
 HOOKS = (embedonce_backends, embedonce_providers, embedonce_normalizers, embedonce_event)

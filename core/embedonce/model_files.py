@@ -1,4 +1,4 @@
-"""What is in a model's folder, so that one whose weights change in place is another model."""
+"""A digest of a model's folder, so that a model whose weights change in place counts as another model."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ from .errors import SpaceError
 from .keys import canonical
 
 DOCUMENTS: Final = frozenset({".md"})
-OF_OTHERS: Final = DOCUMENTS | {".h5", ".msgpack", ".onnx", ".ot"}
-"""Suffixes of files from which PyTorch makes no vector: documents, and weights of other frameworks."""
-FOLDERS_OF_OTHERS: Final = frozenset({"onnx", "openvino"})
+OTHER_FRAMEWORKS: Final = DOCUMENTS | {".h5", ".msgpack", ".onnx", ".ot"}
+"""Suffixes of files that PyTorch does not use for vectors: documents, and weights of other frameworks."""
+OTHER_FRAMEWORK_FOLDERS: Final = frozenset({"onnx", "openvino"})
 
 SMALL: Final = 1 << 20
-"""Bytes up to which a file is hashed each time; what a larger one gave is remembered."""
+"""Size in bytes up to which a file is hashed each time; the digests of larger files are remembered."""
 SETTLED: Final = 10.0
-"""Seconds after a file's last change from which its digest is remembered: within a tick of the file system's clock,
-a second change leaves no trace in its times."""
+"""Seconds after a file's last change from which its digest is remembered. Right after a change it is not, because two
+changes within one tick of the file system's clock give the file the same times."""
 REMEMBERED: Final = 1000
+"""Maximum number of remembered digests; the oldest are removed first."""
 
 
 def digest(folder: Path, *, pytorch: bool = False) -> str:
-    """Return the SHA-256, in hex, of what decides the vectors of the model in a folder.
+    """Return the SHA-256, in hex, of the files that determine the vectors of the model in a folder.
 
-    It is taken over the relative name and the SHA-256 of every file, except hidden ones and documents (``.md``): where
-    the folder lies and how old it is changes nothing. With ``pytorch`` the weights of other frameworks do not count
-    either, :data:`OF_OTHERS` and :data:`FOLDERS_OF_OTHERS`.
+    It covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). The place
+    and the age of the folder do not matter. With ``pytorch`` it also skips the weights of other frameworks,
+    :data:`OTHER_FRAMEWORKS` and :data:`OTHER_FRAMEWORK_FOLDERS`.
 
     Raises:
         SpaceError: a file cannot be read.
     """
     memo = _Memo()
     try:
-        files = {file.relative_to(folder).as_posix(): memo.sha256(file) for file in _files(folder, pytorch)}
+        files = {file.relative_to(folder).as_posix(): memo.sha256(file) for file in _list_files(folder, pytorch)}
     except OSError as error:
-        raise SpaceError(f"the model's folder cannot be read: {error}") from error
+        raise SpaceError(f"cannot read the model's folder: {error}") from error
     memo.save()
     return hashlib.sha256(b"embedonce/model-folder/1" + canonical(files)).hexdigest()
 
 
-def _files(folder: Path, pytorch: bool) -> Iterator[Path]:
-    left_out = OF_OTHERS if pytorch else DOCUMENTS
-    folders_left_out = {"__pycache__", *(FOLDERS_OF_OTHERS if pytorch else ())}
+def _list_files(folder: Path, pytorch: bool) -> Iterator[Path]:
+    skipped_suffixes = OTHER_FRAMEWORKS if pytorch else DOCUMENTS
+    skipped_folders = {"__pycache__", *(OTHER_FRAMEWORK_FOLDERS if pytorch else ())}
     seen = set()
-    for where, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=_raise_error):
         real = os.path.realpath(where)
-        folders[:] = sorted(name for name in folders if name not in folders_left_out and not name.startswith("."))
-        if real in seen:  # a link to a folder above
+        folders[:] = sorted(name for name in folders if name not in skipped_folders and not name.startswith("."))
+        if real in seen:  # a link to a parent folder
             folders.clear()
             continue
         seen.add(real)
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() not in left_out:
+            if not name.startswith(".") and Path(name).suffix.lower() not in skipped_suffixes:
                 yield Path(where, name)
 
 
-def _raise(error: OSError) -> None:
+def _raise_error(error: OSError) -> None:
     raise error
 
 
 class _Memo:
-    """Digests of large files, by what changes whenever their content does; a file of the user's cache folder.
+    """Digests of large files, kept in a file of the user's cache folder; see :func:`_identify` for their keys.
 
-    Hashing 90 MB takes 0.2 s and 2 GB several seconds, which a warm start must not pay each time.
+    Hashing 90 MB takes 0.2 s and hashing 2 GB several seconds, too long for every warm start.
     """
 
     def __init__(self) -> None:
@@ -82,20 +83,20 @@ class _Memo:
     def sha256(self, file: Path) -> str:
         with file.open("rb") as stream:
             before = os.fstat(stream.fileno())
-            identity = _identity(before)
+            identity = _identify(before)
             known = self._read().get(identity) if before.st_size > SMALL else None
             if known is not None:
                 return known
-            made = hashlib.file_digest(stream, "sha256").hexdigest()
-            settled = time.time() - max(before.st_ctime, before.st_mtime) > SETTLED
-            if before.st_size > SMALL and settled and _identity(os.fstat(stream.fileno())) == identity:
-                self._new[identity] = made
-            return made
+            computed = hashlib.file_digest(stream, "sha256").hexdigest()
+            is_settled = time.time() - max(before.st_ctime, before.st_mtime) > SETTLED
+            if before.st_size > SMALL and is_settled and _identify(os.fstat(stream.fileno())) == identity:
+                self._new[identity] = computed
+            return computed
 
     def _read(self) -> dict[str, str]:
         if self._known is None:
             self._known = {}
-            with contextlib.suppress(OSError, ValueError):  # what is lost is worked out again
+            with contextlib.suppress(OSError, ValueError):  # a lost digest is recomputed
                 content = json.loads(self._file.read_text("utf-8"))
                 self._known = {key: value for key, value in content.items() if isinstance(value, str)}
         return self._known
@@ -104,13 +105,13 @@ class _Memo:
         if not self._new:
             return
         kept = list((self._read() | self._new).items())[-REMEMBERED:]
-        own = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # a cache folder that cannot be written costs time, and nothing else
+        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # without a writable cache folder, the next start only takes longer
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            own.write_text(json.dumps(dict(kept)), "utf-8")
-            own.replace(self._file)
+            temporary.write_text(json.dumps(dict(kept)), "utf-8")
+            temporary.replace(self._file)
 
 
-def _identity(stat: os.stat_result) -> str:
-    """Name a state of a file: the time of its last change (ctime) is the system's own, nobody can set it."""
+def _identify(stat: os.stat_result) -> str:
+    """Return a string that changes with every change of the file: no program can set the ctime in it."""
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

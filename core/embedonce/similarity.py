@@ -1,9 +1,9 @@
-"""Cosine similarity over a matrix in memory: exact, in bounded memory, with numpy alone.
+"""Exact cosine similarity over a matrix in memory, with numpy alone and a bounded amount of extra memory.
 
     indices, scores = top_k(queries, matrix, 10)
 
-This is for thousands to a few millions of vectors: an evaluation, an agent's context, near-duplicates. It is no vector
-store and keeps no index.
+It is made for thousands to a few millions of vectors: an evaluation, an agent's context, near-duplicates. It is not a
+vector store and builds no index.
 """
 
 from __future__ import annotations
@@ -15,120 +15,127 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["top_k"]
 
-VALUES = 1 << 22
-"""Most values of a block, of rows or of scores; as float64 32 MiB."""
+BLOCK_VALUES = 1 << 22
+"""Maximum number of values in a block of rows or scores; 32 MiB as float64."""
 
 Rows = NDArray[np.float64]
 
 
 def top_k(queries: ArrayLike, matrix: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the ``k`` rows of ``matrix`` nearest to each query by cosine, nearest first.
+    """Return the ``k`` rows of ``matrix`` that are nearest to each query by cosine, nearest first.
 
     Args:
         queries: Shape (q, d), any float or integer dtype.
         matrix: Shape (n, d), any float or integer dtype; a memory map is read block by block.
-        k: How many, at least 1.
+        k: Number of rows to return per query, at least 1.
 
     Returns:
-        The indices, int64, and the cosines, float32, both of shape (q, min(k, n)). Of rows with the same cosine, as
-        float32, the first comes first. A row, or a query, that is all zero has cosine 0 with everything.
+        The indices, int64, and the cosines, float32, both of shape (q, min(k, n)). Rows with the same cosine, as
+        float32, are in the order of their indices. A row or a query that is all zero has cosine 0 with everything.
 
     Raises:
-        TypeError: an array does not hold real numbers, or k is no integer.
-        ValueError: shapes do not fit, k is below 1, or a value is NaN or infinite.
+        TypeError: an array does not have real numbers, or k is not an integer.
+        ValueError: the shapes do not match, k is less than 1, or a value is NaN or infinite.
     """
-    asked, rows = _matrix(queries, "queries"), _matrix(matrix, "matrix")
-    if asked.shape[1] != rows.shape[1]:
-        raise ValueError(f"queries have {asked.shape[1]} dimensions, and the matrix has {rows.shape[1]}")
+    query_rows, rows = _to_matrix(queries, "queries"), _to_matrix(matrix, "matrix")
+    if query_rows.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"queries and matrix must have the same dimensions, got {query_rows.shape[1]} and {rows.shape[1]}"
+        )
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
-        raise TypeError(f"k is an integer, not {type(k).__name__}")
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
     if k < 1:
-        raise ValueError(f"k is at least 1, not {k}")
-    most = min(int(k), len(rows))
-    indices = np.empty((len(asked), most), np.int64)
-    scores = np.empty((len(asked), most), np.float32)
-    if most:
-        step = _step(rows.shape[1])
-        for start in range(0, len(asked), step):
+        raise ValueError(f"k must be at least 1, got {k}")
+    count = min(int(k), len(rows))
+    indices = np.empty((len(query_rows), count), np.int64)
+    scores = np.empty((len(query_rows), count), np.float32)
+    if count:
+        step = _compute_block_size(rows.shape[1])
+        for start in range(0, len(query_rows), step):
             end = start + step
-            indices[start:end], scores[start:end] = _nearest(asked[start:end], rows, most, start)
+            indices[start:end], scores[start:end] = _find_nearest(query_rows[start:end], rows, count, start)
     return indices, scores
 
 
-def _step(dimensions: int) -> int:
-    """Return how many rows a block has."""
-    return max(1, min(VALUES // max(1, dimensions), 1 << 11))
+def _compute_block_size(dimensions: int) -> int:
+    """Return the number of rows per block."""
+    return max(1, min(BLOCK_VALUES // max(1, dimensions), 1 << 11))
 
 
-def _matrix(values: ArrayLike, name: str) -> NDArray[Any]:
+def _to_matrix(values: ArrayLike, name: str) -> NDArray[Any]:
     array = np.asanyarray(values)
     if array.ndim != 2:
-        hint = "; one vector v is v[None, :]" if array.ndim == 1 else ""
-        raise ValueError(f"{name} have two dimensions, shape (n, d), not shape {array.shape}{hint}")
+        hint = "; for one vector v, pass v[None, :]" if array.ndim == 1 else ""
+        raise ValueError(f"{name} must have two dimensions, shape (n, d), got shape {array.shape}{hint}")
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-        raise TypeError(f"{name} hold real numbers, not {array.dtype}")
+        raise TypeError(f"{name} must have real numbers, got {array.dtype}")
     return array
 
 
-def _nearest(
-    asked: NDArray[Any], rows: NDArray[Any], k: int, first: int
+def _find_nearest(
+    query_rows: NDArray[Any], rows: NDArray[Any], k: int, first: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the k nearest rows of a block of queries. Scores are found in float32, and decided in float64.
+    """Return the indices and scores of the k nearest rows for a block of queries; ``first`` is the first query's index.
 
-    A product of matrices rounds a row's score by where the row lies in its block. So it only says which rows may be
-    among the nearest; their scores are then computed row by row, which gives equal rows equal scores.
+    A matrix product rounds a row's score differently depending on the row's place in its block. So a float32 product
+    only selects the candidates. Their scores are then computed row by row in float64, so that equal rows get equal
+    scores.
     """
-    queries, query_lengths = _scaled(asked, "queries", first)
-    coarse = _unit(queries, query_lengths)
-    # What float32 may be off by in a sum over d products of two unit vectors, for both sides of a comparison.
+    queries, query_lengths = _scale_rows(query_rows, "queries", first)
+    coarse = _to_unit_length(queries, query_lengths)
+    # The maximum float32 error of a sum over d products of two unit vectors, for both sides of a comparison.
     margin = np.float32((rows.shape[1] + 8) * 2.0**-22)
-    best = _Best(len(asked), k)
-    step = _step(rows.shape[1])
+    best = _BestRows(len(query_rows), k)
+    step = _compute_block_size(rows.shape[1])
     for start in range(0, len(rows), step):
-        block, lengths = _scaled(rows[start : start + step], "matrix", start)
-        near = coarse @ _unit(block, lengths).T
-        floor = best.floor()
-        if near.shape[1] > k:
-            floor = np.maximum(floor, np.partition(near, -k, axis=1)[:, -k])
-        which, where = np.nonzero(near >= (floor - margin)[:, None])
-        for at in range(0, len(which), step):
-            query, row = which[at : at + step], where[at : at + step]
+        block, lengths = _scale_rows(rows[start : start + step], "matrix", start)
+        approximate = coarse @ _to_unit_length(block, lengths).T
+        threshold = best.lowest_scores
+        if approximate.shape[1] > k:
+            threshold = np.maximum(threshold, np.partition(approximate, -k, axis=1)[:, -k])
+        candidate_queries, candidate_rows = np.nonzero(approximate >= (threshold - margin)[:, None])
+        for at in range(0, len(candidate_rows), step):
+            query, row = candidate_queries[at : at + step], candidate_rows[at : at + step]
             dots = (queries[query] * block[row]).sum(axis=1)
-            over = query_lengths[query] * lengths[row]
-            cosines = np.divide(dots, over, out=np.zeros_like(dots), where=over > 0).astype(np.float32)
+            norms = query_lengths[query] * lengths[row]
+            cosines = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).astype(np.float32)
             best.add(query, row + start, cosines)
     return best.indices, best.scores
 
 
-def _scaled(rows: NDArray[Any], name: str, first: int) -> tuple[Rows, NDArray[np.float64]]:
-    """Return rows as float64, scaled by a power of two so that no square is too large or small, and their lengths."""
+def _scale_rows(rows: NDArray[Any], name: str, first: int) -> tuple[Rows, NDArray[np.float64]]:
+    """Return the rows as float64, scaled by powers of two so that no square over- or underflows, and their lengths.
+
+    ``first`` is the index of the first row, for the error message.
+    """
     wide = np.array(rows, np.float64, order="C", subok=False)
     largest = np.abs(wide).max(axis=1, initial=0.0)
     if not np.isfinite(largest).all():
-        wrong = first + int(np.flatnonzero(~np.isfinite(largest))[0])
-        raise ValueError(f"row {wrong} of {name} holds NaN or infinity")
+        invalid = first + int(np.flatnonzero(~np.isfinite(largest))[0])
+        raise ValueError(f"row {invalid} of {name} has NaN or infinity")
     np.ldexp(wide, -np.frexp(largest)[1][:, None], out=wide)
     return wide, np.sqrt((wide * wide).sum(axis=1))
 
 
-def _unit(rows: Rows, lengths: NDArray[np.float64]) -> NDArray[np.float32]:
+def _to_unit_length(rows: Rows, lengths: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.divide(rows, np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
 
 
-class _Best:
-    """The k best rows so far of each of several queries: by cosine, then by index."""
+class _BestRows:
+    """The k best rows so far for each query, ordered by cosine and then by index."""
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
         self.indices = np.full((queries, k), -1, np.int64)
         self.scores = np.full((queries, k), -np.inf, np.float32)
 
-    def floor(self) -> NDArray[np.float32]:
-        """Return, by query, the score that a row needs to be among the best."""
+    @property
+    def lowest_scores(self) -> NDArray[np.float32]:
+        """Score per query that a row must reach to be among the best."""
         return self.scores[:, -1]
 
     def add(self, query: NDArray[np.intp], index: NDArray[np.intp], score: NDArray[np.float32]) -> None:
-        """Add rows, each with the query that it is for and its score; query numbers rise."""
+        """Add rows, given as their query, their index and their score; ``query`` must be in ascending order."""
         touched, group = np.unique(query, return_inverse=True)
         owner = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
         indices = np.concatenate([self.indices[touched].ravel(), index])

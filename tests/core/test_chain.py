@@ -1,4 +1,4 @@
-"""What a chain is refused for, with its place, what it is warned of, and what the engine makes up."""
+"""Errors and warnings of a chain, their place in the file, and what the engine does without optional methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chain(*scopes: str, **options: Any) -> list[Tier]:
     return [Tier(DictBackend(scope=scope), name=f"t{n}", **options) for n, scope in enumerate(scopes)]
 
 
-def warned(tiers: list[Tier]) -> list[tuple[str, str]]:
+def warnings_of(tiers: list[Tier]) -> list[tuple[str, str]]:
     with Cache(CountingProvider(), tiers) as cache:
         return [(warning.tier, warning.message) for warning in cache.warnings]
 
@@ -35,8 +35,8 @@ def warned(tiers: list[Tier]) -> list[tuple[str, str]]:
         ("process network host network host", ["t2", "t4"]),
     ],
 )
-def test_a_slower_tier_above_a_faster_one_is_warned_of(scopes: str, about: list[str]) -> None:
-    assert [tier for tier, _ in warned(chain(*scopes.split()))] == about
+def test_a_slower_tier_before_a_faster_one_gives_a_warning(scopes: str, about: list[str]) -> None:
+    assert [tier for tier, _ in warnings_of(chain(*scopes.split()))] == about
 
 
 class Endless(DictBackend):
@@ -55,26 +55,26 @@ class Silent(Endless):
     bounded = None
 
 
-def test_two_tiers_that_grow_without_end_are_warned_of() -> None:
-    ((tier, message),) = warned([Tier(Endless(), name="a"), Tier(Bounded(), name="b"), Tier(Endless(), name="c")])
+def test_two_tiers_that_grow_without_limit_give_a_warning() -> None:
+    ((tier, message),) = warnings_of([Tier(Endless(), name="a"), Tier(Bounded(), name="b"), Tier(Endless(), name="c")])
     assert tier == "a"
-    assert message.startswith("tiers 'a' and 'c' grow without end")
-    assert not warned([Tier(Endless(), name="a"), Tier(Endless(), name="b", ttl=60.0)])
-    assert not warned([Tier(Endless(), name="a"), Tier(Silent(), name="b")])
+    assert message.startswith("tiers 'a' and 'c' grow without limit")
+    assert not warnings_of([Tier(Endless(), name="a"), Tier(Endless(), name="b", ttl=60.0)])
+    assert not warnings_of([Tier(Endless(), name="a"), Tier(Silent(), name="b")])
 
 
 def test_a_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     tiers = [Tier(DictBackend(scope="host"), name="once-first"), Tier(DictBackend(), name="once-second")]
     with caplog.at_level(logging.WARNING, "embedonce"):
         for _ in range(3):
-            assert len(warned(tiers)) == 1
+            assert len(warnings_of(tiers)) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "tier 'once-second' is in this process and is asked only after 'once-first', which is on this host: "
-        "what it has costs as much as what the slower one has; put it first"
+        "tier 'once-second' (in this process) comes after the slower tier 'once-first' (on this host), "
+        "so every hit in it waits for the slower tier first; move it up"
     ]
 
 
-def test_a_warning_has_its_place_in_the_file(tmp_path: Path) -> None:
+def test_a_warning_names_its_place_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "embedonce.toml"
     file.write_text('provider.type = "ngram"\n[[tiers]]\ntype = "disk"\npath = "x"\n\n[[tiers]]\ntype = "memory"\n')
     loaded = config.load(file)
@@ -83,7 +83,7 @@ def test_a_warning_has_its_place_in_the_file(tmp_path: Path) -> None:
     assert (problem.line, problem.column) == (6, 1)
 
 
-def test_what_the_chain_refuses_has_its_place_in_the_file(tmp_path: Path) -> None:
+def test_a_chain_error_names_its_place_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "embedonce.toml"
     file.write_text(
         'provider.type = "ngram"\n[[tiers]]\ntype = "disk"\npath = "x"\nlease = "5s"\n\n'
@@ -93,7 +93,7 @@ def test_what_the_chain_refuses_has_its_place_in_the_file(tmp_path: Path) -> Non
         embedonce.open(file)
     (problem,) = caught.value.problems
     assert (problem.line, problem.column) == (11, 1)
-    assert problem.message == "tiers 'disk' and 'second' both have a lease; one of a chain can have it"
+    assert problem.message == "tiers 'disk' and 'second' both have a lease; only one tier of a chain may have one"
 
 
 @pytest.mark.parametrize("capability", EXTRAS)
@@ -108,11 +108,11 @@ def test_a_capability_without_its_method_is_refused(capability: str) -> None:
 
         def close(self) -> None: ...
 
-    with pytest.raises(ConfigError, match=f"declares {capability} and has no method {EXTRAS[capability]}"):
+    with pytest.raises(ConfigError, match=f"declares {capability} but has no method {EXTRAS[capability]}"):
         Cache(CountingProvider(), [Bare()])
 
 
-def test_what_a_backend_has_not_the_engine_makes_up_or_names() -> None:
+def test_the_engine_replaces_or_reports_what_a_backend_lacks() -> None:
     bare = DictBackend(ttl=False, get=False, delete=False, scan=False, count=False, add=False)
     with Cache(CountingProvider(), [Tier(bare, name="bare", ttl=60.0)]) as cache:
         cache.embed("a")

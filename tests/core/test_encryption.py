@@ -1,4 +1,4 @@
-"""What an encrypted tier stores tells nothing, cannot be swapped or re-dated, and is read with the right key only."""
+"""Encrypted frames reveal nothing, cannot be swapped or re-dated, and can be read only with the right key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_was_encrypted_reads_back_bit_for_bit() -> None:
     assert encryption.decrypt(sealed) == (plain, [], [])
 
 
-def test_nothing_of_the_content_is_in_the_stored_bytes() -> None:
+def test_the_stored_bytes_contain_nothing_of_the_content() -> None:
     plain = frames()
     for key, sealed in Encryption(KEY).encrypt(plain).items():
         assert b"private" not in sealed
@@ -48,7 +48,7 @@ def test_nothing_of_the_content_is_in_the_stored_bytes() -> None:
 
 
 @pytest.mark.parametrize("at", [*range(64), 70, 80, -1])
-def test_every_changed_byte_is_corrupt_even_with_a_mended_checksum(at: int) -> None:
+def test_every_changed_byte_is_corrupt_even_with_a_valid_checksum(at: int) -> None:
     from xxhash import xxh3_64_intdigest
 
     encryption = Encryption(KEY)
@@ -59,7 +59,7 @@ def test_every_changed_byte_is_corrupt_even_with_a_mended_checksum(at: int) -> N
         word = int.from_bytes(changed[:8], "little")
         changed[8:16] = xxh3_64_intdigest(bytes(changed[16:]), word).to_bytes(8, "little")
     plain, corrupt, unencrypted = encryption.decrypt({key: bytes(changed)})
-    if at in range(8, 16):  # the checksum itself is made anew on decryption: the tag is what counts
+    if at in range(8, 16):  # decryption recomputes the checksum; only the tag counts
         assert key in plain
     else:
         assert not plain
@@ -122,7 +122,7 @@ def test_a_key_as_base64_and_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", ["", "short", b"short", "x" * 44, "file:/not/there", [], base64.b64encode(b"1").decode()]
 )
-def test_what_is_no_key_is_refused_without_showing_it(wrong: Any) -> None:
+def test_an_invalid_key_is_refused_without_showing_it(wrong: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         Encryption(wrong)
     assert "xxx" not in str(caught.value)
@@ -138,7 +138,7 @@ def open_(store: DictBackend, encryption: Encryption | None, holds: Any = "frame
 
 
 @pytest.mark.parametrize("holds", ["frames", "either"])
-def test_an_encrypted_tier_answers_exactly_as_the_first_answer_did(holds: Any) -> None:
+def test_an_encrypted_tier_returns_the_vectors_bit_for_bit(holds: Any) -> None:
     store = DictBackend()
     with open_(store, Encryption(KEY), holds) as cache:
         first = cache.embed_batch(["a", "b"])
@@ -152,7 +152,7 @@ def test_an_encrypted_tier_answers_exactly_as_the_first_answer_did(holds: Any) -
         assert found.metadata[2] == {"id": 7}
 
 
-def test_a_wrong_key_is_a_corrupt_miss_and_check_says_so() -> None:
+def test_a_wrong_key_gives_a_corrupt_miss_and_check_reports_it() -> None:
     store = DictBackend()
     with open_(store, Encryption(KEY)) as cache:
         cache.embed("a")
@@ -170,7 +170,7 @@ def test_a_wrong_key_is_a_corrupt_miss_and_check_says_so() -> None:
 @pytest.mark.parametrize(
     ("encryption", "words"), [(None, "the tier has no key"), (Encryption(OTHER), "encrypted with another key")]
 )
-def test_check_says_that_the_key_is_another_or_missing(encryption: Encryption | None, words: str, scan: bool) -> None:
+def test_check_reports_a_wrong_or_missing_key(encryption: Encryption | None, words: str, scan: bool) -> None:
     store = DictBackend()
     with open_(store, Encryption(KEY), scan=scan) as cache:
         cache.embed("a")
@@ -181,7 +181,7 @@ def test_check_says_that_the_key_is_another_or_missing(encryption: Encryption | 
         assert words in check.detail
 
 
-def test_entries_from_before_the_encryption_are_plain_misses_and_replaced() -> None:
+def test_entries_from_before_encryption_are_misses_and_are_replaced() -> None:
     store = DictBackend()
     with open_(store, None) as cache:
         cache.embed("a")
@@ -191,11 +191,11 @@ def test_entries_from_before_the_encryption_are_plain_misses_and_replaced() -> N
         cache.embed("a")
         assert cache.lookup(["a"]).sources == ["t"]
     with open_(store, None) as cache:
-        assert cache.lookup(["a"]).sources == [None]  # and a tier without the key does not serve it
+        assert cache.lookup(["a"]).sources == [None]  # a tier without the key does not serve it
 
 
-def test_a_tier_of_arrays_takes_no_encryption() -> None:
-    with pytest.raises(ConfigError, match="takes no encryption"):
+def test_encryption_is_refused_for_a_tier_of_arrays() -> None:
+    with pytest.raises(ConfigError, match="encryption requires a backend that stores frames"):
         Cache(CountingProvider(), [Tier(MemoryBackend(), encryption=Encryption(KEY))])
 
 

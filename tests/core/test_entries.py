@@ -1,4 +1,4 @@
-"""Entries that were read together stay one block: what is made of it is what each frame alone would have given."""
+"""Entries that were read together stay one block, and it gives the same vectors as the single frames."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def vector_of(number: int, dimension: int = 4) -> NDArray[np.float32]:
 HARMS = ("none", "flipped", "echo", "cut", "expired", "expiring", "nan", "metadata", "coarse", "wide", "foreign")
 
 
-def harmed(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
-    """Return the frame of a key, made to be what ``harm`` says."""
+def make_frame(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
+    """Return a frame for a key, damaged as ``harm`` says."""
     key = key_of(number)
     row = round_vectors(rows_of(1, 9 if harm == "wide" else 8, number), dtype)[0]
     entry = Entry(freeze(row), MADE, dtype=dtype)
@@ -90,10 +90,10 @@ def harmed(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
     dimensions=st.sampled_from([None, 8]),
     data=st.data(),
 )
-def test_a_batch_is_what_each_frame_is_alone(
+def test_a_batch_gives_the_same_results_as_single_frames(
     made: list[tuple[str, Dtype, int]], one: Dtype | None, dtype: Dtype, dimensions: int | None, data: st.DataObject
 ) -> None:
-    frames = {key_of(n): harmed(harm, n, one or kind, place) for n, (harm, kind, place) in enumerate(made)}
+    frames = {key_of(n): make_frame(harm, n, one or kind, place) for n, (harm, kind, place) in enumerate(made)}
     together = decode_frames(frames, now=NOW, dtype=dtype, dimensions=dimensions)
     alone = {k: decode_frames({k: f}, now=NOW, dtype=dtype, dimensions=dimensions) for k, f in frames.items()}
     assert sorted(together.corrupt) == [key for key, decoded in alone.items() if decoded.corrupt]
@@ -117,8 +117,8 @@ def test_a_batch_is_what_each_frame_is_alone(
 
 @pytest.mark.parametrize("harm", ["flipped", "echo", "nan", "expired", "coarse"])
 @pytest.mark.parametrize("at", [0, 25, 49])
-def test_one_bad_frame_among_many_leaves_the_rest_one_block(harm: str, at: int) -> None:
-    frames = {key_of(n): harmed(harm if n == at else "none", n, "float32", 8 * 70) for n in range(50)}
+def test_one_invalid_frame_leaves_the_others_in_one_block(harm: str, at: int) -> None:
+    frames = {key_of(n): make_frame(harm if n == at else "none", n, "float32", 8 * 70) for n in range(50)}
     decoded = decode_frames(frames, now=NOW, dimensions=8)
     bad = decoded.missed if harm in ("expired", "coarse") else decoded.corrupt
     assert bad == [key_of(at)]
@@ -129,8 +129,8 @@ def test_one_bad_frame_among_many_leaves_the_rest_one_block(harm: str, at: int) 
 # --- the mapping ------------------------------------------------------------------------------
 
 
-def mixed() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
-    """Return two blocks and three loose entries, and the vectors that they hold."""
+def make_mixed_entries() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
+    """Return entries in two blocks and three loose ones, and all vectors by key."""
     loose = {key_of(n): Entry(freeze(vector_of(n)), MADE) for n in (3, 7, 11)}
     entries = Entries(loose, [block_of([5, 1, 9]), block_of([2, 0])])
     return entries, {key_of(n): vector_of(n) for n in (0, 1, 2, 3, 5, 7, 9, 11)}
@@ -139,9 +139,9 @@ def mixed() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
 @given(
     numbers=st.lists(st.sampled_from([0, 1, 2, 3, 5, 7, 9, 11]), max_size=20), made=st.lists(st.sampled_from([1, 2, 7]))
 )
-def test_rows_come_in_the_order_asked_for(numbers: list[int], made: list[int]) -> None:
-    entries, vectors = mixed()
-    for number in made:  # an entry that was asked for changes nothing
+def test_the_matrix_has_the_order_of_the_requested_keys(numbers: list[int], made: list[int]) -> None:
+    entries, vectors = make_mixed_entries()
+    for number in made:  # making an entry object changes nothing
         assert entries[key_of(number)].vector.tobytes() == vectors[key_of(number)].tobytes()
     keys = [key_of(number) for number in numbers]
     assert entries.matrix(keys, 4).tolist() == [vectors[key].tolist() for key in keys]
@@ -149,15 +149,15 @@ def test_rows_come_in_the_order_asked_for(numbers: list[int], made: list[int]) -
 
 
 @pytest.mark.parametrize("blocks", [[[5, 1, 9, 2]], [[5, 1], [9, 2]]])
-def test_as_many_keys_in_another_order_are_another_matrix(blocks: list[list[int]]) -> None:
+def test_the_same_keys_in_another_order_give_another_matrix(blocks: list[list[int]]) -> None:
     entries = Entries(blocks=[block_of(numbers) for numbers in blocks])
     for numbers in ([5, 1, 9, 2], [2, 9, 1, 5], [5, 5, 5, 5]):
         matrix = entries.matrix([key_of(number) for number in numbers], 4)
         assert matrix.tolist() == [vector_of(number).tolist() for number in numbers]
 
 
-def test_it_is_a_mapping() -> None:
-    entries, vectors = mixed()
+def test_entries_are_a_mutable_mapping() -> None:
+    entries, vectors = make_mixed_entries()
     assert len(entries) == len(vectors) == len(list(entries))
     assert entries.sizes() == {4: 8}
     assert entries.lacking([key_of(4), key_of(5)]) == [key_of(4)]
@@ -178,7 +178,7 @@ def test_it_is_a_mapping() -> None:
     assert "8" not in repr(entries)
 
 
-def test_what_is_handed_out_keeps_no_batch_alive_and_cannot_change_it() -> None:
+def test_vectors_and_matrices_neither_keep_the_batch_alive_nor_change_it() -> None:
     frames = encode_frames({key_of(n): Entry(freeze(row), MADE) for n, row in enumerate(rows_of(50))})
     entries = decode_frames(frames, now=NOW).entries
     assert len(entries.blocks) == 1
@@ -197,7 +197,7 @@ def test_what_is_handed_out_keeps_no_batch_alive_and_cannot_change_it() -> None:
         assert entries[key] is entries[key]
 
 
-def test_rows_of_different_dimensions_are_never_put_together() -> None:
+def test_rows_of_different_dimensions_are_never_joined() -> None:
     entries = Entries(blocks=[block_of([1, 2], 4), block_of([3, 4], 8)])
     assert entries.sizes() == {4: 2, 8: 2}
     with pytest.raises(Incomplete, match="different dimensions"):
@@ -219,7 +219,7 @@ def test_rows_of_different_dimensions_are_never_put_together() -> None:
         {"metadata": [None]},
     ],
 )
-def test_a_block_whose_columns_do_not_fit_is_refused(columns: dict[str, Any]) -> None:
+def test_a_block_with_columns_of_another_length_is_refused(columns: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="2 keys"):
         block_of([1, 2], **columns)
     with pytest.raises(ValueError, match="2 keys"):
@@ -262,7 +262,7 @@ def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
 
 
 class BlockBackend:
-    """Answers with one block of all that it has, in another order than it was asked."""
+    """A backend that answers with one block, in another order than the requested keys."""
 
     capabilities = Capabilities(holds="entries", scope="host", deadline=True)
 

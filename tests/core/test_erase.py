@@ -1,4 +1,4 @@
-"""forget and purge win over queued writes, promotions and running flights, and say what they could not reach."""
+"""forget and purge win over queued writes, promotions and running flights, and report the tiers they cannot reach."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
 
 
 @faces
-def test_forget_names_a_tier_into_which_a_write_hangs(forget: Forget) -> None:
+def test_forget_names_a_tier_with_a_write_that_hangs(forget: Forget) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
-        cache._chain.upkeep._write_wait = 0.2  # with a write that hangs; the tier itself is patient
+        cache._chain.upkeep._busy_timeout = 0.2  # short, because the write hangs; the tier's test timeout is long
         cache.embed("text")
         faulty.gate.until(1)
         with pytest.raises(EraseIncomplete) as caught:
@@ -112,20 +112,20 @@ def test_forget_wins_over_a_promotion() -> None:
         reading, go_on = threading.Event(), threading.Event()
         get_many = far.get_many
 
-        def held(keys: Any) -> Any:
+        def get_and_wait(keys: Any) -> Any:
             found = get_many(keys)
             reading.set()
             go_on.wait(GENEROUS)
             return found
 
-        far.get_many = held  # type: ignore[method-assign]
+        far.get_many = get_and_wait  # type: ignore[method-assign]
         with ThreadPoolExecutor(1) as pool:
             reader = pool.submit(cache.lookup, ["text"])
             reading.wait(GENEROUS)
             del far.get_many
             cache.forget(["text"])
             go_on.set()
-            assert reader.result(GENEROUS).sources == ["far"]  # it had read it before
+            assert reader.result(GENEROUS).sources == ["far"]  # it was read before the forget
         assert entries(near) == []
         assert cache.lookup(["text"]).sources == [None]
 
@@ -145,7 +145,7 @@ def test_after_a_forget_the_text_is_computed_and_stored_again() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
-    """Four calls are caught somewhere between their first look and their last write; the forget comes from outside."""
+    """The forget strikes while four calls are anywhere between their first read and their last write."""
     chance = random.Random(seed)
     near, far = MemoryBackend(), DictBackend(scope="network")
     slow = FaultyBackend(far, [Fault("slow", seconds=0.002, probability=0.5)], seed=seed)
@@ -171,7 +171,7 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
 
 
 @faces
-def test_forget_never_fails_open(forget: Forget) -> None:
+def test_forget_reports_every_tier_that_fails(forget: Forget) -> None:
     near, down = DictBackend(), FaultyBackend(DictBackend(scope="host"))
     stubborn = DictBackend(delete=False)
     tiers = [Tier(near, name="near"), Tier(down, name="down"), Tier(stubborn, name="stubborn")]
@@ -185,7 +185,7 @@ def test_forget_never_fails_open(forget: Forget) -> None:
             "stubborn": "it cannot delete",
         }
         assert "text" not in str(caught.value)
-        assert entries(near) == []  # what could be reached is done
+        assert entries(near) == []  # the reachable tier is done
 
 
 # --- purge ------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def chain(store: DictBackend, model: str = "m1", **policy: Any) -> Cache:
     )
 
 
-def test_purge_by_what_the_space_cards_say() -> None:
+def test_purge_selects_scopes_by_their_space_cards() -> None:
     store = DictBackend()
     caches = {
         "old": chain(store, version="v1"),
@@ -242,12 +242,12 @@ def test_a_purged_scope_is_listed_again_once_something_is_stored() -> None:
         assert [held.card and held.card["model"] for held in cache.contents()] == ["m1"]
 
 
-def test_purge_wants_at_least_one_part() -> None:
+def test_purge_requires_at_least_one_criterion() -> None:
     with chain(DictBackend()) as cache, pytest.raises(ValueError, match="at least one of"):
         cache.purge()
 
 
-def test_purge_names_tiers_that_cannot_list_and_does_the_others() -> None:
+def test_purge_reports_tiers_that_cannot_list_and_purges_the_others() -> None:
     good = DictBackend()
     with Cache(CountingProvider(), [Tier(good, name="good"), Tier(DictBackend(scan=False), name="blind")]) as cache:
         cache.embed("text")
@@ -271,7 +271,7 @@ def test_purge_wins_over_a_running_flight() -> None:
         assert entries(far) == []
 
 
-def test_a_tier_that_cannot_say_what_it_holds_does_not_hide_the_others() -> None:
+def test_a_tier_that_cannot_be_listed_does_not_hide_the_others() -> None:
     blind, down = DictBackend(scan=False, scope="host"), FaultyBackend(DictBackend(scope="host"), [Fault("refuse")])
     tiers = [Tier(DictBackend(), name="good"), Tier(blind, name="blind"), Tier(down, name="down")]
     with Cache(CountingProvider(), tiers) as cache:

@@ -29,8 +29,8 @@ SIGNALLING = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000001))[0]
 METADATA = {"source": "notes/ä.md", "chunk": 3}
 
 
-def _by_the_page() -> ModuleType:
-    """The writer of the golden frames: it follows the page and knows nothing of embedonce."""
+def _load_frame_writer() -> ModuleType:
+    """Return the module that wrote the golden frames; it follows docs/frames.md and does not import embedonce."""
     spec = importlib.util.spec_from_file_location("make_frames", HERE / "golden" / "make_frames.py")
     assert spec is not None
     assert spec.loader is not None
@@ -39,7 +39,7 @@ def _by_the_page() -> ModuleType:
     return module
 
 
-page = _by_the_page()
+page = _load_frame_writer()
 write_frame = page.write_frame
 key_of = page.key_of
 
@@ -53,7 +53,7 @@ def frame_of(key: str, entry: Entry) -> bytes:
     return encode_frames({key: entry})[key]
 
 
-def same(found: Entry, expected: Entry) -> bool:
+def is_same(found: Entry, expected: Entry) -> bool:
     return (
         found.vector.dtype == np.float32
         and found.vector.shape == expected.vector.shape
@@ -62,15 +62,15 @@ def same(found: Entry, expected: Entry) -> bool:
     )
 
 
-def verdict(decoded: Decoded, key: str) -> str:
-    """Return in which one of the three a key is."""
+def find_verdict(decoded: Decoded, key: str) -> str:
+    """Return which field of the result has the key: "entry", "corrupt" or "missed"."""
     places = {"entry": decoded.entries, "corrupt": decoded.corrupt, "missed": decoded.missed}
     (found,) = [name for name, place in places.items() if key in place]
     return found
 
 
-def alone_and_in_a_batch(key: str, frame: Any, **wanted: Any) -> str:
-    """Return the verdict on a frame, the same read alone, first of many like it, and among many."""
+def decode_alone_and_in_batches(key: str, frame: Any, **wanted: Any) -> str:
+    """Return the verdict on a frame; check that it is the same alone, first in a batch, and last in a batch."""
     wanted = {"now": NOW, **wanted}
     alone = decode_frames({key: frame}, **wanted)
     size = len(frame) if isinstance(frame, bytes) else 96
@@ -80,11 +80,11 @@ def alone_and_in_a_batch(key: str, frame: Any, **wanted: Any) -> str:
     frames = encode_frames({key: entry._replace(dtype="float32") for key, entry in good.items()})
     first = decode_frames({key: frame, **frames, **others}, **wanted)
     among = decode_frames({**others, **frames, key: frame}, **wanted)
-    assert verdict(first, key) == verdict(among, key) == verdict(alone, key)
+    assert find_verdict(first, key) == find_verdict(among, key) == find_verdict(alone, key)
     for decoded in (first, among):
         assert set(others) <= set(decoded.corrupt)
-        assert all(same(decoded.entries[k], e) for k, e in good.items() if k in decoded.entries)
-    return verdict(alone, key)
+        assert all(is_same(decoded.entries[k], e) for k, e in good.items() if k in decoded.entries)
+    return find_verdict(alone, key)
 
 
 # --- golden frames and the page ---------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_frames_of_released_versions_are_read_and_written_again(golden: dict[str
     assert frame_of(golden["key"], entry) == frame
 
 
-def test_the_pages_examples_are_what_the_page_says() -> None:
+def test_the_examples_of_the_page_follow_its_text() -> None:
     text = PAGE.read_text(encoding="utf-8")
     (key,) = set(re.findall(r"`(eo1\.[0-9a-f]{16}\.[0-9a-f]{64})`", text))
     vector = json.loads(re.findall(r"vector is\s+`(\[.*?\])`", text)[0])
@@ -121,7 +121,7 @@ def test_the_pages_examples_are_what_the_page_says() -> None:
     assert float32[64:91].decode() == metadata
 
 
-def test_the_pages_table_is_the_layout() -> None:
+def test_the_table_of_the_page_has_no_gaps() -> None:
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     widths = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "f64": 8}
     at = 0
@@ -136,7 +136,7 @@ float32s = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 @given(values=st.lists(float32s, min_size=1, max_size=12), dtype=st.sampled_from(DTYPES))
-def test_what_is_written_is_what_the_page_says(values: list[float], dtype: Dtype) -> None:
+def test_frames_are_written_as_the_page_says(values: list[float], dtype: Dtype) -> None:
     try:
         frame = frame_of(key_of(1), Entry(freeze(values), MADE, None, None, dtype))
     except ValueError:
@@ -177,12 +177,12 @@ def test_any_batch_reads_back(made: list[Entry], dimensions: int | None, dtype: 
     decoded = decode_frames(frames, now=NOW, dtype=dtype, dimensions=dimensions)
     for key, entry in items.items():
         if dimensions is not None and len(entry.vector) != dimensions:
-            assert verdict(decoded, key) == "corrupt"
+            assert find_verdict(decoded, key) == "corrupt"
         elif (entry.expires is not None and entry.expires <= NOW) or DTYPES.index(entry.dtype) > DTYPES.index(dtype):
-            assert verdict(decoded, key) == "missed"
+            assert find_verdict(decoded, key) == "missed"
         else:
             rounded = round_vectors(entry.vector[None], dtype)[0]
-            assert same(decoded.entries[key], entry._replace(vector=rounded, dtype=dtype))
+            assert is_same(decoded.entries[key], entry._replace(vector=rounded, dtype=dtype))
     assert len(decoded.entries) + len(decoded.corrupt) + len(decoded.missed) == len(items)
 
 
@@ -190,10 +190,10 @@ def test_any_batch_reads_back(made: list[Entry], dimensions: int | None, dtype: 
 def test_float32_comes_back_bit_for_bit(rows: list[list[float]]) -> None:
     items = {key_of(number): Entry(freeze(row), MADE) for number, row in enumerate(rows)}
     decoded = decode_frames(encode_frames(items), now=NOW, dimensions=4)
-    assert all(same(decoded.entries[key], entry) for key, entry in items.items())
+    assert all(is_same(decoded.entries[key], entry) for key, entry in items.items())
 
 
-def test_decoded_in_a_batch_or_alone_or_by_other_byte_order_paths_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_single_frames_and_both_byte_orders_give_the_same_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     items = {key_of(n): entry_of(n, 16, DTYPES[n % 3]) for n in range(60)}
     usual = encode_frames(items)
     monkeypatch.setattr("embedonce._format.frames.LITTLE_ENDIAN", False)
@@ -202,13 +202,13 @@ def test_decoded_in_a_batch_or_alone_or_by_other_byte_order_paths_is_the_same(mo
     assert len(decoded.entries) == 60
     for key, frame in usual.items():
         alone = decode_frames({key: frame}, now=NOW, dtype="int8").entries[key]
-        assert same(decoded.entries[key], alone)
+        assert is_same(decoded.entries[key], alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metadata", [None, METADATA])
 @pytest.mark.parametrize("count", [1, 40])
-def test_what_is_read_is_read_only_and_keeps_nothing_else_alive(
+def test_decoded_vectors_are_read_only_and_keep_nothing_else_alive(
     dtype: Dtype, metadata: dict[str, Any] | None, count: int
 ) -> None:
     items = {key_of(n): entry_of(n, 384, dtype, metadata=metadata) for n in range(count)}
@@ -228,7 +228,7 @@ def test_a_client_may_reuse_its_buffer() -> None:
     alive = weakref.ref(buffer)
     read = decode_frames({key_of(1): memoryview(buffer)}, now=NOW).entries[key_of(1)]  # type: ignore[dict-item]
     buffer[:] = bytes(len(buffer))
-    assert same(read, item)
+    assert is_same(read, item)
     del buffer
     gc.collect()
     assert alive() is None
@@ -257,7 +257,7 @@ def test_a_finer_entry_that_cannot_be_rounded_is_a_miss(batch: int) -> None:
     assert len(decoded.entries) == batch
 
 
-def test_nothing_is_read_as_nothing() -> None:
+def test_an_empty_mapping_gives_an_empty_result() -> None:
     assert decode_frames({}, now=NOW) == Decoded()
     assert encode_frames({}) == {}
 
@@ -265,34 +265,34 @@ def test_nothing_is_read_as_nothing() -> None:
 # --- outcomes ---------------------------------------------------------------------------------
 
 
-def test_expired_at_its_very_second() -> None:
+def test_an_entry_is_expired_from_its_expiry_date_on() -> None:
     frame = frame_of("k", entry_of(1, expires=NOW))
-    assert alone_and_in_a_batch("k", frame, now=NOW) == "missed"
-    assert alone_and_in_a_batch("k", frame, now=math.nextafter(NOW, 0)) == "entry"
+    assert decode_alone_and_in_batches("k", frame, now=NOW) == "missed"
+    assert decode_alone_and_in_batches("k", frame, now=math.nextafter(NOW, 0)) == "entry"
 
 
-def test_no_expiry_outlives_any_clock() -> None:
-    assert alone_and_in_a_batch("k", frame_of("k", entry_of(1)), now=1e300) == "entry"
-    # A time is a time: 0.0 is not a way to say never.
-    assert alone_and_in_a_batch("k", frame_of("k", entry_of(1, expires=0.0))) == "missed"
+def test_an_entry_without_expiry_never_expires() -> None:
+    assert decode_alone_and_in_batches("k", frame_of("k", entry_of(1)), now=1e300) == "entry"
+    # 0.0 is a date like any other; it does not mean never.
+    assert decode_alone_and_in_batches("k", frame_of("k", entry_of(1, expires=0.0))) == "missed"
     assert decode_frames({"k": frame_of("k", entry_of(1, expires=math.inf))}, now=1e300).entries["k"].expires is None
 
 
-def test_dimension_is_checked_where_it_is_known() -> None:
+def test_the_dimension_is_checked_if_it_is_known() -> None:
     frame = frame_of("k", entry_of(1, 8))
-    assert alone_and_in_a_batch("k", frame, dimensions=8) == "entry"
-    assert alone_and_in_a_batch("k", frame) == "entry"
-    assert alone_and_in_a_batch("k", frame, dimensions=7) == "corrupt"
+    assert decode_alone_and_in_batches("k", frame, dimensions=8) == "entry"
+    assert decode_alone_and_in_batches("k", frame) == "entry"
+    assert decode_alone_and_in_batches("k", frame, dimensions=7) == "corrupt"
     card = frame_of("k", Entry(freeze([]), MADE, metadata={"model": "m"}))
-    assert alone_and_in_a_batch("k", card) == "entry"
-    assert alone_and_in_a_batch("k", card, dimensions=8) == "corrupt"
-    assert alone_and_in_a_batch("k", card, dimensions=0) == "corrupt"
+    assert decode_alone_and_in_batches("k", card) == "entry"
+    assert decode_alone_and_in_batches("k", card, dimensions=8) == "corrupt"
+    assert decode_alone_and_in_batches("k", card, dimensions=0) == "corrupt"
 
 
 @pytest.mark.parametrize(("stored", "asked"), [(a, b) for a in DTYPES for b in DTYPES])
 def test_a_coarser_entry_is_a_miss(stored: Dtype, asked: Dtype) -> None:
     expected = "missed" if DTYPES.index(stored) > DTYPES.index(asked) else "entry"
-    assert alone_and_in_a_batch("k", frame_of("k", entry_of(1, dtype=stored)), dtype=asked) == expected
+    assert decode_alone_and_in_batches("k", frame_of("k", entry_of(1, dtype=stored)), dtype=asked) == expected
 
 
 FORGED: dict[str, tuple[dict[str, Any], str]] = {
@@ -353,7 +353,7 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_frames_whose_checksum_is_right(name: str) -> None:
+def test_forged_frames_with_a_valid_checksum(name: str) -> None:
     parts, expected = FORGED[name]
     parts = {"vector": [0.5, -1.0], "created": MADE, **parts}
     frames = {key_of(n): write_frame(key_of(n), **parts) for n in range(20)}
@@ -361,14 +361,14 @@ def test_frames_whose_checksum_is_right(name: str) -> None:
         "int8" if parts.get("dtype") == "int8" else "float16" if parts.get("dtype") == "float16" else "float32"
     )
     decoded = decode_frames(frames, now=NOW, dtype=finest, dimensions=2)
-    assert [verdict(decoded, key) for key in frames] == [expected] * 20
-    assert alone_and_in_a_batch(key_of(3), frames[key_of(3)], dtype=finest, dimensions=2) == expected
-    # What was read can always be written again, as promotion does.
+    assert [find_verdict(decoded, key) for key in frames] == [expected] * 20
+    assert decode_alone_and_in_batches(key_of(3), frames[key_of(3)], dtype=finest, dimensions=2) == expected
+    # Every entry that was read can be written again, as a promotion does.
     assert encode_frames(decoded.entries).keys() == decoded.entries.keys()
 
 
 @pytest.mark.parametrize("half", [40, 48])
-def test_the_whole_echo_counts(half: int) -> None:
+def test_both_halves_of_the_echo_are_checked(half: int) -> None:
     frames = {key_of(n): frame_of(key_of(n), entry_of(n)) for n in range(20)}
     frame = bytearray(frames[key_of(3)])
     frame[half : half + 8] = bytes(8)
@@ -379,17 +379,17 @@ def test_the_whole_echo_counts(half: int) -> None:
     assert len(decoded.entries) == 19
 
 
-def test_frames_of_one_size_that_are_divided_differently_are_told_apart() -> None:
+def test_frames_of_one_size_with_different_layouts_are_decoded_correctly() -> None:
     made = [entry_of(n, 2, metadata={"a": 1}) if n % 2 else entry_of(n, 1, metadata={"a": 12345}) for n in range(20)]
     frames = encode_frames({key_of(n): entry for n, entry in enumerate(made)})
     assert len(set(map(len, frames.values()))) == 1
     decoded = decode_frames(frames, now=NOW)
-    assert all(same(decoded.entries[key_of(n)], entry) for n, entry in enumerate(made))
+    assert all(is_same(decoded.entries[key_of(n)], entry) for n, entry in enumerate(made))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metadata", [None, METADATA])
-def test_good_frames_of_one_size_are_read_together(
+def test_valid_frames_of_one_size_are_decoded_together(
     dtype: Dtype, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata) for n in range(20)})
@@ -398,16 +398,16 @@ def test_good_frames_of_one_size_are_read_together(
 
 
 @pytest.mark.parametrize("size", range(0, 64, 7))
-def test_short_frames_whose_checksum_is_right(size: int) -> None:
+def test_short_frames_with_a_valid_checksum(size: int) -> None:
     start = b"EO1F" + bytes([1, 1, 0, 0])
-    assert alone_and_in_a_batch("k", page.seal(start, bytes(size))[: 16 + size]) == "corrupt"
+    assert decode_alone_and_in_batches("k", page.seal(start, bytes(size))[: 16 + size]) == "corrupt"
 
 
 @pytest.mark.parametrize(
     "value", [None, "", "EO1F", 7, 1.5, [], {}, np.zeros(20), object(), Entry(freeze([1.0]), MADE), b"", bytearray()]
 )
-def test_what_is_not_bytes_is_corrupt(value: Any) -> None:
-    assert alone_and_in_a_batch("k", value) == "corrupt"
+def test_a_value_that_is_not_bytes_is_corrupt(value: Any) -> None:
+    assert decode_alone_and_in_batches("k", value) == "corrupt"
 
 
 def test_a_memoryview_that_was_released_is_corrupt() -> None:
@@ -417,17 +417,17 @@ def test_a_memoryview_that_was_released_is_corrupt() -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, type("Reply", (bytes,), {})])
-def test_bytes_by_another_name_are_read(kind: type) -> None:
+def test_bytes_like_values_are_decoded(kind: type) -> None:
     items = {key_of(n): entry_of(n) for n in range(20)}
     frames = {key: kind(frame) for key, frame in encode_frames(items).items()}
     decoded = decode_frames(frames, now=NOW)
-    assert all(same(decoded.entries[key], entry) for key, entry in items.items())
+    assert all(is_same(decoded.entries[key], entry) for key, entry in items.items())
 
 
 @pytest.mark.parametrize("key", ["", "ключ", "\ud800", "a" * 500])
-def test_any_string_will_do_for_a_key(key: str) -> None:
-    assert alone_and_in_a_batch(key, frame_of(key, entry_of(1))) == "entry"
-    assert alone_and_in_a_batch(key, frame_of(key + "x", entry_of(1))) == "corrupt"
+def test_any_string_can_be_a_key(key: str) -> None:
+    assert decode_alone_and_in_batches(key, frame_of(key, entry_of(1))) == "entry"
+    assert decode_alone_and_in_batches(key, frame_of(key + "x", entry_of(1))) == "corrupt"
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -443,8 +443,11 @@ SAMPLES = {
 }
 
 
-def damaged_is_corrupt(sample: Entry, damage: list[Any]) -> None:
-    """Read frames that ``damage`` turns into others, each among good ones of the same size, which must stay right."""
+def check_damaged_frames_are_corrupt(sample: Entry, damage: list[Any]) -> None:
+    """Check that damaged frames are corrupt, and that valid frames of the same size beside them stay valid.
+
+    Each function in ``damage`` turns a valid frame into a damaged one.
+    """
     good = {key_of(n): sample for n in range(0, 3 * len(damage), 3)}
     frames = encode_frames({key_of(n): sample for n in range(3 * len(damage))})
     bad = set()
@@ -458,7 +461,7 @@ def damaged_is_corrupt(sample: Entry, damage: list[Any]) -> None:
         assert set(decoded.corrupt) == bad
         assert decoded.missed == []
         assert decoded.entries.keys() == good.keys()
-        assert all(same(entry, sample) for entry in decoded.entries.values())
+        assert all(is_same(entry, sample) for entry in decoded.entries.values())
     alone = random.Random(0).sample(sorted(bad), min(len(bad), 200))
     assert all(decode_frames({key: frames[key]}, now=NOW, dtype=sample.dtype).corrupt == [key] for key in alone)
 
@@ -475,15 +478,15 @@ def flip(bit: int) -> Any:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_flipped_bit_is_corrupt(name: str) -> None:
     sample = SAMPLES[name]
-    damaged_is_corrupt(sample, [flip(bit) for bit in range(8 * len(frame_of("k", sample)))])
+    check_damaged_frames_are_corrupt(sample, [flip(bit) for bit in range(8 * len(frame_of("k", sample)))])
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_truncation_is_corrupt(name: str) -> None:
     sample = SAMPLES[name]
     size = len(frame_of("k", sample))
-    damaged_is_corrupt(sample, [lambda frame, end=end: frame[:end] for end in range(size)])
-    damaged_is_corrupt(sample, [lambda frame, start=start: frame[start:] for start in range(1, size)])
+    check_damaged_frames_are_corrupt(sample, [lambda frame, end=end: frame[:end] for end in range(size)])
+    check_damaged_frames_are_corrupt(sample, [lambda frame, start=start: frame[start:] for start in range(1, size)])
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -491,7 +494,7 @@ def test_every_extension_is_corrupt(name: str) -> None:
     harms = [lambda frame, n=n: frame + bytes(n) for n in range(1, 65)]
     harms += [lambda frame, n=n: frame + frame[:n] for n in (1, 16, 64, None)]
     harms += [lambda frame, n=n: bytes(n) + frame for n in (1, 8, 64)]
-    damaged_is_corrupt(SAMPLES[name], harms)
+    check_damaged_frames_are_corrupt(SAMPLES[name], harms)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -531,7 +534,7 @@ def test_random_bytes_are_corrupt(values: list[bytes]) -> None:
     dtype=st.sampled_from(DTYPES),
     dimensions=st.sampled_from([None, 1, 4]),
 )
-def test_random_contents_are_judged_alike_alone_and_in_a_batch(
+def test_random_contents_get_the_same_verdict_alone_and_in_a_batch(
     values: list[tuple[int, int, int, int, int, bytes, bytes]], dtype: Dtype, dimensions: int | None
 ) -> None:
     frames = {}
@@ -544,13 +547,13 @@ def test_random_contents_are_judged_alike_alone_and_in_a_batch(
     together = decode_frames(frames, now=NOW, dtype=dtype, dimensions=dimensions)
     for key, frame in frames.items():
         alone = decode_frames({key: frame}, now=NOW, dtype=dtype, dimensions=dimensions)
-        assert verdict(alone, key) == verdict(together, key)
+        assert find_verdict(alone, key) == find_verdict(together, key)
         if key in alone.entries:
-            assert same(together.entries[key], alone.entries[key])
+            assert is_same(together.entries[key], alone.entries[key])
     assert encode_frames(together.entries).keys() == together.entries.keys()
 
 
-# --- what cannot be written -------------------------------------------------------------------
+# --- entries that cannot be written -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -571,7 +574,7 @@ def test_random_contents_are_judged_alike_alone_and_in_a_batch(
         Entry(freeze([1.0]), MADE, metadata={"a": "x" * MAX_METADATA}),
     ],
 )
-def test_an_entry_that_no_frame_can_hold_is_refused_by_key(entry: Entry) -> None:
+def test_the_error_names_the_key_of_an_entry_that_does_not_fit_a_frame(entry: Entry) -> None:
     items = {key_of(n): entry_of(n, 1, "int8") for n in range(3)}
     with pytest.raises(ValueError, match=f"^{re.escape(key_of(7))}: "):
         encode_frames({**items, key_of(7): entry})
@@ -604,7 +607,7 @@ for _ in range(100_000):
     ],
     ids=lambda metadata: type(metadata).__name__,
 )
-def test_metadata_that_is_not_json_is_refused_and_not_shown(metadata: Any) -> None:
+def test_metadata_that_is_not_json_is_refused_without_showing_it(metadata: Any) -> None:
     with pytest.raises(TypeError, match=f"^{re.escape(key_of(7))}: metadata is not") as caught:
         frame_of(key_of(7), Entry(freeze([1.0]), MADE, metadata=metadata))
     assert "secret" not in str(caught.value)
@@ -615,7 +618,7 @@ def test_metadata_that_is_not_json_is_refused_and_not_shown(metadata: Any) -> No
 def test_metadata_of_the_largest_size_is_kept() -> None:
     room = MAX_METADATA - len('{"a":""}')
     item = entry_of(1, metadata={"a": "x" * room})
-    assert same(decode_frames({"k": frame_of("k", item)}, now=NOW).entries["k"], item)
+    assert is_same(decode_frames({"k": frame_of("k", item)}, now=NOW).entries["k"], item)
 
 
 def test_metadata_may_be_any_mapping() -> None:

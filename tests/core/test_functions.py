@@ -79,7 +79,7 @@ ASYMMETRIC = [asymmetric, Model().encode, functools.partial(asymmetric), lambda 
 
 
 @pytest.mark.parametrize("function", SYMMETRIC)
-def test_a_function_of_texts_alone_is_symmetric(function: Any) -> None:
+def test_a_function_that_takes_only_texts_is_symmetric(function: Any) -> None:
     provider = wrap(function, SPACE)
     assert isinstance(provider, FunctionProvider)
     assert not hasattr(provider, "aembed")
@@ -89,7 +89,7 @@ def test_a_function_of_texts_alone_is_symmetric(function: Any) -> None:
 
 
 @pytest.mark.parametrize("function", ASYMMETRIC)
-def test_a_function_that_takes_the_task_has_a_space_for_each(function: Any) -> None:
+def test_a_function_that_takes_the_task_has_one_space_per_task(function: Any) -> None:
     provider = wrap(function, SPACE)
     assert isinstance(provider, FunctionProvider)
     assert provider.space("document").task == "document"
@@ -99,7 +99,7 @@ def test_a_function_that_takes_the_task_has_a_space_for_each(function: Any) -> N
 
 
 @pytest.mark.parametrize("function", [async_lengths, functools.partial(async_asymmetric, task="query")])
-async def test_an_async_function_of_texts_alone(function: Any) -> None:
+async def test_an_async_function_that_takes_only_texts_is_symmetric(function: Any) -> None:
     provider = wrap(function, SPACE)
     assert isinstance(provider, AsyncFunctionProvider)
     assert not hasattr(provider, "embed")
@@ -121,7 +121,7 @@ def test_a_function_without_a_signature_is_symmetric() -> None:
     assert provider.space("document") == provider.space("query")
 
 
-def test_a_lone_parameter_named_task_is_the_texts() -> None:
+def test_a_single_parameter_named_task_gets_the_texts() -> None:
     def embed(task: list[str]) -> list[list[float]]:
         return lengths(task)
 
@@ -145,15 +145,15 @@ def test_the_space_may_be_a_vector_space_and_limits_are_kept() -> None:
     assert wrap(lengths, space).limits == Limits()
 
 
-def test_a_function_without_a_space_is_refused_with_what_to_write() -> None:
+def test_a_function_without_a_space_is_refused_with_an_example() -> None:
     with pytest.raises(SpaceError, match=r'space=\{"model": "my-model-v2"\}'):
         wrap(lengths)
     with pytest.raises(SpaceError, match="which model"):
         wrap(lengths, {"dimensions": 3})
 
 
-def test_a_space_with_a_task_is_refused_where_the_function_takes_it() -> None:
-    with pytest.raises(SpaceError, match="leave it out"):
+def test_a_space_with_a_task_is_refused_if_the_function_takes_the_task() -> None:
+    with pytest.raises(SpaceError, match="remove task from space="):
         wrap(asymmetric, {"model": "m", "task": "document"})
     assert wrap(lengths, {"model": "m", "task": "document"}).space("query").task == "document"
 
@@ -181,11 +181,11 @@ class AsyncVendor:
 
 
 @pytest.mark.parametrize("provider", [Vendor(), AsyncVendor()])
-def test_a_provider_is_returned_as_it_is(provider: Any) -> None:
+def test_a_provider_is_returned_unchanged(provider: Any) -> None:
     assert wrap(provider) is provider
 
 
-def test_a_provider_with_a_space_or_limits_beside_it_is_refused() -> None:
+def test_space_or_limits_beside_a_provider_are_refused() -> None:
     with pytest.raises(SpaceError, match="describes its own"):
         wrap(Vendor(), SPACE)
     with pytest.raises(SpaceError, match="describes its own"):
@@ -193,11 +193,11 @@ def test_a_provider_with_a_space_or_limits_beside_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("source", [None, "ngram", 3, object(), {"type": "ngram"}])
-def test_anything_else_is_refused_with_what_to_write(source: Any) -> None:
+def test_anything_else_is_refused_with_an_example(source: Any) -> None:
     with pytest.raises(TypeError, match=r"neither a provider .* nor a function.*lambda texts"):
         wrap(source, SPACE)
 
 
-def test_a_class_is_refused_where_its_instance_was_meant() -> None:
+def test_a_class_is_refused_with_a_hint_to_pass_an_instance() -> None:
     with pytest.raises(TypeError, match=r"pass an instance of it, Vendor\(\.\.\.\)"):
         wrap(Vendor, SPACE)  # type: ignore[arg-type]

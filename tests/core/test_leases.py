@@ -143,9 +143,9 @@ def test_a_leases_key_has_the_form_of_a_key() -> None:
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        ([Tier(MemoryBackend(), lease=1.0)], "no other process shares it"),
-        ([Tier(DictBackend(scope="host", add=False), lease=1.0)], "no add_many"),
-        ([Tier(DictBackend(scope="host"), lease=1.0, write="background")], "does not go with it"),
+        ([Tier(MemoryBackend(), lease=1.0)], "several processes share"),
+        ([Tier(DictBackend(scope="host", add=False), lease=1.0)], "requires a backend with add_many"),
+        ([Tier(DictBackend(scope="host"), lease=1.0, write="background")], 'requires write = "inline"'),
         (
             [Tier(DictBackend(scope="host"), name=name, lease=1.0) for name in ("a", "b")],
             "'a' and 'b' both have a lease",

@@ -1,4 +1,4 @@
-"""A tier of several parts of which one fails: what the others say counts, and the keys of that one are errors."""
+"""A tier with several nodes, one of which fails: the others' answers count, and its own keys are errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ writes = pytest.mark.parametrize("write", ["inline", "background"])
 
 
 class TwoNodes(DictBackend):
-    """Two nodes; one may fail: that of the keys that end in an even digit."""
+    """A tier of two nodes; the node of the keys that end in an even digit may fail."""
 
     def __init__(self, **capabilities: Any) -> None:
         super().__init__(scope="network", **capabilities)
@@ -38,21 +38,23 @@ class TwoNodes(DictBackend):
         self.written: list[str] = []
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
-        return self._halved(list(keys), super().get_many)
+        return self._call_healthy_nodes(list(keys), super().get_many)
 
     def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
         self.written += items
-        self._halved(list(items), lambda keys: super(TwoNodes, self).set_many({key: items[key] for key in keys}, ttl))
+        self._call_healthy_nodes(
+            list(items), lambda keys: super(TwoNodes, self).set_many({key: items[key] for key in keys}, ttl)
+        )
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        return self._halved(
+        return self._call_healthy_nodes(
             list(items), lambda keys: super(TwoNodes, self).add_many({key: items[key] for key in keys}, ttl)
         )
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        self._halved(list(keys), super().delete_many)
+        self._call_healthy_nodes(list(keys), super().delete_many)
 
-    def _halved(self, keys: list[str], call: Callable[[list[str]], R]) -> R:
+    def _call_healthy_nodes(self, keys: list[str], call: Callable[[list[str]], R]) -> R:
         failed = [key for key in keys if on_first(key)] if self.problem else []
         answer = call([key for key in keys if key not in failed])
         if failed and len(failed) == len(keys):
@@ -68,7 +70,7 @@ def on_first(key: str) -> bool:
 
 
 def split(cache: Cache, texts: Collection[str] = TEXTS) -> tuple[list[str], list[str]]:
-    """Return the texts of the node that fails, and those of the other."""
+    """Return the texts on the node that may fail, and those on the other node."""
     keys = {text: cache.explain(text).key for text in texts}
     return [t for t in texts if on_first(keys[t])], [t for t in texts if not on_first(keys[t])]
 
@@ -76,7 +78,7 @@ def split(cache: Cache, texts: Collection[str] = TEXTS) -> tuple[list[str], list
 @faces
 @writes
 @pytest.mark.parametrize("holds", ["frames", "entries"])
-def test_what_the_others_found_is_served_and_the_rest_is_an_error(
+def test_hits_of_the_healthy_node_are_served_and_the_other_keys_are_errors(
     fetch: Fetch, write: Literal["inline", "background"], holds: Literal["frames", "entries"]
 ) -> None:
     events: list[Event] = []
@@ -99,7 +101,7 @@ def test_what_the_others_found_is_served_and_the_rest_is_an_error(
         (read,) = [event for event in events if isinstance(event, LookedUp)]
         assert (read.hits, read.errors, read.misses) == (10, len(first), len(other) - 10)
         assert read.cause == "TierBusy"
-        # What a node failed for is not written in the same call; what the other lacks is.
+        # Keys of the failed node are not written in the same call; misses of the other node are.
         assert {key for key in backend.written if not key.startswith("eo1.card")} == {
             cache.explain(text).key for text in other[10:]
         }
@@ -110,7 +112,7 @@ def test_what_the_others_found_is_served_and_the_rest_is_an_error(
 
 
 @writes
-def test_a_write_that_a_part_refuses_is_counted_as_that_part(write: Literal["inline", "background"]) -> None:
+def test_a_write_that_one_node_refuses_is_an_error_for_its_keys_only(write: Literal["inline", "background"]) -> None:
     backend = TwoNodes(holds="frames")
     provider = CountingProvider()
     with Cache(provider, [Tier(backend, name="far", write=write)]) as cache:
@@ -126,7 +128,7 @@ def test_a_write_that_a_part_refuses_is_counted_as_that_part(write: Literal["inl
         assert cache.flush(GENEROUS)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, stats.errors, dict(stats.causes)) == (len(other), len(first), {"TierBusy": len(first)})
-        assert not cache._chain.tiers[0].writing.breaker.open
+        assert not cache._chain.tiers[0].writing.breaker.is_open
 
 
 @pytest.mark.parametrize(
@@ -138,21 +140,21 @@ def test_a_partial_answer_moves_the_breaker_as_its_cause_does(problem: Exception
         backend.problem = problem
         for turn in range(1, 6):
             cache.fetch(TEXTS)
-            assert cache._chain.tiers[0].reading.breaker.open == (calls is not None and turn >= calls)
+            assert cache._chain.tiers[0].reader.breaker.is_open == (calls is not None and turn >= calls)
 
 
-def test_a_probe_asks_for_what_the_part_failed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_reads_keys_of_the_failed_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     backend = TwoNodes()
     with Cache(CountingProvider(), [Tier(backend, name="far", write="none")]) as cache:
         first, _ = split(cache)
         backend.problem = TimeoutError()
         cache.fetch(TEXTS)
-        assert {*cache._chain.tiers[0].reading.failing} == {cache.explain(text).key for text in first}
+        assert {*cache._chain.tiers[0].reader.failing} == {cache.explain(text).key for text in first}
 
 
 @faces
-def test_on_error_raise_raises_for_a_part(fetch: Fetch) -> None:
+def test_on_error_raise_raises_if_one_node_fails(fetch: Fetch) -> None:
     backend = TwoNodes()
     with Cache(CountingProvider(), [Tier(backend, name="far", on_error="raise", write="inline")]) as cache:
         backend.problem = ConnectionRefusedError()
@@ -160,7 +162,7 @@ def test_on_error_raise_raises_for_a_part(fetch: Fetch) -> None:
             fetch(cache, TEXTS)
 
 
-def test_leases_of_a_part_that_fails_are_everybodys() -> None:
+def test_every_process_computes_if_the_node_of_the_leases_fails() -> None:
     backend = TwoNodes(add=True)
     provider, other_provider = CountingProvider(), CountingProvider()
     tier = Tier(backend, name="far", lease=60.0)
@@ -174,7 +176,7 @@ def test_leases_of_a_part_that_fails_are_everybodys() -> None:
         assert len(other) + len(first) == len(TEXTS)
 
 
-def test_forget_and_purge_never_take_a_part_for_all() -> None:
+def test_forget_reports_a_node_that_fails() -> None:
     backend = TwoNodes(delete=True, scan=True)
     with Cache(CountingProvider(), [Tier(backend, name="far", write="inline")]) as cache:
         cache.embed_batch(TEXTS)
@@ -183,7 +185,7 @@ def test_forget_and_purge_never_take_a_part_for_all() -> None:
             cache.forget(TEXTS)
 
 
-def test_a_space_card_whose_part_is_down_keeps_nothing_from_being_stored() -> None:
+def test_entries_are_stored_even_if_the_node_of_the_space_card_is_down() -> None:
     class CardsFail(DictBackend):
         def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
             if any(key.startswith("eo1.card") for key in items):
@@ -196,7 +198,7 @@ def test_a_space_card_whose_part_is_down_keeps_nothing_from_being_stored() -> No
 
 
 @pytest.mark.parametrize("answer", [None, [], 7])
-def test_an_answer_that_is_none_makes_the_whole_call_an_error(answer: Any) -> None:
+def test_an_invalid_partial_answer_makes_the_whole_call_an_error(answer: Any) -> None:
     class Broken(DictBackend):
         def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
             raise PartialAnswer("half", answer=answer, failed=[keys[0]])
@@ -207,7 +209,7 @@ def test_an_answer_that_is_none_makes_the_whole_call_an_error(answer: Any) -> No
         assert (stats.errors, stats.misses, dict(stats.causes)) == (len(TEXTS), 0, {"PartialAnswer": len(TEXTS)})
 
 
-def test_keys_that_nobody_asked_for_are_left_out_of_a_partial_answer() -> None:
+def test_unrequested_keys_of_a_partial_answer_are_ignored() -> None:
     class Talkative(DictBackend):
         def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
             found = super().get_many(list(self.scan("")))
@@ -218,10 +220,10 @@ def test_keys_that_nobody_asked_for_are_left_out_of_a_partial_answer() -> None:
     with Cache(provider, [Tier(backend, name="far", write="inline")]) as cache:
         cache.put(TEXTS, [provider.vector_of(text) for text in TEXTS])
         found = cache.fetch(TEXTS[:3])
-        assert found.sources == ["provider", "far", "far"]  # the key that failed is not taken, though it is there
+        assert found.sources == ["provider", "far", "far"]  # the value of the failed key is ignored
         assert cache.stats().tiers["far"].hits == 2
 
 
-def test_a_partial_answer_names_what_failed() -> None:
+def test_a_partial_answer_must_name_the_keys_that_failed() -> None:
     with pytest.raises(ValueError, match="names the keys"):
         PartialAnswer("half", failed=[])

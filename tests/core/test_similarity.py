@@ -1,4 +1,4 @@
-"""``top_k`` against brute force: every pair, added up exactly."""
+"""``top_k`` compared with search_by_brute_force force, which sums every pair exactly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from embedonce import similarity
 from embedonce.similarity import top_k
 
 
-def brute(queries: Any, matrix: Any, k: int) -> tuple[Any, Any]:
-    """Return what top_k must: in Python's own numbers, one pair after the other."""
+def search_by_brute_force(queries: Any, matrix: Any, k: int) -> tuple[Any, Any]:
+    """Return the expected result of top_k, computed pair by pair with Python floats."""
     indices, scores = [], []
     for query in np.asarray(queries, np.float64).tolist():
         found = []
@@ -44,20 +44,20 @@ small_integers = st.integers(0, 5).flatmap(
 
 
 @given(small_integers, st.integers(1, 50), st.sampled_from([1, 7, 64, 1 << 22]))
-def test_it_is_what_brute_force_finds(arrays: tuple[Any, Any], k: int, values: int) -> None:
-    """Small whole numbers have many ties and zero rows, and their sums are exact. Blocks of any size give the same."""
+def test_the_result_equals_brute_force(arrays: tuple[Any, Any], k: int, values: int) -> None:
+    """Small integers give many ties, zero rows and exact sums. The size of the blocks must not matter."""
     queries, matrix = arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "VALUES", values)
+        patch.setattr(similarity, "BLOCK_VALUES", values)
         indices, scores = top_k(queries, matrix, k)
-    wanted, cosines = brute(queries, matrix, k)
+    wanted, cosines = search_by_brute_force(queries, matrix, k)
     assert (indices.dtype, scores.dtype) == (np.int64, np.float32)
     np.testing.assert_array_equal(indices, wanted)
     np.testing.assert_array_equal(scores, cosines)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
-def test_vectors_like_those_of_a_model(dtype: Any) -> None:
+def test_vectors_that_resemble_a_models(dtype: Any) -> None:
     rng = np.random.default_rng(7)
     matrix = rng.normal(size=(5000, 96)) * (20 if dtype == np.int8 else 1)
     matrix = matrix.astype(dtype)
@@ -73,7 +73,7 @@ def test_vectors_like_those_of_a_model(dtype: Any) -> None:
     assert (indices[:20, 0] == np.arange(20)).all()
 
 
-def test_equal_rows_have_equal_scores_wherever_they_lie() -> None:
+def test_equal_rows_have_equal_scores_at_any_index() -> None:
     rng = np.random.default_rng(3)
     row = rng.normal(size=384).astype(np.float32)
     matrix = rng.normal(size=(9001, 384)).astype(np.float32)
@@ -117,7 +117,7 @@ def test_memory_is_bounded() -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (indices[:, 0] == np.arange(100)).all()
-    assert most < 16 * 2**20, f"{most / 2**20:.0f} MiB; the scores alone would take 114, the matrix as float64 37"
+    assert most < 16 * 2**20, f"{most / 2**20:.0f} MiB; all scores would take 114, the matrix as float64 37"
 
 
 def test_rows_that_are_all_the_same() -> None:
@@ -129,15 +129,15 @@ def test_rows_that_are_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("queries", "matrix", "k", "error", "message"),
     [
-        ([1.0, 2.0], [[1.0, 2.0]], 1, ValueError, r"one vector v is v\[None, :\]"),
-        ([[1.0]], [[1.0, 2.0]], 1, ValueError, "queries have 1 dimensions, and the matrix has 2"),
-        ([[1.0]], [[1.0]], 0, ValueError, "k is at least 1"),
-        ([[1.0]], [[1.0]], 1.5, TypeError, "k is an integer"),
-        ([[1.0]], [[1.0]], True, TypeError, "k is an integer"),
+        ([1.0, 2.0], [[1.0, 2.0]], 1, ValueError, r"for one vector v, pass v\[None, :\]"),
+        ([[1.0]], [[1.0, 2.0]], 1, ValueError, "queries and matrix must have the same dimensions, got 1 and 2"),
+        ([[1.0]], [[1.0]], 0, ValueError, "k must be at least 1, got 0"),
+        ([[1.0]], [[1.0]], 1.5, TypeError, "k must be an integer, got float"),
+        ([[1.0]], [[1.0]], True, TypeError, "k must be an integer, got bool"),
         ([["a"]], [[1.0]], 1, TypeError, "real numbers"),
         ([[1j]], [[1.0]], 1, TypeError, "real numbers"),
         ([[True]], [[1.0]], 1, TypeError, "real numbers"),
-        ([[1.0]], [[1.0], [math.nan]], 1, ValueError, "row 1 of matrix holds NaN"),
+        ([[1.0]], [[1.0], [math.nan]], 1, ValueError, "row 1 of matrix has NaN"),
         ([[math.inf]], [[1.0]], 1, ValueError, "row 0 of queries"),
     ],
 )

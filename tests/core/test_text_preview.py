@@ -1,4 +1,4 @@
-"""The beginning of a text is kept where somebody asked for it, and nowhere else."""
+"""Only a tier with text_preview stores the start of a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embedonce.encryption import Encryption
 from embedonce.testing.fakes import CountingProvider, DictBackend
 
 
-def test_the_preview_goes_to_the_tier_that_keeps_it_and_to_no_other() -> None:
+def test_only_the_tier_with_text_preview_stores_the_preview() -> None:
     near, far = (
         DictBackend(holds="entries", scope="host"),
         DictBackend(holds="entries", scope="host", text_preview=True),
@@ -30,7 +30,7 @@ def test_the_preview_goes_to_the_tier_that_keeps_it_and_to_no_other() -> None:
         assert list(cache.fetch(["two"]).metadata) == [None]
 
 
-def test_it_is_refused_together_with_what_is_there_to_prevent_it() -> None:
+def test_text_preview_is_refused_with_encryption_or_a_key_secret() -> None:
     keeping = DictBackend(scope="host", text_preview=True)
     with pytest.raises(ConfigError, match="text_preview"):
         Cache(CountingProvider(), [Tier(keeping, encryption=Encryption(bytes(32)))])

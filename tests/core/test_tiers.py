@@ -1,4 +1,4 @@
-"""A tier that is down, slow, wrong or full costs a bounded delay, is counted, and the right vector still comes."""
+"""A tier that is down, slow, faulty or full costs a bounded delay, is counted, and never gives a wrong vector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ask_async(cache: Cache, texts: list[str]) -> NDArray[np.float32]:
 
 
 faces = pytest.mark.parametrize("ask", [Cache.embed_batch, ask_async], ids=["sync", "async"])
-holds = pytest.mark.parametrize("kept", ["frames", "entries"])
+kept_as = pytest.mark.parametrize("kept", ["frames", "entries"])
 writes = pytest.mark.parametrize("write", ["inline", "background"])
 
 
@@ -54,7 +54,7 @@ class Clock:
 
 
 @faces
-@holds
+@kept_as
 @writes
 @pytest.mark.parametrize("twin", [False, True], ids=["blocking", "twin"])
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_every_fault_still_gives_every_text_its_own_vector(
 
 
 @faces
-def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_left_out(ask: Ask) -> None:
+def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_skipped(ask: Ask) -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang")])
     with Cache(provider, [Tier(faulty, name="far", timeout=0.2)], flush_timeout=0.3) as cache:
@@ -123,10 +123,10 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
             for i in range(10):
                 cache.embed(f"{i}")
             assert [record.message for record in caplog.records] == [
-                "tier 'far': reads fail (ConnectionRefusedError); it is left out and tried again until it answers"
+                "tier 'far': reads are failing (ConnectionRefusedError); skipping it until a probe succeeds"
             ]
             faulty.heal()
-            # An event is told after it was logged.
+            # The event comes after the log line.
             until(lambda: cache.embed(f"again {time.monotonic()}") is not None and len(changes_of(events)) == 2)
             assert caplog.records[-1].message == "tier 'far': reads work again"
             assert len(caplog.records) == 2
@@ -141,7 +141,7 @@ def test_exactly_one_probe_runs_and_not_on_the_callers_path(monkeypatch: pytest.
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
         for i in range(3):
             cache.embed(f"{i}")
-        assert cache._chain.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].reader.breaker.is_open
         before = faulty.called("get")
         cache.embed("its probe hangs")
         faulty.gate.until(1)
@@ -165,17 +165,17 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a minute would pass otherwise: an open breaker lets nobody ask before its probe is settled."""
+    """An open breaker skips every call until its probe has a result; a probe without one blocks it for 30 s."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
 
-    def changed(event: Event) -> None:
+    def record_change(event: Event) -> None:
         if isinstance(event, TierChanged):
             changes.append(event.state)
 
     tier = Tier(FaultyBackend(DictBackend(scope="network"), faults), name="far", write=write)
-    with Cache(CountingProvider(), [tier], listeners=[changed]) as cache:
+    with Cache(CountingProvider(), [tier], listeners=[record_change]) as cache:
         for i in range(4):
             cache.embed(f"{i}")
             assert cache.flush(GENEROUS)
@@ -187,8 +187,8 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
         assert (stats.stored, dict(stats.causes)) == (1, {"ConnectionRefusedError": 3, "TierBusy": 1})
 
 
-class HalfBackend(DictBackend):
-    """Of two nodes, one hangs: that of the keys that end in an even digit."""
+class TwoNodes(DictBackend):
+    """A tier of two nodes; the node of the keys that end in an even digit may hang."""
 
     hangs = False
 
@@ -204,8 +204,8 @@ class HalfBackend(DictBackend):
         return super().get_many(keys)
 
 
-def test_a_probe_asks_for_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for anything else it may reach the node that works, and then callers pay for every probe."""
+def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe of other keys may reach the healthy node and close the breaker, and callers then wait for the other."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []
@@ -214,7 +214,7 @@ def test_a_probe_asks_for_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(event, TierChanged):
             changes.append(event.state)
 
-    backend = HalfBackend()
+    backend = TwoNodes()
     with Cache(CountingProvider(), [Tier(backend, name="far", write="none")], listeners=[listen]) as cache:
         backend.hangs = True
         cache.embed_batch(TEXTS)
@@ -226,7 +226,7 @@ def test_a_probe_asks_for_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: cache.embed(TEXTS[0]) is not None and changes == ["open", "closed"])
 
 
-def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_many_failed_background_writes_give_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="set", error=TierBusy)])
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
         for i in range(10):
@@ -234,7 +234,7 @@ def test_background_writes_that_fail_one_after_the_other_are_one_line(caplog: py
             assert cache.flush(GENEROUS)
         assert cache.stats().tiers["far"].errors == 10
     assert [record.getMessage() for record in caplog.records] == [
-        "tier 'far': a background write of 1 entries failed (TierBusy)"
+        "tier 'far': background write failed for 1 entries (TierBusy)"
     ]
 
 
@@ -248,24 +248,24 @@ def test_failing_writes_do_not_stop_reads() -> None:
         for i in range(5):
             cache.embed(f"new {i}")
         assert cache.lookup(TEXTS).sources == ["far"] * len(TEXTS)
-        assert cache._chain.tiers[0].writing.breaker.open
-        assert not cache._chain.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].writing.breaker.is_open
+        assert not cache._chain.tiers[0].reader.breaker.is_open
 
 
 @faces
-def test_a_tier_whose_reads_are_left_out_is_not_written_to(ask: Ask) -> None:
-    """A store that hangs costs one timeout: its inline writes would be the second."""
+def test_a_tier_whose_reads_are_skipped_is_not_written_to(ask: Ask) -> None:
+    """A store that hangs costs one timeout; an inline write would cost a second one."""
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", obey=True)], deadline=True)
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="inline", timeout=0.2)]) as cache:
         for i in range(20):
             ask(cache, [f"{i}"])
-        assert cache._chain.tiers[0].reading.breaker.open
+        assert cache._chain.tiers[0].reader.breaker.is_open
         assert faulty.called("set") == 0
-        assert not cache._chain.tiers[0].writing.breaker.open
+        assert not cache._chain.tiers[0].writing.breaker.is_open
         faulty.heal()
 
 
-def test_a_tier_that_failed_in_a_call_is_not_written_to_in_it() -> None:
+def test_a_tier_that_failed_in_a_call_is_not_written_to_in_that_call() -> None:
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on="get", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="host")]) as cache:
         cache.embed("text")
@@ -289,7 +289,7 @@ def test_on_error_raise(ask: Ask, operation: Any) -> None:
 
 @pytest.mark.parametrize("operation", ["get", "set"])
 def test_on_error_raise_raises_while_the_breaker_is_open_too(operation: Any) -> None:
-    """Whoever chose it does not want to pay for what the tier would have had."""
+    """A user who sets it does not want to pay for vectors that the tier already has."""
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on=operation)])
     with Cache(provider, [Tier(faulty, name="host", on_error="raise")]) as cache:
@@ -299,7 +299,7 @@ def test_on_error_raise_raises_while_the_breaker_is_open_too(operation: Any) -> 
         assert provider.texts == (0 if operation == "get" else 6)
 
 
-def test_a_promotion_that_fails_raises_where_asked_but_loses_nothing() -> None:
+def test_a_failed_promotion_raises_with_on_error_raise_but_loses_nothing() -> None:
     near = FaultyBackend(DictBackend(scope="host"))
     middle, far = DictBackend(), DictBackend()
     tiers = [Tier(near, name="near", on_error="raise"), Tier(middle, name="middle"), Tier(far, name="far")]
@@ -322,7 +322,7 @@ def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
         faulty.heal()
 
 
-def test_a_timeout_that_is_not_named_follows_from_who_shares_the_backend(
+def test_the_default_timeout_depends_on_the_scope_of_the_backend(
     shipped_timeouts: Mapping[str, float | None],
 ) -> None:
     assert shipped_timeouts == {"process": None, "host": 2.0, "network": 0.25}
@@ -331,8 +331,8 @@ def test_a_timeout_that_is_not_named_follows_from_who_shares_the_backend(
 # --- what a read counts -----------------------------------------------------------------------
 
 
-class FailsFromThe(DictBackend):
-    """Answers calls until the n-th, and fails from there on."""
+class FailsFromCall(DictBackend):
+    """Answers calls before the n-th, and fails from the n-th on."""
 
     def __init__(self, call: int, **capabilities: Any) -> None:
         super().__init__(scope="host", **capabilities)
@@ -345,11 +345,11 @@ class FailsFromThe(DictBackend):
         return super().get_many(keys)
 
 
-def test_a_read_that_must_not_fail_counts_what_was_answered_before_it_did() -> None:
+def test_a_read_that_raises_counts_the_answers_before_the_failure() -> None:
     held, seen = DictBackend(scope="host"), list[Event]()
     with Cache(CountingProvider(), [held]) as cache:
         cache.embed_batch(TEXTS[:6])
-    failing = FailsFromThe(2, max_batch=8, store=held)
+    failing = FailsFromCall(2, max_batch=8, store=held)
     with Cache(CountingProvider(), [Tier(failing, name="host", on_error="raise")], listeners=[seen.append]) as cache:
         with pytest.raises(TierError):
             cache.embed_batch(TEXTS)
@@ -359,8 +359,8 @@ def test_a_read_that_must_not_fail_counts_what_was_answered_before_it_did() -> N
     assert (event.hits, event.misses, event.errors) == (6, 2, 8)
 
 
-class AnswersAsTold(DictBackend):
-    """Each of its keys is a hit, a miss, corrupt, or on a node that is away; each of its calls may fail as a whole."""
+class ScriptedBackend(DictBackend):
+    """A backend whose keys are hits, misses, corrupt or on a node that is down; each call may fail as a whole."""
 
     def __init__(self, keys: Sequence[str], calls: Sequence[bool], **capabilities: Any) -> None:
         super().__init__(scope="host", **capabilities)
@@ -394,7 +394,7 @@ def test_every_key_of_a_read_is_counted_once(
     with Cache(CountingProvider(), [store]) as cache:
         cache.embed_batch(texts)
         keys = [cache.explain(text).key for text in texts]
-    backend = AnswersAsTold(keys, calls, max_batch=max_batch, store=store)
+    backend = ScriptedBackend(keys, calls, max_batch=max_batch, store=store)
     backend.kinds.update(zip(keys, kinds, strict=True))
     with Cache(CountingProvider(), [Tier(backend, name="host", on_error=on_error)], listeners=[seen.append]) as cache:
         ended_early = False
@@ -413,19 +413,19 @@ def test_every_key_of_a_read_is_counted_once(
     assert event.corrupt <= kinds.count("corrupt")
 
 
-@holds
+@kept_as
 def test_entries_of_another_dimension_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """Where nothing else tells the dimension, the most common one among the entries does."""
+    """If the dimension is not known otherwise, the most common one among the entries counts."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
-    def opened(dimensions: int, **options: Any) -> Cache:
+    def open_cache(dimensions: int, **options: Any) -> Cache:
         provider = CountingProvider(dimensions=dimensions, tells_dimensions=False)
         return Cache(provider, [Tier(DictBackend(scope="host", holds=kept, store=store), name="host")], **options)
 
     for dimensions, texts in ((4, TEXTS[:3]), (5, TEXTS[3:4])):
-        with opened(dimensions) as cache:
+        with open_cache(dimensions) as cache:
             cache.embed_batch(texts)
-    with opened(4, listeners=[seen.append]) as cache:
+    with open_cache(4, listeners=[seen.append]) as cache:
         assert cache.embed_batch(TEXTS[:5]).shape == (5, 4)
         counted = cache.stats().tiers["host"]
     assert (counted.hits, counted.misses, counted.corrupt) == (3, 1, 1)
@@ -436,10 +436,10 @@ def test_entries_of_another_dimension_are_counted_as_corrupt_and_never_as_hits(k
 # --- time to live -----------------------------------------------------------------------------
 
 
-def test_an_expired_entry_is_a_plain_miss_and_comes_back() -> None:
+def test_an_expired_entry_is_a_miss_and_is_stored_again() -> None:
     clock = Clock()
     provider = CountingProvider()
-    backend = DictBackend(ttl=False)  # the frame's own date decides, whatever the store keeps
+    backend = DictBackend(ttl=False)  # the date in the frame decides, even if the store keeps the frame longer
     with Cache(provider, [Tier(backend, name="t", ttl=60.0)], clock=clock) as cache:
         cache.embed("text")
         clock.now += 56.9
@@ -453,7 +453,7 @@ def test_an_expired_entry_is_a_plain_miss_and_comes_back() -> None:
         assert (stats.corrupt, stats.errors) == (0, 0)
 
 
-def test_promotion_keeps_what_remains_of_an_entrys_life() -> None:
+def test_a_promotion_keeps_the_expiry_of_the_entry() -> None:
     clock = Clock()
     near, far = DictBackend(holds="entries"), DictBackend(holds="entries")
     tiers = [Tier(near, name="near", ttl=1000.0), Tier(far, name="far", ttl=100.0)]
@@ -480,7 +480,7 @@ def test_the_tiers_own_ttl_caps_a_promotion() -> None:
         assert far.get(key).expires is None
 
 
-def test_ttl_is_jittered_by_the_digest_and_never_longer_than_asked() -> None:
+def test_ttl_is_jittered_by_the_digest_and_never_longer_than_configured() -> None:
     clock = Clock()
     backend = DictBackend(holds="entries")
     with Cache(CountingProvider(), [Tier(backend, name="t", ttl=100.0)], clock=clock) as cache:
@@ -508,15 +508,15 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
     with Cache(CountingProvider(), [tier], max_queued=10, flush_timeout=0.2) as cache:
         texts = itertools.count()
 
-        def dropped() -> int:
+        def embed_and_count_drops() -> int:
             cache.embed(f"{next(texts)}")
             assert cache._chain.in_flight.count_queued("far") <= 10
             stats = cache.stats().tiers["far"]
             return stats.dropped + stats.errors
 
         for _ in range(40):
-            dropped()
-        until(dropped)  # on a busy machine reads may time out at first, and then nothing is written
+            embed_and_count_drops()
+        until(embed_and_count_drops)  # on a busy machine reads may time out at first, and then nothing is written
         faulty.heal()
 
 
@@ -528,7 +528,7 @@ def test_write_none_reads_only() -> None:
         assert backend is not None
 
 
-def test_values_too_large_for_a_tier_are_kept_away_and_counted() -> None:
+def test_values_too_large_for_a_tier_are_dropped_and_counted() -> None:
     backend = DictBackend(max_value_bytes=500)
     with Cache(CountingProvider(dimensions=384), [Tier(backend, name="small")]) as cache:
         cache.embed_batch(TEXTS)
@@ -536,7 +536,7 @@ def test_values_too_large_for_a_tier_are_kept_away_and_counted() -> None:
         assert (stats.dropped, stats.errors, dict(stats.drops)) == (20, 0, {"too large": 20})
 
 
-def test_a_backend_is_asked_in_chunks_of_its_max_batch() -> None:
+def test_a_backend_is_called_in_chunks_of_its_max_batch() -> None:
     backend = DictBackend(max_batch=7)  # it raises on more
     with Cache(CountingProvider(), [backend]) as cache:
         cache.embed_batch(TEXTS)
@@ -546,7 +546,7 @@ def test_a_backend_is_asked_in_chunks_of_its_max_batch() -> None:
         assert cache.stats().tiers["dict"].errors == 0
 
 
-def test_only_what_is_still_missing_is_asked_of_the_next_tier() -> None:
+def test_the_next_tier_gets_only_the_keys_that_are_still_missing() -> None:
     near, far = FaultyBackend(DictBackend()), FaultyBackend(DictBackend())
     with Cache(CountingProvider(), [Tier(near, name="near"), Tier(far, name="far")]) as cache:
         cache.embed_batch(TEXTS[:15])
@@ -561,13 +561,13 @@ def test_only_what_is_still_missing_is_asked_of_the_next_tier() -> None:
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        ([DictBackend(), DictBackend()], "two tiers are called 'dict'"),
-        ([Tier(MemoryBackend(), timeout=1.0)], "takes no timeout"),
-        ([Tier(DictBackend(), name="provider")], 'cannot be called "provider"'),
-        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl is a number of seconds above 0"),
+        ([DictBackend(), DictBackend()], "two tiers are named 'dict'"),
+        ([Tier(MemoryBackend(), timeout=1.0)], "timeout is not supported"),
+        ([Tier(DictBackend(), name="provider")], 'cannot be named "provider"'),
+        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl must be a finite number of seconds above 0, got 0"),
         ([object()], "is not a backend"),
-        ([Tier(DictBackend(), write="bogus")], 'write is one of "inline", "background", "none", not \'bogus\''),  # type: ignore[arg-type]
-        ([Tier(DictBackend(), on_error="bogus")], 'on_error is one of "skip", "raise"'),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), write="bogus")], "write must be one of inline, background, none, got 'bogus'"),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), on_error="bogus")], "on_error must be one of skip, raise"),  # type: ignore[arg-type]
     ],
 )
 def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
@@ -575,28 +575,28 @@ def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:
         Cache(CountingProvider(), tiers)
 
 
-def test_a_breaker_waits_longer_each_time_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_breaker_waits_longer_each_time_and_starts_over_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("embedonce._engine.breaker.time", SimpleNamespace(monotonic=lambda: now[0]))
     states: list[str] = []
     breaker = Breaker(lambda state, cause: states.append(state))
     waits = []
-    breaker.failed("timeout")
+    breaker.record_failure("timeout")
     for _ in range(12):
         start = now[0]
         while breaker.admit() == "skip":
             now[0] += 0.05
         waits.append(now[0] - start)
         assert breaker.admit() == "skip"  # one probe only
-        breaker.failed("timeout")
+        breaker.record_failure("timeout")
     assert 0.3 < waits[0] < 0.7
     assert waits[3] > waits[0] * 3
     assert max(waits) <= 60 * 1.25 + 0.1
-    breaker.succeeded()
+    breaker.record_success()
     assert breaker.admit() == "go"
     assert states == ["open", "closed"]
-    breaker.failed("OSError")
-    breaker.failed("OSError")
+    breaker.record_failure("OSError")
+    breaker.record_failure("OSError")
     assert breaker.admit() == "go"
-    breaker.failed("OSError")
+    breaker.record_failure("OSError")
     assert breaker.admit() == "skip"

@@ -36,7 +36,7 @@ def bits(values: NDArray[np.float32]) -> bytes:
     return values.tobytes()
 
 
-def held(row: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32] | None:
+def round_row(row: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32] | None:
     try:
         return round_vectors(row[None], dtype)[0]
     except ValueError:
@@ -69,14 +69,14 @@ def test_freeze_takes_views_in_any_order_and_lists() -> None:
     assert freeze(np.empty(0, np.float32)).shape == (0,)
 
 
-def test_only_a_vector_is_frozen_as_one_and_a_matrix_as_rows() -> None:
+def test_freeze_requires_a_vector_and_freeze_rows_a_matrix() -> None:
     with pytest.raises(ValueError, match="one dimension"):
         freeze(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="two dimensions"):
         freeze_rows(np.zeros(3))
 
 
-def test_frozen_rows_hold_their_own_bytes_and_nothing_else() -> None:
+def test_frozen_rows_own_their_bytes_and_keep_nothing_else_alive() -> None:
     matrix = np.arange(4 * 384, dtype=np.float32).reshape(4, 384)
     rows = freeze_rows(matrix)
     alive = weakref.ref(matrix)
@@ -93,7 +93,7 @@ def test_frozen_rows_hold_their_own_bytes_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
-def test_freeze_rows_of_nothing(shape: tuple[int, int]) -> None:
+def test_freeze_rows_accepts_an_empty_matrix(shape: tuple[int, int]) -> None:
     assert [row.shape for row in freeze_rows(np.zeros(shape))] == [(shape[1],)] * shape[0]
 
 
@@ -111,8 +111,8 @@ def test_freeze_rows_takes_a_transposed_matrix() -> None:
 @example(matrix=np.array([[0.0, -0.0, 1e-45]], np.float32))
 @example(matrix=np.zeros((2, 3), np.float32))
 @example(matrix=np.array([[1 / 3, -1e-8, 1 / 254]], np.float32))
-def test_rounding_what_is_rounded_changes_no_bit_alone_or_in_a_batch(matrix: NDArray[np.float32], dtype: Dtype) -> None:
-    alone = [held(row, dtype) for row in matrix]
+def test_rounding_again_changes_no_bit_alone_or_in_a_batch(matrix: NDArray[np.float32], dtype: Dtype) -> None:
+    alone = [round_row(row, dtype) for row in matrix]
     kept = [index for index, row in enumerate(alone) if row is not None]
     refused = [index for index, row in enumerate(alone) if row is None]
     if refused:
@@ -130,7 +130,7 @@ def test_rounding_what_is_rounded_changes_no_bit_alone_or_in_a_batch(matrix: NDA
 @given(matrix=matrices)
 def test_int8_is_within_half_a_step_and_uses_the_whole_range(matrix: NDArray[np.float32]) -> None:
     for row in matrix:
-        rounded = held(row, "int8")
+        rounded = round_row(row, "int8")
         if rounded is None:
             peak = float(np.abs(row).max())
             assert peak < SMALLEST or peak > LARGEST * (1 - 2**-14)
@@ -142,7 +142,7 @@ def test_int8_is_within_half_a_step_and_uses_the_whole_range(matrix: NDArray[np.
 
 
 @given(matrix=matrices)
-def test_float32_is_kept_bit_for_bit(matrix: NDArray[np.float32]) -> None:
+def test_rounding_to_float32_changes_no_bit(matrix: NDArray[np.float32]) -> None:
     assert bits(round_vectors(matrix, "float32")) == bits(matrix)
 
 
@@ -154,7 +154,7 @@ def test_float16_keeps_every_float16() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused_by_row(dtype: Dtype, bad: float) -> None:
+def test_the_error_names_a_row_that_is_not_finite(dtype: Dtype, bad: float) -> None:
     with pytest.raises(ValueError, match=r"^row 2 is not finite$"):
         round_vectors([[1.0, 2.0], [0.5, 0.5], [1.0, bad], [bad, bad]], dtype)
 
@@ -170,29 +170,29 @@ def test_what_is_not_finite_is_refused_by_row(dtype: Dtype, bad: float) -> None:
         ("int8", [1e-45, 0.0], "becomes all zero as int8"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_row(dtype: Dtype, row: list[float], why: str) -> None:
+def test_the_error_names_a_row_that_does_not_fit_the_dtype(dtype: Dtype, row: list[float], why: str) -> None:
     with pytest.raises(ValueError, match=f"^row 1 {why}$"):
         round_vectors([[1.0, 0.5], row], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_is_all_zero_already_is_not_what_rounding_refuses(dtype: Dtype) -> None:
+def test_a_row_that_was_all_zero_before_rounding_is_accepted(dtype: Dtype) -> None:
     assert not round_vectors(np.zeros((2, 3), np.float32), dtype).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_rounding_nothing_gives_nothing(dtype: Dtype, shape: tuple[int, int]) -> None:
+def test_rounding_an_empty_matrix_gives_an_empty_matrix(dtype: Dtype, shape: tuple[int, int]) -> None:
     assert round_vectors(np.zeros(shape, np.float32), dtype).shape == shape
 
 
-def test_only_a_matrix_is_rounded() -> None:
+def test_round_vectors_requires_a_matrix() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         round_vectors([1.0, 2.0], "int8")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_caller_who_makes_numpy_raise_on_floating_point_gets_the_same(dtype: Dtype) -> None:
+def test_rounding_ignores_the_callers_numpy_errstate(dtype: Dtype) -> None:
     matrix = np.array([[1e-30, 3.0], [1e-38, 1e-42]], np.float32)[: 1 if dtype == "float16" else 2]
     usual = bits(round_vectors(matrix, dtype))
     with np.errstate(all="raise"):

@@ -64,7 +64,7 @@ WARNING embedonce: provider 'ngram' answers again
            what is cached is still served: from memory
 no store   from provider, # ms
 no store   from provider, # ms
-WARNING embedonce: tier 'postgres': reads fail (OperationalError); it is left out and tried again until it answers
+WARNING embedonce: tier 'postgres': reads are failing (OperationalError); skipping it until a probe succeeds
 no store   from provider, # ms
 no store   from provider, # ms
 """
@@ -154,7 +154,7 @@ def test_without_postgres_texts_are_computed_and_a_warning_is_logged_once(
                 assert cache.fetch([f"new {number}"]).sources == ["provider"]
             assert (cache.embed_batch(TEXTS) == expected).all()
             warned = [record.getMessage() for record in caplog.records if "postgres" in record.getMessage()]
-            assert len([message for message in warned if "reads fail" in message]) == 1
+            assert len([message for message in warned if "reads are failing" in message]) == 1
             # Reads and writes fail separately: one line each, and one for the write that failed first.
             assert len(warned) <= 3
             assert not any("new" in message for message in warned)

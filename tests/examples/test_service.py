@@ -194,7 +194,7 @@ def test_without_redis_it_answers_and_when_redis_is_back_it_is_used(redis: Redis
             return service.sources(["back?"]) == ["redis"]
 
         wait_until(used, "Redis is used again")
-    assert len(re.findall("tier 'redis': reads fail", log.read_text())) == 1
+    assert len(re.findall("tier 'redis': reads are failing", log.read_text())) == 1
 
 
 def test_it_starts_without_redis(redis: RedisServer, log: Path) -> None:

@@ -360,7 +360,7 @@ class Run:
             states = ["closed", *(change.state for change in changes if change.operation == operation)]
             assert all(one != next_ for one, next_ in pairwise(states)), states
             assert states[-1] == "closed"
-            opened = [line for line in said if f"{operation}s fail" in line]
+            opened = [line for line in said if f"{operation}s are failing" in line]
             closed = [line for line in said if f"{operation}s work again" in line]
             assert (len(opened), len(closed)) == (states.count("open"), states.count("closed") - 1), said
         # Beside those: a node's own state, values that were refused, and one line for background writes that fail.
@@ -379,7 +379,7 @@ NODE = re.compile(r"(memcached \S+) (?:does not answer|answers again)")
 
 def opened_or_closed(said: Sequence[str]) -> list[str]:
     """Return the lines that tell that a breaker has opened or closed."""
-    return [line for line in said if "s fail (" in line or "s work again" in line]
+    return [line for line in said if "s are failing (" in line or "s work again" in line]
 
 
 def run_cell(store: Store, cell: Cell) -> Outcome:

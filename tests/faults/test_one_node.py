@@ -39,7 +39,7 @@ def test_one_node_that_hangs_is_paid_for_once(cluster: Cluster, node: int) -> No
         finally:
             cluster.proxies[node].heal()
         assert [line for line in lines.said if "reads" in line] == [
-            "tier 'cluster': reads fail (timeout); it is left out and tried again until it answers"
+            "tier 'cluster': reads are failing (timeout); skipping it until a probe succeeds"
         ]
         run.settle(caller, [*run.known, *run.texts(4)])
 

@@ -1,4 +1,4 @@
-"""The one way to call a backend: its deadline, its thread or async twin, its chunks, and what a failure means."""
+"""The one way to call a tier's backend: its timeout, its thread or async twin, its chunks, and its failures."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("embedonce")
 
-CALLS = 32
-"""Most calls to a backend at once from event loops; more wait, and that is no timeout of the tier."""
+MAX_CALLS = 32
+"""Maximum number of concurrent calls to a backend from event loops; waiting for a free slot is not a tier timeout."""
 
-CHUNK = 1024
-"""Keys of one backend call where the backend names no ``max_batch``: the deadline is looked at in between."""
+CHUNK_SIZE = 1024
+"""Keys per backend call if the backend sets no ``max_batch``; the deadline is checked between calls."""
 
-TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
-"""Seconds that a call to a backend of each scope may take, where the tier names no timeout."""
+DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
+"""Seconds that a call to a backend of each scope may take if the tier sets no timeout."""
 
 
 class BackendCalls:
-    """Calls one tier's backend, for reading and writing alike."""
+    """Calls one tier's backend, for both reads and writes."""
 
     def __init__(self, tier: Tier, name: str, ports: Ports) -> None:
         self.name = name
         self.backend: Any = tier.backend
         self.capabilities: Capabilities = tier.backend.capabilities
-        self.timeout = tier.timeout if tier.timeout is not None else TIMEOUTS[self.capabilities.scope]
+        self.timeout = tier.timeout if tier.timeout is not None else DEFAULT_TIMEOUTS[self.capabilities.scope]
         self.on_error = tier.on_error
         self._ports = ports
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
         self._inherited: list[Any] = []
+        """Twins of the parent process; a reference to them keeps the child from closing them."""
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child, and do not close what the parent owns."""
-        self._workers = Workers(CALLS)
+        """Start over in a forked child, without closing what the parent owns."""
+        self._workers = Workers(MAX_CALLS)
         self._inherited += self._twins.values()
         self._twins = WeakKeyDictionary()
 
@@ -57,17 +58,17 @@ class BackendCalls:
         """Make one call to the backend within the tier's timeout.
 
         Raises:
-            TimeoutError, TierBusy: as :meth:`Port.call` says.
-            Exception: whatever the backend raised.
+            TimeoutError, TierBusy: as in :meth:`Port.call`.
+            Exception: any error that the backend raised.
         """
         caps = self.capabilities
-        # A listing walks over everything that a store holds, so the timeout of a look-up does not apply.
+        # A listing walks the whole store, so the timeout for a look-up does not apply to it.
         timeout = None if listing else self.timeout
         quick = not caps.blocking and caps.deadline
         return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
 
     async def call_strictly(self, port: Port, call: Callable[[], Any], *, listing: bool = False) -> Any:
-        """Make one call of a kind that never fails open, such as erasing and listing.
+        """Make one call that must not fail silently, such as erasing or listing.
 
         Raises:
             TierError: the backend failed.
@@ -81,17 +82,17 @@ class BackendCalls:
         except Exception as error:
             raise TierError(f"{type(error).__name__}", self.name) from error
 
-    def call_now(self, call: Callable[[], Any]) -> Any:
-        """Make a call in this thread, with the tier's timeout as its deadline."""
+    def call_in_this_thread(self, call: Callable[[], Any]) -> Any:
+        """Make a call in the current thread, with the tier's timeout as its deadline."""
         return call_with_deadline(call, self.timeout)
 
     async def get(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Read some keys: on an event loop through the backend's async twin, if it has one."""
+        """Read some keys; on an event loop, use the backend's async twin if it has one."""
         loop = port.loop
         if loop is None or not self.capabilities.twin:
             found: Mapping[str, Any] = await self.call(port, lambda: self.backend.get_many(keys))
             return found
-        twin = await self._twin(loop)
+        twin = await self._get_twin(loop)
 
         async def get() -> Mapping[str, Any]:
             with deadline(self.timeout):
@@ -100,34 +101,38 @@ class BackendCalls:
 
         return await port.run_coroutine(get, self.timeout)
 
-    def chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Cut keys into what one call takes."""
-        size = self.capabilities.max_batch or (CHUNK if self.capabilities.blocking else len(keys) or 1)
+    def split_into_chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Yield the keys in chunks, one for each backend call."""
+        size = self.capabilities.max_batch or (CHUNK_SIZE if self.capabilities.blocking else len(keys) or 1)
         for start in range(0, len(keys), size):
             yield keys[start : start + size]
 
-    def run_off_path(self, call: Callable[[], None]) -> bool:
-        """Run a call where no caller waits for it; False where no thread can be had for it."""
+    def run_in_background(self, call: Callable[[], None]) -> bool:
+        """Run a call in another thread that no caller waits for; return False if no thread can be started."""
         try:
             self._ports.workers.submit(call)
-        except RuntimeError:  # the interpreter is ending and starts no threads any more
+        except RuntimeError:  # the interpreter is shutting down and starts no new threads
             return False
         return True
 
     # --- async twins --------------------------------------------------------------------------
 
-    async def _twin(self, loop: asyncio.AbstractEventLoop) -> Any:
-        held = self._twins.get(loop)
-        if held is None:
-            # A twin holds its loop, and so would stay, with its connections, when the loop has ended.
-            for ended in [other for other in list(self._twins) if other.is_closed()]:
-                self._twins.pop(ended, None)
-            life = self._live()
-            held = self._twins[loop] = await anext(life), life
-        return held[0]
+    async def _get_twin(self, loop: asyncio.AbstractEventLoop) -> Any:
+        """Return the loop's async twin; open it on first use."""
+        entry = self._twins.get(loop)
+        if entry is None:
+            # A twin references its loop, so the entry of a closed loop, with its connections, is never collected.
+            for closed in [other for other in list(self._twins) if other.is_closed()]:
+                self._twins.pop(closed, None)
+            generator = self._open_twin()
+            entry = self._twins[loop] = await anext(generator), generator
+        return entry[0]
 
-    async def _live(self) -> AsyncGenerator[Any, None]:
-        """Yield a twin once. A loop that ends ends its async generators, and so this one."""
+    async def _open_twin(self) -> AsyncGenerator[Any, None]:
+        """Open a twin, yield it once, and close it when this generator is closed.
+
+        An event loop that shuts down closes its async generators, and with this one the twin.
+        """
         import asyncio
 
         twin = self.backend.twin()
@@ -137,42 +142,46 @@ class BackendCalls:
             try:
                 async with asyncio.timeout(self.timeout):
                     await twin.close()
-            except Exception as error:  # noqa: BLE001  (the rest is closed all the same)
-                log.warning("tier %r: closing its async client failed (%s)", self.name, type(error).__name__)
+            except Exception as error:  # noqa: BLE001  (the other clients must be closed too)
+                log.warning("tier %r: cannot close its async client (%s)", self.name, type(error).__name__)
 
     async def close_twin(self, port: Port) -> None:
-        """Close the native async client of the running loop, if there is one."""
-        held = self._twins.pop(port.loop, None) if port.loop is not None else None
-        if held is not None:
-            await held[1].aclose()
+        """Close the async twin of the running loop, if there is one."""
+        entry = self._twins.pop(port.loop, None) if port.loop is not None else None
+        if entry is not None:
+            _, generator = entry
+            await generator.aclose()
 
     # --- failures -----------------------------------------------------------------------------
 
     def note_failure(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
-        """Tell the breaker of a failed call; return the cause."""
+        """Report a failed call to the breaker, and return the cause."""
         if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
-            breaker.failed(cause)
-        elif probe:  # whoever is busy is there; and until its probe is settled a breaker lets nobody else ask
-            breaker.succeeded()
+            breaker.record_failure(cause)
+        elif probe:  # a busy store is reachable, and an open breaker skips every call until its probe has a result
+            breaker.record_success()
         return cause
 
-    def tier_error(self, error: Exception) -> TierError:
-        """Return what is raised for a backend's error where the tier must not fail."""
+    def make_error(self, error: Exception) -> TierError:
+        """Return the error to raise when a backend fails and the tier has ``on_error = "raise"``."""
         cause = type(error).__name__
         if isinstance(error, TimeoutError):
             return TierTimeout(f"tier {self.name!r} did not answer within {self.timeout} s", self.name)
         return TierError(f"tier {self.name!r} failed ({cause})", self.name)
 
-    def skipped_error(self) -> TierError:
-        """Return what is raised where the breaker skips a tier that must not fail."""
-        return TierError(f"tier {self.name!r} has failed and is left out until it answers again", self.name)
+    def make_skipped_error(self) -> TierError:
+        """Return the error to raise when the breaker skips a tier that has ``on_error = "raise"``."""
+        return TierError(f"tier {self.name!r} was skipped because earlier calls failed; retry later", self.name)
 
 
 def split_partial(keys: Sequence[str], error: Exception, kind: type) -> tuple[Sequence[str], Any]:
-    """Return the keys that a call failed for and the answer for the others; without a sound one all have failed."""
+    """Return the keys that failed, and the answer for the others.
+
+    All keys have failed unless ``error`` is a :class:`PartialAnswer` whose answer is a ``kind``.
+    """
     if isinstance(error, PartialAnswer) and isinstance(error.answer, kind):
         failed = [key for key in keys if key in error.failed]
         if failed:

@@ -1,4 +1,4 @@
-"""What keeps calls away from a store that does not answer."""
+"""A circuit breaker: it keeps calls away from a store that does not answer."""
 
 from __future__ import annotations
 
@@ -9,57 +9,62 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 BreakerChange: TypeAlias = Callable[[Literal["open", "closed"], str | None], None]
-"""What a breaker calls when it opens, with the cause, and when it closes."""
+"""A callback that a breaker runs when it opens, with the cause, and when it closes, with None."""
 
 
 class Breaker:
     """Keeps calls away from a store that does not answer.
 
-    It opens on one timeout or three failures in a row, for a while that doubles from half a second to
-    a minute, jittered. Then exactly one probe is let through.
+    It opens on one timeout or three failures in a row. It stays open for half a second at first, and twice
+    as long after each failed probe, up to a minute; each wait is jittered. Then it lets exactly one probe through.
     """
 
     FAILURES = 3
+    """Failures in a row that open the breaker."""
     FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+    """Seconds before the first probe, and the longest wait between two probes."""
     LOST_PROBE = 30.0
+    """Seconds after which a probe that has not returned counts as lost, so that another may go."""
 
-    def __init__(self, changed: BreakerChange) -> None:
-        self._changed = changed
+    def __init__(self, on_change: BreakerChange) -> None:
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._failures = 0
         self._wait = 0.0
-        self._until = 0.0
-        self.open = False
+        self._next_probe = 0.0
+        self.is_open = False
 
     def admit(self) -> Literal["go", "skip", "probe"]:
-        """Say whether a call may go, must be skipped, or is the one probe."""
-        if not self.open:
+        """Return whether a call may go, must be skipped, or is the one probe."""
+        if not self.is_open:
             return "go"
         with self._lock:
             now = time.monotonic()
-            if not self.open:
+            if not self.is_open:
                 return "go"
-            if now < self._until:
+            if now < self._next_probe:
                 return "skip"
-            self._until = now + max(self.LOST_PROBE, self._wait)  # nobody else, unless this probe never returns
+            self._next_probe = now + max(self.LOST_PROBE, self._wait)  # no second probe, unless this one is lost
             return "probe"
 
-    def succeeded(self) -> None:
-        if not self._failures and not self.open:
+    def record_success(self) -> None:
+        """Close the breaker if it is open, and forget earlier failures."""
+        if not self._failures and not self.is_open:
             return
         with self._lock:
-            was_open, self.open = self.open, False
+            was_open, self.is_open = self.is_open, False
             self._failures, self._wait = 0, 0.0
         if was_open:
-            self._changed("closed", None)
+            self._on_change("closed", None)
 
-    def failed(self, cause: str) -> None:
+    def record_failure(self, cause: str) -> None:
+        """Count a failure, and open the breaker or keep it open if that is due; ``"timeout"`` opens it at once."""
         with self._lock:
             self._failures += 1
-            if not self.open and self._failures < self.FAILURES and cause != "timeout":
+            if not self.is_open and self._failures < self.FAILURES and cause != "timeout":
                 return
-            was_open, self.open = self.open, True
+            was_open, self.is_open = self.is_open, True
             self._wait = min(self.LONGEST_WAIT, self._wait * 2 or self.FIRST_WAIT)
-            self._until = time.monotonic() + self._wait * random.uniform(0.75, 1.25)
+            self._next_probe = time.monotonic() + self._wait * random.uniform(0.75, 1.25)
         if not was_open:
-            self._changed("open", cause)
+            self._on_change("open", cause)

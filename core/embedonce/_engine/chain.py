@@ -1,4 +1,4 @@
-"""The options of a tier, and what is checked when tiers are composed: errors and warnings of a chain."""
+"""The options of a tier, and the errors and warnings that composing tiers into a chain can give."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One backend in a chain, and how the chain treats it.
+    """One backend in a chain, and how the chain uses it.
 
-    ``timeout`` and ``write`` that are not given follow from who shares the backend: in-process, no
-    timeout and inline; on this host, 2 s and inline; on the network, 250 ms and in the background.
+    The defaults of ``timeout`` and ``write`` depend on the backend's scope. In this process: no timeout,
+    inline. On this host: 2 s, inline. On the network: 250 ms, in the background.
     """
 
     backend: Backend
     name: str | None = field(default=None, kw_only=True)
     ttl: float | None = field(default=None, kw_only=True)
-    """Seconds; None: until it is evicted."""
+    """Seconds until an entry expires; None: never, though the backend may evict it."""
     timeout: float | None = field(default=None, kw_only=True)
-    """Seconds that one call to the backend may take, all of it."""
+    """Seconds that one whole call to the backend may take."""
     on_error: Literal["skip", "raise"] = field(default="skip", kw_only=True)
     write: WriteMode | None = field(default=None, kw_only=True)
     encryption: Encryption | None = field(default=None, kw_only=True)
-    """Frames are encrypted before the backend sees them."""
+    """Encryption of the frames, applied before the backend sees them."""
     lease: float | None = field(default=None, kw_only=True)
-    """Seconds for which one process of those that share the tier may compute a cold text alone; None: all may."""
+    """Seconds for which only one of the processes that share the tier may compute a missing text; None: all may."""
 
 
 class ChainError(ConfigError):
-    """A tier cannot be in the chain as it is; ``place`` is its place there, ``option`` what is wrong with it."""
+    """Raised for a tier that cannot be in the chain; ``place`` is its index there, ``option`` the invalid option."""
 
     def __init__(self, message: str, place: int, option: str | None = None) -> None:
         super().__init__(message)
@@ -52,27 +52,27 @@ class ChainError(ConfigError):
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
-    """Name the tiers and refuse a chain that cannot work; ``keyed``: the key policy has a secret.
+    """Name the tiers, and reject a chain that cannot work; ``keyed`` says that the key policy has a secret.
 
     Raises:
-        ChainError: two tiers have one name, a backend is none, or an option is one that it cannot honour.
+        ChainError: two tiers have the same name, a tier is not a backend, or a backend cannot support an option.
     """
     chain: list[tuple[str, Tier]] = []
     for place, given in enumerate(tiers):
         tier = given if isinstance(given, Tier) else Tier(given)
-        name = tier.name or _default_name(tier.backend)
-        wrong = next(_problems(name, tier, chain, keyed=keyed), None)
-        if wrong is not None:
-            option, message = wrong
+        name = tier.name or _derive_name(tier.backend)
+        problem = next(_find_problems(name, tier, chain, keyed=keyed), None)
+        if problem is not None:
+            option, message = problem
             raise ChainError(message, place, option)
         chain.append((name, tier))
     return chain
 
 
-def _problems(
-    name: str, tier: Tier, above: Sequence[tuple[str, Tier]], *, keyed: bool
+def _find_problems(
+    name: str, tier: Tier, earlier: Sequence[tuple[str, Tier]], *, keyed: bool
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield what is wrong with a tier below those ``above``: the option, if it is one, and why."""
+    """Yield the problems of a tier that follows those in ``earlier``: the invalid option, if any, and the message."""
     caps = getattr(tier.backend, "capabilities", None)
     if not isinstance(caps, Capabilities):
         yield (
@@ -85,76 +85,80 @@ def _problems(
         return
     for capability, method in EXTRAS.items():
         if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):
-            yield None, f"tier {name!r}: its backend declares {capability} and has no method {method}"
-    if any(name == other for other, _ in above):
-        yield "name", f"two tiers are called {name!r}; give each a name of its own with name="
+            yield None, f"tier {name!r}: its backend declares {capability} but has no method {method}"
+    if any(name == other for other, _ in earlier):
+        yield "name", f"two tiers are named {name!r}; give each a unique name with name="
     if name == "provider":
-        yield "name", 'a tier cannot be called "provider": that is what Fetched.sources calls the provider'
+        yield "name", 'a tier cannot be named "provider": Fetched.sources uses that name for the provider'
     if tier.timeout is not None and caps.scope == "process":
-        yield "timeout", f"tier {name!r} is in this process and never waits: it takes no timeout"
+        yield "timeout", f"tier {name!r}: timeout is not supported for a backend in this process; remove it"
     if tier.encryption is not None and caps.holds == "entries":
-        yield "encryption", f"tier {name!r} keeps vectors as they are: it takes no encryption"
+        yield "encryption", f"tier {name!r}: encryption requires a backend that stores frames; this one stores entries"
     if caps.text_preview and (tier.encryption is not None or keyed):
         yield (
             "encryption" if tier.encryption is not None else None,
-            f"tier {name!r} would keep the beginning of texts (text_preview), which an encrypted tier or a [key] "
-            "secret is there to prevent: leave one of them out",
+            f"tier {name!r}: text_preview stores the start of each text, which "
+            + ("encryption" if tier.encryption is not None else "the [key] secret")
+            + " is meant to hide; remove one of the two",
         )
     if tier.lease is not None:
-        yield from (("lease", message) for message in _lease_problems(name, tier, caps, above))
+        yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, earlier))
     for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
         if getattr(tier, option) not in values:
-            wanted = ", ".join(f'"{value}"' for value in values if value is not None)
-            yield option, f"tier {name!r}: {option} is one of {wanted}, not {getattr(tier, option)!r}"
+            wanted = ", ".join(value for value in values if value is not None)
+            yield option, f"tier {name!r}: {option} must be one of {wanted}, got {getattr(tier, option)!r}"
     for option in ("ttl", "timeout", "lease"):
         value = getattr(tier, option)
         if value is not None and not 0 < value < float("inf"):
-            yield option, f"tier {name!r}: {option} is a number of seconds above 0, not {value!r}"
+            yield option, f"tier {name!r}: {option} must be a finite number of seconds above 0, got {value!r}"
 
 
-def _lease_problems(name: str, tier: Tier, caps: Capabilities, above: Sequence[tuple[str, Tier]]) -> Iterator[str]:
+def _find_lease_problems(
+    name: str, tier: Tier, caps: Capabilities, earlier: Sequence[tuple[str, Tier]]
+) -> Iterator[str]:
     if caps.scope == "process":
-        yield f"tier {name!r} is in this process: no other process shares it, and a lease has no use"
+        yield f"tier {name!r}: lease requires a backend that several processes share; this one is private, so remove it"
     if not caps.add:
-        yield f"tier {name!r} cannot hold leases: its backend has no add_many"
+        yield f"tier {name!r}: lease requires a backend with add_many"
     if tier.write in ("background", "none"):
         yield (
-            f'tier {name!r} has a lease, so others wait for what it stores: write = "{tier.write}" does not go with it'
+            f'tier {name!r}: lease requires write = "inline", got "{tier.write}", because other processes wait for '
+            "what this tier stores"
         )
-    other = next((other for other, one in above if one.lease is not None), None)
+    other = next((other for other, one in earlier if one.lease is not None), None)
     if other is not None:
-        yield f"tiers {other!r} and {name!r} both have a lease; one of a chain can have it"
+        yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have one"
 
 
-_WARNED: set[str] = set()
-"""Warnings that this process has logged: a program that makes many caches of one configuration says it once."""
+_LOGGED: set[str] = set()
+"""Warnings that this process has logged, so that many caches of one configuration log each warning only once."""
 
 _SLOWNESS = {"process": 0, "host": 1, "network": 2}
 _WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}
 
 
 def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
-    """Return what works in a chain and is hardly meant, each with the tier that it is about."""
+    """Return warnings about a chain that works but is probably a mistake, each with its tier."""
     found = []
     for place, (name, tier) in enumerate(chain):
         scope = tier.backend.capabilities.scope
-        slower = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
-        above = next(((other, where) for other, where in slower if _SLOWNESS[where] > _SLOWNESS[scope]), None)
-        if above is not None:
+        earlier = [(other, one.backend.capabilities.scope) for other, one in chain[:place]]
+        slower = next(((other, where) for other, where in earlier if _SLOWNESS[where] > _SLOWNESS[scope]), None)
+        if slower is not None:
             found.append(
                 ChainWarning(
                     name,
-                    f"tier {name!r} is {_WHERE[scope]} and is asked only after {above[0]!r}, which is "
-                    f"{_WHERE[above[1]]}: what it has costs as much as what the slower one has; put it first",
+                    f"tier {name!r} ({_WHERE[scope]}) comes after the slower tier {slower[0]!r} "
+                    f"({_WHERE[slower[1]]}), so every hit in it waits for the slower tier first; move it up",
                 )
             )
-    endless = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
-    if len(endless) > 1:
+    unlimited = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
+    if len(unlimited) > 1:
         found.append(
             ChainWarning(
-                endless[0],
-                f"tiers {listed(map(repr, endless))} grow without end, and each keeps all that the other has: give "
-                "the faster one a ttl, or a limit if it has an option for one",
+                unlimited[0],
+                f"tiers {listed(map(repr, unlimited))} grow without limit, and each stores all that the others store; "
+                "give the faster one a ttl, or a size limit if its backend has such an option",
             )
         )
     return found
@@ -163,11 +167,11 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
 def log_once(warnings: Iterable[ChainWarning]) -> None:
     """Log the warnings that this process has not logged before."""
     for warning in warnings:
-        if warning.message not in _WARNED:
-            _WARNED.add(warning.message)
+        if warning.message not in _LOGGED:
+            _LOGGED.add(warning.message)
             chain_log.warning("%s", warning.message)
 
 
-def _default_name(backend: Backend) -> str:
+def _derive_name(backend: Backend) -> str:
     name = type(backend).__name__.removesuffix("Backend").lower()
     return name or "tier"

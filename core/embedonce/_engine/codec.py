@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from embedonce.encryption import Encryption
 
 TEXT_PREVIEW = "text_preview"
-"""Name of the metadata that holds the beginning of a text, for a tier that keeps it."""
+"""Name of the metadata field with the start of a text, in a tier that stores previews."""
 
 
 class Codec:
-    """Turns entries into what one backend holds, and back."""
+    """Converts entries to the values that one backend stores, and back."""
 
     def __init__(
         self, capabilities: Capabilities, encryption: Encryption | None, *, clock: Callable[[], float]
     ) -> None:
         self._holds = capabilities.holds
-        self._trusted = capabilities.scope == "process"
+        self._is_trusted = capabilities.scope == "process"
         self._keeps_previews = capabilities.text_preview
         self._encryption = encryption
         self._clock = clock
 
     @property
-    def encrypts(self) -> bool:
+    def is_encrypted(self) -> bool:
         return self._encryption is not None
 
     def encode(self, entries: Mapping[str, Entry]) -> Mapping[str, Any]:
-        """Return what the backend is given for entries."""
+        """Return the values to give to the backend for these entries."""
         if self._encryption is not None:
             return self._encryption.encrypt(encode_frames(entries))
         return encode_frames(entries) if self._holds == "frames" else entries
@@ -42,15 +42,15 @@ class Codec:
     def decode(
         self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
     ) -> Decoded:
-        """Check what the backend gave, frames or entries, and decrypt it where the tier is encrypted."""
+        """Check the values that the backend returned, frames or entries; decrypt them if the tier is encrypted."""
         now = self._clock() if now is None else now
         if self._holds == "entries":
-            return check_entries(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._trusted)
-        if self._holds == "frames" or not (entries := _entries_among(values)):
+            return check_entries(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._is_trusted)
+        if self._holds == "frames" or not (entries := _select_entries(values)):
             return self._decode_frames(values, now, dtype, dimensions)
         if self._encryption is None:
             decoded = check_entries(entries, now=now, dtype=dtype, dimensions=dimensions)
-        else:  # stored before the tier was encrypted
+        else:  # stored before encryption was turned on
             decoded = Decoded(missed=list(entries))
         if len(entries) < len(values):
             rest = {key: value for key, value in values.items() if key not in entries}
@@ -69,17 +69,17 @@ class Codec:
         decoded.missed.extend(unencrypted)
         return decoded
 
-    def add_previews(self, entries: Mapping[str, Entry], previews: Callable[[str], str]) -> Mapping[str, Entry]:
-        """Return the entries with the beginning of each text, ``previews(key)``, for a tier that keeps it."""
+    def add_previews(self, entries: Mapping[str, Entry], preview_of: Callable[[str], str]) -> Mapping[str, Entry]:
+        """Return the entries for storing; in a tier with previews, ``preview_of(key)`` is in each entry's metadata."""
         if not self._keeps_previews:
             return entries
         return {
-            key: entry._replace(metadata={**(entry.metadata or {}), TEXT_PREVIEW: previews(key)})
+            key: entry._replace(metadata={**(entry.metadata or {}), TEXT_PREVIEW: preview_of(key)})
             for key, entry in entries.items()
         }
 
     def remove_previews(self, entries: Entries) -> Entries:
-        """Keep texts where they were asked for: other tiers, to which these are promoted, must not get them."""
+        """Return the entries without previews, so that a promotion does not copy texts into other tiers."""
         if not self._keeps_previews:
             return entries
         for key, entry in entries.as_dict().items():
@@ -89,5 +89,5 @@ class Codec:
         return entries
 
 
-def _entries_among(values: Mapping[str, Any]) -> Mapping[str, Entry]:
+def _select_entries(values: Mapping[str, Any]) -> Mapping[str, Entry]:
     return values if isinstance(values, Entries) else {k: v for k, v in values.items() if type(v) is Entry}

@@ -1,4 +1,4 @@
-"""Reading from a tier: the read breaker and its probe, which entries of an answer are valid, and what is counted."""
+"""Reads from a tier: the read breaker and its probe, the checks of what comes back, and the counters."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .ports import Port
 
 log = logging.getLogger("embedonce")
 
-PROBED = 64
-"""A probe asks again for up to this many keys of the call that failed: other keys may be on a node that answers."""
+MAX_PROBE_KEYS = 64
+"""Maximum number of keys in a probe. They are keys of the failed call, because others may be on a healthy node."""
 
 
 @dataclass(slots=True)
-class Read:
-    """What one tier gave for one call."""
+class ReadResult:
+    """What one tier answered in one call."""
 
     entries: Entries = field(default_factory=Entries)
     answered: int = 0
-    """Keys for which the tier answered anything at all: a hit, a miss or something corrupt."""
+    """Number of keys that the tier answered for: hits, misses and corrupt entries."""
     errors: int = 0
     corrupt: int = 0
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
     failed: bool = False
-    """The tier, or its breaker, gave no answer for some keys: it is not written to in this call."""
+    """Whether the tier failed or was skipped for some keys; it is then not written to in this call."""
     unknown: set[str] = field(default_factory=set)
-    """Keys for which a part of the tier failed while others answered: these alone are not written."""
+    """Keys whose node or shard failed while others answered; only these keys are not written in this call."""
 
 
-class Reading:
+class TierReader:
     """Reads from one tier."""
 
     def __init__(
@@ -51,24 +51,24 @@ class Reading:
         codec: Codec,
         counters: Counters,
         *,
-        changed: BreakerChange,
+        on_change: BreakerChange,
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
     ) -> None:
         self._calls = calls
         self._codec = codec
         self._counters = counters
-        self._changed = changed
+        self._on_change = on_change
         self._emit = emit
         self._has_listeners = has_listeners
-        self._was_corrupt = False
+        self._last_was_corrupt = False
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child."""
-        self.breaker = Breaker(self._changed)
+        """Start over in a forked child."""
+        self.breaker = Breaker(self._on_change)
         self.failing: Sequence[str] = ()
-        """Some of the keys of the last call that failed; a probe asks for them."""
+        """Some keys of the last call that failed; the next probe asks for them."""
 
     async def read(
         self,
@@ -79,19 +79,19 @@ class Reading:
         dtype: Dtype,
         dimensions: int | None,
         is_repeat: bool = False,
-    ) -> Read:
+    ) -> ReadResult:
         """Ask for the keys, chunk by chunk, and check what comes back.
 
-        ``is_repeat``: these keys were counted as misses of this call before.
+        With ``is_repeat`` this call has already counted the keys as misses, so they are not counted twice.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
         """
-        read = Read()
+        read = ReadResult()
         start = time.perf_counter()
         calls, breaker = self._calls, self.breaker
         try:
-            for chunk in calls.chunks(keys):
+            for chunk in calls.split_into_chunks(keys):
                 admitted = breaker.admit()
                 if admitted != "go":
                     if admitted == "probe":
@@ -99,16 +99,16 @@ class Reading:
                     read.skipped += len(chunk)
                     read.failed = True
                     if calls.on_error == "raise":
-                        raise calls.skipped_error()
+                        raise calls.make_skipped_error()
                     continue
                 try:
                     values = await calls.get(port, chunk)
-                    if len(values) > len(chunk) or not set(chunk).issuperset(values):  # what nobody asked for
+                    if len(values) > len(chunk) or not set(chunk).issuperset(values):  # drop unrequested keys
                         values = {key: values[key] for key in chunk if key in values}
-                except Exception as error:  # noqa: BLE001  (whatever it is, it is the tier's)
+                except Exception as error:  # noqa: BLE001  (a backend may raise anything)
                     values = self._note_failure(chunk, read, error)
                 else:
-                    breaker.succeeded()
+                    breaker.record_success()
                     read.answered += len(chunk)
                 if values:
                     read.corrupt += self._accept(values, read.entries, dtype, dimensions)
@@ -116,22 +116,22 @@ class Reading:
             self._count(read, task, start, is_repeat=is_repeat)
             raise
         if dimensions is None:
-            _leave_out_odd(read)
+            _drop_odd_dimensions(read)
         self._count(read, task, start, is_repeat=is_repeat)
         return read
 
-    def _note_failure(self, chunk: Sequence[str], read: Read, error: Exception) -> Mapping[str, Any]:
-        """Take note of a chunk that failed, wholly or in part, and return what was answered of it.
+    def _note_failure(self, chunk: Sequence[str], read: ReadResult, error: Exception) -> Mapping[str, Any]:
+        """Record a chunk that failed, wholly or in part, and return the values that did arrive.
 
         Raises:
             TierError: the tier's ``on_error`` is ``"raise"``.
         """
         read.cause = self._calls.note_failure(self.breaker, error)
         failed, found = split_partial(chunk, error, Mapping)
-        self.failing = failed[:: -(-len(failed) // PROBED)]
+        self.failing = failed[:: -(-len(failed) // MAX_PROBE_KEYS)]
         read.errors += len(failed)
         if self._calls.on_error == "raise":
-            raise self._calls.tier_error(error) from error
+            raise self._calls.make_error(error) from error
         if len(failed) == len(chunk):
             read.failed = True
             return {}
@@ -140,25 +140,25 @@ class Reading:
         return {key: found[key] for key in chunk if key in found and key not in read.unknown}
 
     def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
-        """Put what is sound into ``entries`` and return how many are corrupt."""
+        """Add the valid values to ``entries``, and return how many are corrupt."""
         decoded = self._codec.decode(values, dtype=dtype, dimensions=dimensions)
-        # Only a space card has no values; under a text's key it is somebody's mistake.
+        # Only a space card has an empty vector; under the key of a text it is invalid.
         if dimensions is None and 0 in decoded.entries.sizes():
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
         entries.add(self._codec.remove_previews(decoded.entries))
-        if decoded.corrupt and not self._was_corrupt:
+        if decoded.corrupt and not self._last_was_corrupt:
             log.warning(
-                "tier %r: corrupt entries (%d in this call); they are computed again",
+                "tier %r: ignoring %d corrupt entries; their vectors are recomputed",
                 self._calls.name,
                 len(decoded.corrupt),
             )
-        self._was_corrupt = bool(decoded.corrupt)
+        self._last_was_corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
-    def _count(self, read: Read, task: str, start: float, *, is_repeat: bool) -> None:
+    def _count(self, read: ReadResult, task: str, start: float, *, is_repeat: bool) -> None:
         read.seconds = time.perf_counter() - start
         hits = len(read.entries)
         counts = {
@@ -173,21 +173,21 @@ class Reading:
             self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
-        """See off the caller's path whether the tier answers again what it did not."""
+        """Retry in the background what the tier failed to answer."""
 
         def probe() -> None:
             try:
-                self._calls.call_now(lambda: self._calls.backend.get_many(self.failing))
-            except Exception as error:  # noqa: BLE001  (the breaker is what it is for)
+                self._calls.call_in_this_thread(lambda: self._calls.backend.get_many(self.failing))
+            except Exception as error:  # noqa: BLE001  (the breaker gets every failure)
                 self._calls.note_failure(self.breaker, error, probe=True)
             else:
-                self.breaker.succeeded()
+                self.breaker.record_success()
 
-        self._calls.run_off_path(probe)
+        self._calls.run_in_background(probe)
 
 
-def _leave_out_odd(read: Read) -> None:
-    """Leave out entries of another dimension, where only the entries themselves can tell the right one."""
+def _drop_odd_dimensions(read: ReadResult) -> None:
+    """Drop entries whose dimension differs from the most common one; used while the space's dimension is unknown."""
     sizes = read.entries.sizes()
     if len(sizes) > 1:
         usual = sizes.most_common(1)[0][0]

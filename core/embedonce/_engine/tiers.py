@@ -1,4 +1,4 @@
-"""A tier of a running chain: its reading, its writing, and the calls to its backend that both make."""
+"""A tier of a running chain: its reader, its writer, and the backend calls that both use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .codec import Codec
 from .counters import Counters
 from .flights import InFlight
 from .ports import Port, Ports
-from .reading import Reading
+from .reading import TierReader
 from .writing import Writing
 
 log = logging.getLogger("embedonce")
 
 PROBE_KEY = f"{KEY_PREFIX}probe"
-"""A key that no entry has; reading it shows whether a tier answers."""
+"""A key without an entry; reading it shows whether a tier answers."""
 
 
 class LiveTier:
@@ -47,11 +47,11 @@ class LiveTier:
         self.counters = Counters()
         self.calls = BackendCalls(tier, name, ports)
         self.codec = Codec(self.calls.capabilities, tier.encryption, clock=clock)
-        self.reading = Reading(
+        self.reader = TierReader(
             self.calls,
             self.codec,
             self.counters,
-            changed=partial(self._note_change, "read"),
+            on_change=partial(self._note_change, "read"),
             emit=emit,
             has_listeners=has_listeners,
         )
@@ -63,50 +63,55 @@ class LiveTier:
             in_flight=in_flight,
             ports=ports,
             cards=cards,
-            changed=partial(self._note_change, "write"),
+            on_change=partial(self._note_change, "write"),
             emit=emit,
             has_listeners=has_listeners,
             clock=clock,
         )
-        # Bound methods, because a method that calls another one would cost each read and write a call more.
+        # Bound methods of the parts: wrapper methods would cost every read and write one more call.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout
         self.close_twin = self.calls.close_twin
         self.decode = self.codec.decode
-        self.read = self.reading.read
+        self.read = self.reader.read
         self.store = self.writing.store
         self.add = self.writing.add
 
     def reset(self) -> None:
-        """Start anew, as in a forked child, and do not close what the parent owns."""
+        """Start over in a forked child, without closing what the parent owns."""
         self.counters.renew_locks()
         self.calls.reset()
-        self.reading.reset()
+        self.reader.reset()
         self.writing.reset()
 
     def _note_change(
         self, operation: Literal["read", "write"], state: Literal["open", "closed"], cause: str | None
     ) -> None:
         if state == "open":
+            skipped = "it" if operation == "read" else "writes to it"
             log.warning(
-                "tier %r: %ss fail (%s); it is left out and tried again until it answers", self.name, operation, cause
+                "tier %r: %ss are failing (%s); skipping %s until a probe succeeds",
+                self.name,
+                operation,
+                cause,
+                skipped,
             )
         else:
             log.warning("tier %r: %ss work again", self.name, operation)
         self._emit(TierChanged(tier=self.name, state=state, operation=operation, cause=cause))
 
-    # --- erasing and listing: none of it fails open ---------------------------------------------
+    # --- erasing and listing: failures always raise ---------------------------------------------
 
     async def erase(self, port: Port, keys: Sequence[str]) -> None:
-        """Remove keys.
+        """Remove keys from the tier.
 
         Raises:
             TierError: the backend has no ``delete_many``, or it failed.
         """
         if not self.capabilities.delete:
             raise TierError("it cannot delete", self.name)
-        for chunk in self.calls.chunks(keys):
+        for chunk in self.calls.split_into_chunks(keys):
             await self.calls.call_strictly(port, partial(self.backend.delete_many, chunk))
 
     async def scan(self, port: Port, prefix: str) -> list[str]:
@@ -121,24 +126,24 @@ class LiveTier:
         return keys
 
     async def describe(self, port: Port) -> str:
-        """Return how the backend stores vectors, in its own words; nothing where it has none."""
+        """Return the backend's own description of how it stores vectors, or an empty string."""
         if not hasattr(self.backend, "describe"):
             return ""
         words: str = await self.calls.call_strictly(port, self.backend.describe)
         return words
 
     async def migrate(self, port: Port) -> str:
-        """Bring the store's layout up to date, for as long as that takes, and return what was done."""
+        """Migrate the store's layout to the current version, without a timeout, and return what was done."""
         done: str = await self.calls.call_strictly(port, self.backend.migrate, listing=True)
         return done
 
     async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Return the raw values of some keys, uncounted.
+        """Return the raw values of some keys, without counting them.
 
         Raises:
             TierError: the backend failed.
         """
         values: dict[str, Any] = {}
-        for chunk in self.calls.chunks(keys):
+        for chunk in self.calls.split_into_chunks(keys):
             values.update(await self.calls.call_strictly(port, partial(self.backend.get_many, chunk)))
         return values

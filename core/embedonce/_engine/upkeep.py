@@ -1,4 +1,4 @@
-"""Looking after what the tiers hold: erase, list, check, explain. None of it fails open."""
+"""Maintenance of the tiers' contents: erase, list, check, explain. A tier that fails is always reported."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .routes import Route
 from .tiers import PROBE_KEY, LiveTier
 
 Card = Mapping[str, Value]
-LISTED_AT_ONCE = 1024
-"""Entries that are in memory at once while a tier is walked over."""
+ENTRIES_PER_READ = 1024
+"""Maximum number of entries in memory at once while a whole tier is read."""
 
 
 class Upkeep:
@@ -39,16 +39,16 @@ class Upkeep:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cards = cards
-        self._write_wait = write_wait
+        self._busy_timeout = patience
         self._clock = clock
 
     # --- erasing ------------------------------------------------------------------------------
 
     async def forget(self, port: Port, keys: Sequence[str]) -> None:
-        """Remove keys from every tier, and keep queued writes, promotions and flights from bringing them back.
+        """Remove keys from every tier; queued writes, promotions and flights cannot bring them back.
 
         Raises:
-            EraseIncomplete: tiers that failed or cannot delete, by name.
+            EraseIncomplete: a tier failed or cannot delete; it names each such tier.
         """
 
         async def erase(tier: LiveTier) -> None:
@@ -57,18 +57,18 @@ class Upkeep:
         await self._erase(port, Erasure(keys), erase, "forget")
 
     async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
-        """Remove every entry of the scopes that match.
+        """Remove every entry in the scopes that match.
 
         Raises:
-            EraseIncomplete: tiers that failed, cannot list or cannot delete, by name.
+            EraseIncomplete: a tier failed, cannot list or cannot delete; it names each such tier.
         """
         failed: dict[str, str] = {}
         scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}
         for tier in self._tiers:
             try:
-                cards = await self.cards(port, tier)
+                cards = await self._read_cards(port, tier)
             except TierError as error:
-                failed[tier.name] = _cause(error)
+                failed[tier.name] = _describe(error)
             else:
                 scopes.update(
                     {
@@ -81,14 +81,14 @@ class Upkeep:
         if dry_run:
             for tier in self._tiers:
                 if tier.name not in failed:
-                    removed[tier.name] = len(await self._listed(port, tier, scopes))
-            _report(failed, "purge --dry-run")
+                    removed[tier.name] = len(await self._list_keys(port, tier, scopes))
+            _raise_if_incomplete(failed, "purge --dry-run")
             return Purged(scopes, removed)
 
         async def erase(tier: LiveTier) -> None:
             if tier.name in failed:
                 raise TierError(failed[tier.name], tier.name)
-            keys = await self._listed(port, tier, scopes)
+            keys = await self._list_keys(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
             tier.writing.forget_cards(scopes)
@@ -98,44 +98,44 @@ class Upkeep:
         await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
         return Purged(scopes, removed)
 
-    async def _listed(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
+    async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
         return [key for scope in scopes for key in await tier.scan(port, f"{KEY_PREFIX}{scope}.")]
 
-    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], what: str) -> None:
+    async def _erase(self, port: Port, erasure: Erasure, erase: Callable[[LiveTier], Any], operation: str) -> None:
         failed: dict[str, str] = {}
         with self._in_flight.forbid_stores(erasure) as busy:
-            end = time.monotonic() + self._write_wait
+            end = time.monotonic() + self._busy_timeout
             while (writing := busy()) and time.monotonic() < end:
                 await port.sleep(0.002)
             for tier in self._tiers:
                 try:
                     await erase(tier)
                 except TierError as error:
-                    failed[tier.name] = _cause(error)
+                    failed[tier.name] = _describe(error)
                 else:
                     if tier.name in writing:
-                        failed[tier.name] = "a write of it that hangs may still arrive"
-        _report(failed, what)
+                        failed[tier.name] = "a write in flight hangs and may still restore entries"
+        _raise_if_incomplete(failed, operation)
 
     # --- listing ------------------------------------------------------------------------------
 
-    async def cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
-        """Return the space cards that a tier holds, by scope, and those of this cache itself."""
+    async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
+        """Return, by scope, the space cards that a tier stores and those of this cache."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
         decoded = tier.decode(values, dtype="int8", dimensions=None)
-        held = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
-        return {**self._cards, **held}
+        stored = {key.removeprefix(CARD_PREFIX): dict(entry.metadata or {}) for key, entry in decoded.entries.items()}
+        return {**self._cards, **stored}
 
     async def contents(self, port: Port) -> list[Held]:
-        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
+        """Count the entries of each tier by scope; a tier that cannot be listed has one row with the reason."""
         held: list[Held] = []
         for tier in self._tiers:
             try:
-                cards = await self.cards(port, tier)
+                cards = await self._read_cards(port, tier)
                 keys = await tier.scan(port, KEY_PREFIX)
             except TierError as error:
-                held.append(Held(tier.name, "", None, 0, _cause(error)))
+                held.append(Held(tier.name, "", None, 0, _describe(error)))
                 continue
             scopes = Counter(
                 key.split(".", 2)[1] for key in keys if not key.startswith(CARD_PREFIX) and key.count(".") == 2
@@ -144,7 +144,7 @@ class Upkeep:
         return held
 
     async def metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
-        """Return the metadata of every entry of a route's scope that has some, each entry once.
+        """Return the metadata of every entry in a route's scope, once per entry; entries without metadata are skipped.
 
         Raises:
             TierError: a tier failed or cannot list; the message names it.
@@ -152,37 +152,37 @@ class Upkeep:
         found: dict[str, Metadata | None] = {}
         for tier in self._tiers:
             try:
-                listed = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
-                keys = [key for key in listed if key not in found]
-                for start in range(0, len(keys), LISTED_AT_ONCE):
-                    values = await tier.peek(port, keys[start : start + LISTED_AT_ONCE])
+                scanned = await tier.scan(port, f"{KEY_PREFIX}{route.keyer.scope}.")
+                keys = [key for key in scanned if key not in found]
+                for start in range(0, len(keys), ENTRIES_PER_READ):
+                    values = await tier.peek(port, keys[start : start + ENTRIES_PER_READ])
                     decoded = tier.decode(values, dtype=dtype, dimensions=route.dimensions)
                     entries = tier.codec.remove_previews(decoded.entries)
                     found.update({key: deepcopy(entry.metadata) for key, entry in entries.items()})
             except TierError as error:
-                raise TierError(f"tier {tier.name!r}: {_cause(error)}", tier.name) from error
+                raise TierError(f"tier {tier.name!r}: {_describe(error)}", tier.name) from error
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Ask every tier for a key that nobody has, and say whether it answers."""
+        """Read a key without an entry from every tier, and return whether each tier answers."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
             detail, ok = "", False
             try:
-                await self._asked(port, tier, [PROBE_KEY])
-                detail = await self._foreign(port, tier)
+                await self._read_available(port, tier, [PROBE_KEY])
+                detail = await self._find_key_mismatch(port, tier)
                 if not detail:
                     detail = await tier.describe(port)
                     ok = True
             except TierError as error:
-                detail = _cause(error)
+                detail = _describe(error)
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
             checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
         return checks
 
-    async def _asked(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Ask a tier for some keys. One that is busy, or has them on a node that is away, is there all the same."""
+    async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
+        """Read some keys. A tier that is busy or has lost a node still counts as reachable, with fewer values."""
         try:
             return await tier.peek(port, keys)
         except TierError as error:
@@ -192,43 +192,43 @@ class Upkeep:
                 return {}
             raise
 
-    async def _foreign(self, port: Port, tier: LiveTier) -> str:
-        """Say so where the space cards of a tier are encrypted with another key than its own, or it has none.
+    async def _find_key_mismatch(self, port: Port, tier: LiveTier) -> str:
+        """Return a message if space cards of a tier are encrypted with a key that it does not have, else "".
 
-        Where a tier is not encrypted, or cannot list, that is this cache's own cards.
+        It checks all cards of an encrypted tier that can list, and otherwise only this cache's own cards.
         """
         if tier.capabilities.scope == "process":
             return ""
-        listed = tier.codec.encrypts and tier.capabilities.scan
-        cards = await tier.scan(port, CARD_PREFIX) if listed else [CARD_PREFIX + scope for scope in self._cards]
-        values = await self._asked(port, tier, cards) if cards else {}
-        if not tier.codec.encrypts:
+        can_list = tier.codec.is_encrypted and tier.capabilities.scan
+        cards = await tier.scan(port, CARD_PREFIX) if can_list else [CARD_PREFIX + scope for scope in self._cards]
+        values = await self._read_available(port, tier, cards) if cards else {}
+        if not tier.codec.is_encrypted:
             sealed = sum(open_frame(value) is not None for value in values.values())
-            return f"{sealed} of {len(values)} scopes are encrypted, and the tier has no key" if sealed else ""
+            return f"{sealed} of {len(values)} scopes are encrypted, but the tier has no key" if sealed else ""
         corrupt = tier.decode(values, dtype="int8", dimensions=None).corrupt
         return f"{len(corrupt)} of {len(values)} scopes are encrypted with another key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
-        """Bring the layout of every store that has one up to date. Return what was done, by tier.
+        """Migrate the layout of every store that supports it, and return what was done, by tier.
 
         Raises:
-            TierError: a store could not be changed.
+            TierError: a store could not be migrated.
         """
         return {tier.name: await tier.migrate(port) for tier in self._tiers if hasattr(tier.backend, "migrate")}
 
     # --- explaining ---------------------------------------------------------------------------
 
     async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:
-        """Say what the key is made of and what each tier has under it, without counting or promoting."""
+        """Return how a text's key is built and what each tier stores under it, without counting or promoting."""
         keyer = route.keyer
         normalized = keyer.normalize(text)
         (key,) = route.keys([text])
-        outcomes = {tier.name: await self._outcome(port, tier, key, route, dtype) for tier in self._tiers}
+        outcomes = {tier.name: await self._read_outcome(port, tier, key, route, dtype) for tier in self._tiers}
         reasons: list[str] = []
         if "hit" not in outcomes.values():
             for tier in self._tiers:
                 if outcomes[tier.name] != "skipped" and not outcomes[tier.name].startswith("error"):
-                    reasons += await self._near_misses(port, tier, keyer.scope)
+                    reasons += await self._find_near_misses(port, tier, keyer.scope)
         return Explanation(
             key=key,
             scope=keyer.scope,
@@ -247,13 +247,13 @@ class Upkeep:
             reasons=reasons,
         )
 
-    async def _outcome(self, port: Port, tier: LiveTier, key: str, route: Route, dtype: Dtype) -> str:
-        if tier.reading.breaker.open:
+    async def _read_outcome(self, port: Port, tier: LiveTier, key: str, route: Route, dtype: Dtype) -> str:
+        if tier.reader.breaker.is_open:
             return "skipped"
         try:
             values = await tier.peek(port, [key])
         except TierError as error:
-            return f"error: {_cause(error)}"
+            return f"error: {_describe(error)}"
         if key not in values:
             return "miss"
         decoded = tier.decode(values, dtype=dtype, dimensions=route.dimensions)
@@ -261,35 +261,35 @@ class Upkeep:
             return "hit"
         if key in decoded.corrupt:
             return "corrupt"
-        ever = tier.decode(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
-        return "expired" if key in ever.entries else "coarser"
+        unexpired = tier.decode(values, dtype=dtype, dimensions=route.dimensions, now=float("-inf"))
+        return "expired" if key in unexpired.entries else "coarser"
 
-    async def _near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:
-        mine = self._cards.get(scope, {})
+    async def _find_near_misses(self, port: Port, tier: LiveTier, scope: str) -> list[str]:
+        own_card = self._cards.get(scope, {})
         try:
-            cards = await self.cards(port, tier) if tier.capabilities.scan else {}
+            cards = await self._read_cards(port, tier) if tier.capabilities.scan else {}
         except TierError:
-            return []  # the outcome of this tier says so already
+            return []  # the outcome of this tier already has the error
         reasons = []
         for name, card in sorted(cards.items()):
-            other = [part for part in mine if card.get(part) != mine[part]]
-            if name == scope or not 0 < len(other) <= 2 or name in self._cards:
+            differing = [part for part in own_card if card.get(part) != own_card[part]]
+            if name == scope or not 0 < len(differing) <= 2 or name in self._cards:
                 continue
-            differs = ", ".join(f"{part} {card.get(part)!r} instead of {mine[part]!r}" for part in other)
-            reasons.append(f"tier {tier.name!r} holds entries with {differs}")
+            differences = ", ".join(f"{part} {card.get(part)!r} instead of {own_card[part]!r}" for part in differing)
+            reasons.append(f"tier {tier.name!r} holds entries with {differences}")
         return reasons
 
 
-def _cause(error: TierError) -> str:
-    """Return what went wrong with a tier, in the store's own words where it has some."""
+def _describe(error: TierError) -> str:
+    """Return a tier's error on one line, with the message of the store's own error if there is one."""
     cause = error.__cause__
-    said = " ".join(str(cause).split()) if cause is not None else ""
-    return f"{error}: {said}" if said and said != str(error) else str(error)
+    detail = " ".join(str(cause).split()) if cause is not None else ""
+    return f"{error}: {detail}" if detail and detail != str(error) else str(error)
 
 
-def _report(failed: Mapping[str, str], what: str) -> None:
+def _raise_if_incomplete(failed: Mapping[str, str], operation: str) -> None:
     if failed:
         causes = "; ".join(f"tier {name!r}: {cause}" for name, cause in failed.items())
         raise EraseIncomplete(
-            f"{what} could not reach everything ({causes}). Call it again when that is mended", failed
+            f"{operation} is incomplete ({causes}). Call it again once these tiers are reachable", failed
         )

@@ -1,4 +1,4 @@
-"""Writing to a tier: the write breaker, dates, the queue of background writes, and space cards."""
+"""Writes to a tier: the write breaker, expiry dates, the queue of background writes, and space cards."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from .ports import Port, Ports, run_blocking
 log = logging.getLogger("embedonce")
 
 CARD_SECONDS = 600.0
-"""A space card is written again after this long: the tier may have evicted it, or somebody purged the scope."""
+"""Seconds after which a space card is written again: the tier may have evicted it, or somebody purged the scope."""
 
-SILENT_SECONDS = 60.0
-"""Least seconds between two log lines about background writes that failed: a busy tier's may all fail."""
+LOG_INTERVAL = 60.0
+"""Minimum seconds between two log lines about failed background writes; in a busy tier, every write may fail."""
 
 JITTER = 0.05
-"""An entry's TTL is shortened by up to this share, so that what was written together does not expire together."""
+"""Maximum share by which an entry's TTL is shortened, so that entries written together do not expire together."""
 
-WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
-"""How a backend of each scope is written, where the tier does not say."""
+DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
+"""Write mode for a backend of each scope if the tier sets none."""
 
 draining: set[Writing] = set()
-"""Tiers with background writes under way: kept here, as the cache itself may be gone before they are done."""
+"""Writers with background writes in flight. This set keeps them alive after their cache has been collected."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What became of entries that were to be written."""
+class WriteResult:
+    """The outcome of one write: how many entries were stored, refused and failed."""
 
     stored: int = 0
     refused: int = 0
-    """Too large."""
+    """Number of entries that are too large for the backend."""
     failed: int = 0
     error: Exception | None = None
-    """Of those that failed."""
+    """The error behind ``failed``."""
 
 
 class Writing:
@@ -64,16 +64,16 @@ class Writing:
         in_flight: InFlight,
         ports: Ports,
         cards: Mapping[str, Mapping[str, Value]],
-        changed: BreakerChange,
+        on_change: BreakerChange,
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self.name = calls.name
         self.ttl = tier.ttl
-        # Whoever waits for a lease waits for the vector: it is written before the call goes on.
+        # Other processes wait for the vector behind a lease, so a tier with leases is always written inline.
         self.mode: WriteMode = (
-            "inline" if tier.lease is not None else tier.write or WRITE_MODES[calls.capabilities.scope]
+            "inline" if tier.lease is not None else tier.write or DEFAULT_WRITE_MODES[calls.capabilities.scope]
         )
         self._calls = calls
         self._codec = codec
@@ -81,19 +81,20 @@ class Writing:
         self._in_flight = in_flight
         self._ports = ports
         self._cards = cards
-        self._changed = changed
+        self._on_change = on_change
         self._emit = emit
         self._has_listeners = has_listeners
         self._clock = clock
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child."""
+        """Start over in a forked child."""
         self._lock = threading.RLock()  # a signal handler may use the cache
         self._is_draining = False
-        self._silent_until = 0.0
-        self._carded: dict[str, float] = {}
-        self.breaker = Breaker(self._changed)
+        self._next_log = 0.0
+        self._cards_written: dict[str, float] = {}
+        """By scope, the monotonic time at which this process last wrote the space card."""
+        self.breaker = Breaker(self._on_change)
 
     # --- entries ------------------------------------------------------------------------------
 
@@ -102,28 +103,29 @@ class Writing:
         port: Port,
         ticket: Ticket,
         entries: Mapping[str, Entry],
-        previews: Callable[[str], str],
+        preview_of: Callable[[str], str],
         *,
         wait_for_room: bool,
     ) -> None:
-        """Write entries in this tier's mode. Promotions have no ``wait_for_room``: a full queue drops them.
+        """Write entries in this tier's write mode.
 
-        ``previews`` gives the beginning of a key's text to a tier that keeps it.
+        ``preview_of`` returns the start of a key's text; it is called only if the tier stores previews. ``wait_for_room``
+        decides what happens when the queue of background writes is full: see :meth:`_enqueue`.
 
         Raises:
             TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
         """
         if self.mode == "none" or not entries:
             return
-        dated = self._dated(self._codec.add_previews(entries, previews))
+        dated = self._set_expiry(self._codec.add_previews(entries, preview_of))
         if self.mode == "background":
-            await self._queue(port, ticket, dated, wait_for_room=wait_for_room)
+            await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
             return
-        for chunk in self._calls.chunks(list(dated)):
-            await self._store_now(port, ticket.number, {key: dated[key] for key in chunk})
+        for chunk in self._calls.split_into_chunks(list(dated)):
+            await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk})
 
-    def _dated(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        """Return the entries with this tier's expiry: the sooner of the tier's TTL and what remains."""
+    def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+        """Return the entries with the earlier of two expiry dates: their own, and the one from this tier's TTL."""
         if self.ttl is None:
             return entries
         now = self._clock()
@@ -136,41 +138,42 @@ class Writing:
             dated[key] = entry
         return dated
 
-    async def _store_now(self, port: Port, number: int, entries: Mapping[str, Entry]) -> None:
-        """Write one chunk before the call goes on; a probe is written off the caller's path."""
+    async def _write_inline(self, port: Port, number: int, entries: Mapping[str, Entry]) -> None:
+        """Write one chunk while the caller waits; only a probe is written in the background."""
         admitted = self.breaker.admit()
         if admitted == "skip":
             self._count(0, dropped=len(entries), cause="skipped")
             if self._calls.on_error == "raise":
-                raise self._calls.skipped_error()
+                raise self._calls.make_skipped_error()
             return
         if admitted == "probe":
-            self._calls.run_off_path(lambda: self._write_caught(number, entries, probe=True))
+            self._calls.run_in_background(lambda: self._write_unattended(number, entries, probe=True))
             return
         start = time.perf_counter()
         try:
-            written: Written = await self._calls.call(port, lambda: self._write(number, entries))
-        except Exception as error:  # noqa: BLE001  (as in read)
-            written = Written(failed=len(entries), error=error)
-        self._settle(written, start)
-        if written.error is not None and self._calls.on_error == "raise":
-            raise self._calls.tier_error(written.error) from written.error
+            result: WriteResult = await self._calls.call(port, lambda: self._write(number, entries))
+        except Exception as error:  # noqa: BLE001  (a backend may raise anything)
+            result = WriteResult(failed=len(entries), error=error)
+        self._record(result, start)
+        if result.error is not None and self._calls.on_error == "raise":
+            raise self._calls.make_error(result.error) from result.error
 
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
-        """Set what is absent and return those keys, and the keys of a part of the tier that failed.
+        """Store the items whose keys are absent.
 
-        None where the tier fails or its breaker is open.
+        Returns the keys that were absent, and those whose part of the tier failed; None if the tier fails or its
+        breaker is open.
         """
         backend = self._calls.backend
         added: set[str] = set()
-        for chunk in self._calls.chunks(list(items)):
-            if self.breaker.open:
+        for chunk in self._calls.split_into_chunks(list(items)):
+            if self.breaker.is_open:
                 return None
             part = {key: items[key] for key in chunk}
             start = time.perf_counter()
             try:
                 added |= await self._calls.call(port, lambda part=part: backend.add_many(part, ttl))  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001  (as in read)
+            except Exception as error:  # noqa: BLE001  (a backend may raise anything)
                 failed, others = split_partial(list(part), error, Set)
                 cause = self._calls.note_failure(self.breaker, error)
                 self._count(0, errors=len(failed), cause=cause, start=start)
@@ -178,17 +181,17 @@ class Writing:
                     return None
                 added.update(failed, others)
             else:
-                self.breaker.succeeded()
+                self.breaker.record_success()
         return added
 
-    def _write(self, number: int, entries: Mapping[str, Entry]) -> Written:
-        """Write what may still be stored by the call with this number."""
+    def _write(self, number: int, entries: Mapping[str, Entry]) -> WriteResult:
+        """Write the entries that the call with this number may store: those that no later erasure covers."""
         with self._in_flight.track_write(self.name, number, entries) as permitted:
-            return self._set(permitted)
+            return self._call_set_many(permitted)
 
-    def _set(self, entries: Mapping[str, Entry]) -> Written:
+    def _call_set_many(self, entries: Mapping[str, Entry]) -> WriteResult:
         if not entries:
-            return Written()
+            return WriteResult()
         expires = [entry.expires for entry in entries.values()]
         ends = [end for end in expires if end is not None]
         ttl = max(1e-3, max(ends) - self._clock()) if len(ends) == len(expires) else None
@@ -204,20 +207,20 @@ class Writing:
             except PartialAnswer as error:
                 problem = error
                 failed, _ = split_partial(list(values), error, object)
-        self._set_cards(entries)
-        return Written(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
+        self._write_cards(entries)
+        return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
 
-    def _settle(self, written: Written, start: float, *, probe: bool = False) -> str | None:
-        """Count what became of a write, and tell the breaker; return the cause of what was not stored."""
-        if written.error is None:
-            self.breaker.succeeded()
-            cause = "too large" if written.refused else None
+    def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
+        """Report the outcome of a write to the breaker and the counters; return why entries were not stored, if any."""
+        if result.error is None:
+            self.breaker.record_success()
+            cause = "too large" if result.refused else None
         else:
-            cause = self._calls.note_failure(self.breaker, written.error, probe=probe)
-            if written.refused:
-                self._count(0, dropped=written.refused, cause="too large")
-                written = replace(written, refused=0)
-        self._count(written.stored, dropped=written.refused, errors=written.failed, cause=cause, start=start)
+            cause = self._calls.note_failure(self.breaker, result.error, probe=probe)
+            if result.refused:
+                self._count(0, dropped=result.refused, cause="too large")
+                result = replace(result, refused=0)
+        self._count(result.stored, dropped=result.refused, errors=result.failed, cause=cause, start=start)
         return cause
 
     def _count(
@@ -232,33 +235,38 @@ class Writing:
 
     # --- space cards --------------------------------------------------------------------------
 
-    def _set_cards(self, keys: Iterable[str]) -> None:
-        """Store the space card of each scope, now and again.
+    def _write_cards(self, keys: Iterable[str]) -> None:
+        """Write the space card of each scope, unless it was written less than :data:`CARD_SECONDS` ago.
 
-        In a call of its own: a card has no TTL. An in-process tier needs none, as this cache is the
-        only one that writes to it.
+        Cards have no TTL, so they need a backend call of their own. An in-process tier needs no cards, because
+        only this cache writes to it.
         """
         if self._calls.capabilities.scope == "process":
             return
         now = time.monotonic()
         scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
-        due = {scope for scope in scopes if now - self._carded.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
+        due = {scope for scope in scopes if now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
         cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
         if cards:
             try:
                 self._calls.backend.set_many(self._codec.encode(cards), None)
-            except (PartialAnswer, TierBusy):  # the entries are stored all the same; the card comes with later ones
+            except (PartialAnswer, TierBusy):  # the entries are stored; the next write retries the card
                 return
-            self._carded.update(dict.fromkeys(due, now))
+            self._cards_written.update(dict.fromkeys(due, now))
 
     def forget_cards(self, scopes: Iterable[str]) -> None:
-        """Write the cards of these scopes again with the next entries."""
+        """Make the next write of entries in these scopes write their cards again."""
         for scope in scopes:
-            self._carded.pop(scope, None)
+            self._cards_written.pop(scope, None)
 
     # --- background writes --------------------------------------------------------------------
 
-    async def _queue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, wait_for_room: bool) -> None:
+    async def _enqueue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, wait_for_room: bool) -> None:
+        """Queue entries for a background write.
+
+        If the queue is full, a call with ``wait_for_room`` waits for room for up to the tier's timeout. After that the
+        oldest entries are dropped. Without ``wait_for_room``, as in a promotion, the new entries are dropped at once.
+        """
         end = time.monotonic() + (self._calls.timeout or 0.0)
         while True:
             force = wait_for_room and time.monotonic() >= end
@@ -273,53 +281,53 @@ class Writing:
             await port.sleep(0.002)
 
     def start_draining(self) -> None:
-        """See that somebody writes what is queued; one thread at a time."""
+        """Start a thread that writes the queued entries, unless one is running."""
         with self._lock:
             if self._is_draining or not self._in_flight.count_queued(self.name):
                 return
             self._is_draining = True
             draining.add(self)
-        if not self._calls.run_off_path(self._drain):
-            self._drain()  # the interpreter is ending: here and now, or never
+        if not self._calls.run_in_background(self._drain):
+            self._drain()  # the interpreter is shutting down, so this thread is the last chance
 
     def _drain(self) -> None:
+        """Write queued entries until the queue is empty, and then end the draining."""
         while True:
-            self.drain()
+            self._write_queued()
             with self._lock:
                 if not self._in_flight.count_queued(self.name):
                     self._is_draining = False
                     draining.discard(self)
                     return
 
-    def drain(self) -> None:
-        """Write what is queued, in this thread."""
+    def _write_queued(self) -> None:
         while (write := self._in_flight.take_write(self.name)) is not None:
             try:
-                for chunk in self._calls.chunks(list(write.entries)):
+                for chunk in self._calls.split_into_chunks(list(write.entries)):
                     part = {key: write.entries[key] for key in chunk}
                     admitted = self.breaker.admit()
                     if admitted == "skip":
                         self._count(0, dropped=len(part), cause="skipped")
                     else:
-                        self._write_caught(write.number, part, probe=admitted == "probe")
+                        self._write_unattended(write.number, part, probe=admitted == "probe")
             finally:
                 self._in_flight.finish_write(write)
 
     def wait_until_drained(self, timeout: float) -> bool:
-        """Wait for the writes under way; False after ``timeout`` seconds."""
+        """Wait until no tier of this chain has queued or running writes; return False after ``timeout`` seconds."""
         return self._in_flight.wait_until_flushed(timeout)
 
-    def _write_caught(self, number: int, entries: Mapping[str, Entry], *, probe: bool) -> None:
-        """Write where nobody waits for the result: a failure is counted and logged."""
+    def _write_unattended(self, number: int, entries: Mapping[str, Entry], *, probe: bool) -> None:
+        """Write entries while no caller waits, so a failure is counted and logged instead of raised."""
         start = time.perf_counter()
         try:
-            written: Written = run_blocking(
+            result: WriteResult = run_blocking(
                 self._calls.call(self._ports.blocking, lambda: self._write(number, entries))
             )
-        except Exception as error:  # noqa: BLE001  (as in read)
-            written = Written(failed=len(entries), error=error)
-        cause = self._settle(written, start, probe=probe)
+        except Exception as error:  # noqa: BLE001  (a backend may raise anything)
+            result = WriteResult(failed=len(entries), error=error)
+        cause = self._record(result, start, probe=probe)
         now = time.monotonic()
-        if written.error is not None and not self.breaker.open and now >= self._silent_until:
-            self._silent_until = now + SILENT_SECONDS
-            log.warning("tier %r: a background write of %d entries failed (%s)", self.name, written.failed, cause)
+        if result.error is not None and not self.breaker.is_open and now >= self._next_log:
+            self._next_log = now + LOG_INTERVAL
+            log.warning("tier %r: background write failed for %d entries (%s)", self.name, result.failed, cause)

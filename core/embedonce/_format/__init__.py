@@ -1,1 +1,1 @@
-"""Vectors in memory and as bytes. Private; users import ``embedonce.vectors``."""
+"""Vectors in memory and as bytes. This package is private; import ``embedonce.vectors``."""

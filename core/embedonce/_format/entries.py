@@ -1,4 +1,4 @@
-"""Entries: vectors with their dates, one by one or as the block in which they were read."""
+"""Entries: vectors with their dates, kept one by one or in the block in which they were read."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
 class Entry(NamedTuple):
-    """A vector, when it was made and when it expires."""
+    """A vector, its creation date and its expiry date."""
 
     vector: Vector
-    """Shape (d,), read-only. Whatever ``dtype`` is, the values are float32."""
+    """Vector of shape (d,), read-only. The values are float32, whatever ``dtype`` is."""
     created: float
     """Unix time in seconds."""
     expires: float | None = None
     """Unix time in seconds; None: never."""
     metadata: Metadata | None = None
-    """Small JSON, from whoever wrote the entry first."""
+    """Small JSON object, from the call that stored the entry first."""
     dtype: Dtype = "float32"
-    """How finely the values are rounded."""
+    """Precision to which the values are rounded."""
 
     def __repr__(self) -> str:
         ends = "" if self.expires is None else f", expires={self.expires}"
@@ -44,48 +44,56 @@ class Entry(NamedTuple):
         return f"<Entry {np.size(self.vector)} x {self.dtype}, created={self.created}{ends}{more}>"
 
 
-_ENTRY: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
-"""Makes an entry from a tuple of its fields, without a call into Python."""
+_make_entry: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
+"""Function that makes an entry from a tuple of its fields; it runs in C, which is faster than ``Entry(...)``."""
 
 FLOAT32 = np.dtype(np.float32)
 LITTLE_ENDIAN = sys.byteorder == "little"
 
 
 def freeze(vector: ArrayLike) -> Vector:
-    """Return a float32 copy of shape (d,) that is read-only for good.
+    """Return a float32 copy of shape (d,) that stays read-only.
 
-    It is backed by bytes of its own, so ``setflags(write=True)`` fails and no larger array is kept alive.
+    Its memory is a bytes object of its own, so ``setflags(write=True)`` fails and no larger array is kept alive.
+
+    Raises:
+        ValueError: the vector does not have one dimension.
     """
     values = as_float32(vector)
     if values.ndim != 1:
-        raise ValueError(f"a vector has one dimension, not {values.ndim}")
+        raise ValueError(f"expected a vector with one dimension, got {values.ndim}")
     return np.ndarray(values.shape, FLOAT32, values.tobytes())
 
 
 def freeze_rows(matrix: ArrayLike) -> list[Vector]:
-    """Return each row of a matrix (n, d) as :func:`freeze` does; no row is a view of the others' memory."""
+    """Return read-only copies of the rows of a matrix (n, d), as :func:`freeze` does; rows share no memory.
+
+    Raises:
+        ValueError: the matrix does not have two dimensions.
+    """
     values = as_float32(matrix)
     if values.ndim != 2:
-        raise ValueError(f"a matrix has two dimensions, not {values.ndim}")
+        raise ValueError(f"expected a matrix with two dimensions, got {values.ndim}")
     count, dimension = values.shape
-    whole, width = values.tobytes(), 4 * dimension
-    parts = [whole[at : at + width] for at in range(0, count * width, width)] if width else [b""] * count
-    return rows_of(parts, dimension)
+    buffer, width = values.tobytes(), 4 * dimension
+    parts = [buffer[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
+    return make_rows(parts, dimension)
 
 
 def as_float32(values: ArrayLike) -> NDArray[np.float32]:
-    with np.errstate(all="ignore"):  # what becomes infinite is found by whoever checks, and raises there
+    with np.errstate(all="ignore"):  # the caller checks for values that become infinite
         return np.asarray(values, np.float32)
 
 
-def rows_of(payloads: Iterable[bytes], dimension: int) -> list[Vector]:
-    # map over the constructor: 0.25 µs a row, np.frombuffer in a comprehension 0.35.
+def make_rows(payloads: Iterable[bytes], dimension: int) -> list[Vector]:
+    """Return a read-only row of shape (dimension,) over each payload, without copying it."""
+    # Mapping over the constructor takes 0.25 µs per row; np.frombuffer in a comprehension takes 0.35 µs.
     make: Callable[..., Vector] = np.ndarray
     return list(map(make, repeat((dimension,)), repeat(FLOAT32), payloads))
 
 
 def matrix(rows: Sequence[Vector], dimensions: int | None = None) -> Matrix:
-    """Put rows of one length together as a new matrix of shape (n, d); (0, dimensions or 0) where there is none.
+    """Join rows of one length into a new matrix of shape (n, d), or (0, dimensions or 0) without rows.
 
     Raises:
         Incomplete: the rows have different lengths.
@@ -96,7 +104,7 @@ def matrix(rows: Sequence[Vector], dimensions: int | None = None) -> Matrix:
     # Joining buffers is twice as fast as np.stack, which looks at every row in Python.
     joined = bytearray().join(rows)  # type: ignore[arg-type]
     if len(joined) != len(rows) * rows[0].nbytes:
-        raise Incomplete("the rows have different dimensions")  # never reshaped into rows that nobody asked for
+        raise Incomplete("the rows have different dimensions")  # reshaping would mix values of different rows
     return np.frombuffer(joined, np.float32).reshape(len(rows), -1)
 
 
@@ -104,7 +112,7 @@ NEVER = math.inf
 
 
 class Block:
-    """Entries that were read together, as columns; an :class:`Entry` of its own is made when somebody asks for one."""
+    """Entries that were read together, kept as columns; :class:`Entry` objects are made only on request."""
 
     __slots__ = ("_entries", "created", "dtype", "expires", "keys", "metadata", "values")
 
@@ -119,110 +127,110 @@ class Block:
     ) -> None:
         columns = (values, created, expires) if metadata is None else (values, created, expires, metadata)
         if values.ndim != 2 or any(len(column) != len(keys) for column in columns):
-            raise ValueError(f"a block of {len(keys)} keys has a matrix of as many rows, and columns as long")
+            raise ValueError(f"a block of {len(keys)} keys needs a matrix and columns with {len(keys)} rows each")
         self.keys = keys
         self.values = values
-        """Shape (n, d): row i belongs to key i. It may be a view of what a store answered; nobody writes to it."""
+        """Matrix of shape (n, d); row i belongs to key i. It may be a view of a store's answer: do not write to it."""
         self.created = created
         self.expires = expires
-        """Shape (n,), as ``created``. Infinity: never."""
+        """Expiry dates, shape (n,) like ``created``; infinity means never."""
         self.metadata = metadata
-        """None where no row has any."""
+        """Metadata per row, or None if no row has any."""
         self.dtype: Dtype = dtype
         self._entries: dict[str, Entry] | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """Return an entry for each key, the same ones every time; none keeps the block alive."""
+        """Return an entry for each key, the same objects every time; an entry does not keep the block alive."""
         if self._entries is None:
-            ends = repeat(None) if (self.expires == NEVER).all() else _ends(self.expires)
+            expires = repeat(None) if (self.expires == NEVER).all() else _to_optional_dates(self.expires)
             metadata = repeat(None) if self.metadata is None else self.metadata
-            # strict would refuse the endless ones. All of it is in C: half the time of a loop.
+            # strict=False, because `repeat()` never ends. All of this runs in C and takes half the time of a loop.
             parts = zip(
-                freeze_rows(self.values), self.created.tolist(), ends, metadata, repeat(self.dtype), strict=False
+                freeze_rows(self.values), self.created.tolist(), expires, metadata, repeat(self.dtype), strict=False
             )
-            self._entries = dict(zip(self.keys, map(_ENTRY, parts), strict=True))
+            self._entries = dict(zip(self.keys, map(_make_entry, parts), strict=True))
         return self._entries
 
     def where(self, good: NDArray[np.bool_]) -> Block:
-        """Return a block of some of the rows: those that are True."""
+        """Return a block of the rows for which ``good`` is True."""
         keep = np.flatnonzero(good).tolist()
         metadata = None if self.metadata is None else [self.metadata[row] for row in keep]
         keys = [self.keys[row] for row in keep]
         return Block(keys, self.values[keep], self.created[keep], self.expires[keep], metadata, self.dtype)
 
 
-def _ends(dates: NDArray[np.float64]) -> list[float | None]:
+def _to_optional_dates(dates: NDArray[np.float64]) -> list[float | None]:
     return [None if date == NEVER else date for date in dates.tolist()]
 
 
 class Entries(MutableMapping[str, Entry]):
-    """Entries by key, of which those that were read together stay a :class:`Block` until somebody asks for one.
+    """Entries by key; entries that were read together stay in a :class:`Block` until one is requested.
 
-    A batch that only becomes a matrix thus costs no object per text. An entry backend may return one.
+    A batch that only becomes a matrix thus costs no object per text. An entry backend may return an ``Entries``.
     """
 
-    __slots__ = ("_blocks", "_held")
+    __slots__ = ("_blocks", "_by_key")
 
     def __init__(self, entries: Mapping[str, Entry] | None = None, blocks: Iterable[Block] = ()) -> None:
-        self._held: dict[str, Entry | Block] = {} if entries is None else dict(entries)
+        self._by_key: dict[str, Entry | Block] = {} if entries is None else dict(entries)
         self._blocks: list[Block] = []
         for block in blocks:
             self.add_block(block)
 
     def add(self, entries: Mapping[str, Entry]) -> None:
-        """Take in other entries."""
+        """Add other entries."""
         if isinstance(entries, Entries):
-            self._held.update(entries._held)
+            self._by_key.update(entries._by_key)
             self._blocks += entries._blocks
         else:
-            self._held.update(entries)
+            self._by_key.update(entries)
 
     def add_block(self, block: Block) -> None:
-        """Take in a block."""
-        self._held.update(dict.fromkeys(block.keys, block))
+        """Add a block."""
+        self._by_key.update(dict.fromkeys(block.keys, block))
         self._blocks.append(block)
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """What was read together."""
+        """The blocks that were read together."""
         return self._blocks
 
     def loose(self) -> dict[str, Entry]:
-        """Return the entries that are in no block."""
+        """Return the entries that are not in a block."""
         if not self._blocks:
-            return dict(self._held)  # type: ignore[arg-type]
-        if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._held):
+            return dict(self._by_key)  # type: ignore[arg-type]
+        if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._by_key):
             return {}
-        return {key: held for key, held in self._held.items() if type(held) is not Block}  # type: ignore[misc]
+        return {key: item for key, item in self._by_key.items() if type(item) is not Block}  # type: ignore[misc]
 
     def as_dict(self) -> dict[str, Entry]:
-        """Return all entries, those of blocks made where they are not yet."""
+        """Return all entries as a dict, and make those that are still in blocks."""
         if not self._blocks:
-            return dict(self._held)  # type: ignore[arg-type]
-        return {key: self[key] for key in self._held}
+            return dict(self._by_key)  # type: ignore[arg-type]
+        return {key: self[key] for key in self._by_key}
 
     def sizes(self) -> Counter[int]:
-        """Return how many entries there are of each dimension."""
+        """Return the number of entries per dimension."""
         sizes = Counter(entry.vector.size for entry in self.loose().values())
         for block in self._blocks:
             sizes[block.values.shape[1]] += len(block.keys)
         return sizes
 
     def lacking(self, keys: Iterable[str]) -> list[str]:
-        """Return the keys that are not here."""
-        held = self._held
-        return [key for key in keys if key not in held] if held else list(keys)
+        """Return those of the keys that have no entry here."""
+        by_key = self._by_key
+        return [key for key in keys if key not in by_key] if by_key else list(keys)
 
     def matrix(self, keys: Sequence[str], dimensions: int | None) -> NDArray[np.float32]:
-        """Return the vectors of keys, in their order, as a new matrix of shape (n, d), as :func:`matrix` does.
+        """Return the vectors of the keys, in that order, as a new matrix of shape (n, d), as :func:`matrix` does.
 
         Raises:
-            KeyError: a key that is not here.
+            KeyError: a key has no entry here.
             Incomplete: the vectors have different dimensions.
         """
         if not self._blocks:
-            held = self._held
-            return matrix([held[key].vector for key in keys], dimensions)  # type: ignore[union-attr]
+            by_key = self._by_key
+            return matrix([by_key[key].vector for key in keys], dimensions)  # type: ignore[union-attr]
         loose = self.loose()
         names = [key for block in self._blocks for key in block.keys] + list(loose)
         parts = [block.values for block in self._blocks]
@@ -237,25 +245,25 @@ class Entries(MutableMapping[str, Entry]):
         return values[np.fromiter(map(place.__getitem__, keys), np.intp, len(keys))]
 
     def __getitem__(self, key: str) -> Entry:
-        held = self._held[key]
-        return held.entries()[key] if type(held) is Block else held  # type: ignore[return-value]
+        item = self._by_key[key]
+        return item.entries()[key] if type(item) is Block else item  # type: ignore[return-value]
 
     def __setitem__(self, key: str, entry: Entry) -> None:
-        self._held[key] = entry
+        self._by_key[key] = entry
 
     def __delitem__(self, key: str) -> None:
-        self._held = dict(self.as_dict())
+        self._by_key = dict(self.as_dict())
         self._blocks = []
-        del self._held[key]
+        del self._by_key[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._held
+        return key in self._by_key
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._by_key)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._by_key)
 
     def __repr__(self) -> str:
         return f"<Entries of {len(self)} keys, {len(self._blocks)} blocks>"

@@ -1,4 +1,4 @@
-"""The metadata of an entry as compact JSON, written and read strictly."""
+"""The metadata of an entry as compact JSON, with strict checks when writing and reading."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from typing import Any, NoReturn
 from .entries import Metadata
 
 MAX_METADATA = 64 * 1024
-"""Most bytes of an entry's metadata as compact JSON."""
+"""Maximum size of an entry's metadata as compact JSON, in bytes."""
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite_number(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
         raise ValueError("a number is too large for a float")
     return number
 
 
-# Made once: json.dumps and json.loads with options make a new one per call, which costs more than the JSON.
+# Created once, because json.dumps and json.loads with options create a new one per call, which costs more than
+# the conversion itself.
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_FROM_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_number)
+_FROM_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_finite)
 
 
 def plain_metadata(metadata: Metadata) -> dict[str, Any]:
-    """Return a copy of metadata as it will be read back from a frame (a tuple as a list).
+    """Return a copy of the metadata as a frame will return it; a tuple becomes a list, for example.
 
     Raises:
-        TypeError: it is not a JSON object.
-        ValueError: it is larger than 64 KiB.
+        TypeError: the metadata is not a JSON object.
+        ValueError: the metadata has more than 64 KiB.
     """
     copy: dict[str, Any] = json.loads(write_metadata("an entry", metadata))
     return copy
@@ -46,25 +47,25 @@ def write_metadata(key: str, metadata: Metadata) -> bytes:
             raise TypeError("a key is not a string")
         written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
-        # Without the cause: its message may show what the metadata holds.
-        raise TypeError(f"{key}: metadata is not a JSON object with strings as keys") from None
+        # No cause, because its message may show the metadata.
+        raise TypeError(f"{key}: metadata is not a JSON object whose keys are strings") from None
     if len(written) > MAX_METADATA:
-        raise ValueError(f"{key}: metadata takes {len(written)} bytes; the most is {MAX_METADATA}")
+        raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got {len(written)}")
     return written
 
 
 def _has_plain_keys(value: Any) -> bool:
-    # json.dumps writes {1: …} as {"1": …}, and the answer would differ after a restart.
+    # json.dumps writes {1: …} as {"1": …}, so an answer would change once it is read from a store.
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and _has_plain_keys(item) for name, item in value.items())
     return not isinstance(value, (list, tuple)) or all(map(_has_plain_keys, value))
 
 
 def read_metadata(written: bytes) -> dict[str, Any] | None:
-    """Return the metadata, or None where it is not a JSON object that could be written again."""
+    """Return the metadata, or None if it is not a JSON object that could be written again."""
     try:
         metadata = _FROM_JSON.decode(written.decode())
-        if b"\\u" in written:  # an escape can stand for half a character
+        if b"\\u" in written:  # an escape may be a lone surrogate, which cannot be written again
             _TO_JSON.encode(metadata).encode()
     except (ValueError, RecursionError):
         return None

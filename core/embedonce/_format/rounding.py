@@ -1,4 +1,4 @@
-"""How finely vectors are kept: rounding to a dtype, and the bytes of what was rounded."""
+"""The precision of stored vectors: rounding to a dtype, and packing rounded values into bytes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
 def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
-    """Return the rows of a matrix (n, d) as a cache of this dtype answers them, as float32.
+    """Round the rows of a matrix (n, d) to the dtype, and return them as float32.
 
-    Rounding what is rounded changes no bit, and a row gives the same bits alone as in a batch. With
-    ``"float32"`` the result may be ``matrix`` itself.
+    A cache with this dtype returns these values. Rounding them again changes no bit, and a row gives the same bits
+    alone as in a batch. With ``"float32"`` the result may be ``matrix`` itself.
 
     Raises:
-        ValueError: a row is not finite, too large for the dtype, or becomes all zero; names the row.
+        ValueError: a row is not finite, is too large for the dtype, or becomes all zero; the message names the row.
     """
     given = np.asarray(matrix)
     if given.ndim != 2:
-        raise ValueError(f"a matrix has two dimensions, not {given.ndim}")
+        raise ValueError(f"expected a matrix with two dimensions, got {given.ndim}")
     rows = as_float32(given)
     values, fits = round_rows(rows, dtype)
-    if rows is not given:  # float64 has small values that float32 does not
+    if rows is not given:  # float64 has small values that float32 rounds to zero
         fits &= values.any(axis=1) | ~given.any(axis=1)
     if not fits.all():
         row = int(fits.argmin())
@@ -35,27 +35,29 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
 
 
 def round_rows(rows: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the rows as they read back once written, and which of them the dtype can hold."""
+    """Return the rows as they will read back after storing, and which of them fit the dtype."""
     return read_back(rows, pack(rows, dtype), dtype)
 
 
 def read_back(
     rows: NDArray[np.float32], payloads: NDArray[np.uint8], dtype: Dtype
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the values of the payloads of ``rows``, and which rows fit the dtype."""
     if dtype == "float32":
-        return rows, _finite(rows)
+        return rows, _find_finite_rows(rows)
     values, sound = unpack(payloads, dtype)
-    with np.errstate(all="ignore"):  # numpy warns of a signalling NaN
-        lost = ~values.any(axis=1) & rows.any(axis=1)
-    return values, sound & ~lost
+    with np.errstate(all="ignore"):  # a signalling NaN makes numpy warn
+        became_zero = ~values.any(axis=1) & rows.any(axis=1)
+    return values, sound & ~became_zero
 
 
-def _finite(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _find_finite_rows(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
     finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(rows), axis=1)
     return finite
 
 
 def explain_unfit(row: NDArray[Any], dtype: Dtype) -> str:
+    """Return why a row does not fit the dtype, as the end of a sentence about the row."""
     if not np.isfinite(row).all():
         return "is not finite"
     if np.abs(row).max() >= 1:
@@ -70,43 +72,49 @@ def payload_size(dtype: Dtype, dimension: int) -> int:
 
 
 def pack(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
-    """Return the payloads of rows (n, d), one a row; what does not fit is for :func:`unpack` to find."""
+    """Return one payload per row of a matrix (n, d).
+
+    It does not check whether the rows fit the dtype; :func:`read_back` does.
+    """
     if dtype == "float32":
-        return _octets(rows.astype("<f4", copy=False))
+        return _view_as_bytes(rows.astype("<f4", copy=False))
     with np.errstate(all="ignore"):
         if dtype == "float16":
-            return _octets(rows.astype("<f2"))
-        scales, steps = _to_int8(rows)
-    return np.hstack((_octets(scales.astype("<f4", copy=False)[:, None]), _octets(steps)))
+            return _view_as_bytes(rows.astype("<f2"))
+        scales, steps = _quantize(rows)
+    return np.hstack((_view_as_bytes(scales.astype("<f4", copy=False)[:, None]), _view_as_bytes(steps)))
 
 
 def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the values of payloads of one size, shape (n, d), and which rows an encoder could have written."""
+    """Return the values of payloads of one size, shape (n, d), and which of the rows are valid.
+
+    A row is valid if :func:`pack` could have written it.
+    """
     if dtype == "float32":
         values = payloads.view("<f4").astype(np.float32, copy=False)
-        return values, _finite(values)
+        return values, _find_finite_rows(values)
     with np.errstate(all="ignore"):
         if dtype == "int8":
-            return _from_int8(payloads[:, :4].copy().view("<f4")[:, 0], payloads[:, 4:].view(np.int8))
+            return _dequantize(payloads[:, :4].copy().view("<f4")[:, 0], payloads[:, 4:].view(np.int8))
         values = payloads.view("<f2").astype(np.float32)
-    return values, _finite(values)
+    return values, _find_finite_rows(values)
 
 
-def _octets(rows: NDArray[Any]) -> NDArray[np.uint8]:
+def _view_as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
     if not rows.size:
         return np.empty((len(rows), rows.shape[1] * rows.itemsize), np.uint8)
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
-def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
-    """Return each row's scale (n,) and steps (n, d); a value is its step times its row's scale.
+def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times its row's scale.
 
-    The scale is the row's largest value / 127, rounded up to 16 significant bits and to no less than the
-    smallest normal float32. A step has 7 bits, so the product has at most 23 and is exact in float32;
-    the largest step is 127 (unless the scale is the smallest), so the rounded row has the same scale again.
+    The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
+    smallest normal float32. A step has 7 bits, so the product has at most 23 and is exact in float32. The largest
+    step is 127, unless the scale is the smallest one, so rounding the rounded row gives the same scale again.
     """
-    finite = _finite(rows)
-    if not finite.all():  # such a row becomes all zero, and is refused for that
+    finite = _find_finite_rows(rows)
+    if not finite.all():  # such a row becomes all zero, and the caller rejects it for that
         rows = np.where(finite[:, None], rows, np.float32(0))
     peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
     mantissas, exponents = np.frexp(peaks / 127)
@@ -114,10 +122,10 @@ def _to_int8(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
     return scales.astype(np.float32), np.rint(rows / scales[:, None]).astype(np.int8)
 
 
-def _from_int8(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
-    # Only what _to_int8 gives rounds to itself again: 16 significant bits, and steps that use the range.
+    # Only the output of _quantize rounds to itself: scales of 16 significant bits, and steps that use the whole range.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
-    sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _finite(values)
+    sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _find_finite_rows(values)
     return values, sound & ((peaks == 127) | ((scales == _SMALLEST_SCALE) & (peaks < 127)))

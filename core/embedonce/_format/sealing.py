@@ -1,4 +1,4 @@
-"""Frames whose metadata and payload are encrypted, taken apart and put together."""
+"""Builds and takes apart frames whose metadata and payload are encrypted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from .frames import HEADER, MAGIC, START, as_bytes
+from .frames import HEADER, MAGIC, START, to_bytes
 
 _ENCRYPTED = 2
 _START_BYTES, _CHECKSUM_END = 8, 16
@@ -17,22 +17,22 @@ _KEY_ID_AT = HEADER - _KEY_ID.size
 
 
 class SealedFrame(NamedTuple):
-    """An encrypted frame, taken apart."""
+    """The parts of an encrypted frame."""
 
     key_id: int
     header: bytes
-    """What is bound to the body beside the storage key: the header without its checksum, 56 bytes."""
+    """The header without its checksum, 56 bytes; encryption binds the body to it and to the storage key."""
     body: bytes
 
     def with_body(self, body: bytes) -> bytes:
-        """Return the plain frame with this body, as it was before it was sealed."""
+        """Return the plain frame with this body, as it was before encryption."""
         word = int.from_bytes(self.header[:_START_BYTES], "little") & ~(_ENCRYPTED << 48)
         rest = self.header[_START_BYTES : -_KEY_ID.size] + _KEY_ID.pack(0) + body
         return START.pack(word, xxh3_64_intdigest(rest, word)) + rest
 
 
 def seal_frame(frame: bytes, key_id: int, encrypt: Callable[[bytes, bytes], bytes]) -> bytes:
-    """Return a frame whose metadata and payload are replaced by ``encrypt(them, header)``."""
+    """Return a frame whose metadata and payload are encrypted with ``encrypt(metadata + payload, header)``."""
     word = int.from_bytes(frame[:_START_BYTES], "little") | _ENCRYPTED << 48
     head = frame[_CHECKSUM_END:_KEY_ID_AT] + _KEY_ID.pack(key_id)
     rest = head + encrypt(frame[HEADER:], word.to_bytes(_START_BYTES, "little") + head)
@@ -40,8 +40,8 @@ def seal_frame(frame: bytes, key_id: int, encrypt: Callable[[bytes, bytes], byte
 
 
 def open_frame(frame: Any) -> SealedFrame | None:
-    """Take an encrypted frame apart; None if it is none."""
-    frame = frame if type(frame) is bytes else as_bytes(frame)
+    """Return the parts of an encrypted frame, or None if the value is not an encrypted frame."""
+    frame = frame if type(frame) is bytes else to_bytes(frame)
     if frame is None or len(frame) < HEADER or not int.from_bytes(frame[:_START_BYTES], "little") >> 48 & _ENCRYPTED:
         return None
     (key_id,) = _KEY_ID.unpack_from(frame, _KEY_ID_AT)
@@ -49,10 +49,10 @@ def open_frame(frame: Any) -> SealedFrame | None:
 
 
 def is_plain_frame(frame: Any) -> bool:
-    """Say whether this is a whole frame that is not encrypted."""
-    frame = frame if type(frame) is bytes else as_bytes(frame)
+    """Return whether the value is a complete frame that is not encrypted."""
+    frame = frame if type(frame) is bytes else to_bytes(frame)
     if frame is None or len(frame) < HEADER:
         return False
     word, checksum = START.unpack_from(frame)
-    whole = word & 0xFFFFFFFF == MAGIC and xxh3_64_intdigest(frame[START.size :], word) == checksum
-    return whole and not word >> 48 & _ENCRYPTED
+    is_whole = word & 0xFFFFFFFF == MAGIC and xxh3_64_intdigest(frame[START.size :], word) == checksum
+    return is_whole and not word >> 48 & _ENCRYPTED

@@ -1,4 +1,4 @@
-"""The tests that every backend must pass, and one that a configuration finds it."""
+"""The tests that every backend must pass, and one that opens it from a configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TestExampleBackend(BackendContract):
     examples = 10
 
     @pytest.fixture(autouse=True)
-    def in_a_folder(self, tmp_path: Path) -> None:
+    def prepare_folders(self, tmp_path: Path) -> None:
         self.folders = (tmp_path / str(number) for number in itertools.count())
 
     def make(self) -> ExampleBackend:
@@ -25,15 +25,15 @@ class TestExampleBackend(BackendContract):
         return ExampleBackend(path=next(self.folders))
 
     def reopen(self, backend: Any) -> ExampleBackend:
-        """Return another client of the same store."""
+        """Return a second client of the same store."""
         return ExampleBackend(path=backend._path)
 
     def recipe(self, backend: Any) -> Recipe:
-        """Say how another process makes a client of it."""
+        """Return how another process creates a client of the same store."""
         return Recipe(ExampleBackend, {"path": str(backend._path)})
 
 
-def test_a_configuration_finds_it(tmp_path: Path) -> None:
+def test_a_configuration_opens_it(tmp_path: Path) -> None:
     tier = {"type": "example", "path": str(tmp_path / "vectors")}
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": [tier]}) as cache:
         assert cache.fetch(["a text"]).sources == ["provider"]

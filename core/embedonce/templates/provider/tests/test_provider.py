@@ -1,4 +1,4 @@
-"""The tests that every provider must pass, and one that a configuration finds it."""
+"""The tests that every provider must pass, and one that opens it from a configuration."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from embedonce_example.provider import ExampleProvider
 
 class TestExampleProvider(ProviderContract):
     def make(self) -> ExampleProvider:
-        """Return a new provider, always with the same options."""
+        """Return a new provider, each time with the same options."""
         return ExampleProvider(dimensions=512)
 
     def recipe(self) -> Recipe:
-        """Say how another process makes the same."""
+        """Return how another process creates the same provider."""
         return Recipe(ExampleProvider, {"dimensions": 512})
 
 
-def test_a_configuration_finds_it() -> None:
+def test_a_configuration_opens_it() -> None:
     with embedonce.open({"provider": {"type": "example"}, "tiers": [{"type": "memory"}]}) as cache:
         assert cache.fetch(["a text"]).sources == ["provider"]
         assert cache.fetch(["a text"]).sources == ["memory"]

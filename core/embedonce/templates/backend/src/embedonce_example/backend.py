@@ -1,4 +1,4 @@
-"""A backend with a file for each vector, in one folder. Replace what is in the methods by your store."""
+"""A backend that keeps each vector in a file of one folder. Replace the methods' bodies with calls to your store."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from embedonce import Capabilities, hookimpl
 from embedonce.options import Doc
 
 api = 1
-"""The version of the plugin contract that this module is written for."""
+"""Version of the plugin contract that this module implements."""
 
 
 class ExampleBackend:
-    """Holds frames (bytes) under keys. A keyword argument of ``__init__`` is an option in TOML."""
+    """Stores frames (bytes) under keys. Each keyword argument of ``__init__`` is an option in TOML."""
 
-    # Declare what is there and no more: the conformance tests hold you to it.
+    # Declare only what this class implements: the conformance tests check each capability.
     capabilities = Capabilities(scope="host", delete=True, scan=True)
 
-    def __init__(self, *, path: Annotated[Path, Doc("Folder of the files.")]) -> None:
+    def __init__(self, *, path: Annotated[Path, Doc("Folder for the files.")]) -> None:
         self._path, self._closed = path, False
         path.mkdir(parents=True, exist_ok=True)
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
-        """Return what is there; a key that is not there is absent."""
+        """Return the frames of the keys that are stored; leave out the others."""
         found: dict[str, bytes] = {}
         for key in keys:
             try:
@@ -36,7 +36,7 @@ class ExampleBackend:
         return found
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item. A file gets its name when it is whole, so that nobody reads half of it."""
+        """Store every item. Each file is renamed when it is complete, so that no reader sees a part of it."""
         for key, frame in items.items():
             target = self._file(key)
             with tempfile.NamedTemporaryFile(dir=self._path, suffix="~", delete=False) as file:
@@ -44,7 +44,7 @@ class ExampleBackend:
             os.replace(file.name, target)
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys; one that is not there is no error."""
+        """Remove the keys; a missing key is not an error."""
         for key in keys:
             self._file(key).unlink(missing_ok=True)
 
@@ -54,11 +54,11 @@ class ExampleBackend:
         return (name for name in os.listdir(self._path) if name.startswith(prefix) and not name.endswith("~"))
 
     def close(self) -> None:
-        """Let go of what is open; twice does nothing."""
+        """Release open resources; a second call does nothing."""
         self._closed = True
 
     def _file(self, key: str) -> Path:
-        # Keys are made of a-z, 0-9 and full stops: nothing needs escaping.
+        # Keys consist of a-z, 0-9 and full stops, so nothing needs escaping.
         if self._closed:
             raise RuntimeError("the backend is closed")
         return self._path / key
@@ -66,5 +66,5 @@ class ExampleBackend:
 
 @hookimpl
 def embedonce_backends() -> Mapping[str, type[ExampleBackend]]:
-    """Register the backend under the name that TOML says."""
+    """Register the backend under its name in TOML."""
     return {"example": ExampleBackend}

@@ -1,4 +1,4 @@
-"""A provider that counts words. Replace what is in the methods by your model."""
+"""A provider that counts words. Replace the methods' bodies with calls to your model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from embedonce.options import Doc
 from numpy.typing import NDArray
 
 api = 1
-"""The version of the plugin contract that this module is written for."""
+"""Version of the plugin contract that this module implements."""
 
 
 class ExampleProvider:
-    """Makes vectors. A keyword argument of ``__init__`` is an option in TOML."""
+    """Computes vectors. Each keyword argument of ``__init__`` is an option in TOML."""
 
     limits = Limits(max_batch=256)
 
@@ -25,7 +25,7 @@ class ExampleProvider:
         self._dimensions = dimensions
 
     def space(self, task: str, /) -> VectorSpace:
-        """Describe everything that decides which vector a text gets: another space has other keys."""
+        """Describe everything that affects the vector of a text; each vector space has its own keys."""
         return VectorSpace(provider="example", model="words-1", dimensions=self._dimensions, normalize=True)
 
     def embed(self, texts: Sequence[str], task: str, /) -> NDArray[np.float32]:
@@ -40,19 +40,19 @@ class ExampleProvider:
         vectors = np.zeros((len(texts), self._dimensions), np.float32)
         for row, text in zip(vectors, texts, strict=True):
             for word in text.split():
-                row[self._place(word)] += 1.0
+                row[self._find_column(word)] += 1.0
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 
     def close(self) -> None:
-        """Let go of what is open; twice does nothing."""
+        """Release open resources; a second call does nothing."""
 
-    def _place(self, word: str) -> int:
-        # Not Python's hash(): it is another one in every process.
+    def _find_column(self, word: str) -> int:
+        # Not Python's hash(), which gives another value in every process.
         return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") % self._dimensions
 
 
 @hookimpl
 def embedonce_providers() -> Mapping[str, type[ExampleProvider]]:
-    """Register the provider under the name that TOML says."""
+    """Register the provider under its name in TOML."""
     return {"example": ExampleProvider}
