@@ -119,8 +119,8 @@ class RunningChain:
             emit=self.emit,
             clock=clock,
         )
-        write_wait = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
-        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, write_wait=write_wait, clock=clock)
+        busy_timeout = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
+        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, busy_timeout=busy_timeout)
 
     def close_at_exit(self, owner: CacheOverChain) -> None:
         """Register this chain to be flushed and closed when the process exits.

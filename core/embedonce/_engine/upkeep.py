@@ -33,14 +33,12 @@ class Upkeep:
         in_flight: InFlight,
         cards: Mapping[str, Card],
         *,
-        write_wait: float,
-        clock: Callable[[], float],
+        busy_timeout: float,
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cards = cards
-        self._busy_timeout = patience
-        self._clock = clock
+        self._busy_timeout = busy_timeout
 
     # --- erasing ------------------------------------------------------------------------------
 

@@ -109,8 +109,8 @@ class Writing:
     ) -> None:
         """Write entries in this tier's write mode.
 
-        ``preview_of`` returns the start of a key's text; it is called only if the tier stores previews. ``wait_for_room``
-        decides what happens when the queue of background writes is full: see :meth:`_enqueue`.
+        ``preview_of`` returns the start of a key's text; it is called only if the tier stores previews.
+        ``wait_for_room`` decides what happens when the queue of background writes is full: see :meth:`_enqueue`.
 
         Raises:
             TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
