@@ -807,12 +807,12 @@ def test_limits_of_a_function() -> None:
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write in progress is waited for again when the cache is closed, which may end the write."""
     from embedonce._engine import running
-    from embedonce._engine.writing import Writing
+    from embedonce._engine.writing import TierWriter
 
     waited: list[str] = []
     monkeypatch.setattr(running, "_seconds_waited", 0.0)
     monkeypatch.setattr(running, "_open_chains", set())
-    monkeypatch.setattr(Writing, "wait_until_drained", lambda writing, timeout: waited.append(writing.name))
+    monkeypatch.setattr(TierWriter, "wait_until_chain_is_flushed", lambda writing, timeout: waited.append(writing.name))
     backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
     far = Tier(backend, name="open", write="background", timeout=60)
     with Cache(CountingProvider(), [far], flush_timeout=0.05) as cache:

@@ -128,7 +128,7 @@ def test_a_write_that_one_node_refuses_is_an_error_for_its_keys_only(write: Lite
         assert cache.flush(GENEROUS)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, stats.errors, dict(stats.causes)) == (len(other), len(first), {"TierBusy": len(first)})
-        assert not cache._chain.tiers[0].writing.breaker.is_open
+        assert not cache._chain.tiers[0].writer.breaker.is_open
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_failing_writes_do_not_stop_reads() -> None:
         for i in range(5):
             cache.embed(f"new {i}")
         assert cache.lookup(TEXTS).sources == ["far"] * len(TEXTS)
-        assert cache._chain.tiers[0].writing.breaker.is_open
+        assert cache._chain.tiers[0].writer.breaker.is_open
         assert not cache._chain.tiers[0].reader.breaker.is_open
 
 
@@ -261,7 +261,7 @@ def test_a_tier_whose_reads_are_skipped_is_not_written_to(ask: Ask) -> None:
             ask(cache, [f"{i}"])
         assert cache._chain.tiers[0].reader.breaker.is_open
         assert faulty.called("set") == 0
-        assert not cache._chain.tiers[0].writing.breaker.is_open
+        assert not cache._chain.tiers[0].writer.breaker.is_open
         faulty.heal()
 
 

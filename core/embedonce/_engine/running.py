@@ -28,7 +28,7 @@ from .plan import Engine
 from .ports import Port, Ports
 from .tiers import LiveTier
 from .upkeep import Upkeep
-from .writing import Writing, draining
+from .writing import TierWriter, draining_writers
 
 log = logging.getLogger("embedonce")
 
@@ -168,7 +168,7 @@ class RunningChain:
     def flush(self, timeout: float) -> bool:
         """Wait until background writes are done, and return True; return False after ``timeout`` seconds."""
         for tier in self.tiers:
-            tier.writing.start_draining()
+            tier.writer.start_draining()
         return self.in_flight.wait_until_flushed(timeout)
 
     def flush_or_warn(self, timeout: float) -> None:
@@ -236,7 +236,7 @@ def _flush_open_chains() -> None:
     start = time.monotonic()
     chains = _end_open_chains(start, lambda chain, timeout: chain.flush(timeout))
     # Open chains have had their time, and their remaining writes end when they are closed. Wait for the others only.
-    _wait_for_writes(set(draining).difference(tier.writing for chain in chains for tier in chain.tiers), start)
+    _wait_for_writes(set(draining_writers).difference(tier.writer for chain in chains for tier in chain.tiers), start)
     _seconds_waited = time.monotonic() - start
 
 
@@ -244,7 +244,7 @@ def _close_open_chains() -> None:
     """Flush and close the chains that are still open, and wait for writes of garbage-collected caches."""
     start = time.monotonic() - _seconds_waited
     _end_open_chains(start, lambda chain, timeout: chain.close(timeout))
-    _wait_for_writes(draining, start)
+    _wait_for_writes(draining_writers, start)
 
 
 def _end_open_chains(start: float, end: Callable[[RunningChain, float], object]) -> list[RunningChain]:
@@ -256,15 +256,15 @@ def _end_open_chains(start: float, end: Callable[[RunningChain, float], object])
         chains = list(_open_chains)
     for chain in chains:
         for tier in chain.tiers:
-            tier.writing.start_draining()
+            tier.writer.start_draining()
     for chain in chains:
         end(chain, max(0.0, start + chain.flush_timeout - time.monotonic()))
     return chains
 
 
-def _wait_for_writes(writings: Iterable[Writing], start: float) -> None:
-    for writing in list(writings):
-        writing.wait_until_drained(max(0.0, start + EXIT_FLUSH_SECONDS - time.monotonic()))
+def _wait_for_writes(writers: Iterable[TierWriter], start: float) -> None:
+    for writer in list(writers):
+        writer.wait_until_chain_is_flushed(max(0.0, start + EXIT_FLUSH_SECONDS - time.monotonic()))
 
 
 @functools.cache
@@ -299,7 +299,7 @@ def _register_close() -> None:
 def _reset_after_fork() -> None:
     global _open_lock
     _open_lock = threading.RLock()  # a thread of the parent may have held the old one during the fork
-    draining.clear()
+    draining_writers.clear()
     for chain in list(_open_chains):
         chain.reset()
     if "multiprocessing.util" in sys.modules:

@@ -18,7 +18,7 @@ from .counters import Counters
 from .flights import InFlight
 from .ports import Port, Ports
 from .reading import TierReader
-from .writing import Writing
+from .writing import TierWriter
 
 log = logging.getLogger("embedonce")
 
@@ -55,7 +55,7 @@ class LiveTier:
             emit=emit,
             has_listeners=has_listeners,
         )
-        self.writing = Writing(
+        self.writer = TierWriter(
             tier,
             self.calls,
             self.codec,
@@ -75,15 +75,15 @@ class LiveTier:
         self.close_twin = self.calls.close_twin
         self.decode = self.codec.decode
         self.read = self.reader.read
-        self.store = self.writing.store
-        self.add = self.writing.add
+        self.store = self.writer.store
+        self.add = self.writer.add
 
     def reset(self) -> None:
         """Start over in a forked child, without closing what the parent owns."""
         self.counters.renew_locks()
         self.calls.reset()
         self.reader.reset()
-        self.writing.reset()
+        self.writer.reset()
 
     def _note_change(
         self, operation: Literal["read", "write"], state: Literal["open", "closed"], cause: str | None

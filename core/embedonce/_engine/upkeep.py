@@ -89,7 +89,7 @@ class Upkeep:
             keys = await self._list_keys(port, tier, scopes)
             leases = lease_keys(keys) if tier.lease is not None else []
             await tier.erase(port, [*keys, *leases, *(CARD_PREFIX + name for name in scopes)])
-            tier.writing.forget_cards(scopes)
+            tier.writer.forget_cards(scopes)
             removed[tier.name] = len(keys)
 
         prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]

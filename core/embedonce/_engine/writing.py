@@ -35,7 +35,7 @@ JITTER = 0.05
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
 """Write mode for a backend of each scope if the tier sets none."""
 
-draining: set[Writing] = set()
+draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps them alive after their cache has been collected."""
 
 
@@ -51,7 +51,7 @@ class WriteResult:
     """The error behind ``failed``."""
 
 
-class Writing:
+class TierWriter:
     """Writes to one tier, inline or in the background."""
 
     def __init__(
@@ -286,7 +286,7 @@ class Writing:
             if self._is_draining or not self._in_flight.count_queued(self.name):
                 return
             self._is_draining = True
-            draining.add(self)
+            draining_writers.add(self)
         if not self._calls.run_in_background(self._drain):
             self._drain()  # the interpreter is shutting down, so this thread is the last chance
 
@@ -297,7 +297,7 @@ class Writing:
             with self._lock:
                 if not self._in_flight.count_queued(self.name):
                     self._is_draining = False
-                    draining.discard(self)
+                    draining_writers.discard(self)
                     return
 
     def _write_queued(self) -> None:
@@ -313,7 +313,7 @@ class Writing:
             finally:
                 self._in_flight.finish_write(write)
 
-    def wait_until_drained(self, timeout: float) -> bool:
+    def wait_until_chain_is_flushed(self, timeout: float) -> bool:
         """Wait until no tier of this chain has queued or running writes; return False after ``timeout`` seconds."""
         return self._in_flight.wait_until_flushed(timeout)
 
