@@ -127,7 +127,7 @@ def compose(
         raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
     made: list[Any] = []
     try:
-        with entry_points.only(config.allow):
+        with entry_points.restrict_plugins(config.allow):
             return _composed(config, made, provider, space)
     except BaseException as error:
         _close(made, error)

@@ -5,7 +5,7 @@ with hooks (:mod:`embedonce.hookspecs`). embedonce's own plugins are registered 
 """
 
 from ._config.inspection import InstalledPlugin, installed
-from ._plugins.entry_points import DISABLE, bare, installed_by_embedonce, names, only
+from ._plugins.entry_points import DISABLE, installed_by_embedonce, names, restrict_plugins
 from ._plugins.loading import HOOKS, Kind, backend, listeners, normalizer, provider
 
 __all__ = [
@@ -14,12 +14,11 @@ __all__ = [
     "InstalledPlugin",
     "Kind",
     "backend",
-    "bare",
     "installed",
     "installed_by_embedonce",
     "listeners",
     "names",
     "normalizer",
-    "only",
     "provider",
+    "restrict_plugins",
 ]

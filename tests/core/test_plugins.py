@@ -410,7 +410,7 @@ def test_what_is_not_allowed_is_not_loaded(install: Install) -> None:
         config.load(source)
     (problem,) = caught.value.problems
     assert 'is not allowed: add "acme-loud" to allow in [plugins]' in problem.message
-    with plugins.only([]):
+    with plugins.restrict_plugins([]):
         (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
         assert "is not allowed" in str(found.error)
         assert not found.broken

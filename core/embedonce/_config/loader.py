@@ -108,7 +108,7 @@ class _Loader:
         written = "plugins" in self._values.data or _form(("plugins", "allow")) in self._variables
         # What cannot be read allows nothing.
         allow = self._section("plugins", PluginsTable).get("allow", () if written else None)
-        with entry_points.only(allow):
+        with entry_points.restrict_plugins(allow):
             key = self._key()
             provider, fallback, fetch_only = self._providers()
             drift = self._drift()

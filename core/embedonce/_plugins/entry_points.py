@@ -27,7 +27,7 @@ DISABLE = "EMBEDONCE_DISABLE_PLUGINS"
 
 
 @contextmanager
-def only(allow: Iterable[str] | None) -> Iterator[None]:
+def restrict_plugins(allow: Iterable[str] | None) -> Iterator[None]:
     """Let the calls inside the block load no plugins of others than ``allow``, by distribution or by name.
 
     None allows all. embedonce's own are always allowed.
