@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from embedonce._messages import closest, listed, quoted, without_credentials
 from embedonce._plugins import entry_points, loading
-from embedonce._plugins.options import Option, Refused, options_beside, options_of, read_text, wrongs
+from embedonce._plugins.options import Option, Refused, list_invalid_parts, options_beside, options_of, read_text
 from embedonce.drift import DriftGuard
 from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy
@@ -451,7 +451,7 @@ class _Loader:
                 raise BadValue('must not be empty; "." is the folder of the configuration')
             return self._placed(option, option.check(value))
         except Refused as refused:
-            for wrong in wrongs(value, refused, hidden=hidden or is_secret((option.name,))):
+            for wrong in list_invalid_parts(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (*table.where, option.name, *wrong.where)
                 name = dotted((option.name, *wrong.where))
                 shown = None if hidden or isinstance(wrong.value, dict | list) else display(where, wrong.value)

@@ -256,7 +256,7 @@ LENGTHS: Mapping[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wrong:
+class InvalidPart:
     """One thing that is wrong inside one option's value."""
 
     where: tuple[str | int, ...]
@@ -265,7 +265,7 @@ class Wrong:
     value: Any
 
 
-def wrongs(value: Any, refused: Refused, *, hidden: bool) -> list[Wrong]:
+def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
     """Return what is wrong with a value, one for each place in it.
 
     With ``hidden`` no message repeats anything of the value.
@@ -274,7 +274,7 @@ def wrongs(value: Any, refused: Refused, *, hidden: bool) -> list[Wrong]:
     for detail in refused.details:
         by_place.setdefault(_inside(value, detail["loc"]), []).append(detail)
     return [
-        Wrong(where, _explained(details, _at(value, where), hidden=hidden), _at(value, where))
+        InvalidPart(where, _explained(details, _at(value, where), hidden=hidden), _at(value, where))
         for where, details in by_place.items()
     ]
 
