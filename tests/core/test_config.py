@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import embedonce
 from embedonce import KeyPolicy, config, plugins
-from embedonce._config.documents import Document, read
-from embedonce._config.places import Place, places
+from embedonce._config.documents import Document, read_document
+from embedonce._config.places import Place, find_places
 from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
 from embedonce._plugins.options import options_of
 from embedonce.errors import ConfigError, Problem
@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_read(here: Path) -> None:
     assert problems("latin.toml") == ["latin.toml:1:6: cannot be read: byte 6 is not UTF-8"]
     (here / "pyproject.toml").write_text("[project]\n")
     assert problems(Path("pyproject.toml")) == ["pyproject.toml: has no [tool.embedonce]"]
-    assert problems(7) == ["a configuration is a path, a dict or None (then one is looked for), not int"]
+    assert problems(7) == ["expected a path, a dict or None (which looks for a file) as configuration, got int"]
 
 
 def test_a_byte_order_mark_and_windows_lines(here: Path) -> None:
@@ -375,14 +375,15 @@ def test_a_wrong_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(f"EMBEDONCE__{name}", text)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
-        "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce has nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point of its name",
-        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier cannot honour a timeout: it holds its entries in this process, "
-        "and nothing waits for it; leave timeout out",
+        "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
+        "collapse-whitespace, casefold, newlines; a plugin can provide more, each under an entry point of the same "
+        "name",
+        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because it keeps its entries in this "
+        "process and no call to it waits; remove timeout",
         "the environment variable EMBEDONCE__ overrides nothing",
         "the environment variable EMBEDONCE__CACH__DTYPE overrides nothing; did you mean EMBEDONCE__CACHE__DTYPE?",
-        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name is what "
-        "addresses it, and cannot be overridden",
+        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name cannot "
+        "be overridden, because it identifies the tier",
         "the environment variable EMBEDONCE__TIERS__MEMORY__TTLL overrides nothing; did you mean "
         "EMBEDONCE__TIERS__MEMORY__TTL?",
     ]
@@ -421,26 +422,27 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'embedonce.toml:3:9: dtype = "float8" in [cache]: must be "float32", "float16" or "int8"; '
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
-        'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce has '
-        "nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point "
-        "of its name",
+        'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce '
+        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; a plugin can provide more, each under an "
+        "entry point of the same name",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '
         f"Installed: {', '.join(plugins.names())}",
         'embedonce.toml:13:1: unknown key "max_entrys" in [[tiers]] "memory"; did you mean "max_entries"?',
-        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier cannot honour a timeout: it holds its entries in '
-        "this process, and nothing waits for it; leave timeout out",
-        'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": a unit of size is one of B, kB, MB, GB, TB, '
-        "KiB, MiB, GiB, TiB",
-        'embedonce.toml:17:8: a tier named "memory" is there already; give this one another name: name = "memory2"',
+        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier does not support a timeout, because it keeps '
+        "its entries in this process and no call to it waits; remove timeout",
+        'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": has an unknown unit; use B, kB, MB, GB, TB, '
+        "KiB, MiB, GiB or TiB",
+        'embedonce.toml:17:8: another tier is already named "memory"; choose another name: name = "memory2"',
         'embedonce.toml:18:10: policy = "lruu" in [[tiers]] "memory": must be "segmented" or "lru"; '
         'did you mean "lru"?',
-        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; it names a plugin, such as type = "memory"',
-        'embedonce.toml:20:8: "Bad Name" cannot be a tier\'s name: a tier\'s name is like "bad-name": a letter a-z, '
-        "then a-z, 0-9, - and _",
+        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; set it to the name of a plugin, such as '
+        'type = "memory"',
+        'embedonce.toml:20:8: "Bad Name" is not a valid tier name: it must start with a letter a-z and contain only '
+        'a-z, 0-9, - and _, such as "bad-name"',
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
-        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [plugins], "
+        "embedonce.toml:22:1: unknown table [other]; valid tables are [cache], [key], [plugins], "
         "[provider], [drift] and [[tiers]]",
     ]
 
@@ -467,33 +469,33 @@ def test_in_a_pyproject_tables_are_named_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("", "[provider] is missing; write one, such as [provider] type = "),
-        ("", "[[tiers]] is missing; write at least one, or tiers = [] to store nothing"),
+        ("", "[provider] is missing; add one, such as [provider] type = "),
+        ("", "[[tiers]] is missing; add at least one tier, or write tiers = [] to store nothing"),
         (NGRAM + "tiers = 1", ':3:1: unknown key "tiers" in [provider]'),
         ("tiers = 1\n" + NGRAM, ":1:9: tiers must be a list of tables: write [[tiers]]"),
         ("tiers = [1]\n" + NGRAM, ":1:10: [[tiers]] number 1 must be a table"),
         ("cache = 1\n" + PLAIN, ":1:9: [cache] must be a table"),
         ("tiers = []\nprovider = 'ngram'", ":2:12: [provider] must be a table"),
         ("tiers = []\n[provider]\ntype = 5", ":3:8: type = 5 in [provider]: must be text"),
-        ("tiers = []\n[provider]\ntype = 'memory'", '"memory" is no provider: the plugin of embedonce '),
+        ("tiers = []\n[provider]\ntype = 'memory'", '"memory" is not a provider; embedonce '),
         (NGRAM + "fallback = 1\n[[tiers]]\ntype='memory'", ":3:12: [provider.fallback] must be a table"),
         (NGRAM + "[provider.fallback]\ntype = 'x'\n[[tiers]]\ntype='memory'", ":4:8: type in [provider.fallback]: no"),
-        (PLAIN + "name = 'provider'", ':5:8: "provider" cannot be a tier\'s name: "provider" is what stands for'),
-        (PLAIN + "name = 'a-b'\n[[tiers]]\ntype='memory'\nname='a_b'", ':8:6: a tier named "a-b" is there already'),
+        (PLAIN + "name = 'provider'", ':5:8: "provider" is not a valid tier name: it is reserved'),
+        (PLAIN + "name = 'a-b'\n[[tiers]]\ntype='memory'\nname='a_b'", ':8:6: another tier is already named "a-b"'),
         (PLAIN + "name = 5", ':5:8: name = 5 in [[tiers]] "memory": must be text'),
         (PLAIN + "ttl = 0", ":5:7: ttl = 0 in [[tiers]]"),
-        (PLAIN + "ttl = -1", "a duration is not negative"),
+        (PLAIN + "ttl = -1", "ttl = -1 in [[tiers]] \"memory\": must be at least 0"),
         (PLAIN + "ttl = nan", ':5:7: ttl in [[tiers]] "memory" must be a finite number'),
         (PLAIN + "ttl = 2020-01-01", ":5:7: ttl in [[tiers]] \"memory\" must be text, a number, true or false, a list"),
         (PLAIN + "max_entries = 99999999999999999999", ':5:15: max_entries in [[tiers]] "memory" is too large'),
         (PLAIN + "max_entries = 2.5", ":5:15: max_entries = 2.5 in"),
-        (PLAIN + "ttl = [1]", ':5:7: ttl in [[tiers]] "memory": a duration is a number of seconds or text'),
+        (PLAIN + "ttl = [1]", ':5:7: ttl in [[tiers]] "memory": must be a number of seconds or text'),
         (PLAIN + "on_error = 'ignore'", ':5:12: on_error = "ignore" in [[tiers]] "memory": must be "skip" or "raise"'),
         (PLAIN + "[key]\nnormalize = 'nfc'", ":6:13: normalize = \"nfc\" in [key]: must be a list"),
         (PLAIN + "[key]\nnormalize = ['x']", ':6:14: normalize in [key]: no normalisation step "x"'),
         (PLAIN + "[key]\nsecret = ''", ":6:10: secret in [key]: secret is empty; leave it out"),
         (PLAIN + "[cache]\nmax_queued = 0", ":6:14: max_queued = 0 in [cache]: must be greater than 0"),
-        (PLAIN + "[tiers.x]\na = 1", ':5:1: unknown key "x" in [[tiers]] "memory"; it takes '),
+        (PLAIN + "[tiers.x]\na = 1", ':5:1: unknown key "x" in [[tiers]] "memory"; valid keys are '),
         (PLAIN + '"ma\\nx" = 1', ':5:1: unknown key "ma\\nx" in'),
         (f"{PLAIN}{'x' * 99} = 1", f':5:1: unknown key "{"x" * 59}…" in'),
         (PLAIN + "a.b.c = 1", ':5:1: unknown key "a" in'),
@@ -545,7 +547,7 @@ def test_places_of_keys_and_values() -> None:
         x = 2
         [p."f.x"]
     """)
-    found = places(text.replace("é", "e").replace("e = {", "e = {"))
+    found = find_places(text.replace("é", "e").replace("e = {", "e = {"))
     assert found.key(("a", "b")) == Place(1, 3)
     assert found.value(("a", "b")) == Place(1, 7)
     assert found.key(("q k",)) == Place(2, 1)
@@ -653,7 +655,7 @@ def test_a_plugin_that_refuses_its_options_is_placed_and_the_rest_is_closed(prob
     Path("embedonce.toml").write_text(inspect.cleandoc(text))
     with pytest.raises(ConfigError) as caught:
         embedonce.open()
-    message = '[[tiers]] "second" cannot be made: OSError: no route to host None'
+    message = '[[tiers]] "second" cannot be created: OSError: no route to host None'
     assert caught.value.problems == (Problem(message, "embedonce.toml", 5, 1),)
     assert isinstance(caught.value.__cause__, OSError)
     assert len(probe.made) == 2
@@ -1015,7 +1017,7 @@ def test_every_key_and_value_of_a_file_has_a_place(source: dict[str, Any]) -> No
     text = _toml(source)
     Path("fuzz.toml").write_text(text, encoding="utf-8")
     try:
-        found = read(Path("fuzz.toml"))
+        found = read_document(Path("fuzz.toml"))
     except ConfigError:
         return
     _has_places(found, found.data, ())
@@ -1070,7 +1072,7 @@ def test_the_page_lists_every_option_with_its_default() -> None:
 def test_a_link_or_folder_in_the_place_of_the_file_is_not_passed_over(here: Path) -> None:
     place = here / "embedonce.toml"
     place.symlink_to("gone.toml")
-    assert problems(None) == ["embedonce.toml: is a link that leads nowhere"]
+    assert problems(None) == ["embedonce.toml: is a broken symbolic link"]
     place.unlink()
     place.symlink_to("embedonce.toml")
     assert problems(None)[0].startswith("embedonce.toml: cannot be read: ")
@@ -1081,7 +1083,7 @@ def test_a_link_or_folder_in_the_place_of_the_file_is_not_passed_over(here: Path
 
 def test_an_empty_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f'{NGRAM}[[tiers]]\ntype = "disk"\npath = "{{}}"\n'
-    said = 'must not be empty; "." is the folder of the configuration'
+    said = 'must not be empty; write "." for the folder of the configuration'
     assert problems_of(text.format("")) == [f'embedonce.toml:5:8: path in [[tiers]] "disk": {said}']
     assert problems_of(text.format("${NO_SUCH:-}"))[0].endswith(said)
     Path("embedonce.toml").write_text(text.format("cache"))
@@ -1104,7 +1106,7 @@ def test_a_value_from_a_variable_names_it_and_never_shows_it(monkeypatch: pytest
     monkeypatch.setenv("MY_DTYPE", "hunter2")
     assert problems_of('[cache]\ndtype = "${MY_DTYPE}"\n' + PLAIN) == [
         'embedonce.toml:2:9: dtype in [cache]: must be "float32", "float16" or "int8" '
-        "(it comes from the environment variable MY_DTYPE)"
+        "(from the environment variable MY_DTYPE)"
     ]
 
 

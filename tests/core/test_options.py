@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from embedonce._plugins.options import Option, Refused, options_of, read_text
-from embedonce._plugins.plain_values import UNSURE, simply
+from embedonce._plugins.plain_values import UNSURE, convert_plain_value
 from embedonce.errors import PluginError
 from embedonce.options import BadValue, Doc, Duration, Size, parse_duration, parse_size
 
@@ -262,7 +262,7 @@ plain = st.recursive(
 
 @given(st.sampled_from(HINTS), plain)
 def test_what_is_plainly_right_is_what_pydantic_says(hint: Any, value: Any) -> None:
-    read = simply(hint, value)
+    read = convert_plain_value(hint, value)
     if read is UNSURE:
         return
     try:
@@ -285,7 +285,7 @@ def test_what_is_plainly_right_is_what_pydantic_says(hint: Any, value: Any) -> N
     ],
 )
 def test_common_options_need_no_pydantic(hint: Any, value: Any) -> None:
-    assert simply(hint, value) is not UNSURE
+    assert convert_plain_value(hint, value) is not UNSURE
 
 
 def test_a_plain_configuration_is_read_without_pydantic() -> None:

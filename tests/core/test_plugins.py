@@ -111,13 +111,15 @@ def test_a_slip_is_met_with_what_is_installed() -> None:
 
 
 def test_a_provider_is_no_backend() -> None:
-    assert said("ngram").startswith('"ngram" is no backend: the plugin of embedonce')
-    assert said("ngram").endswith('brings provider "ngram"')
+    assert said("ngram").startswith('"ngram" is not a backend; embedonce ')
+    assert said("ngram").endswith(' provides provider "ngram"')
 
 
 def test_own_steps_need_no_plugin() -> None:
     assert plugins.normalizer("strip")(" x ") == "x"
-    with pytest.raises(PluginError, match=r'no normalisation step "stripp"; did you mean "strip"\? embedonce has nfc,'):
+    with pytest.raises(
+        PluginError, match=r'no normalisation step "stripp"; did you mean "strip"\? embedonce provides nfc,'
+    ):
         plugins.normalizer("stripp")
 
 
@@ -203,7 +205,7 @@ def test_a_module_that_is_not_there(install: Install, tmp_path: Path) -> None:
     name = install("")
     for file in tmp_path.rglob("acme_module_*.py"):
         file.unlink()
-    assert "although it says so; install it again: pip install --force-reinstall acme" in said(name)
+    assert "as its entry point, but has no such module; reinstall it: pip install --force-reinstall acme" in said(name)
 
 
 @pytest.mark.parametrize("code", ["raise RuntimeError('boom')", "import sys; sys.exit('boom')", "x ="])
@@ -228,10 +230,10 @@ BACKEND = """
     ("body", "wanted"),
     [
         ("1 / 0", "failed in its hook embedonce_backends: ZeroDivisionError: division by zero"),
-        ("[Backend]", "must return classes by name from its hook embedonce_backends"),
-        ("{'x': Backend()}", "must return classes by name from its hook embedonce_backends"),
-        ("{}", "brings nothing"),
-        ("{'another': Backend}", 'brings backend "another"'),
+        ("[Backend]", ": its hook embedonce_backends must return a dict from names to classes"),
+        ("{'x': Backend()}", ": its hook embedonce_backends must return a dict from names to classes"),
+        ("{}", "is not a backend; acme 1."),
+        ("{'another': Backend}", 'provides backend "another"'),
     ],
 )
 def test_a_hook_that_gives_the_wrong_thing(install: Install, body: str, wanted: str) -> None:
@@ -258,8 +260,8 @@ def test_a_hook_that_ends_the_program_or_tells_a_password(install: Install, body
 @pytest.mark.parametrize(
     ("body", "wanted"),
     [
-        ("{}", "it brings nothing"),
-        ("{'another': Backend}", 'it brings backend "another", and nothing that is named as its entry point'),
+        ("{}", "it provides nothing"),
+        ("{'another': Backend}", 'it provides backend "another", but nothing named "one" like its entry point'),
         ("{'NAME': Backend, 'more': Backend}", 'backend "more" cannot be used: add an entry point more = "acme_'),
     ],
 )
@@ -281,7 +283,7 @@ def test_a_constructor_that_ends_the_program_is_a_problem_at_its_table(install: 
         "class Backend: ...", f"class Backend:\n        def __init__(self): exit(3)\n        {methods}"
     )
     name = install(code.replace("{BODY}", "{'ends': Backend}"), name="ends")
-    with pytest.raises(ConfigError, match="cannot be made: SystemExit: 3"):
+    with pytest.raises(ConfigError, match="cannot be created: SystemExit: 3"):
         embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": name}]})
 
 
@@ -311,7 +313,7 @@ def test_a_module_without_hooks(install: Install) -> None:
 )
 def test_a_plugin_for_another_contract(install: Install, api: str, upgrade: str) -> None:
     message = said(install(f"api = {api}"))
-    assert f"is written for version {api} of the plugin contract, and this embedonce has version 1" in message
+    assert f"is written for version {api} of the plugin contract, but this embedonce supports version 1" in message
     assert message.endswith(upgrade)
 
 
@@ -330,7 +332,7 @@ def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.M
     install(code, name=name, distribution="acme-one")
     install(code, name=name, distribution="acme_two")
     message = said(name)
-    assert f'2 distributions bring a plugin "{name}": ' in message
+    assert f'2 distributions provide a plugin "{name}": ' in message
     assert "acme-one 1." in message
     assert "acme_two 1." in message
     assert len([plugin for plugin in plugins.installed() if plugin.name == name and plugin.error]) == 2
@@ -343,7 +345,7 @@ def test_the_distribution_says_which_of_two_is_meant(install: Install) -> None:
     code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
     install(code.replace("class Backend: ...", "class Backend: which = 1"), name=name, distribution="acme-one")
     install(code.replace("class Backend: ...", "class Backend: which = 2"), name=name, distribution="acme_two")
-    assert said(name).endswith(f'say which one is meant: "acme_two:{name}" or "acme-one:{name}"')
+    assert said(name).endswith(f'choose one by writing "acme_two:{name}" or "acme-one:{name}"')
     assert [plugins.backend(f"{other}:{name}").which for other in ("ACME-one", "acme.two")] == [1, 2]
     found = {plugin.type for plugin in plugins.installed() if plugin.name == name}
     assert found == {f"acme-one:{name}", f"acme_two:{name}"} <= set(plugins.names())
@@ -495,7 +497,10 @@ def test_one_module_may_stand_behind_several_names(install: Install, tmp_path: P
     ("init", "wanted"),
     [
         ("def __init__(self, client): ...", 'its parameter "client" must be keyword-only'),
-        ("def __init__(self, *, ttl: int = 1): ...", "has an option named ttl, which TOML uses for something else"),
+        (
+            "def __init__(self, *, ttl: int = 1): ...",
+            "must not have an option named ttl, because embedonce uses that name in the same table",
+        ),
         ("def __init__(self, *, x: 'Nope' = 1): ...", "options cannot be read: name 'Nope' is not defined"),
     ],
 )
@@ -514,7 +519,10 @@ def test_options_that_toml_cannot_give(install: Install, init: str, wanted: str)
 def test_a_folder_that_was_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
     monkeypatch.syspath_prepend("/nowhere")
-    assert "embedonce runs from a folder that was not installed; in that folder: pip install -e ." in said("memory")
+    assert (
+        "embedonce runs from a source folder that is not installed; run this in that folder: pip install -e ."
+        in said("memory")
+    )
     assert plugins.installed() == []
 
 
@@ -575,10 +583,10 @@ def embedonce_providers():
     install(code, name=name)
     (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
     said = found.error or ""
-    assert "Half has no method get_many and set_many" in said
-    assert "has an option named ttl, which TOML uses for something else" in said
-    assert "builtins.dict has no method get_many, set_many and close" in said
-    assert "Mute has no method embed or aembed and close" in said
+    assert "Half must define get_many and set_many" in said
+    assert "must not have an option named ttl, because embedonce uses that name in the same table" in said
+    assert "builtins.dict must define get_many, set_many and close" in said
+    assert "Mute must define (embed or aembed) and close" in said
 
 
 def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:
