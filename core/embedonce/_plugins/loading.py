@@ -86,7 +86,7 @@ def normalizer(name: str) -> Normalizer:
 
 def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
     """Return the event hooks of the plugins ``used``, as functions to call with each event."""
-    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load(name).module]}
+    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load_plugin(name).module]}
     return [function for module in modules.values() for function in list_event_hooks(module)]
 
 
@@ -117,14 +117,14 @@ def _get_manager() -> pluggy.PluginManager:
 
 
 def _get_registered(kind: Kind, name: str) -> Any:
-    plugin = _load(name)
+    plugin = _load_plugin(name)
     found = plugin.registered[kind].get(plugin.name)
     if found is None:
         raise PluginError(_explain_wrong_kind(kind, plugin))
     return found
 
 
-def _load(name: str) -> LoadedPlugin:
+def _load_plugin(name: str) -> LoadedPlugin:
     return load_entry_point(find_entry_point(name))
 
 
@@ -132,14 +132,14 @@ def load_entry_point(point: EntryPoint) -> LoadedPlugin:
     with _lock:
         known = _plugins.get(full_name(point))
         if known is None or known.origin != origin_of(point):
-            known = _plugins[full_name(point)] = _import_and_register(point)
+            known = _plugins[full_name(point)] = _import_and_register_module(point)
         return known
 
 
-def _import_and_register(point: EntryPoint) -> LoadedPlugin:
+def _import_and_register_module(point: EntryPoint) -> LoadedPlugin:
     module = _import_module(point)
     _check_api(point, module)
-    _register(point, module)
+    _register_module(point, module)
     registered: dict[Kind, Mapping[str, Any]] = {kind: _call_hook(point, module, kind) for kind in HOOKS}
     return LoadedPlugin(point.name, origin_of(point), module, registered)
 
@@ -165,7 +165,7 @@ def _check_api(point: EntryPoint, module: Any) -> None:
     )
 
 
-def _register(point: EntryPoint, module: Any) -> None:
+def _register_module(point: EntryPoint, module: Any) -> None:
     manager = _get_manager()
     if manager.is_registered(module):  # several entry points may name the same module
         return
