@@ -71,7 +71,7 @@ def _inspect_plugin(point: EntryPoint) -> InstalledPlugin:
     except PluginError as error:
         return about(kinds=(), error=str(error), broken=not _needs_extra(point, error))
     kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
-    classes = [(kind, cls) for kind in kinds for cls in plugin.registered[kind].values()]
+    classes: list[tuple[Kind, Any]] = [(kind, cls) for kind in kinds for cls in plugin.registered[kind].values()]
     problems = [problem for kind, cls in classes for problem in _list_class_problems(kind, cls)]
     problems += _list_unreachable(point, plugin)
     try:
