@@ -1,4 +1,4 @@
-"""docs/plugins.md: what it lists is what there is, and its commands do what it says, in an empty folder."""
+"""docs/plugins.md: its lists are complete, and its commands work in an empty folder as the page says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = (ROOT / "docs" / "plugins.md").read_text()
 BEGIN, END = "## From nothing to a plugin in use\n", "\n## What a plugin is\n"
 
 
-def rows(section: str) -> dict[str, list[str]]:
+def read_table(section: str) -> dict[str, list[str]]:
     """Return the rows of the first table below a heading, by their first cell."""
     part = PAGE.partition(f"# {section}\n")[2]
     found = re.search(r"^\|.*?(?=^[^|]|\Z)", part, re.DOTALL | re.MULTILINE)
@@ -35,17 +35,17 @@ def rows(section: str) -> dict[str, list[str]]:
     return {cells[0].strip("| `"): cells[1:] for cells in lines}
 
 
-# --- what it lists ----------------------------------------------------------------------------
+# --- its lists --------------------------------------------------------------------------------
 
 
 def test_every_hook_and_argument() -> None:
-    said = {name: cells[0].rstrip(" |") for name, cells in rows("What a plugin is").items()}
-    there = {}
+    documented = {name: cells[0].rstrip(" |") for name, cells in read_table("What a plugin is").items()}
+    actual = {}
     for hook in hookspecs.HOOKS:
         arguments = ", ".join(inspect.signature(hook).parameters)
         sentence = str(inspect.getdoc(hook)).replace("``", "`").removesuffix(".")
-        there[f"{hook.__name__}({arguments})"] = sentence[0].lower() + sentence[1:]
-    assert said == there
+        actual[f"{hook.__name__}({arguments})"] = sentence[0].lower() + sentence[1:]
+    assert documented == actual
 
 
 def test_every_option_of_hookimpl_and_the_version() -> None:
@@ -56,14 +56,14 @@ def test_every_option_of_hookimpl_and_the_version() -> None:
 
 
 def test_every_capability_with_its_default() -> None:
-    said = rows("Capabilities")
+    documented = read_table("Capabilities")
     fields = {field.name: field.default for field in dataclasses.fields(Capabilities)}
-    assert list(said) == list(fields)
+    assert list(documented) == list(fields)
     for name, default in fields.items():
         written = "none" if default is None else str(default).lower() if isinstance(default, bool) else f'`"{default}"`'
-        assert said[name][0] == written, name
+        assert documented[name][0] == written, name
     for capability, method in EXTRAS.items():
-        assert f"`{method}(" in said[capability][1]
+        assert f"`{method}(" in documented[capability][1]
 
 
 def test_every_option_about_plugins() -> None:
@@ -72,11 +72,11 @@ def test_every_option_about_plugins() -> None:
     assert f"`{plugins.DISABLE}`" in PAGE
 
 
-# --- what it does -----------------------------------------------------------------------------
+# --- its commands -----------------------------------------------------------------------------
 
 
-def script() -> str:
-    """Return the commands of the page, and the files that it shows between them, as one script."""
+def build_script() -> str:
+    """Return one script that runs the page's commands and writes the files that the page shows between them."""
     lines = ["set -e"]
     for token in MarkdownIt("commonmark").parse(PAGE.partition(BEGIN)[2].partition(END)[0]):
         if token.type != "fence":
@@ -89,8 +89,8 @@ def script() -> str:
     return "\n".join(lines)
 
 
-def everything_but_embedonce(folder: Path) -> Path:
-    """Return a folder with links to what is installed here, so that a new environment has it without a network."""
+def link_other_packages(folder: Path) -> Path:
+    """Return a folder of links to the packages installed here, so that a new environment needs no network."""
     folder.mkdir()
     for installed in Path(sysconfig.get_path("purelib")).iterdir():
         if not installed.name.lower().startswith(("embedonce", "_embedonce", "pip", "__pycache__")):
@@ -101,7 +101,7 @@ def everything_but_embedonce(folder: Path) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform == "win32", reason="the page's commands are those of a Unix shell")
 def test_its_commands_in_an_empty_folder(tmp_path: Path) -> None:
-    assert script().count("embedonce new backend shelf") == 1
+    assert build_script().count("embedonce new backend shelf") == 1
     wheels, folder = tmp_path / "wheels", tmp_path / "empty"
     folder.mkdir()
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(wheels)]
@@ -109,7 +109,7 @@ def test_its_commands_in_an_empty_folder(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(everything_but_embedonce(tmp_path / "installed")),
+        "PYTHONPATH": str(link_other_packages(tmp_path / "installed")),
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
         "PIP_NO_BUILD_ISOLATION": "0",
@@ -117,11 +117,11 @@ def test_its_commands_in_an_empty_folder(tmp_path: Path) -> None:
         "PYTEST_ADDOPTS": "-q -p no:cacheprovider -p no:asyncio",
         "TMPDIR": next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), str(tmp_path)),
     }
-    said = subprocess.run(["bash"], input=script(), cwd=folder, env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
+    done = subprocess.run(["bash"], input=build_script(), cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     package = folder / "embedonce-shelf"
-    out = said.stdout
+    out = done.stdout
     assert len(re.findall(r"^\d+ passed", out, re.MULTILINE)) == 2, "pytest ran twice, and everything passed"
     assert re.search(r"^shelf, a backend: \d+ passed, \d+ skipped, 0 failed$", out, re.MULTILINE)
     assert re.search(r"^shelf +backend +embedonce-shelf 0\.1\.0 +-", out, re.MULTILINE)
@@ -132,9 +132,9 @@ def test_its_commands_in_an_empty_folder(tmp_path: Path) -> None:
     schema = json.loads((package / "embedonce.schema.json").read_text())
     (tier,) = [one for one in schema["properties"]["tiers"]["items"]["oneOf"] if one.get("title") == "shelf"]
     assert tier["properties"]["path"]["description"] == "File of the database."
-    assert list(folder.glob(".venv/lib/*/site-packages/embedonce/__init__.py")), "it is the wheel that was used"
+    assert list(folder.glob(".venv/lib/*/site-packages/embedonce/__init__.py")), "the wheel was installed"
 
 
-def test_the_backend_that_it_shows_is_short() -> None:
+def test_the_backend_on_the_page_is_short() -> None:
     code = PAGE.partition("class ShelfBackend:")[2].partition("@hookimpl")[0]
     assert len([line for line in code.splitlines() if line.strip()]) < 30

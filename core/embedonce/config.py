@@ -1,6 +1,7 @@
-"""TOML, or a dict of the same shape, to a frozen :class:`Config`, to a :class:`Cache`.
+"""Read TOML, or a dict of the same shape, into a frozen :class:`Config`, and create a :class:`Cache` from it.
 
-Nothing heavy is imported here: pydantic and the plugins' metadata wait for the first :func:`load`.
+This module imports nothing heavy. The metadata of plugins is read in the first :func:`load`, which imports pydantic
+only if a value needs it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
-"""What :func:`load` and :func:`open` take: a file, a dict, or None to look for a file."""
+"""Argument of :func:`load` and :func:`open`: a file, a dict, or None to look for a file."""
 
 
 def open(
@@ -47,48 +48,48 @@ def open(
 ) -> Cache:
     """Return the cache that a configuration describes.
 
-    ``source`` is a TOML file, a dict of the same shape, or None. None takes the file that
-    ``EMBEDONCE_CONFIG`` names, else ``embedonce.toml`` or the ``[tool.embedonce]`` of a
-    ``pyproject.toml`` in this folder or one above, else the ngram provider with a memory tier and a
-    disk tier in the user's cache folder.
+    ``source`` is a TOML file, a dict of the same shape, or None. None uses the first of these: the file that
+    ``EMBEDONCE_CONFIG`` names; ``embedonce.toml``, or ``[tool.embedonce]`` in a ``pyproject.toml``, in the current
+    folder or one above; the ngram provider with a memory tier and a disk tier in the user's cache folder.
 
-    A ``provider`` of yours, or a function together with its ``space``, takes the place of ``[provider]``,
-    which may then be left out and is not read.
+    Your own ``provider``, or a function together with its ``space``, replaces ``[provider]``. The configuration
+    may then omit that table, and it is not read.
 
     Raises:
-        ConfigError: it cannot be used; ``problems`` lists everything that is wrong.
-        SpaceError: ``provider`` describes no vector space.
+        ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
+        SpaceError: ``provider`` does not describe a vector space.
     """
     return compose(load(source, own_provider=provider is not None), provider=provider, space=space)
 
 
 def load(source: Source = None, *, own_provider: bool = False) -> Config:
-    """Return a configuration, read and checked, with nothing made yet. Takes and raises what :func:`open` does.
+    """Read and check a configuration without creating anything. Arguments and errors are those of :func:`open`.
 
-    ``own_provider``: its ``[provider]`` is not read; :func:`compose` is then given one, or nothing is computed.
+    With ``own_provider``, ``[provider]`` is not read. Pass a provider to :func:`compose` then; without one, the
+    cache computes nothing.
     """
-    from ._config.documents import document
-    from ._config.loader import loaded
+    from ._config.documents import find_document
+    from ._config.loader import load_document
 
-    return loaded(document(source), own_provider=own_provider)
+    return load_document(find_document(source), own_provider=own_provider)
 
 
 def allowed(source: Source = None) -> Sequence[str] | None:
-    """Return what ``[plugins] allow`` of a configuration says, whatever else is wrong with it; None: everything.
+    """Return ``[plugins] allow`` of a configuration, even if its other tables have problems. None allows all plugins.
 
     Raises:
-        ConfigError: the file cannot be read, or that table is wrong.
+        ConfigError: the file cannot be read, or its ``[plugins]`` table has a problem.
     """
-    from ._config.documents import document
-    from ._config.loader import allowed
+    from ._config.documents import find_document
+    from ._config.loader import read_allow_list
 
-    return allowed(document(source))
+    return read_allow_list(find_document(source))
 
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema (draft 7) of ``embedonce.toml``, with the options of every installed plugin.
 
-    A plugin that cannot be loaded is left out.
+    Plugins that cannot be loaded are omitted.
     """
     from ._config.schema import schema
 
@@ -96,9 +97,9 @@ def schema() -> dict[str, Any]:
 
 
 def secrets_in(document: Mapping[str, Any]) -> list[str]:
-    """Return the dotted names of values that hold a secret in the clear, so that nobody writes them to a file.
+    """Return the dotted names of values that contain a secret as plain text, which should not be written to a file.
 
-    A value that stands for a variable, ``${NAME}``, holds none.
+    A value that refers to a variable, ``${NAME}``, contains no secret.
     """
     from ._config.secrets import secrets_in
 
@@ -111,30 +112,30 @@ def compose(
     provider: AnyProvider | Callable[..., Any] | None = None,
     space: VectorSpace | Mapping[str, Any] | None = None,
 ) -> Cache:
-    """Make the provider and the backends of a configuration, and the cache of them.
+    """Create the provider and the backends of a configuration, and a cache that uses them.
 
-    ``provider``, and the ``space`` of one that is a function, take the place of the configuration's. Without either,
-    the cache computes nothing: it looks into the tiers, and stores and removes what it is told.
+    ``provider``, with a ``space`` if it is a function, replaces the configuration's provider. If neither exists, the
+    cache computes nothing; it only reads, stores and removes entries of the tiers.
 
     Raises:
-        ConfigError: a plugin refused its options, or the parts do not go together. What was already
-            made is closed.
-        SpaceError: ``provider`` describes no vector space.
+        ConfigError: a plugin refused its options, or the parts do not fit together. Parts that were already
+            created are closed.
+        SpaceError: ``provider`` does not describe a vector space.
     """
     from ._plugins import entry_points
 
     if provider is None and space is not None:
-        raise TypeError("space= describes a function that is given as provider=; a plugin describes its own")
+        raise TypeError("space= requires a function as provider=; a plugin describes its own vector space")
     made: list[Any] = []
     try:
-        with entry_points.only(config.allow):
-            return _composed(config, made, provider, space)
+        with entry_points.restrict_plugins(config.allow):
+            return _compose_parts(config, made, provider, space)
     except BaseException as error:
-        _close(made, error)
+        _close_parts(made, error)
         raise
 
 
-def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
+def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace | Mapping[str, Any] | None) -> Cache:
     from ._engine.chain import ChainError, Tier
     from ._plugins import loading
     from .cache import Cache
@@ -146,9 +147,9 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
     def make(part: Plugged) -> Any:
         try:
             made.append(part.cls(**part.options))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it is becomes a problem at its table)
-            problems.append(_refusal(config, part, error))
-            causes.extend([error] if not _repeats(error, part.secrets) else [])
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (any error becomes a problem at the plugin's table)
+            problems.append(_describe_failure(config, part, error))
+            causes.extend([error] if not _contains_secret(error, part.secrets) else [])
             return None
         return made[-1]
 
@@ -157,7 +158,7 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
         provider = NoProvider() if config.provider is None else make(config.provider)
     fallback = make(config.fallback) if own is None and config.fallback is not None else None
     backends = [make(tier) for tier in config.tiers]
-    encryptions = [_encryption(config, tier, problems) for tier in config.tiers]
+    encryptions = [_make_encryption(config, tier, problems) for tier in config.tiers]
     if problems:
         raise ConfigError(problems) from next(iter(causes), None)
     tiers = [
@@ -191,9 +192,9 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
             listeners=loading.listeners([*used, *config.key.normalize]),
         )
     except ChainError as error:
-        raise ConfigError([_refused(config, error)]) from error
+        raise ConfigError([_locate_chain_error(config, error)]) from error
     except ConfigError as error:
-        shown = config.document.shown
+        shown = config.document.relative_name
         raise ConfigError([Problem(p.message, p.file or shown, p.line, p.column) for p in error.problems]) from error
     except SpaceError as error:
         at = config.fallback or config.provider
@@ -202,20 +203,20 @@ def _composed(config: Config, made: list[Any], own: Any, space: VectorSpace | Ma
         raise ConfigError([config.document.problem(at.path, f"{at.label}: {error}", key=True)]) from error
 
 
-def _refused(config: Config, error: ChainError) -> Problem:
-    """Return what the chain refuses, at the option that it refuses, or at its tier."""
+def _locate_chain_error(config: Config, error: ChainError) -> Problem:
+    """Return a problem for a chain's error, at the option that caused it or else at its tier."""
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 
 
 def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
-    """Return ``Cache.warnings``, each at the table of its tier."""
+    """Return ``Cache.warnings`` as problems, each at the table of its tier."""
     paths = {tier.name: tier.path for tier in config.tiers}
     return [config.document.problem(paths[warning.tier], warning.message, key=True) for warning in found]
 
 
-def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:
-    """Return the encryption of a tier; what is wrong with its keys goes to ``problems``."""
+def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:
+    """Return the encryption of a tier. Add any problem with its keys to ``problems``."""
     from .encryption import Encryption
 
     if tier.encryption is None:
@@ -227,29 +228,29 @@ def _encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> En
         return None
 
 
-def _refusal(config: Config, part: Plugged, error: BaseException) -> Problem:
-    """Return what a plugin's constructor said, at its table, unless it repeats what must stay hidden."""
-    said = "(its message is hidden: it repeats a secret)" if _repeats(error, part.secrets) else str(error)
+def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Problem:
+    """Return a problem for an error of a plugin's constructor, at its table, without a message that has a secret."""
+    said = "(message hidden, because it contains a secret)" if _contains_secret(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
-    message = f"{part.label} cannot be made: " + ": ".join(part for part in (kind, said) if part)
+    message = f"{part.label} cannot be created: " + ": ".join(piece for piece in (kind, said) if piece)
     return config.document.problem(part.path, " ".join(message.split()), key=True)
 
 
-def _repeats(error: BaseException | None, secrets: frozenset[str]) -> bool:
-    """Whether an error, or what led to it, has a secret in its message."""
+def _contains_secret(error: BaseException | None, secrets: frozenset[str]) -> bool:
+    """Return whether the message of an error, or of one that led to it, contains a secret."""
     if error is None:
         return False
-    said = f"{error} {getattr(error, '__notes__', '')}"
-    # A repr, as most messages have it, writes some characters as escapes.
-    written = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
-    return any(secret in said for secret in written) or any(
-        _repeats(before, secrets) for before in (error.__cause__, error.__context__)
+    text = f"{error} {getattr(error, '__notes__', '')}"
+    # Messages often contain the repr of a text, which escapes some characters.
+    forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
+    return any(form in text for form in forms) or any(
+        _contains_secret(earlier, secrets) for earlier in (error.__cause__, error.__context__)
     )
 
 
-def _close(made: list[Any], error: BaseException) -> None:
+def _close_parts(made: list[Any], error: BaseException) -> None:
     for part in reversed(made):
         try:
             part.close()
-        except Exception as failed:  # noqa: BLE001  (noted on the error that is on its way)
-            error.add_note(f"closing {type(part).__name__} failed too: {type(failed).__name__}")
+        except Exception as failed:  # noqa: BLE001  (added as a note to the error being raised)
+            error.add_note(f"closing {type(part).__name__} also failed: {type(failed).__name__}")

@@ -1,12 +1,12 @@
-"""How a plugin writes its options: types that TOML fills from values with units.
+"""Types for a plugin's options, including sizes and durations that TOML may write with units.
 
-A plugin's options are the keyword-only parameters of its class's ``__init__``; nothing else declares
-them. ``Doc`` gives an option its sentence in the JSON schema and in error messages::
+A plugin's options are the keyword-only parameters of its class's ``__init__``. ``Doc`` gives an option its
+description in the JSON schema and in error messages::
 
-    def __init__(self, *, max_bytes: Annotated[Size | None, Doc("Drop entries above this.")] = None) -> None: ...
+    def __init__(self, *, max_bytes: Annotated[Size | None, Doc("Evict entries above this size.")] = None) -> None: ...
 
 In Python a :data:`Size` is an int of bytes and a :data:`Duration` a float of seconds; TOML also takes
-``"512 MiB"`` and ``"250ms"``. pydantic is not imported here: it asks these markers when it needs them.
+``"512 MiB"`` and ``"250ms"``. This module does not import pydantic; pydantic calls the markers when it needs them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BadValue", "Doc", "Duration", "Size", "parse_duration", "parse_size"]
 
-# Bits ("Mb") do not exist here, and a bare "M" is refused because half of the world reads 1024 * 1024 in it.
-# pydantic's ByteSize takes bits and negative sizes; the packages for durations are no longer maintained.
+# Units are case-insensitive, so "Mb" means megabytes; there are no units for bits. A plain "M" is refused, because
+# it may mean 1000 * 1000 or 1024 * 1024. pydantic's ByteSize accepts bits and negative sizes, and the packages that
+# parse durations are no longer maintained.
 BYTES: Mapping[str, int] = {
     "b": 1,
     "kb": 10**3,
@@ -39,9 +40,9 @@ BYTES: Mapping[str, int] = {
 }
 SECONDS: Mapping[str, float] = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
-MOST_BYTES = 2**63 - 1
-MOST_SECONDS = 100 * 365.25 * 86400
-"""A hundred years: the waits of the standard library overflow at about 290."""
+MAX_BYTES = 2**63 - 1
+MAX_SECONDS = 100 * 365.25 * 86400
+"""A hundred years. Timeouts in the standard library overflow at about 290 years."""
 
 _NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,20})?"
 _SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)")
@@ -49,41 +50,41 @@ _PART = re.compile(rf"({_NUMBER})\s*([A-Za-z]+)\s*")
 
 
 class BadValue(ValueError):
-    """A size or a duration that cannot be read; the message says what is wanted and never repeats the value."""
+    """A size or a duration is invalid. The message says what is valid and never repeats the value."""
 
 
 def parse_size(value: object) -> int:
     """Return a size in bytes from an int of bytes or from text such as ``"512 MiB"``, ``"1GB"``, ``"1.5 GiB"``.
 
     Raises:
-        BadValue: anything else, a negative one, or one that is no whole number of bytes.
+        BadValue: the value is something else, negative, too large, or not a whole number of bytes.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BadValue('a size is a whole number of bytes or text such as "512 MiB"')
+        raise BadValue('must be a whole number of bytes or text such as "512 MiB"')
     if isinstance(value, str):
-        return _checked_size(_size_of(value.strip()))
-    return _checked_size(value)
+        return _check_size(_parse_size_text(value.strip()))
+    return _check_size(value)
 
 
-def _size_of(text: str) -> int:
+def _parse_size_text(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise BadValue('a size is a number and a unit, such as "512 MiB"')
+        raise BadValue('must be a number with a unit, such as "512 MiB"')
     unit = match[2].lower() or "b"
     if unit not in BYTES:
-        raise BadValue("a unit of size is one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+        raise BadValue("has an unknown unit; use B, kB, MB, GB, TB, KiB, MiB, GiB or TiB")
     whole, _, fraction = match[1].partition(".")
     scaled, rest = divmod(int(whole + fraction) * BYTES[unit], int("1" + "0" * len(fraction)))
     if rest and unit == "b":
-        raise BadValue("a size is a whole number of bytes")
+        raise BadValue("must be a whole number of bytes")
     return scaled
 
 
-def _checked_size(size: int) -> int:
+def _check_size(size: int) -> int:
     if size < 0:
-        raise BadValue("a size is not negative")
-    if size > MOST_BYTES:
-        raise BadValue("a size is less than 8 EiB")
+        raise BadValue("must be at least 0")
+    if size > MAX_BYTES:
+        raise BadValue("must be less than 8 EiB")
     return size
 
 
@@ -91,35 +92,35 @@ def parse_duration(value: object) -> float:
     """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
 
     Raises:
-        BadValue: anything else, a negative one, NaN, or one above a hundred years.
+        BadValue: the value is something else, negative, NaN, or more than a hundred years.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise BadValue('a duration is a number of seconds or text such as "250ms" or "1h30m"')
-    seconds = _seconds_of(value.strip()) if isinstance(value, str) else value
-    if not seconds >= 0:  # NaN is not
-        raise BadValue("a duration is not negative")
-    if seconds > MOST_SECONDS:
-        raise BadValue("a duration is at most a hundred years")
+        raise BadValue('must be a number of seconds or text such as "250ms" or "1h30m"')
+    seconds = _parse_duration_text(value.strip()) if isinstance(value, str) else value
+    if not seconds >= 0:  # also refuses NaN
+        raise BadValue("must be at least 0")
+    if seconds > MAX_SECONDS:
+        raise BadValue("must be at most a hundred years")
     return float(seconds)
 
 
-def _seconds_of(text: str) -> float:
+def _parse_duration_text(text: str) -> float:
     if re.fullmatch(_NUMBER, text):
         return float(text)
     parts = _PART.findall(text)
     if not parts or _PART.sub("", text):
-        raise BadValue('a duration is a number and a unit, such as "250ms" or "1h30m"')
+        raise BadValue('must be a number with a unit, such as "250ms" or "1h30m"')
     units = [unit for _, unit in parts]
     for unit in units:
         if unit not in SECONDS:
-            raise BadValue("a unit of time is one of ms, s, m (minutes), h, d, w")
+            raise BadValue("has an unknown unit; use ms, s, m (minutes), h, d or w")
     if len(set(units)) < len(units):
-        raise BadValue("a duration names each unit once")
+        raise BadValue("must not repeat a unit")
     return math.fsum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
 class Parsed:
-    """Marks an option that TOML may give as text; tells pydantic, when it asks, how to read it."""
+    """Marks an option that TOML may write as text, and gives pydantic its parser and JSON schema."""
 
     __slots__ = ("_schema", "parse")
 
@@ -136,22 +137,22 @@ class Parsed:
         return dict(self._schema)
 
 
-_WHOLE = r"[0-9]{1,20}(?:\.0{1,20})?"  # there is no half of a byte
+_WHOLE_NUMBER = r"[0-9]{1,20}(?:\.0{1,20})?"  # a size is a whole number of bytes
 _SIZE_SCHEMA = {
     "anyOf": [
-        {"type": "integer", "minimum": 0, "maximum": MOST_BYTES},
-        {"type": "string", "pattern": rf"^\s*(?:{_WHOLE}\s*[bB]?|{_NUMBER}\s*[kKmMgGtT][iI]?[bB])\s*$"},
+        {"type": "integer", "minimum": 0, "maximum": MAX_BYTES},
+        {"type": "string", "pattern": rf"^\s*(?:{_WHOLE_NUMBER}\s*[bB]?|{_NUMBER}\s*[kKmMgGtT][iI]?[bB])\s*$"},
     ]
 }
 _DURATION_SCHEMA = {
     "anyOf": [
-        {"type": "number", "minimum": 0, "maximum": MOST_SECONDS},
+        {"type": "number", "minimum": 0, "maximum": MAX_SECONDS},
         {"type": "string", "pattern": rf"^\s*(?:{_NUMBER}|(?:{_NUMBER}\s*(?:ms|s|m|h|d|w)\s*)+)\s*$"},
     ]
 }
 
 Size: TypeAlias = Annotated[int, Parsed(parse_size, _SIZE_SCHEMA)]
-"""Bytes: an int, in TOML also ``"512 MiB"`` or ``"1GB"``. Zero is allowed; say ``Gt(0)`` where it makes no sense."""
+"""Bytes: an int, in TOML also ``"512 MiB"`` or ``"1GB"``. Zero is allowed; add ``Gt(0)`` if it makes no sense."""
 
 Duration: TypeAlias = Annotated[float, Parsed(parse_duration, _DURATION_SCHEMA)]
 """Seconds: a number, in TOML also ``"250ms"``, ``"1h"`` or ``"1h30m"``. Zero is allowed."""

@@ -1,11 +1,11 @@
-"""Find a plugin by the name that TOML says, load only that one, say what to install.
+"""Find a plugin by its name in TOML and load only that plugin, or say what to install.
 
-A plugin is an entry point in the group ``embedonce``: its name is what TOML says, its value a module
-with hooks (:mod:`embedonce.hookspecs`). embedonce's own plugins are registered in the same way.
+A plugin is an entry point in the group ``embedonce``. The entry point's name is the plugin's name in TOML, and its
+value is a module with hooks (:mod:`embedonce.hookspecs`). embedonce's own plugins are registered in the same way.
 """
 
 from ._config.inspection import InstalledPlugin, installed
-from ._plugins.entry_points import DISABLE, bare, installed_by_embedonce, names, only
+from ._plugins.entry_points import DISABLE, installed_by_embedonce, names, restrict_plugins
 from ._plugins.loading import HOOKS, Kind, backend, listeners, normalizer, provider
 
 __all__ = [
@@ -14,12 +14,11 @@ __all__ = [
     "InstalledPlugin",
     "Kind",
     "backend",
-    "bare",
     "installed",
     "installed_by_embedonce",
     "listeners",
     "names",
     "normalizer",
-    "only",
     "provider",
+    "restrict_plugins",
 ]

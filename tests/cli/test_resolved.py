@@ -114,7 +114,7 @@ BROKEN = {
     "api = 2": "is written for version 2 of the plugin contract",
     "x = 1": "it has no hooks",
     "import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): 1 / 0": "ZeroDivisionError",
-    "import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): return {'stranger': dict}": "has no method",
+    "import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): return {'stranger': dict}": "must define",
 }
 
 

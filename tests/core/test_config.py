@@ -1,4 +1,4 @@
-"""From TOML to a cache: where it is found, what overrides it, and every problem at its place."""
+"""Configurations: finding and reading them, overriding values, and reporting every problem at its place."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import embedonce
 from embedonce import KeyPolicy, config, plugins
-from embedonce._config.documents import Document, read
-from embedonce._config.places import Place, places
+from embedonce._config.documents import Document, read_document
+from embedonce._config.places import Place, find_places
 from embedonce._config.tables import CacheTable, FallbackTable, KeyTable, PluginsTable, TierTable
 from embedonce._plugins.options import options_of
 from embedonce.errors import ConfigError, Problem
@@ -30,7 +30,7 @@ NGRAM = '[provider]\ntype = "ngram"\n'
 PLAIN = f'{NGRAM}[[tiers]]\ntype = "memory"\n'
 
 PROBE = '''
-"""Plugins that record what happens to them."""
+"""Plugins that record their creation and closing."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,7 +92,7 @@ def probe_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def probe(probe_site: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of two plugins, ``probe`` (a backend) and ``wide`` (a provider)."""
+    """The module of two plugins: ``probe``, a backend, and ``wide``, a provider."""
     monkeypatch.syspath_prepend(str(probe_site))
     import config_probe  # type: ignore[import-not-found]
 
@@ -104,7 +104,7 @@ def probe(probe_site: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder of the test's own, several levels deep."""
+    """Run each test in its own folder, several levels deep."""
     folder = tmp_path / "top" / "middle" / "here"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -123,7 +123,7 @@ def problems_of(text: str, name: str = "embedonce.toml") -> list[str]:
     return problems(name)
 
 
-# --- where it is found ------------------------------------------------------------------------
+# --- finding a file ---------------------------------------------------------------------------
 
 
 def test_without_any_configuration_there_are_defaults(own_home: Path) -> None:
@@ -169,13 +169,13 @@ def test_the_variable_overrides_what_is_found(here: Path, monkeypatch: pytest.Mo
     assert problems(None) == ["nowhere.toml: there is no such file (EMBEDONCE_CONFIG); embedonce init writes one"]
 
 
-def test_somebody_elses_broken_pyproject_is_passed_over(here: Path) -> None:
+def test_a_broken_pyproject_of_another_tool_is_ignored(here: Path) -> None:
     (here / "pyproject.toml").write_text("[project\nname = embedonce")
     (here.parent / "pyproject.toml").write_bytes(b"embedonce \xff")
     assert config.load().file is None
 
 
-def test_our_broken_pyproject_is_not(here: Path) -> None:
+def test_a_broken_pyproject_with_our_table_is_an_error(here: Path) -> None:
     (here / "pyproject.toml").write_text("[tool.embedonce\n")
     assert problems(None)[0].startswith("pyproject.toml:1:16: not valid TOML: ")
 
@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_read(here: Path) -> None:
     assert problems("latin.toml") == ["latin.toml:1:6: cannot be read: byte 6 is not UTF-8"]
     (here / "pyproject.toml").write_text("[project]\n")
     assert problems(Path("pyproject.toml")) == ["pyproject.toml: has no [tool.embedonce]"]
-    assert problems(7) == ["a configuration is a path, a dict or None (then one is looked for), not int"]
+    assert problems(7) == ["expected a path, a dict or None (which looks for a file) as configuration, got int"]
 
 
 def test_a_byte_order_mark_and_windows_lines(here: Path) -> None:
@@ -195,10 +195,10 @@ def test_a_byte_order_mark_and_windows_lines(here: Path) -> None:
     assert problems("w.toml") == ['w.toml:5:7: ttl = 0 in [[tiers]] "memory": must be greater than 0']
 
 
-# --- what it says -----------------------------------------------------------------------------
+# --- what it contains -------------------------------------------------------------------------
 
 
-def test_everything_has_its_place_in_the_cache() -> None:
+def test_every_option_of_a_file_reaches_the_cache() -> None:
     Path("embedonce.toml").write_text(
         """
         [cache]
@@ -262,7 +262,7 @@ def test_a_dict_has_the_same_shape_as_the_file() -> None:
     ]
 
 
-def test_no_tiers_is_a_provider_alone() -> None:
+def test_without_tiers_every_text_is_computed() -> None:
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": []}) as cache:
         assert cache.fetch(["a", "a"]).sources == ["provider", "provider"]
 
@@ -276,7 +276,7 @@ def test_a_dict_may_hold_paths_and_tuples(tmp_path: Path, probe: ModuleType) -> 
     assert given["servers"] == ["a", "b"]
 
 
-def test_a_path_is_meant_from_its_file(here: Path, probe: ModuleType, own_home: Path) -> None:
+def test_a_relative_path_starts_at_the_folder_of_its_file(here: Path, probe: ModuleType, own_home: Path) -> None:
     (here.parent / "embedonce.toml").write_text(NGRAM + '[[tiers]]\ntype = "probe"\npath = "a/b"\nfolder = "~/c"')
     options = config.load().tiers[0].options
     assert options == {"path": here.parent / "a/b", "folder": str(own_home / "c")}
@@ -323,7 +323,7 @@ def test_a_variable_that_is_not_set_is_named_with_its_place() -> None:
     ]
 
 
-def test_plain_text_is_no_number() -> None:
+def test_text_is_not_converted_to_a_number() -> None:
     assert problems_of(f'{PLAIN}max_entries = "20"') == [
         'embedonce.toml:5:15: max_entries = "20" in [[tiers]] "memory": must be a whole number'
     ]
@@ -362,7 +362,7 @@ def test_the_environment_overrides_a_type(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.tiers[0].name, found.tiers[0].type) == ("disk", "memory")
 
 
-def test_a_wrong_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {
         "CACHE__DTYPE": "hunter2",
         "CACH__DTYPE": "int8",
@@ -375,20 +375,21 @@ def test_a_wrong_override_names_its_variable(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(f"EMBEDONCE__{name}", text)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
-        "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce has nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point of its name",
-        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier cannot honour a timeout: it holds its entries in this process, "
-        "and nothing waits for it; leave timeout out",
+        "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
+        "collapse-whitespace, casefold, newlines; a plugin can provide more, each under an entry point of the same "
+        "name",
+        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because it keeps its entries in this "
+        "process and no call to it waits; remove timeout",
         "the environment variable EMBEDONCE__ overrides nothing",
         "the environment variable EMBEDONCE__CACH__DTYPE overrides nothing; did you mean EMBEDONCE__CACHE__DTYPE?",
-        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name is what "
-        "addresses it, and cannot be overridden",
+        "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name cannot "
+        "be overridden, because it identifies the tier",
         "the environment variable EMBEDONCE__TIERS__MEMORY__TTLL overrides nothing; did you mean "
         "EMBEDONCE__TIERS__MEMORY__TTL?",
     ]
 
 
-# --- what is wrong with it --------------------------------------------------------------------
+# --- problems ---------------------------------------------------------------------------------
 
 
 def test_every_problem_at_once_each_at_its_place() -> None:
@@ -421,26 +422,27 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'embedonce.toml:3:9: dtype = "float8" in [cache]: must be "float32", "float16" or "int8"; '
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
-        'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce has '
-        "nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins may bring more, each with an entry point "
-        "of its name",
+        'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce '
+        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; a plugin can provide more, each under an "
+        "entry point of the same name",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '
         f"Installed: {', '.join(plugins.names())}",
         'embedonce.toml:13:1: unknown key "max_entrys" in [[tiers]] "memory"; did you mean "max_entries"?',
-        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier cannot honour a timeout: it holds its entries in '
-        "this process, and nothing waits for it; leave timeout out",
-        'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": a unit of size is one of B, kB, MB, GB, TB, '
-        "KiB, MiB, GiB, TiB",
-        'embedonce.toml:17:8: a tier named "memory" is there already; give this one another name: name = "memory2"',
+        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier does not support a timeout, because it keeps '
+        "its entries in this process and no call to it waits; remove timeout",
+        'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": has an unknown unit; use B, kB, MB, GB, TB, '
+        "KiB, MiB, GiB or TiB",
+        'embedonce.toml:17:8: another tier is already named "memory"; choose another name: name = "memory2"',
         'embedonce.toml:18:10: policy = "lruu" in [[tiers]] "memory": must be "segmented" or "lru"; '
         'did you mean "lru"?',
-        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; it names a plugin, such as type = "memory"',
-        'embedonce.toml:20:8: "Bad Name" cannot be a tier\'s name: a tier\'s name is like "bad-name": a letter a-z, '
-        "then a-z, 0-9, - and _",
+        'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; set it to the name of a plugin, such as '
+        'type = "memory"',
+        'embedonce.toml:20:8: "Bad Name" is not a valid tier name: it must start with a letter a-z and contain only '
+        'a-z, 0-9, - and _, such as "bad-name"',
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
-        "embedonce.toml:22:1: unknown table [other]; there are [cache], [key], [plugins], "
+        "embedonce.toml:22:1: unknown table [other]; valid tables are [cache], [key], [plugins], "
         "[provider], [drift] and [[tiers]]",
     ]
 
@@ -467,39 +469,39 @@ def test_in_a_pyproject_tables_are_named_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("", "[provider] is missing; write one, such as [provider] type = "),
-        ("", "[[tiers]] is missing; write at least one, or tiers = [] to store nothing"),
+        ("", "[provider] is missing; add one, such as [provider] type = "),
+        ("", "[[tiers]] is missing; add at least one tier, or write tiers = [] to store nothing"),
         (NGRAM + "tiers = 1", ':3:1: unknown key "tiers" in [provider]'),
         ("tiers = 1\n" + NGRAM, ":1:9: tiers must be a list of tables: write [[tiers]]"),
         ("tiers = [1]\n" + NGRAM, ":1:10: [[tiers]] number 1 must be a table"),
         ("cache = 1\n" + PLAIN, ":1:9: [cache] must be a table"),
         ("tiers = []\nprovider = 'ngram'", ":2:12: [provider] must be a table"),
         ("tiers = []\n[provider]\ntype = 5", ":3:8: type = 5 in [provider]: must be text"),
-        ("tiers = []\n[provider]\ntype = 'memory'", '"memory" is no provider: the plugin of embedonce '),
+        ("tiers = []\n[provider]\ntype = 'memory'", '"memory" is not a provider; embedonce '),
         (NGRAM + "fallback = 1\n[[tiers]]\ntype='memory'", ":3:12: [provider.fallback] must be a table"),
         (NGRAM + "[provider.fallback]\ntype = 'x'\n[[tiers]]\ntype='memory'", ":4:8: type in [provider.fallback]: no"),
-        (PLAIN + "name = 'provider'", ':5:8: "provider" cannot be a tier\'s name: "provider" is what stands for'),
-        (PLAIN + "name = 'a-b'\n[[tiers]]\ntype='memory'\nname='a_b'", ':8:6: a tier named "a-b" is there already'),
+        (PLAIN + "name = 'provider'", ':5:8: "provider" is not a valid tier name: it is reserved'),
+        (PLAIN + "name = 'a-b'\n[[tiers]]\ntype='memory'\nname='a_b'", ':8:6: another tier is already named "a-b"'),
         (PLAIN + "name = 5", ':5:8: name = 5 in [[tiers]] "memory": must be text'),
         (PLAIN + "ttl = 0", ":5:7: ttl = 0 in [[tiers]]"),
-        (PLAIN + "ttl = -1", "a duration is not negative"),
+        (PLAIN + "ttl = -1", "ttl = -1 in [[tiers]] \"memory\": must be at least 0"),
         (PLAIN + "ttl = nan", ':5:7: ttl in [[tiers]] "memory" must be a finite number'),
         (PLAIN + "ttl = 2020-01-01", ":5:7: ttl in [[tiers]] \"memory\" must be text, a number, true or false, a list"),
         (PLAIN + "max_entries = 99999999999999999999", ':5:15: max_entries in [[tiers]] "memory" is too large'),
         (PLAIN + "max_entries = 2.5", ":5:15: max_entries = 2.5 in"),
-        (PLAIN + "ttl = [1]", ':5:7: ttl in [[tiers]] "memory": a duration is a number of seconds or text'),
+        (PLAIN + "ttl = [1]", ':5:7: ttl in [[tiers]] "memory": must be a number of seconds or text'),
         (PLAIN + "on_error = 'ignore'", ':5:12: on_error = "ignore" in [[tiers]] "memory": must be "skip" or "raise"'),
         (PLAIN + "[key]\nnormalize = 'nfc'", ":6:13: normalize = \"nfc\" in [key]: must be a list"),
         (PLAIN + "[key]\nnormalize = ['x']", ':6:14: normalize in [key]: no normalisation step "x"'),
         (PLAIN + "[key]\nsecret = ''", ":6:10: secret in [key]: secret must not be empty; to use none"),
         (PLAIN + "[cache]\nmax_queued = 0", ":6:14: max_queued = 0 in [cache]: must be greater than 0"),
-        (PLAIN + "[tiers.x]\na = 1", ':5:1: unknown key "x" in [[tiers]] "memory"; it takes '),
+        (PLAIN + "[tiers.x]\na = 1", ':5:1: unknown key "x" in [[tiers]] "memory"; valid keys are '),
         (PLAIN + '"ma\\nx" = 1', ':5:1: unknown key "ma\\nx" in'),
         (f"{PLAIN}{'x' * 99} = 1", f':5:1: unknown key "{"x" * 59}…" in'),
         (PLAIN + "a.b.c = 1", ':5:1: unknown key "a" in'),
     ],
 )  # fmt: skip
-def test_what_is_said_of(text: str, wanted: str) -> None:
+def test_the_message_of_each_problem(text: str, wanted: str) -> None:
     assert any(wanted in problem for problem in problems_of(text)), problems_of(text)
 
 
@@ -545,7 +547,7 @@ def test_places_of_keys_and_values() -> None:
         x = 2
         [p."f.x"]
     """)
-    found = places(text.replace("é", "e").replace("e = {", "e = {"))
+    found = find_places(text.replace("é", "e").replace("e = {", "e = {"))
     assert found.key(("a", "b")) == Place(1, 3)
     assert found.value(("a", "b")) == Place(1, 7)
     assert found.key(("q k",)) == Place(2, 1)
@@ -562,7 +564,7 @@ def test_places_of_keys_and_values() -> None:
     assert found.key(("nothing",)) is None
 
 
-# --- what must stay hidden --------------------------------------------------------------------
+# --- secrets ----------------------------------------------------------------------------------
 
 SECRET = "hunter2-and-more"
 
@@ -590,26 +592,26 @@ SECRET = "hunter2-and-more"
         {"fail": "cannot reach", "url": "${THE_SECRET}"},
     ],
 )
-def test_no_message_holds_a_secret(
+def test_no_message_contains_a_secret(
     probe: ModuleType, monkeypatch: pytest.MonkeyPatch, options: Mapping[str, Any]
 ) -> None:
     monkeypatch.setenv("THE_SECRET", SECRET)
     with pytest.raises(ConfigError) as caught:
         config.compose(config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "probe", **options}]}))
-    shown = "".join(_everything(caught.value))
+    shown = "".join(_list_messages(caught.value))
     assert SECRET not in shown
     assert next(iter(options.keys() & {"fail"}), next(iter(options))) in shown or "fail" in options
 
 
-def _everything(error: BaseException | None) -> list[str]:
-    """Return what a traceback shows of an error: its messages, and those of what led to it."""
+def _list_messages(error: BaseException | None) -> list[str]:
+    """Return what a traceback shows of an error: its messages and those of the errors behind it."""
     if error is None:
         return []
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return [f"{error!r} {error} {getattr(error, '__notes__', '')}\n", *_everything(before)]
+    return [f"{error!r} {error} {getattr(error, '__notes__', '')}\n", *_list_messages(before)]
 
 
-def test_a_step_out_of_a_variable_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_message_repeats_a_step_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_SECRET", SECRET)
     key = {"normalize": ["nfc", "${THE_SECRET}"]}
     assert SECRET not in str(problems({"key": key, "provider": {"type": "ngram"}, "tiers": []}))
@@ -622,7 +624,7 @@ def test_a_secret_is_not_in_the_configurations_repr(probe: ModuleType) -> None:
     assert SECRET not in str(found.settings())
 
 
-def test_settings_say_what_holds_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_show_effective_values_and_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("embedonce.toml").write_text(f'{PLAIN}ttl = "1h"\nmax_bytes = "${{BYTES:-1 kB}}"\n')
     monkeypatch.setenv("EMBEDONCE__CACHE__DTYPE", "int8")
     monkeypatch.setenv("EMBEDONCE__KEY__VERSION", "from outside")
@@ -639,7 +641,7 @@ def test_settings_say_what_holds_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- composing --------------------------------------------------------------------------------
 
 
-def test_a_plugin_that_refuses_its_options_is_placed_and_the_rest_is_closed(probe: ModuleType) -> None:
+def test_a_plugin_that_refuses_its_options_is_reported_at_its_table_and_the_rest_is_closed(probe: ModuleType) -> None:
     text = """
         [provider]
         type = "wide"
@@ -653,14 +655,14 @@ def test_a_plugin_that_refuses_its_options_is_placed_and_the_rest_is_closed(prob
     Path("embedonce.toml").write_text(inspect.cleandoc(text))
     with pytest.raises(ConfigError) as caught:
         embedonce.open()
-    message = '[[tiers]] "second" cannot be made: OSError: no route to host None'
+    message = '[[tiers]] "second" cannot be created: OSError: no route to host None'
     assert caught.value.problems == (Problem(message, "embedonce.toml", 5, 1),)
     assert isinstance(caught.value.__cause__, OSError)
     assert len(probe.made) == 2
     assert probe.closed == probe.made[::-1]
 
 
-def test_parts_that_do_not_go_together_are_closed(probe: ModuleType) -> None:
+def test_parts_that_do_not_fit_together_are_closed(probe: ModuleType) -> None:
     provider = {"type": "wide", "dimensions": 64, "fallback": {"type": "wide", "dimensions": 32}}
     with pytest.raises(ConfigError):
         embedonce.open({"provider": provider, "tiers": [{"type": "probe"}]})
@@ -668,7 +670,7 @@ def test_parts_that_do_not_go_together_are_closed(probe: ModuleType) -> None:
     assert set(probe.closed) == set(probe.made)
 
 
-def test_what_opening_made_closing_closes(probe: ModuleType) -> None:
+def test_close_closes_everything_that_open_created(probe: ModuleType) -> None:
     embedonce.open({"provider": {"type": "wide"}, "tiers": [{"type": "probe"}]}).close()
     assert set(probe.closed) == set(probe.made)
 
@@ -706,7 +708,7 @@ def validator() -> Any:
         NGRAM + '[[tiers]]\ntype = "disk"\npath = "x"\nmax_bytes = "1GB"\ntimeout = "${T:-1s}"',
     ],
 )  # fmt: skip
-def test_the_schema_takes_what_is_right(validator: Any, text: str) -> None:
+def test_the_schema_accepts_valid_documents(validator: Any, text: str) -> None:
     validator.validate(tomllib.loads(text))
     config.load(tomllib.loads(text))
 
@@ -729,7 +731,7 @@ def test_the_schema_takes_what_is_right(validator: Any, text: str) -> None:
         NGRAM + '[[tiers]]\ntype = "ngram"',
     ],
 )
-def test_the_schema_refuses_what_is_wrong(validator: Any, text: str) -> None:
+def test_the_schema_rejects_invalid_documents(validator: Any, text: str) -> None:
     assert not validator.is_valid(tomllib.loads(text))
     assert problems(tomllib.loads(text))
 
@@ -749,8 +751,8 @@ SAMPLES: Sequence[tuple[str, str, Sequence[str]]] = [
     ("memory", "type", ['"embedonce:memory"', '"embedonce:memry"', '"disk:memory"']),
 ]  # fmt: skip
 
-# What a schema cannot say, or says only with much: the loader alone refuses these.
-LOADER_ALONE = {
+# A schema cannot express these rules, or only with great effort, so only the loader refuses the values.
+ONLY_THE_LOADER_REFUSES = {
     ("max_bytes", '"9999999 TB"'),
     ("max_entries", str(2**63)),
     ("max_entries", "1.0"),  # in JSON the same number as 1
@@ -767,22 +769,22 @@ def test_the_schema_and_the_loader_agree(validator: Any, kind: str, option: str,
     try:
         config.load(document)
     except ConfigError:
-        takes = False
+        is_accepted = False
     else:
-        takes = True
-    if value in ("nan", "inf"):  # no JSON either
-        assert not takes
-    elif (option, value) in LOADER_ALONE:
-        assert not takes
+        is_accepted = True
+    if value in ("nan", "inf"):  # not valid in JSON either
+        assert not is_accepted
+    elif (option, value) in ONLY_THE_LOADER_REFUSES:
+        assert not is_accepted
         assert validator.is_valid(document)
     else:
-        assert validator.is_valid(document) == takes
+        assert validator.is_valid(document) == is_accepted
 
 
 def test_every_option_is_described(validator: Any) -> None:
     undocumented = [
         f"{title}.{name}"
-        for title, table in _tables(validator.schema)
+        for title, table in _list_tables(validator.schema)
         for name, option in table["properties"].items()
         if "description" not in option
         and "$ref" not in option
@@ -791,13 +793,13 @@ def test_every_option_is_described(validator: Any) -> None:
     assert undocumented == []
 
 
-def _tables(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _list_tables(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
     own = [(name, schema["properties"][name]) for name in ("cache", "key")]
     plugged = [*schema["properties"]["provider"]["oneOf"], *schema["properties"]["tiers"]["items"]["oneOf"]]
     return [*own, *((table["title"], table) for table in plugged if "title" in table)]
 
 
-# --- anything at all --------------------------------------------------------------------------
+# --- random documents -------------------------------------------------------------------------
 
 words = st.sampled_from(
     [
@@ -851,7 +853,7 @@ documents = st.fixed_dictionaries(
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def _is_read_or_refused(source: Any) -> None:
+def _load_or_refuse(source: Any) -> None:
     try:
         found = config.load(source)
     except ConfigError as refused:
@@ -865,22 +867,22 @@ def _is_read_or_refused(source: Any) -> None:
 
 @fuzz
 @given(documents)
-def test_no_dict_makes_a_traceback(source: dict[str, Any]) -> None:
-    _is_read_or_refused(source)
+def test_no_dict_causes_a_traceback(source: dict[str, Any]) -> None:
+    _load_or_refuse(source)
 
 
 @fuzz
 @given(documents)
-def test_no_file_makes_a_traceback(source: dict[str, Any]) -> None:
-    text = _toml(source)
+def test_no_file_causes_a_traceback(source: dict[str, Any]) -> None:
+    text = _write_toml(source)
     Path("fuzz.toml").write_text(text, encoding="utf-8")
-    _is_read_or_refused("fuzz.toml")
+    _load_or_refuse("fuzz.toml")
 
 
 @fuzz
 @given(documents)
-def test_what_the_loader_takes_the_schema_takes(validator: Any, source: dict[str, Any]) -> None:
-    text = _toml(source)
+def test_the_schema_accepts_what_the_loader_accepts(validator: Any, source: dict[str, Any]) -> None:
+    text = _write_toml(source)
     try:
         document = tomllib.loads(text)
         config.load(document)
@@ -933,36 +935,36 @@ edits = st.lists(
 )
 
 
-def mutated(changes: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """Return the valid file with stretches of it replaced."""
+def mutate(changes: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """Return the valid file with some parts replaced."""
     content = VALID.encode()
     for start, length, put in changes:
         content = content[:start] + put + content[start + length :]
     return content
 
 
-def test_the_file_that_is_mutated_is_valid() -> None:
-    Path("fuzz.toml").write_bytes(mutated([]))
+def test_the_file_to_mutate_is_valid() -> None:
+    Path("fuzz.toml").write_bytes(mutate([]))
     assert len(config.load("fuzz.toml").tiers) == 2
 
 
 @fuzz
 @given(edits)
-def test_no_mutation_of_a_valid_file_makes_a_traceback(changes: list[tuple[int, int, bytes]]) -> None:
-    Path("fuzz.toml").write_bytes(mutated(changes))
-    _is_read_or_refused("fuzz.toml")
+def test_no_mutation_of_a_valid_file_causes_a_traceback(changes: list[tuple[int, int, bytes]]) -> None:
+    Path("fuzz.toml").write_bytes(mutate(changes))
+    _load_or_refuse("fuzz.toml")
 
 
 @fuzz
 @given(edits, st.sampled_from([["check"], ["config"], ["config", "--json"], ["plugins"]]))
-def test_no_file_makes_a_traceback_of_a_command(changes: list[tuple[int, int, bytes]], command: list[str]) -> None:
+def test_no_file_causes_a_traceback_in_a_command(changes: list[tuple[int, int, bytes]], command: list[str]) -> None:
     from typer.testing import CliRunner
 
     from embedonce.cli import app, output
 
-    Path("fuzz.toml").write_bytes(mutated(changes))
+    Path("fuzz.toml").write_bytes(mutate(changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "is_terminal", lambda: True)  # with the lines that are wrong
+        patch.setattr(output, "is_terminal", lambda: True)  # so that it prints the invalid lines
         done = CliRunner().invoke(app, [*command, "--config", "fuzz.toml"])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code in (0, 1, 2)
@@ -981,10 +983,10 @@ lines = st.sampled_from(
 
 @fuzz
 @given(st.lists(lines | st.text(st.characters(codec="utf-8"), max_size=8), max_size=12), st.integers(0, 200))
-def test_no_text_makes_a_traceback(written: list[str], cut: int) -> None:
+def test_no_text_causes_a_traceback(written: list[str], cut: int) -> None:
     text = "\n".join(written)
     Path("fuzz.toml").write_bytes((text[:cut] + text[cut + 1 :]).encode())
-    _is_read_or_refused("fuzz.toml")
+    _load_or_refuse("fuzz.toml")
 
 
 @fuzz
@@ -993,15 +995,15 @@ def test_no_text_makes_a_traceback(written: list[str], cut: int) -> None:
         st.lists(words, max_size=3).map("__".join), st.text(st.characters(min_codepoint=1), max_size=8), max_size=3
     )
 )
-def test_no_environment_makes_a_traceback(variables: dict[str, str]) -> None:
-    usable = {name: text for name, text in variables.items() if "\0" not in text and _encodes(text)}
+def test_no_environment_causes_a_traceback(variables: dict[str, str]) -> None:
+    usable = {name: text for name, text in variables.items() if "\0" not in text and _can_encode(text)}
     with pytest.MonkeyPatch.context() as patch:
         for name, text in usable.items():
             patch.setenv(f"EMBEDONCE__{name.upper()}", text)
-        _is_read_or_refused({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]})
+        _load_or_refuse({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]})
 
 
-def _encodes(text: str) -> bool:
+def _can_encode(text: str) -> bool:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -1012,45 +1014,47 @@ def _encodes(text: str) -> bool:
 @fuzz
 @given(documents)
 def test_every_key_and_value_of_a_file_has_a_place(source: dict[str, Any]) -> None:
-    text = _toml(source)
+    text = _write_toml(source)
     Path("fuzz.toml").write_text(text, encoding="utf-8")
     try:
-        found = read(Path("fuzz.toml"))
+        found = read_document(Path("fuzz.toml"))
     except ConfigError:
         return
-    _has_places(found, found.data, ())
+    _check_places(found, found.data, ())
 
 
-def _has_places(found: Document, value: Any, path: tuple[str | int, ...]) -> None:
+def _check_places(found: Document, value: Any, path: tuple[str | int, ...]) -> None:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         place = found.place((*path, key), key=True)
         assert place is not None
         line = found.text.split("\n")[place.line - 1]
         assert place.column <= len(line)
-        _has_places(found, item, (*path, key))
+        _check_places(found, item, (*path, key))
 
 
-def _toml(value: Mapping[str, Any]) -> str:
-    """Write a dict as TOML, each value inline; what TOML cannot write is left out."""
-    return "\n".join(f"{json.dumps(str(key))} = {_inline(item)}" for key, item in value.items() if item is not None)
+def _write_toml(value: Mapping[str, Any]) -> str:
+    """Write a dict as TOML, each value inline. Values that TOML does not have are omitted."""
+    return "\n".join(
+        f"{json.dumps(str(key))} = {_write_inline(item)}" for key, item in value.items() if item is not None
+    )
 
 
-def _inline(value: Any) -> str:
+def _write_inline(value: Any) -> str:
     if isinstance(value, dict):
         return (
             "{"
-            + ", ".join(f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items() if item is not None)
+            + ", ".join(f"{json.dumps(key)} = {_write_inline(item)}" for key, item in value.items() if item is not None)
             + "}"
         )
     if isinstance(value, list):
-        return "[" + ", ".join(_inline(item) for item in value if item is not None) + "]"
+        return "[" + ", ".join(_write_inline(item) for item in value if item is not None) + "]"
     if isinstance(value, bool | str):
         return json.dumps(value)
     return repr(value) if isinstance(value, int | float) else str(value)
 
 
-# --- the page about it ------------------------------------------------------------------------
+# --- the docs page ----------------------------------------------------------------------------
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "configuration.md"
 
@@ -1064,13 +1068,13 @@ def test_the_page_lists_every_option_with_its_default() -> None:
                 assert f'| `{name}` | `"{option.default}"`' in page
 
 
-# --- what an outside tester found -------------------------------------------------------------
+# --- defects an outside tester found ----------------------------------------------------------
 
 
-def test_a_link_or_folder_in_the_place_of_the_file_is_not_passed_over(here: Path) -> None:
+def test_a_broken_link_or_a_folder_instead_of_the_file_is_an_error(here: Path) -> None:
     place = here / "embedonce.toml"
     place.symlink_to("gone.toml")
-    assert problems(None) == ["embedonce.toml: is a link that leads nowhere"]
+    assert problems(None) == ["embedonce.toml: is a broken symbolic link"]
     place.unlink()
     place.symlink_to("embedonce.toml")
     assert problems(None)[0].startswith("embedonce.toml: cannot be read: ")
@@ -1081,7 +1085,7 @@ def test_a_link_or_folder_in_the_place_of_the_file_is_not_passed_over(here: Path
 
 def test_an_empty_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f'{NGRAM}[[tiers]]\ntype = "disk"\npath = "{{}}"\n'
-    said = 'must not be empty; "." is the folder of the configuration'
+    said = 'must not be empty; write "." for the folder of the configuration'
     assert problems_of(text.format("")) == [f'embedonce.toml:5:8: path in [[tiers]] "disk": {said}']
     assert problems_of(text.format("${NO_SUCH:-}"))[0].endswith(said)
     Path("embedonce.toml").write_text(text.format("cache"))
@@ -1096,15 +1100,15 @@ def test_a_byte_that_is_not_utf_8_has_its_place(here: Path) -> None:
     assert problems("x.toml") == ["x.toml:2:5: cannot be read: byte 14 is not UTF-8"]
 
 
-def test_a_number_without_end_is_said_without_pythons_words() -> None:
+def test_a_huge_number_is_reported_without_pythons_message() -> None:
     assert problems_of(f"x = {'9' * 5000}\n") == ["embedonce.toml: has a number that is far too large"]
 
 
-def test_a_value_from_a_variable_names_it_and_never_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_names_the_variable_of_a_value_but_hides_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DTYPE", "hunter2")
     assert problems_of('[cache]\ndtype = "${MY_DTYPE}"\n' + PLAIN) == [
         'embedonce.toml:2:9: dtype in [cache]: must be "float32", "float16" or "int8" '
-        "(it comes from the environment variable MY_DTYPE)"
+        "(from the environment variable MY_DTYPE)"
     ]
 
 
@@ -1113,11 +1117,11 @@ def test_an_unknown_type_does_not_hide_what_else_is_wrong() -> None:
     assert [problem.split(":")[1] for problem in found] == ["4", "6", "7"]
 
 
-def test_a_key_of_another_table_is_sent_there() -> None:
+def test_a_key_of_another_table_is_reported_with_that_table() -> None:
     assert problems_of('[cache]\nsecret = "' + "x" * 40 + '"\n' + PLAIN) == [
         'embedonce.toml:2:1: unknown key "secret" in [cache]; it belongs in [key]'
     ]
 
 
-def test_a_table_that_is_there_twice_is_named_as_toml_writes_it() -> None:
+def test_a_repeated_table_is_named_as_toml_writes_it() -> None:
     assert problems_of("[key.a]\n[key.a]\n")[0].endswith("not valid TOML: cannot declare key.a twice")

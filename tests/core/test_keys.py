@@ -1,7 +1,7 @@
-"""Keys: equal for equal requests, everywhere and for ever, and different for everything else.
+"""Keys: equal for equal requests, in every process and version, and different for all other requests.
 
-The rule of ``docs/keys.md`` is written down here a second time, from that page alone; keys.py, the
-page's examples and the golden keys are all held against it.
+This file implements the rule of ``docs/keys.md`` a second time, from that page alone. The tests compare it with
+keys.py, with the examples of the page and with the golden keys.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def key_of(text: str = "text", space: VectorSpace = SPACE, policy: KeyPolicy = P
 # --- the rule, from the page alone ------------------------------------------------------------
 
 
-def by_the_page(value: Any) -> bytes:
-    """Return the canonical form as the page's table says."""
+def encode_by_the_page(value: Any) -> bytes:
+    """Return the canonical form by the table of the page."""
 
     def sized(tag: str, content: bytes) -> bytes:
         return f"{tag}{len(content)}:".encode() + content
@@ -71,18 +71,18 @@ def by_the_page(value: Any) -> bytes:
         case bytes():
             return sized("b", value)
         case list() | tuple():
-            return f"l{len(value)}:".encode() + b"".join(map(by_the_page, value))
+            return f"l{len(value)}:".encode() + b"".join(map(encode_by_the_page, value))
         case dict():
             ordered = sorted(value, key=lambda name: name.encode("utf-8"))
             return f"m{len(value)}:".encode() + b"".join(
-                by_the_page(name) + by_the_page(value[name]) for name in ordered
+                encode_by_the_page(name) + encode_by_the_page(value[name]) for name in ordered
             )
-    raise AssertionError(f"the page says nothing of {type(value)}")
+    raise AssertionError(f"the page does not describe {type(value)}")
 
 
-def example_of(space: dict[str, Any], policy: dict[str, str], normalized: str) -> dict[str, str]:
-    """Return everything that the page derives, as a worked example shows it."""
-    form = by_the_page({name: value for name, value in space.items() if value is not None})
+def derive_by_the_page(space: dict[str, Any], policy: dict[str, str], normalized: str) -> dict[str, str]:
+    """Return everything that a worked example of the page shows, derived by the rule of the page."""
+    form = encode_by_the_page({name: value for name, value in space.items() if value is not None})
     fingerprint = hashlib.sha256(b"embedonce/space/1" + form).digest()
     secret = policy["secret"].encode() if "secret" in policy else None
     secret_id = None if secret is None else hmac.new(b"embedonce/secret-id/1", secret, "sha256").digest()[:16]
@@ -92,7 +92,7 @@ def example_of(space: dict[str, Any], policy: dict[str, str], normalized: str) -
         "secret": secret_id,
         "space": fingerprint,
     }
-    scope = hashlib.sha256(b"embedonce/scope/1" + by_the_page(parts)).hexdigest()[:16]
+    scope = hashlib.sha256(b"embedonce/scope/1" + encode_by_the_page(parts)).hexdigest()[:16]
     data = b"embedonce/text/1" + fingerprint + normalized.encode("utf-8")
     if policy.get("hash", "sha256") == "blake2b":
         digest = hashlib.blake2b(data, digest_size=32, key=secret or b"").hexdigest()
@@ -108,8 +108,8 @@ def example_of(space: dict[str, Any], policy: dict[str, str], normalized: str) -
     }
 
 
-def as_computed(space: dict[str, Any], policy: dict[str, Any], text: str) -> dict[str, str]:
-    """Return the same from keys.py."""
+def compute_with_keyer(space: dict[str, Any], policy: dict[str, Any], text: str) -> dict[str, str]:
+    """Return the same values, computed by keys.py."""
     described = VectorSpace(**space)
     keyer = Keyer(KeyPolicy(**policy), described)
     return {
@@ -120,24 +120,24 @@ def as_computed(space: dict[str, Any], policy: dict[str, Any], text: str) -> dic
     }
 
 
-def fenced(language: str) -> list[str]:
+def list_fences(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def test_the_pages_worked_examples_follow_from_the_page_alone() -> None:
-    (block,) = fenced("json")
+    (block,) = list_fences("json")
     examples = json.loads(block)
     assert len(examples) >= 8
     for shown in examples:
         given_ = [shown.pop(name) for name in ("space", "policy", "text")]
-        assert shown == example_of(*given_) == as_computed(*given_)
+        assert shown == derive_by_the_page(*given_) == compute_with_keyer(*given_)
 
 
 def test_the_pages_canonical_forms_follow_from_the_page_alone() -> None:
-    shown = re.findall(r"^canonical\((.+)\)  # -> (.+)$", "".join(fenced("python")), re.MULTILINE)
+    shown = re.findall(r"^canonical\((.+)\)  # -> (.+)$", "".join(list_fences("python")), re.MULTILINE)
     assert len(shown) >= 10
     for value, form in shown:
-        assert by_the_page(ast.literal_eval(value)) == ast.literal_eval(form)
+        assert encode_by_the_page(ast.literal_eval(value)) == ast.literal_eval(form)
 
 
 def test_the_page_names_every_step() -> None:
@@ -146,7 +146,7 @@ def test_the_page_names_every_step() -> None:
 
 # --- values for hypothesis --------------------------------------------------------------------
 
-# Few and short, so that they collide if anything can; digits and tags, so that they look like the encoding itself.
+# Short strings of few characters, so that collisions are likely. Digits and tags make them look like the encoding.
 strings = st.text(st.sampled_from("01:sn\x00é\U0001f375"), max_size=4)
 scalars = st.one_of(
     st.none(),
@@ -172,14 +172,14 @@ some_policies = st.builds(
 )
 
 
-def same(a: Any, b: Any) -> bool:
-    """Tell whether two values are the same for the canonical form: by type as well; -0.0 is 0.0."""
+def is_same(a: Any, b: Any) -> bool:
+    """Return whether two values have one canonical form: equal and of one type, where -0.0 equals 0.0."""
     if type(a) is not type(b):
         return False
     if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(is_same, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+        return a.keys() == b.keys() and all(is_same(a[name], b[name]) for name in a)
     return bool(a == b)
 
 
@@ -188,16 +188,16 @@ def same(a: Any, b: Any) -> bool:
 
 @given(values)
 def test_canonical_is_what_the_page_says(value: Any) -> None:
-    assert canonical(value) == by_the_page(value)
+    assert canonical(value) == encode_by_the_page(value)
 
 
 @given(values, values)
 def test_canonical_is_injective(a: Any, b: Any) -> None:
-    assert (canonical(a) == canonical(b)) == same(a, b)
+    assert (canonical(a) == canonical(b)) == is_same(a, b)
 
 
-def _read(form: bytes, at: int = 0) -> tuple[Any, int]:
-    """Read a value back: if that can be done, no two values have the same form."""
+def _decode(form: bytes, at: int = 0) -> tuple[Any, int]:
+    """Decode a value. If every form can be decoded, no two values share a form."""
     tag = form[at : at + 1]
     if tag in b"ntf":
         return {b"n": None, b"t": True, b"f": False}[tag], at + 1
@@ -212,7 +212,7 @@ def _read(form: bytes, at: int = 0) -> tuple[Any, int]:
         return decoded, at + size
     items = []
     for _ in range(size * (2 if tag == b"m" else 1)):
-        item, at = _read(form, at)
+        item, at = _decode(form, at)
         items.append(item)
     return (items if tag == b"l" else dict(zip(items[::2], items[1::2], strict=True))), at
 
@@ -220,9 +220,9 @@ def _read(form: bytes, at: int = 0) -> tuple[Any, int]:
 @given(values)
 def test_canonical_can_be_read_back(value: Any) -> None:
     form = canonical(value)
-    read, end = _read(form)
+    read, end = _decode(form)
     assert end == len(form)
-    assert same(read, value)
+    assert is_same(read, value)
 
 
 def test_every_type_has_a_form_of_its_own() -> None:
@@ -252,12 +252,12 @@ def test_every_type_has_a_form_of_its_own() -> None:
         (["a\x00"], ["a"]),
     ],
 )
-def test_nothing_moves_across_a_boundary(a: Any, b: Any) -> None:
+def test_values_that_differ_only_in_their_boundaries_have_different_forms(a: Any, b: Any) -> None:
     assert canonical(a) != canonical(b)
 
 
 @given(st.dictionaries(strings, scalars, max_size=5), st.randoms(use_true_random=False))
-def test_the_order_of_a_mapping_does_not_count(value: dict[str, Any], random: Any) -> None:
+def test_the_order_of_a_mapping_does_not_matter(value: dict[str, Any], random: Any) -> None:
     items = list(value.items())
     random.shuffle(items)
     assert canonical(dict(items)) == canonical(value)
@@ -269,7 +269,7 @@ def test_mappings_are_in_the_order_of_utf_8_not_of_utf_16() -> None:
     assert form.index("\uff5e".encode()) < form.index("\U0001f375".encode())
 
 
-def test_what_python_holds_a_value_in_does_not_count() -> None:
+def test_the_python_class_of_a_value_does_not_matter() -> None:
     class Number(IntEnum):
         one = 1
 
@@ -305,7 +305,7 @@ def test_what_python_holds_a_value_in_does_not_count() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_has_no_one_form_is_refused(value: Any) -> None:
+def test_values_without_a_canonical_form_are_refused(value: Any) -> None:
     with pytest.raises(SpaceError):
         canonical(value)
 
@@ -314,7 +314,7 @@ def test_what_has_no_one_form_is_refused(value: Any) -> None:
 
 
 def other_values(name: str) -> list[Any]:
-    """Return values for a field of VectorSpace, all different and none its default, by the field's annotation."""
+    """Return different values for a field of VectorSpace, none of them its default, by the field's annotation."""
     (annotation,) = [str(field.type) for field in fields(VectorSpace) if field.name == name]
     if "bool" in annotation:
         return [True, False]
@@ -324,7 +324,7 @@ def other_values(name: str) -> list[Any]:
         return [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"]]
     if "int" in annotation:
         return [0, 1, 384] + (["1"] if "str" in annotation else [])
-    assert "str" in annotation, f"say here what values the new field {name} takes"
+    assert "str" in annotation, f"add values for the new field {name} here"
     return ["a", "b", "a ", "A"] + ([] if name in ("provider", "model") else [""])
 
 
@@ -339,7 +339,7 @@ def test_every_field_of_the_space_changes_fingerprint_scope_and_key(name: str) -
 
 def test_no_value_moves_from_one_field_to_another() -> None:
     optional = [field.name for field in fields(VectorSpace) if field.name not in ("provider", "model")]
-    # Whatever a field is meant to hold: if one took another's place, the same value would give the same bytes.
+    # Use one value for all fields, whatever their types: two fields that were confused would give the same bytes.
     spaces = [VectorSpace(**{"provider": "p", "model": "m", name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="p", model="m", extra={name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="px", model="m"), VectorSpace(provider="p", model="mx"), SPACE]
@@ -351,11 +351,11 @@ def test_a_field_that_is_not_set_is_not_in_the_fingerprint() -> None:
     assert SPACE.described() == {"provider": "p", "model": "m"}
     assert (
         SPACE.fingerprint()
-        == hashlib.sha256(b"embedonce/space/1" + by_the_page({"provider": "p", "model": "m"})).digest()
+        == hashlib.sha256(b"embedonce/space/1" + encode_by_the_page({"provider": "p", "model": "m"})).digest()
     )
 
 
-def test_how_the_space_was_written_does_not_count() -> None:
+def test_how_the_space_was_written_does_not_matter() -> None:
     one = VectorSpace.of({"model": "m", "adapters": ("a", "b"), "extra": {"x": 1, "y": 2}, "provider": "p"})
     two = VectorSpace.of({"provider": "p", "y": 2, "x": 1, "adapters": ["a", "b"], "model": "m"})
     three = VectorSpace(provider="p", model="m", adapters=["a", "b"], extra=MappingProxyType({"y": 2, "x": 1}))
@@ -369,9 +369,9 @@ def test_a_space_that_names_no_model_is_refused(value: Any) -> None:
 
 
 @given(st.dictionaries(strings, values, max_size=3), st.dictionaries(strings, values, max_size=3))
-def test_fields_beyond_the_named_ones_count_by_name_and_value(a: dict[str, Any], b: dict[str, Any]) -> None:
+def test_extra_fields_matter_by_name_and_value(a: dict[str, Any], b: dict[str, Any]) -> None:
     one, two = (VectorSpace(provider="p", model="m", extra=extra).fingerprint() for extra in (a, b))
-    assert (one == two) == same(a, b)
+    assert (one == two) == is_same(a, b)
 
 
 # --- keys -------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_fields_beyond_the_named_ones_count_by_name_and_value(a: dict[str, Any],
 @given(texts, some_policies, st.dictionaries(strings, scalars, max_size=2))
 def test_a_key_is_what_the_page_says(text: str, policy: dict[str, Any], extra: dict[str, Any]) -> None:
     space = {"provider": "p", "model": "m", "extra": extra}
-    assert as_computed(space, policy, text) == example_of(space, policy, text)
+    assert compute_with_keyer(space, policy, text) == derive_by_the_page(space, policy, text)
 
 
 @given(texts, texts)
@@ -455,7 +455,7 @@ def test_a_secret_may_be_text_or_its_bytes() -> None:
     assert key_of(policy=KeyPolicy(secret="sé")) == key_of(policy=KeyPolicy(secret="sé".encode()))
 
 
-def test_a_secret_shows_nowhere() -> None:
+def test_a_secret_is_never_shown() -> None:
     secret = "a very secret secret"
     policy = KeyPolicy(secret=secret)
     shown = repr(policy) + str(policy) + str(card(policy, SPACE)) + key_of(policy=policy) + repr(Keyer(policy, SPACE))
@@ -468,7 +468,7 @@ def test_a_secret_shows_nowhere() -> None:
     assert secret not in f"{caught.value!r} {caught.value.__context__!r} {caught.value.__cause__!r}"
 
 
-def test_normalisation_is_not_in_the_key_but_in_the_text() -> None:
+def test_normalisation_changes_the_text_but_not_the_scope() -> None:
     assert key_of("  x ", policy=KeyPolicy(normalize=["strip"])) == key_of("x") != key_of("  x ")
     assert KeyPolicy(normalize=["strip", "nfc"]).scope(SPACE) == POLICY.scope(SPACE)
 
@@ -504,7 +504,7 @@ def test_any_text_has_a_key_of_the_same_shape(text: str, policy: KeyPolicy) -> N
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff", "ok \udc80", "\udc00\ud800"])
 @pytest.mark.parametrize("steps", [[], ["nfc", "strip"], ["nfkc", "casefold", "newlines", "collapse-whitespace"]])
-def test_a_lone_surrogate_is_refused_without_telling_the_text(text: str, steps: list[str]) -> None:
+def test_a_lone_surrogate_is_refused_without_showing_the_text(text: str, steps: list[str]) -> None:
     with pytest.raises(TextError, match="lone surrogate") as caught:
         key_of("my private words " + text, policy=KeyPolicy(normalize=steps))
     assert "private" not in f"{caught.value!r}"
@@ -545,14 +545,14 @@ def test_the_card_names_the_scope_and_holds_no_text() -> None:
     ],
     ids=str,
 )
-def test_a_policy_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
+def test_an_invalid_policy_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         KeyPolicy(**options)
 
 
 # --- normalisation ----------------------------------------------------------------------------
 
-# What the steps do something to, and what they do it to in each other's way.
+# Characters that the steps change, some of which several steps change in different ways.
 awkward = st.text(
     st.sampled_from(
         " \t\r\n\x0b\x1c\x85\xa0\u2028\u3000\u200b\ufeff\xa8ßİıſΣςK\u0130\u01f0\u0345\u1fb3ﬁ①Ａé\u0301e\u030cjJ"
@@ -563,7 +563,7 @@ awkward = st.text(
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
-def test_every_step_changes_nothing_the_second_time(name: str) -> None:
+def test_every_step_is_idempotent(name: str) -> None:
     step = NORMALIZERS[name]
 
     @given(awkward)
@@ -575,7 +575,7 @@ def test_every_step_changes_nothing_the_second_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
-def test_every_step_changes_no_character_the_second_time(name: str) -> None:
+def test_every_step_is_idempotent_for_every_character(name: str) -> None:
     step = NORMALIZERS[name]
     for number in range(sys.maxunicode + 1):
         once = step(chr(number))
@@ -599,7 +599,7 @@ def test_what_each_step_does(name: str, text: str, normalized: str) -> None:
     assert NORMALIZERS[name](text) == normalized
 
 
-def after(steps: Sequence[str], text: str) -> str:
+def normalize_with(steps: Sequence[str], text: str) -> str:
     return Keyer(POLICY, SPACE, [NORMALIZERS[name] for name in steps]).normalize(text)
 
 
@@ -612,35 +612,32 @@ def after(steps: Sequence[str], text: str) -> str:
         ("nfkc", "collapse-whitespace", "\xa8x"),
     ],
 )
-def test_the_order_of_steps_counts(first: str, second: str, text: str) -> None:
-    assert after([first, second], text) != after([second, first], text)
+def test_the_order_of_steps_matters(first: str, second: str, text: str) -> None:
+    assert normalize_with([first, second], text) != normalize_with([second, first], text)
     assert key_of(text, policy=KeyPolicy(normalize=[first, second])) != key_of(
         text, policy=KeyPolicy(normalize=[second, first])
     )
 
 
 def test_casefold_after_nfc_leaves_text_that_is_not_nfc() -> None:
-    assert not unicodedata.is_normalized("NFC", after(["nfc", "casefold"], "\u01f0"))
+    assert not unicodedata.is_normalized("NFC", normalize_with(["nfc", "casefold"], "\u01f0"))
 
 
 @given(awkward)
-def test_the_lists_that_the_page_advises_change_nothing_the_second_time(text: str) -> None:
+def test_the_lists_that_the_page_recommends_are_idempotent(text: str) -> None:
     for steps in (["nfc", "newlines", "strip"], ["nfc", "casefold", "nfc"]):
-        once = after(steps, text)
-        assert after(steps, once) == once
+        once = normalize_with(steps, text)
+        assert normalize_with(steps, once) == once
         assert unicodedata.is_normalized("NFC", once)
 
 
 @given(awkward)
-def test_steps_whose_order_does_not_count(text: str) -> None:
-    assert len({after(order, text) for order in permutations(["newlines", "strip", "nfc"])}) == 1
-    collapsed = after(["collapse-whitespace"], text)
-    assert after(["strip", "collapse-whitespace"], text) == collapsed == after(["collapse-whitespace", "strip"], text)
-    assert (
-        after(["newlines", "collapse-whitespace"], text)
-        == collapsed
-        == after(["collapse-whitespace", "newlines"], text)
-    )
+def test_steps_whose_order_does_not_matter(text: str) -> None:
+    assert len({normalize_with(order, text) for order in permutations(["newlines", "strip", "nfc"])}) == 1
+    collapsed = normalize_with(["collapse-whitespace"], text)
+    for other in ("strip", "newlines"):
+        assert normalize_with([other, "collapse-whitespace"], text) == collapsed
+        assert normalize_with(["collapse-whitespace", other], text) == collapsed
 
 
 # --- golden keys, other processes, other Pythons ----------------------------------------------
@@ -654,15 +651,15 @@ def golden_space(golden: Mapping[str, Any]) -> dict[str, Any]:
 def test_golden_keys_never_change(golden: dict[str, Any]) -> None:
     expected = {name: golden[name] for name in ("canonical", "fingerprint", "scope", "key")}
     policy = {name: value for name, value in golden["policy"].items() if name != "normalize"}
-    text = after(golden["policy"].get("normalize", []), golden["text"])
+    text = normalize_with(golden["policy"].get("normalize", []), golden["text"])
     assert text == golden["normalized"]
-    assert as_computed(golden_space(golden), policy, text) == expected
-    assert example_of(golden_space(golden), policy, text) == expected
+    assert compute_with_keyer(golden_space(golden), policy, text) == expected
+    assert derive_by_the_page(golden_space(golden), policy, text) == expected
 
 
 ELSEWHERE = """
 import importlib, json, sys, types
-package = types.ModuleType("embedonce")  # keys.py needs nothing but errors.py: no numpy, no package
+package = types.ModuleType("embedonce")  # keys.py imports only errors.py, so it needs no numpy and no package
 package.__path__ = [sys.argv[1] + "/embedonce"]
 sys.modules["embedonce"] = package
 keys = importlib.import_module("embedonce.keys")
@@ -675,8 +672,8 @@ json.dump(found, sys.stdout)
 """
 
 
-def keys_elsewhere(python: str, **environment: str) -> list[str]:
-    """Return the golden texts' keys as another interpreter makes them, from keys.py by its path."""
+def compute_keys_elsewhere(python: str, **environment: str) -> list[str]:
+    """Return the keys of the golden texts, computed by another interpreter that loads keys.py from its path."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [python, "-c", ELSEWHERE, str(CORE), str(HERE / "golden" / "keys.json")],
@@ -696,7 +693,7 @@ def keys_elsewhere(python: str, **environment: str) -> list[str]:
     ids=str,
 )
 def test_keys_are_the_same_in_every_process(environment: dict[str, str]) -> None:
-    assert keys_elsewhere(sys.executable, **environment) == [golden["key"] for golden in GOLDEN]
+    assert compute_keys_elsewhere(sys.executable, **environment) == [golden["key"] for golden in GOLDEN]
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
@@ -704,11 +701,11 @@ def test_keys_are_the_same_in_every_python(version: str) -> None:
     python = shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"there is no python{version} on the PATH")
-    # A version manager's stand-in is on the PATH although the version behind it is not.
+    # A version manager may put a stub on the PATH although the version is not installed.
     tried = subprocess.run([python, "-c", "pass"], capture_output=True, text=True, timeout=100, check=False)
     if tried.returncode != 0:
         pytest.skip(f"python{version} does not start: {tried.stderr.strip().partition(chr(10))[0]}")
-    assert keys_elsewhere(python) == [golden["key"] for golden in GOLDEN]
+    assert compute_keys_elsewhere(python) == [golden["key"] for golden in GOLDEN]
 
 
 @pytest.mark.parametrize(
@@ -724,6 +721,6 @@ def test_canonical_urls(url: str, canonical: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://host/v1?key=1", "http://host#x", "ftp://host", "http://"])
-def test_what_is_no_url_of_an_endpoint(url: str) -> None:
+def test_invalid_endpoint_urls(url: str) -> None:
     with pytest.raises(ValueError, match="URL"):
         canonical_url(url)

@@ -1,4 +1,4 @@
-"""Sizes and durations, options out of signatures, and values that need no pydantic."""
+"""Sizes and durations, options read from signatures, and values checked without pydantic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from embedonce._plugins.options import Option, Refused, options_of, read_text
-from embedonce._plugins.plain_values import UNSURE, simply
+from embedonce._plugins.plain_values import UNSURE, convert_plain_value
 from embedonce.errors import PluginError
 from embedonce.options import BadValue, Doc, Duration, Size, parse_duration, parse_size
 
@@ -53,7 +53,7 @@ def test_sizes(written: object, size: int) -> None:
         *("\u0661 kB", -1, 2**63, 1.0, True, None, [1], b"1"),
     ],
 )
-def test_what_is_no_size(written: object) -> None:
+def test_invalid_sizes(written: object) -> None:
     with pytest.raises(BadValue):
         parse_size(written)
 
@@ -86,7 +86,7 @@ def test_durations(written: object, seconds: float) -> None:
         *(-1, -0.001, math.nan, math.inf, 1e300, True, None, [1]),
     ],
 )
-def test_what_is_no_duration(written: object) -> None:
+def test_invalid_durations(written: object) -> None:
     with pytest.raises(BadValue):
         parse_duration(written)
 
@@ -95,11 +95,11 @@ def test_what_is_no_duration(written: object) -> None:
 def test_units_are_read_or_refused(written: object) -> None:
     for parse in (parse_size, parse_duration):
         try:
-            read = parse(written)
+            parsed = parse(written)
         except BadValue:
             continue
-        assert math.isfinite(read)
-        assert read >= 0
+        assert math.isfinite(parsed)
+        assert parsed >= 0
 
 
 @given(st.integers(min_value=0, max_value=2**63 - 1))
@@ -146,7 +146,7 @@ def test_a_class_that_needs_a_positional_argument_is_refused() -> None:
         options_of(Positional)
 
 
-def test_types_that_are_not_there_at_run_time_are_refused_by_name() -> None:
+def test_the_error_names_a_type_that_is_missing_at_run_time() -> None:
     class Hidden:
         def __init__(self, *, client: NotImported | None = None) -> None: ...  # type: ignore[name-defined] # noqa: F821
 
@@ -155,7 +155,7 @@ def test_types_that_are_not_there_at_run_time_are_refused_by_name() -> None:
 
 
 class Client:
-    """Nothing that TOML could write."""
+    """A type that TOML has no values of."""
 
 
 def test_an_option_that_only_python_can_give() -> None:
@@ -180,7 +180,7 @@ STRICT: Sequence[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("hint", "value"), STRICT)
-def test_nothing_is_taken_for_something_else(hint: Any, value: Any) -> None:
+def test_values_are_not_converted_between_types(hint: Any, value: Any) -> None:
     with pytest.raises(Refused):
         Option("option", hint).check(value)
 
@@ -208,7 +208,7 @@ def test_nothing_is_taken_for_something_else(hint: Any, value: Any) -> None:
         (Sequence[str], "[" * 5000, ["[" * 5000]),
     ],
 )
-def test_text_of_a_variable_is_read_as_its_option_wants_it(hint: Any, text: str, value: Any) -> None:
+def test_the_text_of_a_variable_is_read_by_the_type_of_its_option(hint: Any, text: str, value: Any) -> None:
     assert read_text(Option("option", hint), text) == value
 
 
@@ -261,16 +261,16 @@ plain = st.recursive(
 
 
 @given(st.sampled_from(HINTS), plain)
-def test_what_is_plainly_right_is_what_pydantic_says(hint: Any, value: Any) -> None:
-    read = simply(hint, value)
-    if read is UNSURE:
+def test_pydantic_agrees_with_the_plain_check(hint: Any, value: Any) -> None:
+    converted = convert_plain_value(hint, value)
+    if converted is UNSURE:
         return
     try:
         validated = TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        pytest.fail(f"{value!r} was taken for {hint}, which pydantic refuses: {error}")
-    assert read == validated
-    assert type(read) is type(validated)
+        pytest.fail(f"the plain check accepts {value!r} as {hint}, but pydantic refuses it: {error}")
+    assert converted == validated
+    assert type(converted) is type(validated)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_what_is_plainly_right_is_what_pydantic_says(hint: Any, value: Any) -> N
     ],
 )
 def test_common_options_need_no_pydantic(hint: Any, value: Any) -> None:
-    assert simply(hint, value) is not UNSURE
+    assert convert_plain_value(hint, value) is not UNSURE
 
 
 def test_a_plain_configuration_is_read_without_pydantic() -> None:

@@ -1,4 +1,4 @@
-"""Plugins are found by name, loaded alone, and named when something is wrong with them."""
+"""Plugins: finding them by name, loading one at a time, and naming them in errors."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the stranger's plugin."""
+    """A folder into which pip has installed the third-party plugin."""
     site = tmp_path_factory.mktemp("site")
     source = tmp_path_factory.mktemp("source")
-    for file in STRANGER.rglob("*"):  # pip may build in place: leave the tree as it is
+    for file in STRANGER.rglob("*"):  # copy the sources, because pip may build in place
         if file.is_file() and "__pycache__" not in file.parts:
             target = source / file.relative_to(STRANGER)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +71,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
-def said(name: str) -> str:
+def error_of(name: str) -> str:
+    """Return the error of loading a backend."""
     with pytest.raises(PluginError) as caught:
         plugins.backend(name)
     return str(caught.value)
 
 
-# --- our own ----------------------------------------------------------------------------------
+# --- builtin plugins --------------------------------------------------------------------------
 
 
-def test_our_own_are_found_like_any_other() -> None:
+def test_builtin_plugins_are_found_like_any_other() -> None:
     assert {"memory", "disk", "ngram"} <= set(plugins.names())
     assert plugins.backend("memory").__name__ == "MemoryBackend"
     assert plugins.provider("ngram").__name__ == "NgramProvider"
@@ -104,30 +105,32 @@ def test_only_the_plugin_that_is_asked_for_is_imported() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_a_slip_is_met_with_what_is_installed() -> None:
+def test_a_misspelled_name_gets_a_suggestion_and_the_installed_names() -> None:
     listed = ", ".join(plugins.names())
-    assert said("memroy") == f'no plugin "memroy" is installed; did you mean "memory"? Installed: {listed}'
-    assert "pip install" in said("zzzzzz")
+    assert error_of("memroy") == f'no plugin "memroy" is installed; did you mean "memory"? Installed: {listed}'
+    assert "pip install" in error_of("zzzzzz")
 
 
-def test_a_provider_is_no_backend() -> None:
-    assert said("ngram").startswith('"ngram" is no backend: the plugin of embedonce')
-    assert said("ngram").endswith('brings provider "ngram"')
+def test_a_provider_is_not_a_backend() -> None:
+    assert error_of("ngram").startswith('"ngram" is not a backend; embedonce ')
+    assert error_of("ngram").endswith(' provides provider "ngram"')
 
 
 def test_own_steps_need_no_plugin() -> None:
     assert plugins.normalizer("strip")(" x ") == "x"
-    with pytest.raises(PluginError, match=r'no normalisation step "stripp"; did you mean "strip"\? embedonce has nfc,'):
+    with pytest.raises(
+        PluginError, match=r'no normalisation step "stripp"; did you mean "strip"\? embedonce provides nfc,'
+    ):
         plugins.normalizer("stripp")
 
 
-def test_each_hook_is_one_sentence() -> None:
+def test_the_docstring_of_each_hook_is_one_line() -> None:
     assert {hook.__name__ for hook in hookspecs.HOOKS} == {*plugins.HOOKS.values(), "embedonce_event"}
     for hook in hookspecs.HOOKS:
         assert len(inspect.getdoc(hook).splitlines()) == 1  # type: ignore[union-attr]
 
 
-# --- a stranger's -----------------------------------------------------------------------------
+# --- third-party plugins ----------------------------------------------------------------------
 
 
 def test_a_strangers_plugin_works_like_ours(with_stranger: Path, tmp_path: Path) -> None:
@@ -185,31 +188,32 @@ def test_the_strangers_backend_is_short() -> None:
     assert len([line for line in body.splitlines() if line.strip()]) < 30
 
 
-# --- broken ones ------------------------------------------------------------------------------
+# --- broken plugins ---------------------------------------------------------------------------
 
 
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(install: Install) -> None:
+def test_a_missing_package_is_named_with_the_extra_that_provides_it(install: Install) -> None:
     metadata = 'Provides-Extra: fast\nRequires-Dist: no-such.codec>=2; python_version > "3" and extra == "fast"\n'
     name = install("import no_such_codec.inner", metadata=metadata)
-    assert said(name).endswith("needs no_such_codec, which is not installed: pip install 'acme[fast]'")
+    assert error_of(name).endswith("needs no_such_codec, which is not installed: pip install 'acme[fast]'")
 
 
-def test_a_missing_package_that_no_extra_brings(install: Install) -> None:
+def test_a_missing_package_that_no_extra_provides(install: Install) -> None:
     name = install("import no_such_codec")
-    assert said(name).endswith("needs the module no_such_codec, which is not installed")
+    assert error_of(name).endswith("needs the module no_such_codec, which is not installed")
 
 
-def test_a_module_that_is_not_there(install: Install, tmp_path: Path) -> None:
+def test_a_missing_module(install: Install, tmp_path: Path) -> None:
     name = install("")
     for file in tmp_path.rglob("acme_module_*.py"):
         file.unlink()
-    assert "although it says so; install it again: pip install --force-reinstall acme" in said(name)
+    message = error_of(name)
+    assert message.endswith("but has no such module; reinstall it: pip install --force-reinstall acme")
 
 
 @pytest.mark.parametrize("code", ["raise RuntimeError('boom')", "import sys; sys.exit('boom')", "x ="])
 def test_an_error_while_importing(install: Install, code: str) -> None:
     name = install(code)
-    message = said(name)
+    message = error_of(name)
     assert message.startswith(f'plugin "{name}" of acme 1.')
     assert "cannot be imported: " in message
     assert "boom" in message or "SyntaxError" in message
@@ -228,29 +232,29 @@ BACKEND = """
     ("body", "wanted"),
     [
         ("1 / 0", "failed in its hook embedonce_backends: ZeroDivisionError: division by zero"),
-        ("[Backend]", "must return classes by name from its hook embedonce_backends"),
-        ("{'x': Backend()}", "must return classes by name from its hook embedonce_backends"),
-        ("{}", "brings nothing"),
-        ("{'another': Backend}", 'brings backend "another"'),
+        ("[Backend]", ": its hook embedonce_backends must return a dict from names to classes"),
+        ("{'x': Backend()}", ": its hook embedonce_backends must return a dict from names to classes"),
+        ("{}", "is not a backend; acme 1."),
+        ("{'another': Backend}", 'provides backend "another"'),
     ],
 )
-def test_a_hook_that_gives_the_wrong_thing(install: Install, body: str, wanted: str) -> None:
-    assert wanted in said(install(BACKEND.replace("{BODY}", body)))
+def test_a_hook_that_returns_the_wrong_thing(install: Install, body: str, wanted: str) -> None:
+    assert wanted in error_of(install(BACKEND.replace("{BODY}", body)))
 
 
 def test_a_hook_that_does_not_exist(install: Install) -> None:
     name = install("import embedonce\n@embedonce.hookimpl\ndef embedonce_backend(): return {}")
-    assert said(name).endswith("there is no hook embedonce_backend; did you mean embedonce_backends?")
+    assert error_of(name).endswith("there is no hook embedonce_backend; did you mean embedonce_backends?")
 
 
-def test_a_hook_with_an_argument_that_it_does_not_get(install: Install) -> None:
+def test_a_hook_with_an_unknown_argument(install: Install) -> None:
     name = install("import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(config): return {}")
-    assert "Argument(s) {'config'} are declared in the hookimpl" in said(name)
+    assert "Argument(s) {'config'} are declared in the hookimpl" in error_of(name)
 
 
 @pytest.mark.parametrize("body", ["exit(0)", "raise ValueError('redis://user:hunter2@host/0 is away')"])
-def test_a_hook_that_ends_the_program_or_tells_a_password(install: Install, body: str) -> None:
-    message = said(install(f"import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): {body}"))
+def test_a_hook_that_exits_the_program_or_reveals_a_password(install: Install, body: str) -> None:
+    message = error_of(install(f"import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): {body}"))
     assert "failed in its hook embedonce_backends" in message
     assert "hunter2" not in message
 
@@ -258,69 +262,69 @@ def test_a_hook_that_ends_the_program_or_tells_a_password(install: Install, body
 @pytest.mark.parametrize(
     ("body", "wanted"),
     [
-        ("{}", "it brings nothing"),
-        ("{'another': Backend}", 'it brings backend "another", and nothing that is named as its entry point'),
+        ("{}", "it provides nothing"),
+        ("{'another': Backend}", 'it provides backend "another", but nothing named "one" like its entry point'),
         ("{'NAME': Backend, 'more': Backend}", 'backend "more" cannot be used: add an entry point more = "acme_'),
     ],
 )
-def test_what_no_configuration_can_name_is_a_problem(install: Install, body: str, wanted: str) -> None:
+def test_a_registered_name_without_an_entry_point_is_a_problem(install: Install, body: str, wanted: str) -> None:
     name = install(BACKEND.replace("{BODY}", body).replace("NAME", "one"), name="one")
     (found,) = [one for one in plugins.installed() if one.name == name]
     assert found.broken
     assert wanted in str(found.error)
 
 
-def test_an_entry_point_without_a_name_stops_nothing(install: Install) -> None:
+def test_an_entry_point_without_a_name_breaks_nothing(install: Install) -> None:
     install(BACKEND.replace("{BODY}", "{}"), name="")
     assert "memory" in [one.name for one in plugins.installed()]
 
 
-def test_a_constructor_that_ends_the_program_is_a_problem_at_its_table(install: Install) -> None:
+def test_a_constructor_that_exits_the_program_is_a_problem_at_its_table(install: Install) -> None:
     methods = "def get_many(self, keys): ...\n        def set_many(self, items, ttl): ...\n        def close(self): ..."
     code = BACKEND.replace(
         "class Backend: ...", f"class Backend:\n        def __init__(self): exit(3)\n        {methods}"
     )
     name = install(code.replace("{BODY}", "{'ends': Backend}"), name="ends")
-    with pytest.raises(ConfigError, match="cannot be made: SystemExit: 3"):
+    with pytest.raises(ConfigError, match="cannot be created: SystemExit: 3"):
         embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": name}]})
 
 
 @pytest.mark.parametrize(
     "table", [{"type": "redis://user:hunter2@host"}, {"type": "memory", "name": "redis://u:hunter2@h"}]
 )
-def test_a_url_where_a_name_belongs_keeps_its_password(table: dict[str, str]) -> None:
+def test_a_url_given_as_a_name_does_not_reveal_its_password(table: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
         embedonce.open({"provider": {"type": "ngram"}, "tiers": [table]})
     assert "hunter2" not in str(caught.value)
 
 
-def test_our_own_is_named_when_it_is_disabled_beside_another_of_its_name(
+def test_the_error_names_a_disabled_builtin_plugin_even_if_another_has_its_name(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(BACKEND.replace("{BODY}", "{'memory': Backend}"), name="memory")
     monkeypatch.setenv("EMBEDONCE_DISABLE_PLUGINS", "memory")
-    assert said("memory").startswith('plugin "memory" of embedonce ')
+    assert error_of("memory").startswith('plugin "memory" of embedonce ')
 
 
 def test_a_module_without_hooks(install: Install) -> None:
-    assert "it has no hooks; mark functions named embedonce_backends, embedonce_providers" in said(install("x = 1"))
+    assert "it has no hooks; mark functions named embedonce_backends, embedonce_providers" in error_of(install("x = 1"))
 
 
 @pytest.mark.parametrize(
     ("api", "upgrade"), [("2", "pip install --upgrade embedonce"), ("0", "pip install --upgrade acme")]
 )
 def test_a_plugin_for_another_contract(install: Install, api: str, upgrade: str) -> None:
-    message = said(install(f"api = {api}"))
-    assert f"is written for version {api} of the plugin contract, and this embedonce has version 1" in message
+    message = error_of(install(f"api = {api}"))
+    assert f"is written for version {api} of the plugin contract, but this embedonce supports version 1" in message
     assert message.endswith(upgrade)
 
 
-def test_what_is_broken_and_what_is_only_not_installed(with_stranger: Path, install: Install) -> None:
+def test_a_plugin_that_only_needs_an_extra_is_not_broken(with_stranger: Path, install: Install) -> None:
     broken, older = install("raise RuntimeError()", distribution="acme_a"), install("api = 0", distribution="acme_b")
     found = {plugin.name: plugin for plugin in plugins.installed()}
     assert found[broken].broken
     assert found[older].broken
-    assert not found["compressed"].broken, "it lacks an extra"
+    assert not found["compressed"].broken, "it only needs an extra"
     assert not found["folder"].broken
 
 
@@ -329,8 +333,8 @@ def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.M
     code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
     install(code, name=name, distribution="acme-one")
     install(code, name=name, distribution="acme_two")
-    message = said(name)
-    assert f'2 distributions bring a plugin "{name}": ' in message
+    message = error_of(name)
+    assert f'2 distributions provide a plugin "{name}": ' in message
     assert "acme-one 1." in message
     assert "acme_two 1." in message
     assert len([plugin for plugin in plugins.installed() if plugin.name == name and plugin.error]) == 2
@@ -338,12 +342,12 @@ def test_two_distributions_with_one_name(install: Install, monkeypatch: pytest.M
     assert plugins.backend(name).__name__ == "Backend"
 
 
-def test_the_distribution_says_which_of_two_is_meant(install: Install) -> None:
+def test_the_distribution_chooses_between_two_plugins_with_one_name(install: Install) -> None:
     name = f"twice-{next(_numbers)}"
     code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}")
     install(code.replace("class Backend: ...", "class Backend: which = 1"), name=name, distribution="acme-one")
     install(code.replace("class Backend: ...", "class Backend: which = 2"), name=name, distribution="acme_two")
-    assert said(name).endswith(f'say which one is meant: "acme_two:{name}" or "acme-one:{name}"')
+    assert error_of(name).endswith(f'choose one by writing "acme_two:{name}" or "acme-one:{name}"')
     assert [plugins.backend(f"{other}:{name}").which for other in ("ACME-one", "acme.two")] == [1, 2]
     found = {plugin.type for plugin in plugins.installed() if plugin.name == name}
     assert found == {f"acme-one:{name}", f"acme_two:{name}"} <= set(plugins.names())
@@ -360,7 +364,7 @@ STEP = """
 """
 
 
-def test_a_name_of_ours_means_ours_and_a_strangers_of_that_name_is_chosen_by_its_distribution(
+def test_a_builtin_name_means_the_builtin_plugin_unless_a_distribution_is_given(
     install: Install, tmp_path: Path
 ) -> None:
     install(
@@ -390,7 +394,7 @@ def test_a_tier_is_named_without_the_distribution(install: Install) -> None:
     assert loaded.tiers[0].name == "memory"
 
 
-def test_of_two_steps_with_one_name_the_distribution_chooses(install: Install) -> None:
+def test_the_distribution_chooses_between_two_steps_with_one_name(install: Install) -> None:
     name = f"step{next(_numbers)}"
     install(STEP.replace("NAME", name), name=name, distribution="acme-one")
     install(STEP.replace("NAME", name).replace("!", "?"), name=name, distribution="acme-two")
@@ -410,7 +414,7 @@ def test_what_is_not_allowed_is_not_loaded(install: Install) -> None:
         config.load(source)
     (problem,) = caught.value.problems
     assert 'is not allowed: add "acme-loud" to allow in [plugins]' in problem.message
-    with plugins.only([]):
+    with plugins.restrict_plugins([]):
         (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
         assert "is not allowed" in str(found.error)
         assert not found.broken
@@ -430,7 +434,7 @@ def test_what_is_allowed_by_name_or_distribution_is_loaded(install: Install, wri
         assert cache.embed("a").tolist() == cache.embed("a").tolist()
 
 
-def test_of_two_with_one_name_the_one_that_is_allowed_is_meant(install: Install) -> None:
+def test_the_allow_list_chooses_between_two_plugins_with_one_name(install: Install) -> None:
     name = f"step{next(_numbers)}"
     install(STEP.replace("NAME", name), name=name, distribution="acme-one")
     install(STEP.replace("NAME", name), name=name, distribution="acme-two")
@@ -439,7 +443,7 @@ def test_of_two_with_one_name_the_one_that_is_allowed_is_meant(install: Install)
         assert cache.embed("a").shape == (256,)
 
 
-def test_a_list_that_cannot_be_read_allows_nothing(install: Install) -> None:
+def test_an_invalid_allow_list_allows_nothing(install: Install) -> None:
     name = install("raise RuntimeError('loaded')")
     for allow in (name, [1], "${NOT_SET_ANYWHERE}"):
         source = {"plugins": {"allow": allow}, "provider": {"type": "ngram"}, "tiers": [{"type": name}]}
@@ -450,7 +454,7 @@ def test_a_list_that_cannot_be_read_allows_nothing(install: Install) -> None:
             config.allowed(source)
 
 
-def test_the_list_is_read_whatever_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allow_list_is_read_despite_other_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.allowed({"plugins": {"allow": ["acme"]}, "tiers": 3}) == ["acme"]
     assert config.allowed({"provider": {}}) is None
     monkeypatch.setenv("EMBEDONCE__PLUGINS__ALLOW", "one,two")
@@ -461,11 +465,11 @@ def test_a_disabled_plugin_is_not_loaded(install: Install, monkeypatch: pytest.M
     name = install("raise RuntimeError('loaded')")
     monkeypatch.setenv(plugins.DISABLE, name)
     assert name not in plugins.names()
-    assert said(name).endswith(f"is disabled by EMBEDONCE_DISABLE_PLUGINS={name}")
+    assert error_of(name).endswith(f"is disabled by EMBEDONCE_DISABLE_PLUGINS={name}")
     assert [plugin.kinds for plugin in plugins.installed() if plugin.name == name] == [()]
 
 
-def test_a_broken_plugin_stops_nothing_that_does_not_use_it(install: Install) -> None:
+def test_a_broken_plugin_breaks_nothing_that_does_not_use_it(install: Install) -> None:
     name = install("raise RuntimeError('boom')")
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) as cache:
         assert len(cache.embed_batch(["a", "b"])) == 2
@@ -477,14 +481,14 @@ def test_a_broken_plugin_stops_nothing_that_does_not_use_it(install: Install) ->
         config.load({"provider": {"type": "ngram"}, "tiers": [{"type": name, "anything": 1}]})
 
 
-def test_a_plugin_that_arrives_while_the_program_runs(install: Install) -> None:
+def test_a_plugin_that_is_installed_while_the_program_runs(install: Install) -> None:
     name = f"late-{next(_numbers)}"
-    assert "is installed" in said(name)
+    assert "is installed" in error_of(name)
     install(BACKEND.replace("{BODY}", f"{{'{name}': Backend}}"), name=name)
     assert plugins.backend(name).__name__ == "Backend"
 
 
-def test_one_module_may_stand_behind_several_names(install: Install, tmp_path: Path) -> None:
+def test_one_module_may_provide_several_names(install: Install, tmp_path: Path) -> None:
     name = install(BACKEND.replace("{BODY}", "{'first-name': Backend, 'second-name': Backend}"), name="first-name")
     points = next(tmp_path.rglob("entry_points.txt"))
     points.write_text(points.read_text() + points.read_text().splitlines()[1].replace("first", "second") + "\n")
@@ -495,11 +499,14 @@ def test_one_module_may_stand_behind_several_names(install: Install, tmp_path: P
     ("init", "wanted"),
     [
         ("def __init__(self, client): ...", 'its parameter "client" must be keyword-only'),
-        ("def __init__(self, *, ttl: int = 1): ...", "has an option named ttl, which TOML uses for something else"),
+        (
+            "def __init__(self, *, ttl: int = 1): ...",
+            "must not have an option named ttl, because embedonce uses that name in the same table",
+        ),
         ("def __init__(self, *, x: 'Nope' = 1): ...", "options cannot be read: name 'Nope' is not defined"),
     ],
 )
-def test_options_that_toml_cannot_give(install: Install, init: str, wanted: str) -> None:
+def test_options_that_toml_cannot_set(install: Install, init: str, wanted: str) -> None:
     name = f"odd-{next(_numbers)}"
     code = BACKEND.replace("{BODY}", f"{{'{name}': Backend}}").replace(
         "class Backend: ...", f"class Backend:\n        {init}"
@@ -514,15 +521,18 @@ def test_options_that_toml_cannot_give(install: Install, init: str, wanted: str)
 def test_a_folder_that_was_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
     monkeypatch.syspath_prepend("/nowhere")
-    assert "embedonce runs from a folder that was not installed; in that folder: pip install -e ." in said("memory")
+    assert (
+        "embedonce runs from a source folder that is not installed; run this in that folder: pip install -e ."
+        in error_of("memory")
+    )
     assert plugins.installed() == []
 
 
-# --- the stranger's plugin is right -----------------------------------------------------------
+# --- the third-party plugin passes the contract tests -----------------------------------------
 
 
 def from_its_folder(module: str) -> ModuleType:
-    """Import a module of the stranger's plugin from where it is written."""
+    """Import a module of the third-party plugin from its source folder."""
     spec = importlib.util.spec_from_file_location(f"stranger_{module}", STRANGER / f"src/embedonce_folder/{module}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -556,7 +566,7 @@ class TestTheStrangersProvider(ProviderContract):
         return self.module.LettersProvider(first=5)
 
 
-def test_what_is_wrong_with_a_class_is_seen_before_one_is_made(install: Install) -> None:
+def test_problems_of_a_class_are_found_without_an_instance(install: Install) -> None:
     code = """
 import embedonce
 class Half:
@@ -574,11 +584,11 @@ def embedonce_providers():
     name = f"half-{next(_numbers)}"
     install(code, name=name)
     (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
-    said = found.error or ""
-    assert "Half has no method get_many and set_many" in said
-    assert "has an option named ttl, which TOML uses for something else" in said
-    assert "builtins.dict has no method get_many, set_many and close" in said
-    assert "Mute has no method embed or aembed and close" in said
+    error = found.error or ""
+    assert "Half must define get_many and set_many" in error
+    assert "must not have an option named ttl, because embedonce uses that name in the same table" in error
+    assert "builtins.dict must define get_many, set_many and close" in error
+    assert "Mute must define (embed or aembed) and close" in error
 
 
 def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:

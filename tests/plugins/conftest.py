@@ -1,4 +1,4 @@
-"""The plugins of ``examples/plugins/``, installed with pip as a stranger's are."""
+"""Install the plugins of ``examples/plugins/`` with pip, like any third-party plugin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUCKET = "vectors"
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed every example plugin: one for all processes that run the tests."""
+    """A folder into which pip has installed every example plugin, shared by all test processes."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     site, done = shared / "plugins", shared / "plugins.done"
@@ -33,8 +33,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(site: Path, sources: Path) -> None:
-    shutil.rmtree(site, ignore_errors=True)  # of one that failed
-    for name in NAMES:  # pip may build in place: leave the tree as it is
+    shutil.rmtree(site, ignore_errors=True)  # a failed installation may have left files
+    for name in NAMES:  # copy the sources, because pip may build in place
         shutil.copytree(PLUGINS / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     command += ["--disable-pip-version-check", "--target", str(site), *(str(sources / name) for name in NAMES)]
@@ -43,7 +43,7 @@ def install(site: Path, sources: Path) -> None:
 
 @pytest.fixture
 def environment(installed: Path) -> dict[str, str]:
-    """What a process needs to see the plugins as installed ones."""
+    """Environment of a process in which the plugins are installed."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**inherited, "PYTHONPATH": os.pathsep.join(paths)}
@@ -51,7 +51,7 @@ def environment(installed: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The endpoint of moto's S3 on loopback, with a bucket."""
+    """Endpoint of moto's S3 server on loopback, with a bucket."""
     import boto3
     from moto.server import ThreadedMotoServer
 

@@ -1,4 +1,4 @@
-"""The three plugins in one chain, from ``examples/plugins/embedonce.toml``, as installed with pip."""
+"""Use three plugins in one chain, configured by ``examples/plugins/embedonce.toml`` and installed with pip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .conftest import PLUGINS
 TEXTS = [f"text {number}" for number in range(40)]
 KEY, SECRET = "the-access-key", "the-secret-key"
 
-# The first of all needs what pip installs, and each process imports a good deal.
+# The first test waits for pip, and each process imports a lot.
 pytestmark = pytest.mark.timeout(500)
 
 Open = Callable[[], embedonce.Cache]
@@ -33,7 +33,7 @@ _numbers = count()
 
 @pytest.fixture
 def folder(tmp_path: Path, installed: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the configuration, in a process that sees the plugins and has a bucket."""
+    """A folder with the configuration, in a process that has the plugins and a bucket."""
     shutil.copy(PLUGINS / "embedonce.toml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(installed))
@@ -42,7 +42,7 @@ def folder(tmp_path: Path, installed: Path, s3: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("EMBEDONCE__CACHE__FLUSH_TIMEOUT", "60s")
     monkeypatch.setenv("EMBEDONCE__TIERS__OBJECTS__URL", f"s3://vectors/chain-{next(_numbers)}")
-    for tier in ("LMDB", "KEYVALUE", "OBJECTS"):  # a busy machine is no fault
+    for tier in ("LMDB", "KEYVALUE", "OBJECTS"):  # a busy machine must not cause a timeout
         monkeypatch.setenv(f"EMBEDONCE__TIERS__{tier}__TIMEOUT", "60s")
     return tmp_path
 
@@ -52,7 +52,7 @@ def sources(fetched: embedonce.Fetched) -> dict[str | None, int]:
 
 
 def test_computed_once_promoted_and_forgotten(folder: Path, environment: dict[str, str]) -> None:
-    # By another process, from the command line.
+    # Compute in another process, from the command line.
     (folder / "texts.txt").write_text("\n".join(TEXTS))
     command = [sys.executable, "-P", "-m", "embedonce", "embed", "texts.txt", "--split", "line", "--out", "out.npy"]
     done = subprocess.run(
@@ -67,7 +67,7 @@ def test_computed_once_promoted_and_forgotten(folder: Path, environment: dict[st
         assert sources(cache.fetch(TEXTS)) == {"memory": 40}
         np.testing.assert_array_equal(cache.embed_batch(TEXTS), expected)
 
-    # Another machine has neither folder: what it finds in the bucket is promoted into both.
+    # Another machine has neither folder. It promotes what it finds in the bucket into both.
     shutil.rmtree(folder / "vectors")
     shutil.rmtree(folder / "keyvalue")
     with embedonce.open("embedonce.toml") as cache:
@@ -114,7 +114,7 @@ def test_a_purge_names_the_tier_that_cannot_list(folder: Path) -> None:
         assert sources(cache.lookup(TEXTS)) == {None: 40}
 
 
-def test_a_bucket_that_is_away_is_in_nobodys_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_bucket_does_not_stop_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ENDPOINT", "http://127.0.0.1:9")
     with embedonce.open("embedonce.toml") as cache:
         assert sources(cache.fetch(TEXTS)) == {"provider": 40}
@@ -159,7 +159,7 @@ def test_a_lease_on_lmdb_lets_one_process_compute(tmp_path: Path, environment: d
     assert sorted((tmp_path / "computed").read_text().splitlines()) == sorted(TEXTS)
 
 
-def test_they_are_listed_like_any_plugin(folder: Path) -> None:
+def test_example_plugins_are_listed_like_any_plugin(folder: Path) -> None:
     found = {plugin.name: plugin for plugin in plugins.installed()}
     for name in ("lmdb", "keyvalue", "objects"):
         assert (found[name].distribution, found[name].kinds, found[name].error) == (

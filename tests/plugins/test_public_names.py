@@ -1,4 +1,4 @@
-"""The example plugins use of embedonce what is public, as anybody's must."""
+"""The example plugins import only public modules of embedonce, as every plugin must."""
 
 from __future__ import annotations
 

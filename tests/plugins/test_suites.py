@@ -1,4 +1,4 @@
-"""Each example plugin passes its own tests, installed, in a process of its own."""
+"""Run the tests of each example plugin, as installed, in a separate process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from .conftest import NAMES, PLUGINS
 
 
-@pytest.mark.timeout(900)  # 10 to 25 s each, where the machine has nothing else to do
+@pytest.mark.timeout(900)  # each takes 10 to 25 s on an idle machine
 @pytest.mark.parametrize("name", NAMES)
-def test_its_own_tests_pass(
+def test_the_tests_of_each_example_plugin_pass(
     name: str, environment: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     if name == "keyvalue":

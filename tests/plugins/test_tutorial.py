@@ -1,4 +1,4 @@
-"""The folder that the tutorial for backends ends with is what the page shows, and works as the page says."""
+"""The final folder of the backend tutorial matches the page and works as the page says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FENCES = [token.content for token in MarkdownIt("commonmark").parse(PAGE.read_te
 
 
 def shown(name: str) -> str:
-    """Return the last state of a file that the page shows as a whole, without the line that names it."""
+    """Return the last full version of a file on the page, without the line that names the file."""
     found = [content for content in FENCES if content.startswith(f"# {name}\n")]
     return found[-1].partition("\n")[2]
 
@@ -31,7 +31,7 @@ def test_page_and_folder_are_the_same(name: str) -> None:
 
 
 def test_the_tests_are_those_of_the_page_and_its_patches() -> None:
-    """Every line that the page shows or adds is in the folder's file, and no other."""
+    """The folder's file has exactly the lines that the page shows or adds."""
     changes = [content for content in FENCES if "--- tests/test_table.py\n" in content]
     lines = shown("tests/test_table.py").splitlines()
     for line in changes[0].partition("+++ tests/test_table.py\n")[2].splitlines():
@@ -48,7 +48,7 @@ def test_the_tests_are_those_of_the_page_and_its_patches() -> None:
 def test_its_configuration_works(tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (configuration,) = (content for content in FENCES if re.search(r'^type = "table"$', content, re.MULTILINE))
     (tmp_path / "embedonce.toml").write_text(configuration)
-    monkeypatch.setenv("EMBEDONCE__TIERS__TABLE__TIMEOUT", "60s")  # a busy machine is no fault
+    monkeypatch.setenv("EMBEDONCE__TIERS__TABLE__TIMEOUT", "60s")  # a busy machine must not cause a timeout
     monkeypatch.syspath_prepend(str(installed))
     for source in ("provider", "table"):
         with embedonce.open(tmp_path / "embedonce.toml") as cache:

@@ -1,4 +1,4 @@
-"""Every installed plugin, loaded and looked at: what it is, or why it cannot be used."""
+"""Load and inspect every installed plugin: what it provides, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from embedonce._plugins.entry_points import (
 from embedonce._plugins.loading import (
     HOOKS,
     Kind,
-    Loaded,
-    event_hooks,
+    LoadedPlugin,
     find_extra,
+    list_event_hooks,
     list_registered,
     load_entry_point,
     registered_names,
@@ -35,28 +35,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InstalledPlugin:
-    """One entry point of the group, as ``embedonce plugins`` shows it."""
+    """One installed entry point, as ``embedonce plugins`` shows it."""
 
     name: str
     kinds: tuple[Kind, ...]
-    """Empty where it could not be loaded."""
+    """Kinds of what it provides; empty if it could not be loaded."""
     distribution: str
     version: str
     error: str | None = None
-    """Why it cannot be used."""
+    """Reason why it cannot be used, or None."""
     type: str = ""
-    """What TOML says to choose it: its name, or ``distribution:name`` where the name alone means another."""
+    """The ``type`` that chooses it in TOML: its name, or ``distribution:name`` if the name alone means another."""
     broken: bool = False
-    """``error`` is its author's to put right; otherwise it is disabled, not allowed, or an extra is not installed."""
+    """Whether only the plugin's author can fix ``error``.
+
+    False if the plugin is disabled or not allowed, or if an extra is not installed.
+    """
 
 
 def installed() -> list[InstalledPlugin]:
-    """Load every installed plugin, one by one, and return what each is or why it cannot be used."""
+    """Load every installed plugin and return what each one provides or why it cannot be used."""
     points = sorted(all_entry_points(), key=lambda point: (point.name, distribution_of(point)))
-    return [_inspect(point) for point in points]
+    return [_inspect_plugin(point) for point in points]
 
 
-def _inspect(point: EntryPoint) -> InstalledPlugin:
+def _inspect_plugin(point: EntryPoint) -> InstalledPlugin:
     about = functools.partial(
         InstalledPlugin, point.name, distribution=distribution_of(point), version=version_of(point), type=type_of(point)
     )
@@ -66,55 +69,60 @@ def _inspect(point: EntryPoint) -> InstalledPlugin:
     try:
         plugin = load_entry_point(point)
     except PluginError as error:
-        return about(kinds=(), error=str(error), broken=not _lacks_extra(point, error))
+        return about(kinds=(), error=str(error), broken=not _needs_extra(point, error))
     kinds: tuple[Kind, ...] = tuple(kind for kind in HOOKS if plugin.registered[kind])
-    wrong = [problem for kind in kinds for cls in plugin.registered[kind].values() for problem in _lacks(kind, cls)]
-    wrong += _unreachable(point, plugin)
+    classes: list[tuple[Kind, Any]] = [(kind, cls) for kind in kinds for cls in plugin.registered[kind].values()]
+    problems = [problem for kind, cls in classes for problem in _list_class_problems(kind, cls)]
+    problems += _list_unreachable(point, plugin)
     try:
         find_entry_point(point.name)
-    except PluginError as error:  # its name alone means two
-        wrong.append(str(error))
-    return about(kinds=kinds, error="; ".join(wrong) or None, broken=bool(wrong))
+    except PluginError as error:  # several plugins have this name
+        problems.append(str(error))
+    return about(kinds=kinds, error="; ".join(problems) or None, broken=bool(problems))
 
 
-def _unreachable(point: EntryPoint, plugin: Loaded) -> Iterator[str]:
-    """Yield what is registered under a name by which no configuration finds it."""
-    brought = {name for found in plugin.registered.values() for name in found}
-    if point.name not in brought and (brought or not event_hooks(plugin.module)):
-        named = f'and nothing that is named as its entry point, "{point.name}"'
-        yield f"it brings {listed(list_registered(plugin))}, {named}" if brought else "it brings nothing"
+def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
+    """Yield a problem for each registered name that no configuration can use, because no entry point has that name."""
+    provided = {name for found in plugin.registered.values() for name in found}
+    if not provided:
+        if not list_event_hooks(plugin.module):
+            yield "it provides nothing"
+        return
+    if point.name not in provided:
+        yield f'it provides {listed(list_registered(plugin))}, but nothing named "{point.name}" like its entry point'
         return
     origin = origin_of(point)
     found_by = {other.name for other in all_entry_points() if origin_of(other) == origin and other.value == point.value}
-    for what, name in ((what, name) for what, name in registered_names(plugin) if name not in found_by):
-        yield f'{what} cannot be used: add an entry point {name} = "{point.value}"'
+    for description, name in registered_names(plugin):
+        if name not in found_by:
+            yield f'{description} cannot be used: add an entry point {name} = "{point.value}"'
 
 
-def _lacks(kind: Kind, cls: Any) -> Iterator[str]:
-    """Yield what can be seen to be wrong with a class before one is made."""
-    from embedonce._plugins.options import options_beside, options_of  # only `embedonce plugins` asks
+def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
+    """Yield the problems of a plugin's class that can be found without creating an instance."""
+    from embedonce._plugins.options import merge_options, options_of  # imported late, because only inspection needs it
 
     from .tables import TierTable
 
     if kind == "normalizer":
         return
-    # Attributes such as limits and capabilities may be set when one is made: methods are the class's own.
+    # Check only methods: an instance may set attributes such as limits and capabilities in its __init__.
     methods = ["get_many", "set_many", "close"] if kind == "backend" else ["space", "close"]
     missing = [name for name in methods if not callable(getattr(cls, name, None))]
     if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):
-        missing.insert(0, "embed or aembed")
+        missing.insert(0, "(embed or aembed)")
     if missing:
-        yield f"{cls.__module__}.{cls.__qualname__} has no method {listed(missing)}"
+        yield f"{cls.__module__}.{cls.__qualname__} must define {listed(missing)}"
     own = options_of(TierTable) if kind == "backend" else {}
-    taken = {"type"} if kind == "backend" else {"type", "fallback"}
+    reserved = {"type"} if kind == "backend" else {"type", "fallback"}
     try:
-        options_beside(cls, own, taken)
+        merge_options(cls, own, reserved)
     except PluginError as error:
         yield str(error)
 
 
-def _lacks_extra(point: EntryPoint, error: PluginError) -> bool:
-    """Whether a plugin would work if an extra of its distribution were installed."""
+def _needs_extra(point: EntryPoint, error: PluginError) -> bool:
+    """Return whether a plugin fails only because an extra of its distribution is not installed."""
     missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
     if not missing or f"{point.module}.".startswith(f"{missing}.") or point.dist is None:
         return False

@@ -1,6 +1,7 @@
-"""Where things are in a TOML text: the standard library's parser gives no places, so they are looked up after.
+"""Find the line and column of each key and value in a TOML text.
 
-Nothing here runs unless there is an error to place, or somebody asks where a value came from.
+The standard library's parser does not report them. This code runs only to give an error its position or to show
+where a value comes from.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 TomlPath: TypeAlias = tuple[str | int, ...]
-"""Keys and places in lists from the top of a document: ``("tiers", 0, "ttl")``."""
+"""Keys and list indexes from the top of a document: ``("tiers", 0, "ttl")``."""
 
 
-DEEPEST = 50
-"""Names of one dotted key whose places are noted; no configuration has as many."""
+MAX_KEY_PARTS = 50
+"""Maximum number of names of one dotted key whose places are recorded. No valid configuration needs as many."""
 
 
 class Place(NamedTuple):
-    """Where something begins; both count from 1, columns in characters."""
+    """Line and column where a key or value begins. Both count from 1; columns count characters."""
 
     line: int
     column: int
@@ -36,11 +37,11 @@ class Places:
     values: dict[TomlPath, Place] = field(default_factory=dict)
 
     def key(self, path: TomlPath) -> Place | None:
-        """Return where the key begins, else where the nearest table around it does."""
+        """Return the place of the key, or of the nearest enclosing table that has a place."""
         return self._nearest(path, self.keys, self.values)
 
     def value(self, path: TomlPath) -> Place | None:
-        """Return where the value begins, else where its key or the nearest table around it does."""
+        """Return the place of the value, or of its key, or of the nearest enclosing table that has a place."""
         return self._nearest(path, self.values, self.keys)
 
     def _nearest(self, path: TomlPath, first: dict[TomlPath, Place], second: dict[TomlPath, Place]) -> Place | None:
@@ -51,8 +52,8 @@ class Places:
         return None
 
 
-def places(text: str) -> Places:
-    """Return the places of a text that the standard library's parser has accepted."""
+def find_places(text: str) -> Places:
+    """Return the places in a text that the standard library's parser has accepted."""
     import tree_sitter
     import tree_sitter_toml
 
@@ -62,13 +63,13 @@ def places(text: str) -> Places:
 
 
 class _Walk:
-    """Walks a syntax tree once and notes each key's and value's place."""
+    """Walks a syntax tree once and records the place of each key and value."""
 
     def __init__(self, source: bytes) -> None:
         self._lines = source.split(b"\n")
         self._places = Places()
         self._elements: Counter[TomlPath] = Counter()
-        """Elements so far of each array of tables."""
+        """Number of elements seen so far in each array of tables."""
 
     def document(self, root: Any) -> Places:
         for node in root.named_children:
@@ -80,7 +81,7 @@ class _Walk:
 
     def _table(self, node: Any, *, array: bool) -> None:
         header, *rest = node.named_children
-        names = [name for name, _ in _key_parts(header)]
+        names = [name for name, _ in _list_key_parts(header)]
         place = self._place(node)
         path: TomlPath = ()
         for name in names[:-1]:
@@ -97,12 +98,12 @@ class _Walk:
                 self._pair(child, path)
 
     def _element(self, path: TomlPath) -> TomlPath:
-        """Return the path of the last element where ``path`` is an array of tables, else ``path``."""
+        """Return the path of the last element if ``path`` is an array of tables, else ``path``."""
         return (*path, self._elements[path] - 1) if path in self._elements else path
 
     def _pair(self, node: Any, path: TomlPath) -> None:
         key, *rest = [child for child in node.named_children if child.type != "comment"]
-        for name, part in _key_parts(key):
+        for name, part in _list_key_parts(key):
             path = (*path, name)
             self._places.keys.setdefault(path, self._place(part))
         if rest:
@@ -123,36 +124,36 @@ class _Walk:
         return Place(row + 1, len(self._lines[row][:column].decode(errors="replace")) + 1)
 
 
-def _key_parts(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each name of a key, as TOML reads it, with its node."""
+def _list_key_parts(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each name of a dotted key, without quotes, and its node."""
     parts = []
-    while node.type == "dotted_key":  # all but its last name are a key in turn
+    while node.type == "dotted_key":  # its first child holds all names but the last
         node, *last = node.named_children
         parts += last[::-1]
     parts.append(node)
-    for part in islice(reversed(parts), DEEPEST):
+    for part in islice(reversed(parts), MAX_KEY_PARTS):
         yield next(iter(tomllib.loads(part.text.decode() + "=0"))), part
 
 
 # --- syntax errors ----------------------------------------------------------------------------
 
-_AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+_POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
 _TUPLE = re.compile(r"\('[^()]*',?\)")
-"""A key as Python's parser writes it in its messages: ``('a', 'b')``."""
+"""A dotted key in the messages of Python's parser: ``('a', 'b')``."""
 
 
-def syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
-    """Return the message and the place of an error of the standard library's parser, which writes both in one text."""
-    said = str(error)
-    found = _AT.search(said)
+def read_syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
+    """Return the message and the place of an error of the standard library's parser, which puts both into one text."""
+    full = str(error)
+    found = _POSITION.search(full)
     if found is None:
-        return said, None
-    message = _TUPLE.sub(lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), said[: found.start()])
+        return full, None
+    message = _TUPLE.sub(lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), full[: found.start()])
     lines = text.split("\n")
     place = Place(int(found[1]), int(found[2])) if found[1] else Place(len(lines), len(lines[-1]) + 1)
-    if message.startswith("Cannot "):  # said after the value: show the key that is there twice
+    if message.startswith("Cannot "):  # a repeated key, reported after its value: point to the key
         line = lines[place.line - 1]
         place = Place(place.line, len(line) - len(line.lstrip()) + 1)
     return message[:1].lower() + message[1:], place

@@ -1,4 +1,4 @@
-"""What a configuration is once it is read and checked; :mod:`embedonce.config` exports these."""
+"""The frozen values of a configuration that was read and checked. :mod:`embedonce.config` exports them."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ PluginClass: TypeAlias = type[Any]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One resolved value and where it came from."""
+    """One effective setting: its value and where the value comes from."""
 
     name: str
-    """Dotted, with a tier's name for its place: ``tiers.redis.ttl``."""
+    """Dotted name, with the tier's name instead of its index: ``tiers.redis.ttl``."""
     value: Any
-    """``"(hidden)"`` where it is, or may hold, a secret."""
+    """The value, or ``"(hidden)"`` if it is or may contain a secret."""
     origin: str
-    """``embedonce.toml:14``, the environment variable, ``a dict`` or ``default``."""
+    """Source of the value: ``embedonce.toml:14``, an environment variable, ``a dict`` or ``default``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plugged:
-    """A plugin's class and the options to make it with."""
+    """A plugin's class and the options to create it with."""
 
     type: str
     cls: PluginClass
     options: Mapping[str, Any] = field(repr=False)
-    """What was given; the class's own defaults are the rest."""
+    """Options that the configuration sets. For the others, the class uses its defaults."""
     label: str
-    """Its table, as messages write it: ``[[tiers]] "redis"``."""
+    """Name of its table in messages: ``[[tiers]] "redis"``."""
     path: tuple[str | int, ...] = field(repr=False)
     secrets: frozenset[str] = field(default=frozenset(), repr=False)
-    """Texts among the options that no message may repeat."""
+    """Secret texts in the options, which no message may repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +61,17 @@ class TierConfig(Plugged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A whole configuration, checked, every value resolved. Equal ones make the same cache, wherever they stand."""
+    """A checked configuration. Two are equal if they describe the same cache, whichever file they come from."""
 
     source: str = field(compare=False)
-    """What it was read from, in words: for the command line to say."""
+    """Description of what it was read from, for the command line."""
     file: Path | None = field(compare=False)
     cache: CacheTable
     key: KeyPolicy
     allow: Sequence[str] | None
-    """Plugins of others that may be loaded, by distribution or by name; None: all."""
+    """Third-party plugins that may be loaded, by distribution or by name; None allows all."""
     provider: Plugged | None
-    """None where it was loaded for a provider of the caller's own."""
+    """The provider; None if the configuration was loaded for a caller's own provider."""
     fallback: Plugged | None
     fallback_fetch_only: bool
     drift: DriftGuard | None
@@ -80,5 +80,5 @@ class Config:
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
 
     def settings(self) -> list[Setting]:
-        """Return every value, defaults included, and where each came from; secrets are hidden."""
+        """Return every setting, defaults included, with its source. Secrets are hidden."""
         return self._settings()

@@ -1,7 +1,7 @@
-"""The JSON schema of ``embedonce.toml``, with the options of the plugins that are installed.
+"""Build the JSON schema of ``embedonce.toml``, including the options of all installed plugins.
 
-Draft 7, since that is what the editors' TOML plugins understand. Tiers are alternatives by ``type``,
-each closed, so that an editor completes the options of the one that is written.
+The schema uses draft 7, because the TOML plugins of editors support it. For a tier it lists one alternative per
+``type``, each without additional properties, so that an editor completes the options of the given type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from annotated_types import Gt
 
 from embedonce._plugins import loading
-from embedonce._plugins.options import Option, adapter, metadata, options_beside, options_of
+from embedonce._plugins.options import Option, list_annotations, merge_options, options_of, type_adapter
 from embedonce.drift import DriftGuard
 from embedonce.errors import PluginError
 from embedonce.keys import NORMALIZERS
@@ -30,9 +30,9 @@ from .tables import (
 )
 
 TIER = {"pattern": rf"^{TIER_NAME}$|\$\{{", "not": {"const": "provider"}}
-"""What a tier may be called."""
+"""Schema of a tier's name."""
 VARIABLE = {"type": "string", "pattern": r"\$\{"}
-"""Text with a ``${VAR}`` in it may stand for any value."""
+"""Schema of text that contains a ``${VAR}``, which is valid in place of any value."""
 
 
 def schema() -> dict[str, Any]:
@@ -49,54 +49,56 @@ class _Schema:
         return {
             "$schema": "http://json-schema.org/draft-07/schema#",
             "title": "embedonce.toml",
-            "description": "A cache for text embeddings: a provider, and the tiers that are asked before it.",
+            "description": "A cache for text embeddings: a provider, and tiers that store its vectors.",
             "type": "object",
             "properties": {
-                "cache": self._own(CacheTable, "How the cache as a whole behaves."),
-                "key": self._key(),
-                "plugins": self._own(PluginsTable, "Which plugins of others may be loaded."),
-                "provider": self._provider(),
-                "drift": self._own(DriftGuard, "Looks whether the provider still makes the vectors that are stored."),
-                "tiers": self._tiers(),
+                "cache": self._describe_own(CacheTable, "Options of the cache as a whole."),
+                "key": self._describe_key(),
+                "plugins": self._describe_own(PluginsTable, "Which third-party plugins may be loaded."),
+                "provider": self._describe_provider(),
+                "drift": self._describe_own(
+                    DriftGuard, "Checks whether the provider still computes the stored vectors."
+                ),
+                "tiers": self._describe_tiers(),
             },
             "required": ["provider", "tiers"],
             "additionalProperties": False,
             "definitions": self._definitions,
         }
 
-    def _own(self, cls: type[Any], doc: str) -> dict[str, Any]:
-        return {"description": doc, **self._table(cls.__name__, options_of(cls), {})}
+    def _describe_own(self, cls: type[Any], doc: str) -> dict[str, Any]:
+        return {"description": doc, **self._describe_table(cls.__name__, options_of(cls), {})}
 
-    def _key(self) -> dict[str, Any]:
-        table = self._own(KeyTable, "What makes two requests the same.")
-        steps = sorted({*NORMALIZERS, *self._names("normalizer")})
+    def _describe_key(self) -> dict[str, Any]:
+        table = self._describe_own(KeyTable, "What keys depend on: requests with equal keys share a vector.")
+        steps = sorted({*NORMALIZERS, *self._list_names("normalizer")})
         table["properties"]["normalize"]["items"] = {"anyOf": [{"enum": steps}, VARIABLE]}
         return table
 
-    def _provider(self) -> dict[str, Any]:
+    def _describe_provider(self) -> dict[str, Any]:
         fallback = {
-            "description": "Embeds what the provider fails to; its vectors live in a vector space of their own.",
-            "oneOf": self._plugins("provider", "fallback", loading.provider, options_of(FallbackTable), {}),
+            "description": "Embeds texts that the main provider fails to embed, in a vector space of its own.",
+            "oneOf": self._describe_plugins("provider", "fallback", loading.provider, options_of(FallbackTable), {}),
         }
         self._definitions["fallback"] = fallback
         inner = {"fallback": {"$ref": "#/definitions/fallback"}}
         return {
-            "description": "What makes the vectors that no tier has.",
-            "oneOf": self._plugins("provider", "provider", loading.provider, {}, inner),
+            "description": "Plugin that computes the vectors that no tier has.",
+            "oneOf": self._describe_plugins("provider", "provider", loading.provider, {}, inner),
         }
 
-    def _tiers(self) -> dict[str, Any]:
-        tier = self._plugins("backend", "tier", loading.backend, options_of(TierTable), {})
+    def _describe_tiers(self) -> dict[str, Any]:
+        tier = self._describe_plugins("backend", "tier", loading.backend, options_of(TierTable), {})
         return {
-            "description": "Where vectors are kept, fastest first.",
+            "description": "Stores of vectors, fastest first.",
             "type": "array",
             "items": {"oneOf": tier},
         }
 
-    def _names(self, kind: loading.Kind) -> list[str]:
+    def _list_names(self, kind: loading.Kind) -> list[str]:
         return [plugin.type for plugin in self._installed if kind in plugin.kinds]
 
-    def _plugins(
+    def _describe_plugins(
         self,
         kind: loading.Kind,
         role: str,
@@ -104,49 +106,51 @@ class _Schema:
         own: Mapping[str, Option],
         more: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        """Return one closed table per plugin of a kind, and an open one for a type out of a variable."""
-        tables = [table for name in self._names(kind) if (table := self._plugin(name, role, find, own, more))]
+        """Return one table per plugin of a kind, and one for a ``type`` from a variable, which allows any key."""
+        tables = [
+            table for name in self._list_names(kind) if (table := self._describe_plugin(name, role, find, own, more))
+        ]
         return [*tables, {"type": "object", "properties": {"type": VARIABLE}, "required": ["type"]}]
 
-    def _plugin(
+    def _describe_plugin(
         self, name: str, role: str, find: Callable[[str], type[Any]], own: Mapping[str, Option], more: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         try:
             cls = find(name)
-            options = options_beside(cls, own, {"type", *more})
-        except PluginError:  # embedonce plugins says what is wrong with it
+            options = merge_options(cls, own, {"type", *more})
+        except PluginError:  # `embedonce plugins` reports the error
             return None
         if own and is_in_process(cls):
             options = {key: option for key, option in options.items() if key not in NOT_IN_PROCESS}
-        table = self._table(f"{role}.{name}", options, more)
-        properties = {"type": self._name(name), **table["properties"]}
+        table = self._describe_table(f"{role}.{name}", options, more)
+        properties = {"type": self._describe_type_option(name), **table["properties"]}
         if role == "tier":
             properties["name"] = {**properties["name"], **TIER}
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
 
-    def _name(self, name: str) -> dict[str, Any]:
-        """Return the schema of a plugin's ``type``: its name, also with its distribution before it."""
-        described = {"description": "The plugin, by name."}
+    def _describe_type_option(self, name: str) -> dict[str, Any]:
+        """Return the schema of a plugin's ``type``: its name, with or without its distribution."""
+        described = {"description": "Name of the plugin."}
         (found,) = [plugin for plugin in self._installed if plugin.type == name]
         full = f"{found.distribution}:{found.name}"
         return {**described, "const": name} if full == name else {**described, "enum": [name, full]}
 
-    def _table(self, title: str, options: Mapping[str, Option], more: Mapping[str, Any]) -> dict[str, Any]:
+    def _describe_table(self, title: str, options: Mapping[str, Option], more: Mapping[str, Any]) -> dict[str, Any]:
         properties = {
-            option.name: described for option in options.values() if (described := self._option(title, option))
+            option.name: described for option in options.values() if (described := self._describe_option(title, option))
         }
         table = {"type": "object", "properties": {**properties, **more}, "additionalProperties": False}
-        required = _required(options.values(), properties)
+        required = _list_required(options.values(), properties)
         return {**table, "required": required} if required else table
 
-    def _option(self, title: str, option: Option) -> dict[str, Any] | None:
-        """Return an option's schema, or None where TOML cannot write its type."""
-        described = self._type(title, option)
+    def _describe_option(self, title: str, option: Option) -> dict[str, Any] | None:
+        """Return an option's schema, or None if TOML has no values of its type."""
+        described = self._describe_type(title, option)
         if described is None:
             return None
         if described.get("type") != "string" or "enum" in described or "const" in described or "pattern" in described:
             kinds = described["anyOf"] if set(described) == {"anyOf"} else [described]
-            kinds = [_above(kind, option) for kind in kinds]
+            kinds = [_add_lower_bound(kind, option) for kind in kinds]
             alternatives: dict[str, Any] = {"anyOf": [*kinds, VARIABLE]}
             described = alternatives
         if option.is_path and described.get("type") == "string":
@@ -157,35 +161,35 @@ class _Schema:
             described["default"] = option.default
         return described
 
-    def _type(self, title: str, option: Option) -> dict[str, Any] | None:
+    def _describe_type(self, title: str, option: Option) -> dict[str, Any] | None:
         from pydantic.errors import PydanticInvalidForJsonSchema
 
         template = f"#/definitions/{title}.{option.name}.{{model}}"
         try:
-            described: dict[str, Any] = adapter(option).json_schema(ref_template=template)
+            described: dict[str, Any] = type_adapter(option).json_schema(ref_template=template)
         except (PluginError, PydanticInvalidForJsonSchema):
             return None
         for model, definition in described.pop("$defs", {}).items():
             self._definitions[f"{title}.{option.name}.{model}"] = definition
         described.pop("description", None)
-        # pydantic writes a bound that it checks by itself under Python's name for it.
-        return {key: part for key, part in _without_null(described).items() if key not in ("gt", "ge", "lt", "le")}
+        # If pydantic checks a bound in Python, it writes the bound under its Python name, which is not JSON schema.
+        return {key: part for key, part in _remove_null(described).items() if key not in ("gt", "ge", "lt", "le")}
 
 
-def _above(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Return a number with the bound that its option has beside its type: a Size or a Duration knows nothing of it."""
-    bounds = [part.gt for part in metadata(option.hint) if isinstance(part, Gt)]
+def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
+    """Add an option's ``Gt`` bound to the schema of its number, because the schema of Size and Duration lacks it."""
+    bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind
     return {**{name: value for name, value in kind.items() if name != "minimum"}, "exclusiveMinimum": bounds[0]}
 
 
-def _required(options: Iterable[Option], properties: Mapping[str, Any]) -> list[str]:
+def _list_required(options: Iterable[Option], properties: Mapping[str, Any]) -> list[str]:
     return [option.name for option in options if option.required and option.name in properties]
 
 
-def _without_null(described: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema without the alternative null: TOML has no such value, an option is left out instead."""
+def _remove_null(described: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without the alternative null: TOML has no null, so an unset option is missing instead."""
     kept = [part for part in described.get("anyOf", ()) if part.get("type") != "null"]
     if len(kept) == 1:
         return {**{key: value for key, value in described.items() if key != "anyOf"}, **kept[0]}

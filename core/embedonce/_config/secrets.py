@@ -1,4 +1,4 @@
-"""Which values of a configuration are secret, and what is shown in their place."""
+"""Recognise secret values of a configuration, and hide them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _SECRET = re.compile(
 
 
 def is_secret(where: Sequence[str | int]) -> bool:
-    """Whether a value with these names on its path is taken for a secret."""
+    """Return whether a value counts as secret, judging by the names on its path."""
     return any(isinstance(part, str) and _SECRET.search(part.lower()) is not None for part in where)
 
 
 def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
-    """Return the dotted names of values that hold a secret in the clear, not as ``${NAME}``."""
+    """Return the dotted names of values that contain a secret as plain text, not as ``${NAME}``."""
     if isinstance(value, Mapping):
         return [name for key, item in value.items() for name in secrets_in(item, (*where, str(key)))]
     if isinstance(value, list | tuple):
         return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
     if not isinstance(value, str):
         return []
-    found = secret_parts(value) if is_secret(where[1:]) else credentials_in(value)
-    return [dotted(where)] if any("${" not in secret for secret in found) else []
+    found = find_secrets(value) if is_secret(where[1:]) else credentials_in(value)
+    return [format_path(where)] if any("${" not in secret for secret in found) else []
 
 
 def display(where: TomlPath, value: Any) -> str | None:
-    """Return a value as TOML writes it, shortened; None where it must not be shown."""
+    """Return a value as TOML writes it, shortened, or None if it is secret."""
     if is_secret(where[1:]):
         return None
     if isinstance(value, bool):
@@ -44,6 +44,7 @@ def display(where: TomlPath, value: Any) -> str | None:
 
 
 def mask(where: TomlPath, value: Any) -> Any:
+    """Return a value with every secret in it replaced by ``HIDDEN``, and URLs without credentials."""
     if is_secret(where[1:]):
         return HIDDEN
     if isinstance(value, Mapping):
@@ -53,34 +54,35 @@ def mask(where: TomlPath, value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
-def dotted(where: TomlPath) -> str:
-    """Return names and places in lists as ``servers[0].host``."""
+def format_path(where: TomlPath) -> str:
+    """Format a path of names and list indexes, such as ``servers[0].host``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{written(part)}" for part in where)
     return text.removeprefix(".")
 
 
-def texts_in(value: Any) -> Iterable[str]:
+def find_texts(value: Any) -> Iterable[str]:
+    """Yield every text in a value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from texts_in(item)
+            yield from find_texts(item)
 
 
-def secret_parts(text: str) -> Iterable[str]:
-    """Yield what is secret of a secret text: all of it, and any credentials of a URL in it."""
+def find_secrets(text: str) -> Iterable[str]:
+    """Yield the secrets in a secret text: the whole text, and the credentials if it is a URL."""
     if text:
         yield text
     yield from credentials_in(text)
 
 
 def credentials_in(text: str) -> Iterable[str]:
-    """Yield what is secret in a URL: its password, or a user without one, and what has a secret's name."""
+    """Yield the secrets in a URL: the password, or the user if there is no password, and secret query parameters."""
     if "://" not in text:
         return
     try:
         url = urlsplit(text)
         found = [url.password or url.username, *(value for name, value in parse_qsl(url.query) if is_secret((name,)))]
-    except ValueError:  # no URL
+    except ValueError:  # not a URL
         return
     yield from (unquoted for part in found if part for unquoted in {part, unquote(part)})

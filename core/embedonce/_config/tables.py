@@ -1,6 +1,6 @@
-"""The tables of a configuration that are embedonce's own; every other option is a plugin's.
+"""Options of embedonce's own tables in a configuration. All other options belong to plugins.
 
-Each class is read as a plugin's is: its keyword-only parameters are the keys of the table.
+These classes are read like the class of a plugin: the keyword-only parameters are the keys of the table.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from embedonce.options import Doc, Duration
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
-"""What a tier may be called; ``provider`` is taken: it is what ``Fetched.sources`` says of a computed vector."""
+"""Pattern of a tier's name. ``provider`` is reserved, because it is the source of a computed vector in
+``Fetched.sources``."""
 
 NOT_IN_PROCESS: Mapping[str, str] = {
-    "timeout": "a timeout: it holds its entries in this process, and nothing waits for it",
-    "encryption": "encryption: it keeps vectors as they are, in this process",
-    "lease": "a lease: no other process shares it",
+    "timeout": "a timeout, because it keeps its entries in this process and no call to it waits",
+    "encryption": "encryption, because it keeps plain vectors in this process",
+    "lease": "a lease, because no other process shares it",
 }
-"""Options of every tier that one which lives in this process cannot honour, and why."""
+"""Options that a tier inside this process does not support, and the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +33,19 @@ class CacheTable:
     """``[cache]``: how the cache as a whole behaves."""
 
     dtype: Annotated[
-        Dtype, Doc("How finely vectors are rounded, once, before they are returned or stored in any tier.")
+        Dtype, Doc("Precision of vectors. They are rounded once, before they are returned or stored in any tier.")
     ] = "float32"
     mode: Annotated[
         Literal["read-through", "replay"],
-        Doc('"replay": a text that no tier has is an error, and nothing is ever computed.'),
+        Doc('"replay": compute nothing, and raise ReplayMiss for a text that no tier has.'),
     ] = "read-through"
     max_wait: Annotated[
-        Duration, Gt(0), Doc("Wait this long for the same text's computation by another call, then compute it.")
+        Duration,
+        Gt(0),
+        Doc("Wait at most this long for another call that computes the same text, then compute it."),
     ] = 60.0
     flush_timeout: Annotated[
-        Duration, Ge(0), Doc("How long close, and the program's end, wait for writes that are still queued.")
+        Duration, Ge(0), Doc("Wait at most this long for queued writes in close and at program exit.")
     ] = 5.0
     max_queued: Annotated[int, Gt(0), Doc("Queue at most this many vectors for writing in the background.")] = 4096
 
@@ -51,78 +54,76 @@ class CacheTable:
 class KeyTable:
     """``[key]``: what makes two requests the same."""
 
-    version: Annotated[str, Doc("Raise it to leave all old vectors behind.")] = "v1"
+    version: Annotated[str, Doc("Part of every key. Change it to stop using all vectors stored so far.")] = "v1"
     normalize: Annotated[
-        Sequence[str], Doc("Steps that bring a text to its form, in this order. What is embedded is the result.")
+        Sequence[str], Doc("Steps that normalise each text, in this order. The provider embeds the result.")
     ] = ()
-    namespace: Annotated[str, Doc("Keeps tenants or projects apart in one store.")] = ""
-    hash: Annotated[Hash, Doc("The hash of the key's digest.")] = "sha256"
+    namespace: Annotated[str, Doc("Separates tenants or projects that share a store.")] = ""
+    hash: Annotated[Hash, Doc("Hash function of the key's digest.")] = "sha256"
     secret: Annotated[
-        str | None, Doc("Makes the digest a keyed one, so that nobody who reads the keys can guess short texts.")
+        str | None, Doc("Secret for a keyed digest, so that nobody who can read the keys can guess short texts.")
     ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginsTable:
-    """``[plugins]``: which plugins of others may be loaded."""
+    """``[plugins]``: which third-party plugins may be loaded."""
 
     allow: Annotated[
         Sequence[str] | None,
         Doc(
-            "Load no plugins of others than these, by the package that brings them or by name; embedonce's own are "
-            "always allowed. Without it all that are installed may be used."
+            "Third-party plugins that may be loaded, by package or by plugin name. embedonce's own plugins are always "
+            "allowed. Without this option, every installed plugin may be loaded."
         ),
     ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackTable:
-    """``[provider.fallback]``, beside the fallback provider's own options."""
+    """``[provider.fallback]``: embedonce's options, in addition to those of the fallback provider."""
 
     fetch_only: Annotated[
         bool,
-        Doc("Use it in fetch alone: embed and embed_batch raise rather than return the other space's vectors."),
+        Doc("Use the fallback only in fetch. embed and embed_batch then raise instead of returning its vectors."),
     ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierTable:
-    """``[[tiers]]``, beside the backend's own options."""
+    """``[[tiers]]``: embedonce's options, in addition to those of the backend."""
 
-    name: Annotated[str | None, Doc("What the tier is called in stats, metrics and messages; by default its type.")] = (
-        None
-    )
+    name: Annotated[str | None, Doc("Name of the tier in stats, metrics and messages. Default: its type.")] = None
     ttl: Annotated[
-        Duration | None, Gt(0), Doc("Entries of this tier expire after this long; without it they do not.")
+        Duration | None, Gt(0), Doc("Entries of this tier expire after this long. By default they never expire.")
     ] = None
     timeout: Annotated[
-        Duration | None, Gt(0), Doc("A call to this tier takes at most this long: by default 2s, over a network 250ms.")
+        Duration | None, Gt(0), Doc("Timeout of a call to this tier. Default: 250ms over a network, otherwise 2s.")
     ] = None
     on_error: Annotated[
-        Literal["skip", "raise"], Doc('"skip": go on without the tier when it fails; "raise": raise TierError.')
+        Literal["skip", "raise"], Doc('"skip": continue without the tier when it fails. "raise": raise TierError.')
     ] = "skip"
     write: Annotated[
         Literal["inline", "background", "none"] | None,
-        Doc("When vectors are written to it: by default inline, over a network in the background."),
+        Doc('When vectors are written; "none": never. Default: "background" over a network, otherwise "inline".'),
     ] = None
     encryption: Annotated[
         str | Sequence[str] | None,
         Doc(
-            'Encrypt what the tier stores: 32 random bytes as base64, or "file:PATH". Of several keys the first '
-            "one encrypts and all decrypt."
+            'Key that encrypts the tier\'s entries: 32 random bytes as base64, or "file:PATH". In a list of keys, the '
+            "first key encrypts and every key decrypts."
         ),
     ] = None
     lease: Annotated[
         Duration | None,
         Gt(0),
         Doc(
-            "Let one process of all that share this tier compute a cold text, and the others wait for its vector at "
-            "most this long. One tier of a chain can have it."
+            "Let one of the processes that share this tier compute a missing text; the others wait for its vector for "
+            "at most this long. Only one tier of a chain can have a lease."
         ),
     ] = None
 
 
 def is_in_process(cls: type[Any]) -> bool:
-    """Whether a backend class says that what it holds is this process's alone."""
+    """Return whether a backend class declares that its entries are private to this process."""
     capabilities = getattr(cls, "capabilities", None)
     return isinstance(capabilities, Capabilities) and capabilities.scope == "process"

@@ -1,7 +1,7 @@
-"""Entry points of plugins: which are installed, which one a name means, and which may not be loaded.
+"""Entry points of plugins: list them, find the one that a name means, refuse those that must not be loaded.
 
-A name alone means embedonce's own plugin where there is one, so that no package which is installed
-later changes what a configuration means; ``distribution:name`` chooses among several of one name.
+If embedonce has a plugin of its own under a name, the name alone means that one. A package that is installed later
+therefore cannot change what a configuration means. ``distribution:name`` chooses among several plugins with one name.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 DISABLE = "EMBEDONCE_DISABLE_PLUGINS"
-"""The environment variable that lists plugins, or distributions, that must not be loaded."""
+"""Environment variable that lists the plugins, or their distributions, that must not be loaded."""
 
 
 @contextmanager
-def only(allow: Iterable[str] | None) -> Iterator[None]:
-    """Let the calls inside the block load no plugins of others than ``allow``, by distribution or by name.
+def restrict_plugins(allow: Iterable[str] | None) -> Iterator[None]:
+    """Restrict third-party plugins inside the block to those in ``allow``, given by distribution or by name.
 
-    None allows all. embedonce's own are always allowed.
+    None allows all. embedonce's own plugins are always allowed.
     """
-    token = _allow.set(None if allow is None else frozenset(map(canonical, allow)))
+    token = _allowed_plugins.set(None if allow is None else frozenset(map(normalize_name, allow)))
     try:
         yield
     finally:
-        _allow.reset(token)
+        _allowed_plugins.reset(token)
 
 
-_allow: ContextVar[frozenset[str] | None] = ContextVar("embedonce_allowed_plugins", default=None)
+_allowed_plugins: ContextVar[frozenset[str] | None] = ContextVar("embedonce_allowed_plugins", default=None)
 
 
-def bare(name: str) -> str:
-    """Return the plugin's own name of ``distribution:name``, or of a name alone."""
+def strip_distribution(name: str) -> str:
+    """Return ``name`` without the distribution that may precede it: ``distribution:name`` becomes ``name``."""
     return name.rpartition(":")[2]
 
 
 def names() -> list[str]:
-    """Return what TOML calls the installed plugins that may be loaded, without loading any."""
+    """Return the TOML names of the installed plugins that may be loaded, without loading any."""
     return sorted({type_of(point) for point in all_entry_points() if refusal_of(point) is None})
 
 
@@ -58,76 +58,88 @@ def installed_by_embedonce() -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _scan(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Read the group from the metadata of everything installed: some 10 ms, hence once per ``sys.path``."""
+def _scan_metadata(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Read the group's entry points from the metadata of all installed packages.
+
+    This takes about 10 ms, so it happens once per ``sys.path``.
+    """
     from importlib.metadata import entry_points
 
     return tuple(entry_points(group=hookspecs.PROJECT))
 
 
 def all_entry_points() -> tuple[EntryPoint, ...]:
-    return _scan(tuple(sys.path))
+    """Return the entry points of every installed plugin."""
+    return _scan_metadata(tuple(sys.path))
 
 
 def find_entry_points(name: str) -> list[EntryPoint]:
-    """Return the entry points that ``name``, with or without a distribution, may mean."""
-    found = _named_so(name)
-    if not found:  # it may have been installed since
-        _scan.cache_clear()
-        found = _named_so(name)
+    """Return the entry points that match ``name``, which may include a distribution."""
+    found = _list_matches(name)
+    if not found:  # the plugin may have been installed since the last scan
+        _scan_metadata.cache_clear()
+        found = _list_matches(name)
     return found
 
 
-def _named_so(name: str) -> list[EntryPoint]:
+def _list_matches(name: str) -> list[EntryPoint]:
     distribution, _, plugin = name.rpartition(":")
-    return [
-        point
-        for point in all_entry_points()
-        if point.name == plugin and (not distribution or canonical(distribution_of(point)) == canonical(distribution))
-    ]
+    found = [point for point in all_entry_points() if point.name == plugin]
+    if not distribution:
+        return found
+    wanted = normalize_name(distribution)
+    return [point for point in found if normalize_name(distribution_of(point)) == wanted]
 
 
 def find_entry_point(name: str) -> EntryPoint:
+    """Return the one entry point that ``name`` means.
+
+    Raises:
+        PluginError: no plugin has this name, several have it, or the plugin must not be loaded.
+    """
     found = find_entry_points(name)
     usable = [point for point in found if refusal_of(point) is None]
-    meant = [point for point in usable if _is_own(point)] or usable
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        raise PluginError(_ambiguous(name, meant))
+    candidates = [point for point in usable if _is_own(point)] or usable
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise PluginError(_explain_ambiguity(name, candidates))
     if found:
         raise PluginError(str(refusal_of(next(filter(_is_own, found), found[0]))))
-    raise PluginError(_not_installed(name))
+    raise PluginError(_explain_not_installed(name))
 
 
 def type_of(point: EntryPoint) -> str:
-    """Return what TOML says to choose this plugin."""
-    others = [other for other in _named_so(point.name) if other is not point and refusal_of(other) is None]
-    hidden = others and not _is_own(point)
-    return full_name(point) if hidden else point.name
+    """Return the ``type`` that chooses this plugin in TOML.
+
+    That is its name, or ``distribution:name`` if the name alone means another plugin or is ambiguous.
+    """
+    others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
+    needs_distribution = others and not _is_own(point)
+    return full_name(point) if needs_distribution else point.name
 
 
 def refusal_of(point: EntryPoint) -> str | None:
-    """Return why a plugin must not be loaded: it is disabled, or not allowed."""
-    names = {canonical(point.name), canonical(distribution_of(point)), canonical(full_name(point))}
-    if names & {canonical(part) for part in os.environ.get(DISABLE, "").split(",") if part.strip()}:
+    """Return why a plugin must not be loaded (it is disabled or not allowed), or None if it may be."""
+    names = {normalize_name(point.name), normalize_name(distribution_of(point)), normalize_name(full_name(point))}
+    if names & {normalize_name(part) for part in os.environ.get(DISABLE, "").split(",") if part.strip()}:
         return f"{describe(point)} is disabled by {DISABLE}={os.environ[DISABLE]}"
-    allow = _allow.get()
+    allow = _allowed_plugins.get()
     if allow is None or _is_own(point) or names & allow:
         return None
     return f'{describe(point)} is not allowed: add "{distribution_of(point)}" to allow in [plugins]'
 
 
 def _is_own(point: EntryPoint) -> bool:
-    return canonical(distribution_of(point)) == hookspecs.PROJECT
+    return normalize_name(distribution_of(point)) == hookspecs.PROJECT
 
 
 def full_name(point: EntryPoint) -> str:
     return f"{distribution_of(point)}:{point.name}"
 
 
-def canonical(name: str) -> str:
-    """Return a distribution's name in the form in which two spellings of it are equal."""
+def normalize_name(name: str) -> str:
+    """Return a distribution's name in the normal form of PEP 503, which is equal for all spellings of a name."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -147,19 +159,19 @@ def describe(point: EntryPoint) -> str:
     return f'plugin "{point.name}" of {origin_of(point)}'
 
 
-def _ambiguous(name: str, points: Sequence[EntryPoint]) -> str:
+def _explain_ambiguity(name: str, points: Sequence[EntryPoint]) -> str:
     origins = listed(origin_of(point) for point in points)
     full = listed((f'"{full_name(point)}"' for point in points), "or")
-    return f'{len(points)} distributions bring a plugin "{name}": {origins}; say which one is meant: {full}'
+    return f'{len(points)} distributions provide a plugin "{name}": {origins}; choose one by writing {full}'
 
 
-def _not_installed(name: str) -> str:
+def _explain_not_installed(name: str) -> str:
     known = names()
     if not known:
         return (
-            f"no plugin {quoted(name)}: none is installed, not even embedonce's own, because embedonce runs from a "
-            "folder that was not installed; in that folder: pip install -e ."
+            f"no plugin {quoted(name)} is installed, and no other plugin either, because embedonce runs from a source "
+            "folder that is not installed; run this in that folder: pip install -e ."
         )
-    meant = closest(name, known, likeness=0.7)  # redis is no slip of disk
-    hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that brings it."
+    meant = closest(name, known, likeness=0.7)  # with the default, "redis" would suggest "disk"
+    hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that provides it."
     return f"no plugin {quoted(name)} is installed{hint} Installed: {', '.join(known)}"

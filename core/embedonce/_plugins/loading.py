@@ -1,4 +1,4 @@
-"""Loading the plugin of an entry point: import its module, ask its hooks, and say what is wrong with either."""
+"""Load the plugin of an entry point: import its module, call its hooks, and explain what fails in either."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from embedonce.events import Event
 from embedonce.keys import NORMALIZERS
 
 from .entry_points import (
-    canonical,
     describe,
     distribution_of,
     find_entry_point,
     find_entry_points,
     full_name,
     names,
+    normalize_name,
     origin_of,
 )
 
@@ -44,8 +44,8 @@ HOOKS: Mapping[Kind, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A plugin whose module was imported and whose hooks were asked."""
+class LoadedPlugin:
+    """A plugin whose module was imported and whose hooks were called."""
 
     name: str
     origin: str
@@ -58,20 +58,20 @@ def backend(name: str) -> type[Any]:
     """Return the backend class that TOML calls ``name``, or ``distribution:name``.
 
     Raises:
-        PluginError: it is not installed, not allowed, cannot be loaded, or is no backend.
+        PluginError: the plugin is not installed, not allowed, cannot be loaded, or is not a backend.
     """
-    cls: type[Any] = _registered("backend", name)
+    cls: type[Any] = _get_registered("backend", name)
     return cls
 
 
 def provider(name: str) -> type[Any]:
     """Return the provider class that TOML calls ``name``. Raises as :func:`backend` does."""
-    cls: type[Any] = _registered("provider", name)
+    cls: type[Any] = _get_registered("provider", name)
     return cls
 
 
 def normalizer(name: str) -> Normalizer:
-    """Return the normalisation step ``name``: one of embedonce's own, else a plugin's.
+    """Return the normalisation step ``name``: a built-in one, else one that a plugin provides.
 
     Raises:
         PluginError: there is no such step, or its plugin cannot be loaded.
@@ -79,33 +79,33 @@ def normalizer(name: str) -> Normalizer:
     if name in NORMALIZERS:
         return NORMALIZERS[name]
     if not find_entry_points(name):
-        raise PluginError(_no_step(name))
-    step: Normalizer = _registered("normalizer", name)
+        raise PluginError(_explain_unknown_step(name))
+    step: Normalizer = _get_registered("normalizer", name)
     return step
 
 
 def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
-    """Return the event hooks of those of the plugins ``used`` that have one, to be called with each event."""
-    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load(name).module]}
-    return [function for module in modules.values() for function in event_hooks(module)]
+    """Return the event hooks of the plugins ``used``, as functions to call with each event."""
+    modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load_plugin(name).module]}
+    return [function for module in modules.values() for function in list_event_hooks(module)]
 
 
 _lock = threading.RLock()
-_plugins: dict[str, Loaded] = {}
-"""By ``distribution:name``."""
+_plugins: dict[str, LoadedPlugin] = {}
+"""Loaded plugins by ``distribution:name``."""
 
 
-def _after_fork_in_child() -> None:
+def _renew_lock() -> None:
     global _lock
-    _lock = threading.RLock()  # a thread of the parent may have held it, and is not here
+    _lock = threading.RLock()  # a thread of the parent may hold the old lock, and that thread does not exist here
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @functools.cache
-def _manager() -> pluggy.PluginManager:
+def _get_manager() -> pluggy.PluginManager:
     import pluggy
 
     mark = pluggy.HookspecMarker(hookspecs.PROJECT)
@@ -116,41 +116,41 @@ def _manager() -> pluggy.PluginManager:
     return manager
 
 
-def _registered(kind: Kind, name: str) -> Any:
-    plugin = _load(name)
+def _get_registered(kind: Kind, name: str) -> Any:
+    plugin = _load_plugin(name)
     found = plugin.registered[kind].get(plugin.name)
     if found is None:
-        raise PluginError(_wrong_kind(kind, plugin))
+        raise PluginError(_explain_wrong_kind(kind, plugin))
     return found
 
 
-def _load(name: str) -> Loaded:
+def _load_plugin(name: str) -> LoadedPlugin:
     return load_entry_point(find_entry_point(name))
 
 
-def load_entry_point(point: EntryPoint) -> Loaded:
+def load_entry_point(point: EntryPoint) -> LoadedPlugin:
     with _lock:
         known = _plugins.get(full_name(point))
         if known is None or known.origin != origin_of(point):
-            known = _plugins[full_name(point)] = _load_anew(point)
+            known = _plugins[full_name(point)] = _import_and_register_module(point)
         return known
 
 
-def _load_anew(point: EntryPoint) -> Loaded:
-    module = _import(point)
+def _import_and_register_module(point: EntryPoint) -> LoadedPlugin:
+    module = _import_module(point)
     _check_api(point, module)
-    _register(point, module)
-    registered: dict[Kind, Mapping[str, Any]] = {kind: _ask(point, module, kind) for kind in HOOKS}
-    return Loaded(point.name, origin_of(point), module, registered)
+    _register_module(point, module)
+    registered: dict[Kind, Mapping[str, Any]] = {kind: _call_hook(point, module, kind) for kind in HOOKS}
+    return LoadedPlugin(point.name, origin_of(point), module, registered)
 
 
-def _import(point: EntryPoint) -> Any:
+def _import_module(point: EntryPoint) -> Any:
     try:
         return point.load()
     except ModuleNotFoundError as error:
-        raise PluginError(f"{describe(point)} {_missing(point, error)}") from error
+        raise PluginError(f"{describe(point)} {_explain_missing_module(point, error)}") from error
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{describe(point)} cannot be imported: {_said(error)}") from error
+        raise PluginError(f"{describe(point)} cannot be imported: {_describe_error(error)}") from error
 
 
 def _check_api(point: EntryPoint, module: Any) -> None:
@@ -158,16 +158,16 @@ def _check_api(point: EntryPoint, module: Any) -> None:
     if api == API:
         return
     newer = isinstance(api, int) and api > API
-    what = "embedonce" if newer else distribution_of(point)
+    outdated = "embedonce" if newer else distribution_of(point)
     raise PluginError(
-        f"{describe(point)} is written for version {api!r} of the plugin contract, and this embedonce has "
-        f"version {API}; upgrade it: pip install --upgrade {what}"
+        f"{describe(point)} is written for version {api!r} of the plugin contract, but this embedonce supports "
+        f"version {API}; upgrade {outdated}: pip install --upgrade {outdated}"
     )
 
 
-def _register(point: EntryPoint, module: Any) -> None:
-    manager = _manager()
-    if manager.is_registered(module):  # one module may stand behind several names
+def _register_module(point: EntryPoint, module: Any) -> None:
+    manager = _get_manager()
+    if manager.is_registered(module):  # several entry points may name the same module
         return
     try:
         manager.register(module, name=f"{full_name(point)}={point.value}")
@@ -175,7 +175,7 @@ def _register(point: EntryPoint, module: Any) -> None:
     except (Exception, SystemExit) as error:
         if manager.is_registered(module):
             manager.unregister(module)
-        raise PluginError(f"{describe(point)} cannot be registered: {_said(error)}") from error
+        raise PluginError(f"{describe(point)} cannot be registered: {_describe_error(error)}") from error
 
 
 def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
@@ -189,36 +189,37 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
         raise PluginError(f"it has no hooks; mark functions named {listed(known, 'or')} with @embedonce.hookimpl")
 
 
-def _ask(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
+def _call_hook(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
     """Return what the module's own hook of this kind registers, by name."""
-    manager, hook = _manager(), HOOKS[kind]
+    manager, hook = _get_manager(), HOOKS[kind]
     others = [plugin for plugin in manager.get_plugins() if plugin is not module]
     try:
         answers = manager.subset_hook_caller(hook, others)()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{describe(point)} failed in its hook {hook}: {_said(error)}") from error
+        raise PluginError(f"{describe(point)} failed in its hook {hook}: {_describe_error(error)}") from error
     found: dict[str, Any] = {}
     for answer in answers:
-        found.update(_checked(point, kind, answer))
+        found.update(_check_answer(point, kind, answer))
     return found
 
 
-def _checked(point: EntryPoint, kind: Kind, answer: Any) -> Mapping[str, Any]:
-    wanted = "functions" if kind == "normalizer" else "classes"
-    right = callable if kind == "normalizer" else lambda item: isinstance(item, type)
-    if isinstance(answer, Mapping) and all(isinstance(name, str) and right(item) for name, item in answer.items()):
+def _check_answer(point: EntryPoint, kind: Kind, answer: Any) -> Mapping[str, Any]:
+    expected = "functions" if kind == "normalizer" else "classes"
+    is_valid = callable if kind == "normalizer" else lambda item: isinstance(item, type)
+    if isinstance(answer, Mapping) and all(isinstance(name, str) and is_valid(item) for name, item in answer.items()):
         return answer
-    raise PluginError(f"{describe(point)} must return {wanted} by name from its hook {HOOKS[kind]}")
+    raise PluginError(f"{describe(point)}: its hook {HOOKS[kind]} must return a dict from names to {expected}")
 
 
-def event_hooks(module: Any) -> list[Callable[[Event], None]]:
-    impls = _manager().hook.embedonce_event.get_hookimpls()
-    return [_listener(impl) for impl in impls if impl.plugin is module]
+def list_event_hooks(module: Any) -> list[Callable[[Event], None]]:
+    """Return the event hooks of a loaded plugin's module."""
+    impls = _get_manager().hook.embedonce_event.get_hookimpls()
+    return [_make_listener(impl) for impl in impls if impl.plugin is module]
 
 
-def _listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
+def _make_listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
     function = impl.function
-    takes_event = bool(impl.argnames)  # pluggy lets a hook leave its argument out
+    takes_event = bool(impl.argnames)  # pluggy lets a hook omit its argument
 
     def listen(event: Event) -> None:
         function(event) if takes_event else function()
@@ -226,22 +227,22 @@ def _listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
     return listen
 
 
-def _said(error: BaseException) -> str:
-    # pluggy says on its last lines what is wrong with a hook.
-    said = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
-    first = without_credentials(next(iter(said.splitlines()), ""))
+def _describe_error(error: BaseException) -> str:
+    # pluggy names the fault of a hook on the last lines of its message.
+    text = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
+    first = without_credentials(next(iter(text.splitlines()), ""))
     if isinstance(error, PluginError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _missing(point: EntryPoint, error: ModuleNotFoundError) -> str:
+def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> str:
     module = error.name or ""
     if not module:
-        return f"cannot be imported: {_said(error)}"
+        return f"cannot be imported: {_describe_error(error)}"
     if f"{point.module}.".startswith(f"{module}."):
-        again = f"pip install --force-reinstall {distribution_of(point)}"
-        return f"has no module {module}, although it says so; install it again: {again}"
+        command = f"pip install --force-reinstall {distribution_of(point)}"
+        return f"names the module {module} as its entry point, but has no such module; reinstall it: {command}"
     extra = find_extra(point.dist, point.name, module) if point.dist is not None else None
     if extra:
         return f"needs {module}, which is not installed: pip install '{distribution_of(point)}[{extra}]'"
@@ -249,42 +250,43 @@ def _missing(point: EntryPoint, error: ModuleNotFoundError) -> str:
 
 
 def find_extra(distribution: Distribution, plugin: str, module: str) -> str | None:
-    """Return the extra of the distribution that brings a missing module.
+    """Return the extra of the distribution that provides a missing module, or None.
 
-    That is the one named as the plugin is, else one whose requirement is named as the module is; all
-    of it is read from the distribution's metadata, so that no message names an extra that is not there.
+    That is the extra with the plugin's name, else an extra that requires a package with the module's name. The
+    distribution's metadata lists both, so a message never names an extra that does not exist.
     """
     extras = distribution.metadata.get_all("Provides-Extra") or []
     for extra in extras:
-        if canonical(extra) == canonical(plugin):
+        if normalize_name(extra) == normalize_name(plugin):
             return str(extra)
-    wanted = {canonical(module), canonical(module.partition(".")[0])}
+    candidates = {normalize_name(module), normalize_name(module.partition(".")[0])}
     for requirement in distribution.requires or []:
         package = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"""extra\s*==\s*["']([^"']+)["']""", requirement)
-        if package and extra and canonical(package[0]) in wanted:
+        if package and extra and normalize_name(package[0]) in candidates:
             return extra[1]
     return None
 
 
-def _no_step(name: str) -> str:
+def _explain_unknown_step(name: str) -> str:
     meant = closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    more = "plugins may bring more, each with an entry point of its name"
-    return f"no normalisation step {quoted(name)}{hint} embedonce has {', '.join(NORMALIZERS)}; {more}"
+    more = "a plugin can provide more, each under an entry point of the same name"
+    return f"no normalisation step {quoted(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
 
 
-def _wrong_kind(kind: Kind, plugin: Loaded) -> str:
-    has = listed(list_registered(plugin))
-    return f'"{plugin.name}" is no {kind}: the plugin of {plugin.origin} brings {has}'
+def _explain_wrong_kind(kind: Kind, plugin: LoadedPlugin) -> str:
+    provided = listed(list_registered(plugin))
+    return f'"{plugin.name}" is not a {kind}; {plugin.origin} provides {provided}'
 
 
-def list_registered(plugin: Loaded) -> list[str]:
+def list_registered(plugin: LoadedPlugin) -> list[str]:
+    """Return everything that a plugin registers, as messages name it."""
     return [what for what, _ in registered_names(plugin)]
 
 
-def registered_names(plugin: Loaded) -> Iterator[tuple[str, str]]:
-    """Yield each thing that a plugin registers, as messages name it, with its name alone."""
+def registered_names(plugin: LoadedPlugin) -> Iterator[tuple[str, str]]:
+    """Yield everything that a plugin registers: its description, such as ``backend "disk"``, and its name."""
     for kind, found in plugin.registered.items():
         for name in found:
             yield f'{kind} "{name}"', name

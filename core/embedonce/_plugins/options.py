@@ -1,7 +1,7 @@
-"""A class's options, read from its ``__init__``, and one value checked against one of them.
+"""Read a class's options from its ``__init__``, and check a value against an option.
 
-pydantic does the checking, with the strictness of JSON: text is never taken for a number or a bool.
-It is imported for the first value that is not plainly right, which saves 150 ms where there is none.
+pydantic checks the values in strict JSON mode, so text never becomes a number or a bool. It is imported only for
+the first value that :mod:`.plain_values` leaves to it. A configuration without such a value starts 150 ms sooner.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from embedonce._messages import closest, listed
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
 
-from .plain_values import UNSURE, simply
+from .plain_values import UNSURE, convert_plain_value
 
 REQUIRED = inspect.Parameter.empty
-"""The default of an option that has none."""
+"""The ``default`` of an option without a default."""
 
 
 class Refused(ValueError):
-    """A value is not of an option's type; ``details`` is what pydantic says of it."""
+    """A value does not match an option's type. ``details`` are the errors that pydantic reports."""
 
     def __init__(self, details: Sequence[Any]) -> None:
-        super().__init__("the value is not of the option's type")
+        super().__init__("the value does not match the option's type")
         self.details = details
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One keyword-only parameter of a plugin's ``__init__``."""
+    """One keyword-only parameter of a class's ``__init__``."""
 
     name: str
     hint: Any
@@ -50,46 +50,47 @@ class Option:
 
     @property
     def doc(self) -> str | None:
-        """The sentence of its ``Doc`` (anybody's), wherever in the type that is."""
-        said = (getattr(part, "documentation", None) for part in metadata(self.hint))
-        return next((text for text in said if isinstance(text, str)), None)
+        """The text of the first ``Doc`` anywhere in the type, from whichever package ``Doc`` is imported."""
+        texts = (getattr(part, "documentation", None) for part in list_annotations(self.hint))
+        return next((text for text in texts if isinstance(text, str)), None)
 
     @property
     def is_path(self) -> bool:
-        """Whether it names a file or folder: its type mentions ``Path`` or ``os.PathLike``."""
+        """Whether the option names a file or folder: its type includes ``Path`` or ``os.PathLike``."""
         return any(
-            isinstance(part, type) and (issubclass(part, Path) or part is os.PathLike) for part in _members(self.hint)
+            isinstance(part, type) and (issubclass(part, Path) or part is os.PathLike)
+            for part in _list_members(self.hint)
         )
 
     @property
-    def is_closed(self) -> bool:
-        """Whether it takes one of some words that everybody may know."""
-        return typing.Literal in _members(self.hint)
+    def is_choice(self) -> bool:
+        """Whether the type includes a ``Literal``, whose words are public."""
+        return typing.Literal in _list_members(self.hint)
 
     def check(self, value: Any) -> Any:
-        """Return ``value`` in the option's type.
+        """Return ``value`` converted to the option's type.
 
         Raises:
-            Refused: it is none.
-            PluginError: TOML cannot write one.
+            Refused: the value does not match the type.
+            PluginError: TOML has no values of this type.
         """
-        read = simply(self.hint, value)
-        return read if read is not UNSURE else self._validated(value)
+        converted = convert_plain_value(self.hint, value)
+        return converted if converted is not UNSURE else self._validate(value)
 
-    def _validated(self, value: Any) -> Any:
+    def _validate(self, value: Any) -> Any:
         from pydantic import ValidationError
 
         try:
-            return adapter(self).validate_json(json.dumps(value, allow_nan=False), strict=True)
+            return type_adapter(self).validate_json(json.dumps(value, allow_nan=False), strict=True)
         except ValidationError as error:
-            raise Refused(error.errors(include_url=False)) from None  # its own text repeats the value
+            raise Refused(error.errors(include_url=False)) from None  # pydantic's message repeats the value
 
 
 def options_of(cls: type[Any]) -> Mapping[str, Option]:
-    """Return a class's options by name, in the order in which it writes them.
+    """Return a class's options by name, in the order of its ``__init__``.
 
     Raises:
-        PluginError: the class cannot be made from options alone, or its types cannot be read.
+        PluginError: ``__init__`` has a required positional parameter, or its type hints cannot be resolved.
     """
     init = inspect.unwrap(cls.__init__)
     if init is object.__init__:
@@ -99,30 +100,31 @@ def options_of(cls: type[Any]) -> Mapping[str, Option]:
         hints = typing.get_type_hints(init, include_extras=True)
     except (NameError, TypeError, ValueError, AttributeError) as error:
         raise PluginError(
-            f"the types of {_named(cls)}'s options cannot be read: {error}; its module must import each at run time"
+            f"the types of {_full_name(cls)}'s options cannot be read: {error}; its module must import these "
+            "types at run time, not only under TYPE_CHECKING"
         ) from error
     for parameter in parameters:
         if parameter.kind in _POSITIONAL and parameter.default is REQUIRED:
             raise PluginError(
-                f'{_named(cls)} cannot be made from TOML: its parameter "{parameter.name}" must be keyword-only '
+                f'{_full_name(cls)} cannot be made from TOML: its parameter "{parameter.name}" must be keyword-only '
                 "(written after *)"
             )
-    named = (p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: Option(p.name, hints.get(p.name, Any), p.default) for p in named}
+    keywords = (p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: Option(p.name, hints.get(p.name, Any), p.default) for p in keywords}
 
 
-def options_beside(cls: type[Any], own: Mapping[str, Option], taken: Collection[str]) -> dict[str, Option]:
-    """Return embedonce's ``own`` options of a table and a plugin's.
+def merge_options(cls: type[Any], own: Mapping[str, Option], reserved: Collection[str]) -> dict[str, Option]:
+    """Return the options of a plugin's table: embedonce's ``own`` and those of the plugin's class.
 
     Raises:
-        PluginError: as :func:`options_of` does, or an option has a name that is taken.
+        PluginError: :func:`options_of` fails, or an option of the class has a name in ``own`` or ``reserved``.
     """
     options = options_of(cls)
-    both = sorted(options.keys() & {*own, *taken})
-    if both:
+    conflicts = sorted(options.keys() & {*own, *reserved})
+    if conflicts:
         raise PluginError(
-            f"{_named(cls)} has an option named {listed(both)}, which TOML uses for something else; its author must "
-            "rename it"
+            f"{_full_name(cls)} must not have an option named {listed(conflicts, 'or')}, because embedonce uses "
+            "that name in the same table; the author of the plugin must rename the option"
         )
     return {**own, **options}
 
@@ -130,71 +132,69 @@ def options_beside(cls: type[Any], own: Mapping[str, Option], taken: Collection[
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _named(cls: type[Any]) -> str:
+def _full_name(cls: type[Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def metadata(hint: Any) -> list[Any]:
-    """Return what ``Annotated`` says, at the top or inside a union."""
+def list_annotations(hint: Any) -> list[Any]:
+    """Return the metadata of every ``Annotated`` in a type, at the top or inside a union."""
     found = list(getattr(hint, "__metadata__", ()))
     for part in typing.get_args(hint):
         if typing.get_origin(part) is typing.Annotated or typing.get_args(part):
-            found += metadata(part)
+            found += list_annotations(part)
     return found
 
 
-def _members(hint: Any) -> list[Any]:
-    """Return the types that a hint is a union of, or the type itself."""
+def _list_members(hint: Any) -> list[Any]:
+    """Return the members of a union, or the type itself if it is not a union."""
     if typing.get_origin(hint) is typing.Annotated:
-        return _members(typing.get_args(hint)[0])
+        return _list_members(typing.get_args(hint)[0])
     if inspect.isclass(hint) and typing.get_origin(hint) is None:
         return [hint]
     origin = typing.get_origin(hint)
     if origin is not typing.Union and type(hint).__name__ != "UnionType":
         return [origin] if origin is not None else []
-    return [member for part in typing.get_args(hint) for member in _members(part)]
+    return [member for part in typing.get_args(hint) for member in _list_members(part)]
 
 
-def adapter(option: Option) -> Any:
+def type_adapter(option: Option) -> Any:
     """Return the ``pydantic.TypeAdapter`` of an option.
 
     Raises:
-        PluginError: TOML cannot write a value of its type.
+        PluginError: TOML has no values of the option's type.
     """
     try:
-        return _built(option)
-    except TypeError:  # a default or a type that cannot be hashed
-        return _build(option)
+        return _build_cached(option)
+    except TypeError:  # the default or the type cannot be hashed
+        return _build_adapter(option)
 
 
-def _build(option: Option) -> Any:
+def _build_adapter(option: Option) -> Any:
     from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 
     try:
         return TypeAdapter(option.hint)
     except (PydanticSchemaGenerationError, PydanticUserError) as error:
-        raise PluginError(
-            f'"{option.name}" can only be given in Python: TOML cannot write a value of its type'
-        ) from error
+        raise PluginError(f'"{option.name}" can only be given in Python: TOML has no values of its type') from error
 
 
-_built = functools.lru_cache(maxsize=1024)(_build)
+_build_cached = functools.lru_cache(maxsize=1024)(_build_adapter)
 
 
-# --- text that stands for a value -------------------------------------------------------------
+# --- values written as text -------------------------------------------------------------------
 
 
 def read_text(option: Option, text: str) -> Any:
-    """Return what ``text``, from a variable, means to this option: itself, or the value that it writes.
+    """Return the value that ``text``, from an environment variable, has for this option.
 
-    A list may be written as in TOML or JSON, or with commas between its items. What fits nothing is
-    returned as it is, to be refused like any other wrong value.
+    That is the first of these that the option accepts: the text itself, the text read as TOML or as JSON, a bool,
+    or a list of the parts between commas. If the option accepts none, the text is returned, so that checking it
+    reports the error.
     """
-    readings = [text, *_readings(text)]
-    return next((value for value in readings if _fits(option, value)), text)
+    return next((value for value in [text, *_list_readings(text)] if _is_accepted(option, value)), text)
 
 
-def _readings(text: str) -> list[Any]:
+def _list_readings(text: str) -> list[Any]:
     found: list[Any] = []
     for written in (text, f"[{text}]"):
         try:
@@ -209,19 +209,19 @@ def _readings(text: str) -> list[Any]:
     return found
 
 
-def _fits(option: Option, value: Any) -> bool:
+def _is_accepted(option: Option, value: Any) -> bool:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return False
     try:
         option.check(value)
-    except (ValueError, TypeError):  # among them what JSON cannot write: infinity, a date
+    except (ValueError, TypeError):  # also raised for values that JSON cannot write, such as infinity or a date
         return False
     return True
 
 
-# --- what is wrong with a value ---------------------------------------------------------------
+# --- errors in a value ------------------------------------------------------------------------
 
-WANTED: Mapping[str, str] = {
+EXPECTED: Mapping[str, str] = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -256,64 +256,60 @@ LENGTHS: Mapping[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wrong:
-    """One thing that is wrong inside one option's value."""
+class InvalidPart:
+    """An invalid part of an option's value."""
 
     where: tuple[str | int, ...]
-    """Keys and places in lists, from the value down; empty for the value itself."""
+    """Keys and list indexes from the value to the part; empty for the value itself."""
     message: str
     value: Any
 
 
-def wrongs(value: Any, refused: Refused, *, hidden: bool) -> list[Wrong]:
-    """Return what is wrong with a value, one for each place in it.
+def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
+    """Return the invalid parts of a value that :meth:`Option.check` refused, one per place.
 
-    With ``hidden`` no message repeats anything of the value.
+    With ``hidden``, no message repeats any of the value.
     """
     by_place: dict[tuple[str | int, ...], list[Any]] = {}
     for detail in refused.details:
-        by_place.setdefault(_inside(value, detail["loc"]), []).append(detail)
+        by_place.setdefault(_path_inside(value, detail["loc"]), []).append(detail)
     return [
-        Wrong(where, _explained(details, _at(value, where), hidden=hidden), _at(value, where))
+        InvalidPart(where, _join_messages(details, _value_at(value, where), hidden=hidden), _value_at(value, where))
         for where, details in by_place.items()
     ]
 
 
-def _inside(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Return the part of pydantic's ``loc`` that is a place in the value; it also names branches of unions."""
+def _path_inside(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Return the steps of pydantic's ``loc`` that lead into the value; the other steps name branches of unions."""
     where: list[str | int] = []
     for step in loc:
-        if _has(value, step):
+        if _contains_step(value, step):
             value = value[step]
             where.append(step)
     return tuple(where)
 
 
-def _has(value: Any, step: str | int) -> bool:
+def _contains_step(value: Any, step: str | int) -> bool:
     if isinstance(value, list):
         return isinstance(step, int) and 0 <= step < len(value)
     return isinstance(value, dict) and step in value
 
 
-def _at(value: Any, where: Sequence[str | int]) -> Any:
+def _value_at(value: Any, where: Sequence[str | int]) -> Any:
     for step in where:
         value = value[step]
     return value
 
 
-def _explained(details: Sequence[Any], value: Any, *, hidden: bool) -> str:
-    said: list[str] = []
-    for detail in details:
-        message = _phrase(detail, value, hidden=hidden)
-        if message not in said:
-            said.append(message)
-    return listed(said, "or")
+def _join_messages(details: Sequence[Any], value: Any, *, hidden: bool) -> str:
+    messages = (_describe_detail(detail, value, hidden=hidden) for detail in details)
+    return listed(dict.fromkeys(messages), "or")
 
 
-def _phrase(detail: Any, value: Any, *, hidden: bool) -> str:
+def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
-    if kind in WANTED:
-        return f"must be {WANTED[kind]}"
+    if kind in EXPECTED:
+        return f"must be {EXPECTED[kind]}"
     if kind in BOUNDS:
         words, name = BOUNDS[kind]
         return f"must be {words} {context[name]}"
@@ -321,28 +317,29 @@ def _phrase(detail: Any, value: Any, *, hidden: bool) -> str:
         if value in ("", [], {}):
             return "must not be empty"
         words, name = LENGTHS[kind]
-        what = "character" if kind.startswith("string") else "item"
-        return f"must have {words} {context[name]} {what}{'' if context[name] == 1 else 's'}"
+        unit = "character" if kind.startswith("string") else "item"
+        return f"must have {words} {context[name]} {unit}{'' if context[name] == 1 else 's'}"
     if kind in ("literal_error", "enum"):
-        return f"must be {context['expected'].replace(chr(39), chr(34))}" + _meant(value, context["expected"], hidden)
+        words = context["expected"].replace("'", '"')
+        return f"must be {words}{_suggest_word(value, context['expected'], hidden)}"
     if kind == "missing":
-        return f'lacks "{detail["loc"][-1]}"'
+        return f'must have the key "{detail["loc"][-1]}"'
     if kind == "extra_forbidden":
         return "is an unknown key"
     if kind in ("value_error", "assertion_error"):
-        return _raised(context.get("error"), hidden)
-    # Another type's own words; pydantic repeats no input in them, but a plugin's custom error might.
-    return "is not valid" if hidden else f"is not valid: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+        return _describe_error(context.get("error"), hidden)
+    # The message of another type. pydantic's own messages repeat no input, but a plugin's custom error may.
+    return "is invalid" if hidden else f"is invalid: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
 
 
-def _meant(value: Any, expected: str, hidden: bool) -> str:
+def _suggest_word(value: Any, expected: str, hidden: bool) -> str:
     if hidden or not isinstance(value, str):
         return ""
-    meant = closest(value, [part.strip(" '") for part in expected.replace(" or ", ",").split(",")])
-    return f'; did you mean "{meant}"?' if meant else ""
+    word = closest(value, [part.strip(" '") for part in expected.replace(" or ", ",").split(",")])
+    return f'; did you mean "{word}"?' if word else ""
 
 
-def _raised(error: Any, hidden: bool) -> str:
+def _describe_error(error: Any, hidden: bool) -> str:
     if isinstance(error, BadValue):
         return str(error)
-    return "is not valid" if hidden or not str(error) else f"is not valid: {error}"
+    return "is invalid" if hidden or not str(error) else f"is invalid: {error}"

@@ -1,6 +1,7 @@
-"""Values that are plainly right, without importing pydantic, which costs 150 ms of a program's start.
+"""Check plain values without pydantic, whose import costs 150 ms of a program's startup.
 
-What is not plainly right is not wrong: pydantic decides. A test holds the two against each other.
+This accepts the common valid values and leaves every other value to pydantic, which accepts or rejects it. A test
+compares the two: whatever is accepted here, pydantic must accept with the same result.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from embedonce.options import BadValue, Doc, Parsed
 
 UNSURE = object()
-"""What :func:`simply` returns where pydantic must decide."""
+"""Result of :func:`convert_plain_value` if pydantic must decide."""
 
 
-def simply(hint: Any, value: Any) -> Any:
-    """Return ``value``, as JSON would give it, in the type of ``hint``; UNSURE where that takes more than a look."""
+def convert_plain_value(hint: Any, value: Any) -> Any:
+    """Return ``value``, which has a type of JSON, converted to the type ``hint``; UNSURE if pydantic must decide."""
     if hint in (str, int, bool):
         return value if type(value) is hint else UNSURE
     if hint is float:
@@ -31,30 +32,33 @@ def simply(hint: Any, value: Any) -> Any:
         return Path(value) if type(value) is str else UNSURE
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _annotated(args[0], args[1:], value)
+        return _convert_annotated(args[0], args[1:], value)
     if origin is typing.Literal:
-        return value if any(value == one and type(value) is type(one) for one in args) else UNSURE
+        return value if any(value == choice and type(value) is type(choice) for choice in args) else UNSURE
     if origin in (typing.Union, types.UnionType):
-        return _union(args, value)
+        return _convert_union(args, value)
     if origin in (list, collections.abc.Sequence) and type(value) is list:
-        return _items(args[0], value)
+        return _convert_items(args[0], value)
     return UNSURE
 
 
-def _annotated(hint: Any, metadata: Sequence[Any], value: Any) -> Any:
+def _convert_annotated(hint: Any, metadata: Sequence[Any], value: Any) -> Any:
     first, *_ = metadata
     if isinstance(first, Parsed):
         try:
-            read = first.parse(value)
+            converted = first.parse(value)
         except BadValue:
             return UNSURE
         metadata = metadata[1:]
     else:
-        read = simply(hint, value)
-    return read if read is UNSURE or all(_holds(part, read) for part in metadata) else UNSURE
+        converted = convert_plain_value(hint, value)
+    if converted is UNSURE or all(_is_within(part, converted) for part in metadata):
+        return converted
+    return UNSURE
 
 
-def _holds(part: Any, value: Any) -> bool:
+def _is_within(part: Any, value: Any) -> bool:
+    """Return whether a value is within the bound ``part``; False for a part that only pydantic knows."""
     if isinstance(part, Doc):
         return True
     if value is None:
@@ -71,15 +75,15 @@ def _holds(part: Any, value: Any) -> bool:
     return False
 
 
-def _union(members: Sequence[Any], value: Any) -> Any:
+def _convert_union(members: Sequence[Any], value: Any) -> Any:
     if value is None:
         return None if type(None) in members else UNSURE
     if type(value) in (str, int, bool) and type(value) in members:
         return value
     others = [member for member in members if member is not type(None)]
-    return simply(others[0], value) if len(others) == 1 else UNSURE
+    return convert_plain_value(others[0], value) if len(others) == 1 else UNSURE
 
 
-def _items(hint: Any, value: list[Any]) -> Any:
-    items = [simply(hint, item) for item in value]
+def _convert_items(hint: Any, value: list[Any]) -> Any:
+    items = [convert_plain_value(hint, item) for item in value]
     return UNSURE if any(item is UNSURE for item in items) else items

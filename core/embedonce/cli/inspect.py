@@ -134,7 +134,7 @@ def _nothing(record: logging.LogRecord) -> bool:
 def _installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
     from embedonce import plugins
 
-    with plugins.only(allow):
+    with plugins.restrict_plugins(allow):
         return plugins.installed()
 
 
@@ -260,7 +260,7 @@ def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
 def schema(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Print the JSON schema of the configuration, with the options of all installed plugins."""
     from embedonce.config import allowed, schema
-    from embedonce.plugins import only
+    from embedonce.plugins import restrict_plugins
 
-    with only(allowed(config)):
+    with restrict_plugins(allowed(config)):
         emit(schema())

@@ -13,7 +13,7 @@ from embedonce._config.inspection import installed
 from embedonce._config.secrets import credentials_in, is_secret
 from embedonce._messages import closest, listed, quoted
 from embedonce._plugins import entry_points, loading
-from embedonce._plugins.options import Option, Refused, options_of, read_text, wrongs
+from embedonce._plugins.options import Option, Refused, list_invalid_parts, options_of, read_text
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
 
@@ -68,7 +68,9 @@ class Target:
             try:
                 values[name] = declared[name].check(read_text(declared[name], text))
             except Refused as refused:
-                problems += [f"option {name} {wrong.message}" for wrong in wrongs(text, refused, hidden=True)]
+                problems += [
+                    f"option {name} {wrong.message}" for wrong in list_invalid_parts(text, refused, hidden=True)
+                ]
             except (PluginError, BadValue) as error:
                 problems.append(f"option {name}: {error}")
         missing = [option.name for option in declared.values() if option.required and option.name not in options]

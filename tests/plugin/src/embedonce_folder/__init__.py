@@ -1,1 +1,1 @@
-"""A stranger's plugin."""
+"""A third-party plugin for the tests."""

@@ -1,3 +1,3 @@
-"""A backend whose package is an extra that the tests do not install."""
+"""A backend that needs a package of an extra, which the tests do not install."""
 
 import a_codec_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401

@@ -1,4 +1,4 @@
-"""A backend: one file per key in a folder."""
+"""A backend that stores one file per key in a folder."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""A provider: how often each letter is in a text."""
+"""A provider that counts each letter of a text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -11,13 +11,13 @@ from embedonce.options import Doc
 api = 1
 
 seen: list[object] = []
-"""Events, for the tests."""
+"""Events that the hook received, for the tests."""
 
 
 class LettersProvider:
     limits = Limits()
 
-    def __init__(self, *, first: Annotated[int, Ge(1), Le(26), Doc("How many letters of the alphabet.")] = 26) -> None:
+    def __init__(self, *, first: Annotated[int, Ge(1), Le(26), Doc("Number of letters to count.")] = 26) -> None:
         self._letters = "abcdefghijklmnopqrstuvwxyz"[:first]
 
     def space(self, task: str, /) -> VectorSpace:
