@@ -305,4 +305,4 @@ def test_each_loop_has_a_client_that_ends_with_it(server: GeminiServer) -> None:
         for text in ("a", "b", "c"):
             found = asyncio.run(cache.aembed(text))
             assert np.array_equal(found, server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"))
-            assert not cache.provider._clients._of_loop  # type: ignore[union-attr]
+            assert not cache.provider._clients._by_loop  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from embedonce import Cache, ProviderError, SpaceError, TextRefused, Tier
 from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, Recipe
 from embedonce.testing.contracts.support import in_fork
 from embedonce_backends.disk import DiskBackend
-from embedonce_providers._openai_answer import read_answer, too_long
+from embedonce_providers._openai_answer import find_too_long, read_answer
 from embedonce_providers.openai import OpenAIProvider
 
 from .chains import FRESH, MIXED, Face, ask, never_wrong
@@ -178,7 +178,7 @@ def test_a_quota_that_is_used_up_is_not_tried_again(server: OpenAIServer, face: 
     ],
 )
 def test_an_answer_that_is_none(answer: bytes) -> None:
-    with pytest.raises(ProviderError, match=r"none was stored|not JSON"):
+    with pytest.raises(ProviderError, match=r"nothing was stored|not JSON"):
         read_answer(answer, 1)
 
 
@@ -243,7 +243,7 @@ def test_a_byte_counts_as_a_token(server: OpenAIServer, text: str) -> None:
     ],
 )
 def test_which_errors_are_about_the_length_of_a_text(status: int, message: str, expected: list[int] | None) -> None:
-    assert too_long(status, message, ["text"] * 5) == expected
+    assert find_too_long(status, message, ["text"] * 5) == expected
 
 
 def test_another_error_reaches_the_caller_at_once(server: OpenAIServer) -> None:
@@ -483,7 +483,7 @@ def test_each_loop_has_a_client_that_ends_with_it(server: OpenAIServer) -> None:
     with Cache(made(server)) as cache:
         for text in ("a", "b", "c"):
             assert np.array_equal(asyncio.run(cache.aembed(text)), server.vector_of(text))
-            assert not cache.provider._clients._of_loop  # type: ignore[union-attr]
+            assert not cache.provider._clients._by_loop  # type: ignore[union-attr]
 
 
 def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
@@ -492,9 +492,9 @@ def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
     async def work() -> None:
         cache = Cache(provider)
         await asyncio.gather(*(cache.aembed(f"text {number}") for number in range(20)))
-        assert len(provider._clients._of_loop) == 1
+        assert len(provider._clients._by_loop) == 1
         await cache.aclose()
-        assert len(provider._clients._of_loop) == 0
+        assert len(provider._clients._by_loop) == 0
 
     asyncio.run(work())
 
@@ -509,7 +509,7 @@ def test_closing_from_another_thread_closes_the_client_of_a_running_loop(
     thread.start()
     try:
         asyncio.run_coroutine_threadsafe(provider.aembed(["a"], "document"), loop).result(60)
-        (client,) = [client for client, _ in provider._clients._of_loop.values()]
+        (client,) = [client for client, _ in provider._clients._by_loop.values()]
         provider.close()
         assert client.is_closed()
     finally:
@@ -522,9 +522,9 @@ def test_closing_within_the_loop_itself(server: OpenAIServer) -> None:
     async def work() -> None:
         provider = made(server)
         await provider.aembed(["a"], "document")
-        (client,) = [client for client, _ in provider._clients._of_loop.values()]
+        (client,) = [client for client, _ in provider._clients._by_loop.values()]
         provider.close()
-        await asyncio.gather(*provider._clients._ending)
+        await asyncio.gather(*provider._clients._closing)
         assert client.is_closed()
 
     asyncio.run(work())
@@ -533,15 +533,15 @@ def test_closing_within_the_loop_itself(server: OpenAIServer) -> None:
 def test_a_forked_child_has_its_own_connections(server: OpenAIServer) -> None:
     provider = made(server)
     provider.embed(["parent"], "document")
-    inherited = provider._clients._used
+    inherited = provider._clients._blocking
     assert inherited is not None
 
     def child() -> None:
-        assert provider._clients._used is None
+        assert provider._clients._blocking is None
         assert np.array_equal(np.array(provider.embed(["child"], "document").vectors)[0], server.vector_of("child"))
 
     in_fork(child, "embedding")
-    assert provider._clients._used is inherited
+    assert provider._clients._blocking is inherited
     provider.embed(["parent"], "document")
     provider.close()
 
@@ -549,8 +549,8 @@ def test_a_forked_child_has_its_own_connections(server: OpenAIServer) -> None:
 def test_a_client_is_closed_when_its_last_call_ends(server: OpenAIServer) -> None:
     provider = made(server)
     provider.embed(["a"], "document")
-    assert provider._clients._used is not None
-    client = provider._clients._used.client
+    assert provider._clients._blocking is not None
+    client = provider._clients._blocking.client
     server.misbehave("hang")
     thread = threading.Thread(target=provider.embed, args=(["b"], "document"))
     thread.start()
