@@ -15,7 +15,7 @@ from agent_framework.openai import OpenAIEmbeddingClient
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
-from embedonce_integrations.agent_framework import MOST_SPACES, CachedEmbeddingClient
+from embedonce_integrations.agent_framework import MAX_CACHES, CachedEmbeddingClient
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -100,11 +100,11 @@ async def test_options_of_all_kinds_take_no_more_and_more_memory(
 ) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     await cached.get_embeddings(["text"])
-    for number in range(2 * MOST_SPACES):
+    for number in range(2 * MAX_CACHES):
         await cached.get_embeddings(["text"], options={"extra_body": {"number": number}})
-    assert len(cached._caches) == MOST_SPACES
+    assert len(cached._caches) == MAX_CACHES
     asked = server.texts
-    assert asked == 1 + 2 * MOST_SPACES
+    assert asked == 1 + 2 * MAX_CACHES
     for options in (None, {"extra_body": {"number": 0}}):
         await cached.get_embeddings(["text"], options=options)
     assert server.texts == asked, "what was left has its vectors still"

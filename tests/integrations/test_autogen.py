@@ -24,7 +24,7 @@ from embedonce import ConfigError, ProviderError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.autogen import CachedMemory
 from embedonce_integrations.chroma import CachedEmbeddingFunction
-from embedonce_integrations.wrapping import shared_cache
+from embedonce_integrations.wrapping import open_shared_cache
 
 NGRAM = {"provider": {"type": "ngram", "dimensions": 256}, "tiers": [{"type": "memory"}]}
 TEA = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -61,7 +61,7 @@ async def config(
         # A busy machine is no fault of the disk's.
         "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}],
     }
-    cache = shared_cache(config)
+    cache = open_shared_cache(config)
     yield config
     await cache.aclose()  # else its connections end with the loop, which is a warning
 
@@ -176,12 +176,12 @@ async def test_chunks_stay_what_their_vectors_were_made_of() -> None:
 
 async def test_what_is_no_content_is_refused() -> None:
     memory = CachedMemory(NGRAM)
-    with pytest.raises(TypeError, match="MemoryContent, not str"):
+    with pytest.raises(TypeError, match="expected MemoryContent, got str"):
         await memory.add_all(["text"])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="MemoryContent, not str"):
+    with pytest.raises(TypeError, match="expected MemoryContent, got str"):
         CachedMemory(NGRAM, memory_contents=["text"])  # type: ignore[list-item]
     for k in (1.5, "2", True):
-        with pytest.raises(TypeError, match="k is an integer"):
+        with pytest.raises(TypeError, match="k must be an integer"):
             CachedMemory(NGRAM, k=k)  # type: ignore[arg-type]
 
 
@@ -221,7 +221,7 @@ async def test_what_has_no_text_is_refused(content: Any, kind: Any) -> None:
 
 
 def test_k_is_at_least_one() -> None:
-    with pytest.raises(ValueError, match="k is at least 1"):
+    with pytest.raises(ValueError, match="k must be at least 1, got"):
         CachedMemory(NGRAM, k=0)
 
 

@@ -264,7 +264,7 @@ def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
 
 @pytest.mark.parametrize("wrong", [TwoSided, len, "text-embedding-3-small"])
 def test_what_is_no_function_of_chromas_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"wraps one of Chroma's embedding functions.*config="):
+    with pytest.raises(TypeError, match=r"expected one of Chroma's embedding functions.*config="):
         CachedEmbeddingFunction(wrong, config=NGRAM)
 
 

@@ -35,7 +35,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
-from embedonce_integrations.wrapping import shared_cache
+from embedonce_integrations.wrapping import open_shared_cache
 from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
 
 AsyncPipeline: Any = getattr(haystack, "AsyncPipeline", Pipeline)  # Haystack 3 has one class for both
@@ -275,7 +275,7 @@ def test_a_version_leaves_old_vectors_behind_and_purge_removes_them(
     newer = {**disk, "key": {"version": "v2"}}
     ingest(CachedDocumentEmbedder(embedder, config=newer), CORPUS)
     assert model.texts == len(CORPUS)
-    cache = shared_cache({**newer, **NGRAM})
+    cache = open_shared_cache({**newer, **NGRAM})
     assert cache.purge(version="v1").removed["disk"] == len(CORPUS)
     _, meta = ingest(CachedDocumentEmbedder(embedder, config=newer), CORPUS)
     assert meta["cache"]["computed"] == 0
@@ -731,14 +731,14 @@ async def test_documents_are_documents(wrong: Any) -> None:
 @pytest.mark.parametrize("wrong", [None, 1, ["a"], b"a", Document(content="a")])
 async def test_a_text_is_a_str(wrong: Any) -> None:
     embedder = CachedTextEmbedder(Texts(), config=MEMORY)
-    with pytest.raises(TypeError, match="embeds a str"):
+    with pytest.raises(TypeError, match="expected a str"):
         embedder.run(text=wrong)
-    with pytest.raises(TypeError, match="embeds a str"):
+    with pytest.raises(TypeError, match="expected a str"):
         await embedder.run_async(text=wrong)
 
 
 def test_a_text_without_embedding_is_an_error() -> None:
-    with pytest.raises(ProviderError, match="gave no embedding"):
+    with pytest.raises(ProviderError, match="returned no embedding"):
         CachedTextEmbedder(Texts(), config=MEMORY).run(text="")
 
 
@@ -748,8 +748,8 @@ def test_a_text_without_embedding_is_an_error() -> None:
         (lambda: CachedTextEmbedder(Embedder()), "whose run takes 'text'"),
         (lambda: CachedDocumentEmbedder(Texts()), "whose run takes 'documents'"),
         (lambda: CachedDocumentEmbedder("openai"), "whose run takes 'documents'"),
-        (lambda: CachedTextEmbedder(Texts), r"is a class: pass an instance of it, Texts\(...\)"),
-        (lambda: CachedTextEmbedder(space={"model": "m"}), "describes an embedder that is passed"),
+        (lambda: CachedTextEmbedder(Texts), r"is a class; pass an instance, such as Texts\(...\)"),
+        (lambda: CachedTextEmbedder(space={"model": "m"}), "requires an embedder"),
         (lambda: CachedDocumentEmbedder(Embedder(), meta_fields_to_embed=[]), "set it there"),
     ],
 )
@@ -759,7 +759,7 @@ def test_what_cannot_be_wrapped_is_refused(make: Callable[[], Any], why: str) ->
 
 
 def test_an_embedder_that_says_nothing_is_refused_until_it_is_declared() -> None:
-    with pytest.raises(SpaceError, match="give it to CachedDocumentEmbedder"):
+    with pytest.raises(SpaceError, match="pass meta_fields_to_embed to CachedDocumentEmbedder"):
         CachedDocumentEmbedder(Bare(), config=MEMORY)
     with pytest.raises(SpaceError, match="declare what decides its vectors: space="):
         CachedDocumentEmbedder(Bare(), config=MEMORY, meta_fields_to_embed=[]).run(documents=[])
@@ -782,7 +782,7 @@ def test_sparse_embeddings_are_refused() -> None:
 
 def test_an_embedder_of_the_script_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Texts, "__module__", "__main__")
-    with pytest.raises(SpaceError, match="move it to a module, or declare"):
+    with pytest.raises(SpaceError, match="move the class to a module, or declare"):
         CachedTextEmbedder(Texts(), config=MEMORY).warm_up()
 
 
@@ -866,7 +866,7 @@ async def test_a_provider_embeds_documents_and_queries() -> None:
     tea = Document(content="tea", meta={"title": "green"})
     output = embedder.run(documents=[tea, *documents("tea")])
     assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 0}
-    cache = shared_cache(config)
+    cache = open_shared_cache(config)
     assert embeddings(output) == cache.embed_batch(["green\ntea", "tea"]).tolist()
     # ngram declares that queries and documents have the same vectors.
     answer = await CachedTextEmbedder(config=config).run_async(text="green\ntea")

@@ -221,7 +221,7 @@ def test_a_provider_of_the_configuration() -> None:
     rows = cached.embed_documents(["one", "two", "one"])
     assert rows[0] == rows[2] == cached.embed_query("one")
     assert cached.cache.stats().providers["ngram"].texts == 2
-    with pytest.raises(TypeError, match=r"takes no chunk_size"):
+    with pytest.raises(TypeError, match=r"accept no chunk_size"):
         cached.embed_query("one", chunk_size=2)
     with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
         CachedEmbeddings(config=NGRAM, space={"model": "m"})
@@ -393,13 +393,13 @@ class Quantized(Letters):
 
 
 def test_vectors_that_depend_on_the_batch_are_refused() -> None:
-    with pytest.raises(SpaceError, match="no vector of its own"):
+    with pytest.raises(SpaceError, match="depends on the other texts"):
         CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory())
     CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory())
 
 
 def test_only_embeddings_are_wrapped() -> None:
-    with pytest.raises(TypeError, match="given as config="):
+    with pytest.raises(TypeError, match="use config="):
         CachedEmbeddings("embedonce.toml")  # type: ignore[arg-type]
 
 
@@ -590,9 +590,9 @@ def test_a_byte_store_holds_vectors_alone() -> None:
     assert store.mget(["good", "bad"]) == [None, None]
     with pytest.raises(SpaceError, match="which model"):
         VectorByteStore(space={"dimensions": 3}, config=memory())
-    with pytest.raises(ConfigError, match="a byte store sees keys alone"):
+    with pytest.raises(ConfigError, match="a byte store sees keys and never the texts"):
         VectorByteStore(space={"model": "m"}, config=memory(normalize=["strip"]))
-    with pytest.raises(TypeError, match="makes no vectors"):
+    with pytest.raises(TypeError, match="cannot compute them"):
         store.cache.embed("a")
 
 

@@ -303,11 +303,11 @@ def test_a_model_that_was_changed_is_not_asked() -> None:
 
 
 def test_what_it_does_not_take_is_refused_with_what_to_do() -> None:
-    with pytest.raises(TypeError, match="given as config="):
+    with pytest.raises(TypeError, match="use config="):
         CachedEmbedding("embedonce.toml")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"rate_limiter.*give it to the embedding model"):
         CachedEmbedding(Letters(), config=memory(), rate_limiter=TokenBucketRateLimiter(requests_per_minute=1))
-    with pytest.raises(TypeError, match=r"embeddings_cache.*leave it out"):
+    with pytest.raises(TypeError, match=r"embeddings_cache.*remove it"):
         CachedEmbedding(Letters(), config=memory(), embeddings_cache=object())
     cached = CachedEmbedding(Letters(), config=memory())
     with pytest.raises(TypeError, match="made from a dict"):

@@ -410,7 +410,7 @@ def test_a_configuration_that_is_wrong_is_refused_at_once(server: OpenAIServer) 
 def test_more_spaces_than_are_kept(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedonce_integrations.openai.SPACES", 2)
+    monkeypatch.setattr("embedonce_integrations.openai.MAX_CACHES", 2)
     calls = [{"model": f"model {number % 4}", "input": "one"} for number in range(12)]
     answers = Program(server, face)(*calls, config=tiers)
     for call, answer in zip(calls, answers, strict=True):

@@ -79,7 +79,7 @@ def test_a_failed_batch_says_which_text_and_keeps_the_others(config: dict[str, A
         embed({"text": np.array(["a", "\ud800"], object)})
     with pytest.raises(KeyError):
         embed({"words": np.array(["a"], object)})
-    with pytest.raises(TypeError, match="a batch is"):
+    with pytest.raises(TypeError, match="a batch must be"):
         embed(5)
 
 
