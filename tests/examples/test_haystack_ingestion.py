@@ -62,7 +62,7 @@ def elsewhere(model: str, *arguments: str) -> list[str]:
 @pytest.fixture(scope="module")
 def unique(example: ModuleType) -> int:
     """How many texts the documents have: some say the same."""
-    documents, _ = example.corpus(COUNT)
+    documents, _ = example.make_corpus(COUNT)
     assert len(documents) == COUNT
     return len({document.content for document in documents})
 

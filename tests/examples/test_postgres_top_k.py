@@ -19,8 +19,8 @@ def test_the_nearest_are_found_by_the_index(
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    texts = example.docstrings()  # reading all of the standard library takes longest: once will do
-    monkeypatch.setattr(example, "docstrings", lambda: dict(texts))
+    texts = example.read_docstrings()  # reading all of the standard library takes longest: once will do
+    monkeypatch.setattr(example, "read_docstrings", lambda: dict(texts))
     for _ in range(2):  # it can be run again
         scores = example.main(postgres_server.url)
         assert scores["recall"] > 0.8
