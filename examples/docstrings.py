@@ -3,8 +3,8 @@
     python examples/docstrings.py build/docstrings
     embedonce evaluate build/docstrings/corpus.jsonl build/docstrings/queries.jsonl --qrels build/docstrings/qrels.tsv
 
-A query is the first sentence of a docstring, and its only relevant document is the rest of that docstring. The files have
-the format of a BEIR data set. The docstrings depend on the version of Python.
+A query is the first sentence of a docstring, and its only relevant document is the rest of that docstring. The files
+have the format of a BEIR data set. The docstrings depend on the version of Python.
 """
 
 from __future__ import annotations

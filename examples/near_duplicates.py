@@ -3,9 +3,9 @@
     python examples/near_duplicates.py
 
 The texts are the docstrings of the standard library. Each gets an edited copy: reflowed, with a tenth of its words
-changed, swapped, misspelt, left out or in capitals. The near-duplicates of a copy are the originals whose cosine with it
-is above a threshold. The right original is known, so the script can compute precision and recall. Then the script shows
-pairs of near-duplicates in the library itself; because of them, precision is below 1.
+changed, swapped, misspelt, left out or in capitals. The near-duplicates of a copy are the originals whose cosine with
+it is above a threshold. The right original is known, so the script can compute precision and recall. Then the script
+shows pairs of near-duplicates in the library itself; because of them, precision is below 1.
 """
 
 from __future__ import annotations

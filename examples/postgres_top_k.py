@@ -3,9 +3,9 @@
     pip install "embedonce[postgres]"
     python examples/postgres_top_k.py postgresql://user@localhost:5432/database
 
-The database needs pgvector (``CREATE EXTENSION vector``). The texts are the docstrings of the standard library, the ngram
-provider makes their vectors, and the metadata of each is the name of the class or function that it documents. The script
-puts everything into the schema ``embedonce_example``, which it drops first.
+The database needs pgvector (``CREATE EXTENSION vector``). The texts are the docstrings of the standard library, the
+ngram provider makes their vectors, and the metadata of each is the name of the class or function that it documents. The
+script puts everything into the schema ``embedonce_example``, which it drops first.
 """
 
 from __future__ import annotations

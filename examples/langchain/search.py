@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 class Ngrams(Embeddings):
-    """Stands in for your embeddings. It needs no key and no download, finds near copies, and counts the texts it gets."""
+    """Stands in for your embeddings. It needs no key or download, finds near copies, and counts the texts it gets."""
 
     def __init__(self) -> None:
         self.provider = NgramProvider()

@@ -213,9 +213,7 @@ def test_an_expired_lease_is_taken_over_once(s3: S3, prefix: str) -> None:
         assert one.get_many([key(1)]) == {key(1): b"two"}
 
 
-def test_a_lease_that_another_process_takes_over_first_is_lost(
-    s3: S3, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_that_another_takes_over_first_is_lost(s3: S3, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_backend(**s3.options(prefix)) as one, open_backend(**s3.options(prefix)) as two:
         one.add_many({key(1): b"first"}, 3600.0)
         head = obstore.head_async

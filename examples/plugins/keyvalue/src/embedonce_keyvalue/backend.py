@@ -1,4 +1,4 @@
-"""The keyvalue tier: frames in any store of py-key-value-aio, as base64 inside the JSON objects that such a store holds.
+"""The keyvalue tier: frames in any store of py-key-value-aio, as base64 in the JSON objects that such a store holds.
 
 The stores are asynchronous, and each belongs to one event loop. Blocking calls run on the backend's own loop.
 """
@@ -99,8 +99,8 @@ class KeyValueBackend:
     def restart(self) -> None:
         """Start again in a forked child, in which the background thread does not exist.
 
-        The parent's loop and store are kept but not closed: closing the loop here would remove the parent's sockets from
-        the epoll that both processes share.
+        The parent's loop and store are kept but not closed: closing the loop here would remove the parent's sockets
+        from the epoll that both processes share.
         """
         if not self._background.closed:
             _abandoned.append((self._client, self._background))
