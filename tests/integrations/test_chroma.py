@@ -64,7 +64,7 @@ def stored(collection: Any, ids: list[str]) -> np.ndarray:
     return np.stack([by_id[name] for name in ids]).astype(np.float32)
 
 
-def test_without_us_cold_and_warm_are_the_same(
+def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     ids = [str(i) for i in range(len(DOCUMENTS))]
@@ -87,7 +87,7 @@ def test_without_us_cold_and_warm_are_the_same(
     assert asked == [6, 5, 0]
 
 
-def test_a_mixed_batch_gives_each_document_its_own(
+def test_each_document_of_a_mixed_batch_gets_its_own_vector(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -100,7 +100,7 @@ def test_a_mixed_batch_gives_each_document_its_own(
 
 
 @pytest.mark.parametrize("how", ["short", "long", "nan", "zeros", "dimension", "ragged", "server_error", "not_json"])
-def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
+def test_an_invalid_answer_is_an_error_and_keeps_stored_vectors(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any], how: Any
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -112,7 +112,7 @@ def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
         assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
 
 
-def test_an_answer_in_another_order_is_read_by_its_index(
+def test_an_answer_in_another_order_is_sorted_by_index(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -143,7 +143,7 @@ def test_a_persistent_collection_is_opened_by_the_wrapped_name(
     assert "sk-secret" not in json.dumps(function.get_config())
 
 
-def test_a_configurations_provider_is_stored_with_the_collection(tmp_path: Path) -> None:
+def test_the_configuration_is_stored_with_the_collection(tmp_path: Path) -> None:
     tea = collection("tea", CachedEmbeddingFunction(config=NGRAM), tmp_path)
     tea.add(ids=["0", "1"], documents=DOCUMENTS[:2])
     # Opened by its name alone, as Chroma does when it is given no function.
@@ -153,7 +153,7 @@ def test_a_configurations_provider_is_stored_with_the_collection(tmp_path: Path)
     assert function.cache is CachedEmbeddingFunction(config=NGRAM).cache
 
 
-def test_another_configuration_may_not_make_other_vectors() -> None:
+def test_a_configuration_that_makes_other_vectors_is_refused() -> None:
     function = CachedEmbeddingFunction(config=NGRAM)
     other = {**NGRAM, "provider": {"type": "ngram", "dimensions": 128}}
     function.validate_config_update({"config": NGRAM}, {"config": {**NGRAM, "tiers": []}})
@@ -189,7 +189,7 @@ class TwoSided(EmbeddingFunction[Documents]):
         return TwoSided(config["model"])
 
 
-def test_queries_and_documents_never_meet_where_the_function_tells_them_apart() -> None:
+def test_an_asymmetric_function_shares_no_vectors_between_queries_and_documents() -> None:
     inner = TwoSided()
     function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
     for _ in range(2):
@@ -198,7 +198,7 @@ def test_queries_and_documents_never_meet_where_the_function_tells_them_apart() 
     assert inner.asked == [("document", ["four"]), ("query", ["four"])]
 
 
-def test_equal_functions_share_what_is_stored_and_others_do_not() -> None:
+def test_only_equal_functions_share_vectors() -> None:
     tiers = {"tiers": [{"type": "memory"}], "key": {"namespace": "sharing"}}
     one, equal, other = TwoSided(), TwoSided(), TwoSided("three")
     functions = [CachedEmbeddingFunction(inner, config=tiers) for inner in (one, equal, other)]
@@ -217,7 +217,7 @@ class Bare(EmbeddingFunction[Documents]):
         return [np.array([len(text), 1.0], np.float32) for text in input]
 
 
-def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+def test_a_function_that_cannot_be_described_is_refused_with_advice() -> None:
     tiers = {"tiers": [{"type": "memory"}]}
     with pytest.raises(SpaceError, match=r"Bare has no get_config.*space="):
         CachedEmbeddingFunction(Bare(), config=tiers)
@@ -227,7 +227,7 @@ def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
         CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
 
 
-def test_the_endpoint_counts_wherever_the_function_has_it_from(
+def test_the_endpoint_is_in_the_space_wherever_it_comes_from(
     server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiers = {"tiers": [{"type": "memory"}]}
@@ -242,9 +242,7 @@ def test_the_endpoint_counts_wherever_the_function_has_it_from(
         assert (server.texts, other.texts) == (1, 1)
 
 
-def test_a_function_that_was_changed_is_not_asked(
-    server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]
-) -> None:
+def test_a_changed_function_is_refused(server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]) -> None:
     inner = openai()
     function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
     function(["text"])
@@ -255,7 +253,7 @@ def test_a_function_that_was_changed_is_not_asked(
     assert server.texts == 1
 
 
-def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
+def test_a_secret_in_plain_text_is_not_stored_with_a_collection() -> None:
     function = CachedEmbeddingFunction(config={**NGRAM, "key": {"secret": "hunter2" * 5}})
     with pytest.raises(ConfigError, match=r"key\.secret: a secret would be written") as raised:
         function.get_config()
@@ -263,7 +261,7 @@ def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
 
 
 @pytest.mark.parametrize("wrong", [TwoSided, len, "text-embedding-3-small"])
-def test_what_is_no_function_of_chromas_is_refused(wrong: Any) -> None:
+def test_other_types_than_embedding_functions_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"expected one of Chroma's embedding functions.*config="):
         CachedEmbeddingFunction(wrong, config=NGRAM)
 
@@ -275,7 +273,7 @@ def test_normalisation_reaches_the_wrapped_function() -> None:
     assert inner.asked == [("document", ["four"])]
 
 
-def test_what_is_no_text_is_a_type_error() -> None:
+def test_a_value_that_is_not_a_text_is_a_type_error() -> None:
     function = CachedEmbeddingFunction(config=NGRAM)
     with pytest.raises(TypeError, match="item 1"):
         function(["text", 5])  # type: ignore[list-item]

@@ -239,7 +239,7 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
         assert {one.id: one.embedding for one in store.filter_documents()} == by_id
 
 
-def test_one_document_changed_is_one_embedded(minilm: dict[str, Any], model: Model, disk: dict[str, Any]) -> None:
+def test_after_one_document_changed_one_is_embedded(minilm: dict[str, Any], model: Model, disk: dict[str, Any]) -> None:
     embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
     first, _ = ingest(embedder, CORPUS)
     model.texts = 0
@@ -266,7 +266,7 @@ async def test_an_async_pipeline_does_the_same(minilm: dict[str, Any], model: Mo
     assert {one.id: one.embedding for one in store.filter_documents()} == by_id
 
 
-def test_a_version_leaves_old_vectors_behind_and_purge_removes_them(
+def test_a_new_version_ignores_old_vectors_and_purge_removes_them(
     minilm: dict[str, Any], model: Model, disk: dict[str, Any]
 ) -> None:
     embedder = SentenceTransformersDocumentEmbedder(**minilm)
@@ -282,7 +282,7 @@ def test_a_version_leaves_old_vectors_behind_and_purge_removes_them(
     assert {held.card["version"] for held in cache.contents() if held.card and held.tier == "disk"} == {"v2"}
 
 
-def test_weights_that_change_in_place_are_another_model(minilm_path: Path, tmp_path: Path) -> None:
+def test_weights_changed_in_place_are_another_model(minilm_path: Path, tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     shutil.copytree(minilm_path, folder)
 
@@ -306,7 +306,7 @@ def test_weights_that_change_in_place_are_another_model(minilm_path: Path, tmp_p
     assert described(elsewhere) not in (before, str(elsewhere))
 
 
-def test_what_haystack_has_loaded_of_a_folder_that_has_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
+def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
     """Haystack's embedders share what one of them has loaded, by the folder's name."""
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
@@ -369,7 +369,7 @@ def test_equal_texts_are_computed_once() -> None:
     assert [one.meta for one in output["documents"]] == [first.meta, second.meta, first.meta]
 
 
-def test_what_is_embedded_is_normalised_and_prefix_and_suffix_are_not() -> None:
+def test_the_text_is_normalised_without_prefix_and_suffix() -> None:
     inner = Embedder(prefix="passage: ", suffix=" .", meta_fields_to_embed=["title"])
     config = {**MEMORY, "key": {"normalize": ["strip"], "namespace": "normalised"}}
     embedder = CachedDocumentEmbedder(inner, config=config)
@@ -396,7 +396,7 @@ def test_another_embedder_is_another_space() -> None:
         assert embedded(**options) == 1
 
 
-def test_what_run_is_given_beside_the_texts_is_passed_on_and_part_of_the_space() -> None:
+def test_further_arguments_of_run_are_passed_on_and_part_of_the_space() -> None:
     @component
     class Styled:
         meta_fields_to_embed: list[str] = []  # noqa: RUF012
@@ -446,7 +446,7 @@ def test_documents_in_another_order_keep_their_vectors() -> None:
     [lambda found: [found[0], *found[2:]], lambda found: [found[0], replace(found[1], embedding=None), *found[2:]]],
     ids=["fewer", "none"],
 )
-def test_a_document_without_embedding_has_none_and_is_asked_for_again(
+def test_a_document_without_an_embedding_is_tried_again_in_the_next_run(
     spoil: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     inner = Embedder()
@@ -480,7 +480,7 @@ def test_a_document_without_embedding_has_none_and_is_asked_for_again(
     ],
     ids=["twice", "more", "same id", "nan", "dimension", "empty", "zeros"],
 )
-async def test_an_answer_that_cannot_be_right_is_an_error_and_nothing_of_it_is_kept(
+async def test_an_invalid_answer_is_an_error_and_nothing_of_it_is_stored(
     spoil: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
     inner = Embedder()
@@ -559,7 +559,7 @@ async def test_only_misses_are_paid_for(
 @pytest.mark.parametrize(
     "how", ["short", "long", "empty", "duplicate_index", "nan", "zeros", "dimension", "ragged", "no_values"]
 )
-async def test_a_bad_reply_is_an_error(
+async def test_an_invalid_reply_is_an_error(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
     embedder = CachedDocumentEmbedder(
@@ -577,7 +577,7 @@ async def test_a_bad_reply_is_an_error(
 
 
 @pytest.mark.parametrize("how", ["out_of_order", "no_index"])
-async def test_a_reply_is_put_in_order(
+async def test_a_reply_is_sorted_by_index(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
     """Haystack's own embedder takes the vectors as they come."""
@@ -633,7 +633,7 @@ async def test_a_query_is_paid_for_once(server: OpenAIServer, openai: dict[str, 
     embedder.close()
 
 
-def test_a_query_and_a_document_share_nothing_unless_it_is_said(
+def test_a_query_and_a_document_share_nothing_unless_declared(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
 ) -> None:
     quiet = {"progress_bar": False}
@@ -690,7 +690,7 @@ def test_no_secret_is_written() -> None:
     assert CachedTextEmbedder(Texts(), config=config).to_dict()["init_parameters"]["config"] == config
 
 
-def test_a_secret_that_is_no_variable_is_left_out_of_the_space(
+def test_a_secret_that_is_not_a_variable_is_not_in_the_space(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
 ) -> None:
     text = {"text": "tea"}
@@ -720,7 +720,7 @@ class Texts:
 
 
 @pytest.mark.parametrize("wrong", [None, "text", Document(content="a"), [Document(content="a"), "b"], ["a"], [None]])
-async def test_documents_are_documents(wrong: Any) -> None:
+async def test_other_types_than_documents_are_refused(wrong: Any) -> None:
     embedder = CachedDocumentEmbedder(Embedder(), config=MEMORY)
     with pytest.raises(TypeError, match="list of Documents"):
         embedder.run(documents=wrong)
@@ -729,7 +729,7 @@ async def test_documents_are_documents(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 1, ["a"], b"a", Document(content="a")])
-async def test_a_text_is_a_str(wrong: Any) -> None:
+async def test_other_types_than_a_str_are_refused(wrong: Any) -> None:
     embedder = CachedTextEmbedder(Texts(), config=MEMORY)
     with pytest.raises(TypeError, match="expected a str"):
         embedder.run(text=wrong)
@@ -758,7 +758,7 @@ def test_what_cannot_be_wrapped_is_refused(make: Callable[[], Any], why: str) ->
         make()
 
 
-def test_an_embedder_that_says_nothing_is_refused_until_it_is_declared() -> None:
+def test_an_embedder_without_a_description_is_refused_until_declared() -> None:
     with pytest.raises(SpaceError, match="pass meta_fields_to_embed to CachedDocumentEmbedder"):
         CachedDocumentEmbedder(Bare(), config=MEMORY)
     with pytest.raises(SpaceError, match="declare what decides its vectors: space="):
@@ -780,13 +780,13 @@ def test_sparse_embeddings_are_refused() -> None:
         CachedTextEmbedder(SentenceTransformersSparseTextEmbedder(), config=MEMORY)
 
 
-def test_an_embedder_of_the_script_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedder_defined_in_the_running_script_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Texts, "__module__", "__main__")
     with pytest.raises(SpaceError, match="move the class to a module, or declare"):
         CachedTextEmbedder(Texts(), config=MEMORY).warm_up()
 
 
-def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
+def test_vectors_that_depend_on_their_batch_are_refused() -> None:
     with pytest.raises(SpaceError, match="quantization_ranges"):
         CachedTextEmbedder(Texts(precision="int8"), config=MEMORY).warm_up()
 
@@ -794,7 +794,7 @@ def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
 # --- a component's life -----------------------------------------------------------------------
 
 
-def test_the_embedder_is_warmed_up_by_the_first_miss_alone() -> None:
+def test_only_a_miss_warms_up_the_embedder() -> None:
     inner = Embedder()
     embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "life"}})
     pipeline = Pipeline()
@@ -813,7 +813,7 @@ def test_the_embedder_is_warmed_up_by_the_first_miss_alone() -> None:
     assert inner.calls == ["close", "warm_up", "run", "run", "close", "warm_up", "run"]
 
 
-def test_a_configuration_that_is_wrong_is_an_error_before_anything_runs() -> None:
+def test_an_invalid_configuration_is_an_error_before_anything_runs() -> None:
     pipeline = Pipeline()
     pipeline.add_component("embedder", CachedTextEmbedder(Texts(), config={"tiers": [{"type": "memry"}]}))
     with pytest.raises(ConfigError, match='did you mean "memory"'):

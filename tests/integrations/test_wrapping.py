@@ -73,7 +73,7 @@ def test_a_provider_takes_the_place_of_the_configurations() -> None:
     assert (cache.embed("a") == provider.vector_of("a")).all()
 
 
-def test_a_cache_that_was_closed_or_left_is_not_handed_out_again() -> None:
+def test_a_closed_or_collected_cache_is_not_shared_again() -> None:
     first = open_shared_cache(NGRAM)
     first.close()
     second = open_shared_cache(NGRAM)
@@ -95,7 +95,7 @@ def test_the_shared_cache_lives_as_long_as_one_of_its_users() -> None:
     assert again.texts == 0
 
 
-def test_what_decides_vectors_changes_the_space() -> None:
+def test_fields_that_decide_vectors_change_the_space() -> None:
     plain = fingerprint()
     for field, value in (("dimensions", 2), ("prompt", "q: "), ("normalize", True), ("layers", [1, 2])):
         assert fingerprint(**{field: value}) != plain, field
@@ -105,7 +105,7 @@ def test_what_decides_vectors_changes_the_space() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IN_SPACE))
-def test_what_decides_nothing_does_not(name: str) -> None:
+def test_fields_that_decide_nothing_do_not_change_the_space(name: str) -> None:
     assert fingerprint(**{name: object()}) == fingerprint()
 
 
@@ -141,14 +141,14 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
 
 
-def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+def test_an_object_that_cannot_be_described_is_refused_with_advice() -> None:
     with pytest.raises(SpaceError, match=r"Embedder\.pooler.*space="):
         fingerprint(pooler=object())
     with pytest.raises(SpaceError, match=r"Embedder\.options\.hook"):
         fingerprint(options={"hook": print})
 
 
-def test_a_class_without_a_name_of_its_own_is_refused() -> None:
+def test_a_class_whose_name_is_ambiguous_is_refused() -> None:
     class Local:
         pass
 
@@ -159,7 +159,7 @@ def test_a_class_without_a_name_of_its_own_is_refused() -> None:
         fingerprint(script())
 
 
-def test_an_embedder_that_was_changed_is_told_by_its_fields() -> None:
+def test_a_changed_embedder_is_refused_by_its_fields() -> None:
     fields: dict[str, Any] = {"prompt": "a: ", "batch_size": 8}
     spaces = WrappedSpaces(lambda task: describe_space(Embedder(), fields, model="m", task=task))
     fields["batch_size"] = 16
@@ -171,7 +171,7 @@ def test_an_embedder_that_was_changed_is_told_by_its_fields() -> None:
     assert spaces("query").extra == {"prompt": "a: "}
 
 
-def test_values_of_a_description() -> None:
+def test_enums_and_sets_are_described_by_their_values() -> None:
     class Pooling(Enum):
         MEAN = "mean"
 
@@ -179,14 +179,14 @@ def test_values_of_a_description() -> None:
     assert fingerprint(tags={"b", "a"}) == fingerprint(tags=["a", "b"])
 
 
-def test_a_declared_space() -> None:
+def test_a_declared_space_gets_the_task_unless_it_has_one() -> None:
     assert resolve_declared_space({"model": "m"}).task is None
     assert resolve_declared_space({"model": "m"}, task="query").task == "query"
     assert resolve_declared_space(VectorSpace(provider="p", model="m", task="mine"), task="query").task == "mine"
 
 
 @pytest.mark.parametrize("face", ["both", "embed", "aembed"])
-async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> None:
+async def test_a_wrapped_provider_has_only_the_given_functions(face: str) -> None:
     asked: list[str] = []
 
     def embed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
@@ -234,7 +234,7 @@ def test_a_dataclass_describes_itself() -> None:
     assert space != describe_by_fields(Described(), task="query")
 
 
-def test_what_describes_nothing_is_refused() -> None:
+def test_an_embedder_without_fields_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"Embedder does not say.*space="):
         describe_by_fields(Embedder())
     script = type("Described", (Described,), {"__module__": "__main__"})
@@ -242,7 +242,7 @@ def test_what_describes_nothing_is_refused() -> None:
         describe_by_fields(script())
 
 
-def test_what_a_call_is_given_is_part_of_the_space() -> None:
+def test_arguments_of_a_call_are_part_of_the_space() -> None:
     space = VectorSpace(provider="p", model="m", extra={"a": 1})
     assert add_request(space, {}) == space
     assert add_request(space, {"batch_size": 3, "user": "me", "unset": None}) == space
@@ -255,7 +255,7 @@ def test_what_a_call_is_given_is_part_of_the_space() -> None:
 # --- an OpenAI client's answers ---------------------------------------------------------------
 
 
-def answer_with(places: Sequence[Any]) -> Any:
+def make_answer(places: Sequence[Any]) -> Any:
     return SimpleNamespace(data=[SimpleNamespace(index=place, embedding=[place]) for place in places])
 
 
@@ -263,9 +263,9 @@ def answer_with(places: Sequence[Any]) -> Any:
 @pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [None, None, None]])
 def test_answers_come_in_the_order_of_the_input(inputs: Any, places: list[Any]) -> None:
     async def later(**_: Any) -> Any:
-        return answer_with(places)
+        return make_answer(places)
 
-    resource = SimpleNamespace(create=lambda **_: answer_with(places), other=1)
+    resource = SimpleNamespace(create=lambda **_: make_answer(places), other=1)
     wanted = [None] * 3 if places[0] is None else [0, 1, 2]
     ordered = OrderedEmbeddings(resource)
     assert [item.index for item in ordered.create(input=inputs).data] == wanted
@@ -275,25 +275,25 @@ def test_answers_come_in_the_order_of_the_input(inputs: Any, places: list[Any]) 
 
 
 @pytest.mark.parametrize("places", [[], [0], [0, 0], [0, 2], [-1, 0], [None, 0], [0, 1, 2], ["0", "1"]])
-def test_an_answer_that_does_not_say_whose_its_vectors_are_is_an_error(places: list[Any]) -> None:
-    ordered = OrderedEmbeddings(SimpleNamespace(create=lambda **_: answer_with(places)))
+def test_an_answer_with_ambiguous_indexes_is_an_error(places: list[Any]) -> None:
+    ordered = OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer(places)))
     with pytest.raises(ProviderError, match="which vector belongs to which input"):
         ordered.create(input=["a", "b"])
 
 
 @pytest.mark.parametrize("one", ["text", [1, 2, 3]])
 def test_one_input_has_one_vector(one: Any) -> None:
-    assert OrderedEmbeddings(SimpleNamespace(create=lambda **_: answer_with([0]))).create(input=one).data[0].index == 0
+    assert OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer([0]))).create(input=one).data[0].index == 0
     with pytest.raises(ProviderError):
-        OrderedEmbeddings(SimpleNamespace(create=lambda **_: answer_with([0, 1]))).create(input=one)
+        OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer([0, 1]))).create(input=one)
 
 
-def test_only_openais_own_clients_are_known() -> None:
+def test_only_clients_of_openai_are_recognised() -> None:
     assert not is_openai_resource(None)
     assert not is_openai_resource(SimpleNamespace(create=print))
 
 
-def test_a_configuration_is_written_without_secrets(tmp_path: Path) -> None:
+def test_a_configuration_without_secrets_can_be_dumped(tmp_path: Path) -> None:
     assert dump_config(None) is None
     assert dump_config(tmp_path / "embedonce.toml") == str(tmp_path / "embedonce.toml")
     config = {
@@ -319,12 +319,12 @@ def test_a_configuration_is_written_without_secrets(tmp_path: Path) -> None:
         ({"tiers": [{"type": "redis", "url": "redis://${HOST}/?password=hunter2"}]}, "tiers[0].url"),
     ],
 )
-def test_a_secret_in_the_clear_is_named_and_not_written(config: dict[str, Any], name: str) -> None:
+def test_a_secret_in_plain_text_is_named_and_not_dumped(config: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{name}: a secret would be written")) as raised:
         dump_config(config)
     assert "hunter2" not in str(raised.value)
 
 
-def test_a_child_that_was_forked_while_a_cache_is_made_makes_one() -> None:
+def test_a_child_forked_while_a_cache_is_made_can_make_one() -> None:
     with held(wrapping._lock):
         in_fork(lambda: open_shared_cache(NGRAM).embed("a text"), "a shared cache")

@@ -29,10 +29,10 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
-NEAR = 1e-6
+TOLERANCE = 1e-6
 # Whichever test comes first imports torch, which takes a busy machine a while; so does each process of its own.
 pytestmark = pytest.mark.timeout(300)
-in_another_process = pytest.mark.timeout(500)
+starts_a_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]
 
 
@@ -67,7 +67,7 @@ def shared(minilm: Any) -> Iterator[type[Shared]]:
     minilm.max_seq_length = 256
 
 
-def small_files(minilm_path: Path, folder: Path, **config: Any) -> Path:
+def copy_small_files(minilm_path: Path, folder: Path, **config: Any) -> Path:
     """Make a folder that describes MiniLM and holds no weights worth the name."""
     folder.mkdir(parents=True)
     for name in ("modules.json", "config.json", "sentence_bert_config.json"):
@@ -83,7 +83,7 @@ def fingerprint(folder: Path | str, task: str = "document", **options: Any) -> s
 
 
 class TestContract(ProviderContract):
-    tolerance = NEAR
+    tolerance = TOLERANCE
     path: Path
 
     @pytest.fixture(autouse=True)
@@ -113,21 +113,21 @@ def test_the_vectors_are_those_of_plain_encode(
     vectors = provider.embed(TEXTS, "document")
     assert vectors.dtype == np.float32
     assert vectors.shape == (4, provider.space("document").dimensions)
-    np.testing.assert_allclose(vectors, minilm.encode(TEXTS, **encode), atol=NEAR)
+    np.testing.assert_allclose(vectors, minilm.encode(TEXTS, **encode), atol=TOLERANCE)
 
 
 def test_queries_have_their_own_prompt(minilm_path: Path, minilm: Any, shared: type[Shared]) -> None:
     provider = shared(model=str(minilm_path), query_prompt="query: ", document_prompt="passage: ")
     for task, prompt in (("query", "query: "), ("document", "passage: ")):
         expected = minilm.encode([f"{prompt}{text}" for text in TEXTS])
-        np.testing.assert_allclose(provider.embed(TEXTS, task), expected, atol=NEAR)
+        np.testing.assert_allclose(provider.embed(TEXTS, task), expected, atol=TOLERANCE)
 
 
 def test_weights_of_another_precision(minilm_path: Path, minilm: Any) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu", dtype="bfloat16")
     assert provider.space("document").precision == "bfloat16"
     vectors, whole = provider.embed(TEXTS, "document"), minilm.encode(TEXTS)
-    assert not np.allclose(vectors, whole, atol=NEAR)
+    assert not np.allclose(vectors, whole, atol=TOLERANCE)
     assert (np.sum(vectors * whole, axis=1) > 0.99).all()
 
 
@@ -152,12 +152,12 @@ def test_max_length(minilm_path: Path) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu", max_length=16)
     assert provider.space("document").max_length == 16
     long, cut = provider.embed(["a b c d e f g " * 9, "a b c d e f g " * 2], "document")
-    np.testing.assert_allclose(long, cut, atol=NEAR)
+    np.testing.assert_allclose(long, cut, atol=TOLERANCE)
 
 
 def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
     """A model that adds up vectors of words has none for a text without words."""
-    model = static_model(tmp_path / "static")
+    model = save_static_model(tmp_path / "static")
     provider = SentenceTransformersProvider(model=str(model), device="cpu")
     with pytest.raises(TextRefused) as refused:
         provider.embed(["one", "", "two"], "document")
@@ -166,7 +166,7 @@ def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
     assert provider.space("document").dimensions is None
 
 
-def static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: module) -> Path:
+def save_static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: module) -> Path:
     """Save a small model of the library's own classes: a vector for each of three words."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
@@ -187,12 +187,12 @@ def test_a_model_that_routes_by_task_is_not_symmetric(tmp_path: Path) -> None:
         other = StaticEmbedding(module.tokenizer, embedding_weights=-module.embedding.weight.detach().numpy())
         return Router.for_query_document([module], [other])
 
-    provider = SentenceTransformersProvider(model=str(static_model(tmp_path / "routed", routed)), device="cpu")
+    provider = SentenceTransformersProvider(model=str(save_static_model(tmp_path / "routed", routed)), device="cpu")
     spaces = [provider.space(task) for task in ("query", "document")]
     assert [space.task for space in spaces] == ["query", "document"]
     assert spaces[0].fingerprint() != spaces[1].fingerprint()
     query, document = (provider.embed(["one two"], task) for task in ("query", "document"))
-    np.testing.assert_allclose(query, -document, atol=NEAR)
+    np.testing.assert_allclose(query, -document, atol=TOLERANCE)
 
 
 # --- the space --------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_minilm_is_symmetric_and_described_without_its_weights(minilm_path: Path
     assert space.fingerprint() == provider.space("query").fingerprint() == provider.space("anything").fingerprint()
 
 
-def test_what_changes_the_space(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_options_that_change_the_space(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     options: list[dict[str, Any]] = [
         {},
         {"truncate_dim": 100},
@@ -231,8 +231,8 @@ def test_what_changes_the_space(minilm_path: Path, tmp_path: Path) -> None:
     assert {fingerprint(folder, **each) for each in same} == {made[0]}
 
 
-def test_the_content_of_a_folder_decides(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_the_content_of_a_folder_decides_its_space(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     first = fingerprint(folder)
     shutil.copytree(folder, tmp_path / "deep" / "copy")
     assert fingerprint(tmp_path / "deep" / "copy") == first, "a copy, with other times"
@@ -255,8 +255,8 @@ def test_the_content_of_a_folder_decides(minilm_path: Path, tmp_path: Path) -> N
     assert len(seen) == 6
 
 
-def test_weights_of_the_same_size_and_time_are_other_weights(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_changed_weights_of_the_same_size_and_time_are_noticed(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     weights = folder / "model.safetensors"
     os.utime(weights, (1e9, 1e9))
     before = fingerprint(folder)
@@ -267,9 +267,9 @@ def test_weights_of_the_same_size_and_time_are_other_weights(minilm_path: Path, 
     assert fingerprint(folder) != before
 
 
-def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_hashed_once(minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = small_files(minilm_path, tmp_path / "model")
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     hashed: list[str] = []
     original = model_files.hashlib.file_digest
 
@@ -293,7 +293,7 @@ def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatc
     assert hashed.count("model.safetensors") == 1
 
 
-def test_a_folder_that_changes_before_it_is_loaded(minilm_path: Path, tmp_path: Path) -> None:
+def test_a_folder_that_changes_before_loading_is_an_error(minilm_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
     provider = SentenceTransformersProvider(model=str(folder), device="cpu")
@@ -303,9 +303,9 @@ def test_a_folder_that_changes_before_it_is_loaded(minilm_path: Path, tmp_path: 
             cache.embed("a text")
 
 
-def test_prompts_that_the_model_declares(minilm_path: Path, tmp_path: Path) -> None:
+def test_the_prompts_of_the_model_are_used(minilm_path: Path, tmp_path: Path) -> None:
     prompts = {"query": "Q: ", "document": "D: ", "clustering": "C: "}
-    folder = small_files(minilm_path, tmp_path / "model", prompts=prompts, default_prompt_name="clustering")
+    folder = copy_small_files(minilm_path, tmp_path / "model", prompts=prompts, default_prompt_name="clustering")
     provider = SentenceTransformersProvider(model=str(folder))
     told = {task: provider.space(task).prompt for task in ("query", "document", "clustering", "other")}
     assert told == {"query": "Q: ", "document": "D: ", "clustering": "C: ", "other": "C: "}
@@ -317,7 +317,7 @@ def test_prompts_that_the_model_declares(minilm_path: Path, tmp_path: Path) -> N
         unknown.space("query")
 
 
-def test_the_models_own_prompts_are_used_as_the_library_does(minilm_path: Path, tmp_path: Path) -> None:
+def test_prompts_are_chosen_like_in_the_library(minilm_path: Path, tmp_path: Path) -> None:
     """The library's own choice is asked of the library itself, with the same files."""
     from sentence_transformers import SentenceTransformer
 
@@ -328,11 +328,11 @@ def test_the_models_own_prompts_are_used_as_the_library_does(minilm_path: Path, 
     plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     provider = SentenceTransformersProvider(model=str(folder), device="cpu")
     for task, encode in (("query", plain.encode_query), ("document", plain.encode_document), ("y", plain.encode)):
-        np.testing.assert_allclose(provider.embed(TEXTS, task), encode(TEXTS), atol=NEAR)
+        np.testing.assert_allclose(provider.embed(TEXTS, task), encode(TEXTS), atol=TOLERANCE)
 
 
 def test_dimensions_follow_the_last_module(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model", truncate_dim=200)
+    folder = copy_small_files(minilm_path, tmp_path / "model", truncate_dim=200)
 
     def dimensions(**options: Any) -> tuple[int | None, Any]:
         space = SentenceTransformersProvider(model=str(folder), **options).space("document")
@@ -363,7 +363,7 @@ def test_dimensions_follow_the_last_module(minilm_path: Path, tmp_path: Path) ->
         ({"model": "owner/never", "revision": "../../x"}, "a branch, a tag or a commit"),
     ],
 )
-def test_models_that_are_not_there(
+def test_missing_models_are_errors(
     options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
@@ -372,10 +372,10 @@ def test_models_that_are_not_there(
         SentenceTransformersProvider(**options).space("document")
 
 
-def test_folders_that_hold_no_model(minilm_path: Path, tmp_path: Path) -> None:
+def test_folders_without_a_model_are_errors(minilm_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"holds no model: it has neither modules\.json"):
         fingerprint(tmp_path)
-    folder = small_files(minilm_path, tmp_path / "model")
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     with pytest.raises(SpaceError, match="model is a folder; remove revision"):
         fingerprint(folder, revision="main")
     (folder / "modules.json").write_text("{}")
@@ -386,7 +386,7 @@ def test_folders_that_hold_no_model(minilm_path: Path, tmp_path: Path) -> None:
         fingerprint(folder)
 
 
-def test_options_that_make_no_sense() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         SentenceTransformersProvider(model="m", query_prompt="q", query_prompt_name="query")
     with pytest.raises(ConfigError, match="model is empty"):
@@ -398,7 +398,7 @@ def test_options_that_make_no_sense() -> None:
 # --- the hub ----------------------------------------------------------------------------------
 
 
-def in_hub_cache(source: Path, cache: Path, name: str = NAME, *refs: str) -> None:
+def fill_hub_cache(source: Path, cache: Path, name: str = NAME, *refs: str) -> None:
     """Lay a model's files out as the Hugging Face client does."""
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(source, folder / "snapshots" / COMMIT, symlinks=True)
@@ -411,7 +411,7 @@ def test_spellings_of_one_model_are_one_space(
     minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "hub"))
-    in_hub_cache(small_files(minilm_path, tmp_path / "model"), tmp_path / "hub", NAME, "main", "v2")
+    fill_hub_cache(copy_small_files(minilm_path, tmp_path / "model"), tmp_path / "hub", NAME, "main", "v2")
     spellings: list[dict[str, Any]] = [
         {"model": NAME},
         {"model": "all-MiniLM-L6-v2"},
@@ -441,7 +441,7 @@ with cache:
 """
 
 
-def patient(folder: Path) -> Tier:
+def make_patient_disk(folder: Path) -> Tier:
     """Return a disk tier whose time does not run out on a busy machine."""
     return Tier(DiskBackend(path=folder), timeout=60.0)
 
@@ -459,39 +459,39 @@ def run(model: Path | str, folder: Path, texts: list[str], **environ: str) -> An
     return json.loads(done.stdout)
 
 
-@in_another_process
+@starts_a_process
 def test_a_warm_run_loads_nothing(minilm_path: Path, shared: type[Shared], tmp_path: Path) -> None:
-    with embedonce.Cache(shared(model=str(minilm_path)), [patient(tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(shared(model=str(minilm_path)), [make_patient_disk(tmp_path / "vectors")]) as cache:
         cold = cache.embed_batch(TEXTS)
     warm = run(minilm_path, tmp_path / "vectors", TEXTS)
     assert (warm["computed"], warm["loaded"]) == (0, [])
     assert warm["first"] == cold[0].tolist()
 
 
-@in_another_process
+@starts_a_process
 def test_a_model_of_the_hub(minilm_path: Path, minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client downloads from a hub on loopback, once; from then on nothing is asked, also offline."""
     home = tmp_path / "home"
     with Hub(minilm_path, NAME, COMMIT) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         cold = run("all-MiniLM-L6-v2", tmp_path / "vectors", TEXTS, **online)
-        assert any(path.endswith("/revision/main") for path in hub.asked)
-        hub.asked.clear()
+        assert any(path.endswith("/revision/main") for path in hub.requests)
+        hub.requests.clear()
         warm = run("all-MiniLM-L6-v2", tmp_path / "vectors", TEXTS, **online)
-        assert hub.asked == []
+        assert hub.requests == []
     assert (cold["computed"], warm["computed"], warm["loaded"]) == (4, 0, [])
-    np.testing.assert_allclose(cold["first"], minilm.encode(TEXTS)[0], atol=NEAR)
+    np.testing.assert_allclose(cold["first"], minilm.encode(TEXTS)[0], atol=TOLERANCE)
 
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(home / "hub"))
     provider = SentenceTransformersProvider(model=NAME, device="cpu")
-    with embedonce.Cache(provider, [patient(tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(provider, [make_patient_disk(tmp_path / "vectors")]) as cache:
         assert cache.fetch([*TEXTS, "one more"]).sources == ["disk"] * 4 + ["provider"]
 
 
 # --- loading ----------------------------------------------------------------------------------
 
 
-def test_the_model_is_loaded_at_the_first_miss_and_runs_for_misses_alone(
+def test_the_model_is_loaded_at_the_first_miss_and_runs_only_for_misses(
     minilm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[object] = []
@@ -531,7 +531,7 @@ def test_threads_load_it_once(minilm_path: Path, monkeypatch: pytest.MonkeyPatch
         thread.join()
     assert loads == [1]
     for number in range(4):
-        np.testing.assert_allclose(found[number], found[number + 4], atol=NEAR)
+        np.testing.assert_allclose(found[number], found[number + 4], atol=TOLERANCE)
 
 
 def test_a_forked_child_embeds(minilm_path: Path, shared: type[Shared]) -> None:
@@ -540,14 +540,14 @@ def test_a_forked_child_embeds(minilm_path: Path, shared: type[Shared]) -> None:
     expected = provider.embed(["some words " * 30] * 64, "document")
 
     def work() -> None:
-        np.testing.assert_allclose(provider.embed(["some words " * 30] * 64, "document"), expected, atol=NEAR)
+        np.testing.assert_allclose(provider.embed(["some words " * 30] * 64, "document"), expected, atol=TOLERANCE)
 
     with provider._lock:  # as if a thread were in the middle of a call
         in_fork(work, "embed")
     work()
 
 
-INTERRUPTED = """
+INTERRUPTED_SCRIPT = """
 import signal, sys, threading, time
 from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 import sentence_transformers_gate
@@ -561,7 +561,7 @@ print(provider.embed(["a text"], "document").shape, flush=True)
 """
 
 
-@in_another_process
+@starts_a_process
 def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) -> None:
     """The signal comes when torch is half imported, which nothing could repair if it stopped the import."""
     (tmp_path / "sentence_transformers_gate.py").write_text(
@@ -574,7 +574,7 @@ def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) 
         "sys.meta_path.insert(0, Gate())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(minilm_path)],
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED_SCRIPT, str(minilm_path)],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -585,7 +585,7 @@ def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) 
     assert done.stdout.splitlines() == ["interrupted True", "(1, 384)"]
 
 
-def test_a_load_that_fails_is_tried_again(minilm_path: Path, minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_is_retried(minilm_path: Path, minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="no-such-device")
     with embedonce.Cache(provider) as cache:
         with pytest.raises(RuntimeError, match="no-such-device"):

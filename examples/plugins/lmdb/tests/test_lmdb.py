@@ -60,7 +60,7 @@ def many(count: int, size: int = 1600, start: int = 0) -> dict[str, bytes]:
 
 @contextmanager
 def another_process(path: Path, code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run ``code`` with a ``backend`` on ``path`` until the block ends. The block begins once it has printed "ready"."""
+    """Run ``code`` with a ``backend`` on ``path`` until the block ends. The block begins once it prints "ready"."""
     program = textwrap.dedent(
         """
         import itertools, sys
