@@ -106,8 +106,8 @@ def test_vectors_are_in_a_pgvector_column_once_each(postgres: PostgresServer, en
     for _ in range(2):  # writing a second time changes nothing
         with embedonce.open(CONFIG) as cache:
             cache.embed_batch(TEXTS)
-    asked = f"SELECT count(*), min(vector_dims(embedding)) FROM {environment} WHERE embedding IS NOT NULL"
-    assert postgres.call(asked) == f"{len(TEXTS)}|384"
+    statement = f"SELECT count(*), min(vector_dims(embedding)) FROM {environment} WHERE embedding IS NOT NULL"
+    assert postgres.call(statement) == f"{len(TEXTS)}|384"
 
 
 def test_no_text_is_stored_by_default(

@@ -93,9 +93,9 @@ def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.table({"text": ["of another run"]}), tmp_path / "vectors" / "left.parquet")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    said = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
-    assert said is not None, again.stdout
-    computed = int(said[1])
+    report = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
+    assert report is not None, again.stdout
+    computed = int(report[1])
     # Two workers may request the text that occurs twice at the same moment.
     assert computed - (len(LINES) - stored) in (0, 1)
 

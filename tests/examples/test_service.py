@@ -158,8 +158,8 @@ def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path
         redis.kill()
         service.sources([f"{SECRET}, {i}" for i in range(5)])
         redis.restart()
-    said = log.read_bytes()
-    assert said.count(b"POST /embed") > 5
+    logged = log.read_bytes()
+    assert logged.count(b"POST /embed") > 5
     with RedisServer() as fresh:  # the first Redis lost its entries when it was killed
         with Service(fresh, log) as service:
             service.sources(TEXTS)
@@ -224,9 +224,9 @@ def test_concurrent_requests_compute_a_text_once(redis: RedisServer, log: Path) 
     """Redis is the only tier and is written in the background. Vectors on their way must not be computed again."""
     with Service(redis, log) as service, ThreadPoolExecutor(8) as pool:
         for number in range(10):
-            asked = [f"{TEXTS[0]}, call {number}"]
-            assert all(pool.map(service.sources, [asked] * 8))
-            assert all(service.sources(asked) for _ in range(4))
+            texts = [f"{TEXTS[0]}, call {number}"]
+            assert all(pool.map(service.sources, [texts] * 8))
+            assert all(service.sources(texts) for _ in range(4))
         assert service.metrics()["embed_cache_misses_total"] == 10
 
 

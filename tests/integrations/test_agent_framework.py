@@ -1,4 +1,4 @@
-"""Microsoft Agent Framework: its real OpenAI client against a real HTTP API on loopback."""
+"""Tests for Microsoft Agent Framework, with its real OpenAI client against an HTTP API on loopback."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def client(server: OpenAIServer) -> AsyncIterator[OpenAIEmbeddingClient]:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -56,7 +56,7 @@ async def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any]
 ) -> None:
     without = await client.get_embeddings(TEXTS)
-    first = CachedEmbeddingClient(client, config=tiers)  # a memory tier lives as long as somebody has its cache
+    first = CachedEmbeddingClient(client, config=tiers)  # keep the cache, because the memory tier lives only as long
     cold = await first.get_embeddings(TEXTS)
     warm = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
     assert server.texts == 6
@@ -86,10 +86,10 @@ async def test_options_that_decide_vectors_have_their_own_space(
     for _ in range(2):
         for options in ({}, {"dimensions": 32}, {"model": "text-embedding-3-large"}):
             made = await cached.get_embeddings(TEXTS[:1], options=options)
-            asked = {"model": MODEL, "dimensions": 64, **options}
-            assert (rows(made)[0] == server.vector_of(TEXTS[0], **asked)).all()
+            expected = {"model": MODEL, "dimensions": 64, **options}
+            assert (rows(made)[0] == server.vector_of(TEXTS[0], **expected)).all()
             assert made.options == options
-            assert made[0].model == asked["model"]
+            assert made[0].model == expected["model"]
     assert server.texts == 3
     await cached.get_embeddings(TEXTS[:1], options={"user": "me", "encoding_format": "base64"})
     assert server.texts == 3
@@ -101,11 +101,11 @@ async def test_the_number_of_caches_is_limited(server: OpenAIServer, client: Ope
     for number in range(2 * MAX_CACHES):
         await cached.get_embeddings(["text"], options={"extra_body": {"number": number}})
     assert len(cached._caches) == MAX_CACHES
-    asked = server.texts
-    assert asked == 1 + 2 * MAX_CACHES
+    expected = server.texts
+    assert expected == 1 + 2 * MAX_CACHES
     for options in (None, {"extra_body": {"number": 0}}):
         await cached.get_embeddings(["text"], options=options)
-    assert server.texts == asked, "what was left has its vectors still"
+    assert server.texts == expected, "dropped caches still have their vectors in the tiers"
 
 
 async def test_options_that_decide_nothing_reach_the_client(
@@ -168,7 +168,7 @@ async def test_without_a_client_the_provider_makes_the_vectors() -> None:
 
 
 class Nameless(BaseEmbeddingClient[str, list[float], Any]):
-    """Does not say which model it asks."""
+    """Does not say which model it uses."""
 
     async def get_embeddings(self, values: Any, *, options: Any = None) -> GeneratedEmbeddings[list[float], Any]:
         return GeneratedEmbeddings([Embedding(vector=[float(len(text)), 1.0]) for text in values][-1:])

@@ -1,4 +1,4 @@
-"""AutoGen: the memory in a real agent, and the doors to its Chroma memory."""
+"""Tests for AutoGen: the memory in a real agent, and the embedding function in AutoGen's Chroma memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def config(
             "api_key": "${TEA_API_KEY}",
             "max_retries": 0,
         },
-        # A busy machine is no fault of the disk's.
+        # This timeout is long enough for a busy machine.
         "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}],
     }
     cache = open_shared_cache(config)

@@ -1,4 +1,4 @@
-"""Chroma: real collections, a real embedding function against a real HTTP API on loopback."""
+"""Tests for Chroma, with real collections and a real embedding function against an HTTP API on loopback."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -68,7 +68,7 @@ def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     ids = [str(i) for i in range(len(DOCUMENTS))]
-    answers, asked = [], []
+    answers, computed = [], []
     for name, function in (
         ("without", openai()),
         ("cold", CachedEmbeddingFunction(openai(), config=tiers)),
@@ -79,12 +79,12 @@ def test_vectors_without_a_cache_cold_and_warm_are_equal(
         tea.add(ids=ids, documents=DOCUMENTS)
         nearest = tea.query(query_texts=["Which tea is steamed?", DOCUMENTS[1]], n_results=4)
         answers.append((stored(tea, ids), nearest["ids"], nearest["distances"]))
-        asked.append(server.texts - before)
+        computed.append(server.texts - before)
     for vectors, order, distances in answers[1:]:
         assert (vectors == answers[0][0]).all()
         assert (order, distances) == answers[0][1:]
-    # A symmetric model: the second query is a document that is there already.
-    assert asked == [6, 5, 0]
+    # The model is symmetric, and the second query is a document that is already stored.
+    assert computed == [6, 5, 0]
 
 
 def test_each_document_of_a_mixed_batch_gets_its_own_vector(
@@ -146,7 +146,7 @@ def test_a_persistent_collection_is_opened_by_the_wrapped_name(
 def test_the_configuration_is_stored_with_the_collection(tmp_path: Path) -> None:
     tea = collection("tea", CachedEmbeddingFunction(config=NGRAM), tmp_path)
     tea.add(ids=["0", "1"], documents=DOCUMENTS[:2])
-    # Opened by its name alone, as Chroma does when it is given no function.
+    # Without a function, Chroma makes one from the stored name and configuration.
     again = chromadb.PersistentClient(str(tmp_path)).get_collection("tea")
     assert again.query(query_texts=[DOCUMENTS[1]], n_results=1)["ids"] == [["1"]]
     function = CachedEmbeddingFunction.build_from_config({"config": NGRAM})
@@ -163,18 +163,18 @@ def test_a_configuration_that_makes_other_vectors_is_refused() -> None:
 
 @register_embedding_function
 class TwoSided(EmbeddingFunction[Documents]):
-    """Embeds a query otherwise than a document, as some models do."""
+    """Embeds queries differently from documents, as some models do."""
 
     def __init__(self, model: str = "two") -> None:
         self.model = model
-        self.asked: list[tuple[str, list[str]]] = []
+        self.calls: list[tuple[str, list[str]]] = []
 
     def __call__(self, input: Documents) -> Embeddings:
-        self.asked.append(("document", list(input)))
+        self.calls.append(("document", list(input)))
         return [np.array([len(text), 1.0], np.float32) for text in input]
 
     def embed_query(self, input: Documents) -> Embeddings:
-        self.asked.append(("query", list(input)))
+        self.calls.append(("query", list(input)))
         return [np.array([len(text), 2.0], np.float32) for text in input]
 
     @staticmethod
@@ -195,7 +195,7 @@ def test_an_asymmetric_function_shares_no_vectors_between_queries_and_documents(
     for _ in range(2):
         assert function(["four"])[0].tolist() == [4.0, 1.0]
         assert function.embed_query(["four"])[0].tolist() == [4.0, 2.0]
-    assert inner.asked == [("document", ["four"]), ("query", ["four"])]
+    assert inner.calls == [("document", ["four"]), ("query", ["four"])]
 
 
 def test_only_equal_functions_share_vectors() -> None:
@@ -204,11 +204,11 @@ def test_only_equal_functions_share_vectors() -> None:
     functions = [CachedEmbeddingFunction(inner, config=tiers) for inner in (one, equal, other)]
     for function in functions:
         function(["text"])
-    assert (len(one.asked), len(equal.asked), len(other.asked)) == (1, 0, 1)
+    assert (len(one.calls), len(equal.calls), len(other.calls)) == (1, 0, 1)
 
 
 class Bare(EmbeddingFunction[Documents]):
-    """Does not describe itself."""
+    """Has no description of its vectors."""
 
     def __init__(self) -> None:
         pass
@@ -270,7 +270,7 @@ def test_normalisation_reaches_the_wrapped_function() -> None:
     inner = TwoSided()
     tiers = {"tiers": [{"type": "memory"}], "key": {"normalize": ["strip"]}}
     CachedEmbeddingFunction(inner, config=tiers)(["  four  ", "four"])
-    assert inner.asked == [("document", ["four"])]
+    assert inner.calls == [("document", ["four"])]
 
 
 def test_a_value_that_is_not_a_text_is_a_type_error() -> None:

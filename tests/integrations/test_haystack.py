@@ -1,4 +1,4 @@
-"""Haystack: real pipelines, a real model, OpenAI's client against its API on loopback, embedders that misbehave."""
+"""Tests for Haystack, with real pipelines, a real model, OpenAI's client on loopback, and faulty embedders."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ KEY = "sk-secret-of-the-test"
 
 
 def vector_of(text: str, salt: str = "") -> list[float]:
-    """Return a vector that no other text has."""
+    """Return a vector that is unique to the text."""
     random = np.random.default_rng(list(f"{salt}|{text}".encode()))
     return [float(value) for value in random.standard_normal(8, dtype=np.float32)]
 
 
 @component
 class Embedder:
-    """An embedder as people write them, which counts, and misbehaves on demand."""
+    """A typical custom embedder, which counts its texts and can be made to misbehave."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Embedder:
 
 @component
 class Bare:
-    """An embedder that says nothing of itself."""
+    """An embedder without any description of its vectors."""
 
     def __init__(self) -> None:
         self.seen: list[Document] = []
@@ -133,7 +133,7 @@ def documents(*contents: str) -> list[Document]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -158,7 +158,7 @@ QUESTIONS = ["How is green tea made?", "What are rocks made of?", "How do I look
 
 
 class Model:
-    """Counts what goes through the model itself."""
+    """Counts the texts that go through the model itself."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -219,7 +219,7 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
     expected = answers(SentenceTransformersTextEmbedder(**minilm), plain)
     assert model.texts == len(CORPUS) + len(QUESTIONS)
 
-    # A memory tier lives as long as somebody has its cache.
+    # Keep the cache, because the memory tier lives only as long.
     first = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
     cold, meta = ingest(first, CORPUS)
     assert meta["cache"] == {"hits": {}, "computed": len(CORPUS), "failed": 0}
@@ -291,7 +291,7 @@ def test_weights_changed_in_place_are_another_model(minilm_path: Path, tmp_path:
         return str(embedder.run(documents=[])["meta"]["model"])
 
     before = described(folder)
-    assert before == described(minilm_path), "a copy is the same model, wherever it lies"
+    assert before == described(minilm_path), "a copy in another folder is the same model"
     (folder / "README.md").write_text("Read me.")
     assert described(folder) == before
     embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(model=str(folder)), config=MEMORY)
@@ -307,7 +307,7 @@ def test_weights_changed_in_place_are_another_model(minilm_path: Path, tmp_path:
 
 
 def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
-    """Haystack's embedders share what one of them has loaded, by the folder's name."""
+    """Haystack's embedders share loaded models by the name of the folder."""
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
 
@@ -325,13 +325,13 @@ def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(mini
     np.testing.assert_allclose(embedded(other), truth, atol=1e-6)
     third = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
     third.warm_up()
-    assert third.embedding_backend is other.embedding_backend, "what was loaded since is shared as before"
+    assert third.embedding_backend is other.embedding_backend, "models loaded after the change are shared as before"
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpaceError, match="before its model's folder changed"):
         embedded(third)
 
 
-# --- what a document's vector depends on ------------------------------------------------------
+# --- effective texts and vector spaces --------------------------------------------------------
 
 META = st.dictionaries(st.sampled_from(["title", "year", "other"]), st.sampled_from(["", "a", "\n", 0, None, 1999]))
 DOCUMENTS = st.builds(
@@ -354,7 +354,7 @@ def test_every_document_has_the_vector_of_its_own_text(
         output = embedder.run(documents=given_documents)
         expected = plain.run(documents=given_documents)["documents"]
         assert [replace(one, embedding=None) for one in output["documents"]] == before
-        assert given_documents == before, "what was handed in is left alone"
+        assert given_documents == before, "the given documents must not change"
         assert embeddings(output) == [one.embedding for one in expected]
 
 
@@ -381,7 +381,7 @@ def test_the_text_is_normalised_without_prefix_and_suffix() -> None:
 
 def test_another_embedder_is_another_space() -> None:
     config = {**MEMORY, "key": {"namespace": "spaces"}}
-    made: list[CachedDocumentEmbedder] = []  # a memory tier lives as long as somebody has its cache
+    made: list[CachedDocumentEmbedder] = []  # keep the caches, because the memory tier lives only as long
 
     def embedded(**options: Any) -> int:
         made.append(CachedDocumentEmbedder(Embedder(**options), config=config))
@@ -391,7 +391,7 @@ def test_another_embedder_is_another_space() -> None:
 
     assert embedded() == 1
     assert embedded(batch_size=1) == 0
-    assert embedded(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, "the text has it"
+    assert embedded(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, "the separator is part of the text"
     for options in ({"model": "n"}, {"prefix": "p"}, {"suffix": "p"}):
         assert embedded(**options) == 1
 
@@ -429,7 +429,7 @@ def test_further_arguments_of_run_are_passed_on_and_part_of_the_space() -> None:
         CachedDocumentEmbedder(config={**MEMORY, **NGRAM}).run(documents=tea, style="bold")
 
 
-# --- embedders that misbehave -----------------------------------------------------------------
+# --- faulty embedders -------------------------------------------------------------------------
 
 
 def test_documents_in_another_order_keep_their_vectors() -> None:
@@ -457,7 +457,7 @@ def test_a_document_without_an_embedding_is_tried_again_in_the_next_run(
     output = embedder.run(documents=given_documents)
     assert embeddings(output) == [vector_of("a", "m"), None, vector_of("c", "m"), None]
     assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 2}
-    assert inner.calls.count("run") == 1, "what came with it is not asked for twice"
+    assert inner.calls.count("run") == 1, "the other texts of the call are not embedded again"
     assert f"2 of 4 documents got no embedding: {given_documents[1].id}" in caplog.text
 
     inner.spoil = list
@@ -580,7 +580,7 @@ async def test_an_invalid_reply_is_an_error(
 async def test_a_reply_is_sorted_by_index(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
-    """Haystack's own embedder takes the vectors as they come."""
+    """Haystack's own embedder ignores the index of each vector."""
     embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
     server.misbehave(how, times=None)
     assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_of(server, number) for number in (1, 2)]
@@ -595,7 +595,7 @@ async def test_a_reply_is_sorted_by_index(
 async def test_a_failure_is_not_cached(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
-    """Of three calls the second fails: its documents have no embedding, and the next run embeds them."""
+    """The second of three calls fails. Its documents get no embedding, and the next run embeds them."""
     embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
     embedder.run(documents=TEAS[:1])
     server.misbehave(how)
@@ -701,12 +701,12 @@ def test_a_secret_that_is_not_a_variable_is_not_in_the_space(
     assert server.texts == 1
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------
 
 
 @component
 class Texts:
-    """Embeds texts, and says which model it uses."""
+    """Embeds texts and describes its model."""
 
     def __init__(self, model: str = "texts", precision: str = "float32") -> None:
         self.model = model
@@ -832,7 +832,7 @@ def test_equal_configurations_share_one_cache(disk: dict[str, Any]) -> None:
 def test_threads_and_tasks_compute_each_text_once() -> None:
     inner = Embedder()
     config = {**MEMORY, "key": {"namespace": "threads"}}
-    # A memory tier lives as long as somebody has its cache: a thread may be done before another has begun.
+    # Keep a cache, because a thread may end before another begins, and the memory tier would be gone.
     kept = CachedDocumentEmbedder(inner, config=config)
     kept.warm_up()
     contents = [f"text {number}" for number in range(40)]
@@ -868,7 +868,7 @@ async def test_a_provider_embeds_documents_and_queries() -> None:
     assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 0}
     cache = open_shared_cache(config)
     assert embeddings(output) == cache.embed_batch(["green\ntea", "tea"]).tolist()
-    # ngram declares that queries and documents have the same vectors.
+    # ngram describes the same vectors for queries and documents.
     answer = await CachedTextEmbedder(config=config).run_async(text="green\ntea")
     assert answer["meta"]["cache"]["hits"] == {"memory": 1}
     assert answer["embedding"] == output["documents"][0].embedding

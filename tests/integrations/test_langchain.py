@@ -1,4 +1,4 @@
-"""LangChain, with its own standard tests, its OpenAI client and its CacheBackedEmbeddings."""
+"""Tests for LangChain, with its own standard tests, its OpenAI client and its CacheBackedEmbeddings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OpenAI: TypeAlias = Callable[..., OpenAIEmbeddings]
 
 
 class Letters(BaseModel, Embeddings):
-    """Deterministic embeddings that treat a query in another way, and count."""
+    """Deterministic embeddings that treat queries differently and count their texts."""
 
     model: str = "letters-1"
     prompt: str = "query: "
@@ -68,7 +68,7 @@ class Letters(BaseModel, Embeddings):
 
 @pytest.fixture(autouse=True)
 def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tiktoken find the vocabulary that comes with LlamaIndex, as it may not download one."""
+    """Let tiktoken use the vocabulary that comes with LlamaIndex, because tests must not download one."""
     spec = importlib.util.find_spec("llama_index.core")
     assert spec is not None
     assert spec.origin is not None
@@ -77,7 +77,7 @@ def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
-    """Make LangChain's client of the loopback server; with ``tokens`` it sends token ids, as it does by default."""
+    """Make LangChain's client for the loopback server. With ``tokens``, it sends token ids, which is its default."""
     made = []
 
     def make(*, tokens: bool = True, **options: Any) -> OpenAIEmbeddings:
@@ -92,7 +92,7 @@ def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
 
 
 class Face:
-    """The blocking or the async methods of embeddings."""
+    """The blocking or the async methods of embeddings, under the same names."""
 
     def __init__(self, name: str, runner: asyncio.Runner) -> None:
         self._sync = name == "sync"
@@ -167,7 +167,7 @@ class TestByteStoreAsync(Stores, BaseStoreAsyncTests[bytes]):
     pass
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -224,7 +224,7 @@ def test_minilm_without_a_cache_cold_and_warm(minilm_path: Path, monkeypatch: py
 
 
 def test_the_provider_of_the_configuration_is_used() -> None:
-    # Of its own: others with an equal configuration would share its cache, and its counters.
+    # This namespace is unique: tests with an equal configuration would share the cache and its counters.
     config = {**NGRAM, "key": {"namespace": "test_the_provider_of_the_configuration_is_used"}}
     cached = CachedEmbeddings(config=config)
     rows = cached.embed_documents(["one", "two", "one"])
@@ -369,14 +369,14 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
         pass
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
-    for embeddings, said in (
+    for embeddings, message in (
         (Opaque(), "Opaque does not say"),
         (Nameless(), "names no model and has private attributes"),
         (Nested(base=object()), r"Nested\.base is a object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):
-        with pytest.raises(SpaceError, match=said + r".*space="):
+        with pytest.raises(SpaceError, match=message + r".*space="):
             CachedEmbeddings(embeddings, config=memory_config())
         cached = CachedEmbeddings(embeddings, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.embed_documents(["a"]), [vector("a")])
@@ -433,8 +433,8 @@ def test_kwargs_are_passed_on_and_change_the_space(server: OpenAIServer, openai:
 def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
     inner = openai(default_headers={"authorization": SECRET}, model_kwargs={"access_token": SECRET})
     cached = CachedEmbeddings(inner, config=memory_config(secret=SECRET))
-    told = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
-    assert SECRET not in told
+    shown = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
+    assert SECRET not in shown
 
 
 def test_embeddings_get_the_normalised_text() -> None:

@@ -1,4 +1,4 @@
-"""LlamaIndex, with its OpenAI client, its ingestion pipeline, its vector index and its events."""
+"""Tests for LlamaIndex, with its OpenAI client, ingestion pipeline, vector index and events."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OpenAI: TypeAlias = Callable[..., OpenAIEmbedding]
 
 
 class Letters(BaseEmbedding):
-    """A deterministic embedding model that treats a query in another way, and counts."""
+    """A deterministic embedding model that treats queries differently and counts its texts."""
 
     model_name: str = "letters-1"
     prompt: str = "query: "
@@ -72,7 +72,7 @@ class Letters(BaseEmbedding):
 
 
 class Response:
-    """What newer versions of LlamaIndex may return for a vector."""
+    """The object that newer versions of LlamaIndex may return in place of a vector."""
 
     def __init__(self, embedding: list[float]) -> None:
         self.embedding = embedding
@@ -85,7 +85,7 @@ class Responding(Letters):
 
 @pytest.fixture
 def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
-    """Make LlamaIndex's client of the loopback server."""
+    """Make LlamaIndex's client for the loopback server."""
     made = []
 
     def make(**options: Any) -> OpenAIEmbedding:
@@ -102,7 +102,7 @@ def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
 
 
 class Face:
-    """The blocking or the async methods of an embedding model."""
+    """The blocking or the async methods of an embedding model, under the same names."""
 
     def __init__(self, name: str, runner: asyncio.Runner) -> None:
         self._sync = name == "sync"
@@ -125,7 +125,7 @@ def face(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Face:
     return Face(request.param, runner)
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 
 def test_openai_without_a_cache_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
@@ -183,7 +183,7 @@ def test_minilm_without_a_cache_cold_and_warm(minilm_path: Path, monkeypatch: py
 
 
 def test_the_provider_of_the_configuration_is_used(face: Face) -> None:
-    # Of its own: others with an equal configuration would share its cache, and its counters.
+    # This namespace is unique: tests with an equal configuration would share the cache and its counters.
     cached = CachedEmbedding(config={**NGRAM, "key": {"namespace": f"a provider, {face}"}})
     rows = face.texts(cached, ["one", "two", "one"])
     assert rows[0] == rows[2] == face.query(cached, "one")
@@ -284,13 +284,13 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
         pass
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
-    for model, said in (
+    for model, message in (
         (Letters(model_name="unknown"), "names no model and has private attributes"),
         (Holding(model=object()), r"Holding\.model is a object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):
-        with pytest.raises(SpaceError, match=said + r".*space="):
+        with pytest.raises(SpaceError, match=message + r".*space="):
             CachedEmbedding(model, config=memory_config())
         cached = CachedEmbedding(model, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.get_text_embedding("a"), vector("a"))
@@ -354,13 +354,13 @@ def test_to_dict_is_stable_and_differs_between_spaces(openai: OpenAI) -> None:
 def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
     inner = openai(default_headers={"authorization": SECRET}, additional_kwargs={"access_token": SECRET})
     cached = CachedEmbedding(inner, config=memory_config(secret=SECRET))
-    told = [cached, cached.to_dict(), cached.to_json(), cached.to_payload(), cached.model_dump(), cached.cache]
-    told += [cached.cache.explain("a"), cached.cache.provider.space("query")]
-    assert SECRET not in f"{told!r} {cached}"
+    shown = [cached, cached.to_dict(), cached.to_json(), cached.to_payload(), cached.model_dump(), cached.cache]
+    shown += [cached.cache.explain("a"), cached.cache.provider.space("query")]
+    assert SECRET not in f"{shown!r} {cached}"
 
 
 class Recorder(BaseEventHandler):
-    """Records the events of embedding models: their class, their chunks, and how many vectors."""
+    """Records the class, the chunks and the number of vectors of each embedding event."""
 
     _seen: list[tuple[str, Any, Any]] = PrivateAttr(default_factory=list)
 
@@ -396,7 +396,7 @@ def test_events_are_the_same_as_for_any_embedding_model(face: Face) -> None:
 
 
 class Counting(BaseRateLimiter):
-    """Counts how often it was waited for."""
+    """Counts how often a call waited for it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -536,7 +536,7 @@ async def test_an_async_pipeline_embeds_each_node_once() -> None:
 def test_the_processes_of_a_pipeline_share_a_disk(
     server: OpenAIServer, openai: OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The processes unpickle the splitter's tokenizer, which must not be downloaded.
+    # The processes unpickle the splitter's tokenizer, and must not download it.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
     cached = CachedEmbedding(openai(), config=disk_config(tmp_path))
     pipeline = IngestionPipeline(transformations=[SentenceSplitter(), cached], disable_cache=True)

@@ -1,4 +1,4 @@
-"""OpenAI's own client with a cache inside, against an API on loopback: the same answers without us, cold and warm."""
+"""Tests for OpenAI's client with a cache inside, against an API on loopback."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    """A configuration that no other test has: equal ones share a cache."""
-    disk = {"type": "disk", "path": str(tmp_path / "disk"), "timeout": "60s"}  # a busy machine is no fault
+    """Return a configuration that no other test has, because equal configurations share a cache."""
+    disk = {"type": "disk", "path": str(tmp_path / "disk"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -53,16 +53,16 @@ def face(request: pytest.FixtureRequest) -> Face:
 
 
 class Program:
-    """A program that has a client, and embeds with it: one ``create`` after the other."""
+    """A program that makes a client and calls its ``create`` several times in a row."""
 
     def __init__(self, server: OpenAIServer, face: Face, **options: Any) -> None:
         self.face = face
         self.options = {"base_url": server.base_url, "api_key": "any", "max_retries": 0, "timeout": 20, **options}
 
     def __call__(self, *calls: dict[str, Any], **wrap: Any) -> list[Any]:
-        """Return the answers, or the exceptions, of calls to the client: as it is, or wrapped by ``wrap``."""
+        """Return the answers or exceptions of calls to the plain client or, with ``wrap``, to the cached one."""
         if self.face == "async":
-            return asyncio.run(self._async(calls, wrap))
+            return asyncio.run(self._call_async(calls, wrap))
         answers: list[Any] = []
         with openai.OpenAI(**self.options) as plain:
             client = cached(plain, **wrap) if wrap else plain
@@ -73,7 +73,7 @@ class Program:
                     answers.append(error)
         return answers
 
-    async def _async(self, calls: tuple[dict[str, Any], ...], wrap: dict[str, Any]) -> list[Any]:
+    async def _call_async(self, calls: tuple[dict[str, Any], ...], wrap: dict[str, Any]) -> list[Any]:
         answers: list[Any] = []
         async with openai.AsyncOpenAI(**self.options) as plain:
             client = cached(plain, **wrap) if wrap else plain
@@ -89,7 +89,7 @@ def vectors(answer: Any) -> list[list[float]]:
     return [np.float32(item.embedding).tolist() for item in answer.data]
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 SHAPES: dict[str, Any] = {
     "a text": "one",
@@ -109,10 +109,10 @@ def test_answers_without_a_cache_cold_and_warm_are_equal(
     (plain,) = program(call)
     server.count.clear()
     (cold,) = program(call, config=tiers)
-    asked = server.texts
+    computed = server.texts
     (warm,) = program(call, config=tiers)
-    assert asked == len(server.count)
-    assert server.texts == asked
+    assert computed == len(server.count)
+    assert server.texts == computed
     for answer in (cold, warm):
         assert type(answer) is type(plain)
         assert type(answer.data[0].embedding) is type(plain.data[0].embedding)
@@ -179,7 +179,7 @@ def test_the_endpoint_gets_the_normalised_text(server: OpenAIServer, tiers: dict
     assert server.count == {"one": 1}
 
 
-# --- what is in the key -----------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------
 
 OTHERS: list[dict[str, Any]] = [
     {"model": "another"},
@@ -202,9 +202,9 @@ def test_arguments_that_decide_vectors_are_in_the_key(server: OpenAIServer, tier
 
 
 def test_other_arguments_are_not_in_the_key(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
-    beside = {"user": "me", "extra_headers": {"x-mine": "1"}, "timeout": 19.0, "encoding_format": "float"}
+    others = {"user": "me", "extra_headers": {"x-mine": "1"}, "timeout": 19.0, "encoding_format": "float"}
     Program(server, face)(
-        {"model": MODEL, "input": "one", **beside},
+        {"model": MODEL, "input": "one", **others},
         {"model": MODEL, "input": "one"},
         {"model": MODEL, "input": "one", "extra_body": {"user": "you"}},
         config=tiers,
@@ -226,7 +226,7 @@ def test_another_endpoint_is_another_space(server: OpenAIServer, tiers: dict[str
 
 
 def test_the_openai_provider_has_the_same_vectors(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
-    """One chain may serve a program that asks the client, and one that asks embedonce."""
+    """Programs that use the client and programs that use the provider can share a chain."""
     with embedonce.open(tiers, provider=OpenAIProvider(model=MODEL, base_url=server.base_url)) as cache:
         found = cache.embed("one")
     (answer,) = Program(server, face)({"model": MODEL, "input": "one"}, config=tiers)
@@ -234,10 +234,10 @@ def test_the_openai_provider_has_the_same_vectors(server: OpenAIServer, tiers: d
     assert server.texts == 1
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
 CLIENT_ERRORS: dict[str, type[Exception]] = {
-    "empty": ValueError,  # the client's own
+    "empty": ValueError,  # the client raises it
     "error_as_200": ValueError,
     "not_json": AttributeError,
     "rate_limit": openai.RateLimitError,
@@ -308,7 +308,7 @@ def test_a_call_that_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: 
     assert vectors(answers[1]) == [server.vector_of("two").tolist()]
 
 
-# --- the client is what it was ----------------------------------------------------------------
+# --- the rest of the client -------------------------------------------------------------------
 
 
 def test_create_has_the_signature_of_the_client() -> None:
@@ -416,7 +416,7 @@ def test_more_spaces_than_kept_caches_work(
     assert server.texts == 4
 
 
-# --- whatever comes ---------------------------------------------------------------------------
+# --- random calls -----------------------------------------------------------------------------
 
 POOL: list[Any] = ["one", "two", "three", "1,2", "1"]
 TOKENS: list[Any] = [[1], [1, 2], [2, 1], [12], [0]]

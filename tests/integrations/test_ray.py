@@ -1,4 +1,4 @@
-"""The batch embedder on every kind of batch; Ray itself is in tests/examples/test_ray.py, as it takes long to start."""
+"""Tests for the batch embedder with every type of batch. Ray starts slowly; tests/examples/test_ray.py runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPECTED = NgramProvider(dimensions=64).embed(TEXTS, "document")
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    # A busy machine is no fault of the disk's.
+    # This timeout is long enough for a busy machine.
     disk = {"type": "disk", "path": str(tmp_path / "vectors"), "write": "background", "timeout": "60s"}
     return {
         "provider": {"type": "ngram", "dimensions": 64},

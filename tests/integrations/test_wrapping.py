@@ -1,4 +1,4 @@
-"""What every integration stands on: equal configurations share one cache, and embedders describe themselves."""
+"""Tests for the parts that every integration uses: shared caches and descriptions of embedders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TIERS = {"tiers": [{"type": "memory"}]}
 
 
 class Embedder:
-    """Stands for a framework's."""
+    """Stands in for a framework's embedder."""
 
 
 def fingerprint(embedder: object = None, *, task: str | None = None, **fields: Any) -> bytes:
@@ -82,7 +82,7 @@ def test_a_closed_or_collected_cache_is_not_shared_again() -> None:
     gone = weakref.ref(second)
     del first, second
     until_gone(gone)
-    assert open_shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier went with its last user"
+    assert open_shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier is gone with its last user"
 
 
 def test_the_shared_cache_lives_as_long_as_one_of_its_users() -> None:
@@ -112,7 +112,7 @@ def test_fields_that_decide_nothing_do_not_change_the_space(name: str) -> None:
 def test_secrets_and_credentials_are_in_no_space() -> None:
     class Secret:
         def get_secret_value(self) -> str:
-            raise AssertionError("nobody asks for it")
+            raise AssertionError("a secret must not be read")
 
     space = describe_space(
         Embedder(),
@@ -187,14 +187,14 @@ def test_a_declared_space_gets_the_task_unless_it_has_one() -> None:
 
 @pytest.mark.parametrize("face", ["both", "embed", "aembed"])
 async def test_a_wrapped_provider_has_only_the_given_functions(face: str) -> None:
-    asked: list[str] = []
+    calls: list[str] = []
 
     def embed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
-        asked.append("embed")
+        calls.append("embed")
         return [[float(len(text)), 1.0] for text in texts]
 
     async def aembed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
-        asked.append("aembed")
+        calls.append("aembed")
         return [[float(len(text)), 1.0] for text in texts]
 
     provider = WrappedProvider(
@@ -206,7 +206,7 @@ async def test_a_wrapped_provider_has_only_the_given_functions(face: str) -> Non
     assert np.asarray(await cache.aembed("four")).tolist() == [4.0, 1.0]
     assert cache.embed("three").tolist() == [5.0, 1.0]
     first, second = ("embed", "embed") if face == "embed" else ("aembed", "aembed" if face == "aembed" else "embed")
-    assert asked == [first, second]
+    assert calls == [first, second]
 
 
 def test_paths_and_precisions_are_described() -> None:
@@ -246,8 +246,8 @@ def test_arguments_of_a_call_are_part_of_the_space() -> None:
     space = VectorSpace(provider="p", model="m", extra={"a": 1})
     assert add_request(space, {}) == space
     assert add_request(space, {"batch_size": 3, "user": "me", "unset": None}) == space
-    asked = add_request(space, {"dimensions": 8})
-    assert asked.extra == {"a": 1, "request": {"dimensions": 8}}
+    described = add_request(space, {"dimensions": 8})
+    assert described.extra == {"a": 1, "request": {"dimensions": 8}}
     with pytest.raises(SpaceError, match=r"the call's\.hook"):
         add_request(space, {"hook": print})
 

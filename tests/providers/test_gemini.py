@@ -1,4 +1,4 @@
-"""The gemini provider: the real client, against an API on loopback that misbehaves on demand."""
+"""Tests for the gemini provider, with the real client against a loopback API that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .chains import FRESH, MIXED, Face, check_only_own_vectors
 
 MODEL = "gemini-embedding-001"
 
-# google-genai's async client speaks through aiohttp where that is installed, and through httpx2 where it is not.
+# google-genai's async client uses aiohttp if that is installed, and httpx2 otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Inheritance class AiohttpClientSession:DeprecationWarning")
 
 
@@ -66,7 +66,7 @@ class TestGemini(ProviderContract):
         return Recipe(GeminiProvider, self.options())
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
 try:
     import aiohttp
@@ -86,7 +86,7 @@ EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     "not_json": (json.JSONDecodeError,),
     "truncated": (httpx2.RemoteProtocolError, *AIOHTTP_ERRORS),
     "disconnect": (httpx2.RemoteProtocolError, *AIOHTTP_ERRORS),
-    # On a busy machine the time may be over before there is anything to read.
+    # On a busy machine, the timeout may pass before there is anything to read.
     "hang": (httpx2.TimeoutException, TimeoutError),
     "drip": (httpx2.TimeoutException, TimeoutError),
 }
@@ -116,7 +116,7 @@ def test_hits_and_misses_during_each_fault(server: GeminiServer, tmp_path: Path,
 
 @pytest.mark.parametrize("face", ["blocking", "async"])
 def test_retries_are_switched_on(server: GeminiServer, face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The client's wait begins at a second.
+    # The client's first pause is one second by default.
     monkeypatch.setattr("google.genai._api_client._RETRY_INITIAL_DELAY", 0.001)
     monkeypatch.setattr("google.genai._api_client._RETRY_JITTER", 0.0)
     server.misbehave("rate_limit")
@@ -133,7 +133,7 @@ def test_retries_are_switched_on(server: GeminiServer, face: Face, monkeypatch: 
 @pytest.mark.parametrize("model", ["gemini-embedding-001", "gemini-embedding-2", "text-embedding-004"])
 @pytest.mark.parametrize("face", ["blocking", "async"])
 def test_every_text_is_a_content_of_its_own(server: GeminiServer, model: str, face: Face) -> None:
-    """For a newer model, its client makes one content, and one vector, of a list of strings."""
+    """For newer models, the client would turn a list of strings into one content with one vector."""
     with Cache(make_provider(server, model=model)) as cache:
         ask = cache.embed_batch if face == "blocking" else lambda texts: asyncio.run(cache.aembed_batch(texts))
         found = ask(["a", "b"])
@@ -302,7 +302,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_each_loop_has_a_client_that_ends_with_it(server: GeminiServer) -> None:
-    """A connection that outlives its loop would be a ResourceWarning, and those are errors here."""
+    """A connection that outlives its loop raises a ResourceWarning, and warnings are errors in tests."""
     with Cache(make_provider(server)) as cache:
         for text in ("a", "b", "c"):
             found = asyncio.run(cache.aembed(text))

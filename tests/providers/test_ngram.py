@@ -1,4 +1,4 @@
-"""The n-gram provider: the vectors are what its docstring says, bit for bit, everywhere, and never zero."""
+"""The vectors of the n-gram provider follow its docstring bit for bit, on every platform, and are never zero."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TestNgramProvider(ProviderContract):
 
 
 any_text = st.text(max_size=60)
-# Few characters: repeated runs, runs that cancel out, white space of every kind, both cases, other planes.
+# A small alphabet gives repeated runs, runs that cancel out, all kinds of white space, both cases, and other planes.
 odd_text = st.text(alphabet="aAbé ÉßǅΣς\t\n\u00a0\u2003\u3000\ud7ff\U0001d4b3日İ\x00", max_size=12)
 
 
@@ -45,7 +45,7 @@ def to_hex(vector: np.ndarray[Any, Any]) -> str:
 
 
 def compute_reference(text: str, dimensions: int) -> bytes:
-    """Make the vector as the module's docstring says, a run at a time, in plain Python."""
+    """Compute the vector as the module's docstring says, run by run, in plain Python."""
     lowered = (fold_character(char) for char in text)
     words = "".join(" " if char.isspace() else char for char in lowered).split(" ")
     stream = " ".join(["", *filter(None, words), ""]) if any(words) else " "
@@ -94,7 +94,7 @@ def test_no_text_is_zero_and_every_vector_has_length_1(texts: list[str]) -> None
 
 
 def test_no_short_text_of_a_few_letters_cancels_out() -> None:
-    """Every text of up to seven characters from three, in the fewest dimensions, where cancelling is likeliest."""
+    """All texts of up to seven characters out of three, in few dimensions, where cancelling is most likely."""
     texts = ["".join(chars) for size in range(8) for chars in itertools.product("ab ", repeat=size)]
     matrix = NgramProvider(dimensions=8).embed(texts, "document")
     assert matrix.any(axis=1).all()
@@ -174,7 +174,7 @@ GOLDEN_TEXTS = {
 
 
 def compute_golden_values() -> dict[str, Any]:
-    """Return every golden value as this Python and numpy make it."""
+    """Return the golden values, computed by this Python and numpy."""
     names, texts = list(GOLDEN_TEXTS), list(GOLDEN_TEXTS.values())
     made: dict[str, Any] = {}
     made["table"] = hashlib.sha256(ngram._folding_table().astype("<u4").tobytes()).hexdigest()
@@ -192,9 +192,9 @@ def test_the_golden_vectors_are_unchanged() -> None:
 
 
 def compute_golden_values_with(python: str, folder: Path, **environ: str) -> Any:
-    """Return the golden values as another interpreter computes them.
+    """Return the golden values, computed by another interpreter.
 
-    The two packages are copied, because what lies beside an installed one (numpy) is of this Python alone.
+    The two packages are copied, because installed packages have neighbours (numpy) that only this Python can import.
     """
     for module in (ngram, sys.modules["embedonce.keys"]):
         package = Path(str(module.__file__)).parent

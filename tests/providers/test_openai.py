@@ -1,4 +1,4 @@
-"""The openai provider: the real client, against an API on loopback that misbehaves on demand."""
+"""Tests for the openai provider, with the real client against a loopback API that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class TestOpenAI(ProviderContract):
 
 class TestOpenAIWithTasks(TestOpenAI):
     def options(self) -> dict[str, Any]:
-        told_apart = {"prefixes": {"query": "query: "}, "task_body": {"document": {"input_type": "passage"}}}
-        return {**super().options(), **told_apart, "dimensions": 12, "encoding_format": "base64"}
+        by_task = {"prefixes": {"query": "query: "}, "task_body": {"document": {"input_type": "passage"}}}
+        return {**super().options(), **by_task, "dimensions": 12, "encoding_format": "base64"}
 
     def recipe(self) -> Any:
-        return None  # one other process is enough, and takes seconds to import the client
+        return None  # TestOpenAI already covers another process, which takes seconds to import the client
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
 EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
@@ -252,7 +252,7 @@ def test_other_errors_reach_the_caller_at_once(server: OpenAIServer) -> None:
     assert len(server.requests) == 1
 
 
-# --- what is sent, and what is in the space ---------------------------------------------------
+# --- requests and vector spaces ---------------------------------------------------------------
 
 
 def test_options_are_in_the_request_and_the_space(server: OpenAIServer) -> None:
@@ -420,7 +420,7 @@ def test_azures_newer_path(server: OpenAIServer) -> None:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
 
 
-# --- keys, and runs that need none ------------------------------------------------------------
+# --- API keys ---------------------------------------------------------------------------------
 
 
 def test_no_key_is_needed_until_the_first_miss(server: OpenAIServer, tmp_path: Path) -> None:
@@ -462,9 +462,9 @@ def test_no_key_and_no_text_is_shown(server: OpenAIServer, caplog: pytest.LogCap
     provider = make_provider(server, api_key="sk-very-secret")
     with Cache(provider) as cache:
         failed = cache.fetch(["a private text"]).failed[0]
-        said = f"{failed} {failed!r} {provider!r} {cache!r} {cache.stats()} {provider.space('document')} {caplog.text}"
-    assert "sk-very-secret" not in said
-    assert "private" not in said
+        shown = f"{failed} {failed!r} {provider!r} {cache!r} {cache.stats()} {provider.space('document')} {caplog.text}"
+    assert "sk-very-secret" not in shown
+    assert "private" not in shown
 
 
 def test_a_missing_package_is_named() -> None:
@@ -481,7 +481,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_each_loop_has_a_client_that_ends_with_it(server: OpenAIServer) -> None:
-    """A connection that outlives its loop would be a ResourceWarning, and those are errors here."""
+    """A connection that outlives its loop raises a ResourceWarning, and warnings are errors in tests."""
     with Cache(make_provider(server)) as cache:
         for text in ("a", "b", "c"):
             assert np.array_equal(asyncio.run(cache.aembed(text)), server.vector_of(text))
@@ -504,7 +504,7 @@ def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
 def test_closing_from_another_thread_closes_the_client_of_a_running_loop(
     server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedonce_providers._clients.CLOSE_SECONDS", 60.0)  # the loop is not held up, but may be slow
+    monkeypatch.setattr("embedonce_providers._clients.CLOSE_SECONDS", 60.0)  # the loop is not blocked, but may be slow
     provider = make_provider(server)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

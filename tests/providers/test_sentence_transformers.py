@@ -1,4 +1,4 @@
-"""The ``sentence-transformers`` provider with a real model: what its space says, what it loads and when."""
+"""Tests for the ``sentence-transformers`` provider with a real model: its vectors, its spaces, and when it loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 TOLERANCE = 1e-6
-# Whichever test comes first imports torch, which takes a busy machine a while; so does each process of its own.
+# The first test and each started process import torch, which takes long on a busy machine.
 pytestmark = pytest.mark.timeout(300)
 starts_a_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]
@@ -45,14 +45,14 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def minilm(minilm_path: Path) -> Any:
-    """Return plain MiniLM, loaded once for all tests of this process."""
+    """Return MiniLM from the library itself, loaded once for all tests of this process."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(minilm_path), device="cpu", local_files_only=True)
 
 
 class Shared(SentenceTransformersProvider):
-    """Has the model that is loaded already."""
+    """Uses the model that the tests have already loaded."""
 
     ready: Any = None
 
@@ -68,7 +68,7 @@ def shared(minilm: Any) -> Iterator[type[Shared]]:
 
 
 def copy_small_files(minilm_path: Path, folder: Path, **config: Any) -> Path:
-    """Make a folder that describes MiniLM and holds no weights worth the name."""
+    """Make a folder that describes MiniLM but has fake weights."""
     folder.mkdir(parents=True)
     for name in ("modules.json", "config.json", "sentence_bert_config.json"):
         shutil.copy(minilm_path / name, folder)
@@ -156,7 +156,7 @@ def test_max_length(minilm_path: Path) -> None:
 
 
 def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
-    """A model that adds up vectors of words has none for a text without words."""
+    """A model that adds up the vectors of words has no vector for a text without words."""
     model = save_static_model(tmp_path / "static")
     provider = SentenceTransformersProvider(model=str(model), device="cpu")
     with pytest.raises(TextRefused) as refused:
@@ -167,7 +167,7 @@ def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
 
 
 def save_static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: module) -> Path:
-    """Save a small model of the library's own classes: a vector for each of three words."""
+    """Save a small model with a vector for each of three words, made of the library's own classes."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -278,10 +278,10 @@ def test_large_files_are_hashed_once(minilm_path: Path, tmp_path: Path, monkeypa
         return original(stream, name)
 
     monkeypatch.setattr(model_files.hashlib, "file_digest", counted)
-    monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # however slow this machine is, it has just been written
+    monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # treat the file as just written, however slow this machine is
     fingerprint(folder)
     fingerprint(folder)
-    assert hashed.count("model.safetensors") == 2, "it has just been written: a change might leave no trace"
+    assert hashed.count("model.safetensors") == 2, "a change of a file that was just written might leave no trace"
     monkeypatch.setattr(model_files, "SETTLED", -1.0)
     first = fingerprint(folder)
     hashed.clear()
@@ -307,8 +307,8 @@ def test_the_prompts_of_the_model_are_used(minilm_path: Path, tmp_path: Path) ->
     prompts = {"query": "Q: ", "document": "D: ", "clustering": "C: "}
     folder = copy_small_files(minilm_path, tmp_path / "model", prompts=prompts, default_prompt_name="clustering")
     provider = SentenceTransformersProvider(model=str(folder))
-    told = {task: provider.space(task).prompt for task in ("query", "document", "clustering", "other")}
-    assert told == {"query": "Q: ", "document": "D: ", "clustering": "C: ", "other": "C: "}
+    prompts_by_task = {task: provider.space(task).prompt for task in ("query", "document", "clustering", "other")}
+    assert prompts_by_task == {"query": "Q: ", "document": "D: ", "clustering": "C: ", "other": "C: "}
     named = SentenceTransformersProvider(model=str(folder), query_prompt_name="clustering", document_prompt="")
     assert named.space("query").prompt == "C: "
     assert named.space("document").prompt is None
@@ -318,7 +318,7 @@ def test_the_prompts_of_the_model_are_used(minilm_path: Path, tmp_path: Path) ->
 
 
 def test_prompts_are_chosen_like_in_the_library(minilm_path: Path, tmp_path: Path) -> None:
-    """The library's own choice is asked of the library itself, with the same files."""
+    """The expected vectors come from the library itself, with the same files."""
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path / "model"
@@ -351,7 +351,7 @@ def test_dimensions_follow_the_last_module(minilm_path: Path, tmp_path: Path) ->
     both = {"word_embedding_dimension": 384, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(both))
-    assert dimensions()[0] is None, "cls and mean lie end to end"
+    assert dimensions()[0] is None, "the results of cls and mean are concatenated"
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_invalid_options_are_refused() -> None:
 
 
 def fill_hub_cache(source: Path, cache: Path, name: str = NAME, *refs: str) -> None:
-    """Lay a model's files out as the Hugging Face client does."""
+    """Store a model's files in the layout of the Hugging Face client."""
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(source, folder / "snapshots" / COMMIT, symlinks=True)
     (folder / "refs").mkdir()
@@ -442,7 +442,7 @@ with cache:
 
 
 def make_patient_disk(folder: Path) -> Tier:
-    """Return a disk tier whose time does not run out on a busy machine."""
+    """Return a disk tier with a timeout that is long enough for a busy machine."""
     return Tier(DiskBackend(path=folder), timeout=60.0)
 
 
@@ -470,7 +470,7 @@ def test_a_warm_run_loads_nothing(minilm_path: Path, shared: type[Shared], tmp_p
 
 @starts_a_process
 def test_a_model_of_the_hub(minilm_path: Path, minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real client downloads from a hub on loopback, once; from then on nothing is asked, also offline."""
+    """The real client downloads from a hub on loopback once. Later runs make no request, and also work offline."""
     home = tmp_path / "home"
     with Hub(minilm_path, NAME, COMMIT) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
@@ -535,7 +535,7 @@ def test_threads_load_it_once(minilm_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_forked_child_embeds(minilm_path: Path, shared: type[Shared]) -> None:
-    """OpenMP's threads are the parent's: a child that used them would wait for ever. Also while a thread embeds."""
+    """OpenMP's threads exist only in the parent, and a child must not wait for them, even if another thread embeds."""
     provider = shared(model=str(minilm_path))
     expected = provider.embed(["some words " * 30] * 64, "document")
 
@@ -551,7 +551,7 @@ INTERRUPTED_SCRIPT = """
 import signal, sys, threading, time
 from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 import sentence_transformers_gate
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell have no handler
 provider = SentenceTransformersProvider(model=sys.argv[1], device="cpu")
 try:
     provider.embed(["a text"], "document")
@@ -563,7 +563,7 @@ print(provider.embed(["a text"], "document").shape, flush=True)
 
 @starts_a_process
 def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) -> None:
-    """The signal comes when torch is half imported, which nothing could repair if it stopped the import."""
+    """The signal arrives while torch is half imported. If it stopped the import, the process could not recover."""
     (tmp_path / "sentence_transformers_gate.py").write_text(
         "import os, signal, sys\n"
         "class Gate:\n"
