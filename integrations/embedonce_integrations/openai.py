@@ -133,14 +133,14 @@ class _Call:
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list) or len(data) != inputs:
             count = len(data) if isinstance(data, list) else "no"
-            raise ProviderError(f"the endpoint answered {count} vectors for {inputs} inputs; nothing was stored")
+            raise ProviderError(f"the endpoint answered {count} vectors for {inputs} inputs; none was stored")
         vectors: dict[int, NDArray[Any]] = {}
         for item in data:
             index = getattr(item, "index", None)
             if type(index) is not int or not 0 <= index < inputs or index in vectors:
                 raise ProviderError(
                     f"the endpoint's answer does not give each of the {inputs} vectors its own index, starting at 0; "
-                    "nothing was stored"
+                    "none was stored"
                 )
             vectors[index] = _read_vector(item.embedding)
         prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
@@ -195,7 +195,7 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise ProviderError(
-            "the endpoint answered an embedding that is neither a list of numbers nor base64; nothing was stored"
+            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
         )
     return vector
 

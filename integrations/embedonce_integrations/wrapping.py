@@ -399,7 +399,7 @@ def _sort_answer(answer: Any, texts: int) -> Any:
     if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(
             f"the endpoint answered {len(items)} vectors for {texts} inputs, and their indexes do not say which vector "
-            "belongs to which input; nothing was stored"
+            "belongs to which input; none was stored"
         )
     answer.data = [by_index[index] for index in range(texts)]
     return answer

@@ -40,14 +40,14 @@ def read_answer(content: bytes, texts: int) -> Embedded:
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
         raise ProviderError(f"the endpoint answered with status 200 and {what}; nothing was stored")
     if len(data) != texts:
-        raise ProviderError(f"the endpoint answered {len(data)} vectors for {texts} texts; nothing was stored")
+        raise ProviderError(f"the endpoint answered {len(data)} vectors for {texts} texts; none was stored")
     vectors: list[NDArray[Any] | None] = [None] * texts
     for item in data:
         index = item.get("index") if isinstance(item, dict) else None
         if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
             raise ProviderError(
                 f"the endpoint's answer does not give each of the {texts} vectors its own index, starting at 0; "
-                "nothing was stored"
+                "none was stored"
             )
         vectors[index] = _read_vector(item.get("embedding"))
     return Embedded([vector for vector in vectors if vector is not None], _read_tokens(answer.get("usage")))
@@ -63,7 +63,7 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise ProviderError(
-            "the endpoint answered an embedding that is neither a list of numbers nor base64; nothing was stored"
+            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
         )
     return vector
 

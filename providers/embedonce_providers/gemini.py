@@ -182,7 +182,7 @@ class GeminiProvider:
         """Return the vectors of an answer. Only their order and number say which text each belongs to."""
         embeddings = answer.embeddings or []
         if len(embeddings) != texts:
-            raise ProviderError(f"Gemini answered {len(embeddings)} vectors for {texts} texts; nothing was stored")
+            raise ProviderError(f"Gemini answered {len(embeddings)} vectors for {texts} texts; none was stored")
         vectors = [np.array(item.values or []) for item in embeddings]
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.

@@ -33,6 +33,9 @@ OPENAI_URL = "https://api.openai.com/v1"
 RETRY_SECONDS = 60.0
 """Longest pause of the client before a retry. It does not retry if Retry-After is longer."""
 
+BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
+"""Ends of host names whose endpoints certainly accept base64."""
+
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
@@ -111,11 +114,8 @@ class OpenAIProvider:
             _check_body(body)
         endpoint = canonical_url(azure_endpoint or self._base_url)
         self._is_default_endpoint = endpoint == OPENAI_URL
-        knows_base64 = (
-            self._is_default_endpoint
-            or azure_endpoint is not None
-            or (urlsplit(endpoint).hostname or "").endswith(".api.openai.com")
-        )
+        host = urlsplit(endpoint).hostname or ""
+        knows_base64 = self._is_default_endpoint or azure_endpoint is not None or host.endswith(BASE64_HOSTS)
         self._format: Literal["float", "base64"] = encoding_format or ("base64" if knows_base64 else "float")
         self._max_retries = max_retries
         self._timeout = timeout

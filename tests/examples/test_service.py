@@ -103,7 +103,7 @@ def read_vector_keys(redis: RedisServer) -> list[bytes]:
     return [key for key in read_keys(redis) if b".card." not in key]
 
 
-def wait_for(redis: RedisServer, count: int) -> None:
+def wait_for_vectors(redis: RedisServer, count: int) -> None:
     wait_until(lambda: len(read_vector_keys(redis)) == count, f"{count} vectors are in Redis")
 
 
@@ -113,7 +113,7 @@ def test_a_hit_needs_no_model_and_is_counted(redis: RedisServer, log: Path) -> N
         found = service.metrics()
         assert found["embed_cache_misses_total"] == 20
         assert found['embed_cache_hits_total{tier="redis"}'] == 0
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         assert service.sources([*TEXTS[:7], f"  {TEXTS[7]} "]) == ["redis"] * 8
         found = service.metrics()
         assert found["embed_cache_misses_total"] == 20
@@ -135,7 +135,7 @@ def test_the_ttl_is_an_hour_or_the_value_of_the_environment(
     with Service(redis, log, **({"EMBED_TTL": ttl} if ttl else {})) as service:
         start = time.monotonic()
         service.sources(TEXTS)
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         left = [redis.call("PTTL", key) / 1000 for key in read_vector_keys(redis)]
         gone = time.monotonic() - start
     assert max(left) <= seconds
@@ -145,7 +145,7 @@ def test_the_ttl_is_an_hour_or_the_value_of_the_environment(
 def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         service.sources(TEXTS)
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         service.sources(TEXTS)
         assert service.embed([SECRET, 7])[0] == 400
         assert service.embed([SECRET + "\ud800"])[0] == 400
@@ -163,7 +163,7 @@ def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path
     with RedisServer() as fresh:  # the first Redis lost its entries when it was killed
         with Service(fresh, log) as service:
             service.sources(TEXTS)
-            wait_for(fresh, 20)
+            wait_for_vectors(fresh, 20)
         held = [part for key in read_keys(fresh) for part in (key, fresh.call("GET", key))]
     assert len(held) == 42, "20 vectors and a space card"
     assert all(key.startswith(PREFIX.encode()) for key in held[::2])
@@ -175,7 +175,7 @@ def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path
 def test_without_redis_it_answers_and_a_restarted_redis_is_used(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         service.sources(TEXTS)
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         redis.kill()
         start = time.monotonic()
         for number in range(20):

@@ -56,7 +56,7 @@ async def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any]
 ) -> None:
     without = await client.get_embeddings(TEXTS)
-    first = CachedEmbeddingClient(client, config=tiers)  # keep the cache, because the memory tier lives only as long
+    first = CachedEmbeddingClient(client, config=tiers)  # keeps the memory tier alive
     cold = await first.get_embeddings(TEXTS)
     warm = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
     assert server.texts == 6

@@ -97,7 +97,10 @@ class Embedder:
             replace(document, embedding=vector_of(text, self.model))
             for document, text in zip(documents, texts, strict=True)
         ]
-        return {"documents": self.spoil(embedded), "meta": {"model": self.model, "usage": {"total_tokens": len(texts)}}}
+        return {
+            "documents": self.spoil(embedded),
+            "meta": {"model": self.model, "usage": {"total_tokens": len(texts)}},
+        }
 
 
 @component
@@ -176,9 +179,9 @@ class Model:
 def model() -> Iterator[Model]:
     from torch.nn.modules.module import register_module_forward_hook
 
-    counting = Model()
-    hook = register_module_forward_hook(counting)
-    yield counting
+    counter = Model()
+    hook = register_module_forward_hook(counter)
+    yield counter
     hook.remove()
 
 
@@ -187,7 +190,7 @@ def minilm(minilm_path: Path) -> dict[str, Any]:
     return {"model": str(minilm_path), "progress_bar": False}
 
 
-def ingestion(embedder: Any, store: InMemoryDocumentStore) -> Any:
+def make_pipeline(embedder: Any, store: InMemoryDocumentStore) -> Any:
     pipeline = AsyncPipeline()
     pipeline.add_component("embedder", embedder)
     pipeline.add_component("writer", DocumentWriter(store, policy=DuplicatePolicy.OVERWRITE))
@@ -195,7 +198,7 @@ def ingestion(embedder: Any, store: InMemoryDocumentStore) -> Any:
     return pipeline
 
 
-def answers(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str, float | None]]]:
+def retrieve(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str, float | None]]]:
     pipeline = Pipeline()
     pipeline.add_component("embedder", embedder)
     pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=5))
@@ -206,7 +209,7 @@ def answers(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str,
 
 def ingest(embedder: Any, corpus: list[Document]) -> tuple[InMemoryDocumentStore, dict[str, Any]]:
     store = InMemoryDocumentStore()
-    output = ingestion(embedder, store).run({"embedder": {"documents": corpus}}, include_outputs_from={"embedder"})
+    output = make_pipeline(embedder, store).run({"embedder": {"documents": corpus}}, include_outputs_from={"embedder"})
     assert output["writer"]["documents_written"] == len(corpus)
     assert all(document.embedding for document in store.filter_documents())
     return store, output["embedder"].get("meta", {})
@@ -216,20 +219,20 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
     minilm: dict[str, Any], model: Model, disk: dict[str, Any]
 ) -> None:
     plain, _ = ingest(SentenceTransformersDocumentEmbedder(**minilm), CORPUS)
-    expected = answers(SentenceTransformersTextEmbedder(**minilm), plain)
+    expected = retrieve(SentenceTransformersTextEmbedder(**minilm), plain)
     assert model.texts == len(CORPUS) + len(QUESTIONS)
 
-    # Keep the cache, because the memory tier lives only as long.
+    # Keep the cache, because the memory tier lives only as long as a cache that uses it.
     first = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
     cold, meta = ingest(first, CORPUS)
     assert meta["cache"] == {"hits": {}, "computed": len(CORPUS), "failed": 0}
-    assert answers(CachedTextEmbedder(SentenceTransformersTextEmbedder(**minilm), config=disk), cold) == expected
+    assert retrieve(CachedTextEmbedder(SentenceTransformersTextEmbedder(**minilm), config=disk), cold) == expected
     model.passes = 0
 
     texts, queries = SentenceTransformersDocumentEmbedder(**minilm), SentenceTransformersTextEmbedder(**minilm)
     warm, meta = ingest(CachedDocumentEmbedder(texts, config=disk), CORPUS)
     assert meta["cache"] == {"hits": {"memory": len(CORPUS)}, "computed": 0, "failed": 0}
-    assert answers(CachedTextEmbedder(queries, config=disk), warm) == expected
+    assert retrieve(CachedTextEmbedder(queries, config=disk), warm) == expected
     assert model.passes == 0
     assert texts.embedding_backend is None, "the model was not even loaded"
     assert queries.embedding_backend is None
@@ -258,7 +261,7 @@ async def test_an_async_pipeline_does_the_same(minilm: dict[str, Any], model: Mo
         model.passes = 0
         store = InMemoryDocumentStore()
         embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
-        await ingestion(embedder, store).run_async({"embedder": {"documents": CORPUS}})
+        await make_pipeline(embedder, store).run_async({"embedder": {"documents": CORPUS}})
         assert model.passes == passes
     expected = SentenceTransformersDocumentEmbedder(**minilm)
     expected.warm_up()
@@ -286,24 +289,24 @@ def test_weights_changed_in_place_are_another_model(minilm_path: Path, tmp_path:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     shutil.copytree(minilm_path, folder)
 
-    def described(path: Path) -> str:
+    def model_of(path: Path) -> str:
         embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(model=str(path)), config=MEMORY)
         return str(embedder.run(documents=[])["meta"]["model"])
 
-    before = described(folder)
-    assert before == described(minilm_path), "a copy in another folder is the same model"
+    before = model_of(folder)
+    assert before == model_of(minilm_path), "a copy in another folder is the same model"
     (folder / "README.md").write_text("Read me.")
-    assert described(folder) == before
+    assert model_of(folder) == before
     embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(model=str(folder)), config=MEMORY)
     embedder.warm_up()
     with (folder / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, 2)
         weights.write(b"\x01")
-    assert described(folder) != before
+    assert model_of(folder) != before
     with pytest.raises(SpaceError, match="has changed"):
         embedder.run(documents=documents("opened before, embedded after"))
     folder.rename(elsewhere)
-    assert described(elsewhere) not in (before, str(elsewhere))
+    assert model_of(elsewhere) not in (before, str(elsewhere))
 
 
 def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
@@ -311,7 +314,7 @@ def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(mini
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
 
-    def embedded(plain: SentenceTransformersDocumentEmbedder) -> Any:
+    def run_embedder(plain: SentenceTransformersDocumentEmbedder) -> Any:
         answer = CachedDocumentEmbedder(plain, config=MEMORY).run(documents=documents("the same text"))
         return np.float32(answer["documents"][0].embedding)
 
@@ -322,13 +325,13 @@ def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(mini
     save_file({**weights, name: weights[name][:, ::-1].copy()}, folder / "model.safetensors", {"format": "pt"})
     truth = SentenceTransformer(str(folder), device="cpu").encode("the same text")
     other = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
-    np.testing.assert_allclose(embedded(other), truth, atol=1e-6)
+    np.testing.assert_allclose(run_embedder(other), truth, atol=1e-6)
     third = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
     third.warm_up()
     assert third.embedding_backend is other.embedding_backend, "models loaded after the change are shared as before"
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpaceError, match="before its model's folder changed"):
-        embedded(third)
+        run_embedder(third)
 
 
 # --- effective texts and vector spaces --------------------------------------------------------
@@ -381,19 +384,21 @@ def test_the_text_is_normalised_without_prefix_and_suffix() -> None:
 
 def test_another_embedder_is_another_space() -> None:
     config = {**MEMORY, "key": {"namespace": "spaces"}}
-    made: list[CachedDocumentEmbedder] = []  # keep the caches, because the memory tier lives only as long
+    made: list[CachedDocumentEmbedder] = []  # keeps the memory tier alive
 
-    def embedded(**options: Any) -> int:
+    def run_embedder(**options: Any) -> int:
         made.append(CachedDocumentEmbedder(Embedder(**options), config=config))
         output = made[-1].run(documents=documents("tea"))
         assert embeddings(output) == [one.embedding for one in Embedder(**options).run(documents("tea"))["documents"]]
         return int(output["meta"]["cache"]["computed"])
 
-    assert embedded() == 1
-    assert embedded(batch_size=1) == 0
-    assert embedded(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, "the separator is part of the text"
+    assert run_embedder() == 1
+    assert run_embedder(batch_size=1) == 0
+    assert run_embedder(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, (
+        "the separator is part of the text"
+    )
     for options in ({"model": "n"}, {"prefix": "p"}, {"suffix": "p"}):
-        assert embedded(**options) == 1
+        assert run_embedder(**options) == 1
 
 
 def test_further_arguments_of_run_are_passed_on_and_part_of_the_space() -> None:
@@ -522,7 +527,7 @@ DOCUMENT_OPTIONS: dict[str, Any] = {
 TEAS = [Document(content=f"tea {number}", meta={"title": f"t{number}", "page": number}) for number in range(5)]
 
 
-def expected_of(server: OpenAIServer, number: int) -> list[float]:
+def expected_vector(server: OpenAIServer, number: int) -> list[float]:
     return list(np.float32(server.vector_of(f"passage: t{number}\ntea {number} .")).tolist())
 
 
@@ -537,8 +542,8 @@ async def test_only_misses_are_paid_for(
 
     first = await run(TEAS[1:4])
     mixed = await run([TEAS[4], TEAS[2], TEAS[0], TEAS[2], TEAS[1], TEAS[4]])
-    assert embeddings(first) == [expected_of(server, number) for number in (1, 2, 3)]
-    assert embeddings(mixed) == [expected_of(server, number) for number in (4, 2, 0, 2, 1, 4)]
+    assert embeddings(first) == [expected_vector(server, number) for number in (1, 2, 3)]
+    assert embeddings(mixed) == [expected_vector(server, number) for number in (4, 2, 0, 2, 1, 4)]
     assert server.texts == 5
     assert mixed["meta"]["cache"] == {"hits": {"memory": 3}, "computed": 2, "failed": 0}
     assert mixed["meta"]["model"] == "text-embedding-3-small"
@@ -571,7 +576,7 @@ async def test_an_invalid_reply_is_an_error(
         embedder.run(documents=TEAS)
     with pytest.raises((ProviderError, ValueError)):
         await embedder.run_async(documents=TEAS)
-    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_vector(server, number) for number in range(5)]
     await embedder.close_async()
     embedder.close()
 
@@ -583,9 +588,9 @@ async def test_a_reply_is_sorted_by_index(
     """Haystack's own embedder ignores the index of each vector."""
     embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
     server.misbehave(how, times=None)
-    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_of(server, number) for number in (1, 2)]
+    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_vector(server, number) for number in (1, 2)]
     output = await embedder.run_async(documents=TEAS)
-    assert embeddings(output) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(output) == [expected_vector(server, number) for number in range(5)]
     assert server.texts == 5
     await embedder.close_async()
     embedder.close()
@@ -600,9 +605,15 @@ async def test_a_failure_is_not_cached(
     embedder.run(documents=TEAS[:1])
     server.misbehave(how)
     output = await embedder.run_async(documents=TEAS)
-    assert embeddings(output) == [expected_of(server, 0), None, None, expected_of(server, 3), expected_of(server, 4)]
+    assert embeddings(output) == [
+        expected_vector(server, 0),
+        None,
+        None,
+        expected_vector(server, 3),
+        expected_vector(server, 4),
+    ]
     assert output["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 2, "failed": 2}
-    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_vector(server, number) for number in range(5)]
     assert server.texts == 5
 
     strict = OpenAIDocumentEmbedder(**{**openai, "model": "other"}, **DOCUMENT_OPTIONS, raise_on_failure=True)
@@ -639,15 +650,15 @@ def test_a_query_and_a_document_share_nothing_unless_declared(
     quiet = {"progress_bar": False}
     document, query = OpenAIDocumentEmbedder(**openai, **quiet), OpenAITextEmbedder(**openai)
 
-    def both(**options: Any) -> list[int]:
+    def compute_both(**options: Any) -> list[int]:
         one = CachedDocumentEmbedder(document, config=disk, **options).run(documents=documents("tea"))
         other = CachedTextEmbedder(query, config=disk, **options).run(text="tea")
         assert embeddings(one) == [other["embedding"]]
         return [output["meta"]["cache"]["computed"] for output in (one, other)]
 
-    assert both() == [1, 1]
-    assert both(space={"model": "text-embedding-3-small"}) == [1, 1]
-    assert both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
+    assert compute_both() == [1, 1]
+    assert compute_both(space={"model": "text-embedding-3-small"}) == [1, 1]
+    assert compute_both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
     close(document, query)
 
 

@@ -295,15 +295,15 @@ def test_every_row_belongs_to_its_text(batches: list[list[str]], entries: int) -
 # --- spaces -----------------------------------------------------------------------------------
 
 
-def space_of(embeddings: Embeddings, task: str = "document", **options: Any) -> Any:
+def describe(embeddings: Embeddings, task: str = "document", **options: Any) -> Any:
     return CachedEmbeddings(embeddings, config=memory_config(), **options).cache.provider.space(task)
 
 
 def test_queries_and_documents_share_vectors_only_if_symmetric() -> None:
-    assert space_of(Letters()) != space_of(Letters(), "query")
-    assert space_of(Letters(), symmetric=True) == space_of(Letters(), "query", symmetric=True)
+    assert describe(Letters()) != describe(Letters(), "query")
+    assert describe(Letters(), symmetric=True) == describe(Letters(), "query", symmetric=True)
     declared = {"model": "mine"}
-    assert space_of(Letters(), space=declared) != space_of(Letters(), "query", space=declared)
+    assert describe(Letters(), space=declared) != describe(Letters(), "query", space=declared)
     inner = Letters(prompt="")
     cached = CachedEmbeddings(inner, config=memory_config(), symmetric=True)
     cached.embed_documents(["a"])
@@ -312,7 +312,7 @@ def test_queries_and_documents_share_vectors_only_if_symmetric() -> None:
 
 
 def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = space_of(openai())
+    plain = describe(openai())
     for options in (
         {"model": "text-embedding-3-large"},
         {"dimensions": 8},
@@ -322,7 +322,7 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI, monkeyp
         {"model_kwargs": {"truncate": True}},
         {"skip_empty": True},
     ):
-        assert space_of(openai(**options)) != plain, options
+        assert describe(openai(**options)) != plain, options
     for options in (
         {"chunk_size": 3},
         {"max_retries": 9},
@@ -333,18 +333,18 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI, monkeyp
         {"show_progress_bar": True},
         {"model_kwargs": {"user": "me", "encoding_format": "float"}},
     ):
-        assert space_of(openai(**options)) == plain, options
+        assert describe(openai(**options)) == plain, options
     monkeypatch.setenv("OPENAI_BASE_URL", "http://one.example/v1")
-    one = space_of(OpenAIEmbeddings(api_key=SECRET))
+    one = describe(OpenAIEmbeddings(api_key=SECRET))
     monkeypatch.setenv("OPENAI_BASE_URL", "http://two.example/v1")
-    assert space_of(OpenAIEmbeddings(api_key=SECRET)) != one, "the client has its URL from the environment"
+    assert describe(OpenAIEmbeddings(api_key=SECRET)) != one, "the client has its URL from the environment"
 
 
 def test_pydantic_embeddings_describe_themselves() -> None:
-    assert space_of(FakeEmbeddings(size=4)) != space_of(FakeEmbeddings(size=5))
-    assert space_of(Letters(model="letters-2")) != space_of(Letters())
-    assert space_of(Letters(prompt="")) != space_of(Letters())
-    assert space_of(Letters()) == space_of(Letters())
+    assert describe(FakeEmbeddings(size=4)) != describe(FakeEmbeddings(size=5))
+    assert describe(Letters(model="letters-2")) != describe(Letters())
+    assert describe(Letters(prompt="")) != describe(Letters())
+    assert describe(Letters()) == describe(Letters())
 
 
 class Opaque(Embeddings):
@@ -522,23 +522,23 @@ def test_after_a_restart_the_disk_has_every_vector(tmp_path: Path, face: Face) -
 # --- CacheBackedEmbeddings over a chain -------------------------------------------------------
 
 
-def upper(text: str) -> str:
+def to_upper(text: str) -> str:
     return f"mine:{text.upper()}"
 
 
-@pytest.mark.parametrize("encoder", ["sha256", "blake2b", "sha512", upper])
+@pytest.mark.parametrize("encoder", ["sha256", "blake2b", "sha512", to_upper])
 def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: Face, encoder: Any) -> None:
     namespace = {} if callable(encoder) else {"namespace": "letters-1"}
     unique = list(dict.fromkeys(MIXED))
 
-    def backed(inner: Letters) -> tuple[CacheBackedEmbeddings, VectorByteStore]:
+    def make_backed(inner: Letters) -> tuple[CacheBackedEmbeddings, VectorByteStore]:
         store = VectorByteStore(space={"model": "letters-1"}, config=disk_config(tmp_path))
         return CacheBackedEmbeddings.from_bytes_store(inner, store, key_encoder=encoder, **namespace), store
 
     plain = face.documents(Letters(), unique)
     for computed in (unique, []):
         inner = Letters()
-        embeddings, store = backed(inner)
+        embeddings, store = make_backed(inner)
         assert equal_as_float32(face.documents(embeddings, unique), plain)
         assert list(inner._count) == computed
         assert equal_as_float32(face.documents(embeddings, unique[::-1]), plain[::-1])
@@ -546,7 +546,7 @@ def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: F
         cache = weakref.ref(store.cache._running)
         del embeddings, store
         until_gone(cache)
-    _, store = backed(Letters())
+    _, store = make_backed(Letters())
     keys = list(store.yield_keys())
     assert len(keys) == len(unique)
     assert all(key.startswith("mine:" if callable(encoder) else "letters-1") for key in keys)
@@ -610,16 +610,16 @@ def test_a_byte_store_holds_only_vectors() -> None:
 def test_a_byte_store_works_on_a_tier_that_fails_or_cannot_list(face: Face) -> None:
     store = VectorByteStore(space={"model": "m"}, config=memory_config())
 
-    def over(*backends: DictBackend) -> Cache:
+    def make_cache(*backends: DictBackend) -> Cache:
         return Cache(store.cache.provider, list(backends))
 
     down = DictBackend()
-    store.cache = over(DictBackend(scan=False))
+    store.cache = make_cache(DictBackend(scan=False))
     store.mset([("a", b"[1.0]")])
     assert store.mget(["a"]) == [b"[1.0]"]
     with pytest.raises(TierError, match="it cannot list its keys"):
         list(store.yield_keys())
-    store.cache = over(down)
+    store.cache = make_cache(down)
     store.mset([("a", b"[1.0]")])
     broken: Callable[[Sequence[str]], Any] = lambda keys: 1 / 0  # noqa: E731
     down.get_many = broken  # type: ignore[method-assign]

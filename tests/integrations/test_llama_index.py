@@ -373,7 +373,7 @@ class Recorder(BaseEventHandler):
 
 
 def test_events_are_the_same_as_for_any_embedding_model(face: Face) -> None:
-    def seen(make: Callable[[CallbackManager], BaseEmbedding]) -> Any:
+    def record_events(make: Callable[[CallbackManager], BaseEmbedding]) -> Any:
         debug, recorder = LlamaDebugHandler(print_trace_on_end=False), Recorder()
         model = make(CallbackManager([debug]))
         dispatcher = get_dispatcher()
@@ -389,10 +389,10 @@ def test_events_are_the_same_as_for_any_embedding_model(face: Face) -> None:
     def cached(manager: CallbackManager, config: dict[str, Any]) -> BaseEmbedding:
         return CachedEmbedding(Letters(embed_batch_size=4), config=config, callback_manager=manager)
 
-    plain = seen(lambda manager: Letters(callback_manager=manager, embed_batch_size=4))
+    plain = record_events(lambda manager: Letters(callback_manager=manager, embed_batch_size=4))
     config = memory_config()
     for _ in range(2):
-        assert seen(lambda manager: cached(manager, config)) == plain
+        assert record_events(lambda manager: cached(manager, config)) == plain
 
 
 class Counting(BaseRateLimiter):

@@ -183,11 +183,11 @@ def save_static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: 
 def test_a_model_that_routes_by_task_is_not_symmetric(tmp_path: Path) -> None:
     from sentence_transformers.models import Router, StaticEmbedding
 
-    def routed(module: Any) -> Any:
+    def route(module: Any) -> Any:
         other = StaticEmbedding(module.tokenizer, embedding_weights=-module.embedding.weight.detach().numpy())
         return Router.for_query_document([module], [other])
 
-    provider = SentenceTransformersProvider(model=str(save_static_model(tmp_path / "routed", routed)), device="cpu")
+    provider = SentenceTransformersProvider(model=str(save_static_model(tmp_path / "routed", route)), device="cpu")
     spaces = [provider.space(task) for task in ("query", "document")]
     assert [space.task for space in spaces] == ["query", "document"]
     assert spaces[0].fingerprint() != spaces[1].fingerprint()
@@ -273,11 +273,11 @@ def test_large_files_are_hashed_once(minilm_path: Path, tmp_path: Path, monkeypa
     hashed: list[str] = []
     original = model_files.hashlib.file_digest
 
-    def counted(stream: Any, name: str) -> Any:
+    def count(stream: Any, name: str) -> Any:
         hashed.append(Path(stream.name).name)
         return original(stream, name)
 
-    monkeypatch.setattr(model_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(model_files.hashlib, "file_digest", count)
     monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # treat the file as just written, however slow this machine is
     fingerprint(folder)
     fingerprint(folder)
