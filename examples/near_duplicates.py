@@ -1,12 +1,11 @@
-"""Find near-duplicates with the ngram provider: no model, no network, no service.
+"""Find near-duplicates with the ngram provider, without a model, a network or a service.
 
     python examples/near_duplicates.py
 
-The texts are the docstrings of the standard library. Each gets an edited copy: reflowed, in places in
-capitals, a tenth of its words changed, swapped, misspelt or left out. A copy's near-duplicates are the
-originals whose cosine with it is above a threshold; the right one is known, so that precision and recall can
-be counted. Then the pairs that are near-duplicates in the library itself are shown: they are also what makes
-precision less than 1 above.
+The texts are the docstrings of the standard library. Each gets an edited copy: reflowed, with a tenth of its words
+changed, swapped, misspelt, left out or in capitals. The near-duplicates of a copy are the originals whose cosine with
+it is above a threshold. The right original is known, so the script can compute precision and recall. Then the script
+shows pairs of near-duplicates in the library itself; because of them, precision is below 1.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from embedonce_providers.ngram import NgramProvider
 THRESHOLD = 0.85
 
 
-def docstrings() -> list[str]:
+def read_docstrings() -> list[str]:
     """Return the docstrings of 100 to 1,500 characters of the standard library's single-file modules."""
     found = set()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -39,57 +38,57 @@ def docstrings() -> list[str]:
     return sorted(text for text in found if 100 <= len(text) <= 1500)
 
 
-def edited(text: str, words_of_others: list[str], chance: random.Random) -> str:
-    """Return the text as a careless copy: a tenth of its words edited, the lines broken elsewhere."""
+def make_edited_copy(text: str, other_words: list[str], rng: random.Random) -> str:
+    """Return a careless copy of the text: a tenth of its words edited, and the lines broken elsewhere."""
     words = text.split()
     for _ in range(max(1, len(words) // 10)):
-        at = chance.randrange(len(words) - 1)
-        kind = chance.choice(["change", "swap", "misspell", "leave out", "capitals"])
+        i = rng.randrange(len(words) - 1)
+        kind = rng.choice(["change", "swap", "misspell", "leave out", "capitals"])
         if kind == "change":
-            words[at] = chance.choice(words_of_others)
+            words[i] = rng.choice(other_words)
         elif kind == "swap":
-            words[at], words[at + 1] = words[at + 1], words[at]
+            words[i], words[i + 1] = words[i + 1], words[i]
         elif kind == "misspell":
-            words[at] = words[at][1:] + words[at][:1]
+            words[i] = words[i][1:] + words[i][:1]
         elif kind == "leave out":
-            words[at] = ""
+            words[i] = ""
         else:
-            words[at] = words[at].upper()
-    return textwrap.fill(" ".join(words), chance.choice([40, 60, 100]))
+            words[i] = words[i].upper()
+    return textwrap.fill(" ".join(words), rng.choice([40, 60, 100]))
 
 
-def scores(originals: np.ndarray, copies: np.ndarray, threshold: float) -> tuple[float, float]:
-    """Return precision and recall of the pairs at or above the threshold; copy *i* belongs to original *i*."""
-    found = copies @ originals.T >= threshold
-    right = int(found.diagonal().sum())
-    return right / max(1, int(found.sum())), right / len(copies)
+def compute_scores(originals: np.ndarray, copies: np.ndarray, threshold: float) -> tuple[float, float]:
+    """Return precision and recall of the pairs at or above the threshold. Copy *i* belongs to original *i*."""
+    is_found = copies @ originals.T >= threshold
+    right = int(is_found.diagonal().sum())
+    return right / max(1, int(is_found.sum())), right / len(copies)
 
 
 def main() -> dict[str, float]:
-    """Print the scores, and return those at the threshold with how often the best match is the right one."""
-    chance = random.Random(2026)
-    texts = docstrings()
+    """Print the scores; return those at THRESHOLD, and the share of copies whose best match is the right original."""
+    rng = random.Random(2026)
+    texts = read_docstrings()
     words = sorted({word for text in texts for word in text.split()})
     with embedonce.Cache(NgramProvider()) as cache:
         originals = cache.embed_batch(texts)
-        copies = cache.embed_batch([edited(text, words, chance) for text in texts])
+        copies = cache.embed_batch([make_edited_copy(text, words, rng) for text in texts])
 
     print(f"{len(texts)} docstrings, each with an edited copy, {originals.shape[1]} dimensions\n")
     print("threshold  precision  recall")
     for threshold in (0.7, 0.75, 0.8, 0.85, 0.9):
-        precision, recall = scores(originals, copies, threshold)
+        precision, recall = compute_scores(originals, copies, threshold)
         print(f"{threshold:9.2f}  {precision:9.3f}  {recall:6.3f}")
     best = float(((copies @ originals.T).argmax(axis=1) == np.arange(len(texts))).mean())
     print(f"\nthe nearest original is the right one for {best:.1%} of the copies")
 
-    likeness = np.triu(originals @ originals.T, k=1)
-    pairs = np.argwhere((likeness >= THRESHOLD) & (likeness < 0.99))
+    similarity = np.triu(originals @ originals.T, k=1)
+    pairs = np.argwhere((similarity >= THRESHOLD) & (similarity < 0.99))
     print(f"\nnear-duplicates in the library itself: {len(pairs)} pairs, three of them:")
     for one, other in pairs[:: max(1, len(pairs) // 3)][:3]:
-        print(f"\n{likeness[one, other]:.2f}  {textwrap.shorten(texts[one], 100)}")
+        print(f"\n{similarity[one, other]:.2f}  {textwrap.shorten(texts[one], 100)}")
         print(f"      {textwrap.shorten(texts[other], 100)}")
 
-    precision, recall = scores(originals, copies, THRESHOLD)
+    precision, recall = compute_scores(originals, copies, THRESHOLD)
     return {"precision": precision, "recall": recall, "nearest": best}
 
 

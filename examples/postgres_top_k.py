@@ -1,11 +1,11 @@
-"""Query cached vectors where they lie: top-k by cosine in Postgres, with an HNSW index for one vector space.
+"""Search cached vectors in the database itself: top-k by cosine in Postgres, with an HNSW index for one vector space.
 
     pip install '.[postgres]'
     python examples/postgres_top_k.py postgresql://user@localhost:5432/database
 
-The database needs pgvector (``CREATE EXTENSION vector``). The texts are the docstrings of the standard library,
-their vectors those of the ngram provider, and what is kept beside each is the name of what it documents. All of it
-is in a schema of its own, ``embedonce_example``, which is dropped first.
+The database needs pgvector (``CREATE EXTENSION vector``). The texts are the docstrings of the standard library, the
+ngram provider makes their vectors, and the metadata of each is the name of the class or function that it documents. The
+script puts everything into the schema ``embedonce_example``, which it drops first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMA = "embedonce_example"
 QUERIES = ("parse a date and time", "compress a file", "split a path into its parts", "draw a random number")
 K = 10
 
-# A view of one vector space: a fixed dimension, and nothing that has expired.
+# A view of one vector space, with fixed dimensions and without expired entries.
 VIEW = """
 CREATE VIEW {schema}.docstrings AS
 SELECT key, embedding::vector({dimensions}) AS embedding, metadata, to_timestamp(created) AS created
@@ -50,8 +50,8 @@ FROM {schema}.docstrings ORDER BY embedding <=> %(query)s::vector LIMIT %(k)s
 """
 
 
-def docstrings() -> dict[str, str]:
-    """Return the docstrings of the standard library's single-file modules by what they document."""
+def read_docstrings() -> dict[str, str]:
+    """Return the docstrings of the standard library's single-file modules, by the name of what they document."""
     found = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         with warnings.catch_warnings():
@@ -64,27 +64,27 @@ def docstrings() -> dict[str, str]:
 
 
 def top_k(connection: psycopg.Connection[Any], query: np.ndarray, parts: dict[str, Any]) -> list[tuple[str, float]]:
-    """Return the names and cosines of the nearest docstrings; the statement names no table but the view."""
+    """Return the names and cosines of the nearest docstrings. The statement reads only the view."""
     values = {"query": str(query.tolist()), "k": K}
     return connection.execute(sql.SQL(TOP_K).format(**parts), values).fetchall()
 
 
-def used_index(connection: psycopg.Connection[Any], query: np.ndarray, parts: dict[str, Any]) -> bool:
-    """Say whether Postgres looks the query up in the HNSW index."""
+def uses_index(connection: psycopg.Connection[Any], query: np.ndarray, parts: dict[str, Any]) -> bool:
+    """Return whether Postgres uses the HNSW index for the query."""
     statement = sql.SQL("EXPLAIN ") + sql.SQL(TOP_K).format(**parts)
     plan = connection.execute(statement, {"query": str(query.tolist()), "k": K}).fetchall()
     return any("docstrings_hnsw" in line for (line,) in plan)
 
 
-def recall(cosines: np.ndarray, names: Sequence[str], found: Sequence[tuple[str, float]]) -> float:
-    """Return the share of the exact top-k that was found. HNSW is approximate."""
+def compute_recall(cosines: np.ndarray, names: Sequence[str], found: Sequence[tuple[str, float]]) -> float:
+    """Return the share of the exact top-k that the index found, because HNSW is approximate."""
     exact = {names[place] for place in np.argsort(-cosines)[:K]}
     return len(exact & {name for name, _ in found}) / K
 
 
 def main(url: str) -> dict[str, float]:
-    """Print the nearest docstrings of some queries; return their mean recall, and for how many the index was used."""
-    texts = docstrings()
+    """Print the nearest docstrings of some queries; return the mean recall, and how many queries used the index."""
+    texts = read_docstrings()
     names = list(texts)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(SCHEMA)))
@@ -110,8 +110,8 @@ def main(url: str) -> dict[str, float]:
         recalls, indexed = [], 0
         for text, query in zip(QUERIES, queries, strict=True):
             found = top_k(connection, query, parts)
-            recalls.append(recall(vectors @ query, names, found))
-            indexed += used_index(connection, query, parts)
+            recalls.append(compute_recall(vectors @ query, names, found))
+            indexed += uses_index(connection, query, parts)
             print(f"\n{text}")
             for name, cosine in found[:3]:
                 print(f"  {cosine:.3f}  {name}")

@@ -1,7 +1,8 @@
-"""A Hugging Face hub on loopback, for the real client: one model, made of the files of a folder.
+"""A Hugging Face hub on loopback for the real client. It serves one model from the files of a folder.
 
-It answers what ``huggingface_hub`` asks when it resolves a revision and downloads files: the model's information, its
-tree, and each file with its commit and ETag. ``asked`` lists the requests, so that a test can say that there were none.
+It answers the requests that ``huggingface_hub`` makes to resolve a revision and download files: the model's
+information, its tree, and each file with its commit and ETag. ``requests`` lists them, so that a test can check that
+there were none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Hub:
     """Serves ``folder`` as the model ``name`` at one commit, under the branch ``main``."""
 
     def __init__(self, folder: Path, name: str, commit: str) -> None:
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self._folder, self._name, self._commit = folder, name, commit
         self._files = {
             file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
@@ -54,7 +55,7 @@ class Hub:
 
     def _answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(request.path).path)
-        self.asked.append(f"{request.command} {path}")
+        self.requests.append(f"{request.command} {path}")
         if match := re.fullmatch(rf"/api/models/{re.escape(self._name)}(?:/revision/([^/]+))?", path):
             if match[1] not in (None, "main", self._commit):
                 return self._send(request, 404, {"error": "no such revision"}, body, code="RevisionNotFound")
@@ -62,7 +63,7 @@ class Hub:
             return self._send(request, 200, {"id": self._name, "sha": self._commit, "siblings": siblings}, body)
         if path.startswith(f"/api/models/{self._name}/tree/"):
             tree = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": _oid(file)}
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": _object_id(file)}
                 for name, file in self._files.items()
             ]
             return self._send(request, 200, tree, body)
@@ -70,7 +71,7 @@ class Hub:
             file = self._files.get(match[2])
             if match[1] not in ("main", self._commit) or file is None:
                 return self._send(request, 404, {"error": "no such file"}, body, code="EntryNotFound")
-            return self._send(request, 200, file.read_bytes(), body, etag=_oid(file))
+            return self._send(request, 200, file.read_bytes(), body, etag=_object_id(file))
         return self._send(request, 404, {"error": "no such model"}, body, code="RepoNotFound")
 
     def _send(
@@ -89,6 +90,6 @@ class Hub:
             request.wfile.write(data)
 
 
-def _oid(file: Path) -> str:
+def _object_id(file: Path) -> str:
     data = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

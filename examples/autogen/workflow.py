@@ -1,4 +1,4 @@
-"""An AutoGen agent that answers from a handbook, whose chunks are embedded once."""
+"""An AutoGen agent that answers from a handbook whose chunks are embedded once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from embedonce_integrations.autogen import CachedMemory
 HERE = Path(__file__).parent
 
 
-def chunks(folder: Path) -> list[MemoryContent]:
-    """Return the paragraphs of every file, each with where it is from."""
+def read_chunks(folder: Path) -> list[MemoryContent]:
+    """Return the paragraphs of every file, each with its origin as metadata."""
     return [
         MemoryContent(
             content=paragraph,
@@ -29,8 +29,8 @@ def chunks(folder: Path) -> list[MemoryContent]:
     ]
 
 
-def chat_model(name: str | None) -> ChatCompletionClient:
-    if name is None:  # answers without a model, so that the example shows what reaches the agent, for nothing
+def make_chat_model(name: str | None) -> ChatCompletionClient:
+    if name is None:  # a fixed answer, so that the example shows what reaches the agent at no cost
         return ReplayChatCompletionClient(["(no chat model: see what it would have read, above)"])
     from autogen_ext.models.openai import OpenAIChatCompletionClient
 
@@ -46,12 +46,12 @@ async def main() -> None:
     args = parser.parse_args()
 
     memory = CachedMemory(str(args.config), k=2, store_metadata=True)
-    contents = chunks(args.handbook)
+    contents = read_chunks(args.handbook)
     for content, source in zip(contents, await memory.add_all(contents), strict=True):
-        where = content.metadata or {}
-        print(f"{'miss' if source == 'provider' else 'hit':4}  {where['source']} {where['chunk']}")
+        origin = content.metadata or {}
+        print(f"{'miss' if source == 'provider' else 'hit':4}  {origin['source']} {origin['chunk']}")
 
-    agent = AssistantAgent("clerk", model_client=chat_model(args.chat_model), memory=[memory])
+    agent = AssistantAgent("clerk", model_client=make_chat_model(args.chat_model), memory=[memory])
     answer = await agent.run(task=args.question)
     for message in await agent.model_context.get_messages():
         if isinstance(message, SystemMessage):

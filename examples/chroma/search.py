@@ -1,4 +1,4 @@
-"""Fill a Chroma collection without a cache, with a cold one and with a warm one: the same answers, other bills."""
+"""Fill a Chroma collection without a cache, with a cold cache and with a warm one: the same answers at other costs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embedonce_integrations.chroma import CachedEmbeddingFunction
 from embedonce_providers.ngram import NgramProvider
 
 HERE = Path(__file__).parent
-SPACE = {"model": "char-ngram", "dimensions": 256}  # a function from a module says so itself
+SPACE = {"model": "char-ngram", "dimensions": 256}  # a function from a module describes itself
 
 
 class Ngrams(EmbeddingFunction[Documents]):
-    """Stands for your function: it needs no key and no download, knows near copies, and counts what it is asked."""
+    """Stands in for your function. It needs no key and no download, finds near copies, and counts the texts it gets."""
 
     def __init__(self) -> None:
         self._provider = NgramProvider()
@@ -68,7 +68,7 @@ def main() -> None:
         answer = collection.query(query_texts=[args.question], n_results=3)
         stored = collection.get(ids=ids, include=["embeddings"])
         vectors = dict(zip(stored["ids"], np.asarray(stored["embeddings"], np.float32), strict=True))
-        # The distances and not the ids: of documents that are equally near, any may come first.
+        # Compare distances, not ids, because documents at the same distance may come in any order.
         found.append((answer["distances"], [vectors[i].tobytes() for i in ids]))
         print(f"{name:8} {len(documents) + 1} texts, {inner.texts - before} embedded")
     print("the same" if found[0] == found[1] == found[2] else "NOT the same", "vectors and answers")

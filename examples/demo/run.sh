@@ -1,8 +1,8 @@
 #!/bin/sh
 # usage: run.sh FOLDER
 #
-# Embeds this project's own documents in an empty FOLDER: cold, where everything is computed, and warm, in a new
-# process, where everything comes from the disk tier. `make demo` calls it.
+# Embeds this project's documents in an empty FOLDER twice. The first, cold run computes everything. The second, warm run
+# is a new process and takes everything from the disk tier. `make demo` runs this script.
 set -eu
 
 project=$(cd "$(dirname "$0")/../.." && pwd)

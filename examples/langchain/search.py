@@ -1,4 +1,4 @@
-"""Fill a LangChain vector store without a cache, with a cold one and with a warm one: the same answers, other bills."""
+"""Fill a LangChain vector store without a cache, with a cold cache and with a warm one: the same answers, less cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 class Ngrams(Embeddings):
-    """Stands for your embeddings: it needs no key and no download, knows near copies, and counts what it is asked."""
+    """Stands in for your embeddings. It needs no key or download, finds near copies, and counts the texts it gets."""
 
     def __init__(self) -> None:
         self.provider = NgramProvider()

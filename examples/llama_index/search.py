@@ -1,4 +1,4 @@
-"""Take files through a LlamaIndex pipeline without a cache, with a cold one and with a warm one."""
+"""Run files through a LlamaIndex pipeline without a cache, with a cold cache and with a warm one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 class Ngrams(BaseEmbedding):
-    """Stands for your model: it needs no key and no download, knows near copies, and counts what it is asked."""
+    """Stands in for your model. It needs no key and no download, finds near copies, and counts the texts it gets."""
 
     _provider: NgramProvider = PrivateAttr(default_factory=NgramProvider)
     _texts: int = PrivateAttr(default=0)

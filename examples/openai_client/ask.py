@@ -1,4 +1,4 @@
-"""Find the lines of a file that are nearest to a question, with OpenAI's own client and a cache inside."""
+"""Find the lines of a file that are nearest to a question, with a cache inside OpenAI's client."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 MODEL = "text-embedding-3-small"
 
 
-def nearest(lines: Sequence[str], question: str, *, config: Path) -> list[tuple[float, str]]:
-    """Return the lines with their similarity to the question, nearest first, and print what was charged."""
+def find_nearest(lines: Sequence[str], question: str, *, config: Path) -> list[tuple[float, str]]:
+    """Return the lines with their similarity to the question, nearest first, and print the tokens that were charged."""
     with OpenAI() as plain:
         client = cached(plain, config=config)
         answer = client.embeddings.create(model=MODEL, input=[*lines, question])
@@ -27,8 +27,8 @@ def nearest(lines: Sequence[str], question: str, *, config: Path) -> list[tuple[
     return sorted(zip(similarity.tolist(), lines, strict=True), reverse=True)
 
 
-async def again(lines: Sequence[str], *, config: Path) -> None:
-    """Ask for each line by itself, in tasks of an event loop, as a service would."""
+async def embed_again(lines: Sequence[str], *, config: Path) -> None:
+    """Embed each line in its own call, in tasks of an event loop, as a service would."""
     async with AsyncOpenAI() as plain:
         client = cached(plain, config=config)
         answers = await asyncio.gather(*(client.embeddings.create(model=MODEL, input=line) for line in lines))
@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
     options = parser.parse_args()
     lines = [line for line in options.file.read_text().splitlines() if line.strip()]
-    for similarity, line in nearest(lines, options.question, config=options.config)[:3]:
+    for similarity, line in find_nearest(lines, options.question, config=options.config)[:3]:
         print(f"{similarity:.3f}  {line}")
-    asyncio.run(again(lines, config=options.config))
+    asyncio.run(embed_again(lines, config=options.config))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Embed a corpus with Ray Data; kill it at any time, run it again, and only the rest is computed."""
+"""Embed a corpus with Ray Data. If the job is killed and run again, it computes only the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("corpus", type=Path, help="a text file; every line is a text")
+    parser.add_argument("corpus", type=Path, help="a text file with one text per line")
     parser.add_argument("--config", type=Path, default=HERE / "embedonce.toml")
     parser.add_argument(
         "--out", type=Path, default=Path("vectors"), help="a folder for Parquet files; its content is replaced"
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between batches: time to kill the job")
     args = parser.parse_args()
 
-    def rest(batch: dict[str, Any]) -> dict[str, Any]:
+    def pause(batch: dict[str, Any]) -> dict[str, Any]:
         time.sleep(args.pause)
         return batch
 
@@ -39,7 +39,7 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     embedded = (
         ray.data.read_text(str(args.corpus))
-        .map_batches(rest, batch_size=args.batch_size)
+        .map_batches(pause, batch_size=args.batch_size)
         .map_batches(
             BatchEmbedder,
             fn_constructor_args=[str(args.config.resolve())],

@@ -1,8 +1,8 @@
-"""An embedding service with a cache in Redis in front of its model; embedonce.toml says how.
+"""An embedding service with a cache in Redis in front of its model, configured in embedonce.toml.
 
     REDIS_URL=redis://localhost:6379/0 EMBED_TTL=1h python examples/service/service.py --port 8000
 
-``POST /embed`` takes ``{"texts": ["…"], "task": "document"}``; ``GET /metrics`` is for Prometheus.
+``POST /embed`` accepts ``{"texts": ["…"], "task": "document"}``. ``GET /metrics`` is for Prometheus.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import embedonce
 from embedonce.metrics import register
 
 CONFIG = Path(__file__).with_name("embedonce.toml")
-MOST_TEXTS = 2048
+MAX_TEXTS = 2048
 
 
 def create_app(config: Any = CONFIG) -> Starlette:
-    """Return the service; it opens its cache when it starts, and closes it when it ends."""
+    """Return the service. It opens its cache at startup and closes it at shutdown."""
     registry = CollectorRegistry()
 
     @asynccontextmanager
@@ -44,16 +44,16 @@ def create_app(config: Any = CONFIG) -> Starlette:
 
 
 async def embed(request: Request) -> Response:
-    """Answer with a vector per text, and where each came from. What fails is named by position, never by its text."""
+    """Answer with the vector and source of each text. Errors give the position of a text, never the text itself."""
     try:
-        asked = await request.json()
-        texts, task = asked["texts"], asked.get("task", "document")
+        body = await request.json()
+        texts, task = body["texts"], body.get("task", "document")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return JSONResponse({"error": 'not {"texts": [...]}'}, 400)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) > MOST_TEXTS:
-        return JSONResponse({"error": f"texts is a list of at most {MOST_TEXTS} strings"}, 400)
+        return JSONResponse({"error": 'the body must be JSON of the form {"texts": [...]}'}, 400)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) > MAX_TEXTS:
+        return JSONResponse({"error": f"texts must be a list of at most {MAX_TEXTS} strings"}, 400)
     if task not in ("document", "query"):
-        return JSONResponse({"error": 'task is "document" or "query"'}, 400)
+        return JSONResponse({"error": 'task must be "document" or "query"'}, 400)
     try:
         fetched = await request.app.state.cache.afetch(texts, task)
     except embedonce.TextError:
@@ -69,7 +69,7 @@ async def embed(request: Request) -> Response:
 
 
 def main() -> None:
-    """Serve until a signal comes."""
+    """Serve until the process receives a signal."""
     parser = argparse.ArgumentParser(description="An embedding service with a cache in Redis.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)

@@ -1,1 +1,1 @@
-"""embedonce inside other frameworks: one module for each, imported only where its framework is."""
+"""embedonce inside other frameworks. Each module serves one framework and needs it installed."""

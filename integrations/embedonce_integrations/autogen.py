@@ -1,7 +1,6 @@
-"""AutoGen: a memory that embeds each chunk once and gives an agent the chunks nearest to what it was asked.
+"""AutoGen: a memory that embeds each chunk once and gives an agent the chunks nearest to the last message.
 
-AutoGen's other door, an embedding function for its Chroma memory, is
-:class:`embedonce_integrations.chroma.CachedEmbeddingFunction`.
+For AutoGen's Chroma memory, use :class:`embedonce_integrations.chroma.CachedEmbeddingFunction`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 from embedonce.similarity import top_k
 
-from .wrapping import shared_cache, writable
+from .wrapping import dump_config, open_shared_cache
 
 try:
     from autogen_core import CancellationToken, Component
@@ -33,10 +32,10 @@ TEXTS = (MemoryMimeType.TEXT, MemoryMimeType.MARKDOWN)
 
 
 class CachedMemoryConfig(BaseModel):
-    """What a :class:`CachedMemory` is made of, as AutoGen dumps and loads it."""
+    """The arguments of a :class:`CachedMemory`, in the form in which AutoGen dumps and loads them."""
 
     config: str | dict[str, Any] | None = None
-    """A TOML file, a dict of its shape, or None to look for a file. Write secrets as ``${VARIABLE}``."""
+    """A TOML file, a dict of the same shape, or None to look for a file. Write secrets as ``${VARIABLE}``."""
     name: str = "embedonce"
     k: int = 3
     score_threshold: float | None = None
@@ -45,18 +44,18 @@ class CachedMemoryConfig(BaseModel):
 
 
 class CachedMemory(Memory, Component[CachedMemoryConfig]):
-    """Holds chunks of text in order, with their vectors; an embedding is computed once, by whichever process.
+    """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
-    Chunks are held in this process, vectors in the tiers of ``config`` as well: adding the same chunks after a
+    This process holds the chunks, and the tiers of ``config`` hold the vectors too. So adding the same chunks after a
     restart computes nothing.
 
     Args:
-        config: what :func:`embedonce.open` takes; its ``[provider]`` makes the vectors.
-        name: for whoever has several memories.
-        k: how many chunks a query finds.
-        score_threshold: chunks whose cosine similarity is below are not found.
-        store_metadata: store a chunk's metadata beside its vector in the tiers, too (small JSON).
-        memory_contents: chunks to begin with; they are embedded by the first query.
+        config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.
+        name: name of the memory, to distinguish several of them.
+        k: maximum number of chunks that a query returns.
+        score_threshold: minimum cosine similarity of a chunk that a query returns.
+        store_metadata: also store each chunk's metadata beside its vector in the tiers (small JSON).
+        memory_contents: initial chunks; the first query embeds them.
     """
 
     component_config_schema = CachedMemoryConfig
@@ -73,10 +72,10 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         memory_contents: Sequence[MemoryContent] = (),
     ) -> None:
         if not isinstance(k, int) or isinstance(k, bool):
-            raise TypeError(f"k is an integer, not {type(k).__name__}")
+            raise TypeError(f"k must be an integer, got {type(k).__name__}")
         if k < 1:
-            raise ValueError(f"k is at least 1, not {k}")
-        self.cache = shared_cache(config)
+            raise ValueError(f"k must be at least 1, got {k}")
+        self.cache = open_shared_cache(config)
         self._config = config
         self._name = name
         self._k = k
@@ -85,7 +84,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         self._contents: list[MemoryContent] = []
         self._rows: list[NDArray[np.float32]] = []
         self._matrix: NDArray[np.float32] | None = None
-        self._not_embedded = _copies(memory_contents)
+        self._not_embedded = _copy_chunks(memory_contents)
         self._lock = asyncio.Lock()
 
     @property
@@ -93,51 +92,52 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         return self._name
 
     async def add(self, content: MemoryContent, cancellation_token: CancellationToken | None = None) -> None:
-        """Add one chunk; what cannot be embedded is not added.
+        """Add one chunk. If it cannot be embedded, it is not added.
 
         Raises:
-            ValueError: the content is no text and no JSON.
-            Exception: whatever the provider raised.
+            ValueError: the content is neither text nor JSON.
+            Exception: the provider raised it.
         """
         await self.add_all([content], cancellation_token)
 
     async def add_all(
         self, contents: Sequence[MemoryContent], cancellation_token: CancellationToken | None = None
     ) -> list[str | None]:
-        """Add chunks, all in one batch or none of them. Return where each vector came from.
+        """Add chunks in one batch, either all or none, and return the source of each vector.
 
-        That is a tier's name for a hit, ``"provider"`` for one that was computed. Raises as :meth:`add`.
+        The source is a tier's name for a hit, ``"provider"`` for a computed vector. Raises the same as :meth:`add`.
         """
-        return await _linked(self._add(_copies(contents)), cancellation_token)
+        return await _run_cancellable(self._add(_copy_chunks(contents)), cancellation_token)
 
     async def query(
         self, query: str | MemoryContent, cancellation_token: CancellationToken | None = None, **kwargs: Any
     ) -> MemoryQueryResult:
         """Return the chunks nearest to the query, nearest first, with their metadata and the cosine as ``score``.
 
-        ``k`` and ``score_threshold`` as keywords stand for those of the memory.
+        The keywords ``k`` and ``score_threshold`` override those of the memory.
         """
         k = kwargs.get("k", self._k)
         threshold = kwargs.get("score_threshold", self._score_threshold)
-        return MemoryQueryResult(results=await _linked(self._nearest(_text(query), k, threshold), cancellation_token))
+        found = await _run_cancellable(self._find_nearest(_text_of(query), k, threshold), cancellation_token)
+        return MemoryQueryResult(results=found)
 
     async def update_context(self, model_context: ChatCompletionContext) -> UpdateContextResult:
         """Add the chunks nearest to the last message, and their metadata, to an agent's context."""
         messages = await model_context.get_messages()
-        asked = _asked(messages[-1]) if messages else ""
-        memories = await self.query(asked) if asked else MemoryQueryResult(results=[])
+        question = _message_text(messages[-1]) if messages else ""
+        memories = await self.query(question) if question else MemoryQueryResult(results=[])
         if memories.results:
-            lines = [f"{i}. {_line(content)}" for i, content in enumerate(memories.results, 1)]
+            lines = [f"{i}. {_format_chunk(content)}" for i, content in enumerate(memories.results, 1)]
             await model_context.add_message(SystemMessage(content="\n".join(["Relevant memory content:", *lines])))
         return UpdateContextResult(memories=memories)
 
     async def clear(self) -> None:
-        """Remove all chunks from this memory. The vectors stay in the cache: they are right for whoever asks next."""
+        """Remove all chunks from this memory. Their vectors stay in the cache, because they remain correct."""
         async with self._lock:
             self._contents, self._rows, self._not_embedded, self._matrix = [], [], [], None
 
     async def close(self) -> None:
-        """Wait until all vectors are written. The cache is shared, and stays open for the others."""
+        """Wait until all vectors are written. The cache stays open, because others may share it."""
         await self.cache.aflush()
 
     async def _add(self, contents: list[MemoryContent]) -> list[str | None]:
@@ -145,7 +145,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
             return await self._embed(contents)
 
     async def _embed(self, contents: list[MemoryContent]) -> list[str | None]:
-        texts = [_text(content) for content in contents]
+        texts = [_text_of(content) for content in contents]
         metadata = [content.metadata for content in contents] if self._store_metadata else None
         fetched = await self.cache.afetch(texts, metadata=metadata)
         for error in fetched.failed.values():
@@ -155,7 +155,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         self._matrix = None
         return list(fetched.sources)
 
-    async def _nearest(self, text: str, k: int, threshold: float | None) -> list[MemoryContent]:
+    async def _find_nearest(self, text: str, k: int, threshold: float | None) -> list[MemoryContent]:
         async with self._lock:
             if self._not_embedded:
                 await self._embed(self._not_embedded)
@@ -169,14 +169,14 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         query = await self.cache.aembed(text, task="query")
         places, scores = top_k(query[None, :], matrix, k)
         return [
-            _scored(contents[place], score)
+            _add_score(contents[place], score)
             for place, score in zip(places[0].tolist(), scores[0].tolist(), strict=True)
             if threshold is None or score >= threshold
         ]
 
     def _to_config(self) -> CachedMemoryConfig:
         return CachedMemoryConfig(
-            config=writable(self._config),
+            config=dump_config(self._config),
             name=self._name,
             k=self._k,
             score_threshold=self._score_threshold,
@@ -196,22 +196,22 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         )
 
 
-def _copies(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
-    """Return chunks that stay what their vectors were made of, whatever becomes of those that were given."""
+def _copy_chunks(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
+    """Copy chunks, so that they keep the content of their vectors if the caller changes the originals."""
     wrong = next((item for item in contents if not isinstance(item, MemoryContent)), None)
     if wrong is not None:
-        raise TypeError(f"a memory holds MemoryContent, not {type(wrong).__name__}")
+        raise TypeError(f"expected MemoryContent, got {type(wrong).__name__}")
     return [content.model_copy(deep=True) for content in contents]
 
 
-def _scored(content: MemoryContent, score: float) -> MemoryContent:
+def _add_score(content: MemoryContent, score: float) -> MemoryContent:
     found = content.model_copy(deep=True)
     found.metadata = {**(found.metadata or {}), "score": score}
     return found
 
 
-async def _linked(work: Coroutine[Any, Any, T], token: CancellationToken | None) -> T:
-    """Await work that a cancellation token cancels."""
+async def _run_cancellable(work: Coroutine[Any, Any, T], token: CancellationToken | None) -> T:
+    """Await work, and let a cancellation token cancel it."""
     if token is None:
         return await work
     future = asyncio.ensure_future(work)
@@ -219,8 +219,12 @@ async def _linked(work: Coroutine[Any, Any, T], token: CancellationToken | None)
     return await future
 
 
-def _text(content: str | MemoryContent) -> str:
-    """Return what is embedded for a chunk or a query; JSON in a form that does not depend on the order of keys."""
+def _text_of(content: str | MemoryContent) -> str:
+    """Return the text to embed for a chunk or a query. JSON is written with sorted keys, so their order is irrelevant.
+
+    Raises:
+        ValueError: the content is neither text nor JSON.
+    """
     if isinstance(content, str):
         return content
     inner, kind = content.content, content.mime_type
@@ -229,19 +233,19 @@ def _text(content: str | MemoryContent) -> str:
     if isinstance(inner, Mapping) and kind in (MemoryMimeType.JSON, MemoryMimeType.JSON.value):
         return json.dumps(inner, sort_keys=True, ensure_ascii=False)
     shown = kind.value if isinstance(kind, MemoryMimeType) else kind
-    raise ValueError(f"a {type(inner).__name__} of type {shown} has no text to embed: add text, Markdown or JSON")
+    raise ValueError(f"a {type(inner).__name__} of type {shown} has no text to embed; add text, Markdown or JSON")
 
 
-def _asked(message: LLMMessage) -> str:
-    """Return the text of a message; empty where it has none (an image, the result of a tool)."""
+def _message_text(message: LLMMessage) -> str:
+    """Return the text of a message, "" if it has none (an image, the result of a tool)."""
     content = message.content
     if isinstance(content, str):
         return content
     return "\n".join(part for part in content if isinstance(part, str))
 
 
-def _line(content: MemoryContent) -> str:
+def _format_chunk(content: MemoryContent) -> str:
     metadata = {name: value for name, value in (content.metadata or {}).items() if name != "score"}
     if not metadata:
-        return _text(content)
-    return f"{_text(content)} ({', '.join(f'{name}: {value}' for name, value in metadata.items())})"
+        return _text_of(content)
+    return f"{_text_of(content)} ({', '.join(f'{name}: {value}' for name, value in metadata.items())})"

@@ -1,4 +1,4 @@
-"""LangChain: embeddings that embed each text once, and a store for CacheBackedEmbeddings over a chain of tiers."""
+"""LangChain: embeddings that embed each text once, and a store for CacheBackedEmbeddings in a chain of tiers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from embedonce.config import Source
 from embedonce.contracts import Task
 
 from .wrapping import (
-    InOrder,
+    OrderedEmbeddings,
     WrappedProvider,
     WrappedSpaces,
-    asked_with,
-    declared_space,
+    add_request,
+    describe_by_fields,
     is_openai_resource,
-    model_space,
-    shared_cache,
+    open_shared_cache,
+    resolve_declared_space,
 )
 
 try:
@@ -32,21 +32,21 @@ except ImportError as error:
 
 Floats: TypeAlias = NDArray[np.float32]
 CLIENTS = ("client", "async_client")
-"""Where LangChain's OpenAI embeddings keep their clients."""
+"""Names of the fields in which LangChain's OpenAI embeddings keep their clients."""
 ASYNC_METHODS = ("aembed_documents", "aembed_query")
 
 
 class CachedEmbeddings(Embeddings):
-    """Embeds documents and queries through a cache. Queries and documents never share vectors, unless said otherwise.
+    """Embeds documents and queries through a cache. Queries and documents share no vectors unless ``symmetric`` is set.
 
     Args:
-        embeddings: what makes the vectors; None for the ``[provider]`` of ``config``.
-        config: a TOML file, a dict of its shape, or None to look for a file.
-        space: the vector space of embeddings that cannot describe it: at least their model.
-        symmetric: ``embeddings`` treat queries as they treat documents, so that both share their vectors.
+        embeddings: the embeddings to wrap; None to use the ``[provider]`` of ``config``.
+        config: a TOML file, a dict of the same shape, or None to look for a file.
+        space: the vector space of embeddings that do not describe it; at least their model.
+        symmetric: whether ``embeddings`` treat queries like documents, so that both share their vectors.
 
     Raises:
-        ConfigError: the configuration cannot be used.
+        ConfigError: the configuration is invalid.
         SpaceError: ``embeddings`` do not say what decides their vectors.
     """
 
@@ -60,68 +60,72 @@ class CachedEmbeddings(Embeddings):
     ) -> None:
         if embeddings is None:
             if space is not None or symmetric:
-                raise SpaceError("space= and symmetric= describe embeddings; a [provider] describes itself")
+                raise SpaceError("space= and symmetric= require embeddings: a [provider] describes itself")
             self._inner = None
-            self.cache = shared_cache(config)
+            self.cache = open_shared_cache(config)
             return
         if not isinstance(embeddings, Embeddings):
             raise TypeError(
-                f"CachedEmbeddings wraps LangChain embeddings, not {type(embeddings).__name__}; "
-                "a configuration is given as config="
+                f"expected LangChain embeddings, got {type(embeddings).__name__}; to pass a configuration, use config="
             )
-        self._inner = _Inner(embeddings, space, symmetric)
-        self.cache = shared_cache(config, provider=self._inner.provider({}))
+        self._inner = _WrappedEmbeddings(embeddings, space, symmetric)
+        self.cache = open_shared_cache(config, provider=self._inner.make_provider({}))
 
     def embed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
-        """Return one vector per document, in order; raises what the embeddings raise.
+        """Return one vector per document, in order. Raises whatever the embeddings raise.
 
-        ``kwargs`` are passed on, and vectors that were made with other ones are other vectors.
+        ``kwargs`` are passed to the embeddings. Vectors made with different ``kwargs`` have different keys.
         """
-        return _lists(self._cache(kwargs).embed_batch(texts))
+        return _to_lists(self._cache_for(kwargs).embed_batch(texts))
 
     def embed_query(self, text: str, **kwargs: Any) -> list[float]:
         """Return the vector of a query."""
-        return _floats(self._cache(kwargs).embed(text, "query"))
+        return _to_floats(self._cache_for(kwargs).embed(text, "query"))
 
     async def aembed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
-        """As :meth:`embed_documents`."""
-        return _lists(await self._cache(kwargs).aembed_batch(texts))
+        """Do the same as :meth:`embed_documents`."""
+        return _to_lists(await self._cache_for(kwargs).aembed_batch(texts))
 
     async def aembed_query(self, text: str, **kwargs: Any) -> list[float]:
-        """As :meth:`embed_query`."""
-        return _floats(await self._cache(kwargs).aembed(text, "query"))
+        """Do the same as :meth:`embed_query`."""
+        return _to_floats(await self._cache_for(kwargs).aembed(text, "query"))
 
     def __repr__(self) -> str:
         return f"CachedEmbeddings({self.cache!r})"
 
-    def _cache(self, kwargs: Mapping[str, Any]) -> Cache:
+    def _cache_for(self, kwargs: Mapping[str, Any]) -> Cache:
         if not kwargs:
             return self.cache
         if self._inner is None:
-            raise TypeError(f"the [provider] of a configuration takes no {', '.join(kwargs)}; set it there")
-        return self.cache.for_provider(self._inner.provider(kwargs))
+            raise TypeError(
+                f"embeddings that come from the [provider] accept no {', '.join(kwargs)}; "
+                "set options in the configuration"
+            )
+        return self.cache.for_provider(self._inner.make_provider(kwargs))
 
 
-class _Inner:
+class _WrappedEmbeddings:
     """LangChain embeddings, and their vector spaces by task."""
 
     def __init__(self, embeddings: Embeddings, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> None:
-        self._embeddings = _in_order(embeddings)
+        self._embeddings = _sort_answers(embeddings)
 
         def describe(task: Task) -> VectorSpace:
-            told = None if symmetric else task
-            return _described(embeddings, told) if space is None else declared_space(space, task=told)
+            space_task = None if symmetric else task
+            if space is None:
+                return _describe(embeddings, space_task)
+            return resolve_declared_space(space, task=space_task)
 
         self._spaces = WrappedSpaces(describe)
         sizes = (getattr(embeddings, name, None) for name in ("chunk_size", "batch_size"))
         size = next((size for size in sizes if type(size) is int and size > 0), None)
         self._limits = Limits() if size is None else Limits(max_batch=size)
 
-    def provider(self, kwargs: Mapping[str, Any]) -> WrappedProvider:
-        """Return the embeddings as a provider that passes ``kwargs`` on with every call.
+    def make_provider(self, kwargs: Mapping[str, Any]) -> WrappedProvider:
+        """Return the embeddings as a provider that passes ``kwargs`` with every call.
 
         Raises:
-            SpaceError: ``kwargs`` hold what cannot be described.
+            SpaceError: ``kwargs`` hold an object that cannot be described.
         """
         inner: Any = self._embeddings
         spaces = self._spaces
@@ -138,149 +142,157 @@ class _Inner:
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
 
-        # LangChain's default async methods are the blocking ones in a thread, without kwargs; the cache does it with.
-        native = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
+        # LangChain's default async methods run the blocking ones in a thread and drop kwargs. The cache also uses a
+        # thread, and keeps kwargs.
+        is_async = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
             embed=embed,
-            aembed=aembed if native else None,
-            space=lambda task: asked_with(spaces(task), kwargs),
+            aembed=aembed if is_async else None,
+            space=lambda task: add_request(spaces(task), kwargs),
             limits=self._limits,
         )
 
 
-def _in_order(embeddings: Any) -> Any:
-    """Return embeddings that read an OpenAI answer by its ``index``: theirs do not."""
+def _sort_answers(embeddings: Any) -> Any:
+    """Return embeddings that read an OpenAI answer by its ``index``, because LangChain's own ignore it."""
     clients = {name: getattr(embeddings, name, None) for name in CLIENTS}
-    ordered = {name: InOrder(client) for name, client in clients.items() if is_openai_resource(client)}
+    ordered = {name: OrderedEmbeddings(client) for name, client in clients.items() if is_openai_resource(client)}
     return embeddings.model_copy(update=ordered) if ordered else embeddings
 
 
-def _described(embeddings: Any, task: Task | None) -> VectorSpace:
+def _describe(embeddings: Any, task: Task | None) -> VectorSpace:
     for name in ("encode_kwargs", "query_encode_kwargs"):
         options = getattr(embeddings, name, None)
         if isinstance(options, Mapping) and options.get("precision") in ("int8", "uint8"):
             raise SpaceError(
-                f"{type(embeddings).__name__} with precision={options['precision']!r} takes its range from the batch: "
-                "a text has no vector of its own that could be cached. Leave precision out, and "
-                'keep bytes instead with [cache] dtype = "int8"'
+                f"{type(embeddings).__name__} with precision={options['precision']!r} scales each vector by the range "
+                "of its batch, so the vector of a text depends on the other texts and cannot be cached. Remove "
+                'precision; to store vectors as bytes, set dtype = "int8" in [cache]'
             )
     clients = (getattr(embeddings, name, None) for name in CLIENTS)
     client: Any = next((client for client in clients if is_openai_resource(client)), None)
-    # The client may have its URL from the environment, which the embeddings' own field does not show.
-    also = {} if client is None else {"openai_api_base": str(client._client.base_url)}
-    return model_space(embeddings, task=task, also=also)
+    # The client may take its URL from the environment, and then the embeddings' own field does not have it.
+    overrides = {} if client is None else {"openai_api_base": str(client._client.base_url)}
+    return describe_by_fields(embeddings, task=task, overrides=overrides)
 
 
-def _floats(vector: Floats) -> list[float]:
+def _to_floats(vector: Floats) -> list[float]:
     floats: list[float] = vector.tolist()
     return floats
 
 
-def _lists(vectors: Floats) -> list[list[float]]:
+def _to_lists(vectors: Floats) -> list[list[float]]:
     lists: list[list[float]] = vectors.tolist()
     return lists
 
 
 class VectorByteStore(ByteStore):
-    """Holds what CacheBackedEmbeddings stores, JSON lists of numbers, as entries in a chain of tiers.
+    """Holds the values that CacheBackedEmbeddings stores (JSON lists of numbers) as entries in a chain of tiers.
 
-    The numbers come back as float32, or as coarse as ``[cache] dtype`` says, in JSON without spaces. A key is kept
-    beside its vector, as metadata, so that ``yield_keys`` can tell it.
+    The numbers come back as float32, or rounded to ``dtype`` in ``[cache]``, in JSON without spaces. Each key is stored
+    as metadata beside its vector, so that ``yield_keys`` can list it.
 
     Args:
-        space: what decides the vectors, at least ``{"model": ...}``: the keys of CacheBackedEmbeddings do not say it.
-        config: a TOML file, a dict of its shape, or None to look for a file. Its ``[provider]`` is not read.
+        space: what decides the vectors, at least ``{"model": ...}``, because the keys of CacheBackedEmbeddings do not
+            say it.
+        config: a TOML file, a dict of the same shape, or None to look for a file. Its ``[provider]`` is not read.
 
     Raises:
-        ConfigError: the configuration cannot be used, or has ``[key] normalize``.
+        ConfigError: the configuration is invalid, or ``[key]`` has ``normalize``.
         SpaceError: ``space`` names no model.
     """
 
     def __init__(self, *, space: VectorSpace | Mapping[str, Any], config: Source = None) -> None:
-        loaded = _loaded(config)
-        declared = declared_space(space)
-        self.cache = shared_cache(loaded, provider=WrappedProvider(embed=_computes_nothing, space=lambda _: declared))
+        loaded = _load_config(config)
+        declared = resolve_declared_space(space)
+        provider = WrappedProvider(embed=_refuse_to_embed, space=lambda _: declared)
+        self.cache = open_shared_cache(loaded, provider=provider)
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return the value of each key, in order; None where no tier has one, or none that has it answers."""
-        return [_value(row) for row in self.cache.lookup(keys).rows]
+        """Return the value of each key, in order; None if no tier has it, or the tiers that have it do not answer."""
+        return [_dump_vector(row) for row in self.cache.lookup(keys).rows]
 
     async def amget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """As :meth:`mget`."""
-        return [_value(row) for row in (await self.cache.alookup(keys)).rows]
+        """Do the same as :meth:`mget`."""
+        return [_dump_vector(row) for row in (await self.cache.alookup(keys)).rows]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Store the values, in the place of those that are there.
+        """Store the values, and replace existing ones.
 
         Raises:
             ValueError: a value is not a JSON list of numbers; nothing was stored.
-            ProviderError: a value is no vector (NaN, all zero, empty) or has other dimensions; nothing was stored.
-            EraseIncomplete: a tier cannot let go of another value that it has under a key.
+            ProviderError: a value is not a valid vector (NaN, all zero, empty) or has other dimensions; nothing was
+                stored.
+            EraseIncomplete: a tier cannot delete the old value of a key.
         """
-        vectors = _vectors(key_value_pairs)
-        stale = _stale(vectors, self.cache.lookup(list(vectors)).rows)
+        vectors = _parse_vectors(key_value_pairs)
+        stale = _find_stale(vectors, self.cache.lookup(list(vectors)).rows)
         if stale:
             self.cache.forget(stale)
-        self.cache.put(list(vectors), list(vectors.values()), metadata=_labels(vectors))
+        self.cache.put(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
 
     async def amset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """As :meth:`mset`."""
-        vectors = _vectors(key_value_pairs)
-        stale = _stale(vectors, (await self.cache.alookup(list(vectors))).rows)
+        """Do the same as :meth:`mset`."""
+        vectors = _parse_vectors(key_value_pairs)
+        stale = _find_stale(vectors, (await self.cache.alookup(list(vectors))).rows)
         if stale:
             await self.cache.aforget(stale)
-        await self.cache.aput(list(vectors), list(vectors.values()), metadata=_labels(vectors))
+        await self.cache.aput(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
 
     def mdelete(self, keys: Sequence[str]) -> None:
-        """Remove the keys from every tier; one that is not there is no error.
+        """Remove the keys from every tier. A missing key is no error.
 
         Raises:
-            EraseIncomplete: tiers that failed or cannot delete, by name.
+            EraseIncomplete: tiers failed or cannot delete; the error names them.
         """
         self.cache.forget(keys)
 
     async def amdelete(self, keys: Sequence[str]) -> None:
-        """As :meth:`mdelete`."""
+        """Do the same as :meth:`mdelete`."""
         await self.cache.aforget(keys)
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``, in no order; walks over all tiers.
+        """Yield the keys of all tiers that start with ``prefix``, in no particular order.
 
         Raises:
-            TierError: a tier failed or cannot list.
+            TierError: a tier failed or cannot list its keys.
         """
         self.cache.flush()
-        yield from _keys(self.cache.list_metadata(), prefix)
+        yield from _filter_keys(self.cache.list_metadata(), prefix)
 
-    async def ayield_keys(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base has no yield in it)
+    async def ayield_keys(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base method has no yield)
         self, *, prefix: str | None = None
     ) -> AsyncIterator[str]:
-        """As :meth:`yield_keys`."""
+        """Do the same as :meth:`yield_keys`."""
         await self.cache.aflush()
-        for key in _keys(await self.cache.alist_metadata(), prefix):
+        for key in _filter_keys(await self.cache.alist_metadata(), prefix):
             yield key
 
 
-def _loaded(source: Source) -> config.Config:
+def _load_config(source: Source) -> config.Config:
     loaded = config.load(source, own_provider=True)
     if loaded.key.normalize:
         raise ConfigError(
-            "[key] normalize changes what is embedded, and a byte store sees keys alone: leave it out, or use "
-            "CachedEmbeddings, which hands its embeddings the normalised text"
+            "[key] normalize cannot be used here, because a byte store sees keys and never the texts; remove it, or "
+            "use CachedEmbeddings, which passes the normalised texts to its embeddings"
         )
     return loaded
 
 
-def _computes_nothing(texts: Sequence[str], task: Task) -> NoReturn:
-    raise TypeError("a byte store makes no vectors")
+def _refuse_to_embed(texts: Sequence[str], task: Task) -> NoReturn:
+    raise TypeError("VectorByteStore stores vectors and cannot compute them; use CachedEmbeddings to embed texts")
 
 
-def _value(row: Any) -> bytes | None:
+def _dump_vector(row: Any) -> bytes | None:
     return None if row is None else orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
-    """Return the vector of each key, the last one where a key comes twice."""
+def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
+    """Return the vector of each key; the last one if a key occurs twice.
+
+    Raises:
+        ValueError: a value is not a JSON list of numbers.
+    """
     vectors = {}
     for position, (key, value) in enumerate(pairs):
         try:
@@ -290,15 +302,15 @@ def _vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
             vectors[key] = [float(number) for number in numbers]
         except (ValueError, OverflowError):
             raise ValueError(
-                f"the value of item {position} is not a JSON list of numbers, which is all that this store holds: "
-                "it is for the vectors of CacheBackedEmbeddings"
+                f"the value of item {position} is not a JSON list of numbers; VectorByteStore holds only the vectors "
+                "of CacheBackedEmbeddings"
             ) from None
     return vectors
 
 
-def _stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
-    """Return the keys under which the tiers hold another vector."""
-    with np.errstate(over="ignore"):  # a number beyond float32 is refused when it is stored
+def _find_stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
+    """Return the keys for which the tiers hold a different vector."""
+    with np.errstate(over="ignore"):  # put refuses a number beyond float32
         return [
             key
             for (key, vector), row in zip(vectors.items(), rows, strict=True)
@@ -306,12 +318,12 @@ def _stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]
         ]
 
 
-def _labels(keys: Mapping[str, Any]) -> list[dict[str, str]]:
+def _make_metadata(keys: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"key": key} for key in keys]
 
 
-def _keys(labels: Sequence[Mapping[str, Any]], prefix: str | None) -> Iterator[str]:
-    for label in labels:
-        key = label.get("key")
+def _filter_keys(metadata: Sequence[Mapping[str, Any]], prefix: str | None) -> Iterator[str]:
+    for item in metadata:
+        key = item.get("key")
         if isinstance(key, str) and key.startswith(prefix or ""):
             yield key

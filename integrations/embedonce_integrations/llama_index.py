@@ -1,4 +1,4 @@
-"""LlamaIndex: an embedding model that embeds each text once, for pipelines, indexes and retrievers."""
+"""LlamaIndex: an embedding model for pipelines, indexes and retrievers that embeds each text once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from embedonce import Cache, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import ClientInOrder, WrappedProvider, WrappedSpaces, declared_space, model_space, shared_cache
+from .wrapping import (
+    OrderedClient,
+    WrappedProvider,
+    WrappedSpaces,
+    describe_by_fields,
+    open_shared_cache,
+    resolve_declared_space,
+)
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -27,27 +34,27 @@ Floats: TypeAlias = NDArray[np.float32]
 TASKS = ("document", "query")
 
 ENGINES = ("_text_engine", "_query_engine")
-"""Attributes of LlamaIndex's OpenAI embeddings, beside their fields, that decide the vectors."""
+"""Attributes of LlamaIndex's OpenAI embeddings that decide the vectors but are not fields."""
 
 
 class CachedEmbedding(BaseEmbedding):
-    """Embeds texts and queries through a cache. Queries and texts never share vectors, unless said otherwise.
+    """Embeds texts and queries through a cache. Queries and texts share no vectors unless ``symmetric`` is set.
 
     Args:
-        embed_model: what makes the vectors; None for the ``[provider]`` of ``config``.
-        config: a TOML file, a dict of its shape, or None to look for a file.
-        space: the vector space of an embedding model that cannot describe it: at least its model.
-        symmetric: ``embed_model`` treats queries as it treats texts, so that both share their vectors.
-        kwargs: fields of BaseEmbedding. ``embed_batch_size`` is how many texts are looked up at once, by default what
-            the embedding model computes at once.
+        embed_model: the embedding model to wrap; None to use the ``[provider]`` of ``config``.
+        config: a TOML file, a dict of the same shape, or None to look for a file.
+        space: the vector space of an embedding model that does not describe it; at least its model.
+        symmetric: whether ``embed_model`` treats queries like texts, so that both share their vectors.
+        kwargs: fields of BaseEmbedding. ``embed_batch_size`` is the number of texts per lookup; its default is the
+            batch size of ``embed_model``.
 
     Raises:
-        ConfigError: the configuration cannot be used.
+        ConfigError: the configuration is invalid.
         SpaceError: ``embed_model`` does not say what decides its vectors.
     """
 
     vectors: dict[str, Any] = Field(
-        default_factory=dict, description="What decides the vectors, hashed: it tells one cached model from another."
+        default_factory=dict, description="Hash of everything that decides the vectors; it distinguishes cached models."
     )
     _handle: _Handle = PrivateAttr()
 
@@ -62,12 +69,12 @@ class CachedEmbedding(BaseEmbedding):
     ) -> None:
         if embed_model is not None and not isinstance(embed_model, BaseEmbedding):
             raise TypeError(
-                f"CachedEmbedding wraps a LlamaIndex embedding model, not {type(embed_model).__name__}; "
-                "a configuration is given as config="
+                f"expected a LlamaIndex embedding model, got {type(embed_model).__name__}; "
+                "to pass a configuration, use config="
             )
-        for name, why in REFUSED.items():
+        for name, reason in REFUSED_FIELDS.items():
             if kwargs.get(name) is not None:
-                raise TypeError(f"{name} is not for CachedEmbedding: {why}")
+                raise TypeError(f"CachedEmbedding does not accept {name}: {reason}")
         handle = _Handle(embed_model, config, space, symmetric)
         defaults = {"model_name": handle.model}
         if embed_model is not None:
@@ -81,60 +88,60 @@ class CachedEmbedding(BaseEmbedding):
 
     @property
     def cache(self) -> Cache:
-        """The cache: its ``stats`` say what was found and what was computed."""
+        """The cache. Its ``stats()`` count hits and computed texts."""
         return self._handle.cache
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return _floats(self.cache.embed(query, "query"))
+        return _to_floats(self.cache.embed(query, "query"))
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return _floats(await self.cache.aembed(query, "query"))
+        return _to_floats(await self.cache.aembed(query, "query"))
 
     def _get_text_embedding(self, text: str) -> Embedding:
-        return _floats(self.cache.embed(text))
+        return _to_floats(self.cache.embed(text))
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
-        return _floats(await self.cache.aembed(text))
+        return _to_floats(await self.cache.aembed(text))
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return _lists(self.cache.embed_batch(texts))
+        return _to_lists(self.cache.embed_batch(texts))
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return _lists(await self.cache.aembed_batch(texts))
+        return _to_lists(await self.cache.aembed_batch(texts))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> NoReturn:
-        """Refuse: what ``to_dict`` gives names neither the embedding model nor the tiers, which may hold secrets."""
+        """Refuse: the dict from ``to_dict`` omits the embedding model and the tiers, because they may hold secrets."""
         raise TypeError(
-            "CachedEmbedding cannot be made from a dict; make it from its embedding model and configuration"
+            "CachedEmbedding cannot be made from a dict; construct it with its embedding model and configuration"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what another process makes it again from.
+        """Return the state from which another process rebuilds this model.
 
         Raises:
             SpaceError: the embedding model would make other vectors there.
         """
-        # Here and not there: a multiprocessing pool waits for ever for a worker that cannot unpickle its work.
+        # Check here, not while unpickling: a multiprocessing pool waits for ever if a worker cannot unpickle its work.
         self._handle.check_pickling()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Not BaseComponent's way, which calls __init__ with the fields and so loses the embedding model.
+        # BaseComponent's method would call __init__ with the fields, and so lose the embedding model.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
-            state["__dict__"].setdefault(name, default)  # left out where it could not be pickled
+            state["__dict__"].setdefault(name, default)  # missing if it could not be pickled
         BaseModel.__setstate__(self, state)
 
 
-REFUSED = {
-    "embeddings_cache": "it is a cache itself; leave it out",
-    "rate_limiter": "hits need not wait; give it to the embedding model, and only what is computed waits",
-    "vectors": "it follows from the embedding model",
+REFUSED_FIELDS = {
+    "embeddings_cache": "it is a cache itself; remove it",
+    "rate_limiter": "hits need no limit; give it to the embedding model, so that only computed texts wait",
+    "vectors": "it is derived from the embedding model; remove it",
 }
 
 
 class _Handle:
-    """An embedding model and the cache before it, made again from their parts in another process."""
+    """An embedding model and its cache. Another process rebuilds both from their parts."""
 
     def __init__(
         self,
@@ -144,13 +151,13 @@ class _Handle:
         symmetric: bool,
     ) -> None:
         if embed_model is None and (space is not None or symmetric):
-            raise SpaceError("space= and symmetric= describe an embedding model; a [provider] describes itself")
+            raise SpaceError("space= and symmetric= require an embedding model: a [provider] describes itself")
         loaded = config.load(source, own_provider=embed_model is not None)
-        # Found again wherever the other process runs.
+        # Keep the file that was found, because another process may run in another folder.
         source = loaded.file or (deepcopy(dict(source)) if isinstance(source, Mapping) else source)
         self._parts = (embed_model, source, space, symmetric)
-        provider = None if embed_model is None else _provider(embed_model, space, symmetric)
-        self.cache = shared_cache(loaded, provider=provider)
+        provider = None if embed_model is None else _wrap(embed_model, space, symmetric)
+        self.cache = open_shared_cache(loaded, provider=provider)
         spaces = {task: self.cache.provider.space(task) for task in TASKS}
         self.model = spaces["document"].model
         self.vectors = {
@@ -163,32 +170,32 @@ class _Handle:
         return _Handle, self._parts
 
     def check_pickling(self) -> None:
-        """See that the embedding model comes out of pickling as it was: LlamaIndex leaves out what it cannot pickle.
+        """Check that pickling keeps the embedding model as it is, because LlamaIndex drops parts that it cannot pickle.
 
         Raises:
-            SpaceError: it does not.
+            SpaceError: pickling fails or changes the model.
         """
         try:
-            again = pickle.loads(pickle.dumps(self))
-            changed = again.vectors != self.vectors
+            copy = pickle.loads(pickle.dumps(self))
+            is_changed = copy.vectors != self.vectors
         except Exception as error:
-            raise SpaceError(f"the embedding model cannot be pickled ({type(error).__name__}: {error})") from error
-        if changed:
+            raise SpaceError(f"cannot pickle the embedding model ({type(error).__name__}: {error})") from error
+        if is_changed:
             raise SpaceError(
-                "the embedding model would make other vectors in another process: pickling loses a part of it that is "
-                "no field. Make it anew there, or leave num_workers out"
+                "the embedding model would make other vectors in another process, because pickling loses a part of it "
+                "that is not a field. Construct the model in that process, or remove num_workers"
             )
 
 
-def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> WrappedProvider:
+def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> WrappedProvider:
     def describe(task: Task) -> VectorSpace:
-        told = None if symmetric else task
-        return _described(inner, told) if space is None else declared_space(space, task=told)
+        space_task = None if symmetric else task
+        return _describe(inner, space_task) if space is None else resolve_declared_space(space, task=space_task)
 
     spaces = WrappedSpaces(describe)
-    ordered: Any = _in_order(inner)
+    ordered: Any = _sort_answers(inner)
 
-    # One that was unpickled may have lost the attribute with its rate limiter.
+    # Unpickling may have dropped this attribute, if the rate limiter could not be pickled.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:
@@ -196,16 +203,16 @@ def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | Non
         if limiter is not None:
             limiter.acquire()
         if task == "query":
-            return [_vector(ordered._get_query_embedding(text)) for text in texts]
-        return [_vector(answer) for answer in ordered._get_text_embeddings(texts)]
+            return [_vector_of(ordered._get_query_embedding(text)) for text in texts]
+        return [_vector_of(answer) for answer in ordered._get_text_embeddings(texts)]
 
     async def aembed(texts: list[str], task: Task) -> Any:
         spaces.check(task)
         if limiter is not None:
             await limiter.async_acquire()
         if task == "query":
-            return [_vector(await ordered._aget_query_embedding(text)) for text in texts]
-        return [_vector(answer) for answer in await ordered._aget_text_embeddings(texts)]
+            return [_vector_of(await ordered._aget_query_embedding(text)) for text in texts]
+        return [_vector_of(answer) for answer in await ordered._aget_text_embeddings(texts)]
 
     return WrappedProvider(
         embed=embed,
@@ -215,31 +222,32 @@ def _provider(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | Non
     )
 
 
-def _described(inner: BaseEmbedding, task: Task | None) -> VectorSpace:
-    return model_space(inner, task=task, also={name.strip("_"): getattr(inner, name, None) for name in ENGINES})
+def _describe(inner: BaseEmbedding, task: Task | None) -> VectorSpace:
+    engines = {name.strip("_"): getattr(inner, name, None) for name in ENGINES}
+    return describe_by_fields(inner, task=task, overrides=engines)
 
 
-def _vector(answer: Any) -> Any:
-    """Return the vector of an answer: some versions of LlamaIndex have it in an EmbeddingResponse."""
+def _vector_of(answer: Any) -> Any:
+    """Return the vector in an answer. Some versions of LlamaIndex wrap it in an EmbeddingResponse."""
     return getattr(answer, "embedding", answer)
 
 
-def _floats(vector: Floats) -> list[float]:
+def _to_floats(vector: Floats) -> list[float]:
     floats: list[float] = vector.tolist()
     return floats
 
 
-def _lists(vectors: Floats) -> list[list[float]]:
+def _to_lists(vectors: Floats) -> list[list[float]]:
     lists: list[list[float]] = vectors.tolist()
     return lists
 
 
-def _in_order(inner: BaseEmbedding) -> BaseEmbedding:
-    """Return an embedding model that reads an OpenAI answer by its ``index``: LlamaIndex's own does not."""
+def _sort_answers(inner: BaseEmbedding) -> BaseEmbedding:
+    """Return an embedding model that reads an OpenAI answer by its ``index``, because LlamaIndex's own ignores it."""
     if not any(cls.__module__.startswith("llama_index.embeddings.openai.") for cls in type(inner).__mro__):
         return inner
     ordered = inner.model_copy()
     for name in ("_get_client", "_get_aclient"):
         make = getattr(inner, name)
-        object.__setattr__(ordered, name, lambda make=make: ClientInOrder(make()))
+        object.__setattr__(ordered, name, lambda make=make: OrderedClient(make()))
     return ordered

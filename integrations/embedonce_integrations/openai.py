@@ -1,12 +1,12 @@
-"""OpenAI's own client with a cache inside ``client.embeddings.create``.
+"""OpenAI's client with a cache inside ``client.embeddings.create``.
 
 ::
 
     client = cached(OpenAI(), config="embedonce.toml")
     client.embeddings.create(model="text-embedding-3-small", input=["one", "two"])
 
-Each input of a call is looked up; the endpoint is asked, once, for those that no tier holds. Everything
-else of the client is as it was.
+The cache looks up each input of a call and sends those that no tier has to the endpoint, in one request. The rest of
+the client is unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from embedonce import Cache, Embedded, Fetched, Limits, ProviderError, SpaceErro
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
 
-from .wrapping import WrappedProvider, shared_cache
+from .wrapping import WrappedProvider, open_shared_cache
 
 try:
     import openai
@@ -36,21 +36,21 @@ try:
     from openai.types import CreateEmbeddingResponse, Embedding
     from openai.types.create_embedding_response import Usage
 except ModuleNotFoundError as error:
-    raise ImportError("embedonce_integrations.openai needs openai: pip install 'embedonce[openai]'") from error
+    raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
-SPACES = 64
-"""Combinations of model, dimensions and other fields whose caches are kept; one more makes room by dropping all."""
+MAX_CACHES = 64
+"""Maximum number of caches kept for combinations of model, dimensions and other fields. One more drops all of them."""
 
-MOST = 2048
-"""Most inputs of a call to OpenAI."""
+MAX_INPUTS = 2048
+"""Maximum number of inputs in a call to OpenAI."""
 
-NOT_FOR_US = ("input", "encoding_format")
-"""Fields that, given as ``extra_body``, take the place of what the client itself is told: such a call is left alone."""
+CLIENT_FIELDS = ("input", "encoding_format")
+"""Fields that override the client's own arguments if they are in ``extra_body``. Such a call is not cached."""
 
-RAW = "X-Stainless-Raw-Response"
-"""The header by which ``client.with_raw_response`` and ``with_streaming_response`` tell ``create`` what to return."""
+RAW_HEADER = "X-Stainless-Raw-Response"
+"""Header that ``client.with_raw_response`` and ``with_streaming_response`` set to change what ``create`` returns."""
 
 
 def cached(
@@ -60,48 +60,49 @@ def cached(
     models: Mapping[str, str] | None = None,
     endpoint_name: str | None = None,
 ) -> Client:
-    """Return a client like ``client``, over the same connections, whose ``embeddings.create`` is cached.
+    """Return a copy of ``client`` over the same connections, with a cache in its ``embeddings.create``.
 
-    It is an ``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI`` as before, and so is what its
-    ``copy`` and ``with_options`` return. Its ``embeddings.cache`` is the cache. ``client`` is left as it is.
+    The copy has the same class (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``), and its own
+    ``copy`` and ``with_options`` return clients with the same cache. The cache is at ``embeddings.cache``. ``client``
+    itself does not change.
 
     Args:
         client: a client, blocking or async.
-        config: what :func:`embedonce.open` takes; ``[provider]`` is not read. Clients with equal
+        config: anything that :func:`embedonce.open` accepts; ``[provider]`` is not read. Clients with equal
             configurations share their tiers.
-        models: which model a name stands for, where the endpoint gives models names of its own, or says the
-            same of several versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs it.
-        endpoint_name: stands in keys for the client's ``base_url``, where several hosts serve the same model.
+        models: the model behind each name, if the endpoint has its own names for models, or one name for several
+            versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
+        endpoint_name: replaces the client's ``base_url`` in keys, so that several hosts with the same model share them.
 
     Raises:
-        ConfigError: the configuration cannot be used.
-        TypeError: this is no client of openai's.
+        ConfigError: the configuration is invalid.
+        TypeError: ``client`` is not a client of the openai package.
     """
     if not isinstance(client, openai.OpenAI | openai.AsyncOpenAI):
-        raise TypeError(f"cached takes a client of the openai package, not {type(client).__name__}")
-    store = _Store(shared_cache(config, provider=_nobody()), dict(models or {}), endpoint_name)
-    return _with(client.copy(), store)
+        raise TypeError(f"expected a client of the openai package, got {type(client).__name__}")
+    shared = _Shared(open_shared_cache(config, provider=_make_placeholder()), dict(models or {}), endpoint_name)
+    return _install_cache(client.copy(), shared)
 
 
 @dataclass(frozen=True, slots=True)
-class _Store:
-    """What a client and its copies share."""
+class _Shared:
+    """The state that a client shares with its copies."""
 
     cache: Cache
     models: Mapping[str, str]
     endpoint_name: str | None
 
 
-def _with(client: Client, store: _Store) -> Client:
-    """Give a client of our own the cached resource, and see to it that its copies have it too."""
+def _install_cache(client: Client, shared: _Shared) -> Client:
+    """Replace the ``embeddings`` of a client with the cached resource, and do the same for its future copies."""
 
     def copy(**options: Any) -> Client:
-        return _with(type(client).copy(client, **options), store)
+        return _install_cache(type(client).copy(client, **options), shared)
 
     if isinstance(client, openai.OpenAI):
-        client.__dict__["embeddings"] = CachedEmbeddings(client, store)
+        client.__dict__["embeddings"] = CachedEmbeddings(client, shared)
     else:
-        client.__dict__["embeddings"] = AsyncCachedEmbeddings(client, store)
+        client.__dict__["embeddings"] = AsyncCachedEmbeddings(client, shared)
     client.__dict__.update(copy=copy, with_options=copy)
     return client
 
@@ -111,20 +112,20 @@ def _with(client: Client, store: _Store) -> Client:
 
 @dataclass(slots=True)
 class _Call:
-    """A call of ``create``: what it asks for, and what it was charged."""
+    """A call of ``create``: its arguments, and the tokens that it was charged for."""
 
     cache: Cache
     texts: list[str]
-    """The inputs as texts, whose keys are looked up."""
+    """The inputs as texts, from which the keys are made."""
     request: dict[str, Any]
-    """The arguments beside ``input``."""
+    """The arguments other than ``input``."""
     model: str
     prompt_tokens: int = 0
     total_tokens: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and count what they cost.
+    def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
+        """Return an answer's vectors in the order of the inputs, and add up their tokens.
 
         Raises:
             ProviderError: the answer is not one vector for each input, each with an index of its own.
@@ -138,26 +139,26 @@ class _Call:
             index = getattr(item, "index", None)
             if type(index) is not int or not 0 <= index < inputs or index in vectors:
                 raise ProviderError(
-                    f"the endpoint's answer does not give each of {inputs} vectors its own index, from 0; "
+                    f"the endpoint's answer does not give each of the {inputs} vectors its own index, starting at 0; "
                     "none was stored"
                 )
-            vectors[index] = _vector(item.embedding)
-        prompt, total = (_number(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
+            vectors[index] = _read_vector(item.embedding)
+        prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
         with self.lock:
             self.prompt_tokens += prompt
             self.total_tokens += total
             self.model = answer.model
         return Embedded([vectors[index] for index in range(inputs)], total)
 
-    def response(self, fetched: Fetched) -> CreateEmbeddingResponse:
-        """Return what the endpoint would have answered.
+    def make_response(self, fetched: Fetched) -> CreateEmbeddingResponse:
+        """Return a response like the endpoint's, with the vectors that were fetched.
 
         Raises:
-            Exception: what the client, or the check of its answer, raised for the first input that failed.
+            Exception: the error of the first input that failed, from the client or from the check of its answer.
         """
         if fetched.failed:
             raise fetched.failed[min(fetched.failed)]
-        encode = _in_base64 if self.request["encoding_format"] == "base64" else _in_floats
+        encode = _encode_base64 if self.request["encoding_format"] == "base64" else _encode_floats
         return CreateEmbeddingResponse(
             data=[encode(row, index) for index, row in enumerate(fetched.vectors)],
             model=self.model,
@@ -166,26 +167,26 @@ class _Call:
         )
 
 
-_under_way: ContextVar[_Call] = ContextVar("embedonce_openai_call")
+_current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
 
 
 @contextmanager
-def _calling(call: _Call) -> Iterator[None]:
-    """Make this the call whose arguments the endpoint is asked with: the engine's threads and tasks inherit it."""
-    token = _under_way.set(call)
+def _set_current_call(call: _Call) -> Iterator[None]:
+    """Set the call whose arguments go to the endpoint. The engine's threads and tasks inherit the context."""
+    token = _current_call.set(call)
     try:
         yield
     finally:
-        _under_way.reset(token)
+        _current_call.reset(token)
 
 
-def _number(usage: Any, name: str) -> int:
+def _read_count(usage: Any, name: str) -> int:
     value = getattr(usage, name, None)
     return value if type(value) is int and value >= 0 else 0
 
 
-def _vector(embedding: Any) -> NDArray[Any]:
-    """Return what a list of numbers, or base64 of little-endian float32, holds."""
+def _read_vector(embedding: Any) -> NDArray[Any]:
+    """Return the vector in a list of numbers, or in base64 of little-endian float32."""
     try:
         if isinstance(embedding, str):
             return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
@@ -193,32 +194,37 @@ def _vector(embedding: Any) -> NDArray[Any]:
     except ValueError:
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise ProviderError("the endpoint answered an embedding that is neither numbers nor base64; none was stored")
+        raise ProviderError(
+            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
+        )
     return vector
 
 
-def _in_floats(row: NDArray[np.float32], index: int) -> Embedding:
+def _encode_floats(row: NDArray[np.float32], index: int) -> Embedding:
     return Embedding(embedding=row.tolist(), index=index, object="embedding")
 
 
-def _in_base64(row: NDArray[np.float32], index: int) -> Embedding:
-    """Return a string, which the class does not allow for and the client hands out unchecked."""
+def _encode_base64(row: NDArray[np.float32], index: int) -> Embedding:
+    """Return an embedding that holds a string. The class does not declare this, but the client returns it too."""
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
 
-# --- what is looked up ------------------------------------------------------------------------
+# --- inputs, as texts and as tokens -------------------------------------------------------------
 
 
-def _listed(given: Any) -> Any:
-    """Return ``input`` with lists in the place of iterables, which may be read once only."""
+def _to_lists(given: Any) -> Any:
+    """Return ``input`` with its iterables as lists, because some iterables can be read only once."""
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         return given
     return [item if isinstance(item, str) or not isinstance(item, Iterable) else list(item) for item in given]
 
 
-def _written(given: Any) -> list[str] | None:
-    """Return the inputs of any of the four shapes as texts, tokens in digits; None for what the API is to judge."""
+def _to_texts(given: Any) -> list[str] | None:
+    """Return the inputs as texts, with tokens written in digits; None if ``input`` has none of the four valid shapes.
+
+    The API decides about an ``input`` of another shape.
+    """
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list) or not given:
@@ -228,40 +234,41 @@ def _written(given: Any) -> list[str] | None:
     items = [given] if all(type(item) is int for item in given) else given
     if not all(isinstance(item, list) and item and all(type(token) is int for token in item) for item in items):
         return None
-    return [_write(item) for item in items]
+    return [_tokens_to_text(item) for item in items]
 
 
-def _write(tokens: Sequence[int]) -> str:
-    """Return tokens as a text. Its end tells whether a step of ``[key] normalize`` has changed them."""
+def _tokens_to_text(tokens: Sequence[int]) -> str:
+    """Write tokens as a text. It ends with a checksum, which shows whether ``[key] normalize`` has changed the text."""
     text = ",".join(map(str, tokens))
-    return f"{text}:{crc32(text.encode()).to_bytes(4, 'big').hex().translate(_LETTERS)}"
+    return f"{text}:{crc32(text.encode()).to_bytes(4, 'big').hex().translate(_DIGITS_TO_LETTERS)}"
 
 
-def _read(text: str) -> list[int]:
-    """Return the tokens that a text was written for.
+def _text_to_tokens(text: str) -> list[int]:
+    """Return the tokens in a text that :func:`_tokens_to_text` has written.
 
     Raises:
-        SpaceError: it is not as it was written.
+        SpaceError: the text has changed since.
     """
     tokens = [int(token) for token in text.partition(":")[0].split(",") if token.removeprefix("-").isdecimal()]
-    if _write(tokens) != text:
+    if _tokens_to_text(tokens) != text:
         raise SpaceError(
-            "what [key] normalize makes of tokens stands for other tokens; embed texts, or change its steps"
+            "[key] normalize turns these tokens into other tokens; pass texts as input, or change the steps of "
+            "normalize"
         )
     return tokens
 
 
-_LETTERS = str.maketrans("0123456789", "ghijklmnop")
+_DIGITS_TO_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 
-def _of_tokens(given: Any) -> bool:
+def _are_tokens(given: Any) -> bool:
     return isinstance(given, list) and not isinstance(given[0], str)
 
 
-def _body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields that decide vectors, as they are sent; None for a call that is left alone."""
+def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the fields that decide vectors, as they are sent; None if the call cannot be cached."""
     extra = request["extra_body"] or {}
-    if not isinstance(extra, Mapping) or any(name in extra for name in NOT_FOR_US):
+    if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
         return None
     given = {name: request[name] for name in ("model", "dimensions") if not _is_absent(request[name])}
     body = {**given, **extra}
@@ -272,38 +279,42 @@ def _is_absent(value: Any) -> bool:
     return isinstance(value, openai.Omit | openai.NotGiven)
 
 
-class _Cached:
-    """What both resources share: from the arguments of ``create`` to a call."""
+class _CachedResource:
+    """Common part of both resources: it turns the arguments of ``create`` into a call."""
 
     _client: Any
-    _store: _Store
+    _shared: _Shared
     _caches: dict[bytes, Cache]
 
     @property
     def cache(self) -> Cache:
-        """The cache, for ``stats()`` and ``subscribe``; ask the client for vectors."""
-        return self._store.cache
+        """The cache, for ``stats()`` and ``subscribe``. Use the client to get vectors."""
+        return self._shared.cache
 
-    def _call(self, given: Any, request: dict[str, Any]) -> _Call | None:
-        """Return the call; None where it is none that can be cached, and the API has the say.
+    def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
+        """Return the call; None if it cannot be cached and must go to the API as it is.
 
         Raises:
-            SpaceError: the model is a deployment's name, which says nothing of the model.
+            SpaceError: the model is the name of a deployment, which does not identify a model.
         """
-        texts, body = _written(given), _body(request)
-        if texts is None or body is None or RAW in (request["extra_headers"] or {}):
+        texts, body = _to_texts(given), _collect_body(request)
+        if texts is None or body is None or RAW_HEADER in (request["extra_headers"] or {}):
             return None
-        tokens = _of_tokens(given)
-        space = self._space(body, request["extra_query"] or {}, tokens=tokens)
-        return _Call(self._cache_of(space, tokens=tokens), texts, request, body["model"])
+        tokens = _are_tokens(given)
+        space = self._describe(body, request["extra_query"] or {}, tokens=tokens)
+        return _Call(self._cache_for(space, tokens=tokens), texts, request, body["model"])
 
-    def _space(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
-        """Describe a request, as embedonce's own openai provider does."""
+    def _describe(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
+        """Describe a request in the same way as embedonce's openai provider.
+
+        Raises:
+            SpaceError: the model is the name of a deployment, which does not identify a model.
+        """
         client, name = self._client, body["model"]
-        model = self._store.models.get(name)
+        model = self._shared.models.get(name)
         if model is None and _is_azure(client):
             raise SpaceError(
-                "a deployment's name does not say which model it is; name it: "
+                "the name of a deployment does not say which model it runs; pass the model of each deployment: "
                 'cached(client, models={"my-deployment": "text-embedding-3-small"})'
             )
         query = {key: value for key, value in {**client.default_query, **query}.items() if key != "api-version"}
@@ -315,28 +326,29 @@ class _Cached:
         return VectorSpace(
             provider="openai",
             model=model or name,
-            endpoint=self._store.endpoint_name or canonical_url(str(client.base_url)),
+            endpoint=self._shared.endpoint_name or canonical_url(str(client.base_url)),
             dimensions=body.get("dimensions"),
             truncate="error",
             extra=extra or None,
         )
 
-    def _cache_of(self, space: VectorSpace, *, tokens: bool) -> Cache:
-        """Return the cache that asks the client for vectors of this space."""
+    def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
+        """Return the cache in which the client computes vectors of this space."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
-            if len(self._caches) >= SPACES:
+            if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
-            cache = self._caches[fingerprint] = self._store.cache.for_provider(self._provider(space, tokens=tokens))
+            provider = self._make_provider(space, tokens=tokens)
+            cache = self._caches[fingerprint] = self._shared.cache.for_provider(provider)
         return cache
 
-    def _provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
+    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
         raise NotImplementedError
 
 
-def _nobody() -> WrappedProvider:
-    """Stand for the provider of a cache that is asked through ``for_provider`` alone."""
+def _make_placeholder() -> WrappedProvider:
+    """Return a provider for a cache that is used only through ``for_provider``."""
     return WrappedProvider(space=lambda task: VectorSpace(provider="openai", model="(named by each call)"))
 
 
@@ -345,20 +357,20 @@ def _is_azure(client: Any) -> bool:
     return isinstance(client, openai.AzureOpenAI | openai.AsyncAzureOpenAI) or host.endswith(".azure.com")
 
 
-def _sent(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return texts as ``input`` is sent: the tokens that they write, where that is what they are."""
-    return [_read(text) for text in texts] if tokens else list(texts)
+def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
+    """Return texts in the form in which ``input`` is sent. With ``tokens``, convert them back to tokens."""
+    return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 
 # --- the resources ----------------------------------------------------------------------------
 
 
-class CachedEmbeddings(_Cached, Embeddings):
+class CachedEmbeddings(_CachedResource, Embeddings):
     """``client.embeddings`` of a blocking client."""
 
-    def __init__(self, client: openai.OpenAI, store: _Store) -> None:
+    def __init__(self, client: openai.OpenAI, shared: _Shared) -> None:
         super().__init__(client)
-        self._store = store
+        self._shared = shared
         self._caches = {}
 
     def create(
@@ -374,13 +386,14 @@ class CachedEmbeddings(_Cached, Embeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """As the client's own, with the cache's vector for each input that it has one for.
+        """Do the same as the client's ``create``, but take vectors that the cache has from there.
 
-        ``usage`` counts the inputs that the endpoint was asked for. What cannot be cached is passed on as it is.
+        ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint as it
+        is.
 
         Raises:
-            openai.OpenAIError: what the client raises.
-            ProviderError: the endpoint's answer is none.
+            openai.OpenAIError: the client raised it.
+            ProviderError: the endpoint's answer is invalid.
         """
         request = {
             "model": model,
@@ -392,39 +405,39 @@ class CachedEmbeddings(_Cached, Embeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _listed(input)
-        call = self._call(input, request)
+        input = _to_lists(input)
+        call = self._prepare_call(input, request)
         if call is None:
             return super().create(input=input, **request)
-        with _calling(call):
-            return call.response(call.cache.fetch(call.texts))
+        with _set_current_call(call):
+            return call.make_response(call.cache.fetch(call.texts))
 
-    def _provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
+    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
         create = super().create
 
         def embed(texts: list[str], task: Task) -> Embedded:
-            call = _under_way.get()
-            return call.read(create(input=_sent(texts, tokens=tokens), **call.request), len(texts))
+            call = _current_call.get()
+            return call.read_answer(create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
 
-        return WrappedProvider(embed=embed, space=lambda task: space, limits=Limits(max_batch=MOST))
+        return WrappedProvider(embed=embed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
 
     @property
     def with_raw_response(self) -> Any:
-        """The endpoint's own answer, not cached: of a hit there is none."""
+        """The uncached resource for the endpoint's raw answers, because a hit has no such answer."""
         return Embeddings(self._client).with_raw_response
 
     @property
     def with_streaming_response(self) -> Any:
-        """The endpoint's own answer, not cached."""
+        """The uncached resource for the endpoint's raw answers, as streams."""
         return Embeddings(self._client).with_streaming_response
 
 
-class AsyncCachedEmbeddings(_Cached, AsyncEmbeddings):
+class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
     """``client.embeddings`` of an async client."""
 
-    def __init__(self, client: openai.AsyncOpenAI, store: _Store) -> None:
+    def __init__(self, client: openai.AsyncOpenAI, shared: _Shared) -> None:
         super().__init__(client)
-        self._store = store
+        self._shared = shared
         self._caches = {}
 
     async def create(
@@ -440,7 +453,7 @@ class AsyncCachedEmbeddings(_Cached, AsyncEmbeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """As :meth:`CachedEmbeddings.create`."""
+        """Do the same as :meth:`CachedEmbeddings.create`."""
         request = {
             "model": model,
             "dimensions": dimensions,
@@ -451,28 +464,28 @@ class AsyncCachedEmbeddings(_Cached, AsyncEmbeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _listed(input)
-        call = self._call(input, request)
+        input = _to_lists(input)
+        call = self._prepare_call(input, request)
         if call is None:
             return await super().create(input=input, **request)
-        with _calling(call):
-            return call.response(await call.cache.afetch(call.texts))
+        with _set_current_call(call):
+            return call.make_response(await call.cache.afetch(call.texts))
 
-    def _provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
+    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
         create = super().create
 
         async def aembed(texts: list[str], task: Task) -> Embedded:
-            call = _under_way.get()
-            return call.read(await create(input=_sent(texts, tokens=tokens), **call.request), len(texts))
+            call = _current_call.get()
+            return call.read_answer(await create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
 
-        return WrappedProvider(aembed=aembed, space=lambda task: space, limits=Limits(max_batch=MOST))
+        return WrappedProvider(aembed=aembed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
 
     @property
     def with_raw_response(self) -> Any:
-        """The endpoint's own answer, not cached: of a hit there is none."""
+        """The uncached resource for the endpoint's raw answers, because a hit has no such answer."""
         return AsyncEmbeddings(self._client).with_raw_response
 
     @property
     def with_streaming_response(self) -> Any:
-        """The endpoint's own answer, not cached."""
+        """The uncached resource for the endpoint's raw answers, as streams."""
         return AsyncEmbeddings(self._client).with_streaming_response

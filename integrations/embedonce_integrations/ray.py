@@ -1,12 +1,12 @@
-"""Ray Data: a batch embedder for ``map_batches``; the same callable serves Dask and Spark's pandas UDFs.
+"""Ray Data: a batch embedder for ``map_batches``. The same callable works in Dask and in Spark's pandas UDFs.
 
 ::
 
     dataset.map_batches(BatchEmbedder, fn_constructor_args=["embedonce.toml"], concurrency=2)
 
-The cache is the checkpoint: what a batch has computed is written before the batch is handed on. A job that was
-killed and is run again computes the rest, as long as its workers share a tier (disk on one machine, Redis or
-Postgres beyond).
+The cache serves as the checkpoint: the vectors of a batch are written before the batch is returned. If a job is killed
+and run again, it computes only the rest, as long as its workers share a tier (disk on one machine, Redis or Postgres on
+several).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from embedonce import Cache
 from embedonce.config import Source
 from embedonce.contracts import Task
 
-from .wrapping import shared_cache
+from .wrapping import open_shared_cache
 
 
 class BatchEmbedder:
     """Embeds a column of texts, a batch at a time.
 
-    It returns what it is given, with the column ``output`` added: a dict of numpy arrays (Ray's default), a
-    ``pyarrow.Table`` or a pandas ``DataFrame``. For a pandas ``Series``, as in a UDF, it is a ``Series`` of arrays.
-    It is pickled as its arguments, and opens its cache where it is called: every process has one, which all batch
-    embedders of equal configuration share.
+    A call returns the batch with the column ``output`` added. A batch is a dict of numpy arrays (Ray's default), a
+    ``pyarrow.Table`` or a pandas ``DataFrame``. For a pandas ``Series``, as in a UDF, the result is a ``Series`` of
+    arrays. Pickling keeps only the arguments. Each process opens its own cache at the first call, and all batch
+    embedders with equal configurations share it.
 
     Args:
-        config: what :func:`embedonce.open` takes. A path must be right on every machine.
-        column: the texts.
-        output: the column for the vectors: float32, shape (n, d) in numpy, a list of d values elsewhere.
-        sources: a column that says where each vector came from: a tier's name, or ``"provider"``; None for no such
-            column.
-        task: what the texts are embedded for.
+        config: anything that :func:`embedonce.open` accepts. A path must be valid on every machine.
+        column: name of the column with the texts.
+        output: name of the column for the vectors: float32, shape (n, d) in numpy, a list of d values elsewhere.
+        sources: name of a column for the source of each vector, which is a tier's name or ``"provider"``; None for no
+            such column.
+        task: task that the texts are embedded for.
     """
 
     def __init__(
@@ -62,15 +62,16 @@ class BatchEmbedder:
     @cached_property
     def cache(self) -> Cache:
         """The cache of this process."""
-        return shared_cache(self._arguments["config"])
+        return open_shared_cache(self._arguments["config"])
 
     def __call__(self, batch: Any) -> Any:
         """Return the batch with its vectors.
 
         Raises:
             KeyError: the batch has no such column.
-            TypeError: a value of the column is no text, by position; or the batch is of another kind.
-            Exception: whatever the provider raised. What it had computed by then is stored.
+            TypeError: a value of the column is not a text (the message has its position), or the type of the batch is
+                not supported.
+            Exception: the provider raised it. Vectors computed before that are stored.
         """
         column, output, sources = (self._arguments[name] for name in ("column", "output", "sources"))
         kind = type(batch).__name__
@@ -81,21 +82,22 @@ class BatchEmbedder:
             texts = batch[column]
         except TypeError:
             raise TypeError(
-                f"a batch is a dict of numpy arrays, a pyarrow Table, a pandas DataFrame or a Series, not {kind}"
+                "a batch must be a dict of numpy arrays, a pyarrow Table, a pandas DataFrame or a pandas Series, "
+                f"got {kind}"
             ) from None
-        vectors, found = self._embed(texts.to_pylist() if kind == "Table" else list(texts))
-        more = {output: vectors} if sources is None else {output: vectors, sources: np.array(found, object)}
+        vectors, origins = self._embed(texts.to_pylist() if kind == "Table" else list(texts))
+        columns = {output: vectors} if sources is None else {output: vectors, sources: np.array(origins, object)}
         if kind == "Table":
-            return _with_columns(batch, more)
+            return _set_columns(batch, columns)
         if isinstance(batch, Mapping):
-            return {**batch, **more}
-        return batch.assign(**{name: list(values) for name, values in more.items()})
+            return {**batch, **columns}
+        return batch.assign(**{name: list(values) for name, values in columns.items()})
 
     def _embed(self, texts: list[Any]) -> tuple[NDArray[np.float32], list[str | None]]:
         try:
             fetched = self.cache.fetch(texts, task=self._arguments["task"])
         finally:
-            self.cache.flush()  # what a batch has computed is stored before the batch is handed on
+            self.cache.flush()  # the vectors of a batch must be stored before the batch is returned
         for error in fetched.failed.values():
             raise error
         return fetched.vectors, list(fetched.sources)
@@ -107,8 +109,8 @@ class BatchEmbedder:
         return f"<BatchEmbedder {self._arguments['column']} -> {self._arguments['output']}>"
 
 
-def _with_columns(table: Any, columns: Mapping[str, NDArray[Any]]) -> Any:
-    """Return a pyarrow table with columns added or, where it has them, replaced."""
+def _set_columns(table: Any, columns: Mapping[str, NDArray[Any]]) -> Any:
+    """Return a pyarrow table with columns added, or replaced if it has them already."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     for name, values in columns.items():

@@ -1,4 +1,4 @@
-"""What every integration stands on: a configuration's shared cache, and a framework's embedder as a provider."""
+"""The parts that every integration uses: the shared cache of a configuration, and an embedder wrapped as a provider."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ NOT_IN_SPACE = frozenset(
         "verbose",
     }
 )
-"""What embedders are given beside what decides their vectors, under the names that frameworks have for it."""
+"""Names of embedder fields that do not decide vectors, as the frameworks call them."""
 
 _SECRET = re.compile(
     r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
@@ -72,51 +72,51 @@ _SECRET = re.compile(
 )
 
 MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
-"""Where embedders keep the name of their model."""
+"""Names of the fields in which embedders keep the name of their model."""
 
 
 # --- the cache of a configuration -------------------------------------------------------------
 
 _lock = threading.Lock()
-_open: list[tuple[config.Config, weakref.ref[Cache]]] = []
-"""Configurations and their caches, as long as somebody uses them. A list: options cannot be hashed."""
+_caches: list[tuple[config.Config, weakref.ref[Cache]]] = []
+"""Configurations and their caches that are in use. This is a list because options cannot be hashed."""
 
 
-def _after_fork_in_child() -> None:
+def _renew_lock_in_child() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread of the parent may have held it, and is not here
+    _lock = threading.Lock()  # a thread of the parent may have held the old one, and does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
-def shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
-    """Return the cache of a configuration; equal configurations in one process share their tiers and flights.
+def open_shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
+    """Return the cache of a configuration. Equal configurations in one process share their tiers and flights.
 
-    ``source`` is what :func:`embedonce.open` takes, or what :func:`embedonce.config.load` made of it. A ``provider``
-    takes the place of ``[provider]``: the cache that comes back asks it for what the shared tiers do not hold. Nobody
-    closes a shared cache; it flushes when the program ends.
+    ``source`` is anything that :func:`embedonce.open` accepts, or the result of :func:`embedonce.config.load`. A
+    ``provider`` takes the place of ``[provider]`` and computes what the shared tiers lack. Callers do not close a
+    shared cache; it flushes when the program ends.
 
     Raises:
-        ConfigError: the configuration cannot be used.
+        ConfigError: the configuration is invalid.
         SpaceError: the provider describes no vector space.
     """
     loaded = source if isinstance(source, config.Config) else config.load(source, own_provider=provider is not None)
     with _lock:
-        _open[:] = [(known, ref) for known, ref in _open if (cache := ref()) is not None and not cache.closed]
-        cache = next((ref() for known, ref in _open if known == loaded), None)
+        _caches[:] = [(known, ref) for known, ref in _caches if (cache := ref()) is not None and not cache.closed]
+        cache = next((ref() for known, ref in _caches if known == loaded), None)
         if cache is None:
             cache = config.compose(loaded)
-            _open.append((loaded, weakref.ref(cache)))
+            _caches.append((loaded, weakref.ref(cache)))
     return cache if provider is None else cache.for_provider(provider)
 
 
-def writable(source: config.Source) -> str | dict[str, Any] | None:
-    """Return a configuration as a framework may write it to a file.
+def dump_config(source: config.Source) -> str | dict[str, Any] | None:
+    """Return a configuration in a form that a framework may write to a file.
 
     Raises:
-        ConfigError: a dict holds a secret in the clear.
+        ConfigError: ``source`` is a dict that holds a secret in plain text.
     """
     if source is None:
         return None
@@ -125,10 +125,10 @@ def writable(source: config.Source) -> str | dict[str, Any] | None:
     found = config.secrets_in(source)
     if found:
         raise ConfigError(
-            f"{', '.join(found)}: a secret would be written to a file; write ${{NAME}}, which stands for an "
-            "environment variable, or name a TOML file as config"
+            f"{', '.join(found)}: a secret would be written to a file in plain text; use ${{NAME}} to take it from "
+            "the environment variable NAME, or pass the path of a TOML file as config"
         )
-    return deepcopy(dict(source))  # a writer of YAML makes references of what is the same object
+    return deepcopy(dict(source))  # a YAML writer turns an object that occurs twice into a reference
 
 
 # --- an embedder as a provider ----------------------------------------------------------------
@@ -138,10 +138,10 @@ class WrappedProvider:
     """A framework's embedder as a provider.
 
     Args:
-        embed: from texts and task to vectors, blocking; None where the embedder is async alone.
-        aembed: the same as a coroutine; None where the embedder is blocking alone, and then runs in a thread.
-        space: the vector space, by task.
-        limits: how the embedder wants to be called.
+        embed: blocking function from texts and a task to vectors; None if the embedder is only async.
+        aembed: the same as a coroutine function; None if the embedder is only blocking (it then runs in a thread).
+        space: function from a task to its vector space.
+        limits: the embedder's limits for each call.
     """
 
     def __init__(
@@ -158,21 +158,21 @@ class WrappedProvider:
         self._space = space
 
     def space(self, task: Task) -> VectorSpace:
-        """Return what the wrapper says of the embedder."""
+        """Return the embedder's vector space for a task."""
         return self._space(task)
 
     def close(self) -> None:
-        """Do nothing: the embedder belongs to whoever made it."""
+        """Do nothing, because the embedder belongs to the caller."""
 
 
 class WrappedSpaces:
-    """The vector spaces of an embedder, as it described itself when it was wrapped.
+    """The vector spaces of an embedder at the time when it was wrapped.
 
     Args:
-        describe: the vector space, by task, as the embedder is now.
+        describe: function from a task to the vector space of the embedder in its present state.
 
     Raises:
-        SpaceError: whatever ``describe`` raises.
+        SpaceError: ``describe`` raised it.
     """
 
     def __init__(self, describe: Callable[[Task], VectorSpace]) -> None:
@@ -183,26 +183,24 @@ class WrappedSpaces:
         return self._spaces["query" if task == "query" else "document"]
 
     def check(self, task: Task) -> None:
-        """See that the embedder still is what it was: what it makes is stored under what it said then.
+        """Check that the embedder has not changed: its vectors are stored under its original description.
 
         Raises:
             SpaceError: a field that may decide vectors has changed.
         """
         then = self(task)
         now = self._describe("query" if task == "query" else "document")
-        if (now.provider, now.extra) != (then.provider, then.extra):  # weights are read once, and may change on disk
+        # Model and revision are left out: weights are read once, and a later change on disk does not affect them.
+        if (now.provider, now.extra) != (then.provider, then.extra):
             before, after = dict(then.extra or {}), dict(now.extra or {})
             names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-            raise SpaceError(
-                f"{then.provider} was changed after it was wrapped ({', '.join(names)}); wrap it anew, "
-                "or wrap another one"
-            )
+            raise SpaceError(f"{then.provider} was changed after it was wrapped ({', '.join(names)}); wrap it again")
 
 
 _TASKS: tuple[Task, ...] = ("document", "query")
 
 
-def described_space(
+def describe_space(
     embedder: object,
     fields: Mapping[str, Any],
     *,
@@ -212,24 +210,25 @@ def described_space(
 ) -> VectorSpace:
     """Return the vector space of a framework's embedder, described by its fields.
 
-    Left out are fields that are None, those in :data:`NOT_IN_SPACE` (in mappings too) and ``leave_out``, and secrets; a
-    URL loses its credentials. ``task`` is given where the embedder treats documents and queries differently. Where
-    ``model`` is a folder, its content is what counts: where it lies does not, and weights that change in place do.
+    The description leaves out secrets, fields that are None, and the names in :data:`NOT_IN_SPACE` (in nested mappings
+    too) and ``leave_out``; it removes credentials from URLs. Pass ``task`` if the embedder treats documents and queries
+    differently. If ``model`` is a folder, a digest of its content identifies it, so moving the folder changes nothing
+    and changing its weights does.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described, or the class has no name that is its own. The
+        SpaceError: a field holds an object that cannot be described, or another class may have the same name. The
             message says which, and how to declare the space instead.
     """
     cls = type(embedder)
     if cls.__module__ == "__main__":
         raise SpaceError(
-            f"{cls.__name__} is defined in the script that runs, and another script may have another one of that name; "
-            f"move it to a module, or {_DECLARE}"
+            f"{cls.__name__} is defined in the script that runs, and another script may define a different class of "
+            f"the same name; move the class to a module, or {HOW_TO_DECLARE}"
         )
     if "<locals>" in cls.__qualname__:
         raise SpaceError(
-            f"{cls.__name__} is defined in a function, which may make another one of that name each time it runs; "
-            f"move it out of there, or {_DECLARE}"
+            f"{cls.__name__} is defined in a function, which may define a different class of the same name each time "
+            f"it runs; move the class out of the function, or {HOW_TO_DECLARE}"
         )
     kept = {name: item for name, item in fields.items() if name not in leave_out}
     folder = Path(model).expanduser()
@@ -239,57 +238,64 @@ def described_space(
         model=model if content is None else f"folder:{content[:12]}",
         revision=content,
         task=task,
-        extra=_plain_fields(kept, cls.__name__) or None,
+        extra=_to_plain_fields(kept, cls.__name__) or None,
     )
 
 
-def model_space(embedder: object, *, task: Task | None = None, also: Mapping[str, Any] | None = None) -> VectorSpace:
-    """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
+def describe_by_fields(
+    embedder: object, *, task: Task | None = None, overrides: Mapping[str, Any] | None = None
+) -> VectorSpace:
+    """Return the vector space of an embedder that is a pydantic model or a dataclass, described by its fields.
 
-    ``also`` is what decides its vectors beside the fields, or in their place.
+    ``overrides`` are further values that decide its vectors; they replace fields of the same name.
 
     Raises:
-        SpaceError: as :func:`described_space`, or the embedder is neither, or it keeps what decides its vectors where
-            nobody sees it, or its class has no name that is its own.
+        SpaceError: see :func:`describe_space`; or the embedder is neither a model nor a dataclass, or it names no model
+            and has private attributes that may decide its vectors.
     """
     cls = type(embedder)
     names = getattr(cls, "model_fields", None)
     if names is None:
         if not dataclasses.is_dataclass(embedder):
-            raise SpaceError(f"{cls.__name__} does not say what decides its vectors; {_DECLARE}")
+            raise SpaceError(f"{cls.__name__} does not say what decides its vectors; {HOW_TO_DECLARE}")
         names = [field.name for field in dataclasses.fields(embedder)]
     fields = {name: getattr(embedder, name, None) for name in names}
-    fields |= {**(getattr(embedder, "model_extra", None) or {}), **(also or {})}
+    fields |= {**(getattr(embedder, "model_extra", None) or {}), **(overrides or {})}
     found = {name: fields[name] for name in MODEL_FIELDS if isinstance(fields.get(name), str)}
     model = next((name for name in found.values() if name not in ("", "unknown")), None)
     if model is None and getattr(cls, "__private_attributes__", None):
-        raise SpaceError(f"{cls.__name__} names no model and has private attributes; {_DECLARE}")
-    return described_space(embedder, fields, model=model or cls.__name__, task=task)
+        raise SpaceError(
+            f"{cls.__name__} names no model and has private attributes, which may decide its vectors; {HOW_TO_DECLARE}"
+        )
+    return describe_space(embedder, fields, model=model or cls.__name__, task=task)
 
 
-def asked_with(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
-    """Return the vector space of calls that are given more than texts: what is in ``request`` may change the vectors.
+def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
+    """Return a vector space with the further arguments of a call in it, because they may change the vectors.
 
     Raises:
-        SpaceError: it holds an object that cannot be described.
+        SpaceError: ``request`` holds an object that cannot be described.
     """
-    said = _plain_fields(request, "the call's")
-    return replace(space, extra={**(space.extra or {}), "request": said}) if said else space
+    described = _to_plain_fields(request, "the call's")
+    return replace(space, extra={**(space.extra or {}), "request": described}) if described else space
 
 
-def declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:
-    """Return a vector space that a user has declared, with the task in it where the embedder tells tasks apart."""
+def resolve_declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:
+    """Return a vector space that a user declared. ``task`` is added to it unless it has one already."""
     declared = VectorSpace.of(space)
     return declared if task is None or declared.task is not None else replace(declared, task=task)
 
 
-_DECLARE = 'declare it: space={"model": "my-model-v2"}, with whatever else decides them (dimensions, prompt, ...)'
+HOW_TO_DECLARE = (
+    'declare what decides its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
+    "(dimensions, prompt, ...)"
+)
 
 
-def _plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
-    """Return what a vector space holds of fields: not what is None, a secret, or beside the point."""
+def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
+    """Return the fields that belong in a vector space: no None, no secret, nothing in :data:`NOT_IN_SPACE`."""
     return {
-        str(name): _plain(item, f"{owner}.{name}")
+        str(name): _to_plain(item, f"{owner}.{name}")
         for name, item in fields.items()
         if item is not None
         and name not in NOT_IN_SPACE
@@ -298,26 +304,31 @@ def _plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
     }
 
 
-def _plain(item: Any, name: str) -> Value:
-    """Return a value that a vector space can hold."""
+def _to_plain(item: Any, name: str) -> Value:
+    """Convert a value to one that a vector space can hold.
+
+    Raises:
+        SpaceError: this is impossible.
+    """
     if isinstance(item, Enum):
-        return _plain(item.value, name)
+        return _to_plain(item.value, name)
     if isinstance(item, os.PathLike):
         return str(os.fspath(item))
     if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
         return str(item)
     if isinstance(item, str):
-        return _without_credentials(item)
+        return _strip_credentials(item)
     if item is None or isinstance(item, bool | int | float | bytes):
         return item
     if isinstance(item, Mapping):
-        return _plain_fields(item, name)
+        return _to_plain_fields(item, name)
     if isinstance(item, list | tuple):
-        return [_plain(value, f"{name}[{index}]") for index, value in enumerate(item)]
+        return [_to_plain(value, f"{name}[{index}]") for index, value in enumerate(item)]
     if isinstance(item, set | frozenset) and all(isinstance(value, str) for value in item):
         return sorted(item)
     raise SpaceError(
-        f"{name} is a {type(item).__name__}, of which embedonce cannot tell whether it changes the vectors; {_DECLARE}"
+        f"embedonce cannot tell whether {name} changes the vectors, because it is a {type(item).__name__}; "
+        f"{HOW_TO_DECLARE}"
     )
 
 
@@ -325,7 +336,7 @@ def _is_secret(name: str) -> bool:
     return _SECRET.search(name.lower().replace("-", "_")) is not None
 
 
-def _without_credentials(text: str) -> str:
+def _strip_credentials(text: str) -> str:
     if "://" not in text or not ("@" in text or "?" in text):
         return text
     try:
@@ -340,15 +351,15 @@ def _without_credentials(text: str) -> str:
 
 
 def is_openai_resource(client: object) -> bool:
-    """Return whether this is the ``embeddings`` of a client of the ``openai`` package, blocking or async."""
+    """Return whether this is the ``embeddings`` attribute of an ``openai`` client, blocking or async."""
     return any(cls.__module__ == "openai.resources.embeddings" for cls in type(client).__mro__)
 
 
-class InOrder:
-    """The ``embeddings`` of an OpenAI client, whose answers come in the order of the input, whatever their order was.
+class OrderedEmbeddings:
+    """The ``embeddings`` of an OpenAI client, with each answer sorted into the order of the input.
 
-    Frameworks take the items of an answer as they come and do not read their ``index``; a vector that is missing, too
-    many, or in another's place would be stored under another text.
+    Frameworks take the items of an answer as they come and ignore their ``index``, so a vector that is missing,
+    superfluous or out of order would be stored for another text.
     """
 
     def __init__(self, resource: Any) -> None:
@@ -358,7 +369,7 @@ class InOrder:
         return getattr(self._resource, name)
 
     def create(self, **request: Any) -> Any:
-        """As the client's own; a coroutine where that one returns one.
+        """Do the same as the client's ``create``, and return a coroutine if that one does.
 
         Raises:
             ProviderError: the answer does not say which vector belongs to which input.
@@ -366,29 +377,29 @@ class InOrder:
         given = request["input"]
         texts = 1 if isinstance(given, str) or (given and isinstance(given[0], int)) else len(given)
         answer = self._resource.create(**request)
-        return _awaited(answer, texts) if inspect.isawaitable(answer) else _in_order(answer, texts)
+        return _await_and_sort(answer, texts) if inspect.isawaitable(answer) else _sort_answer(answer, texts)
 
 
-class ClientInOrder:
-    """An OpenAI client, as far as embedders use one: :class:`InOrder` at its ``embeddings``."""
+class OrderedClient:
+    """The part of an OpenAI client that embedders use: ``embeddings``, as :class:`OrderedEmbeddings`."""
 
     def __init__(self, client: Any) -> None:
-        self.embeddings = InOrder(client.embeddings)
+        self.embeddings = OrderedEmbeddings(client.embeddings)
 
 
-async def _awaited(answer: Awaitable[Any], texts: int) -> Any:
-    return _in_order(await answer, texts)
+async def _await_and_sort(answer: Awaitable[Any], texts: int) -> Any:
+    return _sort_answer(await answer, texts)
 
 
-def _in_order(answer: Any, texts: int) -> Any:
+def _sort_answer(answer: Any, texts: int) -> Any:
     items = list(answer.data or ())
-    by_place = {getattr(item, "index", None): item for item in items}
-    if by_place.keys() == {None}:  # a server that knows no index answers in order
-        by_place = dict(enumerate(items))
-    if len(items) != texts or by_place.keys() != set(range(texts)):
+    by_index = {getattr(item, "index", None): item for item in items}
+    if by_index.keys() == {None}:  # a server that sends no index answers in the order of the input
+        by_index = dict(enumerate(items))
+    if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(
-            f"the endpoint answered {texts} inputs with {len(items)} vectors, and their index does not say which is"
-            " whose; none was stored"
+            f"the endpoint answered {len(items)} vectors for {texts} inputs, and their indexes do not say which vector "
+            "belongs to which input; none was stored"
         )
-    answer.data = [by_place[place] for place in range(texts)]
+    answer.data = [by_index[index] for index in range(texts)]
     return answer

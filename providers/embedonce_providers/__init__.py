@@ -1,1 +1,1 @@
-"""Providers that come with embedonce; each module is one plugin and imports its library when it is used."""
+"""The providers that come with embedonce. Each module is one plugin and imports its library only when it is used."""

@@ -1,4 +1,4 @@
-"""The clients of a vendor's package: made when first needed, one for all threads and one for each event loop."""
+"""The clients of a vendor's package, made when first needed: one for all threads, and one for each event loop."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 
-class Closes(Protocol):
+class Closeable(Protocol):
     def close(self) -> Any: ...
 
 
-Sync = TypeVar("Sync", bound=Closes)
+Sync = TypeVar("Sync", bound=Closeable)
 Async = TypeVar("Async")
 
 CLOSE_SECONDS = 2.0
-"""How long closing waits for the client of a loop that runs in another thread."""
+"""Seconds that ``close`` waits for the client of a loop that runs in another thread."""
 
 
-def need(package: str) -> None:
-    """Say that a package is missing before it is imported, which takes a second and waits for the first miss.
+def require_package(package: str) -> None:
+    """Check that a package is installed, without importing it: the import takes a second and is left to the first miss.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: the package is not installed.
     """
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 @dataclass(slots=True)
-class _Used(Generic[Sync]):
-    """A blocking client, and by how many calls it is used at this moment."""
+class _SharedClient(Generic[Sync]):
+    """The blocking client, and how many calls use it at this moment."""
 
     client: Sync
     calls: int = 0
@@ -46,11 +46,11 @@ class _Used(Generic[Sync]):
 
 
 class Clients(Generic[Sync, Async]):
-    """A blocking client for all threads, and an async one for each event loop, whose connections belong to it.
+    """One blocking client for all threads, and one async client per event loop, because its connections belong to it.
 
-    The async client of a loop is closed with the loop, when ``asyncio.run`` or whatever runs it shuts its
-    async generators down; and by :meth:`close`. A forked child makes clients of its own: a connection
-    that it shared with its parent would carry one's answers to the other.
+    An async client is closed when its loop shuts down its async generators (as ``asyncio.run`` does), or by
+    :meth:`close`. A forked child makes its own clients: on a connection shared with its parent, one process would read
+    the other's answers.
     """
 
     def __init__(
@@ -66,89 +66,92 @@ class Clients(Generic[Sync, Async]):
         self._amake = amake
         self._aclose = aclose
         self._inherited: list[Any] = []
-        self._renew()
-        _all.add(self)
+        self._reset()
+        _all_clients.add(self)
 
-    def _renew(self) -> None:
+    def _reset(self) -> None:
         self._lock = threading.RLock()
-        self._used: _Used[Sync] | None = None
-        self._of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Async, AsyncGenerator[Async, None]]]
-        self._of_loop = WeakKeyDictionary()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._blocking: _SharedClient[Sync] | None = None
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Async, AsyncGenerator[Async, None]]]
+        self._by_loop = WeakKeyDictionary()
+        self._closing: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def using(self) -> Iterator[Sync]:
-        """Give the blocking client to a call. It is not closed before the call ends, which may be left behind."""
+    def borrow(self) -> Iterator[Sync]:
+        """Lend the blocking client to a call.
+
+        The client stays open until the call ends, even if the cache no longer waits for that call.
+        """
         with self._lock:
-            if self._used is None:
-                self._used = _Used(self._make())
-            used = self._used
-            used.calls += 1
+            if self._blocking is None:
+                self._blocking = _SharedClient(self._make())
+            shared = self._blocking
+            shared.calls += 1
         try:
-            yield used.client
+            yield shared.client
         finally:
             with self._lock:
-                used.calls -= 1
-                last = used.closed and not used.calls
-            if last:
-                used.client.close()
+                shared.calls -= 1
+                close_now = shared.closed and not shared.calls
+            if close_now:
+                shared.client.close()
 
     async def aget(self) -> Async:
         """Return the async client of the running loop."""
         loop = asyncio.get_running_loop()
         if self._module not in sys.modules:
             await asyncio.to_thread(import_module, self._module)
-        held = self._of_loop.get(loop)
-        if held is None:  # and nothing below lets another task of this loop run before it is there
-            life = self._live(loop)
-            held = await anext(life), life
+        entry = self._by_loop.get(loop)
+        if entry is None:  # nothing below lets another task of this loop run before the entry is stored
+            generator = self._hold_client(loop)
+            entry = await anext(generator), generator
             with self._lock:
-                self._of_loop[loop] = held
-        return held[0]
+                self._by_loop[loop] = entry
+        return entry[0]
 
-    async def _live(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Async, None]:
-        """Yield a client once. A loop keeps track of its async generators and ends them when it ends."""
+    async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Async, None]:
+        """Yield a client once, then close it. A loop tracks its async generators and ends them at its own end."""
         client = self._amake()
         try:
             yield client
         finally:
             with self._lock:
-                self._of_loop.pop(loop, None)
+                self._by_loop.pop(loop, None)
             await self._aclose(client)
 
     def close(self) -> None:
-        """Close all clients. The one of a loop that neither runs nor has ended is closed when that loop ends."""
+        """Close all clients. If a loop is paused, its client is closed when that loop ends."""
         with self._lock:
-            used, self._used = self._used, None
-            if used is not None:
-                used.closed = True
-            idle = used is not None and not used.calls
-            of_loop = [(loop, life) for loop, (_, life) in self._of_loop.items()]
-            self._of_loop.clear()
-        if used is not None and idle:
-            used.client.close()
-        for loop, life in of_loop:
-            self._end(loop, life)
+            shared, self._blocking = self._blocking, None
+            if shared is not None:
+                shared.closed = True
+            is_idle = shared is not None and not shared.calls
+            generators = [(loop, generator) for loop, (_, generator) in self._by_loop.items()]
+            self._by_loop.clear()
+        if shared is not None and is_idle:
+            shared.client.close()
+        for loop, generator in generators:
+            self._close_in_loop(loop, generator)
 
-    def _end(self, loop: asyncio.AbstractEventLoop, life: AsyncGenerator[Async, None]) -> None:
-        async def end() -> None:
-            await life.aclose()
+    def _close_in_loop(self, loop: asyncio.AbstractEventLoop, generator: AsyncGenerator[Async, None]) -> None:
+        async def close_generator() -> None:
+            await generator.aclose()
 
         if not loop.is_running():
             return
         if _running_loop() is loop:
-            task = loop.create_task(end())
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            task = loop.create_task(close_generator())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
             return
-        future = asyncio.run_coroutine_threadsafe(end(), loop)
-        with suppress(TimeoutError):  # a loop that is held up closes it when it goes on
+        future = asyncio.run_coroutine_threadsafe(close_generator(), loop)
+        with suppress(TimeoutError):  # a blocked loop closes the client once it continues
             future.result(CLOSE_SECONDS)
 
     def after_fork(self) -> None:
-        """In the child: start anew, and keep what is the parent's from being closed."""
-        self._inherited += [self._used, *self._of_loop.values(), *self._ending]
-        self._renew()
+        """Start with no clients in the child, and keep the parent's from being closed there."""
+        self._inherited += [self._blocking, *self._by_loop.values(), *self._closing]
+        self._reset()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -158,13 +161,13 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-_all: WeakSet[Clients[Any, Any]] = WeakSet()
+_all_clients: WeakSet[Clients[Any, Any]] = WeakSet()
 
 
-def _in_child() -> None:
-    for clients in list(_all):
+def _reset_in_child() -> None:
+    for clients in list(_all_clients):
         clients.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_reset_in_child)

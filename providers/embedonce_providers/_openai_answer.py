@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint answers: read strictly, since a wrong place is a wrong vector."""
+"""Read the answer of an OpenAI-compatible endpoint, strictly: a misplaced vector would be stored for another text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOO_LONG = re.compile(
     r"|too (?:long|many tokens)|must have less than|exceed\w* .*(?:tokens|length|context)|max_tokens_per_request",
     re.IGNORECASE | re.DOTALL,
 )
-"""What OpenAI, Azure, vLLM, TEI and others say of a text that is too long."""
+"""Words of OpenAI, Azure, vLLM, TEI and others in an error about a text that is too long."""
 
 TOO_LONG_STATUS = (400, 413, 422)
 
@@ -26,19 +26,19 @@ POSITION = re.compile(r"\binputs?\[(\d+)\]")
 
 
 def read_answer(content: bytes, texts: int) -> Embedded:
-    """Return the vectors of an answer in the order of the texts, as its ``index`` says, and its tokens.
+    """Return the vectors of an answer, sorted by ``index`` into the order of the texts, and its tokens.
 
     Raises:
-        ProviderError: it is no such answer, or its indexes are not 0 to ``texts`` - 1, each once.
+        ProviderError: the answer is invalid, or its indexes are not 0 to ``texts`` - 1, each once.
     """
     try:
         answer = json.loads(content)
     except ValueError:
-        raise ProviderError("the endpoint answered something that is not JSON; is base_url right?") from None
+        raise ProviderError("the endpoint's answer is not JSON; check base_url") from None
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
-        raise ProviderError(f"the endpoint answered with status 200 and {what}; none was stored")
+        raise ProviderError(f"the endpoint answered with status 200 and {what}; nothing was stored")
     if len(data) != texts:
         raise ProviderError(f"the endpoint answered {len(data)} vectors for {texts} texts; none was stored")
     vectors: list[NDArray[Any] | None] = [None] * texts
@@ -46,14 +46,15 @@ def read_answer(content: bytes, texts: int) -> Embedded:
         index = item.get("index") if isinstance(item, dict) else None
         if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
             raise ProviderError(
-                f"the endpoint's answer does not give each of {texts} vectors its own index, from 0; none was stored"
+                f"the endpoint's answer does not give each of the {texts} vectors its own index, starting at 0; "
+                "none was stored"
             )
-        vectors[index] = _vector(item.get("embedding"))
-    return Embedded([vector for vector in vectors if vector is not None], _tokens(answer.get("usage")))
+        vectors[index] = _read_vector(item.get("embedding"))
+    return Embedded([vector for vector in vectors if vector is not None], _read_tokens(answer.get("usage")))
 
 
-def _vector(embedding: Any) -> NDArray[Any]:
-    """Return what a list of numbers, or base64 of little-endian float32, holds."""
+def _read_vector(embedding: Any) -> NDArray[Any]:
+    """Return the vector in a list of numbers, or in base64 of little-endian float32."""
     try:
         if isinstance(embedding, str):
             return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
@@ -61,21 +62,23 @@ def _vector(embedding: Any) -> NDArray[Any]:
     except ValueError:  # not base64, not a multiple of four bytes, lists of different lengths
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise ProviderError("the endpoint answered an embedding that is neither numbers nor base64; none was stored")
+        raise ProviderError(
+            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
+        )
     return vector
 
 
-def _tokens(usage: Any) -> int | None:
+def _read_tokens(usage: Any) -> int | None:
     if not isinstance(usage, dict):
         return None
     tokens = usage.get("total_tokens", usage.get("prompt_tokens"))
     return tokens if type(tokens) is int and tokens >= 0 else None
 
 
-def too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] | None:
-    """Return the positions of the texts that an error says are too long, empty where it does not say which.
+def find_too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] | None:
+    """Return the positions of the texts that an error calls too long, empty if it does not say which ones.
 
-    None: the error is about something else.
+    None if the error is about something else.
     """
     if status not in TOO_LONG_STATUS or not TOO_LONG.search(message):
         return None

@@ -1,7 +1,7 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
-The package is imported, and a client made, at the first miss: a run in which every text is a hit needs
-neither a key nor a network. Retries are the client's own, which makes none unless it is told to.
+The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
+neither a key nor a network. The client retries by itself, but only because the provider configures it to.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from embedonce.contracts import Task
 from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 
-from ._clients import Clients, need
+from ._clients import Clients, require_package
 
 if TYPE_CHECKING:
     from google import genai
     from google.genai import types
 
-need("google.genai")
+require_package("google.genai")
 
 api = 1
 
@@ -40,45 +40,45 @@ KNOWN_TASK_TYPES = (
     "QUESTION_ANSWERING",
     "FACT_VERIFICATION",
 )
-"""Gemini's task types; each is also the name of a task, in lower case."""
+"""Gemini's task types. Each one in lower case is also the name of a task."""
 
 RETRY_SECONDS = 60.0
-"""The longest that the client waits before it tries again."""
+"""Longest pause of the client before a retry."""
 
 
 class GeminiProvider:
-    """Asks ``batchEmbedContents``. Documents and queries have vectors of their own, by Gemini's task types."""
+    """Calls ``batchEmbedContents``. Documents and queries get different vectors, through Gemini's task types."""
 
     def __init__(
         self,
         *,
         model: Annotated[str, MinLen(1), Doc("The model, such as gemini-embedding-001.")],
         api_key: Annotated[str | None, Doc("Default: GEMINI_API_KEY. Needed at the first miss.")] = None,
-        dimensions: Annotated[int | None, Gt(0), Doc("Ask for vectors of this length.")] = None,
+        dimensions: Annotated[int | None, Gt(0), Doc("Request vectors of this length.")] = None,
         normalize: Annotated[
             bool,
-            Doc("Scale vectors to length 1: gemini-embedding-001's are not, unless they have all 3072 dimensions."),
+            Doc("Scale vectors to length 1. Those of gemini-embedding-001 need it below 3072 dimensions."),
         ] = False,
         task_types: Annotated[
             Mapping[str, str] | None,
-            Doc('Gemini\'s task type by task, beside RETRIEVAL_DOCUMENT and RETRIEVAL_QUERY. "": none is sent.'),
+            Doc('Gemini\'s task type by task, beside RETRIEVAL_DOCUMENT and RETRIEVAL_QUERY. "" sends none.'),
         ] = None,
         prefixes: Annotated[
-            Mapping[str, str] | None, Doc("What is put before a text, by task, for models that take no task type.")
+            Mapping[str, str] | None, Doc("Text to put before each text, by task, for models without task types.")
         ] = None,
         base_url: Annotated[
-            str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's own.")
+            str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's.")
         ] = None,
         endpoint_name: Annotated[
-            str | None, Doc("Stands in keys for base_url, where several hosts serve the same model.")
+            str | None, Doc("Replaces base_url in keys, so that several hosts with the same model share them.")
         ] = None,
-        batch_size: Annotated[int, Ge(1), Le(100), Doc("Most texts of one call.")] = 100,
-        concurrency: Annotated[int, Ge(1), Doc("Calls under way at once for one batch.")] = 4,
-        max_retries: Annotated[int, Ge(0), Doc("How often a call that failed is made again.")] = 4,
-        timeout: Annotated[Duration, Gt(0), Doc("How long the endpoint may take each time.")] = 60.0,
+        batch_size: Annotated[int, Ge(1), Le(100), Doc("Maximum texts per call.")] = 100,
+        concurrency: Annotated[int, Ge(1), Doc("Calls in flight at once per batch.")] = 4,
+        max_retries: Annotated[int, Ge(0), Doc("Maximum retries of a failed call.")] = 4,
+        timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:
         if not model:
-            raise ValueError("model is empty; it is a name, such as gemini-embedding-001")
+            raise ValueError("model is empty; set it to a name such as gemini-embedding-001")
         self._model = model.removeprefix("models/")
         self._api_key = api_key
         self._dimensions = dimensions
@@ -88,7 +88,7 @@ class GeminiProvider:
         self._base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
         self._max_retries = max_retries
         self._timeout = timeout
-        self._about: dict[str, Any] = {
+        self._space_fields: dict[str, Any] = {
             "provider": "gemini",
             "model": self._model,
             "endpoint": endpoint_name or (canonical_url(self._base_url) if self._base_url else None),
@@ -102,20 +102,21 @@ class GeminiProvider:
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
         self._clients: Clients[genai.Client, genai.Client] = Clients(
-            "google.genai", make=self._make, amake=self._make, aclose=_aclose
+            "google.genai", make=self._make_client, amake=self._make_client, aclose=_close_client
         )
 
     def space(self, task: Task) -> VectorSpace:
-        """Describe the request that a text of this task is sent in.
+        """Describe the request in which a text of this task is sent.
 
         Raises:
             SpaceError: the task has no task type and no prefix.
         """
-        task_type, prefix = self._task_type(task), self._prefixes.get(task)
-        alike = task_type is None and len({self._prefixes.get(name) for name in ("document", "query", task)}) == 1
+        task_type, prefix = self._find_task_type(task), self._prefixes.get(task)
+        prefixes = {self._prefixes.get(name) for name in ("document", "query", task)}
+        is_symmetric = task_type is None and len(prefixes) == 1
         return VectorSpace(
-            **self._about,
-            task=None if alike else task,
+            **self._space_fields,
+            task=None if is_symmetric else task,
             prefix=prefix or None,
             extra=None if task_type is None else {"task_type": task_type},
         )
@@ -125,27 +126,31 @@ class GeminiProvider:
 
         Raises:
             TextRefused: a text is empty.
-            google.genai.errors.APIError: what the client raises.
-            ProviderError: the answer has fewer or more vectors than texts, or is none.
+            google.genai.errors.APIError: the client failed.
+            ProviderError: the answer has fewer or more vectors than texts.
         """
-        contents = self._texts(texts, task)
-        with self._clients.using() as client:
-            answer = client.models.embed_content(**self._request(contents, task))
-        return self._read(answer, len(texts))
+        contents = self._add_prefix(texts, task)
+        with self._clients.borrow() as client:
+            answer = client.models.embed_content(**self._build_request(contents, task))
+        return self._read_answer(answer, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
-        """As :meth:`embed`, with the async client of the running loop."""
-        contents = self._texts(texts, task)
+        """Do the same as :meth:`embed`, with the async client of the running loop."""
+        contents = self._add_prefix(texts, task)
         client = await self._clients.aget()
-        answer = await client.aio.models.embed_content(**self._request(contents, task))
-        return self._read(answer, len(texts))
+        answer = await client.aio.models.embed_content(**self._build_request(contents, task))
+        return self._read_answer(answer, len(texts))
 
     def close(self) -> None:
         """Close the clients and their connections."""
         self._clients.close()
 
-    def _task_type(self, task: Task) -> str | None:
-        """Return Gemini's task type of a task; None where none is sent."""
+    def _find_task_type(self, task: Task) -> str | None:
+        """Return Gemini's task type for a task, or None if none is sent.
+
+        Raises:
+            SpaceError: the task has no task type and no prefix.
+        """
         if task in self._task_types:
             return self._task_types[task] or None
         if task.upper() in KNOWN_TASK_TYPES:
@@ -153,39 +158,39 @@ class GeminiProvider:
         if task in self._prefixes:
             return None
         raise SpaceError(
-            f"Gemini has no task type for the task {task!r}: give it one in task_types, or use one of "
+            f"Gemini has no task type for the task {task!r}; add one to task_types, or use one of the tasks "
             f"{', '.join(name.lower() for name in KNOWN_TASK_TYPES)}"
         )
 
-    def _texts(self, texts: Sequence[str], task: Task) -> list[str]:
+    def _add_prefix(self, texts: Sequence[str], task: Task) -> list[str]:
         prefix = self._prefixes.get(task, "")
         sent = [prefix + text for text in texts]
         empty = [position for position, text in enumerate(sent) if not text]
-        if empty:  # the API would refuse the whole call, and not say which
+        if empty:  # the API would refuse the whole call without saying which text is empty
             raise TextRefused("an empty text has no embedding", empty)
         return sent
 
-    def _request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
+    def _build_request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
         from google.genai import types
 
-        config = types.EmbedContentConfig(task_type=self._task_type(task), output_dimensionality=self._dimensions)
-        # One Content for each text: of a list of strings the client makes, for some models, one with many parts.
+        config = types.EmbedContentConfig(task_type=self._find_task_type(task), output_dimensionality=self._dimensions)
+        # One Content per text: for some models, the client turns a list of strings into one Content with many parts.
         contents = [types.Content(parts=[types.Part(text=text)]) for text in texts]
         return {"model": self._model, "contents": contents, "config": config}
 
-    def _read(self, answer: types.EmbedContentResponse, texts: int) -> Embedded:
-        """Return the vectors of an answer. Nothing in it says which text one belongs to, but their order and number."""
+    def _read_answer(self, answer: types.EmbedContentResponse, texts: int) -> Embedded:
+        """Return the vectors of an answer. Only their order and number say which text each belongs to."""
         embeddings = answer.embeddings or []
         if len(embeddings) != texts:
             raise ProviderError(f"Gemini answered {len(embeddings)} vectors for {texts} texts; none was stored")
         vectors = [np.array(item.values or []) for item in embeddings]
         if self._normalize:
-            # A vector that cannot be scaled stays as it is, for the check of the answer to refuse.
+            # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.
             vectors = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
         usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has none
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
-    def _make(self) -> genai.Client:
+    def _make_client(self) -> genai.Client:
         from google import genai
         from google.genai import types
 
@@ -205,6 +210,6 @@ def embedonce_providers() -> Mapping[str, type[GeminiProvider]]:
     return {"gemini": GeminiProvider}
 
 
-async def _aclose(client: genai.Client) -> None:
+async def _close_client(client: genai.Client) -> None:
     await client.aio.aclose()
     client.close()

@@ -1,4 +1,4 @@
-"""What tests of examples share."""
+"""Fixtures that the tests of examples share."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def patient_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the disk tier of an example's configuration take its time: a busy machine is no fault."""
+    """Raise the timeout of the disk tier in an example's configuration, for busy machines."""
     monkeypatch.setenv("EMBEDONCE__TIERS__DISK__TIMEOUT", "60s")

@@ -1,4 +1,4 @@
-"""The AutoGen example does what its README says, against the API on loopback."""
+"""The AutoGen example behaves as its README says, against an API on loopback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from embedonce.testing import OpenAIServer
 EXAMPLE = Path(__file__).parents[2] / "examples" / "autogen"
 QUESTION = "When do I need a doctor's note?"
 
-# Each process imports a good deal.
+# Each process has slow imports.
 pytestmark = pytest.mark.timeout(500)
 
 
@@ -56,7 +56,7 @@ def test_chunks_are_paid_for_once(server: OpenAIServer, run: Callable[..., list[
         *(f"miss  travel.md {number}" for number in range(3)),
     ]
     sent = [request.body["input"] for request in server.requests]
-    assert [len(texts) for texts in sent] == [5, 1], "one call for all chunks, the same paragraph once; the question"
+    assert [len(texts) for texts in sent] == [5, 1], "one call with all distinct chunks, then the question"
 
     assert [line[:4] for line in run()[:6]] == ["hit "] * 6
     assert server.texts == 6
@@ -70,7 +70,7 @@ def test_chunks_are_paid_for_once(server: OpenAIServer, run: Callable[..., list[
 
 
 def test_the_nearest_chunks_reach_the_agent_with_their_metadata(run: Callable[..., list[str]]) -> None:
-    # The vectors of the server on loopback mean nothing: a text is nearest to itself.
+    # The vectors of the loopback server have no meaning, but each text is nearest to itself.
     paragraph = "Receipts are handed in within thirty days. Without a receipt nothing is paid back."
     printed = run(paragraph)
     place = printed.index("Relevant memory content:")

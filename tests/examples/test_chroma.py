@@ -1,4 +1,4 @@
-"""The Chroma example: without a cache, cold and warm, the same answers."""
+"""The Chroma example gives the same answers without a cache, with a cold one and with a warm one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-# Each of two processes imports a good deal.
+# Each of the two processes has slow imports.
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("patient_disk")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chroma"
 
 
-def test_the_same_answers_and_other_bills(tmp_path: Path) -> None:
+def test_the_answers_are_the_same_and_the_costs_differ(tmp_path: Path) -> None:
     config = tmp_path / "embedonce.toml"
     config.write_text((EXAMPLE / "embedonce.toml").read_text())
     folder = tmp_path / "texts"

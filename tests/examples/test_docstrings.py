@@ -1,4 +1,4 @@
-"""The retrieval set of the standard library's docstrings: it is well formed, and can be measured."""
+"""The retrieval set of the standard library's docstrings is valid input for ``embedonce evaluate``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "docstrings.py"
 
 
 @pytest.mark.timeout(500)  # it embeds and compares thousands of texts
-def test_it_makes_a_set_that_evaluate_takes(tmp_path: Path) -> None:
+def test_it_makes_a_set_for_evaluate(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("docstrings", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -33,8 +33,8 @@ def test_it_makes_a_set_that_evaluate_takes(tmp_path: Path) -> None:
     options = ["--qrels", str(tmp_path / "qrels.tsv"), "--config", str(tmp_path / "embedonce.toml"), "--json"]
     done = CliRunner().invoke(app, ["evaluate", *files, *options])
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["queries"] == len(queries)
-    recalls = [one["recall"] for one in told["dtypes"]]
-    assert recalls[0] > 0.2, "shared words alone find some"
+    report = json.loads(done.stdout)
+    assert report["queries"] == len(queries)
+    recalls = [one["recall"] for one in report["dtypes"]]
+    assert recalls[0] > 0.2, "shared words alone find some of the documents"
     assert max(recalls) - min(recalls) < 0.02

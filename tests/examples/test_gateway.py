@@ -1,4 +1,4 @@
-"""The gateway example does what its README says, with a real Postgres."""
+"""The gateway example behaves as its README says, with a real Postgres."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(autouse=True)
 def environment(postgres: PostgresServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give each test a table of its own; a busy machine gets more time. Returns the table's name."""
-    table = request.node.name[-50:]  # Postgres takes 63
+    """Give each test its own table and a longer timeout, for busy machines. Return the table's name."""
+    table = request.node.name[-50:]  # Postgres allows 63 characters
     monkeypatch.setenv("GATEWAY_POSTGRES_URL", postgres.url)
     monkeypatch.setenv("GATEWAY_TABLE", table)
     monkeypatch.setenv("GATEWAY_TIMEOUT", "60s")
@@ -39,15 +39,15 @@ def environment(postgres: PostgresServer, request: pytest.FixtureRequest, monkey
     return table
 
 
-def statements(server: PostgresServer) -> int:
-    """Return how many statements the server has logged."""
+def count_statements(server: PostgresServer) -> int:
+    """Return the number of statements that the server has logged."""
     log = (server.folder / "log").read_text(errors="replace")
     return len(re.findall(r"LOG:  (?:execute [^:]*|statement):", log))
 
 
-def test_the_script_shows_what_the_readme_says() -> None:
+def test_the_script_prints_what_the_readme_says() -> None:
     done = subprocess.run([sys.executable, FOLDER / "gateway.py"], capture_output=True, text=True, check=False)
-    print(done.stdout)  # with the times, for who asks pytest for them
+    print(done.stdout)  # shows the times if pytest runs with -s
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     shown = re.sub(r"\d+\.\d+ (ms|µs)", r"# \1", done.stdout)
@@ -78,39 +78,39 @@ def test_the_layers_are_as_described() -> None:
     assert not postgres.options["text_preview"]
 
 
-def test_a_hit_is_one_query_and_after_a_restart_promoted(postgres: PostgresServer, environment: str) -> None:
+def test_a_hit_after_a_restart_is_one_query_and_is_promoted(postgres: PostgresServer, environment: str) -> None:
     with embedonce.open(CONFIG) as cache:
         expected = cache.embed_batch(TEXTS)
     with embedonce.open(CONFIG) as cache:
         cache.lookup(["connects, and looks at the table"])
         for number, text in enumerate(TEXTS):
-            before = statements(postgres)
+            before = count_statements(postgres)
             fetched = cache.fetch([text])
             assert fetched.sources == ["postgres"]
             assert (fetched.vectors[0] == expected[number]).all()
-            assert statements(postgres) == before + 1
-        before = statements(postgres)
+            assert count_statements(postgres) == before + 1
+        before = count_statements(postgres)
         fetched = cache.fetch(TEXTS)
         assert fetched.sources == ["memory"] * len(TEXTS)
         assert (fetched.vectors == expected).all()
-        assert statements(postgres) == before
+        assert count_statements(postgres) == before
         assert cache.stats().providers["ngram"].texts == 0
     with embedonce.open(CONFIG) as cache:
         cache.lookup(["connects, and looks at the table"])
-        before = statements(postgres)
+        before = count_statements(postgres)
         assert cache.fetch(TEXTS).sources == ["postgres"] * len(TEXTS)
-        assert statements(postgres) == before + 1, "a batch is one query too"
+        assert count_statements(postgres) == before + 1, "a batch is one query too"
 
 
 def test_vectors_are_in_a_pgvector_column_once_each(postgres: PostgresServer, environment: str) -> None:
-    for _ in range(2):  # writing again changes nothing
+    for _ in range(2):  # writing a second time changes nothing
         with embedonce.open(CONFIG) as cache:
             cache.embed_batch(TEXTS)
-    asked = f"SELECT count(*), min(vector_dims(embedding)) FROM {environment} WHERE embedding IS NOT NULL"
-    assert postgres.call(asked) == f"{len(TEXTS)}|384"
+    statement = f"SELECT count(*), min(vector_dims(embedding)) FROM {environment} WHERE embedding IS NOT NULL"
+    assert postgres.call(statement) == f"{len(TEXTS)}|384"
 
 
-def test_no_text_is_stored_unless_asked_for(
+def test_no_text_is_stored_by_default(
     postgres: PostgresServer, environment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = f"SELECT count(*) FROM {environment} AS held WHERE held::text LIKE '%customer%'"
@@ -125,7 +125,7 @@ def test_no_text_is_stored_unless_asked_for(
     assert postgres.call(f"SELECT text_preview FROM {environment} WHERE text_preview IS NOT NULL") == long[:200]
 
 
-def test_the_fallback_answers_in_a_space_of_its_own(environment: str) -> None:
+def test_the_fallback_answers_in_its_own_space(environment: str) -> None:
     down = ConnectionError("the model is not reachable")
     with embedonce.open(CONFIG) as cache:
         cached = cache.embed_batch(TEXTS[:1])
@@ -136,7 +136,7 @@ def test_the_fallback_answers_in_a_space_of_its_own(environment: str) -> None:
             with pytest.raises(ConnectionError):
                 cache.embed(TEXTS[1])
             assert (cache.embed_batch(TEXTS[:1]) == cached).all()
-            # One answer never mixes: what is cached in the model's space is computed again for the fallback's.
+            # One answer never mixes spaces: the fallback computes again what is cached in the model's space.
             assert cache.fetch(TEXTS[:2]).vectors.shape == (2, 256)
         assert cache.fetch(TEXTS[1:3]).vectors.shape == (2, 384)
 
@@ -149,7 +149,7 @@ def test_without_postgres_texts_are_computed_and_a_warning_is_logged_once(
         with embedonce.open(CONFIG) as cache:
             expected = cache.embed_batch(TEXTS)
             assert cache.flush()
-            server.kill_all()  # a session that was left would go on answering for a moment
+            server.kill_all()  # a remaining session would go on answering for a moment
             for number in range(10):
                 assert cache.fetch([f"new {number}"]).sources == ["provider"]
             assert (cache.embed_batch(TEXTS) == expected).all()
@@ -165,7 +165,7 @@ def test_without_postgres_texts_are_computed_and_a_warning_is_logged_once(
             assert set(cache.fetch(TEXTS).sources) == {"postgres"}
 
 
-def test_a_write_that_fails_is_a_warning(environment: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_write_is_a_warning(environment: str, caplog: pytest.LogCaptureFixture) -> None:
     with PostgresServer() as server, patch.dict(os.environ, GATEWAY_POSTGRES_URL=server.url):
         with embedonce.open(CONFIG) as cache:
             cache.embed(TEXTS[0])

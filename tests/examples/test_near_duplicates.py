@@ -1,4 +1,4 @@
-"""The near-duplicates example finds most edited copies, and little else."""
+"""The near-duplicates example finds most edited copies and few other texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example with OpenAI's client does what its README says, against the API on loopback."""
+"""The example with OpenAI's client behaves as its README says, against an API on loopback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from embedonce.testing import OpenAIServer
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openai_client"
 QUESTION = "Which tea is oxidised in part?"
 
-# Each process imports a good deal.
+# Each process has slow imports.
 pytestmark = pytest.mark.timeout(500)
 
 
@@ -48,7 +48,7 @@ def run(server: OpenAIServer, patient_disk: None, tmp_path: Path) -> Callable[[s
     return run
 
 
-def test_only_what_is_new_is_paid_for(server: OpenAIServer, run: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_only_new_texts_are_paid_for(server: OpenAIServer, run: Callable[[str], list[str]], tmp_path: Path) -> None:
     lines = (tmp_path / "tea.txt").read_text().splitlines()
     cost = sum(map(server.tokens_of, [*lines, QUESTION]))
     first = run(QUESTION)
@@ -68,6 +68,6 @@ def test_only_what_is_new_is_paid_for(server: OpenAIServer, run: Callable[[str],
 
 
 def test_the_nearest_line_is_first(run: Callable[[str], list[str]], tmp_path: Path) -> None:
-    # The vectors of the server on loopback mean nothing: a text is nearest to itself.
+    # The vectors of the loopback server have no meaning, but each text is nearest to itself.
     line = (tmp_path / "tea.txt").read_text().splitlines()[2]
     assert run(line)[1] == f"1.000  {line}"

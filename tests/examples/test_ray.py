@@ -1,4 +1,4 @@
-"""The Ray example: killed half-way with its whole cluster, run again, and only the rest is computed."""
+"""The Ray example is killed half-way with its whole cluster. The next run computes only the rest."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LINES = [f"passage {i} of the corpus, of which no other is the same" for i in ra
 
 pytestmark = [
     pytest.mark.timeout(900),  # Ray starts a dozen processes, twice
-    pytest.mark.skipif(not Path("/proc").is_dir(), reason="it finds the processes of a job in /proc"),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="it requires /proc to find the processes of a job"),
 ]
 
 
-def entries(config: Path) -> int:
+def count_entries(config: Path) -> int:
     with embedonce.open(config) as cache:
         return sum(held.entries for held in cache.contents() if held.tier == "disk")
 
 
-def kill_all_of(job: str) -> None:
-    """Kill the driver and everything that Ray has started for it, in sessions of their own: they share a variable."""
+def kill_all_processes(job: str) -> None:
+    """Kill the driver and all processes that Ray has started for it. They are found by an environment variable."""
 
     def kill() -> bool:
-        found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if has(path, job)]
+        found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if has_variable(path, job)]
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -45,15 +45,15 @@ def kill_all_of(job: str) -> None:
     wait_until(kill, "all processes of the job have ended", seconds=60)
 
 
-def has(environ: Path, job: str) -> bool:
+def has_variable(environ: Path, job: str) -> bool:
     try:
         return f"EMBEDONCE_TEST_JOB={job}\0".encode() in environ.read_bytes()
     except OSError:
-        return False  # it has ended
+        return False  # the process has ended
 
 
 @pytest.mark.usefixtures("patient_disk")
-def test_a_killed_job_computes_the_rest(tmp_path: Path) -> None:
+def test_after_a_kill_a_job_computes_only_the_rest(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join([*LINES, LINES[7]]))
     config = tmp_path / "embedonce.toml"
@@ -63,34 +63,40 @@ def test_a_killed_job_computes_the_rest(tmp_path: Path) -> None:
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": "/tmp",
-        # A worker that a busy machine has not started within a minute would be ended, and started anew.
+        # Ray would restart a worker that a busy machine has not started within a minute.
         "RAY_worker_register_timeout_seconds": "300",
         "EMBEDONCE_TEST_JOB": str(tmp_path),
     }
 
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(
-            [*command, "--batch-size", "25", "--pause", "0.5"],  # it has 20 s to go when the first ones are stored
+            [
+                *command,
+                "--batch-size",
+                "25",
+                "--pause",
+                "0.5",
+            ],  # the job has 20 s left when the first vectors are stored
             env=environment,
             stdout=log,
             stderr=log,
         )
         try:
-            wait_until(lambda: job.poll() is not None or entries(config) >= 50, "some are stored", seconds=300)
+            wait_until(lambda: job.poll() is not None or count_entries(config) >= 50, "some are stored", seconds=300)
             assert job.poll() is None, (tmp_path / "log").read_text()
         finally:
-            kill_all_of(environment["EMBEDONCE_TEST_JOB"])
+            kill_all_processes(environment["EMBEDONCE_TEST_JOB"])
             job.wait()
-    stored = entries(config)
+    stored = count_entries(config)
     (tmp_path / "vectors").mkdir(exist_ok=True)
     assert 50 <= stored < len(LINES)
 
     pyarrow.parquet.write_table(pyarrow.table({"text": ["of another run"]}), tmp_path / "vectors" / "left.parquet")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    said = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
-    assert said is not None, again.stdout
-    computed = int(said[1])
-    # A text that comes twice may be asked for by two workers at the same moment.
+    report = re.fullmatch(r"2001 texts: (\d+) computed, (\d+) found", again.stdout.strip().splitlines()[-1])
+    assert report is not None, again.stdout
+    computed = int(report[1])
+    # Two workers may request the text that occurs twice at the same moment.
     assert computed - (len(LINES) - stored) in (0, 1)
 
     table = pyarrow.parquet.read_table(tmp_path / "vectors")

@@ -1,4 +1,4 @@
-"""The service example does what its README says, with a real Redis and over HTTP."""
+"""The service example behaves as its README says, with a real Redis and over HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [f"{SECRET}, file {i}" for i in range(20)]
 
 
 class Service:
-    """The example in a process of its own."""
+    """The example in its own process."""
 
     def __init__(self, redis: RedisServer, log: Path, **environment: str) -> None:
         self.port = free_port()
@@ -54,7 +54,7 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(60) in (0, -signal.SIGTERM), self.log.read_text()
 
-    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
+    def request(self, method: str, path: str, body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
@@ -64,7 +64,7 @@ class Service:
             connection.close()
 
     def embed(self, texts: Any, **more: Any) -> tuple[int, dict[str, Any]]:
-        response, body = self.ask("POST", "/embed", json.dumps({"texts": texts, **more}).encode())
+        response, body = self.request("POST", "/embed", json.dumps({"texts": texts, **more}).encode())
         answer = json.loads(body)
         answer["ms"] = response.getheader("Server-Timing")
         return response.status, answer
@@ -76,7 +76,7 @@ class Service:
         return list(answer["sources"])
 
     def metrics(self) -> dict[str, float]:
-        _, body = self.ask("GET", "/metrics")
+        _, body = self.request("GET", "/metrics")
         return {
             name: float(value) for name, value in re.findall(r"^(embed_cache\S+) (\S+)$", body.decode(), re.MULTILINE)
         }
@@ -84,7 +84,7 @@ class Service:
 
 @pytest.fixture
 def redis() -> Iterator[RedisServer]:
-    """A Redis of the test's own: it is emptied of nothing, and killed."""
+    """Start a Redis for this test only, because the test kills it."""
     with RedisServer() as server:
         yield server
 
@@ -94,26 +94,26 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-def keys(redis: RedisServer) -> list[bytes]:
+def read_keys(redis: RedisServer) -> list[bytes]:
     return list(redis.call("KEYS", "*"))
 
 
-def vectors(redis: RedisServer) -> list[bytes]:
-    """Return the keys of vectors: space cards have none."""
-    return [key for key in keys(redis) if b".card." not in key]
+def read_vector_keys(redis: RedisServer) -> list[bytes]:
+    """Return the keys of vectors, without those of space cards."""
+    return [key for key in read_keys(redis) if b".card." not in key]
 
 
-def wait_for(redis: RedisServer, count: int) -> None:
-    wait_until(lambda: len(vectors(redis)) == count, f"{count} vectors are in Redis")
+def wait_for_vectors(redis: RedisServer, count: int) -> None:
+    wait_until(lambda: len(read_vector_keys(redis)) == count, f"{count} vectors are in Redis")
 
 
-def test_a_hit_needs_no_model_and_the_counters_say_so(redis: RedisServer, log: Path) -> None:
+def test_a_hit_needs_no_model_and_is_counted(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         assert service.sources(TEXTS) == ["provider"] * 20
         found = service.metrics()
         assert found["embed_cache_misses_total"] == 20
         assert found['embed_cache_hits_total{tier="redis"}'] == 0
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         assert service.sources([*TEXTS[:7], f"  {TEXTS[7]} "]) == ["redis"] * 8
         found = service.metrics()
         assert found["embed_cache_misses_total"] == 20
@@ -129,42 +129,42 @@ def test_a_hit_needs_no_model_and_the_counters_say_so(redis: RedisServer, log: P
 
 
 @pytest.mark.parametrize(("ttl", "seconds"), [(None, HOUR), ("90s", 90.0), ("2d", 2 * 86_400.0)])
-def test_the_ttl_is_an_hour_or_what_the_environment_says(
+def test_the_ttl_is_an_hour_or_the_value_of_the_environment(
     ttl: str | None, seconds: float, redis: RedisServer, log: Path
 ) -> None:
     with Service(redis, log, **({"EMBED_TTL": ttl} if ttl else {})) as service:
         start = time.monotonic()
         service.sources(TEXTS)
-        wait_for(redis, 20)
-        left = [redis.call("PTTL", key) / 1000 for key in vectors(redis)]
+        wait_for_vectors(redis, 20)
+        left = [redis.call("PTTL", key) / 1000 for key in read_vector_keys(redis)]
         gone = time.monotonic() - start
     assert max(left) <= seconds
-    assert min(left) > 0.95 * seconds - gone - 1  # spread over 5 %, so that not all expire together
+    assert min(left) > 0.95 * seconds - gone - 1  # TTLs are spread over 5 %, so that not all entries expire together
 
 
-def test_no_text_is_in_redis_nor_in_the_log(redis: RedisServer, log: Path) -> None:
+def test_neither_redis_nor_the_log_contains_a_text(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         service.sources(TEXTS)
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         service.sources(TEXTS)
         assert service.embed([SECRET, 7])[0] == 400
         assert service.embed([SECRET + "\ud800"])[0] == 400
         assert service.embed(SECRET)[0] == 400
         assert service.embed([SECRET], task=SECRET)[0] == 400
-        assert service.ask("POST", "/embed", f'{{"texts": ["{SECRET}"'.encode())[0].status == 400
-        assert service.ask("POST", "/embed", b"\xff" + SECRET.encode())[0].status == 400
-        assert service.ask("POST", "/embed", b"[" * 100_000)[0].status == 400
-        assert service.ask("POST", "/embed", b"1" * 10_000)[0].status == 400
+        assert service.request("POST", "/embed", f'{{"texts": ["{SECRET}"'.encode())[0].status == 400
+        assert service.request("POST", "/embed", b"\xff" + SECRET.encode())[0].status == 400
+        assert service.request("POST", "/embed", b"[" * 100_000)[0].status == 400
+        assert service.request("POST", "/embed", b"1" * 10_000)[0].status == 400
         redis.kill()
         service.sources([f"{SECRET}, {i}" for i in range(5)])
         redis.restart()
-    said = log.read_bytes()
-    assert said.count(b"POST /embed") > 5
-    with RedisServer() as fresh:  # what was written before it was killed is gone with it
+    logged = log.read_bytes()
+    assert logged.count(b"POST /embed") > 5
+    with RedisServer() as fresh:  # the first Redis lost its entries when it was killed
         with Service(fresh, log) as service:
             service.sources(TEXTS)
-            wait_for(fresh, 20)
-        held = [part for key in keys(fresh) for part in (key, fresh.call("GET", key))]
+            wait_for_vectors(fresh, 20)
+        held = [part for key in read_keys(fresh) for part in (key, fresh.call("GET", key))]
     assert len(held) == 42, "20 vectors and a space card"
     assert all(key.startswith(PREFIX.encode()) for key in held[::2])
     for part in (*held, log.read_bytes()):
@@ -172,10 +172,10 @@ def test_no_text_is_in_redis_nor_in_the_log(redis: RedisServer, log: Path) -> No
             assert word.encode() not in part
 
 
-def test_without_redis_it_answers_and_when_redis_is_back_it_is_used(redis: RedisServer, log: Path) -> None:
+def test_without_redis_it_answers_and_a_restarted_redis_is_used(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         service.sources(TEXTS)
-        wait_for(redis, 20)
+        wait_for_vectors(redis, 20)
         redis.kill()
         start = time.monotonic()
         for number in range(20):
@@ -184,7 +184,7 @@ def test_without_redis_it_answers_and_when_redis_is_back_it_is_used(redis: Redis
         found = service.metrics()
         errors = sum(value for name, value in found.items() if name.startswith("embed_cache_errors_total"))
         assert errors >= 3
-        assert found['embed_cache_skipped_total{tier="redis"}'] > 0, "it is left out while it is down"
+        assert found['embed_cache_skipped_total{tier="redis"}'] > 0, "the tier is skipped while it is down"
         assert found["embed_cache_misses_total"] == 60
         redis.restart()
         number = iter(range(100_000))
@@ -203,7 +203,7 @@ def test_it_starts_without_redis(redis: RedisServer, log: Path) -> None:
         assert service.sources(TEXTS) == ["provider"] * 20
 
 
-def test_a_redis_that_hangs_costs_its_timeout_and_no_more(redis: RedisServer, log: Path) -> None:
+def test_a_hanging_redis_costs_its_timeout_once(redis: RedisServer, log: Path) -> None:
     with Service(redis, log, EMBED_TIMEOUT="250ms") as service:
         redis.pause()
         try:
@@ -216,20 +216,20 @@ def test_a_redis_that_hangs_costs_its_timeout_and_no_more(redis: RedisServer, lo
             redis.resume()
         print(f"50 calls with a Redis that hangs, timeout 250 ms: {took * 1e3:.0f} ms")
         errors = {name: value for name, value in found.items() if name.startswith("embed_cache_errors_total") and value}
-        assert list(errors.values()) == [1], f"one call has waited, and no other: {errors}"
+        assert list(errors.values()) == [1], f"only one call waited: {errors}"
         assert found['embed_cache_skipped_total{tier="redis"}'] == 49
 
 
-def test_a_text_is_computed_once_however_often_it_is_asked_for(redis: RedisServer, log: Path) -> None:
-    """Redis is the only tier, and written in the background: what is not there yet must not be computed again."""
+def test_concurrent_requests_compute_a_text_once(redis: RedisServer, log: Path) -> None:
+    """Redis is the only tier and is written in the background. Vectors on their way must not be computed again."""
     with Service(redis, log) as service, ThreadPoolExecutor(8) as pool:
         for number in range(10):
-            asked = [f"{TEXTS[0]}, call {number}"]
-            assert all(pool.map(service.sources, [asked] * 8))
-            assert all(service.sources(asked) for _ in range(4))
+            texts = [f"{TEXTS[0]}, call {number}"]
+            assert all(pool.map(service.sources, [texts] * 8))
+            assert all(service.sources(texts) for _ in range(4))
         assert service.metrics()["embed_cache_misses_total"] == 10
 
 
-def test_an_empty_batch(redis: RedisServer, log: Path) -> None:
+def test_an_empty_batch_is_answered(redis: RedisServer, log: Path) -> None:
     with Service(redis, log) as service:
         assert service.embed([])[1]["vectors"] == []

@@ -1,4 +1,4 @@
-"""OpenAI's API on loopback, and the event loop of a test."""
+"""Fixtures for OpenAI's API on loopback and for the event loop of a test."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def runner() -> Iterator[asyncio.Runner]:
-    """Hold the one event loop of a test: an async client belongs to one."""
+    """Hold the single event loop of a test, because an async client belongs to one loop."""
     with asyncio.Runner() as runner:
         yield runner

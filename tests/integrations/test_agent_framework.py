@@ -1,4 +1,4 @@
-"""Microsoft Agent Framework: its real OpenAI client against a real HTTP API on loopback."""
+"""Tests for Microsoft Agent Framework, with its real OpenAI client against an HTTP API on loopback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent_framework.openai import OpenAIEmbeddingClient
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
-from embedonce_integrations.agent_framework import MOST_SPACES, CachedEmbeddingClient
+from embedonce_integrations.agent_framework import MAX_CACHES, CachedEmbeddingClient
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -36,7 +36,7 @@ async def client(server: OpenAIServer) -> AsyncIterator[OpenAIEmbeddingClient]:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -52,11 +52,11 @@ async def test_it_satisfies_the_protocol(client: OpenAIEmbeddingClient) -> None:
     assert "sk-secret" not in repr(cached) + str(cached.to_dict())
 
 
-async def test_without_us_cold_and_warm_are_the_same(
+async def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any]
 ) -> None:
     without = await client.get_embeddings(TEXTS)
-    first = CachedEmbeddingClient(client, config=tiers)  # a memory tier lives as long as somebody has its cache
+    first = CachedEmbeddingClient(client, config=tiers)  # keeps the memory tier alive
     cold = await first.get_embeddings(TEXTS)
     warm = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
     assert server.texts == 6
@@ -71,7 +71,7 @@ async def test_without_us_cold_and_warm_are_the_same(
     ] * 3
 
 
-async def test_usage_counts_misses_alone(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
+async def test_usage_counts_only_misses(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     await cached.get_embeddings(TEXTS[:2])
     mixed = await cached.get_embeddings(TEXTS)
@@ -79,35 +79,33 @@ async def test_usage_counts_misses_alone(server: OpenAIServer, client: OpenAIEmb
     assert mixed.additional_properties["sources"] == ["memory", "memory", "provider"]
 
 
-async def test_options_that_decide_vectors_are_a_space_of_their_own(
+async def test_options_that_decide_vectors_have_their_own_space(
     server: OpenAIServer, client: OpenAIEmbeddingClient
 ) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     for _ in range(2):
         for options in ({}, {"dimensions": 32}, {"model": "text-embedding-3-large"}):
             made = await cached.get_embeddings(TEXTS[:1], options=options)
-            asked = {"model": MODEL, "dimensions": 64, **options}
-            assert (rows(made)[0] == server.vector_of(TEXTS[0], **asked)).all()
+            expected = {"model": MODEL, "dimensions": 64, **options}
+            assert (rows(made)[0] == server.vector_of(TEXTS[0], **expected)).all()
             assert made.options == options
-            assert made[0].model == asked["model"]
+            assert made[0].model == expected["model"]
     assert server.texts == 3
     await cached.get_embeddings(TEXTS[:1], options={"user": "me", "encoding_format": "base64"})
     assert server.texts == 3
 
 
-async def test_options_of_all_kinds_take_no_more_and_more_memory(
-    server: OpenAIServer, client: OpenAIEmbeddingClient
-) -> None:
+async def test_the_number_of_caches_is_limited(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     await cached.get_embeddings(["text"])
-    for number in range(2 * MOST_SPACES):
+    for number in range(2 * MAX_CACHES):
         await cached.get_embeddings(["text"], options={"extra_body": {"number": number}})
-    assert len(cached._caches) == MOST_SPACES
-    asked = server.texts
-    assert asked == 1 + 2 * MOST_SPACES
+    assert len(cached._caches) == MAX_CACHES
+    expected = server.texts
+    assert expected == 1 + 2 * MAX_CACHES
     for options in (None, {"extra_body": {"number": 0}}):
         await cached.get_embeddings(["text"], options=options)
-    assert server.texts == asked, "what was left has its vectors still"
+    assert server.texts == expected, "dropped caches still have their vectors in the tiers"
 
 
 async def test_options_that_decide_nothing_reach_the_client(
@@ -118,7 +116,7 @@ async def test_options_that_decide_nothing_reach_the_client(
     assert server.requests[-1].body["user"] == "me"
 
 
-async def test_two_endpoints_do_not_meet(client: OpenAIEmbeddingClient) -> None:
+async def test_two_endpoints_share_no_vectors(client: OpenAIEmbeddingClient) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     await cached.get_embeddings(TEXTS)
     with OpenAIServer(dimensions=64) as other:
@@ -128,7 +126,7 @@ async def test_two_endpoints_do_not_meet(client: OpenAIEmbeddingClient) -> None:
         assert other.texts == 3
 
 
-async def test_many_tasks_ask_once(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
+async def test_concurrent_tasks_compute_each_text_once(server: OpenAIServer, client: OpenAIEmbeddingClient) -> None:
     cached = CachedEmbeddingClient(client, config=MEMORY)
     answers = await asyncio.gather(*(cached.get_embeddings(TEXTS[i % 3 :]) for i in range(12)))
     assert server.texts == 3
@@ -141,7 +139,7 @@ async def test_many_tasks_ask_once(server: OpenAIServer, client: OpenAIEmbedding
     "how",
     ["out_of_order", "short", "long", "empty", "nan", "zeros", "dimension", "ragged", "server_error", "truncated"],
 )
-async def test_a_mixed_batch_against_a_server_that_misbehaves(
+async def test_a_mixed_batch_during_a_fault_gets_no_wrong_vector(
     server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any], how: Any
 ) -> None:
     cached = CachedEmbeddingClient(client, config=tiers)
@@ -159,7 +157,7 @@ async def test_a_mixed_batch_against_a_server_that_misbehaves(
         assert (row == server.vector_of(text, model=MODEL)).all()
 
 
-async def test_without_a_client_the_configuration_makes_the_vectors() -> None:
+async def test_without_a_client_the_provider_makes_the_vectors() -> None:
     config = {"provider": {"type": "ngram", "dimensions": 64}, **MEMORY}
     cached = CachedEmbeddingClient(config=config)
     assert rows(await cached.get_embeddings(TEXTS)).shape == (3, 64)
@@ -170,13 +168,13 @@ async def test_without_a_client_the_configuration_makes_the_vectors() -> None:
 
 
 class Nameless(BaseEmbeddingClient[str, list[float], Any]):
-    """Does not say which model it asks."""
+    """Does not say which model it uses."""
 
     async def get_embeddings(self, values: Any, *, options: Any = None) -> GeneratedEmbeddings[list[float], Any]:
         return GeneratedEmbeddings([Embedding(vector=[float(len(text)), 1.0]) for text in values][-1:])
 
 
-async def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+async def test_a_client_that_cannot_be_described_is_refused_with_advice() -> None:
     with pytest.raises(SpaceError, match=r"object does not say.*space="):
         CachedEmbeddingClient(object(), config=MEMORY)  # type: ignore[arg-type]
     with pytest.raises(SpaceError, match=r"Nameless does not say.*space="):

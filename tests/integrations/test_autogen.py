@@ -1,4 +1,4 @@
-"""AutoGen: the memory in a real agent, and the doors to its Chroma memory."""
+"""Tests for AutoGen: the memory in a real agent, and the embedding function in AutoGen's Chroma memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embedonce import ConfigError, ProviderError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.autogen import CachedMemory
 from embedonce_integrations.chroma import CachedEmbeddingFunction
-from embedonce_integrations.wrapping import shared_cache
+from embedonce_integrations.wrapping import open_shared_cache
 
 NGRAM = {"provider": {"type": "ngram", "dimensions": 256}, "tiers": [{"type": "memory"}]}
 TEA = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -58,15 +58,15 @@ async def config(
             "api_key": "${TEA_API_KEY}",
             "max_retries": 0,
         },
-        # A busy machine is no fault of the disk's.
+        # This timeout is long enough for a busy machine.
         "tiers": [{"type": "memory"}, {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}],
     }
-    cache = shared_cache(config)
+    cache = open_shared_cache(config)
     yield config
     await cache.aclose()  # else its connections end with the loop, which is a warning
 
 
-async def test_the_nearest_chunks_with_their_metadata() -> None:
+async def test_a_query_returns_the_nearest_chunks_with_their_metadata() -> None:
     memory = CachedMemory(NGRAM, k=2)
     await memory.add_all([chunk(text, place=i) for i, text in enumerate(TEA)])
     found = await memory.query("black teas are oxidised")
@@ -81,7 +81,7 @@ async def test_the_nearest_chunks_with_their_metadata() -> None:
     assert (await memory.query("anything", score_threshold=1.1)).results == []
 
 
-async def test_what_was_added_is_not_changed_by_what_is_found() -> None:
+async def test_changes_to_found_chunks_do_not_change_the_memory() -> None:
     memory = CachedMemory(NGRAM)
     await memory.add(chunk(TEA[0], place=0))
     (found,) = (await memory.query(TEA[0])).results
@@ -115,7 +115,7 @@ async def test_chunks_go_to_the_api_in_one_call_and_are_paid_for_once(
     assert server.texts == 4
 
 
-async def test_one_that_fails_adds_none(server: OpenAIServer, config: dict[str, Any]) -> None:
+async def test_a_batch_with_a_failing_chunk_adds_nothing(server: OpenAIServer, config: dict[str, Any]) -> None:
     memory = CachedMemory(config)
     await memory.add(chunk(TEA[0]))
     server.misbehave("short")
@@ -127,14 +127,14 @@ async def test_one_that_fails_adds_none(server: OpenAIServer, config: dict[str, 
         assert texts(await memory.query(text, k=1)) == [text]
 
 
-async def test_many_adds_and_queries_at_once(server: OpenAIServer, config: dict[str, Any]) -> None:
+async def test_concurrent_adds_and_queries_work(server: OpenAIServer, config: dict[str, Any]) -> None:
     memory = CachedMemory(config)
     await asyncio.gather(*(memory.add(chunk(TEA[i % 3], place=i)) for i in range(9)), memory.query(TEA[0]))
     assert len((await memory.query(TEA[0], k=20)).results) == 9
     assert server.texts == 3
 
 
-async def test_a_dumped_memory_is_loaded_with_its_chunks(server: OpenAIServer, config: dict[str, Any]) -> None:
+async def test_a_dumped_memory_loads_with_its_chunks(server: OpenAIServer, config: dict[str, Any]) -> None:
     memory = CachedMemory(config, k=1, name="tea")
     await memory.add_all([chunk(text) for text in TEA])
     dumped = memory.dump_component()
@@ -151,14 +151,14 @@ async def test_a_dumped_memory_is_loaded_with_its_chunks(server: OpenAIServer, c
         {"tiers": [{"type": "memory"}, {"type": "redis", "url": "redis://:hunter2@127.0.0.1:1/0"}]},
     ],
 )
-async def test_a_secret_in_the_clear_is_not_dumped(part: dict[str, Any]) -> None:
+async def test_a_secret_in_plain_text_is_not_dumped(part: dict[str, Any]) -> None:
     memory = CachedMemory({**NGRAM, **part})
     with pytest.raises(ConfigError, match="a secret would be written") as raised:
         memory.dump_component()
     assert "hunter2" not in str(raised.value)
 
 
-async def test_chunks_stay_what_their_vectors_were_made_of() -> None:
+async def test_later_changes_of_a_chunk_do_not_affect_the_memory() -> None:
     given, later = chunk(TEA[0], where={"page": 1}), chunk(TEA[1], where={"page": 2})
     memory = CachedMemory(NGRAM, k=1, memory_contents=[later])
     await memory.add(given)
@@ -174,18 +174,18 @@ async def test_chunks_stay_what_their_vectors_were_made_of() -> None:
         assert (await memory.query(text)).results[0].metadata["where"] == {"page": page}  # type: ignore[index]
 
 
-async def test_what_is_no_content_is_refused() -> None:
+async def test_other_types_than_content_are_refused() -> None:
     memory = CachedMemory(NGRAM)
-    with pytest.raises(TypeError, match="MemoryContent, not str"):
+    with pytest.raises(TypeError, match="expected MemoryContent, got str"):
         await memory.add_all(["text"])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="MemoryContent, not str"):
+    with pytest.raises(TypeError, match="expected MemoryContent, got str"):
         CachedMemory(NGRAM, memory_contents=["text"])  # type: ignore[list-item]
     for k in (1.5, "2", True):
-        with pytest.raises(TypeError, match="k is an integer"):
+        with pytest.raises(TypeError, match="k must be an integer"):
             CachedMemory(NGRAM, k=k)  # type: ignore[arg-type]
 
 
-async def test_clear_empties_the_memory_and_not_the_cache(server: OpenAIServer, config: dict[str, Any]) -> None:
+async def test_clear_empties_the_memory_but_not_the_cache(server: OpenAIServer, config: dict[str, Any]) -> None:
     memory = CachedMemory(config)
     await memory.add(chunk(TEA[0]))
     await memory.clear()
@@ -194,14 +194,14 @@ async def test_clear_empties_the_memory_and_not_the_cache(server: OpenAIServer, 
     await memory.close()
 
 
-async def test_metadata_is_stored_beside_vectors_if_asked(config: dict[str, Any]) -> None:
+async def test_store_metadata_stores_metadata_in_the_tiers(config: dict[str, Any]) -> None:
     for store, expected in ((False, None), (True, {"source": "a.md", "chunk": 3})):
         memory = CachedMemory({**config, "key": {"namespace": str(store)}}, store_metadata=store)
         await memory.add(chunk(TEA[0], source="a.md", chunk=3))
         assert memory.cache.lookup([TEA[0]]).metadata == [expected]
 
 
-async def test_json_is_embedded_whatever_the_order_of_its_keys() -> None:
+async def test_the_order_of_keys_in_json_does_not_matter() -> None:
     memory = CachedMemory(NGRAM)
     one, same = ({"a": 1, "b": "ü"}, {"b": "ü", "a": 1})
     for content in (one, same):
@@ -213,15 +213,15 @@ async def test_json_is_embedded_whatever_the_order_of_its_keys() -> None:
     ("content", "kind"),
     [(b"raw", MemoryMimeType.BINARY), ("text", "text/html"), ("text", MemoryMimeType.JSON)],
 )
-async def test_what_has_no_text_is_refused(content: Any, kind: Any) -> None:
+async def test_content_without_text_is_refused(content: Any, kind: Any) -> None:
     memory = CachedMemory(NGRAM)
     with pytest.raises(ValueError, match="no text to embed"):
         await memory.add(MemoryContent(content=content, mime_type=kind))
     assert (await memory.query("text")).results == []
 
 
-def test_k_is_at_least_one() -> None:
-    with pytest.raises(ValueError, match="k is at least 1"):
+def test_k_must_be_at_least_1() -> None:
+    with pytest.raises(ValueError, match="k must be at least 1, got"):
         CachedMemory(NGRAM, k=0)
 
 
@@ -255,7 +255,7 @@ async def test_the_context_gets_the_chunks_nearest_to_the_last_message() -> None
     assert (await memory.update_context(context)).memories.results == []
 
 
-async def test_an_agent_reads_them() -> None:
+async def test_an_agent_reads_the_chunks() -> None:
     memory = CachedMemory(NGRAM, k=1)
     await memory.add(chunk(TEA[1], source="tea.md"))
     agent = AssistantAgent("clerk", model_client=ReplayChatCompletionClient(["It is oxidised."]), memory=[memory])
@@ -265,7 +265,9 @@ async def test_an_agent_reads_them() -> None:
     assert f"Relevant memory content:\n1. {TEA[1]} (source: tea.md)" in read
 
 
-async def test_the_door_to_autogens_chroma_memory(server: OpenAIServer, config: dict[str, Any], tmp_path: Path) -> None:
+async def test_autogens_chroma_memory_uses_the_embedding_function(
+    server: OpenAIServer, config: dict[str, Any], tmp_path: Path
+) -> None:
     for name in ("first", "second"):
         memory = ChromaDBVectorMemory(
             PersistentChromaDBVectorMemoryConfig(

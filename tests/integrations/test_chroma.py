@@ -1,4 +1,4 @@
-"""Chroma: real collections, a real embedding function against a real HTTP API on loopback."""
+"""Tests for Chroma, with real collections and a real embedding function against an HTTP API on loopback."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def openai(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -64,11 +64,11 @@ def stored(collection: Any, ids: list[str]) -> np.ndarray:
     return np.stack([by_id[name] for name in ids]).astype(np.float32)
 
 
-def test_without_us_cold_and_warm_are_the_same(
+def test_vectors_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     ids = [str(i) for i in range(len(DOCUMENTS))]
-    answers, asked = [], []
+    answers, computed = [], []
     for name, function in (
         ("without", openai()),
         ("cold", CachedEmbeddingFunction(openai(), config=tiers)),
@@ -79,15 +79,15 @@ def test_without_us_cold_and_warm_are_the_same(
         tea.add(ids=ids, documents=DOCUMENTS)
         nearest = tea.query(query_texts=["Which tea is steamed?", DOCUMENTS[1]], n_results=4)
         answers.append((stored(tea, ids), nearest["ids"], nearest["distances"]))
-        asked.append(server.texts - before)
+        computed.append(server.texts - before)
     for vectors, order, distances in answers[1:]:
         assert (vectors == answers[0][0]).all()
         assert (order, distances) == answers[0][1:]
-    # A symmetric model: the second query is a document that is there already.
-    assert asked == [6, 5, 0]
+    # The model is symmetric, and the second query is a document that is already stored.
+    assert computed == [6, 5, 0]
 
 
-def test_a_mixed_batch_gives_each_document_its_own(
+def test_each_document_of_a_mixed_batch_gets_its_own_vector(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -100,7 +100,7 @@ def test_a_mixed_batch_gives_each_document_its_own(
 
 
 @pytest.mark.parametrize("how", ["short", "long", "nan", "zeros", "dimension", "ragged", "server_error", "not_json"])
-def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
+def test_an_invalid_answer_is_an_error_and_keeps_stored_vectors(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any], how: Any
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -112,7 +112,7 @@ def test_a_bad_answer_is_an_error_and_costs_nothing_that_was_there(
         assert (vector == server.vector_of(text, model=MODEL, dimensions=32)).all()
 
 
-def test_an_answer_in_another_order_is_read_by_its_index(
+def test_an_answer_in_another_order_is_sorted_by_index(
     server: OpenAIServer, openai: Callable[..., Any], tiers: dict[str, Any]
 ) -> None:
     function = CachedEmbeddingFunction(openai(), config=tiers)
@@ -143,17 +143,17 @@ def test_a_persistent_collection_is_opened_by_the_wrapped_name(
     assert "sk-secret" not in json.dumps(function.get_config())
 
 
-def test_a_configurations_provider_is_stored_with_the_collection(tmp_path: Path) -> None:
+def test_the_configuration_is_stored_with_the_collection(tmp_path: Path) -> None:
     tea = collection("tea", CachedEmbeddingFunction(config=NGRAM), tmp_path)
     tea.add(ids=["0", "1"], documents=DOCUMENTS[:2])
-    # Opened by its name alone, as Chroma does when it is given no function.
+    # Without a function, Chroma makes one from the stored name and configuration.
     again = chromadb.PersistentClient(str(tmp_path)).get_collection("tea")
     assert again.query(query_texts=[DOCUMENTS[1]], n_results=1)["ids"] == [["1"]]
     function = CachedEmbeddingFunction.build_from_config({"config": NGRAM})
     assert function.cache is CachedEmbeddingFunction(config=NGRAM).cache
 
 
-def test_another_configuration_may_not_make_other_vectors() -> None:
+def test_a_configuration_that_makes_other_vectors_is_refused() -> None:
     function = CachedEmbeddingFunction(config=NGRAM)
     other = {**NGRAM, "provider": {"type": "ngram", "dimensions": 128}}
     function.validate_config_update({"config": NGRAM}, {"config": {**NGRAM, "tiers": []}})
@@ -163,18 +163,18 @@ def test_another_configuration_may_not_make_other_vectors() -> None:
 
 @register_embedding_function
 class TwoSided(EmbeddingFunction[Documents]):
-    """Embeds a query otherwise than a document, as some models do."""
+    """Embeds queries differently from documents, as some models do."""
 
     def __init__(self, model: str = "two") -> None:
         self.model = model
-        self.asked: list[tuple[str, list[str]]] = []
+        self.calls: list[tuple[str, list[str]]] = []
 
     def __call__(self, input: Documents) -> Embeddings:
-        self.asked.append(("document", list(input)))
+        self.calls.append(("document", list(input)))
         return [np.array([len(text), 1.0], np.float32) for text in input]
 
     def embed_query(self, input: Documents) -> Embeddings:
-        self.asked.append(("query", list(input)))
+        self.calls.append(("query", list(input)))
         return [np.array([len(text), 2.0], np.float32) for text in input]
 
     @staticmethod
@@ -189,26 +189,26 @@ class TwoSided(EmbeddingFunction[Documents]):
         return TwoSided(config["model"])
 
 
-def test_queries_and_documents_never_meet_where_the_function_tells_them_apart() -> None:
+def test_an_asymmetric_function_shares_no_vectors_between_queries_and_documents() -> None:
     inner = TwoSided()
     function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
     for _ in range(2):
         assert function(["four"])[0].tolist() == [4.0, 1.0]
         assert function.embed_query(["four"])[0].tolist() == [4.0, 2.0]
-    assert inner.asked == [("document", ["four"]), ("query", ["four"])]
+    assert inner.calls == [("document", ["four"]), ("query", ["four"])]
 
 
-def test_equal_functions_share_what_is_stored_and_others_do_not() -> None:
+def test_only_equal_functions_share_vectors() -> None:
     tiers = {"tiers": [{"type": "memory"}], "key": {"namespace": "sharing"}}
     one, equal, other = TwoSided(), TwoSided(), TwoSided("three")
     functions = [CachedEmbeddingFunction(inner, config=tiers) for inner in (one, equal, other)]
     for function in functions:
         function(["text"])
-    assert (len(one.asked), len(equal.asked), len(other.asked)) == (1, 0, 1)
+    assert (len(one.calls), len(equal.calls), len(other.calls)) == (1, 0, 1)
 
 
 class Bare(EmbeddingFunction[Documents]):
-    """Does not describe itself."""
+    """Has no description of its vectors."""
 
     def __init__(self) -> None:
         pass
@@ -217,7 +217,7 @@ class Bare(EmbeddingFunction[Documents]):
         return [np.array([len(text), 1.0], np.float32) for text in input]
 
 
-def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+def test_a_function_that_cannot_be_described_is_refused_with_advice() -> None:
     tiers = {"tiers": [{"type": "memory"}]}
     with pytest.raises(SpaceError, match=r"Bare has no get_config.*space="):
         CachedEmbeddingFunction(Bare(), config=tiers)
@@ -227,7 +227,7 @@ def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
         CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
 
 
-def test_the_endpoint_counts_wherever_the_function_has_it_from(
+def test_the_endpoint_is_in_the_space_wherever_it_comes_from(
     server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiers = {"tiers": [{"type": "memory"}]}
@@ -242,9 +242,7 @@ def test_the_endpoint_counts_wherever_the_function_has_it_from(
         assert (server.texts, other.texts) == (1, 1)
 
 
-def test_a_function_that_was_changed_is_not_asked(
-    server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]
-) -> None:
+def test_a_changed_function_is_refused(server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]) -> None:
     inner = openai()
     function = CachedEmbeddingFunction(inner, config={"tiers": [{"type": "memory"}]})
     function(["text"])
@@ -255,7 +253,7 @@ def test_a_function_that_was_changed_is_not_asked(
     assert server.texts == 1
 
 
-def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
+def test_a_secret_in_plain_text_is_not_stored_with_a_collection() -> None:
     function = CachedEmbeddingFunction(config={**NGRAM, "key": {"secret": "hunter2" * 5}})
     with pytest.raises(ConfigError, match=r"key\.secret: a secret would be written") as raised:
         function.get_config()
@@ -263,8 +261,8 @@ def test_a_secret_in_the_clear_is_not_stored_with_a_collection() -> None:
 
 
 @pytest.mark.parametrize("wrong", [TwoSided, len, "text-embedding-3-small"])
-def test_what_is_no_function_of_chromas_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"wraps one of Chroma's embedding functions.*config="):
+def test_other_types_than_embedding_functions_are_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected one of Chroma's embedding functions.*config="):
         CachedEmbeddingFunction(wrong, config=NGRAM)
 
 
@@ -272,10 +270,10 @@ def test_normalisation_reaches_the_wrapped_function() -> None:
     inner = TwoSided()
     tiers = {"tiers": [{"type": "memory"}], "key": {"normalize": ["strip"]}}
     CachedEmbeddingFunction(inner, config=tiers)(["  four  ", "four"])
-    assert inner.asked == [("document", ["four"])]
+    assert inner.calls == [("document", ["four"])]
 
 
-def test_what_is_no_text_is_a_type_error() -> None:
+def test_a_value_that_is_not_a_text_is_a_type_error() -> None:
     function = CachedEmbeddingFunction(config=NGRAM)
     with pytest.raises(TypeError, match="item 1"):
         function(["text", 5])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""Haystack: real pipelines, a real model, OpenAI's client against its API on loopback, embedders that misbehave."""
+"""Tests for Haystack, with real pipelines, a real model, OpenAI's client on loopback, and faulty embedders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
-from embedonce_integrations.wrapping import shared_cache
+from embedonce_integrations.wrapping import open_shared_cache
 from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
 
 AsyncPipeline: Any = getattr(haystack, "AsyncPipeline", Pipeline)  # Haystack 3 has one class for both
@@ -45,14 +45,14 @@ KEY = "sk-secret-of-the-test"
 
 
 def vector_of(text: str, salt: str = "") -> list[float]:
-    """Return a vector that no other text has."""
+    """Return a vector that is unique to the text."""
     random = np.random.default_rng(list(f"{salt}|{text}".encode()))
     return [float(value) for value in random.standard_normal(8, dtype=np.float32)]
 
 
 @component
 class Embedder:
-    """An embedder as people write them, which counts, and misbehaves on demand."""
+    """A typical custom embedder, which counts its texts and can be made to misbehave."""
 
     def __init__(
         self,
@@ -97,12 +97,15 @@ class Embedder:
             replace(document, embedding=vector_of(text, self.model))
             for document, text in zip(documents, texts, strict=True)
         ]
-        return {"documents": self.spoil(embedded), "meta": {"model": self.model, "usage": {"total_tokens": len(texts)}}}
+        return {
+            "documents": self.spoil(embedded),
+            "meta": {"model": self.model, "usage": {"total_tokens": len(texts)}},
+        }
 
 
 @component
 class Bare:
-    """An embedder that says nothing of itself."""
+    """An embedder without any description of its vectors."""
 
     def __init__(self) -> None:
         self.seen: list[Document] = []
@@ -133,7 +136,7 @@ def documents(*contents: str) -> list[Document]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, Any]:
-    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # a busy machine is no fault
+    disk = {"type": "disk", "path": str(tmp_path / "vectors"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -158,7 +161,7 @@ QUESTIONS = ["How is green tea made?", "What are rocks made of?", "How do I look
 
 
 class Model:
-    """Counts what goes through the model itself."""
+    """Counts the texts that go through the model itself."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -176,9 +179,9 @@ class Model:
 def model() -> Iterator[Model]:
     from torch.nn.modules.module import register_module_forward_hook
 
-    counting = Model()
-    hook = register_module_forward_hook(counting)
-    yield counting
+    counter = Model()
+    hook = register_module_forward_hook(counter)
+    yield counter
     hook.remove()
 
 
@@ -187,7 +190,7 @@ def minilm(minilm_path: Path) -> dict[str, Any]:
     return {"model": str(minilm_path), "progress_bar": False}
 
 
-def ingestion(embedder: Any, store: InMemoryDocumentStore) -> Any:
+def make_pipeline(embedder: Any, store: InMemoryDocumentStore) -> Any:
     pipeline = AsyncPipeline()
     pipeline.add_component("embedder", embedder)
     pipeline.add_component("writer", DocumentWriter(store, policy=DuplicatePolicy.OVERWRITE))
@@ -195,7 +198,7 @@ def ingestion(embedder: Any, store: InMemoryDocumentStore) -> Any:
     return pipeline
 
 
-def answers(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str, float | None]]]:
+def retrieve(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str, float | None]]]:
     pipeline = Pipeline()
     pipeline.add_component("embedder", embedder)
     pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=5))
@@ -206,7 +209,7 @@ def answers(embedder: Any, store: InMemoryDocumentStore) -> list[list[tuple[str,
 
 def ingest(embedder: Any, corpus: list[Document]) -> tuple[InMemoryDocumentStore, dict[str, Any]]:
     store = InMemoryDocumentStore()
-    output = ingestion(embedder, store).run({"embedder": {"documents": corpus}}, include_outputs_from={"embedder"})
+    output = make_pipeline(embedder, store).run({"embedder": {"documents": corpus}}, include_outputs_from={"embedder"})
     assert output["writer"]["documents_written"] == len(corpus)
     assert all(document.embedding for document in store.filter_documents())
     return store, output["embedder"].get("meta", {})
@@ -216,20 +219,20 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
     minilm: dict[str, Any], model: Model, disk: dict[str, Any]
 ) -> None:
     plain, _ = ingest(SentenceTransformersDocumentEmbedder(**minilm), CORPUS)
-    expected = answers(SentenceTransformersTextEmbedder(**minilm), plain)
+    expected = retrieve(SentenceTransformersTextEmbedder(**minilm), plain)
     assert model.texts == len(CORPUS) + len(QUESTIONS)
 
-    # A memory tier lives as long as somebody has its cache.
+    # Keep the cache, because the memory tier lives only as long as a cache that uses it.
     first = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
     cold, meta = ingest(first, CORPUS)
     assert meta["cache"] == {"hits": {}, "computed": len(CORPUS), "failed": 0}
-    assert answers(CachedTextEmbedder(SentenceTransformersTextEmbedder(**minilm), config=disk), cold) == expected
+    assert retrieve(CachedTextEmbedder(SentenceTransformersTextEmbedder(**minilm), config=disk), cold) == expected
     model.passes = 0
 
     texts, queries = SentenceTransformersDocumentEmbedder(**minilm), SentenceTransformersTextEmbedder(**minilm)
     warm, meta = ingest(CachedDocumentEmbedder(texts, config=disk), CORPUS)
     assert meta["cache"] == {"hits": {"memory": len(CORPUS)}, "computed": 0, "failed": 0}
-    assert answers(CachedTextEmbedder(queries, config=disk), warm) == expected
+    assert retrieve(CachedTextEmbedder(queries, config=disk), warm) == expected
     assert model.passes == 0
     assert texts.embedding_backend is None, "the model was not even loaded"
     assert queries.embedding_backend is None
@@ -239,7 +242,7 @@ def test_the_second_pass_runs_no_model_and_retrieves_the_same(
         assert {one.id: one.embedding for one in store.filter_documents()} == by_id
 
 
-def test_one_document_changed_is_one_embedded(minilm: dict[str, Any], model: Model, disk: dict[str, Any]) -> None:
+def test_after_one_document_changed_one_is_embedded(minilm: dict[str, Any], model: Model, disk: dict[str, Any]) -> None:
     embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
     first, _ = ingest(embedder, CORPUS)
     model.texts = 0
@@ -258,7 +261,7 @@ async def test_an_async_pipeline_does_the_same(minilm: dict[str, Any], model: Mo
         model.passes = 0
         store = InMemoryDocumentStore()
         embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(**minilm), config=disk)
-        await ingestion(embedder, store).run_async({"embedder": {"documents": CORPUS}})
+        await make_pipeline(embedder, store).run_async({"embedder": {"documents": CORPUS}})
         assert model.passes == passes
     expected = SentenceTransformersDocumentEmbedder(**minilm)
     expected.warm_up()
@@ -266,7 +269,7 @@ async def test_an_async_pipeline_does_the_same(minilm: dict[str, Any], model: Mo
     assert {one.id: one.embedding for one in store.filter_documents()} == by_id
 
 
-def test_a_version_leaves_old_vectors_behind_and_purge_removes_them(
+def test_a_new_version_ignores_old_vectors_and_purge_removes_them(
     minilm: dict[str, Any], model: Model, disk: dict[str, Any]
 ) -> None:
     embedder = SentenceTransformersDocumentEmbedder(**minilm)
@@ -275,43 +278,43 @@ def test_a_version_leaves_old_vectors_behind_and_purge_removes_them(
     newer = {**disk, "key": {"version": "v2"}}
     ingest(CachedDocumentEmbedder(embedder, config=newer), CORPUS)
     assert model.texts == len(CORPUS)
-    cache = shared_cache({**newer, **NGRAM})
+    cache = open_shared_cache({**newer, **NGRAM})
     assert cache.purge(version="v1").removed["disk"] == len(CORPUS)
     _, meta = ingest(CachedDocumentEmbedder(embedder, config=newer), CORPUS)
     assert meta["cache"]["computed"] == 0
     assert {held.card["version"] for held in cache.contents() if held.card and held.tier == "disk"} == {"v2"}
 
 
-def test_weights_that_change_in_place_are_another_model(minilm_path: Path, tmp_path: Path) -> None:
+def test_weights_changed_in_place_are_another_model(minilm_path: Path, tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     shutil.copytree(minilm_path, folder)
 
-    def described(path: Path) -> str:
+    def model_of(path: Path) -> str:
         embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(model=str(path)), config=MEMORY)
         return str(embedder.run(documents=[])["meta"]["model"])
 
-    before = described(folder)
-    assert before == described(minilm_path), "a copy is the same model, wherever it lies"
+    before = model_of(folder)
+    assert before == model_of(minilm_path), "a copy in another folder is the same model"
     (folder / "README.md").write_text("Read me.")
-    assert described(folder) == before
+    assert model_of(folder) == before
     embedder = CachedDocumentEmbedder(SentenceTransformersDocumentEmbedder(model=str(folder)), config=MEMORY)
     embedder.warm_up()
     with (folder / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, 2)
         weights.write(b"\x01")
-    assert described(folder) != before
+    assert model_of(folder) != before
     with pytest.raises(SpaceError, match="has changed"):
         embedder.run(documents=documents("opened before, embedded after"))
     folder.rename(elsewhere)
-    assert described(elsewhere) not in (before, str(elsewhere))
+    assert model_of(elsewhere) not in (before, str(elsewhere))
 
 
-def test_what_haystack_has_loaded_of_a_folder_that_has_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
-    """Haystack's embedders share what one of them has loaded, by the folder's name."""
+def test_a_model_that_haystack_loaded_before_its_folder_changed_is_not_used(minilm_path: Path, tmp_path: Path) -> None:
+    """Haystack's embedders share loaded models by the name of the folder."""
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
 
-    def embedded(plain: SentenceTransformersDocumentEmbedder) -> Any:
+    def run_embedder(plain: SentenceTransformersDocumentEmbedder) -> Any:
         answer = CachedDocumentEmbedder(plain, config=MEMORY).run(documents=documents("the same text"))
         return np.float32(answer["documents"][0].embedding)
 
@@ -322,16 +325,16 @@ def test_what_haystack_has_loaded_of_a_folder_that_has_changed_is_not_used(minil
     save_file({**weights, name: weights[name][:, ::-1].copy()}, folder / "model.safetensors", {"format": "pt"})
     truth = SentenceTransformer(str(folder), device="cpu").encode("the same text")
     other = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
-    np.testing.assert_allclose(embedded(other), truth, atol=1e-6)
+    np.testing.assert_allclose(run_embedder(other), truth, atol=1e-6)
     third = SentenceTransformersDocumentEmbedder(model=str(folder), progress_bar=False)
     third.warm_up()
-    assert third.embedding_backend is other.embedding_backend, "what was loaded since is shared as before"
+    assert third.embedding_backend is other.embedding_backend, "models loaded after the change are shared as before"
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpaceError, match="before its model's folder changed"):
-        embedded(third)
+        run_embedder(third)
 
 
-# --- what a document's vector depends on ------------------------------------------------------
+# --- effective texts and vector spaces --------------------------------------------------------
 
 META = st.dictionaries(st.sampled_from(["title", "year", "other"]), st.sampled_from(["", "a", "\n", 0, None, 1999]))
 DOCUMENTS = st.builds(
@@ -354,7 +357,7 @@ def test_every_document_has_the_vector_of_its_own_text(
         output = embedder.run(documents=given_documents)
         expected = plain.run(documents=given_documents)["documents"]
         assert [replace(one, embedding=None) for one in output["documents"]] == before
-        assert given_documents == before, "what was handed in is left alone"
+        assert given_documents == before, "the given documents must not change"
         assert embeddings(output) == [one.embedding for one in expected]
 
 
@@ -369,7 +372,7 @@ def test_equal_texts_are_computed_once() -> None:
     assert [one.meta for one in output["documents"]] == [first.meta, second.meta, first.meta]
 
 
-def test_what_is_embedded_is_normalised_and_prefix_and_suffix_are_not() -> None:
+def test_the_text_is_normalised_without_prefix_and_suffix() -> None:
     inner = Embedder(prefix="passage: ", suffix=" .", meta_fields_to_embed=["title"])
     config = {**MEMORY, "key": {"normalize": ["strip"], "namespace": "normalised"}}
     embedder = CachedDocumentEmbedder(inner, config=config)
@@ -381,22 +384,24 @@ def test_what_is_embedded_is_normalised_and_prefix_and_suffix_are_not() -> None:
 
 def test_another_embedder_is_another_space() -> None:
     config = {**MEMORY, "key": {"namespace": "spaces"}}
-    made: list[CachedDocumentEmbedder] = []  # a memory tier lives as long as somebody has its cache
+    made: list[CachedDocumentEmbedder] = []  # keeps the memory tier alive
 
-    def embedded(**options: Any) -> int:
+    def run_embedder(**options: Any) -> int:
         made.append(CachedDocumentEmbedder(Embedder(**options), config=config))
         output = made[-1].run(documents=documents("tea"))
         assert embeddings(output) == [one.embedding for one in Embedder(**options).run(documents("tea"))["documents"]]
         return int(output["meta"]["cache"]["computed"])
 
-    assert embedded() == 1
-    assert embedded(batch_size=1) == 0
-    assert embedded(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, "the text has it"
+    assert run_embedder() == 1
+    assert run_embedder(batch_size=1) == 0
+    assert run_embedder(embedding_separator="; ", meta_fields_to_embed=["title"]) == 0, (
+        "the separator is part of the text"
+    )
     for options in ({"model": "n"}, {"prefix": "p"}, {"suffix": "p"}):
-        assert embedded(**options) == 1
+        assert run_embedder(**options) == 1
 
 
-def test_what_run_is_given_beside_the_texts_is_passed_on_and_part_of_the_space() -> None:
+def test_further_arguments_of_run_are_passed_on_and_part_of_the_space() -> None:
     @component
     class Styled:
         meta_fields_to_embed: list[str] = []  # noqa: RUF012
@@ -429,7 +434,7 @@ def test_what_run_is_given_beside_the_texts_is_passed_on_and_part_of_the_space()
         CachedDocumentEmbedder(config={**MEMORY, **NGRAM}).run(documents=tea, style="bold")
 
 
-# --- embedders that misbehave -----------------------------------------------------------------
+# --- faulty embedders -------------------------------------------------------------------------
 
 
 def test_documents_in_another_order_keep_their_vectors() -> None:
@@ -446,7 +451,7 @@ def test_documents_in_another_order_keep_their_vectors() -> None:
     [lambda found: [found[0], *found[2:]], lambda found: [found[0], replace(found[1], embedding=None), *found[2:]]],
     ids=["fewer", "none"],
 )
-def test_a_document_without_embedding_has_none_and_is_asked_for_again(
+def test_a_document_without_an_embedding_is_tried_again_in_the_next_run(
     spoil: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     inner = Embedder()
@@ -457,7 +462,7 @@ def test_a_document_without_embedding_has_none_and_is_asked_for_again(
     output = embedder.run(documents=given_documents)
     assert embeddings(output) == [vector_of("a", "m"), None, vector_of("c", "m"), None]
     assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 2}
-    assert inner.calls.count("run") == 1, "what came with it is not asked for twice"
+    assert inner.calls.count("run") == 1, "the other texts of the call are not embedded again"
     assert f"2 of 4 documents got no embedding: {given_documents[1].id}" in caplog.text
 
     inner.spoil = list
@@ -480,7 +485,7 @@ def test_a_document_without_embedding_has_none_and_is_asked_for_again(
     ],
     ids=["twice", "more", "same id", "nan", "dimension", "empty", "zeros"],
 )
-async def test_an_answer_that_cannot_be_right_is_an_error_and_nothing_of_it_is_kept(
+async def test_an_invalid_answer_is_an_error_and_nothing_of_it_is_stored(
     spoil: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
     inner = Embedder()
@@ -522,7 +527,7 @@ DOCUMENT_OPTIONS: dict[str, Any] = {
 TEAS = [Document(content=f"tea {number}", meta={"title": f"t{number}", "page": number}) for number in range(5)]
 
 
-def expected_of(server: OpenAIServer, number: int) -> list[float]:
+def expected_vector(server: OpenAIServer, number: int) -> list[float]:
     return list(np.float32(server.vector_of(f"passage: t{number}\ntea {number} .")).tolist())
 
 
@@ -537,8 +542,8 @@ async def test_only_misses_are_paid_for(
 
     first = await run(TEAS[1:4])
     mixed = await run([TEAS[4], TEAS[2], TEAS[0], TEAS[2], TEAS[1], TEAS[4]])
-    assert embeddings(first) == [expected_of(server, number) for number in (1, 2, 3)]
-    assert embeddings(mixed) == [expected_of(server, number) for number in (4, 2, 0, 2, 1, 4)]
+    assert embeddings(first) == [expected_vector(server, number) for number in (1, 2, 3)]
+    assert embeddings(mixed) == [expected_vector(server, number) for number in (4, 2, 0, 2, 1, 4)]
     assert server.texts == 5
     assert mixed["meta"]["cache"] == {"hits": {"memory": 3}, "computed": 2, "failed": 0}
     assert mixed["meta"]["model"] == "text-embedding-3-small"
@@ -559,7 +564,7 @@ async def test_only_misses_are_paid_for(
 @pytest.mark.parametrize(
     "how", ["short", "long", "empty", "duplicate_index", "nan", "zeros", "dimension", "ragged", "no_values"]
 )
-async def test_a_bad_reply_is_an_error(
+async def test_an_invalid_reply_is_an_error(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
     embedder = CachedDocumentEmbedder(
@@ -571,21 +576,21 @@ async def test_a_bad_reply_is_an_error(
         embedder.run(documents=TEAS)
     with pytest.raises((ProviderError, ValueError)):
         await embedder.run_async(documents=TEAS)
-    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_vector(server, number) for number in range(5)]
     await embedder.close_async()
     embedder.close()
 
 
 @pytest.mark.parametrize("how", ["out_of_order", "no_index"])
-async def test_a_reply_is_put_in_order(
+async def test_a_reply_is_sorted_by_index(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
-    """Haystack's own embedder takes the vectors as they come."""
+    """Haystack's own embedder ignores the index of each vector."""
     embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
     server.misbehave(how, times=None)
-    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_of(server, number) for number in (1, 2)]
+    assert embeddings(embedder.run(documents=TEAS[1:3])) == [expected_vector(server, number) for number in (1, 2)]
     output = await embedder.run_async(documents=TEAS)
-    assert embeddings(output) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(output) == [expected_vector(server, number) for number in range(5)]
     assert server.texts == 5
     await embedder.close_async()
     embedder.close()
@@ -595,14 +600,20 @@ async def test_a_reply_is_put_in_order(
 async def test_a_failure_is_not_cached(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: Any
 ) -> None:
-    """Of three calls the second fails: its documents have no embedding, and the next run embeds them."""
+    """The second of three calls fails. Its documents get no embedding, and the next run embeds them."""
     embedder = CachedDocumentEmbedder(OpenAIDocumentEmbedder(**openai, **DOCUMENT_OPTIONS), config=disk)
     embedder.run(documents=TEAS[:1])
     server.misbehave(how)
     output = await embedder.run_async(documents=TEAS)
-    assert embeddings(output) == [expected_of(server, 0), None, None, expected_of(server, 3), expected_of(server, 4)]
+    assert embeddings(output) == [
+        expected_vector(server, 0),
+        None,
+        None,
+        expected_vector(server, 3),
+        expected_vector(server, 4),
+    ]
     assert output["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 2, "failed": 2}
-    assert embeddings(embedder.run(documents=TEAS)) == [expected_of(server, number) for number in range(5)]
+    assert embeddings(embedder.run(documents=TEAS)) == [expected_vector(server, number) for number in range(5)]
     assert server.texts == 5
 
     strict = OpenAIDocumentEmbedder(**{**openai, "model": "other"}, **DOCUMENT_OPTIONS, raise_on_failure=True)
@@ -633,21 +644,21 @@ async def test_a_query_is_paid_for_once(server: OpenAIServer, openai: dict[str, 
     embedder.close()
 
 
-def test_a_query_and_a_document_share_nothing_unless_it_is_said(
+def test_a_query_and_a_document_share_nothing_unless_declared(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
 ) -> None:
     quiet = {"progress_bar": False}
     document, query = OpenAIDocumentEmbedder(**openai, **quiet), OpenAITextEmbedder(**openai)
 
-    def both(**options: Any) -> list[int]:
+    def compute_both(**options: Any) -> list[int]:
         one = CachedDocumentEmbedder(document, config=disk, **options).run(documents=documents("tea"))
         other = CachedTextEmbedder(query, config=disk, **options).run(text="tea")
         assert embeddings(one) == [other["embedding"]]
         return [output["meta"]["cache"]["computed"] for output in (one, other)]
 
-    assert both() == [1, 1]
-    assert both(space={"model": "text-embedding-3-small"}) == [1, 1]
-    assert both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
+    assert compute_both() == [1, 1]
+    assert compute_both(space={"model": "text-embedding-3-small"}) == [1, 1]
+    assert compute_both(space={"model": "text-embedding-3-small", "task": "any"}) == [1, 0]
     close(document, query)
 
 
@@ -690,7 +701,7 @@ def test_no_secret_is_written() -> None:
     assert CachedTextEmbedder(Texts(), config=config).to_dict()["init_parameters"]["config"] == config
 
 
-def test_a_secret_that_is_no_variable_is_left_out_of_the_space(
+def test_a_secret_that_is_not_a_variable_is_not_in_the_space(
     server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any]
 ) -> None:
     text = {"text": "tea"}
@@ -701,12 +712,12 @@ def test_a_secret_that_is_no_variable_is_left_out_of_the_space(
     assert server.texts == 1
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------
 
 
 @component
 class Texts:
-    """Embeds texts, and says which model it uses."""
+    """Embeds texts and describes its model."""
 
     def __init__(self, model: str = "texts", precision: str = "float32") -> None:
         self.model = model
@@ -720,7 +731,7 @@ class Texts:
 
 
 @pytest.mark.parametrize("wrong", [None, "text", Document(content="a"), [Document(content="a"), "b"], ["a"], [None]])
-async def test_documents_are_documents(wrong: Any) -> None:
+async def test_other_types_than_documents_are_refused(wrong: Any) -> None:
     embedder = CachedDocumentEmbedder(Embedder(), config=MEMORY)
     with pytest.raises(TypeError, match="list of Documents"):
         embedder.run(documents=wrong)
@@ -729,16 +740,16 @@ async def test_documents_are_documents(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 1, ["a"], b"a", Document(content="a")])
-async def test_a_text_is_a_str(wrong: Any) -> None:
+async def test_other_types_than_a_str_are_refused(wrong: Any) -> None:
     embedder = CachedTextEmbedder(Texts(), config=MEMORY)
-    with pytest.raises(TypeError, match="embeds a str"):
+    with pytest.raises(TypeError, match="expected a str"):
         embedder.run(text=wrong)
-    with pytest.raises(TypeError, match="embeds a str"):
+    with pytest.raises(TypeError, match="expected a str"):
         await embedder.run_async(text=wrong)
 
 
 def test_a_text_without_embedding_is_an_error() -> None:
-    with pytest.raises(ProviderError, match="gave no embedding"):
+    with pytest.raises(ProviderError, match="returned no embedding"):
         CachedTextEmbedder(Texts(), config=MEMORY).run(text="")
 
 
@@ -748,8 +759,8 @@ def test_a_text_without_embedding_is_an_error() -> None:
         (lambda: CachedTextEmbedder(Embedder()), "whose run takes 'text'"),
         (lambda: CachedDocumentEmbedder(Texts()), "whose run takes 'documents'"),
         (lambda: CachedDocumentEmbedder("openai"), "whose run takes 'documents'"),
-        (lambda: CachedTextEmbedder(Texts), r"is a class: pass an instance of it, Texts\(...\)"),
-        (lambda: CachedTextEmbedder(space={"model": "m"}), "describes an embedder that is passed"),
+        (lambda: CachedTextEmbedder(Texts), r"is a class; pass an instance, such as Texts\(...\)"),
+        (lambda: CachedTextEmbedder(space={"model": "m"}), "requires an embedder"),
         (lambda: CachedDocumentEmbedder(Embedder(), meta_fields_to_embed=[]), "set it there"),
     ],
 )
@@ -758,8 +769,8 @@ def test_what_cannot_be_wrapped_is_refused(make: Callable[[], Any], why: str) ->
         make()
 
 
-def test_an_embedder_that_says_nothing_is_refused_until_it_is_declared() -> None:
-    with pytest.raises(SpaceError, match="give it to CachedDocumentEmbedder"):
+def test_an_embedder_without_a_description_is_refused_until_declared() -> None:
+    with pytest.raises(SpaceError, match="pass meta_fields_to_embed to CachedDocumentEmbedder"):
         CachedDocumentEmbedder(Bare(), config=MEMORY)
     with pytest.raises(SpaceError, match="declare what decides its vectors: space="):
         CachedDocumentEmbedder(Bare(), config=MEMORY, meta_fields_to_embed=[]).run(documents=[])
@@ -780,13 +791,13 @@ def test_sparse_embeddings_are_refused() -> None:
         CachedTextEmbedder(SentenceTransformersSparseTextEmbedder(), config=MEMORY)
 
 
-def test_an_embedder_of_the_script_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedder_defined_in_the_running_script_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Texts, "__module__", "__main__")
-    with pytest.raises(SpaceError, match="move it to a module, or declare"):
+    with pytest.raises(SpaceError, match="move the class to a module, or declare"):
         CachedTextEmbedder(Texts(), config=MEMORY).warm_up()
 
 
-def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
+def test_vectors_that_depend_on_their_batch_are_refused() -> None:
     with pytest.raises(SpaceError, match="quantization_ranges"):
         CachedTextEmbedder(Texts(precision="int8"), config=MEMORY).warm_up()
 
@@ -794,7 +805,7 @@ def test_vectors_that_depend_on_their_neighbours_are_refused() -> None:
 # --- a component's life -----------------------------------------------------------------------
 
 
-def test_the_embedder_is_warmed_up_by_the_first_miss_alone() -> None:
+def test_only_a_miss_warms_up_the_embedder() -> None:
     inner = Embedder()
     embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "life"}})
     pipeline = Pipeline()
@@ -813,7 +824,7 @@ def test_the_embedder_is_warmed_up_by_the_first_miss_alone() -> None:
     assert inner.calls == ["close", "warm_up", "run", "run", "close", "warm_up", "run"]
 
 
-def test_a_configuration_that_is_wrong_is_an_error_before_anything_runs() -> None:
+def test_an_invalid_configuration_is_an_error_before_anything_runs() -> None:
     pipeline = Pipeline()
     pipeline.add_component("embedder", CachedTextEmbedder(Texts(), config={"tiers": [{"type": "memry"}]}))
     with pytest.raises(ConfigError, match='did you mean "memory"'):
@@ -832,7 +843,7 @@ def test_equal_configurations_share_one_cache(disk: dict[str, Any]) -> None:
 def test_threads_and_tasks_compute_each_text_once() -> None:
     inner = Embedder()
     config = {**MEMORY, "key": {"namespace": "threads"}}
-    # A memory tier lives as long as somebody has its cache: a thread may be done before another has begun.
+    # Keep a cache, because a thread may end before another begins, and the memory tier would be gone.
     kept = CachedDocumentEmbedder(inner, config=config)
     kept.warm_up()
     contents = [f"text {number}" for number in range(40)]
@@ -866,9 +877,9 @@ async def test_a_provider_embeds_documents_and_queries() -> None:
     tea = Document(content="tea", meta={"title": "green"})
     output = embedder.run(documents=[tea, *documents("tea")])
     assert output["meta"]["cache"] == {"hits": {}, "computed": 2, "failed": 0}
-    cache = shared_cache(config)
+    cache = open_shared_cache(config)
     assert embeddings(output) == cache.embed_batch(["green\ntea", "tea"]).tolist()
-    # ngram declares that queries and documents have the same vectors.
+    # ngram describes the same vectors for queries and documents.
     answer = await CachedTextEmbedder(config=config).run_async(text="green\ntea")
     assert answer["meta"]["cache"]["hits"] == {"memory": 1}
     assert answer["embedding"] == output["documents"][0].embedding

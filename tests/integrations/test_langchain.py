@@ -1,4 +1,4 @@
-"""LangChain, with its own standard tests, its OpenAI client and its CacheBackedEmbeddings."""
+"""Tests for LangChain, with its own standard tests, its OpenAI client and its CacheBackedEmbeddings."""
 
 from __future__ import annotations
 
@@ -34,13 +34,22 @@ from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
 from embedonce.testing import DictBackend, OpenAIServer
 from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
 
-from .embedders import MIXED, NGRAM, SECRET, memory, never_wrong, on_disk, same, vector
+from .embedders import (
+    MIXED,
+    NGRAM,
+    SECRET,
+    check_only_own_vectors,
+    disk_config,
+    equal_as_float32,
+    memory_config,
+    vector,
+)
 
 OpenAI: TypeAlias = Callable[..., OpenAIEmbeddings]
 
 
 class Letters(BaseModel, Embeddings):
-    """Deterministic embeddings that treat a query in another way, and count."""
+    """Deterministic embeddings that treat queries differently and count their texts."""
 
     model: str = "letters-1"
     prompt: str = "query: "
@@ -59,7 +68,7 @@ class Letters(BaseModel, Embeddings):
 
 @pytest.fixture(autouse=True)
 def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tiktoken find the vocabulary that comes with LlamaIndex, as it may not download one."""
+    """Let tiktoken use the vocabulary that comes with LlamaIndex, because tests must not download one."""
     spec = importlib.util.find_spec("llama_index.core")
     assert spec is not None
     assert spec.origin is not None
@@ -68,7 +77,7 @@ def vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
-    """Make LangChain's client of the loopback server; with ``tokens`` it sends token ids, as it does by default."""
+    """Make LangChain's client for the loopback server. With ``tokens``, it sends token ids, which is its default."""
     made = []
 
     def make(*, tokens: bool = True, **options: Any) -> OpenAIEmbeddings:
@@ -83,7 +92,7 @@ def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
 
 
 class Face:
-    """The blocking or the async methods of embeddings."""
+    """The blocking or the async methods of embeddings, under the same names."""
 
     def __init__(self, name: str, runner: asyncio.Runner) -> None:
         self._sync = name == "sync"
@@ -121,7 +130,7 @@ class Standard:
 class Wrapping(Standard):
     @property
     def embedding_model_params(self) -> dict[str, Any]:
-        return {"embeddings": DeterministicFakeEmbedding(size=16), "config": memory()}
+        return {"embeddings": DeterministicFakeEmbedding(size=16), "config": memory_config()}
 
 
 class TestStandardUnit(Standard, EmbeddingsUnitTests):
@@ -147,7 +156,7 @@ class Stores:
 
     @pytest.fixture
     def kv_store(self, tmp_path: Path) -> VectorByteStore:
-        return VectorByteStore(space={"model": "m"}, config=on_disk(tmp_path))
+        return VectorByteStore(space={"model": "m"}, config=disk_config(tmp_path))
 
 
 class TestByteStoreSync(Stores, BaseStoreSyncTests[bytes]):
@@ -158,29 +167,29 @@ class TestByteStoreAsync(Stores, BaseStoreAsyncTests[bytes]):
     pass
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [True, False])
-def test_openai_without_us_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face, tokens: bool) -> None:
+def test_openai_without_a_cache_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face, tokens: bool) -> None:
     inner = openai(tokens=tokens)
-    cached = CachedEmbeddings(inner, config=memory())
+    cached = CachedEmbeddings(inner, config=memory_config())
     documents, query = face.documents(inner, MIXED), face.query(inner, MIXED[0])
     before = server.texts
     for computed in (len(set(MIXED)) + 1, 0):  # cold, then warm; a query is no document
-        assert same(face.documents(cached, MIXED), documents)
-        assert same(face.query(cached, MIXED[0]), query)
+        assert equal_as_float32(face.documents(cached, MIXED), documents)
+        assert equal_as_float32(face.query(cached, MIXED[0]), query)
         assert server.texts == before + computed
         before = server.texts
     assert len(server.requests) == 4
 
 
-def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face) -> None:
+def test_a_custom_class_without_a_cache_cold_and_warm(face: Face) -> None:
     inner, plain = Letters(), Letters()
-    cached = CachedEmbeddings(inner, config=memory())
+    cached = CachedEmbeddings(inner, config=memory_config())
     for _ in range(2):
-        assert same(face.documents(cached, MIXED), face.documents(plain, MIXED))
-        assert same(face.query(cached, MIXED[0]), face.query(plain, MIXED[0]))
+        assert equal_as_float32(face.documents(cached, MIXED), face.documents(plain, MIXED))
+        assert equal_as_float32(face.query(cached, MIXED[0]), face.query(plain, MIXED[0]))
         assert inner._count == Counter([*set(MIXED), inner.prompt + MIXED[0]])
     first = face.documents(cached, MIXED)
     assert type(first) is list
@@ -190,14 +199,14 @@ def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face) -> None:
 
 
 @pytest.mark.timeout(300)  # it imports torch
-def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minilm_without_a_cache_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from langchain_huggingface import HuggingFaceEmbeddings
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     inner = HuggingFaceEmbeddings(
         model_name=str(minilm_path), model_kwargs={"device": "cpu"}, query_encode_kwargs={"prompt": "query: "}
     )
-    cached = CachedEmbeddings(inner, config=memory())
+    cached = CachedEmbeddings(inner, config=memory_config())
     documents, query = inner.embed_documents(MIXED), inner.embed_query(MIXED[0])
     encoded: list[str] = []
     encode = inner._client.encode
@@ -214,14 +223,14 @@ def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.
     assert not np.allclose(cold[1], cold[0][0], atol=1e-3)
 
 
-def test_a_provider_of_the_configuration() -> None:
-    # Of its own: others with an equal configuration would share its cache, and its counters.
-    config = {**NGRAM, "key": {"namespace": "test_a_provider_of_the_configuration"}}
+def test_the_provider_of_the_configuration_is_used() -> None:
+    # This namespace is unique: tests with an equal configuration would share the cache and its counters.
+    config = {**NGRAM, "key": {"namespace": "test_the_provider_of_the_configuration_is_used"}}
     cached = CachedEmbeddings(config=config)
     rows = cached.embed_documents(["one", "two", "one"])
     assert rows[0] == rows[2] == cached.embed_query("one")
     assert cached.cache.stats().providers["ngram"].texts == 2
-    with pytest.raises(TypeError, match=r"takes no chunk_size"):
+    with pytest.raises(TypeError, match=r"accept no chunk_size"):
         cached.embed_query("one", chunk_size=2)
     with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
         CachedEmbeddings(config=NGRAM, space={"model": "m"})
@@ -236,7 +245,7 @@ def test_retrieval_is_the_same() -> None:
         return [(document.page_content, score) for document, score in store.similarity_search_with_score("Rome", k=4)]
 
     plain = found(Letters())
-    cached = CachedEmbeddings(Letters(), config=memory())
+    cached = CachedEmbeddings(Letters(), config=memory_config())
     for _ in range(2):
         again = found(cached)
         assert [text for text, _ in again] == [text for text, _ in plain]
@@ -248,20 +257,20 @@ def test_retrieval_is_the_same() -> None:
 
 @pytest.mark.parametrize("kind", OpenAIServer.KINDS)
 @pytest.mark.parametrize(("face", "tokens"), [("sync", True), ("async", False)], indirect=["face"])
-def test_misbehaviour_brings_no_other_texts_vector(
+def test_no_fault_returns_the_vector_of_another_text(
     server: OpenAIServer, openai: OpenAI, kind: Any, face: Face, tokens: bool
 ) -> None:
-    config = memory()
+    config = memory_config()
     inner = openai(tokens=tokens, timeout=60)
     cached = CachedEmbeddings(inner, config=config)
-    hasty = CachedEmbeddings(openai(tokens=tokens, timeout=0.5 if kind == "hang" else 60), config=config)
+    ask_hastily = CachedEmbeddings(openai(tokens=tokens, timeout=0.5 if kind == "hang" else 60), config=config)
     right = face.documents(inner, MIXED)
-    never_wrong(server, kind, right, partial(face.documents, cached), partial(face.documents, hasty))
+    check_only_own_vectors(server, kind, right, partial(face.documents, cached), partial(face.documents, ask_hastily))
 
 
 @pytest.mark.parametrize("kind", ["short", "long", "duplicate_index", "dimension", "nan", "zeros"])
-def test_misbehaviour_for_one_query_is_an_error(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
-    cached = CachedEmbeddings(openai(), config=memory())
+def test_a_fault_during_a_query_is_an_error(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
+    cached = CachedEmbeddings(openai(), config=memory_config())
     right = face.query(cached, "Known")
     server.misbehave(kind)
     with pytest.raises((ProviderError, ValueError)):
@@ -278,32 +287,32 @@ def test_every_row_belongs_to_its_text(batches: list[list[str]], entries: int) -
     for batch in batches:
         rows = cached.embed_documents(batch)
         assert len(rows) == len(batch)
-        assert all(same(row, vector(text)) for row, text in zip(rows, batch, strict=True))
+        assert all(equal_as_float32(row, vector(text)) for row, text in zip(rows, batch, strict=True))
         for text in batch[:2]:
-            assert same(cached.embed_query(text), vector("query: " + text))
+            assert equal_as_float32(cached.embed_query(text), vector("query: " + text))
 
 
 # --- spaces -----------------------------------------------------------------------------------
 
 
-def space_of(embeddings: Embeddings, task: str = "document", **options: Any) -> Any:
-    return CachedEmbeddings(embeddings, config=memory(), **options).cache.provider.space(task)
+def describe(embeddings: Embeddings, task: str = "document", **options: Any) -> Any:
+    return CachedEmbeddings(embeddings, config=memory_config(), **options).cache.provider.space(task)
 
 
-def test_queries_share_with_documents_only_where_that_is_said() -> None:
-    assert space_of(Letters()) != space_of(Letters(), "query")
-    assert space_of(Letters(), symmetric=True) == space_of(Letters(), "query", symmetric=True)
+def test_queries_and_documents_share_vectors_only_if_symmetric() -> None:
+    assert describe(Letters()) != describe(Letters(), "query")
+    assert describe(Letters(), symmetric=True) == describe(Letters(), "query", symmetric=True)
     declared = {"model": "mine"}
-    assert space_of(Letters(), space=declared) != space_of(Letters(), "query", space=declared)
+    assert describe(Letters(), space=declared) != describe(Letters(), "query", space=declared)
     inner = Letters(prompt="")
-    cached = CachedEmbeddings(inner, config=memory(), symmetric=True)
+    cached = CachedEmbeddings(inner, config=memory_config(), symmetric=True)
     cached.embed_documents(["a"])
-    assert same(cached.embed_query("a"), vector("a"))
+    assert equal_as_float32(cached.embed_query("a"), vector("a"))
     assert inner._count == {"a": 1}
 
 
-def test_what_decides_the_vectors_is_the_space(openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = space_of(openai())
+def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = describe(openai())
     for options in (
         {"model": "text-embedding-3-large"},
         {"dimensions": 8},
@@ -313,7 +322,7 @@ def test_what_decides_the_vectors_is_the_space(openai: OpenAI, monkeypatch: pyte
         {"model_kwargs": {"truncate": True}},
         {"skip_empty": True},
     ):
-        assert space_of(openai(**options)) != plain, options
+        assert describe(openai(**options)) != plain, options
     for options in (
         {"chunk_size": 3},
         {"max_retries": 9},
@@ -324,18 +333,18 @@ def test_what_decides_the_vectors_is_the_space(openai: OpenAI, monkeypatch: pyte
         {"show_progress_bar": True},
         {"model_kwargs": {"user": "me", "encoding_format": "float"}},
     ):
-        assert space_of(openai(**options)) == plain, options
+        assert describe(openai(**options)) == plain, options
     monkeypatch.setenv("OPENAI_BASE_URL", "http://one.example/v1")
-    one = space_of(OpenAIEmbeddings(api_key=SECRET))
+    one = describe(OpenAIEmbeddings(api_key=SECRET))
     monkeypatch.setenv("OPENAI_BASE_URL", "http://two.example/v1")
-    assert space_of(OpenAIEmbeddings(api_key=SECRET)) != one, "the client has its URL from the environment"
+    assert describe(OpenAIEmbeddings(api_key=SECRET)) != one, "the client has its URL from the environment"
 
 
 def test_pydantic_embeddings_describe_themselves() -> None:
-    assert space_of(FakeEmbeddings(size=4)) != space_of(FakeEmbeddings(size=5))
-    assert space_of(Letters(model="letters-2")) != space_of(Letters())
-    assert space_of(Letters(prompt="")) != space_of(Letters())
-    assert space_of(Letters()) == space_of(Letters())
+    assert describe(FakeEmbeddings(size=4)) != describe(FakeEmbeddings(size=5))
+    assert describe(Letters(model="letters-2")) != describe(Letters())
+    assert describe(Letters(prompt="")) != describe(Letters())
+    assert describe(Letters()) == describe(Letters())
 
 
 class Opaque(Embeddings):
@@ -355,27 +364,27 @@ class Nested(BaseModel, Opaque):
     base: Any = None
 
 
-def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
+def test_embeddings_without_a_description_are_refused_until_declared() -> None:
     class Local(Letters):
         pass
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
-    for embeddings, said in (
+    for embeddings, message in (
         (Opaque(), "Opaque does not say"),
         (Nameless(), "names no model and has private attributes"),
         (Nested(base=object()), r"Nested\.base is a object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):
-        with pytest.raises(SpaceError, match=said + r".*space="):
-            CachedEmbeddings(embeddings, config=memory())
-        cached = CachedEmbeddings(embeddings, config=memory(), space={"model": "mine"})
-        assert same(cached.embed_documents(["a"]), [vector("a")])
+        with pytest.raises(SpaceError, match=message + r".*space="):
+            CachedEmbeddings(embeddings, config=memory_config())
+        cached = CachedEmbeddings(embeddings, config=memory_config(), space={"model": "mine"})
+        assert equal_as_float32(cached.embed_documents(["a"]), [vector("a")])
 
 
-def test_embeddings_that_were_changed_are_not_asked(openai: OpenAI, face: Face) -> None:
+def test_changed_embeddings_are_refused(openai: OpenAI, face: Face) -> None:
     for inner, field in ((Letters(prompt="before: "), "prompt"), (openai(), "model")):
-        config = memory()
+        config = memory_config()
         cached = CachedEmbeddings(inner, config=config)
         known = face.documents(cached, ["a"])
         as_it_was = inner.model_copy()
@@ -393,18 +402,18 @@ class Quantized(Letters):
 
 
 def test_vectors_that_depend_on_the_batch_are_refused() -> None:
-    with pytest.raises(SpaceError, match="no vector of its own"):
-        CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory())
-    CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory())
+    with pytest.raises(SpaceError, match="depends on the other texts"):
+        CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory_config())
+    CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory_config())
 
 
-def test_only_embeddings_are_wrapped() -> None:
-    with pytest.raises(TypeError, match="given as config="):
+def test_other_types_than_embeddings_are_refused() -> None:
+    with pytest.raises(TypeError, match="use config="):
         CachedEmbeddings("embedonce.toml")  # type: ignore[arg-type]
 
 
-def test_kwargs_are_passed_on_and_tell_vectors_apart(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
-    cached = CachedEmbeddings(openai(), config=memory())
+def test_kwargs_are_passed_on_and_change_the_space(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+    cached = CachedEmbeddings(openai(), config=memory_config())
     plain = face.documents(cached, ["a"])
     assert len(plain[0]) == 16
     for _ in range(2):
@@ -416,41 +425,41 @@ def test_kwargs_are_passed_on_and_tell_vectors_apart(server: OpenAIServer, opena
     with pytest.raises(SpaceError, match=r"the call's\.hook"):
         face.documents(cached, ["a"], hook=print)
     inner = Letters()
-    declared = CachedEmbeddings(inner, config=memory(), space={"model": "mine"})
-    assert not same(face.query(declared, "a"), face.query(declared, "a", tone="kind"))
+    declared = CachedEmbeddings(inner, config=memory_config(), space={"model": "mine"})
+    assert not equal_as_float32(face.query(declared, "a"), face.query(declared, "a", tone="kind"))
     assert len(inner._calls) == 2
 
 
-def test_nobody_is_told_a_secret(openai: OpenAI) -> None:
+def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
     inner = openai(default_headers={"authorization": SECRET}, model_kwargs={"access_token": SECRET})
-    cached = CachedEmbeddings(inner, config=memory(secret=SECRET))
-    told = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
-    assert SECRET not in told
+    cached = CachedEmbeddings(inner, config=memory_config(secret=SECRET))
+    shown = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
+    assert SECRET not in shown
 
 
-def test_embeddings_see_the_normalised_text() -> None:
+def test_embeddings_get_the_normalised_text() -> None:
     inner = Letters()
-    cached = CachedEmbeddings(inner, config=memory(normalize=["strip"]))
-    assert same(cached.embed_documents([" a", "a\n"]), [vector("a")] * 2)
-    assert same(cached.embed_query(" a "), vector("query: a"))
+    cached = CachedEmbeddings(inner, config=memory_config(normalize=["strip"]))
+    assert equal_as_float32(cached.embed_documents([" a", "a\n"]), [vector("a")] * 2)
+    assert equal_as_float32(cached.embed_query(" a "), vector("query: a"))
     assert inner._count == {"a": 1, "query: a": 1}
 
 
 # --- calls ------------------------------------------------------------------------------------
 
 
-def test_misses_come_in_the_embeddings_own_batches(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+def test_misses_come_in_batches_of_the_embeddings_size(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
     texts = [f"text {i}" for i in range(8)]
-    cached = CachedEmbeddings(openai(chunk_size=3), config=memory())
+    cached = CachedEmbeddings(openai(chunk_size=3), config=memory_config())
     face.documents(cached, texts[:2])
     server.requests.clear()
     face.documents(cached, texts)
     assert [len(request.body["input"]) for request in server.requests] == [3, 3]
 
 
-def test_what_was_computed_before_a_failure_is_kept(server: OpenAIServer, openai: OpenAI) -> None:
+def test_vectors_computed_before_a_failure_are_kept(server: OpenAIServer, openai: OpenAI) -> None:
     texts = [f"text {i}" for i in range(9)]
-    cached = CachedEmbeddings(openai(chunk_size=3), config=memory())
+    cached = CachedEmbeddings(openai(chunk_size=3), config=memory_config())
     cached.embed_documents(texts[:3])
     server.misbehave("server_error")
     with pytest.raises(Exception, match="error while processing"):
@@ -461,9 +470,9 @@ def test_what_was_computed_before_a_failure_is_kept(server: OpenAIServer, openai
     assert server.texts == 9
 
 
-def test_threads_and_tasks_compute_a_text_once() -> None:
+def test_threads_and_tasks_compute_each_text_once() -> None:
     inner = Letters()
-    cached = CachedEmbeddings(inner, config=memory())
+    cached = CachedEmbeddings(inner, config=memory_config())
     texts = [f"text {i}" for i in range(20)]
     start = threading.Barrier(6)
 
@@ -475,20 +484,20 @@ def test_threads_and_tasks_compute_a_text_once() -> None:
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(work, range(6)))
     for mine, rows in answers:
-        assert same(rows, [vector(text) for text in mine])
+        assert equal_as_float32(rows, [vector(text) for text in mine])
     assert inner._count == Counter(texts)
 
     async def together() -> Any:
         return await asyncio.gather(*(cached.aembed_query("same") for _ in range(8)))
 
     rows = asyncio.run(together())
-    assert all(same(row, vector("query: same")) for row in rows)
+    assert all(equal_as_float32(row, vector("query: same")) for row in rows)
     assert inner._count["query: same"] == 1
 
 
 def test_equal_configurations_share_one_cache() -> None:
     one, two, other = Letters(), Letters(), Letters(model="letters-2")
-    config = memory()
+    config = memory_config()
     first, second, third = (CachedEmbeddings(inner, config=dict(config)) for inner in (one, two, other))
     first.embed_documents(["a"])
     second.embed_documents(["a"])
@@ -496,14 +505,14 @@ def test_equal_configurations_share_one_cache() -> None:
     assert (one._calls, two._calls, other._calls) == ([1], [], [1])
 
 
-def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
-    cached = CachedEmbeddings(Letters(), config=on_disk(tmp_path))
+def test_after_a_restart_the_disk_has_every_vector(tmp_path: Path, face: Face) -> None:
+    cached = CachedEmbeddings(Letters(), config=disk_config(tmp_path))
     documents, query = face.documents(cached, MIXED), face.query(cached, "a")
     cache = weakref.ref(cached.cache._chain)
     del cached
     until_gone(cache)
     inner = Letters()
-    cached = CachedEmbeddings(inner, config=on_disk(tmp_path))
+    cached = CachedEmbeddings(inner, config=disk_config(tmp_path))
     assert face.documents(cached, MIXED) == documents
     assert face.query(cached, "a") == query
     assert inner._calls == []
@@ -513,31 +522,31 @@ def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> Non
 # --- CacheBackedEmbeddings over a chain -------------------------------------------------------
 
 
-def upper(text: str) -> str:
+def to_upper(text: str) -> str:
     return f"mine:{text.upper()}"
 
 
-@pytest.mark.parametrize("encoder", ["sha256", "blake2b", "sha512", upper])
+@pytest.mark.parametrize("encoder", ["sha256", "blake2b", "sha512", to_upper])
 def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: Face, encoder: Any) -> None:
     namespace = {} if callable(encoder) else {"namespace": "letters-1"}
     unique = list(dict.fromkeys(MIXED))
 
-    def backed(inner: Letters) -> tuple[CacheBackedEmbeddings, VectorByteStore]:
-        store = VectorByteStore(space={"model": "letters-1"}, config=on_disk(tmp_path))
+    def make_backed(inner: Letters) -> tuple[CacheBackedEmbeddings, VectorByteStore]:
+        store = VectorByteStore(space={"model": "letters-1"}, config=disk_config(tmp_path))
         return CacheBackedEmbeddings.from_bytes_store(inner, store, key_encoder=encoder, **namespace), store
 
     plain = face.documents(Letters(), unique)
     for computed in (unique, []):
         inner = Letters()
-        embeddings, store = backed(inner)
-        assert same(face.documents(embeddings, unique), plain)
+        embeddings, store = make_backed(inner)
+        assert equal_as_float32(face.documents(embeddings, unique), plain)
         assert list(inner._count) == computed
-        assert same(face.documents(embeddings, unique[::-1]), plain[::-1])
+        assert equal_as_float32(face.documents(embeddings, unique[::-1]), plain[::-1])
         assert list(inner._count) == computed
         cache = weakref.ref(store.cache._chain)
         del embeddings, store
         until_gone(cache)
-    _, store = backed(Letters())
+    _, store = make_backed(Letters())
     keys = list(store.yield_keys())
     assert len(keys) == len(unique)
     assert all(key.startswith("mine:" if callable(encoder) else "letters-1") for key in keys)
@@ -546,31 +555,33 @@ def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: F
 
 def test_cache_backed_queries(face: Face) -> None:
     inner = Letters()
-    documents, queries = (VectorByteStore(space={"model": "letters-1", "task": task}, config=memory()) for task in "dq")
+    documents, queries = (
+        VectorByteStore(space={"model": "letters-1", "task": task}, config=memory_config()) for task in "dq"
+    )
     embeddings = CacheBackedEmbeddings.from_bytes_store(
         inner, documents, key_encoder="sha256", query_embedding_cache=queries
     )
     for _ in range(2):
-        assert same(face.documents(embeddings, ["a"]), [vector("a")])
-        assert same(face.query(embeddings, "a"), vector("query: a"))
+        assert equal_as_float32(face.documents(embeddings, ["a"]), [vector("a")])
+        assert equal_as_float32(face.query(embeddings, "a"), vector("query: a"))
     assert inner._calls == [1, 1]
 
 
 def test_values_come_back_in_order_as_float32() -> None:
-    store = VectorByteStore(space={"model": "m"}, config=memory())
+    store = VectorByteStore(space={"model": "m"}, config=memory_config())
     store.mset([(key, json.dumps(vector(key)).encode()) for key in "abc"])
     values = store.mget(["c", "x", "a", "c"])
     assert values[1] is None
     assert values[0] == values[3]
-    assert same(json.loads(values[2] or b""), vector("a"))
+    assert equal_as_float32(json.loads(values[2] or b""), vector("a"))
     assert store.mget([]) == []
     store.mset([])
     store.mset([("a", b"[1, 1, 1, 1, 1, 1, 1, 1]"), ("a", json.dumps(vector("z")).encode())])
-    assert same(json.loads(store.mget(["a"])[0] or b""), vector("z"))
+    assert equal_as_float32(json.loads(store.mget(["a"])[0] or b""), vector("z"))
 
 
-def test_stores_of_other_spaces_do_not_meet() -> None:
-    config = memory()
+def test_stores_of_different_spaces_share_nothing() -> None:
+    config = memory_config()
     one, two = (VectorByteStore(space={"model": name}, config=config) for name in ("one", "two"))
     one.mset([("key", b"[1.0]")])
     assert two.mget(["key"]) == [None]
@@ -579,8 +590,8 @@ def test_stores_of_other_spaces_do_not_meet() -> None:
     assert one.mget(["key"]) == [b"[1.0]"]
 
 
-def test_a_byte_store_holds_vectors_alone() -> None:
-    store = VectorByteStore(space={"model": "m"}, config=memory())
+def test_a_byte_store_holds_only_vectors() -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory_config())
     for value in (b"text", b"{}", b'["a"]', b"[true]", b"[NaN]", b"\xff", b"[1" + b"0" * 400 + b"]"):
         with pytest.raises(ValueError, match="item 1 is not a JSON list of numbers"):
             store.mset([("good", b"[1.0]"), ("bad", value)])
@@ -589,33 +600,33 @@ def test_a_byte_store_holds_vectors_alone() -> None:
             store.mset([("good", b"[1.0]"), ("bad", value)])
     assert store.mget(["good", "bad"]) == [None, None]
     with pytest.raises(SpaceError, match="which model"):
-        VectorByteStore(space={"dimensions": 3}, config=memory())
-    with pytest.raises(ConfigError, match="a byte store sees keys alone"):
-        VectorByteStore(space={"model": "m"}, config=memory(normalize=["strip"]))
-    with pytest.raises(TypeError, match="makes no vectors"):
+        VectorByteStore(space={"dimensions": 3}, config=memory_config())
+    with pytest.raises(ConfigError, match="a byte store sees keys and never the texts"):
+        VectorByteStore(space={"model": "m"}, config=memory_config(normalize=["strip"]))
+    with pytest.raises(TypeError, match="cannot compute them"):
         store.cache.embed("a")
 
 
-def test_a_byte_store_over_a_tier_that_fails_or_cannot_list(face: Face) -> None:
-    store = VectorByteStore(space={"model": "m"}, config=memory())
+def test_a_byte_store_works_on_a_tier_that_fails_or_cannot_list(face: Face) -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory_config())
 
-    def over(*backends: DictBackend) -> Cache:
+    def make_cache(*backends: DictBackend) -> Cache:
         return Cache(store.cache.provider, list(backends))
 
     down = DictBackend()
-    store.cache = over(DictBackend(scan=False))
+    store.cache = make_cache(DictBackend(scan=False))
     store.mset([("a", b"[1.0]")])
     assert store.mget(["a"]) == [b"[1.0]"]
     with pytest.raises(TierError, match="it cannot list its keys"):
         list(store.yield_keys())
-    store.cache = over(down)
+    store.cache = make_cache(down)
     store.mset([("a", b"[1.0]")])
     broken: Callable[[Sequence[str]], Any] = lambda keys: 1 / 0  # noqa: E731
     down.get_many = broken  # type: ignore[method-assign]
     assert store.mget(["a"]) == [None], "a tier that fails is a miss, and the text is embedded again"
 
 
-def test_a_missing_framework_is_named_with_what_to_install() -> None:
+def test_a_missing_framework_is_named_with_its_install_command() -> None:
     code = "import sys; sys.modules['langchain_core'] = None; import embedonce_integrations.langchain"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

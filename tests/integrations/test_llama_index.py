@@ -1,4 +1,4 @@
-"""LlamaIndex, with its OpenAI client, its ingestion pipeline, its vector index and its events."""
+"""Tests for LlamaIndex, with its OpenAI client, ingestion pipeline, vector index and events."""
 
 from __future__ import annotations
 
@@ -39,13 +39,22 @@ from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.llama_index import CachedEmbedding
 
-from .embedders import MIXED, NGRAM, SECRET, memory, never_wrong, on_disk, same, vector
+from .embedders import (
+    MIXED,
+    NGRAM,
+    SECRET,
+    check_only_own_vectors,
+    disk_config,
+    equal_as_float32,
+    memory_config,
+    vector,
+)
 
 OpenAI: TypeAlias = Callable[..., OpenAIEmbedding]
 
 
 class Letters(BaseEmbedding):
-    """A deterministic embedding model that treats a query in another way, and counts."""
+    """A deterministic embedding model that treats queries differently and counts its texts."""
 
     model_name: str = "letters-1"
     prompt: str = "query: "
@@ -63,7 +72,7 @@ class Letters(BaseEmbedding):
 
 
 class Response:
-    """What newer versions of LlamaIndex may return for a vector."""
+    """The object that newer versions of LlamaIndex may return in place of a vector."""
 
     def __init__(self, embedding: list[float]) -> None:
         self.embedding = embedding
@@ -76,7 +85,7 @@ class Responding(Letters):
 
 @pytest.fixture
 def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
-    """Make LlamaIndex's client of the loopback server."""
+    """Make LlamaIndex's client for the loopback server."""
     made = []
 
     def make(**options: Any) -> OpenAIEmbedding:
@@ -93,7 +102,7 @@ def openai(server: OpenAIServer, runner: asyncio.Runner) -> Iterator[OpenAI]:
 
 
 class Face:
-    """The blocking or the async methods of an embedding model."""
+    """The blocking or the async methods of an embedding model, under the same names."""
 
     def __init__(self, name: str, runner: asyncio.Runner) -> None:
         self._sync = name == "sync"
@@ -116,29 +125,29 @@ def face(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Face:
     return Face(request.param, runner)
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 
-def test_openai_without_us_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+def test_openai_without_a_cache_cold_and_warm(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
     inner = openai()
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     texts, text, query = face.texts(inner, MIXED), face.text(inner, "alone"), face.query(inner, MIXED[0])
     before = server.texts
     for computed in (len(set(MIXED)) + 2, 0):  # cold, then warm; a query is no text
-        assert same(face.texts(cached, MIXED), texts)
-        assert same(face.text(cached, "alone"), text)
-        assert same(face.query(cached, MIXED[0]), query)
+        assert equal_as_float32(face.texts(cached, MIXED), texts)
+        assert equal_as_float32(face.text(cached, "alone"), text)
+        assert equal_as_float32(face.query(cached, MIXED[0]), query)
         assert server.texts == before + computed
         before = server.texts
 
 
 @pytest.mark.parametrize("model", [Letters, Responding])
-def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face, model: type[Letters]) -> None:
+def test_a_custom_class_without_a_cache_cold_and_warm(face: Face, model: type[Letters]) -> None:
     inner, plain = model(), Letters()
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     for _ in range(2):
-        assert same(face.texts(cached, MIXED), face.texts(plain, MIXED))
-        assert same(face.query(cached, MIXED[0]), face.query(plain, MIXED[0]))
+        assert equal_as_float32(face.texts(cached, MIXED), face.texts(plain, MIXED))
+        assert equal_as_float32(face.query(cached, MIXED[0]), face.query(plain, MIXED[0]))
         assert inner._count == Counter([*set(MIXED), inner.prompt + MIXED[0]])
     first = face.texts(cached, MIXED)
     assert type(first) is list
@@ -151,12 +160,12 @@ def test_a_class_of_ones_own_without_us_cold_and_warm(face: Face, model: type[Le
 
 
 @pytest.mark.timeout(300)  # it imports torch
-def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minilm_without_a_cache_cold_and_warm(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     inner = HuggingFaceEmbedding(str(minilm_path), device="cpu", query_instruction="query: ")
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     texts, query = inner.get_text_embedding_batch(MIXED), inner.get_query_embedding(MIXED[0])
     encoded: list[str] = []
     encode = inner._model.encode
@@ -173,8 +182,8 @@ def test_minilm_without_us_cold_and_warm(minilm_path: Path, monkeypatch: pytest.
     assert not np.allclose(cold[1], cold[0][0], atol=1e-3)
 
 
-def test_a_provider_of_the_configuration(face: Face) -> None:
-    # Of its own: others with an equal configuration would share its cache, and its counters.
+def test_the_provider_of_the_configuration_is_used(face: Face) -> None:
+    # This namespace is unique: tests with an equal configuration would share the cache and its counters.
     cached = CachedEmbedding(config={**NGRAM, "key": {"namespace": f"a provider, {face}"}})
     rows = face.texts(cached, ["one", "two", "one"])
     assert rows[0] == rows[2] == face.query(cached, "one")
@@ -188,18 +197,20 @@ def test_a_provider_of_the_configuration(face: Face) -> None:
 
 
 @pytest.mark.parametrize("kind", OpenAIServer.KINDS)
-def test_misbehaviour_brings_no_other_texts_vector(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
-    config = memory()
+def test_no_fault_returns_the_vector_of_another_text(
+    server: OpenAIServer, openai: OpenAI, kind: Any, face: Face
+) -> None:
+    config = memory_config()
     inner = openai(timeout=60)
     cached = CachedEmbedding(inner, config=config)
-    hasty = CachedEmbedding(openai(timeout=0.5 if kind == "hang" else 60), config=config)
+    ask_hastily = CachedEmbedding(openai(timeout=0.5 if kind == "hang" else 60), config=config)
     right = face.texts(inner, MIXED)
-    never_wrong(server, kind, right, partial(face.texts, cached), partial(face.texts, hasty))
+    check_only_own_vectors(server, kind, right, partial(face.texts, cached), partial(face.texts, ask_hastily))
 
 
 @pytest.mark.parametrize("kind", ["short", "long", "duplicate_index", "dimension", "nan", "zeros"])
-def test_misbehaviour_for_one_query_is_an_error(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
-    cached = CachedEmbedding(openai(), config=memory())
+def test_a_fault_during_a_query_is_an_error(server: OpenAIServer, openai: OpenAI, kind: Any, face: Face) -> None:
+    cached = CachedEmbedding(openai(), config=memory_config())
     right = face.query(cached, "Known")
     server.misbehave(kind)
     with pytest.raises((ProviderError, ValueError)):
@@ -215,19 +226,19 @@ def test_every_row_belongs_to_its_text(batches: list[list[str]], entries: int, s
     for batch in batches:
         rows = cached.get_text_embedding_batch(batch)
         assert len(rows) == len(batch)
-        assert all(same(row, vector(text)) for row, text in zip(rows, batch, strict=True))
+        assert all(equal_as_float32(row, vector(text)) for row, text in zip(rows, batch, strict=True))
         for text in batch[:2]:
-            assert same(cached.get_query_embedding(text), vector("query: " + text))
+            assert equal_as_float32(cached.get_query_embedding(text), vector("query: " + text))
 
 
 # --- spaces -----------------------------------------------------------------------------------
 
 
 def vectors_of(model: BaseEmbedding, **options: Any) -> dict[str, Any]:
-    return CachedEmbedding(model, config=memory(), **options).vectors
+    return CachedEmbedding(model, config=memory_config(), **options).vectors
 
 
-def test_what_decides_the_vectors_is_the_space(openai: OpenAI) -> None:
+def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI) -> None:
     plain = vectors_of(openai())
     assert plain["document"] != plain["query"]
     for options in (
@@ -254,11 +265,11 @@ def test_what_decides_the_vectors_is_the_space(openai: OpenAI) -> None:
     assert vectors_of(MockEmbedding(embed_dim=3)) != vectors_of(MockEmbedding(embed_dim=4))
 
 
-def test_queries_share_with_texts_only_where_that_is_said() -> None:
+def test_queries_and_texts_share_vectors_only_if_symmetric() -> None:
     inner = Letters(prompt="")
-    cached = CachedEmbedding(inner, config=memory(), symmetric=True)
+    cached = CachedEmbedding(inner, config=memory_config(), symmetric=True)
     cached.get_text_embedding("a")
-    assert same(cached.get_query_embedding("a"), vector("a"))
+    assert equal_as_float32(cached.get_query_embedding("a"), vector("a"))
     assert inner._count == {"a": 1}
     declared = vectors_of(Letters(), space={"model": "mine"})
     assert declared["document"] != declared["query"]
@@ -268,30 +279,30 @@ class Holding(Letters):
     model: Any = None
 
 
-def test_what_cannot_be_described_is_refused_until_it_is_declared() -> None:
+def test_a_model_without_a_description_is_refused_until_declared() -> None:
     class Local(Letters):
         pass
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
-    for model, said in (
+    for model, message in (
         (Letters(model_name="unknown"), "names no model and has private attributes"),
         (Holding(model=object()), r"Holding\.model is a object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):
-        with pytest.raises(SpaceError, match=said + r".*space="):
-            CachedEmbedding(model, config=memory())
-        cached = CachedEmbedding(model, config=memory(), space={"model": "mine"})
-        assert same(cached.get_text_embedding("a"), vector("a"))
+        with pytest.raises(SpaceError, match=message + r".*space="):
+            CachedEmbedding(model, config=memory_config())
+        cached = CachedEmbedding(model, config=memory_config(), space={"model": "mine"})
+        assert equal_as_float32(cached.get_text_embedding("a"), vector("a"))
         assert cached.model_name == "mine"
 
 
-def test_a_model_that_was_changed_is_not_asked() -> None:
+def test_a_changed_model_is_refused() -> None:
     inner = Letters(model_name="before")
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     cached.get_text_embedding("a")
     inner.model_name = "after"
-    assert same(cached.get_text_embedding("a"), vector("a"))
+    assert equal_as_float32(cached.get_text_embedding("a"), vector("a"))
     for ask in (
         lambda: cached.get_text_embedding("b"),
         lambda: cached.get_query_embedding("b"),
@@ -302,54 +313,54 @@ def test_a_model_that_was_changed_is_not_asked() -> None:
     assert inner._count == {"a": 1}
 
 
-def test_what_it_does_not_take_is_refused_with_what_to_do() -> None:
-    with pytest.raises(TypeError, match="given as config="):
+def test_unsupported_arguments_are_refused_with_advice() -> None:
+    with pytest.raises(TypeError, match="use config="):
         CachedEmbedding("embedonce.toml")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"rate_limiter.*give it to the embedding model"):
-        CachedEmbedding(Letters(), config=memory(), rate_limiter=TokenBucketRateLimiter(requests_per_minute=1))
-    with pytest.raises(TypeError, match=r"embeddings_cache.*leave it out"):
-        CachedEmbedding(Letters(), config=memory(), embeddings_cache=object())
-    cached = CachedEmbedding(Letters(), config=memory())
+        CachedEmbedding(Letters(), config=memory_config(), rate_limiter=TokenBucketRateLimiter(requests_per_minute=1))
+    with pytest.raises(TypeError, match=r"embeddings_cache.*remove it"):
+        CachedEmbedding(Letters(), config=memory_config(), embeddings_cache=object())
+    cached = CachedEmbedding(Letters(), config=memory_config())
     with pytest.raises(TypeError, match="made from a dict"):
         CachedEmbedding.from_dict(cached.to_dict())
 
 
-def test_the_model_sees_the_normalised_text() -> None:
+def test_the_model_gets_the_normalised_text() -> None:
     inner = Letters()
-    cached = CachedEmbedding(inner, config=memory(normalize=["strip"]))
-    assert same(cached.get_text_embedding_batch([" a", "a\n"]), [vector("a")] * 2)
+    cached = CachedEmbedding(inner, config=memory_config(normalize=["strip"]))
+    assert equal_as_float32(cached.get_text_embedding_batch([" a", "a\n"]), [vector("a")] * 2)
     assert inner._count == {"a": 1}
-    assert cached.vectors != CachedEmbedding(inner, config=memory()).vectors
+    assert cached.vectors != CachedEmbedding(inner, config=memory_config()).vectors
 
 
 # --- to_dict, secrets, events -----------------------------------------------------------------
 
 
-def test_to_dict_is_stable_and_tells_spaces_apart(openai: OpenAI) -> None:
+def test_to_dict_is_stable_and_differs_between_spaces(openai: OpenAI) -> None:
     nodes = [TextNode(text="one"), TextNode(text="two")]
-    cached = CachedEmbedding(openai(), config=memory())
+    cached = CachedEmbedding(openai(), config=memory_config())
     before, hashed = cached.to_dict(), get_transformation_hash(nodes, cached)
     cached.get_text_embedding_batch(["a", "b"])
     cached.get_text_embedding_batch(["a", "b"])
     assert cached.to_dict() == before
-    again = CachedEmbedding(openai(api_key="other"), config=memory())
+    again = CachedEmbedding(openai(api_key="other"), config=memory_config())
     assert get_transformation_hash(nodes, again) == hashed
     assert get_transformation_hash(nodes, pickle.loads(pickle.dumps(cached))) == hashed
-    assert get_transformation_hash(nodes, CachedEmbedding(openai(dimensions=8), config=memory())) != hashed
-    assert get_transformation_hash(nodes, CachedEmbedding(openai(), config=memory(normalize=["nfc"]))) != hashed
+    assert get_transformation_hash(nodes, CachedEmbedding(openai(dimensions=8), config=memory_config())) != hashed
+    assert get_transformation_hash(nodes, CachedEmbedding(openai(), config=memory_config(normalize=["nfc"]))) != hashed
     assert cached.to_dict()["class_name"] == CachedEmbedding.class_name() == "CachedEmbedding"
 
 
-def test_nobody_is_told_a_secret(openai: OpenAI) -> None:
+def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
     inner = openai(default_headers={"authorization": SECRET}, additional_kwargs={"access_token": SECRET})
-    cached = CachedEmbedding(inner, config=memory(secret=SECRET))
-    told = [cached, cached.to_dict(), cached.to_json(), cached.to_payload(), cached.model_dump(), cached.cache]
-    told += [cached.cache.explain("a"), cached.cache.provider.space("query")]
-    assert SECRET not in f"{told!r} {cached}"
+    cached = CachedEmbedding(inner, config=memory_config(secret=SECRET))
+    shown = [cached, cached.to_dict(), cached.to_json(), cached.to_payload(), cached.model_dump(), cached.cache]
+    shown += [cached.cache.explain("a"), cached.cache.provider.space("query")]
+    assert SECRET not in f"{shown!r} {cached}"
 
 
 class Recorder(BaseEventHandler):
-    """Records the events of embedding models: their class, their chunks, and how many vectors."""
+    """Records the class, the chunks and the number of vectors of each embedding event."""
 
     _seen: list[tuple[str, Any, Any]] = PrivateAttr(default_factory=list)
 
@@ -361,8 +372,8 @@ class Recorder(BaseEventHandler):
             self._seen.append((name, model or chunks, len(vectors)))
 
 
-def test_events_are_those_of_any_embedding_model(face: Face) -> None:
-    def seen(make: Callable[[CallbackManager], BaseEmbedding]) -> Any:
+def test_events_are_the_same_as_for_any_embedding_model(face: Face) -> None:
+    def record_events(make: Callable[[CallbackManager], BaseEmbedding]) -> Any:
         debug, recorder = LlamaDebugHandler(print_trace_on_end=False), Recorder()
         model = make(CallbackManager([debug]))
         dispatcher = get_dispatcher()
@@ -378,14 +389,14 @@ def test_events_are_those_of_any_embedding_model(face: Face) -> None:
     def cached(manager: CallbackManager, config: dict[str, Any]) -> BaseEmbedding:
         return CachedEmbedding(Letters(embed_batch_size=4), config=config, callback_manager=manager)
 
-    plain = seen(lambda manager: Letters(callback_manager=manager, embed_batch_size=4))
-    config = memory()
+    plain = record_events(lambda manager: Letters(callback_manager=manager, embed_batch_size=4))
+    config = memory_config()
     for _ in range(2):
-        assert seen(lambda manager: cached(manager, config)) == plain
+        assert record_events(lambda manager: cached(manager, config)) == plain
 
 
 class Counting(BaseRateLimiter):
-    """Counts how often it was waited for."""
+    """Counts how often a call waited for it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -400,7 +411,7 @@ class Counting(BaseRateLimiter):
 def test_hits_do_not_use_up_the_rate_limit(face: Face) -> None:
     limiter = Counting()
     inner = Letters(rate_limiter=limiter, embed_batch_size=2)
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     face.texts(cached, ["a", "b", "c", "d"])
     face.query(cached, "a")
     assert limiter.count == 3
@@ -412,19 +423,19 @@ def test_hits_do_not_use_up_the_rate_limit(face: Face) -> None:
 # --- calls ------------------------------------------------------------------------------------
 
 
-def test_misses_come_in_the_models_own_batches(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
+def test_misses_come_in_batches_of_the_models_size(server: OpenAIServer, openai: OpenAI, face: Face) -> None:
     texts = [f"text {i}" for i in range(8)]
-    cached = CachedEmbedding(openai(embed_batch_size=3), config=memory(), embed_batch_size=100)
+    cached = CachedEmbedding(openai(embed_batch_size=3), config=memory_config(), embed_batch_size=100)
     face.texts(cached, texts[:2])
     server.requests.clear()
     face.texts(cached, texts)
     assert [len(request.body["input"]) for request in server.requests] == [3, 3]
-    assert CachedEmbedding(openai(embed_batch_size=3), config=memory()).embed_batch_size == 3
+    assert CachedEmbedding(openai(embed_batch_size=3), config=memory_config()).embed_batch_size == 3
 
 
-def test_threads_and_tasks_compute_a_text_once() -> None:
+def test_threads_and_tasks_compute_each_text_once() -> None:
     inner = Letters()
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     texts = [f"text {i}" for i in range(20)]
     start = threading.Barrier(6)
 
@@ -438,27 +449,27 @@ def test_threads_and_tasks_compute_a_text_once() -> None:
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(work, range(6)))
     for mine, rows in answers:
-        assert same(rows, [vector(text) for text in mine])
+        assert equal_as_float32(rows, [vector(text) for text in mine])
     assert inner._count == Counter(texts)
 
 
 def test_equal_configurations_share_one_cache() -> None:
     one, two, other = Letters(), Letters(), Letters(model_name="letters-2")
-    config = memory()
+    config = memory_config()
     first, second, third = (CachedEmbedding(inner, config=dict(config)) for inner in (one, two, other))
     for model in (first, second, third):
         model.get_text_embedding("a")
     assert (one._count, two._count, other._count) == ({"a": 1}, {}, {"a": 1})
 
 
-def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> None:
-    cached = CachedEmbedding(Letters(), config=on_disk(tmp_path))
+def test_after_a_restart_the_disk_has_every_vector(tmp_path: Path, face: Face) -> None:
+    cached = CachedEmbedding(Letters(), config=disk_config(tmp_path))
     texts, query = face.texts(cached, MIXED), face.query(cached, "a")
     cache = weakref.ref(cached.cache._chain)
     del cached
     until_gone(cache)
     inner = Letters()
-    cached = CachedEmbedding(inner, config=on_disk(tmp_path))
+    cached = CachedEmbedding(inner, config=disk_config(tmp_path))
     assert face.texts(cached, MIXED) == texts
     assert face.query(cached, "a") == query
     assert not inner._count
@@ -467,11 +478,11 @@ def test_a_restart_over_disk_computes_nothing(tmp_path: Path, face: Face) -> Non
 # --- pickling ---------------------------------------------------------------------------------
 
 
-def test_what_was_pickled_shares_the_cache_again(openai: OpenAI, tmp_path: Path) -> None:
+def test_a_pickled_model_shares_the_cache_again(openai: OpenAI, tmp_path: Path) -> None:
     file = tmp_path / "embedonce.toml"
     file.write_text('[key]\nversion = "v7"\n[[tiers]]\ntype = "memory"\n')
     inner = openai(rate_limiter=TokenBucketRateLimiter(requests_per_minute=10_000))
-    for source in (file, memory()):
+    for source in (file, memory_config()):
         cached = CachedEmbedding(inner, config=source, embed_batch_size=7)
         rows = cached.get_text_embedding_batch(MIXED)
         other = pickle.loads(pickle.dumps(cached))
@@ -482,7 +493,7 @@ def test_what_was_pickled_shares_the_cache_again(openai: OpenAI, tmp_path: Path)
 
 
 def test_a_model_that_pickling_changes_is_refused(openai: OpenAI) -> None:
-    cached = CachedEmbedding(openai(model="davinci", mode="similarity"), config=memory())
+    cached = CachedEmbedding(openai(model="davinci", mode="similarity"), config=memory_config())
     with pytest.raises(SpaceError, match="would make other vectors in another process"):
         pickle.dumps(cached)
 
@@ -494,7 +505,7 @@ DOCUMENTS = [Document(text=f"{city} is a city. It has number {i}.", id_=city) fo
 
 def test_a_pipeline_embeds_each_node_once(face: Face) -> None:
     inner = Letters()
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
 
     def run(model: BaseEmbedding, documents: list[Document] = DOCUMENTS) -> Any:
         pipeline = IngestionPipeline(transformations=[SentenceSplitter(), model], disable_cache=True)
@@ -505,7 +516,7 @@ def test_a_pipeline_embeds_each_node_once(face: Face) -> None:
     for _ in range(2):
         found = run(cached)
         assert [text for text, _ in found] == [text for text, _ in plain]
-        assert same([row for _, row in found], [row for _, row in plain])
+        assert equal_as_float32([row for _, row in found], [row for _, row in plain])
         assert inner._count.total() == len(DOCUMENTS)
     run(cached, [*DOCUMENTS[:-1], Document(text="One that was changed.")])
     assert inner._count.total() == len(DOCUMENTS) + 1
@@ -513,24 +524,24 @@ def test_a_pipeline_embeds_each_node_once(face: Face) -> None:
 
 async def test_an_async_pipeline_embeds_each_node_once() -> None:
     inner = Letters()
-    cached = CachedEmbedding(inner, config=memory(), num_workers=2)
+    cached = CachedEmbedding(inner, config=memory_config(), num_workers=2)
     for _ in range(2):
         pipeline = IngestionPipeline(transformations=[SentenceSplitter(), cached], disable_cache=True)
         nodes = await pipeline.arun(documents=DOCUMENTS)
-        assert all(same(node.embedding, vector(node.get_content())) for node in nodes)
+        assert all(equal_as_float32(node.embedding, vector(node.get_content())) for node in nodes)
         assert inner._count.total() == len(DOCUMENTS)
 
 
 @pytest.mark.timeout(300)  # each process imports LlamaIndex
-def test_a_pipeline_over_processes_shares_a_disk(
+def test_the_processes_of_a_pipeline_share_a_disk(
     server: OpenAIServer, openai: OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The processes unpickle the splitter's tokenizer, which must not be downloaded.
+    # The processes unpickle the splitter's tokenizer, and must not download it.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
-    cached = CachedEmbedding(openai(), config=on_disk(tmp_path))
+    cached = CachedEmbedding(openai(), config=disk_config(tmp_path))
     pipeline = IngestionPipeline(transformations=[SentenceSplitter(), cached], disable_cache=True)
     found = {node.get_content(): node.embedding for node in pipeline.run(documents=DOCUMENTS, num_workers=2)}
-    assert all(same(row, server.vector_of(text)) for text, row in found.items())
+    assert all(equal_as_float32(row, server.vector_of(text)) for text, row in found.items())
     assert server.count == Counter(list(found))
     assert cached.cache.lookup(list(found)).sources == ["disk"] * len(DOCUMENTS), "the processes wrote them"
     assert {node.get_content(): node.embedding for node in pipeline.run(documents=DOCUMENTS)} == found
@@ -544,7 +555,7 @@ def test_retrieval_from_a_vector_index_is_the_same() -> None:
 
     plain = found(Letters())
     inner = Letters()
-    cached = CachedEmbedding(inner, config=memory())
+    cached = CachedEmbedding(inner, config=memory_config())
     for _ in range(2):
         hits = found(cached)
         assert [text for text, _ in hits] == [text for text, _ in plain]
@@ -552,7 +563,7 @@ def test_retrieval_from_a_vector_index_is_the_same() -> None:
         assert inner._count.total() == len(DOCUMENTS) + 1
 
 
-def test_a_missing_framework_is_named_with_what_to_install() -> None:
+def test_a_missing_framework_is_named_with_its_install_command() -> None:
     code = "import sys; sys.modules['llama_index'] = None; import embedonce_integrations.llama_index"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

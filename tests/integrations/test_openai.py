@@ -1,4 +1,4 @@
-"""OpenAI's own client with a cache inside, against an API on loopback: the same answers without us, cold and warm."""
+"""Tests for OpenAI's client with a cache inside, against an API on loopback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = "text-embedding-3-small"
 
 
 @pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
             monkeypatch.delenv(name)
@@ -41,8 +41,8 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> dict[str, Any]:
-    """A configuration that no other test has: equal ones share a cache."""
-    disk = {"type": "disk", "path": str(tmp_path / "disk"), "timeout": "60s"}  # a busy machine is no fault
+    """Return a configuration that no other test has, because equal configurations share a cache."""
+    disk = {"type": "disk", "path": str(tmp_path / "disk"), "timeout": "60s"}  # long enough for a busy machine
     return {"tiers": [{"type": "memory"}, disk]}
 
 
@@ -53,16 +53,16 @@ def face(request: pytest.FixtureRequest) -> Face:
 
 
 class Program:
-    """A program that has a client, and embeds with it: one ``create`` after the other."""
+    """A program that makes a client and calls its ``create`` several times in a row."""
 
     def __init__(self, server: OpenAIServer, face: Face, **options: Any) -> None:
         self.face = face
         self.options = {"base_url": server.base_url, "api_key": "any", "max_retries": 0, "timeout": 20, **options}
 
     def __call__(self, *calls: dict[str, Any], **wrap: Any) -> list[Any]:
-        """Return the answers, or the exceptions, of calls to the client: as it is, or wrapped by ``wrap``."""
+        """Return the answers or exceptions of calls to the plain client or, with ``wrap``, to the cached one."""
         if self.face == "async":
-            return asyncio.run(self._async(calls, wrap))
+            return asyncio.run(self._call_async(calls, wrap))
         answers: list[Any] = []
         with openai.OpenAI(**self.options) as plain:
             client = cached(plain, **wrap) if wrap else plain
@@ -73,7 +73,7 @@ class Program:
                     answers.append(error)
         return answers
 
-    async def _async(self, calls: tuple[dict[str, Any], ...], wrap: dict[str, Any]) -> list[Any]:
+    async def _call_async(self, calls: tuple[dict[str, Any], ...], wrap: dict[str, Any]) -> list[Any]:
         answers: list[Any] = []
         async with openai.AsyncOpenAI(**self.options) as plain:
             client = cached(plain, **wrap) if wrap else plain
@@ -89,7 +89,7 @@ def vectors(answer: Any) -> list[list[float]]:
     return [np.float32(item.embedding).tolist() for item in answer.data]
 
 
-# --- without us, cold, warm -------------------------------------------------------------------
+# --- without a cache, cold, warm ---------------------------------------------------------------
 
 SHAPES: dict[str, Any] = {
     "a text": "one",
@@ -101,7 +101,7 @@ SHAPES: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", [openai.omit, "float", "base64"], ids=["unset", "float", "base64"])
 @pytest.mark.parametrize("given", SHAPES.values(), ids=SHAPES.keys())
-def test_without_us_cold_and_warm(
+def test_answers_without_a_cache_cold_and_warm_are_equal(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, given: Any, form: Any
 ) -> None:
     program = Program(server, face)
@@ -109,10 +109,10 @@ def test_without_us_cold_and_warm(
     (plain,) = program(call)
     server.count.clear()
     (cold,) = program(call, config=tiers)
-    asked = server.texts
+    computed = server.texts
     (warm,) = program(call, config=tiers)
-    assert asked == len(server.count)
-    assert server.texts == asked
+    assert computed == len(server.count)
+    assert server.texts == computed
     for answer in (cold, warm):
         assert type(answer) is type(plain)
         assert type(answer.data[0].embedding) is type(plain.data[0].embedding)
@@ -123,7 +123,7 @@ def test_without_us_cold_and_warm(
     assert (warm.usage.prompt_tokens, warm.usage.total_tokens) == (0, 0)
 
 
-def test_each_input_of_a_call_hits_for_itself(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+def test_each_input_of_a_call_is_looked_up(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
     first, second = Program(server, face)(
         {"model": MODEL, "input": ["one", "two"]},
         {"model": MODEL, "input": ["three", "two", "four", "one", "three"]},
@@ -135,7 +135,7 @@ def test_each_input_of_a_call_hits_for_itself(server: OpenAIServer, tiers: dict[
     assert first.model == second.model == MODEL
 
 
-def test_an_iterable_that_can_be_read_once(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+def test_iterables_that_can_be_read_only_once_work(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
     program = Program(server, face)
     texts, tokens = program(
         {"model": MODEL, "input": (text for text in ("one", "two"))},
@@ -146,7 +146,7 @@ def test_an_iterable_that_can_be_read_once(server: OpenAIServer, tiers: dict[str
     assert vectors(tokens) == [server.vector_of(tokens).tolist() for tokens in ([1, 2], [3])]
 
 
-def test_tokens_and_the_text_that_writes_them_never_meet(
+def test_tokens_and_the_same_digits_as_text_share_no_vector(
     server: OpenAIServer, tiers: dict[str, Any], face: Face
 ) -> None:
     answers = Program(server, face)(
@@ -162,7 +162,7 @@ def test_tokens_and_the_text_that_writes_them_never_meet(
 
 
 @pytest.mark.parametrize("step", [lambda text: text.replace(",", ""), lambda text: re.sub(r"\d", "0", text)])
-def test_a_step_that_would_change_tokens_is_an_error(
+def test_a_normalisation_step_that_changes_tokens_is_an_error(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(keys.NORMALIZERS, "strip", step)
@@ -179,7 +179,7 @@ def test_the_endpoint_gets_the_normalised_text(server: OpenAIServer, tiers: dict
     assert server.count == {"one": 1}
 
 
-# --- what is in the key -----------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------
 
 OTHERS: list[dict[str, Any]] = [
     {"model": "another"},
@@ -190,7 +190,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-def test_what_decides_vectors_is_in_the_key(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+def test_arguments_that_decide_vectors_are_in_the_key(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
     calls = [{"model": MODEL, "input": "one"} | other for other in [{}, *OTHERS]]
     answers = Program(server, face)(*calls, *calls, config=tiers)
     assert len(server.requests) == len(calls)
@@ -201,10 +201,10 @@ def test_what_decides_vectors_is_in_the_key(server: OpenAIServer, tiers: dict[st
     assert vectors(answers[4]) == [server.vector_of("one", dimensions=9).tolist()]
 
 
-def test_what_decides_none_is_not(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
-    beside = {"user": "me", "extra_headers": {"x-mine": "1"}, "timeout": 19.0, "encoding_format": "float"}
+def test_other_arguments_are_not_in_the_key(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    others = {"user": "me", "extra_headers": {"x-mine": "1"}, "timeout": 19.0, "encoding_format": "float"}
     Program(server, face)(
-        {"model": MODEL, "input": "one", **beside},
+        {"model": MODEL, "input": "one", **others},
         {"model": MODEL, "input": "one"},
         {"model": MODEL, "input": "one", "extra_body": {"user": "you"}},
         config=tiers,
@@ -226,7 +226,7 @@ def test_another_endpoint_is_another_space(server: OpenAIServer, tiers: dict[str
 
 
 def test_the_openai_provider_has_the_same_vectors(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
-    """One chain may serve a program that asks the client, and one that asks embedonce."""
+    """Programs that use the client and programs that use the provider can share a chain."""
     with embedonce.open(tiers, provider=OpenAIProvider(model=MODEL, base_url=server.base_url)) as cache:
         found = cache.embed("one")
     (answer,) = Program(server, face)({"model": MODEL, "input": "one"}, config=tiers)
@@ -234,10 +234,10 @@ def test_the_openai_provider_has_the_same_vectors(server: OpenAIServer, tiers: d
     assert server.texts == 1
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
-AS_WITHOUT_US: dict[str, type[Exception]] = {
-    "empty": ValueError,  # the client's own
+CLIENT_ERRORS: dict[str, type[Exception]] = {
+    "empty": ValueError,  # the client raises it
     "error_as_200": ValueError,
     "not_json": AttributeError,
     "rate_limit": openai.RateLimitError,
@@ -254,9 +254,7 @@ MIXED = [FRESH[0], KNOWN[0], FRESH[1], KNOWN[2], FRESH[2], FRESH[0], KNOWN[1], F
 
 
 @pytest.mark.parametrize("kind", OpenAIServer.KINDS)
-def test_hits_and_misses_while_it_misbehaves(
-    server: OpenAIServer, tiers: dict[str, Any], face: Face, kind: Any
-) -> None:
+def test_hits_and_misses_during_each_fault(server: OpenAIServer, tiers: dict[str, Any], face: Face, kind: Any) -> None:
     program = Program(server, face)
     program({"model": MODEL, "input": KNOWN}, config=tiers)
     server.misbehave(kind, times=None, seconds=0.0001)
@@ -268,7 +266,7 @@ def test_hits_and_misses_while_it_misbehaves(
     if kind in ("out_of_order", "drip"):
         assert vectors(mixed) == expected
     else:
-        assert isinstance(mixed, AS_WITHOUT_US.get(kind, ProviderError))
+        assert isinstance(mixed, CLIENT_ERRORS.get(kind, ProviderError))
         assert not any(text in str(mixed) for text in MIXED)
         (again,) = program({"model": MODEL, "input": MIXED}, config=tiers)
         assert vectors(again) == expected
@@ -290,7 +288,7 @@ def test_hits_and_misses_while_it_misbehaves(
     ],
     ids=str,
 )
-def test_what_the_api_refuses_it_refuses_with_us(
+def test_what_the_api_refuses_is_refused_with_the_cache_too(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, call: dict[str, Any]
 ) -> None:
     program = Program(server, face)
@@ -300,7 +298,7 @@ def test_what_the_api_refuses_it_refuses_with_us(
     assert ours.body == plain.body
 
 
-def test_what_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+def test_a_call_that_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
     calls = [
         {"model": MODEL, "input": "one", "extra_body": {"encoding_format": "float"}},
         {"model": MODEL, "input": "one", "extra_body": {"input": "two"}},
@@ -310,10 +308,10 @@ def test_what_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: dict[st
     assert vectors(answers[1]) == [server.vector_of("two").tolist()]
 
 
-# --- the client is what it was ----------------------------------------------------------------
+# --- the rest of the client -------------------------------------------------------------------
 
 
-def test_the_signature_is_the_clients() -> None:
+def test_create_has_the_signature_of_the_client() -> None:
     ours = (CachedEmbeddings.create, AsyncCachedEmbeddings.create)
     theirs = (openai.resources.Embeddings.create, openai.resources.AsyncEmbeddings.create)
     for one, other in zip(ours, theirs, strict=True):
@@ -324,7 +322,7 @@ def _shape(function: Any) -> list[Any]:
     return [(p.name, p.kind, str(p.default)) for p in inspect.signature(function).parameters.values()]
 
 
-def test_the_rest_of_the_client_is_as_it_was(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+def test_the_rest_of_the_client_is_unchanged(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
         client = cached(plain, config=tiers)
         assert type(client) is openai.OpenAI
@@ -347,7 +345,7 @@ def test_the_rest_of_the_client_is_as_it_was(server: OpenAIServer, tiers: dict[s
         assert client.embeddings.cache.stats().tiers["memory"].hits == 3
 
 
-async def test_raw_responses_of_an_async_client(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+async def test_raw_responses_of_an_async_client_are_not_cached(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     async with openai.AsyncOpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
         client = cached(plain, config=tiers)
         call: Any = {"model": MODEL, "input": "one"}
@@ -360,7 +358,7 @@ async def test_raw_responses_of_an_async_client(server: OpenAIServer, tiers: dic
         assert len(server.requests) == 4
 
 
-def test_the_drift_guard_of_a_configuration_looks(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+def test_the_drift_guard_of_a_configuration_works(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
     program, call = Program(server, face), {"model": MODEL, "input": ["one"]}
     program(call, config=tiers)
     assert server.texts == 1
@@ -370,7 +368,7 @@ def test_the_drift_guard_of_a_configuration_looks(server: OpenAIServer, tiers: d
     assert vectors(again) == [server.vector_of("one").tolist()]
 
 
-async def test_many_tasks_pay_once(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+async def test_concurrent_tasks_pay_once(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     async with openai.AsyncOpenAI(base_url=server.base_url, api_key="any") as plain:
         client = cached(plain, config=tiers)
         answers = await asyncio.gather(
@@ -380,14 +378,14 @@ async def test_many_tasks_pay_once(server: OpenAIServer, tiers: dict[str, Any]) 
     assert sum(answer.usage.total_tokens for answer in answers) == sum(map(server.tokens_of, server.count))
 
 
-def test_two_clients_of_one_configuration_share_what_they_have(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+def test_two_clients_of_one_configuration_share_vectors(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     call = {"model": MODEL, "input": ["one", "two"]}
     Program(server, "blocking")(call, config=tiers)
     Program(server, "async", api_key="another")(call, config=dict(tiers))
     assert server.texts == 2
 
 
-def test_azure_says_which_model_it_is(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+def test_azure_requires_the_model_of_a_deployment(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     call: Any = {"model": "mine", "input": "one"}
     with openai.AzureOpenAI(azure_endpoint=server.url, api_key="k", api_version="2024-10-21") as plain:
         with pytest.raises(SpaceError, match="models="):
@@ -399,7 +397,7 @@ def test_azure_says_which_model_it_is(server: OpenAIServer, tiers: dict[str, Any
     assert [request.path for request in server.requests] == ["/openai/deployments/mine/embeddings"]
 
 
-def test_a_configuration_that_is_wrong_is_refused_at_once(server: OpenAIServer) -> None:
+def test_an_invalid_configuration_is_refused_at_once(server: OpenAIServer) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key="any") as plain:
         with pytest.raises(embedonce.ConfigError):
             cached(plain, config={"tiers": [{"type": "memry"}]})
@@ -407,10 +405,10 @@ def test_a_configuration_that_is_wrong_is_refused_at_once(server: OpenAIServer) 
             cached("no client", config={"tiers": []})  # type: ignore[type-var]
 
 
-def test_more_spaces_than_are_kept(
+def test_more_spaces_than_kept_caches_work(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedonce_integrations.openai.SPACES", 2)
+    monkeypatch.setattr("embedonce_integrations.openai.MAX_CACHES", 2)
     calls = [{"model": f"model {number % 4}", "input": "one"} for number in range(12)]
     answers = Program(server, face)(*calls, config=tiers)
     for call, answer in zip(calls, answers, strict=True):
@@ -418,7 +416,7 @@ def test_more_spaces_than_are_kept(
     assert server.texts == 4
 
 
-# --- whatever comes ---------------------------------------------------------------------------
+# --- random calls -----------------------------------------------------------------------------
 
 POOL: list[Any] = ["one", "two", "three", "1,2", "1"]
 TOKENS: list[Any] = [[1], [1, 2], [2, 1], [12], [0]]

@@ -1,4 +1,4 @@
-"""The batch embedder on every kind of batch; Ray itself is in tests/examples/test_ray.py, as it takes long to start."""
+"""Tests for the batch embedder with every type of batch. Ray starts slowly; tests/examples/test_ray.py runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPECTED = NgramProvider(dimensions=64).embed(TEXTS, "document")
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    # A busy machine is no fault of the disk's.
+    # This timeout is long enough for a busy machine.
     disk = {"type": "disk", "path": str(tmp_path / "vectors"), "write": "background", "timeout": "60s"}
     return {
         "provider": {"type": "ngram", "dimensions": 64},
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_arrays_tables_frames_and_series_stay_what_they_are(config: dict[str, Any]) -> None:
+def test_each_type_of_batch_is_returned_as_the_same_type(config: dict[str, Any]) -> None:
     embed = BatchEmbedder(config, sources="source")
     ids = [3, 1, 2]
     arrays = embed({"id": np.array(ids), "text": np.array(TEXTS)})
@@ -52,25 +52,25 @@ def test_arrays_tables_frames_and_series_stay_what_they_are(config: dict[str, An
         assert column == ids, type(made)
 
 
-def test_a_column_that_is_there_is_replaced(config: dict[str, Any]) -> None:
+def test_an_existing_column_is_replaced(config: dict[str, Any]) -> None:
     table = pa.table({"text": TEXTS, "embedding": [0, 0, 0]})
     assert BatchEmbedder(config)(table).column_names == ["text", "embedding"]
 
 
-def test_an_empty_batch(config: dict[str, Any]) -> None:
+def test_an_empty_batch_gets_empty_columns(config: dict[str, Any]) -> None:
     embed = BatchEmbedder(config)
     assert embed({"text": np.array([], object)})["embedding"].shape == (0, 64)
     assert embed(pa.table({"text": pa.array([], pa.string())})).num_rows == 0
     assert len(embed(pd.DataFrame({"text": []}))) == 0
 
 
-def test_a_batch_that_is_handed_on_is_stored(config: dict[str, Any]) -> None:
+def test_a_returned_batch_is_stored(config: dict[str, Any]) -> None:
     embed = BatchEmbedder(config)
     embed({"text": np.array(TEXTS, object)})
     assert {held.tier: held.entries for held in embed.cache.contents()} == {"memory": 2, "disk": 2}
 
 
-def test_a_failed_batch_says_which_text_and_keeps_the_others(config: dict[str, Any]) -> None:
+def test_a_failed_batch_names_the_text_and_keeps_the_others(config: dict[str, Any]) -> None:
     embed = BatchEmbedder(config)
     for value in (None, float("nan"), 5):
         with pytest.raises(TypeError, match="item 1"):
@@ -79,11 +79,11 @@ def test_a_failed_batch_says_which_text_and_keeps_the_others(config: dict[str, A
         embed({"text": np.array(["a", "\ud800"], object)})
     with pytest.raises(KeyError):
         embed({"words": np.array(["a"], object)})
-    with pytest.raises(TypeError, match="a batch is"):
+    with pytest.raises(TypeError, match="a batch must be"):
         embed(5)
 
 
-def test_what_is_pickled_is_the_arguments(config: dict[str, Any]) -> None:
+def test_only_the_arguments_are_pickled(config: dict[str, Any]) -> None:
     embed = BatchEmbedder(config, column="words", output="vector", task="query")
     assert embed.cache
     again = pickle.loads(pickle.dumps(embed))
@@ -92,7 +92,7 @@ def test_what_is_pickled_is_the_arguments(config: dict[str, Any]) -> None:
     assert repr(again) == "<BatchEmbedder words -> vector>"
 
 
-def test_dask_maps_partitions_with_it(config: dict[str, Any]) -> None:
+def test_dask_can_map_partitions_with_it(config: dict[str, Any]) -> None:
     dask = pytest.importorskip("dask.dataframe", reason="Dask is not installed: pip install 'dask[dataframe]'")
     frame = dask.from_pandas(pd.DataFrame({"text": TEXTS * 4}), npartitions=3)
     meta = pd.DataFrame({"text": pd.Series(dtype=object), "embedding": pd.Series(dtype=object)})

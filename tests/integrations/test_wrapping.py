@@ -1,4 +1,4 @@
-"""What every integration stands on: equal configurations share one cache, and embedders describe themselves."""
+"""Tests for the parts that every integration uses: shared caches and descriptions of embedders."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from embedonce.testing.fakes import CountingProvider
 from embedonce_integrations import wrapping
 from embedonce_integrations.wrapping import (
     NOT_IN_SPACE,
-    InOrder,
+    OrderedEmbeddings,
     WrappedProvider,
     WrappedSpaces,
-    asked_with,
-    declared_space,
-    described_space,
+    add_request,
+    describe_by_fields,
+    describe_space,
+    dump_config,
     is_openai_resource,
-    model_space,
-    shared_cache,
-    writable,
+    open_shared_cache,
+    resolve_declared_space,
 )
 
 NGRAM = {"provider": {"type": "ngram", "dimensions": 64}, "tiers": [{"type": "memory"}]}
@@ -40,27 +40,27 @@ TIERS = {"tiers": [{"type": "memory"}]}
 
 
 class Embedder:
-    """Stands for a framework's."""
+    """Stands in for a framework's embedder."""
 
 
 def fingerprint(embedder: object = None, *, task: str | None = None, **fields: Any) -> bytes:
-    return described_space(embedder or Embedder(), fields, model="m", task=task).fingerprint()
+    return describe_space(embedder or Embedder(), fields, model="m", task=task).fingerprint()
 
 
 def test_equal_configurations_share_one_cache(tmp_path: Path) -> None:
     file = tmp_path / "embedonce.toml"
     file.write_text('[provider]\ntype = "ngram"\ndimensions = 64\n[[tiers]]\ntype = "memory"\n')
-    first = shared_cache(NGRAM)
-    assert shared_cache(dict(NGRAM)) is first
-    assert shared_cache(file) is first
-    assert shared_cache(config.load(file)) is first
-    assert shared_cache({**NGRAM, "key": {"version": "v2"}}) is not first
-    assert shared_cache({**NGRAM, "drift": {"action": "refuse"}}) is not first
+    first = open_shared_cache(NGRAM)
+    assert open_shared_cache(dict(NGRAM)) is first
+    assert open_shared_cache(file) is first
+    assert open_shared_cache(config.load(file)) is first
+    assert open_shared_cache({**NGRAM, "key": {"version": "v2"}}) is not first
+    assert open_shared_cache({**NGRAM, "drift": {"action": "refuse"}}) is not first
 
 
 def test_another_provider_shares_the_tiers() -> None:
     one, two, other = CountingProvider(), CountingProvider(), CountingProvider(model="other")
-    first, second, third = (shared_cache(TIERS, provider=provider) for provider in (one, two, other))
+    first, second, third = (open_shared_cache(TIERS, provider=provider) for provider in (one, two, other))
     first.embed_batch(["a", "b"])
     second.embed_batch(["b", "a"])
     third.embed_batch(["a", "b"])
@@ -69,33 +69,33 @@ def test_another_provider_shares_the_tiers() -> None:
 
 def test_a_provider_takes_the_place_of_the_configurations() -> None:
     provider = CountingProvider()
-    cache = shared_cache({**NGRAM, "provider": {"type": "no such plugin"}}, provider=provider)
+    cache = open_shared_cache({**NGRAM, "provider": {"type": "no such plugin"}}, provider=provider)
     assert (cache.embed("a") == provider.vector_of("a")).all()
 
 
-def test_a_cache_that_was_closed_or_left_is_not_handed_out_again() -> None:
-    first = shared_cache(NGRAM)
+def test_a_closed_or_collected_cache_is_not_shared_again() -> None:
+    first = open_shared_cache(NGRAM)
     first.close()
-    second = shared_cache(NGRAM)
+    second = open_shared_cache(NGRAM)
     assert second is not first
     second.embed("text")
     gone = weakref.ref(second)
     del first, second
     until_gone(gone)
-    assert shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier went with its last user"
+    assert open_shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier is gone with its last user"
 
 
 def test_the_shared_cache_lives_as_long_as_one_of_its_users() -> None:
-    cache: Cache | None = shared_cache(TIERS, provider=CountingProvider())
+    cache: Cache | None = open_shared_cache(TIERS, provider=CountingProvider())
     assert cache is not None
     cache.embed("text")
     gc.collect()
     again = CountingProvider()
-    shared_cache(TIERS, provider=again).embed("text")
+    open_shared_cache(TIERS, provider=again).embed("text")
     assert again.texts == 0
 
 
-def test_what_decides_vectors_changes_the_space() -> None:
+def test_fields_that_decide_vectors_change_the_space() -> None:
     plain = fingerprint()
     for field, value in (("dimensions", 2), ("prompt", "q: "), ("normalize", True), ("layers", [1, 2])):
         assert fingerprint(**{field: value}) != plain, field
@@ -105,16 +105,16 @@ def test_what_decides_vectors_changes_the_space() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NOT_IN_SPACE))
-def test_what_decides_nothing_does_not(name: str) -> None:
+def test_fields_that_decide_nothing_do_not_change_the_space(name: str) -> None:
     assert fingerprint(**{name: object()}) == fingerprint()
 
 
 def test_secrets_and_credentials_are_in_no_space() -> None:
     class Secret:
         def get_secret_value(self) -> str:
-            raise AssertionError("nobody asks for it")
+            raise AssertionError("a secret must not be read")
 
-    space = described_space(
+    space = describe_space(
         Embedder(),
         {
             "key": Secret(),
@@ -141,14 +141,14 @@ def test_secrets_and_credentials_are_in_no_space() -> None:
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1")
 
 
-def test_what_cannot_be_described_is_refused_with_what_to_do() -> None:
+def test_an_object_that_cannot_be_described_is_refused_with_advice() -> None:
     with pytest.raises(SpaceError, match=r"Embedder\.pooler.*space="):
         fingerprint(pooler=object())
     with pytest.raises(SpaceError, match=r"Embedder\.options\.hook"):
         fingerprint(options={"hook": print})
 
 
-def test_a_class_without_a_name_of_its_own_is_refused() -> None:
+def test_a_class_whose_name_is_ambiguous_is_refused() -> None:
     class Local:
         pass
 
@@ -159,9 +159,9 @@ def test_a_class_without_a_name_of_its_own_is_refused() -> None:
         fingerprint(script())
 
 
-def test_an_embedder_that_was_changed_is_told_by_its_fields() -> None:
+def test_a_changed_embedder_is_refused_by_its_fields() -> None:
     fields: dict[str, Any] = {"prompt": "a: ", "batch_size": 8}
-    spaces = WrappedSpaces(lambda task: described_space(Embedder(), fields, model="m", task=task))
+    spaces = WrappedSpaces(lambda task: describe_space(Embedder(), fields, model="m", task=task))
     fields["batch_size"] = 16
     spaces.check("document")
     fields |= {"prompt": "hunter2", "pooling": "mean"}
@@ -171,7 +171,7 @@ def test_an_embedder_that_was_changed_is_told_by_its_fields() -> None:
     assert spaces("query").extra == {"prompt": "a: "}
 
 
-def test_values_of_a_description() -> None:
+def test_enums_and_sets_are_described_by_their_values() -> None:
     class Pooling(Enum):
         MEAN = "mean"
 
@@ -179,22 +179,22 @@ def test_values_of_a_description() -> None:
     assert fingerprint(tags={"b", "a"}) == fingerprint(tags=["a", "b"])
 
 
-def test_a_declared_space() -> None:
-    assert declared_space({"model": "m"}).task is None
-    assert declared_space({"model": "m"}, task="query").task == "query"
-    assert declared_space(VectorSpace(provider="p", model="m", task="mine"), task="query").task == "mine"
+def test_a_declared_space_gets_the_task_unless_it_has_one() -> None:
+    assert resolve_declared_space({"model": "m"}).task is None
+    assert resolve_declared_space({"model": "m"}, task="query").task == "query"
+    assert resolve_declared_space(VectorSpace(provider="p", model="m", task="mine"), task="query").task == "mine"
 
 
 @pytest.mark.parametrize("face", ["both", "embed", "aembed"])
-async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> None:
-    asked: list[str] = []
+async def test_a_wrapped_provider_has_only_the_given_functions(face: str) -> None:
+    calls: list[str] = []
 
     def embed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
-        asked.append("embed")
+        calls.append("embed")
         return [[float(len(text)), 1.0] for text in texts]
 
     async def aembed(texts: list[str], task: str) -> Sequence[Sequence[float]]:
-        asked.append("aembed")
+        calls.append("aembed")
         return [[float(len(text)), 1.0] for text in texts]
 
     provider = WrappedProvider(
@@ -202,11 +202,11 @@ async def test_a_wrapped_provider_has_the_faces_that_it_was_given(face: str) -> 
         aembed=aembed if face != "embed" else None,
         space=lambda task: VectorSpace(provider="p", model="m"),
     )
-    cache = shared_cache({"tiers": []}, provider=provider)
+    cache = open_shared_cache({"tiers": []}, provider=provider)
     assert np.asarray(await cache.aembed("four")).tolist() == [4.0, 1.0]
     assert cache.embed("three").tolist() == [5.0, 1.0]
     first, second = ("embed", "embed") if face == "embed" else ("aembed", "aembed" if face == "aembed" else "embed")
-    assert asked == [first, second]
+    assert calls == [first, second]
 
 
 def test_paths_and_precisions_are_described() -> None:
@@ -226,36 +226,36 @@ class Described:
 
 
 def test_a_dataclass_describes_itself() -> None:
-    space = model_space(Described())
+    space = describe_by_fields(Described())
     assert space.model == "m"
-    assert space == model_space(Described(batch_size=9))
-    assert space != model_space(Described(prompt="query: "))
-    assert space != model_space(Described(), also={"endpoint": "here"})
-    assert space != model_space(Described(), task="query")
+    assert space == describe_by_fields(Described(batch_size=9))
+    assert space != describe_by_fields(Described(prompt="query: "))
+    assert space != describe_by_fields(Described(), overrides={"endpoint": "here"})
+    assert space != describe_by_fields(Described(), task="query")
 
 
-def test_what_describes_nothing_is_refused() -> None:
+def test_an_embedder_without_fields_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"Embedder does not say.*space="):
-        model_space(Embedder())
+        describe_by_fields(Embedder())
     script = type("Described", (Described,), {"__module__": "__main__"})
     with pytest.raises(SpaceError, match=r"another script.*space="):
-        model_space(script())
+        describe_by_fields(script())
 
 
-def test_what_a_call_is_given_is_part_of_the_space() -> None:
+def test_arguments_of_a_call_are_part_of_the_space() -> None:
     space = VectorSpace(provider="p", model="m", extra={"a": 1})
-    assert asked_with(space, {}) == space
-    assert asked_with(space, {"batch_size": 3, "user": "me", "unset": None}) == space
-    asked = asked_with(space, {"dimensions": 8})
-    assert asked.extra == {"a": 1, "request": {"dimensions": 8}}
+    assert add_request(space, {}) == space
+    assert add_request(space, {"batch_size": 3, "user": "me", "unset": None}) == space
+    described = add_request(space, {"dimensions": 8})
+    assert described.extra == {"a": 1, "request": {"dimensions": 8}}
     with pytest.raises(SpaceError, match=r"the call's\.hook"):
-        asked_with(space, {"hook": print})
+        add_request(space, {"hook": print})
 
 
 # --- an OpenAI client's answers ---------------------------------------------------------------
 
 
-def answer_with(places: Sequence[Any]) -> Any:
+def make_answer(places: Sequence[Any]) -> Any:
     return SimpleNamespace(data=[SimpleNamespace(index=place, embedding=[place]) for place in places])
 
 
@@ -263,44 +263,44 @@ def answer_with(places: Sequence[Any]) -> Any:
 @pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [None, None, None]])
 def test_answers_come_in_the_order_of_the_input(inputs: Any, places: list[Any]) -> None:
     async def later(**_: Any) -> Any:
-        return answer_with(places)
+        return make_answer(places)
 
-    resource = SimpleNamespace(create=lambda **_: answer_with(places), other=1)
+    resource = SimpleNamespace(create=lambda **_: make_answer(places), other=1)
     wanted = [None] * 3 if places[0] is None else [0, 1, 2]
-    ordered = InOrder(resource)
+    ordered = OrderedEmbeddings(resource)
     assert [item.index for item in ordered.create(input=inputs).data] == wanted
     assert ordered.other == 1
-    answer = asyncio.run(InOrder(SimpleNamespace(create=later)).create(input=inputs))
+    answer = asyncio.run(OrderedEmbeddings(SimpleNamespace(create=later)).create(input=inputs))
     assert [item.index for item in answer.data] == wanted
 
 
 @pytest.mark.parametrize("places", [[], [0], [0, 0], [0, 2], [-1, 0], [None, 0], [0, 1, 2], ["0", "1"]])
-def test_an_answer_that_does_not_say_whose_its_vectors_are_is_an_error(places: list[Any]) -> None:
-    ordered = InOrder(SimpleNamespace(create=lambda **_: answer_with(places)))
-    with pytest.raises(ProviderError, match="which is whose"):
+def test_an_answer_with_ambiguous_indexes_is_an_error(places: list[Any]) -> None:
+    ordered = OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer(places)))
+    with pytest.raises(ProviderError, match="which vector belongs to which input"):
         ordered.create(input=["a", "b"])
 
 
 @pytest.mark.parametrize("one", ["text", [1, 2, 3]])
 def test_one_input_has_one_vector(one: Any) -> None:
-    assert InOrder(SimpleNamespace(create=lambda **_: answer_with([0]))).create(input=one).data[0].index == 0
+    assert OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer([0]))).create(input=one).data[0].index == 0
     with pytest.raises(ProviderError):
-        InOrder(SimpleNamespace(create=lambda **_: answer_with([0, 1]))).create(input=one)
+        OrderedEmbeddings(SimpleNamespace(create=lambda **_: make_answer([0, 1]))).create(input=one)
 
 
-def test_only_openais_own_clients_are_known() -> None:
+def test_only_clients_of_openai_are_recognised() -> None:
     assert not is_openai_resource(None)
     assert not is_openai_resource(SimpleNamespace(create=print))
 
 
-def test_a_configuration_is_written_without_secrets(tmp_path: Path) -> None:
-    assert writable(None) is None
-    assert writable(tmp_path / "embedonce.toml") == str(tmp_path / "embedonce.toml")
+def test_a_configuration_without_secrets_can_be_dumped(tmp_path: Path) -> None:
+    assert dump_config(None) is None
+    assert dump_config(tmp_path / "embedonce.toml") == str(tmp_path / "embedonce.toml")
     config = {
         "key": {"secret": "${SECRET}", "version": "v1"},
         "tiers": [{"type": "redis", "url": "redis://:${PASSWORD}@localhost"}, {"type": "disk", "encryption": "${KEY}"}],
     }
-    written = writable(config)
+    written = dump_config(config)
     assert written == config
     assert isinstance(written, dict)
     assert written["tiers"] is not config["tiers"]
@@ -319,12 +319,12 @@ def test_a_configuration_is_written_without_secrets(tmp_path: Path) -> None:
         ({"tiers": [{"type": "redis", "url": "redis://${HOST}/?password=hunter2"}]}, "tiers[0].url"),
     ],
 )
-def test_a_secret_in_the_clear_is_named_and_not_written(config: dict[str, Any], name: str) -> None:
+def test_a_secret_in_plain_text_is_named_and_not_dumped(config: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{name}: a secret would be written")) as raised:
-        writable(config)
+        dump_config(config)
     assert "hunter2" not in str(raised.value)
 
 
-def test_a_child_that_was_forked_while_a_cache_is_made_makes_one() -> None:
+def test_a_child_forked_while_a_cache_is_made_can_make_one() -> None:
     with held(wrapping._lock):
-        in_fork(lambda: shared_cache(NGRAM).embed("a text"), "a shared cache")
+        in_fork(lambda: open_shared_cache(NGRAM).embed("a text"), "a shared cache")

@@ -1,4 +1,4 @@
-"""The gemini provider: the real client, against an API on loopback that misbehaves on demand."""
+"""Tests for the gemini provider, with the real client against a loopback API that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from embedonce.testing import GeminiServer, ProviderContract, Recipe
 from embedonce_backends.disk import DiskBackend
 from embedonce_providers.gemini import KNOWN_TASK_TYPES, GeminiProvider
 
-from .chains import FRESH, MIXED, Face, never_wrong
+from .chains import FRESH, MIXED, Face, check_only_own_vectors
 
 MODEL = "gemini-embedding-001"
 
-# google-genai's async client speaks through aiohttp where that is installed, and through httpx2 where it is not.
+# google-genai's async client uses aiohttp if that is installed, and httpx2 otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Inheritance class AiohttpClientSession:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("GEMINI_", "GOOGLE_")):
             monkeypatch.delenv(name)
@@ -43,7 +43,7 @@ def server() -> Iterator[GeminiServer]:
         yield server
 
 
-def made(server: GeminiServer, **options: Any) -> GeminiProvider:
+def make_provider(server: GeminiServer, **options: Any) -> GeminiProvider:
     usual = {"model": MODEL, "base_url": server.base_url, "api_key": "any", "max_retries": 0, "timeout": 20}
     return GeminiProvider(**{**usual, **options})
 
@@ -52,7 +52,7 @@ class TestGemini(ProviderContract):
     tasks = ("document", "query", "clustering")
 
     @pytest.fixture(autouse=True)
-    def against_a_server(self) -> Iterator[None]:
+    def start_server(self) -> Iterator[None]:
         with GeminiServer() as self.server:
             yield
 
@@ -66,16 +66,16 @@ class TestGemini(ProviderContract):
         return Recipe(GeminiProvider, self.options())
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
 try:
     import aiohttp
 except ModuleNotFoundError:
-    BY_AIOHTTP: tuple[type[Exception], ...] = ()
+    AIOHTTP_ERRORS: tuple[type[Exception], ...] = ()
 else:
-    BY_AIOHTTP = (aiohttp.ClientError,)
+    AIOHTTP_ERRORS = (aiohttp.ClientError,)
 
-FAILS: dict[str, tuple[type[Exception], ...]] = {
+EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
         ["short", "long", "empty", "nan", "infinity", "zeros", "dimension", "ragged", "no_values"], (ProviderError,)
     ),
@@ -84,44 +84,44 @@ FAILS: dict[str, tuple[type[Exception], ...]] = {
     "server_error": (errors.ServerError,),
     "unauthorized": (errors.ClientError,),
     "not_json": (json.JSONDecodeError,),
-    "truncated": (httpx2.RemoteProtocolError, *BY_AIOHTTP),
-    "disconnect": (httpx2.RemoteProtocolError, *BY_AIOHTTP),
-    # On a busy machine the time may be over before there is anything to read.
+    "truncated": (httpx2.RemoteProtocolError, *AIOHTTP_ERRORS),
+    "disconnect": (httpx2.RemoteProtocolError, *AIOHTTP_ERRORS),
+    # On a busy machine, the timeout may pass before there is anything to read.
     "hang": (httpx2.TimeoutException, TimeoutError),
     "drip": (httpx2.TimeoutException, TimeoutError),
 }
 
 
-def test_every_way_to_misbehave_is_tried() -> None:
-    assert set(FAILS) == set(GeminiServer.KINDS)
+def test_every_fault_is_tested() -> None:
+    assert set(EXPECTED_ERRORS) == set(GeminiServer.KINDS)
 
 
 @pytest.mark.parametrize("face", ["blocking", "async"])
 @pytest.mark.parametrize("kind", GeminiServer.KINDS)
-def test_hits_and_misses_while_it_misbehaves(server: GeminiServer, tmp_path: Path, kind: Any, face: Face) -> None:
+def test_hits_and_misses_during_each_fault(server: GeminiServer, tmp_path: Path, kind: Any, face: Face) -> None:
     timeout = 0.3 if kind in ("hang", "drip") else 20
-    failed = never_wrong(
+    failed = check_only_own_vectors(
         face,
         tmp_path,
-        make=lambda: made(server),
-        hasty=lambda: made(server, timeout=timeout),
-        spoil=lambda: server.misbehave(kind, times=None),
+        make=lambda: make_provider(server),
+        make_hasty=lambda: make_provider(server, timeout=timeout),
+        break_api=lambda: server.misbehave(kind, times=None),
         heal=server.heal,
         vector_of=lambda text: server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"),
     )
     assert {MIXED[place] for place in failed} == set(FRESH)
-    assert all(isinstance(error, FAILS[kind]) for error in failed.values())
+    assert all(isinstance(error, EXPECTED_ERRORS[kind]) for error in failed.values())
     assert not any(text in str(error) for error in failed.values() for text in MIXED)
 
 
 @pytest.mark.parametrize("face", ["blocking", "async"])
 def test_retries_are_switched_on(server: GeminiServer, face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The client's wait begins at a second.
+    # The client's first pause is one second by default.
     monkeypatch.setattr("google.genai._api_client._RETRY_INITIAL_DELAY", 0.001)
     monkeypatch.setattr("google.genai._api_client._RETRY_JITTER", 0.0)
     server.misbehave("rate_limit")
     server.misbehave("server_error")
-    with Cache(made(server, max_retries=2)) as cache:
+    with Cache(make_provider(server, max_retries=2)) as cache:
         found = cache.embed("a") if face == "blocking" else asyncio.run(cache.aembed("a"))
     assert np.array_equal(found, server.vector_of("a", task_type="RETRIEVAL_DOCUMENT"))
     assert len(server.requests) == 3
@@ -133,8 +133,8 @@ def test_retries_are_switched_on(server: GeminiServer, face: Face, monkeypatch: 
 @pytest.mark.parametrize("model", ["gemini-embedding-001", "gemini-embedding-2", "text-embedding-004"])
 @pytest.mark.parametrize("face", ["blocking", "async"])
 def test_every_text_is_a_content_of_its_own(server: GeminiServer, model: str, face: Face) -> None:
-    """For a newer model, its client makes one content, and one vector, of a list of strings."""
-    with Cache(made(server, model=model)) as cache:
+    """For newer models, the client would turn a list of strings into one content with one vector."""
+    with Cache(make_provider(server, model=model)) as cache:
         ask = cache.embed_batch if face == "blocking" else lambda texts: asyncio.run(cache.aembed_batch(texts))
         found = ask(["a", "b"])
     expected = [server.vector_of(text, model=model, task_type="RETRIEVAL_DOCUMENT") for text in "ab"]
@@ -142,20 +142,20 @@ def test_every_text_is_a_content_of_its_own(server: GeminiServer, model: str, fa
 
 
 def test_an_empty_text_fails_alone(server: GeminiServer) -> None:
-    with Cache(made(server)) as cache:
+    with Cache(make_provider(server)) as cache:
         fetched = cache.fetch(["a", "", "b"])
         assert [type(error) for error in fetched.failed.values()] == [TextRefused]
         assert fetched.sources == ["provider", None, "provider"]
 
 
-def test_calls_have_a_hundred_texts_at_most(server: GeminiServer) -> None:
-    with Cache(made(server)) as cache:
+def test_calls_have_at_most_a_hundred_texts(server: GeminiServer) -> None:
+    with Cache(make_provider(server)) as cache:
         cache.embed_batch([f"text {number}" for number in range(250)])
     assert sorted(len(request.body["requests"]) for request in server.requests) == [50, 100, 100]
 
 
-def test_tokens_are_counted_on_misses_alone(server: GeminiServer) -> None:
-    with Cache(made(server)) as cache:
+def test_tokens_are_counted_for_misses_only(server: GeminiServer) -> None:
+    with Cache(make_provider(server)) as cache:
         cache.embed_batch(["one two", "one two three", "one two"])
         assert cache.stats().providers["gemini"].tokens == 5
 
@@ -178,8 +178,10 @@ def test_tokens_are_counted_on_misses_alone(server: GeminiServer) -> None:
     ],
     ids=str,
 )
-def test_task_types(server: GeminiServer, options: dict[str, Any], task: str, sent: str | None) -> None:
-    provider = made(server, **options)
+def test_each_task_is_sent_with_its_task_type(
+    server: GeminiServer, options: dict[str, Any], task: str, sent: str | None
+) -> None:
+    provider = make_provider(server, **options)
     with Cache(provider) as cache:
         cache.embed("a", task=task)
     assert server.requests[0].body["requests"][0].get("taskType") == sent
@@ -187,7 +189,7 @@ def test_task_types(server: GeminiServer, options: dict[str, Any], task: str, se
 
 
 def test_every_task_has_a_space_of_its_own(server: GeminiServer) -> None:
-    provider = made(server)
+    provider = make_provider(server)
     tasks = ["document", "query", *(name.lower() for name in KNOWN_TASK_TYPES[2:])]
     assert len({provider.space(task).fingerprint() for task in tasks}) == len(tasks)
     with pytest.raises(SpaceError, match="task_types"):
@@ -198,20 +200,20 @@ NO_TASK_TYPES = {"document": "", "query": ""}
 
 
 def test_prefixes_for_models_without_task_types(server: GeminiServer) -> None:
-    provider = made(server, task_types=NO_TASK_TYPES, prefixes={"query": "task: search result | query: "})
+    provider = make_provider(server, task_types=NO_TASK_TYPES, prefixes={"query": "task: search result | query: "})
     with Cache(provider) as cache:
         assert np.array_equal(cache.embed("a", task="query"), server.vector_of("task: search result | query: a"))
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
     assert provider.space("query").fingerprint() != provider.space("document").fingerprint()
-    symmetric = made(server, task_types=NO_TASK_TYPES)
+    symmetric = make_provider(server, task_types=NO_TASK_TYPES)
     assert symmetric.space("query").fingerprint() == symmetric.space("document").fingerprint()
 
 
-def test_fewer_dimensions_are_scaled_where_asked(server: GeminiServer) -> None:
+def test_normalize_scales_vectors_to_length_1(server: GeminiServer) -> None:
     about = {"dimensions": 8, "task_type": "RETRIEVAL_DOCUMENT"}
-    with Cache(made(server, dimensions=8)) as cache:
+    with Cache(make_provider(server, dimensions=8)) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a", **about))
-    with Cache(made(server, dimensions=8, normalize=True)) as cache:
+    with Cache(make_provider(server, dimensions=8, normalize=True)) as cache:
         found = cache.embed("a")
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
     assert float(found @ server.vector_of("a", **about)) == pytest.approx(0.75, abs=1e-6)
@@ -234,7 +236,7 @@ def fingerprint(**options: Any) -> bytes:
     ],
     ids=str,
 )
-def test_what_changes_the_space(options: dict[str, Any]) -> None:
+def test_options_that_change_the_space(options: dict[str, Any]) -> None:
     assert fingerprint(**options) != fingerprint()
 
 
@@ -252,7 +254,7 @@ def test_a_model_without_a_name_is_refused() -> None:
     ],
     ids=str,
 )
-def test_what_does_not_change_the_space(options: dict[str, Any]) -> None:
+def test_options_that_do_not_change_the_space(options: dict[str, Any]) -> None:
     assert fingerprint(**options) == fingerprint()
 
 
@@ -262,9 +264,9 @@ def test_what_does_not_change_the_space(options: dict[str, Any]) -> None:
 def test_no_key_is_needed_until_the_first_miss(
     server: GeminiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Cache(made(server), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
+    with Cache(make_provider(server), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
         cache.embed("a")
-    with Cache(made(server, api_key=None), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
+    with Cache(make_provider(server, api_key=None), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
         assert cache.embed("a").shape == (16,)
         with pytest.raises(ValueError, match="API key"):
             cache.embed("b")
@@ -289,7 +291,7 @@ def test_a_warm_run_imports_no_client(server: GeminiServer, tmp_path: Path) -> N
     assert len(server.requests) == 1
 
 
-def test_the_package_is_asked_for_when_it_is_missing() -> None:
+def test_a_missing_package_is_named() -> None:
     program = (
         "import sys, embedonce\n"
         "sys.modules['google.genai'] = None\n"
@@ -300,9 +302,9 @@ def test_the_package_is_asked_for_when_it_is_missing() -> None:
 
 
 def test_each_loop_has_a_client_that_ends_with_it(server: GeminiServer) -> None:
-    """A connection that outlives its loop would be a ResourceWarning, and those are errors here."""
-    with Cache(made(server)) as cache:
+    """A connection that outlives its loop raises a ResourceWarning, and warnings are errors in tests."""
+    with Cache(make_provider(server)) as cache:
         for text in ("a", "b", "c"):
             found = asyncio.run(cache.aembed(text))
             assert np.array_equal(found, server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"))
-            assert not cache.provider._clients._of_loop  # type: ignore[union-attr]
+            assert not cache.provider._clients._by_loop  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The n-gram provider: the vectors are what its docstring says, bit for bit, everywhere, and never zero."""
+"""The vectors of the n-gram provider follow its docstring bit for bit, on every platform, and are never zero."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ class TestNgramProvider(ProviderContract):
 
 
 any_text = st.text(max_size=60)
-# Few characters: repeated runs, runs that cancel out, white space of every kind, both cases, other planes.
+# A small alphabet gives repeated runs, runs that cancel out, all kinds of white space, both cases, and other planes.
 odd_text = st.text(alphabet="aAbé ÉßǅΣς\t\n\u00a0\u2003\u3000\ud7ff\U0001d4b3日İ\x00", max_size=12)
 
 
-def hex_of(vector: np.ndarray[Any, Any]) -> str:
+def to_hex(vector: np.ndarray[Any, Any]) -> str:
     return vector.astype("<f4").tobytes().hex()
 
 
-def reference(text: str, dimensions: int) -> bytes:
-    """Make the vector as the module's docstring says, a run at a time, in plain Python."""
-    lowered = (ngram_lower(char) for char in text)
+def compute_reference(text: str, dimensions: int) -> bytes:
+    """Compute the vector as the module's docstring says, run by run, in plain Python."""
+    lowered = (fold_character(char) for char in text)
     words = "".join(" " if char.isspace() else char for char in lowered).split(" ")
     stream = " ".join(["", *filter(None, words), ""]) if any(words) else " "
     counts = Counter({0: 1} if stream == " " else {})
     for size in (3, 4):
         for at in range(len(stream) - size + 1):
-            slot = (scrambled(stream[at : at + size]) * 2 * dimensions) >> 32
+            slot = (hash_run(stream[at : at + size]) * 2 * dimensions) >> 32
             counts[slot // 2] += 1 if slot % 2 else -1
     total = sum(map(abs, counts.values()))
     row = [math.copysign(math.sqrt(abs(counts[i]) / total), counts[i]) for i in range(dimensions)]
     return struct.pack(f"<{dimensions}f", *row)
 
 
-def ngram_lower(char: str) -> str:
+def fold_character(char: str) -> str:
     cased = char < "\u0590" or "\u1e00" <= char < "\u2000"
     return char.casefold() if cased and len(char.casefold()) == 1 else char
 
 
-def scrambled(run: str) -> int:
+def hash_run(run: str) -> int:
     value = 0
     for char in run:
         value = (value + ord(char)) * 0x9E3779B1 % 2**32
@@ -81,7 +81,7 @@ def scrambled(run: str) -> int:
 @example(text="a" * 5000, dimensions=8)
 def test_a_vector_is_what_the_docstring_says(text: str, dimensions: int) -> None:
     [vector] = NgramProvider(dimensions=dimensions).embed([text], "document")
-    assert hex_of(vector) == reference(text, dimensions).hex()
+    assert to_hex(vector) == compute_reference(text, dimensions).hex()
 
 
 @given(texts=st.lists(any_text | odd_text, min_size=1, max_size=40))
@@ -94,7 +94,7 @@ def test_no_text_is_zero_and_every_vector_has_length_1(texts: list[str]) -> None
 
 
 def test_no_short_text_of_a_few_letters_cancels_out() -> None:
-    """Every text of up to seven characters from three, in the fewest dimensions, where cancelling is likeliest."""
+    """All texts of up to seven characters out of three, in few dimensions, where cancelling is most likely."""
     texts = ["".join(chars) for size in range(8) for chars in itertools.product("ab ", repeat=size)]
     matrix = NgramProvider(dimensions=8).embed(texts, "document")
     assert matrix.any(axis=1).all()
@@ -106,7 +106,7 @@ def test_a_text_alone_and_in_a_batch_has_the_same_vector(texts: list[str], at: i
     provider = NgramProvider(dimensions=16)
     text = texts[at % len(texts)]
     [alone] = provider.embed([text], "document")
-    assert hex_of(provider.embed(texts, "query")[at % len(texts)]) == hex_of(alone)
+    assert to_hex(provider.embed(texts, "query")[at % len(texts)]) == to_hex(alone)
 
 
 def test_texts_longer_than_a_group_keep_their_place() -> None:
@@ -114,18 +114,18 @@ def test_texts_longer_than_a_group_keep_their_place() -> None:
     texts = ["short", "x y" * ngram.CHARACTERS, "", *(f"text number {i}" for i in range(1500)), "long " * 9000, "end"]
     matrix = provider.embed(texts, "document")
     for at in (0, 1, 2, 3, 700, 1502, 1503, 1504):
-        assert hex_of(matrix[at]) == hex_of(provider.embed([texts[at]], "document")[0])
+        assert to_hex(matrix[at]) == to_hex(provider.embed([texts[at]], "document")[0])
 
 
 @pytest.mark.parametrize("other", ["  one\ttwo\r\n three ", "ONE two Three", "one\u00a0two\u3000three"])
-def test_white_space_and_case_do_not_count(other: str) -> None:
+def test_white_space_and_case_are_ignored(other: str) -> None:
     one, two = NgramProvider().embed(["one two three", other], "document")
-    assert hex_of(one) == hex_of(two)
+    assert to_hex(one) == to_hex(two)
 
 
-def test_word_boundaries_count() -> None:
+def test_word_boundaries_matter() -> None:
     together, apart = NgramProvider().embed(["therapist", "the rapist"], "document")
-    assert hex_of(together) != hex_of(apart)
+    assert to_hex(together) != to_hex(apart)
 
 
 def test_an_edited_text_is_near_and_another_is_far() -> None:
@@ -147,7 +147,7 @@ def test_the_space_is_one_for_every_task_and_differs_by_dimensions() -> None:
 
 @pytest.mark.parametrize("dimensions", [-1, 0, 7, 8193])
 def test_dimensions_outside_the_range_are_refused(dimensions: int) -> None:
-    with pytest.raises(ValueError, match="from 8 to 8192"):
+    with pytest.raises(ValueError, match="between 8 and 8192"):
         NgramProvider(dimensions=dimensions)
 
 
@@ -173,28 +173,28 @@ GOLDEN_TEXTS = {
 }
 
 
-def computed() -> dict[str, Any]:
-    """Return every golden value as this Python and numpy make it."""
+def compute_golden_values() -> dict[str, Any]:
+    """Return the golden values, computed by this Python and numpy."""
     names, texts = list(GOLDEN_TEXTS), list(GOLDEN_TEXTS.values())
     made: dict[str, Any] = {}
-    made["table"] = hashlib.sha256(ngram._table().astype("<u4").tobytes()).hexdigest()
+    made["table"] = hashlib.sha256(ngram._folding_table().astype("<u4").tobytes()).hexdigest()
     made["fingerprint"] = NgramProvider().space("document").fingerprint().hex()
-    made["16"] = dict(zip(names, map(hex_of, NgramProvider(dimensions=16).embed(texts, "document")), strict=True))
+    made["16"] = dict(zip(names, map(to_hex, NgramProvider(dimensions=16).embed(texts, "document")), strict=True))
     made["256, sha256"] = {
-        name: hashlib.sha256(bytes.fromhex(hex_of(row))).hexdigest()
+        name: hashlib.sha256(bytes.fromhex(to_hex(row))).hexdigest()
         for name, row in zip(names, NgramProvider().embed(texts, "document"), strict=True)
     }
     return made
 
 
 def test_the_golden_vectors_are_unchanged() -> None:
-    assert computed() == json.loads(GOLDEN.read_text())
+    assert compute_golden_values() == json.loads(GOLDEN.read_text())
 
 
-def computed_by(python: str, folder: Path, **environ: str) -> Any:
-    """Return the golden values as another interpreter computes them.
+def compute_golden_values_with(python: str, folder: Path, **environ: str) -> Any:
+    """Return the golden values, computed by another interpreter.
 
-    The two packages are copied, because what lies beside an installed one (numpy) is of this Python alone.
+    The two packages are copied, because installed packages have neighbours (numpy) that only this Python can import.
     """
     for module in (ngram, sys.modules["embedonce.keys"]):
         package = Path(str(module.__file__)).parent
@@ -204,7 +204,7 @@ def computed_by(python: str, folder: Path, **environ: str) -> Any:
         f"spec = importlib.util.spec_from_file_location('golden', {__file__!r})\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        "print(json.dumps(module.computed()))\n"
+        "print(json.dumps(module.compute_golden_values()))\n"
     )
     environ = {**os.environ, "PYTHONPATH": str(folder), **environ}
     done = subprocess.run([python, "-c", code], env=environ, capture_output=True, text=True, timeout=100, check=False)
@@ -216,7 +216,7 @@ def test_the_vectors_do_not_depend_on_the_processors_extensions(tmp_path: Path) 
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     if not found:
         pytest.skip("numpy uses no optional processor extension on this machine")
-    plain = computed_by(sys.executable, tmp_path, NPY_DISABLE_CPU_FEATURES=" ".join(found))
+    plain = compute_golden_values_with(sys.executable, tmp_path, NPY_DISABLE_CPU_FEATURES=" ".join(found))
     assert plain == json.loads(GOLDEN.read_text())
 
 
@@ -228,4 +228,4 @@ def test_the_vectors_do_not_depend_on_the_python(version: str, tmp_path: Path) -
     needs = "import numpy, hypothesis, pytest, xxhash, pluggy, annotated_types, typing_extensions"
     if subprocess.run([python, "-c", needs], capture_output=True, check=False).returncode:
         pytest.skip(f"python{version} has no numpy, or another package that embedonce needs")
-    assert computed_by(python, tmp_path) == json.loads(GOLDEN.read_text())
+    assert compute_golden_values_with(python, tmp_path) == json.loads(GOLDEN.read_text())

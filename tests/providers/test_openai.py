@@ -1,4 +1,4 @@
-"""The openai provider: the real client, against an API on loopback that misbehaves on demand."""
+"""Tests for the openai provider, with the real client against a loopback API that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from embedonce import Cache, ProviderError, SpaceError, TextRefused, Tier
 from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, Recipe
 from embedonce.testing.contracts.support import in_fork
 from embedonce_backends.disk import DiskBackend
-from embedonce_providers._openai_answer import read_answer, too_long
+from embedonce_providers._openai_answer import find_too_long, read_answer
 from embedonce_providers.openai import OpenAIProvider
 
-from .chains import FRESH, MIXED, Face, ask, never_wrong
+from .chains import FRESH, MIXED, Face, ask, check_only_own_vectors
 
 MODEL = "text-embedding-3-small"
 
 
 @pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
             monkeypatch.delenv(name)
@@ -43,13 +43,13 @@ def server() -> Iterator[OpenAIServer]:
         yield server
 
 
-def made(server: OpenAIServer, **options: Any) -> OpenAIProvider:
+def make_provider(server: OpenAIServer, **options: Any) -> OpenAIProvider:
     return OpenAIProvider(**{"model": MODEL, "base_url": server.base_url, "max_retries": 0, "timeout": 20, **options})
 
 
 class TestOpenAI(ProviderContract):
     @pytest.fixture(autouse=True)
-    def against_a_server(self) -> Iterator[None]:
+    def start_server(self) -> Iterator[None]:
         with OpenAIServer() as self.server:
             yield
 
@@ -65,16 +65,16 @@ class TestOpenAI(ProviderContract):
 
 class TestOpenAIWithTasks(TestOpenAI):
     def options(self) -> dict[str, Any]:
-        told_apart = {"prefixes": {"query": "query: "}, "task_body": {"document": {"input_type": "passage"}}}
-        return {**super().options(), **told_apart, "dimensions": 12, "encoding_format": "base64"}
+        by_task = {"prefixes": {"query": "query: "}, "task_body": {"document": {"input_type": "passage"}}}
+        return {**super().options(), **by_task, "dimensions": 12, "encoding_format": "base64"}
 
     def recipe(self) -> Any:
-        return None  # one other process is enough, and takes seconds to import the client
+        return None  # TestOpenAI already covers another process, which takes seconds to import the client
 
 
-# --- what goes wrong --------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
-FAILS: dict[str, tuple[type[Exception], ...]] = {
+EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
         [
             "duplicate_index",
@@ -104,29 +104,29 @@ FAILS: dict[str, tuple[type[Exception], ...]] = {
 }
 
 
-def test_every_way_to_misbehave_is_tried() -> None:
-    assert {*FAILS, "out_of_order"} == set(OpenAIServer.KINDS)
+def test_every_fault_is_tested() -> None:
+    assert {*EXPECTED_ERRORS, "out_of_order"} == set(OpenAIServer.KINDS)
 
 
-OF_VALUES = ("nan", "infinity", "zeros", "dimension", "ragged", "no_values")
+INVALID_VALUES = ("nan", "infinity", "zeros", "dimension", "ragged", "no_values")
 
 
 @pytest.mark.parametrize("face", ["blocking", "async"])
 @pytest.mark.parametrize(
     ("kind", "encoding_format"),
-    [*((kind, "float") for kind in OpenAIServer.KINDS), *((kind, "base64") for kind in OF_VALUES)],
+    [*((kind, "float") for kind in OpenAIServer.KINDS), *((kind, "base64") for kind in INVALID_VALUES)],
 )
-def test_hits_and_misses_while_it_misbehaves(
+def test_hits_and_misses_during_each_fault(
     server: OpenAIServer, tmp_path: Path, kind: Any, face: Face, encoding_format: str
 ) -> None:
     timeout = 0.3 if kind in ("hang", "drip") else 20
 
-    failed = never_wrong(
+    failed = check_only_own_vectors(
         face,
         tmp_path,
-        make=lambda: made(server, encoding_format=encoding_format),
-        hasty=lambda: made(server, encoding_format=encoding_format, timeout=timeout),
-        spoil=lambda: server.misbehave(kind, times=None),
+        make=lambda: make_provider(server, encoding_format=encoding_format),
+        make_hasty=lambda: make_provider(server, encoding_format=encoding_format, timeout=timeout),
+        break_api=lambda: server.misbehave(kind, times=None),
         heal=server.heal,
         vector_of=server.vector_of,
     )
@@ -134,22 +134,22 @@ def test_hits_and_misses_while_it_misbehaves(
         assert not failed
     else:
         assert {MIXED[place] for place in failed} == set(FRESH)
-        assert all(isinstance(error, FAILS[kind]) for error in failed.values())
+        assert all(isinstance(error, EXPECTED_ERRORS[kind]) for error in failed.values())
         assert not any(text in str(error) for error in failed.values() for text in MIXED)
 
 
 @pytest.mark.parametrize("kind", ["rate_limit", "server_error", "disconnect"])
-def test_the_client_tries_again(server: OpenAIServer, kind: Any) -> None:
+def test_the_client_retries(server: OpenAIServer, kind: Any) -> None:
     server.misbehave(kind, seconds=0.01)
-    with Cache(made(server, max_retries=1)) as cache:
+    with Cache(make_provider(server, max_retries=1)) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
     assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("face", ["blocking", "async"])
-def test_a_quota_that_is_used_up_is_not_tried_again(server: OpenAIServer, face: Face) -> None:
+def test_an_exhausted_quota_is_not_retried(server: OpenAIServer, face: Face) -> None:
     server.misbehave("quota", times=None)
-    provider = made(server, max_retries=3)
+    provider = make_provider(server, max_retries=3)
     failed = ask(Cache(provider), face, ["a"]).failed
     assert isinstance(failed[0], openai.RateLimitError)
     assert len(server.requests) == 1
@@ -177,13 +177,13 @@ def test_a_quota_that_is_used_up_is_not_tried_again(server: OpenAIServer, face: 
         b'{"data": [{"index": 0, "embedding": "AAAA AAA="}]}',
     ],
 )
-def test_an_answer_that_is_none(answer: bytes) -> None:
-    with pytest.raises(ProviderError, match=r"none was stored|not JSON"):
+def test_an_invalid_answer_is_an_error(answer: bytes) -> None:
+    with pytest.raises(ProviderError, match=r"was stored|not JSON"):
         read_answer(answer, 1)
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": "7"}, {"total_tokens": True}, {"total_tokens": -1}, 7])
-def test_usage_that_is_none(usage: Any) -> None:
+def test_invalid_usage_is_ignored(usage: Any) -> None:
     answer = {"data": [{"index": 0, "embedding": [1, 2]}], "usage": usage}
     assert read_answer(json.dumps(answer).encode(), 1).tokens is None
 
@@ -193,7 +193,7 @@ def test_usage_that_is_none(usage: Any) -> None:
 
 def test_empty_and_long_texts_fail_alone() -> None:
     texts = ["one", "", "word " * 60, "two", "word " * 70]
-    with OpenAIServer(max_tokens=50) as server, Cache(made(server)) as cache:
+    with OpenAIServer(max_tokens=50) as server, Cache(make_provider(server)) as cache:
         fetched = cache.fetch(texts)
         assert [type(fetched.failed.get(place)) for place in range(5)] == [
             type(None),
@@ -208,24 +208,24 @@ def test_empty_and_long_texts_fail_alone() -> None:
 
 def test_a_call_with_too_many_tokens_is_halved() -> None:
     texts = [f"{number} " + "word " * 20 for number in range(8)]
-    with OpenAIServer(max_total_tokens=100) as server, Cache(made(server)) as cache:
+    with OpenAIServer(max_total_tokens=100) as server, Cache(make_provider(server)) as cache:
         assert np.array_equal(cache.embed_batch(texts), np.stack([server.vector_of(text) for text in texts]))
         assert server.texts == 8
 
 
 def test_calls_are_filled_by_count_and_by_tokens() -> None:
     texts = [f"text number {number}" for number in range(10)]
-    with OpenAIServer(max_inputs=4) as server, Cache(made(server, batch_size=4, concurrency=1)) as cache:
+    with OpenAIServer(max_inputs=4) as server, Cache(make_provider(server, batch_size=4, concurrency=1)) as cache:
         cache.embed_batch(texts)
         assert [len(request.body["input"]) for request in server.requests] == [4, 4, 2]
-    with OpenAIServer(max_total_tokens=100) as server, Cache(made(server, max_tokens=100)) as cache:
+    with OpenAIServer(max_total_tokens=100) as server, Cache(make_provider(server, max_tokens=100)) as cache:
         cache.embed_batch([text * 3 for text in texts])
         assert sorted(len(request.body["input"]) for request in server.requests) == [2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("text", ["plain", "ä", "富士山", "🧪"])
 def test_a_byte_counts_as_a_token(server: OpenAIServer, text: str) -> None:
-    assert made(server).count_tokens(text) == len(text.encode())
+    assert make_provider(server).count_tokens(text) == len(text.encode())
 
 
 @pytest.mark.parametrize(
@@ -243,20 +243,20 @@ def test_a_byte_counts_as_a_token(server: OpenAIServer, text: str) -> None:
     ],
 )
 def test_which_errors_are_about_the_length_of_a_text(status: int, message: str, expected: list[int] | None) -> None:
-    assert too_long(status, message, ["text"] * 5) == expected
+    assert find_too_long(status, message, ["text"] * 5) == expected
 
 
-def test_another_error_reaches_the_caller_at_once(server: OpenAIServer) -> None:
-    with Cache(made(server, dimensions=1000)) as cache, pytest.raises(openai.BadRequestError):
+def test_other_errors_reach_the_caller_at_once(server: OpenAIServer) -> None:
+    with Cache(make_provider(server, dimensions=1000)) as cache, pytest.raises(openai.BadRequestError):
         cache.embed_batch(["a", "b", "c", "d"])
     assert len(server.requests) == 1
 
 
-# --- what is sent, and what is in the space ---------------------------------------------------
+# --- requests and vector spaces ---------------------------------------------------------------
 
 
-def test_what_is_sent(server: OpenAIServer) -> None:
-    provider = made(
+def test_options_are_in_the_request_and_the_space(server: OpenAIServer) -> None:
+    provider = make_provider(
         server,
         dimensions=8,
         api_key="secret-key",
@@ -275,8 +275,8 @@ def test_what_is_sent(server: OpenAIServer) -> None:
     assert provider.space("query").task == "query"
 
 
-def test_tokens_are_counted_on_misses_alone(server: OpenAIServer) -> None:
-    with Cache(made(server), []) as cache:
+def test_tokens_are_counted_for_misses_only(server: OpenAIServer) -> None:
+    with Cache(make_provider(server), []) as cache:
         cache.embed_batch(["one two", "one two three", "one two"])
         assert cache.stats().providers["openai"].tokens == 5
 
@@ -284,8 +284,8 @@ def test_tokens_are_counted_on_misses_alone(server: OpenAIServer) -> None:
 @pytest.mark.parametrize(
     ("given", "sent"), [(None, "float"), ("base64", "base64"), ("float", "float")], ids=["default", "base64", "float"]
 )
-def test_the_format_is_always_said(server: OpenAIServer, given: Any, sent: str) -> None:
-    with Cache(made(server, encoding_format=given)) as cache:
+def test_the_request_always_has_a_format(server: OpenAIServer, given: Any, sent: str) -> None:
+    with Cache(make_provider(server, encoding_format=given)) as cache:
         cache.embed("a")
     assert server.requests[0].body["encoding_format"] == sent
 
@@ -296,20 +296,21 @@ def test_the_format_is_always_said(server: OpenAIServer, given: Any, sent: str) 
         ({}, "base64"),
         ({"base_url": "https://eu.api.openai.com/v1/"}, "base64"),
         ({"azure_endpoint": "https://me.openai.azure.com"}, "base64"),
+        ({"base_url": "https://me.openai.azure.com/openai/v1"}, "base64"),
         ({"base_url": "http://localhost:11434/v1"}, "float"),
         ({"base_url": "https://api.openai.com.example.org/v1"}, "float"),
     ],
 )
-def test_base64_by_default_where_it_is_sure_to_be_there(options: dict[str, Any], format: str) -> None:
+def test_base64_is_the_default_only_for_openai_and_azure(options: dict[str, Any], format: str) -> None:
     assert OpenAIProvider(model="m", **options)._format == format
 
 
 def test_an_endpoint_that_answers_floats_when_asked_for_base64() -> None:
-    with OpenAIServer(base64=False) as server, Cache(made(server, encoding_format="base64")) as cache:
+    with OpenAIServer(base64=False) as server, Cache(make_provider(server, encoding_format="base64")) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
 
 
-def prints(*tasks: str, **options: Any) -> list[bytes]:
+def fingerprints(*tasks: str, **options: Any) -> list[bytes]:
     provider = OpenAIProvider(**{"model": "m", **options})
     return [provider.space(task).fingerprint() for task in tasks or ("document",)]
 
@@ -329,8 +330,8 @@ def prints(*tasks: str, **options: Any) -> list[bytes]:
     ],
     ids=str,
 )
-def test_what_changes_the_space(options: dict[str, Any]) -> None:
-    assert prints(**options) != prints()
+def test_options_that_change_the_space(options: dict[str, Any]) -> None:
+    assert fingerprints(**options) != fingerprints()
 
 
 @pytest.mark.parametrize(
@@ -346,13 +347,13 @@ def test_what_changes_the_space(options: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_what_does_not_change_the_space(options: dict[str, Any]) -> None:
-    assert prints(**options) == prints()
+def test_options_that_do_not_change_the_space(options: dict[str, Any]) -> None:
+    assert fingerprints(**options) == fingerprints()
 
 
 def test_hosts_of_one_endpoint_name_share_a_space() -> None:
     one, two = ({"base_url": f"http://gpu{number}:8000/v1", "endpoint_name": "gpus"} for number in (1, 2))
-    assert prints(**one) == prints(**two)
+    assert fingerprints(**one) == fingerprints(**two)
 
 
 def test_the_environment_names_the_endpoint(monkeypatch: pytest.MonkeyPatch, server: OpenAIServer) -> None:
@@ -361,17 +362,17 @@ def test_the_environment_names_the_endpoint(monkeypatch: pytest.MonkeyPatch, ser
     with Cache(OpenAIProvider(model=MODEL)) as cache:
         cache.embed("a")
     assert server.requests[0].headers["authorization"] == "Bearer from-environment"
-    assert prints() == prints(base_url=server.base_url)
+    assert fingerprints() == fingerprints(base_url=server.base_url)
 
 
-def test_tasks() -> None:
-    assert len(set(prints("document", "query", "anything"))) == 1
-    assert len(set(prints("document", "query", prefixes={"query": "query: "}))) == 2
+def test_tasks_have_their_own_spaces_only_if_they_differ() -> None:
+    assert len(set(fingerprints("document", "query", "anything"))) == 1
+    assert len(set(fingerprints("document", "query", prefixes={"query": "query: "}))) == 2
     three = {"query": "query: ", "clustering": "cluster: "}
-    assert len(set(prints("document", "query", "clustering", prefixes=three))) == 3
-    assert len(set(prints("document", "query", prefixes={"document": "", "query": ""}))) == 1
+    assert len(set(fingerprints("document", "query", "clustering", prefixes=three))) == 3
+    assert len(set(fingerprints("document", "query", prefixes={"document": "", "query": ""}))) == 1
     with pytest.raises(SpaceError, match="clustering"):
-        prints("clustering", prefixes={"query": "query: "})
+        fingerprints("clustering", prefixes={"query": "query: "})
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_tasks() -> None:
     ],
     ids=str,
 )
-def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"URL|azure_endpoint|option"):
         OpenAIProvider(model="m", **options)
 
@@ -416,15 +417,17 @@ def test_azure(server: OpenAIServer, face: Face, monkeypatch: pytest.MonkeyPatch
 
 
 def test_azures_newer_path(server: OpenAIServer) -> None:
-    with Cache(made(server, base_url=f"{server.url}/openai/v1/", deployment="mine", api_key="k")) as cache:
+    with Cache(make_provider(server, base_url=f"{server.url}/openai/v1/", deployment="mine", api_key="k")) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
 
 
-# --- keys, and runs that need none ------------------------------------------------------------
+# --- API keys ---------------------------------------------------------------------------------
 
 
 def test_no_key_is_needed_until_the_first_miss(server: OpenAIServer, tmp_path: Path) -> None:
-    with Cache(made(server, endpoint_name="openai"), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
+    with Cache(
+        make_provider(server, endpoint_name="openai"), [Tier(DiskBackend(path=tmp_path), timeout=60.0)]
+    ) as cache:
         cache.embed("a")
     keyless = OpenAIProvider(model=MODEL, endpoint_name="openai")
     with Cache(keyless, [Tier(DiskBackend(path=tmp_path), timeout=60.0)]) as cache:
@@ -433,8 +436,8 @@ def test_no_key_is_needed_until_the_first_miss(server: OpenAIServer, tmp_path: P
             cache.embed("b")
 
 
-def test_a_server_of_ones_own_needs_no_key(server: OpenAIServer) -> None:
-    with Cache(made(server)) as cache:
+def test_a_local_server_needs_no_key(server: OpenAIServer) -> None:
+    with Cache(make_provider(server)) as cache:
         assert cache.embed("a").shape == (16,)
 
 
@@ -457,15 +460,15 @@ def test_a_warm_run_imports_no_client(server: OpenAIServer, tmp_path: Path) -> N
 def test_no_key_and_no_text_is_shown(server: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="embedonce")
     server.misbehave("unauthorized")
-    provider = made(server, api_key="sk-very-secret")
+    provider = make_provider(server, api_key="sk-very-secret")
     with Cache(provider) as cache:
         failed = cache.fetch(["a private text"]).failed[0]
-        said = f"{failed} {failed!r} {provider!r} {cache!r} {cache.stats()} {provider.space('document')} {caplog.text}"
-    assert "sk-very-secret" not in said
-    assert "private" not in said
+        shown = f"{failed} {failed!r} {provider!r} {cache!r} {cache.stats()} {provider.space('document')} {caplog.text}"
+    assert "sk-very-secret" not in shown
+    assert "private" not in shown
 
 
-def test_the_package_is_asked_for_when_it_is_missing() -> None:
+def test_a_missing_package_is_named() -> None:
     program = (
         "import sys, embedonce\n"
         "sys.modules['openai'] = None\n"
@@ -479,22 +482,22 @@ def test_the_package_is_asked_for_when_it_is_missing() -> None:
 
 
 def test_each_loop_has_a_client_that_ends_with_it(server: OpenAIServer) -> None:
-    """A connection that outlives its loop would be a ResourceWarning, and those are errors here."""
-    with Cache(made(server)) as cache:
+    """A connection that outlives its loop raises a ResourceWarning, and warnings are errors in tests."""
+    with Cache(make_provider(server)) as cache:
         for text in ("a", "b", "c"):
             assert np.array_equal(asyncio.run(cache.aembed(text)), server.vector_of(text))
-            assert not cache.provider._clients._of_loop  # type: ignore[union-attr]
+            assert not cache.provider._clients._by_loop  # type: ignore[union-attr]
 
 
 def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
-    provider = made(server)
+    provider = make_provider(server)
 
     async def work() -> None:
         cache = Cache(provider)
         await asyncio.gather(*(cache.aembed(f"text {number}") for number in range(20)))
-        assert len(provider._clients._of_loop) == 1
+        assert len(provider._clients._by_loop) == 1
         await cache.aclose()
-        assert len(provider._clients._of_loop) == 0
+        assert len(provider._clients._by_loop) == 0
 
     asyncio.run(work())
 
@@ -502,14 +505,14 @@ def test_one_client_for_all_tasks_of_a_loop(server: OpenAIServer) -> None:
 def test_closing_from_another_thread_closes_the_client_of_a_running_loop(
     server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedonce_providers._clients.CLOSE_SECONDS", 60.0)  # the loop is not held up, but may be slow
-    provider = made(server)
+    monkeypatch.setattr("embedonce_providers._clients.CLOSE_SECONDS", 60.0)  # the loop is not blocked, but may be slow
+    provider = make_provider(server)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
         asyncio.run_coroutine_threadsafe(provider.aembed(["a"], "document"), loop).result(60)
-        (client,) = [client for client, _ in provider._clients._of_loop.values()]
+        (client,) = [client for client, _ in provider._clients._by_loop.values()]
         provider.close()
         assert client.is_closed()
     finally:
@@ -518,39 +521,39 @@ def test_closing_from_another_thread_closes_the_client_of_a_running_loop(
         loop.close()
 
 
-def test_closing_within_the_loop_itself(server: OpenAIServer) -> None:
+def test_closing_within_the_loop(server: OpenAIServer) -> None:
     async def work() -> None:
-        provider = made(server)
+        provider = make_provider(server)
         await provider.aembed(["a"], "document")
-        (client,) = [client for client, _ in provider._clients._of_loop.values()]
+        (client,) = [client for client, _ in provider._clients._by_loop.values()]
         provider.close()
-        await asyncio.gather(*provider._clients._ending)
+        await asyncio.gather(*provider._clients._closing)
         assert client.is_closed()
 
     asyncio.run(work())
 
 
 def test_a_forked_child_has_its_own_connections(server: OpenAIServer) -> None:
-    provider = made(server)
+    provider = make_provider(server)
     provider.embed(["parent"], "document")
-    inherited = provider._clients._used
+    inherited = provider._clients._blocking
     assert inherited is not None
 
     def child() -> None:
-        assert provider._clients._used is None
+        assert provider._clients._blocking is None
         assert np.array_equal(np.array(provider.embed(["child"], "document").vectors)[0], server.vector_of("child"))
 
     in_fork(child, "embedding")
-    assert provider._clients._used is inherited
+    assert provider._clients._blocking is inherited
     provider.embed(["parent"], "document")
     provider.close()
 
 
 def test_a_client_is_closed_when_its_last_call_ends(server: OpenAIServer) -> None:
-    provider = made(server)
+    provider = make_provider(server)
     provider.embed(["a"], "document")
-    assert provider._clients._used is not None
-    client = provider._clients._used.client
+    assert provider._clients._blocking is not None
+    client = provider._clients._blocking.client
     server.misbehave("hang")
     thread = threading.Thread(target=provider.embed, args=(["b"], "document"))
     thread.start()
@@ -591,9 +594,9 @@ def test_from_toml(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.Mon
     assert server.requests[0].headers["authorization"] == "Bearer from-toml"
 
 
-def test_as_the_first_of_two(server: OpenAIServer) -> None:
+def test_a_fallback_answers_for_it(server: OpenAIServer) -> None:
     fallback = CountingProvider(dimensions=8, model="fallback")
-    with Cache(made(server, dimensions=8), fallback=fallback) as cache:
+    with Cache(make_provider(server, dimensions=8), fallback=fallback) as cache:
         server.misbehave("server_error")
         assert np.array_equal(cache.embed("a"), fallback.vector_of("a"))
         assert np.array_equal(cache.embed("b"), server.vector_of("b", dimensions=8))

@@ -1,4 +1,4 @@
-"""The ``sentence-transformers`` provider with a real model: what its space says, what it loads and when."""
+"""Tests for the ``sentence-transformers`` provider with a real model: its vectors, its spaces, and when it loads."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
-NEAR = 1e-6
-# Whichever test comes first imports torch, which takes a busy machine a while; so does each process of its own.
+TOLERANCE = 1e-6
+# The first test and each started process import torch, which takes long on a busy machine.
 pytestmark = pytest.mark.timeout(300)
-in_another_process = pytest.mark.timeout(500)
+starts_a_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]
 
 
@@ -45,18 +45,18 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def minilm(minilm_path: Path) -> Any:
-    """Return plain MiniLM, loaded once for all tests of this process."""
+    """Return MiniLM from the library itself, loaded once for all tests of this process."""
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(minilm_path), device="cpu", local_files_only=True)
 
 
 class Shared(SentenceTransformersProvider):
-    """Has the model that is loaded already."""
+    """Uses the model that the tests have already loaded."""
 
     ready: Any = None
 
-    def _load(self) -> Any:
+    def _load_model(self) -> Any:
         return self.ready
 
 
@@ -67,8 +67,8 @@ def shared(minilm: Any) -> Iterator[type[Shared]]:
     minilm.max_seq_length = 256
 
 
-def small_files(minilm_path: Path, folder: Path, **config: Any) -> Path:
-    """Make a folder that describes MiniLM and holds no weights worth the name."""
+def copy_small_files(minilm_path: Path, folder: Path, **config: Any) -> Path:
+    """Make a folder that describes MiniLM but has fake weights."""
     folder.mkdir(parents=True)
     for name in ("modules.json", "config.json", "sentence_bert_config.json"):
         shutil.copy(minilm_path / name, folder)
@@ -83,7 +83,7 @@ def fingerprint(folder: Path | str, task: str = "document", **options: Any) -> s
 
 
 class TestContract(ProviderContract):
-    tolerance = NEAR
+    tolerance = TOLERANCE
     path: Path
 
     @pytest.fixture(autouse=True)
@@ -113,21 +113,21 @@ def test_the_vectors_are_those_of_plain_encode(
     vectors = provider.embed(TEXTS, "document")
     assert vectors.dtype == np.float32
     assert vectors.shape == (4, provider.space("document").dimensions)
-    np.testing.assert_allclose(vectors, minilm.encode(TEXTS, **encode), atol=NEAR)
+    np.testing.assert_allclose(vectors, minilm.encode(TEXTS, **encode), atol=TOLERANCE)
 
 
 def test_queries_have_their_own_prompt(minilm_path: Path, minilm: Any, shared: type[Shared]) -> None:
     provider = shared(model=str(minilm_path), query_prompt="query: ", document_prompt="passage: ")
     for task, prompt in (("query", "query: "), ("document", "passage: ")):
         expected = minilm.encode([f"{prompt}{text}" for text in TEXTS])
-        np.testing.assert_allclose(provider.embed(TEXTS, task), expected, atol=NEAR)
+        np.testing.assert_allclose(provider.embed(TEXTS, task), expected, atol=TOLERANCE)
 
 
 def test_weights_of_another_precision(minilm_path: Path, minilm: Any) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu", dtype="bfloat16")
     assert provider.space("document").precision == "bfloat16"
     vectors, whole = provider.embed(TEXTS, "document"), minilm.encode(TEXTS)
-    assert not np.allclose(vectors, whole, atol=NEAR)
+    assert not np.allclose(vectors, whole, atol=TOLERANCE)
     assert (np.sum(vectors * whole, axis=1) > 0.99).all()
 
 
@@ -152,12 +152,12 @@ def test_max_length(minilm_path: Path) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu", max_length=16)
     assert provider.space("document").max_length == 16
     long, cut = provider.embed(["a b c d e f g " * 9, "a b c d e f g " * 2], "document")
-    np.testing.assert_allclose(long, cut, atol=NEAR)
+    np.testing.assert_allclose(long, cut, atol=TOLERANCE)
 
 
 def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
-    """A model that adds up vectors of words has none for a text without words."""
-    model = static_model(tmp_path / "static")
+    """A model that adds up the vectors of words has no vector for a text without words."""
+    model = save_static_model(tmp_path / "static")
     provider = SentenceTransformersProvider(model=str(model), device="cpu")
     with pytest.raises(TextRefused) as refused:
         provider.embed(["one", "", "two"], "document")
@@ -166,8 +166,8 @@ def test_a_text_without_a_vector_is_refused(tmp_path: Path) -> None:
     assert provider.space("document").dimensions is None
 
 
-def static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: module) -> Path:
-    """Save a small model of the library's own classes: a vector for each of three words."""
+def save_static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: module) -> Path:
+    """Save a small model with a vector for each of three words, made of the library's own classes."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -183,16 +183,16 @@ def static_model(folder: Path, wrap: Callable[[Any], Any] = lambda module: modul
 def test_a_model_that_routes_by_task_is_not_symmetric(tmp_path: Path) -> None:
     from sentence_transformers.models import Router, StaticEmbedding
 
-    def routed(module: Any) -> Any:
+    def route(module: Any) -> Any:
         other = StaticEmbedding(module.tokenizer, embedding_weights=-module.embedding.weight.detach().numpy())
         return Router.for_query_document([module], [other])
 
-    provider = SentenceTransformersProvider(model=str(static_model(tmp_path / "routed", routed)), device="cpu")
+    provider = SentenceTransformersProvider(model=str(save_static_model(tmp_path / "routed", route)), device="cpu")
     spaces = [provider.space(task) for task in ("query", "document")]
     assert [space.task for space in spaces] == ["query", "document"]
     assert spaces[0].fingerprint() != spaces[1].fingerprint()
     query, document = (provider.embed(["one two"], task) for task in ("query", "document"))
-    np.testing.assert_allclose(query, -document, atol=NEAR)
+    np.testing.assert_allclose(query, -document, atol=TOLERANCE)
 
 
 # --- the space --------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_minilm_is_symmetric_and_described_without_its_weights(minilm_path: Path
     assert space.fingerprint() == provider.space("query").fingerprint() == provider.space("anything").fingerprint()
 
 
-def test_what_changes_the_space(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_options_that_change_the_space(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     options: list[dict[str, Any]] = [
         {},
         {"truncate_dim": 100},
@@ -231,8 +231,8 @@ def test_what_changes_the_space(minilm_path: Path, tmp_path: Path) -> None:
     assert {fingerprint(folder, **each) for each in same} == {made[0]}
 
 
-def test_the_content_of_a_folder_decides(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_the_content_of_a_folder_decides_its_space(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     first = fingerprint(folder)
     shutil.copytree(folder, tmp_path / "deep" / "copy")
     assert fingerprint(tmp_path / "deep" / "copy") == first, "a copy, with other times"
@@ -255,8 +255,8 @@ def test_the_content_of_a_folder_decides(minilm_path: Path, tmp_path: Path) -> N
     assert len(seen) == 6
 
 
-def test_weights_of_the_same_size_and_time_are_other_weights(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model")
+def test_changed_weights_of_the_same_size_and_time_are_noticed(minilm_path: Path, tmp_path: Path) -> None:
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     weights = folder / "model.safetensors"
     os.utime(weights, (1e9, 1e9))
     before = fingerprint(folder)
@@ -267,21 +267,21 @@ def test_weights_of_the_same_size_and_time_are_other_weights(minilm_path: Path, 
     assert fingerprint(folder) != before
 
 
-def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_hashed_once(minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = small_files(minilm_path, tmp_path / "model")
+    folder = copy_small_files(minilm_path, tmp_path / "model")
     hashed: list[str] = []
     original = model_files.hashlib.file_digest
 
-    def counted(stream: Any, name: str) -> Any:
+    def count(stream: Any, name: str) -> Any:
         hashed.append(Path(stream.name).name)
         return original(stream, name)
 
-    monkeypatch.setattr(model_files.hashlib, "file_digest", counted)
-    monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # however slow this machine is, it has just been written
+    monkeypatch.setattr(model_files.hashlib, "file_digest", count)
+    monkeypatch.setattr(model_files, "SETTLED", 3600.0)  # treat the file as just written, however slow this machine is
     fingerprint(folder)
     fingerprint(folder)
-    assert hashed.count("model.safetensors") == 2, "it has just been written: a change might leave no trace"
+    assert hashed.count("model.safetensors") == 2, "a change of a file that was just written might leave no trace"
     monkeypatch.setattr(model_files, "SETTLED", -1.0)
     first = fingerprint(folder)
     hashed.clear()
@@ -293,7 +293,7 @@ def test_large_files_are_read_once(minilm_path: Path, tmp_path: Path, monkeypatc
     assert hashed.count("model.safetensors") == 1
 
 
-def test_a_folder_that_changes_before_it_is_loaded(minilm_path: Path, tmp_path: Path) -> None:
+def test_a_folder_that_changes_before_loading_is_an_error(minilm_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(minilm_path, folder)
     provider = SentenceTransformersProvider(model=str(folder), device="cpu")
@@ -303,12 +303,12 @@ def test_a_folder_that_changes_before_it_is_loaded(minilm_path: Path, tmp_path: 
             cache.embed("a text")
 
 
-def test_prompts_that_the_model_declares(minilm_path: Path, tmp_path: Path) -> None:
+def test_the_prompts_of_the_model_are_used(minilm_path: Path, tmp_path: Path) -> None:
     prompts = {"query": "Q: ", "document": "D: ", "clustering": "C: "}
-    folder = small_files(minilm_path, tmp_path / "model", prompts=prompts, default_prompt_name="clustering")
+    folder = copy_small_files(minilm_path, tmp_path / "model", prompts=prompts, default_prompt_name="clustering")
     provider = SentenceTransformersProvider(model=str(folder))
-    told = {task: provider.space(task).prompt for task in ("query", "document", "clustering", "other")}
-    assert told == {"query": "Q: ", "document": "D: ", "clustering": "C: ", "other": "C: "}
+    prompts_by_task = {task: provider.space(task).prompt for task in ("query", "document", "clustering", "other")}
+    assert prompts_by_task == {"query": "Q: ", "document": "D: ", "clustering": "C: ", "other": "C: "}
     named = SentenceTransformersProvider(model=str(folder), query_prompt_name="clustering", document_prompt="")
     assert named.space("query").prompt == "C: "
     assert named.space("document").prompt is None
@@ -317,8 +317,8 @@ def test_prompts_that_the_model_declares(minilm_path: Path, tmp_path: Path) -> N
         unknown.space("query")
 
 
-def test_the_models_own_prompts_are_used_as_the_library_does(minilm_path: Path, tmp_path: Path) -> None:
-    """The library's own choice is asked of the library itself, with the same files."""
+def test_prompts_are_chosen_like_in_the_library(minilm_path: Path, tmp_path: Path) -> None:
+    """The expected vectors come from the library itself, with the same files."""
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path / "model"
@@ -328,11 +328,11 @@ def test_the_models_own_prompts_are_used_as_the_library_does(minilm_path: Path, 
     plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     provider = SentenceTransformersProvider(model=str(folder), device="cpu")
     for task, encode in (("query", plain.encode_query), ("document", plain.encode_document), ("y", plain.encode)):
-        np.testing.assert_allclose(provider.embed(TEXTS, task), encode(TEXTS), atol=NEAR)
+        np.testing.assert_allclose(provider.embed(TEXTS, task), encode(TEXTS), atol=TOLERANCE)
 
 
 def test_dimensions_follow_the_last_module(minilm_path: Path, tmp_path: Path) -> None:
-    folder = small_files(minilm_path, tmp_path / "model", truncate_dim=200)
+    folder = copy_small_files(minilm_path, tmp_path / "model", truncate_dim=200)
 
     def dimensions(**options: Any) -> tuple[int | None, Any]:
         space = SentenceTransformersProvider(model=str(folder), **options).space("document")
@@ -351,19 +351,19 @@ def test_dimensions_follow_the_last_module(minilm_path: Path, tmp_path: Path) ->
     both = {"word_embedding_dimension": 384, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(both))
-    assert dimensions()[0] is None, "cls and mean lie end to end"
+    assert dimensions()[0] is None, "the results of cls and mean are concatenated"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "no/such/folder"}, "no folder 'no/such/folder', and it cannot be the name of a model"),
-        ({"model": "../model"}, "cannot be the name"),
+        ({"model": "no/such/folder"}, "model 'no/such/folder' is neither a folder that exists nor a valid name"),
+        ({"model": "../model"}, "nor a valid name"),
         ({"model": "owner/never-downloaded"}, r"not in the local cache .*hf download owner/never-downloaded"),
         ({"model": "owner/never", "revision": "../../x"}, "a branch, a tag or a commit"),
     ],
 )
-def test_models_that_are_not_there(
+def test_missing_models_are_errors(
     options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
@@ -372,34 +372,34 @@ def test_models_that_are_not_there(
         SentenceTransformersProvider(**options).space("document")
 
 
-def test_folders_that_hold_no_model(minilm_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"holds no model: it has no modules\.json"):
+def test_folders_without_a_model_are_errors(minilm_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"holds no model: it has neither modules\.json"):
         fingerprint(tmp_path)
-    folder = small_files(minilm_path, tmp_path / "model")
-    with pytest.raises(SpaceError, match="a folder has no revision"):
+    folder = copy_small_files(minilm_path, tmp_path / "model")
+    with pytest.raises(SpaceError, match="model is a folder; remove revision"):
         fingerprint(folder, revision="main")
     (folder / "modules.json").write_text("{}")
-    with pytest.raises(SpaceError, match=r"modules\.json is not what"):
+    with pytest.raises(SpaceError, match=r"modules\.json is invalid: expected a JSON array"):
         fingerprint(folder)
     (folder / "modules.json").write_text("[")
-    with pytest.raises(SpaceError, match=r"modules\.json cannot be read"):
+    with pytest.raises(SpaceError, match=r"cannot read the model's .*modules\.json"):
         fingerprint(folder)
 
 
-def test_options_that_make_no_sense() -> None:
-    with pytest.raises(ConfigError, match="give one"):
+def test_invalid_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
         SentenceTransformersProvider(model="m", query_prompt="q", query_prompt_name="query")
     with pytest.raises(ConfigError, match="model is empty"):
         SentenceTransformersProvider(model="")
-    with pytest.raises(ConfigError, match="batch_size is at least 1"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         SentenceTransformersProvider(model="m", batch_size=0)
 
 
 # --- the hub ----------------------------------------------------------------------------------
 
 
-def in_hub_cache(source: Path, cache: Path, name: str = NAME, *refs: str) -> None:
-    """Lay a model's files out as the Hugging Face client does."""
+def fill_hub_cache(source: Path, cache: Path, name: str = NAME, *refs: str) -> None:
+    """Store a model's files in the layout of the Hugging Face client."""
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(source, folder / "snapshots" / COMMIT, symlinks=True)
     (folder / "refs").mkdir()
@@ -411,7 +411,7 @@ def test_spellings_of_one_model_are_one_space(
     minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "hub"))
-    in_hub_cache(small_files(minilm_path, tmp_path / "model"), tmp_path / "hub", NAME, "main", "v2")
+    fill_hub_cache(copy_small_files(minilm_path, tmp_path / "model"), tmp_path / "hub", NAME, "main", "v2")
     spellings: list[dict[str, Any]] = [
         {"model": NAME},
         {"model": "all-MiniLM-L6-v2"},
@@ -441,8 +441,8 @@ with cache:
 """
 
 
-def patient(folder: Path) -> Tier:
-    """Return a disk tier whose time does not run out on a busy machine."""
+def make_patient_disk(folder: Path) -> Tier:
+    """Return a disk tier with a timeout that is long enough for a busy machine."""
     return Tier(DiskBackend(path=folder), timeout=60.0)
 
 
@@ -459,44 +459,44 @@ def run(model: Path | str, folder: Path, texts: list[str], **environ: str) -> An
     return json.loads(done.stdout)
 
 
-@in_another_process
+@starts_a_process
 def test_a_warm_run_loads_nothing(minilm_path: Path, shared: type[Shared], tmp_path: Path) -> None:
-    with embedonce.Cache(shared(model=str(minilm_path)), [patient(tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(shared(model=str(minilm_path)), [make_patient_disk(tmp_path / "vectors")]) as cache:
         cold = cache.embed_batch(TEXTS)
     warm = run(minilm_path, tmp_path / "vectors", TEXTS)
     assert (warm["computed"], warm["loaded"]) == (0, [])
     assert warm["first"] == cold[0].tolist()
 
 
-@in_another_process
+@starts_a_process
 def test_a_model_of_the_hub(minilm_path: Path, minilm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real client downloads from a hub on loopback, once; from then on nothing is asked, also offline."""
+    """The real client downloads from a hub on loopback once. Later runs make no request, and also work offline."""
     home = tmp_path / "home"
     with Hub(minilm_path, NAME, COMMIT) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         cold = run("all-MiniLM-L6-v2", tmp_path / "vectors", TEXTS, **online)
-        assert any(path.endswith("/revision/main") for path in hub.asked)
-        hub.asked.clear()
+        assert any(path.endswith("/revision/main") for path in hub.requests)
+        hub.requests.clear()
         warm = run("all-MiniLM-L6-v2", tmp_path / "vectors", TEXTS, **online)
-        assert hub.asked == []
+        assert hub.requests == []
     assert (cold["computed"], warm["computed"], warm["loaded"]) == (4, 0, [])
-    np.testing.assert_allclose(cold["first"], minilm.encode(TEXTS)[0], atol=NEAR)
+    np.testing.assert_allclose(cold["first"], minilm.encode(TEXTS)[0], atol=TOLERANCE)
 
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(home / "hub"))
     provider = SentenceTransformersProvider(model=NAME, device="cpu")
-    with embedonce.Cache(provider, [patient(tmp_path / "vectors")]) as cache:
+    with embedonce.Cache(provider, [make_patient_disk(tmp_path / "vectors")]) as cache:
         assert cache.fetch([*TEXTS, "one more"]).sources == ["disk"] * 4 + ["provider"]
 
 
 # --- loading ----------------------------------------------------------------------------------
 
 
-def test_the_model_is_loaded_at_the_first_miss_and_runs_for_misses_alone(
+def test_the_model_is_loaded_at_the_first_miss_and_runs_only_for_misses(
     minilm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[object] = []
-    original = SentenceTransformersProvider._load
-    monkeypatch.setattr(SentenceTransformersProvider, "_load", lambda self: loads.append(1) or original(self))
+    original = SentenceTransformersProvider._load_model
+    monkeypatch.setattr(SentenceTransformersProvider, "_load_model", lambda self: loads.append(1) or original(self))
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu", batch_size=4)
     forwards: list[int] = []
     with embedonce.Cache(provider, [MemoryBackend()]) as cache:
@@ -516,8 +516,8 @@ def test_the_model_is_loaded_at_the_first_miss_and_runs_for_misses_alone(
 
 def test_threads_load_it_once(minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[object] = []
-    original = SentenceTransformersProvider._load
-    monkeypatch.setattr(SentenceTransformersProvider, "_load", lambda self: loads.append(1) or original(self))
+    original = SentenceTransformersProvider._load_model
+    monkeypatch.setattr(SentenceTransformersProvider, "_load_model", lambda self: loads.append(1) or original(self))
     provider = SentenceTransformersProvider(model=str(minilm_path), device="cpu")
     found: dict[int, Any] = {}
 
@@ -531,27 +531,27 @@ def test_threads_load_it_once(minilm_path: Path, monkeypatch: pytest.MonkeyPatch
         thread.join()
     assert loads == [1]
     for number in range(4):
-        np.testing.assert_allclose(found[number], found[number + 4], atol=NEAR)
+        np.testing.assert_allclose(found[number], found[number + 4], atol=TOLERANCE)
 
 
 def test_a_forked_child_embeds(minilm_path: Path, shared: type[Shared]) -> None:
-    """OpenMP's threads are the parent's: a child that used them would wait for ever. Also while a thread embeds."""
+    """OpenMP's threads exist only in the parent, and a child must not wait for them, even if another thread embeds."""
     provider = shared(model=str(minilm_path))
     expected = provider.embed(["some words " * 30] * 64, "document")
 
     def work() -> None:
-        np.testing.assert_allclose(provider.embed(["some words " * 30] * 64, "document"), expected, atol=NEAR)
+        np.testing.assert_allclose(provider.embed(["some words " * 30] * 64, "document"), expected, atol=TOLERANCE)
 
     with provider._lock:  # as if a thread were in the middle of a call
         in_fork(work, "embed")
     work()
 
 
-INTERRUPTED = """
+INTERRUPTED_SCRIPT = """
 import signal, sys, threading, time
 from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 import sentence_transformers_gate
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell have no handler
 provider = SentenceTransformersProvider(model=sys.argv[1], device="cpu")
 try:
     provider.embed(["a text"], "document")
@@ -561,9 +561,9 @@ print(provider.embed(["a text"], "document").shape, flush=True)
 """
 
 
-@in_another_process
+@starts_a_process
 def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) -> None:
-    """The signal comes when torch is half imported, which nothing could repair if it stopped the import."""
+    """The signal arrives while torch is half imported. If it stopped the import, the process could not recover."""
     (tmp_path / "sentence_transformers_gate.py").write_text(
         "import os, signal, sys\n"
         "class Gate:\n"
@@ -574,7 +574,7 @@ def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) 
         "sys.meta_path.insert(0, Gate())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(minilm_path)],
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED_SCRIPT, str(minilm_path)],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -585,7 +585,7 @@ def test_ctrl_c_while_loading_breaks_nothing(minilm_path: Path, tmp_path: Path) 
     assert done.stdout.splitlines() == ["interrupted True", "(1, 384)"]
 
 
-def test_a_load_that_fails_is_tried_again(minilm_path: Path, minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_is_retried(minilm_path: Path, minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     provider = SentenceTransformersProvider(model=str(minilm_path), device="no-such-device")
     with embedonce.Cache(provider) as cache:
         with pytest.raises(RuntimeError, match="no-such-device"):

@@ -2,8 +2,8 @@
 
 Run: python benchmark.py [--entries N] [--dimensions D ...] [--repeats R]
 
-Everything runs in turn, repeat by repeat, and the quickest counts. "8 processes" is the time until eight processes,
-which start together, have each read everything that is asked for, divided by all that they read.
+All stores run in turn in each repeat, and the fastest repeat counts. "8 processes" is the time in which eight processes
+that start together have each read all requested entries, divided by the number of all their reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FRAME_HEADER = 64
 
 
 class Diskcache:
-    """As tutorials use it, with bytes as values so that nothing is pickled."""
+    """diskcache as tutorials use it, with bytes as values so that nothing is pickled."""
 
     def __init__(self, folder: Path) -> None:
         self.cache = diskcache.Cache(str(folder / "diskcache"), size_limit=2**34)
@@ -47,22 +47,22 @@ class Diskcache:
             self.cache.set(key, value)
 
 
-def waiting(folder: Path) -> Any:
+def make_lmdb(folder: Path) -> Any:
     return LmdbBackend(path=folder / "lmdb")
 
 
-def without_sync(folder: Path) -> Any:
+def make_lmdb_without_sync(folder: Path) -> Any:
     return LmdbBackend(path=folder / "lmdb-without", sync=False)
 
 
-def disk(folder: Path) -> Any:
+def make_disk(folder: Path) -> Any:
     return DiskBackend(path=folder / "disk")
 
 
 STORES: Mapping[str, Callable[[Path], Any]] = {
-    "lmdb": waiting,
-    "lmdb, sync = false": without_sync,
-    "disk tier": disk,
+    "lmdb": make_lmdb,
+    "lmdb, sync = false": make_lmdb_without_sync,
+    "disk tier": make_disk,
     "diskcache": Diskcache,
 }
 
@@ -71,19 +71,19 @@ def key_of(number: int) -> str:
     return f"eo1.0123456789abcdef.{hashlib.sha256(b'%d' % number).hexdigest()}"
 
 
-def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+def split(keys: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(keys), CHUNK):
         yield keys[start : start + CHUNK]
 
 
 def read(store: Any, keys: Sequence[str], found: bool = True) -> None:
-    if sum(len(store.get_many(chunk)) for chunk in chunks(keys)) != len(keys) * found:
-        raise RuntimeError("what was stored does not come back")
+    if sum(len(store.get_many(chunk)) for chunk in split(keys)) != len(keys) * found:
+        raise RuntimeError("the store did not return what it should")
 
 
-def views_only(store: LmdbBackend, keys: Sequence[str]) -> None:
-    """Read as the backend does, without copying: what is found is worthless afterwards."""
-    for chunk in chunks(keys):
+def read_views(store: LmdbBackend, keys: Sequence[str]) -> None:
+    """Read in the same way as the backend, but without copying. The views are invalid afterwards."""
+    for chunk in split(keys):
         opened = store._shared._opened
         assert opened is not None
         with opened.handle.begin(buffers=True) as transaction:
@@ -101,7 +101,7 @@ def write(store: Any, batches: Sequence[Mapping[str, bytes]]) -> None:
         store.set_many(batch, None)
 
 
-def reader(name: str, folder: Path, keys: Sequence[str], begin: Barrier, end: Barrier) -> None:
+def run_reader(name: str, folder: Path, keys: Sequence[str], begin: Barrier, end: Barrier) -> None:
     store = STORES[name](folder)
     read(store, keys)
     begin.wait()
@@ -109,11 +109,11 @@ def reader(name: str, folder: Path, keys: Sequence[str], begin: Barrier, end: Ba
     end.wait()
 
 
-def together(name: str, folder: Path, keys: Sequence[str]) -> float:
-    """Return the µs per text of eight processes that read at once."""
+def time_processes(name: str, folder: Path, keys: Sequence[str]) -> float:
+    """Return the µs per text if eight processes read at once."""
     spawn = multiprocessing.get_context("spawn")
     begin, end = spawn.Barrier(PROCESSES + 1), spawn.Barrier(PROCESSES + 1)
-    readers = [spawn.Process(target=reader, args=(name, folder, keys, begin, end)) for _ in range(PROCESSES)]
+    readers = [spawn.Process(target=run_reader, args=(name, folder, keys, begin, end)) for _ in range(PROCESSES)]
     for process in readers:
         process.start()
     begin.wait()
@@ -125,7 +125,8 @@ def together(name: str, folder: Path, keys: Sequence[str]) -> float:
     return took / (PROCESSES * len(keys)) * 1e6
 
 
-def seconds(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -135,30 +136,31 @@ def measure(folder: Path, entries: int, dimensions: int, repeats: int) -> None:
     size = FRAME_HEADER + 4 * dimensions
     frames = [os.urandom(size) for _ in range(1000)]
     keys = [key_of(number) for number in range(entries)]
-    batches = [{key: frames[at % 1000] for at, key in enumerate(chunk)} for chunk in chunks(keys)]
-    asked = random.Random(1).sample(keys, min(READ, entries))
-    absent = [key_of(entries + number) for number in range(len(asked))]
-    stores = {name: made(folder) for name, made in STORES.items()}
+    batches = [{key: frames[i % 1000] for i, key in enumerate(chunk)} for chunk in split(keys)]
+    requested = random.Random(1).sample(keys, min(READ, entries))
+    absent = [key_of(entries + number) for number in range(len(requested))]
+    stores = {name: make(folder) for name, make in STORES.items()}
     rows: dict[str, list[float]] = {}
 
-    def quickest(row: str, call: Callable[[Any], object], times: int, texts: int) -> None:
+    def add_row(row: str, call: Callable[[Any], object], times: int, texts: int) -> None:
         best = dict.fromkeys(stores, float("inf"))
         for _ in range(times):
             for name, store in stores.items():
-                best[name] = min(best[name], seconds(lambda store=store: call(store)))  # type: ignore[misc]
+                best[name] = min(best[name], time_call(lambda store=store: call(store)))  # type: ignore[misc]
         rows[row] = [best[name] / texts * 1e6 for name in stores]
 
     for store in stores.values():
         write(store, [{"opened": frames[0]}])
-    quickest("write, new", lambda store: write(store, batches), 1, entries)
-    quickest("write, again", lambda store: write(store, batches[:8]), repeats, 8 * CHUNK)
-    quickest("batch hit", lambda store: read(store, asked), repeats, len(asked))
-    quickest("batch miss", lambda store: read(store, absent, found=False), repeats, len(absent))
-    quickest("single hit", lambda store: read_singly(store, asked), repeats, len(asked))
+    add_row("write, new", lambda store: write(store, batches), 1, entries)
+    add_row("write, again", lambda store: write(store, batches[:8]), repeats, 8 * CHUNK)
+    add_row("batch hit", lambda store: read(store, requested), repeats, len(requested))
+    add_row("batch miss", lambda store: read(store, absent, found=False), repeats, len(absent))
+    add_row("single hit", lambda store: read_singly(store, requested), repeats, len(requested))
     rows[f"batch hit, {PROCESSES} processes"] = [
-        min(together(name, folder, asked) for _ in range(max(1, repeats // 3))) for name in stores
+        min(time_processes(name, folder, requested) for _ in range(max(1, repeats // 3))) for name in stores
     ]
-    views = min(seconds(lambda: views_only(stores["lmdb"], asked)) for _ in range(repeats)) / len(asked) * 1e6
+    views = min(time_call(lambda: read_views(stores["lmdb"], requested)) for _ in range(repeats))
+    views *= 1e6 / len(requested)
 
     print(f"\n{entries} entries, {dimensions} dimensions ({size} bytes), batches of {CHUNK}; µs per text\n")
     print(f"| | {' | '.join(stores)} | lmdb / disk tier |")

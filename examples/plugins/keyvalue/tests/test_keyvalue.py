@@ -1,4 +1,4 @@
-"""The keyvalue backend passes the contract on stores in memory, on disk and, where REDIS_URL is set, in Redis."""
+"""The keyvalue backend passes the contract on stores in memory, on disk and, if REDIS_URL is set, in Redis."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ class TestRedis(SharedContract):
             self.proxy.heal()
 
 
-# --- what lies in the store -----------------------------------------------------------------------
+# --- the content of the store ---------------------------------------------------------------------
 
 
-def test_the_ttl_is_the_stores(tmp_path: Path) -> None:
+def test_the_store_applies_the_ttl(tmp_path: Path) -> None:
     backend = KeyValueBackend(store=DISK, options={"directory": str(tmp_path)}, collection="vectors", scope="host")
     backend.set_many({key(1): b"one"}, 3600.0)
     backend.set_many({key(2): b"two"}, None)
@@ -127,40 +127,40 @@ def shared_store() -> MemoryStore:
 
 
 @pytest.mark.parametrize("value", [{}, {"frame": 7}, {"frame": "not base64!"}, {"other": "b25l"}])
-def test_what_somebody_else_stored_is_no_frame(value: dict[str, Any]) -> None:
+def test_a_value_from_another_program_is_not_a_frame(value: dict[str, Any]) -> None:
     backend = KeyValueBackend(store=f"{__name__}:shared_store", collection="theirs", scope="process")
     asyncio.run(SHARED.put(key(1), value, collection="theirs"))
     assert backend.get_many([key(1)]) == {key(1): b""}
     backend.close()
 
 
-# --- what cannot be made --------------------------------------------------------------------------
+# --- invalid options ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("store", ["", "nowhere", "nowhere:Store", MEMORY + "s", "key_value.aio.stores.memory:", ":x"])
-def test_a_store_that_cannot_be_loaded(store: str) -> None:
-    with pytest.raises(ConfigError, match=r'cannot be loaded .*; it is "module:name"'):
+def test_a_store_that_cannot_be_loaded_is_an_error(store: str) -> None:
+    with pytest.raises(ConfigError, match=r'cannot load .*; it must have the form "module:name"'):
         KeyValueBackend(store=store)
 
 
-def test_what_makes_no_store() -> None:
-    with pytest.raises(ConfigError, match="it is a str"):
+def test_a_name_that_makes_no_store_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="must be a class or a function, got a str"):
         KeyValueBackend(store=f"{__name__}:DISK")
     backend = KeyValueBackend(store="builtins:dict")
-    with pytest.raises(TierError, match="makes a dict, which is no store of py-key-value-aio"):
+    with pytest.raises(TierError, match="returned a dict, which is not a store of py-key-value-aio"):
         backend.get_many([key(1)])
     backend.close()
 
 
-def test_options_that_a_store_does_not_take() -> None:
-    with pytest.raises(ConfigError, match=r"options: .*RedisStore does not take them .*'urll'"):
+def test_options_that_a_store_does_not_accept_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"options: .*RedisStore does not accept them .*'urll'"):
         KeyValueBackend(store=REDIS, options={"urll": "redis://:a-secret@localhost"})
 
 
 def test_a_store_that_cannot_be_made_does_not_show_its_options(tmp_path: Path) -> None:
     (tmp_path / "a-secret").touch()
     backend = KeyValueBackend(store=DISK, options={"directory": str(tmp_path / "a-secret" / "x")})
-    with pytest.raises(TierError, match=r"DiskStore cannot be made \(\w+\)") as caught:
+    with pytest.raises(TierError, match=r"cannot make .*DiskStore \(\w+\)") as caught:
         backend.get_many([key(1)])
     assert "a-secret" not in str(caught.value)
     assert caught.value.__suppress_context__
@@ -175,7 +175,7 @@ class Hanging(MemoryStore):
         await asyncio.Event().wait()
 
 
-def test_every_call_is_left_at_its_deadline_and_cancelled() -> None:
+def test_every_call_is_cancelled_at_its_deadline() -> None:
     backend = KeyValueBackend(store=f"{__name__}:Hanging", scope="process")
     with deadline(0.05), pytest.raises(TimeoutError):
         backend.get_many([key(1)])

@@ -1,4 +1,4 @@
-"""The lmdb backend passes the contract, and does what its README says."""
+"""The lmdb backend passes the contract and behaves as its README says."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestLmdb(BackendContract):
         return self.at(backend.path)
 
     def at(self, path: Path) -> LmdbBackend:
-        # No waiting for the disk: hypothesis writes thousands of times.
+        # Do not wait for the disk, because hypothesis writes thousands of times.
         backend = LmdbBackend(path=path, max_bytes=64 * MIB, sync=False)
         backend.clock = self.clock
         return backend
@@ -60,7 +60,7 @@ def many(count: int, size: int = 1600, start: int = 0) -> dict[str, bytes]:
 
 @contextmanager
 def another_process(path: Path, code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run ``code`` with a ``backend`` on ``path`` until the block ends, which begins when it has said "ready"."""
+    """Run ``code`` with a ``backend`` on ``path`` until the block ends. The block begins once it prints "ready"."""
     program = textwrap.dedent(
         """
         import itertools, sys
@@ -91,7 +91,7 @@ def another_process(path: Path, code: str) -> Iterator[subprocess.Popen[str]]:
 # --- one environment per folder and process ----------------------------------------------------
 
 
-def test_a_folder_is_shared_by_whoever_opens_it(tmp_path: Path) -> None:
+def test_backends_of_one_folder_share_it(tmp_path: Path) -> None:
     one, two = LmdbBackend(path=tmp_path), LmdbBackend(path=tmp_path / "sub" / "..")
     one.set_many({key(1): b"one"}, None)
     assert two.get(key(1)) == b"one"
@@ -111,14 +111,14 @@ def test_settings_that_differ_are_refused(tmp_path: Path) -> None:
     LmdbBackend(path=tmp_path, max_bytes=16 * MIB).close()
 
 
-def test_a_backend_that_nobody_closed_lets_go_of_its_folder(tmp_path: Path) -> None:
+def test_a_backend_that_was_never_closed_releases_its_folder(tmp_path: Path) -> None:
     LmdbBackend(path=tmp_path, max_bytes=8 * MIB).set_many({key(1): b"one"}, None)
     again = LmdbBackend(path=tmp_path, max_bytes=16 * MIB)
     assert again.get(key(1)) == b"one"
     again.close()
 
 
-def test_nothing_is_made_before_it_is_used(tmp_path: Path) -> None:
+def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path / "vectors")
     assert not (tmp_path / "vectors").exists()
     assert backend.get_many([key(1)]) == {}
@@ -127,16 +127,16 @@ def test_nothing_is_made_before_it_is_used(tmp_path: Path) -> None:
     backend.close()
 
 
-# --- room ----------------------------------------------------------------------------------------
+# --- space ---------------------------------------------------------------------------------------
 
 
-def test_what_was_stored_first_makes_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_oldest_entries_are_evicted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=4 * MIB, sync=False)
     with caplog.at_level(logging.WARNING, "embedonce.lmdb"):
         for start in range(0, 8000, 200):
             backend.set_many(many(200, start=start), None)
     held = [number for number in range(8000) if backend.get(key(number)) is not None]
-    assert held == list(range(held[0], 8000)), "others went than those stored first"
+    assert held == list(range(held[0], 8000)), "other entries than the oldest were evicted"
     assert len(held) > 1000
     assert (tmp_path / "data.mdb").stat().st_size < 24 * MIB
     assert len(caplog.records) == 1
@@ -145,7 +145,7 @@ def test_what_was_stored_first_makes_room(tmp_path: Path, caplog: pytest.LogCapt
     backend.close()
 
 
-def test_storing_again_takes_no_more_room_and_makes_young(tmp_path: Path) -> None:
+def test_storing_an_entry_again_takes_no_space_and_makes_it_the_newest(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=4 * MIB, sync=False)
     for start in range(0, 8000, 200):
         backend.set_many({**many(200, start=start), key(0): b"again"}, None)
@@ -153,7 +153,7 @@ def test_storing_again_takes_no_more_room_and_makes_young(tmp_path: Path) -> Non
     backend.close()
 
 
-def test_expired_entries_make_room_by_themselves(tmp_path: Path) -> None:
+def test_writes_remove_expired_entries(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=64 * MIB, sync=False)
     backend.clock = clock = ManualClock()
     backend.set_many(many(1000), 60.0)
@@ -161,11 +161,11 @@ def test_expired_entries_make_room_by_themselves(tmp_path: Path) -> None:
     assert backend.count("") == 1000
     for start in range(1000, 1020):
         backend.set_many(many(1, start=start), None)
-    assert backend.count("") == 20, "what has expired still takes space"
+    assert backend.count("") == 20, "expired entries still take space"
     backend.close()
 
 
-def test_a_map_that_readers_keep_full_is_made_larger(tmp_path: Path) -> None:
+def test_a_map_that_readers_keep_full_is_enlarged(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=1 * MIB, sync=False)
     backend.set_many(many(100), None)
     reader = """
@@ -176,13 +176,13 @@ def test_a_map_that_readers_keep_full_is_made_larger(tmp_path: Path) -> None:
             sys.stdin.read()
     """
     with another_process(tmp_path, reader):
-        for start in range(0, 12_000, 100):  # 24 MB through a map of 17 MiB, none of it to be used twice
+        for start in range(0, 12_000, 100):  # 24 MB through a map of 17 MiB whose pages cannot be reused
             backend.set_many(many(100, start=start), None)
     assert backend.get(key(11_999)) is not None
     backend.close()
 
 
-def test_a_map_that_another_process_has_made_larger(tmp_path: Path) -> None:
+def test_a_map_that_another_process_has_enlarged_is_readable(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=1 * MIB, sync=False)
     backend.set_many({key(1): b"one"}, None)
     writer = """
@@ -198,7 +198,7 @@ def test_a_map_that_another_process_has_made_larger(tmp_path: Path) -> None:
 
 def test_a_value_that_is_too_large_is_refused(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=1 * MIB)
-    with pytest.raises(ValueError, match="the largest is 65536"):
+    with pytest.raises(ValueError, match="the maximum is 65536"):
         backend.set_many({key(1): bytes(65537)}, None)
     backend.close()
 
@@ -212,28 +212,28 @@ def test_a_key_that_lmdb_cannot_hold_is_refused(tmp_path: Path) -> None:
     backend.close()
 
 
-# --- other processes, and their ends --------------------------------------------------------------
+# --- other processes that hang or are killed ------------------------------------------------------
 
 
-def test_a_writer_that_stands_still_is_left_by_the_deadline(tmp_path: Path) -> None:
+def test_a_call_does_not_wait_for_a_hanging_writer_beyond_its_deadline(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=256 * MIB, sync=False)
     backend.set_many({key(1): b"one"}, None)
     writer = """
-        def stand(opened, transaction):
+        def hang(opened, transaction):
             print("ready", flush=True)
             sys.stdin.read()
-        backend._shared.write(stand)
+        backend._shared.write(hang)
     """
     with another_process(tmp_path, writer) as child:
-        said = ""
-        for seconds in (0.1, 1.0, 10.0, 60.0):  # a busy machine may need the first ones to come to the lock at all
+        message = ""
+        for seconds in (0.1, 1.0, 10.0, 60.0):  # on a busy machine, the first ones may end before they reach the lock
             with deadline(seconds), pytest.raises(TierTimeout) as caught:
                 backend.set_many({key(2): b"two"}, None)
-            said = str(caught.value)
-            if "another process writes" in said:
+            message = str(caught.value)
+            if "another process is writing" in message:
                 break
-        assert "another process writes" in said
-        assert backend.get(key(1)) == b"one", "a reader waits for nobody"
+        assert "another process is writing" in message
+        assert backend.get(key(1)) == b"one", "a reader never waits"
         child.kill()
         child.wait()
         backend.set_many({key(2): b"two"}, None)
@@ -241,10 +241,10 @@ def test_a_writer_that_stands_still_is_left_by_the_deadline(tmp_path: Path) -> N
     backend.close()
 
 
-def test_a_killed_writer_leaves_whole_batches_alone(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_only_complete_batches(tmp_path: Path) -> None:
     writer = """
         print("ready", flush=True)
-        for batch in itertools.cycle(range(1000)):  # however late it is killed, nothing has to make room
+        for batch in itertools.cycle(range(1000)):  # few enough that nothing is evicted, however late it is killed
             backend.set_many({f"eo1.batch.{batch}.{n}": b"%d" % n * 300 for n in range(50)}, None)
     """
     backend = LmdbBackend(path=tmp_path, max_bytes=256 * MIB, sync=False)
@@ -254,17 +254,17 @@ def test_a_killed_writer_leaves_whole_batches_alone(tmp_path: Path) -> None:
             while backend.count("") < before + 100:
                 os.sched_yield()
             child.send_signal(signal.SIGKILL)
-        there = set(backend.scan("eo1.batch."))
-        batches = {name.rpartition(".")[0] for name in there}
-        assert there == {f"{batch}.{n}" for batch in batches for n in range(50)}, "a batch is there in part"
+        found = set(backend.scan("eo1.batch."))
+        batches = {name.rpartition(".")[0] for name in found}
+        assert found == {f"{batch}.{n}" for batch in batches for n in range(50)}, "a batch is incomplete"
         assert all(
-            value == b"%d" % int(name.rpartition(".")[2]) * 300 for name, value in backend.get_many(list(there)).items()
+            value == b"%d" % int(name.rpartition(".")[2]) * 300 for name, value in backend.get_many(list(found)).items()
         )
-        backend.delete_many(list(there))
+        backend.delete_many(list(found))
     backend.close()
 
 
-def test_a_killed_reader_gives_its_place_back(tmp_path: Path) -> None:
+def test_the_slots_of_a_killed_reader_are_freed(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=256 * MIB, sync=False)
     backend.set_many({key(1): b"one"}, None)
     reader = """
@@ -278,7 +278,7 @@ def test_a_killed_reader_gives_its_place_back(tmp_path: Path) -> None:
             print("ready", flush=True)
         sys.stdin.read()
     """
-    with another_process(tmp_path, reader), pytest.raises(TierBusy, match="all 1024 places"):
+    with another_process(tmp_path, reader), pytest.raises(TierBusy, match="all 1024 slots"):
         backend.get(key(1))
     assert backend.get(key(1)) == b"one"
     backend.close()
@@ -288,8 +288,8 @@ def test_a_killed_reader_gives_its_place_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
-def test_a_file_that_was_cut_short_is_an_error(tmp_path: Path, share: float) -> None:
-    """Without care it is the end of the process: a page of the map without a file behind it cannot be touched."""
+def test_a_truncated_file_is_an_error(tmp_path: Path, share: float) -> None:
+    """Access to a page of the map beyond the end of the file would kill the process."""
     backend = LmdbBackend(path=tmp_path, sync=False)
     backend.set_many(many(1000), None)
     backend.close()
@@ -300,7 +300,7 @@ def test_a_file_that_was_cut_short_is_an_error(tmp_path: Path, share: float) -> 
     again.close()
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_lmdb_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"something else" * 1000)
     backend = LmdbBackend(path=tmp_path)
     with pytest.raises(TierError, match="remove the folder"):
@@ -308,7 +308,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:
+def test_a_removed_folder_is_created_again(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path / "vectors", sync=False)
     backend.set_many({key(1): b"one"}, None)
     shutil.rmtree(tmp_path / "vectors")
@@ -318,19 +318,19 @@ def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_a_path_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     backend = LmdbBackend(path=tmp_path / "file" / "vectors")
-    with pytest.raises(TierError, match=r"vectors cannot be opened for writing \(Not a directory\)"):
+    with pytest.raises(TierError, match=r"cannot open .*vectors for writing: Not a directory"):
         backend.get(key(1))
     backend.close()
 
 
-def test_what_is_returned_outlives_its_transaction(tmp_path: Path) -> None:
+def test_frames_outlive_their_transaction(tmp_path: Path) -> None:
     backend = LmdbBackend(path=tmp_path, max_bytes=1 * MIB, sync=False)
     backend.set_many(many(50), None)
     found = backend.get_many(list(many(50)))
-    for start in range(100, 3000, 100):  # writes over the pages that it was read from
+    for start in range(100, 3000, 100):  # overwrite the pages that they were read from
         backend.set_many(many(100, start=start), None)
     backend.close()
     assert found == many(50)

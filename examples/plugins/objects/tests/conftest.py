@@ -1,4 +1,4 @@
-"""moto's S3 on loopback, and a proxy before it that misbehaves on command."""
+"""The S3 server of moto on loopback, and a proxy in front of it that causes faults on request."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ CREDENTIALS = {"region": "us-east-1", "access_key_id": "test", "secret_access_ke
 class S3(NamedTuple):
     endpoint: str
     proxy: FaultProxy
-    """Between the endpoint and the server."""
+    """The proxy between the endpoint and the server."""
     server: str
 
     def options(self, prefix: str) -> dict[str, Any]:
-        """Return options of a backend."""
+        """Return the options of a backend."""
         return {"url": f"s3://{BUCKET}/{prefix}", "endpoint": self.endpoint, **CREDENTIALS}
 
 
 @pytest.fixture(scope="session")
 def atomic_puts() -> Iterator[None]:
-    """Store an object in one step, as S3 does: moto looks whether it is there and then stores it, in many threads."""
-    one_at_a_time, put_object = Lock(), S3Response.put_object
+    """Make a PUT atomic, as in S3. moto checks whether the object exists and then stores it, in several threads."""
+    lock, put_object = Lock(), S3Response.put_object
 
     def put(response: S3Response) -> Any:
-        with one_at_a_time:
+        with lock:
             return put_object(response)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -69,5 +69,5 @@ _numbers = count()
 
 @pytest.fixture
 def prefix() -> str:
-    """A prefix of the bucket that nothing else uses."""
+    """Return a prefix of the bucket that no other test uses."""
     return f"test-{next(_numbers)}"

@@ -1,4 +1,4 @@
-"""The objects backend passes the contract on a folder, in memory and on S3, and does what its README says."""
+"""The objects backend passes the contract on a folder, in memory and on S3, and behaves as its README says."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class TestS3(BackendContract):
         return Recipe(ObjectsBackend, self.options[backend])
 
     def stall(self, backend: ObjectsBackend) -> AbstractContextManager[object]:
-        return struck(self.s3, NetworkFault("black_hole"))
+        return inject(self.s3, NetworkFault("black_hole"))
 
 
 @contextmanager
-def struck(s3: S3, fault: NetworkFault) -> Iterator[None]:
+def inject(s3: S3, fault: NetworkFault) -> Iterator[None]:
     s3.proxy.fault = fault
     try:
         yield
@@ -92,27 +92,27 @@ def struck(s3: S3, fault: NetworkFault) -> Iterator[None]:
 
 
 @contextmanager
-def backend(**options: Any) -> Iterator[ObjectsBackend]:
-    made = ObjectsBackend(**options)
+def open_backend(**options: Any) -> Iterator[ObjectsBackend]:
+    backend = ObjectsBackend(**options)
     try:
-        yield made
+        yield backend
     finally:
-        made.close()
+        backend.close()
 
 
-def said(call: Any, *arguments: Any) -> str:
-    """Return the whole traceback of the TierError that a call raises, as a log would show it."""
+def traceback_of(call: Any, *arguments: Any) -> str:
+    """Return the complete traceback of the TierError that a call raises, as a log would show it."""
     with pytest.raises(TierError) as caught:
         call(*arguments)
     return "".join(traceback.format_exception(caught.value))
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["get", "set", "add", "delete", "scan"])
-def test_a_missing_bucket_is_an_error_and_no_miss(s3: S3, operation: str) -> None:
-    with backend(**{**s3.options(""), "url": "s3://nowhere/v1"}) as missing:
+def test_a_missing_bucket_is_an_error_and_not_a_miss(s3: S3, operation: str) -> None:
+    with open_backend(**{**s3.options(""), "url": "s3://nowhere/v1"}) as missing:
         calls: dict[str, Any] = {
             "get": lambda: missing.get_many([key(1)]),
             "set": lambda: missing.set_many({key(1): b"one"}, None),
@@ -120,51 +120,53 @@ def test_a_missing_bucket_is_an_error_and_no_miss(s3: S3, operation: str) -> Non
             "delete": lambda: missing.delete_many([key(1)]),
             "scan": lambda: list(missing.scan("")),
         }
-        assert "s3://nowhere/v1: there is no such bucket; make it, or correct the url" in said(calls[operation])
+        assert "s3://nowhere/v1: the bucket does not exist; create it, or correct the url" in traceback_of(
+            calls[operation]
+        )
 
 
 @pytest.fixture
 def strict(s3: S3) -> Iterator[None]:
-    """The server looks at credentials."""
+    """Make the server check credentials."""
 
-    def unchecked(requests: int) -> None:
-        ask = urllib.request.Request(
+    def skip_checks(requests: int) -> None:
+        request = urllib.request.Request(
             f"{s3.server}/moto-api/reset-auth", str(requests).encode(), {"Content-Type": "text/plain"}, method="POST"
         )
-        urllib.request.urlopen(ask).close()
+        urllib.request.urlopen(request).close()
 
-    unchecked(0)
+    skip_checks(0)
     yield
-    unchecked(10**9)
+    skip_checks(10**9)
 
 
 def test_wrong_credentials_are_named_and_not_shown(s3: S3, prefix: str, strict: None) -> None:
-    with backend(**s3.options(prefix)) as wrong:
+    with open_backend(**s3.options(prefix)) as wrong:
         for call in (lambda: wrong.get_many([key(1)]), lambda: wrong.set_many({key(1): b""}, None)):
-            found = said(call)
-            assert f"s3://{BUCKET}/{prefix}: the store refuses these credentials (InvalidAccessKeyId)" in found
+            found = traceback_of(call)
+            assert f"s3://{BUCKET}/{prefix}: the store refuses the credentials (InvalidAccessKeyId)" in found
             assert CREDENTIALS["secret_access_key"] not in found
-        assert "refuses these credentials" in said(lambda: list(wrong.scan("")))
+        assert "refuses the credentials" in traceback_of(lambda: list(wrong.scan("")))
         assert CREDENTIALS["secret_access_key"] not in repr(wrong) + str(vars(wrong))
 
 
 def test_a_server_that_is_down_is_named(s3: S3, prefix: str) -> None:
-    with backend(**s3.options(prefix)) as down, struck(s3, NetworkFault("refuse")):
-        assert f"s3://{BUCKET}/{prefix}: the store cannot be reached" in said(down.get_many, [key(1)])
+    with open_backend(**s3.options(prefix)) as down, inject(s3, NetworkFault("refuse")):
+        assert f"s3://{BUCKET}/{prefix}: the store is unreachable" in traceback_of(down.get_many, [key(1)])
 
 
 def test_one_failure_ends_the_batch(s3: S3, prefix: str) -> None:
-    with backend(**s3.options(prefix), concurrency=2) as backend_of_two:
+    with open_backend(**s3.options(prefix), concurrency=2) as backend_of_two:
         backend_of_two.set_many({key(n): b"there" for n in range(20)}, None)
-        with struck(s3, NetworkFault("cut", after=300)), pytest.raises(TierError):
+        with inject(s3, NetworkFault("cut", after=300)), pytest.raises(TierError):
             backend_of_two.get_many([key(n) for n in range(20)])
         assert len(backend_of_two.get_many([key(n) for n in range(20)])) == 20
 
 
 def test_writes_and_listings_keep_to_the_deadline(s3: S3, prefix: str) -> None:
-    with backend(**s3.options(prefix)) as silent:
+    with open_backend(**s3.options(prefix)) as silent:
         silent.set_many({key(1): b"one"}, None)
-        with struck(s3, NetworkFault("black_hole")):
+        with inject(s3, NetworkFault("black_hole")):
             for call in (
                 lambda: silent.set_many({key(2): b"two"}, None),
                 lambda: silent.add_many({key(2): b"two"}, 60.0),
@@ -176,33 +178,33 @@ def test_writes_and_listings_keep_to_the_deadline(s3: S3, prefix: str) -> None:
         assert silent.get_many([key(1)]) == {key(1): b"one"}
 
 
-def test_urls_that_name_nothing() -> None:
+def test_invalid_urls_are_refused() -> None:
     for url in ("nope://x", "vectors", "s3:bucket", ""):
-        with pytest.raises(ConfigError, match="is no place for objects"):
+        with pytest.raises(ConfigError, match="is not a valid url of an object store"):
             ObjectsBackend(url=url)
-    with pytest.raises(ConfigError, match="from the root on"):
+    with pytest.raises(ConfigError, match="must be an absolute path"):
         ObjectsBackend(url="file://vectors")
-    with pytest.raises(ConfigError, match="region: only for an url that begins with s3://"):
+    with pytest.raises(ConfigError, match="region: valid only with a url that starts with s3://"):
         ObjectsBackend(url="memory://", region="us-east-1")
     with pytest.raises(ConfigError) as caught:
         ObjectsBackend(url="nope://user:a-secret@host/path?sig=a-secret")
     assert "a-secret" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with backend(url=(tmp_path / "file" / "vectors").as_uri()) as impossible:
+    with open_backend(url=(tmp_path / "file" / "vectors").as_uri()) as impossible:
         for _ in range(2):
-            with pytest.raises(ConfigError, match="vectors: the folder cannot be made"):
+            with pytest.raises(ConfigError, match="vectors: cannot create the folder"):
                 impossible.get_many([key(1)])
 
 
 # --- leases ---------------------------------------------------------------------------------------
 
 
-def test_a_lease_that_ran_out_is_taken_over_once(s3: S3, prefix: str) -> None:
-    """The time is the server's, of whole seconds: a ttl of -1 s is over at once, whatever its clock says."""
-    with backend(**s3.options(prefix)) as one, backend(**s3.options(prefix)) as two:
+def test_an_expired_lease_is_taken_over_once(s3: S3, prefix: str) -> None:
+    """The server's time has whole seconds. A ttl of -1 s has expired at once, whatever the server's clock says."""
+    with open_backend(**s3.options(prefix)) as one, open_backend(**s3.options(prefix)) as two:
         assert one.add_many({key(1): b"one"}, 3600.0) == {key(1)}
         assert two.add_many({key(1): b"two"}, 3600.0) == set()
         assert two.add_many({key(1): b"two"}, None) == set()
@@ -211,45 +213,45 @@ def test_a_lease_that_ran_out_is_taken_over_once(s3: S3, prefix: str) -> None:
         assert one.get_many([key(1)]) == {key(1): b"two"}
 
 
-def test_a_lease_that_another_has_taken_over_meanwhile(s3: S3, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with backend(**s3.options(prefix)) as one, backend(**s3.options(prefix)) as two:
+def test_a_lease_that_another_takes_over_first_is_lost(s3: S3, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_backend(**s3.options(prefix)) as one, open_backend(**s3.options(prefix)) as two:
         one.add_many({key(1): b"first"}, 3600.0)
         head = obstore.head_async
 
-        async def head_and_replaced(*arguments: Any) -> Any:
+        async def head_and_replace(*arguments: Any) -> Any:
             found = await head(*arguments)
             await asyncio.to_thread(two.set_many, {key(1): b"two"}, None)
             return found
 
-        monkeypatch.setattr(obstore, "head_async", head_and_replaced)
+        monkeypatch.setattr(obstore, "head_async", head_and_replace)
         assert one.add_many({key(1): b"one"}, -1.0) == set()
         assert one.get_many([key(1)]) == {key(1): b"two"}
 
 
-def test_only_a_store_that_machines_share_has_leases(tmp_path: Path) -> None:
+def test_only_a_network_store_has_leases(tmp_path: Path) -> None:
     for url in (tmp_path.as_uri(), "memory://"):
-        with backend(url=url) as local:
+        with open_backend(url=url) as local:
             assert not local.capabilities.add
 
 
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_objects_lie_in_a_folder_for_each_scope(tmp_path: Path) -> None:
-    with backend(url=tmp_path.as_uri()) as folder:
+def test_each_scope_has_its_own_folder(tmp_path: Path) -> None:
+    with open_backend(url=tmp_path.as_uri()) as folder:
         folder.set_many({key(1): b"frame"}, None)
     assert (tmp_path / key(1)[:20] / key(1)).read_bytes() == b"frame"
 
 
-def test_a_prefix_is_a_place_of_its_own(s3: S3, prefix: str) -> None:
-    with backend(**s3.options(f"{prefix}/a")) as a, backend(**s3.options(f"{prefix}/ab")) as ab:
+def test_prefixes_are_separate(s3: S3, prefix: str) -> None:
+    with open_backend(**s3.options(f"{prefix}/a")) as a, open_backend(**s3.options(f"{prefix}/ab")) as ab:
         a.set_many({key(1): b"a"}, None)
         assert list(ab.scan("")) == []
         assert list(a.scan("")) == [key(1)]
 
 
-def test_a_listing_of_many_pages(tmp_path: Path) -> None:
-    with backend(url=tmp_path.as_uri()) as folder:
+def test_a_listing_can_have_many_pages(tmp_path: Path) -> None:
+    with open_backend(url=tmp_path.as_uri()) as folder:
         everything = {key(number): b"" for number in range(2500)}
         for start in range(0, 2500, 250):
             folder.set_many(dict(list(everything.items())[start : start + 250]), None)

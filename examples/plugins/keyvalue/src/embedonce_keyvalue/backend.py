@@ -1,6 +1,6 @@
 """The keyvalue tier: frames in any store of py-key-value-aio, as base64 in the JSON objects that such a store holds.
 
-Its stores are asynchronous, and one belongs to one event loop. Blocking calls have a loop of their own.
+The stores are asynchronous, and each belongs to one event loop. Blocking calls run on the backend's own loop.
 """
 
 from __future__ import annotations
@@ -27,50 +27,54 @@ api = 1
 G = TypeVar("G")
 T = TypeVar("T")
 
-KEYS = 256
-"""Keys of one call."""
+MAX_KEYS = 256
+"""Maximum keys per call."""
 FIELD = "frame"
-"""What the frame is called in the JSON object that is stored."""
+"""Name of the frame in the stored JSON object."""
 
 
 class KeyValueBackend:
-    """Holds frames in a store that it is told how to make."""
+    """Holds frames in a store of py-key-value-aio, which it makes from its options."""
 
     def __init__(
         self,
         *,
         store: Annotated[
-            str, Doc('What makes the store, as "module:name", such as "key_value.aio.stores.redis:RedisStore".')
+            str, Doc('The store\'s class or factory as "module:name", such as "key_value.aio.stores.redis:RedisStore".')
         ],
-        options: Annotated[dict[str, Any] | None, Doc("What it is called with.")] = None,
+        options: Annotated[dict[str, Any] | None, Doc("Keyword arguments for store.")] = None,
         collection: Annotated[str, Doc("The store's collection that holds the frames.")] = "embedonce",
         scope: Annotated[
-            Literal["process", "host", "network"], Doc("Who shares the store: this process, this host, or machines.")
+            Literal["process", "host", "network"],
+            Doc("Who shares the store: this process, this host, or several machines."),
         ] = "network",
         max_value_bytes: Annotated[
-            Size | None, Ge(1), Doc("Larger frames are not stored. A frame takes a third more in the store.")
+            Size | None, Ge(1), Doc("Maximum size of a frame, which takes a third more space in the store.")
         ] = None,
     ) -> None:
-        self._making = _Making(_factory(store, options or {}), options or {}, collection, store)
+        self._recipe = _StoreRecipe(_find_factory(store, options or {}), options or {}, collection, store)
         self.capabilities = Capabilities(
             scope=scope,
             deadline=True,
             ttl=True,
-            max_batch=KEYS,
+            max_batch=MAX_KEYS,
             max_value_bytes=max_value_bytes,
             delete=True,
-            # A second store of a process would hold nothing of what the first one holds.
+            # With scope "process", a second store would hold none of the first one's frames.
             twin=scope != "process",
         )
         self._start()
-        _alive.add(self)
+        _live_backends.add(self)
 
     def _start(self) -> None:
-        self._client = _Client(self._making)
+        self._client = _Client(self._recipe)
         self._background = BackgroundLoop("the keyvalue backend", at_end=self._client.close)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there. A value that this backend did not write comes back as ``b""``: no frame, so corrupt."""
+        """Return the frames of the keys that exist.
+
+        A value that this backend did not write comes back as ``b""``, which embedonce treats as a corrupt frame.
+        """
         return self._run(self._client.get_many, keys)
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
@@ -82,8 +86,8 @@ class KeyValueBackend:
         self._run(self._client.delete_many, keys)
 
     def twin(self) -> KeyValueTwin:
-        """Return a store of its own for the running event loop."""
-        return KeyValueTwin(_Client(self._making))
+        """Return an async client with its own store for the running event loop."""
+        return KeyValueTwin(_Client(self._recipe))
 
     def close(self) -> None:
         """Close the store and end its loop."""
@@ -93,10 +97,10 @@ class KeyValueBackend:
         return self._background.run(lambda: call(given), time_left())
 
     def restart(self) -> None:
-        """Begin anew in a forked child, which has no thread but its own.
+        """Start again in a forked child, in which the background thread does not exist.
 
-        What the parent had is kept and left alone: to close its loop here would take the parent's sockets
-        out of the epoll that both share.
+        The parent's loop and store are kept but not closed: closing the loop here would remove the parent's sockets
+        from the epoll that both processes share.
         """
         if not self._background.closed:
             _abandoned.append((self._client, self._background))
@@ -104,19 +108,19 @@ class KeyValueBackend:
 
 
 class KeyValueTwin:
-    """The same frames through a store of one event loop."""
+    """Access to the same frames from one event loop, through a store of its own."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._closed = False
 
     async def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there."""
-        return await self._open().get_many(keys)
+        """Return the frames of the keys that exist."""
+        return await self._open_client().get_many(keys)
 
     async def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item."""
-        await self._open().set_many(items, ttl)
+        await self._open_client().set_many(items, ttl)
 
     async def close(self) -> None:
         """Close the store."""
@@ -124,14 +128,14 @@ class KeyValueTwin:
             self._closed = True
             await self._client.close()
 
-    def _open(self) -> _Client:
+    def _open_client(self) -> _Client:
         if self._closed:
             raise CacheClosed("the keyvalue backend's async client is closed")
         return self._client
 
 
-class _Making:
-    """How a store is made, for each loop that needs one."""
+class _StoreRecipe:
+    """Makes a store for each event loop that needs one."""
 
     def __init__(self, factory: Callable[..., Any], options: Mapping[str, Any], collection: str, name: str) -> None:
         self._factory = factory
@@ -143,65 +147,67 @@ class _Making:
         """Return a new store.
 
         Raises:
-            TierError: it cannot be made.
+            TierError: this fails.
         """
         try:
             store = self._factory(**self._options)
         except Exception as error:  # noqa: BLE001  (a store may raise anything)
-            # Not its message: it may repeat an option, and among them is the password.
-            raise TierError(f"{self._name} cannot be made ({type(error).__name__})") from None
+            # Leave its message out: it may repeat an option, and one option may be the password.
+            raise TierError(
+                f"cannot make {self._name} ({type(error).__name__}); check the options of the tier"
+            ) from None
         if not isinstance(store, AsyncKeyValue):
-            raise TierError(f"{self._name} makes a {type(store).__name__}, which is no store of py-key-value-aio")
+            raise TierError(f"{self._name} returned a {type(store).__name__}, which is not a store of py-key-value-aio")
         return store
 
 
 class _Client:
-    """One store, made by the first call in the event loop that it belongs to."""
+    """One store. The first call makes it, in the event loop that it then belongs to."""
 
-    def __init__(self, making: _Making) -> None:
-        self._making = making
-        self._made: AsyncKeyValue | None = None
+    def __init__(self, recipe: _StoreRecipe) -> None:
+        self._recipe = recipe
+        self._store: AsyncKeyValue | None = None
 
-    def _store(self) -> AsyncKeyValue:
-        if self._made is None:
-            self._made = self._making.make()
-        return self._made
+    def _get_store(self) -> AsyncKeyValue:
+        if self._store is None:
+            self._store = self._recipe.make()
+        return self._store
 
     async def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        different = list(dict.fromkeys(keys))
-        if not different:
+        unique = list(dict.fromkeys(keys))
+        if not unique:
             return {}
-        values = await self._store().get_many(different, collection=self._making.collection)
-        return {key: _frame(value) for key, value in zip(different, values, strict=True) if value is not None}
+        values = await self._get_store().get_many(unique, collection=self._recipe.collection)
+        return {key: _decode_frame(value) for key, value in zip(unique, values, strict=True) if value is not None}
 
     async def set_many(self, items: Mapping[str, bytes], ttl: float | None) -> None:
         if items:
             values = [{FIELD: b64encode(frame).decode()} for frame in items.values()]
-            await self._store().put_many(list(items), values, collection=self._making.collection, ttl=ttl)
+            await self._get_store().put_many(list(items), values, collection=self._recipe.collection, ttl=ttl)
 
     async def delete_many(self, keys: Sequence[str]) -> None:
         if keys:
-            await self._store().delete_many(list(dict.fromkeys(keys)), collection=self._making.collection)
+            await self._get_store().delete_many(list(dict.fromkeys(keys)), collection=self._recipe.collection)
 
     async def close(self) -> None:
-        store, self._made = self._made, None
-        close = getattr(store, "close", None)  # not every store has something to close
+        store, self._store = self._store, None
+        close = getattr(store, "close", None)  # not every store has a close method
         if close is not None:
             await close()
 
 
-def _frame(value: Mapping[str, Any]) -> bytes:
+def _decode_frame(value: Mapping[str, Any]) -> bytes:
     try:
         return b64decode(value[FIELD], validate=True)
     except (KeyError, TypeError, ValueError):
         return b""
 
 
-def _factory(store: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return what ``store`` names, after seeing whether it takes these options.
+def _find_factory(store: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the class or function that ``store`` names, after checking that it accepts the options.
 
     Raises:
-        ConfigError: it is not there, or does not.
+        ConfigError: it does not exist, or does not accept the options.
     """
     module, _, name = store.partition(":")
     try:
@@ -209,33 +215,34 @@ def _factory(store: str, options: Mapping[str, Any]) -> Callable[..., Any]:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        wanted = '"module:name", such as "key_value.aio.stores.memory:MemoryStore"'
-        raise ConfigError(f"store: {store} cannot be loaded ({error}); it is {wanted}") from error
+        form = '"module:name", such as "key_value.aio.stores.memory:MemoryStore"'
+        raise ConfigError(f"store: cannot load {store} ({error}); it must have the form {form}") from error
     if not callable(found):
-        raise ConfigError(f"store: {store} makes nothing: it is a {type(found).__name__}")
+        raise ConfigError(f"store: {store} must be a class or a function, got a {type(found).__name__}")
     try:
         inspect.signature(found).bind(**options)
     except TypeError as error:
-        raise ConfigError(f"options: {store} does not take them ({error})") from error
-    except ValueError:  # written in C, with no signature to look at
+        raise ConfigError(f"options: {store} does not accept them ({error})") from error
+    except ValueError:  # a class written in C may have no signature to check
         pass
     return found  # type: ignore[no-any-return]
 
 
-_alive: weakref.WeakSet[KeyValueBackend] = weakref.WeakSet()
+_live_backends: weakref.WeakSet[KeyValueBackend] = weakref.WeakSet()
 _abandoned: list[object] = []
+"""Stores and loops of the parent process, kept so that a forked child does not close them."""
 
 
-def _after_in_child() -> None:
-    for backend in list(_alive):
+def _restart_in_child() -> None:
+    for backend in list(_live_backends):
         backend.restart()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_in_child)
+    os.register_at_fork(after_in_child=_restart_in_child)
 
 
 @hookimpl
 def embedonce_backends() -> Mapping[str, type]:
-    """Name this file's backend."""
+    """Return this module's backend by name."""
     return {"keyvalue": KeyValueBackend}

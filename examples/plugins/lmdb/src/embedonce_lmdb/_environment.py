@@ -1,7 +1,7 @@
-"""One LMDB environment per folder and process: opened late, shared, let go of in a fork, written by one at a time.
+"""One LMDB environment per folder and process: opened at first use, shared, closed in a fork, one writer at a time.
 
-LMDB locks by ``fcntl``, whose locks belong to the process: a folder that is opened twice in one process
-loses them when the first is closed. So every backend of a folder shares one :class:`Environment`.
+LMDB uses ``fcntl`` locks, which belong to the process. If a folder were opened twice in one process, closing one of the
+two would drop the locks of the other. So all backends of a folder share one :class:`Environment`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ T = TypeVar("T")
 W = TypeVar("W")
 
 MIB = 2**20
-READERS = 1024
-"""Reads at once, of all processes together; each has a slot of 64 bytes in the lock file."""
-PATIENCE = 60.0
-"""Seconds that a call without a deadline waits for another's write."""
+MAX_READERS = 1024
+"""Maximum concurrent reads in all processes together. Each takes a slot of 64 bytes in the lock file."""
+DEFAULT_WAIT_SECONDS = 60.0
+"""Seconds that a call without a deadline waits for another writer."""
 FORK_SECONDS = 5.0
-"""How long a fork, or a close, waits for the calls that are under way in other threads."""
+"""Seconds that a fork, or a close, waits for calls in flight in other threads."""
 
 
 class Settings(NamedTuple):
-    """What all who share a folder in one process have to agree on."""
+    """The settings that all backends of a folder in one process must share."""
 
     max_bytes: int
     sync: bool
@@ -42,21 +42,21 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The open files."""
+    """The open files of a folder."""
 
     handle: lmdb.Environment
     frames: lmdb._Database
-    """key -> when it expires and its number (16 bytes), then the frame."""
+    """Maps a key to its expiry time and number (16 bytes), followed by the frame."""
     order: lmdb._Database
-    """number -> key: what was stored first comes first."""
+    """Maps a number to its key, in the order of storing."""
     due: lmdb._Database
-    """when it expires and its number -> key, for entries that expire."""
+    """Maps an expiry time and number to the key, for entries that expire."""
     lock: int
-    """Descriptor of the file whose lock a writer holds."""
+    """Descriptor of the file that a writer locks."""
     inode: int
 
-    def used(self, transaction: lmdb.Transaction) -> int:
-        """Return the bytes of all pages that hold something; the rest of the file is for writes to come."""
+    def count_used_bytes(self, transaction: lmdb.Transaction) -> int:
+        """Return the bytes of all pages in use. The rest of the file is free for later writes."""
         found = [transaction.stat(database) for database in (self.frames, self.order, self.due)]
         return sum(one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) for one in found)
 
@@ -68,82 +68,82 @@ class Environment:
         self.path = path
         self.settings = settings
         self.users = 0
-        """How many backends share it; guarded by ``_registry``."""
+        """Number of backends that share it. ``_registry`` guards this value."""
         self._opened: Opened | None = None
-        self._stranded = False
+        self._is_unusable = False
         self._renew_locks()
 
     def _renew_locks(self) -> None:
         self._lock = threading.RLock()
         self._gate = threading.Condition(self._lock)
-        self._inside = 0
-        self._shut = False
-        self._writing = threading.Lock()
+        self._active_calls = 0
+        self._is_gate_closed = False
+        self._write_lock = threading.Lock()
 
     # --- transactions -------------------------------------------------------------------------
 
     def read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
-        """Return ``work(…)`` of one read transaction. It sees one state of the store, whatever others write."""
-        return self._patched(self._read, work)
+        """Return the result of ``work`` in one read transaction, which sees one state of the store throughout."""
+        return self._run_with_repair(self._read, work)
 
     def _read(self, work: Callable[[Opened, lmdb.Transaction[bytes]], T]) -> T:
         opened = self._enter()
         try:
-            with _begun(opened) as transaction:
+            with _begin_read(opened) as transaction:
                 return work(opened, transaction)
         finally:
             self._leave()
 
     def write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
-        """Return ``work(…)`` of one write transaction, which is stored as a whole or, where it raises, not at all."""
-        return self._patched(self._write, work)
+        """Return the result of ``work`` in one write transaction. If ``work`` raises, nothing is stored."""
+        return self._run_with_repair(self._write, work)
 
     def _write(self, work: Callable[[Opened, lmdb.Transaction[memoryview]], T]) -> T:
         opened = self._enter()
         try:
-            # Values as views: of those that are there a write looks at the first 16 bytes only.
-            with self._alone(opened), opened.handle.begin(write=True, buffers=True) as transaction:
+            # Values are views, because a write needs only the first 16 bytes of existing values.
+            with self._lock_writers(opened), opened.handle.begin(write=True, buffers=True) as transaction:
                 return work(opened, transaction)
         finally:
             self._leave()
 
-    def _patched(self, call: Callable[[W], T], work: W) -> T:
-        """Return ``call(work)``, tried once more after what stood in its way was put right.
+    def _run_with_repair(self, call: Callable[[W], T], work: W) -> T:
+        """Return ``call(work)``. If the map is too small, enlarge it and try once more.
 
         Raises:
-            TierError: with what LMDB says, and where.
+            TierError: LMDB failed. The message has its reason and the folder.
         """
         try:
             try:
                 return call(work)
-            except lmdb.MapResizedError:  # another process has a larger map
+            except lmdb.MapResizedError:  # another process has enlarged the map
                 self._resize(0)
-            except lmdb.MapFullError:  # readers hold on to pages that were let go of
+            except lmdb.MapFullError:  # readers still use pages that were freed
                 self._resize(self._map_size() + self.settings.max_bytes // 4 + 16 * MIB)
             return call(work)
         except lmdb.ReadersFullError as error:
-            raise TierBusy(f"{self.path}: all {READERS} places for readers are taken") from error
+            raise TierBusy(f"{self.path}: all {MAX_READERS} slots for readers are in use") from error
         except lmdb.Error as error:
             raise TierError(f"{self.path}: {error}{_hint(error)}") from error
 
-    # --- who may go in ------------------------------------------------------------------------
+    # --- admitting calls ----------------------------------------------------------------------
 
     def _enter(self) -> Opened:
         with self._lock:
             opened = self._opened
-            if opened is None or self._shut:
-                opened = self._enter_late()
-            self._inside += 1
+            if opened is None or self._is_gate_closed:
+                opened = self._wait_and_open()
+            self._active_calls += 1
             return opened
 
-    def _enter_late(self) -> Opened:
+    def _wait_and_open(self) -> Opened:
         left = time_left()
-        if not self._gate.wait_for(lambda: not self._shut, PATIENCE if left is None else left):
+        if not self._gate.wait_for(lambda: not self._is_gate_closed, DEFAULT_WAIT_SECONDS if left is None else left):
             raise TierTimeout("this process is forking, or the map is being resized")
-        if self._stranded:
+        if self._is_unusable:
             raise TierError(
-                "this process was forked while the store was in use, and LMDB cannot go on in it; "
-                "fork earlier, or start processes with spawn"
+                "this process was forked while the store was in use, and LMDB does not work in such a process; "
+                "fork before the first use, or start processes with spawn"
             )
         if not self.users:
             raise CacheClosed("the lmdb backend is closed")
@@ -153,42 +153,42 @@ class Environment:
 
     def _leave(self) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._shut and not self._inside:
+            self._active_calls -= 1
+            if self._is_gate_closed and not self._active_calls:
                 self._gate.notify_all()
 
     @contextmanager
-    def _emptied(self, seconds: float) -> Iterator[bool]:
-        """Keep calls out, wait for those inside, and yield whether all have left."""
+    def _close_gate(self, seconds: float) -> Iterator[bool]:
+        """Keep new calls out, wait for active ones, and yield whether all of them have ended."""
         with self._gate:
-            self._gate.wait_for(lambda: not self._shut, seconds)
-            self._shut = True
-            empty = self._gate.wait_for(lambda: not self._inside, seconds)
+            self._gate.wait_for(lambda: not self._is_gate_closed, seconds)
+            self._is_gate_closed = True
+            is_empty = self._gate.wait_for(lambda: not self._active_calls, seconds)
         try:
-            yield empty
+            yield is_empty
         finally:
             with self._gate:
-                self._shut = False
+                self._is_gate_closed = False
                 self._gate.notify_all()
 
     @contextmanager
-    def _alone(self, opened: Opened) -> Iterator[None]:
+    def _lock_writers(self, opened: Opened) -> Iterator[None]:
         """Hold the lock of writers.
 
-        LMDB's own has no time limit, so nobody may have to wait for it: whoever begins to write holds this one.
+        LMDB's own lock has no time limit. Every writer takes this lock first, so no call ever waits for LMDB's.
         """
         left = time_left()
-        end = time.monotonic() + (PATIENCE if left is None else left)
-        if not self._writing.acquire(timeout=max(0.0, end - time.monotonic())):
-            raise TierTimeout("another thread writes")
+        end = time.monotonic() + (DEFAULT_WAIT_SECONDS if left is None else left)
+        if not self._write_lock.acquire(timeout=max(0.0, end - time.monotonic())):
+            raise TierTimeout("another thread is writing")
         try:
-            _take(opened.lock, end)
+            _lock_file(opened.lock, end)
             try:
                 yield
             finally:
                 fcntl.flock(opened.lock, fcntl.LOCK_UN)
         finally:
-            self._writing.release()
+            self._write_lock.release()
 
     # --- the files ----------------------------------------------------------------------------
 
@@ -197,34 +197,34 @@ class Environment:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.path / "write.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise TierError(f"{self.path} cannot be opened for writing ({error.strerror})") from error
+            raise TierError(f"cannot open {self.path} for writing: {error.strerror}") from error
         try:
-            # Laying out a new file is a write, and LMDB would wait for another's without an end.
-            _take(lock, time.monotonic() + (PATIENCE if (left := time_left()) is None else left))
+            # Creating a new file is a write, and LMDB would wait for another writer without a time limit.
+            _lock_file(lock, time.monotonic() + (DEFAULT_WAIT_SECONDS if (left := time_left()) is None else left))
             try:
-                return self._laid_out(lock)
+                return self._open_databases(lock)
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
         except BaseException:
             os.close(lock)
             raise
 
-    def _laid_out(self, lock: int) -> Opened:
+    def _open_databases(self, lock: int) -> Opened:
         handle = lmdb.open(
             str(self.path),
-            # What is live stays below max_bytes; a write needs room beside it, and so do readers of older states.
+            # Live entries stay below max_bytes. Writes need further space, and so do the old pages that readers use.
             map_size=self.settings.max_bytes + self.settings.max_bytes // 4 + 16 * MIB,
             mode=0o600,
             create=False,
             max_dbs=3,
-            max_readers=READERS,
+            max_readers=MAX_READERS,
             metasync=False,
             sync=self.settings.sync,
-            # A cache is read at random: what stands beside an entry is of no use.
+            # Reads of a cache are random, so the neighbours of an entry are of no use.
             readahead=False,
         )
         try:
-            self._fill_up(handle)
+            self._extend_file(handle)
             handle.reader_check()
             frames, order, due = (handle.open_db(name) for name in (b"frames", b"order", b"due"))
             return Opened(handle, frames, order, due, lock, self._inode())
@@ -232,11 +232,11 @@ class Environment:
             handle.close()
             raise
 
-    def _fill_up(self, handle: lmdb.Environment) -> None:
-        """Give every page of the map a file behind it: touching one without ends the process.
+    def _extend_file(self, handle: lmdb.Environment) -> None:
+        """Extend the file to cover every page of the map, because access to a page beyond its end kills the process.
 
-        A writer that was killed leaves out pages that nobody needs; where somebody cut the file short, LMDB now
-        finds zeros and says that it is damaged.
+        After a writer was killed, only pages without content may be missing. If the file was truncated, LMDB now finds
+        zeros and reports the damage.
         """
         needed = (handle.info()["last_pgno"] + 1) * handle.stat()["psize"]
         if (self.path / "data.mdb").stat().st_size < needed:
@@ -248,13 +248,13 @@ class Environment:
         except OSError:
             return 0
 
-    def renew(self) -> None:
-        """Open the files anew where somebody has removed or replaced them."""
+    def reopen_if_replaced(self) -> None:
+        """Close the files if they were removed or replaced on disk. The next call opens the new ones."""
         opened = self._opened
         if opened is not None and opened.inode != self._inode():
-            with self._emptied(FORK_SECONDS) as empty:
-                if empty and self._opened is opened:
-                    self._close()
+            with self._close_gate(FORK_SECONDS) as is_empty:
+                if is_empty and self._opened is opened:
+                    self._close_files()
 
     def _map_size(self) -> int:
         opened = self._enter()
@@ -264,65 +264,65 @@ class Environment:
             self._leave()
 
     def _resize(self, size: int) -> None:
-        """Make the map larger; 0: as large as another process has made it."""
-        with self._emptied(FORK_SECONDS) as empty:
-            if not empty:
-                raise TierTimeout(f"{self.path}: the map is to be resized, and a call does not end")
+        """Set the size of the map. 0 takes the size that another process has set."""
+        with self._close_gate(FORK_SECONDS) as is_empty:
+            if not is_empty:
+                raise TierTimeout(f"{self.path}: cannot resize the map, because another call has not ended")
             if self._opened is not None:
                 self._opened.handle.reader_check()
                 self._opened.handle.set_mapsize(size)
 
-    def _close(self) -> None:
+    def _close_files(self) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.handle.close()
             os.close(opened.lock)
 
     def close(self) -> None:
-        """Let go of the files, after the calls that are under way."""
-        with self._emptied(FORK_SECONDS) as empty:
-            if empty:
-                self._close()
+        """Close the files after the calls in flight have ended."""
+        with self._close_gate(FORK_SECONDS) as is_empty:
+            if is_empty:
+                self._close_files()
 
     # --- forks --------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Keep calls out and wait for those inside: a transaction that is copied belongs to nobody."""
+        """Keep new calls out and wait for active ones, because a forked copy of a transaction cannot be used."""
         with self._gate:
-            self._gate.wait_for(lambda: not self._shut, FORK_SECONDS)
-            self._shut = True
-            self._gate.wait_for(lambda: not self._inside, FORK_SECONDS)
+            self._gate.wait_for(lambda: not self._is_gate_closed, FORK_SECONDS)
+            self._is_gate_closed = True
+            self._gate.wait_for(lambda: not self._active_calls, FORK_SECONDS)
 
     def after_in_parent(self) -> None:
-        """Go on."""
+        """Admit calls again."""
         with self._gate:
-            self._shut = False
+            self._is_gate_closed = False
             self._gate.notify_all()
 
     def after_in_child(self) -> None:
-        """Let go of the parent's files before opening them: closing them later would release the child's own locks."""
-        self._stranded = self._stranded or self._inside > 0
+        """Close the parent's files at once. Closing them after opening the child's would release the child's locks."""
+        self._is_unusable = self._is_unusable or self._active_calls > 0
         self._renew_locks()
-        if self._stranded:
+        if self._is_unusable:
             self._opened = None
         else:
-            self._close()
+            self._close_files()
 
 
-def _begun(opened: Opened) -> lmdb.Transaction[bytes]:
-    """Begin to read."""
+def _begin_read(opened: Opened) -> lmdb.Transaction[bytes]:
+    """Begin a read transaction."""
     try:
         return opened.handle.begin()
     except lmdb.ReadersFullError:
-        opened.handle.reader_check()  # a process that was killed leaves its places behind
+        opened.handle.reader_check()  # free the slots of processes that were killed
         return opened.handle.begin()
 
 
-def _take(descriptor: int, end: float) -> None:
-    """Take the lock of a file, trying again and again: ``flock`` itself has no time limit.
+def _lock_file(descriptor: int, end: float) -> None:
+    """Lock a file by polling, because ``flock`` has no time limit.
 
     Raises:
-        TierTimeout: another process has it all the time.
+        TierTimeout: another process holds the lock until ``end``.
     """
     pause = 0.0002
     while True:
@@ -330,40 +330,42 @@ def _take(descriptor: int, end: float) -> None:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() + pause >= end:
-                raise TierTimeout("another process writes") from None
+                raise TierTimeout("another process is writing") from None
         time.sleep(pause)
         pause = min(pause * 2, 0.005)
 
 
 def _hint(error: lmdb.Error) -> str:
-    """Return what to do about it."""
+    """Return advice for an error of LMDB, "" if there is none."""
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.InvalidError | lmdb.VersionMismatchError):
-        return "; remove the folder, what it held is computed again"
+        return "; remove the folder, its vectors will be computed again"
     return ""
 
 
 # --- the environments of this process -------------------------------------------------------------
 
-_registry = threading.RLock()  # a backend that is collected is released wherever its thread is, also in here
+_registry = threading.RLock()  # reentrant: garbage collection may release a backend while this thread holds the lock
 _environments: dict[Path, Environment] = {}
 
 
-def shared(path: Path, settings: Settings) -> Environment:
-    """Return the environment of a folder, for one more backend.
+def acquire(path: Path, settings: Settings) -> Environment:
+    """Return the environment of a folder, and count one more backend that uses it.
 
     Raises:
-        ConfigError: it is in use in this process with other settings.
+        ConfigError: the folder is in use in this process with other settings.
     """
     with _registry:
         environment = _environments.setdefault(path, Environment(path, settings))
         if environment.settings != settings:
-            raise ConfigError(f"{path} is in use in this process with another max_bytes or sync; give both the same")
+            raise ConfigError(
+                f"{path} is already in use in this process with another max_bytes or sync; use the same values in both"
+            )
         environment.users += 1
         return environment
 
 
 def release(environment: Environment) -> None:
-    """Take note that one backend less uses it, and close it after the last."""
+    """Count one backend less that uses an environment, and close it after the last one."""
     with _registry:
         environment.users -= 1
         if environment.users:

@@ -1,7 +1,7 @@
-"""The lmdb tier: frames in one memory-mapped file of a folder, shared by the processes of a host.
+"""The lmdb tier: frames in one memory-mapped file in a folder, shared by the processes of a host.
 
-A read takes no system call and no lock: it copies each frame out of the map, inside a transaction. ``README.md``
-tells what a power cut does, what makes room, and what it costs.
+A read needs no system call and no lock. It copies each frame out of the map, inside a transaction. ``README.md``
+describes power cuts, eviction and cost.
 """
 
 from __future__ import annotations
@@ -24,52 +24,57 @@ from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import CacheClosed, ConfigError
 from embedonce.options import Doc, Size
 
-from ._environment import Environment, Opened, Settings, release, shared
+from ._environment import Environment, Opened, Settings, acquire, release
 
 api = 1
 
 log = logging.getLogger("embedonce.lmdb")
 
 GIB = 2**30
-LEAST_BYTES = 2**20
-PAGE = 512
-"""Keys of one page of a scan; between pages no transaction is open, so that a slow reader keeps no old pages alive."""
-ITEMS = 4096
-BYTES = 2**26
-"""Most items and bytes of one write transaction; other processes' writers wait for it."""
+MIN_BYTES = 2**20
+PAGE_KEYS = 512
+"""Keys per page of a scan. No transaction is open between pages, so a slow reader keeps no old pages alive."""
+MAX_ITEMS = 4096
+MAX_TRANSACTION_BYTES = 2**26
+"""Maximum items and bytes of one write transaction, because writers in other processes wait for it."""
 
 HEADER = 16
-_STAMP = struct.Struct(">Q")
+"""Bytes before each frame: its expiry time and its number."""
+_UINT64 = struct.Struct(">Q")
 NEVER = b"\xff" * 8
-"""The time of what does not expire: after every other, as bytes are compared."""
-LATEST = 2**63
+"""Expiry time of an entry that does not expire. As bytes, it sorts after every other time."""
+MAX_TIME = 2**63
 
 
 class LmdbBackend:
-    """Holds frames in a folder; threads and processes of one host share it, and it outlives them."""
+    """Holds frames in a folder that the threads and processes of a host share. The folder outlives the processes."""
 
     def __init__(
         self,
         *,
-        path: Annotated[Path, Doc("A folder of its own on a local disk, made (for this user only) when first used.")],
+        path: Annotated[
+            Path, Doc("A folder of its own on a local disk, created (for this user only) at the first use.")
+        ],
         max_bytes: Annotated[
-            Size, Ge(LEAST_BYTES), Doc("Keep what is stored below this; the entries stored first make room.")
+            Size, Ge(MIN_BYTES), Doc("Maximum size of the stored entries. Above it, the oldest entries are evicted.")
         ] = 4 * GIB,
         sync: Annotated[
             bool,
-            Doc("Wait for the disk after each write. Without, a power cut (not a killed process) may damage the file."),
+            Doc(
+                "Wait for the disk after each write. If false, a power cut (not a killed process) may damage the file."
+            ),
         ] = True,
     ) -> None:
-        if max_bytes < LEAST_BYTES:
-            raise ConfigError(f"max_bytes is at least 1 MiB, not {max_bytes} bytes")
+        if max_bytes < MIN_BYTES:
+            raise ConfigError(f"max_bytes must be at least 1 MiB, got {max_bytes} bytes")
         self.path = Path(path).expanduser().resolve()
         self._max_bytes = max_bytes
-        self._largest = min(max_bytes // 16, 2**28)
+        self._max_value_bytes = min(max_bytes // 16, 2**28)
         self.capabilities = Capabilities(
             scope="host",
             deadline=True,
             ttl=True,
-            max_value_bytes=self._largest,
+            max_value_bytes=self._max_value_bytes,
             get=True,
             delete=True,
             scan=True,
@@ -78,18 +83,18 @@ class LmdbBackend:
             bounded=True,
         )
         self.clock: Callable[[], float] = time.time
-        """Unix time in seconds, for ttl."""
-        self._shared = shared(self.path, Settings(max_bytes, sync))
+        """Function that returns the Unix time in seconds, for ttl."""
+        self._shared = acquire(self.path, Settings(max_bytes, sync))
         self._release = weakref.finalize(self, release, self._shared)
-        self._warned = False
+        self._has_warned = False
 
     # --- reading ------------------------------------------------------------------------------
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there, by one transaction.
+        """Return the frames of the keys that exist, in one transaction.
 
-        The frames are copies: a view into the map is worth nothing once its transaction has ended, since a
-        writer may then use the page again.
+        The frames are copies, because a view into the map is invalid once its transaction has ended: a writer may then
+        reuse the page.
         """
         if not keys:
             return {}
@@ -116,60 +121,60 @@ class LmdbBackend:
         return self._environment.read(work)
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix`` in order, those too whose ttl has passed but that still take space.
+        """Yield the keys that start with ``prefix``, in order, including expired ones that still take space.
 
-        Keys stored or removed meanwhile may or may not be among them.
+        Keys stored or removed during the scan may or may not appear.
         """
-        begin, start = prefix.encode(), prefix.encode()
+        encoded, start = prefix.encode(), prefix.encode()
         while True:
-            page = self._environment.read(partial(_page, start=start, prefix=begin, most=PAGE))
+            page = self._environment.read(partial(_read_page, start=start, prefix=encoded, limit=PAGE_KEYS))
             for key in page:
                 yield key.decode()
-            if len(page) < PAGE:
+            if len(page) < PAGE_KEYS:
                 return
             start = page[-1] + b"\0"
 
     def count(self, prefix: str, /) -> int:
-        """Return how many keys ``scan(prefix)`` gives; all of them are walked over, unless it is all there are."""
-        begin = prefix.encode()
+        """Return the number of keys that ``scan(prefix)`` yields. This walks over them, unless ``prefix`` is empty."""
+        encoded = prefix.encode()
 
         def work(opened: Opened, transaction: lmdb.Transaction[bytes]) -> int:
-            if not begin:
+            if not encoded:
                 return transaction.stat(opened.frames)["entries"]
-            return len(_page(opened, transaction, start=begin, prefix=begin))
+            return len(_read_page(opened, transaction, start=encoded, prefix=encoded))
 
         return self._environment.read(work)
 
     # --- writing ------------------------------------------------------------------------------
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item; each transaction of up to 4,096 is there as a whole or not at all.
+        """Store every item, in transactions of up to 4,096 items that are each stored completely or not at all.
 
-        When it returns, killing the process loses nothing of it.
+        After this returns, killing the process loses none of them.
         """
-        for chunk in self._chunks(items):
-            self._store(chunk, ttl, absent=False)
+        for chunk in self._split(items):
+            self._store(chunk, ttl, only_absent=False)
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent or expired, and return those keys; exactly one caller gets each."""
-        return {key for chunk in self._chunks(items) for key in self._store(chunk, ttl, absent=True)}
+        """Store the items whose key is absent or expired, and return these keys. Only one caller gets each key."""
+        return {key for chunk in self._split(items) for key in self._store(chunk, ttl, only_absent=True)}
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys. Their bytes stay in the file until a later write needs the room."""
+        """Remove the keys. Their bytes stay in the file until a later write reuses the pages."""
         if not keys:
             return
 
         def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> None:
             for key in keys:
-                _drop(opened, transaction, key.encode())
+                _remove(opened, transaction, key.encode())
 
         self._environment.write(work)
 
     def close(self) -> None:
-        """Let go of the folder; the last of those that share it in this process closes it."""
+        """Release the folder. The last backend that uses it in this process closes it."""
         self._release()
 
-    # --- one call ---
+    # --- one call -----------------------------------------------------------------------------
 
     @property
     def _environment(self) -> Environment:
@@ -179,15 +184,18 @@ class LmdbBackend:
         return self._shared
 
     def _now(self) -> bytes:
-        return _stamp(self.clock())
+        return _encode_time(self.clock())
 
-    def _chunks(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    def _split(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+        max_size = min(MAX_TRANSACTION_BYTES, self._max_bytes // 8)
         chunk: dict[str, bytes] = {}
         size = 0
         for key, value in items.items():
-            if len(value) > self._largest:
-                raise ValueError(f"a value of {len(value)} bytes; with this max_bytes the largest is {self._largest}")
-            if chunk and (len(chunk) == ITEMS or size + len(value) > min(BYTES, self._max_bytes // 8)):
+            if len(value) > self._max_value_bytes:
+                raise ValueError(
+                    f"a value has {len(value)} bytes, and with this max_bytes the maximum is {self._max_value_bytes}"
+                )
+            if chunk and (len(chunk) == MAX_ITEMS or size + len(value) > max_size):
                 yield chunk
                 chunk, size = {}, 0
             chunk[key] = value
@@ -195,37 +203,37 @@ class LmdbBackend:
         if chunk:
             yield chunk
 
-    def _store(self, items: Mapping[str, bytes], ttl: float | None, *, absent: bool) -> set[str]:
+    def _store(self, items: Mapping[str, bytes], ttl: float | None, *, only_absent: bool) -> set[str]:
         environment = self._environment
-        environment.renew()
-        ends = NEVER if ttl is None else _stamp(self.clock() + ttl)
+        environment.reopen_if_replaced()
+        expires = NEVER if ttl is None else _encode_time(self.clock() + ttl)
         now = self._now()
 
         def work(opened: Opened, transaction: lmdb.Transaction[memoryview]) -> tuple[set[str], int]:
             evicted = self._make_room(opened, transaction, items, now)
             stored = set()
-            number = transaction.id() << 24
-            for place, (key, value) in enumerate(items.items()):
+            first_number = transaction.id() << 24
+            for i, (key, value) in enumerate(items.items()):
                 name = key.encode()
-                there = transaction.get(name, None, opened.frames)
-                if there is not None:
-                    if absent and bytes(there[:8]) > now:
+                existing = transaction.get(name, None, opened.frames)
+                if existing is not None:
+                    if only_absent and bytes(existing[:8]) > now:
                         continue
-                    _unlist(opened, transaction, bytes(there[:HEADER]))
-                mark = _STAMP.pack(number + place)
-                transaction.put(name, b"".join((ends, mark, value)), db=opened.frames)
-                transaction.put(mark, name, append=True, db=opened.order)
-                if ends != NEVER:
-                    transaction.put(ends + mark, name, db=opened.due)
+                    _remove_from_indexes(opened, transaction, bytes(existing[:HEADER]))
+                number = _UINT64.pack(first_number + i)
+                transaction.put(name, b"".join((expires, number, value)), db=opened.frames)
+                transaction.put(number, name, append=True, db=opened.order)
+                if expires != NEVER:
+                    transaction.put(expires + number, name, db=opened.due)
                 stored.add(key)
             return stored, evicted
 
         stored, evicted = environment.write(work)
-        if evicted and not self._warned:
-            self._warned = True
+        if evicted and not self._has_warned:
+            self._has_warned = True
             log.warning(
-                "%s has reached max_bytes (%d): the entries stored first make room. "
-                "A larger max_bytes keeps them from being computed again",
+                "%s has reached max_bytes (%d): evicting the oldest entries, which have to be computed again. "
+                "Raise max_bytes to keep them",
                 self.path,
                 self._max_bytes,
             )
@@ -234,74 +242,76 @@ class LmdbBackend:
     def _make_room(
         self, opened: Opened, transaction: lmdb.Transaction[memoryview], items: Mapping[str, bytes], now: bytes
     ) -> int:
-        """Free what has expired and, where ``max_bytes`` would be passed, what was stored first.
+        """Remove expired entries and, if the write would exceed ``max_bytes``, the oldest entries.
 
-        Expired entries go a few at a time, so that no write pays for all that have run out since the last one.
+        Only a few expired entries are removed at a time, so that one write does not pay for all of them.
 
         Returns:
-            How many entries were evicted before their time.
+            Number of entries that were evicted before they expired.
         """
-        for ends, name in _first(transaction, opened.due, 2 * len(items) + 64):
-            if ends[:8] > now:
+        for expires, name in _read_first(transaction, opened.due, 2 * len(items) + 64):
+            if expires[:8] > now:
                 break
-            _drop(opened, transaction, name)
-        page = transaction.stat(opened.frames)["psize"]
-        need = sum(_room(len(value), page) for value in items.values())
+            _remove(opened, transaction, name)
+        page_size = transaction.stat(opened.frames)["psize"]
+        needed = sum(_estimate_bytes(len(value), page_size) for value in items.values())
         evicted = 0
-        while opened.used(transaction) + need > self._max_bytes:
-            oldest = _first(transaction, opened.order, max(8, len(items) // 4))
+        while opened.count_used_bytes(transaction) + needed > self._max_bytes:
+            oldest = _read_first(transaction, opened.order, max(8, len(items) // 4))
             if not oldest:
                 break
             for _, name in oldest:
-                _drop(opened, transaction, name)
+                _remove(opened, transaction, name)
             evicted += len(oldest)
         return evicted
 
 
-def _stamp(seconds: float) -> bytes:
-    """Return a time as eight bytes that sort as it does."""
-    return _STAMP.pack(min(LATEST, max(0, math.ceil(seconds * 1000))))
+def _encode_time(seconds: float) -> bytes:
+    """Return a time as eight bytes that sort in the order of time."""
+    return _UINT64.pack(min(MAX_TIME, max(0, math.ceil(seconds * 1000))))
 
 
-def _room(size: int, page: int) -> int:
-    """Return about how many bytes of the file a value takes: up to a third of a page among others, else whole pages."""
+def _estimate_bytes(size: int, page_size: int) -> int:
+    """Estimate the bytes of the file that a value takes. Small values share a page; larger ones take whole pages."""
     size += HEADER + 250
-    return size * 3 // 2 if size < page // 2 else -(-size // page) * page + 300
+    return size * 3 // 2 if size < page_size // 2 else -(-size // page_size) * page_size + 300
 
 
-def _page(
-    opened: Opened, transaction: lmdb.Transaction[bytes], *, start: bytes, prefix: bytes, most: int | None = None
+def _read_page(
+    opened: Opened, transaction: lmdb.Transaction[bytes], *, start: bytes, prefix: bytes, limit: int | None = None
 ) -> list[bytes]:
-    """Return keys from ``start`` on, for as long as they start with ``prefix``."""
+    """Return the keys from ``start`` on that start with ``prefix``, up to ``limit`` keys."""
     page: list[bytes] = []
     with transaction.cursor(opened.frames) as cursor:
-        there = cursor.set_range(start)
-        while there and len(page) != most and (key := cursor.key()).startswith(prefix):
+        has_item = cursor.set_range(start)
+        while has_item and len(page) != limit and (key := cursor.key()).startswith(prefix):
             page.append(key)
-            there = cursor.next()
+            has_item = cursor.next()
     return page
 
 
-def _first(transaction: lmdb.Transaction[memoryview], database: lmdb._Database, most: int) -> list[tuple[bytes, bytes]]:
-    """Return copies of the first pairs of a database."""
+def _read_first(
+    transaction: lmdb.Transaction[memoryview], database: lmdb._Database, limit: int
+) -> list[tuple[bytes, bytes]]:
+    """Return copies of the first pairs of a database, up to ``limit`` pairs."""
     pairs: list[tuple[bytes, bytes]] = []
     with transaction.cursor(database) as cursor:
-        there = cursor.first()
-        while there and len(pairs) < most:
+        has_item = cursor.first()
+        while has_item and len(pairs) < limit:
             pairs.append((bytes(cursor.key()), bytes(cursor.value())))
-            there = cursor.next()
+            has_item = cursor.next()
     return pairs
 
 
-def _drop(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes) -> None:
-    there = transaction.get(name, None, opened.frames)
-    if there is not None:
-        _unlist(opened, transaction, bytes(there[:HEADER]))
+def _remove(opened: Opened, transaction: lmdb.Transaction[memoryview], name: bytes) -> None:
+    existing = transaction.get(name, None, opened.frames)
+    if existing is not None:
+        _remove_from_indexes(opened, transaction, bytes(existing[:HEADER]))
         transaction.delete(name, db=opened.frames)
 
 
-def _unlist(opened: Opened, transaction: lmdb.Transaction[memoryview], header: bytes) -> None:
-    """Remove an entry from the lists of what was stored and of what expires."""
+def _remove_from_indexes(opened: Opened, transaction: lmdb.Transaction[memoryview], header: bytes) -> None:
+    """Remove an entry from the databases ``order`` and ``due``."""
     transaction.delete(header[8:], db=opened.order)
     if header[:8] != NEVER:
         transaction.delete(header, db=opened.due)
@@ -309,5 +319,5 @@ def _unlist(opened: Opened, transaction: lmdb.Transaction[memoryview], header: b
 
 @hookimpl
 def embedonce_backends() -> Mapping[str, type]:
-    """Name this file's backend."""
+    """Return this module's backend by name."""
     return {"lmdb": LmdbBackend}

@@ -1,4 +1,4 @@
-"""Haystack's embedders with a cache: wrap the one that you have, or use a provider of embedonce's."""
+"""Haystack embedders with a cache. They wrap an existing embedder, or use a provider of embedonce."""
 
 try:
     from .document_embedder import CachedDocumentEmbedder
@@ -6,6 +6,6 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "haystack":
         raise
-    raise ImportError("these components need Haystack: pip install 'embedonce[haystack]'") from error
+    raise ImportError("Haystack is not installed: pip install 'embedonce[haystack]'") from error
 
 __all__ = ["CachedDocumentEmbedder", "CachedTextEmbedder"]

@@ -1,4 +1,4 @@
-"""What both components are: an embedder of Haystack's as a provider, and before it the cache of a configuration."""
+"""The common part of both components: a Haystack embedder as a provider, behind the cache of a configuration."""
 
 from __future__ import annotations
 
@@ -18,31 +18,38 @@ from haystack.core.serialization import component_to_dict
 
 from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused, VectorSpace
 from embedonce.contracts import Task
-from embedonce_integrations.wrapping import InOrder, WrappedProvider, is_openai_resource, shared_cache, writable
+from embedonce_integrations.wrapping import (
+    OrderedEmbeddings,
+    WrappedProvider,
+    dump_config,
+    is_openai_resource,
+    open_shared_cache,
+)
 
-from ._described import space_of
-from ._loaded import load_anew, remember
+from ._described import describe_call
+from ._loaded import drop_stale_models, remember_content
 
 CHUNK = 256
-"""Texts of one call of the embedder, at least. It makes its own batches of them; each chunk is stored as it lands."""
+"""Maximum texts per call of the embedder, rounded up to whole batches. Each chunk is stored as it arrives."""
 
 
 class NotEmbedded(TextRefused):
-    """The embedder left documents without an embedding; it has logged why."""
+    """The embedder left documents without an embedding, and has logged the reason."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One call of ``run``: what the embedder is given beside the texts, and what it answered."""
+    """One call of ``run``: the embedder's further arguments, and its answers."""
 
     extra: Mapping[str, Any]
+    """The arguments of the embedder other than the texts."""
     metas: list[Mapping[str, Any]] = field(default_factory=list)
     vectors: dict[str, Any] = field(default_factory=dict)
-    """By text. They wait here while the engine asks again for what came together with a text that failed."""
+    """Vectors by text. If one text of a call fails, the others wait here until the engine asks for them again."""
     tokens: int | None = None
 
-    def heard(self, answer: Mapping[str, Any], vectors: Mapping[str, Any]) -> None:
-        """Take in an answer of the embedder and the vectors in it."""
+    def add_answer(self, answer: Mapping[str, Any], vectors: Mapping[str, Any]) -> None:
+        """Record an answer of the embedder and its vectors."""
         self.vectors.update(vectors)
         meta = answer.get("meta") or {}
         self.metas.append(meta)
@@ -50,52 +57,52 @@ class Run:
         if isinstance(tokens, int):
             self.tokens = (self.tokens or 0) + tokens
 
-    def answer(self, texts: Sequence[str]) -> Embedded:
-        """Hand over the vectors of texts.
+    def take_vectors(self, texts: Sequence[str]) -> Embedded:
+        """Remove and return the vectors of texts.
 
         Raises:
-            NotEmbedded: there is none for some.
+            NotEmbedded: some texts have no vector.
         """
         failed = [position for position, text in enumerate(texts) if text not in self.vectors]
         if failed:
-            raise NotEmbedded(f"the embedder gave no embedding to {len(failed)} of {len(texts)} texts", failed)
+            raise NotEmbedded(f"the embedder returned no embedding for {len(failed)} of {len(texts)} texts", failed)
         tokens, self.tokens = self.tokens, None
         return Embedded([self.vectors.pop(text) for text in texts], tokens)
 
 
-_run: ContextVar[Run] = ContextVar("embedonce_haystack_run")
-"""The run for which the engine asks the embedder; its threads and tasks have a copy of the caller's context."""
+_current_run: ContextVar[Run] = ContextVar("embedonce_haystack_run")
+"""The run for which the engine calls the embedder. Its threads and tasks have a copy of the caller's context."""
 
 
 @contextmanager
-def _running(run: Run) -> Iterator[Run]:
-    token = _run.set(run)
+def _set_current_run(run: Run) -> Iterator[Run]:
+    token = _current_run.set(run)
     try:
         yield run
     finally:
-        _run.reset(token)
+        _current_run.reset(token)
 
 
 class CachedEmbedder:
-    """Looks texts up, and asks the embedder, or the configuration's provider, for those that no tier holds."""
+    """Looks texts up, and has the embedder, or the configuration's provider, compute those that no tier has."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
-    """The parameter of ``run`` that this component and the one that it wraps have."""
+    """Parameter of ``run`` with the texts, in this component and the wrapped one."""
     _output: ClassVar[str]
-    """The key of their answer with the vectors in it."""
+    """Key of the vectors in the answer of both components."""
 
     def __init__(self, embedder: Any, config: Any, space: Mapping[str, Any] | None) -> None:
         if isinstance(embedder, type):
-            raise TypeError(f"{embedder.__name__} is a class: pass an instance of it, {embedder.__name__}(...)")
+            raise TypeError(f"{embedder.__name__} is a class; pass an instance, such as {embedder.__name__}(...)")
         if embedder is None and space is not None:
-            raise TypeError("space= describes an embedder that is passed; a configuration's provider describes its own")
+            raise TypeError("space= requires an embedder: the [provider] of a configuration describes itself")
         sockets: Any = getattr(embedder, "__haystack_input__", ())
-        made = getattr(embedder, "__haystack_output__", ())
-        if embedder is not None and not (self._input in sockets and self._output in made):
+        outputs = getattr(embedder, "__haystack_output__", ())
+        if embedder is not None and not (self._input in sockets and self._output in outputs):
             raise TypeError(
-                f"{type(self).__name__} wraps a component of Haystack's whose run takes {self._input!r} and returns "
-                f"{self._output!r}; {type(embedder).__name__} is none"
+                f"{type(self).__name__} requires a Haystack component whose run takes {self._input!r} and returns "
+                f"{self._output!r}, got {type(embedder).__name__}"
             )
         self.embedder: Any = embedder
         self.config = config
@@ -103,8 +110,8 @@ class CachedEmbedder:
         self._lock = threading.Lock()
         self._cache: Cache | None = None
         self._model: tuple[str, str | None] = ("", None)
-        self._warm = False
-        self._parameters = [] if embedder is None else _parameters(embedder, self._input)
+        self._is_warm = False
+        self._parameters = [] if embedder is None else _extra_parameters(embedder, self._input)
         for parameter in self._parameters:
             socket = sockets.get(parameter.name)
             if socket is not None:
@@ -113,78 +120,78 @@ class CachedEmbedder:
     # --- the component's life -----------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Open the cache. The embedder is warmed up when the first text is in no tier, and not before.
+        """Open the cache. The embedder itself is warmed up at the first miss.
 
         Raises:
-            ConfigError: the configuration cannot be used.
+            ConfigError: the configuration is invalid.
             SpaceError: the embedder cannot be described.
         """
-        if self._cache is None:  # a hit must not wait while the embedder is being warmed up
+        if self._cache is None:  # check without the lock: a hit must not wait while the embedder warms up
             with self._lock:
                 if self._cache is None:
-                    self._cache = self._opened()
+                    self._cache = self._open_cache()
 
     async def warm_up_async(self) -> None:
-        """As :meth:`warm_up`."""
+        """Do the same as :meth:`warm_up`."""
         if self._cache is None:
             await asyncio.to_thread(self.warm_up)
 
     def close(self) -> None:
-        """Wait for background writes, and close the embedder if it can be closed. The component may be used again."""
+        """Wait for background writes, and close the embedder if it has ``close``. The component can be used again."""
         if self._cache is not None:
             self._cache.flush()
         if hasattr(self.embedder, "close"):
             self.embedder.close()
-        self._warm = False
+        self._is_warm = False
 
     async def close_async(self) -> None:
-        """As :meth:`close`."""
+        """Do the same as :meth:`close`."""
         if self._cache is not None:
             await self._cache.aflush()
         if hasattr(self.embedder, "close_async"):
             await self.embedder.close_async()
         elif hasattr(self.embedder, "close"):
             await asyncio.to_thread(self.embedder.close)
-        self._warm = False
+        self._is_warm = False
 
     def _to_dict(self, **more: Any) -> dict[str, Any]:
-        """Describe the component, its embedder in it.
+        """Serialize the component, including its embedder.
 
         Raises:
-            ConfigError: ``config`` is a dict that holds a secret in the clear.
+            ConfigError: ``config`` is a dict that holds a secret in plain text.
         """
         embedder = None if self.embedder is None else component_to_dict(self.embedder, "embedder")
         return default_to_dict(
-            self, embedder=embedder, config=writable(self.config), space=deepcopy(self.space), **more
+            self, embedder=embedder, config=dump_config(self.config), space=deepcopy(self.space), **more
         )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Any:
-        """Return the component that ``to_dict`` described."""
+        """Construct the component from the result of ``to_dict``."""
         return default_from_dict(cls, data)
 
     # --- one run ------------------------------------------------------------------------------
 
     def _fetch(self, texts: list[str], given: Mapping[str, Any]) -> tuple[Fetched, dict[str, Any]]:
-        """Return what was fetched, and the ``meta`` that says so."""
-        extra = self._extra(given)
+        """Return the vectors of texts, and the ``meta`` of the answer."""
+        extra = self._bind_arguments(given)
         self.warm_up()
-        with _running(Run(extra)) as run:
+        with _set_current_run(Run(extra)) as run:
             fetched = self._cache_for(extra).fetch(texts, self._task)
-        return fetched, _meta(fetched, run)
+        return fetched, _make_meta(fetched, run)
 
     async def _afetch(self, texts: list[str], given: Mapping[str, Any]) -> tuple[Fetched, dict[str, Any]]:
-        extra = self._extra(given)
+        extra = self._bind_arguments(given)
         await self.warm_up_async()
-        with _running(Run(extra)) as run:
+        with _set_current_run(Run(extra)) as run:
             fetched = await self._cache_for(extra).afetch(texts, self._task)
-        return fetched, _meta(fetched, run)
+        return fetched, _make_meta(fetched, run)
 
-    def _extra(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the embedder's ``run`` gets beside the texts, defaults included.
+    def _bind_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the embedder's ``run`` other than the texts, with defaults filled in.
 
         Raises:
-            TypeError: it takes nothing of that name.
+            TypeError: ``run`` has no parameter of that name.
         """
         try:
             bound = inspect.Signature(self._parameters).bind(**given)
@@ -194,26 +201,26 @@ class CachedEmbedder:
         return dict(bound.kwargs)
 
     def _cache_for(self, extra: Mapping[str, Any]) -> Cache:
-        """Return the cache for a run: what it gives to the embedder beside the texts is part of the vector space."""
+        """Return the cache for a run. The embedder's further arguments are part of the vector space."""
         assert self._cache is not None
-        if extra == self._defaults():
+        if extra == self._default_arguments():
             return self._cache
-        return self._cache.for_provider(self._provider(extra))
+        return self._cache.for_provider(self._make_provider(extra))
 
-    def _defaults(self) -> dict[str, Any]:
+    def _default_arguments(self) -> dict[str, Any]:
         return {one.name: one.default for one in self._parameters if one.default is not one.empty}
 
-    def _opened(self) -> Cache:
+    def _open_cache(self) -> Cache:
         if self.embedder is None:
-            return shared_cache(self.config)
-        provider = self._provider(self._defaults())
-        self._model = _model(provider.space(self._task))
-        return shared_cache(self.config, provider=provider)
+            return open_shared_cache(self.config)
+        provider = self._make_provider(self._default_arguments())
+        self._model = _model_and_revision(provider.space(self._task))
+        return open_shared_cache(self.config, provider=provider)
 
     # --- the embedder as a provider -----------------------------------------------------------
 
-    def _provider(self, extra: Mapping[str, Any]) -> WrappedProvider:
-        space = self._space(extra)
+    def _make_provider(self, extra: Mapping[str, Any]) -> WrappedProvider:
+        space = self._describe(extra)
         size = getattr(self.embedder, "batch_size", None)
         size = size if isinstance(size, int) and size > 0 else CHUNK
         return WrappedProvider(
@@ -223,78 +230,78 @@ class CachedEmbedder:
             limits=Limits(max_batch=-(-CHUNK // size) * size),  # whole batches
         )
 
-    def _space(self, extra: Mapping[str, Any]) -> VectorSpace:
-        return space_of(self.embedder, extra, task=self._task, declared=self.space)
+    def _describe(self, extra: Mapping[str, Any]) -> VectorSpace:
+        return describe_call(self.embedder, extra, task=self._task, declared=self.space)
 
     def _embed(self, texts: list[str], task: Task) -> Embedded:
-        run = _run.get()
-        for part, question in self._questions([text for text in texts if text not in run.vectors]):
+        run = _current_run.get()
+        for part, argument in self._split_into_calls([text for text in texts if text not in run.vectors]):
             self._warm_up_embedder()
-            answer = self.embedder.run(**{self._input: question}, **run.extra)
-            run.heard(answer, self._vectors(part, answer))
-        return run.answer(texts)
+            answer = self.embedder.run(**{self._input: argument}, **run.extra)
+            run.add_answer(answer, self._read_vectors(part, answer))
+        return run.take_vectors(texts)
 
     async def _aembed(self, texts: list[str], task: Task) -> Embedded:
-        run = _run.get()
-        for part, question in self._questions([text for text in texts if text not in run.vectors]):
+        run = _current_run.get()
+        for part, argument in self._split_into_calls([text for text in texts if text not in run.vectors]):
             await self._warm_up_embedder_async()
-            answer = await self.embedder.run_async(**{self._input: question}, **run.extra)
-            run.heard(answer, self._vectors(part, answer))
-        return run.answer(texts)
+            answer = await self.embedder.run_async(**{self._input: argument}, **run.extra)
+            run.add_answer(answer, self._read_vectors(part, answer))
+        return run.take_vectors(texts)
 
-    def _questions(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        """Return texts and what the embedder's ``run`` is given for them, call by call."""
+    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
+        """Return, for each call of the embedder's ``run``, its texts and the argument that holds them."""
         raise NotImplementedError
 
-    def _vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
         """Return the vectors of an answer by text, without those that are None.
 
         Raises:
-            ProviderError: it cannot be said which vector is whose.
+            ProviderError: the answer does not show which vector belongs to which text.
         """
         raise NotImplementedError
 
     def _warm_up_embedder(self) -> None:
         with self._lock:
-            if not self._warm:
+            if not self._is_warm:
                 _, content = self._model
                 if hasattr(self.embedder, "warm_up"):
-                    load_anew(self.embedder, content)
+                    drop_stale_models(self.embedder, content)
                     self.embedder.warm_up()
-                _put_in_order(self.embedder)
+                _sort_answers(self.embedder)
                 self._check_model()
-                remember(self.embedder, content)
-                self._warm = True
+                remember_content(self.embedder, content)
+                self._is_warm = True
 
     async def _warm_up_embedder_async(self) -> None:
         if not hasattr(self.embedder, "warm_up_async"):
             await asyncio.to_thread(self._warm_up_embedder)
             return
-        await self.embedder.warm_up_async()  # each time: its clients belong to an event loop
-        _put_in_order(self.embedder)
-        if not self._warm:
+        await self.embedder.warm_up_async()  # in every call, because its clients belong to an event loop
+        _sort_answers(self.embedder)
+        if not self._is_warm:
             await asyncio.to_thread(self._check_model)
-            self._warm = True
+            self._is_warm = True
 
     def _check_model(self) -> None:
-        if _model(self._space(self._defaults())) != self._model:
-            raise SpaceError("the embedder's model has changed since the cache was opened: make a new component")
+        if _model_and_revision(self._describe(self._default_arguments())) != self._model:
+            raise SpaceError("the embedder's model has changed since the cache was opened; make a new component")
 
 
-def _put_in_order(embedder: Any) -> None:
-    """Let an OpenAI client inside an embedder answer in the order of its input: the embedder ignores ``index``."""
+def _sort_answers(embedder: Any) -> None:
+    """Sort the answers of an OpenAI client inside an embedder by ``index``, because the embedder ignores it."""
     for name in ("client", "async_client"):
         client: Any = getattr(embedder, name, None)
         if is_openai_resource(getattr(client, "embeddings", None)):
-            client.embeddings = InOrder(client.embeddings)
+            client.embeddings = OrderedEmbeddings(client.embeddings)
 
 
-def _model(space: VectorSpace) -> tuple[str, str | None]:
+def _model_and_revision(space: VectorSpace) -> tuple[str, str | None]:
     return space.model, space.revision
 
 
-def _parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
-    """Return the parameters of an embedder's ``run`` beside the texts, as they are given by name."""
+def _extra_parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
+    """Return the parameters of an embedder's ``run`` other than the texts, as keyword-only parameters."""
     kept = []
     for parameter in inspect.signature(embedder.run).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -304,24 +311,24 @@ def _parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
     return kept
 
 
-def _meta(fetched: Fetched, run: Run) -> dict[str, Any]:
-    """Return what the embedder said of the texts that it embedded, and under ``cache`` where the others came from."""
+def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
+    """Merge the embedder's ``meta`` of all calls, and add ``cache``: hits by tier, computed and failed texts."""
     sources = Counter(fetched.sources)
     failed = sources.pop(None, 0)
     sources.pop("provider", None)
-    # Equal texts have one vector, and are computed once.
+    # Equal texts share one row and are computed once.
     computed = {id(row) for row, source in zip(fetched.rows, fetched.sources, strict=True) if source == "provider"}
     meta: dict[str, Any] = {"model": fetched.space.model}
-    for said in run.metas:
-        usage = _sum(meta.get("usage"), said.get("usage"))
-        meta |= said if usage is None else {**said, "usage": usage}
+    for answered in run.metas:
+        usage = _add_usage(meta.get("usage"), answered.get("usage"))
+        meta |= answered if usage is None else {**answered, "usage": usage}
     return meta | {"cache": {"hits": dict(sources), "computed": len(computed), "failed": failed}}
 
 
-def _sum(one: Any, other: Any) -> Any:
-    """Add up what two calls used: numbers under the same name."""
+def _add_usage(one: Any, other: Any) -> Any:
+    """Add the numbers of two usages that have the same name."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return {name: _sum(one.get(name), other.get(name)) for name in {**one, **other}}
+        return {name: _add_usage(one.get(name), other.get(name)) for name in {**one, **other}}
     if isinstance(one, int | float) and isinstance(other, int | float):
         return one + other
     return one if other is None else other

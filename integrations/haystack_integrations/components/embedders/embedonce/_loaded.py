@@ -1,7 +1,7 @@
-"""What a folder held when its model was loaded.
+"""Keep Haystack from reusing a loaded model after the files in its folder have changed.
 
-Haystack's embedders of sentence-transformers share what one of them has loaded in this process, by the folder's name.
-An embedder that is made after the weights have changed would get the former ones.
+Haystack's sentence-transformers embedders share loaded models within a process, by the name of the folder. Without this
+module, an embedder made after a change of the weights would get the old ones.
 """
 
 from __future__ import annotations
@@ -14,33 +14,36 @@ from weakref import WeakKeyDictionary
 from embedonce import SpaceError
 
 _contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""By what Haystack has loaded: the folder's content, as the vector space has it in ``revision``."""
+"""Digest of the folder's content by loaded model; the same value is ``revision`` in the vector space."""
 
 
-def load_anew(embedder: Any, content: str | None) -> None:
-    """See to it that ``warm_up`` takes no model from Haystack's shared ones that is not known to be of this content."""
+def drop_stale_models(embedder: Any, content: str | None) -> None:
+    """Remove the embedder's model from Haystack's shared ones, unless it was loaded from the same content.
+
+    Then ``warm_up`` loads the model again.
+    """
     if content is None or getattr(embedder, "embedding_backend", None) is not None:
         return
     name = str(embedder.model)
-    for shared in _shared(embedder):
+    for shared in _shared_tables(embedder):
         for key, loaded in list(shared.items()):
             if (name in key or json.dumps(name)[1:-1] in key) and _contents.get(loaded) != content:
                 shared.pop(key, None)
 
 
-def remember(embedder: Any, content: str | None) -> None:
-    """Remember what was loaded.
+def remember_content(embedder: Any, content: str | None) -> None:
+    """Remember the content from which the embedder's model was loaded.
 
     Raises:
-        SpaceError: it was loaded when the folder held something else.
+        SpaceError: the model was loaded from other content.
     """
     loaded = getattr(embedder, "embedding_backend", None)
     if content is not None and loaded is not None and _contents.setdefault(loaded, content) != content:
-        raise SpaceError("the embedder was warmed up before its model's folder changed: make a new embedder")
+        raise SpaceError("the embedder was warmed up before its model's folder changed; make a new embedder")
 
 
-def _shared(embedder: Any) -> list[dict[str, Any]]:
-    """Return Haystack's tables of loaded models, which the modules of its embedders import under one name."""
+def _shared_tables(embedder: Any) -> list[dict[str, Any]]:
+    """Return Haystack's tables of loaded models. The modules of its embedders all import them under the same name."""
     modules = [sys.modules.get(cls.__module__) for cls in type(embedder).__mro__]
     factories = [getattr(module, "_SentenceTransformersEmbeddingBackendFactory", None) for module in modules]
     tables = [getattr(factory, "_instances", None) for factory in factories]

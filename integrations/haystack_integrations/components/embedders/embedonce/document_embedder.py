@@ -18,19 +18,20 @@ log = logging.getLogger(__name__)
 
 @component
 class CachedDocumentEmbedder(CachedEmbedder):
-    """Embeds documents, but those whose vectors a tier of embedonce's holds: what has not changed costs nothing.
+    """Embeds documents, and takes vectors that a tier has from there. Unchanged documents cost nothing.
 
-    A document's key is made of its effective text, as Haystack's embedders put it together: the metadata fields that
-    are embedded, then the content, joined by the separator. Prefix and suffix are part of the vector space.
+    A document's key is made from its effective text, which Haystack's embedders compose of the embedded metadata fields
+    and the content, joined by the separator. Prefix and suffix are part of the vector space.
 
     Args:
-        embedder: any document embedder of Haystack's. None: the ``[provider]`` of the configuration.
-        config: a TOML file, a dict of the same shape, or None, which finds an ``embedonce.toml``. Components with
-            equal configurations share one cache.
-        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, where it cannot say so.
-        meta_fields_to_embed: for a provider, and for an embedder that does not say which metadata it embeds. It is
-            then given the effective text as content, and no metadata.
-        embedding_separator: goes with ``meta_fields_to_embed``.
+        embedder: any document embedder of Haystack; None to use the ``[provider]`` of the configuration.
+        config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
+            configurations share one cache.
+        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
+            describe it.
+        meta_fields_to_embed: metadata fields to embed, for a ``[provider]``, and for an embedder that does not say
+            which ones it embeds. Such an embedder gets the effective text as content, and no metadata.
+        embedding_separator: separator between ``meta_fields_to_embed`` and the content.
 
     Raises:
         SpaceError: the embedder does not say which metadata it embeds, nor does ``meta_fields_to_embed``.
@@ -50,22 +51,22 @@ class CachedDocumentEmbedder(CachedEmbedder):
         embedding_separator: str = "\n",
     ) -> None:
         CachedEmbedder.__init__(self, embedder, config, space)
-        says = hasattr(embedder, "meta_fields_to_embed")
-        if says and meta_fields_to_embed is not None:
-            raise TypeError(f"{type(embedder).__name__} has meta_fields_to_embed of its own: set it there")
-        if embedder is not None and not says and meta_fields_to_embed is None:
+        has_fields = hasattr(embedder, "meta_fields_to_embed")
+        if has_fields and meta_fields_to_embed is not None:
+            raise TypeError(f"{type(embedder).__name__} has its own meta_fields_to_embed; set it there")
+        if embedder is not None and not has_fields and meta_fields_to_embed is None:
             raise SpaceError(
-                f"{type(embedder).__name__} has no meta_fields_to_embed to say which metadata it embeds with a "
-                "document's content: give it to CachedDocumentEmbedder, [] if there is none"
+                f"{type(embedder).__name__} has no meta_fields_to_embed, so it does not say which metadata it embeds; "
+                "pass meta_fields_to_embed to CachedDocumentEmbedder ([] if it embeds none)"
             )
         self.meta_fields_to_embed = meta_fields_to_embed
         self.embedding_separator = embedding_separator
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the component, its embedder in it, for YAML.
+        """Serialize the component and its embedder, for YAML.
 
         Raises:
-            ConfigError: ``config`` is a dict that holds a secret in the clear.
+            ConfigError: ``config`` is a dict that holds a secret in plain text.
         """
         return self._to_dict(
             meta_fields_to_embed=self.meta_fields_to_embed, embedding_separator=self.embedding_separator
@@ -73,28 +74,32 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     def run(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """Return new ``documents`` with embeddings, in order, and ``meta``: what the embedder says, and ``cache``.
+        """Return new ``documents`` with embeddings, in order, and ``meta``: the embedder's, with ``cache`` added.
 
-        A document that the embedder left without an embedding has none, and is asked for again in the next run.
-        ``kwargs`` are what the embedder's own ``run`` takes beside the documents.
+        A document that the embedder left without an embedding stays without one, and the next run tries it again.
+        ``kwargs`` are further arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``documents`` is not a list of Documents.
-            Exception: whatever the embedder raised; what was embedded before is stored.
+            Exception: the embedder raised it. Vectors computed before that are stored.
         """
-        texts = self._texts(documents)
-        return _answer(documents, *self._fetch(texts, kwargs))
+        texts = self._effective_texts(documents)
+        return _make_answer(documents, *self._fetch(texts, kwargs))
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """As :meth:`run`. An embedder without ``run_async`` works in a thread."""
-        texts = self._texts(documents)
-        return _answer(documents, *await self._afetch(texts, kwargs))
+        """Do the same as :meth:`run`. An embedder without ``run_async`` runs in a thread."""
+        texts = self._effective_texts(documents)
+        return _make_answer(documents, *await self._afetch(texts, kwargs))
 
-    def _texts(self, documents: list[Document]) -> list[str]:
-        """Return each document's effective text, without prefix and suffix."""
+    def _effective_texts(self, documents: list[Document]) -> list[str]:
+        """Return each document's effective text, without prefix and suffix.
+
+        Raises:
+            TypeError: ``documents`` is not a list of Documents.
+        """
         if not isinstance(documents, list) or not all(isinstance(one, Document) for one in documents):
-            raise TypeError("CachedDocumentEmbedder embeds a list of Documents; for a str take CachedTextEmbedder")
+            raise TypeError("expected a list of Documents; use CachedTextEmbedder for a str")
         source = self.embedder if hasattr(self.embedder, "meta_fields_to_embed") else self
         names = source.meta_fields_to_embed or []
         separator = getattr(source, "embedding_separator", "\n")
@@ -104,33 +109,36 @@ class CachedDocumentEmbedder(CachedEmbedder):
             texts.append(separator.join([*values, document.content or ""]))
         return texts
 
-    def _questions(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        # Ids of our own: Haystack's are made of the content, and those of "" and "None" are equal.
+    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
+        # Ids are positions, because Haystack derives ids from the content, and those of "" and "None" are equal.
         documents = [Document(id=str(position), content=text) for position, text in enumerate(texts)]
         return [(texts, documents)] if texts else []
 
-    def _vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
         waiting = {str(position): text for position, text in enumerate(texts)}
         vectors = {}
         for document in answer["documents"]:
             text = waiting.pop(document.id, None)
             if text is None:
-                raise ProviderError("the embedder returned a document twice, or one that it was not given")
+                raise ProviderError("the embedder returned a document twice, or one that was not passed to it")
             if document.embedding is not None:
                 vectors[text] = document.embedding
             elif document.sparse_embedding is not None:
-                raise ProviderError("the embedder makes sparse embeddings, which cannot be cached: use it as it is")
+                raise ProviderError(
+                    "the embedder makes sparse embeddings, which cannot be cached; use it without "
+                    "CachedDocumentEmbedder"
+                )
         return vectors
 
 
-def _answer(documents: list[Document], fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
+def _make_answer(documents: list[Document], fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
     for error in fetched.failed.values():
         if not isinstance(error, NotEmbedded):
             raise error
     if fetched.failed:
-        some = ", ".join(documents[position].id for position in list(fetched.failed)[:5])
+        ids = ", ".join(documents[position].id for position in list(fetched.failed)[:5])
         more = ", ..." if len(fetched.failed) > 5 else ""
-        log.warning("%d of %d documents got no embedding: %s%s", len(fetched.failed), len(documents), some, more)
+        log.warning("%d of %d documents got no embedding: %s%s", len(fetched.failed), len(documents), ids, more)
     embedded = [
         replace(document, embedding=None if row is None else row.tolist())
         for document, row in zip(documents, fetched.rows, strict=True)

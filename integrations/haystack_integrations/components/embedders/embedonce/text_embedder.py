@@ -14,13 +14,15 @@ from ._cached import CachedEmbedder
 
 @component
 class CachedTextEmbedder(CachedEmbedder):
-    """Embeds a string, such as a query, unless a tier of embedonce's holds its vector.
+    """Embeds a string, such as a query, or takes its vector from a tier that has it.
 
     Args:
-        embedder: any text embedder of Haystack's. None: the ``[provider]`` of the configuration, asked for queries.
-        config: a TOML file, a dict of the same shape, or None, which finds an ``embedonce.toml``. Components with
-            equal configurations share one cache.
-        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, where it cannot say so.
+        embedder: any text embedder of Haystack; None to use the ``[provider]`` of the configuration, with the task
+            ``"query"``.
+        config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
+            configurations share one cache.
+        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
+            describe it.
     """
 
     _task: ClassVar[Task] = "query"
@@ -37,48 +39,46 @@ class CachedTextEmbedder(CachedEmbedder):
         CachedEmbedder.__init__(self, embedder, config, space)
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the component, its embedder in it, for YAML.
+        """Serialize the component and its embedder, for YAML.
 
         Raises:
-            ConfigError: ``config`` is a dict that holds a secret in the clear.
+            ConfigError: ``config`` is a dict that holds a secret in plain text.
         """
         return self._to_dict()
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     def run(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """Return the text's ``embedding``, and ``meta``: what the embedder says of it, and ``cache``.
+        """Return the text's ``embedding``, and ``meta``: the embedder's, with ``cache`` added.
 
-        ``kwargs`` are what the embedder's own ``run`` takes beside the text.
+        ``kwargs`` are further arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``text`` is not a str.
-            Exception: whatever the embedder raised.
+            Exception: the embedder raised it.
         """
-        _check(text)
-        return _answer(*self._fetch([text], kwargs))
+        _check_text(text)
+        return _make_answer(*self._fetch([text], kwargs))
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     async def run_async(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """As :meth:`run`. An embedder without ``run_async`` works in a thread."""
-        _check(text)
-        return _answer(*await self._afetch([text], kwargs))
+        """Do the same as :meth:`run`. An embedder without ``run_async`` runs in a thread."""
+        _check_text(text)
+        return _make_answer(*await self._afetch([text], kwargs))
 
-    def _questions(self, texts: list[str]) -> list[tuple[list[str], Any]]:
+    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
         return [([text], text) for text in texts]
 
-    def _vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
         vector = answer["embedding"]
         return {} if vector is None else {texts[0]: vector}
 
 
-def _check(text: Any) -> None:
+def _check_text(text: Any) -> None:
     if not isinstance(text, str):
-        raise TypeError(
-            f"CachedTextEmbedder embeds a str, not {type(text).__name__}; for Documents take CachedDocumentEmbedder"
-        )
+        raise TypeError(f"expected a str, got {type(text).__name__}; use CachedDocumentEmbedder for Documents")
 
 
-def _answer(fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
+def _make_answer(fetched: Fetched, meta: dict[str, Any]) -> dict[str, Any]:
     for error in fetched.failed.values():
         raise error
     return {"embedding": fetched.vectors[0].tolist(), "meta": meta}
