@@ -42,7 +42,7 @@ from embedonce.testing import (
     ProviderContract,
     Recipe,
 )
-from embedonce.testing.contracts.support import BOUND
+from embedonce.testing.contracts.support import CALL_TIMEOUT
 
 PATH = "."
 """Where the broken backends on files have their folder; each test sets its own."""
@@ -63,7 +63,7 @@ class Meeting:
         met = getattr(self._this, "met", 0)
         if threading.current_thread() is not threading.main_thread() and met < self._times:
             self._this.met = met + 1
-            self._all.wait(BOUND)
+            self._all.wait(CALL_TIMEOUT)
 
 
 # --- broken backends --------------------------------------------------------------------------
@@ -884,16 +884,18 @@ def test_the_backend_contract_catches(name: str, broken: Callable[[], Any], tmp_
 
 
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
-        (NamesWhatItAnswers, r"PartialAnswer\.failed names 3 keys that are in its answer"),
-        (NamesTooFew, r"\d+ keys are neither in PartialAnswer\.failed nor in its answer"),
-        (StoresNothingBesideANodeThatIsAway, r"\d+ keys are not in PartialAnswer\.failed and were not stored"),
-        (SaysAllIsStored, r"a node that is away raises PartialAnswer"),
+        (NamesWhatItAnswers, r"3 keys are both in PartialAnswer\.failed and in PartialAnswer\.answer"),
+        (NamesTooFew, r"\d+ keys are neither in PartialAnswer\.failed nor in PartialAnswer\.answer"),
+        (StoresNothingBesideANodeThatIsAway, r"\d+ keys were not stored and are not in PartialAnswer\.failed"),
+        (SaysAllIsStored, r"a call must raise PartialAnswer while a node is down"),
     ],
 )
-def test_what_is_wrong_with_a_partial_answer_is_said(broken: Callable[[], Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=says):
+def test_the_message_says_what_is_wrong_with_a_partial_answer(
+    broken: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=message):
         Tries(broken, tmp_path).test_a_node_that_is_away_takes_its_own_keys_alone()
 
 
