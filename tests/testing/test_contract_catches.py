@@ -499,7 +499,7 @@ class IgnoresItsDeadline(DictBackend):
         super().__init__()
         self.capabilities = replace(self.capabilities, deadline=True)
 
-    def _enter(self, extra=None, count=0):
+    def _check_call(self, extra=None, count=0):
         return
 
 

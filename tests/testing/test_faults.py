@@ -247,7 +247,7 @@ def test_a_hang_that_obeys_raises_at_the_deadline() -> None:
 
 
 def test_waiting_for_a_hang_that_does_not_come_has_an_end() -> None:
-    with pytest.raises(TimeoutError, match="1 were waited for"):
+    with pytest.raises(TimeoutError, match="expected 1 hanging calls"):
         faulty().gate.until(1, 0.01)
 
 

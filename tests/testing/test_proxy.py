@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from embedonce.testing import FaultProxy, NetworkFault
-from embedonce.testing.proxy import KEEPS_PORTS
+from embedonce.testing.proxy import CAN_SHARE_PORT
 
 FAR = 60.0
 SHORT = 0.2
@@ -177,7 +177,7 @@ def test_refuse(proxy: FaultProxy, client: socket.socket) -> None:
         client.recv(1)
     with pytest.raises(ConnectionRefusedError):
         connected(proxy)
-    if KEEPS_PORTS:
+    if CAN_SHARE_PORT:
         with socket.socket() as another, pytest.raises(OSError, match="in use"):
             another.bind(before)  # nobody else gets the port meanwhile
     proxy.heal()

@@ -236,10 +236,7 @@ class Conformance:
                 return self._make_with(self._find_options(backend))
 
             def recipe(self, backend: Any) -> Recipe:
-                return Recipe(
-                    _targets.make_from_recipe,
-                    {"written": conformance.target.written, "options": self._find_options(backend)},
-                )
+                return conformance._make_recipe(self._find_options(backend))
 
             def _make_with(self, options: dict[str, str]) -> Any:
                 backend = conformance._make_plugin(options)
