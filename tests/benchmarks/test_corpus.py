@@ -1,4 +1,4 @@
-"""The corpus maker: the passages that it counts are there, the same ones each time."""
+"""The corpus generator writes the passages that it counts, and the same ones in every run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def content(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
 
 
-def test_what_is_counted_is_there_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_passages_match_the_counts_and_are_the_same_in_every_run(tmp_path: Path) -> None:
     counts = make(tmp_path / "one")
     files = content(tmp_path / "one")
     passages = [passage for text in files.values() for passage in text.strip().split("\n\n")]

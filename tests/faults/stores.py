@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Strike
 from servers import (
     HOST,
-    START,
+    START_TIMEOUT,
     MemcachedServer,
     PostgresServer,
     RedisClusterServers,
     RedisSentinelServers,
     RedisServer,
-    _Sentinel,
+    SentinelServer,
     wait_until,
 )
 
@@ -293,7 +293,7 @@ class Cluster(Redis):
     def killed_and_restarted(self) -> Iterator[None]:
         with self.killed(self.nodes[0]):
             yield
-        wait_until(self.servers.whole, "the cluster is whole again")
+        wait_until(self.servers.is_complete, "the cluster is complete again")
 
     def read_only(self) -> Any:
         return without_writing(self.nodes)
@@ -312,7 +312,7 @@ class Sentinel(Redis):
         self.server = self.stack.enter_context(RedisServer(password=PASSWORD))
         self.nodes = [self.server]
         self.proxy = self.behind_proxy(self.server.port)
-        sentinel = _Sentinel(self.proxy.address[1], "embeddings", 1)
+        sentinel = SentinelServer(self.proxy.address[1], "embeddings", 1)
         sentinel.configuration = (
             f"bind {HOST}\n"
             f"dir {sentinel.folder}\n"
@@ -336,7 +336,7 @@ class Sentinel(Redis):
         assert self.set is not None
         self.set.master.kill()
         yield
-        self.set.look_for_master()
+        self.set.allow_failover()
 
 
 # --- Postgres -----------------------------------------------------------------------------------
@@ -579,7 +579,9 @@ class Disk:
 
     @contextmanager
     def black_hole(self) -> Iterator[None]:
-        other = sqlite3.connect(self.path / "cache.db", isolation_level=None, check_same_thread=False, timeout=START)
+        other = sqlite3.connect(
+            self.path / "cache.db", isolation_level=None, check_same_thread=False, timeout=START_TIMEOUT
+        )
         try:
             other.execute("BEGIN IMMEDIATE")
             yield
@@ -604,7 +606,7 @@ class Disk:
             assert writer.stdout is not None
             assert writer.stdout.readline()
             writer.kill()
-            writer.wait(START)
+            writer.wait(START_TIMEOUT)
         yield
 
     @contextmanager
