@@ -1,4 +1,4 @@
-"""The servers that the tests start: they answer, come back after a crash, and do not outlive the tests."""
+"""The servers that the tests start answer, come back after a crash, and do not outlive the tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from servers import (
 )
 
 
-def test_no_port_is_given_twice() -> None:
+def test_no_port_is_returned_twice() -> None:
     assert len({find_free_port() for _ in range(100)}) == 100
 
 
