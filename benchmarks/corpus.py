@@ -46,7 +46,7 @@ def main() -> None:
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty")
     kinds = [kind for kind in KINDS if not options.python_only or kind.name.startswith("python")]
-    counts = write(documents(kinds), options.out, options.passages, options.per_file)
+    counts = write(alternate_documents(kinds), options.out, options.passages, options.per_file)
     print(json.dumps(counts, indent=1))
     if counts["passages"] < options.passages:
         print(f"this machine has only {counts['passages']} passages, fewer than the {options.passages} requested")
@@ -79,7 +79,7 @@ def write(documents: Iterable[tuple[Kind, list[str]]], out: Path, passages: int,
     return {**counts, "distinct": len(distinct)}
 
 
-def documents(kinds: Iterable[Kind]) -> Iterator[tuple[Kind, list[str]]]:
+def alternate_documents(kinds: Iterable[Kind]) -> Iterator[tuple[Kind, list[str]]]:
     """Yield the passages of one document of each kind in turn, until all documents are used."""
     active = [(kind, _read_documents(kind)) for kind in kinds]
     while active:

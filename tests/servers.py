@@ -740,9 +740,7 @@ class MemcachedServer(Server):
     """One memcached server. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
 
     name = "memcached"
-    stop_signal = (
-        signal.SIGKILL
-    )  # it stores nothing on disk, and would react to another signal only after up to a second
+    stop_signal = signal.SIGKILL  # it stores nothing on disk, and checks for other signals only once a second
 
     def __init__(self, *options: str) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ NETWORK: Mapping[str, NetworkFault] = {
     "garbage": NetworkFault("garbage"),
 }
 NETWORK_METHODS: Mapping[str, str] = {
-    "refused": "nobody listens, and connections are reset",
+    "refused": "connecting is refused, and connections are reset",
     "black hole": "nothing gets through, and connections stay open",
     "slow": "replies drip, a byte at a time",
     "reset mid-reply": "each connection is reset after three bytes of a reply",

@@ -111,20 +111,20 @@ def compare_with_dict(
 
         @precondition(lambda self: self.declares("ttl") and advance is not None)
         @rule(seeds=some_items, ttl=st.sampled_from(TTLS))
-        def set_many_for_a_time(self, seeds: dict[str, int], ttl: float) -> None:
+        def set_many_with_ttl(self, seeds: dict[str, int], ttl: float) -> None:
             self.backend.set_many(self.make_samples(seeds), ttl)
             self.model |= {key: (seed, self.now + ttl) for key, seed in seeds.items()}
 
         @precondition(lambda self: self.declares("ttl") and advance is not None)
         @rule(seconds=st.sampled_from(STEPS))
-        def time_passes(self, seconds: float) -> None:
+        def advance_time(self, seconds: float) -> None:
             if advance is not None:
                 advance(seconds)
                 self.now += seconds
 
         @precondition(lambda self: reopen is not None and self.backend.capabilities.scope != "process")
         @rule()
-        def open_again(self) -> None:
+        def reopen_backend(self) -> None:
             if reopen is not None:
                 self.backend.close()
                 self.backend = reopen(self.backend)

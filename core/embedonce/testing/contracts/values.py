@@ -34,7 +34,7 @@ class Values(Protocol):
         ...
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Any]:
-        """Return values of kinds that have broken stores, by a description; frames have at most ``max_bytes`` bytes."""
+        """Return values that have exposed bugs in stores, by description; frames have at most ``max_bytes`` bytes."""
         ...
 
     def is_equal(self, found: object, stored: Any) -> bool:
