@@ -1,4 +1,4 @@
-# Set-up, demo, tests and benchmarks, each in one command from a fresh clone; `make help` lists them.
+# One command each for set-up, demo, tests and benchmarks in a new clone; `make help` lists them.
 
 PYTHON ?= python3
 export PYTHON
@@ -14,13 +14,13 @@ DEMO := .demo
 WHEELS := build/wheels
 FRAMEWORKS := agent-framework,autogen,chroma,haystack,langchain,llama-index,sentence-transformers
 
-# What `make quick` runs: tests that need no server and no optional library, or say so.
+# The tests that `make quick` runs. They need no server; those that need an optional library are marked.
 QUICK_TESTS := tests/core tests/cli tests/test_architecture.py tests/test_development.py
 
-# More for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
+# More arguments for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
 BENCH ?=
-# Two workers per core, because a test waits half of the time: for a server to start, for a timeout to pass.
+# Two workers per core, because a test spends half of its time waiting for servers and timeouts.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked clean
@@ -30,13 +30,13 @@ help:
 	@echo "make demo    embed the project's own documents, cold and then warm"
 	@echo "make quick   test the core and the command line in under two minutes, without optional libraries"
 	@echo "make test    lint, types, and all tests against the built wheel"
-	@echo "make pytest  tests alone, against the built wheel: make pytest PYTEST=tests/backends/test_disk.py"
-	@echo "make lint    ruff alone"
-	@echo "make types   mypy and pyright alone, against the built wheel"
-	@echo "make format  let ruff put the sources in order"
-	@echo "make bench   print the table of benchmarks"
-	@echo "make bench-networked  print that of Redis, Postgres and memcached, which it starts on loopback"
-	@echo "make clean   remove what these commands have made"
+	@echo "make pytest  only the tests, against the built wheel: make pytest PYTEST=tests/backends/test_disk.py"
+	@echo "make lint    only ruff"
+	@echo "make types   only mypy and pyright, against the built wheel"
+	@echo "make format  format and fix the sources with ruff"
+	@echo "make bench   print the tables of benchmarks"
+	@echo "make bench-networked  start Redis, Postgres and memcached on loopback, and print their tables"
+	@echo "make clean   remove the files that these commands have created"
 
 install:
 	@$(INSTALL) $(VENV) --editable .
@@ -44,14 +44,14 @@ install:
 demo: install
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/demo/run.sh $(DEMO)
 
-# Runs against the tree, so that a change is seen without a build, and leaves out the slow tests. It keeps no cache of
-# packages, because it should take little disk.
+# Runs against the source tree, so that changes need no build, and skips the slow tests. It keeps no package cache, to
+# save disk space.
 quick:
 	@UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 $(INSTALL) $(QUICK_VENV) --editable . --group test
 	QUICK=1 $(QUICK_VENV)/bin/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "not slow" \
 	    $(QUICK_TESTS) $(PYTEST)
 
-# What the tests run against is what a user gets: the wheel, not the tree.
+# The tests run against the wheel, as users install it, not against the source tree.
 wheel:
 	@$(INSTALL) $(TEST_VENV) --group dev --group frameworks
 	@rm -rf $(WHEELS)
@@ -75,7 +75,7 @@ format:
 servers:
 	@./.ci/servers
 
-# -P keeps the current folder off the path, so that nothing but the wheel can be imported.
+# -P keeps the current folder off the import path, so that the tests can import only the wheel.
 pytest: wheel servers
 	WHEEL_UNDER_TEST=1 $(TEST_BIN)/python -P -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST)
 

@@ -1,9 +1,9 @@
-"""Time the disk backend alone, in µs per text, beside one SELECT … IN per batch and loops over diskcache.
+"""Time the disk backend without the engine, in µs per text, and compare it with one SELECT … IN and with diskcache.
 
 Run: python benchmarks/disk_tier.py [--entries N] [--dimensions D] [--repeats R]
 
-Everything runs in turn, repeat by repeat, and the quickest counts: what else the machine does only ever adds.
-The frames stay bytes: what the engine adds for its checks is in run.py and frames.py.
+All stores run in turn, repeat by repeat. The quickest repeat counts, because other load on the machine only adds time.
+The frames stay bytes; run.py and frames.py measure what the engine's checks cost.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ HEADER = 64
 
 
 class Floor:
-    """A table made for this alone: no ttl, no bound, no counters."""
+    """A table without TTL, size limit and counters."""
 
-    name = "SELECT … IN over a table of its own"
+    name = "SELECT … IN over a plain table"
 
     def __init__(self, folder: Path) -> None:
         self.connection = sqlite3.connect(folder / "floor.db", isolation_level=None)
@@ -53,7 +53,7 @@ class Floor:
 
 
 class Loop:
-    """diskcache as tutorials use it, with bytes as values so that nothing is pickled."""
+    """diskcache as in tutorials, but with bytes as values, so that it pickles nothing."""
 
     name = "a loop of diskcache.get and set"
 
@@ -105,20 +105,20 @@ class Evicting(Embedonce):
         super().__init__(folder, "evicting", 16 * 2**20)
 
 
-def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+def split_chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(keys), CHUNK):
         yield keys[start : start + CHUNK]
 
 
-def seconds(call: Callable[[], object]) -> float:
+def measure(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def read(store: Any, keys: Sequence[str]) -> None:
-    if sum(len(store.get_many(chunk)) for chunk in chunks(keys)) != len(keys):
-        raise RuntimeError(f"{store.name} does not give back what was stored")
+    if sum(len(store.get_many(chunk)) for chunk in split_chunks(keys)) != len(keys):
+        raise RuntimeError(f"{store.name} did not return all stored keys")
 
 
 def read_singly(store: Any, keys: Sequence[str]) -> None:
@@ -131,47 +131,49 @@ def write(store: Any, batches: Sequence[Mapping[str, bytes]]) -> None:
         store.set_many(batch)
 
 
-def quickest(stores: Sequence[Any], call: Callable[[Any], object], repeats: int, texts: int) -> list[float]:
+def measure_quickest(stores: Sequence[Any], call: Callable[[Any], object], repeats: int, texts: int) -> list[float]:
     """Return µs per text of each store's quickest repeat."""
     times: list[list[float]] = [[] for _ in stores]
     for _ in range(repeats):
-        for at, store in enumerate(stores):
-            times[at].append(seconds(lambda store=store: call(store)))  # type: ignore[misc]
+        for index, store in enumerate(stores):
+            times[index].append(measure(lambda store=store: call(store)))  # type: ignore[misc]
     return [min(each) / texts * 1e6 for each in times]
 
 
-def key_of(number: int) -> str:
+def make_key(number: int) -> str:
     return f"eo1.0123456789abcdef.{hashlib.sha256(b'%d' % number).hexdigest()}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entries", type=int, default=20_000, help="stored before reading begins")
+    parser.add_argument("--entries", type=int, default=20_000, help="number of entries stored before the reads")
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     size = HEADER + 4 * options.dimensions
     frames = [os.urandom(size) for _ in range(1000)]
-    keys = [key_of(number) for number in range(options.entries)]
-    batches = [{key: frames[at % 1000] for at, key in enumerate(chunk)} for chunk in chunks(keys)]
-    asked = random.Random(1).sample(keys, min(READ, len(keys)))
+    keys = [make_key(number) for number in range(options.entries)]
+    batches = [{key: frames[index % 1000] for index, key in enumerate(chunk)} for chunk in split_chunks(keys)]
+    requested = random.Random(1).sample(keys, min(READ, len(keys)))
 
     with tempfile.TemporaryDirectory() as folder:
         stores: list[Any] = [made(Path(folder)) for made in (Floor, Loop, Transaction, Embedonce, Evicting)]
         for store in stores:
             write(store, [{"opened": frames[0]}])
-        first = [seconds(lambda store=store: write(store, batches)) / len(keys) * 1e6 for store in stores]  # type: ignore[misc]
-        again = quickest(stores, lambda store: write(store, batches[:8]), options.repeats, 8 * CHUNK)
+        first = [measure(lambda store=store: write(store, batches)) / len(keys) * 1e6 for store in stores]  # type: ignore[misc]
+        again = measure_quickest(stores, lambda store: write(store, batches[:8]), options.repeats, 8 * CHUNK)
         readers = stores[:-1]
-        batch = quickest(readers, lambda store: read(store, asked), options.repeats, len(asked))
-        single = quickest(readers, lambda store: read_singly(store, asked), options.repeats, len(asked))
+        batch = measure_quickest(readers, lambda store: read(store, requested), options.repeats, len(requested))
+        single = measure_quickest(readers, lambda store: read_singly(store, requested), options.repeats, len(requested))
 
-    print(f"{len(keys)} entries of {size} bytes; {len(asked)} read in random order, batches of {CHUNK}; µs per text\n")
+    print(f"{len(keys)} entries of {size} bytes; {len(requested)} read in random order by {CHUNK}; µs per text\n")
     print("| store | read a batch | against the loop | read singly | write new | write again |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for at, store in enumerate(stores):
-        reads = f"{batch[at]:.1f} | {batch[at] / batch[1]:.2f} | {single[at]:.1f}" if at < len(readers) else " |  | "
-        print(f"| {store.name} | {reads} | {first[at]:.1f} | {again[at]:.1f} |")
+    for index, store in enumerate(stores):
+        reads = " |  | "
+        if index < len(readers):
+            reads = f"{batch[index]:.1f} | {batch[index] / batch[1]:.2f} | {single[index]:.1f}"
+        print(f"| {store.name} | {reads} | {first[index]:.1f} | {again[index]:.1f} |")
 
 
 if __name__ == "__main__":

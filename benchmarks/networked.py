@@ -1,13 +1,12 @@
-"""Print the tables of the tiers that processes share: Redis, Postgres, memcached, and one disk for many processes.
+"""Print the tables of the shared tiers: Redis, Postgres, memcached, and one disk for many processes.
 
     python benchmarks/networked.py                      # about five minutes
     python benchmarks/networked.py --quick              # fewer repeats
     python benchmarks/networked.py --only hits growth   # some sections
     python benchmarks/networked.py --full               # growth up to 1,000,000 entries
 
-The servers are real ones, started on loopback for this alone by tests/servers.py. The first row of a table is the
-floor: the raw client doing the same, with one SHA-256 per text and one float32 matrix per chunk. How things are
-measured is in README.md.
+tests/servers.py starts real servers on loopback for each run. The first row of a table is the floor: the raw client
+with one SHA-256 per text and one float32 matrix per chunk. README.md describes how everything is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +32,18 @@ from typing import Any
 
 import numpy as np
 from peers import Matrix, Peer, sha256
-from run import CHUNK, TEXTS, Calls, Renewed, chunks, measure, resident, sample, stored, table
+from run import (
+    CHUNK,
+    TEXTS,
+    Calls,
+    FreshTexts,
+    fill_peers,
+    get_resident_bytes,
+    make_texts,
+    measure,
+    print_table,
+    split_chunks,
+)
 
 import embedonce
 from embedonce.vectors import Entry, encode_frames, freeze_rows
@@ -43,46 +53,46 @@ from embedonce_backends.memory import MemoryBackend
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import servers
 
-PATIENCE = 60.0
-"""Seconds for one call to a tier: what is measured here must not be cut off."""
-ONES = 500
-"""Texts of the tables for one text at a time."""
+CALL_TIMEOUT = 60.0
+"""Timeout in seconds of a call to a tier, so long that it cuts off no measurement."""
+SINGLE_TEXTS = 500
+"""Number of texts in the tables of single reads."""
 THREADS = (1, 2, 4, 8, 16)
 PROCESSES, CALLS, WRITTEN = 8, 60, 64
-"""Processes that write one disk at once, how often each does, and how many entries at a time."""
+"""Number of processes that write to one disk in parallel, calls per process, and entries per call."""
 
 
-def vectors(count: int, dimensions: int) -> Matrix:
+def make_vectors(count: int, dimensions: int) -> Matrix:
     """Return random rows of length 1."""
     made = np.random.default_rng(7).standard_normal((count, dimensions), np.float32)
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
-def joined(values: Sequence[Any]) -> Matrix:
+def join_vectors(values: Sequence[Any]) -> Matrix:
     return np.frombuffer(b"".join(values), np.float32).reshape(len(values), -1)
 
 
 # --- CPU time -------------------------------------------------------------------------------------
 
 
-def cpu(calls: Calls, repeats: int, before: Callable[[], object]) -> dict[str, float]:
-    """Return by name the CPU seconds that a call takes here and in the servers below this process (Linux).
+def measure_cpu(calls: Calls, repeats: int, before: Callable[[], object]) -> dict[str, float]:
+    """Return by name the CPU seconds of a call in this process and in its servers (Linux).
 
-    The median of the repeats: unlike the time that passes, it depends little on what else the machine does.
+    The result is the median of the repeats. Unlike elapsed time, it depends little on other load on the machine.
     """
-    below = _descendants(os.getpid())
+    below = _find_descendants(os.getpid())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             before()
-            servers_before, start = _scheduled(below), time.process_time()
+            servers_before, start = _sum_cpu_seconds(below), time.process_time()
             deque(call(), maxlen=0)  # type: ignore[arg-type]
-            seconds[name].append(time.process_time() - start + _scheduled(below) - servers_before)
+            seconds[name].append(time.process_time() - start + _sum_cpu_seconds(below) - servers_before)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def _descendants(root: int) -> list[Path]:
-    """Return the folders in /proc of all processes that this one has started, and those have started."""
+def _find_descendants(root: int) -> list[Path]:
+    """Return the folders in /proc of all descendants of process ``root``."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -93,8 +103,8 @@ def _descendants(root: int) -> list[Path]:
     return [Path(f"/proc/{pid}") for pid in found - {root}]
 
 
-def _scheduled(folders: Sequence[Path]) -> float:
-    """Return the seconds that all threads of processes have run."""
+def _sum_cpu_seconds(folders: Sequence[Path]) -> float:
+    """Return the CPU seconds that all threads of the processes have used."""
     nanoseconds = 0
     for folder in folders:
         for thread in folder.glob("task/*/schedstat"):
@@ -107,7 +117,7 @@ def _scheduled(folders: Sequence[Path]) -> float:
 
 
 class Raw(Peer):
-    """A raw client, one per thread. Subclasses say what it is and how it reads and writes."""
+    """A raw client per thread. Subclasses define how to connect, read and write."""
 
     url: str
 
@@ -147,7 +157,7 @@ class RawRedis(Raw):
             pipeline.execute()
 
     def read(self, texts: Sequence[str]) -> Matrix:
-        return joined(self.client.mget([sha256(text) for text in texts]))
+        return join_vectors(self.client.mget([sha256(text) for text in texts]))
 
     def find(self, texts: Sequence[str]) -> None:
         self.client.mget([sha256(text) for text in texts])
@@ -169,14 +179,14 @@ class RawMemcached(Raw):
     def read(self, texts: Sequence[str]) -> Matrix:
         keys = [sha256(text) for text in texts]
         found = self.client.get_many(keys)
-        return joined([found[key] for key in keys])
+        return join_vectors([found[key] for key in keys])
 
     def find(self, texts: Sequence[str]) -> None:
         self.client.get_many([sha256(text) for text in texts])
 
 
 class RawPostgres(Raw):
-    """One table of key and bytea, prepared statements, binary results."""
+    """One table of key and bytea, with prepared statements and binary results."""
 
     name = "floor: sha256 + SELECT = ANY, bytea"
     kind = "bytea"
@@ -210,11 +220,11 @@ class RawPostgres(Raw):
 
     def read(self, texts: Sequence[str]) -> Matrix:
         found = self.find(texts)
-        return joined([found[sha256(text)] for text in texts])
+        return join_vectors([found[sha256(text)] for text in texts])
 
 
 class RawUnprepared(RawPostgres):
-    """The same, with nothing prepared, as it must be behind a transaction pooler."""
+    """The same without prepared statements, as behind a transaction pooler."""
 
     name = "the same, nothing prepared"
     prepare = None
@@ -222,7 +232,7 @@ class RawUnprepared(RawPostgres):
 
 
 class RawVectors(RawUnprepared):
-    """That with a pgvector column, its bytes turned into floats of this machine."""
+    """The same with a pgvector column, whose bytes are converted to this machine's byte order."""
 
     name = "the same with a pgvector column"
     kind = "vector"
@@ -243,7 +253,7 @@ class RawVectors(RawUnprepared):
 
 
 class RedisVL(Raw):
-    """RedisVL's EmbeddingsCache: a hash per text, the vector in it as JSON."""
+    """RedisVL's EmbeddingsCache: a Redis hash per text, with the vector as JSON."""
 
     name = "RedisVL EmbeddingsCache"
     note = "mget, mset"
@@ -254,7 +264,7 @@ class RedisVL(Raw):
         return EmbeddingsCache(name="redisvl", redis_url=self.url, ttl=3600)
 
     def store(self, texts: Sequence[str], vectors: Matrix) -> None:
-        for chunk, rows in zip(chunks(texts), np.split(vectors, range(CHUNK, len(vectors), CHUNK)), strict=True):
+        for chunk, rows in zip(split_chunks(texts), np.split(vectors, range(CHUNK, len(vectors), CHUNK)), strict=True):
             items = zip(chunk, rows.tolist(), strict=True)
             self.client.mset([{"content": text, "model_name": "m", "embedding": row} for text, row in items])
 
@@ -277,7 +287,7 @@ class RedisVL(Raw):
 
 
 class Embedonce(Peer):
-    """A cache of one tier over a server; subclasses make its backend."""
+    """A cache over one tier; subclasses make its backend."""
 
     url: str
     memory = False
@@ -289,18 +299,18 @@ class Embedonce(Peer):
     def backend(self) -> Any:
         raise NotImplementedError
 
-    def opened(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
-        """Return a cache over the server; what it misses, ``function`` makes."""
-        tiers: list[Any] = [embedonce.Tier(self.backend(), name="shared", ttl=3600, timeout=PATIENCE, write=write)]
+    def open_cache(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
+        """Return a cache over the tier; ``function`` computes what it misses."""
+        tiers: list[Any] = [embedonce.Tier(self.backend(), name="shared", ttl=3600, timeout=CALL_TIMEOUT, write=write)]
         if self.memory:
             self.held = MemoryBackend(max_entries=2 * TEXTS)
             tiers.insert(0, self.held)
         space = {"model": "benchmark-v1", "dimensions": dimensions}
-        return embedonce.Cache(function, tiers, space=space, max_queued=1_000_000, flush_timeout=PATIENCE)
+        return embedonce.Cache(function, tiers, space=space, max_queued=1_000_000, flush_timeout=CALL_TIMEOUT)
 
     def store(self, texts: Sequence[str], vectors: Matrix) -> None:
         if self.cache is None:
-            self.cache = self.opened(_refuse, vectors.shape[1])
+            self.cache = self.open_cache(_refuse, vectors.shape[1])
         for start in range(0, len(texts), CHUNK):
             self.cache.put(texts[start : start + CHUNK], vectors[start : start + CHUNK])
 
@@ -362,7 +372,7 @@ class OverDisk(Embedonce):
 class OverMemory(Embedonce):
     name = "**embedonce**, memory"
 
-    def opened(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
+    def open_cache(self, function: Callable[..., Any], dimensions: int, write: Any = "inline") -> Any:
         space = {"model": "benchmark-v1", "dimensions": dimensions}
         return embedonce.Cache(function, [MemoryBackend(max_entries=2_000_000)], space=space)
 
@@ -384,26 +394,26 @@ KINDS: dict[str, tuple[Callable[[], Any], list[type[Peer]]]] = {
 
 
 @contextmanager
-def served(kind: str) -> Iterator[tuple[Any, list[type[Peer]]]]:
-    """Start a server and give it, with the classes of peers that use it."""
+def start_server(kind: str) -> Iterator[tuple[Any, list[type[Peer]]]]:
+    """Start a server, and yield it with the classes of peers that use it."""
     start, classes = KINDS[kind]
     with start() as server:
         url = getattr(server, "url", server.address)
         yield server, [type(cls.__name__, (cls,), {"url": url}) for cls in classes]
 
 
-def each_server() -> Iterator[tuple[str, Any, list[type[Peer]]]]:
-    """Start one server after the other, those that are installed."""
+def iterate_servers() -> Iterator[tuple[str, Any, list[type[Peer]]]]:
+    """Start the installed servers one after the other, and yield each with its peers."""
     for kind in KINDS:
         try:
-            with served(kind) as (server, classes):
+            with start_server(kind) as (server, classes):
                 yield kind, server, classes
         except servers.pytest.skip.Exception as missing:
-            print(f"(left out: {kind}: {missing})", file=sys.stderr)
+            print(f"(skipped: {kind}: {missing})", file=sys.stderr)
 
 
-def pair(classes: Sequence[type[Peer]]) -> list[type[Peer]]:
-    """Return the floor, and embedonce over the same server."""
+def select_floor_and_ours(classes: Sequence[type[Peer]]) -> list[type[Peer]]:
+    """Return the floor and embedonce over the same server."""
     return [classes[0], next(filter(is_embedonce, classes))]
 
 
@@ -414,81 +424,87 @@ def is_embedonce(cls: type[Peer]) -> bool:
 # --- the sections ---------------------------------------------------------------------------------
 
 
-def hits(repeats: int) -> None:
-    """Read 2,000 vectors in chunks of 256, each chunk into one matrix; then one text at a time."""
-    for kind, _, classes in each_server():
+def measure_hits(repeats: int) -> None:
+    """Read 2,000 vectors in chunks of 256, each chunk into one matrix; then read texts one by one."""
+    for kind, _, classes in iterate_servers():
         for dimensions in (384, 1536):
-            texts = [f"{dimensions} {text}" for text in sample(TEXTS)]
-            with stored(classes, texts, vectors(TEXTS, dimensions)) as ready:
-                many, ones = Renewed(texts), Renewed(texts[:ONES])
-                calls = reads(ready, many)
+            texts = [f"{dimensions} {text}" for text in make_texts(TEXTS)]
+            with fill_peers(classes, texts, make_vectors(TEXTS, dimensions)) as ready:
+                many, ones = FreshTexts(texts), FreshTexts(texts[:SINGLE_TEXTS])
+                calls = make_read_calls(ready, many)
                 times = measure(calls, repeats, many.renew)
-                spent = {name: seconds / TEXTS * 1e6 for name, seconds in cpu(calls, repeats, many.renew).items()}
+                spent = {
+                    name: seconds / TEXTS * 1e6 for name, seconds in measure_cpu(calls, repeats, many.renew).items()
+                }
                 floor = spent[ready[0].name]
                 notes = {
                     p.name: f"CPU of both sides {spent[p.name]:.1f} µs, {spent[p.name] / floor:.2f} times; {p.note}"
                     for p in ready
                 }
-                table(f"{kind}: batch hit, {dimensions} dimensions", times, TEXTS, notes)
+                print_table(f"{kind}: batch hit, {dimensions} dimensions", times, TEXTS, notes)
                 calls = {p.name: (lambda p=p, ones=ones: list(map(p.read_one, ones.now))) for p in ready}
-                table(f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), ONES)
+                print_table(
+                    f"{kind}: one hit, {dimensions} dimensions", measure(calls, repeats, ones.renew), SINGLE_TEXTS
+                )
 
 
-def reads(peers: Sequence[Peer], texts: Renewed) -> Calls:
-    """Return by peer a call that reads the texts chunk by chunk."""
-    return {p.name: (lambda p=p: map(p.read, chunks(texts.now))) for p in peers}
+def make_read_calls(peers: Sequence[Peer], texts: FreshTexts) -> Calls:
+    """Return a call per peer that reads the texts chunk by chunk."""
+    return {p.name: (lambda p=p: map(p.read, split_chunks(texts.now))) for p in peers}
 
 
-def misses(repeats: int) -> None:
-    """Embed texts that nothing has yet, over a provider that costs nothing: all that is left is overhead."""
-    matrix = vectors(CHUNK, 384)
+def measure_misses(repeats: int) -> None:
+    """Embed new texts with a provider that costs nothing, so that only overhead is measured."""
+    matrix = make_vectors(CHUNK, 384)
     rounds = count()
 
-    def new() -> list[str]:
+    def make_new_texts() -> list[str]:
         prefix = f"miss {next(rounds)} "
         return [prefix + text for text in texts]
 
     def provider(texts: Sequence[str]) -> Matrix:
         return matrix[: len(texts)]
 
-    texts = sample(TEXTS)
-    for kind, _, classes in each_server():
+    texts = make_texts(TEXTS)
+    for kind, _, classes in iterate_servers():
         raw = classes[0](Path())
         with ExitStack() as stack:
             stack.callback(raw.close)
             caches = []
 
-            def through(cls: Any, write: str, memory: bool, stack: Any = stack, caches: Any = caches) -> Any:
+            def make_embed_call(cls: Any, write: str, memory: bool, stack: Any = stack, caches: Any = caches) -> Any:
                 peer = type(cls.__name__, (cls,), {"memory": memory})(Path())
-                cache = stack.enter_context(peer.opened(provider, 384, write))
+                cache = stack.enter_context(peer.open_cache(provider, 384, write))
                 caches.append(cache)
-                return lambda: [cache.embed_batch(chunk) for chunk in chunks(new())]
+                return lambda: [cache.embed_batch(chunk) for chunk in split_chunks(make_new_texts())]
 
-            def by_hand(raw: Any = raw) -> None:
-                for chunk in chunks(new()):
+            def read_and_write(raw: Any = raw) -> None:
+                for chunk in split_chunks(make_new_texts()):
                     raw.find(chunk)
                     raw.store(chunk, matrix[: len(chunk)])
 
-            calls: Calls = {"floor: sha256 + read + write, raw client": by_hand}
+            calls: Calls = {"floor: sha256 + read + write, raw client": read_and_write}
             for cls in filter(is_embedonce, classes):
-                calls[f"{cls.name}, write = background"] = through(cls, "background", False)
-                calls[f"memory + {cls.name}, write = background"] = through(cls, "background", True)
-                calls[f"{cls.name}, write = inline"] = through(cls, "inline", False)
+                calls[f"{cls.name}, write = background"] = make_embed_call(cls, "background", False)
+                calls[f"memory + {cls.name}, write = background"] = make_embed_call(cls, "background", True)
+                calls[f"{cls.name}, write = inline"] = make_embed_call(cls, "inline", False)
 
             def before(caches: Any = caches) -> None:
                 for cache in caches:
-                    assert cache.flush(PATIENCE)
+                    assert cache.flush(CALL_TIMEOUT)
                 gc.collect()
 
-            table(f"{kind}: all misses, over a provider that costs nothing", measure(calls, repeats, before), TEXTS)
+            print_table(
+                f"{kind}: all misses, over a provider that costs nothing", measure(calls, repeats, before), TEXTS
+            )
             for cache in caches:
                 stats = cache.stats().tiers["shared"]
                 assert stats.errors == stats.dropped == 0, stats
 
 
-def writes(repeats: int) -> None:
-    """Store 2,000 vectors that nothing has yet, in chunks of 256."""
-    texts, rounds = sample(TEXTS), count()
+def measure_writes(repeats: int) -> None:
+    """Store 2,000 new vectors in chunks of 256."""
+    texts, rounds = make_texts(TEXTS), count()
 
     def write(peer: Any, matrix: Matrix, ask: bool = False) -> None:
         prefix = f"write {next(rounds)} "
@@ -499,47 +515,47 @@ def writes(repeats: int) -> None:
             peer.store(chunk, matrix[start : start + CHUNK])
 
     for dimensions in (384, 1536):
-        matrix = vectors(TEXTS, dimensions)
-        for kind, _, classes in each_server():
-            with stored(classes, sample(CHUNK), matrix[:CHUNK]) as ready:
+        matrix = make_vectors(TEXTS, dimensions)
+        for kind, _, classes in iterate_servers():
+            with fill_peers(classes, make_texts(CHUNK), matrix[:CHUNK]) as ready:
                 raw, *others = ready
                 calls: Calls = {
                     "floor: sha256 + raw write": lambda raw=raw, matrix=matrix: write(raw, matrix),  # type: ignore[misc]
                     "sha256 + raw read + raw write": lambda raw=raw, matrix=matrix: write(raw, matrix, ask=True),  # type: ignore[misc]
                 }
                 calls |= {p.name: (lambda p=p, matrix=matrix: write(p, matrix)) for p in others}
-                notes = {p.name: "put asks first, then stores" for p in ready if isinstance(p, Embedonce)}
+                notes = {p.name: "put reads first, then stores" for p in ready if isinstance(p, Embedonce)}
                 notes[RawVectors.name] = "vectors sent as text"
-                table(f"{kind}: writes, {dimensions} dimensions", measure(calls, repeats), TEXTS, notes)
+                print_table(f"{kind}: writes, {dimensions} dimensions", measure(calls, repeats), TEXTS, notes)
 
 
-def promotion(repeats: int) -> None:
-    """Read what memory has evicted from the server, and put it back into memory."""
-    for kind, _, classes in each_server():
-        raw, ours = pair(classes)
+def measure_promotion(repeats: int) -> None:
+    """Read entries from the server that the memory tier has evicted, and promote them."""
+    for kind, _, classes in iterate_servers():
+        raw, ours = select_floor_and_ours(classes)
         above = type(ours.__name__, (ours,), {"memory": True, "name": f"memory, evicted, + {ours.name}"})
-        texts = Renewed(sample(TEXTS))
-        with stored([raw, ours, above], texts.now, vectors(TEXTS, 384)) as ready:
+        texts = FreshTexts(make_texts(TEXTS))
+        with fill_peers([raw, ours, above], texts.now, make_vectors(TEXTS, 384)) as ready:
             evicted: Any = ready[-1]
 
-            def before(evicted: Any = evicted, texts: Renewed = texts) -> None:
+            def before(evicted: Any = evicted, texts: FreshTexts = texts) -> None:
                 evicted.evict()
                 texts.renew()
 
-            table(f"{kind}: promotion", measure(reads(ready, texts), repeats, before), TEXTS)
+            print_table(f"{kind}: promotion", measure(make_read_calls(ready, texts), repeats, before), TEXTS)
 
 
-def threads(repeats: int) -> None:
-    """Let threads read 2,000 vectors each through one cache, or through a raw client each."""
-    texts = sample(TEXTS)
-    for kind, _, classes in each_server():
+def measure_threads(repeats: int) -> None:
+    """Let each thread read 2,000 vectors through one shared cache, or through its own raw client."""
+    texts = make_texts(TEXTS)
+    for kind, _, classes in iterate_servers():
         print(f"\n### {kind}: batch hit, threads\n\n| threads | floor, µs per text | embedonce | times the floor |")
         print("| ---: | ---: | ---: | ---: |")
-        with stored(pair(classes), texts, vectors(TEXTS, 384)) as ready:
+        with fill_peers(select_floor_and_ours(classes), texts, make_vectors(TEXTS, 384)) as ready:
             for number in THREADS:
                 with ThreadPoolExecutor(number) as pool:
                     calls: Calls = {
-                        p.name: lambda p=p, pool=pool, number=number: _read_by(pool, number, p, texts)  # type: ignore[misc]
+                        p.name: lambda p=p, pool=pool, number=number: _read_in_threads(pool, number, p, texts)  # type: ignore[misc]
                         for p in ready
                     }
                     floor, ours = (quickest for quickest, _ in measure(calls, max(3, repeats // 2)).values())
@@ -547,15 +563,15 @@ def threads(repeats: int) -> None:
                 print(f"| {number} | {each[0]:.2f} | {each[1]:.2f} | {ours / floor:.2f} |", flush=True)
 
 
-def _read_by(pool: ThreadPoolExecutor, number: int, peer: Peer, texts: Sequence[str]) -> None:
-    list(pool.map(lambda _: [peer.read(chunk) for chunk in chunks(texts)], range(number)))
+def _read_in_threads(pool: ThreadPoolExecutor, number: int, peer: Peer, texts: Sequence[str]) -> None:
+    list(pool.map(lambda _: [peer.read(chunk) for chunk in split_chunks(texts)], range(number)))
 
 
 # --- one disk, many processes ---------------------------------------------------------------------
 
 
-def _batches(seed: int, calls: int) -> list[dict[str, bytes]]:
-    rows = freeze_rows(vectors(WRITTEN, 384))
+def _make_batches(seed: int, calls: int) -> list[dict[str, bytes]]:
+    rows = freeze_rows(make_vectors(WRITTEN, 384))
     made = []
     for call in range(calls):
         keys = [f"eo1.0123456789abcdef.{sha256(f'{seed} {call} {row}')}" for row in range(WRITTEN)]
@@ -563,29 +579,29 @@ def _batches(seed: int, calls: int) -> list[dict[str, bytes]]:
     return made
 
 
-def _writer(how: str, folder: str) -> Callable[[dict[str, bytes]], None]:
+def _make_writer(how: str, folder: str) -> Callable[[dict[str, bytes]], None]:
     if how.startswith("**"):
         backend = DiskBackend(path=Path(folder))
         return lambda batch: backend.set_many(batch, None)
     import diskcache
 
-    cache = diskcache.Cache(folder, timeout=PATIENCE)
+    cache = diskcache.Cache(folder, timeout=CALL_TIMEOUT)
 
     def loop(batch: dict[str, bytes]) -> None:
         for key, value in batch.items():
             cache.set(key, value)
 
-    def at_once(batch: dict[str, bytes]) -> None:
+    def write_in_transaction(batch: dict[str, bytes]) -> None:
         with cache.transact():
             loop(batch)
 
-    return loop if "loop" in how else at_once
+    return loop if "loop" in how else write_in_transaction
 
 
-def _writes(how: str, folder: str, seed: int, calls: int, barrier: Any) -> list[float]:
-    write, (warm, *batches) = _writer(how, folder), _batches(seed, calls + 1)
+def _time_writes(how: str, folder: str, seed: int, calls: int, barrier: Any) -> list[float]:
+    write, (warm, *batches) = _make_writer(how, folder), _make_batches(seed, calls + 1)
     write(warm)
-    barrier.wait(PATIENCE)
+    barrier.wait(CALL_TIMEOUT)
     found = []
     for batch in batches:
         start = time.perf_counter()
@@ -597,8 +613,8 @@ def _writes(how: str, folder: str, seed: int, calls: int, barrier: Any) -> list[
 WRITERS = ("diskcache, a loop of set", "diskcache, one transaction", "**embedonce**, disk")
 
 
-def processes(repeats: int) -> None:
-    """Let eight processes write one disk at once."""
+def measure_processes(repeats: int) -> None:
+    """Let eight processes write to one disk in parallel."""
     context = multiprocessing.get_context("spawn")
     print(f"\n### disk: {PROCESSES} processes write at once, {WRITTEN} vectors of 384 dimensions a call\n")
     print("| | calls | ms per call, median | p99 | max | vectors/s, all |\n| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -607,7 +623,7 @@ def processes(repeats: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 barrier = manager.Barrier(PROCESSES)
                 given = [(how, folder, seed, CALLS, barrier) for seed in range(PROCESSES)]
-                each = pool.starmap(_writes, given, chunksize=1)
+                each = pool.starmap(_time_writes, given, chunksize=1)
             found = sorted(seconds for one in each for seconds in one)
             ms = [statistics.median(found) * 1e3, found[int(len(found) * 0.99)] * 1e3, found[-1] * 1e3]
             rate = len(found) * WRITTEN / max(map(sum, each))
@@ -618,45 +634,47 @@ def processes(repeats: int) -> None:
 # --- growth ---------------------------------------------------------------------------------------
 
 
-def growth(repeats: int, most: int = 100_000) -> None:
-    """Fill each backend, and see what a batch costs and what an entry weighs."""
+def measure_growth(repeats: int, max_entries: int = 100_000) -> None:
+    """Fill each backend, and measure the time of a batch and the bytes of an entry."""
     print("\n### growth: 384 dimensions, a payload of 1,536 bytes; 2,000 texts read at random\n")
     print("| | entries | batch hit, µs per text | CPU of both sides | bytes per entry | stored, µs per text |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    _grow(OverMemory(Path()), repeats, most, lambda _: resident())
+    _measure_growth(OverMemory(Path()), repeats, max_entries, lambda _: get_resident_bytes())
     with tempfile.TemporaryDirectory() as folder:
-        _grow(OverDisk(Path(folder)), repeats, most, _size_on_disk)
-    for _, server, classes in each_server():
+        _measure_growth(OverDisk(Path(folder)), repeats, max_entries, _measure_disk_bytes)
+    for _, server, classes in iterate_servers():
         for cls in filter(is_embedonce, classes):
-            _grow(cls(Path()), repeats, most, lambda peer, server=server: _size(server, peer))
+            _measure_growth(
+                cls(Path()), repeats, max_entries, lambda peer, server=server: _measure_server_bytes(server, peer)
+            )
 
 
-def _grow(peer: Any, repeats: int, most: int, size: Callable[[Any], float]) -> None:
-    matrix = vectors(1000, 384)
-    texts = [f"growth {at}" for at in range(most)]
+def _measure_growth(peer: Any, repeats: int, max_entries: int, size: Callable[[Any], float]) -> None:
+    matrix = make_vectors(1000, 384)
+    texts = [f"growth {at}" for at in range(max_entries)]
     peer.store(["makes what is needed"], matrix[:1])
     before = size(peer)
     chance = np.random.default_rng(5)
     there = 0
     for entries in (1_000, 100_000, 1_000_000):
-        if entries > most:
+        if entries > max_entries:
             break
         start, new = time.perf_counter(), range(there, entries, 1000)
         for at in new:
             peer.store(texts[at : at + 1000], matrix)
         stored_in = (time.perf_counter() - start) / (entries - there) * 1e6
         there = entries
-        asked = Renewed([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
-        calls: Calls = {"read": lambda asked=asked: map(peer.read, chunks(asked.now))}  # type: ignore[misc]
+        asked = FreshTexts([texts[at] for at in chance.choice(entries, min(TEXTS, entries), replace=False)])
+        calls: Calls = {"read": lambda asked=asked: map(peer.read, split_chunks(asked.now))}  # type: ignore[misc]
         ((quickest, _),) = measure(calls, repeats, asked.renew).values()
         each = quickest / len(asked.now) * 1e6
-        spent = cpu(calls, repeats, asked.renew)["read"] / len(asked.now) * 1e6
+        spent = measure_cpu(calls, repeats, asked.renew)["read"] / len(asked.now) * 1e6
         weight = (size(peer) - before) / entries
         print(f"| {peer.name} | {entries:,} | {each:.1f} | {spent:.1f} | {weight:,.0f} | {stored_in:.1f} |", flush=True)
     peer.close()
 
 
-def _size(server: Any, peer: Any) -> float:
+def _measure_server_bytes(server: Any, peer: Any) -> float:
     if isinstance(server, servers.RedisServer):
         return float(server.call("INFO", "memory")["used_memory"])
     if isinstance(server, servers.PostgresServer):
@@ -671,7 +689,7 @@ def _size(server: Any, peer: Any) -> float:
         client.close()
 
 
-def _size_on_disk(peer: Any) -> float:
+def _measure_disk_bytes(peer: Any) -> float:
     return float(sum(path.stat().st_size for path in peer.folder.rglob("*") if path.is_file()))
 
 
@@ -679,17 +697,17 @@ def _size_on_disk(peer: Any) -> float:
 
 
 SECTIONS: dict[str, Callable[[int], None]] = {
-    "hits": hits,
-    "misses": misses,
-    "writes": writes,
-    "promotion": promotion,
-    "threads": threads,
-    "processes": processes,
-    "growth": growth,
+    "hits": measure_hits,
+    "misses": measure_misses,
+    "writes": measure_writes,
+    "promotion": measure_promotion,
+    "threads": measure_threads,
+    "processes": measure_processes,
+    "growth": measure_growth,
 }
 
 
-def versions() -> str:
+def list_versions() -> str:
     found = [f"Python {platform.python_version()}"]
     for package in ("embedonce", "numpy", "redis", "hiredis", "redisvl", "psycopg", "pymemcache", "diskcache"):
         try:
@@ -700,21 +718,21 @@ def versions() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the tables of the tiers that processes share.")
+    parser = argparse.ArgumentParser(description="Print the tables of the shared tiers.")
     parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9")
     parser.add_argument("--full", action="store_true", help="growth up to 1,000,000 entries: GBs of memory and disk")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
-    parser.add_argument("--servers", nargs="+", choices=KINDS, help="these servers alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="only these sections")
+    parser.add_argument("--servers", nargs="+", choices=KINDS, help="only these servers")
     options = parser.parse_args()
     for kind in [kind for kind in KINDS if options.servers and kind not in options.servers]:
         del KINDS[kind]
-    print(versions(), flush=True)
+    print(list_versions(), flush=True)
     repeats = 3 if options.quick else 9
     for name, section in SECTIONS.items():
         if options.only and name not in options.only:
             continue
-        if section is growth:
-            growth(repeats, 1_000_000 if options.full else 100_000)
+        if section is measure_growth:
+            measure_growth(repeats, 1_000_000 if options.full else 100_000)
         else:
             section(repeats)
 

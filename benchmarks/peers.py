@@ -1,8 +1,8 @@
-"""What embedonce is compared with: raw stores as floors, the loops that tutorials teach, other libraries' caches.
+"""The peers that embedonce is compared with: raw stores as floors, loops as in tutorials, other libraries' caches.
 
-Each is a small class with the same face: ``store(texts, vectors)`` once, then ``read(texts)`` gives float32 of
-shape (n, d). Whoever works in lists of floats is given lists and is asked for lists: what they cost to turn into
-a matrix is part of the price, because a matrix is what goes into a product.
+Each is a small class with the same methods: ``store(texts, vectors)`` is called once, and then ``read(texts)`` returns
+float32 of shape (n, d). A peer that works with lists of floats gets lists and returns lists; turning them into a matrix
+counts as part of its cost, because applications need a matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sha256(text: str) -> str:
 
 
 class Peer(ABC):
-    """One way to keep vectors. ``folder`` is its own, empty, for those that write files."""
+    """One way to store vectors. ``folder`` is an empty folder for peers that write files."""
 
     name: str
     note: str = ""
@@ -42,18 +42,18 @@ class Peer(ABC):
     def read(self, texts: Sequence[str]) -> Matrix: ...
 
     def read_one(self, text: str) -> Any:
-        """Return one vector, in the way that this peer has for a single text."""
+        """Return the vector of one text, by the peer's own method for a single text."""
         return self.read([text])[0]
 
-    def close(self) -> None:  # noqa: B027  (only those with files have something to do)
-        """Let go of files."""
+    def close(self) -> None:  # noqa: B027  (only peers with files override it)
+        """Close files and connections."""
 
 
 # --- floors ---------------------------------------------------------------------------------------
 
 
 class DictOfArrays(Peer):
-    """A SHA-256 per text and ``np.stack`` over a dict of arrays: what a batch in memory costs at least."""
+    """A SHA-256 per text and ``np.stack`` over a dict of arrays: the floor for a batch in memory."""
 
     name = "floor: sha256 + np.stack over a dict"
 
@@ -68,7 +68,7 @@ class DictOfArrays(Peer):
 
 
 class SelectIn(Peer):
-    """A SHA-256 per text and one ``SELECT … IN`` per batch over SQLite, joined into one matrix: the floor on disk."""
+    """A SHA-256 per text and one ``SELECT … IN`` per batch in SQLite, joined into one matrix: the floor on disk."""
 
     name = "floor: sha256 + SELECT IN"
 
@@ -94,11 +94,11 @@ class SelectIn(Peer):
         self.connection.close()
 
 
-# --- what tutorials teach -------------------------------------------------------------------------
+# --- loops as in tutorials ------------------------------------------------------------------------
 
 
 class DictOfLists(Peer):
-    """A dict of lists of floats under a SHA-256, asked text by text."""
+    """A dict of lists of floats under a SHA-256, read text by text."""
 
     name = "sha256 + dict of lists"
 
@@ -110,7 +110,7 @@ class DictOfLists(Peer):
 
 
 class SqliteJson(Peer):
-    """SQLite with the vector as JSON, a query per text."""
+    """SQLite with vectors as JSON, and one query per text."""
 
     name = "sqlite + JSON loop"
 
@@ -132,10 +132,10 @@ class SqliteJson(Peer):
 
 
 class _Diskcache(Peer):
-    """diskcache, asked text by text."""
+    """diskcache, read text by text."""
 
-    keep: Callable[[Matrix], Any]
-    give: Callable[[Any], Any]
+    encode: Callable[[Matrix], Any]
+    decode: Callable[[Any], Any]
 
     def store(self, texts: Sequence[str], vectors: Matrix) -> None:
         import diskcache
@@ -143,11 +143,11 @@ class _Diskcache(Peer):
         self.cache = diskcache.Cache(str(self.folder))
         with self.cache.transact():
             for text, vector in zip(texts, vectors, strict=True):
-                self.cache.set(sha256(text), type(self).keep(vector))
+                self.cache.set(sha256(text), type(self).encode(vector))
 
     def read(self, texts: Sequence[str]) -> Matrix:
-        give = type(self).give
-        return np.array([give(self.cache.get(sha256(text))) for text in texts], np.float32)
+        decode = type(self).decode
+        return np.array([decode(self.cache.get(sha256(text))) for text in texts], np.float32)
 
     def close(self) -> None:
         self.cache.close()
@@ -155,8 +155,8 @@ class _Diskcache(Peer):
 
 class DiskcacheBytes(_Diskcache):
     name = "diskcache loop, bytes"
-    keep = staticmethod(lambda vector: vector.tobytes())
-    give = staticmethod(lambda value: np.frombuffer(value, np.float32))
+    encode = staticmethod(lambda vector: vector.tobytes())
+    decode = staticmethod(lambda value: np.frombuffer(value, np.float32))
 
     def read(self, texts: Sequence[str]) -> Matrix:
         get = self.cache.get
@@ -166,15 +166,15 @@ class DiskcacheBytes(_Diskcache):
 class DiskcacheArrays(_Diskcache):
     name = "diskcache loop, arrays"
     note = "pickles"
-    keep = staticmethod(lambda vector: vector.copy())
-    give = staticmethod(lambda value: value)
+    encode = staticmethod(lambda vector: vector.copy())
+    decode = staticmethod(lambda value: value)
 
 
 class DiskcacheLists(_Diskcache):
     name = "diskcache loop, lists"
     note = "pickles"
-    keep = staticmethod(lambda vector: vector.tolist())
-    give = staticmethod(lambda value: value)
+    encode = staticmethod(lambda vector: vector.tolist())
+    decode = staticmethod(lambda value: value)
 
 
 class PickleFiles(Peer):
@@ -194,22 +194,22 @@ class PickleFiles(Peer):
 # --- other libraries ------------------------------------------------------------------------------
 
 
-class _Given:
-    """Hands out vectors that it was given: a model for libraries that want to compute what they store."""
+class _KnownVectors:
+    """A model that returns known vectors, for libraries that compute what they store."""
 
     def __init__(self, texts: Iterable[str], vectors: Matrix) -> None:
         self.vectors = dict(zip(texts, vectors.tolist(), strict=True))
 
-    def rows(self, texts: Sequence[str]) -> list[list[float]]:
+    def get_rows(self, texts: Sequence[str]) -> list[list[float]]:
         return [self.vectors[text] for text in texts]
 
     def forget(self) -> None:
-        """From now on a miss is an error: what is read afterwards came from the cache."""
+        """Forget the vectors, so that a later miss is an error and every read comes from the cache."""
         self.vectors = {}
 
 
 class _LangChain(Peer):
-    """LangChain's CacheBackedEmbeddings, documents and queries in one store, keys by SHA-256."""
+    """LangChain's CacheBackedEmbeddings, with documents and queries in one store under SHA-256 keys."""
 
     def byte_store(self) -> Any:
         raise NotImplementedError
@@ -218,20 +218,20 @@ class _LangChain(Peer):
         from langchain_classic.embeddings import CacheBackedEmbeddings
         from langchain_core.embeddings import Embeddings
 
-        given = _Given(texts, vectors)
+        known = _KnownVectors(texts, vectors)
 
         class Model(Embeddings):
             def embed_documents(self, texts: list[str]) -> list[list[float]]:
-                return given.rows(texts)
+                return known.get_rows(texts)
 
             def embed_query(self, text: str) -> list[float]:
-                return given.rows([text])[0]
+                return known.get_rows([text])[0]
 
         self.cache = CacheBackedEmbeddings.from_bytes_store(
             Model(), self.byte_store(), namespace="model", key_encoder="sha256", query_embedding_cache=True
         )
         self.cache.embed_documents(list(texts))
-        given.forget()
+        known.forget()
 
     def read(self, texts: Sequence[str]) -> Matrix:
         return np.array(self.cache.embed_documents(list(texts)), np.float32)
@@ -258,21 +258,21 @@ class LangChainFiles(_LangChain):
         return LocalFileStore(self.folder)
 
 
-def _llama_index_model(given: _Given, **options: Any) -> Any:
+def _llama_index_model(known: _KnownVectors, **options: Any) -> Any:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
     class Model(BaseEmbedding):
         def _get_text_embedding(self, text: str) -> list[float]:
-            return given.rows([text])[0]
+            return known.get_rows([text])[0]
 
         def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-            return given.rows(texts)
+            return known.get_rows(texts)
 
         def _get_query_embedding(self, query: str) -> list[float]:
-            return given.rows([query])[0]
+            return known.get_rows([query])[0]
 
         async def _aget_query_embedding(self, query: str) -> list[float]:
-            return given.rows([query])[0]
+            return known.get_rows([query])[0]
 
     return Model(model_name="model", embed_batch_size=256, **options)
 
@@ -286,10 +286,10 @@ class LlamaIndexEmbeddingsCache(Peer):
     def store(self, texts: Sequence[str], vectors: Matrix) -> None:
         from llama_index.core.storage.kvstore import SimpleKVStore
 
-        given = _Given(texts, vectors)
-        self.model = _llama_index_model(given, embeddings_cache=SimpleKVStore())
+        known = _KnownVectors(texts, vectors)
+        self.model = _llama_index_model(known, embeddings_cache=SimpleKVStore())
         self.model.get_text_embedding_batch(list(texts))
-        given.forget()
+        known.forget()
 
     def read(self, texts: Sequence[str]) -> Matrix:
         return np.array(self.model.get_text_embedding_batch(list(texts)), np.float32)
@@ -309,14 +309,14 @@ class LlamaIndexIngestionCache(Peer):
         from llama_index.core.ingestion import IngestionCache, IngestionPipeline
         from llama_index.core.schema import TextNode
 
-        given = _Given(texts, vectors)
-        self.pipeline = IngestionPipeline(transformations=[_llama_index_model(given)], cache=IngestionCache())
+        known = _KnownVectors(texts, vectors)
+        self.pipeline = IngestionPipeline(transformations=[_llama_index_model(known)], cache=IngestionCache())
         self.node = TextNode
         for start in range(0, len(texts), self.CHUNK):
             self.read(texts[start : start + self.CHUNK])
         for text in texts[: self.CHUNK]:
             self.read_one(text)
-        given.forget()
+        known.forget()
 
     def read(self, texts: Sequence[str]) -> Matrix:
         nodes = self.pipeline.run(nodes=[self.node(text=text, id_=str(at)) for at, text in enumerate(texts)])

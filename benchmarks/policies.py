@@ -1,7 +1,7 @@
-"""Compare what could hold the memory tier: cost of a call, hit ratio on four traces, bytes, import time.
+"""Compare candidates for the memory tier: cost of a call, hit ratio on four traces, bytes per entry, import time.
 
-Run ``python benchmarks/policies.py`` with embedonce, cachebox, cachetools and theine installed;
-one that is missing is left out. ``docs/memory.md`` has the table of one run and what it decided.
+Run ``python benchmarks/policies.py`` with embedonce, cachebox, cachetools and theine installed; a missing one is
+skipped. ``docs/memory.md`` has the table of one run and the decision.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CAPACITY = 2048
 DIMENSIONS = 384
 
 
-class Held(Protocol):
-    """What a candidate must do."""
+class Candidate(Protocol):
+    """The methods of a candidate."""
 
     get: Callable[[str], Any]
     set: Callable[[str, Any], Any]
@@ -37,8 +37,8 @@ class Held(Protocol):
 # --- candidates -------------------------------------------------------------------------------
 
 
-class Ordered:
-    """LRU as tutorials write it: an OrderedDict, ``move_to_end`` on a hit. Not safe with threads as it is."""
+class OrderedDictLru:
+    """LRU as in tutorials: an OrderedDict with ``move_to_end`` on a hit. It is not thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self._held: OrderedDict[str, Any] = OrderedDict()
@@ -60,7 +60,7 @@ class Ordered:
 
 
 class Clock:
-    """FIFO with a second chance: a hit sets a mark, eviction passes over marked keys once."""
+    """FIFO with a second chance: a hit sets a mark, and eviction skips a marked key once."""
 
     def __init__(self, capacity: int) -> None:
         self._held: OrderedDict[str, Any] = OrderedDict()
@@ -84,7 +84,7 @@ class Clock:
 
 
 class Sieve:
-    """SIEVE: as Clock, but the hand stays where it evicted and survivors keep their place."""
+    """SIEVE: like Clock, but the hand stays where it evicted, and surviving keys keep their place."""
 
     def __init__(self, capacity: int) -> None:
         self._held: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class Sieve:
                     self._marked.discard(key)
                 elif self._held.pop(key, None) is not None:
                     return
-            # A dict cannot be walked while it changes: each round of the hand walks a copy of the keys.
+            # A dict must not change during iteration, so each round of the hand iterates over a copy of the keys.
             self._hand = iter(list(self._held))
 
 
@@ -161,9 +161,9 @@ class Tier:
         self._set_many({key: value}, None)
 
 
-def _candidates() -> dict[str, Callable[[int], Held]]:
-    found: dict[str, Callable[[int], Held]] = {
-        "OrderedDict LRU": Ordered,
+def _list_candidates() -> dict[str, Callable[[int], Candidate]]:
+    found: dict[str, Callable[[int], Candidate]] = {
+        "OrderedDict LRU": OrderedDictLru,
         "clock": Clock,
         "SIEVE": Sieve,
     }
@@ -186,45 +186,45 @@ def _candidates() -> dict[str, Callable[[int], Held]]:
 
 @dataclass(frozen=True)
 class Trace:
-    """Keys in the order in which they are asked for; ``counted`` marks those whose hits are of interest."""
+    """Keys in the order of requests; ``counted`` marks the requests that count for the hit ratio."""
 
     keys: NDArray[np.int64]
     counted: NDArray[np.bool_]
 
 
-def _zipf(rng: np.random.Generator, count: int, of: int = 20_000, exponent: float = 1.0) -> NDArray[np.int64]:
+def _draw_zipf(rng: np.random.Generator, count: int, of: int = 20_000, exponent: float = 1.0) -> NDArray[np.int64]:
     weights = 1.0 / np.arange(1, of + 1) ** exponent
     return rng.choice(of, size=count, p=weights / weights.sum()).astype(np.int64)
 
 
 def queries(rng: np.random.Generator, count: int) -> Trace:
-    """Hot queries alone: 20,000 different ones, Zipf with exponent 1."""
-    return Trace(_zipf(rng, count), np.ones(count, dtype=np.bool_))
+    """Only hot queries: 20,000 different ones, Zipf-distributed with exponent 1."""
+    return Trace(_draw_zipf(rng, count), np.ones(count, dtype=np.bool_))
 
 
 def reindex(rng: np.random.Generator, count: int, batch: int = 256) -> Trace:
-    """The same queries while a corpus is indexed beside them: 256 new documents after every 256 queries."""
-    asked = _zipf(rng, count // 2).reshape(-1, batch)
+    """The same queries while a corpus is indexed: 256 new documents after every 256 queries."""
+    asked = _draw_zipf(rng, count // 2).reshape(-1, batch)
     documents = (1_000_000 + np.arange(asked.size)).reshape(-1, batch)
     keys = np.concatenate([asked, documents], axis=1).ravel()
     return Trace(keys, keys < 1_000_000)
 
 
 def shifting(rng: np.random.Generator, count: int, phases: int = 8) -> Trace:
-    """Queries whose popularity changes altogether, eight times."""
-    keys = _zipf(rng, count) + np.arange(count) // (count // phases) * 100_000
+    """Queries whose popularity changes completely, eight times."""
+    keys = _draw_zipf(rng, count) + np.arange(count) // (count // phases) * 100_000
     return Trace(keys, np.ones(count, dtype=np.bool_))
 
 
 def loop(rng: np.random.Generator, count: int) -> Trace:
-    """The same 3,072 documents in the same order, again and again: half as many again as fit."""
+    """The same 3,072 documents in the same order, repeatedly: 1.5 times the capacity."""
     return Trace(np.arange(count) % (CAPACITY * 3 // 2), np.ones(count, dtype=np.bool_))
 
 
 TRACES = {"queries": queries, "re-index": reindex, "shifting": shifting, "loop": loop}
 
 
-def hit_ratio(make: Callable[[int], Held], trace: Trace) -> float:
+def measure_hit_ratio(make: Callable[[int], Candidate], trace: Trace) -> float:
     """Return hits / requests over the counted keys; the first eighth only warms up."""
     held = make(CAPACITY)
     get, put = held.get, held.set
@@ -245,24 +245,24 @@ def hit_ratio(make: Callable[[int], Held], trace: Trace) -> float:
 
 
 def key_of(number: int) -> str:
-    """Return a key as embedonce writes it: 85 characters."""
+    """Return a key in embedonce's format: 85 characters."""
     return f"eo1.0123456789abcdef.{number:064x}"
 
 
 def sample_entry(created: float = 0.0) -> Any:
-    """Return an entry of 384 dimensions, backed by bytes of its own."""
+    """Return an entry of 384 dimensions with its own bytes."""
     from embedonce.vectors import Entry
 
     payload = np.ones(DIMENSIONS, dtype=np.float32).tobytes()
     return Entry(np.frombuffer(payload, dtype=np.float32), created)
 
 
-def get_microseconds(make: Callable[[int], Held]) -> float:
-    """Return the best of several runs of one hit, on keys that are all held."""
+def measure_get(make: Callable[[int], Candidate]) -> float:
+    """Return the cost of a hit in µs: the best of several runs over keys that are all stored."""
     held = make(CAPACITY)
     names = [key_of(i) for i in range(1000)]
     entry = sample_entry()
-    for _ in range(2):  # the second time moves a key to where hot keys live
+    for _ in range(2):  # the second round moves each key to the segment of hot keys
         for key in names:
             if held.get(key) is None:
                 held.set(key, entry)
@@ -272,18 +272,18 @@ def get_microseconds(make: Callable[[int], Held]) -> float:
         for key in names:
             get(key)
 
-    def nothing() -> None:
+    def run_empty_loop() -> None:
         for _ in names:
             pass
 
-    def best(call: Callable[[], None]) -> float:
+    def time_best(call: Callable[[], None]) -> float:
         return min(timeit.repeat(call, number=100, repeat=7))
 
-    return (best(run) - best(nothing)) / 100 / len(names) * 1e6
+    return (time_best(run) - time_best(run_empty_loop)) / 100 / len(names) * 1e6
 
 
-def set_microseconds(make: Callable[[int], Held], capacity: int = CAPACITY) -> float:
-    """Return the cost of a new entry with an eviction, a hit before each: the steady state."""
+def measure_set(make: Callable[[int], Candidate], capacity: int = CAPACITY) -> float:
+    """Return the cost in µs of a hit and a new entry that evicts another: the steady state."""
     held = make(capacity)
     entry = sample_entry()
     names = [key_of(i) for i in range(capacity + 4000)]
@@ -297,38 +297,38 @@ def set_microseconds(make: Callable[[int], Held], capacity: int = CAPACITY) -> f
     return (time.perf_counter() - start) / 4000 * 1e6
 
 
-def resident() -> int:
-    """Return the process's resident bytes (Linux)."""
+def get_resident_bytes() -> int:
+    """Return the resident memory of this process in bytes (Linux)."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def bytes_per_entry(name: str) -> float:
-    """Return resident bytes per entry: key, Entry, array, payload and container, in a process of its own."""
-    code = f"import policies; print(policies.grow({name!r}))"
+def measure_bytes_per_entry(name: str) -> float:
+    """Return resident bytes per entry (key, Entry, array, payload and container), measured in a new process."""
+    code = f"import policies; print(policies.measure_growth({name!r}))"
     path = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout)
 
 
-def grow(name: str, start: int = 40_000, stop: int = 120_000) -> float:
-    """Fill a candidate and return how much each entry after ``start`` adds to the process.
+def measure_growth(name: str, start: int = 40_000, stop: int = 120_000) -> float:
+    """Fill a candidate, and return the bytes that each entry after ``start`` adds to the process.
 
-    The first ones are not counted: they also fill what the interpreter had free.
+    The first entries are not counted, because they also fill memory that the interpreter had free.
     """
-    held = _candidates()[name](stop)
+    held = _list_candidates()[name](stop)
     for i in range(start):
         held.set(key_of(i), sample_entry(1.0))
     gc.collect()
-    before = resident()
+    before = get_resident_bytes()
     for i in range(start, stop):
         held.set(key_of(i), sample_entry(1.0))
-    return (resident() - before) / (stop - start)
+    return (get_resident_bytes() - before) / (stop - start)
 
 
-def import_milliseconds(module: str) -> float:
-    """Return the best of five imports of ``module`` in a fresh interpreter, the interpreter's start taken off."""
+def measure_import(module: str) -> float:
+    """Return the best of five imports of ``module`` in a new interpreter, without the interpreter's start-up."""
     code = f"import time; a = time.perf_counter(); import {module}; print((time.perf_counter() - a) * 1e3)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
     return min(float(run.stdout) for run in runs)
@@ -343,19 +343,19 @@ def main() -> None:
     traces = {name: make(np.random.default_rng(options.seed), options.requests) for name, make in TRACES.items()}
     print("| | get, µs | set, µs | set of 50,000, µs | bytes per entry | " + " | ".join(traces) + " |")
     print("| --- | " + " | ".join(["---:"] * (4 + len(traces))) + " |")
-    for name, make in _candidates().items():
+    for name, make in _list_candidates().items():
         cells = [
-            f"{get_microseconds(make):.2f}",
-            f"{set_microseconds(make):.1f}",
-            f"{set_microseconds(make, 50_000):.1f}",
-            f"{bytes_per_entry(name):.0f}",
-            *(f"{hit_ratio(make, trace):.3f}" for trace in traces.values()),
+            f"{measure_get(make):.2f}",
+            f"{measure_set(make):.1f}",
+            f"{measure_set(make, 50_000):.1f}",
+            f"{measure_bytes_per_entry(name):.0f}",
+            *(f"{measure_hit_ratio(make, trace):.3f}" for trace in traces.values()),
         ]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     print()
     for module in ("cachebox", "cachetools", "theine"):
         if importlib.util.find_spec(module):
-            print(f"import {module}: {import_milliseconds(module):.0f} ms")
+            print(f"import {module}: {measure_import(module):.0f} ms")
 
 
 if __name__ == "__main__":

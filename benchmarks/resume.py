@@ -1,9 +1,9 @@
-"""Embed a real corpus with the command line: cold, warm, killed at about half and resumed, one document changed.
+"""Embed a real corpus with the command line: cold, warm, killed half-way and resumed, and with one document changed.
 
     python benchmarks/resume.py --passages 100000
 
-The corpus is made by corpus.py from text that this machine has. Each row is a process of its own; the last column says
-whether the vectors of the run equal those of the cold run, row by row.
+corpus.py makes the corpus from text on this machine. Each row is a new process. The last column shows whether the
+vectors of the run equal those of the cold run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Runs:
         self.folder = folder
         self.corpus = folder / "corpus"
 
-    def configuration(self, name: str) -> Path:
+    def write_configuration(self, name: str) -> Path:
         path = self.folder / f"{name}.toml"
         path.write_text(CONFIGURATION.format(folder=self.folder / name))
         return path
@@ -50,7 +50,7 @@ class Runs:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "embedonce", "embed", self.corpus, "--json"),
-                *("--config", self.configuration(tier), "--out", self.folder / out),
+                *("--config", self.write_configuration(tier), "--out", self.folder / out),
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -59,12 +59,12 @@ class Runs:
     def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
         with process.stdout as pipe:
-            said = pipe.read()
+            output = pipe.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
-            raise SystemExit(f"embedonce embed ended with {process.returncode}")
-        report: dict[str, Any] = json.loads(said)
+            raise SystemExit(f"embedonce embed exited with status {process.returncode}")
+        report: dict[str, Any] = json.loads(output)
         return report | {"peak": usage.ru_maxrss / 1024}
 
 
@@ -78,7 +78,7 @@ def show(name: str, report: dict[str, Any], equal: str) -> None:
 
 
 def change_one_document(corpus: Path) -> tuple[Path, int]:
-    """Add a sentence to every passage of one document; return it and how many passages it has."""
+    """Add a sentence to every passage of one document; return the document and its number of passages."""
     document = sorted(path for path in corpus.rglob("*") if path.is_file())[7]
     passages = [passage for passage in document.read_text().split("\n\n") if passage.strip()]
     document.write_text("\n\n".join(f"{passage} And one more sentence." for passage in passages))
@@ -100,18 +100,18 @@ def main() -> None:
 
         start = time.monotonic()
         cold = runs.finish(runs.start("one", "cold.npy"))
-        took = time.monotonic() - start
+        cold_seconds = time.monotonic() - start
         show("cold", cold, "")
         warm = runs.finish(runs.start("one", "warm.npy"))
-        show("warm", warm, equal(runs, "cold.npy", "warm.npy"))
+        show("warm", warm, compare(runs, "cold.npy", "warm.npy"))
 
         killed = runs.start("two", "killed.npy")
-        time.sleep(took * 0.55)
+        time.sleep(cold_seconds * 0.55)
         os.kill(killed.pid, signal.SIGKILL)
         killed.communicate()
-        assert not (runs.folder / "killed.npy").exists(), "a killed run leaves no result under its name"
+        assert not (runs.folder / "killed.npy").exists(), "a killed run must not leave an output file"
         resumed = runs.finish(runs.start("two", "killed.npy"))
-        show("killed and resumed", resumed, equal(runs, "cold.npy", "killed.npy"))
+        show("killed and resumed", resumed, compare(runs, "cold.npy", "killed.npy"))
 
         document, count = change_one_document(runs.corpus)
         changed = runs.finish(runs.start("one", "changed.npy"))
@@ -119,8 +119,8 @@ def main() -> None:
     print(f"\nThe changed document is {document.name}.")
 
 
-def equal(runs: Runs, one: str, other: str) -> str:
-    """Say whether two results are the same, bit for bit."""
+def compare(runs: Runs, one: str, other: str) -> str:
+    """Return ``equal`` or ``DIFFERENT``, after comparing two output files bit by bit."""
     same = filecmp.cmp(runs.folder / one, runs.folder / other, shallow=False)
     return "equal" if same else "DIFFERENT"
 

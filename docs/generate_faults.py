@@ -64,7 +64,7 @@ def tables() -> Iterator[str]:
         try:
             yield from (f"## {TITLES[name]}", "", HEAD)
             for fault in FAULTS:
-                for operation in OPERATIONS if fault in store.strikes else ():
+                for operation in OPERATIONS if fault in store.faults else ():
                     outcomes = {face: run_cell(store, Cell(name, fault, operation, face)) for face in FACES}
                     print(name, fault, operation, file=sys.stderr)
                     yield row(store, fault, operation, outcomes)
@@ -75,16 +75,16 @@ def tables() -> Iterator[str]:
 
 def row(store: Any, fault: str, operation: Operation, outcomes: Mapping[str, Outcome]) -> str:
     """Return the line of a fault, with the figures of both faces."""
-    strike = store.strikes[fault]
+    store_fault = store.faults[fault]
     columns = [
         fault,
         operation,
-        EFFECTS[operation, strike.effect(operation)],
-        ", ".join(f"`{cause}`" for cause in sorted(strike.causes_of(operation))) or "-",
+        EFFECTS[operation, store_fault.get_effect(operation)],
+        ", ".join(f"`{cause}`" for cause in sorted(store_fault.get_causes(operation))) or "-",
         " / ".join(str(outcome.timeouts) for outcome in outcomes.values()),
-        " / ".join(milliseconds(outcome.first) for outcome in outcomes.values()),
-        " / ".join(milliseconds(outcome.later) for outcome in outcomes.values()),
-        " / ".join(f"{outcome.resumed:.1f}" for outcome in outcomes.values()),
+        " / ".join(milliseconds(outcome.first_delay) for outcome in outcomes.values()),
+        " / ".join(milliseconds(outcome.later_delay) for outcome in outcomes.values()),
+        " / ".join(f"{outcome.recovery:.1f}" for outcome in outcomes.values()),
     ]
     return f"| {' | '.join(columns)} |"
 
@@ -99,10 +99,10 @@ def explained(store: Any) -> Iterator[str]:
     yield "| fault | how it was brought about |"
     yield "| --- | --- |"
     for fault in FAULTS:
-        if fault in store.strikes:
-            yield f"| {fault} | {store.strikes[fault].how} |"
+        if fault in store.faults:
+            yield f"| {fault} | {store.faults[fault].method} |"
         else:
-            yield f"| {fault} | - ({store.absent[fault]}) |"
+            yield f"| {fault} | - ({store.not_applicable[fault]}) |"
 
 
 def listed(text: str) -> dict[tuple[str, str, str], tuple[str, set[str]]]:

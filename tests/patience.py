@@ -1,6 +1,6 @@
-"""How tests wait: on a state, for as long as it takes, and never for ever.
+"""Helpers with which tests wait for a state, up to a generous timeout.
 
-A machine that tests share may stop any thread for seconds. What is waited for here comes at once on a quiet one.
+A busy machine may suspend any thread for seconds. On a quiet machine these waits end almost at once.
 """
 
 from __future__ import annotations
@@ -19,66 +19,66 @@ from embedonce import Cache, TierBusy
 T = TypeVar("T")
 
 GENEROUS = 60.0
-"""Seconds: far more than anything takes on a busy machine, and less than pytest waits before it ends a test."""
+"""Timeout in seconds: far more than anything takes on a busy machine, and less than pytest's timeout of a test."""
 
 
 def until(true: Callable[[], object]) -> None:
-    """Return as soon as ``true()`` is."""
+    """Wait until ``true()`` returns a true value."""
     end = time.monotonic() + GENEROUS
     while not true():
-        assert time.monotonic() < end, "what is waited for does not come"
+        assert time.monotonic() < end, f"the condition did not become true within {GENEROUS:g} s"
         time.sleep(0.001)
 
 
 def until_gone(what: weakref.ref[Any]) -> None:
-    """Return when an object is gone. A thread that has used it may hold it for a moment after its answer is there."""
+    """Wait until an object is collected. A thread may still refer to it for a moment after it has answered."""
 
-    def gone() -> bool:
+    def is_gone() -> bool:
         gc.collect()
         return what() is None
 
-    until(gone)
+    until(is_gone)
 
 
 @contextmanager
 def held(lock: AbstractContextManager[Any]) -> Iterator[None]:
-    """Let another thread hold a lock, as one may at the moment of a fork."""
-    begun, end = threading.Event(), threading.Event()
+    """Let another thread hold a lock, as may happen at the moment of a fork."""
+    locked, end = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
-            begun.set()
+            locked.set()
             end.wait(GENEROUS)
 
-    holding = threading.Thread(target=hold)
-    holding.start()
+    holder = threading.Thread(target=hold)
+    holder.start()
     try:
-        assert begun.wait(GENEROUS)
+        assert locked.wait(GENEROUS)
         yield
     finally:
         end.set()
-        holding.join()
+        holder.join()
 
 
 async def auntil(true: Callable[[], object]) -> None:
-    """Let the tasks of this loop run until ``true()`` is."""
+    """Let the tasks of this event loop run until ``true()`` returns a true value."""
     async with asyncio.timeout(GENEROUS):
         while not true():
             await asyncio.sleep(0.001)
 
 
 def followers(cache: Cache) -> int:
-    """Return how many calls wait at this moment for what others compute."""
+    """Return the number of calls that wait now for vectors that other calls compute."""
     with cache._chain.in_flight._lock:
         futures = [flight._future for flight in cache._chain.in_flight._flights.values() if flight._future is not None]
     return sum(len(future._waiters) + len(future._done_callbacks) for future in futures)  # type: ignore[attr-defined]
 
 
 def made(call: Callable[[], T]) -> T:
-    """Return what a call came to that is given up after a moment; make it again where no thread was free in time.
+    """Return the result of a call with a short timeout; retry it if no thread was free in time.
 
-    A busy machine may start a thread so late that the moment is over before anything was asked: then the tier, or the
-    provider, says that it is busy, and not what this call was made for.
+    A busy machine may start a thread only after the timeout has passed. Then the tier or the provider raises
+    TierBusy, which is not what the test checks.
     """
     end = time.monotonic() + GENEROUS
     while True:
@@ -87,4 +87,4 @@ def made(call: Callable[[], T]) -> T:
         except Exception as error:
             if not isinstance(error, TierBusy) and not isinstance(error.__cause__, TierBusy):
                 raise
-            assert time.monotonic() < end, "no thread is ever free"
+            assert time.monotonic() < end, f"no thread was free within {GENEROUS:g} s"

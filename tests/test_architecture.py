@@ -1,6 +1,6 @@
-"""Imports point one way, plugins stand on public names alone, and what is imported is declared.
+"""Imports point one way, plugins use only public names, and every imported package is declared.
 
-The sources are read, not imported, so that an import inside a function counts as well.
+These tests parse the sources instead of importing them, so that imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PACKAGES = {
 
 PAGE = ROOT / "docs/design.md"
 
-MOST_LINES = 600
-"""Lines of a file; a reader sees one idea at a time."""
-LONGER = {"core/embedonce/testing/contracts/backend.py": 1100}
-"""Every standard test of a backend in one class, where a reader looks for it."""
+MAX_LINES = 600
+"""Maximum number of lines per file, so that a file holds one idea."""
+MAX_LINES_OF = {"core/embedonce/testing/contracts/backend.py": 1150}
+"""Exceptions. The contract of backends keeps every standard test in one class, where a reader looks for it."""
 
-# Core modules may import these at the top of a file; anything else inside the function that needs it.
-# A command line loads its own libraries when a command runs, a conformance kit runs under pytest.
+# Core modules may import these at the top of a file. Other imports belong in the function that requires them.
+# The command line and the conformance kit may import their own libraries at the top.
 LIGHT = {"annotated_types", "numpy", "typing_extensions", "xxhash"}
 ALLOWED_AT_TOP = {
     "hookspecs": {"pluggy"},
@@ -49,13 +49,13 @@ ALLOWED_AT_TOP = {
     "cli": {"typer"},
 }
 
-# What all integrations stand on.
+# Modules that all integrations share.
 SHARED = {"wrapping"}
 
-# Distributions that another one brings along in the version it needs.
+# Distributions that another distribution installs in the version that it requires.
 PART_OF = {"pydantic-core": "pydantic"}
 
-# Each costs tens of milliseconds, or a client library that the process may never use.
+# Each costs tens of milliseconds, or loads a client library that the process may never use.
 NOT_IMPORTED_AT_START = (
     "asyncio",
     "cachebox",
@@ -88,22 +88,24 @@ class Import(NamedTuple):
         return f"{self.file.relative_to(ROOT)}:{self.line}: {what}"
 
 
-def sources(folder: Path) -> list[Path]:
-    """Return the modules of a package; the templates of ``embedonce new`` are packages in themselves."""
+def list_sources(folder: Path) -> list[Path]:
+    """Return the files of a package, without the templates of ``embedonce new``, which are separate packages."""
     return sorted(file for file in folder.rglob("*.py") if file.relative_to(folder).parts[0] != "templates")
 
 
 @functools.cache
-def imports_of(package: str) -> Sequence[Import]:
-    return tuple(_imports_of(package))
+def list_imports(package: str) -> Sequence[Import]:
+    return tuple(_parse_imports(package))
 
 
-def _imports_of(package: str) -> Iterator[Import]:
+def _parse_imports(package: str) -> Iterator[Import]:
     folder = PACKAGES[package]
-    for file in sources(folder):
+    for file in list_sources(folder):
         inside = [package, *file.relative_to(folder).parts[:-1]]
         tree = ast.parse(file.read_text(), str(file))
-        deferred = {id(node) for block in ast.walk(tree) for part in _deferred(block) for node in ast.walk(part)}
+        deferred = {
+            id(node) for block in ast.walk(tree) for part in _get_deferred_parts(block) for node in ast.walk(part)
+        }
         for node in ast.walk(tree):
             at_top = id(node) not in deferred
             if isinstance(node, ast.Import):
@@ -116,25 +118,25 @@ def _imports_of(package: str) -> Iterator[Import]:
                     yield Import(file, node.lineno, module, alias.name, at_top)
 
 
-def _deferred(node: ast.AST) -> Sequence[ast.AST]:
+def _get_deferred_parts(node: ast.AST) -> Sequence[ast.AST]:
     """Return the parts of a node that do not run when the file is imported."""
     if isinstance(node, ast.If):
         return node.body if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") else []
     return [node] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else []
 
 
-def core_module(file: Path) -> str:
+def get_core_module(file: Path) -> str:
     """Return the module or package of ``embedonce`` that a file belongs to."""
     return file.relative_to(PACKAGES["embedonce"]).with_suffix("").parts[0]
 
 
-def module_of(package: str, file: Path) -> str:
-    """Return the dotted name of a file's module, without the package; of a package, that of its ``__init__``."""
+def get_module_name(package: str, file: Path) -> str:
+    """Return the dotted name of a file's module without the package; for a package, the name ends in ``__init__``."""
     return ".".join(file.relative_to(PACKAGES[package]).with_suffix("").parts)
 
 
-def imported_modules(entry: Import, package: str) -> Iterator[str]:
-    """Yield the modules of the package that an import names, as :func:`module_of` does."""
+def list_imported_modules(entry: Import, package: str) -> Iterator[str]:
+    """Yield the modules of ``package`` that an import refers to, named as by :func:`get_module_name`."""
     if entry.package != package:
         return
     below = entry.module.split(".")[1:]
@@ -152,20 +154,20 @@ def imported_modules(entry: Import, package: str) -> Iterator[str]:
 # --- the layout that docs/design.md shows -------------------------------------------------------
 
 
-def blocks_of_page() -> list[str]:
+def read_page_blocks() -> list[str]:
     section = PAGE.read_text().partition("\n## Where things live\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```text\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3, "docs/design.md shows the layout, the order of the core, and that of its engine"
+    assert len(blocks) == 3, "docs/design.md must show the layout, the order of the core, and the order of the engine"
     return blocks
 
 
-def order_of(block: str) -> dict[str, int]:
-    """Return the line of each name; a name imports only from lines above its own."""
+def parse_order(block: str) -> dict[str, int]:
+    """Return the line number of each name; a module imports only from lines above its own."""
     return {name: line for line, names in enumerate(block.splitlines()) for name in names.split()}
 
 
-def names_in(block: str) -> Iterator[str]:
-    """Yield the path of each file and folder of a layout. A description follows two spaces, or has its own line."""
+def parse_layout(block: str) -> Iterator[str]:
+    """Yield the path of each file and folder of a layout. Descriptions follow two spaces or have their own line."""
     folders: list[tuple[int, str]] = []
     for line in block.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -181,58 +183,60 @@ def names_in(block: str) -> Iterator[str]:
 
 
 def test_the_page_shows_every_module_and_no_other() -> None:
-    shown = set(names_in(blocks_of_page()[0]))
+    shown = set(parse_layout(read_page_blocks()[0]))
     found = {"core/embedonce/templates"}
     for package in ("embedonce", "embedonce_backends"):
-        for file in sources(PACKAGES[package]):
+        for file in list_sources(PACKAGES[package]):
             if file.stem != "__main__":
                 module = file.parent if file.stem == "__init__" else file.with_suffix("")
                 found.add(str(module.relative_to(ROOT)))
-    assert sorted(found - shown) == [], f"{PAGE.name} does not name these"
-    assert sorted(shown - found) == [], f"{PAGE.name} names these, which are not there"
+    assert sorted(found - shown) == [], f"{PAGE.name} does not name these modules"
+    assert sorted(shown - found) == [], f"{PAGE.name} names these modules, which do not exist"
 
 
 def test_core_imports_point_one_way() -> None:
-    order = order_of(blocks_of_page()[1])
-    found = {core_module(file) for file in sources(PACKAGES["embedonce"])}
-    assert set(order) == found, "docs/design.md says what each may import"
+    order = parse_order(read_page_blocks()[1])
+    found = {get_core_module(file) for file in list_sources(PACKAGES["embedonce"])}
+    assert set(order) == found, "docs/design.md must list every module of the core in the order of imports"
     wrong = []
-    for entry in imports_of("embedonce"):
-        own = core_module(entry.file)
-        for target in imported_modules(entry, "embedonce"):
+    for entry in list_imports("embedonce"):
+        own = get_core_module(entry.file)
+        for target in list_imported_modules(entry, "embedonce"):
             unit = target.partition(".")[0]
             if unit != own and order[unit] >= order[own]:
-                wrong.append(f"{entry}: {own} may not import {unit}, which does not stand above it")
+                wrong.append(f"{entry}: {own} must not import {unit}, which is not above it in docs/design.md")
     assert not wrong, "\n".join(wrong)
 
 
 def test_imports_inside_the_engine_point_one_way() -> None:
-    order = order_of(blocks_of_page()[2])
+    order = parse_order(read_page_blocks()[2])
     folder = PACKAGES["embedonce"] / "_engine"
-    assert set(order) == {file.stem for file in sources(folder)} - {"__init__"}
+    assert set(order) == {file.stem for file in list_sources(folder)} - {"__init__"}
     wrong = []
-    for entry in imports_of("embedonce"):
+    for entry in list_imports("embedonce"):
         if entry.file.parent == folder and entry.file.stem != "__init__":
-            for target in imported_modules(entry, "embedonce"):
+            for target in list_imported_modules(entry, "embedonce"):
                 package, _, name = target.partition(".")
                 if package == "_engine" and order[name] >= order[entry.file.stem]:
-                    wrong.append(f"{entry}: {entry.file.stem} may not import {name}, which does not stand above it")
+                    wrong.append(
+                        f"{entry}: {entry.file.stem} must not import {name}, which is not above it in the page"
+                    )
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_engine_and_its_neighbours_have_empty_packages() -> None:
-    """A reader imports the module that has a name, and no import of a package brings all of its modules."""
+    """An empty package makes every import name a module, and importing the package does not load all its modules."""
     for private in ("_config", "_engine", "_format", "_plugins"):
         (docstring,) = ast.parse((PACKAGES["embedonce"] / private / "__init__.py").read_text()).body
         assert isinstance(docstring, ast.Expr), private
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
-    imports: dict[str, set[str]] = {module_of(package, file): set() for file in sources(PACKAGES[package])}
-    for entry in imports_of(package):
-        if entry.file.name != "__init__.py":  # a list of names
-            imports[module_of(package, entry.file)].update(imported_modules(entry, package))
+def test_there_are_no_import_cycles(package: str) -> None:
+    imports: dict[str, set[str]] = {get_module_name(package, file): set() for file in list_sources(PACKAGES[package])}
+    for entry in list_imports(package):
+        if entry.file.name != "__init__.py":  # which only lists names
+            imports[get_module_name(package, entry.file)].update(list_imported_modules(entry, package))
     TopologicalSorter(imports).prepare()  # raises CycleError, with the modules
 
 
@@ -240,33 +244,33 @@ def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
 def test_files_are_short(package: str) -> None:
     long = [
         f"{file.relative_to(ROOT)} has {lines} lines"
-        for file in sources(PACKAGES[package])
-        if (lines := len(file.read_text().splitlines())) > LONGER.get(str(file.relative_to(ROOT)), MOST_LINES)
+        for file in list_sources(PACKAGES[package])
+        if (lines := len(file.read_text().splitlines())) > MAX_LINES_OF.get(str(file.relative_to(ROOT)), MAX_LINES)
     ]
-    assert not long, f"cut these where two jobs meet; a file has at most {MOST_LINES} lines: {', '.join(long)}"
+    assert not long, f"split these files; a file must have at most {MAX_LINES} lines: {', '.join(long)}"
 
 
 def test_core_imports_no_plugin() -> None:
     wrong = [
-        str(entry) for entry in imports_of("embedonce") if entry.package in PACKAGES and entry.package != "embedonce"
+        str(entry) for entry in list_imports("embedonce") if entry.package in PACKAGES and entry.package != "embedonce"
     ]
-    assert not wrong, "core finds plugins by name, through their entry points:\n" + "\n".join(wrong)
+    assert not wrong, "the core must find plugins through entry points, not import them:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name != "embedonce"])
-def test_plugins_stand_on_public_names_alone(package: str) -> None:
+def test_plugins_use_only_public_names(package: str) -> None:
     wrong = []
-    for entry in imports_of(package):
+    for entry in list_imports(package):
         if entry.package == "embedonce":
             parts = [*entry.module.split("."), entry.name or ""]
             if any(part.startswith("_") for part in parts):
                 wrong.append(f"{entry}: not a public name of embedonce")
             elif parts[1] in ("cli", "testing"):
-                wrong.append(f"{entry}: no part of the plugin contract")
+                wrong.append(f"{entry}: not part of the plugin contract")
         elif (package, entry.package) == ("haystack_integrations", "embedonce_integrations"):
-            continue  # an integration that lies where its framework looks for it
+            continue  # an integration in the folder where its framework looks for it
         elif entry.package in PACKAGES and entry.package != package:
-            wrong.append(f"{entry}: backends, providers and integrations know nothing of each other")
+            wrong.append(f"{entry}: backends, providers and integrations must not import each other")
     assert not wrong, "\n".join(wrong)
 
 
@@ -274,27 +278,27 @@ def test_plugins_stand_on_public_names_alone(package: str) -> None:
 def test_one_plugin_does_not_need_another(package: str) -> None:
     folder = PACKAGES[package]
     wrong = []
-    for entry in imports_of(package):
-        plugin = module_of(package, entry.file).partition(".")[0]
-        if plugin == "__init__":  # a list of names
+    for entry in list_imports(package):
+        plugin = get_module_name(package, entry.file).partition(".")[0]
+        if plugin == "__init__":  # which only lists names
             continue
-        for target in imported_modules(entry, package):
+        for target in list_imported_modules(entry, package):
             name = target.partition(".")[0]
             if name not in (plugin, *SHARED) and not (name.startswith("_") and (folder / f"{name}.py").is_file()):
                 wrong.append(str(entry))
     assert not wrong, (
-        "one file or folder, one plugin; what two of them share is a file whose name begins with _:\n"
+        "a plugin must not import another one; put shared code into a file whose name starts with _:\n"
         + "\n".join(wrong)
     )
 
 
 def test_core_defers_what_is_heavy() -> None:
     wrong = []
-    for entry in imports_of("embedonce"):
-        allowed = LIGHT | ALLOWED_AT_TOP.get(core_module(entry.file), set())
+    for entry in list_imports("embedonce"):
+        allowed = LIGHT | ALLOWED_AT_TOP.get(get_core_module(entry.file), set())
         if entry.at_top and is_third_party(entry) and entry.package not in allowed:
             wrong.append(str(entry))
-    assert not wrong, "import these inside the function that needs them:\n" + "\n".join(wrong)
+    assert not wrong, "import these inside the function that requires them:\n" + "\n".join(wrong)
 
 
 def test_import_embedonce_stays_light() -> None:
@@ -308,24 +312,24 @@ def is_third_party(entry: Import) -> bool:
     return entry.package not in PACKAGES and entry.package not in sys.stdlib_module_names
 
 
-def distribution(requirement: str) -> str:
+def get_distribution(requirement: str) -> str:
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match is not None
     name = re.sub(r"[-_.]+", "-", match[0]).lower()
     return PART_OF.get(name, name)
 
 
-@pytest.mark.skipif(QUICK, reason="only libraries that are installed say which distribution they belong to")
-def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+@pytest.mark.skipif(QUICK, reason="requires all libraries, because only an installed one names its distribution")
+def test_imports_and_declared_dependencies_match() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    default = {distribution(line) for line in project["dependencies"]}
-    extras = {distribution(line) for lines in project["optional-dependencies"].values() for line in lines}
+    default = {get_distribution(line) for line in project["dependencies"]}
+    extras = {get_distribution(line) for lines in project["optional-dependencies"].values() for line in lines}
     by_import = packages_distributions()
     used: set[str] = set()
     wrong = []
     for package in PACKAGES:
-        for entry in filter(is_third_party, imports_of(package)):
-            names = {distribution(name) for name in by_import.get(entry.package, [entry.package])}
+        for entry in filter(is_third_party, list_imports(package)):
+            names = {get_distribution(name) for name in by_import.get(entry.package, [entry.package])}
             used |= names
             if not names & (default | extras):
                 wrong.append(f"{entry}: declare {' or '.join(sorted(names))} in pyproject.toml")
@@ -334,7 +338,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     assert not unused, f"pyproject.toml declares {sorted(unused)}, which nothing imports"
 
 
-def test_entry_points_name_modules_that_are_there() -> None:
+def test_entry_points_name_modules_that_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, target in project["entry-points"]["embedonce"].items():
         package, _, module = target.partition(".")
@@ -347,9 +351,9 @@ def test_packages_are_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
 
 
-def test_what_is_tested_is_the_wheel() -> None:
+def test_the_tests_run_against_the_wheel() -> None:
     if "WHEEL_UNDER_TEST" not in os.environ:
-        pytest.skip("not under `make test`")
+        pytest.skip("runs only in `make test`")
     assert embedonce.__file__ is not None
-    assert not Path(embedonce.__file__).is_relative_to(ROOT / "core"), "the tree is on the path"
+    assert not Path(embedonce.__file__).is_relative_to(ROOT / "core"), "the source tree is on the import path"
     assert "site-packages" in Path(embedonce.__file__).parts

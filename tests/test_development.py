@@ -1,4 +1,4 @@
-"""What pages, Makefile, workflows and pyproject.toml say of each other is true."""
+"""Pages, Makefile, workflows and pyproject.toml agree with each other."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE))
 
 
-def project_file() -> dict[str, Any]:
+def read_project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-def constraints() -> dict[str, str]:
+def read_constraints() -> dict[str, str]:
     """Return the version of each distribution in constraints.txt."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))
 
 
-def found(pattern: str, file: str) -> str:
-    """Return what the group of ``pattern`` matches in a file of the project."""
+def find_text(pattern: str, file: str) -> str:
+    """Return the text that the group of ``pattern`` matches in a file of the project."""
     match = re.search(pattern, (ROOT / file).read_text("utf-8"), re.MULTILINE)
-    assert match is not None, f"{file} has nothing like {pattern}"
+    assert match is not None, f"{file} has no match for {pattern}"
     return match[1]
 
 
-def pythons_of_the_workflow() -> list[str]:
-    return re.findall(r"\d\.\d+", found(r"^ +python: \[(.+)\]$", ".github/workflows/ci.yml"))
+def find_workflow_pythons() -> list[str]:
+    return re.findall(r"\d\.\d+", find_text(r"^ +python: \[(.+)\]$", ".github/workflows/ci.yml"))
 
 
 # --- make -------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_every_target_that_a_page_names_exists(page: Path) -> None:
 
 
 def test_phony_names_every_target() -> None:
-    assert set(found(r"^\.PHONY: (.+)$", "Makefile").split()) == TARGETS
+    assert set(find_text(r"^\.PHONY: (.+)$", "Makefile").split()) == TARGETS
 
 
 def test_help_names_targets_that_exist() -> None:
@@ -66,7 +66,7 @@ def test_help_names_targets_that_exist() -> None:
 
 
 def test_windows_runs_what_make_quick_runs() -> None:
-    tests = found(r"^QUICK_TESTS := (.+)$", "Makefile")
+    tests = find_text(r"^QUICK_TESTS := (.+)$", "Makefile")
     assert tests in (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
     assert all((ROOT / path).exists() for path in tests.split())
 
@@ -75,36 +75,36 @@ def test_windows_runs_what_make_quick_runs() -> None:
 
 
 def test_the_version_is_in_one_place() -> None:
-    project = project_file()["project"]
+    project = read_project()["project"]
     assert "version" not in project
     assert "version" in project["dynamic"]
     assert version("embedonce") == embedonce.__version__
 
 
-def test_the_changes_begin_with_this_version() -> None:
-    assert found(r"^## (\S+), ", "CHANGELOG.md") == embedonce.__version__
+def test_the_changelog_starts_with_this_version() -> None:
+    assert find_text(r"^## (\S+), ", "CHANGELOG.md") == embedonce.__version__
 
 
-def test_the_hooks_and_make_lint_have_one_ruff() -> None:
-    hooks = found(r"ruff-pre-commit\n +rev: v(\S+)$", ".pre-commit-config.yaml")
-    assert hooks == constraints()["ruff"], "raise both: constraints.txt and .pre-commit-config.yaml"
+def test_the_hooks_and_make_lint_use_the_same_ruff() -> None:
+    hooks = find_text(r"ruff-pre-commit\n +rev: v(\S+)$", ".pre-commit-config.yaml")
+    assert hooks == read_constraints()["ruff"], "use the same version in constraints.txt and .pre-commit-config.yaml"
 
 
 def test_every_supported_python_is_tested() -> None:
-    project = project_file()["project"]
+    project = read_project()["project"]
     lowest = project["requires-python"].removeprefix(">=")
     promised = re.findall(r"Python :: (\d\.\d+)", "\n".join(project["classifiers"]))
-    tested = pythons_of_the_workflow()
+    tested = find_workflow_pythons()
     assert tested[0] == lowest
     assert set(promised) <= set(tested)
-    assert found(r'^supported="(.+)"$', ".ci/run").split() == tested
+    assert find_text(r'^supported="(.+)"$', ".ci/run").split() == tested
 
 
-def test_what_quick_and_lint_install_has_a_version() -> None:
-    groups = project_file()["dependency-groups"]
+def test_constraints_pin_what_quick_and_lint_install() -> None:
+    groups = read_project()["dependency-groups"]
     for group in ("lint", "test"):
         names = [re.split(r"[^\w.-]", line)[0] for line in groups[group]]
-        assert set(names) <= set(constraints()), group
+        assert set(names) <= set(read_constraints()), group
 
 
 # --- the repository ---------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_the_repository_has_one_address() -> None:
     text = "\n".join(file.read_text("utf-8") for file in files)
     addresses = set(re.findall(r"https://github\.com/embedonce/[\w.-]+", text))
     assert addresses == {REPOSITORY}
-    assert all(url.startswith(REPOSITORY) for url in project_file()["project"]["urls"].values())
+    assert all(url.startswith(REPOSITORY) for url in read_project()["project"]["urls"].values())
 
 
 @pytest.mark.parametrize("page", FOR_DEVELOPERS, ids=lambda page: page.name)

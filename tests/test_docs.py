@@ -1,19 +1,21 @@
-"""Everything that README.md and docs/ show is run: code, configurations, commands, and their output.
+"""Run every example in README.md and docs/: code, configurations and commands, and compare their output.
 
 Each page runs on its own, from top to bottom, in one folder with a copy of README.md and docs/:
 
-- ```` ```python ````: is executed; the blocks of a page share their names. ``expression  # -> value`` is compared
-  (with repr, or with what ``print`` wrote), as is a ```` ```text ```` block that comes next, where the code printed
-  something. A block with ``>>>`` is a doctest.
-- ```` ```toml ````: must be valid; a configuration (it has ``[cache]``, ``[key]``, ``[provider]``, ``[[tiers]]`` or
-  ``[tool.embedonce]``) must load. Any block whose first line is ``# NAME.EXT`` alone is first written to that file;
-  Python that is written into a folder is a module of a package, and left to those who import it.
-- ```` ```console ````: what follows ``$`` is executed; what it shows is compared, figures aside (0 stays 0).
-- ```` ```sh ````: is executed, its output compared with a ```` ```text ```` block that comes next.
-  Commands that set things up (pip, make, git, ...) are left out.
-- ``...`` or ``…`` stands for anything, on a line of its own for any lines.
+- ```` ```python ````: The block is executed; the blocks of a page share their names. ``expression  # -> value`` is
+  compared with the value's repr or with what it printed. If the code printed something and a ```` ```text ```` block
+  comes next, that is compared too. A block with ``>>>`` is a doctest.
+- ```` ```toml ````: The block must be valid. A configuration (with ``[cache]``, ``[key]``, ``[provider]``,
+  ``[[tiers]]`` or ``[tool.embedonce]``) must load.
+- ```` ```console ````: The commands after ``$`` are executed, and their output is compared, ignoring figures (except
+  0, which stays 0).
+- ```` ```sh ````: The block is executed, and its output is compared with a ```` ```text ```` block that comes next.
+  Set-up commands (pip, make, git, ...) are not executed.
+- A block of any language whose first line is only ``# NAME.EXT`` is first written to that file. Python in a folder is
+  a module of a package, and is only parsed.
+- ``...`` or ``…`` matches anything; on a line of its own it matches any lines.
 
-A block that cannot run here says so to its reader: its first line is ``# not run: REASON``. NOT_RUN counts them.
+A block that cannot run here says why: its first line is ``# not run: REASON``. NOT_RUN has their number per page.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from embedonce import config
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# How many blocks of a page are not run. Raise a number here only for what no machine of ours can run.
+# Number of blocks per page that are not run. Raise a number only for a block that no test machine can run.
 NOT_RUN: dict[str, int] = {"docs/backend-tutorial.md": 1}
 
 FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
@@ -60,7 +62,7 @@ class Fence(NamedTuple):
     language: str
     content: str
     line: int
-    """Of its first line, counted from 1."""
+    """Number of its first line, from 1."""
 
     @property
     def not_run(self) -> bool:
@@ -73,10 +75,10 @@ class Fence(NamedTuple):
 
 
 class Mismatch(AssertionError):
-    """What a page shows is not what happened."""
+    """The output on a page differs from the real output."""
 
 
-def fences_of(page: Path) -> list[Fence]:
+def parse_fences(page: Path) -> list[Fence]:
     tokens = MarkdownIt("commonmark").parse(page.read_text())
     fences = [token for token in tokens if token.type == "fence" and token.map]
     return [
@@ -89,35 +91,35 @@ def fences_of(page: Path) -> list[Fence]:
 # --- comparing --------------------------------------------------------------------------------
 
 
-def compare(shown: str, happened: str, *, loosely: bool) -> None:
-    """Raise Mismatch unless ``happened`` is what ``shown`` says, with ... for anything."""
-    prepare = _without_figures if loosely else str
-    wanted = [prepare(line) for line in _lines(shown)]
-    found = [prepare(line) for line in _lines(happened)]
-    pattern = "".join(".*?" if line in ("...", "…") else _pattern(line) + "\n" for line in wanted)
+def compare(shown: str, happened: str, *, is_loose: bool) -> None:
+    """Raise Mismatch unless ``happened`` matches ``shown``, in which ... matches anything."""
+    prepare = _remove_figures if is_loose else str
+    wanted = [prepare(line) for line in _split_lines(shown)]
+    found = [prepare(line) for line in _split_lines(happened)]
+    pattern = "".join(".*?" if line in ("...", "…") else _make_pattern(line) + "\n" for line in wanted)
     if not re.fullmatch(pattern, "".join(line + "\n" for line in found), re.DOTALL):
-        raise Mismatch(f"the page shows\n{_indented(shown)}\nbut this happened\n{_indented(happened)}")
+        raise Mismatch(f"the page shows\n{_indent(shown)}\nbut the output is\n{_indent(happened)}")
 
 
-def _lines(text: str) -> list[str]:
+def _split_lines(text: str) -> list[str]:
     lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 
-def _pattern(line: str) -> str:
+def _make_pattern(line: str) -> str:
     return "[^\n]*".join(re.escape(part) for part in re.split(r"\.\.\.|…", line))
 
 
-def _without_figures(line: str) -> str:
-    """Replace numbers but 0, with their unit, and the width of rules: they differ from one run to the next."""
+def _remove_figures(line: str) -> str:
+    """Replace numbers except 0, their units, and the width of rules, because they differ between runs."""
     line = line.replace(str(Path.home()), "~")
     line = re.sub(r"[-─━═╌]{3,}", "---", line)
     line = re.sub(r"\d+([.,:_]\d+)*", lambda match: "0" if match[0] == "0" else "#", line)
     line = re.sub(r"# ?(µs|us|ms|s|min|h|B|[kKMG]i?B)\b", "# unit", line)
-    return line.replace("# unit (#)", "# unit")  # pytest adds hours and minutes to a run of over 60 s
+    return line.replace("# unit (#)", "# unit")  # pytest adds hours and minutes if a run takes over 60 s
 
 
-def _indented(text: str) -> str:
+def _indent(text: str) -> str:
     return "\n".join("    " + line for line in text.rstrip().splitlines()) or "    (nothing)"
 
 
@@ -134,19 +136,19 @@ class Page:
         self.problems: list[str] = []
         self.not_run = 0
         self._printed: str | None = None
-        self._loosely = False
+        self._is_loose = False
 
     def run(self) -> None:
-        for fence in fences_of(self.path):
+        for fence in parse_fences(self.path):
             printed, self._printed = self._printed, None
             if fence.not_run:
                 self.not_run += 1
                 continue
             try:
                 if fence.language == "text" and printed:
-                    compare(fence.content, printed, loosely=self._loosely)
+                    compare(fence.content, printed, is_loose=self._is_loose)
                 else:
-                    self._run(fence)
+                    self._run_fence(fence)
             except Mismatch as problem:
                 self.problems.append(f"{self.name}:{fence.line}: {problem}")
             except Exception:
@@ -157,48 +159,48 @@ class Page:
             if isinstance(value, embedonce.Cache):
                 value.close()
 
-    def _run(self, fence: Fence) -> None:
+    def _run_fence(self, fence: Fence) -> None:
         if fence.file:
             target = Path(fence.file)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(fence.content)
         match fence.language:
             case "python" | "py" if ">>> " in fence.content:
-                self._doctest(fence)
+                self._run_doctest(fence)
             case "pycon":
-                self._doctest(fence)
+                self._run_doctest(fence)
             case "python" | "py":
-                self._python(fence)
+                self._run_python(fence)
             case "toml":
-                self._toml(fence)
+                self._check_toml(fence)
             case "console":
-                self._console(fence)
+                self._run_console(fence)
             case "sh" | "bash" | "shell":
-                self._shell(fence)
+                self._run_shell(fence)
             case "json":
                 json.loads(fence.content)
             case language if language not in SHOWN_ONLY:
-                raise Mismatch(f"no rule for a block of {language!r}: see the top of {Path(__file__).name}")
+                raise Mismatch(f"there is no rule for a {language!r} block; see the top of {Path(__file__).name}")
 
     # python
 
-    def _python(self, fence: Fence) -> None:
+    def _run_python(self, fence: Fence) -> None:
         if fence.file and "/" in fence.file:
             ast.parse(fence.content, fence.file)
             return
         before = fence.line - 1
         tree = ast.increment_lineno(ast.parse(fence.content, str(self.path)), before)
-        arrows = Arrows({line + before: text for line, text in _arrows(fence.content)})
+        arrows = Arrows({line + before: text for line, text in _find_arrows(fence.content)})
         tree = ast.fix_missing_locations(arrows.visit(tree))
-        if arrows.left:
-            raise Mismatch(f"'# ->' ends neither an expression nor an assignment in line {min(arrows.left)}")
+        if arrows.remaining:
+            raise Mismatch(f"'# ->' in line {min(arrows.remaining)} does not follow an expression or an assignment")
         with contextlib.redirect_stdout(io.StringIO()) as output:
             self.names[CHECK] = Check(output)
             exec(compile(tree, str(self.path), "exec"), self.names)
         self.names[CHECK].report()
-        self._printed, self._loosely = output.getvalue(), False
+        self._printed, self._is_loose = output.getvalue(), False
 
-    def _doctest(self, fence: Fence) -> None:
+    def _run_doctest(self, fence: Fence) -> None:
         test = doctest.DocTestParser().get_doctest(fence.content, self.names, self.name, str(self.path), fence.line - 1)
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
         report = io.StringIO()
@@ -209,7 +211,7 @@ class Page:
 
     # toml
 
-    def _toml(self, fence: Fence) -> None:
+    def _check_toml(self, fence: Fence) -> None:
         content = tomllib.loads(fence.content)
         in_pyproject = "embedonce" in content.get("tool", {})
         if not in_pyproject and not content.keys() & CONFIGURATION:
@@ -224,22 +226,22 @@ class Page:
             try:
                 config.load(file)
             except embedonce.ConfigError as error:
-                raise Mismatch(f"the configuration does not load:\n{_indented(str(error))}") from None
+                raise Mismatch(f"the configuration does not load:\n{_indent(str(error))}") from None
 
     # commands
 
-    def _console(self, fence: Fence) -> None:
-        for command, shown in _console_commands(fence.content):
+    def _run_console(self, fence: Fence) -> None:
+        for command, shown in _split_console(fence.content):
             if not _is_set_up(command):
-                self._command(command, shown)
+                self._run_command(command, shown)
 
-    def _shell(self, fence: Fence) -> None:
+    def _run_shell(self, fence: Fence) -> None:
         lines = re.sub(r"\\\n", " ", fence.content).splitlines()
         commands = "\n".join(line for line in lines if not _is_set_up(line))
         if commands.strip():
-            self._printed, self._loosely = self._command(commands, None), True
+            self._printed, self._is_loose = self._run_command(commands, None), True
 
-    def _command(self, command: str, shown: str | None) -> str:
+    def _run_command(self, command: str, shown: str | None) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         done = subprocess.run(
             ["bash", "-c", command],
@@ -251,9 +253,9 @@ class Page:
             timeout=100,
         )
         if shown:
-            compare(shown, done.stdout, loosely=True)
+            compare(shown, done.stdout, is_loose=True)
         elif done.returncode:
-            raise Mismatch(f"$ {command}\nended with {done.returncode}:\n{_indented(done.stdout)}")
+            raise Mismatch(f"$ {command}\nexited with status {done.returncode}:\n{_indent(done.stdout)}")
         return done.stdout
 
 
@@ -261,30 +263,30 @@ CHECK = "__check__"
 
 
 class Arrows(ast.NodeTransformer):
-    """Puts ``__check__(line, shown, value)`` in the place of every ``value  # -> shown``, at any depth."""
+    """Replaces every ``value  # -> shown``, at any depth, by ``__check__(line, shown, value)``."""
 
     def __init__(self, shown: dict[int, str]) -> None:
-        self.left = shown
+        self.remaining = shown
 
     def visit_Expr(self, node: ast.Expr) -> Any:
-        if node.end_lineno not in self.left:
+        if node.end_lineno not in self.remaining:
             return node
-        return [self._call(node, "begin"), self._call(node, "__call__", node.value)]
+        return [self._make_call(node, "begin"), self._make_call(node, "__call__", node.value)]
 
     def visit_Assign(self, node: ast.Assign) -> Any:
-        if node.end_lineno not in self.left or not isinstance(node.targets[0], ast.Name):
+        if node.end_lineno not in self.remaining or not isinstance(node.targets[0], ast.Name):
             return node
-        return [node, self._call(node, "__call__", ast.Name(node.targets[0].id, ast.Load()))]
+        return [node, self._make_call(node, "__call__", ast.Name(node.targets[0].id, ast.Load()))]
 
-    def _call(self, node: ast.stmt, method: str, *values: ast.expr) -> ast.stmt:
+    def _make_call(self, node: ast.stmt, method: str, *values: ast.expr) -> ast.stmt:
         line = node.end_lineno or 0
-        said = [ast.Constant(line), ast.Constant(self.left.pop(line)), *values] if values else []
-        call = ast.Call(ast.Attribute(ast.Name(CHECK, ast.Load()), method, ast.Load()), said, [])
+        arguments = [ast.Constant(line), ast.Constant(self.remaining.pop(line)), *values] if values else []
+        call = ast.Call(ast.Attribute(ast.Name(CHECK, ast.Load()), method, ast.Load()), arguments, [])
         return ast.copy_location(ast.Expr(call), node)
 
 
 class Check:
-    """Compares values, or what was printed since ``begin``, with what the page shows."""
+    """Compares values, or the output since ``begin``, with what the page shows."""
 
     def __init__(self, output: io.StringIO) -> None:
         self._output = output
@@ -297,7 +299,7 @@ class Check:
     def __call__(self, line: int, shown: str, value: object) -> None:
         printed = self._output.getvalue()[self._begin :]
         try:
-            compare(shown, printed if value is None and printed else repr(value), loosely=False)
+            compare(shown, printed if value is None and printed else repr(value), is_loose=False)
         except Mismatch as problem:
             self._problems.append(f"in line {line}, {problem}")
 
@@ -306,15 +308,15 @@ class Check:
             raise Mismatch("\n".join(self._problems))
 
 
-def _arrows(source: str) -> Iterator[tuple[int, str]]:
+def _find_arrows(source: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of every ``# -> text``."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.string.startswith("# -> "):
             yield token.start[0], token.string.removeprefix("# -> ")
 
 
-def _console_commands(content: str) -> Iterator[tuple[str, str]]:
-    """Yield each command with what is shown below it."""
+def _split_console(content: str) -> Iterator[tuple[str, str]]:
+    """Yield each command with the output shown below it."""
     for part in re.split(r"^\$ ", content, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
         length = 1
@@ -341,7 +343,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         runner.close()
     _report(runner.problems)
-    assert runner.not_run == NOT_RUN.get(runner.name, 0), "say in NOT_RUN how many blocks are not run"
+    assert runner.not_run == NOT_RUN.get(runner.name, 0), "set NOT_RUN to the number of blocks that are not run"
 
 
 def _report(problems: Sequence[str]) -> None:
@@ -350,50 +352,50 @@ def _report(problems: Sequence[str]) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Every relative link of a page names a file that is there, and a heading where it names one."""
+    """Every relative link of a page must lead to an existing file, and to an existing heading if it has an anchor."""
     problems = []
     for page in PAGES:
-        for link in _links(page):
+        for link in _find_links(page):
             target, _, anchor = link.partition("#")
             file = (page.parent / target) if target else page
             if not file.exists():
-                problems.append(f"{page.relative_to(ROOT)}: {link} is not there")
-            elif anchor and file.suffix == ".md" and anchor not in _anchors(file):
-                problems.append(f"{page.relative_to(ROOT)}: {link} names no heading")
+                problems.append(f"{page.relative_to(ROOT)}: the file of {link} does not exist")
+            elif anchor and file.suffix == ".md" and anchor not in _find_anchors(file):
+                problems.append(f"{page.relative_to(ROOT)}: the heading of {link} does not exist")
     _report(problems)
 
 
 def test_readme_links_are_absolute_and_name_files_of_the_repository() -> None:
     """A package index shows README.md without the files beside it, so a relative link is broken there."""
     readme = ROOT / "README.md"
-    problems = [f"{link} is relative: write {FILES_IN_REPOSITORY}{link}" for link in _links(readme)]
-    for link in _all_links(readme):
+    problems = [f"{link} is relative: write {FILES_IN_REPOSITORY}{link}" for link in _find_links(readme)]
+    for link in _find_all_links(readme):
         if link.startswith(FILES_IN_REPOSITORY):
             path, _, anchor = link.removeprefix(FILES_IN_REPOSITORY).partition("#")
             if not (ROOT / path).is_file():
                 problems.append(f"{link}: there is no file {path}")
-            elif anchor and anchor not in _anchors(ROOT / path):
+            elif anchor and anchor not in _find_anchors(ROOT / path):
                 problems.append(f"{link} names no heading")
-    texts = (token.content for token in _inline_tokens(readme) if token.type == "text")
+    texts = (token.content for token in _parse_inline(readme) if token.type == "text")
     problems += [f"{text!r}: define the link at the end of the page" for text in texts if re.search(r"\[\w.+\]", text)]
     _report(problems)
 
 
-def _links(page: Path) -> Iterator[str]:
+def _find_links(page: Path) -> Iterator[str]:
     """Yield the relative links of a page."""
-    return (link for link in _all_links(page) if not re.match(r"\w+:", link))
+    return (link for link in _find_all_links(page) if not re.match(r"\w+:", link))
 
 
-def _all_links(page: Path) -> Iterator[str]:
-    return (str(token.attrs["href"]) for token in _inline_tokens(page) if token.type == "link_open")
+def _find_all_links(page: Path) -> Iterator[str]:
+    return (str(token.attrs["href"]) for token in _parse_inline(page) if token.type == "link_open")
 
 
-def _inline_tokens(page: Path) -> Iterator[Token]:
+def _parse_inline(page: Path) -> Iterator[Token]:
     for block in MarkdownIt("commonmark").parse(page.read_text()):
         yield from block.children or ()
 
 
-def _anchors(page: Path) -> set[str]:
+def _find_anchors(page: Path) -> set[str]:
     tokens = MarkdownIt("commonmark").parse(page.read_text())
     titles = (tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open")
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -502,4 +504,4 @@ def test_a_wrong_page_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_compare_loosely(shown: str, happened: str, same: bool) -> None:
     with contextlib.nullcontext() if same else pytest.raises(Mismatch):
-        compare(shown, happened, loosely=True)
+        compare(shown, happened, is_loose=True)

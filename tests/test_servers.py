@@ -1,4 +1,4 @@
-"""The servers that the tests start: they answer, come back after a crash, and do not outlive the tests."""
+"""The servers that the tests start answer, come back after a crash, and do not outlive the tests."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from servers import (
     RedisClusterServers,
     RedisSentinelServers,
     RedisServer,
-    free_port,
-    memcached_call,
-    program,
+    find_free_port,
+    find_program,
+    send_memcached_line,
     wait_until,
 )
 
 
-def test_no_port_is_given_twice() -> None:
-    assert len({free_port() for _ in range(100)}) == 100
+def test_no_port_is_returned_twice() -> None:
+    assert len({find_free_port() for _ in range(100)}) == 100
 
 
 def test_redis_answers(redis_server: RedisServer) -> None:
@@ -44,7 +44,7 @@ def test_redis_comes_back_on_its_port() -> None:
 
 
 def test_a_cluster_has_three_masters(redis_cluster: RedisClusterServers) -> None:
-    assert redis_cluster.whole()
+    assert redis_cluster.is_complete()
     assert len(redis_cluster.members) == 3
 
 
@@ -66,7 +66,7 @@ def test_postgres_comes_back_with_its_rows() -> None:
 
 
 def test_two_memcached_answer(memcached_servers: list[str]) -> None:
-    answers = [memcached_call(address, "version") for address in memcached_servers]
+    answers = [send_memcached_line(address, "version") for address in memcached_servers]
     assert all(answer.startswith("VERSION") for answer in answers)
     assert len(memcached_servers) >= 1
 
@@ -83,7 +83,7 @@ def test_a_paused_server_accepts_and_is_silent() -> None:
 
 
 def test_no_server_outlives_tests_that_were_killed() -> None:
-    program("redis-server")
+    find_program("redis-server")
     code = (
         "import sys, time; from servers import RedisServer; server = RedisServer().start();"
         " print(server.process.pid, server.folder, flush=True); time.sleep(600)"

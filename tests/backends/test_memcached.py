@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pymemcache.exceptions import MemcacheServerError
-from servers import MemcachedServer, memcached_call, program, wait_until
+from servers import MemcachedServer, find_program, send_memcached_line, wait_until
 
 import embedonce
 from embedonce import Cache, Tier
@@ -181,9 +181,9 @@ class UnixServer(MemcachedServer):
 
     def command(self) -> list[str]:
         user = ["-u", "root"] if os.geteuid() == 0 else []
-        return [program("memcached"), "-s", self.path, *user]
+        return [find_program("memcached"), "-s", self.path, *user]
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self.path)
         return True
@@ -313,7 +313,7 @@ def test_ttl(memcached_servers: list[str], write: str, ttl: float | None, least:
     with opened(memcached_servers[:1], prefix=prefix) as backend:
         start = time.monotonic()
         getattr(backend, write)({key_of(0): b"x"}, ttl)
-        found = memcached_call(memcached_servers[0], f"mg {prefix}{key_of(0)} t")
+        found = send_memcached_line(memcached_servers[0], f"mg {prefix}{key_of(0)} t")
         gone = int(time.monotonic() - start)
         if 0 <= least <= gone and found == "EN":
             return  # it is over

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from servers import HOST, Certificates, PgBouncerServer, PostgresServer, PostgresStandby, free_port, wait_until
+from servers import HOST, Certificates, PgBouncerServer, PostgresServer, PostgresStandby, find_free_port, wait_until
 
 from embedonce import Cache, ConfigError, Entry, Tier
 from embedonce.contracts import deadline
@@ -70,7 +70,7 @@ def standby(primary: PostgresServer) -> Iterator[PostgresStandby]:
 
 
 def test_a_host_that_refuses_is_passed_over(primary: PostgresServer) -> None:
-    url = f"postgresql://postgres@{HOST}:{free_port()},{primary.address}/postgres"
+    url = f"postgresql://postgres@{HOST}:{find_free_port()},{primary.address}/postgres"
     with opened(url) as backend:
         backend.set_many(ITEMS, None)
         assert [found.keys() for found in read(backend)] == [ITEMS.keys()] * 2
@@ -109,7 +109,7 @@ def test_the_host_that_is_wanted_is_taken(primary: PostgresServer, standby: Post
         with opened(url) as backend:
             assert recovering(backend) == expected
     with opened(
-        f"postgresql://postgres@{primary.address},{HOST}:{free_port()}/postgres?target_session_attrs=prefer-standby"
+        f"postgresql://postgres@{primary.address},{HOST}:{find_free_port()}/postgres?target_session_attrs=prefer-standby"
     ) as backend:
         assert not recovering(backend)
 

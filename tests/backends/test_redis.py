@@ -120,7 +120,7 @@ class TestCluster(RedisContract):
         lost.kill()
         yield
         lost.restart()
-        wait_until(self.servers.whole, "the cluster is whole again")
+        wait_until(self.servers.is_complete, "the cluster is complete again")
 
 
 class TestBehindSentinels(RedisContract):
@@ -620,7 +620,7 @@ def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
         with pytest.raises(PartialAnswer):
             backend.get_many(list(items(60)))
         servers.members[0].restart()
-        wait_until(servers.whole, "the cluster is whole again")
+        wait_until(servers.is_complete, "the cluster is complete again")
         found = backend.get_many(list(items(60)))
         assert 0 < len(found) < 60
         backend.set_many(items(60), None)
@@ -676,7 +676,7 @@ def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str)
         with deadline(0.3), pytest.raises((NodeDown, TimeoutError)):
             backend.get_many([min(mine)])
         node.resume() if fault == "hangs" else node.restart()
-        wait_until(servers.whole, "the cluster is whole again")
+        wait_until(servers.is_complete, "the cluster is complete again")
 
 
 def test_a_cache_over_a_cluster_without_one_node(backends: Any) -> None:

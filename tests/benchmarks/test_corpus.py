@@ -1,4 +1,4 @@
-"""The corpus maker: the passages that it counts are there, the same ones each time."""
+"""The corpus generator writes the passages that it counts, and the same ones in every run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 CORPUS = Path(__file__).parents[2] / "benchmarks" / "corpus.py"
 
 
-def make(out: Path) -> Any:
+def make_corpus(out: Path) -> Any:
     command = [
         sys.executable,
         str(CORPUS),
@@ -28,25 +28,25 @@ def make(out: Path) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
 
 
-def content(folder: Path) -> dict[str, str]:
+def read_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
 
 
-def test_what_is_counted_is_there_and_the_same_each_time(tmp_path: Path) -> None:
-    counts = make(tmp_path / "one")
-    files = content(tmp_path / "one")
+def test_the_passages_match_the_counts_and_are_the_same_in_every_run(tmp_path: Path) -> None:
+    counts = make_corpus(tmp_path / "one")
+    files = read_files(tmp_path / "one")
     passages = [passage for text in files.values() for passage in text.strip().split("\n\n")]
     assert counts["passages"] == len(passages) == 1500
     assert counts["distinct"] == len(set(passages))
     assert counts["files"] == len(files)
     assert counts["bytes"] == sum(len(text.encode()) for text in files.values())
     assert all(passage == passage.strip() and 20 <= len(passage) <= 2000 for passage in passages)
-    make(tmp_path / "two")
-    assert content(tmp_path / "two") == files
+    make_corpus(tmp_path / "two")
+    assert read_files(tmp_path / "two") == files
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(subprocess.CalledProcessError):
-        make(tmp_path)
-    assert content(tmp_path) == {"mine.txt": "mine"}
+        make_corpus(tmp_path)
+    assert read_files(tmp_path) == {"mine.txt": "mine"}

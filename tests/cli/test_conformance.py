@@ -129,7 +129,7 @@ def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) 
     assert outcomes["test_use_after_close_raises"]["outcome"] == "failed"
     for name in ("test_a_miss_is_absent", "test_other_processes_use_the_store", "test_a_forked_child_uses_the_store"):
         assert outcomes[name]["outcome"] == "passed", outcomes[name]
-    assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == "ttl is not declared"
+    assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == "requires the capability ttl"
     assert (told["kind"], told["failed"] + told["passed"] + told["skipped"]) == ("backend", len(outcomes))
     timed = {(one["operation"], one["batch"]) for one in told["timings"]}
     assert timed == {(name, n) for n in (1, 256) for name in (
@@ -146,7 +146,7 @@ def test_the_report_for_people(command: Any, module: str) -> None:
     assert [line for line in done.out.splitlines() if "No such file" not in line] == [
         "passed   test_a_miss_is_absent",
         "failed   test_delete_of_what_is_not_there_is_no_error",
-        "skipped  test_count_agrees_with_what_is_there  count is not declared",
+        "skipped  test_count_agrees_with_what_is_there  requires the capability count",
         "",
         "mypackage:FileBackend, a backend: 1 passed, 1 skipped, 1 failed",
     ]
@@ -206,18 +206,18 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["nothing_of_that_name:X"], "there is no module nothing_of_that_name, neither installed nor in this folder"),
         (["mypackage:FileBackand"], "mypackage has no FileBackand; did you mean FileBackend?"),
         (["mypackage:Neither"], "is neither a backend (get_many, set_many) nor a provider (embed or aembed)"),
-        (["mypackage:STORE"], "mypackage:STORE is no class and no function"),
+        (["mypackage:STORE"], "mypackage:STORE is neither a class nor a function"),
         (["dsik"], 'no plugin "dsik" is installed; did you mean "disk"?'),
         (["mypackage:FileBackend", "-o", "paht=x"], 'unknown option "paht"; did you mean path?'),
-        (["mypackage:FileBackend", "-o", "path"], "an option is written as name=value"),
-        (["mypackage:FileBackend", "-o", "path=a", "-o", "path=b"], "option path is given twice"),
+        (["mypackage:FileBackend", "-o", "path"], "an option must be written as name=value"),
+        (["mypackage:FileBackend", "-o", "path=a", "-o", "path=b"], "option path is set twice"),
         (["mypackage:LettersProvider", "-o", "first=many"], "option first must be a whole number"),
-        (["mypackage:SharedBackend"], "write {new} into an option that tells stores apart"),
+        (["mypackage:SharedBackend"], "write {new} into an option that separates stores"),
         (["mypackage:SharedBackend", "-o", "prefix={server}"], "say where it listens with --server HOST:PORT"),
         (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server has no use"),
         (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server is written as HOST:PORT"),
-        (["mypackage:UndeclaredBackend"], "a backend has its capabilities: capabilities = Capabilities(...)"),
-        (["mypackage:FileBackend", "-o", "password=wrong"], "its message is hidden: it repeats a secret"),
+        (["mypackage:UndeclaredBackend"], "a backend must declare its capabilities: capabilities = Capabilities(...)"),
+        (["mypackage:FileBackend", "-o", "password=wrong"], "message hidden because it contains a secret option"),
     ],
 )
 def test_what_cannot_be_tried_is_named(command: Any, module: str, arguments: list[str], wanted: str) -> None:

@@ -181,7 +181,7 @@ def test_forget_reports_every_tier_that_fails(forget: Forget) -> None:
         with pytest.raises(EraseIncomplete, match="stubborn") as caught:
             forget(cache, ["text"])
         assert caught.value.tiers == {
-            "down": "ConnectionRefusedError: a fault on purpose",
+            "down": "ConnectionRefusedError: an injected fault",
             "stubborn": "it cannot delete",
         }
         assert "text" not in str(caught.value)

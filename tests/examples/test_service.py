@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from servers import HOST, RedisServer, free_port, wait_until
+from servers import HOST, RedisServer, find_free_port, wait_until
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "service" / "service.py"
 PREFIX = "embed:v1:"
@@ -30,7 +30,7 @@ class Service:
     """The example in its own process."""
 
     def __init__(self, redis: RedisServer, log: Path, **environment: str) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
         self.log = log
         self.environment = {**os.environ, "REDIS_URL": redis.url, "EMBED_TIMEOUT": "60s", **environment}
         self.environment["EMBEDONCE__CACHE__FLUSH_TIMEOUT"] = "60s"

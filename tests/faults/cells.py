@@ -1,4 +1,4 @@
-"""One cell of the fault matrix: a cache over one store, a fault, and what must hold before, during and after it."""
+"""One cell of the fault matrix: a cache over one store, a fault, and the checks before, during and after it."""
 
 from __future__ import annotations
 
@@ -43,56 +43,58 @@ FAULTS = (
 )
 
 TIMEOUT = 0.5
-"""Of the tier, in seconds, where calls get no answer. What does not keep it never ends: see FAULTS."""
-PATIENT = 60.0
-"""The tier's timeout for all else: a busy machine must not make one of its own."""
-RESUME = 60.0
-"""Seconds after which service is taken for lost, once the fault has ended."""
+"""The tier's timeout, in seconds, for faults in which calls get no answer."""
+LONG_TIMEOUT = 60.0
+"""The tier's timeout for all other faults, so that a busy machine causes no timeout."""
+RECOVERY_TIMEOUT = 60.0
+"""Seconds after the end of the fault within which the store must serve again."""
 CALLS = 5
-"""Calls while the fault lasts."""
-KNOWN = 12
+"""Number of calls during the fault."""
+KNOWN_COUNT = 12
+"""Number of texts that are stored before the fault."""
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
-    """What a fault does to one store."""
+class StoreFault:
+    """A fault of one store, and its effects."""
 
-    how: str
-    """How the test brings it about, for the docs."""
+    method: str
+    """How the test injects the fault, for the docs."""
     causes: frozenset[str]
-    """Under which of these errors are counted; which of them, chance decides. Empty: there are none."""
+    """Causes that errors may be counted under; timing decides which. Empty if there are no errors."""
     read: Effect = "fails"
-    """What becomes of reads: they fail, are served, find nothing, or one or the other."""
+    """Effect on reads: they fail, are served, find nothing, or partly fail."""
     write: Effect = "fails"
-    twice: bool = True
-    """It may be brought about and ended again for each call of a test."""
+    """Effect on writes."""
+    is_repeatable: bool = True
+    """Whether the fault can start and end again for each call of a test."""
 
-    def effect(self, operation: Operation) -> Effect:
-        """Return what becomes of reads, or of writes."""
+    def get_effect(self, operation: Operation) -> Effect:
+        """Return the effect on reads or on writes."""
         return self.read if operation == "read" else self.write
 
-    def causes_of(self, operation: Operation) -> frozenset[str]:
-        """Return the causes that errors of reads, or of writes, may have."""
-        return self.causes if self.effect(operation) in ("fails", "partly") else frozenset()
+    def get_causes(self, operation: Operation) -> frozenset[str]:
+        """Return the causes that errors of reads or of writes may have."""
+        return self.causes if self.get_effect(operation) in ("fails", "partly") else frozenset()
 
 
 class Store(Protocol):
-    """A real store, and the faults that it can have."""
+    """A real store, and its possible faults."""
 
     name: str
-    strikes: Mapping[str, Strike]
-    absent: Mapping[str, str]
-    """Why a fault makes no sense here."""
-    apart: int
-    """Of how many nodes each is left out by itself, and costs a timeout of its own."""
+    faults: Mapping[str, StoreFault]
+    not_applicable: Mapping[str, str]
+    """The reason why a fault does not apply to this store, by fault."""
+    separate_nodes: int
+    """Number of nodes that the backend skips separately, each at the cost of one timeout."""
 
     def backend(self, fault: str) -> Backend: ...
 
-    def fault(self, fault: str) -> AbstractContextManager[None]: ...
+    def inject(self, fault: str) -> AbstractContextManager[None]: ...
 
 
 class Cell(NamedTuple):
-    """Where a row and a column of the matrix meet."""
+    """One combination of store, fault, operation and face."""
 
     store: str
     fault: str
@@ -102,22 +104,22 @@ class Cell(NamedTuple):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a cell showed; times in seconds."""
+    """The measurements of one cell; times in seconds."""
 
     causes: set[str] = field(default_factory=set)
-    """Under which causes errors were counted; ``corrupt`` for values that were refused."""
+    """Causes of the errors that were counted; ``corrupt`` for values that were refused."""
     timeouts: int = 0
-    """How many calls waited until the tier's timeout while the fault lasted."""
-    first: float = 0.0
-    """How much longer the first call took than one without the fault."""
-    later: float = 0.0
-    """The same of a later call, the median."""
-    resumed: float = 0.0
-    """From the end of the fault until the tier answers again."""
+    """Number of calls that waited until the tier's timeout during the fault."""
+    first_delay: float = 0.0
+    """Delay of the first call, compared with a call without the fault."""
+    later_delay: float = 0.0
+    """Median delay of the later calls."""
+    recovery: float = 0.0
+    """Time from the end of the fault until the tier serves again."""
 
 
 class Caller:
-    """Makes the same calls through either face; the event loop stays the same from first to last."""
+    """Makes the same calls through the sync or the async face; all async calls run in one event loop."""
 
     def __init__(self, cache: Cache, runner: asyncio.Runner | None) -> None:
         self.cache = cache
@@ -135,26 +137,26 @@ class Caller:
             self.runner.run(self.cache.aclose())
 
 
-class StruckProvider(CountingProvider):
-    """Lets something happen when it is asked: after the cache has read, before it writes."""
+class ProviderWithHook(CountingProvider):
+    """Calls a function once in its next ``embed``: after the cache has read, and before it writes."""
 
-    happens: Callable[[], None] | None = None
+    before_embed: Callable[[], None] | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         answer = self.embed
 
         def embed(texts: Sequence[str], task: Task, /) -> Embedded:
-            happens, self.happens = self.happens, None
-            if happens is not None:
-                happens()
+            before_embed, self.before_embed = self.before_embed, None
+            if before_embed is not None:
+                before_embed()
             return answer(texts, task)
 
         self.embed = embed
 
 
-class Lines(logging.Handler):
-    """The lines that embedonce logs."""
+class LogLines(logging.Handler):
+    """A log handler that collects embedonce's warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -165,8 +167,8 @@ class Lines(logging.Handler):
 
 
 @contextmanager
-def listening() -> Iterator[Lines]:
-    lines = Lines()
+def capture_log() -> Iterator[LogLines]:
+    lines = LogLines()
     logger = logging.getLogger("embedonce")
     logger.addHandler(lines)
     try:
@@ -175,39 +177,39 @@ def listening() -> Iterator[Lines]:
         logger.removeHandler(lines)
 
 
-class Run:
+class CellRun:
     """One run of one cell."""
 
     def __init__(self, store: Store, cell: Cell) -> None:
         self.store = store
         self.cell = cell
-        self.strike = store.strikes[cell.fault]
-        self.effect = self.strike.effect(cell.operation)
-        self.provider = StruckProvider(model=f"{cell.store}-{uuid4().hex}", dimensions=64)
+        self.fault = store.faults[cell.fault]
+        self.effect = self.fault.get_effect(cell.operation)
+        self.provider = ProviderWithHook(model=f"{cell.store}-{uuid4().hex}", dimensions=64)
         self.events: list[Event] = []
         self.thread = threading.get_ident()
-        self.waited: list[Event] = []
-        """Those of the thread that calls: what they tell of, a call has waited for."""
+        self.awaited_events: list[Event] = []
+        """Events from the calling thread, and so of operations that a call has waited for."""
         self.numbers = count()
         self.outcome = Outcome()
-        self.known = self.texts(KNOWN)
+        self.known = self.make_texts(KNOWN_COUNT)
 
-    def heard(self, event: Event) -> None:
-        """Take note of an event."""
+    def record_event(self, event: Event) -> None:
+        """Record an event."""
         self.events.append(event)
         if threading.get_ident() == self.thread:
-            self.waited.append(event)
+            self.awaited_events.append(event)
 
-    def texts(self, number: int) -> list[str]:
-        """Return texts that nobody has asked for yet."""
+    def make_texts(self, number: int) -> list[str]:
+        """Return new texts, which the cache has not seen."""
         return [f"text {next(self.numbers)}" for _ in range(number)]
 
     @contextmanager
-    def opened(self) -> Iterator[Caller]:
+    def open_cache(self) -> Iterator[Caller]:
         write: Literal["inline", "background"] = "inline" if self.cell.operation == "write" else "background"
-        timeout = TIMEOUT if "timeout" in self.strike.causes_of(self.cell.operation) else PATIENT
+        timeout = TIMEOUT if "timeout" in self.fault.get_causes(self.cell.operation) else LONG_TIMEOUT
         tier = Tier(self.store.backend(self.cell.fault), name=self.store.name, timeout=timeout, write=write)
-        cache = Cache(self.provider, [tier], listeners=[self.heard])
+        cache = Cache(self.provider, [tier], listeners=[self.record_event])
         with ExitStack() as stack:
             runner = stack.enter_context(asyncio.Runner()) if self.cell.face == "async" else None
             caller = Caller(cache, runner)
@@ -215,8 +217,8 @@ class Run:
             yield caller
 
     def fetch(self, caller: Caller, texts: Sequence[str]) -> tuple[Fetched, float]:
-        """Fetch, see that every row is right and that one timeout is the most it cost, and return how long it took."""
-        before = self.timeouts()
+        """Fetch and return the answer and its seconds, after checking each row and that it cost at most one timeout."""
+        before = self.count_timeouts()
         start = time.perf_counter()
         fetched = caller.fetch(texts)
         seconds = time.perf_counter() - start
@@ -224,115 +226,115 @@ class Run:
         for text, row in zip(texts, fetched.rows, strict=True):
             assert row is not None
             assert row.tobytes() == self.provider.vector_of(text).tobytes(), f"a wrong vector for {text!r}"
-        assert self.timeouts() - before <= 1, "a call waited for the tier more than once"
+        assert self.count_timeouts() - before <= 1, "a call waited for more than one timeout of the tier"
         return fetched, seconds
 
-    def timeouts(self, *operations: Operation) -> int:
-        """Return how many calls to the backend were waited for until their timeout."""
+    def count_timeouts(self, *operations: Operation) -> int:
+        """Return the number of backend calls that a call waited for until their timeout."""
         kinds = tuple(KINDS[operation] for operation in operations or OPERATIONS)
-        return sum(isinstance(event, kinds) and event.cause == "timeout" for event in self.waited)
+        return sum(isinstance(event, kinds) and event.cause == "timeout" for event in self.awaited_events)
 
-    def settle(self, caller: Caller, texts: Sequence[str]) -> float:
-        """Call until every text comes from the store, and return how long that took."""
+    def fetch_until_served(self, caller: Caller, texts: Sequence[str]) -> float:
+        """Fetch until every text comes from the store, and return the seconds that this took."""
         start = time.monotonic()
         while True:
             fetched, _ = self.fetch(caller, texts)
             seconds = time.monotonic() - start
             if set(fetched.sources) == {self.store.name}:
                 return seconds
-            assert seconds < RESUME, f"not back after {seconds:.0f} s: {caller.cache.stats()}"
+            assert seconds < RECOVERY_TIMEOUT, f"the store does not serve after {seconds:.0f} s: {caller.cache.stats()}"
             time.sleep(0.02)
 
-    # --- the three parts of a cell --------------------------------------------------------------
+    # --- before, during and after the fault -----------------------------------------------------
 
     def run(self) -> Outcome:
-        with listening() as lines, self.opened() as caller:
-            usual = self.prepared(caller)
+        with capture_log() as lines, self.open_cache() as caller:
+            baseline = self.store_known_texts(caller)
             self.events.clear()
-            self.waited.clear()
+            self.awaited_events.clear()
             lines.said.clear()
-            seconds = self.reads(caller) if self.cell.operation == "read" else self.writes(caller)
-            self.outcome.first = max(0.0, seconds[0] - usual)
-            self.outcome.later = max(0.0, median(seconds[1:]) - usual)
-            struck = list(self.events)
-            self.outcome.timeouts = self.timeouts(self.cell.operation)
-            self.check_timeouts(struck)
-            self.outcome.resumed = self.settle(caller, [*self.known, *self.texts(4)])
-            self.settled(caller)
-        self.check_counts(struck)
+            seconds = self.run_reads(caller) if self.cell.operation == "read" else self.run_writes(caller)
+            self.outcome.first_delay = max(0.0, seconds[0] - baseline)
+            self.outcome.later_delay = max(0.0, median(seconds[1:]) - baseline)
+            during_fault = list(self.events)
+            self.outcome.timeouts = self.count_timeouts(self.cell.operation)
+            self.check_timeouts(during_fault)
+            self.outcome.recovery = self.fetch_until_served(caller, [*self.known, *self.make_texts(4)])
+            self.wait_for_closed_breakers(caller)
+        self.check_counts(during_fault)
         self.check_lines(lines.said)
         return self.outcome
 
-    def prepared(self, caller: Caller) -> float:
-        """Let the known texts be stored, and return the seconds of a call without a fault.
+    def store_known_texts(self, caller: Caller) -> float:
+        """Store the known texts, and return the seconds of a call without a fault.
 
-        On a machine that is busy enough a call may time out here already: then that is over before the fault begins.
+        On a busy machine a call may time out here; the tier recovers from that before the fault begins.
         """
-        self.settle(caller, self.known)
-        usual = median(self.fetch(caller, self.mixed())[1] for _ in range(3))
-        self.settled(caller)
-        self.settle(caller, self.known)
-        return usual
+        self.fetch_until_served(caller, self.known)
+        baseline = median(self.fetch(caller, self.make_call_texts())[1] for _ in range(3))
+        self.wait_for_closed_breakers(caller)
+        self.fetch_until_served(caller, self.known)
+        return baseline
 
-    def mixed(self) -> list[str]:
-        """Return texts of which some are stored; for writes none is."""
-        new = self.texts(3)
+    def make_call_texts(self) -> list[str]:
+        """Return stored and new texts for a read, and only new ones for a write."""
+        new = self.make_texts(3)
         return [*self.known[:5], *new, *self.known[5:]] if self.cell.operation == "read" else new
 
-    def reads(self, caller: Caller) -> list[float]:
-        """Ask again and again while the fault lasts."""
-        with self.store.fault(self.cell.fault):
-            return [self.fetch(caller, self.mixed())[1] for _ in range(CALLS)]
+    def run_reads(self, caller: Caller) -> list[float]:
+        """Make all calls during one fault, and return their seconds."""
+        with self.store.inject(self.cell.fault):
+            return [self.fetch(caller, self.make_call_texts())[1] for _ in range(CALLS)]
 
-    def writes(self, caller: Caller) -> list[float]:
-        """Let the fault begin when the texts have been looked up and are about to be stored."""
-        if not self.strike.twice:
-            return self.struck_write(caller, CALLS - 1)
-        seconds = self.struck_write(caller, 0)
-        while not any(isinstance(event, Stored) for event in self.events):  # the look-up before it had timed out
-            self.settled(caller)
-            seconds = self.struck_write(caller, 0)
-        if self.effect == "fails":  # later a probe may come when the fault has just ended
+    def run_writes(self, caller: Caller) -> list[float]:
+        """Make calls in which the fault begins after the look-up and before the write; return their seconds."""
+        if not self.fault.is_repeatable:
+            return self.write_during_fault(caller, CALLS - 1)
+        seconds = self.write_during_fault(caller, 0)
+        while not any(isinstance(event, Stored) for event in self.events):  # its look-up had timed out
+            self.wait_for_closed_breakers(caller)
+            seconds = self.write_during_fault(caller, 0)
+        if self.effect == "fails":  # checked here, because later a probe may run when the fault has just ended
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
-        return [*seconds, *(self.struck_write(caller, 0)[0] for _ in range(1, CALLS))]
+        return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
-    def struck_write(self, caller: Caller, later: int) -> list[float]:
-        with ExitStack() as fault:
-            self.provider.happens = lambda: fault.enter_context(self.store.fault(self.cell.fault))
-            seconds = [self.fetch(caller, self.mixed())[1] for _ in range(1 + later)]
-            self.provider.happens = None
+    def write_during_fault(self, caller: Caller, later: int) -> list[float]:
+        with ExitStack() as stack:
+            self.provider.before_embed = lambda: stack.enter_context(self.store.inject(self.cell.fault))
+            seconds = [self.fetch(caller, self.make_call_texts())[1] for _ in range(1 + later)]
+            self.provider.before_embed = None
             return seconds
 
-    def settled(self, caller: Caller) -> None:
-        """Let both breakers close, so that every line that is still to come is there."""
-        end = time.monotonic() + RESUME
-        while self.open_now():
-            self.fetch(caller, self.mixed())
-            caller.cache.flush(RESUME)
+    def wait_for_closed_breakers(self, caller: Caller) -> None:
+        """Wait until both breakers are closed and all writes are done, so that every line has been logged."""
+        end = time.monotonic() + RECOVERY_TIMEOUT
+        while self.is_a_breaker_open():
+            self.fetch(caller, self.make_call_texts())
+            caller.cache.flush(RECOVERY_TIMEOUT)
             assert time.monotonic() < end, "a breaker stays open"
             time.sleep(0.02)
-        assert caller.cache.flush(RESUME)
+        assert caller.cache.flush(RECOVERY_TIMEOUT)
 
-    def open_now(self) -> bool:
+    def is_a_breaker_open(self) -> bool:
         state = {event.operation: event.state for event in self.events if isinstance(event, TierChanged)}
         return "open" in state.values()
 
-    # --- what was counted and said --------------------------------------------------------------
+    # --- checks of what was counted and logged --------------------------------------------------
 
-    def check_timeouts(self, struck: Sequence[Event]) -> None:
-        """A fault costs one timeout; after that the breaker keeps calls away, until a probe finds an answer."""
+    def check_timeouts(self, during_fault: Sequence[Event]) -> None:
+        """Check that calls wait for no more timeouts than a breaker has opened, plus one per separate node."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
-        changes = [event for event in struck if isinstance(event, TierChanged)]
+        changes = [event for event in during_fault if isinstance(event, TierChanged)]
         for operation in OPERATIONS:
             opened = sum(change.operation == operation and change.state == "open" for change in changes)
-            assert self.timeouts(operation) <= opened + self.store.apart - 1, struck
+            assert self.count_timeouts(operation) <= opened + self.store.separate_nodes - 1, during_fault
 
-    def check_counts(self, struck: Sequence[Event]) -> None:
-        """An error is counted as one, under its cause; never as a hit or a miss."""
+    def check_counts(self, during_fault: Sequence[Event]) -> None:
+        """Check that errors are counted as errors under one of their causes, never as hits or misses."""
         found: Counter[str] = Counter()
         kind = KINDS[self.cell.operation]
-        for event in struck:
+        for event in during_fault:
             if isinstance(event, kind):
                 for name in ("hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped"):
                     found[name] += getattr(event, name, 0)
@@ -341,7 +343,7 @@ class Run:
                     self.outcome.causes.add(event.cause)
         if found["corrupt"]:
             self.outcome.causes.add("corrupt")
-        assert self.outcome.causes <= self.strike.causes_of(self.cell.operation)
+        assert self.outcome.causes <= self.fault.get_causes(self.cell.operation)
         if self.effect == "partly":
             return
         wrong = {name: number for name, number in found.items() if number}
@@ -351,10 +353,10 @@ class Run:
         else:
             assert found["errors"] == found["corrupt"] == found["skipped"] == found["dropped"] == 0, wrong
         if self.effect == "serves" and self.cell.operation == "read":
-            assert found["hits"] == CALLS * KNOWN, wrong
+            assert found["hits"] == CALLS * KNOWN_COUNT, wrong
 
     def check_lines(self, said: Sequence[str]) -> None:
-        """One line per change of state."""
+        """Check that one line is logged per change of state."""
         changes = [event for event in self.events if isinstance(event, TierChanged)]
         for operation in OPERATIONS:
             states = ["closed", *(change.state for change in changes if change.operation == operation)]
@@ -363,7 +365,7 @@ class Run:
             opened = [line for line in said if f"{operation}s are failing" in line]
             closed = [line for line in said if f"{operation}s work again" in line]
             assert (len(opened), len(closed)) == (states.count("open"), states.count("closed") - 1), said
-        # Beside those: a node's own state, values that were refused, and one line for background writes that fail.
+        # Other lines: changes of a node's state, corrupt values, and one line for failed background writes.
         rest = [line for line in said if line not in {*opened_or_closed(said)}]
         nodes = [line for line in rest if NODE.match(line)]
         for node in {NODE.match(line)[1] for line in nodes}:  # type: ignore[index]
@@ -383,5 +385,5 @@ def opened_or_closed(said: Sequence[str]) -> list[str]:
 
 
 def run_cell(store: Store, cell: Cell) -> Outcome:
-    """Run one cell, and return what it showed."""
-    return Run(store, cell).run()
+    """Run one cell, and return its measurements."""
+    return CellRun(store, cell).run()

@@ -1,4 +1,4 @@
-"""The stores of the fault matrix: real servers behind proxies, and how each fault is brought about."""
+"""The stores of the fault matrix: real servers behind proxies, and how each fault is injected."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from faults.cells import FACES, FAULTS, OPERATIONS, Cell, Strike
+from faults.cells import FACES, FAULTS, OPERATIONS, Cell, StoreFault
 from servers import (
     HOST,
-    START,
+    START_TIMEOUT,
     MemcachedServer,
     PostgresServer,
     RedisClusterServers,
     RedisSentinelServers,
     RedisServer,
-    _Sentinel,
+    SentinelServer,
     wait_until,
 )
 
@@ -39,8 +39,8 @@ NETWORK: Mapping[str, NetworkFault] = {
     "reset mid-reply": NetworkFault("reset", after=3),
     "garbage": NetworkFault("garbage"),
 }
-ON_THE_LINE: Mapping[str, str] = {
-    "refused": "nobody listens, and connections are reset",
+NETWORK_METHODS: Mapping[str, str] = {
+    "refused": "connecting is refused, and connections are reset",
     "black hole": "nothing gets through, and connections stay open",
     "slow": "replies drip, a byte at a time",
     "reset mid-reply": "each connection is reset after three bytes of a reply",
@@ -52,22 +52,27 @@ def causes(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-NONE = causes()
+NO_CAUSES = causes()
 
 
-def on_the_line(*, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]) -> dict[str, Strike]:
-    """Return what the network does, with the causes where connections end, where nobody answers, and for garbage."""
-    found = (ended, silent, silent, ended, garbled)
-    return {fault: Strike(how, of) for (fault, how), of in zip(ON_THE_LINE.items(), found, strict=True)}
+def make_network_faults(
+    *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
+) -> dict[str, StoreFault]:
+    """Return the network faults, with the causes of errors for ended connections, no replies, and garbage."""
+    causes_by_fault = (ended, silent, silent, ended, garbled)
+    return {
+        fault: StoreFault(method, of)
+        for (fault, method), of in zip(NETWORK_METHODS.items(), causes_by_fault, strict=True)
+    }
 
 
-class Served:
-    """A store of servers, each behind a proxy of its own."""
+class ServerStore:
+    """A store of one or more servers, each behind its own proxy."""
 
     name: ClassVar[str]
-    strikes: ClassVar[Mapping[str, Strike]]
-    absent: ClassVar[Mapping[str, str]] = {}
-    apart: ClassVar[int] = 1
+    faults: ClassVar[Mapping[str, StoreFault]]
+    not_applicable: ClassVar[Mapping[str, str]] = {}
+    separate_nodes: ClassVar[int] = 1
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -76,7 +81,7 @@ class Served:
     def close(self) -> None:
         self.stack.close()
 
-    def behind_proxy(self, port: int) -> FaultProxy:
+    def add_proxy(self, port: int) -> FaultProxy:
         proxy = self.stack.enter_context(FaultProxy(HOST, port))
         self.proxies.append(proxy)
         return proxy
@@ -85,16 +90,16 @@ class Served:
         raise NotImplementedError
 
     @contextmanager
-    def fault(self, fault: str) -> Iterator[None]:
+    def inject(self, fault: str) -> Iterator[None]:
         if fault in NETWORK:
-            with self.on_the_line(NETWORK[fault]):
+            with self.set_network_fault(NETWORK[fault]):
                 yield
         else:
             with getattr(self, fault.replace(" ", "_").replace("-", "_"))():
                 yield
 
     @contextmanager
-    def on_the_line(self, fault: NetworkFault) -> Iterator[None]:
+    def set_network_fault(self, fault: NetworkFault) -> Iterator[None]:
         for proxy in self.proxies:
             proxy.fault = fault
         try:
@@ -104,7 +109,7 @@ class Served:
                 proxy.heal()
 
     @contextmanager
-    def killed(self, *servers: Any) -> Iterator[None]:
+    def kill(self, *servers: Any) -> Iterator[None]:
         for server in servers:
             server.kill()
         try:
@@ -116,32 +121,36 @@ class Served:
 
 # --- Redis --------------------------------------------------------------------------------------
 
-ENDED = causes("ConnectionError", "ConnectionResetError")
-"""redis' own error or the socket's: it depends on where the connection ends."""
+CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
+"""redis-py's error or the socket's, depending on the moment at which the connection ends."""
 
 
-def redis_strikes(ended: frozenset[str]) -> dict[str, Strike]:
-    """Return the faults of Redis, with the causes where connections end."""
+def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
+    """Return the faults of Redis, with ``ended`` as the causes of errors for ended connections."""
     return {
-        # Random bytes may also begin as a reply does, and then the rest of it is waited for.
-        **on_the_line(ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended),
-        "killed and restarted": Strike("kill -9, then started again, empty", ended, twice=False),
-        "out of memory or disk full": Strike(
+        # Random bytes may begin like a reply; then the client waits for the rest of it.
+        **make_network_faults(
+            ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended
+        ),
+        "killed and restarted": StoreFault("kill -9, then started again, empty", ended, is_repeatable=False),
+        "out of memory or disk full": StoreFault(
             "`maxmemory 1` without eviction", causes("OutOfMemoryError"), read="serves"
         ),
-        "read-only": Strike("it is made a replica", causes("ReadOnlyError"), read="serves"),
-        "wrong password": Strike(
+        "read-only": StoreFault("it is made a replica", causes("ReadOnlyError"), read="serves"),
+        "wrong password": StoreFault(
             "the password is changed and connections are ended", ended | causes("AuthenticationError")
         ),
-        "evicting": Strike("`maxmemory` with `allkeys-random`, and others write", NONE, read="forgets", write="serves"),
+        "evicting": StoreFault(
+            "`maxmemory` with `allkeys-random`, and others write", NO_CAUSES, read="forgets", write="serves"
+        ),
     }
 
 
-class Redis(Served):
-    """One Redis."""
+class Redis(ServerStore):
+    """One Redis server."""
 
     name = "redis"
-    strikes: ClassVar[Mapping[str, Strike]] = redis_strikes(ENDED)
+    faults: ClassVar[Mapping[str, StoreFault]] = make_redis_faults(CONNECTION_ENDED)
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +159,7 @@ class Redis(Served):
     def start(self) -> None:
         self.server: Any = self.stack.enter_context(RedisServer(password=PASSWORD))
         self.nodes: list[Any] = [self.server]
-        self.proxy = self.behind_proxy(self.server.port)
+        self.proxy = self.add_proxy(self.server.port)
 
     def backend(self, fault: str) -> Backend:
         from embedonce_backends.redis import RedisBackend
@@ -162,13 +171,13 @@ class Redis(Served):
         return f"redis://:{PASSWORD}@{address}/0"
 
     def killed_and_restarted(self) -> Any:
-        return self.killed(self.server)
+        return self.kill(self.server)
 
-    def configured(self, **settings: str) -> Any:
-        return configured(self.nodes, settings)
+    def change_settings(self, **settings: str) -> Any:
+        return change_settings(self.nodes, settings)
 
     def out_of_memory_or_disk_full(self) -> Any:
-        return self.configured(maxmemory="1")
+        return self.change_settings(maxmemory="1")
 
     @contextmanager
     def read_only(self) -> Iterator[None]:
@@ -197,18 +206,18 @@ class Redis(Served):
         with ExitStack() as stack:
             for node, limit in limits:
                 settings = {"maxmemory": str(limit), "maxmemory-policy": "allkeys-random"}
-                stack.enter_context(configured([node], settings))
-                fill(node)
+                stack.enter_context(change_settings([node], settings))
+                fill_redis(node)
             yield
 
 
-def fill(node: Any) -> None:
-    """Write until a Redis evicts, and has evicted much."""
+def fill_redis(node: Any) -> None:
+    """Write to a Redis server until it has evicted more than 1,000 keys."""
     import redis
 
     with redis.Redis(host=HOST, port=node.port, password=node.password, protocol=2) as client:
-        # In a cluster a node takes the keys of its own slots alone, so they all have the hash tag of one.
-        tag = next(tag for tag in map(str, range(10_000)) if holds(client, tag))
+        # A cluster node accepts only the keys of its own slots, so all keys have a hash tag of one of them.
+        tag = next(tag for tag in map(str, range(10_000)) if owns_slot_of(client, tag))
         with client.pipeline(transaction=False) as pipeline:
             for number in range(2_000):
                 pipeline.set(f"{{{tag}}}{number}", bytes(1_000), ex=60)
@@ -216,7 +225,7 @@ def fill(node: Any) -> None:
         assert int(client.info("stats")["evicted_keys"]) > 1_000
 
 
-def holds(client: Any, tag: str) -> bool:
+def owns_slot_of(client: Any, tag: str) -> bool:
     import redis
 
     try:
@@ -227,8 +236,8 @@ def holds(client: Any, tag: str) -> bool:
 
 
 @contextmanager
-def configured(nodes: list[Any], settings: Mapping[str, str]) -> Iterator[None]:
-    """Change settings of Redis servers for a while."""
+def change_settings(nodes: list[Any], settings: Mapping[str, str]) -> Iterator[None]:
+    """Change settings of Redis servers, and restore them at the end."""
     before = [(node, key, node.call("CONFIG", "GET", key)) for node in nodes for key in settings]
     for node in nodes:
         for key, value in settings.items():
@@ -242,8 +251,8 @@ def configured(nodes: list[Any], settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def without_writing(nodes: list[Any]) -> Iterator[None]:
-    """Take away the right to write."""
+def forbid_writes(nodes: list[Any]) -> Iterator[None]:
+    """Take the permission to write away, and restore it at the end."""
     for node in nodes:
         node.call("ACL", "SETUSER", "default", "-@write")
     try:
@@ -254,19 +263,19 @@ def without_writing(nodes: list[Any]) -> Iterator[None]:
 
 
 class Cluster(Redis):
-    """A Redis cluster of three; the nodes name the proxies as their addresses."""
+    """A Redis cluster of three nodes, which announce the proxies as their addresses."""
 
     name = "cluster"
-    strikes: ClassVar[Mapping[str, Strike]] = {
-        **redis_strikes(ENDED | causes("NodeDown")),
-        "killed and restarted": Strike(
+    faults: ClassVar[Mapping[str, StoreFault]] = {
+        **make_redis_faults(CONNECTION_ENDED | causes("NodeDown")),
+        "killed and restarted": StoreFault(
             "one node of three: kill -9, then started again, empty",
-            ENDED | causes("NodeDown", "ClusterDownError"),
+            CONNECTION_ENDED | causes("NodeDown", "ClusterDownError"),
             read="partly",
             write="partly",
-            twice=False,
+            is_repeatable=False,
         ),
-        "read-only": Strike("an ACL takes the right to write away", causes("NoPermissionError"), read="serves"),
+        "read-only": StoreFault("an ACL takes the right to write away", causes("NoPermissionError"), read="serves"),
     }
 
     def start(self) -> None:
@@ -274,15 +283,18 @@ class Cluster(Redis):
         self.servers = servers
         self.nodes = servers.members
         for node in self.nodes:
-            proxy = self.behind_proxy(node.port)
+            proxy = self.add_proxy(node.port)
             node.options = (*node.options, "--cluster-announce-port", str(proxy.address[1]))
             node.options = (*node.options, "--cluster-announce-bus-port", str(node.bus))
             node.call("CONFIG", "SET", "cluster-announce-bus-port", str(node.bus))
             node.call("CONFIG", "SET", "cluster-announce-port", str(proxy.address[1]))
         ports = {proxy.address[1] for proxy in self.proxies}
-        wait_until(lambda: all(self.announced(node) == ports for node in self.nodes), "the nodes name the proxies")
+        wait_until(
+            lambda: all(self.list_announced_ports(node) == ports for node in self.nodes),
+            "the nodes announce the proxies",
+        )
 
-    def announced(self, node: Any) -> set[int]:
+    def list_announced_ports(self, node: Any) -> set[int]:
         return {int(port) for shard in node.call("CLUSTER", "SLOTS") for _, port, *_ in shard[2:]}
 
     def url(self, fault: str) -> str:
@@ -291,28 +303,30 @@ class Cluster(Redis):
 
     @contextmanager
     def killed_and_restarted(self) -> Iterator[None]:
-        with self.killed(self.nodes[0]):
+        with self.kill(self.nodes[0]):
             yield
-        wait_until(self.servers.whole, "the cluster is whole again")
+        wait_until(self.servers.is_complete, "the cluster is complete again")
 
     def read_only(self) -> Any:
-        return without_writing(self.nodes)
+        return forbid_writes(self.nodes)
 
 
 class Sentinel(Redis):
-    """A master behind a proxy whose address a sentinel tells; a set with a replica, to fail over, for the kill."""
+    """A master behind a proxy that a sentinel announces. For the kill, a second master with a replica and sentinels."""
 
     name = "sentinel"
-    strikes: ClassVar[Mapping[str, Strike]] = {
-        **redis_strikes(ENDED),
-        "killed and restarted": Strike("the master: kill -9; the replica becomes the master", ENDED, twice=False),
+    faults: ClassVar[Mapping[str, StoreFault]] = {
+        **make_redis_faults(CONNECTION_ENDED),
+        "killed and restarted": StoreFault(
+            "the master: kill -9; the replica becomes the master", CONNECTION_ENDED, is_repeatable=False
+        ),
     }
 
     def start(self) -> None:
         self.server = self.stack.enter_context(RedisServer(password=PASSWORD))
         self.nodes = [self.server]
-        self.proxy = self.behind_proxy(self.server.port)
-        sentinel = _Sentinel(self.proxy.address[1], "embeddings", 1)
+        self.proxy = self.add_proxy(self.server.port)
+        sentinel = SentinelServer(self.proxy.address[1], "embeddings", 1)
         sentinel.configuration = (
             f"bind {HOST}\n"
             f"dir {sentinel.folder}\n"
@@ -336,38 +350,42 @@ class Sentinel(Redis):
         assert self.set is not None
         self.set.master.kill()
         yield
-        self.set.look_for_master()
+        self.set.allow_failover()
 
 
 # --- Postgres -----------------------------------------------------------------------------------
 
-FULL = """
+DISK_FULL_TRIGGER = """
 CREATE OR REPLACE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN RAISE EXCEPTION USING ERRCODE = 'disk_full', MESSAGE = 'no space left on device'; END $$;
 CREATE OR REPLACE TRIGGER full_disk BEFORE INSERT ON public.embedonce EXECUTE FUNCTION full_disk();
 """
 
 
-class Postgres(Served):
-    """Postgres, with a role that needs a password."""
+class Postgres(ServerStore):
+    """Postgres, with a role that has a password."""
 
     name = "postgres"
-    strikes: ClassVar[Mapping[str, Strike]] = {
-        **on_the_line(
+    faults: ClassVar[Mapping[str, StoreFault]] = {
+        **make_network_faults(
             ended=causes("OperationalError"),
             silent=causes("timeout"),
             garbled=causes("DatabaseError", "OperationalError", "timeout"),
         ),
-        "killed and restarted": Strike(
-            "kill -9 of all its processes, then started again", causes("OperationalError"), twice=False
+        "killed and restarted": StoreFault(
+            "kill -9 of all its processes, then started again", causes("OperationalError"), is_repeatable=False
         ),
-        "out of memory or disk full": Strike("a trigger raises `disk_full`", causes("DiskFull"), read="serves"),
-        "read-only": Strike("`default_transaction_read_only` is set", causes("ReadOnlySqlTransaction"), read="serves"),
-        "wrong password": Strike(
+        "out of memory or disk full": StoreFault("a trigger raises `disk_full`", causes("DiskFull"), read="serves"),
+        "read-only": StoreFault(
+            "`default_transaction_read_only` is set", causes("ReadOnlySqlTransaction"), read="serves"
+        ),
+        "wrong password": StoreFault(
             "the password is changed and sessions are ended", causes("AdminShutdown", "OperationalError")
         ),
     }
-    absent: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; rows go when they have expired"}
+    not_applicable: ClassVar[Mapping[str, str]] = {
+        "evicting": "Postgres evicts nothing; rows go when they have expired"
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +397,7 @@ class Postgres(Served):
             "CREATE EXTENSION IF NOT EXISTS vector"
         )
         self.server.reload()
-        self.proxy = self.behind_proxy(self.server.port)
+        self.proxy = self.add_proxy(self.server.port)
 
     def backend(self, fault: str) -> Backend:
         from embedonce_backends.postgres import PostgresBackend
@@ -398,7 +416,7 @@ class Postgres(Served):
 
     @contextmanager
     def read_only(self) -> Iterator[None]:
-        """Let transactions be read-only by default, in the sessions that there are too."""
+        """Make transactions read-only by default, including those of open sessions."""
         self.set_read_only("on")
         try:
             yield
@@ -408,10 +426,10 @@ class Postgres(Served):
     def set_read_only(self, value: str) -> None:
         self.server.call(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
         self.server.call("SELECT pg_reload_conf()")
-        wait_until(lambda: self.server.call("SHOW default_transaction_read_only") == value, "the setting is taken")
+        wait_until(lambda: self.server.call("SHOW default_transaction_read_only") == value, "the setting applies")
 
     @contextmanager
-    def with_sql(self, before: str, after: str) -> Iterator[None]:
+    def run_sql_around(self, before: str, after: str) -> Iterator[None]:
         self.server.call(before)
         try:
             yield
@@ -419,7 +437,7 @@ class Postgres(Served):
             self.server.call(after)
 
     def out_of_memory_or_disk_full(self) -> Any:
-        return self.with_sql(FULL, "DROP TRIGGER full_disk ON public.embedonce")
+        return self.run_sql_around(DISK_FULL_TRIGGER, "DROP TRIGGER full_disk ON public.embedonce")
 
     @contextmanager
     def wrong_password(self) -> Iterator[None]:
@@ -437,26 +455,30 @@ class Postgres(Served):
 
 
 MEMCACHED_ENDED = causes("ConnectionRefusedError", "ConnectionResetError", "MemcacheUnexpectedCloseError", "NodeDown")
-SILENT = causes("NodeDown", "timeout")
+MEMCACHED_SILENT = causes("NodeDown", "timeout")
 
 
-class Memcached(Served):
-    """Two memcached nodes, both struck."""
+class Memcached(ServerStore):
+    """Two memcached nodes; each fault affects both."""
 
     name = "memcached"
-    apart = 2
-    strikes: ClassVar[Mapping[str, Strike]] = {
-        **on_the_line(ended=MEMCACHED_ENDED, silent=SILENT, garbled=SILENT),
-        "killed and restarted": Strike("both nodes: kill -9, then started again, empty", MEMCACHED_ENDED, twice=False),
-        "out of memory or disk full": Strike(
+    separate_nodes = 2
+    faults: ClassVar[Mapping[str, StoreFault]] = {
+        **make_network_faults(ended=MEMCACHED_ENDED, silent=MEMCACHED_SILENT, garbled=MEMCACHED_SILENT),
+        "killed and restarted": StoreFault(
+            "both nodes: kill -9, then started again, empty", MEMCACHED_ENDED, is_repeatable=False
+        ),
+        "out of memory or disk full": StoreFault(
             "both nodes are full and were started with `-M`",
             causes("MemcacheServerError"),
             read="serves",
-            twice=False,
+            is_repeatable=False,
         ),
-        "evicting": Strike("others fill both nodes", NONE, read="forgets", write="serves", twice=False),
+        "evicting": StoreFault(
+            "others fill both nodes", NO_CAUSES, read="forgets", write="serves", is_repeatable=False
+        ),
     }
-    absent: ClassVar[Mapping[str, str]] = {
+    not_applicable: ClassVar[Mapping[str, str]] = {
         "read-only": "memcached has no such state",
         "wrong password": "the tier has no password: memcached is kept private by its network",
     }
@@ -464,7 +486,7 @@ class Memcached(Served):
     def __init__(self) -> None:
         super().__init__()
         self.servers = [self.stack.enter_context(MemcachedServer()) for _ in range(2)]
-        self.addresses = [self.behind_proxy(server.port).url_port for server in self.servers]
+        self.addresses = [self.add_proxy(server.port).url_port for server in self.servers]
         self.small: list[MemcachedServer] = []
 
     def backend(self, fault: str) -> Backend:
@@ -482,7 +504,7 @@ class Memcached(Served):
         return MemcachedBackend(servers=addresses)
 
     def killed_and_restarted(self) -> Any:
-        return self.killed(*self.servers)
+        return self.kill(*self.servers)
 
     @contextmanager
     def out_of_memory_or_disk_full(self) -> Iterator[None]:
@@ -502,14 +524,14 @@ class Memcached(Served):
         yield
 
 
-def fill_memcached(server: MemcachedServer, size: int, most: int = 30_000) -> None:
-    """Store values of one size until a node refuses, or has so many."""
+def fill_memcached(server: MemcachedServer, size: int, max_values: int = 30_000) -> None:
+    """Store values of one size until the node refuses one, or has ``max_values``."""
     from pymemcache.client.base import Client
     from pymemcache.exceptions import MemcacheServerError
 
     client = Client((HOST, server.port), default_noreply=False)
     try:
-        for start in range(0, most, 500):
+        for start in range(0, max_values, 500):
             client.set_many({f"{size}.{start + number}": bytes(size) for number in range(500)}, noreply=False)
     except MemcacheServerError:
         pass
@@ -530,29 +552,33 @@ with sqlite3.connect(sys.argv[1], isolation_level=None) as other:
 
 
 class Disk:
-    """A folder of this host."""
+    """A folder on this host."""
 
     name = "disk"
-    apart = 1
-    strikes: ClassVar[Mapping[str, Strike]] = {
-        "black hole": Strike("another process holds the lock of those who write", causes("timeout"), read="serves"),
-        "garbage": Strike(
+    separate_nodes = 1
+    faults: ClassVar[Mapping[str, StoreFault]] = {
+        "black hole": StoreFault("another process holds the write lock", causes("timeout"), read="serves"),
+        "garbage": StoreFault(
             "the files are overwritten with random bytes; later their folder is emptied",
             causes("DatabaseError", "corrupt"),
             read="partly",
             write="partly",
-            twice=False,
+            is_repeatable=False,
         ),
-        "killed and restarted": Strike("kill -9 of a process that is writing", NONE, read="serves", write="serves"),
-        "out of memory or disk full": Strike("no file may grow (`RLIMIT_FSIZE`)", causes("OSError"), read="serves"),
-        "evicting": Strike("others write more than `max_bytes`", NONE, read="forgets", write="serves", twice=False),
+        "killed and restarted": StoreFault(
+            "kill -9 of a process that is writing", NO_CAUSES, read="serves", write="serves"
+        ),
+        "out of memory or disk full": StoreFault("no file may grow (`RLIMIT_FSIZE`)", causes("OSError"), read="serves"),
+        "evicting": StoreFault(
+            "others write more than `max_bytes`", NO_CAUSES, read="forgets", write="serves", is_repeatable=False
+        ),
     }
-    absent: ClassVar[Mapping[str, str]] = {
-        "refused": "nobody listens on a file",
-        "slow": "no read of a file ends half-way; a slow disk cannot be told to be faster",
+    not_applicable: ClassVar[Mapping[str, str]] = {
+        "refused": "a file has no listener",
+        "slow": "a file read does not drip, and a test cannot end a slow disk's slowness",
         "reset mid-reply": "there is no connection",
-        "read-only": "a file that is open stays writable; opened read-only, it is an error as a full disk is",
-        "wrong password": "there is none",
+        "read-only": "an open file stays writable; opening it read-only fails like a full disk",
+        "wrong password": "the disk tier has no password",
     }
 
     def __init__(self) -> None:
@@ -573,13 +599,15 @@ class Disk:
         return DiskBackend(path=self.path, max_bytes=2**20 if fault == "evicting" else 2**26)
 
     @contextmanager
-    def fault(self, fault: str) -> Iterator[None]:
+    def inject(self, fault: str) -> Iterator[None]:
         with getattr(self, fault.replace(" ", "_").replace("-", "_"))():
             yield
 
     @contextmanager
     def black_hole(self) -> Iterator[None]:
-        other = sqlite3.connect(self.path / "cache.db", isolation_level=None, check_same_thread=False, timeout=START)
+        other = sqlite3.connect(
+            self.path / "cache.db", isolation_level=None, check_same_thread=False, timeout=START_TIMEOUT
+        )
         try:
             other.execute("BEGIN IMMEDIATE")
             yield
@@ -604,15 +632,15 @@ class Disk:
             assert writer.stdout is not None
             assert writer.stdout.readline()
             writer.kill()
-            writer.wait(START)
+            writer.wait(START_TIMEOUT)
         yield
 
     @contextmanager
     def out_of_memory_or_disk_full(self) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # SQLite's index of its log is 32 KiB from the start.
-        most = max(2**15, (self.path / "cache.db-wal").stat().st_size)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        # At least 32 KiB, the initial size of SQLite's index of the WAL.
+        max_bytes = max(2**15, (self.path / "cache.db-wal").stat().st_size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
         try:
             yield
         finally:
@@ -635,7 +663,7 @@ CELLS = [
     Cell(name, fault, operation, face)
     for name, store in STORES.items()
     for fault in FAULTS
-    if fault in store.strikes
+    if fault in store.faults
     for operation in OPERATIONS
     for face in FACES
 ]

@@ -1,4 +1,4 @@
-"""What a hostile network, server or neighbour can do to the tiers that machines share, beyond the matrix."""
+"""Attacks on shared tiers by a hostile network, server or neighbour that the fault matrix does not cover."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import redis
-from faults.cells import FACES, RESUME, Caller, Face
+from faults.cells import FACES, RECOVERY_TIMEOUT, Caller, Face
 from servers import HOST, MemcachedServer, PostgresServer, RedisClusterServers, RedisServer, Server, wait_until
 
 from embedonce import Cache, EraseIncomplete, Tier, TierError
@@ -28,14 +28,14 @@ from embedonce_backends.memcached import MemcachedBackend
 from embedonce_backends.postgres import PostgresBackend
 from embedonce_backends.redis import RedisBackend
 
-PATIENT = 60.0
+LONG_TIMEOUT = 60.0
 TEXTS = [f"text {number}" for number in range(30)]
 
 faces = pytest.mark.parametrize("face", FACES)
 
 
-class Asked:
-    """A cache over one tier, asked through one face; every answer is checked."""
+class CheckedCache:
+    """A cache over one tier, called through one face; it checks every answer."""
 
     def __init__(self, cache: Cache, provider: CountingProvider, runner: asyncio.Runner | None) -> None:
         self.cache = cache
@@ -49,8 +49,8 @@ class Asked:
             assert row.tobytes() == self.provider.vector_of(text).tobytes(), text
         return list(fetched.sources)
 
-    def until_back(self) -> None:
-        wait_until(lambda: self.fetch() == ["far"] * len(TEXTS), "the tier serves", RESUME)
+    def wait_until_served(self) -> None:
+        wait_until(lambda: self.fetch() == ["far"] * len(TEXTS), "the tier serves", RECOVERY_TIMEOUT)
 
     @property
     def causes(self) -> Counter[str]:
@@ -58,21 +58,23 @@ class Asked:
 
 
 @contextmanager
-def asked(backend: Backend, face: Face, *, timeout: float = PATIENT, **options: Any) -> Iterator[Asked]:
+def open_checked(
+    backend: Backend, face: Face, *, timeout: float = LONG_TIMEOUT, **options: Any
+) -> Iterator[CheckedCache]:
     provider = CountingProvider(dimensions=32)
     clock = options.pop("clock", None)
     tier = Tier(backend, name="far", timeout=timeout, write="inline", **options)
     cache = Cache(provider, [tier], **({"clock": clock} if clock else {}))
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner()) if face == "async" else None
-        one = Asked(cache, provider, runner)
+        one = CheckedCache(cache, provider, runner)
         stack.callback(one.caller.close)
         yield one
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Any]]:
-    """One of each, that a test may stop."""
+    """One server of each kind, which a test may pause."""
     with RedisServer() as redis, PostgresServer() as postgres, MemcachedServer() as memcached:
         yield {"redis": redis, "postgres": postgres, "memcached": memcached}
 
@@ -85,7 +87,7 @@ def kind(request: pytest.FixtureRequest, servers: dict[str, Any]) -> Iterator[st
     servers["memcached"].call("flush_all")
 
 
-def backend_of(kind: str, address: str, **options: Any) -> Any:
+def make_backend(kind: str, address: str, **options: Any) -> Any:
     if kind == "redis":
         return RedisBackend(url=f"redis://{address}/0", **options)
     if kind == "postgres":
@@ -93,12 +95,12 @@ def backend_of(kind: str, address: str, **options: Any) -> Any:
     return MemcachedBackend(servers=[address], **options)
 
 
-# --- servers that hang, names that stand for nothing ------------------------------------------------
+# --- servers that hang, names that do not resolve ---------------------------------------------------
 
 
 @contextmanager
-def stopped(server: Server) -> Iterator[None]:
-    """Let a server hang, all of it."""
+def pause(server: Server) -> Iterator[None]:
+    """Pause a server with all its processes."""
     server.pause()
     try:
         yield
@@ -111,9 +113,9 @@ def test_a_server_that_is_stopped_costs_one_timeout_with_a_lease_too(
     kind: str, face: Face, servers: dict[str, Any]
 ) -> None:
     server = servers[kind]
-    tier = Tier(backend_of(kind, server.address), name="far", timeout=0.5, lease=PATIENT)
+    tier = Tier(make_backend(kind, server.address), name="far", timeout=0.5, lease=LONG_TIMEOUT)
     provider = CountingProvider()
-    with Cache(provider, [tier]) as cache, stopped(server):
+    with Cache(provider, [tier]) as cache, pause(server):
         vectors = asyncio.run(cache.aembed_batch(TEXTS)) if face == "async" else cache.embed_batch(TEXTS)
         assert (vectors[0] == provider.vector_of(TEXTS[0])).all()
         assert cache.stats().tiers["far"].causes == {"timeout": len(TEXTS)}
@@ -124,10 +126,10 @@ def test_a_server_that_is_stopped_holds_up_no_listing(
 ) -> None:
     monkeypatch.setattr("embedonce_backends._pages.PAGE_SECONDS", 0.3)
     server = servers[kind]
-    tier = Tier(backend_of(kind, server.address), name="far", timeout=0.5, write="inline")
+    tier = Tier(make_backend(kind, server.address), name="far", timeout=0.5, write="inline")
     with Cache(CountingProvider(), [tier]) as cache:
         cache.embed_batch(TEXTS)
-        with stopped(server):
+        with pause(server):
             assert cache.contents()[0].error
             with pytest.raises(EraseIncomplete):
                 cache.purge(version="v1")
@@ -138,22 +140,22 @@ def test_a_server_that_is_stopped_holds_up_no_listing(
 
 @faces
 def test_a_server_that_is_stopped_costs_one_timeout(kind: str, face: Face, servers: dict[str, Any]) -> None:
-    """Its system goes on accepting connections: nothing but a deadline tells."""
+    """The operating system still accepts connections, so only a deadline reveals that the server hangs."""
     server = servers[kind]
-    with asked(backend_of(kind, server.address), face, timeout=0.5) as one:
-        one.until_back()
+    with open_checked(make_backend(kind, server.address), face, timeout=0.5) as one:
+        one.wait_until_served()
         before = one.causes["timeout"]
-        with stopped(server):
+        with pause(server):
             for _ in range(5):
                 one.fetch()
             paid = one.causes["timeout"] - before
         assert paid == len(TEXTS)
-        one.until_back()
+        one.wait_until_served()
 
 
 @faces
-def test_a_name_that_stands_for_nothing_is_an_error(kind: str, face: Face) -> None:
-    with asked(backend_of(kind, "no-such-host.invalid:9"), face) as one:
+def test_a_host_name_that_does_not_resolve_is_an_error(kind: str, face: Face) -> None:
+    with open_checked(make_backend(kind, "no-such-host.invalid:9"), face) as one:
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes.total() == 3 * len(TEXTS)
@@ -162,7 +164,7 @@ def test_a_name_that_stands_for_nothing_is_an_error(kind: str, face: Face) -> No
 
 @faces
 def test_addresses_of_ipv6(kind: str, face: Face) -> None:
-    with asked(backend_of(kind, "[::1]:9"), face) as one:
+    with open_checked(make_backend(kind, "[::1]:9"), face) as one:
         assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes.keys() <= {"ConnectionError", "ConnectionRefusedError", "OperationalError", "OSError"}
 
@@ -176,8 +178,8 @@ def test_a_password_of_odd_characters_in_a_url(servers: dict[str, Any]) -> None:
     server.reload()
     url = f"postgresql://odd:{quote(secret, safe='')}@{server.address}/postgres"
     backend = PostgresBackend(url=url, table="odd")
-    with asked(backend, "sync") as one:
-        one.until_back()
+    with open_checked(backend, "sync") as one:
+        one.wait_until_served()
         assert secret not in repr(backend)
         assert not one.causes
 
@@ -187,8 +189,8 @@ def test_a_password_of_odd_characters_in_a_url(servers: dict[str, Any]) -> None:
 
 def test_many_loops_in_many_threads(kind: str, servers: dict[str, Any]) -> None:
     provider = CountingProvider(dimensions=32)
-    backend = backend_of(kind, servers[kind].address)
-    with Cache(provider, [Tier(backend, name="far", timeout=PATIENT)]) as cache:
+    backend = make_backend(kind, servers[kind].address)
+    with Cache(provider, [Tier(backend, name="far", timeout=LONG_TIMEOUT)]) as cache:
 
         async def ask(number: int) -> None:
             for turn in range(5):
@@ -201,18 +203,18 @@ def test_many_loops_in_many_threads(kind: str, servers: dict[str, Any]) -> None:
             await cache._chain.tiers[0].close_twin(cache._chain.ports.get_loop_port())
 
         in_threads(8, lambda number: asyncio.run(ask(number)), "a loop in each of eight threads")
-        assert cache.flush(PATIENT)
+        assert cache.flush(LONG_TIMEOUT)
         assert max(provider.count.values()) == 1
         assert not cache.stats().tiers["far"].causes
 
 
 @faces
 def test_a_clock_that_jumps(kind: str, face: Face, servers: dict[str, Any]) -> None:
-    """Back: what is stored is served. Ahead: it has expired, and is replaced. No entry is lost for good."""
+    """When the clock jumps back, entries are served. When it jumps ahead, they have expired and are replaced."""
     now = [1_800_000_000.0]
     day = 86_400.0
-    with asked(backend_of(kind, servers[kind].address), face, ttl=7 * day, clock=lambda: now[0]) as one:
-        one.until_back()
+    with open_checked(make_backend(kind, servers[kind].address), face, ttl=7 * day, clock=lambda: now[0]) as one:
+        one.wait_until_served()
         now[0] -= day
         assert one.fetch() == ["far"] * len(TEXTS)
         now[0] += 30 * day
@@ -224,10 +226,10 @@ def test_a_clock_that_jumps(kind: str, face: Face, servers: dict[str, Any]) -> N
 
 
 @faces
-def test_what_somebody_else_writes_under_our_keys_is_computed_and_replaced(face: Face, servers: dict[str, Any]) -> None:
+def test_junk_under_our_keys_is_computed_and_replaced(face: Face, servers: dict[str, Any]) -> None:
     for junk in (b"", b"junk", b"EO1\0" + bytes(100)):
-        with asked(backend_of("redis", servers["redis"].address), face) as one:
-            one.until_back()
+        with open_checked(make_backend("redis", servers["redis"].address), face) as one:
+            one.wait_until_served()
             keys = [one.cache.explain(text).key for text in TEXTS]
             for key in keys[:10]:
                 servers["redis"].call("SET", key, junk)
@@ -238,14 +240,14 @@ def test_what_somebody_else_writes_under_our_keys_is_computed_and_replaced(face:
 
 @faces
 def test_a_key_of_another_type_is_a_miss_and_replaced(face: Face, servers: dict[str, Any]) -> None:
-    """A cluster answers it with an error, which must neither open the breaker nor keep the key from being stored."""
+    """A cluster answers with an error, which must neither open the breaker nor prevent storing the key."""
     with RedisClusterServers() as cluster:
         for url, call in (
             (servers["redis"].url, servers["redis"].call),
-            (cluster.url, lambda *words: on_its_node(cluster, *words)),
+            (cluster.url, lambda *words: call_owning_node(cluster, *words)),
         ):
-            with asked(RedisBackend(url=url), face) as one:
-                one.until_back()
+            with open_checked(RedisBackend(url=url), face) as one:
+                one.wait_until_served()
                 keys = [one.cache.explain(text).key for text in TEXTS]
                 for _ in range(4):
                     for key in keys[:5]:
@@ -256,7 +258,7 @@ def test_a_key_of_another_type_is_a_miss_and_replaced(face: Face, servers: dict[
                 assert not one.causes
 
 
-def on_its_node(cluster: RedisClusterServers, *words: str) -> Any:
+def call_owning_node(cluster: RedisClusterServers, *words: str) -> Any:
     for node in cluster.members:
         try:
             return node.call(*words)
@@ -266,35 +268,35 @@ def on_its_node(cluster: RedisClusterServers, *words: str) -> Any:
 
 
 def test_loops_that_end_without_closing_leave_no_connection(kind: str, servers: dict[str, Any]) -> None:
-    """Warnings are errors: nor does one of them tell of what was left open."""
-    backend = backend_of(kind, servers[kind].address)
-    with Cache(CountingProvider(), [Tier(backend, name="far", timeout=PATIENT)]) as cache:
+    """Warnings are errors in the tests, so this also fails on a warning about an unclosed connection."""
+    backend = make_backend(kind, servers[kind].address)
+    with Cache(CountingProvider(), [Tier(backend, name="far", timeout=LONG_TIMEOUT)]) as cache:
         asyncio.run(cache.afetch(TEXTS))
-        assert cache.flush(PATIENT)
-        before = sockets()
-        gc.disable()  # a loop that has ended is part of a cycle
+        assert cache.flush(LONG_TIMEOUT)
+        before = count_sockets()
+        gc.disable()  # a closed loop is part of a reference cycle, so the collector must not clean it up here
         try:
             for _ in range(10):
                 asyncio.run(cache.afetch(TEXTS))
-                assert sockets() <= before
+                assert count_sockets() <= before
         finally:
             gc.enable()
 
 
-def sockets() -> int:
-    """Return how many sockets this process has open."""
+def count_sockets() -> int:
+    """Return the number of open sockets in this process."""
     return sum(stat.S_ISSOCK(os.fstat(int(name)).st_mode) for name in os.listdir("/dev/fd") if is_open(int(name)))
 
 
 def is_open(number: int) -> bool:
     try:
         os.fstat(number)
-    except OSError:  # the listing itself
+    except OSError:  # the descriptor of the listing itself
         return False
     return True
 
 
-# --- servers that are full of clients, or have become something else ----------------------------------
+# --- servers that accept no more clients --------------------------------------------------------------
 
 
 @faces
@@ -302,19 +304,19 @@ def test_a_postgres_that_takes_no_more_clients(face: Face) -> None:
     with (
         PostgresServer("-c", "max_connections=4", "-c", "superuser_reserved_connections=0") as server,
         ExitStack() as others,
-        asked(PostgresBackend(url=server.url), face) as one,
+        open_checked(PostgresBackend(url=server.url), face) as one,
     ):
-        for _ in range(4):  # a session that has ended, as those of ``ready``, may keep its place for a moment
-            wait_until(lambda: taken(server.url, others), "one more is let in")
+        for _ in range(4):  # a session that has ended, such as those of ``is_ready``, may keep its slot for a moment
+            wait_until(lambda: take_client_slot(server.url, others), "a client slot is free")
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes.keys() == {"OperationalError"}
         others.close()
-        one.until_back()
+        one.wait_until_served()
 
 
-def taken(url: str, others: ExitStack) -> bool:
-    """Take one of the places for clients, if one is free."""
+def take_client_slot(url: str, others: ExitStack) -> bool:
+    """Take one client slot, and return whether one was free."""
     try:
         others.enter_context(psycopg.connect(url))
     except psycopg.OperationalError:
@@ -327,25 +329,25 @@ def test_a_redis_that_takes_no_more_clients(face: Face) -> None:
     with (
         RedisServer() as server,
         redis.Redis(host=HOST, port=server.port) as other,
-        asked(RedisBackend(url=server.url), face) as one,
+        open_checked(RedisBackend(url=server.url), face) as one,
     ):
         other.config_set("maxclients", 1)
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes.keys() <= {"ConnectionError", "ConnectionResetError", "MaxConnectionsError", "ResponseError"}
         other.config_set("maxclients", 100)
-        one.until_back()
+        one.wait_until_served()
 
 
-# --- a server that says anything ------------------------------------------------------------------
+# --- a server with arbitrary replies ----------------------------------------------------------------
 
 
-class Saying:
-    """A server that answers each command of the Redis protocol with what the test says."""
+class ScriptedRedis:
+    """A server that answers each Redis command with the reply that the test chooses."""
 
     def __init__(self, answer: Callable[[list[bytes]], bytes]) -> None:
         self.commands: list[list[bytes]] = []
-        saying = self
+        scripted = self
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
@@ -355,7 +357,7 @@ class Saying:
                         for _ in range(int(line[1:])):
                             words.append(self.rfile.read(int(self.rfile.readline()[1:])))
                             self.rfile.readline()
-                        saying.commands.append(words)
+                        scripted.commands.append(words)
                         self.wfile.write(answer(words))
                 except (OSError, ValueError):
                     return
@@ -368,7 +370,7 @@ class Saying:
         self.address = f"{HOST}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def __enter__(self) -> Saying:
+    def __enter__(self) -> ScriptedRedis:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -393,10 +395,10 @@ ERRORS = {
 
 @faces
 @pytest.mark.parametrize("words", ERRORS, ids=lambda words: words.split()[0])
-def test_whatever_error_redis_answers_is_counted_by_its_name(words: str, face: Face) -> None:
+def test_every_error_of_redis_is_counted_under_its_name(words: str, face: Face) -> None:
     with (
-        Saying(lambda _: b"-" + words.encode("latin-1") + b"\r\n") as server,
-        asked(RedisBackend(url=f"redis://{server.address}"), face) as one,
+        ScriptedRedis(lambda _: b"-" + words.encode("latin-1") + b"\r\n") as server,
+        open_checked(RedisBackend(url=f"redis://{server.address}"), face) as one,
     ):
         for _ in range(5):
             assert one.fetch() == ["provider"] * len(TEXTS)
@@ -404,7 +406,7 @@ def test_whatever_error_redis_answers_is_counted_by_its_name(words: str, face: F
         assert len(server.commands) <= 8
 
 
-NONSENSE: dict[str, Callable[[list[bytes]], bytes]] = {
+INVALID_REPLIES: dict[str, Callable[[list[bytes]], bytes]] = {
     "too few": lambda words: b"*1\r\n$1\r\nx\r\n",
     "too many": lambda words: b"*%d\r\n" % len(words) + b"$1\r\nx\r\n" * len(words),
     "nested": lambda words: b"*%d\r\n" % (len(words) - 1) + b"*1\r\n$1\r\nx\r\n" * (len(words) - 1),
@@ -419,11 +421,11 @@ NONSENSE: dict[str, Callable[[list[bytes]], bytes]] = {
 
 
 @faces
-@pytest.mark.parametrize("name", NONSENSE)
-def test_a_reply_of_another_shape_is_an_error(name: str, face: Face) -> None:
+@pytest.mark.parametrize("name", INVALID_REPLIES)
+def test_a_reply_of_the_wrong_shape_is_an_error(name: str, face: Face) -> None:
     with (
-        Saying(NONSENSE[name]) as server,
-        asked(RedisBackend(url=f"redis://{server.address}"), face, timeout=1.0) as one,
+        ScriptedRedis(INVALID_REPLIES[name]) as server,
+        open_checked(RedisBackend(url=f"redis://{server.address}"), face, timeout=1.0) as one,
     ):
         for _ in range(5):
             assert one.fetch() == ["provider"] * len(TEXTS)
@@ -435,8 +437,8 @@ def test_a_reply_of_another_shape_is_an_error(name: str, face: Face) -> None:
 @faces
 def test_a_value_that_never_ends_is_a_timeout(face: Face) -> None:
     with (
-        Saying(lambda words: b"*%d\r\n$500000000\r\n" % (len(words) - 1) + bytes(1000)) as server,
-        asked(RedisBackend(url=f"redis://{server.address}"), face, timeout=0.5) as one,
+        ScriptedRedis(lambda words: b"*%d\r\n$500000000\r\n" % (len(words) - 1) + bytes(1000)) as server,
+        open_checked(RedisBackend(url=f"redis://{server.address}"), face, timeout=0.5) as one,
     ):
         for _ in range(5):
             assert one.fetch() == ["provider"] * len(TEXTS)
@@ -444,14 +446,17 @@ def test_a_value_that_never_ends_is_a_timeout(face: Face) -> None:
 
 
 @faces
-def test_a_cluster_that_sends_one_round_in_circles(face: Face) -> None:
+def test_a_cluster_that_redirects_in_circles(face: Face) -> None:
     def answer(words: list[bytes]) -> bytes:
         port = int(server.address.rpartition(":")[2])
         if words[0] == b"CLUSTER":
             return b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % port
         return b"-MOVED 1 127.0.0.1:%d\r\n" % port
 
-    with Saying(answer) as server, asked(RedisBackend(url=f"redis+cluster://{server.address}"), face) as one:
+    with (
+        ScriptedRedis(answer) as server,
+        open_checked(RedisBackend(url=f"redis+cluster://{server.address}"), face) as one,
+    ):
         for _ in range(5):
             assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes == {"MovedError": 3 * len(TEXTS)}

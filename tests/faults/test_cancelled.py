@@ -1,4 +1,4 @@
-"""Calls that are cancelled while a reply is on its way leave nothing for the calls after them."""
+"""A call that is cancelled before its reply arrives leaves no reply behind for later calls."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
     opened.close()
 
 
-def checked(provider: CountingProvider, texts: list[str], fetched: Fetched) -> bool:
-    """See that every row is right, and tell whether all came from the store."""
+def check_rows(provider: CountingProvider, texts: list[str], fetched: Fetched) -> bool:
+    """Check that every row is right, and return whether all rows came from the store."""
     for text, row in zip(texts, fetched.rows, strict=True):
         assert row is not None
-        assert row.tobytes() == provider.vector_of(text).tobytes(), "a reply of another call"
+        assert row.tobytes() == provider.vector_of(text).tobytes(), "a row from the reply to another call"
     return set(fetched.sources) == {"far"}
 
 
@@ -40,43 +40,43 @@ async def test_cancelled_calls_shift_no_reply(store: Any) -> None:
     provider = CountingProvider(model="cancelled", dimensions=16)
     cache = Cache(provider, [Tier(store.backend("slow"), name="far", timeout=60.0, write="inline")])
     await cache.afetch(TEXTS)
-    usual = 0.015  # seconds of the call that came to its end last: on a busy machine they are many more
+    last_duration = 0.015  # seconds of the last call that was not cancelled; much longer on a busy machine
 
-    def some() -> list[str]:
+    def sample_texts() -> list[str]:
         return chance.sample(TEXTS, chance.randint(1, 20))
 
     async def call(texts: list[str]) -> bool:
-        return checked(provider, texts, await cache.afetch(texts))
+        return check_rows(provider, texts, await cache.afetch(texts))
 
     async def cancelled_call() -> bool:
-        """Make a call, and cancel it at any moment of it; tell whether it was over before."""
-        nonlocal usual
+        """Make a call and cancel it after a random time; return whether it had completed before."""
+        nonlocal last_duration
         start = time.monotonic()
-        task = asyncio.create_task(call(some()))
-        # Now and then as long as it takes: so it is seen how long that is by now.
-        await asyncio.wait([task], timeout=chance.uniform(0.0, 2 * usual) if chance.random() < 0.9 else None)
+        task = asyncio.create_task(call(sample_texts()))
+        # One call in ten runs to its end, to measure how long a call takes now.
+        await asyncio.wait([task], timeout=chance.uniform(0.0, 2 * last_duration) if chance.random() < 0.9 else None)
         done = task.done()
         if done:
-            usual = time.monotonic() - start
+            last_duration = time.monotonic() - start
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
         return done
 
     store.proxy.fault = NetworkFault("latency", seconds=0.01, direction="replies")
-    done = await in_turns(cancelled_call, CANCELLED, at_once=6)
+    done = await run_in_parallel(cancelled_call, CANCELLED, at_once=6)
     assert 0 < sum(done) < CANCELLED, "some were cancelled and some were not"
-    served = [await call(some()) for _ in range(CHECKED // 2)]
+    served = [await call(sample_texts()) for _ in range(CHECKED // 2)]
     store.proxy.heal()
-    served += await in_turns(lambda: call(some()), CHECKED // 2, at_once=6)
-    assert all(served), "the store itself was well all the time"
+    served += await run_in_parallel(lambda: call(sample_texts()), CHECKED // 2, at_once=6)
+    assert all(served), "the store worked all the time, so every row must come from it"
     stats = cache.stats().tiers["far"]
     assert (stats.errors, stats.corrupt, stats.skipped) == (0, 0, 0)
     await cache.aclose()
 
 
-async def in_turns(call: Callable[[], Any], number: int, *, at_once: int) -> list[bool]:
-    """Make so many calls, some at once."""
+async def run_in_parallel(call: Callable[[], Any], number: int, *, at_once: int) -> list[bool]:
+    """Make ``number`` calls, ``at_once`` of them in parallel, and return their results."""
     left = iter(range(number))
     results: list[bool] = []
 

@@ -1,4 +1,4 @@
-"""Every store with every fault, read and written, through both faces: ``docs/faults.md`` is the table of it."""
+"""Every store with every fault, in reads and writes, sync and async. ``docs/faults.md`` has the results as tables."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ spec.loader.exec_module(generate_faults)
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Callable[[str], Any]]:
-    """Start a store when its first cell comes."""
+def get_store() -> Iterator[Callable[[str], Any]]:
+    """Return a function that starts a store on its first use."""
     stores: dict[str, Any] = {}
 
-    def store(name: str) -> Any:
+    def start_once(name: str) -> Any:
         if name not in stores:
             stores[name] = STORES[name]()
         return stores[name]
 
-    yield store
+    yield start_once
     for each in stores.values():
         each.close()
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_a_fault_costs_a_bounded_delay_and_nothing_else(cell: Cell, started: Callable[[str], Any]) -> None:
-    run_cell(started(cell.store), cell)
+def test_a_fault_costs_a_bounded_delay_and_nothing_else(cell: Cell, get_store: Callable[[str], Any]) -> None:
+    run_cell(get_store(cell.store), cell)
 
 
-def test_the_page_says_what_the_matrix_holds() -> None:
-    """Everything but the figures, which are of one run."""
+def test_the_page_matches_the_matrix() -> None:
+    """The page must match the matrix, except for the figures, which come from one run."""
     listed = generate_faults.listed(generate_faults.PAGE.read_text())
     assert set(listed) == {cell[:3] for cell in CELLS}, "run: python docs/generate_faults.py"
-    for (store, fault, operation), found in listed.items():
-        strike = STORES[store].strikes[fault]
-        assert found == (strike.effect(operation), strike.causes_of(operation)), "run: python docs/generate_faults.py"
+    for (store, name, operation), found in listed.items():
+        fault = STORES[store].faults[name]
+        assert found == (fault.get_effect(operation), fault.get_causes(operation)), (
+            "run: python docs/generate_faults.py"
+        )
 
 
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
 def test_no_fault_is_left_out_without_a_reason(store: Any) -> None:
-    assert {*store.strikes, *store.absent} == set(FAULTS)
+    assert {*store.faults, *store.not_applicable} == set(FAULTS)
     page = generate_faults.PAGE.read_text()
     for line in generate_faults.explained(store):
         assert line in page, "run: python docs/generate_faults.py"

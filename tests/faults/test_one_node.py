@@ -1,4 +1,4 @@
-"""Several servers of which one fails."""
+"""Stores of several servers when one server fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from faults.cells import Cell, Run, listening
+from faults.cells import Cell, CellRun, capture_log
 from faults.stores import NETWORK, Cluster, Memcached
 
 from embedonce import PartialAnswer
@@ -24,28 +24,28 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("node", [0, 1, 2])
 def test_one_node_that_hangs_is_paid_for_once(cluster: Cluster, node: int) -> None:
-    """A probe that another node answered would open the tier again, for a call to pay the timeout, and so on."""
-    run = Run(cluster, Cell("cluster", "black hole", "read", "sync"))
-    with listening() as lines, run.opened() as caller:
-        run.settle(caller, run.known)
-        run.settled(caller)
-        run.settle(caller, run.known)
-        lines.said.clear()  # a busy machine may have had a timeout of its own
+    """If a probe went to another node, it would close the breaker, and the next call would pay the timeout again."""
+    run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
+    with capture_log() as lines, run.open_cache() as caller:
+        run.fetch_until_served(caller, run.known)
+        run.wait_for_closed_breakers(caller)
+        run.fetch_until_served(caller, run.known)
+        lines.said.clear()  # a busy machine may have caused a timeout before
         cluster.proxies[node].fault = NETWORK["black hole"]
         try:
-            for _ in range(CALLS):  # two probes' time
-                run.fetch(caller, run.mixed())
+            for _ in range(CALLS):  # long enough for two probes
+                run.fetch(caller, run.make_call_texts())
                 time.sleep(PAUSE)
         finally:
             cluster.proxies[node].heal()
         assert [line for line in lines.said if "reads" in line] == [
             "tier 'cluster': reads are failing (timeout); skipping it until a probe succeeds"
         ]
-        run.settle(caller, [*run.known, *run.texts(4)])
+        run.fetch_until_served(caller, [*run.known, *run.make_texts(4)])
 
 
-def test_when_the_last_node_goes_its_error_is_the_tiers() -> None:
-    """Not that of the node which was left out before: nobody would leave the tier alone."""
+def test_when_the_last_node_fails_its_error_is_the_tiers() -> None:
+    """If the error came from the node that is already skipped, the breaker of the tier would not open."""
     store = Memcached()
     backend: Any = store.backend("refused")
     texts = {f"eo1.{number}": b"frame" for number in range(20)}

@@ -1,4 +1,4 @@
-"""Puts the plugins of ``shelf/`` where this process and its children can import them, as an installed one is."""
+"""Puts the plugins of ``shelf/`` on the import path of this process and its children, like installed plugins."""
 
 from __future__ import annotations
 

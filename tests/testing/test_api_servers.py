@@ -1,4 +1,4 @@
-"""The loopback APIs, driven by the vendors' own clients: what they answer, what they refuse, how they misbehave."""
+"""The loopback APIs, called with the vendors' own clients: their answers, refusals and faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def genai_client(gemini: GeminiServer) -> Iterator[genai.Client]:
         yield client
 
 
-def contents(*texts: str) -> Any:
+def make_contents(*texts: str) -> Any:
     return [types.Content(parts=[types.Part(text=text)]) for text in texts]
 
 
@@ -137,7 +137,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_a_failure_strikes_as_often_as_it_is_told(api: OpenAIServer, client: openai.OpenAI, kind: Any) -> None:
+def test_a_failure_happens_the_given_number_of_times(api: OpenAIServer, client: openai.OpenAI, kind: Any) -> None:
     api.misbehave(kind, times=2)
     for _ in range(2):
         with pytest.raises(FAILURES[kind]):
@@ -145,7 +145,7 @@ def test_a_failure_strikes_as_often_as_it_is_told(api: OpenAIServer, client: ope
     assert client.embeddings.create(model=api.model, input="a").data
 
 
-def test_retry_after_is_said(api: OpenAIServer, client: openai.OpenAI) -> None:
+def test_a_rate_limit_sends_retry_after(api: OpenAIServer, client: openai.OpenAI) -> None:
     api.misbehave("rate_limit", seconds=7)
     with pytest.raises(openai.RateLimitError) as caught:
         client.embeddings.create(model=api.model, input="a")
@@ -154,13 +154,13 @@ def test_retry_after_is_said(api: OpenAIServer, client: openai.OpenAI) -> None:
     assert client.with_options(max_retries=1).embeddings.create(model=api.model, input="a").data
 
 
-def answer_of(url: str, **more: Any) -> Any:
+def request_embeddings(url: str, **more: Any) -> Any:
     reply = httpx2.post(f"{url}/v1/embeddings", json={"model": "m", "input": ["a", "b", "c"], **more}, timeout=60)
     assert reply.status_code == 200
     return reply.text
 
 
-SPOILT = {
+DAMAGED = {
     "out_of_order": ([2, 1, 0], "cba"),
     "duplicate_index": ([0, 1, 0], "abc"),
     "short": ([0, 1], "bc"),
@@ -176,37 +176,37 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])
-@pytest.mark.parametrize("kind", SPOILT)
-def test_an_answer_is_spoilt_as_its_name_says(api: OpenAIServer, kind: Any, form: str) -> None:
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_fault_damages_the_answer_as_its_name_says(api: OpenAIServer, kind: Any, form: str) -> None:
     api.misbehave(kind)
-    data = json.loads(answer_of(api.url, encoding_format=form))["data"]
+    data = json.loads(request_embeddings(api.url, encoding_format=form))["data"]
     known = {api.vector_of(text, model="m").tobytes(): text for text in "abc"}
 
     def raw(embedding: Any) -> bytes:
         return b64decode(embedding) if form == "base64" else np.float32(embedding).tobytes()
 
     found = "".join(known.get(raw(item["embedding"]), "?") for item in data)
-    assert ([item["index"] for item in data], found) == SPOILT[kind]
+    assert ([item["index"] for item in data], found) == DAMAGED[kind]
     if kind in ("nan", "infinity"):
         values = np.frombuffer(raw(data[0]["embedding"]), np.float32)
         assert np.isnan(values).sum() == (kind == "nan")
         assert np.isinf(values).sum() == (kind == "infinity")
 
 
-def test_answers_that_are_none(api: OpenAIServer) -> None:
+def test_answers_without_usable_vectors(api: OpenAIServer) -> None:
     api.misbehave("no_index")
-    assert "index" not in json.loads(answer_of(api.url))["data"][0]
+    assert "index" not in json.loads(request_embeddings(api.url))["data"][0]
     api.misbehave("error_as_200")
-    assert "data" not in json.loads(answer_of(api.url))
+    assert "data" not in json.loads(request_embeddings(api.url))
     api.misbehave("not_json")
-    assert answer_of(api.url).startswith("<html>")
+    assert request_embeddings(api.url).startswith("<html>")
 
 
 @pytest.mark.parametrize("kind", ["hang", "drip"])
 def test_a_slow_reply_ends_when_the_fault_does(api: OpenAIServer, kind: Any) -> None:
     api.misbehave(kind, times=None, seconds=30)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answer = pool.submit(answer_of, api.url)
+        answer = pool.submit(request_embeddings, api.url)
         if kind == "hang":
             api.until_hanging()
         while not api.requests:
@@ -214,19 +214,19 @@ def test_a_slow_reply_ends_when_the_fault_does(api: OpenAIServer, kind: Any) -> 
         assert not answer.done()
         api.heal()
         assert json.loads(answer.result(60))["data"]
-    assert json.loads(answer_of(api.url))["data"]
+    assert json.loads(request_embeddings(api.url))["data"]
 
 
-def test_a_body_drips_whole(api: OpenAIServer) -> None:
+def test_a_body_that_drips_is_complete(api: OpenAIServer) -> None:
     api.misbehave("drip", seconds=0.0001)
-    assert json.loads(answer_of(api.url, dimensions=1))["data"]
+    assert json.loads(request_embeddings(api.url, dimensions=1))["data"]
 
 
-def test_closing_lets_go_of_what_hangs(client: openai.OpenAI) -> None:
+def test_closing_releases_hanging_requests(client: openai.OpenAI) -> None:
     api = OpenAIServer()
     api.misbehave("hang", times=None)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answer = pool.submit(answer_of, api.url)
+        answer = pool.submit(request_embeddings, api.url)
         api.until_hanging()
         api.close()
         assert json.loads(answer.result(60))["data"]
@@ -236,7 +236,7 @@ def test_closing_lets_go_of_what_hangs(client: openai.OpenAI) -> None:
 
 def test_an_unknown_fault_is_refused(api: OpenAIServer, gemini: GeminiServer) -> None:
     for server in (api, gemini):
-        with pytest.raises(ValueError, match="is not one of"):
+        with pytest.raises(ValueError, match="kind must be one of"):
             server.misbehave("no_such_thing")  # type: ignore[arg-type]
 
 
@@ -246,7 +246,7 @@ def test_an_unknown_fault_is_refused(api: OpenAIServer, gemini: GeminiServer) ->
 @pytest.mark.parametrize("model", ["gemini-embedding-001", "gemini-embedding-2", "text-embedding-004"])
 def test_gemini_answers_its_client(gemini: GeminiServer, genai_client: genai.Client, model: str) -> None:
     about = types.EmbedContentConfig(task_type="RETRIEVAL_QUERY", output_dimensionality=4)
-    answer = genai_client.models.embed_content(model=model, contents=contents("a", "b"), config=about)
+    answer = genai_client.models.embed_content(model=model, contents=make_contents("a", "b"), config=about)
     assert answer.embeddings is not None
     for text, found in zip("ab", answer.embeddings, strict=True):
         wanted = gemini.vector_of(text, model=model, task_type="RETRIEVAL_QUERY", dimensions=4)
@@ -256,20 +256,20 @@ def test_gemini_answers_its_client(gemini: GeminiServer, genai_client: genai.Cli
 
 
 def test_gemini_has_one_vector_for_a_content_of_parts(gemini: GeminiServer, genai_client: genai.Client) -> None:
-    """The trap: for a newer model, its client makes one content of a list of strings."""
+    """For a newer model, its client turns a list of strings into one content, which is easy to miss."""
     answer = genai_client.models.embed_content(model="gemini-embedding-2", contents=["a", "b"])
     assert answer.embeddings is not None
     assert len(answer.embeddings) == 1
     assert gemini.count == {"ab": 1}
 
 
-def test_one_content_alone(gemini: GeminiServer) -> None:
+def test_the_request_for_a_single_content(gemini: GeminiServer) -> None:
     body = {"content": {"parts": [{"text": "a"}]}, "outputDimensionality": 16}
     reply = httpx2.post(f"{gemini.url}/v1beta/models/{gemini.model}:embedContent", json=body, timeout=60)
     assert np.array_equal(np.float32(reply.json()["embedding"]["values"]), gemini.vector_of("a"))
 
 
-def test_fewer_dimensions_have_another_length(gemini: GeminiServer) -> None:
+def test_vectors_with_fewer_dimensions_do_not_have_length_1(gemini: GeminiServer) -> None:
     assert np.linalg.norm(gemini.vector_of("a")) == pytest.approx(1)
     assert np.linalg.norm(gemini.vector_of("a", dimensions=8)) == pytest.approx(0.75)
 
@@ -277,15 +277,15 @@ def test_fewer_dimensions_have_another_length(gemini: GeminiServer) -> None:
 def test_what_gemini_refuses(genai_client: genai.Client, gemini: GeminiServer) -> None:
     for texts in ([""], ["a"] * 101):
         with pytest.raises(errors.ClientError) as caught:
-            genai_client.models.embed_content(model=gemini.model, contents=contents(*texts))
+            genai_client.models.embed_content(model=gemini.model, contents=make_contents(*texts))
         assert caught.value.code == 400
     with pytest.raises(errors.ClientError):
         genai_client.models.embed_content(
-            model=gemini.model, contents=contents("a"), config=types.EmbedContentConfig(output_dimensionality=17)
+            model=gemini.model, contents=make_contents("a"), config=types.EmbedContentConfig(output_dimensionality=17)
         )
 
 
-def test_gemini_cuts_what_is_too_long_or_refuses_it() -> None:
+def test_gemini_truncates_or_refuses_a_text_that_is_too_long() -> None:
     long = "word " * 3000
     for truncates in (True, False):
         with GeminiServer(truncates=truncates, api_key="k") as server:
@@ -293,13 +293,13 @@ def test_gemini_cuts_what_is_too_long_or_refuses_it() -> None:
             with genai.Client(api_key="k", http_options=options) as client:
                 if not truncates:
                     with pytest.raises(errors.ClientError):
-                        client.models.embed_content(model=server.model, contents=contents(long))
+                        client.models.embed_content(model=server.model, contents=make_contents(long))
                     continue
-                answer = client.models.embed_content(model=server.model, contents=contents(long, long + "more"))
+                answer = client.models.embed_content(model=server.model, contents=make_contents(long, long + "more"))
                 assert answer.embeddings is not None
                 assert answer.embeddings[0].values == answer.embeddings[1].values
             with genai.Client(api_key="wrong", http_options=options) as client, pytest.raises(errors.ClientError):
-                client.models.embed_content(model=server.model, contents=contents("a"))
+                client.models.embed_content(model=server.model, contents=make_contents("a"))
 
 
 @pytest.mark.parametrize(
@@ -314,19 +314,21 @@ def test_gemini_cuts_what_is_too_long_or_refuses_it() -> None:
         ("disconnect", httpx2.RemoteProtocolError),
     ],
 )
-def test_gemini_fails_as_it_is_told(
+def test_gemini_fails_on_demand(
     gemini: GeminiServer, genai_client: genai.Client, kind: Any, error: type[Exception]
 ) -> None:
     gemini.misbehave(kind)
     with pytest.raises(error):
-        genai_client.models.embed_content(model=gemini.model, contents=contents("a"))
-    assert genai_client.models.embed_content(model=gemini.model, contents=contents("a")).embeddings
+        genai_client.models.embed_content(model=gemini.model, contents=make_contents("a"))
+    assert genai_client.models.embed_content(model=gemini.model, contents=make_contents("a")).embeddings
 
 
-@pytest.mark.parametrize("kind", sorted(SPOILT.keys() - {"out_of_order", "duplicate_index"}))
-def test_gemini_spoils_an_answer_as_its_name_says(gemini: GeminiServer, genai_client: genai.Client, kind: Any) -> None:
+@pytest.mark.parametrize("kind", sorted(DAMAGED.keys() - {"out_of_order", "duplicate_index"}))
+def test_a_gemini_fault_damages_the_answer_as_its_name_says(
+    gemini: GeminiServer, genai_client: genai.Client, kind: Any
+) -> None:
     gemini.misbehave(kind)
-    answer = genai_client.models.embed_content(model=gemini.model, contents=contents("a", "b", "c"))
+    answer = genai_client.models.embed_content(model=gemini.model, contents=make_contents("a", "b", "c"))
     known = {gemini.vector_of(text).tobytes(): text for text in "abc"}
     found = [known.get(np.float32(item.values).tobytes(), "?") for item in answer.embeddings or []]
-    assert "".join(found) == SPOILT[kind][1]
+    assert "".join(found) == DAMAGED[kind][1]

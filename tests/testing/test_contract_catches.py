@@ -1,7 +1,4 @@
-"""A conformance kit that nobody has tried on something broken proves nothing.
-
-Every standard test of the contracts has a plugin here that is broken in one way, and catches it.
-"""
+"""The conformance kit finds bugs: every standard test catches a plugin here that is broken in one way."""
 
 from __future__ import annotations
 
@@ -42,35 +39,32 @@ from embedonce.testing import (
     ProviderContract,
     Recipe,
 )
-from embedonce.testing.contracts.support import BOUND
-
-PATH = "."
-"""Where the broken backends on files have their folder; each test sets its own."""
+from embedonce.testing.contracts.support import CALL_TIMEOUT
 
 
-class Meeting:
-    """Where the kit's eight threads wait for each other, each so many times.
+class Rendezvous:
+    """A barrier for the kit's eight threads; each thread waits in its first ``times`` calls only.
 
-    What they do to each other then happens always, in whatever order a busy machine runs them.
+    It makes a race happen in every run, in whatever order a busy machine runs the threads.
     """
 
     def __init__(self, times: int = 1) -> None:
         self._times = times
-        self._all = threading.Barrier(8)
+        self._barrier = threading.Barrier(8)
         self._this = threading.local()
 
     def __call__(self) -> None:
         met = getattr(self._this, "met", 0)
         if threading.current_thread() is not threading.main_thread() and met < self._times:
             self._this.met = met + 1
-            self._all.wait(BOUND)
+            self._barrier.wait(CALL_TIMEOUT)
 
 
 # --- broken backends --------------------------------------------------------------------------
 
 
 class DeclaresInADict(DictBackend):
-    """Declares its capabilities in a dict of its own making."""
+    """Declares its capabilities as a plain dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,13 +72,13 @@ class DeclaresInADict(DictBackend):
 
 
 class CountsNothing(DictBackend):
-    """Declares `count` and has no such method."""
+    """Declares `count` but has no such method."""
 
     count = None
 
 
 class FailsOnNothing(DictBackend):
-    """Sends `IN ()` to its database when no keys are asked for."""
+    """Sends `IN ()` to its database when it gets no keys."""
 
     def get_many(self, keys):
         if not keys:
@@ -93,7 +87,7 @@ class FailsOnNothing(DictBackend):
 
 
 class AnswersInAForkedChild(DictBackend):
-    """Says that it cannot go on in a forked child, and answers there."""
+    """Declares that it does not work in a forked child, but answers there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +95,7 @@ class AnswersInAForkedChild(DictBackend):
 
 
 class StoresText(DictBackend):
-    """Gives back hexadecimal text where bytes were stored."""
+    """Returns hexadecimal text instead of the bytes that were stored."""
 
     def get_many(self, keys):
         return {key: value.hex() for key, value in super().get_many(keys).items()}
@@ -115,7 +109,7 @@ class NoneForMiss(DictBackend):
 
 
 class ShiftsByDuplicates(DictBackend):
-    """Lays replies against the keys as they came, so that a key which comes twice shifts the rest."""
+    """Matches replies to keys by position, so that a duplicate key shifts the rest."""
 
     def get_many(self, keys):
         found = super().get_many(keys)
@@ -124,28 +118,28 @@ class ShiftsByDuplicates(DictBackend):
 
 
 class TellsEverything(DictBackend):
-    """Returns all that it holds, whatever was asked."""
+    """Returns every key that it holds, not only the requested ones."""
 
     def get_many(self, keys):
         return super().get_many(list(self._store))
 
 
 class WantsLists(DictBackend):
-    """Calls `keys.copy()`, which only a list has."""
+    """Calls `keys.copy()`, which only lists have."""
 
     def get_many(self, keys):
         return super().get_many(keys.copy())
 
 
 class LosesAboveFiveHundred(DictBackend):
-    """Meets a limit of its store at 500 keys and does not declare it."""
+    """Does not declare that its store takes only 500 keys per call."""
 
     def get_many(self, keys):
         return super().get_many(keys[:500])
 
 
 class CutsTheBatch(DictBackend):
-    """Answers the first 100 keys of a larger batch as if they were all."""
+    """Silently answers only the first 100 keys of a larger batch."""
 
     def __init__(self):
         super().__init__(max_batch=100)
@@ -166,7 +160,7 @@ class CutsKeys(DictBackend):
 
 
 class KeepsTheFirst(DictBackend):
-    """Keeps the value that was there first."""
+    """Keeps the first value of a key instead of the last."""
 
     def set_many(self, items, ttl):
         self.add_many(items, ttl)
@@ -180,7 +174,7 @@ class StripsValues(DictBackend):
 
 
 class ThinksEmptyIsAbsent(DictBackend):
-    """Drops empty values: `if value` where `if value is not None` was meant."""
+    """Drops empty values: `if value` instead of `if value is not None`."""
 
     def get_many(self, keys):
         return {key: value for key, value in super().get_many(keys).items() if value}
@@ -207,7 +201,7 @@ class CutsValues(DictBackend):
 
 
 class HoldsNoCards(DictBackend):
-    """Drops entries whose vector has no values, as a space card has."""
+    """Drops entries with an empty vector, such as space cards."""
 
     def __init__(self):
         super().__init__(holds="entries")
@@ -217,7 +211,7 @@ class HoldsNoCards(DictBackend):
 
 
 class WritesLater(DictBackend):
-    """Keeps the mapping it was given, and reads it when it is asked."""
+    """Keeps the mapping that it was given, and reads it only in the next `get_many`."""
 
     later = ({}, None)
 
@@ -230,7 +224,7 @@ class WritesLater(DictBackend):
 
 
 class EmptiesItsInput(DictBackend):
-    """Mutates its input: takes the items out of the mapping that it is given."""
+    """Mutates its input: removes the items from the mapping that it was given."""
 
     def set_many(self, items, ttl):
         while items:
@@ -238,7 +232,7 @@ class EmptiesItsInput(DictBackend):
 
 
 class HandsOutItself(DictBackend):
-    """Hands out its own dict, which a caller may change."""
+    """Returns its own dict, which the caller may change."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +246,7 @@ class HandsOutItself(DictBackend):
 
 
 class HandsOutItsArrays(DictBackend):
-    """Keeps writable arrays and hands them out."""
+    """Returns the writable arrays that it stores."""
 
     def __init__(self):
         super().__init__(holds="entries")
@@ -263,7 +257,7 @@ class HandsOutItsArrays(DictBackend):
 
 
 class GetRaises(DictBackend):
-    """Raises from `get` for a key that is not there."""
+    """Raises in `get` for a missing key."""
 
     def get(self, key):
         return self._store[key][0]
@@ -277,21 +271,21 @@ class DeletesTooMuch(DictBackend):
 
 
 class DeletesTheFirstHundred(DictBackend):
-    """Deletes the first 100 keys of a batch, as many as its store takes in one request."""
+    """Deletes only the first 100 keys of a batch, the limit of one request to its store."""
 
     def delete_many(self, keys):
         super().delete_many(list(keys)[:100])
 
 
 class ListsTheFirstThousand(DictBackend):
-    """Lists a thousand keys, and never asks its store for the next page."""
+    """Lists 1,000 keys, and never requests the next page from its store."""
 
     def scan(self, prefix):
         return sorted(super().scan(prefix))[:1000]
 
 
 class ListsTwice(DictBackend):
-    """Lists the last key of a page again as the first of the next."""
+    """Lists the last key of a page again as the first key of the next page."""
 
     def scan(self, prefix):
         keys = sorted(super().scan(prefix))
@@ -300,7 +294,7 @@ class ListsTwice(DictBackend):
 
 
 class DeleteRaises(DictBackend):
-    """Raises for the deletion of what is not there."""
+    """Raises when it deletes a missing key."""
 
     def delete_many(self, keys):
         for key in keys:
@@ -308,7 +302,7 @@ class DeleteRaises(DictBackend):
 
 
 class Buries(DictBackend):
-    """Never stores again what was deleted once."""
+    """Never stores a deleted key again."""
 
     def delete_many(self, keys):
         super().delete_many(keys)
@@ -319,14 +313,14 @@ class Buries(DictBackend):
 
 
 class ScansByPattern(DictBackend):
-    """Reads a prefix as a regular expression, whose full stop stands for anything."""
+    """Uses a prefix as a regular expression, in which a dot matches any character."""
 
     def scan(self, prefix):
         return [key for key in self._store if re.match(prefix, key)]
 
 
 class ScansALiveDict(DictBackend):
-    """Scans a dict that changes while it is scanned."""
+    """Iterates over a dict that changes during the scan."""
 
     def scan(self, prefix):
         for key in self._store:
@@ -342,7 +336,7 @@ class CountsEverything(DictBackend):
 
 
 class AddsOver(DictBackend):
-    """Replaces with `add_many` what is there."""
+    """Replaces existing values in `add_many`."""
 
     def add_many(self, items, ttl):
         self.set_many(items, ttl)
@@ -350,35 +344,35 @@ class AddsOver(DictBackend):
 
 
 class AddsInTwoSteps(DictBackend):
-    """Looks what is absent first, and stores it afterwards."""
+    """Looks up which keys are absent, and stores them in a second step."""
 
     def __init__(self):
         super().__init__()
-        self.meet = Meeting()
+        self.rendezvous = Rendezvous()
 
     def add_many(self, items, ttl):
         absent = {key: value for key, value in items.items() if key not in self._store}
-        self.meet()
+        self.rendezvous()
         self.set_many(absent, ttl)
         return set(absent)
 
 
 class ReadsLongTtlsAsDates(DictBackend):
-    """Reads a TTL above thirty days as a date, as memcached does."""
+    """Interprets a TTL above 30 days as a date, as memcached does."""
 
     def set_many(self, items, ttl):
         super().set_many(items, ttl if ttl is None or ttl <= 30 * 86_400 else ttl - self.clock())
 
 
 class NeverExpires(DictBackend):
-    """Declares `ttl` and forgets it."""
+    """Declares `ttl` but ignores it."""
 
     def set_many(self, items, ttl):
         super().set_many(items, None)
 
 
 class KeepsTheFirstTtl(DictBackend):
-    """Counts the TTL from when a key was stored first."""
+    """Counts the TTL from the first time that a key was stored."""
 
     def set_many(self, items, ttl):
         ends = {key: self._store[key][1] for key in items if key in self._store}
@@ -388,7 +382,7 @@ class KeepsTheFirstTtl(DictBackend):
 
 
 class LeasesForEver(DictBackend):
-    """Forgets the TTL of what `add_many` stores."""
+    """Ignores the TTL in `add_many`."""
 
     def add_many(self, items, ttl):
         return super().add_many(items, None)
@@ -404,14 +398,14 @@ class ClosesOnce(DictBackend):
 
 
 class NeverCloses(DictBackend):
-    """Goes on working after `close`."""
+    """Continues to work after `close`."""
 
     def close(self):
         return
 
 
 class AnswersAfterClose(DictBackend):
-    """Answers "not there" after `close`."""
+    """Answers as if every key were missing after `close`."""
 
     def get_many(self, keys):
         return {} if self._closed else super().get_many(keys)
@@ -422,14 +416,14 @@ class AnswersAfterClose(DictBackend):
 
 
 class OnlyInThisProcess(DictBackend):
-    """Says that its host shares what is in a dict of its process."""
+    """Declares scope `host`, but keeps its entries in a dict of the process."""
 
     def __init__(self, **options):
         super().__init__(scope="host", **options)
 
 
 class LosesWhatWasLast(ShelfBackend):
-    """Writes when the next call comes, and not when it is closed."""
+    """Writes each batch only in the next call, and not in `close`."""
 
     def __init__(self, *, path):
         super().__init__(path=path)
@@ -445,7 +439,7 @@ class LosesWhatWasLast(ShelfBackend):
 
 
 class KeepsACopyInMemory(ShelfBackend):
-    """Answers from a copy in memory that other clients do not change."""
+    """Answers from a copy in memory that misses the writes of other clients."""
 
     def __init__(self, *, path):
         super().__init__(path=path)
@@ -460,20 +454,20 @@ class KeepsACopyInMemory(ShelfBackend):
 
 
 class ForgetsBetweenThreads(DictBackend):
-    """Reads all that it holds, and writes it back with what is new."""
+    """Reads all of its entries, and writes them back together with the new ones."""
 
     def __init__(self):
         super().__init__()
-        self.meet = Meeting()
+        self.rendezvous = Rendezvous()
 
     def set_many(self, items, ttl):
         held = dict(self._store)
-        self.meet()
+        self.rendezvous()
         self._store = held | {key: (value, None) for key, value in items.items()}
 
 
 class WritesInTwoHalves(DictBackend):
-    """Writes a value in two steps, between which readers see half of it."""
+    """Writes a value in two steps, so that a reader can see half of it."""
 
     def __init__(self):
         super().__init__()
@@ -493,18 +487,18 @@ class WritesInTwoHalves(DictBackend):
 
 
 class IgnoresItsDeadline(DictBackend):
-    """Declares `deadline` and never asks `time_left()`."""
+    """Declares `deadline` but never calls `time_left()`."""
 
     def __init__(self):
         super().__init__()
         self.capabilities = replace(self.capabilities, deadline=True)
 
-    def _enter(self, extra=None, count=0):
+    def _check_call(self, extra=None, count=0):
         return
 
 
 class LeavesTheReply(DictBackend):
-    """Gives up a call in time, and takes its reply for that of the next one."""
+    """Gives up a call in time, but takes its late reply for the reply to the next call."""
 
     stalled = False
     unread = None
@@ -526,7 +520,7 @@ class LeavesTheReply(DictBackend):
 
 
 class Twin:
-    """An honest async client; the broken ones change one thing."""
+    """A correct async client; the broken ones change one thing."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -555,7 +549,7 @@ class TwinWithItsOwnStore(DictBackend):
 
 
 class OneTwinForAllLoops(DictBackend):
-    """Gives one async client to all event loops."""
+    """Shares one async client between all event loops."""
 
     def __init__(self):
         super().__init__(twin=True)
@@ -568,7 +562,7 @@ class OneTwinForAllLoops(DictBackend):
 
 
 class TwinWithOnePlaceForKeys(DictBackend):
-    """Keeps the keys of an async call where the next call finds them."""
+    """Keeps the keys of an async call in a variable that concurrent calls share."""
 
     def __init__(self):
         super().__init__(twin=True)
@@ -584,7 +578,7 @@ class TwinWithOnePlaceForKeys(DictBackend):
 
 
 class TwinThatLeavesTheReply(DictBackend):
-    """Leaves the reply of a cancelled async call in the connection, for the next one."""
+    """Leaves the reply of a cancelled async call in the connection, where the next call reads it."""
 
     def __init__(self):
         super().__init__(twin=True)
@@ -607,7 +601,7 @@ class TwinThatLeavesTheReply(DictBackend):
 
 
 class TwinThatNeverCloses(DictBackend):
-    """Has an async twin that goes on after `close`."""
+    """Has an async twin that continues to work after `close`."""
 
     def __init__(self):
         super().__init__(twin=True)
@@ -621,7 +615,7 @@ class TwinThatNeverCloses(DictBackend):
 
 
 class CannotAddWhatWasDeleted(DictBackend):
-    """Never adds again what was deleted once."""
+    """Never adds a deleted key again."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -636,7 +630,7 @@ class CannotAddWhatWasDeleted(DictBackend):
 
 
 class FoldsCase(DictBackend):
-    """Case-folds keys: holds them in capitals, and lists them so."""
+    """Folds the case of keys: stores and lists them in upper case."""
 
     def set_many(self, items, ttl):
         super().set_many({key.upper(): value for key, value in items.items()}, ttl)
@@ -650,14 +644,14 @@ class FoldsCase(DictBackend):
 
 
 class LeavesOutWhatIsAway(TwoNodesBackend):
-    """Answers without the keys of a node that is away, as if they were not there."""
+    """Answers as if the keys of a node that is down were missing."""
 
     def get_many(self, keys):
-        return self._store.get_many(self._there(keys))
+        return self._store.get_many(self._get_reachable_keys(keys))
 
 
 class FailsAltogether(TwoNodesBackend):
-    """Fails as a whole where one node fails."""
+    """Fails the whole call when one node is down."""
 
     def get_many(self, keys):
         if self.away:
@@ -666,50 +660,50 @@ class FailsAltogether(TwoNodesBackend):
 
 
 class NamesTooFew(TwoNodesBackend):
-    """Names one key of those that failed."""
+    """Puts only one of the failed keys into `PartialAnswer.failed`."""
 
-    def _checked(self, keys, answer):
+    def _raise_if_lost(self, keys, answer):
         lost = [key for key in keys if self._is_lost(key)]
         if lost:
-            raise PartialAnswer("a node is away", answer=answer, failed=lost[:1])
+            raise PartialAnswer("a node is down", answer=answer, failed=lost[:1])
         return answer
 
 
 class NamesWhatItAnswers(TwoNodesBackend):
-    """Names keys as failed that are in its answer."""
+    """Puts keys that are in its answer into `PartialAnswer.failed`."""
 
     def get_many(self, keys):
         try:
             return super().get_many(keys)
         except PartialAnswer as partial:
             failed = [*partial.failed, *list(partial.answer)[:3]]
-            raise PartialAnswer("a node is away", answer=partial.answer, failed=failed) from partial.__cause__
+            raise PartialAnswer("a node is down", answer=partial.answer, failed=failed) from partial.__cause__
 
 
 class StoresNothingBesideANodeThatIsAway(TwoNodesBackend):
-    """Stores nothing on the other nodes when one is away, and names the keys of that one alone."""
+    """Stores nothing on any node when one is down, but reports only the keys of that node as failed."""
 
     def set_many(self, items, ttl):
-        self._checked(items, None)
+        self._raise_if_lost(items, None)
         super().set_many(items, ttl)
 
 
 class SaysAllIsStored(TwoNodesBackend):
-    """Takes a write of which a node that is away got nothing for done."""
+    """Returns normally from a write that did not reach a node that is down."""
 
     def set_many(self, items, ttl):
-        self._store.set_many({key: items[key] for key in self._there(items)}, ttl)
+        self._store.set_many({key: items[key] for key in self._get_reachable_keys(items)}, ttl)
 
 
 class ForgetsOnHalfTheNodes(TwoNodesBackend):
-    """Takes a deletion that a node which is away has not seen for done."""
+    """Returns normally from a deletion that did not reach a node that is down."""
 
     def delete_many(self, keys):
-        self._store.delete_many(self._there(keys))
+        self._store.delete_many(self._get_reachable_keys(keys))
 
 
 class SwallowsErrors(WireBackend):
-    """Swallows errors: a server that is gone holds nothing."""
+    """Swallows errors, so that an unreachable server looks empty."""
 
     def get_many(self, keys):
         try:
@@ -723,7 +717,7 @@ class SwallowsErrors(WireBackend):
 
 
 class TakesHalfAReply(WireBackend):
-    """Takes what came of a reply that ends early for all of it."""
+    """Treats a reply that ends early as complete."""
 
     def get_many(self, keys):
         try:
@@ -735,10 +729,10 @@ class TakesHalfAReply(WireBackend):
 
 
 class KeepsADeadConnection(WireBackend):
-    """Goes on with a connection that has not answered."""
+    """Keeps using a connection that has not answered."""
 
-    def _connected(self, timeout):
-        return super()._connected(min(timeout, 0.1))
+    def _connect(self, timeout):
+        return super()._connect(min(timeout, 0.1))
 
     def _drop(self):
         if self._closed:
@@ -825,8 +819,8 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
 ]
 
 
-class Tries(BackendContract):
-    """The contract over a class of broken backends, with every hook, so that nothing is skipped."""
+class BackendContractRun(BackendContract):
+    """The contract of a broken backend, with every optional method, so that no test is skipped."""
 
     def __init__(self, broken: Callable[..., Any], folder: Path) -> None:
         self.broken = broken
@@ -874,27 +868,29 @@ class Tries(BackendContract):
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN_BACKENDS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_backend_contract_catches(name: str, broken: Callable[[], Any], tmp_path: Path) -> None:
-    tries = Tries(broken, tmp_path)
+    run = BackendContractRun(broken, tmp_path)
     try:
-        assert fails(getattr(tries, name)), f"{name} lets {broken.__name__} pass"
+        assert is_failing(getattr(run, name)), f"{name} lets {broken.__name__} pass"
     finally:
-        if tries.wire is not None:
-            tries.wire.shutdown()
-            tries.wire.server_close()
+        if run.wire is not None:
+            run.wire.shutdown()
+            run.wire.server_close()
 
 
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
-        (NamesWhatItAnswers, r"PartialAnswer\.failed names 3 keys that are in its answer"),
-        (NamesTooFew, r"\d+ keys are neither in PartialAnswer\.failed nor in its answer"),
-        (StoresNothingBesideANodeThatIsAway, r"\d+ keys are not in PartialAnswer\.failed and were not stored"),
-        (SaysAllIsStored, r"a node that is away raises PartialAnswer"),
+        (NamesWhatItAnswers, r"3 keys are both in PartialAnswer\.failed and in PartialAnswer\.answer"),
+        (NamesTooFew, r"\d+ keys are neither in PartialAnswer\.failed nor in PartialAnswer\.answer"),
+        (StoresNothingBesideANodeThatIsAway, r"\d+ keys were not stored and are not in PartialAnswer\.failed"),
+        (SaysAllIsStored, r"a call must raise PartialAnswer while a node is down"),
     ],
 )
-def test_what_is_wrong_with_a_partial_answer_is_said(broken: Callable[[], Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=says):
-        Tries(broken, tmp_path).test_a_node_that_is_away_takes_its_own_keys_alone()
+def test_the_message_says_what_is_wrong_with_a_partial_answer(
+    broken: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        BackendContractRun(broken, tmp_path).test_a_node_that_is_away_takes_its_own_keys_alone()
 
 
 def test_every_test_of_the_backend_contract_catches_something() -> None:
@@ -902,8 +898,8 @@ def test_every_test_of_the_backend_contract_catches_something() -> None:
     assert {name for name, _ in BROKEN_BACKENDS} | own == set(BackendContract.standard_tests)
 
 
-def fails(test: Callable[[], None]) -> bool:
-    """Say whether a standard test fails; one that is skipped proves nothing, and raises."""
+def is_failing(test: Callable[[], None]) -> bool:
+    """Return whether a standard test fails; raise if it is skipped, because that proves nothing."""
     try:
         test()
     except pytest.skip.Exception as skipped:
@@ -917,7 +913,7 @@ def fails(test: Callable[[], None]) -> bool:
 
 
 class TakesNothing(CountingProvider):
-    """Asks for batches of nothing."""
+    """Declares a `max_batch` of 0."""
 
     def __init__(self):
         super().__init__()
@@ -925,7 +921,7 @@ class TakesNothing(CountingProvider):
 
 
 class LearnsItsRevision(CountingProvider):
-    """Describes another space once it has been called."""
+    """Describes a different space after its first call."""
 
     def space(self, task):
         return replace(super().space(task), revision="main" if not self.calls else "4ac1")
@@ -939,14 +935,14 @@ class AnotherSpaceEveryTime(CountingProvider):
 
 
 class SaysSeven(CountingProvider):
-    """Says another number of dimensions than its vectors have."""
+    """Declares a different number of dimensions than its vectors have."""
 
     def space(self, task):
         return replace(super().space(task), dimensions=7)
 
 
 class OneSpaceForTwoTasks(CountingProvider):
-    """Embeds queries otherwise and describes one space for both tasks."""
+    """Embeds queries differently from documents, but describes one space for both tasks."""
 
     def __init__(self):
         super().__init__(symmetric=False)
@@ -956,14 +952,14 @@ class OneSpaceForTwoTasks(CountingProvider):
 
 
 class Changes(CountingProvider):
-    """Changes the matrix before it is returned."""
+    """Changes the matrix of vectors before returning it."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.honest = self.embed
-        self.embed = self.changed
+        self.embed = self.embed_changed
 
-    def changed(self, texts, task):
+    def embed_changed(self, texts, task):
         return self.change(np.array(self.honest(texts, task).vectors), texts)
 
     def change(self, vectors, texts):
@@ -971,7 +967,7 @@ class Changes(CountingProvider):
 
 
 class AnswersAHundred(Changes):
-    """Returns 100 vectors at most, whatever it was sent."""
+    """Returns at most 100 vectors, even for more texts."""
 
     def change(self, vectors, texts):
         return vectors[:100]
@@ -986,7 +982,7 @@ class HalfAnIdea(Changes):
 
 
 class AllTheSame(Changes):
-    """Returns one vector for all texts."""
+    """Returns the same vector for all texts."""
 
     def change(self, vectors, texts):
         vectors[:] = 1.0
@@ -994,7 +990,7 @@ class AllTheSame(Changes):
 
 
 class Sorts(Changes):
-    """Returns vectors in an order of its own."""
+    """Returns the vectors in a different order."""
 
     def change(self, vectors, texts):
         return vectors[np.argsort(texts)]
@@ -1008,7 +1004,7 @@ class LooksAtItsNeighbours(Changes):
 
 
 class KnowsABatchByItsFirst(CountingProvider):
-    """Answers a batch from a cache of its own, which tells batches apart by their length and first text."""
+    """Caches batches under their length and first text only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1019,7 +1015,7 @@ class KnowsABatchByItsFirst(CountingProvider):
 
 
 class RefusesByThePart(CountingProvider):
-    """Sends a batch in parts of sixteen, and refuses a text by its place in the part."""
+    """Splits a batch into parts of 16, and reports the position of a refused text within its part."""
 
     def _embed(self, texts, task):
         for start in range(0, len(texts), 16):
@@ -1030,14 +1026,14 @@ class RefusesByThePart(CountingProvider):
 
 
 class DropsDuplicates(Changes):
-    """Drops the vectors of texts that come twice."""
+    """Returns one row for a text that occurs twice."""
 
     def change(self, vectors, texts):
         return np.unique(vectors, axis=0)
 
 
 class UsesOneBuffer(Changes):
-    """Answers every call from one buffer."""
+    """Returns the same buffer from every call."""
 
     def change(self, vectors, texts):
         if not hasattr(self, "buffer"):
@@ -1049,21 +1045,21 @@ class UsesOneBuffer(Changes):
 class StripsTheList(Changes):
     """Changes the list of texts that it is given."""
 
-    def changed(self, texts, task):
+    def embed_changed(self, texts, task):
         with suppress(TypeError):
             texts[:] = [text.strip() for text in texts]
-        return super().changed(texts, task)
+        return super().embed_changed(texts, task)
 
 
 class OwesTokens(Changes):
-    """Says that a call was charged for fewer than no tokens."""
+    """Reports a negative number of tokens."""
 
     def change(self, vectors, texts):
         return Embedded(vectors, tokens=-1)
 
 
 class TwoFaces(CountingProvider):
-    """Has an `embed` and an `aembed` of two models."""
+    """Uses different models in `embed` and `aembed`."""
 
     def __init__(self):
         super().__init__()
@@ -1071,7 +1067,7 @@ class TwoFaces(CountingProvider):
 
 
 class NothingIsZero(Changes):
-    """Returns a vector that is all zero for an empty text."""
+    """Returns a vector of zeros for an empty text."""
 
     def change(self, vectors, texts):
         vectors[[not text for text in texts]] = 0.0
@@ -1079,7 +1075,7 @@ class NothingIsZero(Changes):
 
 
 class RefusesSomewhere(Changes):
-    """Raises an error of its own for a text that is too long, instead of `TextRefused`."""
+    """Raises its own error instead of `TextRefused` for a text that is too long."""
 
     limit = 10_000
 
@@ -1090,7 +1086,7 @@ class RefusesSomewhere(Changes):
 
 
 class FearsNul(Changes):
-    """Raises for a text with a NUL in it."""
+    """Raises its own error for a text that contains NUL."""
 
     def change(self, vectors, texts):
         if any("\0" in text for text in texts):
@@ -1099,29 +1095,29 @@ class FearsNul(Changes):
 
 
 class HasOnePlaceForTexts(Changes):
-    """Keeps the texts of a call where another thread's call finds them."""
+    """Keeps the texts of a call in a variable that threads share."""
 
     def __init__(self):
         super().__init__()
-        self.meet = Meeting(times=2)
+        self.rendezvous = Rendezvous(times=2)
 
-    def changed(self, texts, task):
+    def embed_changed(self, texts, task):
         self.texts_now = texts
-        self.meet()  # all have put theirs there
+        self.rendezvous()  # every thread has set its texts
         texts = self.texts_now
-        self.meet()  # and all have taken what they find
-        return super().changed(texts, task)
+        self.rendezvous()  # every thread has read the attribute
+        return super().embed_changed(texts, task)
 
 
 class HasOnePlaceForTextsOnALoop(CountingProvider):
-    """Keeps the texts of a call where another task's call finds them."""
+    """Keeps the texts of a call in a variable that tasks share."""
 
     def __init__(self):
         super().__init__(asynchronous=True)
         self.honest = self.aembed
-        self.aembed = self.shared
+        self.aembed = self.embed_shared
 
-    async def shared(self, texts, task):
+    async def embed_shared(self, texts, task):
         self.texts_now = texts
         await asyncio.sleep(0)
         return await self.honest(self.texts_now, task)
@@ -1164,7 +1160,7 @@ BROKEN_PROVIDERS: list[tuple[str, Callable[[], Any]]] = [
 ]
 
 
-class TriesProvider(ProviderContract):
+class ProviderContractRun(ProviderContract):
     def __init__(self, broken: Callable[[], Any]) -> None:
         self.broken = broken
 
@@ -1177,7 +1173,7 @@ class TriesProvider(ProviderContract):
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN_PROVIDERS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_provider_contract_catches(name: str, broken: Callable[[], Any]) -> None:
-    assert fails(getattr(TriesProvider(broken), name)), f"{name} lets {broken.__name__} pass"
+    assert is_failing(getattr(ProviderContractRun(broken), name)), f"{name} lets {broken.__name__} pass"
 
 
 def test_every_test_of_the_provider_contract_catches_something() -> None:
@@ -1194,18 +1190,18 @@ def returns_bytes(text):
 
 
 def counts_its_calls(text, seen=[]):  # noqa: B006 - its fault
-    """Gives a text another form when it comes again."""
+    """Returns a different form each time that it gets the same text."""
     seen.append(text)
     return f"{text} ({seen.count(text)})"
 
 
 def one_space_of_two(text):
-    """Replaces two spaces by one, once: four become two, and its result is not stable."""
+    """Replaces two spaces by one in a single pass, so that normalising its result changes it again."""
     return text.replace("  ", " ") if "  " in text else text.replace("\n", "  ")
 
 
 def looks_at_the_first_character(text):
-    """Looks at the first character, and an empty text has none."""
+    """Reads the first character, which an empty text does not have."""
     return text if text[0] != "\ufeff" else text[1:]
 
 
@@ -1215,35 +1211,35 @@ def cuts_utf_16(text):
 
 
 def cuts_at_512(text):
-    """Truncates a text, so that long texts which begin alike are one."""
+    """Truncates texts, so that long texts with the same beginning become equal."""
     return text[:512]
 
 
 def keeps_ascii_alone(text):
-    """Drops what is not ASCII, and with it all of a Japanese text."""
+    """Drops all characters outside ASCII, and so all of a Japanese text."""
     return "".join(character for character in text if character.isascii())
 
 
 def loses_no_case(text):
-    """Changes nothing, where it says that case does not count."""
+    """Changes nothing, although it should fold case."""
     return text
 
 
 class HasOnePlaceForAText:
-    """Keeps the text of a call where another thread's call finds it."""
+    """Keeps the text of a call in a variable that threads share."""
 
     def __init__(self):
-        self.meet = Meeting(times=2)
+        self.rendezvous = Rendezvous(times=2)
 
     def __call__(self, text):
         self.text = text
-        self.meet()  # all have put theirs there
+        self.rendezvous()  # every thread has set its texts
         text = self.text
-        self.meet()  # and all have taken what they find
+        self.rendezvous()  # every thread has read the attribute
         return text
 
 
-one_place_for_a_text = HasOnePlaceForAText()
+has_one_place_for_a_text = HasOnePlaceForAText()
 
 BROKEN_NORMALIZERS: list[tuple[str, Callable[[str], Any]]] = [
     ("test_a_form_is_text", returns_bytes),
@@ -1254,12 +1250,12 @@ BROKEN_NORMALIZERS: list[tuple[str, Callable[[str], Any]]] = [
     ("test_a_long_text_keeps_its_end", cuts_at_512),
     ("test_texts_that_differ_stay_apart", keeps_ascii_alone),
     ("test_spellings_of_one_text_meet", loses_no_case),
-    ("test_threads_get_their_own_forms", one_place_for_a_text),
+    ("test_threads_get_their_own_forms", has_one_place_for_a_text),
     ("test_another_process_gives_the_same_form", words_as_a_set),
 ]
 
 
-class TriesNormalizer(NormalizerContract):
+class NormalizerContractRun(NormalizerContract):
     same = (("A Text", "a text"),)
 
     def __init__(self, broken: Callable[[str], Any]) -> None:
@@ -1274,7 +1270,7 @@ class TriesNormalizer(NormalizerContract):
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN_NORMALIZERS, ids=[name for name, _ in BROKEN_NORMALIZERS])
 def test_the_normalizer_contract_catches(name: str, broken: Callable[[str], Any]) -> None:
-    assert fails(getattr(TriesNormalizer(broken), name)), f"{name} lets it pass"
+    assert is_failing(getattr(NormalizerContractRun(broken), name)), f"{name} lets it pass"
 
 
 def test_every_test_of_the_normalizer_contract_catches_something() -> None:

@@ -1,4 +1,4 @@
-"""Backends and providers that are right pass every test of their contract."""
+"""Correct backends, providers and steps pass every test of their contract."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from embedonce.testing import (
 
 
 class OnAClock(BackendContract):
-    """A backend whose time is moved by hand."""
+    """The contract of a backend with a manual clock."""
 
     clock = ManualClock()
 
@@ -53,7 +53,7 @@ class TestADictWithNothingDeclared(BackendContract):
 
 
 class TestWrappedWithoutFaults(OnAClock):
-    """With a deadline, so that a store which stalls can be left."""
+    """A backend that declares ``deadline``, so that the test of a stalled store runs."""
 
     def make(self) -> FaultyBackend:
         return FaultyBackend(DictBackend(clock=self.clock, twin=True), deadline=True, blocking=True)
@@ -66,7 +66,7 @@ class TestWrappedWithoutFaults(OnAClock):
 
 
 class TestTwoNodes(BackendContract):
-    """One of which may be away."""
+    """A backend of two nodes, one of which may be down."""
 
     def make(self) -> TwoNodesBackend:
         return TwoNodesBackend()
@@ -105,7 +105,7 @@ class TestEitherInADict(OnAClock):
 
 
 class TestOverTheWire(BackendContract):
-    """A store behind TCP, through the proxy as well."""
+    """A store behind TCP, tested directly and through the proxy."""
 
     examples = 10
 

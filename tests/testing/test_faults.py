@@ -1,4 +1,4 @@
-"""Every fault does what it says, when it says, and nothing else."""
+"""Every fault does what its name says, in the calls that it names, and nothing else."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ KEYS = list(FRAMES)
 FAR = 60.0
 
 
-def faulty(*faults: Fault, entries: bool = False, **options: Any) -> FaultyBackend:
-    """Return a backend that holds six values, stored without its faults."""
+def make_faulty(*faults: Fault, entries: bool = False, **options: Any) -> FaultyBackend:
+    """Return a make_faulty backend that holds six values, stored before the faults apply."""
     inner = DictBackend(holds="entries" if entries else "frames", twin=True)
     inner.set_many(ENTRIES if entries else FRAMES, None)
     return FaultyBackend(inner, faults, **options)
 
 
-def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Return a thread and what the call in it returns or raises."""
+def run_in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Start a thread; return it and the list to which it appends the result or the error of the call."""
     answers: list[Any] = []
 
     def run() -> None:
@@ -53,11 +53,11 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, answers
 
 
-# --- when -------------------------------------------------------------------------------------
+# --- when a fault applies ---------------------------------------------------------------------
 
 
 def test_without_faults_it_is_the_inner_backend() -> None:
-    backend = faulty()
+    backend = make_faulty()
     assert backend.get_many(KEYS) == FRAMES
     assert backend.get(KEYS[0]) == FRAMES[KEYS[0]]
     assert backend.count("") == 6
@@ -71,8 +71,8 @@ def test_without_faults_it_is_the_inner_backend() -> None:
     assert backend.called() == 6
 
 
-def test_it_strikes_the_calls_that_are_named() -> None:
-    backend = faulty(Fault("raise", on="get", calls=[2, 3]))
+def test_a_fault_applies_to_the_calls_that_are_named() -> None:
+    backend = make_faulty(Fault("raise", on="get", calls=[2, 3]))
     backend.set_many({}, None)
     outcomes = []
     for _ in range(4):
@@ -83,43 +83,43 @@ def test_it_strikes_the_calls_that_are_named() -> None:
     assert outcomes == [6, "raised", "raised", 6]
 
 
-def test_chance_is_the_same_with_the_same_seed() -> None:
-    def struck(seed: int) -> list[bool]:
-        backend = faulty(Fault("partial", on="get", probability=0.3), seed=seed)
+def test_the_same_seed_makes_the_same_choices() -> None:
+    def list_failures(seed: int) -> list[bool]:
+        backend = make_faulty(Fault("partial", on="get", probability=0.3), seed=seed)
         return [len(backend.get_many(KEYS)) < 6 for _ in range(100)]
 
-    assert struck(1) == struck(1)
-    assert struck(1) != struck(2)
-    assert 10 < sum(struck(1)) < 60
+    assert list_failures(1) == list_failures(1)
+    assert list_failures(1) != list_failures(2)
+    assert 10 < sum(list_failures(1)) < 60
 
 
-def test_the_first_fault_that_strikes_happens() -> None:
-    backend = faulty(Fault("raise", calls=[1], error=KeyError), Fault("raise", error=ValueError))
+def test_the_first_fault_that_applies_happens() -> None:
+    backend = make_faulty(Fault("raise", calls=[1], error=KeyError), Fault("raise", error=ValueError))
     with pytest.raises(KeyError):
         backend.get_many(KEYS)
-    with pytest.raises(ValueError, match="on purpose"):
+    with pytest.raises(ValueError, match="an injected fault"):
         backend.get_many(KEYS)
 
 
-def test_equal_faults_count_for_themselves() -> None:
-    backend = faulty(Fault("raise", calls=[1]), Fault("raise", calls=[1]))
+def test_equal_faults_are_counted_separately() -> None:
+    backend = make_faulty(Fault("raise", calls=[1]), Fault("raise", calls=[1]))
     for _ in range(2):
-        with pytest.raises(OSError, match="on purpose"):
+        with pytest.raises(OSError, match="an injected fault"):
             backend.get_many(KEYS)
     assert backend.get_many(KEYS) == FRAMES
 
 
-def test_healed_it_is_well() -> None:
-    backend = faulty(Fault("refuse"))
+def test_heal_ends_the_faults() -> None:
+    backend = make_faulty(Fault("refuse"))
     with pytest.raises(ConnectionRefusedError):
         backend.get_many(KEYS)
     backend.heal()
     assert backend.get_many(KEYS) == FRAMES
 
 
-def test_every_call_has_an_exception_of_its_own() -> None:
+def test_every_call_raises_its_own_exception() -> None:
     once = OSError(28, "no space left")
-    backend = faulty(Fault("raise", error=once))
+    backend = make_faulty(Fault("raise", error=once))
     caught = []
     for _ in range(2):
         with pytest.raises(OSError, match="no space left") as error:
@@ -130,12 +130,12 @@ def test_every_call_has_an_exception_of_its_own() -> None:
     assert caught[0].errno == 28
 
 
-# --- what -------------------------------------------------------------------------------------
+# --- what a fault does ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["get", "set", "delete", "scan", "count", "add"])
-def test_each_operation_can_be_struck_alone(operation: Any) -> None:
-    backend = faulty(Fault("refuse", on=operation))
+def test_a_fault_can_apply_to_one_operation_only(operation: Any) -> None:
+    backend = make_faulty(Fault("refuse", on=operation))
     calls: dict[str, Callable[[], object]] = {
         "get": lambda: backend.get_many(KEYS),
         "set": lambda: backend.set_many(FRAMES, None),
@@ -151,7 +151,7 @@ def test_each_operation_can_be_struck_alone(operation: Any) -> None:
 
 
 def test_corrupt_flips_one_bit_of_each_frame() -> None:
-    found = faulty(Fault("corrupt")).get_many(KEYS)
+    found = make_faulty(Fault("corrupt")).get_many(KEYS)
     for key, frame in FRAMES.items():
         flipped = int.from_bytes(frame) ^ int.from_bytes(found[key])
         assert flipped.bit_count() == 1
@@ -159,42 +159,42 @@ def test_corrupt_flips_one_bit_of_each_frame() -> None:
 
 
 def test_corrupt_puts_nan_into_each_entry() -> None:
-    backend = faulty(Fault("corrupt", calls=[1]), entries=True)
+    backend = make_faulty(Fault("corrupt", calls=[1]), entries=True)
     assert all(np.isnan(entry.vector).sum() == 1 for entry in backend.get_many(KEYS).values())
     assert not any(np.isnan(entry.vector).any() for entry in backend.get_many(KEYS).values())
 
 
 def test_truncate_shortens() -> None:
-    assert {len(frame) for frame in faulty(Fault("truncate")).get_many(KEYS).values()} == {20}
-    found = faulty(Fault("truncate"), entries=True).get_many(KEYS)
+    assert {len(frame) for frame in make_faulty(Fault("truncate")).get_many(KEYS).values()} == {20}
+    found = make_faulty(Fault("truncate"), entries=True).get_many(KEYS)
     assert {entry.vector.shape for entry in found.values()} == {(2,)}
 
 
 def test_a_damaged_single_get() -> None:
-    frame = faulty(Fault("truncate")).get(KEYS[0])
+    frame = make_faulty(Fault("truncate")).get(KEYS[0])
     assert frame == FRAMES[KEYS[0]][:20]
-    assert faulty(Fault("truncate")).get("eo1.none") is None
+    assert make_faulty(Fault("truncate")).get("eo1.none") is None
 
 
 def test_partial_leaves_out_and_stores_some() -> None:
-    backend = faulty(Fault("partial"))
+    backend = make_faulty(Fault("partial"))
     found = backend.get_many(KEYS)
     assert len(found) == 3
     assert found.items() <= FRAMES.items()
     fresh = {f"eo1.b.{number}": b"x" for number in range(4)}
-    with pytest.raises(OSError, match="on purpose"):
+    with pytest.raises(OSError, match="an injected fault"):
         backend.set_many(fresh, None)
     assert backend.inner.count("eo1.b.") == 2
-    with pytest.raises(OSError, match="on purpose"):
+    with pytest.raises(OSError, match="an injected fault"):
         backend.delete_many(KEYS)
     assert backend.inner.count("eo1.a.") == 3
     seen = []
-    with pytest.raises(OSError, match="on purpose"):
+    with pytest.raises(OSError, match="an injected fault"):
         seen.extend(backend.scan("eo1."))
 
 
 def test_wrong_reply_gives_another_keys_value() -> None:
-    backend = faulty(Fault("wrong_reply", on="get"))
+    backend = make_faulty(Fault("wrong_reply", on="get"))
     found = backend.get_many(KEYS)
     assert set(found) == set(KEYS)
     assert sorted(found.values()) == sorted(FRAMES.values())
@@ -202,57 +202,57 @@ def test_wrong_reply_gives_another_keys_value() -> None:
 
 
 def test_wrong_reply_to_one_key_is_one_that_was_seen_before() -> None:
-    backend = faulty(Fault("wrong_reply", on="get", calls=[2]))
+    backend = make_faulty(Fault("wrong_reply", on="get", calls=[2]))
     assert backend.get_many(KEYS[:1]) == {KEYS[0]: FRAMES[KEYS[0]]}
     assert backend.get_many(KEYS[1:2]) == {KEYS[1]: FRAMES[KEYS[0]]}
     assert backend.get_many(["eo1.none"]) == {}
 
 
 def test_wrong_reply_to_a_miss() -> None:
-    backend = faulty(Fault("wrong_reply", on="get", calls=[2]))
+    backend = make_faulty(Fault("wrong_reply", on="get", calls=[2]))
     backend.get_many(KEYS[:1])
     assert backend.get_many(["eo1.none"]) == {"eo1.none": FRAMES[KEYS[0]]}
 
 
 def test_unasked_and_none_for_miss() -> None:
-    backend = faulty(Fault("unasked", calls=[2]), Fault("none_for_miss"))
+    backend = make_faulty(Fault("unasked", calls=[2]), Fault("none_for_miss"))
     backend.get_many(KEYS[:1])
     found = backend.get_many(KEYS[1:2])
     assert found == {KEYS[1]: FRAMES[KEYS[1]], KEYS[0]: FRAMES[KEYS[0]]}
     assert backend.get_many(["eo1.none"]) == {"eo1.none": None}
 
 
-def test_a_hang_ends_with_release_and_does_what_was_asked() -> None:
-    backend = faulty(Fault("hang", on="get"))
+def test_a_hang_ends_with_release_and_then_makes_the_call() -> None:
+    backend = make_faulty(Fault("hang", on="get"))
     with deadline(0.01):
-        thread, answers = in_thread(lambda: backend.get_many(KEYS))
+        thread, answers = run_in_thread(lambda: backend.get_many(KEYS))
         backend.gate.until(1, FAR)
         assert backend.gate.waiting == 1
     backend.release()
     thread.join(FAR)
     assert answers == [FRAMES]
-    again, answers = in_thread(lambda: backend.get_many(KEYS[:1]))
+    again, answers = run_in_thread(lambda: backend.get_many(KEYS[:1]))
     backend.gate.until(1, FAR)
-    assert again.is_alive(), "what comes after release hangs again"
+    assert again.is_alive(), "a call after release() hangs again"
     backend.close()
     again.join(FAR)
-    assert isinstance(answers[0], RuntimeError), "close lets go of what hangs; the inner backend is closed"
+    assert isinstance(answers[0], RuntimeError), "close() releases hanging calls, and the inner backend is closed"
 
 
 def test_a_hang_that_obeys_raises_at_the_deadline() -> None:
-    backend = faulty(Fault("hang", obey=True), deadline=True)
+    backend = make_faulty(Fault("hang", obey=True), deadline=True)
     with deadline(0.02), pytest.raises(TierTimeout):
         backend.get_many(KEYS)
     assert backend.capabilities.deadline
 
 
-def test_waiting_for_a_hang_that_does_not_come_has_an_end() -> None:
-    with pytest.raises(TimeoutError, match="1 were waited for"):
-        faulty().gate.until(1, 0.01)
+def test_waiting_for_a_hang_has_a_timeout() -> None:
+    with pytest.raises(TimeoutError, match="expected 1 hanging calls"):
+        make_faulty().gate.until(1, 0.01)
 
 
 def test_slow_answers_in_the_end() -> None:
-    assert faulty(Fault("slow", seconds=0.001)).get_many(KEYS) == FRAMES
+    assert make_faulty(Fault("slow", seconds=0.001)).get_many(KEYS) == FRAMES
 
 
 # --- the twin ---------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_slow_answers_in_the_end() -> None:
 
 def test_a_twin_has_the_faults_and_the_counts() -> None:
     async def main() -> None:
-        backend = faulty(Fault("refuse", on="get", calls=[1]), Fault("truncate", calls=[1]))
+        backend = make_faulty(Fault("refuse", on="get", calls=[1]), Fault("truncate", calls=[1]))
         twin = backend.twin()
         with pytest.raises(ConnectionRefusedError):
             await twin.get_many(KEYS)
@@ -274,12 +274,12 @@ def test_a_twin_has_the_faults_and_the_counts() -> None:
 
 
 def test_a_twin_hangs_until_it_is_released_from_another_thread() -> None:
-    backend = faulty(Fault("hang", on="get"))
+    backend = make_faulty(Fault("hang", on="get"))
 
     async def main() -> dict[str, bytes]:
         return await backend.twin().get_many(KEYS)
 
-    thread, answers = in_thread(lambda: asyncio.run(main()))
+    thread, answers = run_in_thread(lambda: asyncio.run(main()))
     backend.gate.until(1, FAR)
     backend.release()
     thread.join(FAR)
@@ -288,7 +288,7 @@ def test_a_twin_hangs_until_it_is_released_from_another_thread() -> None:
 
 def test_a_cancelled_hang_leaves_its_reply_until_the_twin_is_dropped() -> None:
     async def main() -> None:
-        backend = faulty(Fault("hang", on="get", calls=[1]))
+        backend = make_faulty(Fault("hang", on="get", calls=[1]))
         twin = backend.twin()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
@@ -306,15 +306,15 @@ def test_a_cancelled_hang_leaves_its_reply_until_the_twin_is_dropped() -> None:
 # --- DictBackend ------------------------------------------------------------------------------
 
 
-def test_a_dict_refuses_what_is_not_declared() -> None:
+def test_a_dict_backend_refuses_what_it_does_not_declare() -> None:
     backend = DictBackend(delete=False, max_batch=2, max_value_bytes=4)
     with pytest.raises(NotImplementedError, match="delete"):
         backend.delete_many(["eo1.a"])
     with pytest.raises(NotImplementedError, match="twin"):
         backend.twin()
-    with pytest.raises(ValueError, match="max_batch is 2"):
+    with pytest.raises(ValueError, match="at most 2 keys per call"):
         backend.get_many(["eo1.a", "eo1.b", "eo1.c"])
-    with pytest.raises(ValueError, match="max_value_bytes is 4"):
+    with pytest.raises(ValueError, match="at most 4 bytes"):
         backend.set_many({"eo1.a": b"12345"}, None)
     with pytest.raises(TypeError, match="frames"):
         backend.set_many({"eo1.a": ENTRIES[KEYS[0]]}, None)
@@ -338,18 +338,18 @@ def test_a_twin_of_another_loop_raises() -> None:
 def test_a_clock_moves_forward_only() -> None:
     clock = ManualClock(100.0)
     assert clock.advance(1.5) == clock() == 101.5
-    with pytest.raises(ValueError, match="forward"):
+    with pytest.raises(ValueError, match="seconds must be at least 0"):
         clock.advance(-1.0)
 
 
 # --- providers --------------------------------------------------------------------------------
 
 
-def vectors_of(provider: FaultyProvider, texts: list[str]) -> np.ndarray:
+def embed_vectors(provider: FaultyProvider, texts: list[str]) -> np.ndarray:
     return np.asarray(provider.embed(texts, "document").vectors)
 
 
-def test_counting_counts() -> None:
+def test_the_counting_provider_counts() -> None:
     provider = CountingProvider(max_batch=3)
     answer = provider.embed(["a", "b", "a"], "document")
     assert isinstance(answer, Embedded)
@@ -358,14 +358,14 @@ def test_counting_counts() -> None:
     assert provider.calls == [("document", ("a", "b", "a"))]
     assert np.array_equal(answer.vectors[1], provider.vector_of("b"))
     assert not hasattr(provider, "aembed")
-    with pytest.raises(ValueError, match="max_batch is 3"):
+    with pytest.raises(ValueError, match="at most 3 texts per call"):
         provider.embed(list("abcd"), "document")
     with pytest.raises(ValueError, match="at least one"):
         provider.embed([], "document")
     assert provider.texts == 3
 
 
-def test_counting_vectors_differ_by_text_task_and_model() -> None:
+def test_vectors_differ_by_text_task_and_model() -> None:
     one, two = CountingProvider(symmetric=False), CountingProvider(model="other", symmetric=False)
     vectors = [
         provider.vector_of(text, task) for provider in (one, two) for text in "ab" for task in ("document", "query")
@@ -375,7 +375,7 @@ def test_counting_vectors_differ_by_text_task_and_model() -> None:
     assert CountingProvider().space("query") == CountingProvider().space("document")
 
 
-def test_counting_knows_how_many_calls_were_at_once() -> None:
+def test_the_counting_provider_counts_calls_in_flight() -> None:
     provider = CountingProvider(asynchronous=True, delay=0.001)
 
     async def main() -> None:
@@ -391,17 +391,17 @@ def test_counting_knows_how_many_calls_were_at_once() -> None:
 )
 def test_answers_of_another_shape(kind: Any, shape: tuple[int, int]) -> None:
     provider = FaultyProvider(CountingProvider(), [ProviderFault(kind, calls=[1])])
-    assert vectors_of(provider, ["a", "b", "c"]).shape == shape
-    assert vectors_of(provider, ["a", "b", "c"]).shape == (3, 8)
+    assert embed_vectors(provider, ["a", "b", "c"]).shape == shape
+    assert embed_vectors(provider, ["a", "b", "c"]).shape == (3, 8)
 
 
 def test_answers_with_other_values() -> None:
     faults = [ProviderFault(kind, calls=[1]) for kind in ("nan", "infinity", "zeros")]
     provider = FaultyProvider(CountingProvider(), faults)
-    assert np.isnan(vectors_of(provider, ["a", "b"])).sum() == 1
-    assert np.isinf(vectors_of(provider, ["a", "b"])).sum() == 1
-    assert (~vectors_of(provider, ["a", "b"]).any(axis=1)).sum() == 1
-    assert np.array_equal(vectors_of(provider, ["a"])[0], provider.inner.vector_of("a"))
+    assert np.isnan(embed_vectors(provider, ["a", "b"])).sum() == 1
+    assert np.isinf(embed_vectors(provider, ["a", "b"])).sum() == 1
+    assert (~embed_vectors(provider, ["a", "b"]).any(axis=1)).sum() == 1
+    assert np.array_equal(embed_vectors(provider, ["a"])[0], provider.inner.vector_of("a"))
 
 
 def test_a_provider_raises_on_its_second_call() -> None:
@@ -421,12 +421,12 @@ def test_a_provider_refuses_some_texts(positions: bool) -> None:
     with pytest.raises(TextRefused) as refused:
         provider.embed(["a", "", "b", ""], "document")
     assert refused.value.positions == ((1, 3) if positions else ())
-    assert len(vectors_of(provider, ["a", "b"])) == 2
+    assert len(embed_vectors(provider, ["a", "b"])) == 2
 
 
 def test_providers_that_hang_are_counted_and_released() -> None:
     provider = FaultyProvider(CountingProvider(), [ProviderFault("hang")])
-    calls = [in_thread(lambda text=text: provider.embed([text], "document")) for text in "abc"]
+    calls = [run_in_thread(lambda text=text: provider.embed([text], "document")) for text in "abc"]
     provider.gate.until(3, FAR)
     assert provider.most_at_once == 3
     provider.heal()
@@ -450,7 +450,7 @@ def test_an_async_provider_hangs_cancellably() -> None:
     assert provider.inner.count == {"a": 1}
 
 
-# --- what it needs ----------------------------------------------------------------------------
+# --- requirements -----------------------------------------------------------------------------
 
 
 def test_faults_need_neither_pytest_nor_hypothesis() -> None:

@@ -1,4 +1,4 @@
-"""``docs/testing.md`` lists every standard test and every fault, and none that is not there."""
+"""``docs/testing.md`` lists every standard test and every fault, and nothing that does not exist."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from embedonce.testing.servers import gemini, openai
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-# Without its code, whose comments look like headings.
+# The page without its code blocks, because comments in them look like headings.
 PAGE = re.sub(
     r"^```.*?^```$", "", (Path(__file__).parents[2] / "docs" / "testing.md").read_text(), flags=re.DOTALL | re.M
 )
 
 
-def section(title: str) -> str:
-    """Return the page from a heading to the next one of the same level or above."""
+def find_section(title: str) -> str:
+    """Return the part of the page from a heading to the next heading of the same level or above."""
     level = re.search(rf"^(#+) {re.escape(title)}$", PAGE, re.MULTILINE)
     assert level is not None, f"docs/testing.md has no section {title!r}"
     rest = PAGE[level.end() :]
@@ -36,7 +36,7 @@ def section(title: str) -> str:
     return rest[: end.start()] if end else rest
 
 
-def in_tables(text: str) -> set[str]:
+def find_table_names(text: str) -> set[str]:
     return set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
@@ -49,7 +49,7 @@ def in_tables(text: str) -> set[str]:
     ],
 )
 def test_every_standard_test_is_listed(title: str, contract: type) -> None:
-    assert in_tables(section(title)) == set(contract.standard_tests)
+    assert find_table_names(find_section(title)) == set(contract.standard_tests)
 
 
 def test_the_tables_of_bugs_are_current() -> None:
@@ -60,11 +60,13 @@ def test_the_tables_of_bugs_are_current() -> None:
 
 
 def test_every_fault_is_listed() -> None:
-    backend, provider = section("What happens when the store is down?").split("A provider goes wrong")
-    assert in_tables(backend) == set(get_args(faults.Kind))
-    assert in_tables(provider) == set(get_args(faults.ProviderKind))
-    assert in_tables(section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
-    assert in_tables(section("What happens when an API misbehaves?")) == set(get_args(openai.OpenAIMisbehaviour))
+    backend, provider = find_section("What happens when the store is down?").split("A provider goes wrong")
+    assert find_table_names(backend) == set(get_args(faults.Kind))
+    assert find_table_names(provider) == set(get_args(faults.ProviderKind))
+    assert find_table_names(find_section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
+    assert find_table_names(find_section("What happens when an API misbehaves?")) == set(
+        get_args(openai.OpenAIMisbehaviour)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every fault of the proxy does what it says, through a server that echoes and through a real Redis."""
+"""Every fault of the proxy does what its name says, in front of an echo server and of a real Redis."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 
 from embedonce.testing import FaultProxy, NetworkFault
-from embedonce.testing.proxy import KEEPS_PORTS
+from embedonce.testing.proxy import CAN_SHARE_PORT
 
 FAR = 60.0
 SHORT = 0.2
 
 
 class Echo(socketserver.BaseRequestHandler):
-    """Sends back what it gets, until the other side has ended."""
+    """Sends back everything that it receives, until the client ends the connection."""
 
     def handle(self) -> None:
         try:
             while data := self.request.recv(2**16):
-                self.server.heard.append(data)  # type: ignore[attr-defined]
+                self.server.received.append(data)  # type: ignore[attr-defined]
                 self.request.sendall(data)
         except OSError:
             pass
@@ -42,8 +42,8 @@ class UnixServer(socketserver.ThreadingUnixStreamServer):
 
 
 @contextmanager
-def served(server: Any) -> Iterator[Any]:
-    server.heard = []
+def run_server(server: Any) -> Iterator[Any]:
+    server.received = []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
@@ -54,7 +54,7 @@ def served(server: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def echo() -> Iterator[Any]:
-    with served(TcpServer(("127.0.0.1", 0), Echo)) as server:
+    with run_server(TcpServer(("127.0.0.1", 0), Echo)) as server:
         yield server
 
 
@@ -66,11 +66,11 @@ def proxy(echo: Any) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def client(proxy: FaultProxy) -> Iterator[socket.socket]:
-    with connected(proxy) as client:
+    with connect(proxy) as client:
         yield client
 
 
-def connected(proxy: FaultProxy) -> socket.socket:
+def connect(proxy: FaultProxy) -> socket.socket:
     return socket.create_connection(proxy.address, timeout=FAR)
 
 
@@ -80,15 +80,15 @@ def ask(client: socket.socket, data: bytes) -> bytes:
 
 
 def read(client: socket.socket, size: int) -> bytes:
-    """Return so many bytes, fewer where the connection ends."""
+    """Read ``size`` bytes, or fewer if the connection ends."""
     got = b""
     while len(got) < size and (part := client.recv(size - len(got))):
         got += part
     return got
 
 
-def silent(client: socket.socket) -> bool:
-    """Tell whether nothing comes."""
+def is_silent(client: socket.socket) -> bool:
+    """Return whether nothing arrives for a moment."""
     client.settimeout(SHORT)
     try:
         client.recv(1)
@@ -99,7 +99,7 @@ def silent(client: socket.socket) -> bool:
     return False
 
 
-def eventually(true: Callable[[], bool]) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + FAR
     while not true():
         assert time.monotonic() < end
@@ -107,7 +107,7 @@ def eventually(true: Callable[[], bool]) -> None:
 
 
 def test_without_a_fault_everything_gets_through(proxy: FaultProxy) -> None:
-    clients = [connected(proxy) for _ in range(5)]
+    clients = [connect(proxy) for _ in range(5)]
     large = bytes(range(256)) * 2**13
     for number, client in enumerate(clients):
         assert ask(client, b"%d" % number) == b"%d" % number
@@ -120,19 +120,19 @@ def test_without_a_fault_everything_gets_through(proxy: FaultProxy) -> None:
         client.shutdown(socket.SHUT_WR)
         assert client.recv(1) == b""
         client.close()
-    eventually(lambda: proxy.connections == 0)
+    wait_until(lambda: proxy.connections == 0)
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    with served(UnixServer(path, Echo)), FaultProxy(path) as proxy, connected(proxy) as client:
+    with run_server(UnixServer(path, Echo)), FaultProxy(path) as proxy, connect(proxy) as client:
         assert ask(client, b"hello") == b"hello"
 
 
 def test_latency(proxy: FaultProxy, client: socket.socket) -> None:
     proxy.fault = NetworkFault("latency", seconds=FAR * 10)
     client.sendall(b"hello")
-    assert silent(client)
+    assert is_silent(client)
     proxy.fault = NetworkFault("latency", seconds=0.05)
     start = time.monotonic()
     assert read(client, 5) == b"hello"
@@ -152,11 +152,11 @@ def test_bandwidth_drips(proxy: FaultProxy, client: socket.socket) -> None:
 
 def test_a_black_hole_swallows_and_delivers_late(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
     proxy.fault = NetworkFault("black_hole")
-    with connected(proxy) as another:
+    with connect(proxy) as another:
         for one in (client, another):
             one.sendall(b"hello")
-            assert silent(one)
-        assert echo.heard == []
+            assert is_silent(one)
+        assert echo.received == []
         proxy.heal()
         for one in (client, another):
             assert read(one, 5) == b"hello"
@@ -165,8 +165,8 @@ def test_a_black_hole_swallows_and_delivers_late(proxy: FaultProxy, client: sock
 def test_a_black_hole_in_one_direction(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
     proxy.fault = NetworkFault("black_hole", direction="replies")
     client.sendall(b"hello")
-    eventually(lambda: echo.heard == [b"hello"])
-    assert silent(client)
+    wait_until(lambda: echo.received == [b"hello"])
+    assert is_silent(client)
 
 
 def test_refuse(proxy: FaultProxy, client: socket.socket) -> None:
@@ -176,13 +176,13 @@ def test_refuse(proxy: FaultProxy, client: socket.socket) -> None:
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     with pytest.raises(ConnectionRefusedError):
-        connected(proxy)
-    if KEEPS_PORTS:
+        connect(proxy)
+    if CAN_SHARE_PORT:
         with socket.socket() as another, pytest.raises(OSError, match="in use"):
-            another.bind(before)  # nobody else gets the port meanwhile
+            another.bind(before)  # no other program can get the port meanwhile
     proxy.heal()
     assert proxy.address == before
-    with connected(proxy) as another:
+    with connect(proxy) as another:
         assert ask(another, b"hello") == b"hello"
 
 
@@ -191,9 +191,9 @@ def test_reset(proxy: FaultProxy, client: socket.socket) -> None:
     proxy.fault = NetworkFault("reset")
     with pytest.raises(ConnectionResetError):
         client.recv(1)
-    with pytest.raises(ConnectionResetError), connected(proxy) as another:
+    with pytest.raises(ConnectionResetError), connect(proxy) as another:
         another.recv(1)
-    eventually(lambda: proxy.connections == 0)
+    wait_until(lambda: proxy.connections == 0)
 
 
 def test_reset_in_mid_reply(proxy: FaultProxy, client: socket.socket) -> None:
@@ -202,7 +202,7 @@ def test_reset_in_mid_reply(proxy: FaultProxy, client: socket.socket) -> None:
     client.sendall(b"hello")
     with pytest.raises(ConnectionResetError):
         read(client, 5)
-    with connected(proxy) as another:
+    with connect(proxy) as another:
         assert ask(another, b"ab") == b"ab"
 
 
@@ -212,11 +212,11 @@ def test_cut_in_mid_reply(proxy: FaultProxy, client: socket.socket, after: int |
     proxy.fault = NetworkFault("cut", after=after)
     client.sendall(b"hello")
     assert read(client, 5) == b"hello"[: after or 0]
-    with connected(proxy) as another:
+    with connect(proxy) as another:
         another.sendall(b"world")
         assert read(another, 5) == b"world"[: after or 0]
     proxy.heal()
-    with connected(proxy) as another:
+    with connect(proxy) as another:
         assert ask(another, b"world") == b"world"
 
 
@@ -226,7 +226,7 @@ def test_garbage(proxy: FaultProxy, client: socket.socket, echo: Any) -> None:
     got = ask(client, sent)
     assert (got[:5], len(got)) == (b"hello", 100)
     assert got != sent
-    assert b"".join(echo.heard) == sent
+    assert b"".join(echo.received) == sent
     proxy.heal()
     assert ask(client, sent) == sent
 
@@ -235,39 +235,39 @@ def test_half_open(proxy: FaultProxy, client: socket.socket) -> None:
     assert ask(client, b"hello") == b"hello"
     proxy.fault = NetworkFault("half_open")
     client.sendall(b"anybody there?")
-    assert silent(client)
-    with connected(proxy) as another:
+    assert is_silent(client)
+    with connect(proxy) as another:
         assert ask(another, b"hello") == b"hello"
     proxy.heal()
-    assert silent(client)
+    assert is_silent(client)
     client.close()
-    eventually(lambda: proxy.connections == 0)
+    wait_until(lambda: proxy.connections == 0)
 
 
 def test_a_server_that_is_down_shows_as_a_reset() -> None:
     with socket.socket() as down:
-        down.bind(("127.0.0.1", 0))  # it has the port, and does not listen
-        with FaultProxy(*down.getsockname()) as proxy, pytest.raises(ConnectionResetError), connected(proxy) as client:
+        down.bind(("127.0.0.1", 0))  # the socket has the port, but does not listen
+        with FaultProxy(*down.getsockname()) as proxy, pytest.raises(ConnectionResetError), connect(proxy) as client:
             client.recv(1)
 
 
 def test_close_ends_everything(echo: Any) -> None:
     proxy = FaultProxy(*echo.server_address)
     proxy.fault = NetworkFault("black_hole")
-    with connected(proxy) as client:
+    with connect(proxy) as client:
         client.sendall(b"hello")
         proxy.close()
         proxy.close()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
     with pytest.raises(ConnectionRefusedError):
-        connected(proxy)
+        connect(proxy)
     with pytest.raises(RuntimeError, match="closed"):
         proxy.heal()
 
 
 def test_many_connections_under_changing_faults(proxy: FaultProxy) -> None:
-    """Whatever comes back has been sent, and in its order."""
+    """Every reply is what the client sent, or its beginning."""
     faults = [None, *(NetworkFault(kind, after=3, seconds=0.001) for kind in ("latency", "cut", "reset", "half_open"))]
     stop = threading.Event()
     wrong: list[bytes] = []
@@ -276,7 +276,7 @@ def test_many_connections_under_changing_faults(proxy: FaultProxy) -> None:
         while not stop.is_set():
             sent = b"%d says hello" % number
             try:
-                with closing(connected(proxy)) as client:
+                with closing(connect(proxy)) as client:
                     client.settimeout(SHORT)
                     got = ask(client, sent)
             except OSError:
@@ -294,35 +294,35 @@ def test_many_connections_under_changing_faults(proxy: FaultProxy) -> None:
     for thread in threads:
         thread.join(FAR)
     assert wrong == []
-    with connected(proxy) as client:
+    with connect(proxy) as client:
         assert ask(client, b"hello") == b"hello"
 
 
 @pytest.mark.parametrize("kind", ["black_hole", "refuse", "reset", "cut", "garbage", "half_open"])
 def test_a_real_redis(redis_server: Any, kind: Any) -> None:
     redis = pytest.importorskip("redis")
-    silent = kind in ("black_hole", "half_open")
-    error = redis.RedisError if kind == "garbage" else redis.TimeoutError if silent else redis.ConnectionError
+    is_silent = kind in ("black_hole", "half_open")
+    error = redis.RedisError if kind == "garbage" else redis.TimeoutError if is_silent else redis.ConnectionError
     key = f"embedonce-proxy-{uuid.uuid4()}"
     with FaultProxy("127.0.0.1", redis_server.port) as proxy:
-        timeout = SHORT if silent else FAR
+        timeout = SHORT if is_silent else FAR
         client = redis.Redis.from_url(f"redis://{proxy.url_port}/0", socket_timeout=timeout, retry=None)
 
         def works() -> bool:
             try:
                 client.set(key, "1", ex=100)
                 return bool(client.get(key) == b"1")
-            except redis.TimeoutError:  # a busy machine may take longer than that
+            except redis.TimeoutError:  # a busy machine may take longer
                 client.connection_pool.disconnect()
                 return False
 
         try:
-            eventually(works)
+            wait_until(works)
             proxy.fault = NetworkFault(kind)
             with pytest.raises(error):
                 client.get(key)
             proxy.heal()
             client.connection_pool.disconnect()
-            eventually(works)
+            wait_until(works)
         finally:
             client.close()

@@ -1,7 +1,7 @@
-"""For tests of plugins and of what uses them: contracts to subclass, fakes that are real, faults on purpose.
+"""Tools for tests of plugins and of code that uses them: contracts to subclass, working fakes, injected faults.
 
-The contracts need pytest and hypothesis (``pip install "embedonce[testing]"``); the rest needs numpy alone.
-Contracts and servers are imported when they are asked for.
+The contracts require pytest and hypothesis (``pip install "embedonce[testing]"``); the rest requires only numpy.
+Contracts and servers are imported on first use.
 """
 
 from __future__ import annotations

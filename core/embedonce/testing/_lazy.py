@@ -1,4 +1,4 @@
-"""Imports what costs time or needs more than numpy when it is asked for: contracts, and servers."""
+"""Deferred imports of contracts and servers, which cost time or require more than numpy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MODULES = {
 
 
 def load(name: str) -> Any:
-    """Return the class of that name, one of :data:`MODULES`.
+    """Import and return the class ``name``, one of :data:`MODULES`.
 
     Raises:
-        ImportError: pytest or hypothesis, which the contracts need, is not installed; says how to install them.
+        ImportError: pytest or hypothesis is missing, which the contracts require; the message says how to install them.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)
@@ -26,6 +26,6 @@ def load(name: str) -> Any:
         if error.name not in ("pytest", "hypothesis"):
             raise
         raise ImportError(
-            f'embedonce.testing.{name} needs {error.name}; install it with: pip install "embedonce[testing]"'
+            f'embedonce.testing.{name} requires {error.name}: pip install "embedonce[testing]"'
         ) from error
     return getattr(module, name)

@@ -1,4 +1,4 @@
-"""What ``embedonce conformance`` is given: a plugin's name or an importable class, and options as text."""
+"""Targets of ``embedonce conformance``: a plugin's name or an importable class, and options as text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from embedonce.options import BadValue
 Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
 
 NEW = "{new}"
-"""Stands in an option for what is different in every store that is made."""
+"""Placeholder in an option for a text that is different for every store."""
 SERVER = "{server}"
-"""Stands in an option for where the server listens."""
+"""Placeholder in an option for the address of the server."""
 
 
 class WrongTarget(ValueError):
-    """There is no such plugin, or it cannot be made from these options; the message says why."""
+    """The plugin does not exist, or it cannot be made from these options; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A plugin that is to be tried, and the options that it is made with, as they were written."""
+    """A plugin to test, and the options to make it with, as the user wrote them."""
 
     written: str
     kind: Kind
@@ -40,24 +40,24 @@ class Target:
 
     @property
     def declared(self) -> Mapping[str, Option]:
-        """The options that its class declares."""
+        """Options that the plugin's class declares, by name."""
         return options_of(self.plugin) if isinstance(self.plugin, type) else {}
 
     @property
     def secrets(self) -> list[str]:
-        """Texts among the options that no message may repeat."""
+        """Secrets among the options, which no message may repeat."""
         named = (text for name, text in self.options.items() if is_secret((name,)))
         return [secret for secret in (*named, *(c for t in self.options.values() for c in credentials_in(t))) if secret]
 
-    def filled(self, *, new: str, server: str = "") -> dict[str, str]:
+    def fill_placeholders(self, *, new: str, server: str = "") -> dict[str, str]:
         """Return the options with ``{new}`` and ``{server}`` filled in."""
         return {name: text.replace(NEW, new).replace(SERVER, server) for name, text in self.options.items()}
 
     def read(self, options: Mapping[str, str]) -> dict[str, Any]:
-        """Return options in their types.
+        """Convert options from text to their declared types.
 
         Raises:
-            WrongTarget: with everything that is wrong with them.
+            WrongTarget: options are invalid or missing; the message lists all of them.
         """
         declared, problems = self.declared, []
         values: dict[str, Any] = {}
@@ -75,13 +75,13 @@ class Target:
                 problems.append(f"option {name}: {error}")
         missing = [option.name for option in declared.values() if option.required and option.name not in options]
         if missing:
-            problems.append(f"it needs --option {listed(f'{name}=...' for name in missing)}")
+            problems.append(f"missing --option {listed(f'{name}=...' for name in missing)}")
         if problems:
             raise WrongTarget("; ".join(problems))
         return {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
 
-    def made(self, options: Mapping[str, str]) -> Any:
-        """Make the plugin. Raises what :meth:`read` does, and whatever its constructor does."""
+    def make_plugin(self, options: Mapping[str, str]) -> Any:
+        """Make the plugin. Raises the errors of :meth:`read` and of the plugin's constructor."""
         return self.plugin(**self.read(options))
 
 
@@ -89,20 +89,20 @@ def _hint(name: str, declared: Mapping[str, Option]) -> str:
     meant = closest(name, declared)
     if meant:
         return f"; did you mean {meant}?"
-    return f"; it takes {listed(declared)}" if declared else "; it takes none"
+    return f"; the plugin takes {listed(declared)}" if declared else "; the plugin takes no options"
 
 
 def find(written: str, options: Mapping[str, str]) -> Target:
-    """Return what ``written`` names: a plugin, ``distribution:plugin``, or ``module:Class``.
+    """Find the plugin that ``written`` names: ``plugin``, ``distribution:plugin`` or ``module:Class``.
 
     Raises:
-        WrongTarget: it cannot be found or imported.
+        WrongTarget: the plugin cannot be found or imported.
     """
     if ":" not in written or written in entry_points.names() or _is_installed(written):
-        return _installed(written, options)
+        return _find_installed(written, options)
     module, _, name = written.partition(":")
-    plugin = _imported(module, name)
-    return Target(written, kind_of(plugin, written), plugin, options)
+    plugin = _import_class(module, name)
+    return Target(written, detect_kind(plugin, written), plugin, options)
 
 
 def _is_installed(written: str) -> bool:
@@ -110,33 +110,33 @@ def _is_installed(written: str) -> bool:
     return any(one.name == name and one.distribution == distribution for one in installed())
 
 
-def _installed(written: str, options: Mapping[str, str]) -> Target:
+def _find_installed(written: str, options: Mapping[str, str]) -> Target:
     finders: Mapping[Kind, Callable[[str], Any]] = {
         "backend": loading.backend,
         "provider": loading.provider,
         "normalizer": loading.normalizer,
     }
-    said: list[str] = []
+    messages: list[str] = []
     for kind, finder in finders.items():
         try:
             return Target(written, kind, finder(written), options)
         except PluginError as error:
-            said.append(str(error))
-    raise WrongTarget(f"{said[0]}; a class that is not installed is named as module:Class")
+            messages.append(str(error))
+    raise WrongTarget(f"{messages[0]}; to name a class that is not installed, write module:Class")
 
 
-def _imported(module: str, name: str) -> Any:
+def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    if here not in sys.path:  # as python -m pytest has it: the plugin that is being written
+    if here not in sys.path:  # like python -m pytest: the plugin under development is in this folder
         sys.path.insert(0, here)
     try:
         found: Any = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise WrongTarget(f"{module} cannot be imported: it needs {error.name}, which is not installed") from error
+            raise WrongTarget(f"cannot import {module}: it requires {error.name}, which is not installed") from error
         raise WrongTarget(f"there is no module {module}, neither installed nor in this folder") from error
     except (Exception, SystemExit) as error:
-        raise WrongTarget(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+        raise WrongTarget(f"cannot import {module}: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             meant = closest(part, vars(found)) if hasattr(found, "__dict__") else None
@@ -145,11 +145,11 @@ def _imported(module: str, name: str) -> Any:
     return found
 
 
-def kind_of(plugin: Any, written: str) -> Kind:
-    """Return what a class or function is, by its methods.
+def detect_kind(plugin: Any, written: str) -> Kind:
+    """Detect the kind of a class or function from its methods.
 
     Raises:
-        WrongTarget: it is nothing that a contract is for.
+        WrongTarget: no contract applies to it.
     """
     if isinstance(plugin, type):
         if hasattr(plugin, "get_many") or hasattr(plugin, "set_many"):
@@ -159,32 +159,32 @@ def kind_of(plugin: Any, written: str) -> Kind:
         raise WrongTarget(f"{written} is neither a backend (get_many, set_many) nor a provider (embed or aembed)")
     if callable(plugin):
         return "normalizer"
-    raise WrongTarget(f"{written} is no class and no function")
+    raise WrongTarget(f"{written} is neither a class nor a function")
 
 
-def make(*, written: str, options: Mapping[str, str]) -> Any:
-    """Make a plugin in another process, as a ``Recipe`` says."""
-    return find(written, options).made(options)
+def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
+    """Make a plugin; a ``Recipe`` calls this in another process."""
+    return find(written, options).make_plugin(options)
 
 
 def pairs(written: Iterable[str]) -> dict[str, str]:
-    """Return ``name=value`` texts as a dict.
+    """Parse ``name=value`` texts into a dict.
 
     Raises:
-        WrongTarget: one has no ``=``, or a name comes twice.
+        WrongTarget: a text has no ``=``, or a name occurs twice.
     """
     found: dict[str, str] = {}
     for text in written:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise WrongTarget(f"an option is written as name=value, not as {quoted(name)}")
+            raise WrongTarget(f"an option must be written as name=value, got {quoted(name)}")
         if name.strip() in found:
-            raise WrongTarget(f"option {name.strip()} is given twice")
+            raise WrongTarget(f"option {name.strip()} is set twice")
         found[name.strip()] = value
     return found
 
 
-def paths_of(target: Target) -> Sequence[str]:
-    """Return the options that name a file or folder, given or needed."""
+def list_path_options(target: Target) -> Sequence[str]:
+    """Return the names of the options that are paths and that are required or given."""
     options = target.declared.values()
     return [option.name for option in options if option.is_path and (option.required or option.name in target.options)]

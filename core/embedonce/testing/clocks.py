@@ -6,7 +6,7 @@ import threading
 
 
 class ManualClock:
-    """Stands where ``time.time`` would: call it to read it, :meth:`advance` it to let time pass."""
+    """A replacement for ``time.time``: call it to read the time, and call :meth:`advance` to let time pass."""
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self._lock = threading.Lock()
@@ -17,9 +17,9 @@ class ManualClock:
         return self._now
 
     def advance(self, seconds: float) -> float:
-        """Move on by ``seconds`` and return the new time."""
+        """Advance by ``seconds`` and return the new time."""
         if seconds < 0:
-            raise ValueError("a clock moves forward; make a new one to start earlier")
+            raise ValueError(f"seconds must be at least 0, got {seconds:g}; make a new clock to start earlier")
         with self._lock:
             self._now += seconds
             return self._now

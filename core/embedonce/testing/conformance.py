@@ -1,4 +1,4 @@
-"""The contracts run on a plugin without a test file, and how long its operations take: ``embedonce conformance``."""
+"""Running a contract on a plugin without a test file, and timing its operations: ``embedonce conformance``."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from .contracts.normalizer import NormalizerContract
 from .contracts.provider import ProviderContract
 from .contracts.support import Recipe
 from .contracts.values import key
-from .contracts.whole import Whole
+from .contracts.whole import Contract
 
 DIMENSIONS = 384
-"""Of the vectors with which operations are timed."""
+"""Dimensions of the vectors used for timing."""
 BATCH = 256
-LONGEST = 3.0
-"""Seconds after which one operation has been timed often enough."""
+MAX_SECONDS_PER_OPERATION = 3.0
+"""Seconds after which the timing of one operation stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one standard test."""
+    """The outcome of one standard test."""
 
     test: str
     outcome: Literal["passed", "failed", "skipped"]
     seconds: float
     detail: str = ""
-    """Why it failed or was skipped."""
+    """The reason for a failure or skip."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long calls of one operation took, in seconds."""
+    """The time that calls of one operation took, in seconds."""
 
     operation: str
     batch: int
-    """Keys or texts of one call."""
+    """Number of keys or texts per call."""
     calls: int
     p50: float
     p99: float
 
 
 class Conformance:
-    """One plugin, the contract for it, and a place for its stores that is removed at the end.
+    """One plugin, its contract, and folders for its stores that are removed at the end.
 
     Raises:
-        WrongTarget: the plugin cannot be made from its options, or all its stores are one.
+        WrongTarget: the plugin cannot be made from its options, or all its stores are the same store.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Conformance:
         self._run = f"{os.getpid()}-{time.time_ns():x}"
         self._folders: dict[str, Path] = {}
         self._parents: list[Path] = []
-        """Folders that were made to hold those."""
+        """Parent folders created for those folders."""
         if target.kind != "normalizer":
-            target.read(self._needed(target.filled(new="0", server=server)))
+            target.read(self._add_missing_paths(target.fill_placeholders(new="0", server=server)))
 
     def __enter__(self) -> Conformance:
         try:
-            for name in _targets.paths_of(self.target):
-                self._folders[name] = self._folder(self.target.options.get(name))
+            for name in _targets.list_path_options(self.target):
+                self._folders[name] = self._make_folder(self.target.options.get(name))
             if self.target.kind == "backend":
                 self._check_stores()
         except BaseException:
@@ -99,39 +99,39 @@ class Conformance:
         for folder in self._folders.values():
             shutil.rmtree(folder, ignore_errors=True)
         for folder in reversed(self._parents):
-            with contextlib.suppress(OSError):  # somebody else uses it now
+            with contextlib.suppress(OSError):  # something else has put files there
                 folder.rmdir()
 
     def outcomes(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
-        """Run the standard tests, in the order in which the contract has them, and yield each one's outcome.
+        """Run the standard tests in the order of the contract, and yield the outcome of each.
 
         Raises:
-            WrongTarget: ``only`` names a test that there is not.
+            WrongTarget: ``only`` names a test that the contract does not have.
         """
-        contract = self._contract()
+        contract = self._make_contract()
         names = [name for base in contract.__mro__[::-1] for name in vars(base) if name in contract.standard_tests]
         unknown = set(only) - set(names)
         if unknown:
-            raise WrongTarget(f"there is no test {', '.join(sorted(unknown))} for a {self.target.kind}")
+            raise WrongTarget(f"the contract of a {self.target.kind} has no test {', '.join(sorted(unknown))}")
         configuration.set_hypothesis_home_dir(tempfile.gettempdir())
         for name in names:
             if not only or name in only:
-                yield self._outcome(contract, name)
+                yield self._run_test(contract, name)
 
-    def _outcome(self, contract: type[Whole], name: str) -> Outcome:
+    def _run_test(self, contract: type[Contract], name: str) -> Outcome:
         start = time.perf_counter()
-        said, outcome = "", "passed"
+        detail, outcome = "", "passed"
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 getattr(contract(), name)()
         except pytest.skip.Exception as skipped:
-            said, outcome = str(skipped), "skipped"
+            detail, outcome = str(skipped), "skipped"
         except (Exception, SystemExit, pytest.fail.Exception) as error:
-            said, outcome = self._said(error), "failed"
-        return Outcome(name, outcome, time.perf_counter() - start, said)  # type: ignore[arg-type]
+            detail, outcome = self._describe_error(error), "failed"
+        return Outcome(name, outcome, time.perf_counter() - start, detail)  # type: ignore[arg-type]
 
-    def _said(self, error: BaseException) -> str:
-        """Return an error with where it was raised, unless it repeats a secret of the options."""
+    def _describe_error(self, error: BaseException) -> str:
+        """Return the message of an error and where it was raised; hide a message that contains a secret option."""
         notes = "\n".join(getattr(error, "__notes__", ()))
         message = f"{error}\n{notes}".strip()
         if not isinstance(error, AssertionError):
@@ -139,7 +139,7 @@ class Conformance:
             place = f"{Path(last.filename).name}:{last.lineno}"
             message = f"{type(error).__name__}: {message}".strip(": ") + f" ({place})"
         if any(secret in message for secret in self.target.secrets):
-            return f"{type(error).__name__} (its message is hidden: it repeats a secret)"
+            return f"{type(error).__name__} (message hidden because it contains a secret option)"
         return message
 
     def timings(self, rounds: int) -> list[Timing]:
@@ -150,14 +150,14 @@ class Conformance:
             timed = self._time_backend if self.target.kind == "backend" else self._time_provider
             return list(timed(rounds))
 
-    # --- how it is made -----------------------------------------------------------------------
+    # --- making the plugin --------------------------------------------------------------------
 
-    def _needed(self, options: Mapping[str, str]) -> dict[str, str]:
-        """Return options with a path for each that the plugin needs and that was not given."""
-        return {**{name: "." for name in _targets.paths_of(self.target)}, **options}
+    def _add_missing_paths(self, options: Mapping[str, str]) -> dict[str, str]:
+        """Add a path for each required path option that is missing."""
+        return {**{name: "." for name in _targets.list_path_options(self.target)}, **options}
 
-    def _folder(self, given: str | None) -> Path:
-        """Return a new folder inside the one that was given, or among temporary files."""
+    def _make_folder(self, given: str | None) -> Path:
+        """Create a new folder inside ``given``, or inside the temporary folder."""
         if given is None:
             return Path(tempfile.mkdtemp(prefix="embedonce-conformance-"))
         parent = Path(given.partition(NEW)[0] or ".").expanduser()
@@ -167,116 +167,119 @@ class Conformance:
                 self._parents.append(folder)
         return Path(tempfile.mkdtemp(dir=parent, prefix="conformance-"))
 
-    def options(self, server: str = "") -> dict[str, str]:
-        """Return the options of a new store."""
+    def make_options(self, server: str = "") -> dict[str, str]:
+        """Return the options for a new store."""
         new = f"{self._run}-{next(self._numbers)}"
-        options = self.target.filled(new=new, server=server or self._server)
+        options = self.target.fill_placeholders(new=new, server=server or self._server)
         return {**options, **{name: str(folder / new) for name, folder in self._folders.items()}}
 
     def _check_stores(self) -> None:
-        """Refuse options with which all stores are one: tests would then meet what others have stored.
+        """Check that these options make a separate store for each test, because tests must not share entries.
 
         Raises:
-            WrongTarget: that, or the backend cannot be made.
+            WrongTarget: two stores are the same store, or the backend cannot be made.
         """
         made: list[Any] = []
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                made += [self._made(), self._made()]
+                made += [self._make_plugin(), self._make_plugin()]
                 one, two = made
                 if not isinstance(getattr(one, "capabilities", None), Capabilities):
-                    raise WrongTarget("a backend has its capabilities: capabilities = Capabilities(...)")
+                    raise WrongTarget("a backend must declare its capabilities: capabilities = Capabilities(...)")
                 if one.capabilities.scope == "process":
                     return
-                value = self._values(one, 1)[key(1)]
+                value = self._make_values(one, 1)[key(1)]
                 one.set_many({key(1): value}, None)
                 shared = key(1) in two.get_many([key(1)])
         except WrongTarget:
             raise
         except (Exception, SystemExit) as error:
-            raise WrongTarget(f"a first store fails: {self._said(error)}") from error
+            raise WrongTarget(f"making and using a first store failed: {self._describe_error(error)}") from error
         finally:
             for backend in made:
                 with contextlib.suppress(Exception):
                     backend.close()
         if shared:
             raise WrongTarget(
-                f"two stores made with these options are one, and each test needs a new one: write {NEW} into an "
-                f"option that tells stores apart, such as --option prefix={NEW}"
+                f"two stores made with these options share their entries, but each test requires a new store: "
+                f"write {NEW} into an option that separates stores, such as --option prefix={NEW}"
             )
 
-    def _made(self, options: Mapping[str, str] | None = None) -> Any:
-        return self.target.made(self.options() if options is None else options)
+    def _make_plugin(self, options: Mapping[str, str] | None = None) -> Any:
+        return self.target.make_plugin(self.make_options() if options is None else options)
 
-    def _contract(self) -> type[Whole]:
+    def _make_recipe(self, options: dict[str, str]) -> Recipe:
+        return Recipe(_targets.make_from_recipe, {"written": self.target.written, "options": options})
+
+    def _make_contract(self) -> type[Contract]:
         match self.target.kind:
             case "backend":
-                return self._backend_contract()
+                return self._make_backend_contract()
             case "provider":
-                return self._provider_contract()
+                return self._make_provider_contract()
             case "normalizer":
-                return self._normalizer_contract()
+                return self._make_normalizer_contract()
 
-    def _backend_contract(self) -> type[Whole]:
+    def _make_backend_contract(self) -> type[Contract]:
         conformance = self
 
-        class OfBackend(BackendContract):
+        class BackendRun(BackendContract):
             examples = conformance._examples
 
             def __init__(self) -> None:
                 self.made: list[tuple[Any, dict[str, str]]] = []
 
             def make(self) -> Any:
-                return self._with(conformance.options())
+                return self._make_with(conformance.make_options())
 
             def reopen(self, backend: Any) -> Any:
-                return self._with(self._options(backend))
+                return self._make_with(self._find_options(backend))
 
             def recipe(self, backend: Any) -> Recipe:
-                return Recipe(_targets.make, {"written": conformance.target.written, "options": self._options(backend)})
+                return conformance._make_recipe(self._find_options(backend))
 
-            def _with(self, options: dict[str, str]) -> Any:
-                backend = conformance._made(options)
+            def _make_with(self, options: dict[str, str]) -> Any:
+                backend = conformance._make_plugin(options)
                 self.made.append((backend, options))
                 return backend
 
-            def _options(self, backend: Any) -> dict[str, str]:
+            def _find_options(self, backend: Any) -> dict[str, str]:
                 return next(options for one, options in self.made if one is backend)
 
         if not any(SERVER in text for text in self.target.options.values()):
-            return OfBackend
+            return BackendRun
 
-        class OfServer(OfBackend):
+        class ServerRun(BackendRun):
             def server(self) -> tuple[str, int]:
                 host, _, port = conformance._server.rpartition(":")
                 return host, int(port)
 
             def through(self, backend: Any, host: str, port: int) -> Any:
-                written, mine = conformance.target.options, self._options(backend)
+                written, mine = conformance.target.options, self._find_options(backend)
                 moved = {name: mine[name].replace(conformance._server, f"{host}:{port}") for name in written}
-                return self._with({**mine, **{name: moved[name] for name in written if SERVER in written[name]}})
+                return self._make_with({**mine, **{name: moved[name] for name in written if SERVER in written[name]}})
 
-        return OfServer
+        return ServerRun
 
-    def _provider_contract(self) -> type[Whole]:
-        conformance, options = self, self.options()
+    def _make_provider_contract(self) -> type[Contract]:
+        conformance, options = self, self.make_options()
 
-        class OfProvider(ProviderContract):
+        class ProviderRun(ProviderContract):
             tolerance = conformance._tolerance
             most = conformance._most
 
             def make(self) -> Any:
-                return conformance._made(options)
+                return conformance._make_plugin(options)
 
             def recipe(self) -> Recipe:
-                return Recipe(_targets.make, {"written": conformance.target.written, "options": options})
+                return conformance._make_recipe(options)
 
-        return OfProvider
+        return ProviderRun
 
-    def _normalizer_contract(self) -> type[Whole]:
+    def _make_normalizer_contract(self) -> type[Contract]:
         step = self.target.plugin
 
-        class OfStep(NormalizerContract):
+        class NormalizerRun(NormalizerContract):
             examples = self._examples
 
             def make(self) -> Any:
@@ -285,37 +288,37 @@ class Conformance:
             def recipe(self) -> Recipe | None:
                 return Recipe(step) if _is_importable(step) else None
 
-        return OfStep
+        return NormalizerRun
 
-    # --- how long it takes --------------------------------------------------------------------
+    # --- timing -------------------------------------------------------------------------------
 
-    def _values(self, backend: Any, count: int, start: int = 0) -> dict[str, Any]:
-        """Return entries, or frames, as the engine hands them to the backend, under the keys 1 and on."""
+    def _make_values(self, backend: Any, count: int, start: int = 0) -> dict[str, Any]:
+        """Return entries or frames as the engine passes them to the backend, under keys numbered from ``start + 1``."""
         chance = np.random.default_rng(0)
         rows = chance.standard_normal((count, DIMENSIONS)).astype(np.float32)
         entries = {key(start + n): Entry(freeze(row), time.time()) for n, row in enumerate(rows, 1)}
         return dict(encode_frames(entries)) if backend.capabilities.holds == "frames" else dict(entries)
 
     def _time_backend(self, rounds: int) -> Iterator[Timing]:
-        with contextlib.closing(self._made()) as backend:
+        with contextlib.closing(self._make_plugin()) as backend:
             caps = backend.capabilities
             for batch in sorted({1, min(BATCH, caps.max_batch or BATCH)}):
                 yield from self._time_batch(backend, batch, rounds)
 
     def _time_batch(self, backend: Any, batch: int, rounds: int) -> Iterator[Timing]:
-        items, caps = self._values(backend, batch), backend.capabilities
+        items, caps = self._make_values(backend, batch), backend.capabilities
         keys, absent = list(items), [key(10**6 + n) for n in range(batch)]
         store = partial(backend.set_many, items, None)
-        yield _timed("set_many", batch, rounds, store)
-        yield _timed("get_many, all hits", batch, rounds, partial(backend.get_many, keys))
-        yield _timed("get_many, all misses", batch, rounds, partial(backend.get_many, absent))
+        yield _measure("set_many", batch, rounds, store)
+        yield _measure("get_many, all hits", batch, rounds, partial(backend.get_many, keys))
+        yield _measure("get_many, all misses", batch, rounds, partial(backend.get_many, absent))
         if caps.get and batch == 1:
-            yield _timed("get, a hit", 1, rounds, partial(backend.get, keys[0]))
+            yield _measure("get, a hit", 1, rounds, partial(backend.get, keys[0]))
         if caps.delete:
-            yield _timed("delete_many", batch, rounds, partial(backend.delete_many, keys), before=store)
+            yield _measure("delete_many", batch, rounds, partial(backend.delete_many, keys), before=store)
 
     def _time_provider(self, rounds: int) -> Iterator[Timing]:
-        with contextlib.closing(self._made()) as provider, asyncio.Runner() as runner:
+        with contextlib.closing(self._make_plugin()) as provider, asyncio.Runner() as runner:
             blocking = hasattr(provider, "embed")
 
             def embed(texts: Sequence[str]) -> None:
@@ -326,20 +329,20 @@ class Conformance:
 
             for batch in sorted({1, min(32, self._most, provider.limits.max_batch)}):
                 texts = [f"A text to be embedded, number {n} of {batch}." for n in range(batch)]
-                yield _timed("embed" if blocking else "aembed", batch, rounds, partial(embed, texts))
+                yield _measure("embed" if blocking else "aembed", batch, rounds, partial(embed, texts))
 
 
 def _is_importable(step: Any) -> bool:
-    """Whether another process can import a function by its name: a lambda or a method of the interpreter's has none."""
+    """Return whether another process can import a function by name. A lambda or built-in method has no such name."""
     module, name = getattr(step, "__module__", None), getattr(step, "__qualname__", "<")
     return isinstance(module, str) and "<" not in name
 
 
-def _timed(
+def _measure(
     operation: str, batch: int, rounds: int, call: Callable[[], object], before: Callable[[], object] | None = None
 ) -> Timing:
     seconds: list[float] = []
-    end = time.perf_counter() + LONGEST
+    end = time.perf_counter() + MAX_SECONDS_PER_OPERATION
     while not seconds or (len(seconds) < rounds and time.perf_counter() < end):
         if before is not None:
             before()

@@ -1,7 +1,7 @@
-"""A backend on a dict and a provider that counts: real ones, small and strict, for tests of what uses them.
+"""A backend on a dict and a provider that counts its calls: small, strict and working, for tests of their callers.
 
-Both refuse what the contract says they are never asked (a batch above ``max_batch``, an empty list of
-texts, a method that is not declared), so that a caller which does so is found out.
+Both raise for calls that the contract forbids (a batch above ``max_batch``, an empty list of texts, a method that is
+not declared), so that such a caller fails its test.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from embedonce.keys import LEASE_PREFIX, VectorSpace
 from embedonce.vectors import Entry
 
 Store = dict[str, tuple[Any, float | None]]
-"""Value and when it expires, by key."""
+"""Value and Unix time of expiry, by key."""
 
 _KINDS: dict[str, tuple[type, ...]] = {"frames": (bytes,), "entries": (Entry,), "either": (bytes, Entry)}
 
 
 class DictBackend:
-    """Holds frames or entries in a dict of this process; every extra is there unless it is switched off.
+    """Holds frames or entries in a dict of this process. It declares every optional method by default.
 
-    ``capabilities`` override what it declares: ``DictBackend(delete=False, max_batch=100)``. A method
-    that is then not declared raises. ``store`` shares another one's dict: a second client of one store.
+    ``capabilities`` override what it declares: ``DictBackend(delete=False, max_batch=100)``. A method that is
+    not declared raises. With ``store``, it shares the dict of another backend: a second client of one store.
     """
 
     def __init__(
@@ -53,30 +53,30 @@ class DictBackend:
 
     def get(self, key: str, /) -> Any:
         """Return one value, or None."""
-        self._enter("get")
+        self._check_call("get")
         with self._lock:
             return self._read(key)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
-        """Return what is there and has not expired."""
-        self._enter(count=len(keys))
+        """Return the values of the keys that are stored and have not expired."""
+        self._check_call(count=len(keys))
         with self._lock:
             return {key: value for key in keys if (value := self._read(key)) is not None}
 
     def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-        """Store the items, all or, where one is refused, none."""
-        self._enter(count=len(items))
-        self._check(items)
-        expires = self._expires(ttl)
+        """Store the items; if one of them is refused, store none."""
+        self._check_call(count=len(items))
+        self._check_values(items)
+        expires = self._compute_expiry(ttl)
         with self._lock:
             for key, value in items.items():
                 self._store[key] = (value, expires)
 
     def add_many(self, items: Mapping[str, Any], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, and return those keys."""
-        self._enter("add", count=len(items))
-        self._check(items)
-        expires = self._expires(ttl)
+        """Store the items whose keys are absent, and return those keys."""
+        self._check_call("add", count=len(items))
+        self._check_values(items)
+        expires = self._compute_expiry(ttl)
         with self._lock:
             added = {key for key in items if self._read(key) is None}
             for key in added:
@@ -85,62 +85,62 @@ class DictBackend:
 
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys."""
-        self._enter("delete", count=len(keys))
+        self._check_call("delete", count=len(keys))
         with self._lock:
             for key in keys:
                 self._store.pop(key, None)
 
     def scan(self, prefix: str, /) -> Iterable[str]:
         """Return the keys that start with ``prefix``."""
-        self._enter("scan")
+        self._check_call("scan")
         with self._lock:
             return [key for key in list(self._store) if key.startswith(prefix) and self._read(key) is not None]
 
     def count(self, prefix: str, /) -> int:
         """Return how many keys start with ``prefix``."""
-        self._enter("count")
+        self._check_call("count")
         with self._lock:
             return sum(key.startswith(prefix) and self._read(key) is not None for key in list(self._store))
 
     def twin(self) -> DictTwin:
         """Return an async client of the same dict for the running loop."""
-        self._enter("twin")
+        self._check_call("twin")
         return DictTwin(self)
 
     def close(self) -> None:
-        """Refuse every later call. What is stored stays, for others that share it."""
+        """Refuse every later call. The entries stay, for other backends that share the dict."""
         self._closed = True
 
     def __len__(self) -> int:
-        """Return how many entries are held, expired ones that nobody has asked for included."""
+        """Return the number of entries, including expired ones that no call has removed yet."""
         return len(self._store)
 
-    def _enter(self, extra: str | None = None, count: int = 0) -> None:
+    def _check_call(self, extra: str | None = None, count: int = 0) -> None:
         if self._closed:
             raise RuntimeError("this backend is closed")
         if extra is not None and not getattr(self.capabilities, extra):
-            raise NotImplementedError(f"{extra} is not declared in this backend's capabilities")
-        most = self.capabilities.max_batch
-        if most is not None and count > most:
-            raise ValueError(f"{count} keys in one call, and max_batch is {most}")
+            raise NotImplementedError(f"this backend does not declare the capability {extra}")
+        max_batch = self.capabilities.max_batch
+        if max_batch is not None and count > max_batch:
+            raise ValueError(f"expected at most {max_batch} keys per call (max_batch), got {count}")
         if self.capabilities.deadline:
             time_left()
 
-    def _check(self, items: Mapping[str, Any]) -> None:
+    def _check_values(self, items: Mapping[str, Any]) -> None:
         kinds = _KINDS[self.capabilities.holds]
-        most = self.capabilities.max_value_bytes
+        max_bytes = self.capabilities.max_value_bytes
         for key, value in items.items():
-            # A lease is no entry: its few bytes may go to every backend that has add_many.
+            # A lease is not an entry: every backend with add_many must accept its few bytes.
             if not isinstance(value, kinds) and not (isinstance(value, bytes) and key.startswith(LEASE_PREFIX)):
-                raise TypeError(f"this backend holds {self.capabilities.holds}, not {type(value).__name__}")
-            if isinstance(value, bytes) and most is not None and len(value) > most:
-                raise ValueError(f"a value of {len(value)} bytes, and max_value_bytes is {most}")
+                raise TypeError(f"this backend holds {self.capabilities.holds}, got a value of {type(value).__name__}")
+            if isinstance(value, bytes) and max_bytes is not None and len(value) > max_bytes:
+                raise ValueError(f"a value must have at most {max_bytes} bytes (max_value_bytes), got {len(value)}")
 
-    def _expires(self, ttl: float | None) -> float | None:
+    def _compute_expiry(self, ttl: float | None) -> float | None:
         return None if ttl is None or not self.capabilities.ttl else self.clock() + ttl
 
     def _read(self, key: str) -> Any:
-        """Return the value, or None; drop it when its time is over."""
+        """Return the value, or None; remove it if it has expired."""
         value, expires = self._store.get(key, (None, None))
         if expires is not None and expires <= self.clock():
             del self._store[key]
@@ -149,7 +149,7 @@ class DictBackend:
 
 
 class DictTwin:
-    """The async client of a :class:`DictBackend`, for the one loop that it was made in."""
+    """The async client of a :class:`DictBackend`, for the event loop that it was made in."""
 
     def __init__(self, backend: DictBackend) -> None:
         self._backend = backend
@@ -157,32 +157,32 @@ class DictTwin:
         self._closed = False
 
     async def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
-        """As the backend's."""
-        self._check()
+        """Call the backend's ``get_many``."""
+        self._check_open()
         return self._backend.get_many(keys)
 
     async def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-        """As the backend's."""
-        self._check()
+        """Call the backend's ``set_many``."""
+        self._check_open()
         self._backend.set_many(items, ttl)
 
     async def close(self) -> None:
         """Refuse every later call; the backend stays open."""
         self._closed = True
 
-    def _check(self) -> None:
+    def _check_open(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
-            raise RuntimeError("this twin belongs to another event loop; ask the backend for one in this loop")
+            raise RuntimeError("this twin belongs to another event loop; call the backend's twin() in this loop")
         if self._closed:
             raise RuntimeError("this twin is closed")
 
 
 class CountingProvider:
-    """Makes a vector from a hash of the text, and counts what it is asked.
+    """Makes each vector from a hash of the text, and counts its calls and texts.
 
-    Different texts (and, unless ``symmetric``, the same text for another task, and the same text under
-    another ``model``) get different vectors, whose values are float32 exactly. It has ``embed``, or
-    with ``asynchronous`` only ``aembed``.
+    Different texts get different vectors, and so does the same text for another ``model`` or, unless
+    ``symmetric``, for another task. Every value is exactly a float32. It has ``embed``, or with
+    ``asynchronous`` only ``aembed``.
     """
 
     def __init__(
@@ -205,13 +205,13 @@ class CountingProvider:
         self.delay = delay
         self.tells_dimensions = tells_dimensions
         self.count: Counter[str] = Counter()
-        """How often each text was embedded."""
+        """Number of times that each text was embedded."""
         self.calls: list[tuple[str, tuple[str, ...]]] = []
-        """Task and texts of each call, in the order in which they began."""
+        """Task and texts of each call, in the order in which the calls started."""
         self.most_at_once = 0
-        """Most calls that were under way at one time."""
+        """Largest number of calls in flight at one time."""
         self.closed = 0
-        """How often it was closed."""
+        """Number of calls of :meth:`close`."""
         self._at_once = 0
         self._lock = threading.Lock()
         if asynchronous:
@@ -220,7 +220,7 @@ class CountingProvider:
             self.embed = self._embed
 
     def space(self, task: Task, /) -> VectorSpace:
-        """Describe the space: of the model, and of the task unless symmetric."""
+        """Return the space of the model and, unless ``symmetric``, of the task."""
         return VectorSpace(
             provider="counting",
             model=self.model,
@@ -232,29 +232,29 @@ class CountingProvider:
         """Return the vector that ``text`` gets, shape (dimensions,), without counting it."""
         about = "" if self.symmetric else task
         seed = f"{len(self.model)}:{self.model}{len(about)}:{about}".encode() + text.encode()
-        # 24 bits with their sign are float32 exactly, and the set bit keeps every value from being zero.
+        # 24 bits and a sign fit a float32 exactly; setting the lowest bit makes every value nonzero.
         integers = np.frombuffer(hashlib.shake_256(seed).digest(4 * self.dimensions), "<i4") >> 8
         return ((integers | 1) / 2**23).astype(np.float32)
 
     def close(self) -> None:
-        """Count that it was closed."""
+        """Count the call."""
         self.closed += 1
 
     @property
     def texts(self) -> int:
-        """How many texts were embedded, repeated ones included."""
+        """Number of texts embedded, including repeated ones."""
         return self.count.total()
 
     def _embed(self, texts: Sequence[str], task: Task, /) -> Embedded:
-        """Return one vector per text; the tokens charged for are the characters."""
-        with _Under(self, texts, task):
+        """Return one vector per text; each character counts as one token."""
+        with _CountedCall(self, texts, task):
             if self.delay is not None:
                 time.sleep(self.delay)
             return self._answer(texts, task)
 
     async def _aembed(self, texts: Sequence[str], task: Task, /) -> Embedded:
-        """Return one vector per text; the tokens charged for are the characters."""
-        with _Under(self, texts, task):
+        """Return one vector per text; each character counts as one token."""
+        with _CountedCall(self, texts, task):
             if self.delay is not None:
                 await asyncio.sleep(self.delay)
             return self._answer(texts, task)
@@ -264,14 +264,15 @@ class CountingProvider:
         return Embedded(vectors, tokens=sum(map(len, texts)))
 
 
-class _Under:
-    """Counts a provider's call while it is under way, and what it is asked."""
+class _CountedCall:
+    """Counts a provider's call and its texts, and keeps the number of calls in flight."""
 
     def __init__(self, provider: CountingProvider, texts: Sequence[str], task: Task) -> None:
         if isinstance(texts, str) or not texts:
-            raise ValueError("a provider is asked for a list of at least one text")
-        if len(texts) > provider.limits.max_batch:
-            raise ValueError(f"{len(texts)} texts in one call, and max_batch is {provider.limits.max_batch}")
+            raise ValueError("expected a list of at least one text")
+        max_batch = provider.limits.max_batch
+        if len(texts) > max_batch:
+            raise ValueError(f"expected at most {max_batch} texts per call (max_batch), got {len(texts)}")
         self._provider = provider
         self._texts = tuple(texts)
         self._task = task

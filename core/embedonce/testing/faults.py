@@ -1,11 +1,11 @@
-"""Faults on purpose: wrap a real backend or provider, and let its calls fail as stores and services do.
+"""Fault injection: wrap a real backend or provider, and make its calls fail as stores and services do.
 
-A :class:`Fault` says what happens and when; the wrapped thing stays what it is for every other call::
+A :class:`Fault` defines what happens and when; every other call reaches the wrapped object unchanged::
 
     backend = FaultyBackend(DictBackend(), [Fault("refuse", on="get", calls=[1, 2])])
     backend = FaultyBackend(DictBackend(), [Fault("corrupt", probability=0.1)], seed=7)
 
-Needs numpy and nothing else.
+It requires only numpy.
 """
 
 from __future__ import annotations
@@ -59,31 +59,31 @@ ProviderKind: TypeAlias = Literal[
 ]
 Failure: TypeAlias = BaseException | type[BaseException]
 
-RECENT = 16
-"""How many values a faulty backend remembers, to answer with another key's."""
+RECENT_VALUES = 16
+"""Number of recent values that a faulty backend keeps, to return them under other keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong in a backend's calls.
+    """One way in which calls of a backend fail.
 
     =================  ==============================================================================
     ``raise``          raises ``error``
-    ``refuse``         raises :class:`ConnectionRefusedError`, as a server that is down
-    ``hang``           waits for :meth:`FaultyBackend.release`, then does what was asked. Ignores the
+    ``refuse``         raises :class:`ConnectionRefusedError`, like a server that is down
+    ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. Ignores the
                        deadline; with ``obey`` it raises when :func:`~embedonce.contracts.time_left` does
-    ``slow``           does what was asked after ``seconds``
+    ``slow``           makes the call after ``seconds``
     ``corrupt``        reads: one bit of each frame is flipped; one value of each entry's vector is NaN
     ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
     ``partial``        reads leave out some keys; writes store (or delete) some, then raise ``error``
-    ``wrong_reply``    reads: each value comes under the next key, as when replies have shifted
-    ``unasked``        reads: a key that nobody asked for comes too
-    ``none_for_miss``  reads: what is not there is None instead of absent
+    ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
+    ``unasked``        reads: a key that was not requested is returned too
+    ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
 
-    It strikes calls of ``on`` whose number (from 1, counted for this fault alone) is in ``calls``
-    (default: every call), and of these each with ``probability``. The first fault that strikes is the
-    one that happens. A kind that says *reads* lets other calls through.
+    It applies to calls of the operation ``on`` whose number (from 1, counted for this fault alone) is in
+    ``calls`` (default: every call), each with ``probability``. If several faults apply to a call, the first
+    one happens. A kind marked *reads* does not affect other calls.
     """
 
     kind: Kind
@@ -97,7 +97,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class ProviderFault:
-    """One thing that goes wrong in a provider's calls.
+    """One way in which calls of a provider fail.
 
     =============  ==================================================================================
     ``raise``      raises ``error`` instead of embedding
@@ -107,14 +107,14 @@ class ProviderFault:
     ``long``       one vector too many
     ``nan``        one value of one vector is NaN
     ``infinity``   one value of one vector is infinite
-    ``zeros``      one vector is all zero
+    ``zeros``      one vector has only zeros
     ``dimension``  every vector is one value short
     ``empty``      every vector has no values
-    ``refuse``     raises :class:`~embedonce.errors.TextRefused` where ``refused`` is true of a text, with
-                   the positions, or without them unless ``positions``
+    ``refuse``     raises :class:`~embedonce.errors.TextRefused` for texts of which ``refused`` returns
+                   True, with their positions (without them if ``positions`` is False)
     =============  ==================================================================================
 
-    When it strikes is said as for :class:`Fault`.
+    ``calls`` and ``probability`` work as in :class:`Fault`.
     """
 
     kind: ProviderKind
@@ -127,25 +127,25 @@ class ProviderFault:
 
 
 class Gate:
-    """Where calls that hang wait; each waits for itself, so that one which is given up holds up no other."""
+    """Holds the calls that hang. Each call waits on its own, so that an abandoned one does not block others."""
 
     def __init__(self) -> None:
-        self._reset()
+        self._clear()
 
-    def _reset(self) -> None:
+    def _clear(self) -> None:
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._waiting: set[Future[None]] = set()
 
-    def _after_fork(self) -> None:
-        """Forget in a forked child the calls that hang in its parent: their threads, and locks they hold, are there."""
+    def _clear_after_fork(self) -> None:
+        """In a forked child, forget the hanging calls of the parent; their threads and locks exist only there."""
         if self._process != os.getpid():
-            self._reset()
+            self._clear()
 
     @property
     def waiting(self) -> int:
-        """How many calls hang now."""
-        self._after_fork()
+        """Number of calls that hang now."""
+        self._clear_after_fork()
         return len(self._waiting)
 
     def wait(self, *, obey: bool = False) -> None:
@@ -154,7 +154,7 @@ class Gate:
         Raises:
             TierTimeout: ``obey``, and the deadline of the call has passed.
         """
-        with self._ticket() as ticket:
+        with self._join_waiting() as ticket:
             while True:
                 left = time_left() if obey else None
                 try:
@@ -162,14 +162,14 @@ class Gate:
                 except TimeoutError:
                     continue
 
-    async def await_(self) -> None:
-        """Wait until :meth:`release`, cancellable."""
-        with self._ticket() as ticket:
+    async def wait_async(self) -> None:
+        """Wait until :meth:`release`; the wait can be cancelled."""
+        with self._join_waiting() as ticket:
             await asyncio.wrap_future(ticket)
 
     def release(self) -> None:
-        """Let everything go on that hangs now; what comes later hangs again."""
-        self._after_fork()
+        """Let every hanging call continue; later calls hang again."""
+        self._clear_after_fork()
         with self._changed:
             released, self._waiting = self._waiting, set()
             self._changed.notify_all()
@@ -178,19 +178,19 @@ class Gate:
                 ticket.set_result(None)
 
     def until(self, waiting: int = 1, timeout: float = 60.0) -> None:
-        """Block until so many calls hang at once.
+        """Block until ``waiting`` calls hang at the same time.
 
         Raises:
-            TimeoutError: they do not within ``timeout`` seconds.
+            TimeoutError: fewer calls hang after ``timeout`` seconds.
         """
-        self._after_fork()
+        self._clear_after_fork()
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._waiting) >= waiting, timeout):
-                raise TimeoutError(f"{len(self._waiting)} calls hang after {timeout:g} s, {waiting} were waited for")
+                raise TimeoutError(f"expected {waiting} hanging calls within {timeout:g} s, got {len(self._waiting)}")
 
     @contextmanager
-    def _ticket(self) -> Iterator[Future[None]]:
-        self._after_fork()
+    def _join_waiting(self) -> Iterator[Future[None]]:
+        self._clear_after_fork()
         ticket: Future[None] = Future()
         with self._changed:
             self._waiting.add(ticket)
@@ -202,17 +202,17 @@ class Gate:
                 self._waiting.discard(ticket)
 
 
-class _Chooser:
-    """Finds the fault that strikes a call. One lock: numbers and chances are the same in every run."""
+class _FaultChooser:
+    """Chooses the fault of a call. Its one lock makes call numbers and random choices the same in every run."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self._seen: dict[int, tuple[Fault | ProviderFault, int]] = {}
 
-    def strikes(self, fault: Fault | ProviderFault) -> bool:
-        """Count a call that ``fault`` is for, and say whether it strikes. Call with the lock held."""
-        # By identity, since two equal faults each have a count; the fault is held so that no other gets its identity.
+    def applies(self, fault: Fault | ProviderFault) -> bool:
+        """Count a call of the fault's operation, and return whether the fault applies. The caller holds the lock."""
+        # Keyed by id(), because two equal faults are counted separately. Keeping the fault keeps its id() unique.
         number = self._seen.get(id(fault), (fault, 0))[1] + 1
         self._seen[id(fault)] = (fault, number)
         if fault.calls is not None and number not in fault.calls:
@@ -221,95 +221,95 @@ class _Chooser:
 
 
 class FaultyBackend:
-    """A backend whose calls go wrong as ``faults`` say, in order; every call is counted.
+    """Wraps a backend and applies the first matching one of ``faults`` to each call; it records every call.
 
-    ``capabilities`` override what the inner backend declares (``deadline=True`` for a hang that
-    obeys). Wrap an in-process backend with ``blocking=True`` before letting it hang or be slow under
-    the async face: what is not blocking runs on the event loop itself.
+    ``capabilities`` override what the inner backend declares (``deadline=True`` for a hang that obeys the
+    deadline). Wrap an in-process backend with ``blocking=True`` before it hangs or is slow in async calls,
+    because a backend that is not blocking runs on the event loop itself.
 
-    ``faults`` is a list that a test may change while it runs; :meth:`heal` empties it.
+    A test may change the list ``faults`` at any time; :meth:`heal` empties it.
     """
 
     def __init__(self, inner: Backend, faults: Iterable[Fault] = (), *, seed: int = 0, **capabilities: Any) -> None:
         self.inner: Any = inner
         self.faults = list(faults)
         self.calls: list[tuple[str, int]] = []
-        """Operation and number of keys of each call, in the order in which they began."""
+        """Operation and number of keys of each call, in the order in which the calls started."""
         self.gate = Gate()
         self._changes = capabilities
-        self._chooser = _Chooser(seed)
-        self._recent: deque[tuple[str, Any]] = deque(maxlen=RECENT)
+        self._chooser = _FaultChooser(seed)
+        self._recent: deque[tuple[str, Any]] = deque(maxlen=RECENT_VALUES)
 
     @property
     def capabilities(self) -> Capabilities:
-        """The inner backend's, with what was overridden."""
+        """Capabilities of the inner backend, with the overrides."""
         declared: Capabilities = self.inner.capabilities
         return replace(declared, **self._changes)
 
     def called(self, operation: Operation = "any") -> int:
-        """Return how many calls of an operation began."""
+        """Return the number of calls of an operation."""
         return sum(operation in ("any", name) for name, _ in self.calls)
 
     def release(self) -> None:
-        """Let the calls go on that hang now."""
+        """Let the hanging calls continue."""
         self.gate.release()
 
     def heal(self) -> None:
-        """Remove the faults, and let the calls go on that hang now."""
+        """Remove the faults, and let the hanging calls continue."""
         self.faults.clear()
         self.gate.release()
 
     def get(self, key: str, /) -> Any:
         """Return one value, or None."""
-        fault = self._before("get", 1)
+        fault = self._start_call("get", 1)
         if fault is None:
-            return self._saw({key: self.inner.get(key)})[key]
-        return self._after_read(fault, [key], self._found([key])).get(key)
+            return self._remember({key: self.inner.get(key)})[key]
+        return self._damage_read(fault, [key], self._read_inner([key])).get(key)
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
-        """Return what the inner backend holds, damaged where a fault says so."""
-        fault = self._before("get", len(keys))
-        return self._after_read(fault, keys, self._found(keys))
+        """Return what the inner backend holds, damaged by a fault if one applies."""
+        fault = self._start_call("get", len(keys))
+        return self._damage_read(fault, keys, self._read_inner(keys))
 
     def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-        """Store the items, or some of them."""
-        fault = self._before("set", len(items))
-        kept, error = self._part(fault, items)
-        self._saw(kept)
+        """Store the items, or only some of them if a fault applies."""
+        fault = self._start_call("set", len(items))
+        kept, error = self._split_write(fault, items)
+        self._remember(kept)
         self.inner.set_many(kept, ttl)
         if error is not None:
             raise error
 
     def add_many(self, items: Mapping[str, Any], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, or some of them."""
-        fault = self._before("add", len(items))
-        kept, error = self._part(fault, items)
+        """Store the items whose keys are absent, or only some of them if a fault applies."""
+        fault = self._start_call("add", len(items))
+        kept, error = self._split_write(fault, items)
         added: set[str] = self.inner.add_many(kept, ttl)
         if error is not None:
             raise error
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys, or some of them."""
-        fault = self._before("delete", len(keys))
-        kept, error = self._part(fault, dict.fromkeys(keys))
+        """Remove the keys, or only some of them if a fault applies."""
+        fault = self._start_call("delete", len(keys))
+        kept, error = self._split_write(fault, dict.fromkeys(keys))
         self.inner.delete_many(list(kept))
         if error is not None:
             raise error
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``, or some of them."""
-        fault = self._before("scan", 0)
+        """Yield the keys that start with ``prefix``, or only some of them if a fault applies."""
+        fault = self._start_call("scan", 0)
         if fault is None or fault.kind != "partial":
             yield from self.inner.scan(prefix)
             return
         keys = list(self.inner.scan(prefix))
         yield from keys[: len(keys) // 2]
-        raise _failure(fault.error)
+        raise _make_error(fault.error)
 
     def count(self, prefix: str, /) -> int:
         """Return how many keys start with ``prefix``."""
-        self._before("count", 0)
+        self._start_call("count", 0)
         number: int = self.inner.count(prefix)
         return number
 
@@ -318,13 +318,13 @@ class FaultyBackend:
         return FaultyTwin(self, self.inner.twin())
 
     def close(self) -> None:
-        """Close the inner backend, and let the calls go on that hang now."""
+        """Close the inner backend, and let the hanging calls continue."""
         self.gate.release()
         self.inner.close()
 
-    def _before(self, operation: Operation, keys: int) -> Fault | None:
-        """Count the call, do what a fault does before anything is asked, and return the fault."""
-        fault = self._strike(operation, keys)
+    def _start_call(self, operation: Operation, keys: int) -> Fault | None:
+        """Record the call, choose its fault, and apply the part that comes before the inner call (raise or wait)."""
+        fault = self._choose_fault(operation, keys)
         if self.capabilities.deadline:
             time_left()
         if fault is not None:
@@ -334,74 +334,76 @@ class FaultyBackend:
                 time.sleep(fault.seconds)
         return fault
 
-    def _strike(self, operation: Operation, keys: int) -> Fault | None:
+    def _choose_fault(self, operation: Operation, keys: int) -> Fault | None:
         with self._chooser.lock:
             self.calls.append((operation, keys))
-            fault = next((f for f in self.faults if f.on in ("any", operation) and self._chooser.strikes(f)), None)
+            fault = next((f for f in self.faults if f.on in ("any", operation) and self._chooser.applies(f)), None)
         if fault is not None and fault.kind in ("raise", "refuse"):
-            raise _failure(ConnectionRefusedError if fault.kind == "refuse" else fault.error)
+            raise _make_error(ConnectionRefusedError if fault.kind == "refuse" else fault.error)
         return fault
 
-    def _found(self, keys: Sequence[str]) -> dict[str, Any]:
-        return self._saw(dict(self.inner.get_many(keys)))
+    def _read_inner(self, keys: Sequence[str]) -> dict[str, Any]:
+        return self._remember(dict(self.inner.get_many(keys)))
 
-    def _saw(self, items: Mapping[str, Any]) -> dict[str, Any]:
-        """Remember some values, for answers with another key's."""
-        last = [(key, value) for key, value in items.items() if value is not None][-RECENT:]
+    def _remember(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the last values of ``items``, to return them under other keys later."""
+        last = [(key, value) for key, value in items.items() if value is not None][-RECENT_VALUES:]
         with self._chooser.lock:
             self._recent.extend(last)
         return dict(items)
 
-    def _after_read(self, fault: Fault | None, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
+    def _damage_read(self, fault: Fault | None, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
         if fault is None:
             return found
         with self._chooser.lock:
-            return self._damaged(fault, keys, found)
+            return self._apply_damage(fault, keys, found)
 
-    def _damaged(self, fault: Fault, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
+    def _apply_damage(self, fault: Fault, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
         chance = self._chooser.random
         if fault.kind == "corrupt":
-            return {key: _flipped(value, chance) for key, value in found.items()}
+            return {key: _corrupt_value(value, chance) for key, value in found.items()}
         if fault.kind == "truncate":
-            return {key: _shortened(value) for key, value in found.items()}
+            return {key: _truncate_value(value) for key, value in found.items()}
         if fault.kind == "partial":
             left_out = set(chance.sample(list(found), (len(found) + 1) // 2))
             return {key: value for key, value in found.items() if key not in left_out}
         if fault.kind == "wrong_reply":
-            return self._shifted(keys, found)
+            return self._shift_values(keys, found)
         if fault.kind == "unasked":
-            return found | {key: value for key, value in self._others(keys)[:1]}
+            return found | {key: value for key, value in self._get_other_values(keys)[:1]}
         if fault.kind == "none_for_miss":
             return {key: found.get(key) for key in keys}
         return found
 
-    def _shifted(self, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
-        """Return the values one key further; where there is one value alone, one that another key had."""
+    def _shift_values(self, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
+        """Return each value under the next key; if there is only one value, return another key's value instead."""
         if len(found) > 1:
             values = list(found.values())
             return dict(zip(found, [values[-1], *values[:-1]], strict=True))
-        others = self._others(keys)
+        others = self._get_other_values(keys)
         return dict.fromkeys(dict.fromkeys(keys), others[0][1]) if others else found
 
-    def _others(self, keys: Sequence[str]) -> list[tuple[str, Any]]:
+    def _get_other_values(self, keys: Sequence[str]) -> list[tuple[str, Any]]:
         asked = set(keys)
         return [(key, value) for key, value in reversed(self._recent) if key not in asked]
 
-    def _part(self, fault: Fault | None, items: Mapping[str, Any]) -> tuple[Mapping[str, Any], BaseException | None]:
-        """Return what of a write reaches the inner backend, and what is raised afterwards."""
+    def _split_write(
+        self, fault: Fault | None, items: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], BaseException | None]:
+        """Return the part of a write that reaches the inner backend, and the error to raise afterwards."""
         if fault is None or fault.kind != "partial":
             return items, None
         with self._chooser.lock:
             kept = self._chooser.random.sample(list(items), len(items) // 2)
-        return {key: items[key] for key in kept}, _failure(fault.error)
+        return {key: items[key] for key in kept}, _make_error(fault.error)
 
 
 class FaultyTwin:
-    """The async client of a :class:`FaultyBackend`, with its faults and its counts.
+    """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
-    A read that is cancelled while it hangs leaves its reply in the connection: the next read is
-    answered with it, by position, and every later one with the reply before, until the twin is closed.
-    That is what a client does whose user forgot to drop the connection.
+    A read that is cancelled while it hangs leaves its reply in the connection. The next read gets that reply,
+    matched by position, and every later read gets the reply before its own, until the twin is closed. A client
+    behaves like this when a cancelled call does not drop its connection.
     """
 
     def __init__(self, backend: FaultyBackend, inner: Any) -> None:
@@ -410,23 +412,23 @@ class FaultyTwin:
         self._unread: list[Any] | None = None
 
     async def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
-        """Return what the inner twin holds, damaged where a fault says so."""
+        """Return what the inner twin holds, damaged by a fault if one applies."""
         try:
-            fault = await self._before("get", len(keys))
+            fault = await self._start_call("get", len(keys))
         except asyncio.CancelledError:
-            self._unread = await self._reply(keys)
+            self._unread = await self._read_reply(keys)
             raise
         if self._unread is not None:
-            stale, self._unread = self._unread, await self._reply(keys)
+            stale, self._unread = self._unread, await self._read_reply(keys)
             return {key: value for key, value in zip(keys, stale, strict=False) if value is not None}
-        found = self._backend._saw(await self.inner.get_many(keys))
-        return self._backend._after_read(fault, keys, found)
+        found = self._backend._remember(await self.inner.get_many(keys))
+        return self._backend._damage_read(fault, keys, found)
 
     async def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-        """Store the items, or some of them."""
-        fault = await self._before("set", len(items))
-        kept, error = self._backend._part(fault, items)
-        self._backend._saw(kept)
+        """Store the items, or only some of them if a fault applies."""
+        fault = await self._start_call("set", len(items))
+        kept, error = self._backend._split_write(fault, items)
+        self._backend._remember(kept)
         await self.inner.set_many(kept, ttl)
         if error is not None:
             raise error
@@ -436,38 +438,38 @@ class FaultyTwin:
         self._unread = None
         await self.inner.close()
 
-    async def _before(self, operation: Operation, keys: int) -> Fault | None:
-        fault = self._backend._strike(operation, keys)
+    async def _start_call(self, operation: Operation, keys: int) -> Fault | None:
+        fault = self._backend._choose_fault(operation, keys)
         if fault is not None:
             if fault.kind == "hang":
-                await self._backend.gate.await_()
+                await self._backend.gate.wait_async()
             elif fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
         return fault
 
-    async def _reply(self, keys: Sequence[str]) -> list[Any]:
+    async def _read_reply(self, keys: Sequence[str]) -> list[Any]:
         found = await self.inner.get_many(keys)
         return [found.get(key) for key in keys]
 
 
 class FaultyProvider:
-    """A provider whose calls go wrong as ``faults`` say, in order; texts and calls are counted.
+    """Wraps a provider and applies the first matching one of ``faults`` to each call; it counts texts and calls.
 
-    It has ``embed``, ``aembed`` or both, as the inner provider has.
+    It has ``embed``, ``aembed`` or both, like the inner provider.
     """
 
     def __init__(self, inner: AnyProvider, faults: Iterable[ProviderFault] = (), *, seed: int = 0) -> None:
         self.inner: Any = inner
         self.faults = list(faults)
         self.count: Counter[str] = Counter()
-        """How often each text was asked for, failed calls included."""
+        """Number of times that each text was requested, including failed calls."""
         self.calls: list[tuple[str, tuple[str, ...]]] = []
-        """Task and texts of each call, in the order in which they began."""
+        """Task and texts of each call, in the order in which the calls started."""
         self.most_at_once = 0
-        """Most calls that were under way at one time."""
+        """Largest number of calls in flight at one time."""
         self.gate = Gate()
         self._at_once = 0
-        self._chooser = _Chooser(seed)
+        self._chooser = _FaultChooser(seed)
         if hasattr(inner, "embed"):
             self.embed = self._embed
         if hasattr(inner, "aembed"):
@@ -475,51 +477,51 @@ class FaultyProvider:
 
     @property
     def limits(self) -> Limits:
-        """The inner provider's."""
+        """Limits of the inner provider."""
         limits: Limits = self.inner.limits
         return limits
 
     def space(self, task: Task, /) -> VectorSpace:
-        """Describe the inner provider's space."""
+        """Return the space of the inner provider."""
         space: VectorSpace = self.inner.space(task)
         return space
 
     def release(self) -> None:
-        """Let the calls go on that hang now."""
+        """Let the hanging calls continue."""
         self.gate.release()
 
     def heal(self) -> None:
-        """Remove the faults, and let the calls go on that hang now."""
+        """Remove the faults, and let the hanging calls continue."""
         self.faults.clear()
         self.gate.release()
 
     def close(self) -> None:
-        """Close the inner provider, and let the calls go on that hang now."""
+        """Close the inner provider, and let the hanging calls continue."""
         self.gate.release()
         self.inner.close()
 
     def _embed(self, texts: Sequence[str], task: Task, /) -> Any:
-        """Return the inner provider's vectors, damaged where a fault says so."""
-        with self._under_way(texts, task):
-            fault = self._strike(texts)
+        """Return the vectors of the inner provider, damaged by a fault if one applies."""
+        with self._count_call(texts, task):
+            fault = self._choose_fault(texts)
             if fault is not None and fault.kind == "hang":
                 self.gate.wait()
             elif fault is not None and fault.kind == "slow":
                 time.sleep(fault.seconds)
-            return self._after(fault, self.inner.embed(texts, task))
+            return self._damage_answer(fault, self.inner.embed(texts, task))
 
     async def _aembed(self, texts: Sequence[str], task: Task, /) -> Any:
-        """Return the inner provider's vectors, damaged where a fault says so."""
-        with self._under_way(texts, task):
-            fault = self._strike(texts)
+        """Return the vectors of the inner provider, damaged by a fault if one applies."""
+        with self._count_call(texts, task):
+            fault = self._choose_fault(texts)
             if fault is not None and fault.kind == "hang":
-                await self.gate.await_()
+                await self.gate.wait_async()
             elif fault is not None and fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
-            return self._after(fault, await self.inner.aembed(texts, task))
+            return self._damage_answer(fault, await self.inner.aembed(texts, task))
 
     @contextmanager
-    def _under_way(self, texts: Sequence[str], task: Task) -> Iterator[None]:
+    def _count_call(self, texts: Sequence[str], task: Task) -> Iterator[None]:
         with self._chooser.lock:
             self.count.update(texts)
             self.calls.append((task, tuple(texts)))
@@ -531,35 +533,35 @@ class FaultyProvider:
             with self._chooser.lock:
                 self._at_once -= 1
 
-    def _strike(self, texts: Sequence[str]) -> ProviderFault | None:
+    def _choose_fault(self, texts: Sequence[str]) -> ProviderFault | None:
         with self._chooser.lock:
-            fault = next((f for f in self.faults if self._chooser.strikes(f)), None)
+            fault = next((f for f in self.faults if self._chooser.applies(f)), None)
         if fault is None:
             return None
         if fault.kind == "raise":
-            raise _failure(fault.error)
+            raise _make_error(fault.error)
         if fault.kind == "refuse":
             positions = [position for position, text in enumerate(texts) if fault.refused(text)]
             if positions:
                 raise TextRefused(f"{len(positions)} texts are refused", positions if fault.positions else ())
         return fault
 
-    def _after(self, fault: ProviderFault | None, answer: Any) -> Any:
+    def _damage_answer(self, fault: ProviderFault | None, answer: Any) -> Any:
         if fault is None or fault.kind in ("hang", "slow", "refuse"):
             return answer
         tokens = answer.tokens if isinstance(answer, Embedded) else None
         vectors = np.array(answer.vectors if isinstance(answer, Embedded) else answer, dtype=np.float32)
         with self._chooser.lock:
             row = self._chooser.random.randrange(len(vectors))
-        return Embedded(_damaged_rows(fault.kind, vectors, row), tokens)
+        return Embedded(_damage_vectors(fault.kind, vectors, row), tokens)
 
 
-def _failure(error: Failure) -> BaseException:
-    """Return an exception of its own for one call: one that several threads raise gathers all their tracebacks."""
-    return error("a fault on purpose") if isinstance(error, type) else copy.copy(error)
+def _make_error(error: Failure) -> BaseException:
+    """Return a new exception for each call; a shared one would collect the tracebacks of several threads."""
+    return error("an injected fault") if isinstance(error, type) else copy.copy(error)
 
 
-def _flipped(value: Any, chance: random.Random) -> Any:
+def _corrupt_value(value: Any, chance: random.Random) -> Any:
     if isinstance(value, Entry):
         damaged = np.array(value.vector)
         if damaged.size:
@@ -572,13 +574,13 @@ def _flipped(value: Any, chance: random.Random) -> Any:
     return bytes(damaged_bytes)
 
 
-def _shortened(value: Any) -> Any:
+def _truncate_value(value: Any) -> Any:
     if isinstance(value, Entry):
         return value._replace(vector=np.array(value.vector[:-1]))
     return value[: len(value) // 2]
 
 
-def _damaged_rows(kind: ProviderKind, vectors: NDArray[np.float32], row: int) -> NDArray[np.float32]:
+def _damage_vectors(kind: ProviderKind, vectors: NDArray[np.float32], row: int) -> NDArray[np.float32]:
     if kind == "short":
         return vectors[:-1]
     if kind == "long":

@@ -1,4 +1,4 @@
-"""A backend of two nodes, one of which may be away."""
+"""A backend of two nodes, one of which may be down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class TwoNodesBackend:
-    """Holds frames; those whose key ends with an odd digit are on the node that may be away."""
+    """Holds frames. Keys that end with an odd digit are on the node that may be down."""
 
     capabilities = Capabilities(scope="process", delete=True, add=True)
 
@@ -22,18 +22,20 @@ class TwoNodesBackend:
         self.away = False
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]:
-        return self._checked(keys, self._store.get_many(self._there(keys)))
+        return self._raise_if_lost(keys, self._store.get_many(self._get_reachable_keys(keys)))
 
     def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
-        self._store.set_many({key: items[key] for key in self._there(items)}, ttl)
-        self._checked(items, None)
+        self._store.set_many({key: items[key] for key in self._get_reachable_keys(items)}, ttl)
+        self._raise_if_lost(items, None)
 
     def add_many(self, items: Mapping[str, Any], ttl: float | None, /) -> set[str]:
-        return self._checked(items, self._store.add_many({key: items[key] for key in self._there(items)}, ttl))
+        return self._raise_if_lost(
+            items, self._store.add_many({key: items[key] for key in self._get_reachable_keys(items)}, ttl)
+        )
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        self._store.delete_many(self._there(keys))
-        self._checked(keys, None)
+        self._store.delete_many(self._get_reachable_keys(keys))
+        self._raise_if_lost(keys, None)
 
     def close(self) -> None:
         self._store.close()
@@ -41,11 +43,11 @@ class TwoNodesBackend:
     def _is_lost(self, key: str) -> bool:
         return self.away and key[-1] in "13579bdf"
 
-    def _there(self, keys: Iterable[str]) -> list[str]:
+    def _get_reachable_keys(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if not self._is_lost(key)]
 
-    def _checked(self, keys: Iterable[str], answer: T) -> T:
+    def _raise_if_lost(self, keys: Iterable[str], answer: T) -> T:
         lost = [key for key in keys if self._is_lost(key)]
         if lost:
-            raise PartialAnswer("a node is away", answer=answer, failed=lost) from ConnectionRefusedError()
+            raise PartialAnswer("a node is down", answer=answer, failed=lost) from ConnectionRefusedError()
         return answer

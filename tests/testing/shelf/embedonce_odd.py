@@ -1,4 +1,4 @@
-"""Plugins that are broken in a way that only another process shows."""
+"""Plugins with bugs that show only in another process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from embedonce.testing import CountingProvider
 
 
 class HashingProvider(CountingProvider):
-    """Makes vectors from Python's own `hash()`, which is another one in every process."""
+    """Makes vectors from Python's `hash()`, which differs in every process."""
 
     def vector_of(self, text, task="document"):
         return np.random.default_rng(abs(hash(text))).random(self.dimensions, dtype=np.float32)
 
 
 def words_as_a_set(text):
-    """Sorts words by way of a set, whose order is another one in every process."""
+    """Puts words into a set, whose order differs in every process."""
     return " ".join(set(text.split(" ")))

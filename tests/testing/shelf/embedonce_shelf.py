@@ -1,4 +1,4 @@
-"""A backend with one file per key: what a first plugin looks like. Importable, so that other processes can make one."""
+"""A backend with one file per key, as a first plugin may look. Other processes can import it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class ShelfBackend:
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         for key, frame in items.items():
-            os.replace(self._written(frame), self.folder / key)
+            os.replace(self._write_temporary(frame), self.folder / key)
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         added = set()
         for key, frame in items.items():
-            written = self._written(frame)
+            written = self._write_temporary(frame)
             try:
                 os.link(written, self.folder / key)
             except FileExistsError:
@@ -70,8 +70,8 @@ class ShelfBackend:
     def close(self) -> None:
         self._folder = None
 
-    def _written(self, frame: bytes) -> str:
-        """Return a file with the frame, whole before it has its name. No key ends with ~."""
+    def _write_temporary(self, frame: bytes) -> str:
+        """Write a frame to a temporary file and return its path; the name ends with ~, which no key does."""
         handle, name = tempfile.mkstemp("~", dir=self.folder)
         with open(handle, "wb") as file:
             file.write(frame)
@@ -79,7 +79,7 @@ class ShelfBackend:
 
 
 class HashingShelfBackend(ShelfBackend):
-    """Names its files by Python's own `hash()`, which is another one in every process."""
+    """Names its files by Python's `hash()`, which differs in every process."""
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
         found = super().get_many([f"eo1.{hash(key)}" for key in keys])
@@ -90,7 +90,7 @@ class HashingShelfBackend(ShelfBackend):
 
 
 class WritesInPlaceShelfBackend(ShelfBackend):
-    """Writes a value straight into the file of its key: a writer that is killed leaves half of it."""
+    """Writes a value directly into the file of its key, so that a killed writer leaves half of it."""
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         for key, frame in items.items():
@@ -101,7 +101,7 @@ class WritesInPlaceShelfBackend(ShelfBackend):
 
 
 class ListsWhatIsUnfinishedShelfBackend(ShelfBackend):
-    """Lists the files that it writes before they have their names: those of a writer that was killed stay for ever."""
+    """Lists its unfinished files; those of a killed writer stay for ever."""
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         for key, frame in items.items():
@@ -111,26 +111,26 @@ class ListsWhatIsUnfinishedShelfBackend(ShelfBackend):
 
 
 class WritesAtItsEndShelfBackend(ShelfBackend):
-    """Gathers what it stores in memory and writes it when it is closed: a process that is killed loses all of it."""
+    """Collects its entries in memory and writes them in `close`, so that a killed process loses them all."""
 
     def __init__(self, *, path: str) -> None:
         super().__init__(path=path)
-        self._gathered: dict[str, bytes] = {}
+        self._pending: dict[str, bytes] = {}
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
-        return {**super().get_many(keys), **{key: self._gathered[key] for key in keys if key in self._gathered}}
+        return {**super().get_many(keys), **{key: self._pending[key] for key in keys if key in self._pending}}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        self._gathered.update(items)
+        self._pending.update(items)
 
     def close(self) -> None:
         if self._folder is not None:
-            super().set_many(self._gathered, None)
+            super().set_many(self._pending, None)
         super().close()
 
 
 class OneConnectionShelfBackend(ShelfBackend):
-    """Keeps one SQLite connection with a WAL across a fork: the parent's close deletes what the child writes to."""
+    """Keeps a SQLite connection with a WAL across a fork: the parent's `close` deletes the file the child writes to."""
 
     def __init__(self, *, path: str) -> None:
         super().__init__(path=path)
@@ -154,16 +154,16 @@ class OneConnectionShelfBackend(ShelfBackend):
             self._connection.close()
 
 
-_of_this_process = threading.Lock()
+_process_lock = threading.Lock()
 
 
 @cache
-def meet(folder: Path) -> None:
-    """Wait, once, in a process that the kit has started, until another one is as far as this one.
+def wait_for_other_process(folder: Path) -> None:
+    """Wait once in a child process of the kit until a second child process waits here too.
 
-    What they do to each other then happens always, however long one of them is held up.
+    It makes a race between two processes happen in every run, however late one of them starts.
     """
-    if getattr(sys.modules["__main__"].__spec__, "name", "") != "embedonce.testing._child":
+    if getattr(sys.modules["__main__"].__spec__, "name", "") != "embedonce.testing.contracts.child":
         return
     (folder / f"{os.getpid()}.here~").touch()
     end = time.monotonic() + 50
@@ -172,31 +172,31 @@ def meet(folder: Path) -> None:
 
 
 class AddsUnderALockShelfBackend(ShelfBackend):
-    """Looks what is absent and stores it under a lock of its process, of which another process knows nothing."""
+    """Looks up and stores absent keys under a lock that only its own process knows."""
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        with _of_this_process:
+        with _process_lock:
             absent = {key: frame for key, frame in items.items() if not (self.folder / key).exists()}
-            meet(self.folder)
+            wait_for_other_process(self.folder)
             self.set_many(absent, ttl)
             return set(absent)
 
 
 class OneFileShelfBackend(ShelfBackend):
-    """Keeps all in one file, read and written back under a lock of its process: two processes lose each other's."""
+    """Reads and rewrites one file under a lock of its process, so that two processes overwrite each other's entries."""
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
-        held = self._all()
+        held = self._read_all()
         return {key: held[key] for key in keys if key in held}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        with _of_this_process:
-            held = {**self._all(), **items}
-            meet(self.folder)
+        with _process_lock:
+            held = {**self._read_all(), **items}
+            wait_for_other_process(self.folder)
             whole = json.dumps({key: frame.hex() for key, frame in held.items()})
-            os.replace(self._written(whole.encode()), self.folder / "all")
+            os.replace(self._write_temporary(whole.encode()), self.folder / "all")
 
-    def _all(self) -> Mapping[str, bytes]:
+    def _read_all(self) -> Mapping[str, bytes]:
         try:
             return {key: bytes.fromhex(frame) for key, frame in json.loads((self.folder / "all").read_text()).items()}
         except FileNotFoundError:

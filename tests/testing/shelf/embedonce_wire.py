@@ -1,4 +1,4 @@
-"""A store behind TCP: a server of a few lines, and a backend that talks to it as a network backend must."""
+"""A store behind TCP: a short server, and a backend that handles its connection as a network backend must."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from embedonce.contracts import Capabilities, time_left
 
-MOST = 2**26
+MAX_BYTES = 2**26
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -49,13 +49,13 @@ def send(connection: socket.socket, message: Any) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    length = int.from_bytes(_exactly(connection, 4), "big")
-    if length > MOST:
-        raise ValueError("this is no reply")
-    return json.loads(_exactly(connection, length))
+    length = int.from_bytes(_receive_exactly(connection, 4), "big")
+    if length > MAX_BYTES:
+        raise ValueError("invalid length of a reply")
+    return json.loads(_receive_exactly(connection, length))
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
         part = connection.recv(size - len(data))
@@ -69,8 +69,8 @@ class WireBackend:
     """One connection, guarded by a lock; a call that fails drops it, and a forked child makes its own."""
 
     capabilities = Capabilities(scope="network", deadline=True)
-    patience = 60.0
-    """Seconds that a call waits where there is no deadline."""
+    call_timeout = 60.0
+    """Seconds that a call without a deadline waits."""
 
     def __init__(self, *, host: str, port: int, store: str) -> None:
         self.host, self.port, self.store = host, port, store
@@ -95,27 +95,27 @@ class WireBackend:
             if self._closed:
                 raise RuntimeError("this backend is closed")
             if self._process != os.getpid():
-                self._forked()
+                self._leave_connection_to_parent()
             try:
                 left = time_left()
-                connection = self._connected(self.patience if left is None else left)
+                connection = self._connect(self.call_timeout if left is None else left)
                 send(connection, {"store": self.store, **request})
-                return self._received(connection)
+                return self._receive(connection)
             except BaseException:
                 self._drop()
                 raise
 
-    def _received(self, connection: socket.socket) -> Any:
+    def _receive(self, connection: socket.socket) -> Any:
         return receive(connection)
 
-    def _connected(self, timeout: float) -> socket.socket:
+    def _connect(self, timeout: float) -> socket.socket:
         if self._connection is None:
             self._connection = socket.create_connection((self.host, self.port), timeout)
         self._connection.settimeout(timeout)
         return self._connection
 
-    def _forked(self) -> None:
-        """Leave the parent's connection to the parent: closing this copy of it says nothing to the server."""
+    def _leave_connection_to_parent(self) -> None:
+        """Leave the connection to the parent. Closing the child's copy of the socket does not end it."""
         self._process = os.getpid()
         self._drop()
 
@@ -128,21 +128,21 @@ class WireBackend:
 class SharesItsConnectionAfterAFork(WireBackend):
     """Uses the parent's connection in a forked child, so that both read each other's replies."""
 
-    patience = 2.0  # for a reply that the other one has read
+    call_timeout = 2.0  # seconds to wait for a reply that the other process has read
 
-    def _forked(self) -> None:
+    def _leave_connection_to_parent(self) -> None:
         return
 
-    def _received(self, connection: socket.socket) -> Any:
+    def _receive(self, connection: socket.socket) -> Any:
         if self._process != os.getpid():
-            time.sleep(0.01)  # the parent comes first, at one call or another
-        return super()._received(connection)
+            time.sleep(0.01)  # so that the parent reads first in at least one call
+        return super()._receive(connection)
 
 
 class EndsTheConnectionOfItsChild(WireBackend):
-    """Uses the parent's connection in a forked child, and ends it for both when the parent closes."""
+    """Uses the parent's connection in a forked child; the parent's `close` ends it for both."""
 
-    def _forked(self) -> None:
+    def _leave_connection_to_parent(self) -> None:
         return
 
     def close(self) -> None:

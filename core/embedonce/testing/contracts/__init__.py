@@ -1,1 +1,1 @@
-"""What every plugin must do, as test classes; each needs pytest and hypothesis."""
+"""Test classes that check what every plugin must do; each requires pytest and hypothesis."""

@@ -1,8 +1,8 @@
-"""What another process does for the contracts: make a plugin, use it, tell. Run by :mod:`.support`.
+"""The child process of the contracts: it makes a plugin, uses it and reports. :mod:`.support` starts it.
 
-Reads a line with a JSON object from standard input, makes the plugin, says so with an empty line, waits for one, and
-writes a JSON object to standard output. One that writes until it is killed waits for nothing, and tells after each
-batch how many keys it has stored.
+It reads one line with a JSON object from standard input, makes the plugin, writes an empty line, waits for an empty
+line, and then writes a JSON object to standard output. A child that writes until it is killed does not wait. It writes
+the number of keys stored so far after each batch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from embedonce.contracts import Embedded
 from embedonce.errors import PluginError
 from embedonce.keys import VectorSpace
 
-from .values import key, values_for
+from .values import key, make_values
 
 WRITE_BATCH = 20
-"""Keys that a process which is to be killed stores in one call."""
+"""Number of keys per call that the child stores until it is killed."""
 
 
 def main() -> None:
     """Answer the request on standard input."""
-    # What a plugin prints is no answer.
+    # A plugin may print; that must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     request = json.loads(sys.stdin.readline())
     module, _, name = request["plugin"].partition(":")
@@ -37,47 +37,47 @@ def main() -> None:
     for part in name.split("."):
         made = getattr(made, part)
     if "forms" in request:
-        _wait(answers)
+        _wait_for_start(answers)
         json.dump([made(text) for text in request["forms"]], answers)
         return
-    plugin = made(**_typed(made, request["options"]))
+    plugin = made(**_convert_options(made, request["options"]))
     if "scope" in request:
-        _write(plugin, request, answers)
+        _write_until_killed(plugin, request, answers)
     try:
-        _wait(answers)
-        answer = _answer(plugin, request)
+        _wait_for_start(answers)
+        answer = _handle_request(plugin, request)
     finally:
         plugin.close()
     json.dump(answer, answers)
 
 
-def _wait(answers: TextIO) -> None:
-    """Say that the plugin is made, and wait until the other processes have made theirs."""
+def _wait_for_start(answers: TextIO) -> None:
+    """Report that the plugin is made, and wait until the other processes have made theirs."""
     print(file=answers, flush=True)
     sys.stdin.readline()
 
 
-def _answer(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _handle_request(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
     if "texts" in request:
         return _embed(plugin, request)
-    return _add(plugin, request) if "add" in request else _store(plugin, request)
+    return _add(plugin, request) if "add" in request else _store_and_check(plugin, request)
 
 
-def _typed(made: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options in the types that a plugin declares, as TOML gives them: JSON has no paths."""
+def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert options to the types that the plugin declares, because JSON has no paths."""
     try:
         declared = options_of(made) if isinstance(made, type) else {}
-    except PluginError:  # a class that TOML could not make
+    except PluginError:  # the class has a signature that TOML cannot fill
         declared = {}
     return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
 
 
-def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
-    """Store samples, batch after batch, and tell after each how many there are: until the process is killed.
+def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
+    """Store batches of samples until the process is killed, and write the number of keys stored after each batch.
 
-    It tells when the next batch is made, so that it is writing while it is being killed.
+    It writes that number only when the next batch is ready, so that the kill interrupts a write.
     """
-    values = values_for(request["holds"], request["dimensions"])
+    values = make_values(request["holds"], request["dimensions"])
     for stored in count(0, WRITE_BATCH):
         numbers = range(stored, stored + WRITE_BATCH)
         items = {key(number, request["scope"]): values.sample(number) for number in numbers}
@@ -87,24 +87,24 @@ def _write(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def _store(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Store a sample under each key of ``store``, one a call; say which keys of ``expect`` do not hold theirs."""
-    values = values_for(request["holds"], request["dimensions"])
+def _store_and_check(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Store a sample under each key of ``store``, one per call; return the keys of ``expect`` with a wrong value."""
+    values = make_values(request["holds"], request["dimensions"])
     for name, seed in request["store"].items():
         backend.set_many({name: values.sample(seed)}, None)
     found = backend.get_many(list(request["expect"]))
-    wrong = [key for key, seed in request["expect"].items() if not values.same(found.get(key), values.sample(seed))]
+    wrong = [key for key, seed in request["expect"].items() if not values.is_equal(found.get(key), values.sample(seed))]
     return {"wrong": wrong}
 
 
 def _add(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Add a lease under each key of ``add``, one a call; say which this process has stored."""
+    """Add a lease under each key of ``add``, one per call; return the keys that this process added."""
     won = [name for name in request["add"] if backend.add_many({name: b"lease"}, None)]
     return {"won": won}
 
 
 def _embed(provider: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Return, by task, the fingerprint of the space and the vectors of the texts as lists of floats."""
+    """Return per task the fingerprint of the space and the vectors of the texts as lists of floats."""
     answer = {}
     for task in request["tasks"]:
         space: VectorSpace = provider.space(task)

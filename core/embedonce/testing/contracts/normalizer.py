@@ -1,4 +1,4 @@
-"""What every normalisation step must do, as tests: subclass :class:`NormalizerContract` and run pytest."""
+"""Standard tests of every normalisation step: subclass :class:`NormalizerContract` and run pytest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from embedonce.contracts import Normalizer
 
-from .support import Recipe, in_processes, in_threads
-from .whole import Whole, standard
+from .support import Recipe, in_threads, run_in_processes
+from .whole import Contract, register_standard_tests
 
 TEXTS = (
     "A cache keeps what was computed once.",
@@ -25,7 +25,7 @@ TEXTS = (
     "a tab\tand  two spaces\r\nand a line",
     "3.14 and 2.71",
 )
-# UTF-16 that is cut at any place is cut in the middle of a character in one of these.
+# Wherever UTF-16 is cut, the cut splits a character in one of these.
 HALVES = ("\U0001f9ea" * 100, "a" + "\U0001f9ea" * 100)
 ODD = (
     *("", " ", "\n", "\0", "a\0b", "\u200b", "\ufeff", "\U0010ffff", "e\u0301" * 50, "\u202eright to left", "\u0345"),
@@ -34,76 +34,77 @@ ODD = (
 LONG = 2**20
 
 
-class NormalizerContract(Whole):
+class NormalizerContract(Contract):
     """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest."""
 
     texts: ClassVar[Sequence[str]] = TEXTS
-    """Texts of which no two have one form."""
+    """Texts whose forms must all differ."""
     same: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of texts that have one form: what the step is for."""
+    """Pairs of texts that must have the same form: what the step is for."""
     examples: ClassVar[int | None] = None
-    """How many examples hypothesis tries; None: as its profile says."""
+    """Number of examples that hypothesis tries; None: the number of its profile."""
 
     def make(self) -> Normalizer:
         """Return the step, as the plugin registers it."""
-        raise NotImplementedError(f"{type(self).__name__} says which step it is: def make(self) -> Normalizer")
+        raise NotImplementedError(f"{type(self).__name__} must define which step to test: def make(self) -> Normalizer")
 
     def recipe(self) -> Recipe | None:
-        """Return the step as ``Recipe(function)``, where another process can import it."""
+        """Return the step as ``Recipe(function)`` if another process can import it, else None."""
         return None
 
     def test_a_form_is_text(self) -> None:
         for text in self.texts:
             form = self.make()(text)
-            assert type(form) is str, f"a step returns text, not {type(form).__name__}"
+            assert type(form) is str, f"a step must return a str, got {type(form).__name__}"
 
     def test_a_text_has_one_form(self) -> None:
         step = self.make()
         forms = [step(text) for text in self.texts]
-        assert [step(text) for text in self.texts] == forms, "a text has another form when it comes again"
+        assert [step(text) for text in self.texts] == forms, "the step returned a different form for the same text"
         backwards = [step(text) for text in reversed(self.texts)]
-        assert backwards[::-1] == forms, "a text's form depends on the texts before it"
+        assert backwards[::-1] == forms, "the form of a text must not depend on the texts before it"
 
     def test_a_form_is_its_own_form(self) -> None:
-        # Whoever embeds what they read back from a store of normalised texts must hit.
+        # A caller may embed texts from a store of normalised texts; those must hit too.
         step = self.make()
         for text in (*self.texts, *ODD):
-            assert step(step(text)) == step(text), f"the form of {text[:40]!a} has another form in turn"
+            assert step(step(text)) == step(text), f"the form of {text[:40]!a} changes when it is normalised again"
 
     def test_an_empty_text_has_a_form(self) -> None:
-        self._form("")
+        self._normalize("")
 
     def test_any_unicode_has_a_form(self) -> None:
         for text in ODD:
-            self._form(text)
+            self._normalize(text)
 
-        @self._settings()
+        @self._make_settings()
         @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
         def check(text: str) -> None:
-            form = self._form(text)
-            assert self._form(form) == form, "a form has another form in turn"
+            form = self._normalize(text)
+            assert self._normalize(form) == form, "a form changes when it is normalised again"
 
         check()
 
     def test_a_long_text_keeps_its_end(self) -> None:
         words = "the quick brown fox jumps over the lazy dog "
         text = (words * (LONG // len(words) + 1))[:LONG]
-        assert self._form(f"{text} one") != self._form(f"{text} two"), "texts that differ at their end have one form"
+        one, two = self._normalize(f"{text} one"), self._normalize(f"{text} two")
+        assert one != two, "two long texts that differ only at their end have the same form"
 
     def test_texts_that_differ_stay_apart(self) -> None:
         step = self.make()
         first: dict[str, int] = {}
         for place, text in enumerate(self.texts):
             form = step(text)
-            assert form not in first, f"texts {first[form]} and {place} of `texts` have one form, and so one vector"
+            assert form not in first, f"texts {first[form]} and {place} of `texts` have the same form"
             first[form] = place
 
     def test_spellings_of_one_text_meet(self) -> None:
         if not self.same:
-            pytest.skip("needs `same`: pairs of texts that have one form")
+            pytest.skip("requires `same`: pairs of texts that have the same form")
         step = self.make()
         for place, (one, other) in enumerate(self.same):
-            assert step(one) == step(other), f"pair {place} of `same` has two forms"
+            assert step(one) == step(other), f"the texts of pair {place} of `same` have different forms"
 
     def test_threads_get_their_own_forms(self) -> None:
         step = self.make()
@@ -112,38 +113,38 @@ class NormalizerContract(Whole):
         def work(number: int) -> None:
             for turn in range(200):
                 place = (number + turn) % len(expected)
-                assert step(self.texts[place]) == expected[place], "a thread gets another text's form"
+                assert step(self.texts[place]) == expected[place], "a thread got the form of another text"
 
         in_threads(8, work, "a step from eight threads")
 
     def test_another_process_gives_the_same_form(self) -> None:
         recipe = self.recipe()
         if recipe is None:
-            pytest.skip("needs recipe(): the step where another process can import it")
+            pytest.skip("requires recipe(): a step that another process can import")
         step = self.make()
         for seed in ("1", "2"):
-            (answer,) = in_processes([{"forms": list(self.texts)}], recipe, PYTHONHASHSEED=seed)
-            assert answer == [step(text) for text in self.texts], "another process gives a text another form"
+            (answer,) = run_in_processes([{"forms": list(self.texts)}], recipe, PYTHONHASHSEED=seed)
+            assert answer == [step(text) for text in self.texts], "another process returned a different form for a text"
 
     # --- helpers ------------------------------------------------------------------------------
 
-    def _form(self, text: str) -> str:
-        """Return the form, which must be text that can be encoded."""
+    def _normalize(self, text: str) -> str:
+        """Return the form of ``text``, which must be a str that can be encoded as UTF-8."""
         what = ascii(text[:40])
         try:
             form = self.make()(text)
         except Exception as error:
-            raise AssertionError(f"the step raises {type(error).__name__} for {what}") from error
-        assert type(form) is str, f"the form of {what} is no text: {type(form).__name__}"
+            raise AssertionError(f"the step raised {type(error).__name__} for {what}") from error
+        assert type(form) is str, f"the form of {what} must be a str, got {type(form).__name__}"
         try:
             form.encode()
         except UnicodeEncodeError:
-            raise AssertionError(f"the form of {what} holds a lone surrogate, which nothing can encode") from None
+            raise AssertionError(f"the form of {what} contains a lone surrogate, which cannot be encoded") from None
         return form
 
-    def _settings(self) -> settings:
+    def _make_settings(self) -> settings:
         chosen = settings(deadline=None, database=None)
         return chosen if self.examples is None else settings(chosen, max_examples=self.examples)
 
 
-standard(NormalizerContract)
+register_standard_tests(NormalizerContract)

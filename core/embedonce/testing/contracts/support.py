@@ -1,4 +1,4 @@
-"""Threads and processes for the contracts, each with an end: what hangs fails instead of hanging the tests."""
+"""Threads and processes for the contracts, each with a timeout: a hang fails the test instead of blocking the run."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-BOUND = 60.0
-"""Seconds after which a call counts as one that hangs. Generous: a busy machine is no failure."""
+CALL_TIMEOUT = 60.0
+"""Seconds after which a call counts as hung. Generous, so that a busy machine does not fail a test."""
 
 
 class Recipe(NamedTuple):
-    """How another process makes the same plugin: an importable class, and keyword options that JSON can hold."""
+    """How another process makes the same plugin: an importable class, and keyword options that JSON can represent."""
 
     plugin: Callable[..., Any]
     options: Mapping[str, Any] = {}
 
 
-def bounded(call: Callable[[], T], what: str) -> T:
-    """Return what ``call`` returns, run in a thread that is left behind if it hangs.
+def call_with_timeout(call: Callable[[], T], what: str) -> T:
+    """Run ``call`` in a thread and return its result; a thread that hangs is abandoned.
 
     Raises:
-        AssertionError: it did not come back.
+        AssertionError: the call did not return in time.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -48,25 +48,25 @@ def bounded(call: Callable[[], T], what: str) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(BOUND)
-    assert not thread.is_alive(), f"{what} does not come back within {BOUND:g} s"
+    thread.join(CALL_TIMEOUT)
+    assert not thread.is_alive(), f"{what} did not return within {CALL_TIMEOUT:g} s"
     if errors:
         raise errors[0]
     return results[0]
 
 
 def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
-    """Run ``work(0)`` to ``work(count - 1)`` at once, and raise the first error.
+    """Run ``work(0)`` to ``work(count - 1)`` in parallel threads, and raise the first error.
 
     Raises:
-        AssertionError: a thread did not end.
+        AssertionError: a thread did not finish in time.
     """
     start = threading.Barrier(count)
     errors: list[BaseException] = []
 
     def run(number: int) -> None:
         try:
-            start.wait(BOUND)
+            start.wait(CALL_TIMEOUT)
             work(number)
         except BaseException as error:
             errors.append(error)
@@ -74,42 +74,42 @@ def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + BOUND
+    end = time.monotonic() + CALL_TIMEOUT
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    assert not any(thread.is_alive() for thread in threads), f"{what} does not come back within {BOUND:g} s"
+    assert not any(thread.is_alive() for thread in threads), f"{what} did not return within {CALL_TIMEOUT:g} s"
     if errors:
         raise errors[0]
 
 
-def in_fork(work: Callable[[], None], what: str, *, beside: Callable[[], None] = lambda: None) -> None:
-    """Run ``work`` in a forked child of this process, and ``beside`` here, again and again until that has ended.
+def in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Run ``work`` in a forked child, and call ``meanwhile`` in this process repeatedly until the child exits.
 
     Raises:
-        AssertionError: it raised there (with what it said), or did not end.
+        AssertionError: ``work`` raised (the message has its traceback), or the child did not exit in time.
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # Python 3.12 and later warn of a fork beside threads. That is what is tried here.
+        # Python 3.12 and later warn about a fork while threads run. Here it is intended.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:  # pragma: no cover  (another process)
         _run_and_exit(work, writer)
     os.close(writer)
     try:
-        said = _read_all(reader, child, lambda: bounded(beside, f"{what}, in the parent,"))
+        output = _read_until_exit(reader, child, lambda: call_with_timeout(meanwhile, f"{what}, in the parent,"))
     except BaseException:
         os.kill(child, signal.SIGKILL)
         raise
     finally:
         os.close(reader)
         _, status = os.waitpid(child, 0)
-    assert said is not None, f"{what} does not come back within {BOUND:g} s in a forked child"
-    assert status == 0, f"{what} fails in a forked child:\n{said.decode(errors='replace')}"
+    assert output is not None, f"{what} did not return within {CALL_TIMEOUT:g} s in a forked child"
+    assert status == 0, f"{what} failed in a forked child:\n{output.decode(errors='replace')}"
 
 
 def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no cover  (another process)
-    # Never back into the test runner, whatever happens.
+    # The child must never return into the test runner.
     status = 1
     try:
         work()
@@ -121,92 +121,92 @@ def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no 
         os._exit(status)
 
 
-def _read_all(reader: int, child: int, meanwhile: Callable[[], None]) -> bytes | None:
-    """Return what the child wrote until its end, or None after ending it for taking too long."""
-    said = b""
-    end = time.monotonic() + BOUND
+def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes | None:
+    """Return everything the child wrote until it exited, or None after killing it because it took too long."""
+    output = b""
+    end = time.monotonic() + CALL_TIMEOUT
     while time.monotonic() < end:
         if not select.select([reader], [], [], 0.0)[0]:
-            meanwhile()
+            call()
             continue
         part = os.read(reader, 8192)
         if not part:
-            return said
-        said += part
+            return output
+        output += part
     os.kill(child, signal.SIGKILL)
     return None
 
 
-def in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
-    """Hand each request to a fresh Python process that makes the plugin of ``recipe``; return their answers.
+def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
+    """Send each request to a new Python process that makes the plugin of ``recipe``, and return their answers.
 
-    All begin at one moment, when the last has made its plugin. :mod:`embedonce.testing.contracts.child` says what they
-    understand.
+    All start at the same moment, when the last one has made its plugin. :mod:`embedonce.testing.contracts.child`
+    defines the requests.
 
     Raises:
-        AssertionError: a process failed, with what it said, or did not end.
+        AssertionError: a process failed (the message has its error output) or did not exit in time.
     """
-    children = [_child(environment) for _ in requests]
+    children = [_start_child(environment) for _ in requests]
     try:
         for child, request in zip(children, requests, strict=True):
-            _say(child, _message(recipe, request))
+            _write_line(child, _encode_request(recipe, request))
         for child in children:
-            _told(child)
+            _read_line(child)
         for child in children:
-            _say(child, b"\n")
-        return [_answer(child) for child in children]
+            _write_line(child, b"\n")
+        return [_read_answer(child) for child in children]
     finally:
         for child in children:
             child.kill()
             child.communicate()
 
 
-def killed_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a fresh process store one batch of samples after the other, and kill it after it has told of ``batches``.
+def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
+    """Let a new process store batches of samples, kill it after ``batches`` of them, and return the number of keys.
 
-    It is struck half a batch later, by the time that the last one took: in the middle of the next, if it keeps pace.
-    Return how many keys it had told of as stored; it was at work on the next ones.
+    The kill comes half a batch later, by the duration of the last one, so that it most likely interrupts the next.
+    The process reported that number of keys as stored; it may have stored some of the following keys too.
 
     Raises:
-        AssertionError: it failed, with what it said, or did not tell.
+        AssertionError: the process failed (the message has its error output) or reported nothing in time.
     """
-    with _child({}) as child:
+    with _start_child({}) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(_message(recipe, {"scope": scope, "holds": holds, "dimensions": dimensions}))
+            child.stdin.write(_encode_request(recipe, {"scope": scope, "holds": holds, "dimensions": dimensions}))
             child.stdin.close()
-            told, times = [], []
+            reported, times = [], []
             for _ in range(batches):
-                told.append(int(_told(child)))
+                reported.append(int(_read_line(child)))
                 times.append(time.monotonic())
             time.sleep((times[-1] - times[-2]) / 2)
         finally:
             child.kill()  # with SIGKILL
-        # It may have told of more before it was struck.
-        told += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
-        return told[-1]
+        # It may have reported more before it was killed.
+        reported += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        return reported[-1]
 
 
-def _say(child: subprocess.Popen[bytes], line: bytes) -> None:
-    """Write to a child. One that has failed does not read; what it said is looked at when it is asked."""
+def _write_line(child: subprocess.Popen[bytes], line: bytes) -> None:
+    """Write a line to a child. A broken pipe is ignored: reading the answer reports why the child failed."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(line)
         child.stdin.flush()
 
 
-def _told(child: subprocess.Popen[bytes]) -> bytes:
-    """Return the next line that a child tells."""
+def _read_line(child: subprocess.Popen[bytes]) -> bytes:
+    """Return the next line that a child writes."""
     assert child.stdout is not None
-    told = bounded(child.stdout.readline, "another process")
-    if not told:
+    line = call_with_timeout(child.stdout.readline, "another process")
+    if not line:
         assert child.stderr is not None
-        raise AssertionError(f"it fails in another process:\n{child.stderr.read().decode(errors='replace')}")
-    return told
+        raise AssertionError(f"the plugin failed in another process:\n{child.stderr.read().decode(errors='replace')}")
+    return line
 
 
-def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start_child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "embedonce.testing.contracts.child"],
@@ -217,17 +217,17 @@ def _child(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _message(recipe: Recipe, request: Mapping[str, Any]) -> bytes:
+def _encode_request(recipe: Recipe, request: Mapping[str, Any]) -> bytes:
     name = f"{recipe.plugin.__module__}:{recipe.plugin.__qualname__}"
     return json.dumps({"plugin": name, "options": dict(recipe.options), **request}).encode() + b"\n"
 
 
-def _answer(child: subprocess.Popen[bytes]) -> Any:
+def _read_answer(child: subprocess.Popen[bytes]) -> Any:
     try:
-        said, errors = child.communicate(timeout=BOUND)
+        output, errors = child.communicate(timeout=CALL_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"another process does not come back within {BOUND:g} s") from None
+        raise AssertionError(f"another process did not return within {CALL_TIMEOUT:g} s") from None
     assert child.returncode == 0, (
-        f"it fails in another process ({child.returncode}):\n{errors.decode(errors='replace')}"
+        f"the plugin failed in another process (exit status {child.returncode}):\n{errors.decode(errors='replace')}"
     )
-    return json.loads(said)
+    return json.loads(output)

@@ -1,1 +1,1 @@
-"""Loopback servers that speak the protocols of embedding APIs, and misbehave when they are told to."""
+"""Loopback servers that speak the protocols of embedding APIs, and misbehave on demand."""

@@ -1,4 +1,4 @@
-"""Gemini's embeddings API on loopback, for tests: it answers as the real one does, or badly on demand.
+"""Gemini's embeddings API on loopback, for tests: it answers like the real one, or misbehaves on demand.
 
 ::
 
@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("short")
 
-The standard library and numpy alone. Source of requests, replies and errors: Gemini's API reference,
-and what google-genai 3.6 sends.
+It requires only numpy. Source of requests, replies and errors: Gemini's API reference, and what
+google-genai 3.6 sends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
+from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
 
 GeminiMisbehaviour: TypeAlias = Literal[
     "short",
@@ -47,26 +47,25 @@ GeminiMisbehaviour: TypeAlias = Literal[
 PATH = re.compile(r"/v1\w*/models/([^/:]+):(batchEmbedContents|embedContent)")
 
 NOT_IN_SPACE = ("model", "content", "taskType", "outputDimensionality")
-"""Fields of a request for one vector that are no part of ``extra``."""
+"""Fields of a request for one vector that are not part of ``extra``."""
 
 
 class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     """Speaks ``:batchEmbedContents``, which google-genai sends for every call, and ``:embedContent``.
 
     A content with several parts has one vector, as in the real API. The vector depends on the model,
-    the dimensions, the task type and every other field: :meth:`vector_of` says which one it is. A text
-    of more than ``max_tokens`` is cut there, silently, as Gemini does; with ``truncates=False`` it is
-    refused.
+    the dimensions, the task type and every other field: :meth:`vector_of` returns it. A text of more than
+    ``max_tokens`` is truncated silently, as by Gemini; with ``truncates=False`` it is refused.
 
-    :meth:`misbehave` knows:
+    :meth:`misbehave` takes:
 
     ================  =============================================================================
     ``short``         the first vector is missing, and the others have moved up
-    ``long``          there is a vector too many, at the front
+    ``long``          there is one vector too many, at the front
     ``empty``         there are no vectors
     ``nan``           one value is NaN
     ``infinity``      one value is infinite
-    ``zeros``         one vector is all zero
+    ``zeros``         one vector has only zeros
     ``dimension``     every vector is one value short
     ``ragged``        one vector is one value short
     ``no_values``     one vector has no values
@@ -75,8 +74,8 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     ``server_error``  status 500
     ``unauthorized``  status 400, ``API_KEY_INVALID``
     ``not_json``      status 200 with a page of HTML
-    ``truncated``     the body ends in its middle
-    ``drip``          the body comes a byte at a time
+    ``truncated``     the body ends half-way
+    ``drip``          the body arrives a byte at a time
     ``hang``          there is no reply until ``heal()``
     ``disconnect``    the connection is closed without a reply
     ================  =============================================================================
@@ -101,7 +100,7 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
 
     @property
     def base_url(self) -> str:
-        """For the client's ``http_options``."""
+        """URL for the client's ``http_options``."""
         return self.url
 
     def vector_of(
@@ -115,41 +114,41 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     ) -> NDArray[np.float32]:
         """Return the vector of a text, shape (dimensions,), without counting it.
 
-        It has length 1 at full dimensions and another one below, as Gemini's have.
+        It has length 1 at full dimensions and a different length at fewer, like Gemini's vectors.
         """
         dimensions = dimensions or self.dimensions
         cut = text if self.tokens_of(text) <= self.max_tokens else text[: 4 * self.max_tokens]
-        vector = vector_from(["gemini", model or self.model, cut, task_type, extra], dimensions)
+        vector = make_vector(["gemini", model or self.model, cut, task_type, extra], dimensions)
         return vector if dimensions == self.dimensions else vector * np.float32(0.75)
 
     def tokens_of(self, text: str) -> int:
-        """Return how many tokens are charged for a text: words and marks, and at least a quarter of its bytes."""
-        return tokens_in(text)
+        """Return the number of tokens charged for a text: its words and marks, at least a quarter of its bytes."""
+        return estimate_tokens(text)
 
     def route(self, request: Request) -> Reply | None:
-        """As the base class says."""
+        """Implement the method of the base class."""
         key = request.headers.get("x-goog-api-key", request.query.get("key"))
         if self.api_key is not None and key != self.api_key:
             return self.failure("unauthorized", 0)
         if request.method == "POST" and PATH.fullmatch(request.path):
             return None
-        return _error(404, "NOT_FOUND", f"Requested entity was not found: {request.path}")
+        return _make_error(404, "NOT_FOUND", f"Requested entity was not found: {request.path}")
 
     def embed(self, request: Request, kind: str | None) -> Reply:
-        """As the base class says."""
+        """Implement the method of the base class."""
         found = PATH.fullmatch(request.path)
         assert found is not None
         model, method = found.groups()
         batch = method == "batchEmbedContents"
         asked = request.body.get("requests") if batch else [request.body]
         if not isinstance(asked, list) or not asked:
-            raise _invalid("BatchEmbedContentsRequest.requests: at least one request is required")
+            raise _make_refusal("BatchEmbedContentsRequest.requests: at least one request is required")
         if len(asked) > self.max_inputs:
-            raise _invalid(f"at most {self.max_inputs} requests can be in one batch")
-        texts = [self._text(one, f"models/{model}") for one in asked]
-        vectors = [self._vector(one, text, model) for one, text in zip(asked, texts, strict=True)]
-        self.counted(texts)
-        items = spoilt([Item(index, vector) for index, vector in enumerate(vectors)], kind)
+            raise _make_refusal(f"at most {self.max_inputs} requests can be in one batch")
+        texts = [self._get_text(one, f"models/{model}") for one in asked]
+        vectors = [self._make_vector(one, text, model) for one, text in zip(asked, texts, strict=True)]
+        self.count_inputs(texts)
+        items = damage_items([Item(index, vector) for index, vector in enumerate(vectors)], kind)
         embeddings = [{"values": [float(value) for value in item.vector]} for item in items]
         usage = {"usageMetadata": {"promptTokenCount": sum(map(self.tokens_of, texts))}}
         if batch:
@@ -157,51 +156,53 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         return Reply(200, {**({"embedding": embeddings[0]} if embeddings else {}), **usage})
 
     def failure(self, kind: str, seconds: float) -> Reply | None:
-        """As the base class says."""
+        """Implement the method of the base class."""
         match kind:
             case "rate_limit":
-                reply = _error(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).")
+                reply = _make_error(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).")
                 return Reply(reply.status, reply.content, {"Retry-After": f"{seconds:g}"})
             case "quota":
                 detail = {
                     "@type": "type.googleapis.com/google.rpc.QuotaFailure",
                     "violations": [{"quotaId": "EmbedContentRequestsPerDayPerUserPerProjectPerModel-FreeTier"}],
                 }
-                return _error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota.", [detail])
+                return _make_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota.", [detail])
             case "server_error":
-                return _error(500, "INTERNAL", "An internal error has occurred.")
+                return _make_error(500, "INTERNAL", "An internal error has occurred.")
             case "unauthorized":
                 detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
-                return _error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", [detail])
+                return _make_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", [detail])
             case "not_json":
                 return Reply(200, b"<html><body>Please log in.</body></html>", {"Content-Type": "text/html"})
             case _:
                 return None
 
-    def _text(self, asked: Any, model: str) -> str:
-        """Return the text of a request for one vector, its parts together."""
+    def _get_text(self, asked: Any, model: str) -> str:
+        """Return the text of a request for one vector, with its parts joined."""
         if asked.get("model", model) != model:
-            raise _invalid("the model of a request in the batch is another one than the batch's")
+            raise _make_refusal("the model of a request in the batch differs from the model of the batch")
         text = "".join(part.get("text", "") for part in asked.get("content", {}).get("parts", []))
         if not text:
-            raise _invalid("EmbedContentRequest.content contains an empty Part.")
+            raise _make_refusal("EmbedContentRequest.content contains an empty Part.")
         if not self.truncates and self.tokens_of(text) > self.max_tokens:
-            raise _invalid(f"The input token count exceeds the maximum number of tokens allowed ({self.max_tokens}).")
+            raise _make_refusal(
+                f"The input token count exceeds the maximum number of tokens allowed ({self.max_tokens})."
+            )
         return text
 
-    def _vector(self, asked: Mapping[str, Any], text: str, model: str) -> NDArray[np.float32]:
+    def _make_vector(self, asked: Mapping[str, Any], text: str, model: str) -> NDArray[np.float32]:
         dimensions = asked.get("outputDimensionality", self.dimensions)
         if type(dimensions) is not int or not 1 <= dimensions <= self.dimensions:
-            raise _invalid(f"outputDimensionality must be in [1, {self.dimensions}]")
+            raise _make_refusal(f"outputDimensionality must be in [1, {self.dimensions}]")
         extra = {name: value for name, value in asked.items() if name not in NOT_IN_SPACE}
         return self.vector_of(text, model=model, dimensions=dimensions, task_type=asked.get("taskType"), **extra)
 
 
-def _invalid(message: str) -> Refused:
-    return Refused(_error(400, "INVALID_ARGUMENT", message))
+def _make_refusal(message: str) -> RequestRefused:
+    return RequestRefused(_make_error(400, "INVALID_ARGUMENT", message))
 
 
-def _error(status: int, name: str, message: str, details: Sequence[Any] = ()) -> Reply:
+def _make_error(status: int, name: str, message: str, details: Sequence[Any] = ()) -> Reply:
     error: dict[str, Any] = {"code": status, "message": message, "status": name}
     if details:
         error["details"] = list(details)

@@ -1,4 +1,4 @@
-"""What the loopback servers share: a thread that serves HTTP on 127.0.0.1, faults on demand, vectors from a hash."""
+"""The base of the loopback servers: a thread that serves HTTP on 127.0.0.1, faults on demand, vectors from a hash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ServerT = TypeVar("ServerT", bound="LoopbackServer[Any]")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it came in."""
+    """A request as received."""
 
     method: str
     path: str
@@ -31,23 +31,23 @@ class Request:
     headers: Mapping[str, str]
     """Names are in lower case."""
     body: Any
-    """The decoded JSON; None where there was none."""
+    """The decoded JSON, or None if the request had no body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What goes back: ``content`` is sent as JSON, NaN and infinity included, unless it is bytes."""
+    """A reply. ``content`` is sent as JSON, which may contain NaN and infinity, unless it is bytes."""
 
     status: int
     content: Any
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def encoded(self) -> bytes:
+    def encode(self) -> bytes:
         return self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
 
 
-class Refused(Exception):
-    """The request is refused with this reply."""
+class RequestRefused(Exception):
+    """Raised to refuse a request with a reply."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(f"status {reply.status}")
@@ -56,7 +56,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A vector of an answer, with the index that the answer gives it."""
+    """A vector of an answer, and its index in the answer."""
 
     index: int
     vector: NDArray[np.float32]
@@ -70,21 +70,21 @@ class _Fault:
 
 
 class LoopbackServer(Generic[KindT]):
-    """Serves one API on a free port of 127.0.0.1, from when it is made until it is closed."""
+    """Serves one API on a free port of 127.0.0.1, from construction until :meth:`close`."""
 
     KINDS: tuple[str, ...] = ()
 
     def __init__(self, *, model: str, dimensions: int, api_key: str | None) -> None:
         self.model = model
-        """The model of :meth:`vector_of`, unless it is told another one."""
+        """Default model of :meth:`vector_of`."""
         self.dimensions = dimensions
         """Dimensions of vectors, unless a request asks for fewer."""
         self.api_key = api_key
-        """The key that requests must have; None: any, or none at all."""
+        """The key that requests must have; None accepts any key, or no key."""
         self.requests: list[Request] = []
-        """Every request, in the order in which they came."""
+        """Every request, in order of arrival."""
         self.count: Counter[Any] = Counter()
-        """How often each input was embedded: texts, and tuples of tokens."""
+        """Number of times that each input (a text or a tuple of tokens) was embedded."""
         self._faults: deque[_Fault] = deque()
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -103,18 +103,18 @@ class LoopbackServer(Generic[KindT]):
 
     @property
     def texts(self) -> int:
-        """How many inputs were embedded, repeated ones included."""
+        """Number of inputs embedded, including repeated ones."""
         with self._lock:
             return self.count.total()
 
     def misbehave(self, kind: KindT, *, times: int | None = 1, seconds: float = 0.05) -> None:
-        """Strike the next ``times`` requests for vectors; with None all of them, until :meth:`heal`.
+        """Misbehave in the next ``times`` requests for vectors; None means every request until :meth:`heal`.
 
-        A second call strikes those that come after. ``seconds`` is what ``Retry-After`` says, and the
+        A second call applies to the requests after those. ``seconds`` is the value of ``Retry-After``, and the
         time between two bytes of a body that drips.
         """
         if kind not in self.KINDS:
-            raise ValueError(f"{kind!r} is not one of {', '.join(self.KINDS)}")
+            raise ValueError(f"kind must be one of {', '.join(self.KINDS)}, got {kind!r}")
         with self._lock:
             self._faults.append(_Fault(kind, times, seconds))
 
@@ -126,16 +126,16 @@ class LoopbackServer(Generic[KindT]):
         released.set()
 
     def until_hanging(self) -> None:
-        """Return as soon as one more request hangs.
+        """Block until another request hangs.
 
         Raises:
-            TimeoutError: none did within 60 seconds.
+            TimeoutError: no request hangs after 60 seconds.
         """
         if not self._hanging.acquire(timeout=60):
-            raise TimeoutError("no request hangs")
+            raise TimeoutError("no request hangs after 60 s")
 
     def close(self) -> None:
-        """Stop serving. Requests that hang are let go."""
+        """Stop serving, and release the requests that hang."""
         self.heal()
         self._released.set()
         self._server.shutdown()
@@ -148,28 +148,28 @@ class LoopbackServer(Generic[KindT]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what an API's own server says --------------------------------------------------------
+    # --- methods that each API implements -----------------------------------------------------
 
     def route(self, request: Request) -> Reply | None:
-        """Return the reply to a request that is not for vectors; None for one that is."""
+        """Return the reply to a request, or None if it is a request for vectors."""
         raise NotImplementedError
 
     def embed(self, request: Request, kind: str | None) -> Reply:
-        """Return the vectors, spoilt in the way that ``kind`` says.
+        """Return the vectors, damaged according to ``kind``.
 
         Raises:
-            Refused: the API would not take the request.
+            RequestRefused: the API would refuse the request.
         """
         raise NotImplementedError
 
     def failure(self, kind: str, seconds: float) -> Reply | None:
-        """Return the reply of a kind that is an error, None of any other."""
+        """Return the error reply of ``kind``, or None if ``kind`` is not an error reply."""
         raise NotImplementedError
 
     # --- one request --------------------------------------------------------------------------
 
     def handle(self, handler: _Handler, request: Request) -> None:
-        """Answer a request, or fail to."""
+        """Answer a request, or apply the next fault to it."""
         with self._lock:
             self.requests.append(request)
         reply = self.route(request)
@@ -177,7 +177,7 @@ class LoopbackServer(Generic[KindT]):
             handler.send(reply)
             return
         with self._lock:
-            fault = self._next_fault()
+            fault = self._take_fault()
             released = self._released
         kind = None if fault is None else fault.kind
         if kind == "hang":
@@ -189,14 +189,14 @@ class LoopbackServer(Generic[KindT]):
         try:
             failure = None if fault is None else self.failure(fault.kind, fault.seconds)
             reply = failure or self.embed(request, kind)
-        except Refused as refused:
+        except RequestRefused as refused:
             reply = refused.reply
         if fault is not None and kind == "drip":
             handler.send(reply, drip=(fault.seconds, released))
         else:
             handler.send(reply, truncated=kind == "truncated")
 
-    def _next_fault(self) -> _Fault | None:
+    def _take_fault(self) -> _Fault | None:
         if not self._faults:
             return None
         fault = self._faults[0]
@@ -206,29 +206,29 @@ class LoopbackServer(Generic[KindT]):
                 self._faults.popleft()
         return fault
 
-    def counted(self, inputs: Sequence[Any]) -> None:
-        """Count inputs that are embedded."""
+    def count_inputs(self, inputs: Sequence[Any]) -> None:
+        """Add inputs to ``count``."""
         with self._lock:
             self.count.update(inputs)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # A thread of a client that keeps its connection would hold up close.
+    # Otherwise close() would wait for the threads of clients that keep their connections open.
     block_on_close = False
-    # Many clients may connect at once; the default is 5.
+    # Many clients may connect at the same time; the default is 5.
     request_queue_size = 128
     loopback: LoopbackServer[Any]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless it is the client who went away."""
+        """Print the error, unless the client closed its connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # Head and body are sent apart: without this each reply waits 40 ms for an acknowledgement.
+    # Header and body are sent separately; with Nagle's algorithm each reply would wait 40 ms for an ACK.
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -251,8 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
         server.loopback.handle(self, request)
 
     def send(self, reply: Reply, *, truncated: bool = False, drip: tuple[float, threading.Event] | None = None) -> None:
-        """Send a reply: whole, up to its middle, or a byte at a time."""
-        content = reply.encoded()
+        """Send a reply: complete, truncated to half, or a byte at a time."""
+        content = reply.encode()
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
             self.send_header(name, value)
@@ -271,42 +271,42 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[sent:])
 
     def hang_up(self) -> None:
-        """Close the connection after what was sent so far."""
+        """Close the connection after the bytes sent so far."""
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: what came is in ``requests``."""
+        """Log nothing; the requests are in ``requests``."""
 
 
-def vector_from(about: Any, dimensions: int) -> NDArray[np.float32]:
-    """Return a vector of length 1 that is another one for any other ``about`` (JSON), shape (dimensions,)."""
+def make_vector(about: Any, dimensions: int) -> NDArray[np.float32]:
+    """Return a vector of length 1, shape (dimensions,), that differs for every ``about`` (a JSON value)."""
     seed = json.dumps([about, dimensions], sort_keys=True).encode()
-    # The set bit keeps every value from being zero.
+    # Setting the lowest bit makes every value nonzero.
     integers = np.frombuffer(hashlib.shake_256(seed).digest(4 * dimensions), "<i4") | 1
     values = integers / 2**31
     return (values / np.linalg.norm(values)).astype(np.float32)
 
 
-def tokens_in(text: str) -> int:
-    """Return roughly how many tokens a text has: words and marks, and at least a quarter of its bytes."""
+def estimate_tokens(text: str) -> int:
+    """Estimate the number of tokens in a text: its words and marks, at least a quarter of its bytes."""
     return max(1, len(re.findall(r"\w+|[^\w\s]", text)), len(text.encode()) // 4)
 
 
-def spoilt(items: Sequence[Item], kind: str | None) -> list[Item]:
-    """Return the items of an answer as ``kind`` leaves them; kinds that are not about items leave them alone."""
+def damage_items(items: Sequence[Item], kind: str | None) -> list[Item]:
+    """Return the items of an answer damaged by ``kind``; a kind that does not affect items returns them unchanged."""
     first, *others = items
     count = len(items)
     match kind:
-        case "short":  # and who trusts the order takes the next text's vector
+        case "short":  # a client that relies on the order gets the next text's vector
             return [Item(item.index - 1, item.vector) for item in others]
         case "long":
             return [Item(0, -first.vector), *(Item(item.index + 1, item.vector) for item in items)]
         case "empty":
             return []
         case "nan":
-            return [_with(first, np.nan), *others]
+            return [_replace_middle_value(first, np.nan), *others]
         case "infinity":
-            return [_with(first, np.inf), *others]
+            return [_replace_middle_value(first, np.inf), *others]
         case "zeros":
             return [replace(first, vector=np.zeros_like(first.vector)), *others]
         case "dimension":
@@ -323,7 +323,7 @@ def spoilt(items: Sequence[Item], kind: str | None) -> list[Item]:
             return list(items)
 
 
-def _with(item: Item, value: float) -> Item:
+def _replace_middle_value(item: Item, value: float) -> Item:
     vector = item.vector.copy()
     vector[len(vector) // 2] = value
     return replace(item, vector=vector)

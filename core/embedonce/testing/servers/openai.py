@@ -1,4 +1,4 @@
-"""An OpenAI-compatible embeddings API on loopback, for tests: it answers as the real one does, or badly on demand.
+"""An OpenAI-compatible embeddings API on loopback, for tests: it answers like the real one, or misbehaves on demand.
 
 ::
 
@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("out_of_order")
 
-The standard library and numpy alone. Source of requests, replies and errors: OpenAI's API reference,
-and what its Python client sends.
+It requires only numpy. Source of requests, replies and errors: OpenAI's API reference, and what its
+Python client sends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .loopback import Item, LoopbackServer, Refused, Reply, Request, spoilt, tokens_in, vector_from
+from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
 
 OpenAIMisbehaviour: TypeAlias = Literal[
     "out_of_order",
@@ -53,29 +53,29 @@ OPENAI_PATH = re.compile(r"(?:/openai)?/v1/(embeddings|models)")
 AZURE_PATH = re.compile(r"/openai/deployments/([^/]+)/embeddings")
 
 NOT_IN_SPACE = ("input", "model", "dimensions", "encoding_format", "user")
-"""Fields of the body that are no part of ``extra``."""
+"""Fields of the body that are not part of ``extra``."""
 
 
 class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     """Speaks ``POST /v1/embeddings`` and ``GET /v1/models``, and Azure's variants of both paths.
 
-    The vector of an input depends on the model, the dimensions and every other field of the body but
-    ``user`` and ``encoding_format``: :meth:`vector_of` says which one it is. Any model is served.
-    ``deployments`` are Azure's: the name in the URL, and the model behind it. With ``base64=False`` it
-    answers floats whatever is asked, as some servers do.
+    The vector of an input depends on the model, the dimensions and every other field of the body except
+    ``user`` and ``encoding_format``: :meth:`vector_of` returns it. The server accepts any model.
+    ``deployments`` maps Azure's names in the URL to models. With ``base64=False`` it always answers floats,
+    as some servers do.
 
-    :meth:`misbehave` knows:
+    :meth:`misbehave` takes:
 
     ===================  ==========================================================================
-    ``out_of_order``     the items come in reverse, each with its right ``index``
-    ``duplicate_index``  the last item has the first one's ``index``; alone, an ``index`` of 1
+    ``out_of_order``     the items come in reverse order, each with its correct ``index``
+    ``duplicate_index``  the last item has the first one's ``index``; a single item has ``index`` 1
     ``no_index``         the items have no ``index``
     ``short``            the first vector is missing, and the others have moved up
-    ``long``             there is a vector too many, at the front
+    ``long``             there is one vector too many, at the front
     ``empty``            there are no vectors
     ``nan``              one value is NaN (as JSON, ``NaN``)
     ``infinity``         one value is infinite
-    ``zeros``            one vector is all zero
+    ``zeros``            one vector has only zeros
     ``dimension``        every vector is one value short
     ``ragged``           one vector is one value short
     ``no_values``        one vector has no values
@@ -85,8 +85,8 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     ``unauthorized``     status 401
     ``error_as_200``     status 200 with an error in place of the data
     ``not_json``         status 200 with a page of HTML
-    ``truncated``        the body ends in its middle
-    ``drip``             the body comes a byte at a time
+    ``truncated``        the body ends half-way
+    ``drip``             the body arrives a byte at a time
     ``hang``             there is no reply until ``heal()``
     ``disconnect``       the connection is closed without a reply
     ===================  ==========================================================================
@@ -115,7 +115,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
     @property
     def base_url(self) -> str:
-        """For the client's ``base_url``. Azure's endpoint is ``url``."""
+        """URL for the client's ``base_url``. Azure's endpoint is ``url``."""
         return f"{self.url}/v1"
 
     def vector_of(
@@ -123,43 +123,47 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     ) -> NDArray[np.float32]:
         """Return the vector of a text or of tokens, shape (dimensions,), length 1, without counting it."""
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
-        return vector_from(about, dimensions or self.dimensions)
+        return make_vector(about, dimensions or self.dimensions)
 
     def tokens_of(self, text: str | Sequence[int]) -> int:
-        """Return how many tokens are charged for a text: words and marks, and at least a quarter of its bytes."""
-        return tokens_in(text) if isinstance(text, str) else len(text)
+        """Return the number of tokens charged for a text: its words and marks, at least a quarter of its bytes."""
+        return estimate_tokens(text) if isinstance(text, str) else len(text)
 
     def route(self, request: Request) -> Reply | None:
-        """As the base class says."""
+        """Implement the method of the base class."""
         openai, azure = OPENAI_PATH.fullmatch(request.path), AZURE_PATH.fullmatch(request.path)
-        if not self._allowed(request.headers):
+        if not self._is_allowed(request.headers):
             return self.failure("unauthorized", 0)
         if request.method == "POST" and (azure or (openai and openai[1] == "embeddings")):
             return None
         if request.method == "GET" and openai and openai[1] == "models":
             models = [{"id": self.model, "object": "model", "created": 0, "owned_by": "loopback"}]
             return Reply(200, {"object": "list", "data": models})
-        return _error(404, f"Invalid URL ({request.method} {request.path})")
+        return _make_error(404, f"Invalid URL ({request.method} {request.path})")
 
     def embed(self, request: Request, kind: str | None) -> Reply:
-        """As the base class says."""
+        """Implement the method of the base class."""
         body = request.body
         if not isinstance(body, dict):
-            raise Refused(_error(400, "We could not parse the JSON body of your request."))
-        model = self._model(request)
-        inputs = _inputs(body.get("input"))
+            raise RequestRefused(_make_error(400, "We could not parse the JSON body of your request."))
+        model = self._get_model(request)
+        inputs = _parse_inputs(body.get("input"))
         total = self._check_lengths(inputs)
         dimensions = body.get("dimensions", self.dimensions)
         if type(dimensions) is not int or not 1 <= dimensions <= self.dimensions:
-            raise Refused(_error(400, f"Invalid value for 'dimensions': {dimensions!r}.", param="dimensions"))
+            raise RequestRefused(
+                _make_error(400, f"Invalid value for 'dimensions': {dimensions!r}.", param="dimensions")
+            )
         form = body.get("encoding_format", "float")
         if form not in ("float", "base64"):
-            raise Refused(_error(400, f"Invalid value for 'encoding_format': {form!r}.", param="encoding_format"))
+            raise RequestRefused(
+                _make_error(400, f"Invalid value for 'encoding_format': {form!r}.", param="encoding_format")
+            )
         extra = {name: value for name, value in body.items() if name not in NOT_IN_SPACE}
-        self.counted([text if isinstance(text, str) else tuple(text) for text in inputs])
+        self.count_inputs([text if isinstance(text, str) else tuple(text) for text in inputs])
         vectors = [self.vector_of(text, model=model, dimensions=dimensions, **extra) for text in inputs]
-        items = spoilt([Item(index, vector) for index, vector in enumerate(vectors)], kind)
-        encode = _as_base64 if form == "base64" and self.base64 else _as_floats
+        items = damage_items([Item(index, vector) for index, vector in enumerate(vectors)], kind)
+        encode = _encode_base64 if form == "base64" and self.base64 else _encode_floats
         data = [{"object": "embedding", "index": item.index, "embedding": encode(item.vector)} for item in items]
         if kind == "no_index":
             data = [{name: value for name, value in item.items() if name != "index"} for item in data]
@@ -167,18 +171,20 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
         return Reply(200, {"object": "list", "data": data, "model": model, "usage": usage})
 
     def failure(self, kind: str, seconds: float) -> Reply | None:
-        """As the base class says."""
+        """Implement the method of the base class."""
         match kind:
             case "rate_limit":
-                reply = _error(429, "Rate limit reached for requests.", type="requests", code="rate_limit_exceeded")
+                reply = _make_error(
+                    429, "Rate limit reached for requests.", type="requests", code="rate_limit_exceeded"
+                )
                 return Reply(reply.status, reply.content, {"Retry-After": f"{seconds:g}"})
             case "quota":
                 message = "You exceeded your current quota, please check your plan and billing details."
-                return _error(429, message, type="insufficient_quota", code="insufficient_quota")
+                return _make_error(429, message, type="insufficient_quota", code="insufficient_quota")
             case "server_error":
-                return _error(500, "The server had an error while processing your request.", type="server_error")
+                return _make_error(500, "The server had an error while processing your request.", type="server_error")
             case "unauthorized":
-                return _error(401, "Incorrect API key provided.", code="invalid_api_key")
+                return _make_error(401, "Incorrect API key provided.", code="invalid_api_key")
             case "error_as_200":
                 return Reply(200, {"error": {"message": "Provider returned an error.", "code": 502}})
             case "not_json":
@@ -186,43 +192,43 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
             case _:
                 return None
 
-    def _allowed(self, headers: Mapping[str, str]) -> bool:
+    def _is_allowed(self, headers: Mapping[str, str]) -> bool:
         given = headers.get("api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         return self.api_key is None or given == self.api_key
 
-    def _model(self, request: Request) -> str:
+    def _get_model(self, request: Request) -> str:
         azure = AZURE_PATH.fullmatch(request.path)
         if azure is None:
             model = request.body.get("model")
             if not isinstance(model, str) or not model:
-                raise Refused(_error(400, "you must provide a model parameter"))
+                raise RequestRefused(_make_error(400, "you must provide a model parameter"))
             return self.deployments.get(model, model)
         if "api-version" not in request.query:
-            raise Refused(_error(404, "Resource not found", type=None, code="404"))
+            raise RequestRefused(_make_error(404, "Resource not found", type=None, code="404"))
         if azure[1] not in self.deployments:
             message = "The API deployment for this resource does not exist."
-            raise Refused(_error(404, message, type=None, code="DeploymentNotFound"))
+            raise RequestRefused(_make_error(404, message, type=None, code="DeploymentNotFound"))
         return self.deployments[azure[1]]
 
     def _check_lengths(self, inputs: Sequence[Any]) -> int:
-        """Return the tokens of all inputs, each of which the API would take."""
+        """Return the total number of tokens, after checking each input against the limits of the API."""
         if len(inputs) > self.max_inputs:
             message = f"Invalid 'input': array too long. Expected at most {self.max_inputs}, got {len(inputs)}."
-            raise Refused(_error(400, message, param="input", code="array_above_max_length"))
+            raise RequestRefused(_make_error(400, message, param="input", code="array_above_max_length"))
         lengths = [self.tokens_of(text) for text in inputs]
         for position, length in enumerate(lengths):
             if length > self.max_tokens:
                 message = f"Invalid 'input[{position}]': maximum input length is {self.max_tokens} tokens."
-                raise Refused(_error(400, message))
+                raise RequestRefused(_make_error(400, message))
         if sum(lengths) > self.max_total_tokens:
             message = f"Requested {sum(lengths)} tokens, max {self.max_total_tokens} tokens per request"
             kind = "max_tokens_per_request"
-            raise Refused(_error(400, message, type=kind, code=kind))
+            raise RequestRefused(_make_error(400, message, type=kind, code=kind))
         return sum(lengths)
 
 
-def _inputs(given: Any) -> list[Any]:
-    """Return the texts or the lists of tokens of any of the four shapes of ``input``, none of them empty."""
+def _parse_inputs(given: Any) -> list[Any]:
+    """Return the texts or lists of tokens in ``input``, which has one of four shapes; none may be empty."""
     if isinstance(given, str) or (isinstance(given, list) and all(type(token) is int for token in given)):
         given = [given]
     texts = isinstance(given, list) and all(isinstance(text, str) for text in given)
@@ -230,19 +236,19 @@ def _inputs(given: Any) -> list[Any]:
         isinstance(one, list) and all(type(token) is int and token >= 0 for token in one) for one in given
     )
     if not given or not (texts or tokens) or not all(given):
-        raise Refused(_error(400, "'$.input' is invalid."))
+        raise RequestRefused(_make_error(400, "'$.input' is invalid."))
     return list(given)
 
 
-def _as_floats(vector: NDArray[np.float32]) -> list[float]:
+def _encode_floats(vector: NDArray[np.float32]) -> list[float]:
     return [float(value) for value in vector]
 
 
-def _as_base64(vector: NDArray[np.float32]) -> str:
+def _encode_base64(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _error(
+def _make_error(
     status: int,
     message: str,
     *,
