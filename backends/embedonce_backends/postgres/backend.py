@@ -19,7 +19,7 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc
-from embedonce_backends._pages import page
+from embedonce_backends._pages import limit_page_time
 
 from .connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
 from .rows import Item, columns, items_of, texts
@@ -124,7 +124,7 @@ class PostgresBackend:
         """Yield the keys in order, 5,000 a query; expired ones that are not swept yet among them."""
         last = ""
         while True:
-            with page():
+            with limit_page_time():
                 keys = self._run(self.prepared().scan, (prefix, _end(prefix), last, PAGE))
             for (last,) in keys:
                 yield last
