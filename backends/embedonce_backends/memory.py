@@ -296,20 +296,20 @@ class _Closed:
     """The policy of a closed backend: every call raises, except ``clear``."""
 
     def __init__(self) -> None:
-        self.get: Callable[[str], Entry | None] = self._refuse
+        self.get: Callable[[str], Entry | None] = self._raise_closed
 
     def put(self, key: str, entry: Entry) -> None:
-        self._refuse(key)
+        self._raise_closed(key)
 
     def remove(self, key: str) -> None:
-        self._refuse(key)
+        self._raise_closed(key)
 
     def keys(self) -> list[str]:
-        return self._refuse("")
+        return self._raise_closed("")
 
     def clear(self) -> None: ...
 
-    def _refuse(self, key: str) -> NoReturn:
+    def _raise_closed(self, key: str) -> NoReturn:
         raise RuntimeError("this memory backend is closed")
 
 

@@ -487,7 +487,7 @@ def test_threads_wait_for_each_other_until_the_deadline_at_most(tmp_path: Path) 
         taken = threading.Event()
 
         def hold() -> None:
-            with backend._transaction():
+            with backend._open_transaction():
                 taken.set()
                 release.wait(60)
 
@@ -515,7 +515,7 @@ def test_a_long_query_is_interrupted(tmp_path: Path) -> None:
 def test_an_interrupted_transaction_is_rolled_back(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
-        with suppress(KeyboardInterrupt), backend._transaction() as connection:
+        with suppress(KeyboardInterrupt), backend._open_transaction() as connection:
             backend._store(connection, items_of(range(5, 20), size=64), None)
             raise KeyboardInterrupt
         assert backend.get_many(list(items_of(range(20)))) == items_of(range(10))
@@ -739,7 +739,7 @@ def test_a_child_forked_in_the_middle_of_a_call_is_refused(tmp_path: Path, monke
         taken, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with backend._transaction() as connection:
+            with backend._open_transaction() as connection:
                 backend._store(connection, items_of(range(5, 10)), None)
                 taken.set()
                 release.wait(60)
@@ -803,7 +803,7 @@ def test_a_backend_made_while_a_fork_waits_has_to_wait(tmp_path: Path, monkeypat
     errors: list[BaseException] = []
 
     def hold() -> None:
-        with busy._transaction():
+        with busy._open_transaction():
             taken.set()
             release.wait(PATIENT)
 
@@ -900,7 +900,7 @@ def test_a_fork_waits_for_connections_that_are_being_closed(tmp_path: Path, monk
 def test_a_call_that_forks_continues_only_in_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
     with open_backend(tmp_path) as backend:
-        with backend._transaction() as connection:
+        with backend._open_transaction() as connection:
             backend._store(connection, items_of(range(5)), None)
 
             def child() -> None:

@@ -161,7 +161,7 @@ def test_a_process_killed_while_it_makes_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-def test_killed_children_of_one_parent(tmp_path: Path) -> None:
+def test_killed_children_lose_no_acknowledged_entry(tmp_path: Path) -> None:
     backend = DiskBackend(path=tmp_path)
     backend.set_many({"eo1.parent.0": b"parent"}, None)
     chance = random.Random(7)

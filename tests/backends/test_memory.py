@@ -266,7 +266,7 @@ def test_without_a_second_read_the_segmented_policy_uses_all_the_room() -> None:
 
 
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 8))
-def test_lru_is_an_lru(trace: list[int], room: int) -> None:
+def test_lru_evicts_as_a_simple_model_does(trace: list[int], room: int) -> None:
     backend = MemoryBackend(max_entries=room, policy="lru")
     model: dict[str, None] = {}
     for key in map(str, trace):

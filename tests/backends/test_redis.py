@@ -181,7 +181,7 @@ def test_a_prefix_is_not_read_as_a_pattern(server: RedisServer, backends: Any) -
     assert backends(url=server.url, prefix="a*").count("") == 1
 
 
-def test_the_server_frees_what_has_expired(server: RedisServer, backends: Any) -> None:
+def test_the_server_frees_expired_entries(server: RedisServer, backends: Any) -> None:
     backend = backends(url=server.url)
     backend.set_many({key(1): b"a"}, 3600.0)
     backend.set_many({key(2): b"b"}, None)
@@ -227,7 +227,7 @@ def test_no_text_is_in_redis(server: RedisServer, backends: Any) -> None:
         assert word.encode() not in dump + names
 
 
-def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisServer) -> None:
+def test_entries_are_found_after_a_restart_of_the_program(server: RedisServer) -> None:
     provider = CountingProvider()
     for _ in range(2):
         tier = Tier(RedisBackend(url=server.url), timeout=PATIENT)
@@ -236,7 +236,7 @@ def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisSer
     assert dict(provider.count) == {"a": 1, "b": 1}
 
 
-def test_toml_names_it(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_from_toml(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_REDIS", server.url)
     tier = {
         "type": "redis",
@@ -352,7 +352,7 @@ def test_nothing_shows_a_password(backends: Any) -> None:
     assert "s3cret" not in repr(caught.value)
 
 
-def test_tls(tmp_path: Path, backends: Any) -> None:
+def test_tls_with_an_authority_file(tmp_path: Path, backends: Any) -> None:
     certificates = Certificates(tmp_path)
     with RedisServer(tls=certificates) as server:
         url = f"rediss://127.0.0.1:{server.tls_port}"
@@ -520,7 +520,7 @@ def test_sentinels_name_the_next_master(backends: Any) -> None:
         assert backend.get_many(list(items(8))) == items(8)
 
 
-def test_a_service_that_no_sentinel_knows(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
+def test_an_unknown_service_is_an_error(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
     sentinel = redis_sentinel.sentinels[0].address
     backend = backends(url=f"redis+sentinel://127.0.0.1:1,{sentinel}/another")
     with pytest.raises(redis.ConnectionError, match="no service of this name"):
@@ -800,7 +800,7 @@ async def is_busy(twin: Any) -> bool:
     return False
 
 
-def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: Any) -> None:
+def test_an_exhausted_pool_raises_busy(server: RedisServer, backends: Any) -> None:
     backend = backends(url=server.url, max_connections=1)
     backend.set_many(items(3), None)
     taken = backend._client._get_pool(next(iter(backend._client._pools))).take()

@@ -34,10 +34,10 @@ from .sqlite import (
     Connections,
     explain_error,
     fetch_rows,
+    get_primary_code,
     get_remaining_seconds,
     hold_lock,
     is_out_of_time,
-    primary_code,
     retry_while_locked,
 )
 
@@ -395,7 +395,7 @@ class DiskBackend:
             OSError: the disk is full or read-only.
         """
         for chunk in self._split_items(items):
-            with self._transaction() as connection:
+            with self._open_transaction() as connection:
                 evicted = self._make_room(connection, chunk)
                 self._store(connection, chunk, ttl)
             self._handle_eviction(evicted)
@@ -405,7 +405,7 @@ class DiskBackend:
         """Store the items whose key is missing or expired, and return those keys. Only one caller gets each key."""
         added: set[str] = set()
         for chunk in self._split_items(items):
-            with self._transaction() as connection:
+            with self._open_transaction() as connection:
                 keys = list(chunk)
                 held = {keys[index] for index, _ in fetch_rows(connection, _GET_MANY, (json.dumps(keys), self.clock()))}
                 new = {key: value for key, value in chunk.items() if key not in held}
@@ -418,7 +418,7 @@ class DiskBackend:
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys and overwrite their data in the file and, unless a reader prevents it, in its log."""
         for start in range(0, len(keys), CHUNK_KEYS):
-            with self._transaction() as connection:
+            with self._open_transaction() as connection:
                 fetch_rows(connection, _DELETE, (json.dumps(list(keys[start : start + CHUNK_KEYS])),))
             self._call_with_connection(lambda connection: _release_pages(connection, None))
         self._call_with_connection(_truncate_log)
@@ -466,7 +466,7 @@ class DiskBackend:
                 self._connections.give(connection, is_reusable)
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
+    def _open_transaction(self) -> Iterator[Connection]:
         with hold_lock(self._connections.write_lock):
             connection: Connection | None = None
             try:
@@ -483,7 +483,7 @@ class DiskBackend:
 
     def _handle_error(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
         """Return the exception to raise, and make the next call open the file again unless this is a timeout."""
-        if primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
+        if get_primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
             # The file may have been removed or replaced.
             self._file.is_made = False
             self._connections.renew()

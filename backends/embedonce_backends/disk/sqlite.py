@@ -86,7 +86,7 @@ def retry_while_locked(call: Callable[[], T]) -> T:
         try:
             return call()
         except sqlite3.OperationalError as error:
-            if primary_code(error) != sqlite3.SQLITE_BUSY:
+            if get_primary_code(error) != sqlite3.SQLITE_BUSY:
                 raise
             if time.monotonic() + pause >= end:
                 raise TierTimeout("the database is locked by another process") from error
@@ -94,7 +94,7 @@ def retry_while_locked(call: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.005)
 
 
-def primary_code(error: Exception) -> int:
+def get_primary_code(error: Exception) -> int:
     """Return SQLite's result code without its extension, or 0 if Python itself raised the error."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
@@ -108,14 +108,14 @@ def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, .
     try:
         return connection.execute(sql, values).fetchall()
     except sqlite3.OperationalError as error:
-        if primary_code(error) != sqlite3.SQLITE_BUSY:
+        if get_primary_code(error) != sqlite3.SQLITE_BUSY:
             raise
     return retry_while_locked(lambda: connection.execute(sql, values).fetchall())
 
 
 def explain_error(error: Exception, file: Path) -> Exception:
     """Return the exception to raise for an error of SQLite; it says what is wrong with ``file`` and what to do."""
-    code = primary_code(error)
+    code = get_primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
         return TierTimeout(f"{file}: timed out ({error})")
     if code == sqlite3.SQLITE_FULL:

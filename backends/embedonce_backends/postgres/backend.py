@@ -163,7 +163,7 @@ class PostgresBackend:
         Raises:
             psycopg.Error: an error of the server, for example because the role may not make tables.
         """
-        with self._transaction() as run:
+        with self._open_transaction() as run:
             done = make_table(run, self.schema, self.table, self._column)
         self.known_statements = None
         return done
@@ -231,7 +231,7 @@ class PostgresBackend:
         return rows
 
     @contextmanager
-    def _transaction(self) -> Iterator[Run]:
+    def _open_transaction(self) -> Iterator[Run]:
         """Yield a function that runs statements inside one transaction; an exception rolls the transaction back."""
         connection = self._pool.take()
         try:

@@ -166,7 +166,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 
 
-def is_quiet(connection: AnyConnection) -> bool:
+def is_usable(connection: AnyConnection) -> bool:
     """Return whether an idle connection is usable: if it is readable, the server closed it or wrote to it."""
     if connection.closed:
         return False
@@ -338,7 +338,7 @@ class Pool:
     def _pop_idle(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if is_quiet(connection):
+            if is_usable(connection):
                 return connection
             self._discard(connection)
         return None
@@ -434,7 +434,7 @@ class AsyncPool:
     def _pop_idle(self) -> AsyncConnection | None:
         while self._idle:
             connection = self._idle.pop()
-            if is_quiet(connection):
+            if is_usable(connection):
                 return connection
             close_connection(connection)
         return None

@@ -81,7 +81,7 @@ class AsyncConnection(redis.asyncio.Connection):
             replies.append(reply)
         return replies
 
-    async def is_quiet(self) -> bool:
+    async def is_usable(self) -> bool:
         """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
         try:
             # The socket is checked, too, because the loop may not have read from it yet.
@@ -150,7 +150,7 @@ class AsyncPool:
         oldest = time.monotonic() - IDLE_SECONDS
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since > oldest and await connection.is_quiet():
+            if connection.idle_since > oldest and await connection.is_usable():
                 return connection
             await connection.drop()
         return None
@@ -185,7 +185,7 @@ class AsyncClient:
                 trips = next(plan)
                 while True:
                     try:
-                        replies = await self._exchange(trips)
+                        replies = await self._exchange_trips(trips)
                     except BaseException as error:  # noqa: BLE001  (a plan handles cancellation, too)
                         trips = plan.throw(translate_error(error))
                     else:
@@ -200,7 +200,7 @@ class AsyncClient:
         for pool in self._pools.values():
             await pool.close()
 
-    async def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+    async def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         if len(trips) == 1:
             return [await self._get_pool(trips[0].node).ask(trips[0])]
         pools = [self._get_pool(trip.node) for trip in trips]

@@ -178,7 +178,7 @@ class Connection(redis.Connection):
         self.send(trip)
         return self.read(trip)
 
-    def is_quiet(self) -> bool:
+    def is_usable(self) -> bool:
         """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
         try:
             return not self.can_read(0)
@@ -272,7 +272,7 @@ class Pool:
         oldest = time.monotonic() - IDLE_SECONDS
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since > oldest and connection.is_quiet():
+            if connection.idle_since > oldest and connection.is_usable():
                 return connection
             connection.disconnect()
         return None
@@ -329,7 +329,7 @@ class Client:
             trips = next(plan)
             while True:
                 try:
-                    replies = self._exchange(trips)
+                    replies = self._exchange_trips(trips)
                 except BaseException as error:  # noqa: BLE001  (the plan handles it or raises it again)
                     trips = plan.throw(translate_error(error))
                 else:
@@ -371,7 +371,7 @@ class Client:
                 pool = self._pools.setdefault(node, Pool(node, self._settings))
         return pool
 
-    def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+    def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         """Send all trips, then read all replies. If some trips fail, each of their replies is the trip's error.
 
         Raises:
