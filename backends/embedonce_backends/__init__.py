@@ -1,1 +1,1 @@
-"""The backends that come with embedonce: one file or folder, one plugin, loaded by name."""
+"""The backends that come with embedonce. Each file or folder is one plugin, loaded by name."""

@@ -1,4 +1,4 @@
-"""How long a listing waits for one of its pages."""
+"""The time limit for one page of a listing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from embedonce.contracts import deadline, time_left
 
 PAGE_SECONDS = 10.0
+"""Seconds that a listing waits for one of its pages."""
 
 
 @contextmanager
-def page() -> Iterator[None]:
-    """Bound one page: a listing takes as long as there are keys, and a server that hangs must not hold it for ever."""
+def limit_page_time() -> Iterator[None]:
+    """Run the block with a deadline of at most ``PAGE_SECONDS``.
+
+    A whole listing may take any time, because it depends on the number of keys. The limit is per page, so that a
+    server that hangs cannot block the listing forever.
+    """
     left = time_left()
     with deadline(PAGE_SECONDS if left is None else min(left, PAGE_SECONDS)):
         yield

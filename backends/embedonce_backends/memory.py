@@ -1,7 +1,7 @@
 """The memory tier: entries in this process, bounded by number and by bytes.
 
-Nothing is copied: the entry that was stored is the entry that is returned, and its array is
-read-only. ``docs/memory.md`` has the measurements behind the library and the default policy.
+Entries are not copied: ``get`` returns the very entry that was stored, and its array is read-only.
+``docs/memory.md`` has the measurements behind the choice of library and of the default policy.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from embedonce.vectors import Entry
 api = 1
 
 ENTRY_BYTES = 500
-"""What an entry costs beside its payload; ``max_bytes`` counts it.
+"""Bytes that an entry takes beside its payload; ``max_bytes`` includes them.
 
 Measured as resident memory (CPython 3.11, Linux) by ``benchmarks/policies.py``: the key 144, the array 128,
 its place in the queue 82, the tuple 80, around the payload 48, and 32 where it has a ``created`` of its own.
 """
 
-# Guards the bookkeeping of every memory backend; a hit on a hot entry does not take it. There is one for all
-# so that a fork can wait for it and the child never inherits it locked by a thread that it does not have; whoever
-# holds it waits for nothing else. Re-entrant, because a signal handler may embed while its thread holds it.
+# Guards the bookkeeping of every memory backend. A hit on a hot entry does not take it. All backends share one lock
+# so that a fork can wait for it: otherwise a child could inherit it locked by a thread that the child does not have.
+# A thread that holds it never waits for another lock. It is re-entrant, because a signal handler may embed while its
+# own thread holds it.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class MemoryBackend:
-    """Holds entries in this process; what is least worth keeping makes room for what is new."""
+    """Holds entries in this process and evicts the least useful ones to make room for new ones."""
 
     capabilities = Capabilities(
         holds="entries",
@@ -54,7 +55,7 @@ class MemoryBackend:
     )
 
     get: Callable[[str], Entry | None]
-    """Return the entry of a key, or None: the policy's own method, so that a hit costs one call."""
+    """Method that returns the entry of a key, or None. It is the policy's own method, so that a hit costs one call."""
 
     def __init__(
         self,
@@ -62,35 +63,35 @@ class MemoryBackend:
         max_entries: Annotated[int, Gt(0), Doc("Hold at most this many entries.")] = 2048,
         max_bytes: Annotated[
             Annotated[Size, Gt(0)] | None,
-            Doc("Hold at most this many bytes: payload, metadata and 500 bytes more per entry."),
+            Doc("Hold at most this many bytes: payload and metadata, plus 500 bytes per entry."),
         ] = None,
         policy: Annotated[
             Literal["segmented", "lru"],
             Doc(
-                "What makes room. segmented: a scan of new texts cannot flush what was read twice. "
-                "lru: always what was used least recently."
+                "Which entry to evict. segmented: a scan of new texts cannot push out entries that were read twice. "
+                "lru: the least recently used entry."
             ),
         ] = "segmented",
     ) -> None:
         for name, value in (("max_entries", max_entries), ("max_bytes", max_bytes)):
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is at least 1, not {value}")
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         if policy not in _POLICIES:
-            raise ConfigError(f"policy is one of {', '.join(_POLICIES)}, not {policy!r}")
+            raise ConfigError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
         self._max_bytes = max_bytes
         self._held = _POLICIES[policy](max_entries, max_bytes)
         self.get = self._held.get
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
-        """Return what is held of ``keys``."""
+        """Return the entries of those ``keys`` that are here."""
         time_left()
         get = self.get
         return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
-        """Hold the entries, the last of them where there are more than fit. ``ttl`` frees nothing here.
+        """Store the entries; if they do not all fit, the last ones stay. ``ttl`` is ignored: it frees no space here.
 
-        An entry that alone exceeds ``max_bytes`` is not held, rather than everything else dropped for it.
+        An entry that is larger than ``max_bytes`` by itself is not stored, because it would evict everything else.
         """
         time_left()
         with _lock:
@@ -101,7 +102,7 @@ class MemoryBackend:
                     self._held.put(key, entry)
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Drop the keys."""
+        """Remove the keys."""
         time_left()
         with _lock:
             for key in keys:
@@ -118,7 +119,7 @@ class MemoryBackend:
         return len(self.scan(prefix))
 
     def close(self) -> None:
-        """Drop everything. Every later call raises: a miss that comes from a closed tier would be paid for again."""
+        """Drop every entry. Later calls raise RuntimeError: a miss from a closed tier would cost a computation."""
         with _lock:
             self._held.clear()
             self._held = _Closed()
@@ -126,7 +127,7 @@ class MemoryBackend:
 
 
 def entry_bytes(entry: Entry) -> int:
-    """Return what an entry takes in memory, its key and its place in the table included."""
+    """Return the bytes that an entry takes in memory, including its key and its place in the table."""
     metadata = 0 if entry.metadata is None else _metadata_bytes(entry.metadata)
     return ENTRY_BYTES + entry.vector.nbytes + metadata
 
@@ -144,7 +145,7 @@ def _metadata_bytes(value: Any) -> int:
 
 
 class _Policy(Protocol):
-    """What is held, in the order in which it will go. All but ``get`` are called under the lock."""
+    """Entries in the order in which they are evicted. Every method except ``get`` is called under the lock."""
 
     get: Callable[[str], Entry | None]
 
@@ -160,8 +161,8 @@ class _Policy(Protocol):
 class _Queue:
     """Entries from the least to the most recently used, with their number and bytes.
 
-    cachebox evicts by number or by size, not by both, and does not say what it evicted; its own
-    bound is therefore off (0). ``get`` is its method: it moves a key to the end, under cachebox's own lock.
+    cachebox's own bound is off (0), because it limits the number or the size but not both, and does not report
+    what it evicted. ``get`` is cachebox's method: it moves a key to the end, under cachebox's own lock.
     """
 
     __slots__ = ("bytes", "entries", "get", "max_bytes", "max_entries")
@@ -179,25 +180,25 @@ class _Queue:
             self.bytes += entry_bytes(entry) - (0 if replaced is None else entry_bytes(replaced))
 
     def remove(self, key: str) -> None:
-        self._left(self.entries.pop(key, None))
+        self._subtract_bytes(self.entries.pop(key, None))
 
-    def oldest(self) -> tuple[str, Entry]:
-        """Take out the least recently used entry."""
+    def pop_oldest(self) -> tuple[str, Entry]:
+        """Remove and return the least recently used entry."""
         key, entry = self.entries.popitem()
-        self._left(entry)
+        self._subtract_bytes(entry)
         return key, entry
 
-    def _left(self, entry: Entry | None) -> None:
+    def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # Metadata that its owner changed since would leave a remainder; an empty queue has none.
+            # If the owner has changed an entry's metadata since, the sum is off; an empty queue resets it to 0.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
-    def over(self) -> bool:
-        """Tell whether something has to go."""
+    def is_over_limit(self) -> bool:
+        """Return whether an entry must be evicted."""
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        # Copying is atomic in cachebox. A hit in another thread takes no lock of ours, and would break an iteration.
+        # A hit in another thread does not take our lock and would break an iteration. cachebox's copy() is atomic.
         return list(self.entries.copy())
 
     def clear(self) -> None:
@@ -206,7 +207,7 @@ class _Queue:
 
 
 class _Lru:
-    """The least recently used entry goes first."""
+    """Evicts the least recently used entry first."""
 
     def __init__(self, max_entries: int, max_bytes: int | None) -> None:
         self._queue = _Queue(max_entries, max_bytes)
@@ -217,17 +218,17 @@ class _Lru:
 
     def put(self, key: str, entry: Entry) -> None:
         self._queue.put(key, entry)
-        while self._queue.over():
-            self._queue.oldest()
+        while self._queue.is_over_limit():
+            self._queue.pop_oldest()
 
 
 class _Segmented:
-    """Two LRU queues: what is new is on probation, what is read there is protected.
+    """Two LRU queues: a new entry is on probation and becomes protected when it is read.
 
-    The protected queue has half the room at most; what falls out of it is on probation again, and what
-    falls out of that is gone. A scan of texts that are read once passes through probation only. With
-    nothing read twice, probation has all the room. Segmented LRU: Karedla, Love and Wherry, "Caching
-    strategies to improve disk system performance", Computer 27(3), 1994.
+    The protected queue takes at most half of the room. An entry that it pushes out goes back on probation, and an
+    entry that probation pushes out is evicted. A scan of texts that are read once therefore passes through
+    probation only. While no entry is read twice, probation has all the room. Source of segmented LRU: Karedla, Love
+    and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
     """
 
     def __init__(self, max_entries: int, max_bytes: int | None) -> None:
@@ -235,22 +236,22 @@ class _Segmented:
         self._max_bytes = max_bytes
         self._probation = _Queue(max_entries, max_bytes)
         self._protected = _Queue(max_entries // 2, None if max_bytes is None else max_bytes // 2)
-        self.get = self._reader()
+        self.get = self._make_get()
 
-    def _reader(self) -> Callable[[str], Entry | None]:
-        # A closure rather than a method: a hit on a protected entry is to cost one call into cachebox and little else.
-        protected = self._protected.get
-        on_probation = self._read_on_probation
+    def _make_get(self) -> Callable[[str], Entry | None]:
+        # A closure is faster than a method: a hit on a protected entry costs little more than one call of cachebox.
+        get_protected = self._protected.get
+        get_from_probation = self._get_from_probation
 
         def get(key: str) -> Entry | None:
-            entry = protected(key)
-            return on_probation(key) if entry is None else entry
+            entry = get_protected(key)
+            return get_from_probation(key) if entry is None else entry
 
         return get
 
-    def _read_on_probation(self, key: str) -> Entry | None:
-        # Another thread may have moved the key between the two queues since it was looked for: without the lock
-        # and the second look this would now and then be a miss for what is held, and a text computed twice.
+    def _get_from_probation(self, key: str) -> Entry | None:
+        # Another thread may have moved the key between the two queues since the first look. Without the lock and
+        # the second look, an entry that is here would sometimes be a miss, and its text would be computed again.
         with _lock:
             entry = self._probation.get(key)
             if entry is None:
@@ -261,19 +262,19 @@ class _Segmented:
             return entry
 
     def _demote(self) -> None:
-        while self._protected.over():
-            self._probation.put(*self._protected.oldest())
+        while self._protected.is_over_limit():
+            self._probation.put(*self._protected.pop_oldest())
 
     def put(self, key: str, entry: Entry) -> None:
         probation, protected = self._probation, self._protected
         (protected if key in protected.entries else probation).put(key, entry)
         self._demote()
-        while self._over():
-            # What is new is always let in: where it is alone on probation, a protected entry goes.
-            alone = len(probation.entries) <= 1 and len(protected.entries) > 0
-            (protected if alone else probation).oldest()
+        while self._is_over_limit():
+            # A new entry is always stored: if it is the only one on probation, a protected entry is evicted.
+            is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0
+            (protected if is_alone else probation).pop_oldest()
 
-    def _over(self) -> bool:
+    def _is_over_limit(self) -> bool:
         probation, protected = self._probation, self._protected
         return len(probation.entries) + len(protected.entries) > self._max_entries or (
             self._max_bytes is not None and probation.bytes + protected.bytes > self._max_bytes
@@ -292,23 +293,23 @@ class _Segmented:
 
 
 class _Closed:
-    """What a closed backend holds: nothing, and it says so."""
+    """The policy of a closed backend: every call raises, except ``clear``."""
 
     def __init__(self) -> None:
-        self.get: Callable[[str], Entry | None] = self._refuse
+        self.get: Callable[[str], Entry | None] = self._raise_closed
 
     def put(self, key: str, entry: Entry) -> None:
-        self._refuse(key)
+        self._raise_closed(key)
 
     def remove(self, key: str) -> None:
-        self._refuse(key)
+        self._raise_closed(key)
 
     def keys(self) -> list[str]:
-        return self._refuse("")
+        return self._raise_closed("")
 
     def clear(self) -> None: ...
 
-    def _refuse(self, key: str) -> NoReturn:
+    def _raise_closed(self, key: str) -> NoReturn:
         raise RuntimeError("this memory backend is closed")
 
 

@@ -1,4 +1,4 @@
-"""The memory backend passes the contract that strangers' backends are held to. (The disk's is in ``test_disk.py``.)"""
+"""The memory backend passes the public contract for backends. (The other backends' test files run it for them.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk backend: the contract, planted rows, permissions, bounds, locks, forks, full and damaged disks."""
+"""The disk backend: the contract, planted rows, permissions, size limits, locks, forks, full and damaged disks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from embedonce_backends.disk import backend as disk_backend
 
 MIB = 2**20
 PATIENT = 60.0
-"""A timeout that a healthy disk keeps on any machine."""
+"""Seconds within which a healthy disk answers on any machine."""
 
 
 def key_of(number: int) -> str:
@@ -54,7 +54,7 @@ def size_of(folder: Path) -> int:
 
 
 @contextmanager
-def opened(folder: Path, **options: Any) -> Iterator[DiskBackend]:
+def open_backend(folder: Path, **options: Any) -> Iterator[DiskBackend]:
     backend = DiskBackend(path=folder, **options)
     try:
         yield backend
@@ -62,24 +62,24 @@ def opened(folder: Path, **options: Any) -> Iterator[DiskBackend]:
         backend.close()
 
 
-def patient(backend: DiskBackend) -> embedonce.Tier:
+def make_patient_tier(backend: DiskBackend) -> embedonce.Tier:
     return embedonce.Tier(backend, name="disk", timeout=PATIENT)
 
 
-def ends_in_time(call: Callable[[], object], words: str) -> None:
-    """Require that a call ends by its deadline, and says what it has waited for."""
+def assert_times_out(call: Callable[[], object], words: str) -> None:
+    """Require that a call ends by its deadline with a message that says what it waited for."""
     for seconds in (0.1, 1.0, 10.0):
         with deadline(seconds), pytest.raises(TimeoutError) as caught:
             call()
         if "timeout has passed" not in str(caught.value):
             break
-        # A machine that stalls lets the deadline pass before there is anything to wait for.
+        # If the machine stalls, the deadline passes before the call starts to wait, so retry with more time.
     assert words in str(caught.value)
 
 
 @contextmanager
-def raw(folder: Path) -> Iterator[sqlite3.Connection]:
-    """The database through a connection of nobody's."""
+def connect_directly(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database with a connection that does not belong to the backend."""
     connection = sqlite3.connect(folder / "cache.db", isolation_level=None, timeout=0, check_same_thread=False)
     try:
         yield connection
@@ -98,10 +98,10 @@ class TestDisk(BackendContract):
 
     def make(self) -> DiskBackend:
         self.made += 1
-        return self._at(self.folders / str(self.made))
+        return self._make_backend(self.folders / str(self.made))
 
     def reopen(self, backend: DiskBackend) -> DiskBackend:
-        return self._at(backend.path)
+        return self._make_backend(backend.path)
 
     def recipe(self, backend: DiskBackend) -> Recipe:
         return Recipe(DiskBackend, {"path": str(backend.path)})
@@ -112,13 +112,13 @@ class TestDisk(BackendContract):
     @contextmanager
     def stall(self, backend: DiskBackend) -> Iterator[None]:
         backend._connections.renew()
-        with raw(backend.path) as other:
+        with connect_directly(backend.path) as other:
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             other.execute("BEGIN EXCLUSIVE")
             other.execute("SELECT COUNT(*) FROM Cache")
             yield
 
-    def _at(self, folder: Path) -> DiskBackend:
+    def _make_backend(self, folder: Path) -> DiskBackend:
         backend = DiskBackend(path=folder, max_bytes=64 * MIB)
         backend.clock = self.clock
         return backend
@@ -128,7 +128,7 @@ class TestDisk(BackendContract):
 
 
 class Canary:
-    """Unpickling it makes a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,14 +138,14 @@ class Canary:
 
 
 def plant(folder: Path, canary: Path) -> None:
-    """Do what somebody can who may write the folder: pickles as values, in files, as keys; settings of any kind."""
+    """Plant pickles as values, in files and as keys, and odd settings, as anyone who may write to the folder can."""
     with diskcache.Cache(str(folder)) as cache:
         cache[key_of(1)] = Canary(canary)
         cache[(key_of(2), Canary(canary))] = b"value"
     with diskcache.Cache(str(folder), disk_min_file_size=0) as cache:
         cache[key_of(3)] = Canary(canary)
     evil = pickle.dumps(Canary(canary))
-    with raw(folder) as connection:
+    with connect_directly(folder) as connection:
         insert = "INSERT INTO Cache (key, raw, mode, filename, value) VALUES (?, ?, ?, ?, ?)"
         connection.execute(insert, (key_of(4), 1, 4, None, evil))
         connection.execute(insert, (key_of(5), 0, 4, None, evil))
@@ -177,11 +177,11 @@ def test_planted_pickles_are_never_loaded(tmp_path: Path) -> None:
     folder, canary = tmp_path / "cache", tmp_path / "canary"
     plant(folder, canary)
     planted = [key_of(number) for number in range(1, 8)]
-    with opened(folder) as backend:
+    with open_backend(folder) as backend:
         found = backend.get_many(planted)
-        assert set(found) == {key_of(number) for number in (1, 3, 4, 6, 7)}, "raw = 0 is a pickled key: not ours"
+        assert set(found) == {key_of(number) for number in (1, 3, 4, 6, 7)}, "a pickled key (raw = 0) is not read"
         assert all(type(value) is bytes for value in found.values())
-        assert {found[key_of(number)] for number in (3, 6, 7)} == {b""}, "a file is not read, a text is no frame"
+        assert {found[key_of(number)] for number in (3, 6, 7)} == {b""}, "neither a file nor a text is read"
         assert [backend.get(key) for key in planted] == [found.get(key) for key in planted]
         assert len(list(backend.scan(""))) == backend.count("") == 6
         backend.set_many(items_of(range(1, 8)), None)
@@ -190,18 +190,18 @@ def test_planted_pickles_are_never_loaded(tmp_path: Path) -> None:
         backend.delete_many(list(backend.scan("")))
         assert backend.count("eo1.0") == 0
     assert not canary.exists()
-    assert (pickle.loads(pickle.dumps(Canary(canary))), canary.exists()) == (None, True), "the canary does sing"
+    assert (pickle.loads(pickle.dumps(Canary(canary))), canary.exists()) == (None, True), "the canary itself works"
 
 
 def test_a_planted_pickle_is_a_corrupt_miss(tmp_path: Path) -> None:
     folder, canary = tmp_path / "cache", tmp_path / "canary"
     provider = CountingProvider()
-    with embedonce.Cache(provider, [patient(DiskBackend(path=folder))]) as cache:
+    with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=folder))]) as cache:
         expected = cache.embed("text")
     evil = sqlite3.Binary(pickle.dumps(Canary(canary)))
-    with raw(folder) as connection:
+    with connect_directly(folder) as connection:
         connection.execute("UPDATE Cache SET mode = 4, value = ? WHERE key NOT GLOB 'eo1.card.*'", (evil,))
-    with embedonce.Cache(provider, [patient(DiskBackend(path=folder))]) as cache:
+    with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=folder))]) as cache:
         np.testing.assert_array_equal(cache.embed("text"), expected)
         assert cache.stats().tiers["disk"].corrupt == 1
         assert cache.stats().tiers["disk"].hits == 0
@@ -211,9 +211,9 @@ def test_a_planted_pickle_is_a_corrupt_miss(tmp_path: Path) -> None:
 def test_bytes_disk_refuses_everything_else(tmp_path: Path) -> None:
     folder, canary = tmp_path / "cache", tmp_path / "canary"
     plant(folder, canary)
-    with raw(folder) as connection:
+    with connect_directly(folder) as connection:
         connection.execute("DELETE FROM Settings")
-        connection.execute("DELETE FROM Cache WHERE value = 'x'")  # a key that is no UTF-8 stops diskcache before us
+        connection.execute("DELETE FROM Cache WHERE value = 'x'")  # diskcache itself fails at its invalid UTF-8 key
     with diskcache.Cache(str(folder), disk=BytesDisk) as cache:
         for number in (1, 3, 4, 6, 7):
             with pytest.raises(ValueError, match="did not write"):
@@ -221,10 +221,10 @@ def test_bytes_disk_refuses_everything_else(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="did not write"):
             list(cache)
         for key in (1, b"key", ("key",), None):
-            with pytest.raises(TypeError, match="key is a str"):
+            with pytest.raises(TypeError, match="key must be a str"):
                 cache.get(key)
         for value in (1, "text", None, ["list"], bytearray(b"x")):
-            with pytest.raises(TypeError, match="value is bytes"):
+            with pytest.raises(TypeError, match="value must be bytes"):
                 cache.set("key", value)
         cache.set("key", b"value" * 100_000)
         assert cache.get("key") == b"value" * 100_000
@@ -235,11 +235,11 @@ def test_bytes_disk_refuses_everything_else(tmp_path: Path) -> None:
 def test_a_planted_file_name_removes_nothing(tmp_path: Path) -> None:
     folder, kept = tmp_path / "cache", tmp_path / "kept"
     kept.write_text("kept")
-    with opened(folder) as backend:
+    with open_backend(folder) as backend:
         backend.set_many(items_of(range(2)), None)
-    with raw(folder) as connection:
+    with connect_directly(folder) as connection:
         connection.execute("UPDATE Cache SET filename = '../kept', mode = 2, value = NULL, expire_time = 1")
-    with opened(folder) as backend:
+    with open_backend(folder) as backend:
         backend.set_many(items_of(range(2, 4)), None)
         assert backend.count("") == 2
     with diskcache.Cache(str(folder), disk=BytesDisk) as cache:
@@ -248,7 +248,7 @@ def test_a_planted_file_name_removes_nothing(tmp_path: Path) -> None:
 
 
 def test_diskcache_reads_the_folder_and_finds_it_sound(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(100)), None)
         backend.set_many(items_of(range(50)), 60.0)
         backend.delete_many([key_of(99)])
@@ -263,11 +263,11 @@ def test_diskcache_reads_the_folder_and_finds_it_sound(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o177])
-def test_only_this_user_may_look_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+def test_only_this_user_has_access_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     folder = tmp_path / "above" / "cache"
     before = os.umask(umask)
     try:
-        with opened(folder) as backend:
+        with open_backend(folder) as backend:
             backend.set_many(items_of(range(10)), None)
             files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
             folders = {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)}
@@ -277,28 +277,28 @@ def test_only_this_user_may_look_whatever_the_umask(tmp_path: Path, umask: int) 
     assert files == {"cache.db": 0o600, "cache.db-wal": 0o600, "cache.db-shm": 0o600}
 
 
-def test_making_it_touches_nothing(tmp_path: Path) -> None:
+def test_a_new_backend_does_not_touch_the_disk(tmp_path: Path) -> None:
     DiskBackend(path=tmp_path / "cache").close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_in_the_path_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    with opened(Path("~/vectors")) as backend:
+    with open_backend(Path("~/vectors")) as backend:
         backend.set_many(items_of(range(1)), None)
     assert (tmp_path / "vectors" / "cache.db").is_file()
 
 
 def test_a_path_with_odd_characters(tmp_path: Path) -> None:
     folder = tmp_path / "a b?mode=ro#c%20ü"
-    with opened(folder) as backend:
+    with open_backend(folder) as backend:
         backend.set_many(items_of(range(1)), None)
         assert backend.get(key_of(0)) == value_of(0)
     assert size_of(folder) > 0
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -306,12 +306,12 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_every_user_may_write_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     with pytest.raises(ConfigError, match="chmod o-w"):
         DiskBackend(path=tmp_path)
     tmp_path.chmod(0o700)
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         tmp_path.chmod(0o777)
         with pytest.raises(ConfigError, match="chmod o-w"):
             backend.get(key_of(0))
@@ -329,61 +329,61 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         (0, 0o1777, 0, False),
     ],
 )
-def test_whose_folder_is_safe(owner: int, mode: int, user: int, safe: bool) -> None:
-    assert (disk_backend._ownership(owner, mode, user) is None) is safe
+def test_a_folder_is_safe_by_its_owner_and_mode(owner: int, mode: int, user: int, safe: bool) -> None:
+    assert (disk_backend._find_permission_problem(owner, mode, user) is None) is safe
 
 
-def test_max_bytes_has_a_floor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="1 MiB"):
+def test_max_bytes_has_a_minimum(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be at least 1 MiB, got 1000 bytes"):
         DiskBackend(path=tmp_path, max_bytes=1000)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_each_call_and_no_more(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_of_each_call_only(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     backend = DiskBackend(path=tmp_path / "file" / "cache")
     for _ in range(2):
         with pytest.raises(NotADirectoryError):
             backend.get_many([key_of(1)])
-    with embedonce.Cache(CountingProvider(), [patient(backend)]) as cache:
+    with embedonce.Cache(CountingProvider(), [make_patient_tier(backend)]) as cache:
         assert cache.embed("text").shape == cache.embed("text").shape
         assert cache.stats().tiers["disk"].errors > 0
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    with opened(folder) as backend:
+    with open_backend(folder) as backend:
         backend.set_many(items_of(range(3)), None)
         backend._connections.renew()
         shutil.rmtree(folder)
-        with pytest.raises(OSError, match="cannot be opened"):
+        with pytest.raises(OSError, match="cannot open for writing"):
             backend.get(key_of(1))
         assert backend.get(key_of(1)) is None
         backend.set_many(items_of(range(3)), None)
         assert backend.count("") == 3
 
 
-# --- bounds -----------------------------------------------------------------------------------
+# --- size limits -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [32, 1600, 6208, 12_352, 60_000])
 def test_the_file_stays_below_max_bytes(tmp_path: Path, size: int) -> None:
-    with opened(tmp_path, max_bytes=2 * MIB) as backend:
+    with open_backend(tmp_path, max_bytes=2 * MIB) as backend:
         numbers = range(8 * MIB // (size + 400))
         for start in range(0, len(numbers), 64):
             backend.set_many(items_of(numbers[start : start + 64], size), None)
             assert size_of(tmp_path) <= 2 * MIB
         last = items_of(numbers[-10:], size)
-        assert backend.get_many(list(last)) == last, "the newest stay"
-        assert backend.get_many([key_of(0)]) == {}, "the oldest went"
+        assert backend.get_many(list(last)) == last, "the newest entries stay"
+        assert backend.get_many([key_of(0)]) == {}, "the oldest entry is evicted"
         held = backend.count("") * (size + 85)
-    with raw(tmp_path) as connection:
+    with connect_directly(tmp_path) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert size_of(tmp_path) <= 2 * MIB
-    assert held > 2 * MIB * 0.25, "and the room is used"
+    assert held > 2 * MIB * 0.25, "the space is used"
 
 
 def test_eviction_is_logged_once_without_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with opened(tmp_path, max_bytes=MIB) as backend, caplog.at_level(logging.WARNING):
+    with open_backend(tmp_path, max_bytes=MIB) as backend, caplog.at_level(logging.WARNING):
         for start in range(0, 2000, 100):
             backend.set_many(items_of(range(start, start + 100)), None)
     (record,) = caplog.records
@@ -391,13 +391,13 @@ def test_eviction_is_logged_once_without_keys(tmp_path: Path, caplog: pytest.Log
     assert "eo1." not in record.getMessage()
 
 
-def test_a_lower_max_bytes_is_reached_by_writing(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_writes_shrink_the_file_to_a_lower_max_bytes(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(8000)), None)
     assert size_of(tmp_path) > 8 * MIB
-    with opened(tmp_path, max_bytes=4 * MIB) as backend:
+    with open_backend(tmp_path, max_bytes=4 * MIB) as backend:
         backend.set_many(items_of(range(8000, 8001)), None)
-        assert 4 * MIB < backend.count("") * 2100 + MIB < 8 * MIB, "no more goes than has to"
+        assert 4 * MIB < backend.count("") * 2100 + MIB < 8 * MIB, "no more is evicted than necessary"
         for start in range(10_000, 14_000, 500):
             backend.set_many(items_of(range(start, start + 500)), None)
         assert backend.get(key_of(13_999)) == value_of(13_999)
@@ -405,16 +405,16 @@ def test_a_lower_max_bytes_is_reached_by_writing(tmp_path: Path) -> None:
 
 
 def test_values_above_the_declared_limit_are_refused(tmp_path: Path) -> None:
-    with opened(tmp_path, max_bytes=MIB) as backend:
-        most = backend.capabilities.max_value_bytes
-        assert most == MIB // 16
-        with pytest.raises(ValueError, match="the largest is 65536"):
-            backend.set_many({key_of(1): bytes(most + 1)}, None)
+    with open_backend(tmp_path, max_bytes=MIB) as backend:
+        largest = backend.capabilities.max_value_bytes
+        assert largest == MIB // 16
+        with pytest.raises(ValueError, match="at most 65536"):
+            backend.set_many({key_of(1): bytes(largest + 1)}, None)
 
 
-def test_what_has_expired_makes_room_before_what_has_not(tmp_path: Path) -> None:
+def test_expired_entries_are_deleted_before_others_are_evicted(tmp_path: Path) -> None:
     clock = ManualClock()
-    with opened(tmp_path, max_bytes=2 * MIB) as backend:
+    with open_backend(tmp_path, max_bytes=2 * MIB) as backend:
         backend.clock = clock
         backend.set_many(items_of(range(300)), None)
         backend.set_many(items_of(range(300, 600)), 60.0)
@@ -422,11 +422,11 @@ def test_what_has_expired_makes_room_before_what_has_not(tmp_path: Path) -> None
         for start in range(600, 840, 60):
             backend.set_many(items_of(range(start, start + 60)), None)
         assert len(backend.get_many(list(items_of(range(300))))) == 300
-        assert backend.count("") == 540, "the space of what has expired is free"
+        assert backend.count("") == 540, "the expired entries' space is free"
 
 
-def test_removing_gives_space_back(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_removing_entries_shrinks_the_file(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(5000)), None)
         backend._connections.renew()
         full = size_of(tmp_path)
@@ -437,7 +437,7 @@ def test_removing_gives_space_back(tmp_path: Path) -> None:
 
 def test_a_removed_value_is_overwritten_everywhere(tmp_path: Path) -> None:
     secret = b"a vector that somebody wants forgotten" * 40
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many({**items_of(range(20)), key_of(100): secret}, None)
         assert any(secret[:60] in path.read_bytes() for path in tmp_path.iterdir())
         backend.delete_many([key_of(100)])
@@ -446,23 +446,23 @@ def test_a_removed_value_is_overwritten_everywhere(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_one_query(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(600)), None)
         statements: list[str] = []
         connection = backend._connections.take()
         connection.set_trace_callback(statements.append)
-        backend._connections.give(connection, sound=True)
+        backend._connections.give(connection, is_reusable=True)
         assert len(backend.get_many([key_of(number) for number in range(512)])) == 512
         assert len(statements) == 1
 
 
-# --- time -------------------------------------------------------------------------------------
+# --- deadlines -------------------------------------------------------------------------------------
 
 
-def test_a_locked_database_is_left_by_the_deadline(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_waiting_for_a_locked_database_ends_by_the_deadline(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
-        with raw(tmp_path) as other:
+        with connect_directly(tmp_path) as other:
             other.execute("BEGIN IMMEDIATE")
             writes: list[Any] = [
                 lambda: backend.set_many(items_of(range(1)), None),
@@ -470,24 +470,24 @@ def test_a_locked_database_is_left_by_the_deadline(tmp_path: Path) -> None:
                 lambda: backend.delete_many([key_of(1)]),
             ]
             for write in writes:
-                ends_in_time(write, "locked")
+                assert_times_out(write, "locked")
             with deadline(PATIENT):
                 assert backend.get(key_of(1)) == value_of(1), "readers do not wait for writers"
-            with opened(tmp_path) as late, deadline(PATIENT):
-                assert late.get(key_of(1)) == value_of(1), "nor do those who come late"
+            with open_backend(tmp_path) as late, deadline(PATIENT):
+                assert late.get(key_of(1)) == value_of(1), "nor does a backend that opens the file now"
             other.execute("ROLLBACK")
         backend.set_many(items_of(range(20)), None)
         assert backend.count("") == 20
 
 
-def test_threads_wait_for_each_other_no_longer_than_the_deadline(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_threads_wait_for_each_other_until_the_deadline_at_most(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(1)), None)
         release = threading.Event()
         taken = threading.Event()
 
         def hold() -> None:
-            with backend._transaction():
+            with backend._open_transaction():
                 taken.set()
                 release.wait(60)
 
@@ -495,7 +495,7 @@ def test_threads_wait_for_each_other_no_longer_than_the_deadline(tmp_path: Path)
         thread.start()
         taken.wait(60)
         try:
-            ends_in_time(lambda: backend.set_many(items_of(range(2)), None), "other threads")
+            assert_times_out(lambda: backend.set_many(items_of(range(2)), None), "other threads")
         finally:
             release.set()
         thread.join()
@@ -505,17 +505,17 @@ def test_threads_wait_for_each_other_no_longer_than_the_deadline(tmp_path: Path)
 
 def test_a_long_query_is_interrupted(tmp_path: Path) -> None:
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(1)), None)
         with deadline(0.1), pytest.raises(TimeoutError):
             backend._read(endless, ())
         assert backend.get(key_of(0)) == value_of(0)
 
 
-def test_an_interrupted_transaction_leaves_nothing(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_an_interrupted_transaction_is_rolled_back(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
-        with suppress(KeyboardInterrupt), backend._transaction() as connection:
+        with suppress(KeyboardInterrupt), backend._open_transaction() as connection:
             backend._store(connection, items_of(range(5, 20), size=64), None)
             raise KeyboardInterrupt
         assert backend.get_many(list(items_of(range(20)))) == items_of(range(10))
@@ -525,7 +525,7 @@ def test_an_interrupted_transaction_leaves_nothing(tmp_path: Path) -> None:
 # --- close ------------------------------------------------------------------------------------
 
 
-def test_after_close_every_call_says_so(tmp_path: Path) -> None:
+def test_after_close_every_call_raises(tmp_path: Path) -> None:
     backend = DiskBackend(path=tmp_path)
     backend.set_many(items_of(range(1)), None)
     backend.close()
@@ -542,10 +542,10 @@ def test_after_close_every_call_says_so(tmp_path: Path) -> None:
     for call in calls:
         with pytest.raises(CacheClosed, match="closed"):
             call()
-    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "the log is written back and gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "the log is written back and removed"
 
 
-def test_close_beside_calls_ends_both(tmp_path: Path) -> None:
+def test_close_during_calls_of_other_threads(tmp_path: Path) -> None:
     backend = DiskBackend(path=tmp_path)
     backend.set_many(items_of(range(100)), None)
 
@@ -559,12 +559,12 @@ def test_close_beside_calls_ends_both(tmp_path: Path) -> None:
             except CacheClosed:
                 return
 
-    in_threads(4, work, "close beside get_many")
-    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "and who closes last removes the log"
+    in_threads(4, work, "close during get_many")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "the last one to close removes the log"
 
 
-def test_backends_that_close_at_one_moment_leave_no_log(tmp_path: Path) -> None:
-    # Where nothing makes them wait for each other, about one time in twenty leaves it.
+def test_backends_that_close_at_the_same_time_leave_no_log(tmp_path: Path) -> None:
+    # Without a lock around the closing, about one run in twenty leaves the log.
     def close(backend: DiskBackend, together: threading.Barrier) -> None:
         together.wait(PATIENT)
         backend.close()
@@ -582,25 +582,25 @@ def test_backends_that_close_at_one_moment_leave_no_log(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["cache.db"]
 
 
-def test_an_unclosed_backend_lets_go_when_it_is_collected(tmp_path: Path) -> None:
+def test_an_unclosed_backend_closes_the_file_when_it_is_collected(tmp_path: Path) -> None:
     backend = DiskBackend(path=tmp_path)
     backend.set_many(items_of(range(1)), None)
     del backend
     assert [path.name for path in tmp_path.iterdir()] == ["cache.db"]
 
 
-def test_connections_are_kept_few(tmp_path: Path) -> None:
-    with opened(tmp_path) as backend:
+def test_only_a_few_idle_connections_are_kept(tmp_path: Path) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
         in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
-        assert len(backend._connections._idle) <= sqlite.IDLE
+        assert len(backend._connections._idle) <= sqlite.MAX_IDLE
 
 
 # --- processes --------------------------------------------------------------------------------
 
 
 def run_children(code: str, folder: Path, count: int) -> list[str]:
-    """Run ``code`` in fresh processes at once, with the folder and a number as arguments; return what they print."""
+    """Run ``code`` in new processes at the same time, with a folder and a number as arguments; return their outputs."""
     paths = os.pathsep.join(path for path in sys.path if path)
     children = [
         subprocess.Popen(
@@ -611,9 +611,9 @@ def run_children(code: str, folder: Path, count: int) -> list[str]:
         )
         for number in range(count)
     ]
-    said = [child.communicate(timeout=100)[0] for child in children]
+    outputs = [child.communicate(timeout=100)[0] for child in children]
     assert [child.returncode for child in children] == [0] * count
-    return said
+    return outputs
 
 
 WRITE = """
@@ -633,9 +633,9 @@ backend.close()
 
 
 def test_many_processes_that_write_stay_below_max_bytes(tmp_path: Path) -> None:
-    largest = [int(said) for said in run_children(WRITE, tmp_path, 3)]
+    largest = [int(output) for output in run_children(WRITE, tmp_path, 3)]
     assert max(largest) <= 4 * MIB
-    with opened(tmp_path, max_bytes=4 * MIB) as backend:
+    with open_backend(tmp_path, max_bytes=4 * MIB) as backend:
         held = dict(backend.get_many(list(backend.scan(""))))
         assert len(held) > 1000
         assert all(value == bytes([int(key.split(".")[1])]) * 1600 for key, value in held.items())
@@ -654,7 +654,7 @@ backend.close()
 
 
 def test_an_added_key_has_one_winner_among_processes(tmp_path: Path) -> None:
-    won = [name for said in run_children(ADD, tmp_path / "new", 4) for name in said.split()]
+    won = [name for output in run_children(ADD, tmp_path / "new", 4) for name in output.split()]
     assert sorted(won) == sorted(f"eo1.lease.{n}" for n in range(200))
 
 
@@ -662,9 +662,9 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no
 
 
 @forks
-def test_a_child_goes_on_after_the_parent_has_closed(tmp_path: Path) -> None:
-    # The trap: a child that inherits SQLite's tables believes in locks that it does not hold, the parent's
-    # close removes the log under it, and what it stores is lost.
+def test_a_child_can_use_the_file_after_the_parent_has_closed_it(tmp_path: Path) -> None:
+    # What goes wrong otherwise: a child that inherits SQLite's table of locks relies on locks that it does not hold.
+    # When the parent closes the file, it removes the log that the child still uses, and the child's writes are lost.
     backend = DiskBackend(path=tmp_path)
     backend.set_many(items_of(range(10)), None)
     opened_by_child, tell = os.pipe()
@@ -681,16 +681,16 @@ def test_a_child_goes_on_after_the_parent_has_closed(tmp_path: Path) -> None:
             backend.close()
             os.write(close, b"!")
 
-    in_fork(child, "a child whose parent closes", beside=parent)
+    in_fork(child, "a child whose parent closes the file", beside=parent)
     for end in (opened_by_child, tell, closed_by_parent, close):
         os.close(end)
-    with opened(tmp_path) as again:
-        assert again.get_many(list(items_of(range(150)))) == items_of(range(10)) | items_of(range(100, 150))
+    with open_backend(tmp_path) as reopened:
+        assert reopened.get_many(list(items_of(range(150)))) == items_of(range(10)) | items_of(range(100, 150))
 
 
-def until_a_fork_waits(backend: DiskBackend, giving_up: threading.Event) -> None:
-    """Return when calls are held back for a fork of another thread."""
-    while not giving_up.is_set():
+def wait_until_a_fork_waits(backend: DiskBackend, stop: threading.Event) -> None:
+    """Return when calls of ``backend`` are blocked because another thread is forking, or when ``stop`` is set."""
+    while not stop.is_set():
         try:
             with deadline(0.05):
                 backend.get(key_of(0))
@@ -700,9 +700,9 @@ def until_a_fork_waits(backend: DiskBackend, giving_up: threading.Event) -> None
 
 
 @forks
-def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_while_threads_write_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         stop = threading.Event()
         stored: list[dict[str, bytes]] = []
 
@@ -732,14 +732,14 @@ def test_forks_beside_busy_threads_lose_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 @forks
-def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_forked_in_the_middle_of_a_call_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(5)), None)
         taken, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with backend._transaction() as connection:
+            with backend._open_transaction() as connection:
                 backend._store(connection, items_of(range(5, 10)), None)
                 taken.set()
                 release.wait(60)
@@ -751,14 +751,14 @@ def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: p
         def child() -> None:
             with pytest.raises(TierError, match="forked"):
                 backend.get(key_of(1))
-            # SQLite's tables and mutexes are the process's: no other backend goes on, of this file or another.
+            # SQLite's locks and mutexes belong to the whole process, so no backend works, of this file or another.
             for path in (tmp_path, tmp_path / "other"):
-                with opened(path) as other, pytest.raises(TierError, match="forked"):
+                with open_backend(path) as other, pytest.raises(TierError, match="forked"):
                     other.set_many(items_of(range(3)), None)
             in_fork(grandchild, "a fork of that child")
 
         def grandchild() -> None:
-            with opened(tmp_path) as other, pytest.raises(TierError, match="forked"):
+            with open_backend(tmp_path) as other, pytest.raises(TierError, match="forked"):
                 other.get(key_of(1))
 
         try:
@@ -770,26 +770,26 @@ def test_a_child_of_a_fork_in_mid_call_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @forks
-def test_a_fork_beside_threads_that_make_and_close_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_while_threads_make_and_close_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
     stop = threading.Event()
 
-    def come_and_go(number: int) -> None:
+    def make_and_close(number: int) -> None:
         while not stop.is_set():
-            with opened(tmp_path) as own:
+            with open_backend(tmp_path) as own:
                 own.set_many(items_of(range(number, number + 1)), None)
 
     def child() -> None:
-        with opened(tmp_path) as own, deadline(PATIENT):
+        with open_backend(tmp_path) as own, deadline(PATIENT):
             own.set_many(items_of(range(100, 110)), None)
             assert own.get_many(list(items_of(range(100, 110)))) == items_of(range(100, 110))
 
-    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in (1, 2)]
+    threads = [threading.Thread(target=make_and_close, args=(number,)) for number in (1, 2)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(20):
-            in_fork(child, "a fork beside backends that come and go")
+            in_fork(child, "a fork while backends are made and closed")
     finally:
         stop.set()
         for thread in threads:
@@ -797,26 +797,26 @@ def test_a_fork_beside_threads_that_make_and_close_backends(tmp_path: Path, monk
 
 
 @forks
-def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_made_while_a_fork_waits_has_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
     taken, release, forked = threading.Event(), threading.Event(), threading.Event()
-    wrong: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def hold() -> None:
-        with busy._transaction():
+        with busy._open_transaction():
             taken.set()
             release.wait(PATIENT)
 
-    def come() -> None:
+    def use_new_backends() -> None:
         try:
-            until_a_fork_waits(busy, forked)
-            ends_in_time(lambda: newcomer().get(key_of(1)), "this process is forking")
+            wait_until_a_fork_waits(busy, forked)
+            assert_times_out(lambda: make_backend().get(key_of(1)), "this process is forking")
         except BaseException as error:
-            wrong.append(error)
+            errors.append(error)
         finally:
             release.set()
 
-    def newcomer() -> DiskBackend:
+    def make_backend() -> DiskBackend:
         made.append(DiskBackend(path=tmp_path))
         return made[-1]
 
@@ -825,9 +825,9 @@ def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypa
             assert backend.get(key_of(1)) == value_of(1)
 
     made: list[DiskBackend] = []
-    with opened(tmp_path) as busy:
+    with open_backend(tmp_path) as busy:
         busy.set_many(items_of(range(2)), None)
-        threads = [threading.Thread(target=call) for call in (hold, come)]
+        threads = [threading.Thread(target=call) for call in (hold, use_new_backends)]
         threads[0].start()
         assert taken.wait(PATIENT)
         threads[1].start()
@@ -837,14 +837,14 @@ def test_a_backend_made_while_a_fork_waits_is_held_back(tmp_path: Path, monkeypa
             forked.set()
             for thread in threads:
                 thread.join()
-        assert not wrong, wrong
+        assert not errors, errors
         child()
         for backend in made:
             backend.close()
 
 
-def closing_by(close: Callable[[], object]) -> type[sqlite.Connection]:
-    """Return connections that call ``close`` before they are closed."""
+def make_connection_class(close: Callable[[], object]) -> type[sqlite.Connection]:
+    """Return a class of connections that call ``close`` before they close."""
 
     class Closing(sqlite.Connection):
         def close(self) -> None:
@@ -855,7 +855,7 @@ def closing_by(close: Callable[[], object]) -> type[sqlite.Connection]:
 
 
 @forks
-def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_waits_for_connections_that_are_being_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closing, release, forked = threading.Event(), threading.Event(), threading.Event()
 
     def close() -> None:
@@ -863,23 +863,23 @@ def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pyte
         release.wait(PATIENT)
 
     def child_of_a_fork_that_waited_in_vain() -> None:
-        with opened(tmp_path) as own, pytest.raises(TierError, match="forked"):
+        with open_backend(tmp_path) as own, pytest.raises(TierError, match="forked"):
             own.get(key_of(1))
 
     def child_of_a_fork_that_waited() -> None:
-        with opened(tmp_path) as own:
+        with open_backend(tmp_path) as own:
             assert own.get(key_of(1)) == value_of(1)
 
-    def let_it_close() -> None:
-        with opened(tmp_path / "other") as other:
-            until_a_fork_waits(other, forked)
+    def allow_closing() -> None:
+        with open_backend(tmp_path / "other") as other:
+            wait_until_a_fork_waits(other, forked)
         release.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk_backend, "Connection", closing_by(close))
+        patch.setattr(disk_backend, "Connection", make_connection_class(close))
         backend = DiskBackend(path=tmp_path)
         backend.set_many(items_of(range(2)), None)
-    threads = [threading.Thread(target=call) for call in (backend.close, let_it_close)]
+    threads = [threading.Thread(target=call) for call in (backend.close, allow_closing)]
     threads[0].start()
     assert closing.wait(PATIENT)
     try:
@@ -897,17 +897,17 @@ def test_a_fork_waits_for_what_is_being_closed(tmp_path: Path, monkeypatch: pyte
 
 
 @forks
-def test_a_call_that_forks_goes_on_in_the_parent_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_forks_continues_only_in_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
-    with opened(tmp_path) as backend:
-        with backend._transaction() as connection:
+    with open_backend(tmp_path) as backend:
+        with backend._open_transaction() as connection:
             backend._store(connection, items_of(range(5)), None)
 
             def child() -> None:
                 with pytest.raises(TierError, match="forked"):
-                    sqlite.rows(connection, "COMMIT")
-                backend._connections.give(connection, sound=True)
-                assert connection.in_transaction, "neither kept nor closed: both would use the parent's locks"
+                    sqlite.fetch_rows(connection, "COMMIT")
+                backend._connections.give(connection, is_reusable=True)
+                assert connection.in_transaction, "it is neither kept nor closed: both would use the parent's locks"
                 with pytest.raises(TierError, match="forked"):
                     backend.get(key_of(1))
 
@@ -917,53 +917,53 @@ def test_a_call_that_forks_goes_on_in_the_parent_alone(tmp_path: Path, monkeypat
 
 @forks
 def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A signal handler or a finalizer runs where it pleases: here, in the thread that forks, as it closes connections.
+    # A signal handler or a finalizer can run at any point: here, in the thread that forks, while it closes connections.
     monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
-    said: list[str] = []
+    messages: list[str] = []
 
     def close() -> None:
-        if said:
+        if messages:
             return
         try:
             backend.get(key_of(1))
         except TierTimeout as error:
-            said.append(str(error))
-        in_fork(refused, "a fork inside a fork")
+            messages.append(str(error))
+        in_fork(inner_child, "a fork inside a fork")
 
-    def refused() -> None:
+    def inner_child() -> None:
         with pytest.raises(TierError, match="forked"):
             backend.get(key_of(1))
 
     def child() -> None:
         assert backend.get(key_of(1)) == value_of(1)
 
-    monkeypatch.setattr(disk_backend, "Connection", closing_by(close))
-    with opened(tmp_path) as backend:
+    monkeypatch.setattr(disk_backend, "Connection", make_connection_class(close))
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(2)), None)
         in_threads(1, lambda _: in_fork(child, "the outer fork"), "a fork inside a fork")
-        assert said == ["this process is forking"]
+        assert messages == ["this process is forking"]
         child()
 
 
 # --- disks that are full or damaged -----------------------------------------------------------
 
 
-def test_a_full_disk_is_an_error_and_what_is_stored_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(tmp_path) as backend:
+def test_a_full_disk_is_an_error_and_stored_entries_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(100)), None)
     with monkeypatch.context() as patch:
         patch.setattr(disk_backend, "PRAGMAS", (*disk_backend.PRAGMAS, "max_page_count = 60"))
-        with opened(tmp_path) as backend:
+        with open_backend(tmp_path) as backend:
             for _ in range(3):
-                with pytest.raises(OSError, match="no room") as caught:
+                with pytest.raises(OSError, match="disk full") as caught:
                     backend.set_many(items_of(range(1000, 1500)), None)
                 assert caught.value.errno == errno.ENOSPC
                 assert backend.get_many(list(items_of(range(100)))) == items_of(range(100))
             provider = CountingProvider()
-            with embedonce.Cache(provider, [patient(DiskBackend(path=tmp_path))]) as cache:
+            with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=tmp_path))]) as cache:
                 assert len(cache.embed_batch([f"text {n}" for n in range(2000)])) == 2000
                 assert cache.stats().tiers["disk"].errors + cache.stats().tiers["disk"].dropped > 0
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(1000, 1500)), None)
 
 
@@ -981,42 +981,42 @@ for turn in range(20):
         backend.set_many({f"eo1.{turn}.{n}": bytes(1600) for n in range(256)}, None)
     except OSError:
         failed += 1
-assert failed, "the limit was not met"
+assert failed, "the limit was not reached"
 assert backend.get_many(list(values)) == values
-print("right to the end")
+print("still running")
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_a_file_that_cannot_grow_ends_no_process(tmp_path: Path) -> None:
-    assert run_children(FULL, tmp_path, 1) == ["right to the end\n"]
-    with opened(tmp_path) as backend:
+def test_a_file_that_cannot_grow_does_not_kill_the_process(tmp_path: Path) -> None:
+    assert run_children(FULL, tmp_path, 1) == ["still running\n"]
+    with open_backend(tmp_path) as backend:
         assert len(backend.get_many([f"eo1.x.{n}" for n in range(200)])) == 200
 
 
 @pytest.mark.parametrize("garbage", [b"not a database at all" * 1000, b"SQLite format 3\x00" + b"\xff" * 20_000])
-def test_garbage_for_a_database_is_an_error_that_says_what_to_do(tmp_path: Path, garbage: bytes) -> None:
+def test_a_file_of_garbage_is_an_error_that_says_what_to_do(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "cache.db").write_bytes(garbage)
     provider = CountingProvider()
-    with opened(tmp_path) as backend:
+    with open_backend(tmp_path) as backend:
         for _ in range(2):
             with pytest.raises(sqlite3.DatabaseError, match=r"cache\.db: .*remove its folder"):
                 backend.get_many([key_of(1)])
-    with embedonce.Cache(provider, [patient(DiskBackend(path=tmp_path))]) as cache:
+    with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=tmp_path))]) as cache:
         assert len(cache.embed_batch(["a", "b"])) == 2
         assert cache.stats().tiers["disk"].errors == 2
         (tmp_path / "cache.db").unlink()
-    with embedonce.Cache(provider, [patient(DiskBackend(path=tmp_path))]) as cache:
+    with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=tmp_path))]) as cache:
         cache.embed_batch(["a", "b"])
         assert cache.stats().tiers["disk"].stored == 2
 
 
-def test_damage_anywhere_is_an_error_or_a_miss_or_bytes(tmp_path: Path) -> None:
-    sound = tmp_path / "sound"
+def test_a_damaged_file_gives_an_error_or_a_miss_or_bytes(tmp_path: Path) -> None:
+    intact = tmp_path / "intact"
     items = items_of(range(200))
-    with opened(sound) as backend:
+    with open_backend(intact) as backend:
         backend.set_many(items, None)
-    whole = (sound / "cache.db").read_bytes()
+    whole = (intact / "cache.db").read_bytes()
     chance = random.Random(5)
     outcomes = set()
     for turn in range(40):
@@ -1027,12 +1027,13 @@ def test_damage_anywhere_is_an_error_or_a_miss_or_bytes(tmp_path: Path) -> None:
             start = chance.randrange(len(damaged))
             damaged[start : start + 8] = chance.randbytes(len(damaged[start : start + 8]))
         (folder / "cache.db").write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
-        with opened(folder) as backend, deadline(10.0):
-            outcomes |= {outcome_of(backend, items)}
+        with open_backend(folder) as backend, deadline(10.0):
+            outcomes |= {use_damaged_file(backend, items)}
     assert {"error", "values"} <= outcomes
 
 
-def outcome_of(backend: DiskBackend, items: Mapping[str, bytes]) -> str:
+def use_damaged_file(backend: DiskBackend, items: Mapping[str, bytes]) -> str:
+    """Make every kind of call and return ``"error"`` if one raised, otherwise ``"values"``."""
     try:
         found = backend.get_many(list(items))
         list(backend.scan(""))

@@ -1,4 +1,4 @@
-"""Across processes that share a server a cold text is computed once: Redis, Postgres, memcached."""
+"""Processes that share a Redis, Postgres or memcached server compute each missing text once."""
 
 from __future__ import annotations
 

@@ -29,14 +29,14 @@ from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.support import in_fork, in_threads
 from embedonce_backends.memcached import MemcachedBackend, nodes
-from embedonce_backends.memcached.backend import LARGEST
+from embedonce_backends.memcached.backend import MAX_VALUE_BYTES
 
 DAY = 86_400
 _numbers = itertools.count()
 
 
-def unused() -> str:
-    """Return a prefix that no other test has used, so that a shared server is an empty one."""
+def make_prefix() -> str:
+    """Return a prefix that no other test has used, so that a shared server seems empty."""
     return f"{os.getpid()}-{next(_numbers)}-"
 
 
@@ -53,8 +53,8 @@ def items_of(numbers: range, size: int = 1600) -> dict[str, bytes]:
 
 
 @contextmanager
-def opened(servers: list[str], **options: Any) -> Iterator[MemcachedBackend]:
-    backend = MemcachedBackend(servers=servers, **{"prefix": unused(), **options})
+def open_backend(servers: list[str], **options: Any) -> Iterator[MemcachedBackend]:
+    backend = MemcachedBackend(servers=servers, **{"prefix": make_prefix(), **options})
     try:
         yield backend
     finally:
@@ -63,7 +63,7 @@ def opened(servers: list[str], **options: Any) -> Iterator[MemcachedBackend]:
 
 @pytest.fixture
 def backend(memcached_servers: list[str]) -> Iterator[MemcachedBackend]:
-    with opened(memcached_servers) as backend:
+    with open_backend(memcached_servers) as backend:
         yield backend
 
 
@@ -81,15 +81,15 @@ class TestMemcached(BackendContract):
             yield
 
     def make(self) -> MemcachedBackend:
-        return self.client({"servers": self.servers, "prefix": unused()})
+        return self.make_backend({"servers": self.servers, "prefix": make_prefix()})
 
-    def client(self, options: dict[str, Any]) -> MemcachedBackend:
+    def make_backend(self, options: dict[str, Any]) -> MemcachedBackend:
         backend = MemcachedBackend(**options)
         self.options[id(backend)] = options
         return backend
 
     def reopen(self, backend: Any) -> MemcachedBackend:
-        return self.client(self.options[id(backend)])
+        return self.make_backend(self.options[id(backend)])
 
     def recipe(self, backend: Any) -> Recipe:
         return Recipe(MemcachedBackend, self.options[id(backend)])
@@ -97,24 +97,24 @@ class TestMemcached(BackendContract):
     @contextmanager
     def lose_a_node(self, backend: Any) -> Iterator[None]:
         if len(self.servers) < 2:
-            pytest.skip("there is one node")
+            pytest.skip("there is only one node")
         self.proxy.fault = NetworkFault("refuse")
         yield
         self.proxy.heal()
 
 
 class TestOneNode(TestMemcached):
-    """Alone, it can be made to stall."""
+    """A single node, which the tests can stall."""
 
     @pytest.fixture(autouse=True)
-    def alone(self, on_servers: None) -> None:
+    def only_one_node(self, on_servers: None) -> None:
         del self.servers[1:]
 
     def server(self) -> tuple[str, int]:
         return self.proxy.address
 
     def through(self, backend: Any, host: str, port: int) -> MemcachedBackend:
-        return self.client({**self.options[id(backend)], "servers": [f"{host}:{port}"]})
+        return self.make_backend({**self.options[id(backend)], "servers": [f"{host}:{port}"]})
 
     @contextmanager
     def stall(self, backend: Any) -> Iterator[None]:
@@ -130,24 +130,24 @@ class TestOneNode(TestMemcached):
     "servers",
     ["a:1", [], [""], [":11211"], ["a:0"], ["a:70000"], ["a:x"], ["::1"], ["a b:1"], [11211], ["memcached://u:pass@h"]],
 )
-def test_servers_that_are_none_are_refused(servers: Any) -> None:
+def test_invalid_servers_are_refused(servers: Any) -> None:
     with pytest.raises(ConfigError, match="servers") as raised:
         MemcachedBackend(servers=servers)
     assert "pass" not in str(raised.value)
 
 
-def test_a_node_twice_is_refused() -> None:
+def test_the_same_node_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="twice"):
         MemcachedBackend(servers=["a", "b", "a:11211"])
 
 
 @pytest.mark.parametrize("prefix", ["a b", "a\n", "ä", "x" * 132, "\0"])
-def test_a_prefix_that_memcached_would_not_take_is_refused(prefix: str) -> None:
-    with pytest.raises(ConfigError, match="prefix"):
+def test_an_invalid_prefix_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="prefix must be at most 131 ASCII characters"):
         MemcachedBackend(servers=["a"], prefix=prefix)
 
 
-def test_nothing_is_connected_to_before_the_first_call() -> None:
+def test_a_new_backend_does_not_connect() -> None:
     for servers in (["192.0.2.1", "memcached.invalid:11211"], ["[::1]:11211"], ["/run/memcached.sock"], ["unix:/m"]):
         backend = MemcachedBackend(servers=servers)
         backend.close()
@@ -156,12 +156,12 @@ def test_nothing_is_connected_to_before_the_first_call() -> None:
             backend.get_many([key_of(0)])
 
 
-def test_from_toml(memcached_servers: list[str], tmp_path: Any) -> None:
+def test_a_cache_from_toml(memcached_servers: list[str], tmp_path: Any) -> None:
     file = tmp_path / "embedonce.toml"
     servers = ", ".join(f'"{server}"' for server in memcached_servers)
     file.write_text(
         f'[provider]\ntype = "ngram"\n[[tiers]]\ntype = "memcached"\nservers = [{servers}]\n'
-        f'prefix = "{unused()}"\nmax_value_bytes = "512 KiB"\ntimeout = "30s"\nwrite = "inline"\n'
+        f'prefix = "{make_prefix()}"\nmax_value_bytes = "512 KiB"\ntimeout = "30s"\nwrite = "inline"\n'
     )
     with embedonce.open(file) as cache:
         vector = cache.embed("hello")
@@ -173,7 +173,7 @@ def test_from_toml(memcached_servers: list[str], tmp_path: Any) -> None:
 
 
 class UnixServer(MemcachedServer):
-    """memcached on a Unix socket; it then listens on nothing else."""
+    """memcached on a Unix socket only."""
 
     @property
     def path(self) -> str:
@@ -189,14 +189,14 @@ class UnixServer(MemcachedServer):
         return True
 
 
-def test_a_unix_socket() -> None:
-    with UnixServer() as server, opened([server.path]) as backend:
+def test_a_node_can_be_a_unix_socket() -> None:
+    with UnixServer() as server, open_backend([server.path]) as backend:
         backend.set_many(items_of(range(3)), None)
         assert backend.get_many([key_of(0), key_of(9)]) == {key_of(0): value_of(0)}
 
 
-def test_a_name_is_looked_up(memcached_servers: list[str]) -> None:
-    with opened([f"localhost:{memcached_servers[0].split(':')[1]}"]) as backend:
+def test_a_host_name_is_resolved(memcached_servers: list[str]) -> None:
+    with open_backend([f"localhost:{memcached_servers[0].split(':')[1]}"]) as backend:
         backend.set_many(items_of(range(3)), None)
         assert backend.get_many([key_of(0)]) == {key_of(0): value_of(0)}
 
@@ -204,42 +204,43 @@ def test_a_name_is_looked_up(memcached_servers: list[str]) -> None:
 # --- placement --------------------------------------------------------------------------------
 
 
-def placed(servers: list[str], count: int = 3000) -> dict[str, str]:
+def place_keys(servers: list[str], count: int = 3000) -> dict[str, str]:
+    """Return the name of the node of each key."""
     backend = MemcachedBackend(servers=servers)
-    parts = backend._by_node([key_of(number) for number in range(count)])
+    parts = backend._group_keys([key_of(number) for number in range(count)])
     return {key: node.name for node, keys in parts.items() for key in keys}
 
 
-def test_keys_are_spread_and_few_move() -> None:
-    three = placed(["a:1", "b:1", "c:1"])
-    assert three == placed(["c:1", "a:1", "b:1"])
+def test_keys_are_spread_evenly_and_a_new_node_moves_few_of_them() -> None:
+    three = place_keys(["a:1", "b:1", "c:1"])
+    assert three == place_keys(["c:1", "a:1", "b:1"])
     assert min(Counter(three.values()).values()) > 900
-    four = placed(["a:1", "b:1", "c:1", "d:1"])
+    four = place_keys(["a:1", "b:1", "c:1", "d:1"])
     moved = {key for key in three if three[key] != four[key]}
     assert {four[key] for key in moved} == {"d:1"}
     assert 600 < len(moved) < 900
 
 
 def test_placement_is_the_same_in_every_process_and_version() -> None:
-    places = placed(["a:1", "b:1", "c:1"], 24)
+    places = place_keys(["a:1", "b:1", "c:1"], 24)
     assert "".join(places[key][0] for key in sorted(places)) == GOLDEN
 
 
 GOLDEN = "acbcbacbbbcaccbbaaacbcca"
 
 
-def test_every_node_is_asked_once(memcached_servers: list[str]) -> None:
-    with opened(memcached_servers) as backend:
+def test_every_key_is_asked_of_one_node(memcached_servers: list[str]) -> None:
+    with open_backend(memcached_servers) as backend:
         backend.set_many(items_of(range(100)), None)
-        before = [commands(address) for address in memcached_servers]
+        before = [count_gets(address) for address in memcached_servers]
         assert backend.get_many([key_of(number) for number in range(100)]) == items_of(range(100))
-        # One "get" with many keys counts as many; connections tell that it was one call.
-        after = [commands(address) for address in memcached_servers]
+        # The server counts a "get" once per key.
+        after = [count_gets(address) for address in memcached_servers]
         assert sum(after) - sum(before) == 100
         assert all(new > old for new, old in zip(after, before, strict=True))
 
 
-def commands(address: str) -> int:
+def count_gets(address: str) -> int:
     host, port = address.split(":")
     with socket.create_connection((host, int(port))) as connection, connection.makefile("rb") as reader:
         connection.sendall(b"stats\r\n")
@@ -254,16 +255,16 @@ def commands(address: str) -> int:
 
 def test_the_largest_value_fits_under_the_longest_key(memcached_servers: list[str]) -> None:
     key = "k" * 119
-    with opened(memcached_servers, prefix="p" * 131) as backend:
-        assert backend.capabilities.max_value_bytes == LARGEST
-        backend.set_many({key: b"x" * LARGEST}, None)
-        assert backend.get_many([key]) == {key: b"x" * LARGEST}
+    with open_backend(memcached_servers, prefix="p" * 131) as backend:
+        assert backend.capabilities.max_value_bytes == MAX_VALUE_BYTES
+        backend.set_many({key: b"x" * MAX_VALUE_BYTES}, None)
+        assert backend.get_many([key]) == {key: b"x" * MAX_VALUE_BYTES}
         backend.delete_many([key])
         assert backend.get_many([key]) == {}
 
 
-def test_a_refused_value_does_not_look_stored(memcached_servers: list[str]) -> None:
-    with opened(memcached_servers[:1]) as backend:
+def test_a_refused_value_is_an_error_and_not_stored(memcached_servers: list[str]) -> None:
+    with open_backend(memcached_servers[:1]) as backend:
         backend.set_many({key_of(0): b"old"}, None)
         with pytest.raises(MemcacheServerError):
             backend.set_many({key_of(0): b"x" * (2**20 + 1)}, None)
@@ -272,9 +273,9 @@ def test_a_refused_value_does_not_look_stored(memcached_servers: list[str]) -> N
         assert backend.get_many([key_of(1)]) == {key_of(1): value_of(1)}
 
 
-def test_a_vector_that_is_too_large_is_left_out_and_counted(memcached_servers: list[str]) -> None:
+def test_a_vector_that_is_too_large_is_not_stored_and_counted(memcached_servers: list[str]) -> None:
     provider = CountingProvider(dimensions=2**18)
-    with opened(memcached_servers) as backend:
+    with open_backend(memcached_servers) as backend:
         with Cache(provider, [Tier(backend, write="inline", timeout=60.0)]) as cache:
             cache.embed_batch(["a", "b"])
             counted = cache.stats().tiers["memcached"]
@@ -282,7 +283,7 @@ def test_a_vector_that_is_too_large_is_left_out_and_counted(memcached_servers: l
 
 
 def test_prefixes_keep_stores_apart(memcached_servers: list[str]) -> None:
-    with opened(memcached_servers) as one, opened(memcached_servers) as two:
+    with open_backend(memcached_servers) as one, open_backend(memcached_servers) as two:
         one.set_many(items_of(range(5)), None)
         assert two.get_many([key_of(0)]) == {}
         assert two.add_many({key_of(0): b"lease"}, 60.0) == {key_of(0)}
@@ -308,15 +309,17 @@ def test_prefixes_keep_stores_apart(memcached_servers: list[str]) -> None:
     ],
 )
 @pytest.mark.parametrize("write", ["set_many", "add_many"])
-def test_ttl(memcached_servers: list[str], write: str, ttl: float | None, least: int, most: int) -> None:
-    prefix = unused()
-    with opened(memcached_servers[:1], prefix=prefix) as backend:
+def test_an_entry_has_the_ttl_that_was_given(
+    memcached_servers: list[str], write: str, ttl: float | None, least: int, most: int
+) -> None:
+    prefix = make_prefix()
+    with open_backend(memcached_servers[:1], prefix=prefix) as backend:
         start = time.monotonic()
         getattr(backend, write)({key_of(0): b"x"}, ttl)
         found = send_memcached_line(memcached_servers[0], f"mg {prefix}{key_of(0)} t")
         gone = int(time.monotonic() - start)
         if 0 <= least <= gone and found == "EN":
-            return  # it is over
+            return  # the entry has expired
         assert found.startswith("HD t"), found
         assert least - gone * (least > 0) <= int(found[4:]) <= most
 
@@ -325,7 +328,7 @@ def test_ttl(memcached_servers: list[str], write: str, ttl: float | None, least:
 
 
 def test_a_full_server_evicts() -> None:
-    with MemcachedServer("-m", "2") as server, opened([server.address]) as backend:
+    with MemcachedServer("-m", "2") as server, open_backend([server.address]) as backend:
         for start in range(0, 5000, 500):
             backend.set_many(items_of(range(start, start + 500)), None)
         found = backend.get_many([key_of(number) for number in range(4900, 5000)])
@@ -334,8 +337,8 @@ def test_a_full_server_evicts() -> None:
         assert 100 <= there < 5000
 
 
-def test_a_full_server_that_does_not_evict_says_so() -> None:
-    with MemcachedServer("-m", "2", "-M") as server, opened([server.address]) as backend:
+def test_a_full_server_that_does_not_evict_is_an_error() -> None:
+    with MemcachedServer("-m", "2", "-M") as server, open_backend([server.address]) as backend:
 
         def fill() -> None:
             for start in range(0, 5000, 500):
@@ -352,7 +355,7 @@ def test_a_full_server_that_does_not_evict_says_so() -> None:
 def test_forget_works_and_purge_names_the_tier(memcached_servers: list[str]) -> None:
     provider = CountingProvider()
     with (
-        opened(memcached_servers) as backend,
+        open_backend(memcached_servers) as backend,
         Cache(provider, [Tier(backend, write="inline", timeout=60.0)]) as cache,
     ):
         cache.embed_batch(["a", "b"])
@@ -363,12 +366,12 @@ def test_forget_works_and_purge_names_the_tier(memcached_servers: list[str]) -> 
         assert list(raised.value.tiers) == ["memcached"]
 
 
-# --- threads, forks, the end ------------------------------------------------------------------
+# --- threads, forks, close --------------------------------------------------------------------
 
 
 def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> None:
     host, port = memcached_servers[0].split(":")
-    with FaultProxy(host, int(port)) as proxy, opened([proxy.url_port], max_connections=2) as backend:
+    with FaultProxy(host, int(port)) as proxy, open_backend([proxy.url_port], max_connections=2) as backend:
         backend.set_many(items_of(range(50)), None)
 
         def work(number: int) -> None:
@@ -380,23 +383,25 @@ def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> Non
         assert proxy.accepted <= 2
 
 
-class Impatient:
-    """A semaphore that is waited for in vain, for the time that it is told, as it seems."""
+class ImpatientSemaphore:
+    """A semaphore that waits for 0.02 s, whatever timeout it is given."""
 
-    def __init__(self, places: threading.Semaphore) -> None:
-        self.places = places
+    def __init__(self, semaphore: threading.Semaphore) -> None:
+        self.semaphore = semaphore
 
     def acquire(self, timeout: float) -> bool:
         assert 0 < timeout <= 60
-        return self.places.acquire(timeout=0.02)
+        return self.semaphore.acquire(timeout=0.02)
 
     def release(self) -> None:
-        self.places.release()
+        self.semaphore.release()
 
 
-def test_an_exhausted_pool_is_busy_and_not_dead(memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exhausted_pool_raises_busy_and_the_node_stays_up(
+    memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     host, port = memcached_servers[0].split(":")
-    with FaultProxy(host, int(port)) as proxy, opened([proxy.url_port], max_connections=1) as backend:
+    with FaultProxy(host, int(port)) as proxy, open_backend([proxy.url_port], max_connections=1) as backend:
         backend.set_many(items_of(range(2)), None)
         proxy.fault = NetworkFault("black_hole", direction="replies")
         asked = threading.Thread(target=backend.get_many, args=([key_of(0)],))
@@ -404,18 +409,20 @@ def test_an_exhausted_pool_is_busy_and_not_dead(memcached_servers: list[str], mo
         node = backend._nodes[proxy.url_port]
         try:
             wait_until(lambda: not node._idle, "the connection is in use")
-            # The call's own time is long: else it might be over before there is anything to wait for.
-            monkeypatch.setattr(node, "_places", Impatient(node._places))
-            with deadline(60.0), pytest.raises(TierBusy):
+            # The deadline is long, because a short one might pass before the call starts to wait.
+            monkeypatch.setattr(node, "_slots", ImpatientSemaphore(node._slots))
+            with deadline(60.0), pytest.raises(TierBusy, match="max_connections = 1"):
                 backend.get_many([key_of(1)])
-            assert node.up
+            assert node.is_up
         finally:
             proxy.heal()
             asked.join()
         assert backend.get_many([key_of(1)]) == {key_of(1): value_of(1)}
 
 
-def test_a_call_that_is_interrupted_leaves_no_reply(backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_leaves_no_reply_for_the_next_one(
+    backend: MemcachedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend.set_many(items_of(range(40)), None)
     receive = nodes._Socket.recv
 
@@ -431,8 +438,8 @@ def test_a_call_that_is_interrupted_leaves_no_reply(backend: MemcachedBackend, m
 
 
 def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
-    """Before use, after use, and while other threads are in the middle of a call or hold every connection."""
-    with opened(memcached_servers, max_connections=2) as backend:
+    """The forks happen before and after the first use, and while other threads make calls or use every connection."""
+    with open_backend(memcached_servers, max_connections=2) as backend:
         everything = items_of(range(30))
 
         def use() -> None:
@@ -445,14 +452,14 @@ def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
 
         in_fork(child, "a backend that was not used before the fork")
         stop = threading.Event()
-        wrong: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def work() -> None:
             while not stop.is_set():
                 try:
                     use()
                 except BaseException as error:
-                    wrong.append(error)
+                    errors.append(error)
 
         threads = [threading.Thread(target=work) for _ in range(3)]
         for thread in threads:
@@ -464,11 +471,11 @@ def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
             stop.set()
             for thread in threads:
                 thread.join()
-        assert wrong == []
+        assert errors == []
         use()
 
 
-async def test_the_async_face(backend: MemcachedBackend) -> None:
+async def test_an_async_cache_over_memcached(backend: MemcachedBackend) -> None:
     provider = CountingProvider()
     cache = Cache(provider, [Tier(backend, name="shared", timeout=60.0, write="inline")])
     texts = [f"text {number}" for number in range(50)]
@@ -480,17 +487,17 @@ async def test_the_async_face(backend: MemcachedBackend) -> None:
     await cache.aclose()
 
 
-def test_dropped_without_close_it_closes_its_sockets(memcached_servers: list[str]) -> None:
-    backend = MemcachedBackend(servers=memcached_servers, prefix=unused())
-    backend.set_many(items_of(range(100)), None)  # so many that each node has some, whatever its port is
+def test_an_unclosed_backend_closes_its_sockets_when_it_is_collected(memcached_servers: list[str]) -> None:
+    backend = MemcachedBackend(servers=memcached_servers, prefix=make_prefix())
+    backend.set_many(items_of(range(100)), None)  # so many that each node gets some, whatever its port
     sockets = [node._idle[0].sock for node in backend._nodes.values()]
     del backend
     gc.collect()
-    assert all(one.fileno() == -1 for one in sockets)
+    assert all(connection.fileno() == -1 for connection in sockets)
 
 
-def test_a_connection_in_use_is_closed_when_it_comes_back(memcached_servers: list[str]) -> None:
-    backend = MemcachedBackend(servers=memcached_servers, prefix=unused())
+def test_after_close_a_connection_in_use_is_closed_when_its_call_ends(memcached_servers: list[str]) -> None:
+    backend = MemcachedBackend(servers=memcached_servers, prefix=make_prefix())
     backend.set_many(items_of(range(10)), None)
 
     def work(number: int) -> None:
@@ -501,11 +508,11 @@ def test_a_connection_in_use_is_closed_when_it_comes_back(memcached_servers: lis
                 backend.get_many([key_of(number)])
 
     with pytest.raises(CacheClosed):
-        in_threads(4, work, "get_many beside close")
+        in_threads(4, work, "get_many during close")
     assert all(node._idle == [] for node in backend._nodes.values())
 
 
-def test_pymemcache_is_asked_for_when_it_is_missing() -> None:
+def test_a_missing_pymemcache_is_an_error_that_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['pymemcache'] = None\n"
         "import embedonce\n"

@@ -1,4 +1,4 @@
-"""memcached when the network or a node is bad: every call ends in time, nothing wrong comes back, service resumes."""
+"""memcached with a bad network or node: every call ends in time, no answer is wrong, and service resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from embedonce_backends.memcached import MemcachedBackend, nodes
 R = TypeVar("R")
 
 GENEROUS = 20.0
-"""Seconds within which a call with a short deadline has to be back: not for ever."""
+"""Seconds within which a call with a short deadline ends on any machine."""
 
 OPERATIONS: dict[str, Callable[[Any], object]] = {
     "get": lambda backend: backend.get_many([key_of(number) for number in range(60)]),
@@ -65,7 +65,7 @@ def proxies(servers: list[MemcachedServer]) -> Iterator[list[FaultProxy]]:
 
 
 @contextmanager
-def opened(*nodes: Any, **options: Any) -> Iterator[MemcachedBackend]:
+def open_backend(*nodes: Any, **options: Any) -> Iterator[MemcachedBackend]:
     backend = MemcachedBackend(
         servers=[n.url_port if isinstance(n, FaultProxy) else n.address for n in nodes], **options
     )
@@ -77,29 +77,19 @@ def opened(*nodes: Any, **options: Any) -> Iterator[MemcachedBackend]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    """The clock by which a node that failed is tried again."""
+    """The clock that decides when a failed node is tried again."""
     clock = ManualClock(1000.0)
     monkeypatch.setattr(nodes, "_now", clock)
     return clock
 
 
-def held_by(backend: MemcachedBackend, node: Any, numbers: range) -> list[str]:
-    """Return the keys whose place is this node."""
-    return placed_on(backend, node, keys_of(numbers))
-
-
-def placed_on(backend: MemcachedBackend, node: Any, keys: list[str]) -> list[str]:
+def keys_on_node(backend: MemcachedBackend, node: Any, keys: list[str]) -> list[str]:
+    """Return those of the keys that are stored on the node."""
     name = node.url_port if isinstance(node, FaultProxy) else node.address
-    return [key for part_of, part in backend._by_node(keys).items() if part_of.name == name for key in part]
+    return [key for owner, part in backend._group_keys(keys).items() if owner.name == name for key in part]
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.monotonic()
-    call()
-    return time.monotonic() - start
-
-
-# --- one node: whatever the network does --------------------------------------------------------
+# --- one node with network faults ---------------------------------------------------------------
 
 FAULTS = {
     "refuse": NetworkFault("refuse"),
@@ -128,28 +118,28 @@ def test_a_call_ends_in_time_and_service_resumes(
     proxies: list[FaultProxy], name: str, operation: str, used: bool
 ) -> None:
     call = OPERATIONS[operation]
-    with opened(proxies[0]) as backend, opened(proxies[0]) as other:
+    with open_backend(proxies[0]) as backend, open_backend(proxies[0]) as other:
         other.set_many(items_of(range(60)), None)
         if used:
             backend.get_many(keys_of(range(3)))
         proxies[0].fault = FAULTS[name]
         error: Exception | None = None
         start = time.monotonic()
-        unharmed = name == "half-open" and not used
+        is_unaffected = name == "half-open" and not used
         try:
-            with deadline(GENEROUS if unharmed else 0.15):
+            with deadline(GENEROUS if is_unaffected else 0.15):
                 call(backend)
         except Exception as raised:
             error = raised
         assert time.monotonic() - start < GENEROUS
-        if unharmed:
+        if is_unaffected:
             assert error is None
         elif name in SILENT:
             assert isinstance(error, TimeoutError)
         else:
             assert isinstance(error, (OSError, MemcacheError, ValueError))
         proxies[0].heal()
-        # At once, and with its own replies.
+        # Service resumes at once, and each call gets its own replies.
         for first in range(0, 60, 7):
             wanted = range(first, min(60, first + 7))
             assert backend.get_many(keys_of(wanted)) == items_of(wanted)
@@ -158,34 +148,34 @@ def test_a_call_ends_in_time_and_service_resumes(
 
 
 def test_connecting_ends_in_time() -> None:
-    """A listening socket whose queue is full: the system answers no more, as behind a firewall that drops."""
+    """The queue of a listening socket is full, so the system does not answer, as a firewall that drops packets."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         waiting = [socket.socket() for _ in range(4)]
-        for one in waiting:
-            one.setblocking(False)
+        for connection in waiting:
+            connection.setblocking(False)
             with suppress(BlockingIOError):
-                one.connect(listening.getsockname())
+                connection.connect(listening.getsockname())
         backend = MemcachedBackend(servers=["{}:{}".format(*listening.getsockname())])
         for operation in OPERATIONS.values():
             with deadline(0.1), pytest.raises(TimeoutError):
                 operation(backend)
         backend.close()
-        for one in waiting:
-            one.close()
+        for connection in waiting:
+            connection.close()
 
 
-def test_looking_a_name_up_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_lookup_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     look_up = socket.getaddrinfo
 
-    def hangs(host: Any, *args: Any) -> Any:
+    def hang(host: Any, *args: Any) -> Any:
         if args[-1] != socket.AI_NUMERICHOST:
             released.wait(GENEROUS)
         return look_up(host, *args)
 
-    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     backend = MemcachedBackend(servers=["memcached.invalid"])
     try:
         with deadline(0.1), pytest.raises(TimeoutError):
@@ -195,17 +185,17 @@ def test_looking_a_name_up_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None
         backend.close()
 
 
-def test_a_write_that_nobody_reads_ends_in_time(proxies: list[FaultProxy]) -> None:
-    with opened(proxies[0]) as backend:
+def test_a_write_that_the_server_does_not_read_ends_in_time(proxies: list[FaultProxy]) -> None:
+    with open_backend(proxies[0]) as backend:
         proxies[0].fault = NetworkFault("black_hole")
         large = {key_of(number): bytes(10**6) for number in range(30)}
         with deadline(0.3), pytest.raises(TimeoutError):
             backend.set_many(large, None)
 
 
-def test_a_restart_costs_no_error(servers: list[MemcachedServer]) -> None:
-    """Idle connections that the server has closed are noticed, and the call is made over a new one."""
-    with MemcachedServer() as server, opened(server) as backend:
+def test_a_restart_of_the_server_causes_no_error(servers: list[MemcachedServer]) -> None:
+    """A call whose idle connection the server has closed is made again with a new one."""
+    with MemcachedServer() as server, open_backend(server) as backend:
         for operation in ("get", "set", "delete"):
             in_threads(4, lambda _: backend.set_many(items_of(range(60)), None), "set_many")
             server.kill()
@@ -219,14 +209,14 @@ def test_a_restart_costs_no_error(servers: list[MemcachedServer]) -> None:
 
 
 @contextmanager
-def scripted(*connections: Sequence[bytes]) -> Iterator[MemcachedBackend]:
-    """Give a backend of a server that answers what the test says, request by request, and closes the connection."""
+def serve_replies(*connections: Sequence[bytes]) -> Iterator[MemcachedBackend]:
+    """Yield a backend of a server that sends the given replies on each connection, one per request, and closes it."""
 
     def answer() -> None:
         for replies in connections:
             try:
                 connection, _ = listening.accept()
-            except OSError:  # the test has ended, and nobody has come
+            except OSError:  # the test has ended without using this connection
                 return
             with connection:
                 for reply in replies:
@@ -241,33 +231,33 @@ def scripted(*connections: Sequence[bytes]) -> Iterator[MemcachedBackend]:
             yield backend
         finally:
             backend.close()
-            listening.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept()
+            listening.shutdown(socket.SHUT_RDWR)  # ends a wait in accept()
             answering.join()
 
 
-def test_an_answer_to_add_that_is_lost_is_no_answer() -> None:
-    """Added again, the key would seem to be somebody else's."""
-    with scripted([b"END\r\n", b""], [b"NOT_STORED\r\n"]) as backend:
+def test_add_is_not_retried_if_its_reply_is_lost() -> None:
+    """If it were, the key would seem to be another caller's."""
+    with serve_replies([b"END\r\n", b""], [b"NOT_STORED\r\n"]) as backend:
         assert backend.get_many([key_of(0)]) == {}
         with pytest.raises((MemcacheError, ConnectionError)):
             backend.add_many({key_of(0): b"lease"}, 60.0)
 
 
-def test_another_answer_that_is_lost_is_asked_for_again() -> None:
-    with scripted([b"END\r\n", b""], [b"STORED\r\n"]) as backend:
+def test_set_is_retried_if_its_reply_is_lost() -> None:
+    with serve_replies([b"END\r\n", b""], [b"STORED\r\n"]) as backend:
         assert backend.get_many([key_of(0)]) == {}
         backend.set_many({key_of(0): b"value"}, None)
 
 
-def test_a_reply_to_delete_that_is_none_is_an_error() -> None:
-    """pymemcache's own ``delete_many`` takes any line for a yes; what is to be forgotten must be gone."""
-    with scripted([b"STORED\r\n"]) as backend, pytest.raises(MemcacheError):
+def test_an_invalid_reply_to_delete_is_an_error() -> None:
+    """pymemcache's own ``delete_many`` accepts any reply as a success, but a forgotten text must really be gone."""
+    with serve_replies([b"STORED\r\n"]) as backend, pytest.raises(MemcacheError):
         backend.delete_many([key_of(0)])
 
 
-def test_a_value_that_nobody_asked_for_is_an_error() -> None:
+def test_a_value_of_another_key_is_an_error() -> None:
     shifted = f"VALUE {key_of(1)} 0 5\r\nwrong\r\nEND\r\n".encode()
-    with scripted([shifted], [b"END\r\n"]) as backend:
+    with serve_replies([shifted], [b"END\r\n"]) as backend:
         with pytest.raises(KeyError):
             backend.get_many([key_of(0)])
         assert backend.get_many([key_of(1)]) == {}
@@ -276,8 +266,8 @@ def test_a_value_that_nobody_asked_for_is_an_error() -> None:
 # --- two nodes ----------------------------------------------------------------------------------
 
 
-def partly(call: Callable[[], Any], failed: Collection[str]) -> Any:
-    """Return what a call answers of which the keys ``failed`` fail."""
+def catch_partial_answer(call: Callable[[], Any], failed: Collection[str]) -> Any:
+    """Return the answer of a call that must fail for exactly the keys ``failed``."""
     with pytest.raises(PartialAnswer) as caught:
         call()
     assert isinstance(caught.value.__cause__, NodeDown)
@@ -285,45 +275,46 @@ def partly(call: Callable[[], Any], failed: Collection[str]) -> Any:
     return caught.value.answer
 
 
-def test_a_dead_nodes_keys_fail_and_the_other_serves(
+def test_the_keys_of_a_dead_node_fail_and_the_other_node_serves(
     servers: list[MemcachedServer], clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     everything = items_of(range(100))
-    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+    with MemcachedServer() as mortal, open_backend(servers[0], mortal) as backend:
         backend.set_many(everything, None)
-        lost = held_by(backend, mortal, range(100))
+        lost = keys_on_node(backend, mortal, keys_of(range(100)))
         kept = {key: value for key, value in everything.items() if key not in lost}
         assert len(lost) > 20
         assert len(kept) > 20
         mortal.kill()
         for turn in range(3):
-            assert partly(lambda: backend.get_many(list(everything)), lost) == kept
+            assert catch_partial_answer(lambda: backend.get_many(list(everything)), lost) == kept
             with pytest.raises(NodeDown, match=mortal.address):
                 backend.get_many(lost[:1])
-            assert partly(lambda: backend.set_many(everything, None), lost) is None
+            assert catch_partial_answer(lambda: backend.set_many(everything, None), lost) is None
             with pytest.raises(NodeDown):
                 backend.add_many({key: b"lease" for key in lost}, None)
             leases = {f"{key}.{turn}": b"lease" for key in everything}
-            down = placed_on(backend, mortal, list(leases))
-            assert partly(lambda leases=leases: backend.add_many(leases, None), down) == leases.keys() - set(down)
+            down = keys_on_node(backend, mortal, list(leases))
+            assert catch_partial_answer(
+                lambda leases=leases: backend.add_many(leases, None), down
+            ) == leases.keys() - set(down)
             with pytest.raises(ConnectionRefusedError):
                 backend.delete_many(lost)
         assert backend.describe() == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
         mortal.restart()
-        assert partly(lambda: backend.get_many(list(everything)), lost) == kept
+        assert catch_partial_answer(lambda: backend.get_many(list(everything)), lost) == kept
         clock.advance(nodes.LONGEST_WAIT * 2)
         backend.set_many(everything, None)
         assert backend.get_many(list(everything)) == everything
         assert backend.describe() == "frames on 2 nodes"
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        f"memcached {mortal.address} does not answer (ConnectionRefusedError); its keys are not served until it does",
+    assert [record.getMessage() for record in caplog.records] == [
+        f"memcached {mortal.address} does not answer (ConnectionRefusedError); skipping it until a probe succeeds",
         f"memcached {mortal.address} answers again",
     ]
 
 
-def after_its_share(clock: ManualClock, call: Callable[[], R]) -> R:
-    """Make a call of which one node does not answer. Where the other does not within its share either, once more."""
+def call_until_other_node_answers(clock: ManualClock, call: Callable[[], R]) -> R:
+    """Make a call while one node does not answer; if the other one is too slow as well, retry with more time."""
     for seconds in (0.9, 9.0):
         try:
             with deadline(seconds):
@@ -334,29 +325,34 @@ def after_its_share(clock: ManualClock, call: Callable[[], R]) -> R:
         return call()
 
 
-def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock: ManualClock) -> None:
+def test_a_node_that_hangs_delays_only_one_call(proxies: list[FaultProxy], clock: ManualClock) -> None:
     everything = items_of(range(100))
-    with opened(*proxies) as backend:
+    with open_backend(*proxies) as backend:
         backend.set_many(everything, None)
-        kept = {key: everything[key] for key in held_by(backend, proxies[1], range(100))}
+        kept = {key: everything[key] for key in keys_on_node(backend, proxies[1], keys_of(range(100)))}
         proxies[0].fault = NetworkFault("black_hole")
         lost = everything.keys() - kept.keys()
-        assert after_its_share(clock, lambda: partly(lambda: backend.get_many(list(everything)), lost)) == kept
-        # The black hole has accepted what it will accept: from now on nobody goes there.
+        assert (
+            call_until_other_node_answers(
+                clock, lambda: catch_partial_answer(lambda: backend.get_many(list(everything)), lost)
+            )
+            == kept
+        )
+        # From now on, no call connects to the node that hangs.
         accepted = proxies[0].accepted
         for _ in range(20):
-            assert partly(lambda: backend.get_many(list(everything)), lost) == kept
-        partly(lambda: backend.set_many(everything, None), lost)
+            assert catch_partial_answer(lambda: backend.get_many(list(everything)), lost) == kept
+        catch_partial_answer(lambda: backend.set_many(everything, None), lost)
         assert proxies[0].accepted == accepted
-        # Then one call tries it again, and no other beside it.
+        # Later one call probes it, and no other call does at the same time.
         clock.advance(nodes.LONGEST_WAIT * 2)
         found: list[Any] = []
         trying = threading.Thread(target=lambda: found.append(backend.get_many(list(everything))))
         trying.start()
         try:
-            wait_until(lambda: proxies[0].accepted > accepted, "it is tried again")
+            wait_until(lambda: proxies[0].accepted > accepted, "the node is probed")
             for _ in range(5):
-                assert partly(lambda: backend.get_many(list(everything)), lost) == kept
+                assert catch_partial_answer(lambda: backend.get_many(list(everything)), lost) == kept
             assert proxies[0].accepted == accepted + 1
         finally:
             proxies[0].heal()
@@ -366,9 +362,9 @@ def test_a_node_that_hangs_costs_its_share_once(proxies: list[FaultProxy], clock
         assert backend.get_many(list(everything)) == everything
 
 
-def test_a_node_that_hangs_alone_is_an_error_not_a_miss(proxies: list[FaultProxy], clock: ManualClock) -> None:
-    with opened(*proxies) as backend:
-        mine = held_by(backend, proxies[0], range(100))[:1]
+def test_a_read_of_only_a_hanging_node_is_an_error_not_a_miss(proxies: list[FaultProxy], clock: ManualClock) -> None:
+    with open_backend(*proxies) as backend:
+        mine = keys_on_node(backend, proxies[0], keys_of(range(100)))[:1]
         proxies[0].fault = NetworkFault("black_hole")
         with deadline(0.4), pytest.raises(NodeTimeout):
             backend.get_many(mine)
@@ -376,8 +372,8 @@ def test_a_node_that_hangs_alone_is_an_error_not_a_miss(proxies: list[FaultProxy
             backend.get_many(mine)
 
 
-def test_where_no_node_answers_it_says_so_every_time(proxies: list[FaultProxy], clock: ManualClock) -> None:
-    with opened(*proxies) as backend:
+def test_if_no_node_answers_every_call_is_an_error(proxies: list[FaultProxy], clock: ManualClock) -> None:
+    with open_backend(*proxies) as backend:
         backend.set_many(items_of(range(100)), None)
         for proxy in proxies:
             proxy.fault = NetworkFault("refuse")
@@ -386,31 +382,33 @@ def test_where_no_node_answers_it_says_so_every_time(proxies: list[FaultProxy], 
                 with pytest.raises(ConnectionRefusedError):
                     operation(backend)
         proxies[0].heal()
-        mine = held_by(backend, proxies[0], range(100))
-        # No clock has moved: whoever answers is asked, as the tier's breaker has waited already.
+        mine = keys_on_node(backend, proxies[0], keys_of(range(100)))
+        # The node is asked although no time has passed: while no node is up, the tier's breaker does the waiting.
         assert len(backend.get_many(mine)) == len(mine)
 
 
-def test_waits_grow_with_failures_not_with_callers(proxies: list[FaultProxy], clock: ManualClock) -> None:
-    with opened(*proxies) as backend:
+def test_the_wait_grows_with_failures_not_with_simultaneous_calls(
+    proxies: list[FaultProxy], clock: ManualClock
+) -> None:
+    with open_backend(*proxies) as backend:
         proxies[0].fault = NetworkFault("black_hole")
         node = backend._nodes[proxies[0].url_port]
 
         def work(number: int) -> None:
-            if number == 8:  # when all of them wait for the node, they lose it at one moment
-                wait_until(lambda: proxies[0].accepted == 8, "eight calls are under way")
+            if number == 8:  # once the other eight wait for the node, make all of them fail at the same time
+                wait_until(lambda: proxies[0].accepted == 8, "eight calls are in flight")
                 proxies[0].fault = NetworkFault("refuse")
                 return
             with pytest.raises(PartialAnswer):
                 OPERATIONS["get"](backend)
 
         in_threads(9, work, "get_many from eight threads")
-        waits = [node._wait]
+        waits = [node._wait_seconds]
         for _ in range(10):
             clock.advance(100.0)
             with pytest.raises(PartialAnswer):
                 OPERATIONS["get"](backend)
-            waits.append(node._wait)
+            waits.append(node._wait_seconds)
         assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
 
 
@@ -422,7 +420,7 @@ def test_a_cache_over_a_dead_node(
 ) -> None:
     texts = [f"dead node {number}" for number in range(60)]
     provider = CountingProvider()
-    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+    with MemcachedServer() as mortal, open_backend(servers[0], mortal) as backend:
         tier = Tier(backend, name="shared", timeout=60.0, write="inline")
         with Cache(provider, [tier]) as cache:
             first = cache.embed_batch(texts)
@@ -432,7 +430,7 @@ def test_a_cache_over_a_dead_node(
             lost = found.sources.count("provider")
             assert 10 < lost < 50
             assert found.sources.count("shared") == 60 - lost
-            for text in texts:  # one by one: no breaker may open for the node that lives
+            for text in texts:  # one text per call, so that the breaker would open if the node's errors counted
                 assert (cache.embed(text) == first[texts.index(text)]).all()
             stats = cache.stats().tiers["shared"]
             assert stats.skipped == 0
@@ -444,30 +442,32 @@ def test_a_cache_over_a_dead_node(
             clock.advance(1000.0)
             cache.embed_batch(texts)
             assert cache.fetch(texts).sources == ["shared"] * 60
-    assert not [record for record in caplog.records if "left out" in record.getMessage()]
+    assert not [record for record in caplog.records if record.getMessage().startswith("tier 'shared': reads")]
 
 
-def test_check_names_the_node_that_is_away_wherever_it_is(servers: list[MemcachedServer]) -> None:
+def test_check_names_a_dead_node_whichever_node_has_the_key(servers: list[MemcachedServer]) -> None:
     with MemcachedServer() as mortal:
         mortal.kill()
         for place in (servers[0].address, mortal.address):
-            with opened(servers[0], mortal) as backend:
-                backend._ring.get_node = lambda _, place=place: place  # the key that is asked for is on either
+            with open_backend(servers[0], mortal) as backend:
+                backend._ring.get_node = lambda _, place=place: place
                 tier = Tier(backend, name="shared", timeout=60.0)
                 with Cache(CountingProvider(), [tier]) as cache:
-                    (one,) = cache.check()
-                    assert one.ok
-                    assert one.detail == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
-        with opened(mortal) as backend:
-            alone = Tier(backend, name="shared", timeout=60.0)
-            with Cache(CountingProvider(), [alone]) as cache:
-                (one,) = cache.check()
-                assert not one.ok
-                assert one.detail.startswith("ConnectionRefusedError")
+                    (report,) = cache.check()
+                    assert report.ok
+                    assert (
+                        report.detail == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
+                    )
+        with open_backend(mortal) as backend:
+            tier = Tier(backend, name="shared", timeout=60.0)
+            with Cache(CountingProvider(), [tier]) as cache:
+                (report,) = cache.check()
+                assert not report.ok
+                assert report.detail.startswith("ConnectionRefusedError")
 
 
 def test_on_error_raise_raises_for_a_dead_node(servers: list[MemcachedServer]) -> None:
-    with MemcachedServer() as mortal, opened(servers[0], mortal) as backend:
+    with MemcachedServer() as mortal, open_backend(servers[0], mortal) as backend:
         tier = Tier(backend, name="shared", timeout=60.0, write="inline", on_error="raise")
         with Cache(CountingProvider(), [tier]) as cache:
             mortal.kill()
@@ -476,13 +476,13 @@ def test_on_error_raise_raises_for_a_dead_node(servers: list[MemcachedServer]) -
 
 
 @pytest.mark.parametrize("face", ["sync", "async"])
-async def test_faults_at_random_never_give_a_wrong_vector(proxies: list[FaultProxy], face: str) -> None:
-    """Two nodes, each of which has one fault after the other, in front of a cache that is asked all the time."""
+async def test_random_faults_never_cause_a_wrong_vector(proxies: list[FaultProxy], face: str) -> None:
+    """Two nodes have one fault after another while a cache reads from them all the time."""
     chance = random.Random(1)
     provider = CountingProvider(dimensions=384)
     texts = [f"text {number}" for number in range(200)]
     faults = [None, None, *FAULTS.values()]
-    with opened(*proxies) as backend:
+    with open_backend(*proxies) as backend:
         cache = Cache(provider, [Tier(backend, timeout=0.1, write="inline")])
         for _ in range(60):
             for proxy in proxies:
@@ -495,14 +495,14 @@ async def test_faults_at_random_never_give_a_wrong_vector(proxies: list[FaultPro
         corrupt = cache.stats().tiers["memcached"].corrupt
         await cache.aclose()
     assert corrupt == 0
-    with opened(*proxies) as backend, Cache(provider, [Tier(backend, timeout=60.0, write="inline")]) as cache:
+    with open_backend(*proxies) as backend, Cache(provider, [Tier(backend, timeout=60.0, write="inline")]) as cache:
         cache.embed_batch(texts)
         assert cache.fetch(texts).sources == ["memcached"] * 200
 
 
-def test_the_log_tells_no_key(proxies: list[FaultProxy], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_contains_no_key(proxies: list[FaultProxy], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with opened(*proxies) as backend:
+    with open_backend(*proxies) as backend:
         backend.set_many(items_of(range(60)), None)
         for fault in FAULTS.values():
             for proxy in proxies:

@@ -37,7 +37,7 @@ def fill(backend: MemoryBackend, keys: Iterator[str] | list[str]) -> None:
 
 
 @every_policy
-def test_what_is_stored_is_returned_itself(policy: Any) -> None:
+def test_get_returns_the_stored_object_itself(policy: Any) -> None:
     backend = MemoryBackend(policy=policy)
     entry = entry_of(1.0)
     backend.set_many({"a": entry}, 60.0)
@@ -66,11 +66,11 @@ def test_delete_scan_count_and_close(policy: Any) -> None:
 
 @every_policy
 def test_a_hit_between_any_two_steps_of_a_scan_changes_nothing(policy: Any) -> None:
-    """A hit takes no lock: another thread's may come at any bytecode of a scan, as the trace function's does here."""
+    """A hit takes no lock, so another thread's can happen at any bytecode of a scan. A trace function simulates it."""
     backend = MemoryBackend(policy=policy, max_entries=100)
     keys = [f"eo1.aa.{i}" for i in range(20)]
     fill(backend, keys)
-    assert all(backend.get(key) is not None for key in keys)  # all are protected now, where the policy has that
+    assert all(backend.get(key) is not None for key in keys)  # with the segmented policy, all are protected now
     hits = 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -100,18 +100,18 @@ def test_scanning_while_writing_is_a_snapshot() -> None:
     assert backend.count("") == 0
 
 
-def test_an_empty_backend_is_still_a_backend() -> None:
+def test_an_empty_backend_is_truthy() -> None:
     assert MemoryBackend()
     assert not hasattr(MemoryBackend, "__len__")
 
 
-def test_the_hook_names_it() -> None:
+def test_the_hook_registers_the_backend() -> None:
     assert memory.embedonce_backends() == {"memory": MemoryBackend}
 
 
 @pytest.mark.parametrize("options", [{"max_entries": 0}, {"max_entries": -1}, {"max_bytes": 0}, {"policy": "lfu"}])
-def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options))):
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} must be"):
         MemoryBackend(**options)
 
 
@@ -119,14 +119,14 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
 
 
 @every_policy
-def test_of_more_than_fits_the_last_stay(policy: Any) -> None:
+def test_if_a_batch_does_not_fit_its_last_entries_stay(policy: Any) -> None:
     backend = MemoryBackend(max_entries=3, policy=policy)
     fill(backend, list("abcdefgh"))
     assert sorted(backend.scan("")) == ["f", "g", "h"]
 
 
 @every_policy
-def test_room_for_one(policy: Any) -> None:
+def test_with_room_for_one_entry_the_newest_stays(policy: Any) -> None:
     backend = MemoryBackend(max_entries=1, policy=policy)
     for key in "abc":
         fill(backend, [key])
@@ -136,7 +136,7 @@ def test_room_for_one(policy: Any) -> None:
 
 
 @every_policy
-def test_an_entry_that_can_never_fit_drops_nothing_but_what_it_replaces(policy: Any) -> None:
+def test_an_entry_that_can_never_fit_removes_only_its_own_old_entry(policy: Any) -> None:
     backend = MemoryBackend(max_bytes=entry_bytes(entry_of(0)) * 2, policy=policy)
     fill(backend, ["a", "b"])
     backend.set_many({"a": entry_of(1.0, dimensions=1000), "c": entry_of(2.0, dimensions=1000)}, None)
@@ -144,7 +144,7 @@ def test_an_entry_that_can_never_fit_drops_nothing_but_what_it_replaces(policy: 
 
 
 @every_policy
-def test_a_large_new_entry_is_let_in_though_hot_ones_must_go(policy: Any) -> None:
+def test_a_large_new_entry_is_stored_even_if_it_evicts_hot_ones(policy: Any) -> None:
     large = entry_of(1.0, dimensions=500)
     backend = MemoryBackend(max_bytes=entry_bytes(large), policy=policy)
     fill(backend, ["a", "b"])
@@ -172,9 +172,9 @@ def test_metadata_that_its_owner_changes_later_does_not_break_the_count(policy: 
 
 
 class Bounded(RuleBasedStateMachine):
-    """Whatever happens: within both bounds, the right entry or none, and what was just stored is there."""
+    """Both bounds hold, a read returns the right entry or none, and an entry that was just stored is found."""
 
-    # Few keys, so that they collide; sizes from a card's (no dimensions) to more than fits.
+    # Few keys, so that they collide. Sizes from that of a space card (no dimensions) to one that does not fit.
     keys = st.sampled_from([f"k{i}" for i in range(8)])
     sizes = st.sampled_from([0, 1, 50, 200, 2000])
 
@@ -217,7 +217,7 @@ class Bounded(RuleBasedStateMachine):
 
 
 class BoundedSegmented(Bounded):
-    """The same for the segmented policy."""
+    """The same rules for the segmented policy."""
 
     def policy(self) -> Any:
         return "segmented"
@@ -231,7 +231,7 @@ TestBounded.settings = TestBoundedSegmented.settings = settings(max_examples=60,
 # --- the policies -----------------------------------------------------------------------------
 
 
-def test_lru_drops_what_was_used_least_recently() -> None:
+def test_lru_evicts_the_least_recently_used_entry() -> None:
     backend = MemoryBackend(max_entries=3, policy="lru")
     fill(backend, list("abc"))
     backend.get("a")
@@ -241,7 +241,7 @@ def test_lru_drops_what_was_used_least_recently() -> None:
 
 
 @pytest.mark.parametrize(("policy", "survive"), [("segmented", 50), ("lru", 0)])
-def test_a_scan_does_not_flush_what_was_read_again(policy: Any, survive: int) -> None:
+def test_only_segmented_keeps_entries_that_were_read_twice_during_a_scan(policy: Any, survive: int) -> None:
     backend = MemoryBackend(max_entries=100, policy=policy)
     hot = [f"hot{i}" for i in range(50)]
     fill(backend, hot)
@@ -250,7 +250,7 @@ def test_a_scan_does_not_flush_what_was_read_again(policy: Any, survive: int) ->
     assert len(backend.get_many(hot)) == survive
 
 
-def test_what_was_hot_once_does_not_stay_for_ever() -> None:
+def test_entries_that_used_to_be_hot_are_evicted() -> None:
     backend = MemoryBackend(max_entries=100)
     for generation in range(5):
         hot = [f"hot{generation}.{i}" for i in range(90)]
@@ -266,7 +266,7 @@ def test_without_a_second_read_the_segmented_policy_uses_all_the_room() -> None:
 
 
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 8))
-def test_lru_is_an_lru(trace: list[int], room: int) -> None:
+def test_lru_evicts_as_a_simple_model_does(trace: list[int], room: int) -> None:
     backend = MemoryBackend(max_entries=room, policy="lru")
     model: dict[str, None] = {}
     for key in map(str, trace):
@@ -282,8 +282,8 @@ def test_lru_is_an_lru(trace: list[int], room: int) -> None:
 # --- threads and forks ------------------------------------------------------------------------
 
 
-def in_threads(work: list[Any]) -> None:
-    """Run the functions at once and raise what the first of them raised."""
+def run_in_threads(work: list[Any]) -> None:
+    """Run the functions at the same time, each in a thread, and raise the first exception that one of them raised."""
     failures: list[BaseException] = []
 
     def run(function: Any) -> None:
@@ -304,7 +304,7 @@ def in_threads(work: list[Any]) -> None:
 
 @pytest.fixture
 def eager_switches() -> Iterator[None]:
-    """Make the interpreter change threads as often as it can, so that races show."""
+    """Make the interpreter switch threads as often as it can, so that races show."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -313,8 +313,8 @@ def eager_switches() -> Iterator[None]:
 
 @every_policy
 @pytest.mark.usefixtures("eager_switches")
-def test_what_is_held_is_never_missed_while_others_move_it(policy: Any) -> None:
-    # Every read moves keys between probation and protection, and nothing has to go: each must hit.
+def test_a_stored_entry_is_never_a_miss_while_other_threads_move_it(policy: Any) -> None:
+    # Every read moves keys between probation and protection, and nothing is evicted, so every read must hit.
     backend = MemoryBackend(max_entries=16, policy=policy)
     keys = [f"k{i}" for i in range(16)]
     fill(backend, keys)
@@ -323,15 +323,15 @@ def test_what_is_held_is_never_missed_while_others_move_it(policy: Any) -> None:
         for turn in range(1500):
             key = keys[turn % 16]
             entry = backend.get(key)
-            assert entry is not None, "a key that is held was missed"
+            assert entry is not None, "a stored key was a miss"
             assert entry.vector[0] == turn % 16
 
-    in_threads([read] * 4)
+    run_in_threads([read] * 4)
 
 
 @every_policy
 @pytest.mark.usefixtures("eager_switches")
-def test_threads_that_do_everything_at_once(policy: Any) -> None:
+def test_threads_read_write_delete_and_count_at_the_same_time(policy: Any) -> None:
     backend = MemoryBackend(max_entries=20, max_bytes=15 * (ENTRY_BYTES + 16), policy=policy)
 
     def work(start: int) -> None:
@@ -343,7 +343,7 @@ def test_threads_that_do_everything_at_once(policy: Any) -> None:
             backend.delete_many([f"k{(number + 3) % 40}"])
             assert backend.count("k") <= 15
 
-    in_threads([lambda start=start: work(start) for start in range(4)])
+    run_in_threads([lambda start=start: work(start) for start in range(4)])
     assert sum(entry_bytes(entry) for entry in backend.get_many(backend.scan("")).values()) <= 15 * (ENTRY_BYTES + 16)
 
 
@@ -365,15 +365,15 @@ def test_a_deleted_key_is_not_brought_back_by_a_reader(policy: Any) -> None:
         finally:
             stop.set()
 
-    in_threads([read, delete])
+    run_in_threads([read, delete])
 
 
-def test_a_hit_on_a_hot_entry_waits_for_nobody() -> None:
+def test_a_hit_on_a_hot_entry_does_not_wait_for_the_lock() -> None:
     backend = MemoryBackend()
     fill(backend, ["a"])
     backend.get("a")
     with memory._lock:
-        in_threads([lambda: backend.get("a")])
+        run_in_threads([lambda: backend.get("a")])
 
 
 FORKS = """
@@ -382,7 +382,7 @@ import numpy as np
 from embedonce.vectors import Entry
 from embedonce_backends.memory import MemoryBackend
 
-warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: that is the point here
+warnings.simplefilter("ignore", DeprecationWarning)  # the test forks while threads run, which Python warns about
 sys.setswitchinterval(1e-6)
 backend = MemoryBackend(max_entries=64, policy=sys.argv[1], max_bytes=40_000)
 entry = Entry(np.frombuffer(bytes(16), dtype=np.float32), 0.0)

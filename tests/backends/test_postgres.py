@@ -38,7 +38,7 @@ from embedonce_backends.postgres import backend as postgres_backend
 
 SCOPE = "0123456789abcdef"
 LONG = 60.0
-"""Seconds that no call to a healthy server takes, nor one with a deadline of a fraction of one, on any machine."""
+"""Seconds within which a call to a healthy server ends on any machine, and so does a call with a short deadline."""
 
 _names = (f"cache_{number}" for number in range(10**9))
 
@@ -56,8 +56,8 @@ def entries_of(numbers: range, dimensions: int = 8) -> dict[str, Entry]:
     return {key_of(number): entry_of(number, dimensions) for number in numbers}
 
 
-def same(found: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Compare bit by bit."""
+def are_identical(found: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Return whether the items are the are_identical, bit for bit."""
     return found.keys() == stored.keys() and all(
         found[key] == item
         if isinstance(item, bytes)
@@ -67,7 +67,7 @@ def same(found: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
 
 
 class Database:
-    """A database of its own, looked at through a connection of nobody's."""
+    """A database for these tests; ``run`` uses a connection that does not belong to the backend."""
 
     def __init__(self, server: str, name: str) -> None:
         self.server = server
@@ -80,7 +80,7 @@ class Database:
             return cursor.fetchall() if cursor.description else []
 
     def url_of(self, user: str, address: str | None = None) -> str:
-        """Return its URL for another user, or through a proxy."""
+        """Return the database's URL for another user or through a proxy."""
         parts = urlsplit(self.url)
         return parts._replace(netloc=f"{user}@{address or f'{parts.hostname}:{parts.port}'}").geturl()
 
@@ -92,7 +92,7 @@ class Database:
 
 
 @contextmanager
-def database_of(server: str, *, vectors: bool) -> Iterator[Database]:
+def create_database(server: str, *, vectors: bool) -> Iterator[Database]:
     name = f"embedonce_test_{os.getpid()}_{next(_names)}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -109,19 +109,19 @@ def database_of(server: str, *, vectors: bool) -> Iterator[Database]:
 @pytest.fixture(scope="module")
 def database(postgres_server: Any) -> Iterator[Database]:
     """A database with pgvector."""
-    with database_of(postgres_server.url, vectors=True) as made:
+    with create_database(postgres_server.url, vectors=True) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def plain_database(postgres_server: Any) -> Iterator[Database]:
-    """A database without."""
-    with database_of(postgres_server.url, vectors=False) as made:
+    """A database without pgvector."""
+    with create_database(postgres_server.url, vectors=False) as made:
         yield made
 
 
 @contextmanager
-def opened(url: str, **options: Any) -> Iterator[PostgresBackend]:
+def open_backend(url: str, **options: Any) -> Iterator[PostgresBackend]:
     backend = PostgresBackend(url=url, **{"table": next(_names), **options})
     try:
         yield backend
@@ -131,7 +131,7 @@ def opened(url: str, **options: Any) -> Iterator[PostgresBackend]:
 
 @pytest.fixture
 def backend(database: Database) -> Iterator[PostgresBackend]:
-    with opened(database.url) as made:
+    with open_backend(database.url) as made:
         yield made
 
 
@@ -158,44 +158,44 @@ class PostgresContract(BackendContract):
         self.made: list[PostgresBackend] = []
 
     def make(self) -> PostgresBackend:
-        return self.client(next(_names))
+        return self.make_backend(next(_names))
 
-    def client(self, table: str, ahead: float = 0.0, url: str = "") -> PostgresBackend:
+    def make_backend(self, table: str, clock_offset: float = 0.0, url: str = "") -> PostgresBackend:
         backend = PostgresBackend(url=url or self.database.url, table=table, column=self.column, max_connections=4)
         backend.capabilities = replace(backend.capabilities, holds=self.holds)
-        backend.ahead = ahead
+        backend.clock_offset = clock_offset
         self.made.append(backend)
         return backend
 
     def reopen(self, backend: PostgresBackend) -> PostgresBackend:
-        return self.client(backend.table, backend.ahead)
+        return self.make_backend(backend.table, backend.clock_offset)
 
     def server(self) -> tuple[str, int]:
         return self.database.address
 
     def through(self, backend: PostgresBackend, host: str, port: int) -> PostgresBackend:
         user = urlsplit(self.database.url).netloc.rpartition("@")[0]
-        return self.client(backend.table, url=self.database.url_of(user, f"{host}:{port}"))
+        return self.make_backend(backend.table, url=self.database.url_of(user, f"{host}:{port}"))
 
     def advance(self, seconds: float) -> None:
         for backend in self.made:
-            backend.ahead += seconds
+            backend.clock_offset += seconds
 
     @contextmanager
     def stall(self, backend: PostgresBackend) -> Iterator[None]:
-        with _locked(self.database, backend):
+        with lock_table(self.database, backend):
             yield
 
 
 class TestVectors(PostgresContract):
-    """Entries, in a pgvector column where they fit."""
+    """Entries, in a pgvector column if they fit."""
 
     holds = "entries"
     dimensions = (8, 1, 384, 3072, 16_000, 16_001)
 
 
 class TestEntriesInBytea(PostgresContract):
-    """Entries where there is no pgvector."""
+    """Entries in a database without pgvector."""
 
     holds = "entries"
 
@@ -206,14 +206,14 @@ class TestEntriesInBytea(PostgresContract):
 
 
 class TestEntriesInByteaByOption(PostgresContract):
-    """Entries where there is pgvector, and it is not to be used."""
+    """Entries in a database with pgvector, which the option turns off."""
 
     holds = "entries"
     column = "bytea"
 
 
 class TestFrames(PostgresContract):
-    """Bytes, as an encrypted tier gives them."""
+    """Bytes, as an encrypted tier stores them."""
 
     holds = "frames"
 
@@ -221,7 +221,7 @@ class TestFrames(PostgresContract):
         return Recipe(PostgresBackend, {"url": self.database.url, "table": backend.table})
 
 
-# --- what is where ------------------------------------------------------------------------------
+# --- the columns --------------------------------------------------------------------------------
 
 
 def test_a_mixed_batch_goes_to_the_column_of_each(database: Database, backend: PostgresBackend) -> None:
@@ -239,7 +239,7 @@ def test_a_mixed_batch_goes_to_the_column_of_each(database: Database, backend: P
     }
     backend.set_many(items, None)
     found = backend.get_many(list(items))
-    assert same(found, items)
+    assert are_identical(found, items)
     assert all(not item.vector.flags.writeable for item in found.values() if isinstance(item, Entry))
     nested = found[key_of(2)].metadata  # type: ignore[union-attr]
     assert nested is not None
@@ -259,29 +259,29 @@ def test_a_mixed_batch_goes_to_the_column_of_each(database: Database, backend: P
     assert held[f"eo1.card.{SCOPE}"] == (None, True, "float32", 0, at + 8, None, '{"model":"m"}', SCOPE)
 
 
-def test_what_is_replaced_leaves_nothing_of_what_was_there(database: Database, backend: PostgresBackend) -> None:
+def test_a_replaced_item_leaves_nothing_in_its_row(database: Database, backend: PostgresBackend) -> None:
     key = key_of(1)
     for item in (entry_of(1, metadata={"a": 1}), b"frame", entry_of(2, dtype="int8"), entry_of(3), b"frame"):
         backend.set_many({key: item}, 60.0 if isinstance(item, bytes) else None)
-        assert same(backend.get_many([key]), {key: item})
+        assert are_identical(backend.get_many([key]), {key: item})
     plain = rows_of(database, backend, "embedding, dtype, dimensions, created, expires, metadata, text_preview")
     assert plain == [(None,) * 7]
-    with opened(database.url, table=backend.table, column="bytea") as other:
+    with open_backend(database.url, table=backend.table, column="bytea") as other:
         backend.set_many({key: entry_of(4)}, None)
         other.set_many({key: entry_of(5)}, None)
-        assert same(backend.get_many([key]), {key: entry_of(5)})
+        assert are_identical(backend.get_many([key]), {key: entry_of(5)})
         backend.set_many({key: entry_of(6)}, None)
-        assert same(other.get_many([key]), {key: entry_of(6)})
+        assert are_identical(other.get_many([key]), {key: entry_of(6)})
 
 
-def test_signs_of_zero_are_told_apart(backend: PostgresBackend) -> None:
+def test_zero_and_minus_zero_are_different_vectors(backend: PostgresBackend) -> None:
     for zero in (0.0, -0.0):
         entry = Entry(freeze([zero, 1.0]), 1.0)
         backend.set_many({key_of(1): entry}, None)
-        assert same(backend.get_many([key_of(1)]), {key_of(1): entry})
+        assert are_identical(backend.get_many([key_of(1)]), {key_of(1): entry})
 
 
-def test_a_row_that_stays_as_it_is_is_not_written(database: Database, backend: PostgresBackend) -> None:
+def test_a_row_that_would_not_change_is_not_written(database: Database, backend: PostgresBackend) -> None:
     items = {**entries_of(range(20)), key_of(50): b"frame", key_of(51): entry_of(51, metadata={"a": 1})}
     backend.set_many(items, None)
     before = rows_of(database, backend, "key, ctid::text, xmin::text")
@@ -289,8 +289,8 @@ def test_a_row_that_stays_as_it_is_is_not_written(database: Database, backend: P
     assert rows_of(database, backend, "key, ctid::text, xmin::text") == before
 
 
-def test_an_encrypted_tier_leaves_nothing_readable_beside_its_frames(database: Database) -> None:
-    with opened(database.url) as backend:
+def test_an_encrypted_tier_stores_nothing_readable_beside_its_frames(database: Database) -> None:
+    with open_backend(database.url) as backend:
         tier = Tier(backend, encryption=Encryption(os.urandom(32)), write="inline", ttl=3600, timeout=LONG)
         with Cache(CountingProvider(), [tier]) as cache:
             cache.put(["secret text"], [np.ones(cache.embed("other").size)], metadata=[{"text_preview": "secret text"}])
@@ -302,15 +302,15 @@ def test_an_encrypted_tier_leaves_nothing_readable_beside_its_frames(database: D
         assert {row for row in rows_of(database, backend, "kept_until IS NULL")} == {
             (False,),
             (True,),
-        }  # the card stays
+        }  # the space card has no expiry
 
 
-def test_a_preview_is_stored_where_it_was_asked_for_alone(database: Database) -> None:
+def test_a_preview_is_stored_only_with_its_option(database: Database) -> None:
     items = {
         key_of(0): entry_of(0, metadata={"text_preview": "How do I\0 reset", "source": "a"}),
         key_of(1): entry_of(1, dtype="int8", metadata={"text_preview": "the beginning"}),
     }
-    with opened(database.url, text_preview=True) as backend:
+    with open_backend(database.url, text_preview=True) as backend:
         backend.set_many(items, None)
         columns = "text_preview, metadata::text"
         assert sorted(rows_of(database, backend, columns)) == [
@@ -319,14 +319,14 @@ def test_a_preview_is_stored_where_it_was_asked_for_alone(database: Database) ->
         ]
         found = backend.get_many(list(items))
         assert found[key_of(1)].metadata == {"text_preview": "the beginning"}  # type: ignore[union-attr]
-    with opened(database.url) as backend:
+    with open_backend(database.url) as backend:
         backend.set_many(items, None)
         assert sorted(rows_of(database, backend, columns)) == [(None, '{"source":"a"}'), (None, "{}")]
         whole = database.run(sql.SQL("SELECT t::text FROM {} AS t").format(table_of(backend)))
         assert not any("reset" in row or b"reset".hex() in row for (row,) in whole)
 
 
-def test_what_no_row_can_hold_is_named_by_its_key(backend: PostgresBackend) -> None:
+def test_an_item_that_cannot_be_stored_is_named_by_its_key(backend: PostgresBackend) -> None:
     bad = entry_of(1, metadata={"a": {"text that must not be shown"}})
     with pytest.raises(TypeError, match=key_of(1)) as caught:
         backend.set_many({key_of(1): bad}, None)
@@ -336,7 +336,7 @@ def test_what_no_row_can_hold_is_named_by_its_key(backend: PostgresBackend) -> N
 def test_damaged_rows_are_corrupt_and_replaced(database: Database) -> None:
     provider = CountingProvider(dimensions=8)
     with (
-        opened(database.url) as backend,
+        open_backend(database.url) as backend,
         Cache(provider, [Tier(backend, write="inline", timeout=LONG)]) as cache,
     ):
         wanted = cache.embed_batch(["a", "b", "c"])
@@ -348,7 +348,7 @@ def test_damaged_rows_are_corrupt_and_replaced(database: Database) -> None:
 
 
 def test_a_damaged_frame_is_corrupt(database: Database) -> None:
-    with opened(database.url, column="bytea") as backend:
+    with open_backend(database.url, column="bytea") as backend:
         provider = CountingProvider(dimensions=8)
         with Cache(provider, [Tier(backend, write="inline", timeout=LONG)]) as cache:
             wanted = cache.embed("a")
@@ -365,7 +365,7 @@ def test_a_batch_is_one_query_by_the_index(database: Database, backend: Postgres
     items = entries_of(range(3000), 96)
     backend.set_many(items, None)
     database.run(sql.SQL("VACUUM ANALYZE {}").format(table_of(backend)))
-    statement = backend.prepared().get
+    statement = backend.get_statements().get
     keys = list(items)[:256]
     with psycopg.connect(database.url, cursor_factory=psycopg.RawCursor) as connection:
         plan = "\n".join(row for (row,) in connection.execute(b"EXPLAIN " + statement, (0.0, keys)))
@@ -374,7 +374,7 @@ def test_a_batch_is_one_query_by_the_index(database: Database, backend: Postgres
     counts = sql.SQL("SELECT idx_scan > 0, seq_scan FROM pg_stat_user_tables WHERE relname = {}")
     backend._run(b"SELECT pg_stat_force_next_flush()")
     ((_, before),) = database.run(counts.format(backend.table))
-    assert same(backend.get_many(keys), {key: items[key] for key in keys})
+    assert are_identical(backend.get_many(keys), {key: items[key] for key in keys})
     backend.delete_many(keys)
     assert list(backend.scan(keys[0])) == []
     assert backend.add_many({keys[0]: b"x"}, None) == {keys[0]}
@@ -383,7 +383,7 @@ def test_a_batch_is_one_query_by_the_index(database: Database, backend: Postgres
 
 
 def test_one_statement_per_call_and_nothing_prepared(database: Database, backend: PostgresBackend) -> None:
-    """What a transaction pooler needs: no statement that stays, no setting, no transaction left open."""
+    """A transaction pooler requires that no prepared statement, setting or open transaction remains."""
     items = entries_of(range(300))
     for _ in range(10):
         backend.set_many(items, 60.0)
@@ -403,8 +403,8 @@ def test_one_statement_per_call_and_nothing_prepared(database: Database, backend
     assert database.run(activity, database.name, f"%{backend.table}%")[0][0] <= 1
 
 
-def test_writers_of_the_same_rows_do_not_lock_each_other_out(backend: PostgresBackend) -> None:
-    """Each in an order of its own: where rows are locked in the order given, Postgres ends some by a deadlock."""
+def test_writers_of_the_same_rows_do_not_deadlock(backend: PostgresBackend) -> None:
+    """Each writer has its own order of keys. If rows were locked in that order, Postgres would report deadlocks."""
     keys = [key_of(number) for number in range(300)]
 
     def work(number: int) -> None:
@@ -414,16 +414,16 @@ def test_writers_of_the_same_rows_do_not_lock_each_other_out(backend: PostgresBa
             backend.set_many({key: b"%d %d" % (number, turn) for key in shuffled}, None)
             backend.delete_many(shuffled[:100])
 
-    in_threads(6, work, "set_many of the same rows")
+    in_threads(6, work, "set_many of the are_identical rows")
 
 
-def test_expired_rows_are_swept_in_bites(
+def test_expired_rows_are_deleted_a_thousand_at_a_time(
     database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_backend, "SWEEP_EVERY", 100)
     backend.set_many({key_of(number): b"old" for number in range(2500)}, 60.0)
     backend.set_many({key_of(5000): b"stays"}, None)
-    backend.ahead += 61
+    backend.clock_offset += 61
     assert backend.get_many([key_of(1)]) == {}
     left = []
     for turn in range(4):
@@ -431,15 +431,15 @@ def test_expired_rows_are_swept_in_bites(
         left.append(len([row for row in rows_of(database, backend, "frame") if row == (b"old",)]))
     assert left == [1500, 500, 0, 0]
     assert backend.get_many([key_of(5000)]) == {key_of(5000): b"stays"}
-    plan = "\n".join(row for (row,) in database.run(_explained(backend.prepared().sweep)))
-    assert "kept_until_idx" in plan or "Seq Scan" in plan  # the table is small
+    plan = "\n".join(row for (row,) in database.run(_make_explain(backend.get_statements().sweep)))
+    assert "kept_until_idx" in plan or "Seq Scan" in plan  # the table is so small that either may be chosen
 
 
-def _explained(statement: bytes) -> bytes:
+def _make_explain(statement: bytes) -> bytes:
     return b"EXPLAIN " + statement.replace(b"$1", b"0")
 
 
-def test_a_sweep_that_fails_takes_nothing_from_the_write(
+def test_the_write_succeeds_although_deleting_expired_rows_fails(
     database: Database, backend: PostgresBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.set_many({key_of(1): b"old"}, 60.0)
@@ -452,12 +452,12 @@ def test_a_sweep_that_fails_takes_nothing_from_the_write(
     with caplog.at_level(logging.WARNING, "embedonce.postgres"):
         backend.set_many({key_of(number): b"new" for number in range(2, 1500)}, None)
     assert [record.getMessage() for record in caplog.records] == [
-        "expired rows could not be deleted (RaiseException); it is tried again later"
+        "could not delete expired rows (RaiseException); retrying after later writes"
     ]
     assert backend.get_many([key_of(1400)]) == {key_of(1400): b"new"}
 
 
-def test_leases_go_by_the_clock_of_the_server(database: Database, backend: PostgresBackend) -> None:
+def test_leases_use_the_clock_of_the_server(database: Database, backend: PostgresBackend) -> None:
     assert backend.add_many({key_of(1): b"ours"}, 60.0) == {key_of(1)}
     ((left,),) = rows_of(database, backend, "kept_until - extract(epoch FROM now())")
     assert 0 < left <= 60
@@ -466,25 +466,25 @@ def test_leases_go_by_the_clock_of_the_server(database: Database, backend: Postg
 # --- the table ----------------------------------------------------------------------------------
 
 
-def test_constructing_connects_to_nothing() -> None:
-    with opened("postgresql://user:hush@192.0.2.1:1/none") as backend:
+def test_a_new_backend_does_not_connect() -> None:
+    with open_backend("postgresql://user:hush@192.0.2.1:1/none") as backend:
         assert "hush" not in repr(backend)
 
 
 @pytest.mark.parametrize(
     "url", ["postgresql://user:hush@[host/db", "hush", "postgresql://h/db?hush=1", "a=hush", "mysql://u:hush@h/db"]
 )
-def test_a_url_that_is_none_is_refused_and_not_shown(url: str) -> None:
-    with pytest.raises(ConfigError, match="url is not one of Postgres") as caught:
+def test_an_invalid_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="url is not a Postgres URL") as caught:
         PostgresBackend(url=url)
     assert "hush" not in str(caught.value)
-    assert caught.value.__context__ is None  # configuration hides a message that anything like this repeats
+    assert caught.value.__context__ is None  # a context's message could repeat the URL
 
 
 @pytest.mark.parametrize("name", ["", "a" * 64, "ä" * 32, "a\0b"])
 def test_a_name_that_postgres_would_change_is_refused(name: str) -> None:
     for option in ("table", "schema"):
-        with pytest.raises(ConfigError, match=option):
+        with pytest.raises(ConfigError, match=f"{option} must be a name of 1 to 63 bytes"):
             PostgresBackend(url="postgresql:///x", **{option: name})
 
 
@@ -492,43 +492,43 @@ def test_a_name_that_postgres_would_change_is_refused(name: str) -> None:
     "name", ["Odd Name", 'quo"te', "semi;colon--", "per%cent %s {}", "$1", "ü" * 31, "select", "a.b", "\\", "it's"]
 )
 def test_odd_names_are_quoted(database: Database, name: str) -> None:
-    with opened(database.url, table=name, schema=f"{name[:30]}s") as backend:
+    with open_backend(database.url, table=name, schema=f"{name[:30]}s") as backend:
         items = {**entries_of(range(3)), key_of(4): b"frame"}
         backend.set_many(items, 60.0)
-        assert same(backend.get_many(list(items)), items)
+        assert are_identical(backend.get_many(list(items)), items)
         assert backend.add_many(items, None) == set()
         assert set(backend.scan("eo1.")) == set(items)
         assert backend.count("") == 4
         backend.delete_many(list(items))
         assert backend.count("") == 0
         assert "pgvector" in backend.describe()
-        assert "is as it should be" in backend.migrate()
+        assert "is up to date" in backend.migrate()
         assert rows_of(database, backend, "count(*) OVER ()") == []
 
 
 def test_migrate_says_what_it_does_and_does_it_once(database: Database, plain_database: Database) -> None:
-    with opened(database.url, table="migrated", schema="its own") as backend:
+    with open_backend(database.url, table="migrated", schema="its own") as backend:
         assert backend.describe() == "no table yet"
-        assert backend.migrate() == "made the schema 'its own', made the table 'migrated', made the column for vectors"
-        assert backend.migrate() == "the table 'migrated' is as it should be (schema 1)"
+        assert backend.migrate() == "made the schema 'its own', made the table 'migrated', added the vector column"
+        assert backend.migrate() == "the table 'migrated' is up to date (schema 1)"
         assert backend.describe().startswith("pgvector 0.")
-    with opened(plain_database.url, table="migrated") as backend:
+    with open_backend(plain_database.url, table="migrated") as backend:
         backend.set_many(entries_of(range(3)), None)
         assert backend.describe() == "bytea: pgvector is not installed in this database (CREATE EXTENSION vector)"
-    with opened(plain_database.url, table="migrated", column="bytea") as backend:
+    with open_backend(plain_database.url, table="migrated", column="bytea") as backend:
         assert backend.describe() == 'bytea (column = "bytea")'
 
 
 @pytest.mark.parametrize(
-    ("vectors", "column", "said"),
+    ("vectors", "column", "detail"),
     [
         (True, "auto", "pgvector 0."),
         (True, "bytea", 'bytea (column = "bytea")'),
         (False, "auto", "bytea: pgvector is not installed in this database"),
     ],
 )
-def test_check_says_what_holds_the_vectors(
-    database: Database, plain_database: Database, tmp_path: Path, vectors: bool, column: str, said: str
+def test_check_says_which_column_stores_the_vectors(
+    database: Database, plain_database: Database, tmp_path: Path, vectors: bool, column: str, detail: str
 ) -> None:
     url = (database if vectors else plain_database).url
     config = tmp_path / "embedonce.toml"
@@ -540,35 +540,40 @@ def test_check_says_what_holds_the_vectors(
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (tier,) = json.loads(done.stdout)["tiers"]
     assert tier["ok"]
-    assert tier["detail"].startswith(said)
+    assert tier["detail"].startswith(detail)
 
 
-def test_a_table_made_without_pgvector_gets_its_column_by_migrate(postgres_server: Any) -> None:
-    with database_of(postgres_server.url, vectors=False) as database:
-        with opened(database.url, table="later") as backend:
+def test_migrate_adds_the_vector_column_to_a_table_made_without_pgvector(postgres_server: Any) -> None:
+    with create_database(postgres_server.url, vectors=False) as database:
+        with open_backend(database.url, table="later") as backend:
             backend.set_many({key_of(1): entry_of(1)}, None)
             database.run("CREATE SCHEMA elsewhere")
             database.run("CREATE EXTENSION vector SCHEMA elsewhere")
             assert "`embedonce migrate`" in backend.describe()
-            assert backend.migrate() == "made the column for vectors"
+            assert backend.migrate() == "added the vector column"
             backend.set_many({key_of(2): entry_of(2)}, None)
-            assert same(backend.get_many([key_of(1), key_of(2)]), {key_of(1): entry_of(1), key_of(2): entry_of(2)})
+            assert are_identical(
+                backend.get_many([key_of(1), key_of(2)]), {key_of(1): entry_of(1), key_of(2): entry_of(2)}
+            )
             assert rows_of(database, backend, "embedding IS NULL") in ([(True,), (False,)], [(False,), (True,)])
-        with opened(database.url, table="new", column="vector") as backend:
+        with open_backend(database.url, table="new", column="vector") as backend:
             backend.set_many({key_of(1): entry_of(1)}, None)
             assert rows_of(database, backend, "embedding IS NULL") == [(False,)]
 
 
-def test_a_vector_column_installs_pgvector_where_it_may(postgres_server: Any) -> None:
-    with database_of(postgres_server.url, vectors=False) as database, opened(database.url, column="vector") as backend:
+def test_a_vector_column_installs_pgvector_if_permitted(postgres_server: Any) -> None:
+    with (
+        create_database(postgres_server.url, vectors=False) as database,
+        open_backend(database.url, column="vector") as backend,
+    ):
         assert "installed the extension vector" in backend.migrate()
         backend.set_many({key_of(1): entry_of(1)}, None)
         assert rows_of(database, backend, "embedding IS NULL") == [(False,)]
 
 
-def test_a_foreign_table_of_that_name_is_left_alone(database: Database) -> None:
+def test_another_programs_table_is_left_alone(database: Database) -> None:
     database.run("CREATE TABLE foreign_one (id integer)")
-    with opened(database.url, table="foreign_one") as backend:
+    with open_backend(database.url, table="foreign_one") as backend:
         for call in (lambda: backend.get_many([key_of(1)]), backend.migrate):
             with pytest.raises(TierError, match="did not make"):
                 call()
@@ -582,7 +587,7 @@ def test_a_table_of_a_later_embedonce_is_left_alone(database: Database, backend:
         backend.get_many([key_of(1)])
 
 
-def test_a_table_that_is_dropped_or_altered_is_found_again(database: Database, backend: PostgresBackend) -> None:
+def test_a_table_that_was_dropped_or_altered_is_inspected_again(database: Database, backend: PostgresBackend) -> None:
     backend.set_many({key_of(1): entry_of(1)}, None)
     database.run(sql.SQL("DROP TABLE {}").format(table_of(backend)))
     with pytest.raises(psycopg.errors.UndefinedTable):
@@ -593,11 +598,11 @@ def test_a_table_that_is_dropped_or_altered_is_found_again(database: Database, b
     with pytest.raises(psycopg.errors.UndefinedColumn):
         backend.set_many({key_of(2): entry_of(2)}, None)
     backend.set_many({key_of(2): entry_of(2)}, None)
-    assert same(backend.get_many([key_of(2)]), {key_of(2): entry_of(2)})
+    assert are_identical(backend.get_many([key_of(2)]), {key_of(2): entry_of(2)})
 
 
-def test_without_create_the_table_is_made_by_migrate_alone(database: Database) -> None:
-    with opened(database.url, create=False) as backend:
+def test_without_create_only_migrate_makes_the_table(database: Database) -> None:
+    with open_backend(database.url, create=False) as backend:
         with pytest.raises(TierError, match="embedonce migrate"):
             backend.set_many({key_of(1): b"x"}, None)
         backend.migrate()
@@ -606,19 +611,19 @@ def test_without_create_the_table_is_made_by_migrate_alone(database: Database) -
 
 @pytest.fixture
 def role(database: Database) -> Iterator[str]:
-    """A role that may connect, and no more."""
+    """A role that may connect but has no other privilege."""
     name = f"embedonce_reader_{os.getpid()}"
     database.run(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'hush'").format(sql.Identifier(name)))
     yield name
     database.run(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
 
 
-def test_a_role_without_ddl_rights_works_once_the_table_is_there(
+def test_a_role_that_may_not_make_tables_can_use_an_existing_one(
     database: Database, backend: PostgresBackend, role: str
 ) -> None:
     items = {**entries_of(range(5)), key_of(9): b"frame"}
-    with opened(database.url_of(role), table=backend.table) as limited:
-        with pytest.raises(TierError, match="this role may not make it: run `embedonce migrate`"):
+    with open_backend(database.url_of(role), table=backend.table) as limited:
+        with pytest.raises(TierError, match="this role may not create it: run `embedonce migrate`"):
             limited.set_many(items, None)
         backend.migrate()
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -626,12 +631,12 @@ def test_a_role_without_ddl_rights_works_once_the_table_is_there(
         grant = sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {}")
         database.run(grant.format(table_of(backend), sql.Identifier(role)))
         limited.set_many(items, 60.0)
-        assert same(limited.get_many(list(items)), items)
+        assert are_identical(limited.get_many(list(items)), items)
         assert limited.add_many(items, None) == set()
         limited.delete_many([key_of(9)])
         assert limited.count("") == 5
         assert "pgvector" in limited.describe()
-        assert "as it should be" in limited.migrate()
+        assert "up to date" in limited.migrate()
 
 
 def test_four_processes_migrate_at_once(database: Database, tmp_path: Path) -> None:
@@ -663,22 +668,22 @@ def test_four_processes_migrate_at_once(database: Database, tmp_path: Path) -> N
         assert child.stdin is not None
         child.stdin.write("go\n")
         child.stdin.flush()
-    said = [child.communicate(timeout=LONG) for child in children]
-    assert [error for _, error in said] == [""] * 4
-    assert sum("made the table" in output for output, _ in said) == 1
-    assert sum("as it should be" in output for output, _ in said) == 3
+    outputs = [child.communicate(timeout=LONG) for child in children]
+    assert [error for _, error in outputs] == [""] * 4
+    assert sum("made the table" in output for output, _ in outputs) == 1
+    assert sum("up to date" in output for output, _ in outputs) == 3
     assert database.run('SELECT count(*) FROM "of four"."by four"') == [(4,)]
 
 
-def test_threads_that_come_first_make_one_table(database: Database, backend: PostgresBackend) -> None:
+def test_threads_whose_first_writes_coincide_make_one_table(database: Database, backend: PostgresBackend) -> None:
     in_threads(8, lambda number: backend.set_many({key_of(number): b"x"}, None), "the first eight writes")
     assert backend.count("") == 8
 
 
-def test_nothing_is_readable_of_the_url_in_errors(database: Database) -> None:
+def test_errors_do_not_show_the_password_of_the_url(database: Database) -> None:
     host, port = database.address
     for user in ("nobody:hush", "postgres:hush"):
-        with opened(f"postgresql://{user}@{host}:{port}/no_such_database") as backend:
+        with open_backend(f"postgresql://{user}@{host}:{port}/no_such_database") as backend:
             with pytest.raises(psycopg.OperationalError) as caught:
                 backend.get_many([key_of(1)])
             assert "hush" not in str(caught.value) + repr(caught.value)
@@ -695,8 +700,8 @@ def proxy(database: Database) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def behind(database: Database, proxy: FaultProxy) -> Iterator[PostgresBackend]:
-    """A backend whose server is behind a proxy; 40 entries of 384 dimensions are stored."""
-    with opened(database.url_of("postgres", proxy.url_port), max_connections=2) as made:
+    """A backend that reaches its server through a proxy; 40 entries of 384 dimensions are stored."""
+    with open_backend(database.url_of("postgres", proxy.url_port), max_connections=2) as made:
         made.set_many(entries_of(range(40), 384), None)
         yield made
 
@@ -725,8 +730,8 @@ def test_a_call_to_a_server_that_hangs_ends_by_its_deadline(
     items = entries_of(range(40), 384)
     if not connected:
         if fault == "half open":
-            pytest.skip("it concerns connections that are there")
-        _drop_idle(behind)
+            pytest.skip("only an existing connection can be half open")
+        drop_idle_connection(behind)
     proxy.fault = HANGS[fault]
     for call in (lambda: behind.get_many(list(items)), lambda: behind.set_many(entries_of(range(40, 80), 384), None)):
         start = time.monotonic()
@@ -734,19 +739,19 @@ def test_a_call_to_a_server_that_hangs_ends_by_its_deadline(
             call()
         assert time.monotonic() - start < LONG
         if fault == "half open":
-            break  # the next connection is whole
+            break  # the next call makes a new connection, which works
     proxy.heal()
     with deadline(LONG):
-        assert same(behind.get_many(list(items)), items)
+        assert are_identical(behind.get_many(list(items)), items)
 
 
-def _drop_idle(backend: PostgresBackend) -> None:
+def drop_idle_connection(backend: PostgresBackend) -> None:
     connection = backend._pool.take()
     backend._pool.drop(connection)
 
 
 @pytest.mark.parametrize("fault", BREAKS)
-def test_a_call_over_a_line_that_breaks_raises_and_the_next_one_works(
+def test_a_call_over_a_broken_connection_raises_and_the_next_one_works(
     behind: PostgresBackend, proxy: FaultProxy, fault: str
 ) -> None:
     items = entries_of(range(40), 384)
@@ -756,17 +761,17 @@ def test_a_call_over_a_line_that_breaks_raises_and_the_next_one_works(
             behind.get_many(list(items))
     proxy.heal()
     with deadline(LONG):
-        assert same(behind.get_many(list(items)), items)
+        assert are_identical(behind.get_many(list(items)), items)
         behind.set_many(entries_of(range(80), 384), None)
-        assert same(behind.get_many([key_of(70)]), {key_of(70): entry_of(70, 384)})
+        assert are_identical(behind.get_many([key_of(70)]), {key_of(70): entry_of(70, 384)})
 
 
 def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
     database: Database, proxy: FaultProxy
 ) -> None:
-    with opened(database.url_of("postgres", proxy.url_port), max_connections=1) as backend:
+    with open_backend(database.url_of("postgres", proxy.url_port), max_connections=1) as backend:
         backend.set_many({key_of(1): b"x"}, None)
-        _drop_idle(backend)
+        drop_idle_connection(backend)
         before = proxy.accepted
         proxy.fault = NetworkFault("black_hole", direction="replies")
         for _ in range(2):
@@ -778,14 +783,14 @@ def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
         assert proxy.accepted - before == 1
 
 
-@pytest.mark.skipif(not psycopg.capabilities.has_cancel_safe(), reason="libpq before 17 cannot ask without blocking")
-def test_a_query_that_nobody_waits_for_is_ended(
+@pytest.mark.skipif(not psycopg.capabilities.has_cancel_safe(), reason="libpq before 17 cannot cancel without blocking")
+def test_the_query_of_a_call_that_timed_out_is_cancelled(
     database: Database, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "CANCEL_SECONDS", LONG)
     backend.set_many({key_of(1): b"x"}, None)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
-    with _locked(database, backend):
+    with lock_table(database, backend):
         with deadline(0.2), pytest.raises(TierTimeout):
             backend.set_many({key_of(1): b"y"}, None)
         end = time.monotonic() + LONG
@@ -795,8 +800,8 @@ def test_a_query_that_nobody_waits_for_is_ended(
     assert backend.get_many([key_of(1)]) == {key_of(1): b"x"}
 
 
-def test_a_pool_in_use_is_busy_not_dead(database: Database) -> None:
-    with opened(database.url, max_connections=2) as backend:
+def test_an_exhausted_pool_raises_busy(database: Database) -> None:
+    with open_backend(database.url, max_connections=2) as backend:
         backend.set_many({key_of(1): b"x"}, None)
         lent = [backend._pool.take() for _ in range(2)]
         with deadline(0.2), pytest.raises(TierBusy, match="max_connections = 2"):
@@ -809,8 +814,8 @@ def test_a_pool_in_use_is_busy_not_dead(database: Database) -> None:
         backend._pool.give(lent.pop())
 
 
-def test_a_server_that_is_down_is_not_busy(behind: PostgresBackend, proxy: FaultProxy) -> None:
-    _drop_idle(behind)
+def test_a_server_that_does_not_answer_raises_a_timeout_not_busy(behind: PostgresBackend, proxy: FaultProxy) -> None:
+    drop_idle_connection(behind)
     proxy.fault = NetworkFault("black_hole")
     errors: list[BaseException] = []
 
@@ -825,41 +830,41 @@ def test_a_server_that_is_down_is_not_busy(behind: PostgresBackend, proxy: Fault
     assert [type(error) for error in errors] == [TierTimeout] * 6
 
 
-def test_the_pool_holds_no_more_than_it_may(database: Database) -> None:
-    with opened(database.url, max_connections=3) as backend:
+def test_the_pool_opens_at_most_max_connections(database: Database) -> None:
+    with open_backend(database.url, max_connections=3) as backend:
         backend.set_many({key_of(1): b"x"}, None)
         in_threads(12, lambda _: [backend.get_many([key_of(1)]) for _ in range(20)] and None, "twelve threads")
         assert len(backend._pool._idle) <= 3
-        assert backend._pool._open == len(backend._pool._idle)
+        assert backend._pool._open_count == len(backend._pool._idle)
 
 
-def test_connections_that_nobody_needs_are_closed(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_idle_for_too_long_are_closed(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.migrate()
     for connection in [backend._pool.take() for _ in range(4)]:
         backend._pool.give(connection)
-    assert backend._pool._open == 4
+    assert backend._pool._open_count == 4
     monkeypatch.setattr(connections, "IDLE_SECONDS", 0.0)
     assert backend.get_many([key_of(1)]) == {}
-    assert backend._pool._open == len(backend._pool._idle) == 1
+    assert backend._pool._open_count == len(backend._pool._idle) == 1
     assert backend.get_many([key_of(1)]) == {}
 
 
 def test_a_wrong_password_and_a_read_only_server(database: Database, role: str) -> None:
-    with opened(database.url) as backend:
+    with open_backend(database.url) as backend:
         backend.set_many({key_of(1): b"x"}, None)
         grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {}"
         database.run(sql.SQL(grant).format(table_of(backend), sql.Identifier(role)))
         database.run(sql.SQL("ALTER ROLE {} SET default_transaction_read_only = on").format(sql.Identifier(role)))
-        with opened(database.url_of(role), table=backend.table) as reader:
+        with open_backend(database.url_of(role), table=backend.table) as reader:
             assert reader.get_many([key_of(1)]) == {key_of(1): b"x"}
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                 reader.set_many({key_of(1): b"y"}, None)
             assert reader.get_many([key_of(1)]) == {key_of(1): b"x"}
-            assert reader._pool._open == 1
+            assert reader._pool._open_count == 1
 
 
 def test_a_server_is_killed_and_started_again() -> None:
-    with PostgresServer() as server, opened(server.url, max_connections=4) as backend:
+    with PostgresServer() as server, open_backend(server.url, max_connections=4) as backend:
         server.call("CREATE EXTENSION vector")
         items = entries_of(range(20), 384)
         backend.set_many(items, None)
@@ -867,20 +872,20 @@ def test_a_server_is_killed_and_started_again() -> None:
             backend._pool.give(connection)
         server.kill()
         with pytest.raises(psycopg.OperationalError):
-            _ask_until_it_fails(backend)  # sessions end a moment after the server
+            read_until_it_fails(backend)  # sessions end a moment after the server
         server.restart()
-        with deadline(LONG):  # the first call, although four connections are dead
-            assert same(backend.get_many(list(items)), items)
-        server.pause()  # the system still takes connections
-        _drop_idle(backend)
+        with deadline(LONG):  # the first call succeeds, although four connections are dead
+            assert are_identical(backend.get_many(list(items)), items)
+        server.pause()  # the operating system still accepts connections
+        drop_idle_connection(backend)
         with deadline(0.3), pytest.raises(TimeoutError):
             backend.get_many(list(items))
         server.resume()
         with deadline(LONG):
-            assert same(backend.get_many(list(items)), items)
+            assert are_identical(backend.get_many(list(items)), items)
 
 
-def _ask_until_it_fails(backend: PostgresBackend) -> None:
+def read_until_it_fails(backend: PostgresBackend) -> None:
     with deadline(LONG):
         while True:
             backend.get_many([key_of(1)])
@@ -893,41 +898,41 @@ def test_a_wrong_password_is_an_error_of_the_tier() -> None:
         access.write_text(f"host all somebody 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
         server.reload()
         url = f"postgresql://somebody:WRONG-hush@{server.address}/postgres"
-        with opened(url) as backend, pytest.raises(psycopg.OperationalError, match="password") as caught:
+        with open_backend(url) as backend, pytest.raises(psycopg.OperationalError, match="password") as caught:
             backend.get_many([key_of(1)])
         assert "hush" not in f"{caught.value} {caught.value!r}"
 
 
-def test_behind_a_transaction_pooler(database: Database) -> None:
+def test_the_backend_works_behind_a_transaction_pooler(database: Database) -> None:
     with PgBouncerServer(database.address) as bouncer:
         url = database.url_of("postgres", bouncer.address)
-        with opened(url, max_connections=8, schema="behind") as backend:
+        with open_backend(url, max_connections=8, schema="behind") as backend:
             assert "made the table" in backend.migrate()
 
             def work(number: int) -> None:
                 for turn in range(15):
                     items = entries_of(range(100 * number + turn, 100 * number + turn + 20))
                     backend.set_many(items, 60.0)
-                    assert same(backend.get_many(list(items)), items)
+                    assert are_identical(backend.get_many(list(items)), items)
                     backend.add_many(items, None)
 
             in_threads(8, work, "eight threads over two sessions")
-            with deadline(0.2), pytest.raises(TimeoutError), _locked(database, backend):
+            with deadline(0.2), pytest.raises(TimeoutError), lock_table(database, backend):
                 backend.get_many([key_of(1)])
-            assert same(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
+            assert are_identical(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
 
             async def use() -> None:
                 twin = backend.twin()
                 answers = await asyncio.gather(*(twin.get_many([key_of(number)]) for number in range(20)))
-                assert all(same(found, {key_of(n): entry_of(n)}) for n, found in enumerate(answers))
+                assert all(are_identical(found, {key_of(n): entry_of(n)}) for n, found in enumerate(answers))
                 await twin.close()
 
             asyncio.run(use())
 
 
 @contextmanager
-def _locked(database: Database, backend: PostgresBackend) -> Iterator[None]:
-    """Hold a lock that every statement on the table waits for."""
+def lock_table(database: Database, backend: PostgresBackend) -> Iterator[None]:
+    """Hold a lock for which every statement on the table waits."""
     with psycopg.connect(database.url) as connection:
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table_of(backend)))
         yield
@@ -937,10 +942,12 @@ def _locked(database: Database, backend: PostgresBackend) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fault", ["black hole", "a byte at a time", "replies do not come"])
-async def test_the_twin_leaves_a_server_that_hangs(behind: PostgresBackend, proxy: FaultProxy, fault: str) -> None:
+async def test_the_twin_keeps_its_deadline_if_the_server_hangs(
+    behind: PostgresBackend, proxy: FaultProxy, fault: str
+) -> None:
     items = entries_of(range(40), 384)
     twin = behind.twin()
-    assert same(await twin.get_many(list(items)), items)
+    assert are_identical(await twin.get_many(list(items)), items)
     for _ in range(2):  # connected, then connecting
         proxy.fault = HANGS[fault]
         start = time.monotonic()
@@ -948,12 +955,12 @@ async def test_the_twin_leaves_a_server_that_hangs(behind: PostgresBackend, prox
             await twin.get_many(list(items))
         assert time.monotonic() - start < LONG
     proxy.heal()
-    assert same(await twin.get_many([key_of(3)]), {key_of(3): entry_of(3, 384)})
-    assert same(await twin.get_many(list(items)), items)
+    assert are_identical(await twin.get_many([key_of(3)]), {key_of(3): entry_of(3, 384)})
+    assert are_identical(await twin.get_many(list(items)), items)
     await twin.close()
 
 
-async def test_a_call_of_the_twin_that_is_cancelled_costs_its_connection_alone(behind: PostgresBackend) -> None:
+async def test_a_cancelled_call_of_the_twin_loses_only_its_own_connection(behind: PostgresBackend) -> None:
     items = entries_of(range(40), 384)
     twin = behind.twin()
     await twin.get_many(list(items))
@@ -964,20 +971,20 @@ async def test_a_call_of_the_twin_that_is_cancelled_costs_its_connection_alone(b
         call.cancel()
         others = [key_of(turn % 40), key_of((turn + 7) % 40)]
         expected = {key: items[key] for key in others}
-        assert same(await twin.get_many(others), expected)
+        assert are_identical(await twin.get_many(others), expected)
         await asyncio.gather(call, return_exceptions=True)
     await twin.close()
     with pytest.raises(CacheClosed):
         await twin.get_many([key_of(1)])
 
 
-async def test_the_twin_is_busy_where_all_its_connections_are(database: Database) -> None:
-    with opened(database.url, max_connections=1) as backend:
+async def test_the_twin_raises_busy_if_all_its_connections_are_in_use(database: Database) -> None:
+    with open_backend(database.url, max_connections=1) as backend:
         backend.set_many({key_of(1): b"x"}, None)
         twin = backend.twin()
         connection = await twin._pool.take()
         for seconds in (0.2, 2.0, 20.0):
-            # Where the loop stalls, the call's whole time is over at once with that for which it waits.
+            # If the event loop stalls, the deadline may pass before the wait for a connection ends, so retry.
             with deadline(seconds), pytest.raises((TierBusy, TierTimeout)) as caught:
                 await twin.get_many([key_of(1)])
             if isinstance(caught.value, TierBusy):
@@ -993,7 +1000,7 @@ async def test_the_twin_makes_the_table(backend: PostgresBackend) -> None:
     items = {**entries_of(range(5)), key_of(9): b"frame"}
     assert await twin.get_many(list(items)) == {}
     await twin.set_many(items, None)
-    assert same(await twin.get_many(list(items)), items)
+    assert are_identical(await twin.get_many(list(items)), items)
     await twin.close()
 
 
@@ -1009,7 +1016,7 @@ def test_a_forked_child_has_connections_of_its_own(backend: PostgresBackend) -> 
 
     def child() -> None:
         assert backend._pool._idle == []
-        assert same(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
+        assert are_identical(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
         assert not pids & {connection.info.backend_pid for connection in backend._pool._idle}
         backend.close()
 
@@ -1021,39 +1028,41 @@ def test_a_forked_child_has_connections_of_its_own(backend: PostgresBackend) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-def test_a_fork_beside_calls_under_way(backend: PostgresBackend) -> None:
+def test_a_fork_while_calls_are_in_flight(backend: PostgresBackend) -> None:
     items = entries_of(range(50))
     backend.set_many(items, None)
     stop = threading.Event()
 
     def work() -> None:
         while not stop.is_set():
-            assert same(backend.get_many(list(items)), items)
+            assert are_identical(backend.get_many(list(items)), items)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(5):
-            in_fork(lambda: same(backend.get_many(list(items)), items) or os._exit(3), "get_many beside a fork")
+            in_fork(
+                lambda: are_identical(backend.get_many(list(items)), items) or os._exit(3), "get_many during a fork"
+            )
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    assert same(backend.get_many(list(items)), items)
+    assert are_identical(backend.get_many(list(items)), items)
 
 
-# --- vectors where they lie ---------------------------------------------------------------------
+# --- queries inside Postgres --------------------------------------------------------------------
 
 
-def test_the_statements_of_the_documentation(postgres_server: Any) -> None:
+def test_the_statements_of_the_documentation_work(postgres_server: Any) -> None:
     page = Path(__file__).parents[2] / "docs" / "postgres.md"
     statements = re.findall(r"```sql\n(.*?)```", page.read_text(), re.DOTALL)
     assert len(statements) == 5
-    with database_of(postgres_server.url, vectors=True) as database:
+    with create_database(postgres_server.url, vectors=True) as database:
         database.run("DO $$ BEGIN CREATE ROLE app; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
         provider = CountingProvider(dimensions=384)
-        with opened(database.url, table="embedonce") as backend:
+        with open_backend(database.url, table="embedonce") as backend:
             tier = Tier(backend, write="inline", timeout=60, ttl=3600)
             texts = [f"text {number}" for number in range(500)]
             with Cache(provider, [tier]) as cache:

@@ -1,4 +1,4 @@
-"""The Redis backend passes the contract on one server, a cluster, and behind sentinels; and what is Redis' own."""
+"""The Redis backend passes the contract on one server, a cluster, and behind sentinels; then tests of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
 
 PATIENT = 60.0
-"""A timeout that a healthy server keeps on any machine."""
+"""Seconds within which a healthy server answers on any machine."""
 
 numbers = itertools.count()
 
@@ -55,7 +55,7 @@ def paused(*servers: Server) -> Iterator[None]:
 
 
 class RedisContract(BackendContract):
-    """Each backend that is asked for gets a prefix of its own: that is how stores are kept apart in one Redis."""
+    """Gives each backend its own prefix, which keeps the stores apart in one Redis."""
 
     url: ClassVar[str]
     examples = 15
@@ -75,16 +75,16 @@ class TestOneServer(RedisContract):
     @pytest.fixture(autouse=True)
     def on_server(self, redis_server: RedisServer) -> Iterator[None]:
         type(self).url = redis_server.url
-        self.one = redis_server
+        self.running = redis_server
         yield
         with redis.Redis.from_url(redis_server.url) as client:
             client.flushdb()
 
     def stall(self, backend: Any) -> Any:
-        return paused(self.one)
+        return paused(self.running)
 
     def server(self) -> tuple[str, int]:
-        return "127.0.0.1", self.one.port
+        return "127.0.0.1", self.running.port
 
     def through(self, backend: Any, host: str, port: int) -> RedisBackend:
         return RedisBackend(url=f"redis://{host}:{port}/0", prefix=backend._prefix)
@@ -96,7 +96,7 @@ class TestValkey(TestOneServer):
     @pytest.fixture(autouse=True)
     def on_server(self, valkey_server: ValkeyServer) -> Iterator[None]:
         type(self).url = valkey_server.url.replace("redis://", "valkey://")
-        self.one = valkey_server
+        self.running = valkey_server
         yield
         valkey_server.call("FLUSHDB")
 
@@ -131,7 +131,7 @@ class TestBehindSentinels(RedisContract):
         redis_sentinel.master.call("FLUSHALL")
 
 
-# --- what is Redis' own -----------------------------------------------------------------------------
+# --- Redis only -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +142,14 @@ def valkey_server() -> Iterator[ValkeyServer]:
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    """A server that the test may do anything to."""
+    """A server for one test alone, which may stop or change it."""
     with RedisServer() as server:
         yield server
 
 
 @pytest.fixture
 def backends() -> Iterator[Any]:
-    """Makes backends that are closed after the test."""
+    """A function that makes backends; they are closed after the test."""
     made: list[RedisBackend] = []
 
     def make(**options: Any) -> RedisBackend:
@@ -172,7 +172,7 @@ def test_the_prefix_is_before_every_key(server: RedisServer, backends: Any) -> N
     assert (list(backend.scan("eo1.")), list(other.scan("eo1."))) == ([key(0)], [])
 
 
-def test_a_prefix_is_no_pattern(server: RedisServer, backends: Any) -> None:
+def test_a_prefix_is_not_read_as_a_pattern(server: RedisServer, backends: Any) -> None:
     for prefix in ("a*", "a?", "a[bc]", "a\\", "a^-"):
         backends(url=server.url, prefix=prefix).set_many(items(1), None)
     for prefix in ("a*", "a?", "a[bc]", "a\\", "a^-"):
@@ -181,7 +181,7 @@ def test_a_prefix_is_no_pattern(server: RedisServer, backends: Any) -> None:
     assert backends(url=server.url, prefix="a*").count("") == 1
 
 
-def test_the_server_frees_what_has_expired(server: RedisServer, backends: Any) -> None:
+def test_the_server_frees_expired_entries(server: RedisServer, backends: Any) -> None:
     backend = backends(url=server.url)
     backend.set_many({key(1): b"a"}, 3600.0)
     backend.set_many({key(2): b"b"}, None)
@@ -227,7 +227,7 @@ def test_no_text_is_in_redis(server: RedisServer, backends: Any) -> None:
         assert word.encode() not in dump + names
 
 
-def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisServer) -> None:
+def test_entries_are_found_after_a_restart_of_the_program(server: RedisServer) -> None:
     provider = CountingProvider()
     for _ in range(2):
         tier = Tier(RedisBackend(url=server.url), timeout=PATIENT)
@@ -236,7 +236,7 @@ def test_what_is_stored_is_found_after_a_restart_of_the_program(server: RedisSer
     assert dict(provider.count) == {"a": 1, "b": 1}
 
 
-def test_toml_names_it(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_from_toml(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_REDIS", server.url)
     tier = {
         "type": "redis",
@@ -267,15 +267,15 @@ def test_toml_names_it(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> 
         ("redis://host:70000", "port"),
         ("redis://host/x", "database"),
         ("redis://host?socket_timeout=1", "options"),
-        ("redis+cluster://host/3", "only number 0"),
+        ("redis+cluster://host/3", "only database 0"),
         ("redis+sentinel://host:26379", "service"),
         ("unix://", "socket"),
         ("redis://:pass#word@host", "fragment"),
-        ("redis://user:pa/ss@host", "read"),
-        ("redis://[::1:6379", "read"),
+        ("redis://user:pa/ss@host", "invalid host"),
+        ("redis://[::1:6379", "parsed"),
     ],
 )
-def test_a_url_that_is_none_is_explained_and_not_repeated(url: str, words: str) -> None:
+def test_an_invalid_url_is_explained_and_not_repeated(url: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         RedisBackend(url=url)
     assert "pass" not in str(caught.value).replace("password", "")
@@ -305,16 +305,16 @@ async def _by_twin(backend: RedisBackend, names: list[str]) -> dict[str, bytes]:
         await twin.close()
 
 
-def test_what_is_given_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="password is given twice"):
+def test_contradicting_or_unusable_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="password is set both in url and as an option"):
         RedisBackend(url="redis://:a@host", password="b")
-    with pytest.raises(ConfigError, match="ca_file is for TLS"):
+    with pytest.raises(ConfigError, match="ca_file requires TLS: use a rediss:// URL"):
         RedisBackend(url="redis://host", ca_file=Path("x"))
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="cannot load ca_file"):
         RedisBackend(url="rediss://host", ca_file=Path("/does/not/exist"))
 
 
-# --- who may -----------------------------------------------------------------------------------------
+# --- users and permissions -----------------------------------------------------------------------------
 
 
 def test_user_and_password_by_url_or_option(backends: Any) -> None:
@@ -352,7 +352,7 @@ def test_nothing_shows_a_password(backends: Any) -> None:
     assert "s3cret" not in repr(caught.value)
 
 
-def test_tls(tmp_path: Path, backends: Any) -> None:
+def test_tls_with_an_authority_file(tmp_path: Path, backends: Any) -> None:
     certificates = Certificates(tmp_path)
     with RedisServer(tls=certificates) as server:
         url = f"rediss://127.0.0.1:{server.tls_port}"
@@ -407,7 +407,7 @@ def test_an_acl_user_over_tls_from_toml_and_the_environment(
 
 
 def test_the_acl_of_the_documentation_is_enough_and_lets_nothing_block(backends: Any) -> None:
-    """No KEYS, FLUSHDB or DEL: they are not allowed."""
+    """The user of the documentation may not run KEYS, FLUSHDB or DEL."""
     page = (Path(__file__).parent.parent.parent / "docs" / "redis.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER embedonce ")]
     provider = CountingProvider()
@@ -425,7 +425,7 @@ def test_the_acl_of_the_documentation_is_enough_and_lets_nothing_block(backends:
             assert not cache.stats().tiers["shared"].causes
 
 
-def test_values_that_are_too_large_are_counted_and_no_error(server: RedisServer, backends: Any) -> None:
+def test_values_that_are_too_large_are_counted_as_drops_not_as_errors(server: RedisServer, backends: Any) -> None:
     small, large = CountingProvider(dimensions=8), CountingProvider(dimensions=384)
     for provider, stored in ((small, 10), (large, 0)):
         backend = backends(url=server.url, max_value_bytes=300)
@@ -437,10 +437,10 @@ def test_values_that_are_too_large_are_counted_and_no_error(server: RedisServer,
             assert dict(stats.drops) == ({} if stored else {"too large": 40})
 
 
-# --- servers that are full, read only, gone, back ------------------------------------------------------
+# --- servers that are full, read-only, down, or back ---------------------------------------------------
 
 
-def test_a_full_server_says_so_and_keeps_what_it_has(backends: Any) -> None:
+def test_a_full_server_refuses_writes_and_keeps_its_entries(backends: Any) -> None:
     with RedisServer("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
         backend = backends(url=server.url)
         backend.set_many(items(10), None)
@@ -494,7 +494,7 @@ def test_a_server_that_comes_back_is_used_at_once(server: RedisServer, backends:
         assert backend.get_many([key(1)]) == {}
         await twin.set_many(items(3), None)
         server.kill()
-        server.restart()  # nobody looked meanwhile: the dead connections are noticed before they are used
+        server.restart()  # no call was made meanwhile: the dead connections are noticed before they are used
         assert await twin.get_many([key(1)]) == {}
         assert backend.get_many([key(1)]) == {}
         await twin.close()
@@ -507,7 +507,7 @@ def test_sentinels_name_the_next_master(backends: Any) -> None:
         backend = backends(url=servers.url)
         backend.set_many(items(5), None)
         assert servers.master.call("WAIT", "1", "50000") == 1
-        servers.sentinels[0].kill()  # the others will do
+        servers.sentinels[0].kill()  # the other sentinels are enough
         servers.master.kill()
         with pytest.raises(redis.ConnectionError):
             backend.get_many([key(1)])
@@ -515,20 +515,20 @@ def test_sentinels_name_the_next_master(backends: Any) -> None:
         assert backend.get_many(list(items(5))) == items(5)
         backend.set_many(items(8), None)
         assert len(asyncio.run(_read_by_twin(backend, 8))) == 8
-        # The old master comes back, and is no master: nobody is sent there.
+        # The old master comes back as a replica, so no call goes there.
         servers.master.restart()
         assert backend.get_many(list(items(8))) == items(8)
 
 
-def test_a_service_that_no_sentinel_knows(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
+def test_an_unknown_service_is_an_error(redis_sentinel: RedisSentinelServers, backends: Any) -> None:
     sentinel = redis_sentinel.sentinels[0].address
     backend = backends(url=f"redis+sentinel://127.0.0.1:1,{sentinel}/another")
     with pytest.raises(redis.ConnectionError, match="no service of this name"):
         backend.get_many([key(1)])
 
 
-def test_a_master_that_was_demoted_is_left(backends: Any) -> None:
-    """Sentinels that still name a server which has become a replica: nothing is read from it or written to it."""
+def test_a_demoted_master_is_not_used(backends: Any) -> None:
+    """Nothing is read from a replica or written to it while the sentinels still name it as the master."""
     with RedisServer() as server, RedisServer() as other, FakeSentinel(server.port) as sentinel:
         url = f"redis+sentinel://127.0.0.1:{sentinel.port}/embeddings"
         backend, fresh = backends(url=url), backends(url=url)
@@ -536,9 +536,9 @@ def test_a_master_that_was_demoted_is_left(backends: Any) -> None:
         server.call("REPLICAOF", "127.0.0.1", str(other.port))
         with pytest.raises(redis.ReadOnlyError):
             backend.set_many(items(1), None)
-        with pytest.raises(redis.ConnectionError, match="not the master any more"):
+        with pytest.raises(redis.ConnectionError, match="no longer the master"):
             fresh.get_many([key(1)])
-        with pytest.raises(redis.ConnectionError, match="not the master any more"):
+        with pytest.raises(redis.ConnectionError, match="no longer the master"):
             asyncio.run(_read_by_twin(fresh))
         sentinel.master = other.port
         backend.set_many(items(1), None)
@@ -546,7 +546,7 @@ def test_a_master_that_was_demoted_is_left(backends: Any) -> None:
 
 
 class FakeSentinel:
-    """A sentinel that names the master that it is told to name."""
+    """A sentinel that always names ``master`` as the master."""
 
     def __init__(self, master: int) -> None:
         self.master = master
@@ -593,7 +593,7 @@ def test_keys_that_have_moved_are_followed(backends: Any) -> None:
         owner.call("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
         moved = ["{one}:" + name for name in list(many)[:20]]
         owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "50000", "KEYS", *moved)
-        # Half of the slot is over there: ASK.
+        # Half of the slot's keys are on the target: the owner replies ASK.
         assert backend.get_many(list(many)) == many
         assert asyncio.run(_read_by_twin(backend, 50)) == many
         backend.set_many(items(60), None)
@@ -604,7 +604,7 @@ def test_keys_that_have_moved_are_followed(backends: Any) -> None:
         owner.call("MIGRATE", "127.0.0.1", target.port, "", "0", "50000", "KEYS", *rest)
         for node in (target, owner):
             node.call("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
-        # All of it is: MOVED, then the new map.
+        # All keys are on the target: the owner replies MOVED once, then the new map of slots is used.
         assert backend.get_many(list(items(60))) == items(60)
         assert backend.get_many(list(items(60))) == items(60)
         assert sorted(backend.scan("eo1.")) == sorted(items(60))
@@ -629,17 +629,17 @@ def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
 
 @contextmanager
 def partial_cluster() -> Iterator[RedisClusterServers]:
-    """A cluster whose nodes go on serving while one is away."""
+    """Start a cluster whose nodes continue to serve while one is down."""
     with RedisClusterServers() as servers:
         for node in servers.members:
             node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
         yield servers
 
 
-def partly(call: Callable[[int], object]) -> PartialAnswer:
-    """Return the partial answer of a call within a deadline, given the number of the attempt.
+def catch_partial_answer(call: Callable[[int], object]) -> PartialAnswer:
+    """Return the PartialAnswer that ``call`` raises within a deadline; ``call`` gets the number of the attempt.
 
-    The nodes that are there may be too slow for it on a busy machine: then it is made again, with more time.
+    On a busy machine the running nodes may be too slow for the deadline, so the call is retried with more time.
     """
     for attempt, seconds in enumerate((0.6, 6.0, 60.0)):
         with deadline(seconds), pytest.raises((PartialAnswer, TierTimeout)) as caught:
@@ -651,7 +651,7 @@ def partly(call: Callable[[int], object]) -> PartialAnswer:
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
-def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str) -> None:
+def test_a_node_that_is_down_fails_only_its_own_keys(backends: Any, fault: str) -> None:
     with partial_cluster() as servers:
         backend = backends(url=servers.url)
         backend.set_many(items(60), None)
@@ -664,13 +664,13 @@ def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str)
         else:
             node.pause()
         for read in (backend.get_many, lambda names: asyncio.run(_by_twin(backend, names))):
-            error = partly(lambda _, read=read: read(list(items(60))))
+            error = catch_partial_answer(lambda _, read=read: read(list(items(60))))
             assert error.failed == mine
             assert error.answer == {name: value for name, value in items(60).items() if name not in mine}
             assert isinstance(error.__cause__, NodeDown if fault == "killed" else TierTimeout)
-        assert partly(lambda _: backend.set_many(items(60), None)).failed == mine
+        assert catch_partial_answer(lambda _: backend.set_many(items(60), None)).failed == mine
         leases = [{f"{name}.lease{attempt}": b"x" for name in items(60)} for attempt in range(3)]
-        error = partly(lambda attempt: backend.add_many(leases[attempt], 60.0))
+        error = catch_partial_answer(lambda attempt: backend.add_many(leases[attempt], 60.0))
         assert error.failed | error.answer in [lease.keys() for lease in leases]
         assert not error.failed & error.answer
         with deadline(0.3), pytest.raises((NodeDown, TimeoutError)):
@@ -680,7 +680,7 @@ def test_a_node_that_is_away_takes_its_own_keys_alone(backends: Any, fault: str)
 
 
 def test_a_cache_over_a_cluster_without_one_node(backends: Any) -> None:
-    """A node that refuses opens no breaker: the others go on serving and storing."""
+    """A node that refuses connections does not open the breaker, and the others continue to serve and store."""
     texts = [f"text {number}" for number in range(60)]
     provider = CountingProvider()
     with partial_cluster() as servers:
@@ -705,7 +705,7 @@ def test_a_cache_over_a_cluster_without_one_node(backends: Any) -> None:
             assert stats.causes.keys() == {"NodeDown"}
 
 
-def test_one_server_that_is_no_cluster_is_named_so(server: RedisServer, backends: Any) -> None:
+def test_a_cluster_url_for_a_single_server_fails_with_a_reason(server: RedisServer, backends: Any) -> None:
     with pytest.raises(redis.ResponseError, match="cluster support disabled"):
         backends(url=f"redis+cluster://{server.address}").get_many([key(1)])
 
@@ -719,15 +719,15 @@ def proxy(server: RedisServer) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def in_time(call: Any, seconds: float = 0.3) -> None:
-    """Require that a call, blocking or not, ends by its deadline; the test's own timeout is what else would end it."""
+def assert_times_out(call: Any, seconds: float = 0.3) -> None:
+    """Require that a call, blocking or async, ends by its deadline, not only by the test's own timeout."""
     with deadline(seconds), pytest.raises(TimeoutError):
         call()
 
 
 @pytest.mark.parametrize("where", ["connecting", "connected"])
-def test_a_server_that_drips_does_not_get_round_the_deadline(proxy: FaultProxy, backends: Any, where: str) -> None:
-    # Ten bytes in a second, each well before any socket's timeout: the reply would take 1,000 s.
+def test_a_server_that_drips_does_not_outlast_the_deadline(proxy: FaultProxy, backends: Any, where: str) -> None:
+    # Ten bytes per second, each well before any timeout of a socket: the reply would take 1,000 s.
     backend = backends(url=f"redis://{proxy.url_port}/1")
     many = items(100)
     backend.set_many(many, None)
@@ -735,15 +735,15 @@ def test_a_server_that_drips_does_not_get_round_the_deadline(proxy: FaultProxy, 
         backend.close()
         backend = backends(url=f"redis://{proxy.url_port}/1")
     proxy.fault = NetworkFault("bandwidth", bytes_per_second=10, direction="replies")
-    in_time(lambda: backend.get_many(list(many)))
-    in_time(lambda: asyncio.run(_read_by_twin(backend, 100)))
+    assert_times_out(lambda: backend.get_many(list(many)))
+    assert_times_out(lambda: asyncio.run(_read_by_twin(backend, 100)))
     proxy.fault = NetworkFault("bandwidth", bytes_per_second=10, direction="requests")
-    in_time(lambda: backend.set_many({key(1): os.urandom(20_000_000)}, None))
+    assert_times_out(lambda: backend.set_many({key(1): os.urandom(20_000_000)}, None))
     proxy.heal()
     assert backend.get_many(list(many)) == many
 
 
-def test_a_black_hole_does_not_get_round_the_deadline(proxy: FaultProxy, backends: Any) -> None:
+def test_a_black_hole_does_not_outlast_the_deadline(proxy: FaultProxy, backends: Any) -> None:
     backend = backends(url=f"redis://{proxy.url_port}")
     many = items(10)
     backend.set_many(many, None)
@@ -756,17 +756,15 @@ def test_a_black_hole_does_not_get_round_the_deadline(proxy: FaultProxy, backend
         lambda: list(backend.scan("")),
         lambda: backend.count(""),
     ):
-        in_time(call, 0.1)
+        assert_times_out(call, 0.1)
     proxy.heal()
     assert len(backend.get_many(list(many))) >= 9  # the late UNLINK may have arrived
 
 
-def test_a_name_server_that_hangs_does_not_get_round_the_deadline(
-    backends: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_server_that_hangs_does_not_outlast_the_deadline(backends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(60) and [])
-    in_time(lambda: backends(url="redis://somewhere").get_many([key(1)]))
+    assert_times_out(lambda: backends(url="redis://somewhere").get_many([key(1)]))
     found.set()
     with deadline(PATIENT), pytest.raises(redis.ConnectionError):
         backends(url="redis://somewhere").get_many([key(1)])
@@ -786,10 +784,10 @@ def test_garbage_is_an_error_and_ends_the_connection(proxy: FaultProxy, backends
         assert backend.get_many(list(many)) == many
 
 
-async def busy(twin: Any) -> bool:
-    """Tell whether a call finds all connections in use.
+async def is_busy(twin: Any) -> bool:
+    """Return whether a call finds all connections in use.
 
-    Where the loop stalls, the call's whole time may be over at once with that for which it waits: then once more.
+    If the event loop stalls, the call's deadline may pass before its wait for a connection does, so it is retried.
     """
     for seconds in (0.2, 2.0, 20.0):
         try:
@@ -802,13 +800,13 @@ async def busy(twin: Any) -> bool:
     return False
 
 
-def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: Any) -> None:
+def test_an_exhausted_pool_raises_busy(server: RedisServer, backends: Any) -> None:
     backend = backends(url=server.url, max_connections=1)
     backend.set_many(items(3), None)
-    taken = backend._client._pool(next(iter(backend._client._pools))).take()
+    taken = backend._client._get_pool(next(iter(backend._client._pools))).take()
     with deadline(0.2), pytest.raises(TierBusy, match="max_connections = 1"):
         backend.get_many([key(1)])
-    backend._client._pool(next(iter(backend._client._pools))).give(taken, sound=True)
+    backend._client._get_pool(next(iter(backend._client._pools))).give(taken, is_reusable=True)
     assert len(backend.get_many(list(items(3)))) == 3
 
     async def with_twin() -> None:
@@ -816,7 +814,7 @@ def test_an_exhausted_pool_is_busy_and_not_dead(server: RedisServer, backends: A
         with paused(server), deadline(PATIENT):
             first = asyncio.ensure_future(twin.get_many([key(1)]))
             await asyncio.sleep(0)
-            assert await busy(twin)
+            assert await is_busy(twin)
         assert len(await first) == 1
         await twin.close()
 
@@ -846,18 +844,18 @@ def test_many_threads_share_few_connections(server: RedisServer, backends: Any) 
         assert len(client.client_list()) <= 4
 
 
-def test_cancelled_calls_shift_no_reply(redis_server: RedisServer, redis_cluster: Any, backends: Any) -> None:
-    """The hammer: calls are cancelled at every point of their life while others go on."""
+def test_a_cancelled_call_does_not_shift_replies(redis_server: RedisServer, redis_cluster: Any, backends: Any) -> None:
+    """No call gets the reply of another while calls are cancelled at many different moments."""
     many = items(200, 2000)
 
     async def hammer(twin: Any) -> None:
-        async def one(number: int) -> None:
+        async def read(number: int) -> None:
             names = [key((number * step) % 200) for step in (1, 3, 7)]
             found = await twin.get_many(names)
             assert found == {name: many[name] for name in names}
 
-        async def cancelled(number: int) -> None:
-            call = asyncio.ensure_future(one(number))
+        async def read_and_cancel(number: int) -> None:
+            call = asyncio.ensure_future(read(number))
             for _ in range(number % 23):
                 await asyncio.sleep(0)
             if number % 3:
@@ -867,8 +865,8 @@ def test_cancelled_calls_shift_no_reply(redis_server: RedisServer, redis_cluster
             assert result is None or isinstance(result, asyncio.CancelledError), result
 
         for start in range(0, 400, 20):
-            kinds = [(one if number % 2 else cancelled)(number) for number in range(start, start + 20)]
-            await asyncio.gather(*kinds)
+            calls = [(read if number % 2 else read_and_cancel)(number) for number in range(start, start + 20)]
+            await asyncio.gather(*calls)
         await twin.close()
 
     for url in (redis_server.url, redis_cluster.url):
@@ -887,7 +885,7 @@ def test_cancelled_calls_shift_no_reply(redis_server: RedisServer, redis_cluster
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_fork_shares_no_connection(server: RedisServer, backends: Any) -> None:
-    """Parent and child, forked before and after the first use, while another call is under way, read at once."""
+    """Parent and child read at the same time, forked before and after the first use of the backend."""
     many = items(100, 1000)
     backend = backends(url=server.url)
     for _ in range(2):
@@ -913,7 +911,7 @@ def test_a_fork_leaves_the_parents_event_loop_alone(server: RedisServer, backend
     backend.set_many(many, None)
 
     async def collect_and_read(twin: Any) -> int:
-        twin._client._pools.clear()  # in a running loop, where a connection that is collected closes itself
+        twin._client._pools.clear()  # a connection that is collected in a running loop closes itself
         gc.collect()
         return 0 if await _read_by_twin(backend, 20) == many else 2
 
@@ -935,7 +933,7 @@ def test_a_fork_leaves_the_parents_event_loop_alone(server: RedisServer, backend
     asyncio.run(main())
 
 
-def test_a_closed_backend_says_so(server: RedisServer) -> None:
+def test_a_closed_backend_raises(server: RedisServer) -> None:
     backend = RedisBackend(url=server.url)
     backend.set_many(items(1), None)
     backend.close()
@@ -944,6 +942,6 @@ def test_a_closed_backend_says_so(server: RedisServer) -> None:
             call()
 
 
-def test_making_one_connects_to_nothing() -> None:
+def test_a_new_backend_does_not_connect() -> None:
     for url in ("redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/x"):
         RedisBackend(url=url).close()

@@ -1,4 +1,4 @@
-"""Connections to one SQLite file: shared by threads, let go of before a fork, patient up to the deadline."""
+"""Connections to one SQLite file: shared by threads, closed before a fork, and never waiting beyond a deadline."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from embedonce.errors import CacheClosed, TierError, TierTimeout
 
 T = TypeVar("T")
 
-PATIENCE = 60.0
+DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for another process's lock."""
 
 FORK_SECONDS = 5.0
-"""How long a fork waits for the calls that are under way in other threads."""
+"""Seconds that a fork waits for the calls that are in flight in other threads."""
 
-IDLE = 4
-"""Connections that are kept open between calls; each holds a page cache."""
+MAX_IDLE = 4
+"""Maximum number of connections that stay open between calls; each has a page cache."""
 
-STEPS = 100_000
-"""SQLite's virtual machine looks at the deadline this often: under a millisecond apart."""
+PROGRESS_STEPS = 100_000
+"""Steps of SQLite's virtual machine between two checks of the deadline; they take under a millisecond."""
 
 
 FORKED = (
-    "this process was forked while the cache's file was in use, and SQLite cannot go on in it; "
+    "this process was forked while the disk tier was in use, so SQLite is not safe in it; "
     "fork earlier, or start processes with spawn"
 )
 
@@ -46,46 +46,47 @@ class Lock(Protocol):
 
 
 class Connection(sqlite3.Connection):
-    """A connection that knows which opening of the file it belongs to."""
+    """A connection that belongs to a generation of the file's connections."""
 
     generation = 0
+    """The number of :meth:`Connections.renew` calls before it was opened."""
 
     def close(self) -> None:
-        """Close it, unless it is a parent's and this is a forked child that may not touch it."""
-        if _stranded:
+        """Close the connection; in a forked child that must not use its parent's connections, only put it aside."""
+        if _is_stranded:
             _abandoned.append(self)
             return
-        # The last one to be closed writes the log back and removes it. Of two that are closed at one moment each takes
-        # the other for one that stays.
-        with _closing:
+        # The last connection to close writes the log back and removes it. If two closed at the same time, each would
+        # assume that the other stays open.
+        with _close_lock:
             super().close()
 
 
-def remaining() -> float:
-    """Return the seconds that the call under way may still wait.
+def get_remaining_seconds() -> float:
+    """Return the seconds that the current call may still wait.
 
     Raises:
-        TierTimeout: none.
+        TierTimeout: no time is left.
     """
     left = time_left()
-    return PATIENCE if left is None else min(left, PATIENCE)
+    return DEFAULT_SECONDS if left is None else min(left, DEFAULT_SECONDS)
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """Return ``call()``, tried again while another connection holds the lock that it needs.
+def retry_while_locked(call: Callable[[], T]) -> T:
+    """Return ``call()``, retrying it while another connection holds the lock that it needs.
 
-    SQLite's own waiting takes one fixed time per connection, and some statements ignore it.
+    SQLite's own waiting is not used, because its timeout is fixed per connection and some statements ignore it.
 
     Raises:
-        TierTimeout: the lock was not to be had in time.
+        TierTimeout: the lock stayed taken until the deadline.
     """
-    end = time.monotonic() + remaining()
+    end = time.monotonic() + get_remaining_seconds()
     pause = 0.0002
     while True:
         try:
             return call()
         except sqlite3.OperationalError as error:
-            if primary_code(error) != sqlite3.SQLITE_BUSY:
+            if get_primary_code(error) != sqlite3.SQLITE_BUSY:
                 raise
             if time.monotonic() + pause >= end:
                 raise TierTimeout("the database is locked by another process") from error
@@ -93,50 +94,50 @@ def patiently(call: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.005)
 
 
-def primary_code(error: Exception) -> int:
-    """Return SQLite's result code without its extension, 0 where Python raised the error itself."""
+def get_primary_code(error: Exception) -> int:
+    """Return SQLite's result code without its extension, or 0 if Python itself raised the error."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
 
 
-def rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return all rows of one statement, which waits for locks."""
-    if _stranded:  # the call that forked goes on here, with its parent's connection
+def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+    """Run one statement, waiting for locks if necessary, and return all of its rows."""
+    if _is_stranded:  # a call that forks continues in the child, with its parent's connection
         raise TierError(FORKED)
     time_left()
     try:
         return connection.execute(sql, values).fetchall()
     except sqlite3.OperationalError as error:
-        if primary_code(error) != sqlite3.SQLITE_BUSY:
+        if get_primary_code(error) != sqlite3.SQLITE_BUSY:
             raise
-    return patiently(lambda: connection.execute(sql, values).fetchall())
+    return retry_while_locked(lambda: connection.execute(sql, values).fetchall())
 
 
-def explained(error: Exception, file: Path) -> Exception:
-    """Return the exception that says what is wrong with ``file`` and what to do, for SQLite's own."""
-    code = primary_code(error)
+def explain_error(error: Exception, file: Path) -> Exception:
+    """Return the exception to raise for an error of SQLite; it says what is wrong with ``file`` and what to do."""
+    code = get_primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
-        return TierTimeout(f"{file}: not done in time ({error})")
+        return TierTimeout(f"{file}: timed out ({error})")
     if code == sqlite3.SQLITE_FULL:
-        return OSError(errno.ENOSPC, f"no room to write ({error}); free some space or lower max_bytes", str(file))
+        return OSError(errno.ENOSPC, f"disk full ({error}); free some space or lower max_bytes", str(file))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return OSError(errno.EACCES, f"cannot be opened for writing ({error}); check its folder", str(file))
+        return OSError(errno.EACCES, f"cannot open for writing ({error}); check its folder and permissions", str(file))
     if code == sqlite3.SQLITE_IOERR:
-        return OSError(errno.EIO, f"cannot be read or written ({error})", str(file))
-    # Where a damaged schema is quoted in SQLite's message, Python may fail to decode that message.
+        return OSError(errno.EIO, f"cannot read or write ({error})", str(file))
+    # SQLite's message may quote a damaged schema; Python may then fail to decode the message.
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
-        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, what it held is computed again")
+        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and its entries will be computed again")
     return error
 
 
 @contextmanager
-def holding(lock: Lock) -> Iterator[None]:
-    """Hold a lock.
+def hold_lock(lock: Lock) -> Iterator[None]:
+    """Hold a lock during the block.
 
     Raises:
-        TierTimeout: it was not to be had in time.
+        TierTimeout: the lock stayed taken until the deadline.
     """
-    if not lock.acquire(timeout=remaining()):
+    if not lock.acquire(timeout=get_remaining_seconds()):
         raise TierTimeout("other threads are using the database")
     try:
         yield
@@ -145,9 +146,9 @@ def holding(lock: Lock) -> Iterator[None]:
 
 
 class Connections:
-    """Hands out connections, each to one call at a time.
+    """Lends connections, each to one call at a time.
 
-    Connections do not belong to threads: there are as many as calls under way, and ``close`` reaches them all.
+    Connections do not belong to threads. There is one per call in flight, and ``close`` reaches all of them.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
@@ -160,91 +161,92 @@ class Connections:
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        # Weak: what a call drops when Ctrl-C strikes between two lines is no longer lent.
+        # Weak references, because a call that Ctrl-C interrupts may lose its connection without giving it back.
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
-        self._opening = threading.Lock()
-        self.writing = threading.RLock()
-        """Held by the one thread of this process that writes: threads queue here, processes poll SQLite's lock."""
+        self._open_lock = threading.Lock()
+        self.write_lock = threading.RLock()
+        """Lock of the one thread of this process that writes. Threads wait for it; processes poll SQLite's lock."""
 
     def take(self) -> Connection:
-        """Return a connection that is this call's alone until :meth:`give`.
+        """Return a connection that only this call uses until :meth:`give`.
 
         Raises:
             CacheClosed: after ``close``.
-            TierError: in a forked child that may not touch the file.
+            TierError: in a forked child that must not use the file.
         """
         while True:
-            self._admit()
+            self._check_usable()
             with self._lock:
-                if not _forks and self._idle:
+                if not _forking_threads and self._idle:
                     connection = self._idle[-1]
                     self._lent.add(connection)
                     return self._idle.pop()
                 generation = self._generation
-            with holding(self._opening):
-                if _forks:  # a fork waits for this lock, so none begins while a file is being opened
+            with hold_lock(self._open_lock):
+                if _forking_threads:  # a fork waits for this lock, so it never happens while a file is being opened
                     continue
                 connection = self._connect()
                 connection.generation = generation
                 self._lent.add(connection)
                 return connection
 
-    def _admit(self) -> None:
-        if _forks:
-            end = time.monotonic() + remaining()
-            while _forks:
-                # What the forking thread itself calls meanwhile, in a signal handler say, would wait for itself.
-                if threading.get_ident() in _forks or time.monotonic() >= end:
+    def _check_usable(self) -> None:
+        """Wait for a fork in another thread, then raise if no connection may be used."""
+        if _forking_threads:
+            end = time.monotonic() + get_remaining_seconds()
+            while _forking_threads:
+                # The forking thread itself may make calls, for example in a signal handler; waiting would never end.
+                if threading.get_ident() in _forking_threads or time.monotonic() >= end:
                     raise TierTimeout("this process is forking")
                 time.sleep(0.001)
         if self._closed:
             raise CacheClosed("the disk backend is closed")
-        if _stranded or self._pid != os.getpid():
+        if _is_stranded or self._pid != os.getpid():
             raise TierError(FORKED)
 
-    def give(self, connection: Connection, sound: bool) -> None:
-        """Take a connection back; it is closed unless it is ``sound``."""
+    def give(self, connection: Connection, is_reusable: bool) -> None:
+        """Take a connection back, and close it unless ``is_reusable``."""
         with self._lock:
-            if sound and connection.generation == self._generation and self._may_keep():
+            if is_reusable and connection.generation == self._generation and self._may_keep():
                 self._idle.append(connection)
                 self._lent.discard(connection)
                 return
-        self._end(connection)
+        self._close_connection(connection)
 
-    def _end(self, connection: Connection) -> None:
+    def _close_connection(self, connection: Connection) -> None:
         try:
             connection.close()
         finally:
             self._lent.discard(connection)
 
     def _may_keep(self) -> bool:
-        return not (self._closed or _forks or _stranded) and len(self._idle) < IDLE
+        return not (self._closed or _forking_threads or _is_stranded) and len(self._idle) < MAX_IDLE
 
     def renew(self) -> None:
-        """Close what is idle and what comes back: the next call opens the file anew."""
+        """Close the idle connections now and the lent ones when they come back; the next call opens the file again."""
         with self._lock:
             self._generation += 1
-            self._lent.update(self._idle)  # a fork waits for their closing too
+            self._lent.update(self._idle)  # so that a fork waits until they are closed
             idle, self._idle = self._idle, []
         for connection in idle:
-            self._end(connection)
+            self._close_connection(connection)
 
     def close(self) -> None:
-        """Close every connection, those lent out when they come back."""
+        """Close every connection; one that is lent is closed when it comes back."""
         self._closed = True
         self.renew()
 
-    def rests(self, until: float) -> bool:
-        """Wait until no call opens, uses or closes a connection; say whether that came about in time."""
-        while self._opening.locked() or self._is_lending(until):
+    def wait_until_unused(self, until: float) -> bool:
+        """Wait until no call opens, uses or closes a connection; return False if the time ``until`` came first."""
+        while self._open_lock.locked() or self._is_lending(until):
             if time.monotonic() >= until:
                 return False
             time.sleep(0.001)
         return True
 
     def _is_lending(self, until: float) -> bool:
-        # Not for ever: a signal handler may fork while its own thread holds the lock.
+        # With a timeout, because a signal handler may fork while its own thread holds the lock.
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             return True
         try:
@@ -253,72 +255,74 @@ class Connections:
             self._lock.release()
 
     def has_open(self) -> bool:
-        """Say whether a connection is open, or is being opened; in a child, whether one was when it was forked."""
-        return bool(self._lent or self._idle) or self._opening.locked()
+        """Return whether a connection is open or being opened; in a child, whether one was when it was forked."""
+        return bool(self._lent or self._idle) or self._open_lock.locked()
 
     def restart(self) -> None:
-        """Go on in the child, whose other threads are gone."""
+        """Start again in a forked child, which has no other threads."""
         _abandoned.extend(self._idle)
         self._idle = []
         self._reset_locks()
 
 
-# SQLite keeps POSIX locks in tables of the process, and a child inherits the tables without the locks: its own
-# connections to the same file would believe in locks that it does not hold, and lose writes. It inherits SQLite's
-# mutexes too, which are the whole library's: one that another thread held stays locked for ever. So a fork finds no
-# connection open and none being opened or closed, in any backend; where it does, the child uses SQLite no more.
+# SQLite keeps a table of its POSIX locks in the process. A forked child inherits the table but not the locks, so its
+# own connections to the same file would rely on locks that it does not hold, and lose writes. The child also inherits
+# SQLite's mutexes, which are global to the library: one that another thread held stays locked forever. Therefore a
+# fork closes every connection of every backend first, and waits for those that are being opened or closed. If that
+# fails, the child must not use SQLite at all.
 #
-# A fork holds no lock, and waits for others until its time is up: it ends in a signal handler, in a finalizer, beside
-# another fork and in the middle of a call. What the child may do is decided in the child, by what was open when it was
-# forked: why the parent did not get it closed does not matter.
+# A fork holds no lock while it waits, and its wait is limited. So it always ends: in a signal handler, in a finalizer,
+# beside another fork, and in the middle of a call. The child itself decides whether it may use SQLite, from what was
+# open at the moment of the fork; it does not matter why the parent could not close it.
 
 _all: set[ref[Connections]] = set()
-_forks: list[int] = []
-"""The threads that are forking; while there is one no backend opens or lends a connection, however new it is."""
-_closing = threading.RLock()
-_stranded = False
-"""Whether this process is a child that was forked while SQLite was in use."""
+_forking_threads: list[int] = []
+"""Ids of the threads that are forking. While there is one, no backend opens or lends a connection, not even a new
+backend."""
+_close_lock = threading.RLock()
+_is_stranded = False
+"""Whether this process is a child that was forked while SQLite was in use, and so must not use SQLite."""
 _abandoned: list[Connection] = []
-"""A parent's connections in such a child: kept, because letting go of one would close it."""
+"""The parent's connections in a forked child. They are kept, because collecting one would close it."""
 
 
-def _alive() -> list[Connections]:
+def _list_alive() -> list[Connections]:
     return [connections for found in list(_all) if (connections := found()) is not None]
 
 
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
-    _forks.append(threading.get_ident())
-    # Listed only now: a backend that is not among them finds the fork under way.
-    everyone = _alive()
-    if all(connections.rests(until) for connections in everyone):
+    _forking_threads.append(threading.get_ident())
+    # List the backends only after that: one that is made later sees that a fork is in progress.
+    everyone = _list_alive()
+    if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:
             connections.renew()
-        # Another thread may have begun to close a backend, which needs no leave.
-        all(connections.rests(until) for connections in everyone)
+        # Another thread may have started to close a backend, which a fork does not prevent.
+        all(connections.wait_until_unused(until) for connections in everyone)
 
 
-def _after_in_parent() -> None:
-    if threading.get_ident() in _forks:
-        _forks.remove(threading.get_ident())
+def _after_fork_in_parent() -> None:
+    if threading.get_ident() in _forking_threads:
+        _forking_threads.remove(threading.get_ident())
 
 
-def _after_in_child() -> None:
-    global _closing, _stranded
-    everyone = _alive()
-    _stranded = _stranded or any(connections.has_open() for connections in everyone)
-    _closing = threading.RLock()
-    _forks.clear()
+def _after_fork_in_child() -> None:
+    global _close_lock, _is_stranded
+    everyone = _list_alive()
+    _is_stranded = _is_stranded or any(connections.has_open() for connections in everyone)
+    _close_lock = threading.RLock()
+    _forking_threads.clear()
     for connections in everyone:
         connections.restart()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
-def interrupted() -> bool:
-    """Say whether the statement that runs in this thread is out of time; SQLite's progress handler."""
+def is_out_of_time() -> bool:
+    """Return whether the current call's deadline has passed. SQLite calls this as its progress handler."""
     try:
         time_left()
     except TierTimeout:

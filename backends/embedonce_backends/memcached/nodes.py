@@ -1,4 +1,4 @@
-"""Connections to memcached: sockets that keep a deadline, a client in a pool per node, and whether a node answers."""
+"""Connections to memcached: sockets with a deadline, a pool of connections per node, and the state of each node."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ R = TypeVar("R")
 
 log = logging.getLogger("embedonce.memcached")
 
-RECEIVE = 24 * 1024
-"""Bytes asked of a socket at once. pymemcache asks for 4 KiB, and with every value copies what is left: fewer bytes
-are more calls, more are larger copies. Measured for 384 to 3,072 dimensions."""
-PATIENCE = 60.0
+RECEIVE_BYTES = 24 * 1024
+"""Bytes to read from a socket at once. pymemcache reads 4 KiB, and copies the unparsed rest with every value. Reading
+fewer bytes needs more calls; reading more makes larger copies. Measured for 384 to 3,072 dimensions."""
+DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a node that failed is left out; they double as long as it fails."""
-LOST_TRY = 30.0
-"""Seconds after which a call that tries a node again counts as one that never comes back."""
+"""Seconds for which a failed node is skipped: the first time, and at most. They double with each further failure."""
+PROBE_SECONDS = 30.0
+"""Seconds after which a probe of a failed node is given up as lost, so that another call may probe it."""
 
 _now = time.monotonic
 
@@ -44,142 +44,145 @@ _now = time.monotonic
 # --- sockets ----------------------------------------------------------------------------------
 
 
-def remaining() -> float:
-    """Return the seconds that the call under way may still wait.
+def get_remaining_seconds() -> float:
+    """Return the seconds that the current call may still wait.
 
     Raises:
-        TierTimeout: none.
+        TierTimeout: no time is left.
     """
     left = time_left()
-    return PATIENCE if left is None else min(left, PATIENCE)
+    return DEFAULT_SECONDS if left is None else min(left, DEFAULT_SECONDS)
 
 
 class _Socket(socket.socket):
-    """A socket that keeps the deadline of the call under way; pymemcache's own timeout starts anew with every read."""
+    """A socket with the deadline of the current call. pymemcache's timeout would start again with every read."""
 
     __slots__ = ()
 
     def connect(self, address: Any) -> None:
-        self.settimeout(remaining())
+        self.settimeout(get_remaining_seconds())
         super().connect(address)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        self.settimeout(remaining())  # of all of it: the one call whose timeout is not per packet
+        self.settimeout(get_remaining_seconds())  # for sendall, the timeout covers all packets together
         super().sendall(data, flags)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        self.settimeout(remaining())
-        return super().recv(RECEIVE, flags)
+        self.settimeout(get_remaining_seconds())
+        return super().recv(RECEIVE_BYTES, flags)
 
 
-def _addresses(host: str, port: int, family: int, kind: int, protocol: int) -> list[Any]:
-    """Return what ``socket.getaddrinfo`` does, IPv4 first; looking a name up cannot outlast the deadline."""
+def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> list[Any]:
+    """Return the result of ``socket.getaddrinfo`` with IPv4 first; a name lookup ends by the deadline."""
     try:
         found = socket.getaddrinfo(host, port, family, kind, protocol, socket.AI_NUMERICHOST)
-    except socket.gaierror:  # a name
-        found = _in_time(lambda: socket.getaddrinfo(host, port, family, kind, protocol))
-    # pymemcache takes the first alone, and memcached listens on IPv4 unless it is told otherwise.
+    except socket.gaierror:  # not a number but a name
+        found = _call_in_thread(lambda: socket.getaddrinfo(host, port, family, kind, protocol))
+    # pymemcache tries only the first address, and memcached listens on IPv4 by default.
     return sorted(found, key=lambda info: info[0] != socket.AF_INET)
 
 
-def _in_time(call: Callable[[], R]) -> R:
-    """Return ``call()``, made in a thread that is left behind when the deadline passes."""
+def _call_in_thread(look_up: Callable[[], R]) -> R:
+    """Return ``look_up()``, called in a thread that is abandoned at the deadline."""
     future: Future[R] = Future()
 
     def run() -> None:
         try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001  (it reaches whoever waits)
+            future.set_result(look_up())
+        except BaseException as error:  # noqa: BLE001  (future.result() raises it in the calling thread)
             future.set_exception(error)
 
     threading.Thread(target=run, name="embedonce-resolver", daemon=True).start()
-    return future.result(remaining())
+    return future.result(get_remaining_seconds())
 
 
-_SOCKETS: Any = SimpleNamespace(**{**vars(socket), "socket": _Socket, "getaddrinfo": _addresses})
+_SOCKET_MODULE: Any = SimpleNamespace(**{**vars(socket), "socket": _Socket, "getaddrinfo": _resolve})
 
 
 # --- one connection ---------------------------------------------------------------------------
 
 
 class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
-    """One connection. Each call is one trip for all of its keys; it waits for the replies, and believes no others
-    than there are: any error closes the connection, so that no reply is left in it.
+    """One connection. Each method makes one round trip for all of its keys and waits for all replies.
+
+    An error or an unexpected reply closes the connection, so that no later call reads a reply that is not its own.
     """
 
     def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Return what is there."""
+        """Return the values that are stored under ``keys``."""
         found: Any = self.get_many(keys)
         return found  # type: ignore[no-any-return]
 
     def set_all(self, items: Mapping[str, bytes], expire: int) -> Sequence[str]:
-        """Store the items, and return the keys of those that were refused."""
+        """Store the items and return the keys of those that the server refused."""
         values: Any = items
         refused: Any = self.set_many(values, expire, noreply=False)
         return refused  # type: ignore[no-any-return]
 
     def add_all(self, items: Mapping[str, bytes], expire: int) -> set[str]:
-        """Store what is absent, and return those keys. (pymemcache's ``add`` is for one key.)"""
+        """Store the items whose key is missing and return those keys. (pymemcache's ``add`` takes only one key.)"""
         values: Any = items
         stored: Any = self._store_cmd(b"add", values, expire, False)
         return {key for key in items if stored[key]}
 
     def delete_all(self, keys: Iterable[str]) -> None:
-        """Remove the keys. (pymemcache's ``delete_many`` takes any reply for a yes.)"""
+        """Remove the keys. (pymemcache's ``delete_many`` accepts any reply as a success.)"""
         commands = [b"delete %b\r\n" % self.check_key(key, self.key_prefix) for key in keys]
         replies = self._misc_cmd(commands, b"delete", False)
         if not {b"DELETED", b"NOT_FOUND"}.issuperset(replies):
             self.close()
-            raise MemcacheUnknownError("a reply to delete that memcached does not give")
+            raise MemcacheUnknownError("the server sent an invalid reply to delete")
 
 
 # --- one node ---------------------------------------------------------------------------------
 
 
 class Node:
-    """One memcached: its connections, and whether it answers."""
+    """One memcached server: its connections, and whether it answers."""
 
-    def __init__(self, name: str, *, prefix: str, most: int, alone: bool) -> None:
+    def __init__(self, name: str, *, prefix: str, max_connections: int, is_only_node: bool) -> None:
         self.name = name
         self._prefix = prefix.encode("ascii")
-        self._most = most
-        self._alone = alone
+        self._max_connections = max_connections
+        self._is_only_node = is_only_node
         self._idle: list[Connection] = []
         self._closed = False
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: the connections are the parent's."""
+        """Close all connections and forget failures, as a forked child has to: the connections are the parent's."""
         idle, self._idle = self._idle, []
         self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(self._most)
-        self.up = True
-        self._wait = 0.0
-        self._until = 0.0
-        self._tried_until = 0.0
+        self._slots = threading.BoundedSemaphore(self._max_connections)
+        self.is_up = True
+        self._wait_seconds = 0.0
+        self._skip_until = 0.0
+        self._probe_until = 0.0
         for connection in idle:
             connection.close()
 
-    def run(self, call: Callable[[Connection, P], R], part: P, *, twice: bool) -> R:
-        """Return ``call(connection, part)``, with a connection of its own that is dropped if anything goes wrong.
+    def run(self, call: Callable[[Connection, P], R], part: P, *, may_retry: bool) -> R:
+        """Return ``call(connection, part)`` with a connection that only this call uses; an error closes it.
 
-        A connection that was idle may have been closed by the server meanwhile (a restart): with
-        ``twice`` the call is made again over a new one.
+        The server may have closed an idle connection, for example in a restart. With ``may_retry``, the call is then
+        made again with a new connection.
 
         Raises:
-            TierBusy: all connections are taken.
+            TierBusy: all connections stayed in use.
         """
-        places = self._places
-        if not places.acquire(timeout=remaining()):
-            raise TierBusy(f"memcached {self.name}: all connections are in use")
+        slots = self._slots
+        if not slots.acquire(timeout=get_remaining_seconds()):
+            raise TierBusy(
+                f"memcached {self.name}: all connections are in use (max_connections = {self._max_connections})"
+            )
         try:
             connection = self._take()
-            reused = connection.sock is not None
+            is_reused = connection.sock is not None
             try:
                 try:
                     answer = call(connection, part)
                 except (ConnectionError, MemcacheUnexpectedCloseError):
-                    if not (reused and twice):
+                    if not (is_reused and may_retry):
                         raise
                     self._drop_idle()
                     connection.close()
@@ -190,7 +193,7 @@ class Node:
             self._give(connection)
             return answer
         finally:
-            places.release()
+            slots.release()
 
     def _take(self) -> Connection:
         with self._lock:
@@ -201,7 +204,7 @@ class Node:
             no_delay=True,
             default_noreply=False,
             key_prefix=self._prefix,
-            socket_module=_SOCKETS,
+            socket_module=_SOCKET_MODULE,
         )
 
     def _give(self, connection: Connection) -> None:
@@ -218,50 +221,50 @@ class Node:
             connection.close()
 
     def close(self) -> None:
-        """Close every connection, those in use when they come back."""
+        """Close every connection; one that is in use is closed when its call ends."""
         self._closed = True
         self._drop_idle()
 
     # whether it answers
 
-    def admits(self) -> bool:
-        """Tell whether to ask it: it is up, or it is time for one call to try again."""
-        if self.up:
+    def admits_call(self) -> bool:
+        """Return whether a call may use the node: it is up, or it is time for one call to probe it."""
+        if self.is_up:
             return True
         with self._lock:
             now = _now()
-            if now < max(self._until, self._tried_until):
+            if now < max(self._skip_until, self._probe_until):
                 return False
-            self._tried_until = now + LOST_TRY
+            self._probe_until = now + PROBE_SECONDS
             return True
 
-    def failed(self, error: Exception) -> None:
-        """Leave it out for a while, longer each time."""
+    def mark_failed(self, error: Exception) -> None:
+        """Skip the node for a while, longer after each failure."""
         with self._lock:
             now = _now()
-            was_up, self.up = self.up, False
-            if was_up or now >= self._until:  # calls that were under way beside it fail too, and count once
-                self._wait = min(LONGEST_WAIT, self._wait * 2 or FIRST_WAIT)
-                self._until = now + self._wait * random.uniform(0.75, 1.25)
-                self._tried_until = 0.0
+            was_up, self.is_up = self.is_up, False
+            if was_up or now >= self._skip_until:  # calls in flight at the same time fail, too, but count once
+                self._wait_seconds = min(LONGEST_WAIT, self._wait_seconds * 2 or FIRST_WAIT)
+                self._skip_until = now + self._wait_seconds * random.uniform(0.75, 1.25)
+                self._probe_until = 0.0
         self._drop_idle()
-        if was_up and not self._alone:
+        if was_up and not self._is_only_node:
             cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
-            log.warning("memcached %s does not answer (%s); its keys are not served until it does", self.name, cause)
+            log.warning("memcached %s does not answer (%s); skipping it until a probe succeeds", self.name, cause)
 
-    def answered(self) -> None:
-        """Ask it from now on."""
-        if self.up:
+    def mark_answered(self) -> None:
+        """Use the node again from now on."""
+        if self.is_up:
             return
         with self._lock:
-            was_up, self.up = self.up, True
-            self._wait = 0.0
-        if not was_up and not self._alone:
+            was_up, self.is_up = self.is_up, True
+            self._wait_seconds = 0.0
+        if not was_up and not self._is_only_node:
             log.warning("memcached %s answers again", self.name)
 
 
-def silences(error: Exception) -> bool:
-    """Tell whether an error means that a node is down: not if it answered with a refusal, or was not asked."""
+def is_node_failure(error: Exception) -> bool:
+    """Return whether an error means that the node is down, which a refusal by the server and a full pool do not."""
     if isinstance(error, MemcacheUnexpectedCloseError):
         return True
     return not isinstance(error, TierBusy | MemcacheServerError | MemcacheClientError)

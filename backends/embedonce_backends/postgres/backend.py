@@ -1,6 +1,6 @@
-"""The Postgres tier: one row per key, with the vector in a pgvector column where there is one.
+"""The Postgres tier: one row per key, with the vector in a pgvector column if the table has one.
 
-``docs/postgres.md`` describes the table, and how to query the vectors where they lie.
+``docs/postgres.md`` describes the table, and how to query the vectors inside Postgres.
 """
 
 from __future__ import annotations
@@ -19,55 +19,61 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc
-from embedonce_backends._pages import page
+from embedonce_backends._pages import limit_page_time
 
-from .connections import AsyncPool, Connection, Pool, has_rows, is_sound, parameters
-from .rows import Item, columns, items_of, texts
-from .schema import Column, Found, Run, Statements, look, make, statements
+from .connections import AsyncPool, Connection, Pool, has_rows, is_reusable, parse_url
+from .rows import Item, decode_rows, encode_columns, encode_texts
+from .schema import Column, Run, Statements, TableState, inspect_table, make_statements, make_table
 
 api = 1
 
 log = logging.getLogger("embedonce.postgres")
 
-PAGE = 5000
-"""Keys of one query of a scan."""
+SCAN_PAGE_KEYS = 5000
+"""Number of keys that a scan reads per query."""
 SWEEP_EVERY = 1000
-"""Expired rows are looked for with the first write and each time that so many rows were written."""
-LONGEST_NAME = 63
-"""Bytes; Postgres cuts off the rest of a longer name."""
+"""Number of written rows after which expired rows are deleted; the first write deletes some, too."""
+MAX_NAME_BYTES = 63
+"""Maximum length of a table's or schema's name in bytes; Postgres truncates longer names."""
 
 
 class PostgresBackend:
-    """Holds entries in a table of Postgres, and frames where a tier is encrypted."""
+    """Holds entries in a Postgres table, or frames if the tier is encrypted."""
 
     def __init__(
         self,
         *,
-        url: Annotated[str, Doc("postgresql://user@host:5432/database, or what else libpq takes.")],
-        table: Annotated[str, Doc("The table of the cache.")] = "embedonce",
-        schema: Annotated[str, Doc("The schema that the table is in.")] = "public",
+        url: Annotated[
+            str, Doc("postgresql://user@host:5432/database, or any other connection string that libpq accepts.")
+        ],
+        table: Annotated[str, Doc("Name of the table.")] = "embedonce",
+        schema: Annotated[str, Doc("Schema that contains the table.")] = "public",
         column: Annotated[
             Column,
             Doc(
-                "What holds a vector: a pgvector column, a bytea column, or (auto) the former where pgvector is"
-                " installed in the database."
+                "Column that stores the vectors. vector: a pgvector column. bytea: a bytea column. "
+                "auto: a pgvector column if pgvector is installed in the database, otherwise bytea."
             ),
         ] = "auto",
-        create: Annotated[bool, Doc("Make the table when it is first used; else `embedonce migrate` does.")] = True,
-        max_connections: Annotated[int, Ge(1), Doc("Most connections of this process, and of each event loop.")] = 8,
+        create: Annotated[
+            bool, Doc("Make the table when it is first used. If false, run `embedonce migrate` to make it.")
+        ] = True,
+        max_connections: Annotated[
+            int, Ge(1), Doc("At most this many connections, per process and per event loop.")
+        ] = 8,
         text_preview: Annotated[
-            bool, Doc("Keep the entry's text_preview in a column of its own: the beginning of the text, readable.")
+            bool, Doc("Store an entry's text_preview, the readable beginning of its text, in a column of its own.")
         ] = False,
     ) -> None:
         for option, name in (("table", table), ("schema", schema)):
-            if not name or "\0" in name or len(name.encode()) > LONGEST_NAME:
-                raise ConfigError(f"{option} is a name of 1 to {LONGEST_NAME} bytes")
-        self._parameters = parameters(url)
+            if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+                raise ConfigError(f"{option} must be a name of 1 to {MAX_NAME_BYTES} bytes without NUL")
+        self._parameters = parse_url(url)
         self.schema = schema
         self.table = table
         self._column: Column = column
         self._create = create
-        self._most = max_connections
+        self._max_connections = max_connections
         self.keeps_preview = text_preview
         self.capabilities = Capabilities(
             holds="either",
@@ -82,138 +88,141 @@ class PostgresBackend:
             bounded=False,
             text_preview=text_preview,
         )
-        self.ahead = 0.0
-        """Seconds that are added to the server's clock, by which a ttl goes."""
+        self.clock_offset = 0.0
+        """Seconds that are added to the server's clock, with which a ttl is measured. Tests use it to pass time."""
         self._pool = Pool(self._parameters, max_connections)
-        self.known: Statements | None = None
-        """The statements for the table, once it has been looked at."""
-        self._unswept = SWEEP_EVERY
+        self.known_statements: Statements | None = None
+        """The statements for the table, or None until the table has been inspected."""
+        self._rows_since_sweep = SWEEP_EVERY
 
     def __repr__(self) -> str:
         return f"<PostgresBackend of the table {self.schema}.{self.table}>"
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
-        """Return what is there, by one query."""
+        """Return the items that are stored under ``keys``, with one query."""
         if not keys:
             return {}
-        return items_of(self._run(self.prepared().get, (self.ahead, texts(keys))))
+        return decode_rows(self._run(self.get_statements().get, (self.clock_offset, encode_texts(keys))))
 
     def set_many(self, items: Mapping[str, Item], ttl: float | None, /) -> None:
-        """Store every item by one statement: all of them or none. A row that would stay as it is is not written."""
+        """Store all items or none, with one statement. A row that would not change is not written."""
         if not items:
             return
-        made = self.prepared()
-        self._run(made.set, (self.ahead, ttl, *columns(items, made.vector_oid, self.keeps_preview)))
-        if self._sweep_is_due(len(items)):
-            self._sweep(made)
+        statements = self.get_statements()
+        values = encode_columns(items, statements.vector_oid, self.keeps_preview)
+        self._run(statements.set, (self.clock_offset, ttl, *values))
+        self._rows_since_sweep += len(items)
+        if self._rows_since_sweep >= SWEEP_EVERY:
+            self._sweep(statements)
 
     def add_many(self, items: Mapping[str, Item], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent or expired, and return those keys; exactly one caller gets each."""
+        """Store the items whose key is missing or expired, and return those keys. Only one caller gets each key."""
         if not items:
             return set()
-        made = self.prepared()
-        values = columns(items, made.vector_oid, self.keeps_preview)
-        return {key for (key,) in self._run(made.add, (self.ahead, ttl, *values))}
+        statements = self.get_statements()
+        values = encode_columns(items, statements.vector_oid, self.keeps_preview)
+        return {key for (key,) in self._run(statements.add, (self.clock_offset, ttl, *values))}
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys, by one statement."""
+        """Remove the keys, with one statement."""
         if keys:
-            self._run(self.prepared().delete, (texts(keys),))
+            self._run(self.get_statements().delete, (encode_texts(keys),))
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys in order, 5,000 a query; expired ones that are not swept yet among them."""
+        """Yield the keys in order, 5,000 per query, including expired ones that have not been deleted yet."""
         last = ""
         while True:
-            with page():
-                keys = self._run(self.prepared().scan, (prefix, _end(prefix), last, PAGE))
+            with limit_page_time():
+                values = (prefix, _find_prefix_end(prefix), last, SCAN_PAGE_KEYS)
+                keys = self._run(self.get_statements().scan, values)
             for (last,) in keys:
                 yield last
-            if len(keys) < PAGE:
+            if len(keys) < SCAN_PAGE_KEYS:
                 return
 
     def count(self, prefix: str, /) -> int:
-        """Return how many keys start with ``prefix``, expired ones that are not swept yet among them."""
-        ((count,),) = self._run(self.prepared().count, (prefix, _end(prefix)))
+        """Return how many keys start with ``prefix``, including expired ones that have not been deleted yet."""
+        ((count,),) = self._run(self.get_statements().count, (prefix, _find_prefix_end(prefix)))
         return int(count)
 
     def twin(self) -> PostgresTwin:
-        """Return a client for the running event loop, with connections of its own."""
-        return PostgresTwin(self, AsyncPool(self._parameters, self._most))
+        """Return a native async client for the running event loop, with its own connections."""
+        return PostgresTwin(self, AsyncPool(self._parameters, self._max_connections))
 
     def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         self._pool.close()
 
     # --- the table ----------------------------------------------------------------------------
 
     def migrate(self) -> str:
-        """Make the table and what else is missing, and say what was done; processes that do so wait for each other.
+        """Make the table and everything else that is missing, and return a description of what was done.
+
+        A lock makes processes that do this at the same time wait for each other.
 
         Raises:
-            psycopg.Error: the role may not, among others.
+            psycopg.Error: an error of the server, for example because the role may not make tables.
         """
-        with self._transaction() as run:
-            done = make(run, self.schema, self.table, self._column)
-        self.known = None
+        with self._open_transaction() as run:
+            done = make_table(run, self.schema, self.table, self._column)
+        self.known_statements = None
         return done
 
     def describe(self) -> str:
-        """Say what holds the vectors; asks the server."""
-        found = self._found()
+        """Ask the server, and return a description of the column that stores the vectors."""
+        found = self._inspect_table()
         if not found.table:
             return "no table yet"
         if found.has_vectors and self._column != "bytea":
-            return f"pgvector {found.extension}: vectors of float32 in a vector column, the rest in bytea"
+            return f"pgvector {found.extension}: float32 vectors in a vector column, all others in bytea"
         if self._column == "bytea":
             return 'bytea (column = "bytea")'
         if found.extension is not None:
-            return "bytea: the table was made without pgvector; `embedonce migrate` adds the column for vectors"
+            return "bytea: the table was made without pgvector; run `embedonce migrate` to add the vector column"
         if found.available is not None:
             return "bytea: pgvector is not installed in this database (CREATE EXTENSION vector)"
         return "bytea: the server has no pgvector"
 
-    def prepared(self) -> Statements:
-        """Return the statements for the table, which is looked at, and made where it is not there, at first use."""
-        if self.known is not None:
-            return self.known
-        found = self._found()
+    def get_statements(self) -> Statements:
+        """Return the statements for the table. The first call inspects the table, and makes it if it is missing."""
+        if self.known_statements is not None:
+            return self.known_statements
+        found = self._inspect_table()
         if not found.table or (self._column == "vector" and not found.has_vectors):
-            found = self._made()
-        made = self.known = statements(found, self.schema, self.table, self._column)
-        return made
+            found = self._make_table()
+        statements = self.known_statements = make_statements(found, self.schema, self.table, self._column)
+        return statements
 
-    def forget(self, error: BaseException) -> None:
-        """After an error that a changed table explains, look at the table again."""
+    def check_table_after(self, error: BaseException) -> None:
+        """Make the next call inspect the table again if a change of the table may have caused the error."""
         if isinstance(error, psycopg.ProgrammingError):
-            self.known = None
+            self.known_statements = None
 
-    def _found(self) -> Found:
-        return look(self._run, self.schema, self.table)
+    def _inspect_table(self) -> TableState:
+        return inspect_table(self._run, self.schema, self.table)
 
-    def _made(self) -> Found:
+    def _make_table(self) -> TableState:
+        missing = f"the table {self.table!r} in the schema {self.schema!r} is missing, or has no vector column"
         if not self._create:
-            raise TierError(f"{self._missing()}: run `embedonce migrate`")
+            raise TierError(f"{missing}: run `embedonce migrate`")
         try:
             self.migrate()
         except psycopg.errors.InsufficientPrivilege as error:
             raise TierError(
-                f"{self._missing()}, and this role may not make it: run `embedonce migrate` with one that may"
+                f"{missing}, and this role may not create it: run `embedonce migrate` with a role that may"
             ) from error
-        return self._found()
-
-    def _missing(self) -> str:
-        return f"the table {self.table!r} in the schema {self.schema!r} is not there, or has no column for vectors"
+        return self._inspect_table()
 
     # --- statements ---------------------------------------------------------------------------
 
     def _run(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement, a transaction of its own, and return its rows."""
+        """Run one statement in its own transaction, and return its rows."""
         connection = self._pool.take()
         try:
             rows = _execute(connection, statement, values)
         except BaseException as error:
-            self.forget(error)
-            if is_sound(connection, error):
+            self.check_table_after(error)
+            if is_reusable(connection, error):
                 self._pool.give(connection)
             else:
                 self._pool.drop(connection)
@@ -222,8 +231,8 @@ class PostgresBackend:
         return rows
 
     @contextmanager
-    def _transaction(self) -> Iterator[Run]:
-        """Give the block what runs statements inside one transaction; an error undoes all of them."""
+    def _open_transaction(self) -> Iterator[Run]:
+        """Yield a function that runs statements inside one transaction; an exception rolls the transaction back."""
         connection = self._pool.take()
         try:
             _execute(connection, b"BEGIN")
@@ -234,17 +243,13 @@ class PostgresBackend:
             raise
         self._pool.give(connection)
 
-    def _sweep_is_due(self, written: int) -> bool:
-        self._unswept += written
-        return self._unswept >= SWEEP_EVERY
-
-    def _sweep(self, made: Statements) -> None:
-        """Delete some of what has expired. What was to be stored is stored: a failure is nobody's but the log's."""
-        self._unswept = 0
+    def _sweep(self, statements: Statements) -> None:
+        """Delete some expired rows. A failure is only logged, because the write before it has succeeded."""
+        self._rows_since_sweep = 0
         try:
-            self._run(made.sweep, (self.ahead,))
+            self._run(statements.sweep, (self.clock_offset,))
         except (psycopg.Error, TierError) as error:
-            log.warning("expired rows could not be deleted (%s); it is tried again later", type(error).__name__)
+            log.warning("could not delete expired rows (%s); retrying after later writes", type(error).__name__)
 
 
 class PostgresTwin:
@@ -255,28 +260,28 @@ class PostgresTwin:
         self._pool = pool
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Item]:
-        """Return what is there, by one query."""
+        """Return the items that are stored under ``keys``, with one query."""
         if not keys:
             return {}
-        made = await self._prepared()
-        return items_of(await self._run(made.get, (self._backend.ahead, texts(keys))))
+        statements = await self._get_statements()
+        return decode_rows(await self._run(statements.get, (self._backend.clock_offset, encode_texts(keys))))
 
     async def set_many(self, items: Mapping[str, Item], ttl: float | None, /) -> None:
-        """Store every item by one statement."""
+        """Store all items or none, with one statement."""
         if not items:
             return
-        made = await self._prepared()
-        values = columns(items, made.vector_oid, self._backend.keeps_preview)
-        await self._run(made.set, (self._backend.ahead, ttl, *values))
+        statements = await self._get_statements()
+        values = encode_columns(items, statements.vector_oid, self._backend.keeps_preview)
+        await self._run(statements.set, (self._backend.clock_offset, ttl, *values))
 
     async def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         self._pool.close()
 
-    async def _prepared(self) -> Statements:
-        # The first use looks at the table, and may make it: by the blocking client, whose code that is.
-        known = self._backend.known
-        return await asyncio.to_thread(self._backend.prepared) if known is None else known
+    async def _get_statements(self) -> Statements:
+        # The first use inspects the table and may make it. That code exists only in the blocking client.
+        known = self._backend.known_statements
+        return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 
     async def _run(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         async with asyncio.timeout(time_left()):
@@ -285,8 +290,8 @@ class PostgresTwin:
                 cursor = await connection.execute(statement, values, binary=True)
                 rows = await cursor.fetchall() if has_rows(cursor) else []
             except BaseException as error:
-                self._backend.forget(error)
-                if is_sound(connection, error):
+                self._backend.check_table_after(error)
+                if is_reusable(connection, error):
                     self._pool.give(connection)
                 else:
                     self._pool.drop(connection)
@@ -300,12 +305,12 @@ def _execute(connection: Connection, statement: bytes, values: Sequence[Any] = (
     return cursor.fetchall() if has_rows(cursor) else []
 
 
-def _end(prefix: str) -> str | None:
-    """Return what sorts after every key that starts with ``prefix``; None: there is no such end."""
+def _find_prefix_end(prefix: str) -> str | None:
+    """Return a text that sorts after every key that starts with ``prefix``, or None if the prefix is empty."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else None
 
 
 @hookimpl
 def embedonce_backends() -> Mapping[str, type]:
-    """Name this file's backend."""
+    """Register the Postgres backend."""
     return {"postgres": PostgresBackend}

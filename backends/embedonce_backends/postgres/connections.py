@@ -1,7 +1,7 @@
-"""Connections to Postgres: each ends by the deadline of the call, and none is shared with a forked child.
+"""Connections to Postgres. Each call ends by its deadline, and a forked child shares no connection.
 
-psycopg's own pool connects in threads that a fork leaves behind and that know no deadline, and it tells
-a server that is down by the same ``PoolTimeout`` as a pool that is exhausted. So here are two small ones.
+This module has two small pools because psycopg's is not suitable. It connects in threads that a forked child does not
+have and that have no deadline, and it raises ``PoolTimeout`` both for a server that is down and for an exhausted pool.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ T = TypeVar("T")
 log = logging.getLogger("embedonce.postgres")
 
 CLOSED = "the postgres backend is closed"
-SLOW = "no connection to Postgres could be made in time"
+SLOW = "could not connect to Postgres in time"
 BUSY = "all connections to Postgres are in use (max_connections = {})"
 
 CONNECT_SECONDS = 10
-"""A connection that takes longer is given up, where the URL has no ``connect_timeout``."""
+"""Time limit in seconds for one connection attempt, unless the URL has a ``connect_timeout``."""
 CANCEL_SECONDS = 2.0
-"""How long the server is asked to stop a query that nobody waits for any more."""
+"""Time limit in seconds for the request to cancel a query whose call has ended."""
 NEXT_HOST_SECONDS = 0.04
-"""Where the URL names several hosts and one has not answered for so long, the next one is tried beside it."""
-TICK = 0.01
-"""Seconds after which a call that waits looks at its deadline."""
+"""Seconds without an answer after which the next host of the URL is tried in parallel."""
+CHECK_SECONDS = 0.01
+"""Maximum number of seconds between two checks of the deadline while a call waits."""
 IDLE_SECONDS = 300.0
-"""A connection that was not used for so long is closed."""
+"""Seconds after which an idle connection is closed."""
 
 
 class Binary:
-    """A parameter that is encoded already; its type is what the statement casts it to."""
+    """A parameter that is already encoded. The statement casts it to its type."""
 
     __slots__ = ("data",)
 
@@ -69,48 +69,52 @@ ADAPTERS = AdaptersMap(psycopg.adapters)
 ADAPTERS.register_dumper(Binary, _BinaryDumper)
 
 
-def parameters(url: str) -> dict[str, Any]:
-    """Return libpq's connection parameters of a URL.
+def parse_url(url: str) -> dict[str, Any]:
+    """Return libpq's connection parameters for a URL.
 
     Raises:
-        ConfigError: it is none. The message does not repeat it: it may hold a password.
+        ConfigError: the URL is invalid. The message does not repeat it, because it may contain a password.
     """
     found: dict[str, Any] | None = None
-    with suppress(psycopg.Error):  # whose message repeats it, and would be the context of ours
+    with suppress(psycopg.Error):  # its message repeats the URL, so it must not become the context of our error
         found = dict(conninfo_to_dict(url))
     if found is None:
-        raise ConfigError("url is not one of Postgres, such as postgresql://user@host:5432/database")
+        raise ConfigError("url is not a Postgres URL; expected one such as postgresql://user@host:5432/database")
     if "PGCONNECT_TIMEOUT" not in os.environ:
         found.setdefault("connect_timeout", CONNECT_SECONDS)
     found.setdefault("fallback_application_name", "embedonce")
     found["client_encoding"] = "UTF8"
-    hosts_of(found)
+    split_hosts(found)
     return found
 
 
-def hosts_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parameters for each host of a URL that names several, in the order in which to try them."""
-    lists = {name: str(given[name]).split(",") for name in ("host", "hostaddr", "port") if given.get(name)}
-    most = max(map(len, lists.values()), default=1)
-    if most == 1:
-        return [given]
-    lists = {name: values * most if len(values) == 1 else values for name, values in lists.items()}
-    if any(len(values) != most for values in lists.values()):
-        raise ConfigError("url has not as many ports as hosts")
-    hosts = [{**given, **{name: values[place] for name, values in lists.items()}} for place in range(most)]
-    if given.get("load_balance_hosts") == "random":
+def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the connection parameters of each host of a URL, in the order in which to try the hosts.
+
+    Raises:
+        ConfigError: the numbers of hosts and ports differ.
+    """
+    lists = {name: str(parameters[name]).split(",") for name in ("host", "hostaddr", "port") if parameters.get(name)}
+    count = max(map(len, lists.values()), default=1)
+    if count == 1:
+        return [parameters]
+    lists = {name: values * count if len(values) == 1 else values for name, values in lists.items()}
+    if any(len(values) != count for values in lists.values()):
+        raise ConfigError("url must have one port, or as many ports as hosts")
+    hosts = [{**parameters, **{name: values[index] for name, values in lists.items()}} for index in range(count)]
+    if parameters.get("load_balance_hosts") == "random":
         random.shuffle(hosts)
-    if given.get("target_session_attrs") == "prefer-standby":  # of one host it means "any"
+    if parameters.get("target_session_attrs") == "prefer-standby":  # for a single host, libpq treats it as "any"
         return [{**host, "target_session_attrs": wanted} for wanted in ("standby", "any") for host in hosts]
     return list(hosts)
 
 
-# Autocommit, and nothing prepared: behind a transaction pooler the next statement may go to another server process.
+# Autocommit and no prepared statements, because a transaction pooler may send the next statement to another session.
 _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection whose every wait ends by the deadline of the call, however the bytes trickle in."""
+    """A connection whose waits end by the deadline of the call, even if the server sends only a byte now and then."""
 
     idle_since = 0.0
 
@@ -122,16 +126,17 @@ class Connection(psycopg.Connection[Any]):
         """Run a step of the protocol.
 
         Raises:
-            TierTimeout: the deadline has passed. The connection is of no use then.
+            TierTimeout: the deadline has passed. The connection cannot be used afterwards.
         """
         left = time_left()
-        return waiting.wait(_timed(gen), self.pgconn.socket, TICK if left is None else min(left, TICK))
+        seconds = CHECK_SECONDS if left is None else min(left, CHECK_SECONDS)
+        return waiting.wait(_check_deadline(gen), self.pgconn.socket, seconds)
 
 
-def _timed(gen: PQGen[T]) -> PQGen[T]:
-    """Do what ``gen`` does, and look at the deadline whenever something has come, and with each tick.
+def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
+    """Run ``gen``, and check the deadline whenever data arrives and whenever a wait times out.
 
-    The waiting itself is psycopg's, in C: an answer of 256 vectors comes in dozens of pieces.
+    psycopg does the waiting itself, in C, because a reply of 256 vectors arrives in dozens of pieces.
     """
     try:
         wanted = next(gen)
@@ -145,7 +150,7 @@ def _timed(gen: PQGen[T]) -> PQGen[T]:
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
-    """A connection whose wait ends at once when it is cancelled; psycopg's goes on until the server has answered."""
+    """A connection whose wait ends at once when it is cancelled. psycopg's would wait until the server has answered."""
 
     idle_since = 0.0
 
@@ -161,8 +166,8 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 
 
-def is_quiet(connection: AnyConnection) -> bool:
-    """Say whether an idle connection is as it was left: one that the server closed, or wrote to, can be read from."""
+def is_usable(connection: AnyConnection) -> bool:
+    """Return whether an idle connection is usable: if it is readable, the server closed it or wrote to it."""
     if connection.closed:
         return False
     if not hasattr(select, "poll"):
@@ -173,193 +178,197 @@ def is_quiet(connection: AnyConnection) -> bool:
 
 
 def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
-    """Say whether a statement gave rows, be they none. (``description`` makes an object per column to say so.)"""
+    """Return whether a statement returns rows, even if there are none.
+
+    It does not use ``description``, which makes an object per column.
+    """
     return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
-def is_sound(connection: AnyConnection, error: BaseException) -> bool:
-    """Say whether a connection can be used after ``error``: the server refused a statement, and said so to the end."""
+def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
+    """Return whether a connection can be used after ``error``: only if the server's error reply was read completely."""
     return isinstance(error, psycopg.Error) and connection.pgconn.transaction_status == TransactionStatus.IDLE
 
 
-def finish(connection: AnyConnection) -> None:
-    """Close a connection. In a forked child it is the parent's, who would lose it: there it is only put aside."""
+def close_connection(connection: AnyConnection) -> None:
+    """Close a connection. In a forked child, only put it aside: closing it would end the parent's session."""
     if connection.pid == os.getpid():
         connection.pgconn.finish()
     else:
         _inherited.append(connection)
 
 
-def finish_all(idle: list[Any]) -> None:
-    """Close what is idle, and empty the list."""
+def close_all(idle: list[Any]) -> None:
+    """Close the idle connections and empty the list."""
     while idle:
-        finish(idle.pop())
+        close_connection(idle.pop())
 
 
-def abandon(connection: AnyConnection) -> None:
-    """Close a connection, after asking the server, in a thread, to stop what it still does for it."""
-    busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
-    # libpq before 17 has only a way to ask that blocks the whole process for as long as the server does not answer.
-    if not (busy and psycopg.capabilities.has_cancel_safe()) or not _in_thread(lambda: _cancel(connection)):
-        finish(connection)
+def cancel_and_close(connection: AnyConnection) -> None:
+    """Close a connection; if its query is still running, a thread first asks the server to cancel it."""
+    is_busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
+    # libpq before 17 can only cancel in a way that blocks the whole process until the server answers.
+    if not (is_busy and psycopg.capabilities.has_cancel_safe()) or not _start_thread(lambda: _cancel(connection)):
+        close_connection(connection)
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # A blocking client of the same session, whichever kind it is; kept until the session is closed.
-    asking = psycopg.Connection(connection.pgconn)
+    # cancel_safe is a method of blocking connections, so wrap the session in one, whichever kind it belongs to.
+    blocking = psycopg.Connection(connection.pgconn)
     try:
-        asking.cancel_safe(timeout=CANCEL_SECONDS)
+        blocking.cancel_safe(timeout=CANCEL_SECONDS)
     except psycopg.Error:
-        log.debug("a server did not answer when it was asked to stop a query")
+        log.debug("the server did not answer a request to cancel a query")
     finally:
-        finish(connection)
+        close_connection(connection)
 
 
-def _in_thread(call: Callable[[], None]) -> bool:
+def _start_thread(call: Callable[[], None]) -> bool:
+    """Start a thread that makes the call; return False if the interpreter is shutting down."""
     try:
         threading.Thread(target=call, name="embedonce-postgres", daemon=True).start()
-    except RuntimeError:  # the interpreter is ending
+    except RuntimeError:
         return False
     return True
 
 
-def _keep(idle: list[Any], connection: AnyConnection) -> int:
-    """Put a connection on top of the idle ones; close those that have been idle for too long and say how many."""
+def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
+    """Add a connection to the idle ones, close those that have been idle too long, and return how many it closed."""
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
-    old = 0
-    while idle[old].idle_since < now - IDLE_SECONDS:  # not the last one: that is this moment's
-        old += 1
-    stale = idle[:old]
-    del idle[:old]
-    finish_all(stale)
-    return old
+    expired = 0
+    while idle[expired].idle_since < now - IDLE_SECONDS:  # ends at the last one, whose idle_since is now
+        expired += 1
+    stale = idle[:expired]
+    del idle[:expired]
+    close_all(stale)
+    return expired
 
 
 class _Attempt:
-    """One connection being made."""
+    """One attempt to connect, to any of the hosts."""
 
-    done = False
+    is_done = False
     error: BaseException | None = None
 
     def __init__(self, hosts: int) -> None:
-        self.left = hosts
-        """Hosts that may still answer."""
-        self.failed = threading.Event()
-        """The host that was tried last has failed, or another has answered: nobody need wait for it."""
+        self.hosts_left = hosts
+        """Number of hosts that may still answer."""
+        self.next_host_due = threading.Event()
+        """Set when a host has failed or answered, so that there is no need to wait before trying the next host."""
 
 
 class Pool:
-    """Lends connections to calls, the one used last first. As many are open as calls need, up to ``most``.
+    """Lends connections to calls, the most recently used first, and opens as many as calls need up to a maximum.
 
-    A connection is made in a thread, because looking a name up knows no deadline. The call that wanted it
-    leaves by its own; a connection that comes later is kept for the next one.
+    Connections are made in threads, because a name lookup has no timeout. If the call that needs a connection reaches
+    its deadline first, the connection is kept for the next call.
     """
 
-    def __init__(self, given: Mapping[str, Any], most: int) -> None:
-        self._parameters = given
-        self._most = most
+    def __init__(self, parameters: Mapping[str, Any], max_connections: int) -> None:
+        self._parameters = parameters
+        self._max_connections = max_connections
         self._closed = False
         self._idle: list[Connection] = []
         self.reset()
         _pools.add(self)
-        weakref.finalize(self, finish_all, self._idle)
+        weakref.finalize(self, close_all, self._idle)
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: what is open is the parent's."""
+        """Forget all connections, as a forked child has to: the open ones belong to the parent."""
         self._changed = threading.Condition()
-        finish_all(self._idle)
-        self._open = 0
-        self._connecting = 0
+        close_all(self._idle)
+        self._open_count = 0
+        self._connecting_count = 0
 
     def take(self) -> Connection:
-        """Return a connection that is this call's alone until :meth:`give` or :meth:`drop`.
+        """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
 
-        It waits for half of the time that the call has: with what is left after a connection that came late, no
-        query would be done, and the connection be lost by that.
+        It waits for at most half of the call's remaining time. With less time left, the query would probably time out,
+        and the new connection would be lost with it.
 
         Raises:
             TierBusy: all connections stayed in use.
-            TierTimeout: none could be made in time.
-            psycopg.Error: the server cannot be reached, or refuses.
+            TierTimeout: no connection was made in time.
+            psycopg.Error: the server cannot be reached, or refuses the connection.
         """
         left = time_left()
-        patience = None if left is None else time.monotonic() + left / 2
+        end = None if left is None else time.monotonic() + left / 2
         attempt: _Attempt | None = None
         with self._changed:
             while True:
                 if self._closed:
                     raise CacheClosed(CLOSED)
-                if (connection := self._pop()) is not None:
+                if (connection := self._pop_idle()) is not None:
                     return connection
                 if attempt is not None and attempt.error is not None:
                     raise attempt.error
-                if (attempt is None or attempt.done) and self._open < self._most:
-                    attempt = self._connect()
+                if (attempt is None or attempt.is_done) and self._open_count < self._max_connections:
+                    attempt = self._start_attempt()
                 else:
-                    self._wait(patience)
+                    self._wait_for_change(end)
 
     def give(self, connection: Connection) -> None:
         """Take a connection back for the next call."""
         with self._changed:
             if self._closed or connection.closed:
-                self._lost(connection)
+                self._discard(connection)
             else:
-                self._open -= _keep(self._idle, connection)
+                self._open_count -= _keep_idle(self._idle, connection)
             self._changed.notify()
 
     def drop(self, connection: Connection) -> None:
-        """Take a connection back that no call may use any more."""
-        abandon(connection)
+        """Take back a connection that no call may use again, and close it."""
+        cancel_and_close(connection)
         with self._changed:
-            self._open -= 1
+            self._open_count -= 1
             self._changed.notify()
 
     def close(self) -> None:
-        """Close what is idle, and later what comes back."""
+        """Close the idle connections now, and each of the others when it is given back."""
         with self._changed:
             self._closed = True
-            finish_all(self._idle)
+            close_all(self._idle)
             self._changed.notify_all()
 
-    def _lost(self, connection: Connection) -> None:
-        self._open -= 1
-        finish(connection)
+    def _discard(self, connection: Connection) -> None:
+        self._open_count -= 1
+        close_connection(connection)
 
-    def _pop(self) -> Connection | None:
+    def _pop_idle(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if is_quiet(connection):
+            if is_usable(connection):
                 return connection
-            self._lost(connection)
+            self._discard(connection)
         return None
 
-    def _wait(self, patience: float | None) -> None:
-        left = None if patience is None else patience - time.monotonic()
+    def _wait_for_change(self, end: float | None) -> None:
+        left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
-            raise TierTimeout(SLOW) if self._connecting else TierBusy(BUSY.format(self._most))
+            raise TierTimeout(SLOW) if self._connecting_count else TierBusy(BUSY.format(self._max_connections))
         self._changed.wait(left)
 
-    def _connect(self) -> _Attempt:
-        self._open += 1
-        self._connecting += 1
-        hosts = hosts_of(self._parameters)
+    def _start_attempt(self) -> _Attempt:
+        self._open_count += 1
+        self._connecting_count += 1
+        hosts = split_hosts(self._parameters)
         attempt = _Attempt(len(hosts))
-        if not _in_thread(lambda: self._run(attempt, hosts)):
+        if not _start_thread(lambda: self._try_hosts(attempt, hosts)):
             for host in hosts:
-                self._try(attempt, host)
+                self._try_host(attempt, host)
         return attempt
 
-    def _run(self, attempt: _Attempt, hosts: Sequence[Mapping[str, Any]]) -> None:
-        """Try the hosts in turn, each in a thread, so that one that does not answer holds up none."""
+    def _try_hosts(self, attempt: _Attempt, hosts: Sequence[Mapping[str, Any]]) -> None:
+        """Try the hosts in order, each in a thread, so that a host that does not answer does not delay the next one."""
         for host in hosts[:-1]:
-            attempt.failed.clear()
-            if not attempt.done and _in_thread(lambda host=host: self._try(attempt, host)):  # type: ignore[misc]
-                attempt.failed.wait(NEXT_HOST_SECONDS)
-        self._try(attempt, hosts[-1])
+            attempt.next_host_due.clear()
+            if not attempt.is_done and _start_thread(lambda host=host: self._try_host(attempt, host)):  # type: ignore[misc]
+                attempt.next_host_due.wait(NEXT_HOST_SECONDS)
+        self._try_host(attempt, hosts[-1])
 
-    def _try(self, attempt: _Attempt, host: Mapping[str, Any]) -> None:
-        if attempt.done:
+    def _try_host(self, attempt: _Attempt, host: Mapping[str, Any]) -> None:
+        if attempt.is_done:
             return
         connection: Connection | None = None
         problem: BaseException | None = None
@@ -367,43 +376,48 @@ class Pool:
             connection = Connection.connect(**host, **_OPTIONS, cursor_factory=RawCursor)
         except psycopg.errors.ConnectionTimeout:
             problem = TierTimeout(SLOW)
-        except BaseException as error:  # noqa: BLE001  (it reaches the call that wanted the connection)
+        except BaseException as error:  # noqa: BLE001  (the call that waits for the connection raises it)
             problem = error
         with self._changed:
-            attempt.left -= 1
-            attempt.failed.set()
-            if attempt.done:  # another host was first
+            attempt.hosts_left -= 1
+            attempt.next_host_due.set()
+            if attempt.is_done:  # another host answered first
                 if connection is not None:
-                    finish(connection)
+                    close_connection(connection)
                 return
-            if connection is None and attempt.left:
+            if connection is None and attempt.hosts_left:
                 return
-            attempt.done, attempt.error = True, problem
-            self._connecting -= 1
+            attempt.is_done, attempt.error = True, problem
+            self._connecting_count -= 1
             if connection is None:
-                self._open -= 1
+                self._open_count -= 1
             elif self._closed:
-                self._lost(connection)
+                self._discard(connection)
             else:
-                self._open -= _keep(self._idle, connection)
+                self._open_count -= _keep_idle(self._idle, connection)
             self._changed.notify_all()
 
 
 class AsyncPool:
-    """The same for one event loop, with tasks for threads."""
+    """Lends connections as :class:`Pool` does, within one event loop, and makes them in tasks instead of threads."""
 
-    def __init__(self, given: Mapping[str, Any], most: int) -> None:
-        self._parameters = given
-        self._most = most
+    def __init__(self, parameters: Mapping[str, Any], max_connections: int) -> None:
+        self._parameters = parameters
+        self._max_connections = max_connections
         self._closed = False
         self._idle: list[AsyncConnection] = []
-        self._slots = asyncio.Semaphore(most)
+        self._slots = asyncio.Semaphore(max_connections)
         self._connecting: set[asyncio.Task[AsyncConnection]] = set()
+        """Tasks that are making a connection."""
         self._late: set[asyncio.Task[AsyncConnection]] = set()
-        weakref.finalize(self, finish_all, self._idle)
+        """Those of them whose call has ended."""
+        weakref.finalize(self, close_all, self._idle)
 
     async def take(self) -> AsyncConnection:
-        """Return a connection that is this call's alone until :meth:`give` or :meth:`drop`; raises as the pool's."""
+        """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
+
+        It waits for at most half of the call's remaining time, and raises what :meth:`Pool.take` raises.
+        """
         if self._closed:
             raise CacheClosed(CLOSED)
         left = time_left()
@@ -411,28 +425,28 @@ class AsyncPool:
         try:
             async with asyncio.timeout(None if left is None else left / 2):
                 has_slot = await self._slots.acquire()
-                return self._pop() or await self._made()
+                return self._pop_idle() or await self._make_connection()
         except TimeoutError:
             if has_slot or self._connecting:
                 raise TierTimeout(SLOW) from None
-            raise TierBusy(BUSY.format(self._most)) from None
+            raise TierBusy(BUSY.format(self._max_connections)) from None
 
-    def _pop(self) -> AsyncConnection | None:
+    def _pop_idle(self) -> AsyncConnection | None:
         while self._idle:
             connection = self._idle.pop()
-            if is_quiet(connection):
+            if is_usable(connection):
                 return connection
-            finish(connection)
+            close_connection(connection)
         return None
 
-    async def _made(self) -> AsyncConnection:
-        task = asyncio.create_task(self._connect())
+    async def _make_connection(self) -> AsyncConnection:
+        task = asyncio.create_task(self._try_hosts())
         self._connecting.add(task)
         try:
             connection = await asyncio.shield(task)
         except asyncio.CancelledError:
             self._late.add(task)
-            task.add_done_callback(self._came_late)
+            task.add_done_callback(self._keep_late_connection)
             raise
         except BaseException:
             self._connecting.discard(task)
@@ -441,17 +455,17 @@ class AsyncPool:
         self._connecting.discard(task)
         return connection
 
-    async def _connect(self) -> AsyncConnection:
-        """Try the hosts in turn; one that does not answer holds up none."""
-        hosts = hosts_of(self._parameters)
+    async def _try_hosts(self) -> AsyncConnection:
+        """Try the hosts in order; a host that does not answer does not delay the next one."""
+        hosts = split_hosts(self._parameters)
         tasks: set[asyncio.Task[AsyncConnection]] = set()
         problem: BaseException = TierTimeout(SLOW)
         try:
             while hosts or tasks:
                 if hosts:
-                    tasks.add(asyncio.create_task(_connected(hosts.pop(0))))
-                patience = NEXT_HOST_SECONDS if hosts else None
-                done, tasks = await asyncio.wait(tasks, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                    tasks.add(asyncio.create_task(_connect(hosts.pop(0))))
+                timeout = NEXT_HOST_SECONDS if hosts else None
+                done, tasks = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if (error := task.exception()) is None:
                         tasks.update(done - {task})
@@ -460,11 +474,11 @@ class AsyncPool:
             raise problem
         finally:
             for task in tasks:
-                task.add_done_callback(_too_late)
+                task.add_done_callback(_close_late_connection)
                 task.cancel()
 
-    def _came_late(self, task: asyncio.Task[AsyncConnection]) -> None:
-        """Keep a connection whose call did not wait for it."""
+    def _keep_late_connection(self, task: asyncio.Task[AsyncConnection]) -> None:
+        """Keep a connection whose call has ended for the next call."""
         self._connecting.discard(task)
         self._late.discard(task)
         if task.cancelled() or task.exception() is not None:
@@ -475,46 +489,46 @@ class AsyncPool:
     def give(self, connection: AsyncConnection) -> None:
         """Take a connection back for the next call."""
         if self._closed or connection.closed:
-            finish(connection)
+            close_connection(connection)
         else:
-            _keep(self._idle, connection)
+            _keep_idle(self._idle, connection)
         self._slots.release()
 
     def drop(self, connection: AsyncConnection) -> None:
-        """Take a connection back that no call may use any more."""
-        abandon(connection)
+        """Take back a connection that no call may use again, and close it."""
+        cancel_and_close(connection)
         self._slots.release()
 
     def close(self) -> None:
-        """Close what is idle, and later what comes back."""
+        """Close the idle connections now, and each of the others when it is given back."""
         self._closed = True
-        finish_all(self._idle)
+        close_all(self._idle)
         for task in self._late:
             task.cancel()
 
 
-async def _connected(host: Mapping[str, Any]) -> AsyncConnection:
+async def _connect(host: Mapping[str, Any]) -> AsyncConnection:
     try:
         return await AsyncConnection.connect(**host, **_OPTIONS, cursor_factory=AsyncRawCursor)
     except psycopg.errors.ConnectionTimeout:
         raise TierTimeout(SLOW) from None
 
 
-def _too_late(task: asyncio.Task[AsyncConnection]) -> None:
-    """Close a connection to a host when another host was first."""
+def _close_late_connection(task: asyncio.Task[AsyncConnection]) -> None:
+    """Close the connection of a task if it was made although another host was faster."""
     if not task.cancelled() and task.exception() is None:
-        finish(task.result())
+        close_connection(task.result())
 
 
 _pools: WeakSet[Pool] = WeakSet()
 _inherited: list[Any] = []
-"""Connections of the parent's: closing them in the child, or letting them be collected, is not the child's to do."""
+"""The parent's connections in a forked child. They are kept, because collecting one would end the parent's session."""
 
 
-def _after_in_child() -> None:
+def _reset_after_fork() -> None:
     for pool in list(_pools):
         pool.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_in_child)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,8 +1,8 @@
-"""Entries and frames as Postgres' binary parameters, and its binary rows as entries and frames.
+"""Conversion of entries and frames to Postgres' binary parameters, and of its binary rows to entries and frames.
 
-Arrays of the wire: the number of dimensions, whether there are NULLs, the elements' type, their number,
-the index of the first, then each element after its length; all big-endian. A vector of pgvector is two
-16-bit numbers, its dimension and one that is not used, and float32 values.
+Postgres' binary format of an array is: the number of dimensions, whether there are NULLs, the type of the elements,
+their number, the index of the first one, then each element after its length. All numbers are big-endian. pgvector's
+format of a vector is two 16-bit numbers, the dimension and an unused one, followed by float32 values.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .connections import Binary
 
 Item: TypeAlias = Entry | bytes
 
-MOST_DIMENSIONS = 16_000
-"""Of pgvector's type ``vector``."""
+MAX_DIMENSIONS = 16_000
+"""Maximum number of dimensions of pgvector's type ``vector``."""
 PREVIEW = "text_preview"
-"""The part of an entry's metadata that has a column of its own, or is not stored at all."""
+"""Name in an entry's metadata that has a column of its own; it is not stored if the option is off."""
 
 BYTEA, INT4, TEXT, FLOAT8 = 17, 23, 25, 701
-"""Numbers of Postgres' own types; those of an extension's differ between databases."""
+"""Ids (oid) of Postgres' built-in types. The ids of an extension's types differ between databases."""
 
 _ARRAY = struct.Struct(">iiIii")
 _EMPTY = struct.Struct(">iiI")
@@ -41,46 +41,49 @@ _DTYPES: Mapping[str, Dtype] = {"float32": "float32", "float16": "float16", "int
 
 
 Row: TypeAlias = tuple[Any, ...]
-"""Of an answer: key, embedding, frame, dtype, created, expires, metadata, text_preview."""
+"""Row of a reply: key, embedding, frame, dtype, created, expires, metadata, text_preview."""
 
 
 # --- to parameters ----------------------------------------------------------------------------
 
 
-def array(oid: int, elements: Sequence[bytes | None]) -> Binary:
-    """Return an array. One that holds NULLs alone is empty: ``unnest`` fills the shorter arrays up with NULLs."""
+def encode_array(oid: int, elements: Sequence[bytes | None]) -> Binary:
+    """Return an array of encoded elements of the type ``oid``.
+
+    If all elements are NULL, the array is empty, because ``unnest`` fills up shorter arrays with NULLs.
+    """
     if None not in elements and len(set(map(len, elements))) == 1:  # type: ignore[arg-type]
         whole: list[bytes] = list(elements)  # type: ignore[arg-type]
-        return _array(oid, len(whole), _LENGTH.pack(len(whole[0])).join((b"", *whole)))
+        return _pack_array(oid, len(whole), _LENGTH.pack(len(whole[0])).join((b"", *whole)))
     if all(element is None for element in elements):
         return Binary(_EMPTY.pack(0, 0, oid))
     parts = [_NULL if part is None else _LENGTH.pack(len(part)) + part for part in elements]
-    return _array(oid, len(parts), b"".join(parts), nulls=True)
+    return _pack_array(oid, len(parts), b"".join(parts), has_nulls=True)
 
 
-def _array(oid: int, count: int, body: bytes, *, nulls: bool = False) -> Binary:
-    return Binary(_ARRAY.pack(1, nulls, oid, count, 1) + body)
+def _pack_array(oid: int, count: int, body: bytes, *, has_nulls: bool = False) -> Binary:
+    return Binary(_ARRAY.pack(1, has_nulls, oid, count, 1) + body)
 
 
-def texts(values: Iterable[str | None]) -> Binary:
+def encode_texts(values: Iterable[str | None]) -> Binary:
     """Return an array of type text."""
-    return array(TEXT, [None if value is None else value.encode() for value in values])
+    return encode_array(TEXT, [None if value is None else value.encode() for value in values])
 
 
-def numbers(values: Iterable[float | None]) -> Binary:
+def encode_numbers(values: Iterable[float | None]) -> Binary:
     """Return an array of type double precision."""
-    return array(FLOAT8, [None if value is None else _FLOAT.pack(value) for value in values])
+    return encode_array(FLOAT8, [None if value is None else _FLOAT.pack(value) for value in values])
 
 
-def columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
-    """Return the columns to write, one array each, in the order of the statement.
+def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
+    """Return one array per column to write, in the order of the statement's parameters.
 
-    Entries go before bytes, and those with a vector that pgvector holds before the others, so that the
-    columns which the rest has not are short.
+    The rows are ordered: entries that go into the vector column, other entries, then bytes. The columns that the
+    later rows do not have are then short.
 
     Raises:
-        ValueError: an entry that no row can hold; names the key.
-        TypeError: metadata is not JSON; names the key.
+        ValueError: an entry does not fit into a row; the message names its key.
+        TypeError: metadata is not JSON; the message names the entry's key.
     """
     vectors: dict[int, list[str]] = {}
     framed: dict[str, Entry] = {}
@@ -88,35 +91,36 @@ def columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) ->
     for key, item in items.items():
         if not isinstance(item, Entry):
             plain[key] = item
-        elif vector_oid is not None and _is_vector(item):
+        elif vector_oid is not None and _fits_vector_column(item):
             vectors.setdefault(item.vector.size, []).append(key)
         else:
             framed[key] = item._replace(metadata=None)
     first = [key for keys in vectors.values() for key in keys]
     entries: list[Entry] = [items[key] for key in (*first, *framed)]  # type: ignore[misc]
     frames = encode_frames(framed)
-    written = [_metadata(key, entry.metadata) for key, entry in zip((*first, *framed), entries, strict=True)]
-    embeddings = [] if vector_oid is None else [_vectors(vector_oid, items, vectors)]
+    written = [_encode_metadata(key, entry.metadata) for key, entry in zip((*first, *framed), entries, strict=True)]
+    embeddings = [] if vector_oid is None else [_encode_vectors(vector_oid, items, vectors)]
     return [
-        texts([*first, *framed, *plain]),
-        array(BYTEA, [*repeat(None, len(first)), *(frames[key] for key in framed), *plain.values()]),
-        texts(entry.dtype for entry in entries),
-        array(INT4, [_LENGTH.pack(entry.vector.size) for entry in entries]),
-        numbers(entry.created for entry in entries),
-        numbers(entry.expires for entry in entries),
-        texts(metadata for metadata, _ in written),
-        texts((text if preview else None) for _, text in written),
+        encode_texts([*first, *framed, *plain]),
+        encode_array(BYTEA, [*repeat(None, len(first)), *(frames[key] for key in framed), *plain.values()]),
+        encode_texts(entry.dtype for entry in entries),
+        encode_array(INT4, [_LENGTH.pack(entry.vector.size) for entry in entries]),
+        encode_numbers(entry.created for entry in entries),
+        encode_numbers(entry.expires for entry in entries),
+        encode_texts(metadata for metadata, _ in written),
+        encode_texts((text if preview else None) for _, text in written),
         *embeddings,
     ]
 
 
-def _is_vector(entry: Entry) -> bool:
-    return entry.dtype == "float32" and entry.vector.ndim == 1 and 0 < entry.vector.size <= MOST_DIMENSIONS
+def _fits_vector_column(entry: Entry) -> bool:
+    return entry.dtype == "float32" and entry.vector.ndim == 1 and 0 < entry.vector.size <= MAX_DIMENSIONS
 
 
-def _vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
+def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
+    """Return an array of vectors. ``groups`` has the keys by the dimension of their vectors."""
     if not groups:
-        return array(oid, [])
+        return encode_array(oid, [])
     parts = []
     for dimension, keys in groups.items():
         rows = np.empty(len(keys), [("length", ">i4"), ("dim", ">i2"), ("unused", ">i2"), ("values", ">f4", dimension)])
@@ -124,11 +128,11 @@ def _vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[s
         whole = b"".join([np.asarray(items[key].vector, np.float32).tobytes() for key in keys])
         rows["values"] = np.frombuffer(whole, np.float32).reshape(rows["values"].shape)
         parts.append(rows.tobytes())
-    return _array(oid, sum(map(len, groups.values())), b"".join(parts))
+    return _pack_array(oid, sum(map(len, groups.values())), b"".join(parts))
 
 
-def _metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """Return metadata as JSON, and the preview out of it."""
+def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return metadata without the preview as JSON, and the preview."""
     if metadata is None:
         return None, None
     rest = {name: value for name, value in metadata.items() if name != PREVIEW}
@@ -136,43 +140,44 @@ def _metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None,
     try:
         written = json.dumps(rest, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):
-        # Without the cause: its message may show what the metadata holds.
-        raise TypeError(f"{key}: metadata is not a JSON object") from None
-    # Postgres' text has no NUL.
+        # "from None", because the cause's message may show content of the metadata.
+        raise TypeError(f"{key}: metadata cannot be stored as JSON") from None
+    # Postgres' type text cannot contain NUL characters.
     return written, preview.replace("\0", "\ufffd") if isinstance(preview, str) else None
 
 
 # --- from rows --------------------------------------------------------------------------------
 
 
-def items_of(rows: Sequence[Row]) -> Mapping[str, Item]:
-    """Return what the rows hold: vectors bit for bit, as one block where they have one dimension, bytes as they are.
+def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
+    """Return the entries and frames of the rows, by key.
 
-    A frame that cannot be read comes back as bytes, for the tier to count as corrupt.
+    Vectors are identical bit for bit to those stored; vectors of the same dimension form one block. A frame that cannot
+    be decoded is returned as bytes, so that the tier counts it as corrupt.
     """
     entries = Entries()
     frames: dict[str, bytes] = {}
-    for size, dtype, alike in _alike(rows):
-        columns = tuple(zip(*alike, strict=True))
+    for size, dtype, group in _group_rows(rows):
+        columns = tuple(zip(*group, strict=True))
         if size is not None:
-            entries.add_block(_vector_block(columns))
+            entries.add_block(_make_vector_block(columns))
         elif dtype is not None and dtype in _DTYPES:
-            _unframe(columns, _DTYPES[dtype], entries, frames)
+            _decode_frames(columns, _DTYPES[dtype], entries, frames)
         else:
             frames.update(zip(columns[0], (frame or b"" for frame in columns[2]), strict=True))
     return {**entries.as_dict(), **frames} if frames else entries
 
 
-def _alike(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
-    """Yield the rows by the size of their vector (None: they have a frame) and their dtype."""
+def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
+    """Yield groups of rows with the same size of the vector in bytes (None if they have a frame) and the same dtype."""
     kinds = [(None if row[1] is None else len(row[1]), row[3]) for row in rows]
     for kind in dict.fromkeys(kinds):
-        alike = rows if kinds.count(kind) == len(rows) else [r for r, k in zip(rows, kinds, strict=True) if k == kind]
-        yield *kind, alike
+        group = rows if kinds.count(kind) == len(rows) else [r for r, k in zip(rows, kinds, strict=True) if k == kind]
+        yield *kind, group
 
 
-def _vector_block(columns: Sequence[Sequence[Any]]) -> Block:
-    """Return the block of rows whose vectors have one dimension."""
+def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
+    """Return the block of rows whose vectors have the same dimension."""
     keys, embeddings, _, _, created, expires, *more = columns
     words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
     return Block(
@@ -180,30 +185,35 @@ def _vector_block(columns: Sequence[Sequence[Any]]) -> Block:
         words[:, _VECTOR_HEADER // 4 :].astype(np.float32),
         np.array(created, np.float64),
         np.array([math.inf if end is None else end for end in expires], np.float64),
-        _metadata_of(*more),
+        _decode_metadata_columns(*more),
     )
 
 
-def _unframe(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
-    """Add the entries that the frames of rows hold; their metadata has a column of its own."""
+def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
+    """Add the rows' frames to ``entries``, and those that cannot be decoded to ``frames``.
+
+    The entries get their metadata from the metadata columns.
+    """
     keys, _, written, _, _, _, *more = columns
-    given = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
-    found = decode_frames(given, now=-math.inf, dtype=dtype).entries
-    if (metadata := _metadata_of(*more)) is not None:
-        read = dict(zip(keys, metadata, strict=True))
-        found = Entries({key: entry._replace(metadata=read[key]) for key, entry in found.as_dict().items()})
-    entries.add(found)
-    frames.update((key, given[key]) for key in found.lacking(keys))
+    found_frames = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}
+    decoded = decode_frames(found_frames, now=-math.inf, dtype=dtype).entries
+    if (metadata := _decode_metadata_columns(*more)) is not None:
+        by_key = dict(zip(keys, metadata, strict=True))
+        decoded = Entries({key: entry._replace(metadata=by_key[key]) for key, entry in decoded.as_dict().items()})
+    entries.add(decoded)
+    frames.update((key, found_frames[key]) for key in decoded.lacking(keys))
 
 
-def _metadata_of(written: Sequence[str | None], previews: Sequence[str | None]) -> list[dict[str, Any] | None] | None:
-    """Return the metadata of each row; None where none has any."""
+def _decode_metadata_columns(
+    written: Sequence[str | None], previews: Sequence[str | None]
+) -> list[dict[str, Any] | None] | None:
+    """Return the metadata of each row, or None if no row has any."""
     if written.count(None) == previews.count(None) == len(written):
         return None
-    return list(map(_read_metadata, written, previews))
+    return list(map(_decode_metadata, written, previews))
 
 
-def _read_metadata(written: str | None, preview: str | None) -> dict[str, Any] | None:
+def _decode_metadata(written: str | None, preview: str | None) -> dict[str, Any] | None:
     if written is None and preview is None:
         return None
     metadata: dict[str, Any] = {} if written is None else json.loads(written)

@@ -1,4 +1,4 @@
-"""The table of a Postgres tier: how it is made, what is found, and the statements that use it."""
+"""The table of a Postgres tier: looking it up, making it, and the statements that use it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from embedonce.errors import TierError
 Column: TypeAlias = Literal["auto", "vector", "bytea"]
 
 VERSION = 1
-"""Of the table. It is kept in the table's comment, which every role may read and no copy of the table loses."""
+"""Version of the table's schema. It is in the table's comment, which every role may read and every dump includes."""
 COMMENT = "embedonce cache, schema "
 LOCK = 0x656F2031
-"""Of ``pg_advisory_xact_lock``: one process at a time makes the table."""
-SWEEP = 1000
-"""Most expired rows that are deleted at once."""
+"""Key of the ``pg_advisory_xact_lock`` with which only one process at a time makes the table."""
+SWEEP_ROWS = 1000
+"""Maximum number of expired rows that one statement deletes."""
 
 NOW = "extract(epoch FROM statement_timestamp())::float8"
-"""The server's clock, so that hosts whose clocks differ agree on leases."""
+"""The server's time in seconds. Using it, hosts whose clocks differ agree on leases."""
 
 
 class Run(Protocol):
-    """Runs a statement on the connection of a transaction and returns the rows."""
+    """A function that runs a statement and returns its rows."""
 
     def __call__(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
 
@@ -68,28 +68,32 @@ COLUMNS: Mapping[str, LiteralString] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What is in the database."""
+class TableState:
+    """The state of the table, its schema and pgvector in a database."""
 
     schema: bool
     table: bool
     version: int | None
     columns: frozenset[str]
     extension: str | None
-    """pgvector's version where it is installed in this database."""
+    """pgvector's version if it is installed in this database."""
     extension_schema: str
     vector_oid: int | None
     available: str | None
-    """pgvector's version where the server has it."""
+    """pgvector's version if the server offers it for installation."""
 
     @property
     def has_vectors(self) -> bool:
-        """Whether there is a column for vectors."""
+        """Whether the table has a vector column."""
         return self.vector_oid is not None and "embedding" in self.columns
 
 
-def look(run: Run, schema: str, table: str) -> Found:
-    """Return what is in the database. One query, and no rights are needed."""
+def inspect_table(run: Run, schema: str, table: str) -> TableState:
+    """Return the state of the table, with one query that needs no privileges.
+
+    Raises:
+        TierError: the table is of a later version, or embedonce did not make it.
+    """
     ((namespace, oid, comment, columns, extension, extension_schema, vector_oid, available),) = run(
         _LOOK, (schema, table)
     )
@@ -97,13 +101,16 @@ def look(run: Run, schema: str, table: str) -> Found:
     if comment is not None and comment.startswith(COMMENT) and comment.removeprefix(COMMENT).isdecimal():
         version = int(comment.removeprefix(COMMENT))
     if version is not None and version > VERSION:
-        raise TierError(f"the table is of schema {version}, made by a later embedonce; this one knows {VERSION}")
+        raise TierError(
+            f"the table has version {version}, which a later embedonce made; this one supports {VERSION}: "
+            "upgrade embedonce, or set the tier's `table` to another name"
+        )
     if oid is not None and not frozenset(columns) >= COLUMNS.keys():
         raise TierError(
-            f"there is a table {table!r} in the schema {schema!r} that embedonce did not make: "
-            "give the tier another `table`"
+            f"embedonce did not make the table {table!r} in the schema {schema!r}: "
+            "set the tier's `table` to another name"
         )
-    return Found(
+    return TableState(
         namespace is not None,
         oid is not None,
         version,
@@ -115,64 +122,64 @@ def look(run: Run, schema: str, table: str) -> Found:
     )
 
 
-def make(run: Run, schema: str, table: str, column: Column) -> str:
-    """Make what is missing, inside a transaction, and say what was done.
+def make_table(run: Run, schema: str, table: str, column: Column) -> str:
+    """Make everything that is missing, and return a description of what was done. ``run`` must use one transaction.
 
     Raises:
-        TierError: a vector column is asked for, and the server has no pgvector.
-        psycopg.Error: among others where the role may not make tables.
+        TierError: a vector column is required, but the server has no pgvector.
+        psycopg.Error: an error of the server, for example because the role may not make tables.
     """
     run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
-    found = look(run, schema, table)
+    found = inspect_table(run, schema, table)
     name = Identifier(schema, table)
     done = []
     if column == "vector" and found.extension is None:
         if found.available is None:
-            raise TierError('column = "vector", and this server has no pgvector')
+            raise TierError('column = "vector" requires pgvector: install it on the server, or set column = "auto"')
         run(b"CREATE EXTENSION vector")
-        found = look(run, schema, table)
+        found = inspect_table(run, schema, table)
         done.append(f"installed the extension vector {found.extension}")
     if not found.schema:
-        run(_text(SQL("CREATE SCHEMA {}").format(Identifier(schema))))
+        run(_to_bytes(SQL("CREATE SCHEMA {}").format(Identifier(schema))))
         done.append(f"made the schema {schema!r}")
     if not found.table:
-        for statement in _table(name):
-            run(_text(statement))
+        for statement in _list_create_statements(name):
+            run(_to_bytes(statement))
         done.append(f"made the table {table!r}")
     if found.vector_oid is not None and column != "bytea" and "embedding" not in found.columns:
         kind = Identifier(found.extension_schema, "vector")
-        run(_text(SQL("ALTER TABLE {} ADD COLUMN embedding {}").format(name, kind)))
-        done.append("made the column for vectors")
+        run(_to_bytes(SQL("ALTER TABLE {} ADD COLUMN embedding {}").format(name, kind)))
+        done.append("added the vector column")
     if found.table and found.version is None:
-        run(_text(_comment(name)))
-    return ", ".join(done) or f"the table {table!r} is as it should be (schema {VERSION})"
+        run(_to_bytes(_make_comment_statement(name)))
+    return ", ".join(done) or f"the table {table!r} is up to date (schema {VERSION})"
 
 
-def _table(name: Composable) -> list[Composable]:
+def _list_create_statements(name: Composable) -> list[Composable]:
     columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
     return [
-        # A vector of up to 2,000 dimensions is kept in its row's page: out of line, it takes four more reads.
+        # Keeps a vector of up to 2,000 dimensions in the page of its row. Out of line, it would take four more reads.
         SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
-        # Vectors do not compress.
+        # EXTERNAL turns compression off, because vectors do not get smaller.
         SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
         SQL("CREATE INDEX ON {} (kept_until) WHERE kept_until IS NOT NULL").format(name),
-        _comment(name),
+        _make_comment_statement(name),
     ]
 
 
-def _comment(name: Composable) -> Composable:
+def _make_comment_statement(name: Composable) -> Composable:
     return SQL("COMMENT ON TABLE {} IS {}").format(name, Quoted(f"{COMMENT}{VERSION}"))
 
 
-def _text(statement: Composable) -> bytes:
+def _to_bytes(statement: Composable) -> bytes:
     return statement.as_bytes(None)
 
 
 @dataclass(frozen=True, slots=True)
 class Statements:
-    """The statements for one table as it was found.
+    """The statements for a table in a given state.
 
-    Where one compares dates, its first value is added to the server's clock.
+    If a statement compares dates, its first parameter is a number of seconds that is added to the server's clock.
     """
 
     get: bytes
@@ -183,10 +190,10 @@ class Statements:
     count: bytes
     sweep: bytes
     vector_oid: int | None
-    """Of new rows; None: they are frames."""
+    """Id of pgvector's type if new rows use the vector column, or None if they store frames."""
 
 
-# A query of its own, so that the clock is read once and not for each row.
+# The clock is read in a subquery, so that it is read once per statement and not once per row.
 _LIVE = "(kept_until IS NULL OR kept_until > (SELECT {now} + $1::float8))"
 _PREFIXED = "key >= $1::text AND ($2::text IS NULL OR key < $2::text)"
 
@@ -194,7 +201,7 @@ _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
-# All that write rows lock them in one order, so that no two wait for each other.
+# Every statement that writes rows locks them in the order of their keys, so that no two of them deadlock.
 _INSERT = """
 INSERT INTO {table} AS held
     (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})
@@ -230,7 +237,7 @@ DELETE FROM {table} WHERE key = ANY(ARRAY(
 """
 
 
-def statements(found: Found, schema: str, table: str, column: Column) -> Statements:
+def make_statements(found: TableState, schema: str, table: str, column: Column) -> Statements:
     """Return the statements for a table."""
     writes_vectors = found.has_vectors and column != "bytea"
     space = found.extension_schema
@@ -238,24 +245,24 @@ def statements(found: Found, schema: str, table: str, column: Column) -> Stateme
     if writes_vectors:
         parts["embedding"] = SQL(", embedding")
         parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
-    if found.has_vectors:  # also where no new row has one: an older one may
+    if found.has_vectors:  # even if new rows have no vector, older rows may have one
         parts["set_embedding"] = SQL(", embedding = excluded.embedding")
-        # As bytes: -0.0 and 0.0 are equal numbers.
+        # Compares bytes, because -0.0 and 0.0 are equal as numbers.
         differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
         parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
     parts["read"] = SQL("embedding" if found.has_vectors else "NULL::bytea")
-    parts |= {"table": Identifier(schema, table), "now": SQL(NOW), "sweep": Quoted(SWEEP)}
+    parts |= {"table": Identifier(schema, table), "now": SQL(NOW), "sweep": Quoted(SWEEP_ROWS)}
 
-    def filled(statement: LiteralString) -> bytes:
-        return _text(SQL(statement).format(**parts))
+    def fill(statement: LiteralString) -> bytes:
+        return _to_bytes(SQL(statement).format(**parts))
 
     return Statements(
-        get=filled(_GET),
-        set=filled(_SET),
-        add=filled(_ADD),
-        delete=filled(_DELETE),
-        scan=filled(_SCAN),
-        count=filled(_COUNT),
-        sweep=filled(_SWEEP),
+        get=fill(_GET),
+        set=fill(_SET),
+        add=fill(_ADD),
+        delete=fill(_DELETE),
+        scan=fill(_SCAN),
+        count=fill(_COUNT),
+        sweep=fill(_SWEEP),
         vector_oid=found.vector_oid if writes_vectors else None,
     )

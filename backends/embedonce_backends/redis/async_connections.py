@@ -1,6 +1,6 @@
-"""Connections to Redis for an event loop: each call ends by its deadline, and no connection is shared with a child.
+"""Connections to Redis for an event loop. Each call ends by its deadline, and a forked child shares no connection.
 
-A connection is redis-py's; its pools are not, for the reasons that :mod:`.connections` gives.
+The connections are redis-py's, but its pools are not used; :mod:`.connections` gives the reasons.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from .connections import (
     CLOSED,
     IDLE_SECONDS,
     READ_BYTES,
+    UNEXPECTED_REPLY,
     Settings,
     check_role,
-    in_our_words,
-    share_of_deadline,
-    with_errors,
+    get_trip_time,
+    insert_errors,
+    translate_error,
 )
 from .plans import ROLE, Node, Plan, Reply, Trip
 
@@ -37,15 +38,15 @@ T = TypeVar("T")
 
 
 class AsyncConnection(redis.asyncio.Connection):
-    """A connection of an event loop. Cancelling a call ends what it does."""
+    """A connection of an event loop. Cancelling a call ends its I/O."""
 
     idle_since = 0.0
 
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._tls = settings.tls
-        super().__init__(host=node.address.host, port=node.address.port, **settings.options(node))
-        _made.add(self)
+        super().__init__(host=node.address.host, port=node.address.port, **settings.make_options(node))
+        _connections.add(self)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
         tls = {} if self._tls is None else {"ssl": self._tls, "server_hostname": self._node.address.host}
@@ -59,15 +60,15 @@ class AsyncConnection(redis.asyncio.Connection):
             self._reader, self._writer = await asyncio.open_unix_connection(path, limit=READ_BYTES)
 
     async def open(self) -> None:
-        """Connect, log in, and see that a master is one."""
+        """Connect, log in, and check that a master still is one."""
         await self.connect()
         if self._node.role == "master":
             (reply,) = await self.ask(Trip(self._node, [ROLE], lambda _: True))
             check_role(reply)
 
     async def ask(self, trip: Trip) -> list[Reply]:
-        """Send the commands of a trip, and return one reply per command; error replies are among them."""
-        await self.send_packed_command([trip.packed()])
+        """Send the commands of a trip and return one reply per command; a reply can be an error."""
+        await self.send_packed_command([trip.pack()])
         replies = []
         for _ in trip.commands:
             try:
@@ -76,24 +77,24 @@ class AsyncConnection(redis.asyncio.Connection):
                 reply = error
             else:
                 if not trip.check(reply):
-                    raise InvalidResponse("a reply is not of the kind that was asked for")
+                    raise InvalidResponse(UNEXPECTED_REPLY)
             replies.append(reply)
         return replies
 
-    async def is_quiet(self) -> bool:
-        """Say whether it is as it was left: one that the server closed, or wrote to, can be read from."""
+    async def is_usable(self) -> bool:
+        """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
         try:
-            # The socket as well: the loop may not have looked at it since.
-            return self.is_connected and not await self.can_read() and not _readable(self._writer)
+            # The socket is checked, too, because the loop may not have read from it yet.
+            return self.is_connected and not await self.can_read() and not _is_readable(self._writer)
         except (redis.RedisError, OSError):
             return False
 
     async def drop(self) -> None:
-        """Close it at once: nothing that comes later is read."""
+        """Close the connection at once, without reading late replies."""
         await self.disconnect(nowait=True)
 
 
-def _readable(writer: asyncio.StreamWriter | None) -> bool:
+def _is_readable(writer: asyncio.StreamWriter | None) -> bool:
     if writer is None or writer.is_closing():
         return True
     with _Selector() as selector:
@@ -101,25 +102,25 @@ def _readable(writer: asyncio.StreamWriter | None) -> bool:
         return bool(selector.select(0))
 
 
-# One descriptor, so poll or select cost less than making an epoll.
+# For one descriptor, poll or select cost less than creating an epoll.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class AsyncPool:
-    """The same as :class:`Pool` for one event loop."""
+    """Lends connections to one node within one event loop, as :class:`.connections.Pool` does for threads."""
 
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._settings = settings
-        self._slots = asyncio.Semaphore(settings.most)
+        self._slots = asyncio.Semaphore(settings.max_connections)
         self._idle: list[AsyncConnection] = []
         self._closed = False
 
     async def ask(self, trip: Trip) -> list[Reply]:
-        """Carry out one trip; a connection that did not come to its end is dropped."""
-        await self._slot()
+        """Carry out one trip; if it fails, close its connection."""
+        await self._acquire_slot()
         try:
-            connection = await self._pop() or AsyncConnection(self._node, self._settings)
+            connection = await self._pop_idle() or AsyncConnection(self._node, self._settings)
             try:
                 if not connection.is_connected:
                     await connection.open()
@@ -127,12 +128,12 @@ class AsyncPool:
             except BaseException:
                 await connection.drop()
                 raise
-            await self._keep(connection)
+            await self._keep_idle(connection)
             return replies
         finally:
             self._slots.release()
 
-    async def _slot(self) -> None:
+    async def _acquire_slot(self) -> None:
         if not self._slots.locked():
             await self._slots.acquire()
             return
@@ -141,20 +142,20 @@ class AsyncPool:
             async with asyncio.timeout(None if left is None else left / 2):
                 await self._slots.acquire()
         except TimeoutError:
-            raise TierBusy(BUSY.format(self._settings.most)) from None
+            raise TierBusy(BUSY.format(self._settings.max_connections)) from None
 
-    async def _pop(self) -> AsyncConnection | None:
+    async def _pop_idle(self) -> AsyncConnection | None:
         if self._closed:
             raise CacheClosed(CLOSED)
         oldest = time.monotonic() - IDLE_SECONDS
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since > oldest and await connection.is_quiet():
+            if connection.idle_since > oldest and await connection.is_usable():
                 return connection
             await connection.drop()
         return None
 
-    async def _keep(self, connection: AsyncConnection) -> None:
+    async def _keep_idle(self, connection: AsyncConnection) -> None:
         if self._closed:
             await connection.drop()
             return
@@ -162,7 +163,7 @@ class AsyncPool:
         self._idle.append(connection)
 
     async def close(self) -> None:
-        """Close what is idle, and later what comes back."""
+        """Close the idle connections now, and each of the others when its call ends."""
         self._closed = True
         idle, self._idle = self._idle, []
         for connection in idle:
@@ -178,15 +179,15 @@ class AsyncClient:
         self._closed = False
 
     async def run(self, plan: Plan[T]) -> T:
-        """Carry a plan out and return its result; raises as :meth:`Client.run`."""
+        """Carry a plan out and return its result. It raises what :meth:`.connections.Client.run` raises."""
         async with asyncio.timeout(time_left()):
             try:
                 trips = next(plan)
                 while True:
                     try:
-                        replies = await self._exchange(trips)
-                    except BaseException as error:  # noqa: BLE001  (cancelled as well: the plan takes note of it)
-                        trips = plan.throw(in_our_words(error))
+                        replies = await self._exchange_trips(trips)
+                    except BaseException as error:  # noqa: BLE001  (a plan handles cancellation, too)
+                        trips = plan.throw(translate_error(error))
                     else:
                         trips = plan.send(replies)
             except StopIteration as done:
@@ -194,21 +195,21 @@ class AsyncClient:
                 return result
 
     async def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         self._closed = True
         for pool in self._pools.values():
             await pool.close()
 
-    async def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+    async def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
         if len(trips) == 1:
-            return [await self._pool(trips[0].node).ask(trips[0])]
-        pools = [self._pool(trip.node) for trip in trips]
+            return [await self._get_pool(trips[0].node).ask(trips[0])]
+        pools = [self._get_pool(trip.node) for trip in trips]
 
         async def ask(pool: AsyncPool, trip: Trip) -> list[Reply]:
-            async with asyncio.timeout(share_of_deadline(len(trips))):
+            async with asyncio.timeout(get_trip_time(len(trips))):
                 return await pool.ask(trip)
 
-        # Cancelling this cancels all of them, and waits until they have dropped their connections.
+        # Cancelling this cancels all trips and waits until they have closed their connections.
         results = await asyncio.gather(*map(ask, pools, trips), return_exceptions=True)
         errors: dict[int, Exception] = {}
         for index, result in enumerate(results):
@@ -216,9 +217,9 @@ class AsyncClient:
                 errors[index] = result
             elif isinstance(result, BaseException):
                 raise result
-        return with_errors(trips, [[] if isinstance(r, BaseException) else r for r in results], errors)
+        return insert_errors(trips, [[] if isinstance(r, BaseException) else r for r in results], errors)
 
-    def _pool(self, node: Node) -> AsyncPool:
+    def _get_pool(self, node: Node) -> AsyncPool:
         if self._closed:
             raise CacheClosed(CLOSED)
         pool = self._pools.get(node)
@@ -227,15 +228,15 @@ class AsyncClient:
         return pool
 
 
-_made: WeakSet[AsyncConnection] = WeakSet()
+_connections: WeakSet[AsyncConnection] = WeakSet()
 _inherited: list[AsyncConnection] = []
-"""Connections of the parent's event loops. Collecting one in the child would take it out of the epoll that the
-child shares with its parent, who would wait for ever."""
+"""Connections of the parent's event loops, kept alive in a forked child. If the child collected one, the socket would
+be removed from the epoll that the child shares with its parent, and the parent would wait forever."""
 
 
-def _after_in_child() -> None:
-    _inherited.extend(_made)
+def _keep_inherited() -> None:
+    _inherited.extend(_connections)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_in_child)
+    os.register_at_fork(after_in_child=_keep_inherited)

@@ -1,7 +1,7 @@
-"""The Redis tier: frames under keys of one server, a cluster, or a master behind sentinels; Valkey as well.
+"""The Redis tier: frames in Redis or Valkey, on one server, a cluster, or a master behind sentinels.
 
-A batch is one trip to each server that holds some of its keys. ``docs/redis.md`` tells which URLs there are,
-what happens when a server is down, full or replaced, and what a user of the tier has to be allowed to do.
+A batch takes one round trip to each server that holds some of its keys. ``docs/redis.md`` lists the accepted URLs and
+the permissions that the Redis user needs, and describes what happens when a server is down, full or replaced.
 """
 
 from __future__ import annotations
@@ -17,30 +17,41 @@ from embedonce import hookimpl
 from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError, TierError
 from embedonce.options import Doc, Size
-from embedonce_backends._pages import page
+from embedonce_backends._pages import limit_page_time
 
 from .async_connections import AsyncClient
 from .connections import Client, Settings
-from .plans import Command, Node, Plan, Trip, is_page, is_status, raised, settled, topology_of
-from .url import Place, place_of
+from .plans import (
+    Command,
+    Node,
+    Plan,
+    Trip,
+    is_page,
+    is_status,
+    make_topology,
+    raise_failures,
+    raise_first_error,
+)
+from .url import Place, parse_url
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
 api = 1
 
-KEYS = 512
-"""Keys of one call. A server answers nobody else while it answers an MGET: a fraction of a millisecond for these."""
-SCANNED = 1000
-"""Keys that the server looks at for one page of a scan."""
-MOST_MILLISECONDS = 10**15
-"""Redis refuses a TTL that ends after the year 292 million. This is 30,000 years."""
-LARGEST: Final = 512 * 2**20
-"""Redis' own limit for a value, unless its ``proto-max-bulk-len`` says another."""
+MAX_BATCH_KEYS = 512
+"""Maximum number of keys per call. A server blocks its other clients during an MGET: a fraction of a millisecond for
+this many keys."""
+SCAN_PAGE_KEYS = 1000
+"""Number of keys that the server examines for one page of a scan."""
+MAX_TTL_MILLISECONDS = 10**15
+"""Longest TTL that is sent: 30,000 years. Redis refuses a TTL that ends after the year 292 million."""
+MAX_VALUE_BYTES: Final = 512 * 2**20
+"""Redis' default limit for a value; its setting ``proto-max-bulk-len`` can change it."""
 
 
 class RedisBackend:
-    """Holds frames in Redis, for all who are given the same servers and prefix."""
+    """Holds frames in Redis. Every process that uses the same servers and prefix shares them."""
 
     def __init__(
         self,
@@ -49,41 +60,45 @@ class RedisBackend:
             str,
             Doc(
                 "redis://host:6379/0, unix:///path, redis+cluster://host:6379,host:6379 or "
-                "redis+sentinel://host:26379,host:26379/service/0; rediss for redis: TLS."
+                "redis+sentinel://host:26379,host:26379/service/0. For TLS, write rediss instead of redis."
             ),
         ],
-        prefix: Annotated[str, Doc('Put before each key, such as "embed:v1:".')] = "",
-        username: Annotated[str | None, Doc("ACL user, where the URL names none.")] = None,
-        password: Annotated[str | None, Doc("Password, where the URL has none.")] = None,
+        prefix: Annotated[str, Doc('Text put before every key, such as "embed:v1:".')] = "",
+        username: Annotated[str | None, Doc("ACL user, if it is not in the URL.")] = None,
+        password: Annotated[str | None, Doc("Password, if it is not in the URL.")] = None,
         sentinel_username: Annotated[str | None, Doc("ACL user of the sentinels.")] = None,
         sentinel_password: Annotated[str | None, Doc("Password of the sentinels.")] = None,
-        ca_file: Annotated[Path | None, Doc("TLS: who may sign the server's certificate; PEM.")] = None,
-        cert_file: Annotated[Path | None, Doc("TLS: this client's certificate; PEM.")] = None,
-        key_file: Annotated[Path | None, Doc("TLS: the key of cert_file; PEM.")] = None,
-        check_hostname: Annotated[bool, Doc("TLS: the certificate must be for the host of the URL.")] = True,
+        ca_file: Annotated[
+            Path | None, Doc("TLS: PEM file of the authorities that may sign the server's certificate.")
+        ] = None,
+        cert_file: Annotated[Path | None, Doc("TLS: PEM file of this client's certificate.")] = None,
+        key_file: Annotated[Path | None, Doc("TLS: PEM file of the private key of cert_file.")] = None,
+        check_hostname: Annotated[
+            bool, Doc("TLS: require that the server's certificate is for the host name that it is reached by.")
+        ] = True,
         max_connections: Annotated[
-            int, Gt(0), Le(10_000), Doc("Most connections to each server, of this process; as many of each event loop.")
+            int, Gt(0), Le(10_000), Doc("At most this many connections to each server, per process and per event loop.")
         ] = 32,
-        max_value_bytes: Annotated[Size, Gt(0), Doc("Larger values are not stored.")] = LARGEST,
+        max_value_bytes: Annotated[Size, Gt(0), Doc("Do not store larger values.")] = MAX_VALUE_BYTES,
     ) -> None:
-        place = place_of(url)
-        self._prefix = _checked(prefix)
-        self._topology = topology_of(place)
+        place = parse_url(url)
+        self._prefix = _check_prefix(prefix)
+        self._topology = make_topology(place)
         self._settings = Settings(
             place,
-            username=_one("username", place.username, username),
-            password=_one("password", place.password, password),
+            username=_choose_login("username", place.username, username),
+            password=_choose_login("password", place.password, password),
             sentinel_username=sentinel_username,
             sentinel_password=sentinel_password,
-            tls=_tls(place, ca_file, cert_file, key_file, check_hostname),
-            most=max_connections,
+            tls=_make_tls_context(place, ca_file, cert_file, key_file, check_hostname),
+            max_connections=max_connections,
         )
         self._client = Client(self._settings)
         self.capabilities = Capabilities(
             scope="network",
             deadline=True,
             ttl=True,
-            max_batch=KEYS,
+            max_batch=MAX_BATCH_KEYS,
             max_value_bytes=max_value_bytes,
             delete=True,
             scan=True,
@@ -93,62 +108,63 @@ class RedisBackend:
         )
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there, by one MGET, or in a cluster one pipeline per node.
+        """Return the frames that are stored under ``keys``, with one MGET, or in a cluster one pipeline per node.
 
         Raises:
-            PartialAnswer: nodes of a cluster do not answer; what the others have is in it.
+            PartialAnswer: some nodes of a cluster did not answer; it contains what the others returned.
         """
-        return self._client.run(self._getting(keys)) if keys else {}
+        return self._client.run(self._plan_get(keys)) if keys else {}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, by one pipeline per server. Where one is refused, the others are stored all the same.
+        """Store every item, with one pipeline per server. If the server refuses one, it still stores the others.
 
         Raises:
-            PartialAnswer: some are not stored, and why is its cause.
+            PartialAnswer: some items were not stored; its ``__cause__`` is the reason.
             redis.OutOfMemoryError: the server is full and may not evict.
             redis.ReadOnlyError: the server is a replica.
         """
         if items:
-            self._client.run(self._setting(items, ttl))
+            self._client.run(self._plan_set(items, ttl))
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, and return those keys; exactly one caller gets each."""
-        return self._client.run(self._adding(items, ttl)) if items else set()
+        """Store the items whose key is missing and return those keys. Only one of several callers gets each key."""
+        return self._client.run(self._plan_add(items, ttl)) if items else set()
 
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys; the server frees their memory in the background."""
-        for start in range(0, len(keys), KEYS):
-            self._client.run(self._topology.unlink(self._names(keys[start : start + KEYS])))
+        for start in range(0, len(keys), MAX_BATCH_KEYS):
+            self._client.run(self._topology.unlink(self._encode_keys(keys[start : start + MAX_BATCH_KEYS])))
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``, page by page; other clients are served in between.
+        """Yield the keys that start with ``prefix``, page by page; other clients are served between pages.
 
-        A key that is there from beginning to end is among them; one may come twice while the server's table grows
-        or shrinks.
+        A key that exists during the whole listing is listed. A key may be listed twice while the server's table
+        grows or shrinks.
 
         Raises:
-            TierError: slots of the cluster moved meanwhile, so that keys may have been missed.
+            TierError: nodes of the cluster changed during the listing, so keys may have been missed.
         """
-        with page():
-            nodes = self._client.run(self._topology.masters())
-        pattern = _pattern(self._prefix + prefix)
+        with limit_page_time():
+            nodes = self._client.run(self._topology.list_masters())
+        pattern = _escape_pattern(self._prefix + prefix) + "*"
         for node in nodes:
-            yield from self._scan(node, pattern)
-        with page():
-            changed = self._client.run(self._topology.masters()) != nodes
-        if changed:
-            raise TierError("the cluster was changed during the listing, which may have missed keys; try again")
+            yield from self._scan_node(node, pattern)
+        with limit_page_time():
+            has_changed = self._client.run(self._topology.list_masters()) != nodes
+        if has_changed:
+            raise TierError("the cluster's nodes changed during the listing, so it may have missed keys; try again")
 
-    def _scan(self, node: Node, pattern: str) -> Iterator[str]:
+    def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:
         skip = len(self._prefix)
-        # A connection of its own: if another server took over, the cursor would mean something else there.
-        with self._client.alone(node) as connection:
+        # The cursor is only valid on the server that returned it, so all pages use one new connection: a connection
+        # of the pool could reach another server after a failover.
+        with self._client.open_connection(node) as connection:
             cursor = b"0"
             while True:
-                command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCANNED)
-                with page():
+                command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_PAGE_KEYS)
+                with limit_page_time():
                     (reply,) = connection.ask(Trip(node, [command], is_page))
-                raised([reply])
+                raise_first_error([reply])
                 cursor, names = reply
                 for name in names:
                     yield name.decode("utf-8", "replace")[skip:]
@@ -156,11 +172,11 @@ class RedisBackend:
                     return
 
     def count(self, prefix: str, /) -> int:
-        """Return how many keys ``scan(prefix)`` gives: Redis keeps no such figure, so they are walked over."""
+        """Return how many keys ``scan(prefix)`` yields. It runs the scan, because Redis has no such count."""
         return sum(1 for _ in self.scan(prefix))
 
     def twin(self) -> RedisTwin:
-        """Return a native async client of the same servers, for the running event loop."""
+        """Return a native async client of the same servers for the running event loop."""
         return RedisTwin(self)
 
     def close(self) -> None:
@@ -169,106 +185,110 @@ class RedisBackend:
 
     # --- plans, for both clients ---
 
-    def _names(self, keys: Sequence[str]) -> list[bytes]:
+    def _encode_keys(self, keys: Sequence[str]) -> list[bytes]:
         prefix = self._prefix
         return [(prefix + key).encode() for key in keys]
 
-    def _getting(self, keys: Sequence[str]) -> Plan[dict[str, bytes]]:
-        values = yield from self._topology.get(self._names(keys))
+    def _plan_get(self, keys: Sequence[str]) -> Plan[dict[str, bytes]]:
+        values = yield from self._topology.get(self._encode_keys(keys))
         found = {key: value for key, value in zip(keys, values, strict=True) if type(value) is bytes}
         if len(found) < len(keys):
-            settled(keys, values, found)
+            raise_failures(keys, values, found)
         return found
 
-    def _setting(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[None]:
-        names = self._names(list(items))
-        replies = yield from self._topology.each(names, _sets(names, items, _lasting(ttl)), is_status)
-        settled([*items], replies, None)
+    def _plan_set(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[None]:
+        names = self._encode_keys(list(items))
+        commands = _make_set_commands(names, items, _make_ttl_options(ttl))
+        replies = yield from self._topology.send_each(names, commands, is_status)
+        raise_failures([*items], replies, None)
 
-    def _adding(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[set[str]]:
-        names = self._names(list(items))
-        replies = yield from self._topology.each(names, _sets(names, items, ("NX", *_lasting(ttl))), is_status)
+    def _plan_add(self, items: Mapping[str, bytes], ttl: float | None) -> Plan[set[str]]:
+        names = self._encode_keys(list(items))
+        commands = _make_set_commands(names, items, ("NX", *_make_ttl_options(ttl)))
+        replies = yield from self._topology.send_each(names, commands, is_status)
         added = {key for key, reply in zip(items, replies, strict=True) if reply == b"OK"}
-        settled([*items], replies, added)
+        raise_failures([*items], replies, added)
         return added
 
 
 class RedisTwin:
-    """The Redis backend as a native async client, for the event loop in which it was made."""
+    """The native async client of a :class:`RedisBackend`, for the event loop in which it was made."""
 
     def __init__(self, backend: RedisBackend) -> None:
         self._backend = backend
         self._client = AsyncClient(backend._settings)
 
     async def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return what is there."""
-        return await self._client.run(self._backend._getting(keys)) if keys else {}
+        """Return the frames that are stored under ``keys``."""
+        return await self._client.run(self._backend._plan_get(keys)) if keys else {}
 
     async def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item."""
         if items:
-            await self._client.run(self._backend._setting(items, ttl))
+            await self._client.run(self._backend._plan_set(items, ttl))
 
     async def close(self) -> None:
         """Close every connection, those in use when their call ends."""
         await self._client.close()
 
 
-def _sets(names: Sequence[bytes], items: Mapping[str, bytes], options: tuple[Any, ...]) -> list[Command]:
+def _make_set_commands(names: Sequence[bytes], items: Mapping[str, bytes], options: tuple[Any, ...]) -> list[Command]:
     return [("SET", name, value, *options) for name, value in zip(names, items.values(), strict=True)]
 
 
-def _lasting(ttl: float | None) -> tuple[Any, ...]:
+def _make_ttl_options(ttl: float | None) -> tuple[Any, ...]:
+    """Return the options of SET for a ttl in seconds."""
     if ttl is None:
         return ()
-    return ("PX", max(1, math.ceil(min(ttl * 1000, MOST_MILLISECONDS))))
+    return ("PX", max(1, math.ceil(min(ttl * 1000, MAX_TTL_MILLISECONDS))))
 
 
-def _pattern(prefix: str) -> str:
-    """Return the glob pattern of what starts with ``prefix``."""
-    return "".join("\\" + char if char in "*?[]^\\-" else char for char in prefix) + "*"
+def _escape_pattern(text: str) -> str:
+    """Return the glob pattern that matches only ``text``."""
+    return "".join("\\" + char if char in "*?[]^\\-" else char for char in text)
 
 
-def _checked(prefix: str) -> str:
+def _check_prefix(prefix: str) -> str:
     try:
         prefix.encode()
     except UnicodeEncodeError:
-        raise ConfigError("prefix holds a character that UTF-8 cannot hold") from None
+        raise ConfigError("prefix must not contain characters that UTF-8 cannot encode") from None
     return prefix
 
 
-def _one(name: str, of_url: str | None, given: str | None) -> str | None:
-    if of_url is not None and given is not None:
-        raise ConfigError(f"{name} is given twice: leave it out of the url")
-    return given if of_url is None else of_url
+def _choose_login(name: str, url_value: str | None, option_value: str | None) -> str | None:
+    """Return the user or password from the URL or from the option, whichever is set."""
+    if url_value is not None and option_value is not None:
+        raise ConfigError(f"{name} is set both in url and as an option; remove one of the two")
+    return option_value if url_value is None else url_value
 
 
-def _tls(
+def _make_tls_context(
     place: Place, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, check_hostname: bool
 ) -> SSLContext | None:
     files = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
     if not place.tls:
         for name, file in files.items():
             if file is not None:
-                raise ConfigError(f"{name} is for TLS, which an url with rediss speaks")
+                raise ConfigError(f"{name} requires TLS: use a rediss:// URL")
         return None
     import ssl
 
     try:
-        context = ssl.create_default_context(cafile=_path(ca_file))
+        context = ssl.create_default_context(cafile=_expand_path(ca_file))
         if cert_file is not None:
-            context.load_cert_chain(cert_file.expanduser(), _path(key_file))
-    except OSError as error:  # ssl.SSLError, too
-        raise ConfigError(f"ca_file, cert_file or key_file cannot be used ({error.strerror or error})") from error
+            context.load_cert_chain(cert_file.expanduser(), _expand_path(key_file))
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"cannot load ca_file, cert_file or key_file: {error.strerror or error}") from error
     context.check_hostname = check_hostname
     return context
 
 
-def _path(file: Path | None) -> str | None:
+def _expand_path(file: Path | None) -> str | None:
     return None if file is None else str(file.expanduser())
 
 
 @hookimpl
 def embedonce_backends() -> Mapping[str, type]:
-    """Name this file's backend."""
+    """Register the Redis backend."""
     return {"redis": RedisBackend}

@@ -1,7 +1,7 @@
-"""Connections to Redis: each call ends by its deadline, and no connection is shared with a forked child.
+"""Blocking connections to Redis. Each call ends by its deadline, and a forked child shares no connection.
 
-A connection is redis-py's. Its pools are not: they know no deadline, and nothing tells an exhausted one from a
-server that is down.
+The connections are redis-py's, but its pools are not used: they have no deadlines, and an exhausted pool raises the
+same error as a server that is down.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
-from embedonce_backends._pages import page
+from embedonce_backends._pages import limit_page_time
 
 from .plans import ROLE, Node, Plan, Reply, Trip, is_master
 from .url import Address, Place
@@ -36,17 +36,18 @@ T = TypeVar("T")
 CLOSED = "the redis backend is closed"
 BUSY = "all connections to Redis are in use (max_connections = {})"
 SLOW = "Redis did not answer in time"
+UNEXPECTED_REPLY = "the server sent a reply of an unexpected type"
 
 IDLE_SECONDS = 300.0
-"""A connection that was not used for so long is not used again: load balancers forget it without a word."""
-SHARE = 0.75
-"""Of the time that is left, what one of several nodes may take."""
+"""Seconds after which an idle connection is not used again, because load balancers silently drop idle ones."""
+TRIP_SHARE = 0.75
+"""Share of the remaining time that each of several simultaneous trips may take."""
 READ_BYTES = 2**18
-"""Read at once. A batch of 256 frames of 384 dimensions has 400 kB."""
+"""Bytes to read from a socket at once. For comparison, a batch of 256 frames of 384 dimensions has 400 kB."""
 
 
 class Settings:
-    """What every connection is made with."""
+    """The settings that all connections of a backend share."""
 
     def __init__(
         self,
@@ -57,24 +58,24 @@ class Settings:
         sentinel_username: str | None,
         sentinel_password: str | None,
         tls: SSLContext | None,
-        most: int,
+        max_connections: int,
     ) -> None:
         self.db = place.db
         self.tls = tls
-        self.most = most
+        self.max_connections = max_connections
         self._login = {"username": username, "password": password}
         self._sentinel_login = {"username": sentinel_username, "password": sentinel_password}
 
-    def options(self, node: Node) -> dict[str, Any]:
+    def make_options(self, node: Node) -> dict[str, Any]:
         """Return redis-py's options for a connection to a node."""
-        sentinel = node.role == "sentinel"
+        is_sentinel = node.role == "sentinel"
         return {
-            **(self._sentinel_login if sentinel else self._login),
-            "db": 0 if sentinel else self.db,
-            # Deadlines are of the whole call, and here: see _Parser. Retries are the engine's.
+            **(self._sentinel_login if is_sentinel else self._login),
+            "db": 0 if is_sentinel else self.db,
+            # _Parser enforces the deadline of the whole call. The engine decides about retries.
             "socket_timeout": None,
             "socket_connect_timeout": None,
-            # RESP2 needs no HELLO, and values look the same. CLIENT SETINFO would be two more trips.
+            # RESP2 needs no HELLO and returns the same values. No driver_info saves two CLIENT SETINFO commands.
             "protocol": 2,
             "driver_info": None,
             "socket_read_size": READ_BYTES,
@@ -85,7 +86,7 @@ class Settings:
 
 
 class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
-    """Reads until the call's deadline: a socket's own timeout starts again with every byte."""
+    """Reads until the deadline of the call; a socket's own timeout starts again with every read."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
         if self._sock is not None:
@@ -106,68 +107,68 @@ class Connection(redis.Connection):
             host=node.address.host,
             port=node.address.port,
             parser_class=_Parser,
-            **settings.options(node),
+            **settings.make_options(node),
         )
 
     def _connect(self) -> socket.socket:
-        problem: OSError = OSError("the name of the host stands for no address")
-        for family, target in _resolved(self._node.address):
+        problem: OSError = OSError("the host name has no address")
+        for family, target in _resolve(self._node.address):
             try:
-                return self._connected(family, target)
+                return self._connect_to(family, target)
             except TimeoutError:
                 raise
             except OSError as error:
                 problem = error
         raise problem
 
-    def _connected(self, family: int, target: Any) -> socket.socket:
-        found = socket.socket(family, socket.SOCK_STREAM)
+    def _connect_to(self, family: int, target: Any) -> socket.socket:
+        opened = socket.socket(family, socket.SOCK_STREAM)
         try:
             if family != socket.AF_UNIX:
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            found.settimeout(time_left())
-            found.connect(target)
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            opened.settimeout(time_left())
+            opened.connect(target)
             if self._tls is not None:
-                found.settimeout(time_left())
-                found = self._tls.wrap_socket(found, server_hostname=self._node.address.host)
+                opened.settimeout(time_left())
+                opened = self._tls.wrap_socket(opened, server_hostname=self._node.address.host)
         except BaseException:
-            found.close()
+            opened.close()
             raise
-        return found
+        return opened
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send pieces of bytes; redis-py's own handshake does so, too."""
-        found: socket.socket | None = self._sock
-        if found is not None:
-            found.settimeout(time_left())
+        """Send pieces of bytes by the deadline of the call. redis-py's handshake uses this method, too."""
+        opened: socket.socket | None = self._sock
+        if opened is not None:
+            opened.settimeout(time_left())
         super().send_packed_command(command, check_health)
 
     def send(self, trip: Trip) -> None:
-        """Send the commands of a trip, in one piece: the time that it takes is then counted as a whole."""
-        self.send_packed_command([trip.packed()])
+        """Send the commands of a trip in one piece, so that the socket's timeout covers all of them together."""
+        self.send_packed_command([trip.pack()])
 
     def read(self, trip: Trip) -> list[Reply]:
-        """Return one reply per command; error replies are among them. After anything that is raised, drop it."""
+        """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
         replies = []
-        # redis-py's own read_response adds what is not needed here, for more than the reply itself costs.
+        # redis-py's read_response does more than is needed here, and that would cost more than the reply itself.
         read, check = self._parser.read_response, trip.check
         for _ in trip.commands:
             reply = read()
             if not check(reply) and not isinstance(reply, ResponseError):
-                raise InvalidResponse("a reply is not of the kind that was asked for")
+                raise InvalidResponse(UNEXPECTED_REPLY)
             replies.append(reply)
         return replies
 
     def open(self) -> None:
-        """Connect, log in, and see that a master is one."""
+        """Connect, log in, and check that a master still is one."""
         self.connect()
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
             check_role(reply)
 
     def begin(self, trip: Trip) -> None:
-        """Connect where that is to be done, and send the commands of a trip."""
+        """Connect if necessary and send the commands of a trip."""
         if not self.is_connected:
             self.open()
         self.send(trip)
@@ -177,8 +178,8 @@ class Connection(redis.Connection):
         self.send(trip)
         return self.read(trip)
 
-    def is_quiet(self) -> bool:
-        """Say whether it is as it was left: one that the server closed, or wrote to, can be read from."""
+    def is_usable(self) -> bool:
+        """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
         try:
             return not self.can_read(0)
         except (redis.RedisError, OSError):
@@ -186,36 +187,35 @@ class Connection(redis.Connection):
 
 
 def check_role(reply: Reply) -> None:
+    """Raise ConnectionError if the reply of ROLE is not a master's."""
     if not is_master(reply):
-        raise ConnectionError("the server that the sentinels named is not the master any more")
+        raise ConnectionError("the server that the sentinels named is no longer the master")
 
 
-def _resolved(address: Address) -> Sequence[tuple[int, Any]]:
-    """Return family and target of each address that a host's name stands for."""
+def _resolve(address: Address) -> Sequence[tuple[int, Any]]:
+    """Return the family and the target of each address of a host."""
     if not address.port:
         return [(socket.AF_UNIX, address.host)]
     for family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):
             socket.inet_pton(family, address.host)
             return [(family, (address.host, address.port))]
-    found = _within_deadline(
-        lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM), "a host's name"
-    )
+    found = _call_in_thread(lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
     return [(family, target) for family, _, _, _, target in found]
 
 
-def _within_deadline(call: Callable[[], T], what: str) -> T:
-    """Return ``call()``, made in a thread that is left behind when the deadline passes: name servers know none."""
+def _call_in_thread(look_up: Callable[[], T]) -> T:
+    """Return ``look_up()``, called in a thread that is abandoned at the deadline: a name lookup has no timeout."""
     left = time_left()
     if left is None:
-        return call()
+        return look_up()
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001  (raised where the result is wanted)
+            results.append(look_up())
+        except BaseException as error:  # noqa: BLE001  (raised below, in the calling thread)
             errors.append(error)
 
     thread = threading.Thread(target=run, name="embedonce-redis", daemon=True)
@@ -224,7 +224,7 @@ def _within_deadline(call: Callable[[], T], what: str) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise TierTimeout(f"{what} was not looked up in time")
+        raise TierTimeout("the host name was not resolved in time")
     return results[0]
 
 
@@ -232,7 +232,7 @@ def _within_deadline(call: Callable[[], T], what: str) -> T:
 
 
 class Pool:
-    """Lends connections to one node, the one used last first; up to ``most`` at once."""
+    """Lends connections to one node, the most recently used first, up to ``max_connections`` at once."""
 
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
@@ -242,56 +242,56 @@ class Pool:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as in a forked child: what is open is the parent's."""
+        """Forget all connections, as a forked child has to: the open ones belong to the parent."""
         self._changed = threading.Condition()
-        self._idle.clear()  # redis-py closes the child's descriptor alone, without a word to the server
-        self._lent = 0
+        self._idle.clear()  # in the child, redis-py closes only the descriptor and sends the server nothing
+        self._in_use = 0
 
     def take(self) -> Connection:
-        """Return a connection that is this call's alone until :meth:`give`.
+        """Return a connection that only this call uses until :meth:`give`.
 
         Raises:
-            TierBusy: all connections stayed in use for half of the time that the call has.
+            TierBusy: all connections stayed in use for half of the call's remaining time.
         """
         with self._changed:
-            if self._lent >= self._settings.most and not self._closed:
-                self._wait()
+            if self._in_use >= self._settings.max_connections and not self._closed:
+                self._wait_for_free()
             if self._closed:
                 raise CacheClosed(CLOSED)
-            self._lent += 1
-            idle = self._pop()
+            self._in_use += 1
+            idle = self._pop_idle()
         return Connection(self._node, self._settings) if idle is None else idle
 
-    def _wait(self) -> None:
+    def _wait_for_free(self) -> None:
         left = time_left()
-        patience = None if left is None else left / 2
-        if not self._changed.wait_for(lambda: self._closed or self._lent < self._settings.most, patience):
-            raise TierBusy(BUSY.format(self._settings.most))
+        timeout = None if left is None else left / 2
+        if not self._changed.wait_for(lambda: self._closed or self._in_use < self._settings.max_connections, timeout):
+            raise TierBusy(BUSY.format(self._settings.max_connections))
 
-    def _pop(self) -> Connection | None:
+    def _pop_idle(self) -> Connection | None:
         oldest = time.monotonic() - IDLE_SECONDS
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since > oldest and connection.is_quiet():
+            if connection.idle_since > oldest and connection.is_usable():
                 return connection
             connection.disconnect()
         return None
 
-    def give(self, connection: Connection, *, sound: bool) -> None:
-        """Take a connection back; it is closed unless it is ``sound``."""
-        if not sound:
+    def give(self, connection: Connection, *, is_reusable: bool) -> None:
+        """Take a connection back, and close it unless ``is_reusable``."""
+        if not is_reusable:
             connection.disconnect()
         connection.idle_since = time.monotonic()
         with self._changed:
-            self._lent -= 1
-            if sound and not self._closed:
+            self._in_use -= 1
+            if is_reusable and not self._closed:
                 self._idle.append(connection)
             self._changed.notify()
         if self._closed:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close what is idle, and later what comes back."""
+        """Close the idle connections now, and each of the others when it is given back."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -301,7 +301,7 @@ class Pool:
 
 
 class Client:
-    """Carries out plans, blocking."""
+    """Carries out plans with blocking connections."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -312,7 +312,7 @@ class Client:
         weakref.finalize(self, _close_all, self._pools)
 
     def reset(self) -> None:
-        """Start anew, as in a forked child."""
+        """Forget all connections, as a forked child has to."""
         self._lock = threading.Lock()
         for pool in self._pools.values():
             pool.reset()
@@ -323,15 +323,15 @@ class Client:
         Raises:
             TierTimeout: the deadline has passed.
             TierBusy: no connection was free.
-            redis.RedisError: what the server, or redis-py, has to say.
+            redis.RedisError: an error of the server or of redis-py.
         """
         try:
             trips = next(plan)
             while True:
                 try:
-                    replies = self._exchange(trips)
-                except BaseException as error:  # noqa: BLE001  (the plan knows what it means)
-                    trips = plan.throw(in_our_words(error))
+                    replies = self._exchange_trips(trips)
+                except BaseException as error:  # noqa: BLE001  (the plan handles it or raises it again)
+                    trips = plan.throw(translate_error(error))
                 else:
                     trips = plan.send(replies)
         except StopIteration as done:
@@ -339,30 +339,30 @@ class Client:
             return result
 
     @contextmanager
-    def alone(self, node: Node) -> Iterator[Connection]:
-        """Lend a new connection that is closed afterwards: for what must not go on with another server unnoticed."""
+    def open_connection(self, node: Node) -> Iterator[Connection]:
+        """Lend a new connection outside the pool, and close it afterwards."""
         if self._closed:
             raise CacheClosed(CLOSED)
         connection = Connection(node, self._settings)
         try:
-            with page():
+            with limit_page_time():
                 connection.open()
             yield connection
         except Exception as error:
-            ours = in_our_words(error)
-            if ours is error:
+            translated = translate_error(error)
+            if translated is error:
                 raise
-            raise ours from error
+            raise translated from error
         finally:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         with self._lock:
             self._closed = True
             _close_all(self._pools)
 
-    def _pool(self, node: Node) -> Pool:
+    def _get_pool(self, node: Node) -> Pool:
         pool = self._pools.get(node)
         if pool is None:
             with self._lock:
@@ -371,25 +371,25 @@ class Client:
                 pool = self._pools.setdefault(node, Pool(node, self._settings))
         return pool
 
-    def _exchange(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        """Send all trips, then read all replies. A trip that fails beside others has its error for every reply.
+    def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
+        """Send all trips, then read all replies. If some trips fail, each of their replies is the trip's error.
 
         Raises:
-            Exception: of the first trip, where all have failed.
+            Exception: every trip failed; this is the first trip's error.
         """
         time_left()
-        # Everybody takes connections in the same order: two calls never wait for each other's.
-        ways = {index: self._pool(trip.node) for index, trip in enumerate(trips)}
+        pools = {index: self._get_pool(trip.node) for index, trip in enumerate(trips)}
         lent: dict[int, Connection] = {}
         done: set[int] = set()
         replies: list[list[Reply]] = [[] for _ in trips]
         errors: dict[int, Exception] = {}
         try:
-            for index in sorted(ways, key=lambda index: trips[index].node):
-                lent[index] = ways[index].take()
+            # Every call takes its connections in the order of the nodes, so that no two calls wait for each other.
+            for index in sorted(pools, key=lambda index: trips[index].node):
+                lent[index] = pools[index].take()
             for index, connection in lent.items():
                 try:
-                    with deadline(share_of_deadline(len(trips))):
+                    with deadline(get_trip_time(len(trips))):
                         connection.begin(trips[index])
                 except Exception as error:  # noqa: BLE001  (raised below, unless others answer)
                     errors[index] = error
@@ -397,43 +397,44 @@ class Client:
                 if index in errors:
                     continue
                 try:
-                    with deadline(share_of_deadline(len(trips))):
+                    with deadline(get_trip_time(len(trips))):
                         replies[index] = connection.read(trips[index])
                     done.add(index)
                 except Exception as error:  # noqa: BLE001  (as above)
                     errors[index] = error
         finally:
             for index, connection in lent.items():
-                ways[index].give(connection, sound=index in done)
-        return with_errors(trips, replies, errors)
+                pools[index].give(connection, is_reusable=index in done)
+        return insert_errors(trips, replies, errors)
 
 
-def share_of_deadline(trips: int) -> float | None:
-    """Return the seconds that one of several trips may take of what is left: the others' replies are read after it."""
+def get_trip_time(trips: int) -> float | None:
+    """Return the seconds that each of ``trips`` may take: one of several leaves time to read the others' replies."""
     left = time_left()
-    return left if left is None or trips == 1 else left * SHARE
+    return left if left is None or trips == 1 else left * TRIP_SHARE
 
 
-def with_errors(
+def insert_errors(
     trips: Sequence[Trip], replies: Sequence[Sequence[Reply]], errors: Mapping[int, Exception]
 ) -> Sequence[Sequence[Reply]]:
-    """Put the error of a trip in the place of each of its replies; raise where all trips have failed."""
+    """Return the replies, with every reply of a failed trip replaced by its error; raise if all trips failed."""
     if not errors:
         return replies
     if len(errors) == len(trips):
         raise errors[min(errors)]
-    words = {index: in_our_words(error) for index, error in errors.items()}
+    translated = {index: translate_error(error) for index, error in errors.items()}
     return [
-        [words[index]] * len(trip.commands) if index in words else replies[index] for index, trip in enumerate(trips)
+        [translated[index]] * len(trip.commands) if index in translated else replies[index]
+        for index, trip in enumerate(trips)
     ]
 
 
-def in_our_words(error: BaseException) -> BaseException:
-    """Return what the engine knows for redis-py's timeout and the standard library's; other errors as they are."""
+def translate_error(error: BaseException) -> BaseException:
+    """Return a TierTimeout for a timeout of redis-py or the standard library, and any other error unchanged."""
     if isinstance(error, redis.TimeoutError) or (isinstance(error, TimeoutError) and type(error) is not TierTimeout):
-        ours = TierTimeout(SLOW)
-        ours.__cause__ = error
-        return ours
+        translated = TierTimeout(SLOW)
+        translated.__cause__ = error
+        return translated
     return error
 
 
@@ -442,18 +443,15 @@ def _close_all(pools: Mapping[Any, Any]) -> None:
         pool.close()
 
 
-# --- the same for an event loop ---------------------------------------------------------------------
-
-
 # --- after a fork -----------------------------------------------------------------------------------
 
 _clients: WeakSet[Client] = WeakSet()
 
 
-def _after_in_child() -> None:
+def _reset_after_fork() -> None:
     for client in list(_clients):
         client.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_in_child)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,8 +1,9 @@
-"""What is said to which server of Redis, without saying it: plans that the blocking and the async client carry out.
+"""Which commands go to which Redis server. The blocking and the async client both carry out these plans.
 
-A plan is a generator. It yields :class:`Trip` s, each to one server, is sent the replies of each, or is thrown
-what went wrong, and returns the result. Where some of several trips fail, their error stands for each of their
-replies. Both clients thus do the same, and do it at the same time on all servers.
+A plan is a generator that does no I/O itself. It yields a list of :class:`Trip` s, one per server, and the client
+sends it back the replies of each trip, in the same order. If every trip fails, the client throws the error into the
+plan. If only some fail, each of their replies is the error. In the end the plan returns the call's result. The
+logic is thus written once, and a client can make all trips of one list at the same time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .url import Address, Place
 T = TypeVar("T")
 
 REDIRECTS = 4
-"""How often one call follows keys that have moved to another node of a cluster."""
+"""Maximum number of redirects that one call follows when keys have moved to another node of a cluster."""
 
 Role: TypeAlias = Literal["data", "master", "sentinel"]
 Command: TypeAlias = tuple[Any, ...]
@@ -42,7 +43,10 @@ Check: TypeAlias = Callable[[Reply], bool]
 
 
 class Node(NamedTuple):
-    """A server and what it is here: ``"master"`` has to say of itself that it is one, ``"data"`` is taken as it is."""
+    """A server and its role.
+
+    A new connection to a ``"master"`` asks the server whether it is one; a ``"data"`` server is not asked.
+    """
 
     address: Address
     role: Role = "data"
@@ -54,17 +58,17 @@ class Trip(NamedTuple):
     node: Node
     commands: Sequence[Command]
     check: Check
-    """Whether a reply is of the kind that was asked for; errors are replies too."""
+    """Function that returns whether a reply has the expected type. It is not called for error replies."""
 
-    def packed(self) -> bytes:
-        """Return the commands as they are sent."""
+    def pack(self) -> bytes:
+        """Return the commands in Redis' wire format."""
         return b"".join(map(hiredis.pack_command, self.commands))
 
 
 Plan: TypeAlias = Generator[Sequence[Trip], Sequence[Sequence[Reply]], T]
 
 
-# --- what replies look like ---------------------------------------------------------------------
+# --- checks of replies --------------------------------------------------------------------------
 
 _VALUES = {bytes, type(None)}
 
@@ -75,7 +79,7 @@ def is_value(reply: Reply) -> bool:
 
 
 def is_status(reply: Reply) -> bool:
-    """Accept the reply of SET: OK, or nothing where NX keeps it from being stored. Of ASKING, too."""
+    """Accept the reply of SET or ASKING: OK, or None if SET NX found the key."""
     return reply is None or reply == b"OK"
 
 
@@ -85,12 +89,12 @@ def is_number(reply: Reply) -> bool:
 
 
 def is_list(reply: Reply) -> bool:
-    """Accept the reply of CLUSTER SLOTS, ROLE or SENTINEL, whose parts are looked at when they are used."""
+    """Accept the reply of CLUSTER SLOTS, ROLE or SENTINEL; the code that uses the reply checks its parts."""
     return reply is None or type(reply) is list
 
 
-def are_values(count: int) -> Check:
-    """Accept the reply of MGET with ``count`` keys."""
+def make_values_check(count: int) -> Check:
+    """Return a check that accepts the reply of MGET with ``count`` keys."""
 
     def check(reply: Reply) -> bool:
         return type(reply) is list and len(reply) == count and set(map(type, reply)) <= _VALUES
@@ -109,7 +113,7 @@ def is_page(reply: Reply) -> bool:
     )
 
 
-def raised(replies: Iterable[Reply]) -> None:
+def raise_first_error(replies: Iterable[Reply]) -> None:
     """Raise the first error among replies."""
     for reply in replies:
         if isinstance(reply, Exception):
@@ -120,31 +124,31 @@ def raised(replies: Iterable[Reply]) -> None:
 
 
 class Topology(Protocol):
-    """Knows which server holds which key. Shared by threads, and by both clients."""
+    """Knows which server holds which key. Threads share it, and so do both clients."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
-        """Ask for the values of the keys, in their order; errors are among them."""
+        """Return the value of each key, in the order of the keys; a value can be an error."""
         ...
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
         """Remove the keys."""
         ...
 
-    def each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
-        """Send one command per key, and return the replies in the order of the keys; errors are among them."""
+    def send_each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
+        """Send one command per key and return the replies in the order of the keys; a reply can be an error."""
         ...
 
-    def masters(self) -> Plan[Sequence[Node]]:
-        """Return every server that holds keys, as of now."""
+    def list_masters(self) -> Plan[Sequence[Node]]:
+        """Return every server that holds keys at this moment."""
         ...
 
 
-def settled(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -> None:
-    """Raise what went wrong with some keys, if anything did, with the answer for the others.
+def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -> None:
+    """Raise an exception if the reply of any key is an error.
 
     Raises:
-        PartialAnswer: some keys failed.
-        Exception: all of them did.
+        PartialAnswer: some keys failed; it contains ``answer``, the result for the others.
+        Exception: every key failed; this is the first error.
     """
     failed = [(key, reply) for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Exception)]
     if not failed:
@@ -164,82 +168,78 @@ class OneServer:
         self._node = Node(address)
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
-        replies = yield from self._to_master([("MGET", *keys)], are_values(len(keys)))
-        raised(replies)
+        replies = yield from self._send_to_master([("MGET", *keys)], make_values_check(len(keys)))
+        raise_first_error(replies)
         values: list[Reply] = replies[0]
         return values
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
-        raised((yield from self._to_master([("UNLINK", *keys)], is_number)))
+        raise_first_error((yield from self._send_to_master([("UNLINK", *keys)], is_number)))
 
-    def each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
-        return (yield from self._to_master(commands, check))
+    def send_each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
+        return (yield from self._send_to_master(commands, check))
 
-    def masters(self) -> Plan[Sequence[Node]]:
-        return [(yield from self._master())]
+    def list_masters(self) -> Plan[Sequence[Node]]:
+        return [(yield from self._find_master())]
 
-    def _master(self) -> Plan[Node]:
+    def _find_master(self) -> Plan[Node]:
         return self._node
-        yield  # a plan as the others are
+        yield  # makes this function a generator, which a plan has to be
 
-    def _to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
-        node = yield from self._master()
+    def _send_to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
+        node = yield from self._find_master()
         (replies,) = yield [Trip(node, commands, check)]
         return replies
 
 
 class Candidates:
-    """Servers any of which can be asked, in the order to try them: one that failed is asked last the next time."""
+    """Servers that can all answer the same question, in the order to try them. A server that fails goes to the end."""
 
     def __init__(self, addresses: Iterable[Address]) -> None:
         self._lock = threading.Lock()
         self._addresses = list(addresses)
 
-    def reset(self) -> None:
-        """Start anew, as in a forked child."""
-        self._lock = threading.Lock()
-
-    def in_order(self) -> list[Address]:
-        """Return them all."""
+    def list_in_order(self) -> list[Address]:
+        """Return the addresses in the order to try them."""
         with self._lock:
             return list(self._addresses)
 
-    def failed(self, address: Address) -> None:
-        """Take note of one that did not answer."""
+    def move_to_end(self, address: Address) -> None:
+        """Try this server last from now on, because it failed."""
         with self._lock:
             if address in self._addresses:
                 self._addresses.remove(address)
                 self._addresses.append(address)
 
-    def learned(self, addresses: Iterable[Address]) -> None:
-        """Add those that are not known yet."""
+    def add_missing(self, addresses: Iterable[Address]) -> None:
+        """Add the addresses that are not in the list yet."""
         with self._lock:
             self._addresses.extend(address for address in addresses if address not in self._addresses)
 
 
-class BehindSentinels(OneServer):
-    """One master holds all keys, and sentinels say which server that is."""
+class SentinelMaster(OneServer):
+    """One master holds all keys, and sentinels say which server is the master."""
 
     def __init__(self, sentinels: Sequence[Address], service: str) -> None:
         self._sentinels = Candidates(sentinels)
         self._service = service
-        self._known: Node | None = None
+        self._known_master: Node | None = None
 
-    def _to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
+    def _send_to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
         try:
-            replies = yield from super()._to_master(commands, check)
-        except BaseException:  # cancelled as well: that is how an async call runs out of time
-            self._known = None  # gone, or the master no longer: the next call asks
+            replies = yield from super()._send_to_master(commands, check)
+        except BaseException:  # includes cancellation, which is how an async call times out
+            self._known_master = None  # it may be down or demoted, so the next call asks the sentinels
             raise
         if any(isinstance(reply, ReadOnlyError) for reply in replies):
-            self._known = None
+            self._known_master = None
         return replies
 
-    def _master(self) -> Plan[Node]:
-        if self._known is not None:
-            return self._known
-        problem: BaseException = ConnectionError("no sentinel was named")
-        for address in self._sentinels.in_order():
+    def _find_master(self) -> Plan[Node]:
+        if self._known_master is not None:
+            return self._known_master
+        problem: BaseException = ConnectionError("the url names no sentinel")
+        for address in self._sentinels.list_in_order():
             try:
                 ((reply,),) = yield [
                     Trip(
@@ -248,194 +248,201 @@ class BehindSentinels(OneServer):
                         is_list,
                     )
                 ]
-                raised([reply])
+                raise_first_error([reply])
             except BaseException as error:
-                self._sentinels.failed(address)
-                if not _another_may_answer(error):
+                self._sentinels.move_to_end(address)
+                if not _can_try_next(error):
                     raise
                 problem = error
                 continue
             if reply is None:
-                problem = ConnectionError(f"the sentinel {address} watches no service of this name")
+                problem = ConnectionError(f"sentinel {address} has no service of this name; check the service in url")
                 continue
             host, port = reply
-            self._known = Node(Address(host.decode(), int(port)), "master")
-            return self._known
+            self._known_master = Node(Address(host.decode(), int(port)), "master")
+            return self._known_master
         raise problem
 
 
 class Slots(NamedTuple):
-    """Who serves which of a cluster's slots."""
+    """Which node serves each of a cluster's slots."""
 
     nodes: tuple[Node, ...]
     owners: tuple[int | None, ...]
-    """For each slot, the place of its master in ``nodes``; None: nobody serves it."""
+    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot."""
 
 
 class Cluster:
-    """Several masters, each with a share of the slots. Keys that have moved are followed."""
+    """Several masters, each with a share of the slots. Calls follow keys that have moved to another node."""
 
     def __init__(self, addresses: Sequence[Address]) -> None:
         self._nodes = Candidates(addresses)
-        self._known: Slots | None = None
-        self._up: set[Node] = set()
-        """Those that answered when they were asked last."""
+        self._known_slots: Slots | None = None
+        self._up_nodes: set[Node] = set()
+        """Nodes that answered their last request."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
-        replies = yield from self.each(keys, [("GET", key) for key in keys], is_value)
-        # A key that somebody else made a list is nothing to us, as it is to MGET; SET replaces it.
-        return [None if isinstance(reply, ResponseError) and _is_of_another_type(reply) else reply for reply in replies]
+        replies = yield from self.send_each(keys, [("GET", key) for key in keys], is_value)
+        # A key of another type, such as a list, counts as missing, as MGET treats it; SET replaces it.
+        return [None if isinstance(reply, ResponseError) and _is_wrong_type(reply) else reply for reply in replies]
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
-        raised((yield from self.each(keys, [("UNLINK", key) for key in keys], is_number)))
+        raise_first_error((yield from self.send_each(keys, [("UNLINK", key) for key in keys], is_number)))
 
-    def each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
-        slots = yield from self._slots()
+    def send_each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
+        slots = yield from self._fetch_slots()
         replies: list[Reply] = [None] * len(keys)
         groups: dict[tuple[Node, bool], list[int]] = {}
         for place, key in enumerate(keys):
-            groups.setdefault((_owner(slots, key_slot(key)), False), []).append(place)
+            groups.setdefault((_find_owner(slots, key_slot(key)), False), []).append(place)
         for _ in range(1 + REDIRECTS):
-            groups = yield from self._round(groups, commands, check, replies)
+            groups = yield from self._send_groups(groups, commands, check, replies)
             if not groups:
                 break
-        return replies  # what is still being redirected is an error among the replies
+        return replies  # after the last redirect, the reply of a key that moved again is its redirect error
 
-    def masters(self) -> Plan[Sequence[Node]]:
-        self._known = None
-        return (yield from self._slots()).nodes
+    def list_masters(self) -> Plan[Sequence[Node]]:
+        self._known_slots = None
+        return (yield from self._fetch_slots()).nodes
 
-    def _round(
+    def _send_groups(
         self,
         groups: dict[tuple[Node, bool], list[int]],
         commands: Sequence[Command],
         check: Check,
         replies: list[Reply],
     ) -> Plan[dict[tuple[Node, bool], list[int]]]:
-        """Send each group, put the replies at their places, and return what is to be sent elsewhere."""
-        trips = [_group_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
+        """Send the commands of each group, put their replies into ``replies``, and return the groups to redirect.
+
+        A group's key is its node and whether ASKING has to precede each command; its value lists indices of
+        ``commands`` and ``replies``.
+        """
+        trips = [_make_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
         try:
             answers = yield trips
-        except BaseException as error:  # cancelled as well: that is how an async call runs out of time
-            self._known = None  # a node is gone, or slow: look where its slots are next time
-            self._up.difference_update(node for node, _ in groups)
-            problem = self._down(error)
+        except BaseException as error:  # includes cancellation, which is how an async call times out
+            self._known_slots = None  # a node is down or slow, so the next call looks up its slots
+            self._up_nodes.difference_update(node for node, _ in groups)
+            problem = self._translate_node_error(error)
             if problem is error:
                 raise
             raise problem from error
         for (node, _), answer in zip(groups, answers, strict=True):
             if _has_failed(answer):
-                self._known = None
-                self._up.discard(node)
+                self._known_slots = None
+                self._up_nodes.discard(node)
             else:
-                self._up.add(node)
-        again: dict[tuple[Node, bool], list[int]] = {}
+                self._up_nodes.add(node)
+        redirected: dict[tuple[Node, bool], list[int]] = {}
         for (node, asking), answer in zip(groups, answers, strict=True):
             own = answer[1::2] if asking else answer
             if _has_failed(answer):
-                own = [self._down(answer[0])] * len(own)
+                own = [self._translate_node_error(answer[0])] * len(own)
             for place, reply in zip(groups[node, asking], own, strict=True):
                 replies[place] = reply
                 if isinstance(reply, MovedError):
-                    self._known = None
-                    again.setdefault((_other(reply, node), False), []).append(place)
-                elif isinstance(reply, AskError):  # its slot is on its way: this once, ask over there
-                    again.setdefault((_other(reply, node), True), []).append(place)
+                    self._known_slots = None
+                    redirected.setdefault((_find_redirect_node(reply, node), False), []).append(place)
+                elif isinstance(reply, AskError):  # the slot is being moved: only this request goes to the new node
+                    redirected.setdefault((_find_redirect_node(reply, node), True), []).append(place)
                 elif isinstance(reply, ClusterDownError):
-                    self._known = None
-        return again
+                    self._known_slots = None
+        return redirected
 
-    def _down(self, error: BaseException) -> BaseException:
-        """Return an error of some nodes, as NodeDown where others are up and nobody has to wait for these."""
-        if not self._up or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
+    def _translate_node_error(self, error: BaseException) -> BaseException:
+        """Return NodeDown for a connection error while other nodes are up; return any other error unchanged.
+
+        A timeout stays a timeout, because calls have to wait for a node that hangs.
+        """
+        if not self._up_nodes or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
             return error
-        problem = NodeDown(f"a node of the cluster fails ({type(error).__name__}); others are up")
+        problem = NodeDown(f"a node of the cluster is failing ({type(error).__name__}); other nodes are up")
         problem.__cause__ = error
         return problem
 
-    def _slots(self) -> Plan[Slots]:
-        if self._known is not None:
-            return self._known
-        problem: BaseException = ConnectionError("no node was named")
-        for address in self._nodes.in_order():
+    def _fetch_slots(self) -> Plan[Slots]:
+        if self._known_slots is not None:
+            return self._known_slots
+        problem: BaseException = ConnectionError("the url names no node")
+        for address in self._nodes.list_in_order():
             try:
                 ((reply,),) = yield [Trip(Node(address), [("CLUSTER", "SLOTS")], is_list)]
-                raised([reply])
-                slots = _slots_of(reply, address)
+                raise_first_error([reply])
+                slots = _parse_slots(reply, address)
             except BaseException as error:
-                self._nodes.failed(address)
-                if not _another_may_answer(error) or isinstance(error, ResponseError):
-                    raise  # with a reply: this is no cluster, or not for this user
+                self._nodes.move_to_end(address)
+                if not _can_try_next(error) or isinstance(error, ResponseError):
+                    raise  # an error reply means that this is not a cluster, or that the user may not ask
                 problem = error
                 continue
-            self._nodes.learned(node.address for node in slots.nodes)
-            self._up.intersection_update(slots.nodes)
-            self._known = slots
+            self._nodes.add_missing(node.address for node in slots.nodes)
+            self._up_nodes.intersection_update(slots.nodes)
+            self._known_slots = slots
             return slots
         raise problem
 
 
-def _is_of_another_type(error: ResponseError) -> bool:
+def _is_wrong_type(error: ResponseError) -> bool:
     return str(error).startswith("WRONGTYPE")
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:
-    # What a server says is a ResponseError, if it is an error.
+    # An error that the server itself replied is a ResponseError; any other error means that the trip failed.
     return isinstance(answer[0], Exception) and not isinstance(answer[0], ResponseError)
 
 
-def _another_may_answer(error: BaseException) -> bool:
-    # Where time has run out it has for the others, too; they are asked first by the next call.
+def _can_try_next(error: BaseException) -> bool:
+    # After a timeout there is no time left for another server in this call; the next call starts with that one.
     return isinstance(error, RedisError | OSError) and not isinstance(error, TimeoutError)
 
 
-def _owner(slots: Slots, slot: int) -> Node:
+def _find_owner(slots: Slots, slot: int) -> Node:
     place = slots.owners[slot]
     if place is None:
-        # Any node answers with the error that says so.
+        # No node serves the slot, and any node replies with an error that says so.
         return slots.nodes[0]
     return slots.nodes[place]
 
 
-def _group_trip(node: Node, asking: bool, places: Sequence[int], commands: Sequence[Command], check: Check) -> Trip:
+def _make_trip(node: Node, asking: bool, places: Sequence[int], commands: Sequence[Command], check: Check) -> Trip:
     if not asking:
         return Trip(node, [commands[place] for place in places], check)
     paired = [command for place in places for command in (("ASKING",), commands[place])]
     return Trip(node, paired, lambda reply: is_status(reply) or check(reply))
 
 
-def _other(error: AskError, node: Node) -> Node:
-    # An empty host is the one that was asked.
+def _find_redirect_node(error: AskError, node: Node) -> Node:
+    # An empty host means the host of the node that replied.
     return Node(Address(error.host or node.address.host, int(error.port)))
 
 
-def _slots_of(reply: Reply, asked: Address) -> Slots:
-    """Read what CLUSTER SLOTS says: rows of first slot, last slot, master, replicas.
+def _parse_slots(reply: Reply, asked: Address) -> Slots:
+    """Parse the reply to CLUSTER SLOTS, whose rows are: first slot, last slot, master, replicas.
 
     Raises:
-        InvalidResponse: it says something else, or nothing.
+        InvalidResponse: the reply has another form, or lists no node or invalid slots.
     """
     nodes: dict[Node, int] = {}
     owners: list[int | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
     try:
         for first, last, (host, port, *_), *_ in reply:
-            # No host, or "?": the node does not know how it is reached, but it was reached just now.
+            # No host, or "?", means that the node does not know its own host; use the one that it was reached by.
             name = asked.host if host in (None, b"", b"?") else host.decode()
             place = nodes.setdefault(Node(Address(name, int(port))), len(nodes))
             owners[first : last + 1] = [place] * (last + 1 - first)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidResponse("the reply to CLUSTER SLOTS cannot be read") from error
+        raise InvalidResponse("cannot parse the reply to CLUSTER SLOTS") from error
     if not nodes or len(owners) != REDIS_CLUSTER_HASH_SLOTS:
-        raise InvalidResponse("no node of the cluster serves a slot")
+        raise InvalidResponse("the reply to CLUSTER SLOTS lists no node, or invalid slots")
     return Slots(tuple(nodes), tuple(owners))
 
 
-def topology_of(place: Place) -> Topology:
-    """Return how the servers of a place share the keys."""
+def make_topology(place: Place) -> Topology:
+    """Return the topology for the servers of a URL."""
     if place.kind == "cluster":
         return Cluster(place.addresses)
     if place.kind == "sentinel":
-        return BehindSentinels(place.addresses, place.service)
+        return SentinelMaster(place.addresses, place.service)
     return OneServer(place.addresses[0])
 
 
@@ -443,5 +450,5 @@ ROLE: Command = ("ROLE",)
 
 
 def is_master(reply: Reply) -> bool:
-    """Tell from the reply of ROLE whether a server is a master; one that may not be asked is taken for it."""
+    """Return whether the reply of ROLE is a master's. If the user may not ask, the server is assumed to be one."""
     return isinstance(reply, NoPermissionError) or (type(reply) is list and reply[:1] == [b"master"])

@@ -1,6 +1,6 @@
-"""Where Redis is, read from a URL: one server, a cluster, or a master behind sentinels.
+"""The URL of a Redis tier: one server, a cluster, or a master behind sentinels.
 
-No message repeats the URL: it may hold a password.
+No error message repeats the URL, because it may contain a password.
 """
 
 from __future__ import annotations
@@ -45,34 +45,34 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a URL says."""
+    """The parts of a URL."""
 
     kind: Kind
     tls: bool
     addresses: tuple[Address, ...]
-    """One server; or the nodes, or the sentinels, that are asked where the others are."""
+    """The server, or the nodes or sentinels to ask for the other servers."""
     db: int = 0
     service: str = ""
-    """What the sentinels call the master."""
+    """The master's name in the sentinels' configuration."""
     username: str | None = None
     password: str | None = field(default=None, repr=False)
 
 
-def place_of(url: str) -> Place:
-    """Read a URL.
+def parse_url(url: str) -> Place:
+    """Parse a URL.
 
     Raises:
-        ConfigError: it is none of the known shapes; the message says which part is wrong, and never repeats it.
+        ConfigError: the URL is invalid. The message says which part is wrong, without repeating it.
     """
     try:
         parts = urlsplit(url.strip())
     except ValueError:
-        _refuse("cannot be read")
+        _refuse("cannot be parsed")
     scheme = parts.scheme.lower().replace("valkey", "redis")
     if scheme not in SCHEMES:
         _refuse("has an unknown scheme")
     if parts.fragment:
-        _refuse("has a fragment (write # in a password as %23)")
+        _refuse("has a fragment; if the password contains #, write it as %23")
     kind, tls = SCHEMES[scheme]
     login, _, hosts = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
@@ -81,59 +81,60 @@ def place_of(url: str) -> Place:
     service = ""
     if scheme == "unix":
         if hosts or not path.strip("/"):
-            _refuse("names no socket: unix:///path/of/socket")
+            _refuse("has no socket path")
         addresses = (Address(path, 0),)
         db = ""
     else:
         port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
-        addresses = tuple(_address(text, port) for text in hosts.split(","))
-        service, db = _service_and_db(kind, path)
+        addresses = tuple(_parse_address(text, port) for text in hosts.split(","))
+        service, db = _split_path(kind, path)
     if kind == "one" and len(addresses) > 1:
-        _refuse("names several hosts: redis+cluster:// or redis+sentinel:// take them")
+        _refuse("names several hosts, which only redis+cluster:// and redis+sentinel:// accept")
     return Place(
         kind=kind,
         tls=tls,
         addresses=addresses,
-        db=_database(kind, db, parts.query),
+        db=_parse_database(kind, db, parts.query),
         service=service,
         username=unquote(username) or None,
         password=unquote(password) or None,
     )
 
 
-def _address(text: str, port: int) -> Address:
+def _parse_address(text: str, default_port: int) -> Address:
     match = _HOST.fullmatch(text.strip())
     if match is None:
-        _refuse("has a host that cannot be read (a password with : / @ or # in it is written with %3A %2F %40 %23)")
-    given = int(match["port"]) if match["port"] else port
-    if not 0 < given < 65536:
-        _refuse("has a port that does not exist")
-    return Address(match["v6"] or unquote(match["name"]), given)
+        _refuse("has an invalid host; if the password contains : / @ or #, write them as %3A %2F %40 %23")
+    port = int(match["port"]) if match["port"] else default_port
+    if not 0 < port < 65536:
+        _refuse("has an invalid port; it must be 1 to 65535")
+    return Address(match["v6"] or unquote(match["name"]), port)
 
 
-def _service_and_db(kind: Kind, path: str) -> tuple[str, str]:
+def _split_path(kind: Kind, path: str) -> tuple[str, str]:
+    """Return the sentinels' service (empty for other kinds) and the database."""
     rest = path.strip("/")
     if kind != "sentinel":
         return "", rest
     service, _, db = rest.partition("/")
     if not service:
-        _refuse("names no service: redis+sentinel://host:26379/service")
+        _refuse("has no service after the hosts")
     return service, db
 
 
-def _database(kind: Kind, path: str, query: str) -> int:
+def _parse_database(kind: Kind, path: str, query: str) -> int:
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("db", path)
     if options:
-        _refuse("has options after ?, which are written as options of the tier")
+        _refuse("has options other than db after ?; set them as options of the tier instead")
     if not text:
         return 0
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        _refuse("has a database that is no number")
+        _refuse("has an invalid database; it must be a number")
     if kind == "cluster" and int(text):
-        _refuse("names a database, and a cluster has only number 0")
+        _refuse("names a database, but a cluster has only database 0")
     return int(text)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ConfigError(f"url {what}; it looks like {SHAPES}") from None
+def _refuse(problem: str) -> NoReturn:
+    raise ConfigError(f"url {problem}; expected {SHAPES}") from None
