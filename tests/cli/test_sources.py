@@ -1,4 +1,4 @@
-"""Reading passages: every format, and what is broken costs one passage and no more."""
+"""Reading passages in every format: invalid input costs one passage, not the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from optional import needs
 
 from embedonce.cli.embedding import formats
-from embedonce.cli.embedding.passages import Broken, Passage, name_of, place
+from embedonce.cli.embedding.passages import Broken, Passage, decode_path, format_place
 from embedonce.cli.embedding.sources import Reader
 
 WORDS = st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=20)
@@ -26,7 +26,7 @@ def found(*paths: Path, **options: Any) -> list[Passage | Broken]:
 
 
 def texts(*paths: Path, **options: Any) -> list[tuple[int, str]]:
-    """Return line and text of every passage; nothing may be broken."""
+    """Return the line and text of every passage; no item may be broken."""
     passages = found(*paths, **options)
     assert not [one for one in passages if isinstance(one, Broken)]
     return [(one.line, one.text) for one in passages if isinstance(one, Passage)]
@@ -139,11 +139,11 @@ def test_json_lines_by_field(tmp_path: Path) -> None:
         (b"{}", 'no field "text"'),
         (b'{"text": null}', 'field "text" is null, not a string'),
         (b'{"text": 1}', 'field "text" is int, not a string'),
-        (b'{"text": "\\ud800"}', 'field "text" has a lone surrogate: it is not valid Unicode'),
+        (b'{"text": "\\ud800"}', 'field "text" is not valid Unicode: it has a lone surrogate'),
         (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
         (b'{"text": "a\x00b"}', "not JSON: Invalid control character at at character 12"),
-        (b'{"n": ' + b"1" * 5000 + b"}", "not JSON that can be read: ValueError"),
-        (b"[" * 200_000, "not JSON that can be read: RecursionError"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "not readable as JSON: ValueError"),
+        (b"[" * 200_000, "not readable as JSON: RecursionError"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -183,8 +183,8 @@ def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ("id,body\n", 'no column "text" in the header; choose one with --field'),
-        ("text,text\n", 'more than one column "text" in the header; choose one with --field'),
+        ("id,body\n", 'no column "text" in the header; choose a column with --field'),
+        ("text,text\n", 'more than one column "text" in the header; choose a column with --field'),
         ('"a"b\n', "not a CSV header: ',' expected after '\"'"),
     ],
 )
@@ -224,7 +224,7 @@ def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
 
     good = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1]}), good)
-    assert broken(good) == [(None, 'no column "text"; choose one with --field')]
+    assert broken(good) == [(None, 'no column "text"; choose a column with --field')]
     assert broken(write(tmp_path, "b.parquet", b"PAR1 or not")) == [(None, "not readable as Parquet: ArrowInvalid")]
 
 
@@ -258,9 +258,9 @@ def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path
     reader = Reader([str(tmp_path)], split="line")
     passages = list(reader)
     assert [type(one) for one in passages] == [Passage, Broken]
-    assert str(passages[1]) == f"{tmp_path}/c.txt: UTF-16; only UTF-8 is read"
+    assert str(passages[1]) == f"{tmp_path}/c.txt: UTF-16 is not supported; convert it to UTF-8"
     assert (reader.files, reader.binary) == (1, 1)
-    assert broken(tmp_path / "a.bin") == [(None, "a binary file; --format text reads it all the same")]
+    assert broken(tmp_path / "a.bin") == [(None, "binary file; use --format text to read it anyway")]
     assert texts(tmp_path / "a.bin", format="text") == [(1, "\x7fELF\0\0")]
 
 
@@ -279,7 +279,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "linked.txt").symlink_to("a/file.txt")
     passages = [one for one in found(tmp_path) if isinstance(one, Passage)]
     assert [one.text for one in passages] == ["one", "one"]
-    assert broken(tmp_path) == [(None, "a link that leads nowhere"), (None, "a link that leads nowhere")]
+    assert broken(tmp_path) == [(None, "dangling link"), (None, "dangling link")]
     assert [text for _, text in texts(tmp_path / "a/up/a/up/a")] == ["one"]
 
 
@@ -301,7 +301,7 @@ def test_sockets_and_pipes_in_folders_are_named_and_not_opened(tmp_path: Path, m
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert broken(Path(".")) == [(None, "no regular file"), (None, "no regular file")]
+        assert broken(Path(".")) == [(None, "not a regular file"), (None, "not a regular file")]
 
 
 def test_a_line_of_no_break_spaces_is_blank(tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_a_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
     (one,) = found(tmp_path)
     assert isinstance(one, Passage)
     assert one.source.endswith("/caf\\xe9\n.txt")
-    assert place(one.source, 3).endswith("/caf\\xe9\\n.txt:3")
-    assert name_of("café") == "café"
+    assert format_place(one.source, 3).endswith("/caf\\xe9\\n.txt:3")
+    assert decode_path("café") == "café"
 
 
 @needs("pyarrow")
