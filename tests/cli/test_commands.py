@@ -18,7 +18,6 @@ import embedonce
 from embedonce import config
 from embedonce.answers import Purged
 from embedonce.cli import output
-from embedonce.cli.init import TEMPLATE
 from embedonce.cli.output import read_excerpt
 from embedonce.errors import EraseIncomplete, Problem, TierError
 
@@ -113,39 +112,6 @@ def test_every_error_has_its_exit_code(
     monkeypatch.setattr(embedonce.Cache, "contents", fails)
     done = command("stats", "--json")
     assert (done.code, done.out, done.err) == (code, "", message)
-
-
-# --- init -------------------------------------------------------------------------------------
-
-
-def test_init_writes_a_file_that_works(command: Any, folder: Path) -> None:
-    done = command("init")
-    assert done.code == 0
-    assert done.out == "wrote embedonce.toml; now try: embedonce check\n"
-    loaded = config.load("embedonce.toml")
-    assert [tier.type for tier in loaded.tiers] == ["memory", "disk"]
-    assert command("check").code == 0
-
-
-def test_what_init_comments_out_is_right_too(folder: Path) -> None:
-    lines = [line.removeprefix("# ") if line.startswith(("# namespace", "# secret", "# ttl")) else line
-             for line in TEMPLATE.splitlines()]  # fmt: skip
-    Path("all.toml").write_text("\n".join(lines).replace("${EMBEDONCE_SECRET}", "${EMBEDONCE_SECRET:-a secret}"))
-    loaded = config.load("all.toml")
-    assert loaded.tiers[1].ttl == 30 * 86400
-    assert loaded.key.namespace == "my-project"
-
-
-def test_init_replaces_nothing_unless_told(command: Any, folder: Path) -> None:
-    Path("mine.toml").write_text("precious")
-    done = command("init", "mine.toml")
-    assert (done.code, done.err) == (2, "error: mine.toml is there already; --force replaces it\n")
-    assert Path("mine.toml").read_text() == "precious"
-    assert command("init", "mine.toml", "--force", "--json").json == {"file": "mine.toml"}
-    assert Path("mine.toml").read_text() == TEMPLATE
-    assert [path.name for path in folder.iterdir()] == ["mine.toml"]
-    assert command("init", "missing/x.toml").code == 2
-    assert command("init", "missing/x.toml", "--force").code == 2
 
 
 # --- check ------------------------------------------------------------------------------------
@@ -376,28 +342,6 @@ def test_an_excerpt_has_the_right_line_and_no_control_characters(folder: Path) -
     )
     shown = read_excerpt(Problem("wrong", "x.toml", 3, 13))
     assert shown == ["    3 | normalize = 1 #  [31m", "      | " + " " * 12 + "^"]
-
-
-def test_init_says_how_the_file_is_tried(command: Any, folder: Path) -> None:
-    assert command("init", "my own.toml").out == (
-        "wrote my own.toml; now try: embedonce check --config 'my own.toml'\n"
-    )
-    Path("pyproject.toml").write_text("[project]\n")
-    for force in ([], ["--force"]):
-        assert command("init", "pyproject.toml", *force).code == 2
-    assert Path("pyproject.toml").read_text() == "[project]\n"
-
-
-def test_init_replaces_no_pipe_and_leaves_no_empty_file(
-    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo("pipe.toml")
-    assert command("init", "pipe.toml", "--force").code == 2
-    assert Path("pipe.toml").is_fifo()
-    monkeypatch.setattr("embedonce.cli.init.TEMPLATE", "\ud800")
-    with pytest.raises(UnicodeEncodeError):
-        command("init", "new.toml")
-    assert not Path("new.toml").exists()
 
 
 def test_an_invalid_scope_is_invalid_usage(command: Any, filled: Path) -> None:
