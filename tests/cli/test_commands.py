@@ -25,7 +25,7 @@ ALL = ["init", "check", "embed", "evaluate", "explain", "stats", "purge", "plugi
 
 
 @pytest.fixture
-def filled(command: Any, folder: Path) -> Path:
+def filled_folder(command: Any, folder: Path) -> Path:
     """A folder with a configuration, and two texts in its disk tier."""
     assert command("init").code == 0
     assert command("embed", "-", "--out", "out.npy", input="one text\n\nanother").code == 0
@@ -52,8 +52,8 @@ def test_top_level_help_and_version(command: Any) -> None:
 
 
 def test_the_module_is_the_same_command(folder: Path) -> None:
-    ran = subprocess.run([sys.executable, "-P", "-m", "embedonce", "--version"], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, embedonce.__version__, "")
+    result = subprocess.run([sys.executable, "-P", "-m", "embedonce", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, embedonce.__version__, "")
 
 
 @pytest.mark.parametrize("name", ["check", "stats", "explain", "purge"])
@@ -104,7 +104,7 @@ def test_on_a_terminal_the_line_is_shown(
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_every_error_has_its_exit_code(
-    command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+    command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
     def fails(cache: embedonce.Cache) -> Any:
         raise error
@@ -117,7 +117,7 @@ def test_every_error_has_its_exit_code(
 # --- check ------------------------------------------------------------------------------------
 
 
-def test_check_shows_the_chain(command: Any, filled: Path) -> None:
+def test_check_shows_the_chain(command: Any, filled_folder: Path) -> None:
     done = command("check")
     assert done.code == 0
     assert done.out.startswith("provider  ngram, model ")
@@ -134,7 +134,7 @@ def test_check_shows_the_chain(command: Any, filled: Path) -> None:
     ]
 
 
-def test_check_fails_if_a_tier_fails(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fails_if_a_tier_fails(command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [
         embedonce.TierCheck("memory", "memory", True, 0.0),
         embedonce.TierCheck("far", "redis", False, 0.2, "cut"),
@@ -149,7 +149,7 @@ def test_check_fails_if_a_tier_fails(command: Any, filled: Path, monkeypatch: py
 # --- explain ----------------------------------------------------------------------------------
 
 
-def test_explain_names_the_tier_and_never_repeats_the_text(command: Any, filled: Path) -> None:
+def test_explain_names_the_tier_and_never_repeats_the_text(command: Any, filled_folder: Path) -> None:
     done = command("explain", "one text", "--json")
     assert done.code == 0
     assert (done.json["found"], done.json["tiers"]) == ("disk", {"memory": "miss", "disk": "hit"})
@@ -160,7 +160,7 @@ def test_explain_names_the_tier_and_never_repeats_the_text(command: Any, filled:
     assert command("explain", "not there", "--json").json["found"] is None
 
 
-def test_explain_reads_standard_input_as_it_is(command: Any, filled: Path) -> None:
+def test_explain_reads_standard_input_as_it_is(command: Any, filled_folder: Path) -> None:
     assert command("explain", "--stdin", "--json", input="one text").json["found"] == "disk"
     trimmed = command("explain", "--stdin", "--json", input="one text\n").json
     assert (trimmed["found"], trimmed["normalized"]) == ("disk", True)
@@ -169,7 +169,7 @@ def test_explain_reads_standard_input_as_it_is(command: Any, filled: Path) -> No
 
 
 @pytest.mark.parametrize("arguments", [[], ["a text", "--stdin"]])
-def test_explain_requires_exactly_one_text(command: Any, filled: Path, arguments: list[str]) -> None:
+def test_explain_requires_exactly_one_text(command: Any, filled_folder: Path, arguments: list[str]) -> None:
     done = command("explain", *arguments)
     assert (done.code, done.err) == (2, "error: explain requires either TEXT or --stdin\n")
 
@@ -177,7 +177,7 @@ def test_explain_requires_exactly_one_text(command: Any, filled: Path, arguments
 # --- stats, plugins, schema -------------------------------------------------------------------
 
 
-def test_stats_counts_entries_by_scope(command: Any, filled: Path) -> None:
+def test_stats_counts_entries_by_scope(command: Any, filled_folder: Path) -> None:
     command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
     Path("v2.toml").write_text(Path("embedonce.toml").read_text().replace('version = "v1"', 'version = "v2"'))
     command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
@@ -220,11 +220,11 @@ def test_output_printed_by_a_plugin_is_not_in_the_json_document(folder: Path, ar
     (info / "entry_points.txt").write_text("[embedonce]\nloud = loud\n")
     (folder / "site" / "loud.py").write_text("print('here I am')\n")
     environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "embedonce", *arguments], env=environment, capture_output=True, text=True, timeout=100
     )
-    assert "here I am" in ran.stderr
-    json.loads(ran.stdout)
+    assert "here I am" in result.stderr
+    json.loads(result.stdout)
 
 
 def test_schema_prints_the_schema(command: Any) -> None:
@@ -234,55 +234,64 @@ def test_schema_prints_the_schema(command: Any) -> None:
 # --- purge ------------------------------------------------------------------------------------
 
 
-def entries(command: Any) -> int:
+def count_entries(command: Any) -> int:
     count: int = command("stats", "--json").json["entries"]
     return count
 
 
-def test_a_dry_run_removes_nothing(command: Any, filled: Path) -> None:
+def test_a_dry_run_removes_nothing(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--version", "v1", "--dry-run", "--json")
     assert done.code == 0
     assert (done.json["removed"]["disk"], done.json["dry_run"]) == (2, True)
     assert "2 entries would be removed from disk" in command("purge", "--version", "v1", "--dry-run").out
-    assert entries(command) == 2
+    assert count_entries(command) == 2
 
 
-def test_purge_removes_the_scopes_that_match_all_options(command: Any, filled: Path) -> None:
+def test_purge_removes_the_scopes_that_match_all_options(command: Any, filled_folder: Path) -> None:
     assert command("purge", "--version", "v1", "--namespace", "other", "--yes").out.endswith("nothing matches\n")
     scope = command("stats", "--json").json["held"][0]["scope"]
     done = command("purge", "--scope", scope, "--namespace", "", "--yes")
     assert done.code == 0
     assert "2 entries removed from disk" in done.out
-    assert entries(command) == 0
+    assert count_entries(command) == 0
 
 
-def test_stats_and_purge_need_no_provider(command: Any, filled: Path) -> None:
+def test_stats_and_purge_need_no_provider(command: Any, filled_folder: Path) -> None:
     config = Path("embedonce.toml")
     whole = config.read_text()
     tables = [table for table in re.split(r"\n(?=\[)", whole) if not table.startswith("[provider")]
     for written in ("\n".join(tables), whole.replace('type = "ngram"', 'type = "not-installed-here"')):
         config.write_text(written)
-        assert entries(command) == 2
+        assert count_entries(command) == 2
         assert command("purge", "--model", "char-ngram", "--dry-run").code == 0
     assert command("purge", "--model", "char-ngram", "--yes").code == 0
-    assert entries(command) == 0
+    assert count_entries(command) == 0
 
 
-def test_purge_requires_a_selection(command: Any, filled: Path) -> None:
+def test_purge_requires_a_selection(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--yes")
-    assert (done.code, entries(command)) == (2, 2)
+    assert (done.code, count_entries(command)) == (2, 2)
     assert "--scope, --model, --version or --namespace" in done.err
 
 
-def test_without_a_terminal_purge_requires_yes(command: Any, filled: Path) -> None:
+def test_without_a_terminal_purge_requires_yes(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--version", "v1", input="y\n")
-    assert (done.code, entries(command)) == (2, 2)
+    assert (done.code, count_entries(command)) == (2, 2)
     assert done.err == "error: cannot ask for confirmation without a terminal: add --yes, or try --dry-run first\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
+def test_with_a_closed_standard_input_purge_requires_yes(command: Any, filled_folder: Path) -> None:
+    result = subprocess.run(
+        ["sh", "-c", '"$0" -P -m embedonce purge --version v1 <&-', sys.executable], capture_output=True, text=True
+    )
+    assert (result.returncode, count_entries(command)) == (2, 2)
+    assert result.stderr.startswith("error: cannot ask for confirmation")
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y", 0), ("n", 2), ("", 2)])
 def test_on_a_terminal_purge_asks(
-    command: Any, filled: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
+    command: Any, filled_folder: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
 ) -> None:
     pty = pytest.importorskip("pty")
     import os
@@ -297,13 +306,15 @@ def test_on_a_terminal_purge_asks(
     assert "Remove this? [y/N]" in err
     assert ("nothing was removed" in err) == (left == 2)
     assert started.returncode == 0
-    assert entries(command) == left
+    assert count_entries(command) == left
 
 
 # --- errors and secrets -----------------------------------------------------------------------
 
 
-def test_a_tier_that_fails_is_named_with_its_cause(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_that_fails_is_named_with_its_cause(
+    command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(cache: embedonce.Cache) -> Any:
         raise TierError("it failed", "disk") from OSError("the store's own words")
 
@@ -344,11 +355,11 @@ def test_an_excerpt_has_the_right_line_and_no_control_characters(folder: Path) -
     assert shown == ["    3 | normalize = 1 #  [31m", "      | " + " " * 12 + "^"]
 
 
-def test_an_invalid_scope_is_invalid_usage(command: Any, filled: Path) -> None:
+def test_an_invalid_scope_is_invalid_usage(command: Any, filled_folder: Path) -> None:
     assert command("purge", "--scope", "zz", "--yes").code == 2
 
 
-def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedonce.cli import purge
 
     def interrupted(*_: Any, **__: Any) -> bool:
@@ -373,24 +384,24 @@ sys.meta_path.insert(0, Interrupts())
 from embedonce.cli import main
 main()
 """
-    ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
 @pytest.mark.parametrize("name", ["check", "plugins", "schema"])
 def test_a_closed_output_causes_no_traceback(folder: Path, name: str) -> None:
-    ran = subprocess.run(
+    result = subprocess.run(
         ["sh", "-c", f'"$0" -P -m embedonce {name} >&-', sys.executable], capture_output=True, text=True
     )
-    assert ran.returncode == 0
-    assert "Traceback" not in ran.stderr
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
 
 
 def test_no_color_disables_every_style(folder: Path) -> None:
     environment = {**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1"}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-P", "-m", "embedonce", "--help"], capture_output=True, text=True, env=environment
     )
-    assert ran.returncode == 0
-    assert "\x1b" not in ran.stdout
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout

@@ -82,50 +82,60 @@ def make_refusing(*refused: str) -> FailingFunction:
 
 
 def test_a_refused_text_is_named_and_left_out(tmp_path: Path) -> None:
-    ran = FinishedRun(tmp_path, ["one", "a secret", "three"], make_refusing("a secret"))
-    assert ran.messages == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
-    assert (ran.summary.texts, ran.summary.failed, ran.summary.rows, ran.summary.computed) == (3, 1, 2, 2)
-    assert ran.rows is not None
-    assert ran.rows[:, 0].tolist() == [3, 5]
+    run = FinishedRun(tmp_path, ["one", "a secret", "three"], make_refusing("a secret"))
+    assert run.messages == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
+    assert (run.summary.texts, run.summary.failed, run.summary.rows, run.summary.computed) == (
+        3,
+        1,
+        2,
+        2,
+    )
+    assert run.rows is not None
+    assert run.rows[:, 0].tolist() == [3, 5]
 
 
 def test_strict_stops_at_a_refused_text(tmp_path: Path) -> None:
-    ran = FinishedRun(tmp_path, ["one", "two"], make_refusing("two"), strict=True)
-    assert ran.stopped == "a passage failed, and --strict is set"
-    assert ran.rows is None
+    run = FinishedRun(tmp_path, ["one", "two"], make_refusing("two"), strict=True)
+    assert run.stopped == "a passage failed, and --strict is set"
+    assert run.rows is None
 
 
 def test_a_chunk_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text {number}" for number in range(600)]
     provider = FailingFunction(lambda batch: ConnectionError("cut off") if "text 300" in batch else None)
-    ran = FinishedRun(tmp_path, texts, provider)
-    assert ran.messages == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
-    assert (ran.summary.failed, ran.summary.rows) == (256, 344)
-    assert not ran.stopped
+    run = FinishedRun(tmp_path, texts, provider)
+    assert run.messages == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
+    assert (run.summary.failed, run.summary.rows) == (256, 344)
+    assert not run.stopped
 
 
 def test_a_run_stops_if_the_provider_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 10)
     provider = FailingFunction(lambda batch: None if "text 0" in batch else ConnectionError("down"))
-    ran = FinishedRun(tmp_path, [f"text {number}" for number in range(1000)], provider)
-    assert ran.stopped == "every call to the provider fails"
+    run = FinishedRun(tmp_path, [f"text {number}" for number in range(1000)], provider)
+    assert run.stopped == "every call to the provider fails"
     assert provider.calls == 3
-    assert (ran.summary.texts, ran.summary.rows, ran.summary.failed, len(ran.messages)) == (30, 10, 20, 2)
-    assert ran.rows is None
+    assert (run.summary.texts, run.summary.rows, run.summary.failed, len(run.messages)) == (
+        30,
+        10,
+        20,
+        2,
+    )
+    assert run.rows is None
 
 
 def test_refused_texts_are_not_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 1)
     texts = [f"text {number}" for number in range(20)]
-    ran = FinishedRun(tmp_path, texts, make_refusing(*texts[1:]))
-    assert (ran.summary.failed, ran.summary.rows, ran.stopped) == (19, 1, "")
+    run = FinishedRun(tmp_path, texts, make_refusing(*texts[1:]))
+    assert (run.summary.failed, run.summary.rows, run.stopped) == (19, 1, "")
 
 
 def test_hits_between_failures_mean_that_there_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 2)
     provider = FailingFunction(lambda batch: ConnectionError("down") if "bad" in batch else None)
-    ran = FinishedRun(tmp_path, ["bad", "a", "b", "c", "bad", "d", "e", "f"], provider)
-    assert (ran.stopped, ran.summary.rows) == ("", 4)
+    run = FinishedRun(tmp_path, ["bad", "a", "b", "c", "bad", "d", "e", "f"], provider)
+    assert (run.stopped, run.summary.rows) == ("", 4)
 
 
 def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,17 +153,17 @@ def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.M
         def close(self) -> None: ...
 
     provider = FailingFunction(lambda batch: ConnectionError("down") if "three" in batch else None)
-    ran = FinishedRun(
+    run = FinishedRun(
         tmp_path, ["one", "two", "three", "four"], provider, fallback=Fallback(), fallback_fetch_only=True
     )
-    assert "the fallback (spare small) answered in another vector space" in ran.stopped
-    assert ran.rows is None
+    assert "the fallback (spare small) answered in another vector space" in run.stopped
+    assert run.rows is None
 
 
 def test_a_failing_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
-    ran = FinishedRun(tmp_path, ["one", "two"], FailingFunction(), tiers=[embedonce.Tier(Broken(), name="far")])
-    assert (ran.summary.rows, ran.summary.failed, ran.messages) == (2, 0, [])
-    assert ran.summary.trouble["far"]["errors"] > 0
+    run = FinishedRun(tmp_path, ["one", "two"], FailingFunction(), tiers=[embedonce.Tier(Broken(), name="far")])
+    assert (run.summary.rows, run.summary.failed, run.messages) == (2, 0, [])
+    assert run.summary.trouble["far"]["errors"] > 0
 
 
 def test_a_tier_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:

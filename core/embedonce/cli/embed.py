@@ -144,7 +144,7 @@ def _make_bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
 
     if not (show and sys.stderr.isatty()):
         return NoBar()
-    bar = Bar(reader.bytes_total())
+    bar = Bar(reader.compute_total_bytes())
     cache.subscribe(bar.handle_event)
     return bar
 

@@ -55,7 +55,7 @@ def purge(
     if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
         raise Refused(f"--scope {scope}: must be 16 hex digits, as `embedonce stats` shows them")
     must_ask = not (dry_run or yes)
-    if must_ask and not sys.stdin.isatty():
+    if must_ask and not (sys.stdin and sys.stdin.isatty()):
         raise Refused("cannot ask for confirmation without a terminal: add --yes, or try --dry-run first")
     with open_cache(config, needs_provider=False) as cache:
         if must_ask:

@@ -82,7 +82,7 @@ class Summary:
 
 
 class Stopped(Exception):
-    """Raised to end the run early: because of ``--strict``, or because the provider is down.
+    """Raised to end the run early, for example because of ``--strict`` or because the provider is down.
 
     ``is_temporary`` says that the same command may succeed later without a change.
     """

@@ -52,7 +52,7 @@ class Reader:
     def bytes_read(self) -> int:
         return self._meter.bytes
 
-    def bytes_total(self) -> int | None:
+    def compute_total_bytes(self) -> int | None:
         """Return the total size of all files that will be read, or None if a pipe is among them."""
         total = 0
         for found in self._walk():
