@@ -1,4 +1,4 @@
-"""Running commands: in this process where that is enough, in one of their own for signals and pipes."""
+"""Running commands: in this process if possible, in a process of their own for signals and pipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embedonce.cli import app
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -34,7 +34,7 @@ Command = Callable[..., Done]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of the test, empty, with nothing to be found in the folders above it."""
+    """The current folder of the test, which is empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,7 +54,7 @@ def command(folder: Path) -> Command:
 
 @pytest.fixture
 def process(folder: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start ``embedonce ARGUMENTS`` in a process of its own, with Ctrl-C in force however the tests were started."""
+    """Start ``embedonce ARGUMENTS`` in a process of its own that obeys Ctrl-C, however the tests were started."""
     code = "import signal; signal.signal(2, signal.default_int_handler); from embedonce.cli import main; main()"
 
     def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""Every command but ``embed``: what it prints for people and for programs, and its exit codes."""
+"""The commands other than ``embed``: output for people and for programs, and exit codes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ import embedonce
 from embedonce import config
 from embedonce.answers import Purged
 from embedonce.cli import output
-from embedonce.cli.init import TEMPLATE
-from embedonce.cli.output import excerpt
+from embedonce.cli.output import read_excerpt
 from embedonce.errors import EraseIncomplete, Problem, TierError
 
 ALL = ["init", "check", "embed", "evaluate", "explain", "stats", "purge", "plugins", "schema"]
 
 
 @pytest.fixture
-def filled(command: Any, folder: Path) -> Path:
+def filled_folder(command: Any, folder: Path) -> Path:
     """A folder with a configuration, and two texts in its disk tier."""
     assert command("init").code == 0
     assert command("embed", "-", "--out", "out.npy", input="one text\n\nanother").code == 0
@@ -52,13 +51,15 @@ def test_top_level_help_and_version(command: Any) -> None:
     assert command("check", "--nope").code == 2
 
 
-def test_it_is_a_module_too(folder: Path) -> None:
-    ran = subprocess.run([sys.executable, "-P", "-m", "embedonce", "--version"], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, embedonce.__version__, "")
+def test_the_module_is_the_same_command(folder: Path) -> None:
+    result = subprocess.run([sys.executable, "-P", "-m", "embedonce", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, embedonce.__version__, "")
 
 
 @pytest.mark.parametrize("name", ["check", "stats", "explain", "purge"])
-def test_every_problem_of_a_configuration_is_said_without_a_traceback(command: Any, folder: Path, name: str) -> None:
+def test_every_problem_of_a_configuration_is_reported_without_a_traceback(
+    command: Any, folder: Path, name: str
+) -> None:
     Path("embedonce.toml").write_text(
         '[cache]\ndtyp = "int8"\n\n[provider]\ntype = "ngrm"\n\n[[tiers]]\ntype = "disk"\n'
     )
@@ -69,7 +70,7 @@ def test_every_problem_of_a_configuration_is_said_without_a_traceback(command: A
     # Commands that compute nothing do not read [provider].
     assert ("error: embedonce.toml:5:8: " in done.err) == (name in ("check", "explain"))
     assert "Traceback" not in done.err
-    assert "|" not in done.err, "the line itself is for terminals"
+    assert "|" not in done.err, "only a terminal gets the line itself"
     assert done.out == ""
 
 
@@ -77,10 +78,10 @@ def test_on_a_terminal_the_line_is_shown(
     command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("embedonce.toml").write_text("[cache]\n\tdtype\t= 1\n")
-    assert excerpt(Problem("wrong", "embedonce.toml", 2, 10)) == ["    2 | \tdtype\t= 1", "      | \t     \t  ^"]
-    assert excerpt(Problem("wrong", "embedonce.toml", 3, 1)) == []
-    assert excerpt(Problem("wrong", "gone.toml", 1, 1)) == []
-    assert excerpt(Problem("wrong")) == []
+    assert read_excerpt(Problem("wrong", "embedonce.toml", 2, 10)) == ["    2 | \tdtype\t= 1", "      | \t     \t  ^"]
+    assert read_excerpt(Problem("wrong", "embedonce.toml", 3, 1)) == []
+    assert read_excerpt(Problem("wrong", "gone.toml", 1, 1)) == []
+    assert read_excerpt(Problem("wrong")) == []
     monkeypatch.setattr(output.sys.stderr, "isatty", lambda: True)
     output.say_config_error(embedonce.ConfigError([Problem("wrong", "embedonce.toml", 1, 1), Problem("more")]))
     assert capsys.readouterr().err.splitlines() == [
@@ -92,7 +93,7 @@ def test_on_a_terminal_the_line_is_shown(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (embedonce.PluginError("no plugin"), 2, "error: no plugin\n"),
         (TierError("it failed", "redis"), 1, "error: tier 'redis': it failed\n"),
@@ -103,53 +104,20 @@ def test_on_a_terminal_the_line_is_shown(
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_every_error_has_its_exit_code(
-    command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+    command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
     def fails(cache: embedonce.Cache) -> Any:
         raise error
 
     monkeypatch.setattr(embedonce.Cache, "contents", fails)
     done = command("stats", "--json")
-    assert (done.code, done.out, done.err) == (code, "", said)
-
-
-# --- init -------------------------------------------------------------------------------------
-
-
-def test_init_writes_a_file_that_works(command: Any, folder: Path) -> None:
-    done = command("init")
-    assert done.code == 0
-    assert done.out == "wrote embedonce.toml; now try: embedonce check\n"
-    loaded = config.load("embedonce.toml")
-    assert [tier.type for tier in loaded.tiers] == ["memory", "disk"]
-    assert command("check").code == 0
-
-
-def test_what_init_comments_out_is_right_too(folder: Path) -> None:
-    lines = [line.removeprefix("# ") if line.startswith(("# namespace", "# secret", "# ttl")) else line
-             for line in TEMPLATE.splitlines()]  # fmt: skip
-    Path("all.toml").write_text("\n".join(lines).replace("${EMBEDONCE_SECRET}", "${EMBEDONCE_SECRET:-a secret}"))
-    loaded = config.load("all.toml")
-    assert loaded.tiers[1].ttl == 30 * 86400
-    assert loaded.key.namespace == "my-project"
-
-
-def test_init_replaces_nothing_unless_told(command: Any, folder: Path) -> None:
-    Path("mine.toml").write_text("precious")
-    done = command("init", "mine.toml")
-    assert (done.code, done.err) == (2, "error: mine.toml is there already; --force replaces it\n")
-    assert Path("mine.toml").read_text() == "precious"
-    assert command("init", "mine.toml", "--force", "--json").json == {"file": "mine.toml"}
-    assert Path("mine.toml").read_text() == TEMPLATE
-    assert [path.name for path in folder.iterdir()] == ["mine.toml"]
-    assert command("init", "missing/x.toml").code == 2
-    assert command("init", "missing/x.toml", "--force").code == 2
+    assert (done.code, done.out, done.err) == (code, "", message)
 
 
 # --- check ------------------------------------------------------------------------------------
 
 
-def test_check_shows_the_chain(command: Any, filled: Path) -> None:
+def test_check_shows_the_chain(command: Any, filled_folder: Path) -> None:
     done = command("check")
     assert done.code == 0
     assert done.out.startswith("provider  ngram, model ")
@@ -166,7 +134,7 @@ def test_check_shows_the_chain(command: Any, filled: Path) -> None:
     ]
 
 
-def test_check_fails_where_a_tier_does(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fails_if_a_tier_fails(command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [
         embedonce.TierCheck("memory", "memory", True, 0.0),
         embedonce.TierCheck("far", "redis", False, 0.2, "cut"),
@@ -174,14 +142,14 @@ def test_check_fails_where_a_tier_does(command: Any, filled: Path, monkeypatch: 
     monkeypatch.setattr(embedonce.Cache, "check", lambda cache: checks)
     done = command("check", "--json")
     assert (done.code, done.json["ok"]) == (1, False)
-    assert done.err.endswith("error: 1 tier without an answer: far\n")
+    assert done.err.endswith("error: 1 tier did not answer: far\n")
     assert "cut" in command("check").out
 
 
 # --- explain ----------------------------------------------------------------------------------
 
 
-def test_explain_says_where_a_text_is_and_never_repeats_it(command: Any, filled: Path) -> None:
+def test_explain_names_the_tier_and_never_repeats_the_text(command: Any, filled_folder: Path) -> None:
     done = command("explain", "one text", "--json")
     assert done.code == 0
     assert (done.json["found"], done.json["tiers"]) == ("disk", {"memory": "miss", "disk": "hit"})
@@ -192,7 +160,7 @@ def test_explain_says_where_a_text_is_and_never_repeats_it(command: Any, filled:
     assert command("explain", "not there", "--json").json["found"] is None
 
 
-def test_explain_reads_standard_input_as_it_is(command: Any, filled: Path) -> None:
+def test_explain_reads_standard_input_as_it_is(command: Any, filled_folder: Path) -> None:
     assert command("explain", "--stdin", "--json", input="one text").json["found"] == "disk"
     trimmed = command("explain", "--stdin", "--json", input="one text\n").json
     assert (trimmed["found"], trimmed["normalized"]) == ("disk", True)
@@ -201,15 +169,15 @@ def test_explain_reads_standard_input_as_it_is(command: Any, filled: Path) -> No
 
 
 @pytest.mark.parametrize("arguments", [[], ["a text", "--stdin"]])
-def test_explain_takes_one_text(command: Any, filled: Path, arguments: list[str]) -> None:
+def test_explain_requires_exactly_one_text(command: Any, filled_folder: Path, arguments: list[str]) -> None:
     done = command("explain", *arguments)
-    assert (done.code, done.err) == (2, "error: give TEXT, or --stdin\n")
+    assert (done.code, done.err) == (2, "error: explain requires either TEXT or --stdin\n")
 
 
 # --- stats, plugins, schema -------------------------------------------------------------------
 
 
-def test_stats_counts_what_is_held_by_scope(command: Any, filled: Path) -> None:
+def test_stats_counts_entries_by_scope(command: Any, filled_folder: Path) -> None:
     command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
     Path("v2.toml").write_text(Path("embedonce.toml").read_text().replace('version = "v1"', 'version = "v2"'))
     command("embed", "-", "--out", "out.npy", "--config", "v2.toml", input="x")
@@ -223,13 +191,13 @@ def test_stats_counts_what_is_held_by_scope(command: Any, filled: Path) -> None:
     assert all(one["scope"] in shown for one in held["held"])
 
 
-def test_stats_of_nothing(command: Any, folder: Path) -> None:
+def test_stats_of_empty_tiers(command: Any, folder: Path) -> None:
     command("init")
-    assert command("stats").out == "The tiers hold nothing.\n"
+    assert command("stats").out == "The tiers are empty.\n"
     assert command("stats", "--json").json == {"held": [], "entries": 0, "errors": {}}
 
 
-def test_plugins_lists_what_is_installed(command: Any) -> None:
+def test_plugins_lists_the_installed_plugins(command: Any) -> None:
     names = {plugin["name"]: plugin["kinds"] for plugin in command("plugins", "--json").json}
     assert names["memory"] == names["disk"] == ["backend"]
     assert names["ngram"] == ["provider"]
@@ -241,80 +209,89 @@ def test_a_plugin_that_cannot_be_used_is_shown(command: Any, monkeypatch: pytest
     done = command("plugins", "--json")
     (disabled,) = [plugin for plugin in done.json if plugin["name"] == "ngram"]
     assert "disabled" in disabled["error"]
-    assert done.code == 0, "it is somebody's will, and nothing broken"
+    assert done.code == 0, "it is disabled on purpose, not broken"
 
 
 @pytest.mark.parametrize("arguments", [["schema"], ["plugins", "--json"], ["check", "--json"]])
-def test_what_a_plugin_prints_is_not_in_the_document(folder: Path, arguments: list[str]) -> None:
+def test_output_printed_by_a_plugin_is_not_in_the_json_document(folder: Path, arguments: list[str]) -> None:
     info = folder / "site" / "loud-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[embedonce]\nloud = loud\n")
     (folder / "site" / "loud.py").write_text("print('here I am')\n")
     environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "embedonce", *arguments], env=environment, capture_output=True, text=True, timeout=100
     )
-    assert "here I am" in ran.stderr
-    json.loads(ran.stdout)
+    assert "here I am" in result.stderr
+    json.loads(result.stdout)
 
 
-def test_schema_is_the_schema(command: Any) -> None:
+def test_schema_prints_the_schema(command: Any) -> None:
     assert command("schema").json == command("schema", "--json").json == json.loads(json.dumps(config.schema()))
 
 
 # --- purge ------------------------------------------------------------------------------------
 
 
-def entries(command: Any) -> int:
+def count_entries(command: Any) -> int:
     count: int = command("stats", "--json").json["entries"]
     return count
 
 
-def test_a_dry_run_removes_nothing(command: Any, filled: Path) -> None:
+def test_a_dry_run_removes_nothing(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--version", "v1", "--dry-run", "--json")
     assert done.code == 0
     assert (done.json["removed"]["disk"], done.json["dry_run"]) == (2, True)
     assert "2 entries would be removed from disk" in command("purge", "--version", "v1", "--dry-run").out
-    assert entries(command) == 2
+    assert count_entries(command) == 2
 
 
-def test_purge_removes_what_matches_everything(command: Any, filled: Path) -> None:
+def test_purge_removes_the_scopes_that_match_all_options(command: Any, filled_folder: Path) -> None:
     assert command("purge", "--version", "v1", "--namespace", "other", "--yes").out.endswith("nothing matches\n")
     scope = command("stats", "--json").json["held"][0]["scope"]
     done = command("purge", "--scope", scope, "--namespace", "", "--yes")
     assert done.code == 0
     assert "2 entries removed from disk" in done.out
-    assert entries(command) == 0
+    assert count_entries(command) == 0
 
 
-def test_stats_and_purge_need_no_provider(command: Any, filled: Path) -> None:
+def test_stats_and_purge_need_no_provider(command: Any, filled_folder: Path) -> None:
     config = Path("embedonce.toml")
     whole = config.read_text()
     tables = [table for table in re.split(r"\n(?=\[)", whole) if not table.startswith("[provider")]
     for written in ("\n".join(tables), whole.replace('type = "ngram"', 'type = "not-installed-here"')):
         config.write_text(written)
-        assert entries(command) == 2
+        assert count_entries(command) == 2
         assert command("purge", "--model", "char-ngram", "--dry-run").code == 0
     assert command("purge", "--model", "char-ngram", "--yes").code == 0
-    assert entries(command) == 0
+    assert count_entries(command) == 0
 
 
-def test_purge_needs_to_be_told_what(command: Any, filled: Path) -> None:
+def test_purge_requires_a_selection(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--yes")
-    assert (done.code, entries(command)) == (2, 2)
+    assert (done.code, count_entries(command)) == (2, 2)
     assert "--scope, --model, --version or --namespace" in done.err
 
 
-def test_without_a_terminal_purge_asks_nobody(command: Any, filled: Path) -> None:
+def test_without_a_terminal_purge_requires_yes(command: Any, filled_folder: Path) -> None:
     done = command("purge", "--version", "v1", input="y\n")
-    assert (done.code, entries(command)) == (2, 2)
-    assert done.err == "error: nobody can be asked here: add --yes, or look with --dry-run\n"
+    assert (done.code, count_entries(command)) == (2, 2)
+    assert done.err == "error: cannot ask for confirmation without a terminal: add --yes, or try --dry-run first\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
+def test_with_a_closed_standard_input_purge_requires_yes(command: Any, filled_folder: Path) -> None:
+    result = subprocess.run(
+        ["sh", "-c", '"$0" -P -m embedonce purge --version v1 <&-', sys.executable], capture_output=True, text=True
+    )
+    assert (result.returncode, count_entries(command)) == (2, 2)
+    assert result.stderr.startswith("error: cannot ask for confirmation")
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y", 0), ("n", 2), ("", 2)])
 def test_on_a_terminal_purge_asks(
-    command: Any, filled: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
+    command: Any, filled_folder: Path, process: Callable[..., subprocess.Popen[str]], answer: str, left: int
 ) -> None:
     pty = pytest.importorskip("pty")
     import os
@@ -329,13 +306,15 @@ def test_on_a_terminal_purge_asks(
     assert "Remove this? [y/N]" in err
     assert ("nothing was removed" in err) == (left == 2)
     assert started.returncode == 0
-    assert entries(command) == left
+    assert count_entries(command) == left
 
 
-# --- what an outside tester found -------------------------------------------------------------
+# --- errors and secrets -----------------------------------------------------------------------
 
 
-def test_a_tier_that_fails_is_named_with_its_cause(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_that_fails_is_named_with_its_cause(
+    command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(cache: embedonce.Cache) -> Any:
         raise TierError("it failed", "disk") from OSError("the store's own words")
 
@@ -346,7 +325,7 @@ def test_a_tier_that_fails_is_named_with_its_cause(command: Any, filled: Path, m
         '[provider]\ntype = "ngram"\n[[tiers]]\ntype = "disk"\npath = "${MY_PATH}"\n', encoding="utf-8"
     )
     monkeypatch.setenv("MY_PATH", "own")
-    assert command("stats").err == "error: tier 'disk': it failed\n", "the words repeat what came from a variable"
+    assert command("stats").err == "error: tier 'disk': it failed\n", "the cause repeats a value from a variable"
 
 
 @pytest.mark.parametrize(
@@ -365,44 +344,22 @@ def test_a_tier_that_fails_is_named_with_its_cause(command: Any, filled: Path, m
 def test_a_line_with_a_secret_is_not_shown(folder: Path, text: str) -> None:
     Path("x.toml").write_text(text)
     number = next(n for n, line in enumerate(text.split("\n"), start=1) if "hunter2" in line)
-    assert excerpt(Problem("wrong", "x.toml", number, 1)) == []
+    assert read_excerpt(Problem("wrong", "x.toml", number, 1)) == []
 
 
-def test_an_excerpt_is_the_right_line_and_safe_to_print(folder: Path) -> None:
+def test_an_excerpt_has_the_right_line_and_no_control_characters(folder: Path) -> None:
     Path("x.toml").write_text(
         '[key]\nversion = "a\u2028b"\r\nnormalize = 1 # \x1b[31m\r\n', encoding="utf-8", newline=""
     )
-    shown = excerpt(Problem("wrong", "x.toml", 3, 13))
+    shown = read_excerpt(Problem("wrong", "x.toml", 3, 13))
     assert shown == ["    3 | normalize = 1 #  [31m", "      | " + " " * 12 + "^"]
 
 
-def test_init_says_how_the_file_is_tried(command: Any, folder: Path) -> None:
-    assert command("init", "my own.toml").out == (
-        "wrote my own.toml; now try: embedonce check --config 'my own.toml'\n"
-    )
-    Path("pyproject.toml").write_text("[project]\n")
-    for force in ([], ["--force"]):
-        assert command("init", "pyproject.toml", *force).code == 2
-    assert Path("pyproject.toml").read_text() == "[project]\n"
-
-
-def test_init_replaces_no_pipe_and_leaves_no_empty_file(
-    command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo("pipe.toml")
-    assert command("init", "pipe.toml", "--force").code == 2
-    assert Path("pipe.toml").is_fifo()
-    monkeypatch.setattr("embedonce.cli.init.TEMPLATE", "\ud800")
-    with pytest.raises(UnicodeEncodeError):
-        command("init", "new.toml")
-    assert not Path("new.toml").exists()
-
-
-def test_a_scope_that_is_none_is_wrong_usage(command: Any, filled: Path) -> None:
+def test_an_invalid_scope_is_invalid_usage(command: Any, filled_folder: Path) -> None:
     assert command("purge", "--scope", "zz", "--yes").code == 2
 
 
-def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedonce.cli import purge
 
     def interrupted(*_: Any, **__: Any) -> bool:
@@ -413,10 +370,10 @@ def test_ctrl_c_at_the_question_of_a_purge(command: Any, filled: Path, monkeypat
 
     monkeypatch.setattr(purge.typer, "confirm", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        purge._confirmed(Purged({}, {}))
+        purge._confirm_purge(Purged({}, {}))
 
 
-def test_ctrl_c_while_it_is_imported(folder: Path) -> None:
+def test_ctrl_c_during_the_imports(folder: Path) -> None:
     code = """
 import sys
 class Interrupts:
@@ -427,24 +384,24 @@ sys.meta_path.insert(0, Interrupts())
 from embedonce.cli import main
 main()
 """
-    ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a stream with a shell")
 @pytest.mark.parametrize("name", ["check", "plugins", "schema"])
-def test_a_closed_output_is_no_traceback(folder: Path, name: str) -> None:
-    ran = subprocess.run(
+def test_a_closed_output_causes_no_traceback(folder: Path, name: str) -> None:
+    result = subprocess.run(
         ["sh", "-c", f'"$0" -P -m embedonce {name} >&-', sys.executable], capture_output=True, text=True
     )
-    assert ran.returncode == 0
-    assert "Traceback" not in ran.stderr
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
 
 
-def test_help_without_colour_is_without_any_style(folder: Path) -> None:
+def test_no_color_disables_every_style(folder: Path) -> None:
     environment = {**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1"}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-P", "-m", "embedonce", "--help"], capture_output=True, text=True, env=environment
     )
-    assert ran.returncode == 0
-    assert "\x1b" not in ran.stdout
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout

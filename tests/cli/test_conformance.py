@@ -1,4 +1,4 @@
-"""``embedonce conformance``: a plugin is found, tried and timed, and what is wrong with it is named."""
+"""``embedonce conformance``: a plugin is found, tested and timed, and its faults are reported."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) 
     done = command(
         "conformance", f"{module}:FileBackend", "--option", "path=./x", "--rounds", "3", "--examples", "2", "--json"
     )
-    told = done.json
-    assert done.code == 1, "it fails for two threads, for a deletion of what is not there, and after close"
-    outcomes = {one["test"]: one for one in told["tests"]}
+    report = done.json
+    assert done.code == 1, "it fails with two threads, for the deletion of a missing key, and after close"
+    outcomes = {one["test"]: one for one in report["tests"]}
     assert set(outcomes) == set(BackendContract.standard_tests)
     failed = outcomes["test_delete_of_what_is_not_there_is_no_error"]
     assert failed["outcome"] == "failed"
@@ -130,13 +130,13 @@ def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) 
     for name in ("test_a_miss_is_absent", "test_other_processes_use_the_store", "test_a_forked_child_uses_the_store"):
         assert outcomes[name]["outcome"] == "passed", outcomes[name]
     assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == "requires the capability ttl"
-    assert (told["kind"], told["failed"] + told["passed"] + told["skipped"]) == ("backend", len(outcomes))
-    timed = {(one["operation"], one["batch"]) for one in told["timings"]}
+    assert (report["kind"], report["failed"] + report["passed"] + report["skipped"]) == ("backend", len(outcomes))
+    timed = {(one["operation"], one["batch"]) for one in report["timings"]}
     assert timed == {(name, n) for n in (1, 256) for name in (
         "set_many", "get_many, all hits", "get_many, all misses", "delete_many")}  # fmt: skip
-    assert all(0 < one["p50"] <= one["p99"] and 1 <= one["calls"] <= 3 for one in told["timings"])
+    assert all(0 < one["p50"] <= one["p99"] and 1 <= one["calls"] <= 3 for one in report["timings"])
     assert "made" in done.err
-    assert not (folder / "x").exists(), "the stores that were made for the tests are removed"
+    assert not (folder / "x").exists(), "the stores of the tests are removed"
 
 
 def test_the_report_for_people(command: Any, module: str) -> None:
@@ -157,7 +157,7 @@ def test_the_report_for_people(command: Any, module: str) -> None:
     assert ["embed", "1", "2"] in [row[:3] for row in rows]
 
 
-def test_one_test_alone(command: Any, module: str) -> None:
+def test_one_test_can_be_chosen(command: Any, module: str) -> None:
     done = command("conformance", f"{module}:FileBackend", "--test", "test_a_miss_is_absent")
     assert (done.code, done.out.splitlines()[0]) == (0, "passed   test_a_miss_is_absent")
     assert "p50" not in done.out
@@ -174,15 +174,15 @@ def test_a_backend_that_ends_the_program_has_failed(command: Any, module: str) -
 
 
 def test_a_provider(command: Any, module: str) -> None:
-    told = command("conformance", f"{module}:LettersProvider", "-o", "first=64", "--rounds", "2", "--json").json
-    outcomes = {one["test"]: one["outcome"] for one in told["tests"]}
+    report = command("conformance", f"{module}:LettersProvider", "-o", "first=64", "--rounds", "2", "--json").json
+    outcomes = {one["test"]: one["outcome"] for one in report["tests"]}
     assert set(outcomes) == set(ProviderContract.standard_tests)
     assert outcomes["test_another_process_makes_the_same_vectors"] == "passed"
-    assert (told["kind"], told["failed"]) == ("provider", 0)
-    assert [(one["operation"], one["batch"]) for one in told["timings"]] == [("embed", 1), ("embed", 32)]
+    assert (report["kind"], report["failed"]) == ("provider", 0)
+    assert [(one["operation"], one["batch"]) for one in report["timings"]] == [("embed", 1), ("embed", 32)]
 
 
-def test_a_step(command: Any, module: str) -> None:
+def test_a_normalisation_step(command: Any, module: str) -> None:
     done = command("conformance", f"{module}:shout", "--json")
     assert {one["test"] for one in done.json["tests"]} == set(NormalizerContract.standard_tests)
     assert done.json["kind"] == "normalizer"
@@ -213,27 +213,27 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["mypackage:FileBackend", "-o", "path=a", "-o", "path=b"], "option path is set twice"),
         (["mypackage:LettersProvider", "-o", "first=many"], "option first must be a whole number"),
         (["mypackage:SharedBackend"], "write {new} into an option that separates stores"),
-        (["mypackage:SharedBackend", "-o", "prefix={server}"], "say where it listens with --server HOST:PORT"),
-        (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server has no use"),
-        (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server is written as HOST:PORT"),
+        (["mypackage:SharedBackend", "-o", "prefix={server}"], "give the server's address with --server HOST:PORT"),
+        (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server is not used"),
+        (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server must be HOST:PORT"),
         (["mypackage:UndeclaredBackend"], "a backend must declare its capabilities: capabilities = Capabilities(...)"),
         (["mypackage:FileBackend", "-o", "password=wrong"], "message hidden because it contains a secret option"),
     ],
 )
-def test_what_cannot_be_tried_is_named(command: Any, module: str, arguments: list[str], wanted: str) -> None:
+def test_an_invalid_plugin_or_option_is_refused(command: Any, module: str, arguments: list[str], wanted: str) -> None:
     done = command("conformance", *arguments)
     assert done.code == 2
     assert wanted in done.err
     assert "Traceback" not in done.err
 
 
-def test_new_in_an_option_tells_stores_apart(command: Any, module: str) -> None:
+def test_new_in_an_option_separates_the_stores(command: Any, module: str) -> None:
     test = ["--test", "test_two_clients_see_one_store", "--test", "test_any_value_comes_back_exactly"]
     assert command("conformance", f"{module}:SharedBackend", "-o", "prefix={new}", *test).code == 0
 
 
 @needs("redis")
-def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_server: RedisServer) -> None:
+def test_a_server_is_tested_through_a_proxy(command: Any, folder: Path, redis_server: RedisServer) -> None:
     address = redis_server.url.removeprefix("redis://").partition("/")[0]
     network = [name for name in BackendContract.standard_tests if "server" in name or "reply_that" in name]
     chosen = [part for name in network for part in ("--test", name)]
@@ -245,7 +245,7 @@ def test_a_server_is_tried_through_a_proxy(command: Any, folder: Path, redis_ser
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 @pytest.mark.slow
-def test_ctrl_c_ends_it_and_removes_what_it_made(process: Any, folder: Path) -> None:
+def test_ctrl_c_ends_it_and_removes_its_stores(process: Any, folder: Path) -> None:
     running = process("conformance", "disk", "--option", "path=./x")
     assert running.stdout.readline().startswith("passed   test_")
     running.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""``embedonce embed``: what is written, what is counted, and how a run ends."""
+"""``embedonce embed``: its output, its counts, and how a run ends."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def corpus(folder: Path) -> Path:
     return docs
 
 
-def index(out: Path) -> list[tuple[str, int]]:
+def read_index(out: Path) -> list[tuple[str, int]]:
     lines = out.with_suffix(".index.jsonl").read_text().splitlines()
     return [(row["source"], row["line"]) for row in map(json.loads, lines)]
 
 
-def vectors_of(texts: list[str]) -> Any:
+def embed_texts(texts: list[str]) -> Any:
     with embedonce.open({"provider": {"type": "ngram", "dimensions": 64}, "tiers": []}) as cache:
         return cache.embed_batch(texts)
 
@@ -87,12 +87,12 @@ def test_rows_in_order_with_their_sources_and_every_count(command: Any, corpus: 
         "stopped": None,
     }
     texts = ["# One", "first\nparagraph", "the same", "the same", "last"]
-    assert np.array_equal(np.load("out.npy"), vectors_of(texts))
+    assert np.array_equal(np.load("out.npy"), embed_texts(texts))
     places = [("docs/a.md", 1), ("docs/a.md", 3), ("docs/a.md", 6), ("docs/b.jsonl", 1), ("docs/b.jsonl", 3)]
-    assert index(Path("out.npy")) == places
+    assert read_index(Path("out.npy")) == places
 
 
-def test_the_second_time_nothing_is_computed_and_then_only_what_changed(command: Any, corpus: Path) -> None:
+def test_a_second_run_computes_only_changed_passages(command: Any, corpus: Path) -> None:
     command("embed", "docs", "--out", "cold.npy")
     warm = command("embed", "docs", "--out", "warm.npy", "--json").json
     assert (warm["computed"], warm["hits"], warm["repeated"]) == (0, {"memory": 0, "disk": 5}, 0)
@@ -110,15 +110,15 @@ def test_a_text_computed_in_an_earlier_window_comes_from_a_tier(command: Any, co
     # Equal lines are 3,000 apart, and a window has 2,048.
     assert (summary["texts"], summary["unique"], summary["computed"]) == (6000, 3000, 3000)
     assert (sum(summary["hits"].values()), summary["repeated"]) == (3000, 0)
-    assert np.array_equal(np.load("out.npy"), vectors_of(lines))
-    assert index(Path("out.npy"))[-1] == ("-", 6000)
+    assert np.array_equal(np.load("out.npy"), embed_texts(lines))
+    assert read_index(Path("out.npy"))[-1] == ("-", 6000)
 
 
-def test_the_configuration_in_use_is_no_text(command: Any, corpus: Path) -> None:
+def test_the_configuration_file_is_not_embedded(command: Any, corpus: Path) -> None:
     other = corpus / "other.toml"
     other.write_text(CONFIG)
     done = command("embed", "docs", "embedonce.toml", "--config", "docs/other.toml", "--out", "out.npy")
-    assert {source for source, _ in index(Path("out.npy"))} == {"docs/a.md", "docs/b.jsonl", "embedonce.toml"}
+    assert {source for source, _ in read_index(Path("out.npy"))} == {"docs/a.md", "docs/b.jsonl", "embedonce.toml"}
     assert done.code == 1
 
 
@@ -130,7 +130,7 @@ def test_standard_input_may_be_closed(process: Callable[..., subprocess.Popen[st
 
 
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=needs("pyarrow"))])
-def test_the_other_outputs_say_the_same(command: Any, corpus: Path, kind: str) -> None:
+def test_all_output_formats_have_the_same_rows(command: Any, corpus: Path, kind: str) -> None:
     assert command("embed", "docs", "--out", "out.npy", "--quiet").out == ""
     done = command("embed", "docs", "--out", f"out.{kind}", "--with-text")
     assert "out.index.jsonl" not in done.out
@@ -140,7 +140,7 @@ def test_the_other_outputs_say_the_same(command: Any, corpus: Path, kind: str) -
         import pyarrow.parquet as pq
 
         rows = pq.read_table("out.parquet").to_pylist()
-    assert [(row["source"], row["line"]) for row in rows] == index(Path("out.npy"))
+    assert [(row["source"], row["line"]) for row in rows] == read_index(Path("out.npy"))
     assert [row["text"] for row in rows] == ["# One", "first\nparagraph", "the same", "the same", "last"]
     assert np.array_equal(np.array([row["vector"] for row in rows], np.float32), np.load("out.npy"))
 
@@ -151,7 +151,7 @@ def test_tasks_share_vectors_where_the_provider_is_symmetric(command: Any, corpu
 
 
 @pytest.mark.parametrize("content", ["", "\n\n \n", "\ufeff"])
-def test_nothing_to_embed_is_a_matrix_without_rows(command: Any, corpus: Path, content: str) -> None:
+def test_empty_input_makes_a_matrix_without_rows(command: Any, corpus: Path, content: str) -> None:
     done = command("embed", "-", "--out", "out.npy", "--json", input=content)
     assert (done.code, done.json["rows"], done.json["out"]) == (0, 0, "out.npy")
     assert np.load("out.npy").shape == (0, 64)
@@ -173,20 +173,20 @@ def test_an_output_in_the_input_folder_is_not_read(command: Any, corpus: Path) -
 
 def test_the_summary_for_people(command: Any, corpus: Path) -> None:
     done = command("embed", "docs", "--out", "out.npy")
-    told = re.sub(r"[\d.,]+ s, [\d,]+ passages/s", "TIME", done.out)
-    assert told.splitlines() == [
+    summary = re.sub(r"[\d.,]+ s, [\d,]+ passages/s", "TIME", done.out)
+    assert summary.splitlines() == [
         "5 passages from 2 files, 4 distinct",
         "             4 ( 80.0 %) computed",
         "             1 ( 20.0 %) repeated",
-        "1 failed, each named above",
-        "1 binary file passed over",
+        "1 failed, each reported above",
+        "1 binary file skipped",
         "wrote 5 rows of 64 dimensions to out.npy",
         "and the source of each row to out.index.jsonl",
         "TIME",
     ]
 
 
-def test_without_a_configuration_it_says_what_it_uses(command: Any, folder: Path) -> None:
+def test_without_a_configuration_it_reports_the_defaults(command: Any, folder: Path) -> None:
     done = command("embed", "-", "--out", "out.npy", input="one text")
     assert done.code == 0
     assert "No configuration found: using the ngram provider" in done.err
@@ -199,12 +199,12 @@ def test_without_a_configuration_it_says_what_it_uses(command: Any, folder: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["docs", "--out", "out.txt"], "the name ends in .npy, .jsonl or .parquet"),
+        (["docs", "--out", "out.txt"], "the file name must end in .npy, .jsonl or .parquet"),
         (["docs", "--out", "missing/out.npy"], "the folder missing does not exist"),
-        (["docs", "--out", "docs"], "the name ends in"),
+        (["docs", "--out", "docs"], "the file name must end in"),
         (["docs", "nowhere", "--out", "out.npy"], "nowhere: no such file or folder"),
-        (["docs/b.jsonl", "--out", "docs/b.jsonl"], "docs/b.jsonl is what --out writes"),
-        (["-", "-", "--out", "out.npy"], "standard input (-) can be read once"),
+        (["docs/b.jsonl", "--out", "docs/b.jsonl"], "docs/b.jsonl: --out would overwrite this input"),
+        (["-", "-", "--out", "out.npy"], "standard input (-) can be given only once"),
         (["-", "--format", "parquet", "--out", "out.npy"], "Parquet cannot be read from standard input"),
         (["docs", "--out", "out.npy", "--config", "none.toml"], "none.toml"),
         (["docs", "--out", "out.npy", "--split", "word"], "--split"),
@@ -212,7 +212,7 @@ def test_without_a_configuration_it_says_what_it_uses(command: Any, folder: Path
         (["--out", "out.npy"], "PATH"),
     ],
 )
-def test_wrong_usage_is_said_before_anything_is_computed(
+def test_invalid_usage_is_refused_before_anything_is_computed(
     command: Any, corpus: Path, arguments: list[str], message: str
 ) -> None:
     before = sorted(os.listdir())
@@ -226,37 +226,37 @@ def test_wrong_usage_is_said_before_anything_is_computed(
 # --- what fails -------------------------------------------------------------------------------
 
 
-def test_strict_stops_at_the_first_and_leaves_the_earlier_output(command: Any, corpus: Path) -> None:
+def test_strict_stops_at_the_first_failure_and_keeps_the_earlier_output(command: Any, corpus: Path) -> None:
     Path("out.npy").write_bytes(b"earlier")
     done = command("embed", "docs", "--out", "out.npy", "--strict", "--json")
     assert done.code == 1
     assert "docs/b.jsonl:2" in done.err
-    assert "stopped: --strict" in done.err
-    assert (done.json["out"], done.json["stopped"]) == (None, "--strict, and something is broken")
+    assert "stopped: an input could not be read, and --strict is set" in done.err
+    assert (done.json["out"], done.json["stopped"]) == (None, "an input could not be read, and --strict is set")
     assert Path("out.npy").read_bytes() == b"earlier"
     assert not [name for name in os.listdir() if name.endswith(".part")]
 
 
-def test_where_everything_fails_the_earlier_output_stays(command: Any, corpus: Path) -> None:
+def test_the_earlier_output_stays_if_every_passage_fails(command: Any, corpus: Path) -> None:
     Path("out.npy").write_bytes(b"earlier")
     done = command("embed", "-", "--format", "jsonl", "--out", "out.npy", input="no\nJSON\n")
     assert done.code == 1
-    assert "nothing could be embedded" in done.err
+    assert "no passage could be embedded" in done.err
     assert Path("out.npy").read_bytes() == b"earlier"
 
 
-def test_a_replay_names_what_is_missing_and_writes_the_rest(command: Any, corpus: Path) -> None:
+def test_replay_reports_missing_texts_and_writes_the_others(command: Any, corpus: Path) -> None:
     command("embed", "docs/a.md", "--out", "out.npy")
     Path("embedonce.toml").write_text('[cache]\nmode = "replay"\n' + CONFIG)
     done = command("embed", "docs", "--out", "out.npy", "--json")
     assert done.code == 1
     assert (done.json["rows"], done.json["failed"], done.json["computed"]) == (4, 2, 0)
     assert "docs/b.jsonl:3: ReplayMiss" in done.err
-    assert index(Path("out.npy"))[-1] == ("docs/b.jsonl", 1)
+    assert read_index(Path("out.npy"))[-1] == ("docs/b.jsonl", 1)
 
 
 @pytest.mark.slow
-def test_a_write_that_fails_is_said_and_leaves_nothing(
+def test_a_failed_write_is_reported_and_leaves_no_file(
     process: Callable[..., subprocess.Popen[str]], corpus: Path
 ) -> None:
     (corpus / "long.txt").write_text("".join(f"passage {number}\n" for number in range(30_000)))
@@ -265,7 +265,7 @@ def test_a_write_that_fails_is_said_and_leaves_nothing(
     def small_files() -> None:
         import resource
 
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 2**20, 8 * 2**20))
 
     started = process("embed", "docs/long.txt", "--split", "line", "--out", "out.jsonl", preexec_fn=small_files)
@@ -290,7 +290,7 @@ def long(corpus: Path) -> Path:
 
 
 def wait_for_half(part: Path, started: subprocess.Popen[str]) -> None:
-    """Return when half of the rows were written on the way."""
+    """Wait until half of the rows are in the unfinished file."""
     half = MANY // 2 * 64 * 4
     while not (part.exists() and part.stat().st_size > half):
         assert started.poll() is None, started.communicate()
@@ -299,7 +299,7 @@ def wait_for_half(part: Path, started: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_an_ended_run_goes_on_from_what_was_stored(
+def test_a_run_continues_after_it_was_interrupted(
     command: Any, process: Callable[..., subprocess.Popen[str]], long: Path, number: signal.Signals
 ) -> None:
     arguments = ["embed", "docs/long.txt", "--split", "line", "--out", "out.npy", "--json"]
@@ -327,20 +327,22 @@ def test_an_ended_run_goes_on_from_what_was_stored(
     assert (done.json["computed"], done.json["hits"]) == (MANY - stored, {"memory": 0, "disk": stored})
     rows = np.load("out.npy")
     assert rows.shape == (MANY, 64)
-    ends = [0, 1, MANY - 2, MANY - 1]
-    assert np.array_equal(rows[ends], vectors_of([f"passage number {number} of a long text" for number in ends]))
+    rows_to_check = [0, 1, MANY - 2, MANY - 1]
+    assert np.array_equal(
+        rows[rows_to_check], embed_texts([f"passage number {number} of a long text" for number in rows_to_check])
+    )
     assert sorted(os.listdir()) == ["docs", "embedonce.toml", "out.index.jsonl", "out.npy", "vectors.cache"]
 
 
 @pytest.mark.slow
-def test_a_terminal_sees_how_far_it_is(process: Callable[..., subprocess.Popen[str]], long: Path) -> None:
+def test_a_terminal_shows_the_progress(process: Callable[..., subprocess.Popen[str]], long: Path) -> None:
     pty = pytest.importorskip("pty")
     terminal, inner = pty.openpty()
     options = {"stderr": inner, "env": {**os.environ, "TERM": "xterm"}}
     started = process("embed", "docs/long.txt", "--split", "line", "--out", "out.npy", **options)
     os.close(inner)
     seen = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it once the other end is closed
         while more := os.read(terminal, 2**16):
             seen += more
     os.close(terminal)
@@ -369,7 +371,9 @@ def test_two_runs_at_once_do_not_write_one_output(
     assert np.load("out.npy").shape == (1, 64)
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_a_message(
+    process: Callable[..., subprocess.Popen[str]], corpus: Path
+) -> None:
     read, write = os.pipe()
     os.close(read)
     started = process("embed", "docs/a.md", "--out", "out.npy", "--json", stdout=write)
@@ -384,7 +388,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(process: Callable[..., subproce
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(process: Callable[..., subprocess.Popen[str]], corpus: Path) -> None:
     def peak(passages: int) -> int:
-        """Return the most memory that embedding so many long passages took, in bytes."""
+        """Return the peak memory, in bytes, of a run over this many long passages."""
         started = process("embed", "-", "--split", "line", "--out", "out.jsonl", stdin=subprocess.PIPE)
         assert started.stdin is not None
         for number in range(passages):
@@ -403,7 +407,7 @@ def test_memory_does_not_grow_with_the_corpus(process: Callable[..., subprocess.
     assert peak(18_000) - peak(6_000) < 8 * 2**20
 
 
-def test_a_tier_that_stored_nothing_is_an_error_with_its_cause(
+def test_a_tier_that_stored_nothing_is_an_error_with_a_cause(
     command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -421,13 +425,13 @@ def test_a_tier_that_stored_nothing_is_an_error_with_its_cause(
         assert done.code == 1
         assert "tier disk: " in done.err
         assert "(OSError: " in done.err
-        assert "error: tier disk stored nothing of what was computed" in done.err
+        assert "error: tier disk stored none of the computed vectors" in done.err
         assert np.load("out.npy").shape == (2, 256)
         assert command("embed", "notes.txt", "--out", "out.npy", "--json").json["unstored"] == ["disk"]
     assert command("embed", "notes.txt", "--out", "out.npy").code == 0
 
 
-def test_the_index_of_a_linked_output_is_named_where_it_is(command: Any, folder: Path) -> None:
+def test_the_index_of_a_linked_output_is_beside_the_real_file(command: Any, folder: Path) -> None:
     Path("real").mkdir()
     Path("link.npy").symlink_to("real/there.npy")
     Path("notes.txt").write_text("one\n")
@@ -436,10 +440,10 @@ def test_the_index_of_a_linked_output_is_named_where_it_is(command: Any, folder:
     assert Path("link.npy").is_symlink()
 
 
-def test_running_again_is_not_advised_where_it_does_not_help(command: Any, folder: Path) -> None:
+def test_a_permanent_failure_does_not_advise_running_again_unchanged(command: Any, folder: Path) -> None:
     assert command("init").code == 0
     Path("lines.jsonl").write_text("{}\n")
     done = command("embed", "lines.jsonl", "--out", "out.npy", "--strict")
     assert done.code == 1
     assert "run the same command again" not in done.err
-    assert "once that is put right" in done.err
+    assert "fix the cause, then run the same command" in done.err

@@ -1,4 +1,4 @@
-"""``embedonce evaluate``: what it reads, what it measures, and what it refuses."""
+"""``embedonce evaluate``: reading the files, measuring, and refusing invalid input."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ QUERIES = ["the old roof is red", "a cold cellar", "castle garden", "nothing tha
 @pytest.fixture
 def files(folder: Path) -> Path:
     (folder / "embedonce.toml").write_text('[provider]\ntype = "ngram"\n\n[[tiers]]\ntype = "disk"\npath = "v"\n')
-    write(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(DOCUMENTS)])
-    write(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)])
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(DOCUMENTS)])
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)])
     (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t2\nq0\td1\t1\nq1\td19\t1\nq2\td15\t0\n")
     return folder
 
 
-def write(file: Path, records: list[dict[str, Any]]) -> None:
+def write_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
     file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
-def by_hand(k: int) -> dict[str, list[list[int]]]:
-    """Return what each dtype finds, from whole matrices and Python's own sorting."""
+def rank_by_hand(k: int) -> dict[str, list[list[int]]]:
+    """Return the documents that each dtype ranks first, computed with whole matrices and Python's sort."""
     found = {}
     with embedonce.Cache(NgramProvider()) as cache:
         documents, queries = cache.embed_batch(DOCUMENTS), cache.embed_batch(QUERIES, task="query")
@@ -57,12 +57,12 @@ def by_hand(k: int) -> dict[str, list[list[int]]]:
 def test_it_measures_against_judgements(command: Any, files: Path) -> None:
     done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--qrels", "qrels.tsv", "-k", "3", "--json")
     assert done.code == 0, done.err
-    assert "2 queries without a relevant document left out" in done.err
-    told = done.json
-    assert (told["documents"], told["queries"], told["k"], told["truth"]) == (45, 2, 3, "qrels")
-    assert (told["dimensions"], told["computed"]) == (256, 47)
-    found = by_hand(3)
-    for one in told["dtypes"]:
+    assert "2 queries without a relevant document skipped" in done.err
+    report = done.json
+    assert (report["documents"], report["queries"], report["k"], report["truth"]) == (45, 2, 3, "qrels")
+    assert (report["dimensions"], report["computed"]) == (256, 47)
+    found = rank_by_hand(3)
+    for one in report["dtypes"]:
         mine = found[one["dtype"]]
         first = len({0, 1} & set(mine[0])) / 2
         assert one["recall"] == pytest.approx((first + (19 in mine[1])) / 2)
@@ -78,16 +78,16 @@ def test_it_measures_against_judgements(command: Any, files: Path) -> None:
         assert one["read_us"] > 0
 
 
-def test_without_judgements_float32_is_the_truth(command: Any, files: Path) -> None:
+def test_without_judgements_the_results_of_float32_are_relevant(command: Any, files: Path) -> None:
     done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--json")
-    told = done.json
-    assert (told["queries"], told["truth"]) == (4, "float32")
-    finest = told["dtypes"][0]
+    report = done.json
+    assert (report["queries"], report["truth"]) == (4, "float32")
+    finest = report["dtypes"][0]
     assert (finest["recall"], finest["ndcg"], finest["same"]) == (1.0, 1.0, 1.0)
-    assert all(one["recall"] == one["same"] for one in told["dtypes"])
-    found = by_hand(10)
+    assert all(one["recall"] == one["same"] for one in report["dtypes"])
+    found = rank_by_hand(10)
     alike = [len(set(a) & set(b)) / 10 for a, b in zip(found["int8"], found["float32"], strict=True)]
-    assert told["dtypes"][2]["same"] == pytest.approx(sum(alike) / 4)
+    assert report["dtypes"][2]["same"] == pytest.approx(sum(alike) / 4)
 
 
 def test_the_vectors_are_computed_once(command: Any, files: Path) -> None:
@@ -97,29 +97,36 @@ def test_the_vectors_are_computed_once(command: Any, files: Path) -> None:
     assert "0 computed" in done.out
     lines = [line.split() for line in done.out.splitlines()]
     assert [line[0] for line in lines if line and line[0] in DTYPES] == list(DTYPES)
-    assert "45 documents, 4 queries, measured by what float32 finds" in done.out
+    assert "45 documents, 4 queries, measured against the results of float32" in done.out
 
 
-def test_a_coarser_cache_is_measured_from_float32(command: Any, files: Path) -> None:
+def test_a_cache_that_rounds_is_measured_from_float32_vectors(command: Any, files: Path) -> None:
     config = files / "embedonce.toml"
     config.write_text('[cache]\ndtype = "int8"\n' + config.read_text())
     assert command("embed", "corpus.jsonl", "--out", "out.npy").code == 0
     done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--json")
-    assert "rounds to int8" in done.err
+    assert "rounds vectors to int8" in done.err
     assert done.json["computed"] == 49
     assert done.json["dtypes"][2]["same"] == pytest.approx(
-        np.mean([len(set(a) & set(b)) / 10 for a, b in zip(by_hand(10)["int8"], by_hand(10)["float32"], strict=True)])
+        np.mean(
+            [
+                len(set(a) & set(b)) / 10
+                for a, b in zip(rank_by_hand(10)["int8"], rank_by_hand(10)["float32"], strict=True)
+            ]
+        )
     )
 
 
-def test_texts_and_other_spellings(folder: Path) -> None:
+def test_texts_and_judgements_are_read_in_every_format(folder: Path) -> None:
     (folder / "plain.txt").write_text("\ufeffone\r\n\r\ntwo\n")
     assert read_texts(folder / "plain.txt").ids == ["1", "3"]
     assert read_texts(folder / "plain.txt").texts == ["one", "two"]
-    write(folder / "c.jsonl", [{"id": 7, "text": "b", "title": "A"}, {"text": "c", "title": ""}])
+    write_jsonl(folder / "c.jsonl", [{"id": 7, "text": "b", "title": "A"}, {"text": "c", "title": ""}])
     corpus = read_texts(folder / "c.jsonl")
     assert (corpus.ids, corpus.texts) == (["7", "2"], ["A b", "c"])
-    write(folder / "r.jsonl", [{"query-id": "1", "corpus-id": 7}, {"query-id": 3, "corpus-id": "2", "score": 0.5}])
+    write_jsonl(
+        folder / "r.jsonl", [{"query-id": "1", "corpus-id": 7}, {"query-id": 3, "corpus-id": "2", "score": 0.5}]
+    )
     queries = read_texts(folder / "plain.txt")
     assert read_judgements(folder / "r.jsonl", queries, corpus) == {"1": {"7": 1.0}, "3": {"2": 0.5}}
     (folder / "r.tsv").write_text("1\t7\n3\t2\t-1\n")
@@ -129,17 +136,19 @@ def test_texts_and_other_spellings(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("corpus.jsonl", "{}\n", 'corpus.jsonl:1: no "text"'),
+        ("corpus.jsonl", "{}\n", 'corpus.jsonl:1: "text" must be a string that is not blank'),
         ("corpus.jsonl", '{"text": "a"}\n[1]\n', "corpus.jsonl:2: not a JSON object"),
-        ("corpus.jsonl", "", "corpus.jsonl: no texts"),
-        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', "two texts with the identifier '1'"),
-        ("qrels.tsv", "q0\n", "qrels.tsv:1: a query, a document and a number"),
-        ("qrels.tsv", "q0\td0\tnan\n", "qrels.tsv:1: a query, a document and a number"),
+        ("corpus.jsonl", "", "corpus.jsonl: contains no texts"),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', "two texts have the identifier '1'"),
+        ("qrels.tsv", "q0\n", "qrels.tsv:1: expected a query, a document and a finite number"),
+        ("qrels.tsv", "q0\td0\tnan\n", "qrels.tsv:1: expected a query, a document and a finite number"),
         ("qrels.tsv", "q9\td0\t1\n", "qrels.tsv:1: there is no query with the identifier 'q9'"),
         ("qrels.tsv", "q0\td0\t0\n", "no query has a relevant document"),
     ],
 )
-def test_bad_files(command: Any, files: Path, name: str, content: str, message: str) -> None:
+def test_an_invalid_file_is_refused_before_anything_is_computed(
+    command: Any, files: Path, name: str, content: str, message: str
+) -> None:
     (files / name).write_text(content)
     done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--qrels", "qrels.tsv")
     assert done.code == 2
@@ -147,7 +156,7 @@ def test_bad_files(command: Any, files: Path, name: str, content: str, message: 
     assert not (files / "v").exists(), "nothing was computed"
 
 
-def test_bytes_that_are_no_text(command: Any, files: Path) -> None:
+def test_bytes_that_are_not_utf8_are_refused(command: Any, files: Path) -> None:
     (files / "queries.jsonl").write_bytes(b'{"text": "\xff"}\n')
     done = command("evaluate", "corpus.jsonl", "queries.jsonl")
     assert (done.code, done.out) == (2, "")
@@ -160,7 +169,7 @@ def test_a_text_that_the_provider_refuses(command: Any, files: Path) -> None:
     config.write_text('[cache]\nmode = "replay"\n' + config.read_text())
     done = command("evaluate", "corpus.jsonl", "queries.jsonl")
     assert done.code == 1
-    assert "45 documents could not be embedded, first 'd0': " in done.err
+    assert "45 documents could not be embedded; the first is 'd0': " in done.err
     assert "roof" not in done.err
 
 
@@ -175,8 +184,13 @@ def test_a_plot(command: Any, files: Path) -> None:
 
 
 def test_a_plot_that_cannot_be_drawn(command: Any, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "ends in .pdf, .png, .svg" in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "p.jpg").err
-    assert "no such folder" in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "x/p.png").err
+    assert (
+        "must end in one of .pdf, .png, .svg"
+        in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "p.jpg").err
+    )
+    assert (
+        "the folder x does not exist" in command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "x/p.png").err
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     done = command("evaluate", "corpus.jsonl", "queries.jsonl", "--plot", "p.png")
     assert done.code == 2
@@ -190,4 +204,4 @@ def test_measures() -> None:
     assert ndcg(["a", "b"], gains) == pytest.approx(1.0)
     assert ndcg(["b", "a"], gains) == pytest.approx((1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)))
     assert ndcg(["x", "y"], gains) == 0.0
-    assert ndcg(["a"], gains) == pytest.approx(1.0), "one place holds one document"
+    assert ndcg(["a"], gains) == pytest.approx(1.0), "only one document fits"

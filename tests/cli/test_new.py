@@ -82,7 +82,7 @@ def test_what_is_written_is_built_and_installed_and_passes(command: Any, folder:
     assert ("my-shelf" in checked.stdout) or kind == "backend"
 
 
-def test_every_version_that_the_readme_promises_is_in_its_metadata(command: Any, folder: Path) -> None:
+def test_the_metadata_has_entry_point_and_test_extra(command: Any, folder: Path) -> None:
     command("new", "backend", "shelf")
     project = tomllib.loads(Path("embedonce-shelf/pyproject.toml").read_text())["project"]
     assert project["entry-points"]["embedonce"] == {"shelf": "embedonce_shelf.backend"}
@@ -90,7 +90,7 @@ def test_every_version_that_the_readme_promises_is_in_its_metadata(command: Any,
     assert "class ShelfBackend:" in Path("embedonce-shelf/src/embedonce_shelf/backend.py").read_text()
 
 
-def test_what_is_said_afterwards_is_what_to_do(command: Any, folder: Path) -> None:
+def test_the_output_names_the_next_commands(command: Any, folder: Path) -> None:
     assert command("new", "backend", "shelf").out == (
         "wrote embedonce-shelf; now try:\n  cd embedonce-shelf\n  pip install -e '.[test]'\n  pytest\n"
     )
@@ -101,19 +101,19 @@ def test_what_is_said_afterwards_is_what_to_do(command: Any, folder: Path) -> No
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("Shelf", "a letter a-z, then a-z and 0-9, with single hyphens inside"),
-        ("my_shelf", "a letter a-z"),
-        ("my--shelf", "a letter a-z"),
-        ("shelf-", "a letter a-z"),
-        ("1shelf", "a letter a-z"),
-        ("../shelf", "a letter a-z"),
-        ("", "a letter a-z"),
+        ("Shelf", "must start with a letter, contain only a-z, 0-9 and single hyphens"),
+        ("my_shelf", "must start with a letter"),
+        ("my--shelf", "must start with a letter"),
+        ("shelf-", "must start with a letter"),
+        ("1shelf", "must start with a letter"),
+        ("../shelf", "must start with a letter"),
+        ("", "must start with a letter"),
         ("s" * 41, "at most 40 characters"),
-        ("embedonce-shelf", "give the rest, shelf"),
-        ("provider", "has a meaning of its own"),
-        ("backends", "has a meaning of its own"),
-        ("disk", "embedonce brings disk itself"),
-        ("strip", "embedonce brings strip itself"),
+        ("embedonce-shelf", "use the name shelf"),
+        ("provider", "is reserved by embedonce"),
+        ("backends", "is reserved by embedonce"),
+        ("disk", "disk is a plugin of embedonce itself"),
+        ("strip", "strip is a plugin of embedonce itself"),
     ],
 )
 def test_a_bad_name_is_refused(command: Any, folder: Path, name: str, wanted: str) -> None:
@@ -123,7 +123,7 @@ def test_a_bad_name_is_refused(command: Any, folder: Path, name: str, wanted: st
     assert list(folder.iterdir()) == []
 
 
-def test_what_is_there_is_left_alone(command: Any, folder: Path) -> None:
+def test_an_existing_file_or_folder_is_not_touched(command: Any, folder: Path) -> None:
     (folder / "embedonce-shelf").mkdir()
     (folder / "embedonce-books").symlink_to("nowhere")
     (folder / "file").touch()
@@ -135,7 +135,7 @@ def test_what_is_there_is_left_alone(command: Any, folder: Path) -> None:
     ):
         done = command("new", "backend", name, *more)
         assert done.code == 2
-        assert "there already" in done.err or "cannot write" in done.err
+        assert "already exists" in done.err or "cannot write" in done.err
     assert sorted(path.name for path in folder.iterdir()) == ["embedonce-books", "embedonce-shelf", "file"]
     assert list((folder / "embedonce-shelf").iterdir()) == []
 
@@ -143,7 +143,7 @@ def test_what_is_there_is_left_alone(command: Any, folder: Path) -> None:
 def test_ctrl_c_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedonce.cli import new
 
-    monkeypatch.setattr(new, "_renamed", lambda text, name: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(new, "_fill_in_name", lambda text, name: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        new._write("backend", "shelf", folder / "embedonce-shelf")
+        new._write_package("backend", "shelf", folder / "embedonce-shelf")
     assert list(folder.iterdir()) == []

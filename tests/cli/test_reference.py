@@ -1,4 +1,4 @@
-"""docs/command-line.md says what the commands say."""
+"""docs/command-line.md describes every command as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``config``, ``check``, ``plugins`` and ``schema``: what holds, where it came from, and what is wrong with plugins."""
+"""``config``, ``check``, ``plugins`` and ``schema``: effective settings, their sources, and broken plugins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
-def written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CACHE_SECRET", "hunter2")
     file = folder / "embedonce.toml"
     file.write_text(FILE)
@@ -55,7 +55,9 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     return install
 
 
-def test_every_value_and_where_it_came_from(command: Any, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_shows_every_setting_and_its_source(
+    command: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EMBEDONCE__PROVIDER__DIMENSIONS", "64")
     monkeypatch.setenv("EMBEDONCE__TIERS__DISK__ON_ERROR", "raise")
     done = command("config")
@@ -67,20 +69,20 @@ def test_every_value_and_where_it_came_from(command: Any, written: Path, monkeyp
         ["key.normalize", '["nfc",', '"strip"]', "embedonce.toml:3"],
         ["key.version", '"v1"', "default"],
         ["provider.dimensions", "64", "EMBEDONCE__PROVIDER__DIMENSIONS"],
-        ["tiers.disk.path", str(written.parent / "vectors"), "embedonce.toml:10"],
+        ["tiers.disk.path", str(config_file.parent / "vectors"), "embedonce.toml:10"],
         ["tiers.disk.ttl", "3600.0", "embedonce.toml:11"],
         ["tiers.disk.on_error", '"raise"', "EMBEDONCE__TIERS__DISK__ON_ERROR"],
         ["tiers.memory.max_entries", "2048", "default"],
         ["plugins.allow", "-", "default"],
     ):
         assert line in lines
-    assert not (written.parent / "vectors").exists(), "config opens nothing"
+    assert not (config_file.parent / "vectors").exists(), "config opens nothing"
 
 
-def test_as_json(command: Any, written: Path) -> None:
-    told = command("config", "--config", written.name, "--json").json
-    assert told["source"] == "embedonce.toml"
-    by_name = {one["name"]: one for one in told["settings"]}
+def test_config_as_json(command: Any, config_file: Path) -> None:
+    output = command("config", "--config", config_file.name, "--json").json
+    assert output["source"] == "embedonce.toml"
+    by_name = {one["name"]: one for one in output["settings"]}
     assert by_name["key.secret"] == {"name": "key.secret", "value": "(hidden)", "origin": "embedonce.toml:2"}
     assert by_name["key.normalize"]["value"] == ["nfc", "strip"]
     assert by_name["tiers.disk.ttl"]["value"] == 3600.0
@@ -92,15 +94,15 @@ def test_without_a_file_the_defaults_are_shown(command: Any, folder: Path) -> No
     assert "tiers.disk.max_bytes" in done.out
 
 
-def test_a_wrong_configuration_is_explained(command: Any, written: Path) -> None:
-    written.write_text(FILE.replace("memory", "memry").replace("ttl", "tll"))
+def test_an_invalid_configuration_is_explained(command: Any, config_file: Path) -> None:
+    config_file.write_text(FILE.replace("memory", "memry").replace("ttl", "tll"))
     done = command("config")
     assert done.code == 2
     assert 'embedonce.toml:11:1: unknown key "tll" in [[tiers]] "disk"; did you mean "ttl"?' in done.err
     assert 'embedonce.toml:14:8: type in [[tiers]] "memry": no plugin "memry" is installed; did you mean' in done.err
 
 
-def test_check_warns_of_the_chain_at_its_place_and_once(command: Any, written: Path) -> None:
+def test_check_shows_a_chain_warning_once_with_its_place(command: Any, config_file: Path) -> None:
     done = command("check")
     assert done.code == 0
     assert done.err.count("'memory' is in this process and is asked only after 'disk'") == 1
@@ -119,14 +121,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("code", "why"), BROKEN.items(), ids=range(len(BROKEN)))
-def test_a_broken_plugin_is_named_and_stops_nothing(
-    command: Any, written: Path, stranger: Any, code: str, why: str
+def test_a_broken_plugin_is_reported_and_does_no_harm(
+    command: Any, config_file: Path, stranger: Any, code: str, why: str
 ) -> None:
     stranger(code)
     checked = command("check")
     assert checked.code == 0
     (line,) = [line for line in checked.err.splitlines() if "stranger" in line]
-    assert line.startswith('warning: a plugin that is installed cannot be used: plugin "stranger" of acme 2.')
+    assert line.startswith('warning: an installed plugin cannot be used: plugin "stranger" of acme 2.')
     assert why in line
     assert command("embed", "embedonce.toml", "--out", "x.npy").code == 0
     listed = command("plugins")
@@ -134,13 +136,13 @@ def test_a_broken_plugin_is_named_and_stops_nothing(
     (line,) = [line for line in listed.out.splitlines() if line.startswith("stranger")]
     assert "acme 2." in line
     assert why in line
-    (told,) = [one for one in command("check", "--json").json["plugins"] if one["name"] == "stranger"]
-    assert why in told["error"]
+    (reported,) = [one for one in command("check", "--json").json["plugins"] if one["name"] == "stranger"]
+    assert why in reported["error"]
 
 
-def test_what_is_not_allowed_is_loaded_by_no_command(command: Any, written: Path, stranger: Any) -> None:
+def test_no_command_loads_a_plugin_that_is_not_allowed(command: Any, config_file: Path, stranger: Any) -> None:
     stranger("from pathlib import Path\nPath('loaded').touch()\nraise RuntimeError")
-    written.write_text(FILE + "[plugins]\nallow = []\n")
+    config_file.write_text(FILE + "[plugins]\nallow = []\n")
     for name in ("check", "plugins", "schema", "config", "stats"):
         command(name)
     assert not Path("loaded").exists()
@@ -151,8 +153,8 @@ def test_what_is_not_allowed_is_loaded_by_no_command(command: Any, written: Path
     assert Path("loaded").exists()
 
 
-def test_a_list_of_allowed_plugins_that_is_wrong_is_said(command: Any, written: Path) -> None:
-    written.write_text('tiers = 3\n[plugins]\nallow = "acme"\n')
+def test_an_invalid_list_of_allowed_plugins_is_reported(command: Any, config_file: Path) -> None:
+    config_file.write_text('tiers = 3\n[plugins]\nallow = "acme"\n')
     done = command("plugins")
     assert done.code == 2
     assert done.err == 'error: embedonce.toml:3:9: allow = "acme" in [plugins]: must be a list\n'

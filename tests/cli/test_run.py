@@ -1,25 +1,28 @@
-"""A run whose provider or tiers fail: what is named, what is counted, when it stops."""
+"""A run whose provider or tiers fail: its messages, its counts, and when it stops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import embedonce
 from embedonce.cli.embedding import run as running
 from embedonce.cli.embedding.passages import Passage
 from embedonce.cli.embedding.progress import NoBar
-from embedonce.cli.embedding.run import Run, Stopped, failures, reason, windows
+from embedonce.cli.embedding.run import DistinctTexts, Run, Stopped, describe_error, describe_failures, split_windows
 from embedonce.cli.embedding.sinks import open_sink
 from embedonce.cli.embedding.sources import Reader
 
 
-class Function:
-    """A provider that fails for what it is told to fail for."""
+class FailingFunction:
+    """A provider that raises the error that ``fails`` returns for the texts."""
 
     def __init__(self, fails: Callable[[Sequence[str]], Exception | None] = lambda texts: None) -> None:
         self.fails = fails
@@ -34,7 +37,7 @@ class Function:
 
 
 class Broken:
-    """A tier that takes nothing and has nothing."""
+    """A tier whose every call fails."""
 
     capabilities = embedonce.Capabilities(holds="frames", scope="host")
 
@@ -47,19 +50,19 @@ class Broken:
     def close(self) -> None: ...
 
 
-class Ran:
-    """Run the texts, one per line, through a cache, and keep what was told."""
+class FinishedRun:
+    """Runs the texts, one per line, through a cache, and keeps the messages."""
 
     def __init__(self, folder: Path, texts: Sequence[str], provider: Any, *, strict: bool = False, **options: Any):
         (folder / "in.txt").write_text("\n".join(texts))
         out = folder / "out.npy"
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self.stopped = ""
         sink = open_sink(out)
-        space = {"space": {"model": "test"}} if isinstance(provider, Function) else {}
+        space = {"space": {"model": "test"}} if isinstance(provider, FailingFunction) else {}
         with embedonce.Cache(provider, **space, **options) as cache:
             reader = Reader([str(folder / "in.txt")], split="line")
-            run = Run(cache, reader, sink, task="document", strict=strict, tell=self.told.append)
+            run = Run(cache, reader, sink, task="document", strict=strict, report=self.messages.append)
             try:
                 run.embed(NoBar())
             except Stopped as stopped:
@@ -70,59 +73,69 @@ class Ran:
         self.rows = np.load(out) if out.exists() else None
 
 
-def refuse(*refused: str) -> Function:
+def make_refusing(*refused: str) -> FailingFunction:
     def fails(texts: Sequence[str]) -> Exception | None:
         positions = [position for position, text in enumerate(texts) if text in refused]
         return embedonce.TextRefused("too long", positions) if positions else None
 
-    return Function(fails)
+    return FailingFunction(fails)
 
 
 def test_a_refused_text_is_named_and_left_out(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, ["one", "a secret", "three"], refuse("a secret"))
-    assert ran.told == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
-    assert (ran.summary.texts, ran.summary.failed, ran.summary.rows, ran.summary.computed) == (3, 1, 2, 2)
-    assert ran.rows is not None
-    assert ran.rows[:, 0].tolist() == [3, 5]
+    run = FinishedRun(tmp_path, ["one", "a secret", "three"], make_refusing("a secret"))
+    assert run.messages == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
+    assert (run.summary.texts, run.summary.failed, run.summary.rows, run.summary.computed) == (
+        3,
+        1,
+        2,
+        2,
+    )
+    assert run.rows is not None
+    assert run.rows[:, 0].tolist() == [3, 5]
 
 
 def test_strict_stops_at_a_refused_text(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, ["one", "two"], refuse("two"), strict=True)
-    assert ran.stopped == "--strict, and a passage failed"
-    assert ran.rows is None
+    run = FinishedRun(tmp_path, ["one", "two"], make_refusing("two"), strict=True)
+    assert run.stopped == "a passage failed, and --strict is set"
+    assert run.rows is None
 
 
 def test_a_chunk_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text {number}" for number in range(600)]
-    provider = Function(lambda batch: ConnectionError("cut off") if "text 300" in batch else None)
-    ran = Ran(tmp_path, texts, provider)
-    assert ran.told == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
-    assert (ran.summary.failed, ran.summary.rows) == (256, 344)
-    assert not ran.stopped
+    provider = FailingFunction(lambda batch: ConnectionError("cut off") if "text 300" in batch else None)
+    run = FinishedRun(tmp_path, texts, provider)
+    assert run.messages == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
+    assert (run.summary.failed, run.summary.rows) == (256, 344)
+    assert not run.stopped
 
 
-def test_a_provider_that_is_down_is_not_asked_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_if_the_provider_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 10)
-    provider = Function(lambda batch: None if "text 0" in batch else ConnectionError("down"))
-    ran = Ran(tmp_path, [f"text {number}" for number in range(1000)], provider)
-    assert ran.stopped == "the provider fails for everything that it is asked"
+    provider = FailingFunction(lambda batch: None if "text 0" in batch else ConnectionError("down"))
+    run = FinishedRun(tmp_path, [f"text {number}" for number in range(1000)], provider)
+    assert run.stopped == "every call to the provider fails"
     assert provider.calls == 3
-    assert (ran.summary.texts, ran.summary.rows, ran.summary.failed, len(ran.told)) == (30, 10, 20, 2)
-    assert ran.rows is None
+    assert (run.summary.texts, run.summary.rows, run.summary.failed, len(run.messages)) == (
+        30,
+        10,
+        20,
+        2,
+    )
+    assert run.rows is None
 
 
-def test_refused_texts_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_texts_are_not_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 1)
     texts = [f"text {number}" for number in range(20)]
-    ran = Ran(tmp_path, texts, refuse(*texts[1:]))
-    assert (ran.summary.failed, ran.summary.rows, ran.stopped) == (19, 1, "")
+    run = FinishedRun(tmp_path, texts, make_refusing(*texts[1:]))
+    assert (run.summary.failed, run.summary.rows, run.stopped) == (19, 1, "")
 
 
-def test_windows_of_hits_between_failures_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hits_between_failures_mean_that_there_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 2)
-    provider = Function(lambda batch: ConnectionError("down") if "bad" in batch else None)
-    ran = Ran(tmp_path, ["bad", "a", "b", "c", "bad", "d", "e", "f"], provider)
-    assert (ran.stopped, ran.summary.rows) == ("", 4)
+    provider = FailingFunction(lambda batch: ConnectionError("down") if "bad" in batch else None)
+    run = FinishedRun(tmp_path, ["bad", "a", "b", "c", "bad", "d", "e", "f"], provider)
+    assert (run.stopped, run.summary.rows) == ("", 4)
 
 
 def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,21 +152,23 @@ def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.M
 
         def close(self) -> None: ...
 
-    provider = Function(lambda batch: ConnectionError("down") if "three" in batch else None)
-    ran = Ran(tmp_path, ["one", "two", "three", "four"], provider, fallback=Fallback(), fallback_fetch_only=True)
-    assert "the fallback (spare small) answers in its own vector space" in ran.stopped
-    assert ran.rows is None
+    provider = FailingFunction(lambda batch: ConnectionError("down") if "three" in batch else None)
+    run = FinishedRun(
+        tmp_path, ["one", "two", "three", "four"], provider, fallback=Fallback(), fallback_fetch_only=True
+    )
+    assert "the fallback (spare small) answered in another vector space" in run.stopped
+    assert run.rows is None
 
 
-def test_trouble_in_a_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, ["one", "two"], Function(), tiers=[embedonce.Tier(Broken(), name="far")])
-    assert (ran.summary.rows, ran.summary.failed, ran.told) == (2, 0, [])
-    assert ran.summary.trouble["far"]["errors"] > 0
+def test_a_failing_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
+    run = FinishedRun(tmp_path, ["one", "two"], FailingFunction(), tiers=[embedonce.Tier(Broken(), name="far")])
+    assert (run.summary.rows, run.summary.failed, run.messages) == (2, 0, [])
+    assert run.summary.trouble["far"]["errors"] > 0
 
 
 def test_a_tier_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(embedonce.TierError):
-        Ran(tmp_path, ["one"], Function(), tiers=[embedonce.Tier(Broken(), on_error="raise")])
+        FinishedRun(tmp_path, ["one"], FailingFunction(), tiers=[embedonce.Tier(Broken(), on_error="raise")])
 
 
 # --- windows and messages ---------------------------------------------------------------------
@@ -163,12 +178,12 @@ def test_windows_are_bounded_in_number_and_in_characters(monkeypatch: pytest.Mon
     monkeypatch.setattr(running, "WINDOW", 3)
     monkeypatch.setattr(running, "WINDOW_CHARACTERS", 100)
     sizes = [1, 1, 1, 1, 99, 1, 500, 1]
-    found = windows(Passage("x" * size, "s", 1) for size in sizes)
+    found = split_windows(Passage("x" * size, "s", 1) for size in sizes)
     assert [[len(passage.text) for passage in window] for window in found] == [[1, 1, 1], [1, 99], [1, 500], [1]]
 
 
 @pytest.mark.parametrize(
-    ("text", "message", "told"),
+    ("text", "message", "expected"),
     [
         ("the text", "bad\nrequest", "ValueError: bad request"),
         ("the text", "bad: the text", "ValueError"),
@@ -179,15 +194,41 @@ def test_windows_are_bounded_in_number_and_in_characters(monkeypatch: pytest.Mon
         ("the text", "x" * 500, "ValueError: " + "x" * 300),
     ],
 )
-def test_a_reason_never_quotes_the_text(text: str, message: str, told: str) -> None:
-    assert reason(ValueError(message), text) == told
+def test_an_error_message_never_quotes_the_text(text: str, message: str, expected: str) -> None:
+    assert describe_error(ValueError(message), text) == expected
 
 
 def test_failures_of_one_text_each_have_a_message() -> None:
     refused = embedonce.TextRefused("too long")
     failed: list[tuple[Passage, Exception | None]] = [(Passage("x", "a", n), refused) for n in (1, 2)]
-    assert list(failures([*failed, (Passage("y", "b", 1), None)])) == [
+    assert list(describe_failures([*failed, (Passage("y", "b", 1), None)])) == [
         "a:1: TextRefused: too long",
         "a:2: TextRefused: too long",
-        "b:1: no vector came back",
+        "b:1: the provider returned no vector",
     ]
+
+
+# --- distinct texts ---------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=3))))
+def test_distinct_texts_are_counted_like_a_set(batches: list[list[str]]) -> None:
+    with closing(DistinctTexts()) as distinct:
+        for batch in batches:
+            distinct.add(batch)
+        assert distinct.count == len({text for batch in batches for text in batch})
+
+
+@pytest.mark.parametrize("memory", [16 * 1024, running.HASH_MEMORY])
+def test_distinct_texts_are_counted_in_memory_and_on_disk(memory: int) -> None:
+    with closing(DistinctTexts(memory)) as distinct:
+        for start in range(0, 40_000, 2048):
+            distinct.add([str(number % 30_011) for number in range(start, start + 2048)])
+        assert distinct.count == 30_011
+
+
+def test_a_full_disk_while_counting_stops_the_run_with_a_hint() -> None:
+    with closing(DistinctTexts()) as distinct:
+        distinct._database.execute("PRAGMA max_page_count = 3")
+        with pytest.raises(Stopped, match=r"database or disk is full.*SQLITE_TMPDIR"):
+            distinct.add([str(number) for number in range(10_000)])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from optional import needs
 
 from embedonce.cli.embedding.passages import Passage
-from embedonce.cli.embedding.sinks import HEADER, SinkError, npy_header, open_sink, written_by
+from embedonce.cli.embedding.sinks import HEADER, SinkError, list_written_files, make_npy_header, open_sink
 
 KINDS = ("npy", "jsonl", "parquet")
 EACH_KIND = pytest.mark.parametrize("kind", ["npy", "jsonl", pytest.param("parquet", marks=needs("pyarrow"))])
@@ -59,7 +59,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_t
     assert kind == "jsonl" or vectors.tobytes() == VECTORS.tobytes()
     text = [{"text": passage.text} if with_text else {} for passage in PASSAGES]
     assert rows == [{"source": p.source, "line": p.line} | more for p, more in zip(PASSAGES, text, strict=True)]
-    assert set(os.listdir(tmp_path)) == {path.name for path in written_by(out) if not path.name.startswith(".")}
+    assert set(os.listdir(tmp_path)) == {path.name for path in list_written_files(out) if not path.name.startswith(".")}
 
 
 @needs("pyarrow")
@@ -81,7 +81,7 @@ def test_no_rows_have_the_dimensions_all_the_same(tmp_path: Path) -> None:
 def test_the_npy_header_is_numpys_own_format(rows: int, dimensions: int) -> None:
     import io
 
-    file = io.BytesIO(npy_header((rows, dimensions)))
+    file = io.BytesIO(make_npy_header((rows, dimensions)))
     assert np.lib.format.read_magic(file) == (1, 0)
     assert np.lib.format.read_array_header_1_0(file) == ((rows, dimensions), False, np.dtype("<f4"))
     assert file.tell() == HEADER
@@ -89,7 +89,7 @@ def test_the_npy_header_is_numpys_own_format(rows: int, dimensions: int) -> None
 
 
 @EACH_KIND
-def test_until_it_is_finished_the_old_output_stays(tmp_path: Path, kind: str) -> None:
+def test_the_earlier_output_stays_until_the_new_one_is_finished(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
     write(out)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -102,9 +102,9 @@ def test_until_it_is_finished_the_old_output_stays(tmp_path: Path, kind: str) ->
 
 
 @EACH_KIND
-def test_what_a_killed_run_left_behind_is_taken_over(tmp_path: Path, kind: str) -> None:
+def test_the_files_of_a_killed_run_are_reused(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
-    for path in written_by(out):
+    for path in list_written_files(out):
         if path.name.startswith("."):
             path.write_bytes(b"half of something longer" * 10_000)
     write(out, rows=2)
@@ -124,7 +124,7 @@ def test_two_runs_never_write_one_output(tmp_path: Path, kind: str) -> None:
     write(out)
 
 
-def test_an_index_of_another_run_is_not_taken(tmp_path: Path) -> None:
+def test_an_index_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     held = open_sink(tmp_path / "out.index.jsonl")
     with pytest.raises(SinkError, match="another run is writing"):
         open_sink(tmp_path / "out.npy")
@@ -155,13 +155,13 @@ def test_vectors_of_two_lengths_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("out.txt", "the name ends in .npy, .jsonl or .parquet"),
-        ("out", "the name ends in"),
+        ("out.txt", "the file name must end in .npy, .jsonl or .parquet"),
+        ("out", "the file name must end in"),
         ("missing/out.npy", "the folder .*missing does not exist"),
-        ("folder.npy", "this is a folder"),
+        ("folder.npy", "is a folder"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
+def test_an_invalid_output_path_is_refused_at_once(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(SinkError, match=message):
         open_sink(tmp_path / name)
@@ -170,20 +170,20 @@ def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, 
 
 @EACH_KIND
 @pytest.mark.parametrize("linked", [False, True])
-def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str, linked: bool) -> None:
+def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str, linked: bool) -> None:
     special = tmp_path / f"special.{kind}"
     os.mkfifo(special)
     out = special
     if linked:
         out = tmp_path / f"link.{kind}"
         out.symlink_to(special)
-    with pytest.raises(SinkError, match="no regular file"):
+    with pytest.raises(SinkError, match="not a regular file"):
         open_sink(out)
     assert special.is_fifo()
     sink = open_sink(tmp_path / f"late.{kind}")
     os.mkfifo(tmp_path / f"late.{kind}")
     sink.write(PASSAGES, VECTORS)
-    with pytest.raises(SinkError, match="no regular file"):
+    with pytest.raises(SinkError, match="not a regular file"):
         sink.finish(5)
     sink.abort()
     assert (tmp_path / f"late.{kind}").is_fifo()
@@ -192,11 +192,11 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str, li
 
 def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out.npy").symlink_to("out.npy")
-    with pytest.raises(SinkError, match="leads back to itself"):
+    with pytest.raises(SinkError, match="is a link to itself"):
         open_sink(tmp_path / "out.npy")
 
 
-def test_a_link_in_the_place_of_the_hidden_file_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_with_the_name_of_the_hidden_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".out.jsonl.part").symlink_to("precious")
     with pytest.raises(SinkError, match="cannot write"):
@@ -204,9 +204,9 @@ def test_a_link_in_the_place_of_the_hidden_file_is_not_followed(tmp_path: Path) 
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_an_index_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_invalid_index_path_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "out.index.jsonl").mkdir()
-    with pytest.raises(SinkError, match=r"out\.index\.jsonl: this is a folder"):
+    with pytest.raises(SinkError, match=r"out\.index\.jsonl: is a folder"):
         open_sink(tmp_path / "out.npy")
 
 
@@ -215,7 +215,7 @@ def test_an_index_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "signal"]
 )
 @pytest.mark.parametrize("earlier", [False, True])
-def test_whatever_ends_the_finish_the_old_output_stays(
+def test_the_earlier_output_stays_if_finish_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, error: BaseException, earlier: bool
 ) -> None:
     out = tmp_path / "out.npy"
@@ -250,4 +250,4 @@ def test_whatever_ends_the_finish_the_old_output_stays(
 
 
 def test_names_that_differ_in_case_have_an_index_each(tmp_path: Path) -> None:
-    assert not {*written_by(tmp_path / "x.npy")} & {*written_by(tmp_path / "x.NPY")}
+    assert not {*list_written_files(tmp_path / "x.npy")} & {*list_written_files(tmp_path / "x.NPY")}

@@ -1,4 +1,4 @@
-"""Reading passages: every format, and what is broken costs one passage and no more."""
+"""Reading passages in every format: invalid input costs one passage, not the file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 from optional import needs
 
 from embedonce.cli.embedding import formats
-from embedonce.cli.embedding.passages import Broken, Passage, name_of, place
+from embedonce.cli.embedding.passages import Broken, Passage, decode_path, format_place
 from embedonce.cli.embedding.sources import Reader
 
 WORDS = st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=20)
 
 
-def found(*paths: Path, **options: Any) -> list[Passage | Broken]:
+def read_items(*paths: Path, **options: Any) -> list[Passage | Broken]:
     return list(Reader([str(path) for path in paths], **options))
 
 
-def texts(*paths: Path, **options: Any) -> list[tuple[int, str]]:
-    """Return line and text of every passage; nothing may be broken."""
-    passages = found(*paths, **options)
+def read_passages(*paths: Path, **options: Any) -> list[tuple[int, str]]:
+    """Return the line and text of every passage; no item may be broken."""
+    passages = read_items(*paths, **options)
     assert not [one for one in passages if isinstance(one, Broken)]
     return [(one.line, one.text) for one in passages if isinstance(one, Passage)]
 
 
-def broken(*paths: Path, **options: Any) -> list[tuple[int | None, str]]:
-    return [(one.line, one.reason) for one in found(*paths, **options) if isinstance(one, Broken)]
+def read_broken(*paths: Path, **options: Any) -> list[tuple[int | None, str]]:
+    return [(one.line, one.reason) for one in read_items(*paths, **options) if isinstance(one, Broken)]
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -48,40 +48,40 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 def test_paragraphs_are_parted_by_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "a.md", "# Title\n\n\nfirst\nsecond\n \t\nthird")
-    assert texts(path) == [(1, "# Title"), (4, "first\nsecond"), (7, "third")]
+    assert read_passages(path) == [(1, "# Title"), (4, "first\nsecond"), (7, "third")]
 
 
 def test_lines_keep_their_spaces_and_blank_ones_are_no_passages(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "  one \n\n\ttwo\n \n")
-    assert texts(path, split="line") == [(1, "  one "), (3, "\ttwo")]
+    assert read_passages(path, split="line") == [(1, "  one "), (3, "\ttwo")]
 
 
 def test_a_whole_file_is_one_passage_as_it_is(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "\none\r\n\r\ntwo\n")
-    assert texts(path, split="file") == [(1, "\none\r\n\r\ntwo\n")]
+    assert read_passages(path, split="file") == [(1, "\none\r\n\r\ntwo\n")]
 
 
 @pytest.mark.parametrize("split", ["line", "paragraph", "file"])
 @pytest.mark.parametrize("content", ["", "\n", " \r\n\r\n", "\ufeff", "\ufeff\n"])
 def test_nothing_but_blanks_gives_no_passage(tmp_path: Path, split: str, content: str) -> None:
-    assert found(write(tmp_path, "a.txt", content), split=split) == []
+    assert read_items(write(tmp_path, "a.txt", content), split=split) == []
 
 
 def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\nmore\r\n\r\ntwo\r\n")
-    assert texts(path) == [(1, "one\nmore"), (4, "two")]
-    assert texts(path, split="line") == [(1, "one"), (2, "more"), (4, "two")]
-    assert texts(path, split="file") == [(1, "one\r\nmore\r\n\r\ntwo\r\n")]
+    assert read_passages(path) == [(1, "one\nmore"), (4, "two")]
+    assert read_passages(path, split="line") == [(1, "one"), (2, "more"), (4, "two")]
+    assert read_passages(path, split="file") == [(1, "one\r\nmore\r\n\r\ntwo\r\n")]
 
 
 def test_wrong_utf8_costs_one_passage(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", b"good\n\nba\xe9d\n\nfine\n")
-    assert found(path) == [
+    assert read_items(path) == [
         Passage("good", str(path), 1),
         Broken(str(path), 3, "not UTF-8 at byte 3"),
         Passage("fine", str(path), 5),
     ]
-    assert broken(path, split="file") == [(1, "not UTF-8 at byte 9")]
+    assert read_broken(path, split="file") == [(1, "not UTF-8 at byte 9")]
 
 
 @pytest.mark.parametrize("split", ["line", "paragraph", "file"])
@@ -90,9 +90,9 @@ def test_a_passage_may_be_as_long_as_the_limit_and_no_longer(
 ) -> None:
     monkeypatch.setattr(formats, "MAX_PASSAGE", 1000)
     longest = "x" * 1000
-    assert texts(write(tmp_path, "a.txt", longest), split=split) == [(1, longest)]
+    assert read_passages(write(tmp_path, "a.txt", longest), split=split) == [(1, longest)]
     path = write(tmp_path, "b.txt", "y" + longest + "\n\nafter")
-    passages = found(path, split=split)
+    passages = read_items(path, split=split)
     assert isinstance(passages[0], Broken)
     assert passages[0].reason.startswith("longer than")
     if split != "file":
@@ -102,7 +102,7 @@ def test_a_passage_may_be_as_long_as_the_limit_and_no_longer(
 def test_a_paragraph_of_many_lines_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_PASSAGE", 1000)
     path = write(tmp_path, "a.txt", "x" * 99 + "\n" + ("y" * 99 + "\n") * 50 + "\nafter\n" + "z" * 2000 + "\nmore\n")
-    assert found(path) == [
+    assert read_items(path) == [
         Broken(str(path), 1, formats.TOO_LONG),
         Broken(str(path), 53, formats.TOO_LONG),
     ]
@@ -116,7 +116,7 @@ def test_any_paragraphs_come_back(
     paragraphs = [[f"x{line}" for line in lines] for lines in paragraphs]
     content = (end + end).join(end.join(lines) for lines in paragraphs)
     path = write(tmp_path_factory.mktemp("any"), "a.txt", content)
-    assert [text for _, text in texts(path)] == ["\n".join(lines) for lines in paragraphs]
+    assert [text for _, text in read_passages(path)] == ["\n".join(lines) for lines in paragraphs]
 
 
 # --- JSON Lines -------------------------------------------------------------------------------
@@ -125,9 +125,9 @@ def test_any_paragraphs_come_back(
 def test_json_lines_by_field(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": "one"}, {"text": ""}, {"text": "a\u0000b"}, {"a.b": "dotted", "a": {"b": "inner"}}]
     path = write(tmp_path, "a.jsonl", "\n\n".join(map(json.dumps, rows[:3])) + "\n")
-    assert texts(path) == [(1, "one"), (3, ""), (5, "a\0b")]
+    assert read_passages(path) == [(1, "one"), (3, ""), (5, "a\0b")]
     inner = write(tmp_path, "b.ndjson", "\n".join([json.dumps(rows[3]), '{"a": {"b": "deep"}}']))
-    assert texts(inner, field="a.b") == [(1, "dotted"), (2, "deep")]
+    assert read_passages(inner, field="a.b") == [(1, "dotted"), (2, "deep")]
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_json_lines_by_field(tmp_path: Path) -> None:
         (b"{}", 'no field "text"'),
         (b'{"text": null}', 'field "text" is null, not a string'),
         (b'{"text": 1}', 'field "text" is int, not a string'),
-        (b'{"text": "\\ud800"}', 'field "text" has a lone surrogate: it is not valid Unicode'),
+        (b'{"text": "\\ud800"}', 'field "text" is not valid Unicode: it has a lone surrogate'),
         (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
         (b'{"text": "a\x00b"}', "not JSON: Invalid control character at at character 12"),
-        (b'{"n": ' + b"1" * 5000 + b"}", "not JSON that can be read: ValueError"),
-        (b"[" * 200_000, "not JSON that can be read: RecursionError"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "not readable as JSON: ValueError"),
+        (b"[" * 200_000, "not readable as JSON: RecursionError"),
     ],
     ids=lambda value: str(value)[:24],
 )
 def test_a_broken_json_line_costs_itself(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path, "a.jsonl", b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
-    assert found(path) == [
+    assert read_items(path) == [
         Passage("before", str(path), 1),
         Broken(str(path), 2, reason),
         Passage("after", str(path), 3),
@@ -161,17 +161,17 @@ def test_a_broken_json_line_costs_itself(tmp_path: Path, line: bytes, reason: st
 
 def test_csv_by_column_with_quotes_and_lines_inside(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", '\ufeffid,text\r\n1,"a, ""b"""\r\n2,"two\r\nlines"\r\n\r\n3,last')
-    assert texts(path) == [(2, 'a, "b"'), (3, "two\nlines"), (6, "last")]
-    assert [text for _, text in texts(path, field="id")] == ["1", "2", "3"]
+    assert read_passages(path) == [(2, 'a, "b"'), (3, "two\nlines"), (6, "last")]
+    assert [text for _, text in read_passages(path, field="id")] == ["1", "2", "3"]
 
 
 def test_tab_separated(tmp_path: Path) -> None:
-    assert texts(write(tmp_path, "a.tsv", "id\ttext\n1\ta, b\n")) == [(2, "a, b")]
+    assert read_passages(write(tmp_path, "a.tsv", "id\ttext\n1\ta, b\n")) == [(2, "a, b")]
 
 
 def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", b'id,text\n1\n2,"a"b\n3,\xff\n\xff,good\n4,"never closed\n')
-    assert found(path) == [
+    assert read_items(path) == [
         Broken(str(path), 2, 'no column "text" in this record'),
         Broken(str(path), 3, "not CSV: ',' expected after '\"'"),
         Broken(str(path), 4, 'column "text" is not UTF-8'),
@@ -183,19 +183,19 @@ def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ("id,body\n", 'no column "text" in the header; choose one with --field'),
-        ("text,text\n", 'more than one column "text" in the header; choose one with --field'),
+        ("id,body\n", 'no column "text" in the header; choose a column with --field'),
+        ("text,text\n", 'more than one column "text" in the header; choose a column with --field'),
         ('"a"b\n', "not a CSV header: ',' expected after '\"'"),
     ],
 )
 def test_a_csv_without_the_column_is_named_once(tmp_path: Path, header: str, reason: str) -> None:
-    assert broken(write(tmp_path, "a.csv", header + "1,2\n" * 3)) == [(1, reason)]
+    assert read_broken(write(tmp_path, "a.csv", header + "1,2\n" * 3)) == [(1, reason)]
 
 
 def test_csv_goes_on_after_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_PASSAGE", 100)
     path = write(tmp_path, "a.csv", "text\n" + "x" * 300 + "\nafter\n")
-    assert found(path) == [Broken(str(path), 2, f"not CSV: {formats.TOO_LONG}"), Passage("after", str(path), 3)]
+    assert read_items(path) == [Broken(str(path), 2, f"not CSV: {formats.TOO_LONG}"), Passage("after", str(path), 3)]
 
 
 # --- Parquet ----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_parquet_by_column(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.parquet"
     values = ["one", None, "two"] * 1000
     pq.write_table(pa.table({"text": pa.array(values, type_of_column), "n": list(range(3000))}), path)
-    passages = found(path)
+    passages = read_items(path)
     assert [one.text for one in passages if isinstance(one, Passage)] == ["one", "two"] * 1000
     assert passages[1] == Broken(str(path), 2, 'field "text" is null, not a string')
     assert passages[-1] == Passage("two", str(path), 3000)
@@ -224,8 +224,10 @@ def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
 
     good = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1]}), good)
-    assert broken(good) == [(None, 'no column "text"; choose one with --field')]
-    assert broken(write(tmp_path, "b.parquet", b"PAR1 or not")) == [(None, "not readable as Parquet: ArrowInvalid")]
+    assert read_broken(good) == [(None, 'no column "text"; choose a column with --field')]
+    assert read_broken(write(tmp_path, "b.parquet", b"PAR1 or not")) == [
+        (None, "not readable as Parquet: ArrowInvalid")
+    ]
 
 
 # --- files and folders ------------------------------------------------------------------------
@@ -234,8 +236,8 @@ def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
 def test_folders_are_read_by_name_at_every_level(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.txt", "b.txt", "a/z/y.md", "c.rst", ".hidden", "b/.git/config"):
         write(tmp_path, name, name)
-    assert [text for _, text in texts(tmp_path)] == ["a/z/y.md", "b/1.txt", "b/2.txt", "b.txt", "c.rst"]
-    assert [text for _, text in texts(tmp_path / "c.rst", tmp_path / "b", tmp_path / "c.rst")] == [
+    assert [text for _, text in read_passages(tmp_path)] == ["a/z/y.md", "b/1.txt", "b/2.txt", "b.txt", "c.rst"]
+    assert [text for _, text in read_passages(tmp_path / "c.rst", tmp_path / "b", tmp_path / "c.rst")] == [
         "c.rst",
         "b/1.txt",
         "b/2.txt",
@@ -247,8 +249,8 @@ def test_each_file_of_a_folder_is_read_as_its_name_says(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", '{"text": "json"}\n')
     write(tmp_path, "b.csv", "text\ncsv\n")
     write(tmp_path, "c", "plain")
-    assert [text for _, text in texts(tmp_path)] == ["json", "csv", "plain"]
-    assert [text for _, text in texts(tmp_path / "a.jsonl", format="text")] == ['{"text": "json"}']
+    assert [text for _, text in read_passages(tmp_path)] == ["json", "csv", "plain"]
+    assert [text for _, text in read_passages(tmp_path / "a.jsonl", format="text")] == ['{"text": "json"}']
 
 
 def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path: Path) -> None:
@@ -258,17 +260,17 @@ def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path
     reader = Reader([str(tmp_path)], split="line")
     passages = list(reader)
     assert [type(one) for one in passages] == [Passage, Broken]
-    assert str(passages[1]) == f"{tmp_path}/c.txt: UTF-16; only UTF-8 is read"
+    assert str(passages[1]) == f"{tmp_path}/c.txt: UTF-16 is not supported; convert it to UTF-8"
     assert (reader.files, reader.binary) == (1, 1)
-    assert broken(tmp_path / "a.bin") == [(None, "a binary file; --format text reads it all the same")]
-    assert texts(tmp_path / "a.bin", format="text") == [(1, "\x7fELF\0\0")]
+    assert read_broken(tmp_path / "a.bin") == [(None, "binary file; use --format text to read it anyway")]
+    assert read_passages(tmp_path / "a.bin", format="text") == [(1, "\x7fELF\0\0")]
 
 
 def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "in.txt", "in")
     out = write(tmp_path, "out.jsonl", '{"text": "old output"}')
     (tmp_path / "link.jsonl").symlink_to(out)
-    assert texts(tmp_path, leave_out=[str(out)]) == [(1, "in")]
+    assert read_passages(tmp_path, leave_out=[str(out)]) == [(1, "in")]
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:
@@ -277,10 +279,10 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "linked.txt").symlink_to("a/file.txt")
-    passages = [one for one in found(tmp_path) if isinstance(one, Passage)]
+    passages = [one for one in read_items(tmp_path) if isinstance(one, Passage)]
     assert [one.text for one in passages] == ["one", "one"]
-    assert broken(tmp_path) == [(None, "a link that leads nowhere"), (None, "a link that leads nowhere")]
-    assert [text for _, text in texts(tmp_path / "a/up/a/up/a")] == ["one"]
+    assert read_broken(tmp_path) == [(None, "dangling link"), (None, "dangling link")]
+    assert [text for _, text in read_passages(tmp_path / "a/up/a/up/a")] == ["one"]
 
 
 def test_very_deep_folders(tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_very_deep_folders(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     path = write(folders[-1], "a.txt", "deep")
-    assert [text for _, text in texts(tmp_path)] == ["deep"]
+    assert [text for _, text in read_passages(tmp_path)] == ["deep"]
     path.unlink()
     for folder in reversed(folders):
         folder.rmdir()
@@ -301,20 +303,20 @@ def test_sockets_and_pipes_in_folders_are_named_and_not_opened(tmp_path: Path, m
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert broken(Path(".")) == [(None, "no regular file"), (None, "no regular file")]
+        assert read_broken(Path(".")) == [(None, "not a regular file"), (None, "not a regular file")]
 
 
 def test_a_line_of_no_break_spaces_is_blank(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "one\n\u00a0\n \u3000 \n\u00a0two\n")
-    assert texts(path, split="line") == [(1, "one"), (4, "\u00a0two")]
+    assert read_passages(path, split="line") == [(1, "one"), (4, "\u00a0two")]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "a")
-    assert broken(tmp_path / "gone.txt", tmp_path / "a.txt") == [(None, "No such file or directory")]
+    assert read_broken(tmp_path / "gone.txt", tmp_path / "a.txt") == [(None, "No such file or directory")]
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
-    assert broken(loop) == [(None, os.strerror(40))]
+    assert read_broken(loop) == [(None, os.strerror(40))]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -323,7 +325,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     write(tmp_path, "b/c.txt", "c")
     (tmp_path / "b").chmod(0)
     try:
-        assert broken(tmp_path) == [(None, "Permission denied"), (None, "Permission denied")]
+        assert read_broken(tmp_path) == [(None, "Permission denied"), (None, "Permission denied")]
     finally:
         (tmp_path / "b").chmod(0o700)
 
@@ -333,11 +335,11 @@ def test_a_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
     raw = os.path.join(os.fsencode(tmp_path), b"caf\xe9\n.txt")
     with open(raw, "wb") as file:
         file.write(b"text")
-    (one,) = found(tmp_path)
+    (one,) = read_items(tmp_path)
     assert isinstance(one, Passage)
     assert one.source.endswith("/caf\\xe9\n.txt")
-    assert place(one.source, 3).endswith("/caf\\xe9\\n.txt:3")
-    assert name_of("café") == "café"
+    assert format_place(one.source, 3).endswith("/caf\\xe9\\n.txt:3")
+    assert decode_path("café") == "café"
 
 
 @needs("pyarrow")
@@ -351,13 +353,13 @@ def test_bytes_read_reach_the_total(tmp_path: Path) -> None:
     write(tmp_path, "d.bin", b"\0" * 5000)
     pq.write_table(pa.table({"text": ["x"] * 100}), tmp_path / "e.parquet")
     reader = Reader([str(tmp_path)])
-    total = reader.bytes_total()
+    total = reader.compute_total_bytes()
     assert reader.bytes_read == 0
     list(reader)
     assert reader.bytes_read == total
 
 
 def test_a_pipe_has_no_total(tmp_path: Path) -> None:
-    assert Reader(["-"]).bytes_total() is None
+    assert Reader(["-"]).compute_total_bytes() is None
     os.mkfifo(tmp_path / "pipe")
-    assert Reader([str(tmp_path / "pipe")]).bytes_total() is None
+    assert Reader([str(tmp_path / "pipe")]).compute_total_bytes() is None

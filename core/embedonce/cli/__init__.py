@@ -13,9 +13,9 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line and exit with its code; Ctrl-C ends it quietly from its first import on."""
-    # Python has None here where the shell closed a stream: what is written to it is not wanted.
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    """Run the command line and exit with its code. Ctrl-C exits without a traceback, even during the imports."""
+    # Python sets a stream to None if the shell closed it. Nobody reads what is written there.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process exits
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         from .commands import run

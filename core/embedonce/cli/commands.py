@@ -1,4 +1,4 @@
-"""The commands, and what becomes of an error that reaches the top."""
+"""The list of commands, and the exit code and message of every error that a command raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from . import inspect as _inspect
 from . import migrate as _migrate
 from . import new as _new
 from . import purge as _purge
-from .output import FAILED, INTERRUPTED, USAGE, Failed, Refused, results_alone, said_of, say, say_config_error
+from .output import (
+    FAILED,
+    INTERRUPTED,
+    USAGE,
+    Failed,
+    Refused,
+    describe_os_error,
+    reserve_stdout,
+    say,
+    say_config_error,
+)
 
 EPILOG = """
 Examples:
@@ -32,20 +42,20 @@ embedonce embed docs/ --out docs.npy
 
 embedonce explain "one text" --json
 
-Exit codes: 0 all went well, 1 something failed, 2 wrong usage or configuration, 130 interrupted.
+Exit codes: 0 success, 1 something failed, 2 invalid usage or configuration, 130 interrupted.
 """
 
 
 class Command(TyperCommand):
-    """Keeps standard output for the results."""
+    """Runs a command with standard output reserved for its results."""
 
     def invoke(self, ctx: Any) -> Any:
-        with results_alone():
+        with reserve_stdout():
             return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
-    """Turns embedonce's errors into messages and exit codes, for all commands."""
+    """Turns errors into messages and exit codes, for all commands."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -58,8 +68,8 @@ class Commands(TyperGroup):
             raise typer.Exit(USAGE) from None
         except EraseIncomplete as error:
             say(f"error: {error}")
-            for tier, why in error.tiers.items():
-                say(f"  {tier}: {why}")
+            for tier, reason in error.tiers.items():
+                say(f"  {tier}: {reason}")
             raise typer.Exit(FAILED) from None
         except Failed as error:
             say(f"error: {error}")
@@ -68,9 +78,9 @@ class Commands(TyperGroup):
             say(f"error: {type(error).__name__}: {error}")
             raise typer.Exit(FAILED) from None
         except BrokenPipeError:
-            raise  # whoever read the output has enough; typer ends quietly
+            raise  # the reader of the output is gone; typer exits without a message
         except OSError as error:
-            say(f"error: {said_of(error)}")
+            say(f"error: {describe_os_error(error)}")
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             say("interrupted")
@@ -90,8 +100,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         from importlib.metadata import version
 
         print(version("embedonce"))
@@ -99,9 +109,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(
+def _set_global_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
 
@@ -124,5 +134,5 @@ app.command(cls=Command, epilog=_conformance.EPILOG)(_conformance.conformance)
 def run() -> None:
     """Run the command line and exit with its code."""
     if os.environ.get("NO_COLOR"):
-        rich_utils.COLOR_SYSTEM = None  # rich itself would keep bold and dim
+        rich_utils.COLOR_SYSTEM = None  # rich alone would keep bold and dim text
     app(prog_name="embedonce")

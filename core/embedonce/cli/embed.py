@@ -1,4 +1,4 @@
-"""``embedonce embed``: files in, vectors out."""
+"""``embedonce embed``: embed the passages of files and write their vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 from .embedding.formats import Format, Split
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, count, emit, say, write
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, format_count, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
@@ -36,42 +36,43 @@ embedonce embed questions.jsonl --field question.text --task query --out questio
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
-Rows are in the order of the input: paths as given, folders by name at every level. What is broken or refused is
-named on standard error, counted, left out of the output, and the exit code is then 1. An interrupted run goes on
-where it was when it is started again: what was computed is in the tiers.
+Rows are in the order of the input: paths as given, the entries of a folder by name at every level. Input that cannot be
+read and passages that the provider refuses are reported on standard error, counted and left out of the output; the exit
+code is then 1. If a run is interrupted, run the same command again: vectors that were computed are in the tiers and are
+not computed again.
 """
 
 
 def embed(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH", help="Files and folders; - is standard input.", show_default=False),
+        typer.Argument(metavar="PATH", help="Files and folders to read; - is standard input.", show_default=False),
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FILE", help="Write here: .npy, .jsonl or .parquet.", show_default=False),
+        typer.Option("--out", metavar="FILE", help="The file to write: .npy, .jsonl or .parquet.", show_default=False),
     ],
     config: ConfigOption = None,
     split: Annotated[
-        Split, typer.Option("--split", help="What one passage of a text is. Blank lines part paragraphs.")
+        Split, typer.Option("--split", help="How to split text into passages. Blank lines separate paragraphs.")
     ] = "paragraph",
     field: Annotated[
         str,
         typer.Option(
-            "--field", metavar="NAME", help="The field or column with the text; dots reach into JSON: meta.title."
+            "--field",
+            metavar="NAME",
+            help="The field or column with the text; meta.title names a field of an inner JSON object.",
         ),
     ] = "text",
     format: Annotated[
-        Format, typer.Option("--format", help="Read every file as this, whatever its name ends in.")
+        Format, typer.Option("--format", help="Read every file in this format, whatever its suffix.")
     ] = "auto",
     task: TaskOption = "document",
     with_text: Annotated[
-        bool, typer.Option("--with-text", help="Write each passage's text beside its source.")
+        bool, typer.Option("--with-text", help="Write the text of each passage beside its source.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first thing that fails, and write no output.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no summary.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure, and write no output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar and no summary.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Embed the passages of files, each distinct text once, and write one row per passage."""
@@ -79,24 +80,24 @@ def embed(
 
     from .embedding.run import Run
     from .embedding.sources import Reader
-    from .opened import load, telling
+    from .opened import load_config, translate_tier_errors
 
-    sink = _sink(out, with_text)
+    sink = _open_output(out, with_text)
     try:
         _check_paths(paths, out, format)
-        loaded = load(config)
-        with _sigterm(), telling(loaded), compose(loaded) as cache:
-            # The configuration may hold secrets, which are no text to send to a provider.
-            leave_out = [*_own_files(out), *([str(loaded.file)] if loaded.file else [])]
+        loaded = load_config(config)
+        with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
+            # The configuration may hold secrets, which must not be sent to a provider.
+            leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
             reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
-            lasting = [tier.name for tier in loaded.tiers if _outlives(tier.cls) and tier.write != "none"]
-            run = Run(cache, reader, sink, task=task, strict=strict, tell=say, lasting=lasting)
-            code = _outcome(run, loaded, out, bar=_bar(reader, cache, show=not (json or quiet)))
+            persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
+            run = Run(cache, reader, sink, task=task, strict=strict, report=say, persistent_tiers=persistent)
+            code = _execute_run(run, loaded, out, bar=_make_bar(reader, cache, show=not (json or quiet)))
     finally:
         sink.abort()
-    for line in troubles(run.summary):
+    for line in describe_tier_failures(run.summary):
         say(line)
-    _tell(run.summary, as_json=json, quiet=quiet)
+    _print_summary(run.summary, as_json=json, quiet=quiet)
     if code:
         raise typer.Exit(code)
 
@@ -104,7 +105,7 @@ def embed(
 # --- before anything is computed --------------------------------------------------------------
 
 
-def _sink(out: Path, with_text: bool) -> Sink:
+def _open_output(out: Path, with_text: bool) -> Sink:
     from .embedding.sinks import SinkError, open_sink
 
     try:
@@ -113,14 +114,14 @@ def _sink(out: Path, with_text: bool) -> Sink:
         raise Refused(str(error)) from None
 
 
-def _own_files(out: Path) -> list[str]:
-    from .embedding.sinks import written_by
+def _list_output_files(out: Path) -> list[str]:
+    from .embedding.sinks import list_written_files
 
-    return [str(path) for path in written_by(out)]
+    return [str(path) for path in list_written_files(out)]
 
 
 def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
-    own = set(map(os.path.realpath, _own_files(out)))
+    outputs = set(map(os.path.realpath, _list_output_files(out)))
     for path in paths:
         if path == "-":
             continue
@@ -130,34 +131,34 @@ def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
             raise Refused(f"{path}: no such file or folder") from None
         except (OSError, ValueError) as error:
             raise Refused(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        if os.path.realpath(path) in own:
-            raise Refused(f"{path} is what --out writes")
+        if os.path.realpath(path) in outputs:
+            raise Refused(f"{path}: --out would overwrite this input; choose another output file")
     if paths.count("-") > 1:
-        raise Refused("standard input (-) can be read once")
+        raise Refused("standard input (-) can be given only once")
     if "-" in paths and format == "parquet":
-        raise Refused("Parquet cannot be read from standard input")
+        raise Refused("Parquet cannot be read from standard input; give the path of a file")
 
 
-def _bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
+def _make_bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
     from .embedding.progress import Bar, NoBar
 
     if not (show and sys.stderr.isatty()):
         return NoBar()
-    bar = Bar(reader.bytes_total())
-    cache.subscribe(bar.event)
+    bar = Bar(reader.compute_total_bytes())
+    cache.subscribe(bar.handle_event)
     return bar
 
 
-# --- the run and how it ends ------------------------------------------------------------------
+# --- the run and its exit code ----------------------------------------------------------------
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: the run ends as with Ctrl-C."""
+    """Raised on SIGTERM, so that the run ends as with Ctrl-C."""
 
 
 @contextmanager
-def _sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a stopped container leaves no half output either."""
+def _raise_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a stopped container leaves no unfinished output behind."""
 
     def terminate(signum: int, frame: Any) -> None:
         raise Terminated
@@ -165,17 +166,17 @@ def _sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
-    """Run, and return the exit code; what ends a run early is said here and noted in the summary."""
+def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
+    """Execute the run and return the exit code; if it ends early, report why and note it in the summary."""
     from .embedding.run import Stopped
-    from .embedding.sinks import SinkError, finals_of
+    from .embedding.sinks import SinkError, list_outputs
 
     summary = run.summary
     try:
@@ -183,87 +184,90 @@ def _outcome(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
             run.embed(bar)
     except Stopped as error:
         summary.stopped = str(error)
-        say(f"stopped: {error}; no output was written. {_kept(config, error.passes)}")
+        say(f"stopped: {error}; no output was written. {_describe_stored(config, error.is_temporary)}")
         return FAILED
     except KeyboardInterrupt as error:
         summary.stopped = "interrupted"
-        say(f"interrupted; no output was written. {_kept(config)}")
+        say(f"interrupted; no output was written. {_describe_stored(config)}")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (OSError, SinkError) as error:
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        summary.stopped = f"cannot write {out}: {said or type(error).__name__}"
-        say(f"error: {summary.stopped}. {_kept(config)}")
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        summary.stopped = f"cannot write {out}: {reason or type(error).__name__}"
+        say(f"error: {summary.stopped}. {_describe_stored(config)}")
         return FAILED
     summary.out = str(out)
-    summary.index = next(map(str, finals_of(out)[1:]), None)
+    summary.index = next(map(str, list_outputs(out)[1:]), None)
     return FAILED if summary.failed or summary.unstored else OK
 
 
-def _kept(config: Config, passes: bool = True) -> str:
-    """Say what a run that ended early leaves behind; ``passes``: the same command may succeed next time."""
+def _describe_stored(config: Config, is_temporary: bool = True) -> str:
+    """Say what is stored of a run that ended early, and what to do next.
+
+    ``is_temporary`` says that the same command may succeed next time without a change.
+    """
     if config.cache.mode == "replay":
-        return 'Nothing is computed in replay mode: what is missing is stored by a run with mode = "read-through".'
-    lasting = any(_outlives(tier.cls) for tier in config.tiers)
-    if lasting and not passes:
-        return "What was computed is stored, and is not computed again once that is put right."
-    if lasting:
-        return "What was computed is stored: run the same command again and it goes on from there."
-    return "No tier outlives this process, so nothing is kept: add a disk tier to go on from there next time."
+        return 'Replay mode computes nothing: run once with mode = "read-through" to store the missing vectors.'
+    if not any(_outlives_process(tier.cls) for tier in config.tiers):
+        return "The computed vectors are lost, because no tier outlives this process: add a disk tier to keep them."
+    if is_temporary:
+        return "The computed vectors are stored: run the same command again to continue."
+    return "The computed vectors are stored: fix the cause, then run the same command to continue."
 
 
-def _outlives(backend: type[Any]) -> bool:
-    """Say whether what a backend holds is there when this process is not."""
+def _outlives_process(backend: type[Any]) -> bool:
+    """Return whether the entries of a backend outlive this process."""
     return getattr(getattr(backend, "capabilities", None), "scope", "host") != "process"
 
 
 # --- the summary ------------------------------------------------------------------------------
 
 
-def _tell(summary: Summary, *, as_json: bool, quiet: bool) -> None:
+def _print_summary(summary: Summary, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         emit(asdict(summary))
     elif not quiet:
-        for line in told(summary):
+        for line in describe_summary(summary):
             write(line)
 
 
-def told(summary: Summary) -> Iterator[str]:
-    """Yield the summary for people."""
-    yield f"{count(summary.texts, 'passage')} from {count(summary.files, 'file')}, {summary.unique:,} distinct"
-    yield f"  {_share(summary.computed, summary.texts)} computed"
+def describe_summary(summary: Summary) -> Iterator[str]:
+    """Yield the lines of the summary for people."""
+    passages, files = format_count(summary.texts, "passage"), format_count(summary.files, "file")
+    yield f"{passages} from {files}, {summary.unique:,} distinct"
+    yield f"  {_format_share(summary.computed, summary.texts)} computed"
     for tier, hits in summary.hits.items():
         if hits:
-            yield f"  {_share(hits, summary.texts)} from {tier}"
+            yield f"  {_format_share(hits, summary.texts)} from {tier}"
     if summary.repeated:
-        yield f"  {_share(summary.repeated, summary.texts)} repeated"
+        yield f"  {_format_share(summary.repeated, summary.texts)} repeated"
     if summary.failed:
-        yield f"{summary.failed:,} failed, each named above"
+        yield f"{summary.failed:,} failed, each reported above"
     if summary.binary:
-        yield f"{count(summary.binary, 'binary file')} passed over"
+        yield f"{format_count(summary.binary, 'binary file')} skipped"
     if summary.out is not None:
-        yield f"wrote {count(summary.rows, 'row')} of {summary.dimensions:,} dimensions to {summary.out}"
+        yield f"wrote {format_count(summary.rows, 'row')} of {summary.dimensions:,} dimensions to {summary.out}"
     if summary.index is not None:
         yield f"and the source of each row to {summary.index}"
     yield f"{summary.seconds:,.1f} s, {summary.texts / max(summary.seconds, 1e-9):,.0f} passages/s"
 
 
-def troubles(summary: Summary) -> Iterator[str]:
-    """Yield what went wrong in the tiers, a line for each, and what to do about one that stored nothing."""
+def describe_tier_failures(summary: Summary) -> Iterator[str]:
+    """Yield one line per tier that failed, and what to do about a tier that stored nothing."""
     for tier, kinds in summary.trouble.items():
         causes = "; ".join(f"{cause}: {number:,}" for cause, number in summary.causes.get(tier, {}).items())
-        counted = ", ".join(counted_as(kind, number) for kind, number in kinds.items())
+        counted = ", ".join(format_failure_count(kind, number) for kind, number in kinds.items())
         yield f"tier {tier}: {counted}{f' ({causes})' if causes else ''}"
     for tier in summary.unstored:
         yield (
-            f"error: tier {tier} stored nothing of what was computed, and the next run computes it again: see whether "
-            "its disk is full or read-only, or its service down; `embedonce check` asks it"
+            f"error: tier {tier} stored none of the computed vectors, so the next run computes them again; check "
+            "whether its disk is full or read-only, or its server is down (`embedonce check` tests each tier)"
         )
 
 
-def counted_as(kind: str, number: int) -> str:
+def format_failure_count(kind: str, number: int) -> str:
     """Return ``1 error``, ``2 errors``, ``3 skipped``."""
-    return count(number, "error") if kind == "errors" else f"{number:,} {kind}"
+    return format_count(number, "error") if kind == "errors" else f"{number:,} {kind}"
 
 
-def _share(part: int, whole: int) -> str:
+def _format_share(part: int, whole: int) -> str:
     return f"{part:>12,} ({100 * part / max(whole, 1):5.1f} %)"

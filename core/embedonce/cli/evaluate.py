@@ -1,4 +1,4 @@
-"""``embedonce evaluate``: what storing vectors in fewer bits costs in retrieval, and what it saves."""
+"""``embedonce evaluate``: measure what storing vectors in fewer bits costs in retrieval and saves in bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import ConfigOption, JsonOption
-from .output import Failed, count, emit, say, show, table
-from .retrieval import Evaluation, Gains, Measured, Texts, ndcg, read_judgements, read_texts, recall
+from .output import Failed, emit, format_count, make_table, say, show
+from .retrieval import DtypeResult, Evaluation, Gains, Texts, ndcg, read_judgements, read_texts, recall
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,31 +27,35 @@ embedonce evaluate corpus.jsonl queries.jsonl --qrels qrels.tsv
 
 embedonce evaluate corpus.jsonl queries.jsonl -k 20 --plot precision.png
 
-The files are those of a BEIR data set, or texts with one document and one query a line. Without --qrels the truth is
-what float32 finds. The vectors are computed once, as float32, and stored in the tiers as by any other run.
+The files are those of a BEIR data set, or plain text with one document or query per line. Without --qrels, the
+documents that float32 finds count as relevant. The vectors are computed once, as float32, and stored in the tiers as
+in any other run.
 """
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 CHUNK = 256
-"""Entries that are written and read at a time, as a tier does."""
+"""Entries per write and per read. A tier works on batches of a similar size."""
 REPEATS = 5
-"""Of which the quickest counts: what else the machine does only ever makes one slower."""
+"""Repetitions of each timing. The fastest counts, because other load on the machine only ever slows one down."""
 
 
 def evaluate(
     corpus: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="The documents: .jsonl, or one a line.", show_default=False)
+        Path, typer.Argument(metavar="CORPUS", help="The documents: .jsonl, or one per line.", show_default=False)
     ],
     queries: Annotated[
-        Path, typer.Argument(metavar="QUERIES", help="The queries: .jsonl, or one a line.", show_default=False)
+        Path, typer.Argument(metavar="QUERIES", help="The queries: .jsonl, or one per line.", show_default=False)
     ],
     qrels: Annotated[
         Path | None,
-        typer.Option("--qrels", metavar="FILE", help="What is relevant: .jsonl, or tab-separated as BEIR has it."),
+        typer.Option("--qrels", metavar="FILE", help="The relevant documents: .jsonl, or tab-separated as in BEIR."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Look at the first N documents of each query.")] = 10,
+    k: Annotated[
+        int, typer.Option("-k", metavar="N", min=1, help="Measure on the first N documents of each query.")
+    ] = 10,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the table: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also write the results as a plot: .png, .svg or .pdf."),
     ] = None,
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -61,15 +65,15 @@ def evaluate(
         from .plot import check_plot
 
         check_plot(plot)
-    documents, asked = read_texts(corpus), read_texts(queries)
-    judged = None if qrels is None else read_judgements(qrels, asked, documents)
+    documents, wanted = read_texts(corpus), read_texts(queries)
+    judged = None if qrels is None else read_judgements(qrels, wanted, documents)
     if judged is not None:
-        asked = _only(asked, judged)
-    evaluation = _evaluated(config, documents, asked, judged, k)
+        wanted = _keep_judged(wanted, judged)
+    evaluation = _evaluate_dtypes(config, documents, wanted, judged, k)
     if plot is not None:
-        from .plot import draw
+        from .plot import draw_plot
 
-        draw(evaluation, plot)
+        draw_plot(evaluation, plot)
         say(f"wrote {plot}")
     if json:
         emit(asdict(evaluation))
@@ -77,58 +81,60 @@ def evaluate(
         _show(evaluation)
 
 
-def _only(texts: Texts, judged: dict[str, Any]) -> Texts:
-    """Leave out the queries of which nothing is known."""
+def _keep_judged(texts: Texts, judged: dict[str, Any]) -> Texts:
+    """Return the queries that have a relevant document, and report how many have none."""
     kept = [i for i, one in enumerate(texts.ids) if one in judged]
     if len(kept) < len(texts.ids):
-        say(f"{count(len(texts.ids) - len(kept), 'query', 'queries')} without a relevant document left out")
+        say(f"{format_count(len(texts.ids) - len(kept), 'query', 'queries')} without a relevant document skipped")
     return Texts([texts.ids[i] for i in kept], [texts.texts[i] for i in kept])
 
 
-def _evaluated(
-    source: str | None, documents: Texts, asked: Texts, judged: Mapping[str, Gains] | None, k: int
+def _evaluate_dtypes(
+    source: str | None, documents: Texts, wanted: Texts, judged: Mapping[str, Gains] | None, k: int
 ) -> Evaluation:
+    """Embed all texts once, and measure every dtype on the same vectors."""
     from embedonce.config import compose
 
-    from .opened import load, telling
+    from .opened import load_config, translate_tier_errors
 
-    loaded = load(source)
+    loaded = load_config(source)
     if loaded.cache.dtype != "float32":
         say(
-            f"The configuration rounds to {loaded.cache.dtype}; this keeps float32, and computes again what is coarser."
+            f"The configuration rounds vectors to {loaded.cache.dtype}. This run stores float32 instead, and computes "
+            "coarser vectors again."
         )
         loaded = replace(loaded, cache=replace(loaded.cache, dtype="float32"))
     start = time.perf_counter()
-    with telling(loaded), compose(loaded) as cache:
-        rows, wanted = _embedded(cache, documents, "document"), _embedded(cache, asked, "query")
+    with translate_tier_errors(loaded), compose(loaded) as cache:
+        rows, queries = _embed_texts(cache, documents, "document"), _embed_texts(cache, wanted, "query")
         seconds = time.perf_counter() - start
         space = cache.provider.space("document")
-        computed = sum(one.texts for one in cache.stats().providers.values())
+        computed = sum(provider.texts for provider in cache.stats().providers.values())
     k = min(k, len(rows))
     rankings: dict[Dtype, tuple[NDArray[Any], int, float, float]] = {
-        dtype: _measured(dtype, rows, wanted, k) for dtype in DTYPES
+        dtype: _measure_dtype(dtype, rows, queries, k) for dtype in DTYPES
     }
     names: dict[Dtype, list[list[str]]] = {
         dtype: [[documents.ids[i] for i in row] for row in found[0].tolist()] for dtype, found in rankings.items()
     }
     finest = [dict.fromkeys(row, 1.0) for row in names["float32"]]
-    truth = finest if judged is None else [judged[one] for one in asked.ids]
+    truth = finest if judged is None else [judged[query] for query in wanted.ids]
     return Evaluation(
         provider=space.provider,
         model=space.model,
         dimensions=rows.shape[1],
         documents=len(rows),
-        queries=len(wanted),
+        queries=len(queries),
         k=k,
         truth="float32" if judged is None else "qrels",
         computed=computed,
         seconds=seconds,
         dtypes=[
-            Measured(
+            DtypeResult(
                 dtype=dtype,
-                recall=_mean([recall(*pair) for pair in zip(names[dtype], truth, strict=True)]),
-                ndcg=_mean([ndcg(*pair) for pair in zip(names[dtype], truth, strict=True)]),
-                same=_mean([recall(*pair) for pair in zip(names[dtype], finest, strict=True)]),
+                recall=_average([recall(*pair) for pair in zip(names[dtype], truth, strict=True)]),
+                ndcg=_average([ndcg(*pair) for pair in zip(names[dtype], truth, strict=True)]),
+                same=_average([recall(*pair) for pair in zip(names[dtype], finest, strict=True)]),
                 bytes=size,
                 write_us=write,
                 read_us=read,
@@ -138,23 +144,29 @@ def _evaluated(
     )
 
 
-def _embedded(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
-    from .embedding.run import reason
+def _embed_texts(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
+    """Return the vectors of all texts, shape (n, d).
+
+    Raises:
+        Failed: one of them could not be embedded.
+    """
+    from .embedding.run import describe_error
 
     fetched = cache.fetch(texts.texts, task=task)
     for position, error in fetched.failed.items():
-        raise Failed(
-            f"{count(len(fetched.failed), task, 'queries' if task == 'query' else '')} could not be embedded, first "
-            f"{texts.ids[position]!r}: {reason(error, texts.texts[position])}"
-        )
+        number = format_count(len(fetched.failed), task, "queries" if task == "query" else "")
+        reason = describe_error(error, texts.texts[position])
+        raise Failed(f"{number} could not be embedded; the first is {texts.ids[position]!r}: {reason}")
     return fetched.vectors
 
 
-def _measured(dtype: Dtype, rows: NDArray[Any], wanted: NDArray[Any], k: int) -> tuple[NDArray[Any], int, float, float]:
-    """Write all documents as frames and read them back, as a tier does, and search in what was read.
+def _measure_dtype(
+    dtype: Dtype, rows: NDArray[Any], queries: NDArray[Any], k: int
+) -> tuple[NDArray[Any], int, float, float]:
+    """Write all documents as frames, read them back as a tier does, and search the result.
 
-    Returns the indices found, shape (queries, k), the bytes of a frame, and the microseconds an entry took to write
-    and to read. A query is rounded as well: a cache rounds everything that it returns.
+    Return the indices found, shape (queries, k), the bytes of a frame, and the microseconds per entry to write and to
+    read it. The queries are rounded as well, because a cache rounds every vector that it returns.
     """
     import numpy as np
 
@@ -164,12 +176,12 @@ def _measured(dtype: Dtype, rows: NDArray[Any], wanted: NDArray[Any], k: int) ->
     read_back = np.empty(rows.shape, np.float32)
     writing = reading = 0.0
     size = 0
-    for at in range(0, len(rows), CHUNK):
-        chunk = rows[at : at + CHUNK]
+    for start_row in range(0, len(rows), CHUNK):
+        chunk = rows[start_row : start_row + CHUNK]
         frames: dict[str, bytes] = {}
         decoded: dict[str, Entry] = {}
-        # As long as a key; which one does not matter to a frame.
-        keys = [f"eo1.{0:016x}.{at + i:064x}" for i in range(len(chunk))]
+        # Any keys of the usual length will do.
+        keys = [f"eo1.{0:016x}.{start_row + i:064x}" for i in range(len(chunk))]
         write = read = float("inf")
         for _ in range(REPEATS):
             start = time.perf_counter()
@@ -180,33 +192,42 @@ def _measured(dtype: Dtype, rows: NDArray[Any], wanted: NDArray[Any], k: int) ->
             decoded.update(decode_frames(frames, now=1.0, dtype=dtype, dimensions=rows.shape[1]).entries)
             end = time.perf_counter()
             write, read = min(write, middle - start), min(read, end - middle)
-        read_back[at : at + CHUNK] = [decoded[key].vector for key in keys]
+        read_back[start_row : start_row + CHUNK] = [decoded[key].vector for key in keys]
         writing, reading, size = writing + write, reading + read, len(frames[keys[0]])
-    indices, _ = top_k(round_vectors(wanted, dtype), read_back, k)
+    indices, _ = top_k(round_vectors(queries, dtype), read_back, k)
     return indices, size, 1e6 * writing / len(rows), 1e6 * reading / len(rows)
 
 
-def _mean(values: Sequence[float]) -> float:
+def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 def _show(evaluation: Evaluation) -> None:
-    one = evaluation
-    by = "the given judgements" if one.truth == "qrels" else "what float32 finds"
+    truth = "the given judgements" if evaluation.truth == "qrels" else "the results of float32"
+    documents = format_count(evaluation.documents, "document")
+    queries = format_count(evaluation.queries, "query", "queries")
     show(
-        f"{one.provider}, model {one.model}, {one.dimensions} dimensions",
-        f"{count(one.documents, 'document')}, {count(one.queries, 'query', 'queries')}, measured by {by}",
-        f"{one.computed:,} computed, {one.seconds:,.1f} s",
+        f"{evaluation.provider}, model {evaluation.model}, {evaluation.dimensions} dimensions",
+        f"{documents}, {queries}, measured against {truth}",
+        f"{evaluation.computed:,} computed, {evaluation.seconds:,.1f} s",
         "",
     )
-    titles = ["dtype", f"recall@{one.k}", f"nDCG@{one.k}", f"first {one.k} as float32", "bytes", "write µs", "read µs"]
+    titles = [
+        "dtype",
+        f"recall@{evaluation.k}",
+        f"nDCG@{evaluation.k}",
+        f"first {evaluation.k} as float32",
+        "bytes",
+        "write µs",
+        "read µs",
+    ]
     rows = [
         [
-            each.dtype,
-            *(f"{100 * part:.2f} %" for part in (each.recall, each.ndcg, each.same)),
-            each.bytes,
-            *(f"{time:.1f}" for time in (each.write_us, each.read_us)),
+            result.dtype,
+            *(f"{100 * part:.2f} %" for part in (result.recall, result.ndcg, result.same)),
+            result.bytes,
+            *(f"{time:.1f}" for time in (result.write_us, result.read_us)),
         ]
-        for each in one.dtypes
+        for result in evaluation.dtypes
     ]
-    show(table({title: "left" if title == "dtype" else "right" for title in titles}, rows))
+    show(make_table({title: "left" if title == "dtype" else "right" for title in titles}, rows))

@@ -1,16 +1,19 @@
-"""``embedonce init``: a commented configuration to begin with."""
+"""``embedonce init``: write a commented configuration to start from."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from embedonce._config.documents import FILE, PYPROJECT
+from embedonce._messages import closest, listed, quoted
 
+from .init_sections import PROVIDERS, TIERS, format_install_command, render_file
 from .options import JsonOption
 from .output import Refused, emit, write
 
@@ -19,93 +22,101 @@ Examples:
 
 embedonce init
 
-embedonce init production.toml
+embedonce init --provider sentence-transformers
 
-It works as it is, with a provider that needs no model; comments show how to use a real one. Then: embedonce check
+embedonce init --provider openai --tier memory --tier redis
+
+embedonce init production.toml --provider gemini --tier memory --tier disk --tier postgres
+
+The default provider needs no model, no key and no network. The file lists the tiers from the fastest to the slowest, in
+whichever order you name them. It contains no secret: it refers to environment variables, and the output names those
+that you must set. Next, run embedonce check.
 """
 
-TEMPLATE = """\
-# embedonce: embed each text once.
-# `embedonce check` tries this file, `embedonce schema` describes every option, docs/configuration.md explains them.
-
-[cache]
-# Vectors are rounded to this once, before they are returned or stored: "float32", "float16" or "int8".
-dtype = "float32"
-
-[key]
-# Raise it to leave all old vectors behind, then `embedonce purge --version v1`.
-version = "v1"
-# Steps that bring a text to one form; the result is what is embedded. Others: "nfkc", "collapse-whitespace",
-# "casefold", "newlines". An empty list embeds texts as they are.
-normalize = ["nfc", "strip"]
-# Keeps projects or tenants apart in one store.
-# namespace = "my-project"
-# With it nobody who can read the keys can guess short texts from them.
-# secret = "${EMBEDONCE_SECRET}"
-
-# The provider makes the vectors. This one is local and needs no model: it finds texts that are spelled alike,
-# not texts that mean the same.
-[provider]
-type = "ngram"
-dimensions = 256
-
-# For meaning, use a model: the provider of a plugin that is installed (`embedonce plugins` lists them),
-#   [provider]
-#   type = "the-plugins-name"
-#   model = "the-models-name"
-# or, from Python, any function that makes vectors: embedonce.Cache(function, tiers, space={"model": "..."}).
-
-# The tiers are asked in this order, the fastest first. What a slower one has is copied into the faster ones.
-[[tiers]]
-type = "memory"
-max_entries = 2048
-
-# A relative path is relative to this file.
-[[tiers]]
-type = "disk"
-path = ".embedonce"
-max_bytes = "2 GiB"
-# Without it entries stay until the space is needed.
-# ttl = "30d"
-"""
+DEFAULT_TIERS = ("memory", "disk")
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path("embedonce.toml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    provider: Annotated[
+        str, typer.Option("--provider", metavar="NAME", help=f"The provider: {listed(PROVIDERS, 'or')}.")
+    ] = "ngram",
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tier",
+            metavar="NAME",
+            help=f"A tier: {listed(TIERS, 'or')}; repeatable. Default: {listed(DEFAULT_TIERS)}.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a commented configuration that works as it is."""
+    """Write a commented configuration for a provider and some tiers."""
     if file.name == PYPROJECT:
-        raise Refused(f"{file} holds more than a configuration: init writes a file of its own, such as {FILE}")
+        raise Refused(f"{file} may contain other settings: write a separate file, such as {FILE}")
+    _check_name("--provider", provider, PROVIDERS, "[provider]")
+    tiers = _sort_tiers(tier or DEFAULT_TIERS)
     try:
-        _write(file, force)
+        _write_file(file, render_file(provider, tiers), force=force)
     except FileExistsError:
-        raise Refused(f"{file} is there already; --force replaces it") from None
+        raise Refused(f"{file} already exists; replace it with --force") from None
     except OSError as error:
         raise Refused(f"cannot write {file}: {error.strerror}") from None
+    sections = [PROVIDERS[provider], *(TIERS[name] for name in tiers)]
+    extras = sorted(section.extra for section in sections if section.extra)
+    variables = [variable for section in sections for variable in section.variables]
     if json:
-        emit({"file": str(file)})
+        emit({"file": str(file), "provider": provider, "tiers": list(tiers), "extras": extras, "variables": variables})
     else:
-        write(f"wrote {file}; now try: {_check(file)}")
+        write("\n".join(_describe_next_steps(file, extras, variables)))
 
 
-def _check(file: Path) -> str:
-    """Return the command that tries the file: only one of the usual name is found without being named."""
-    return "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
+def _check_name(option: str, name: str, names: Collection[str], table: str) -> None:
+    if name in names:
+        return
+    meant = closest(name, names)
+    hint = f"; did you mean {meant}?" if meant else "."
+    raise Refused(
+        f"{option} must be one of {', '.join(names)}, got {quoted(name)}{hint} "
+        f"`embedonce plugins` lists the plugins of other packages; write their {table} table by hand."
+    )
 
 
-def _write(file: Path, force: bool) -> None:
-    """Write the file whole or not at all; without ``force``, only where there is none."""
-    file = Path(os.path.realpath(file)) if force else file  # a link stays one
+def _sort_tiers(names: Sequence[str]) -> list[str]:
+    """Check the names of tiers and return them from the fastest to the slowest."""
+    for position, name in enumerate(names):
+        _check_name("--tier", name, TIERS, "[[tiers]]")
+        if name in names[:position]:
+            raise Refused(f"--tier {name} is given twice; name each tier once")
+    return [name for name in TIERS if name in names]
+
+
+def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[str]) -> list[str]:
+    """Return the lines that tell the user what to install, what to set and which command to try."""
+    # Only a file with the usual name is found without being named.
+    check = "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
+    if not extras and not variables:
+        return [f"wrote {file}; now try: {check}"]
+    steps = [f"wrote {file}"]
+    if extras:
+        steps.append(f"install what it requires: {format_install_command(extras)}")
+    if variables:
+        steps.append(f"set in the environment: {', '.join(variables)}")
+    return [*steps, f"then try: {check}"]
+
+
+def _write_file(file: Path, text: str, *, force: bool) -> None:
+    """Write the whole file or nothing; without ``force``, refuse to replace an existing file."""
+    file = Path(os.path.realpath(file)) if force else file  # follow a link, so that it stays one
     if force and file.exists() and not file.is_file():
-        raise Refused(f"{file} is no regular file")
+        raise Refused(f"{file} is not a regular file")
     new = file.with_name(f".{file.name}.part") if force else file
     with open(new, "w" if force else "x", encoding="utf-8", newline="\n") as opened:
         try:
-            opened.write(TEMPLATE)
+            opened.write(text)
             opened.flush()
-        except BaseException:  # a full disk: no file without content is left behind
+        except BaseException:  # a full disk: leave no empty file behind
             new.unlink()
             raise
     if force:

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: ``check``, ``config``, ``explain``, ``stats``, ``plugins``, ``schema``."""
+"""The commands that change nothing: ``check``, ``config``, ``explain``, ``stats``, ``plugins``, ``schema``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from embedonce._config.secrets import HIDDEN
 from embedonce._messages import quoted
 
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, count, emit, say, say_excerpt, show, shown, table
+from .output import FAILED, Refused, emit, format_count, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
     from embedonce.plugins import InstalledPlugin
@@ -28,8 +28,8 @@ embedonce check
 
 embedonce check --config production.toml --json
 
-The exit code is 1 where a tier does not answer. The provider is shown, not asked: that may cost money. What the chain
-is warned of, and plugins that are installed and broken, are named and change no exit code.
+The exit code is 1 if a tier does not answer. The provider is shown but not called, because a call may cost money.
+Warnings about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
 Examples:
@@ -38,8 +38,8 @@ embedonce config
 
 embedonce config --config production.toml --json
 
-A value that is, or may hold, a secret is shown as (hidden), as is text that came out of the environment. Nothing is
-opened, and no tier is asked: that is what check does.
+A value that is or may contain a secret is shown as (hidden), and so is text that comes from an environment variable.
+No tier is opened or asked; embedonce check does that.
 """
 EXPLAIN_EPILOG = """
 Examples:
@@ -48,7 +48,8 @@ embedonce explain "one text"
 
 embedonce explain --stdin --json < one.txt
 
-Nothing is computed, and the text is in no output. A line end at the end of standard input belongs to the text.
+Nothing is computed, and the output does not contain the text. A line end at the end of standard input is part of the
+text.
 """
 STATS_EPILOG = """
 Examples:
@@ -64,119 +65,119 @@ embedonce plugins
 
 embedonce plugins --json
 
-Where the configuration has a list of allowed plugins, no others are loaded. The exit code is 1 where a plugin is
-broken: not where it is disabled, not allowed, or one of its extras is not installed.
+If the configuration has a list of allowed plugins, no others are loaded. The exit code is 1 if a plugin is broken. A
+plugin that is disabled, not allowed, or whose extra is not installed is not broken.
 """
 SCHEMA_EPILOG = """
 Examples:
 
 embedonce schema > embedonce.schema.json
 
-Then, as the first line of embedonce.toml, for editors that understand it: #:schema ./embedonce.schema.json
+Then make this the first line of embedonce.toml, for editors that support it: #:schema ./embedonce.schema.json
 """
 
 CARD = ("provider", "model", "task", "version", "namespace")
-"""The parts of a space card that are shown, in this order."""
+"""The fields of a space card that commands show, in this order."""
 
 
 def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Compose the chain, ask each tier whether it answers, and show it."""
+    """Check the configuration and ask each tier whether it answers."""
     from embedonce.config import warnings
 
-    from .opened import load, opened
+    from .opened import load_config, open_cache
 
-    loaded = load(config)
-    with _chain_log_silent(), opened(loaded) as cache:
+    loaded = load_config(config)
+    with _silence_chain_log(), open_cache(loaded) as cache:
         space = cache.provider.space("document").described()
         checks = cache.check()
-        warned = warnings(loaded, cache.warnings)
-    unusable = [one for one in _installed(loaded.allow) if one.broken]
+        problems = warnings(loaded, cache.warnings)
+    broken_plugins = [plugin for plugin in _list_installed(loaded.allow) if plugin.broken]
     if json:
         emit(
             {
                 "provider": space,
-                "tiers": [asdict(one) for one in checks],
-                "warnings": [asdict(one) for one in warned],
-                "plugins": [asdict(one) for one in unusable],
-                "ok": all(one.ok for one in checks),
+                "tiers": [asdict(check) for check in checks],
+                "warnings": [asdict(problem) for problem in problems],
+                "plugins": [asdict(plugin) for plugin in broken_plugins],
+                "ok": all(check.ok for check in checks),
             }
         )
     else:
-        show(f"provider  {space.get('provider')}, model {space.get('model')}, {_dimensions(space)}")
+        show(f"provider  {space.get('provider')}, model {space.get('model')}, {_format_dimensions(space)}")
         columns = {"tier": "left", "type": "left", "answers": "left", "ms": "right", "detail": "left"}
-        show(table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
-    for problem in warned:
+        show(make_table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
+    for problem in problems:
         say(f"warning: {problem}")
         say_excerpt(problem)
-    for one in unusable:
-        say(f"warning: a plugin that is installed cannot be used: {_named(one)}")
-    broken = [one.tier for one in checks if not one.ok]
-    if broken:
-        say(f"error: {count(len(broken), 'tier')} without an answer: {', '.join(broken)}")
+    for plugin in broken_plugins:
+        say(f"warning: an installed plugin cannot be used: {_describe_broken_plugin(plugin)}")
+    failed = [check.tier for check in checks if not check.ok]
+    if failed:
+        say(f"error: {format_count(len(failed), 'tier')} did not answer: {', '.join(failed)}")
         raise typer.Exit(FAILED)
 
 
 @contextmanager
-def _chain_log_silent() -> Iterator[None]:
-    """Keep warnings of a chain out of the log where they are shown with their places."""
+def _silence_chain_log() -> Iterator[None]:
+    """Keep chain warnings out of the log, because the command shows them itself, with line and column."""
     log = logging.getLogger("embedonce.chain")
-    log.addFilter(_nothing)
+    log.addFilter(_drop_record)
     try:
         yield
     finally:
-        log.removeFilter(_nothing)
+        log.removeFilter(_drop_record)
 
 
-def _nothing(record: logging.LogRecord) -> bool:
+def _drop_record(record: logging.LogRecord) -> bool:
     return False
 
 
-def _installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
+def _list_installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
     from embedonce import plugins
 
     with plugins.restrict_plugins(allow):
         return plugins.installed()
 
 
-def _named(plugin: InstalledPlugin) -> str:
-    """Return what is wrong with a plugin, with its name, distribution and version, which the error may have already."""
+def _describe_broken_plugin(plugin: InstalledPlugin) -> str:
+    """Return a plugin's error after its name, distribution and version, unless the error starts with them."""
     error = str(plugin.error)
-    named = f'plugin "{plugin.name}" of {plugin.distribution} {plugin.version}'
-    return error if error.startswith(named) else f"{named}: {error}"
+    name = f'plugin "{plugin.name}" of {plugin.distribution} {plugin.version}'
+    return error if error.startswith(name) else f"{name}: {error}"
 
 
 def config(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show every value that holds, and where it came from: a line of the file, the environment, or a default."""
-    from .opened import load
+    """Show every effective setting and its source: a line of the file, an environment variable, or a default."""
+    from .opened import load_config
 
-    loaded = load(config)
+    loaded = load_config(config)
     settings = loaded.settings()
     if json:
-        emit({"source": loaded.source, "settings": [asdict(one) for one in settings]})
+        emit({"source": loaded.source, "settings": [asdict(setting) for setting in settings]})
         return
     show(f"from  {loaded.source}")
     show(
-        table(
+        make_table(
             dict.fromkeys(("setting", "value", "from"), "left"),
-            [[s.name, _written(s.value), s.origin] for s in settings],
+            [[setting.name, _format_toml(setting.value), setting.origin] for setting in settings],
         )
     )
 
 
-def _written(value: Any) -> str | None:
-    """Return a value much as TOML writes it; what is not set is left empty."""
+def _format_toml(value: Any) -> str | None:
+    """Format a value much like TOML does; return None for a setting without a value."""
     if value is None or isinstance(value, bool):
         return None if value is None else str(value).lower()
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(str(_written(item)) for item in value)}]"
+        return f"[{', '.join(str(_format_toml(item)) for item in value)}]"
     return quoted(value) if isinstance(value, str) and value != HIDDEN else str(value)
 
 
-def _dimensions(space: Mapping[str, Any]) -> str:
+def _format_dimensions(space: Mapping[str, Any]) -> str:
     dimensions = space.get("dimensions")
-    return "dimensions as the model has them" if dimensions is None else f"{dimensions} dimensions"
+    return "the model's own dimensions" if dimensions is None else f"{dimensions} dimensions"
 
 
 def explain(
@@ -186,17 +187,17 @@ def explain(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a text's key is made of, which tier has it, and why the others do not."""
-    from .opened import opened
+    """Show how a text's key is made, which tier has the vector, and why the other tiers do not."""
+    from .opened import open_cache
 
     if stdin == (text is not None):
-        raise Refused("give TEXT, or --stdin")
-    with opened(config) as cache:
+        raise Refused("explain requires either TEXT or --stdin")
+    with open_cache(config) as cache:
         explained = cache.explain(_read_stdin() if text is None else text, task).as_dict()
     if json:
         emit(explained)
         return
-    lines = list(_outline(explained))
+    lines = list(_flatten(explained))
     width = max(len(name) for name, _ in lines)
     show("\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines))
 
@@ -210,49 +211,49 @@ def _read_stdin() -> str:
         raise Refused(f"standard input is not UTF-8 at byte {error.start + 1}") from None
 
 
-def _outline(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
-    """Yield name and value of a nested mapping, inner ones indented; what is not set is left out."""
+def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the names and values of a nested mapping. Indent the inner names; skip None and empty lists."""
     for name, item in value.items():
         if isinstance(item, Mapping):
             yield f"{indent}{name}", ""
-            yield from _outline(item, indent + "  ")
+            yield from _flatten(item, indent + "  ")
         elif isinstance(item, list | tuple):
             if item:
                 yield f"{indent}{name}", "; ".join(map(str, item))
         elif item is not None:
-            yield f"{indent}{name}", shown(item)
+            yield f"{indent}{name}", format_value(item)
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show what the tiers hold, by scope: one row per tier, model, task, version and namespace."""
-    from .opened import opened
+    """Show the contents of the tiers: one row per tier and scope, with its model, task, version and namespace."""
+    from .opened import open_cache
 
-    with opened(config, computes=False) as cache:
-        listed = cache.contents()
-    held = [one for one in listed if one.error is None]
-    broken = {one.tier: one.error for one in listed if one.error is not None}
+    with open_cache(config, needs_provider=False) as cache:
+        contents = cache.contents()
+    held = [one for one in contents if one.error is None]
+    errors = {one.tier: one.error for one in contents if one.error is not None}
     if json:
-        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held), "errors": broken})
+        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held), "errors": errors})
     else:
         rows = [[one.tier, one.scope, *((one.card or {}).get(name) for name in CARD), one.entries] for one in held]
         columns = {"tier": "left", "scope": "left", **dict.fromkeys(CARD, "left"), "entries": "right"}
-        show(table(columns, rows) if rows else "The tiers hold nothing.")
-    for tier, why in broken.items():
-        say(f"tier {tier!r}: {why}")
-    if broken:
+        show(make_table(columns, rows) if rows else "The tiers are empty.")
+    for tier, error in errors.items():
+        say(f"tier {tier!r}: {error}")
+    if errors:
         raise typer.Exit(FAILED)
 
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """List the backends, providers and normalisation steps that are installed."""
+    """List the installed backends, providers and normalisation steps."""
     from embedonce.config import allowed
 
-    found = _installed(allowed(config))
+    found = _list_installed(allowed(config))
     if json:
         emit([asdict(one) for one in found])
     else:
         rows = [[one.type, ", ".join(one.kinds), f"{one.distribution} {one.version}", one.error] for one in found]
-        show(table({"type": "left", "is": "left", "from": "left", "problem": "left"}, rows))
+        show(make_table({"type": "left", "is": "left", "from": "left", "problem": "left"}, rows))
     if any(one.broken for one in found):
         raise typer.Exit(FAILED)
 

@@ -1,9 +1,9 @@
-"""``embedonce migrate``: the layout of a store that has one."""
+"""``embedonce migrate``: create or update the tables of a store."""
 
 from __future__ import annotations
 
 from .options import ConfigOption, JsonOption
-from .output import emit, show, table
+from .output import emit, make_table, show
 
 EPILOG = """
 Examples:
@@ -12,19 +12,20 @@ embedonce migrate
 
 embedonce migrate --config production.toml
 
-Run it once with a role that may create tables, before programs whose role may not. Running it again does nothing.
+Run it once with a role that may create tables, before you start programs whose role may not. Running it again changes
+nothing.
 """
 
 
 def migrate(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Create or update the tables of tiers that have some (Postgres)."""
-    from .opened import opened
+    """Create or update the tables of the tiers that have tables (Postgres)."""
+    from .opened import open_cache
 
-    with opened(config, computes=False) as cache:
+    with open_cache(config, needs_provider=False) as cache:
         done = cache.migrate()
     if json:
         emit({"tiers": done})
     elif done:
-        show(table({"tier": "left", "done": "left"}, [[tier, what] for tier, what in done.items()]))
+        show(make_table({"tier": "left", "done": "left"}, [[tier, change] for tier, change in done.items()]))
     else:
-        show("no tier has a layout to migrate")
+        show("no tier has tables to migrate")

@@ -15,55 +15,57 @@ if TYPE_CHECKING:
     from embedonce.config import Config
 
 
-def load(source: str | None, *, computes: bool = True) -> Config:
-    """Read the configuration; say so where there is none. What computes nothing needs no ``[provider]``.
+def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
+    """Read the configuration, and say so if there is none.
+
+    A command that computes nothing passes ``needs_provider=False``; then ``[provider]`` may be missing.
 
     Raises:
-        ConfigError: with every problem of it.
+        ConfigError: with every problem of the configuration.
     """
     from embedonce import config
 
-    loaded = config.load(source, own_provider=not computes)
+    loaded = config.load(source, own_provider=not needs_provider)
     if loaded.file is None:
         say(
-            "No configuration found: using the ngram provider, which needs no model and knows no meaning,\n"
+            "No configuration found: using the ngram provider, which needs no model and does not understand meaning,\n"
             "a memory tier, and a disk tier in your cache folder.\n"
-            "`embedonce init` writes an embedonce.toml that says how a model is used instead."
+            "To use a model, write an embedonce.toml with `embedonce init --provider NAME`."
         )
     return loaded
 
 
 @contextmanager
-def opened(source: str | Config | None, *, computes: bool = True) -> Iterator[Cache]:
-    """Compose the cache of a configuration, which is read here unless it was before, and close it at the end."""
+def open_cache(source: str | Config | None, *, needs_provider: bool = True) -> Iterator[Cache]:
+    """Compose the cache of a configuration, which may have been read before, and close it at the end."""
     from embedonce import config
 
-    loaded = source if isinstance(source, config.Config) else load(source, computes=computes)
-    with telling(loaded), config.compose(loaded) as cache:
+    loaded = source if isinstance(source, config.Config) else load_config(source, needs_provider=needs_provider)
+    with translate_tier_errors(loaded), config.compose(loaded) as cache:
         yield cache
 
 
 @contextmanager
-def telling(loaded: Config) -> Iterator[None]:
-    """Say of a tier that fails which one it is, and its store's own words where they repeat no secret.
+def translate_tier_errors(loaded: Config) -> Iterator[None]:
+    """Turn a TierError into a message with the tier's name and the cause, unless the cause repeats a secret.
 
     Raises:
-        Failed: in the place of a TierError.
+        Failed: instead of a TierError.
     """
     try:
         yield
     except TierError as error:
         parts = (loaded.provider, *loaded.tiers)
-        hidden = [secret for part in parts if part is not None for secret in part.secrets]
-        raise Failed(told(error, hidden)) from error
+        secrets = [secret for part in parts if part is not None for secret in part.secrets]
+        raise Failed(describe_tier_error(error, secrets)) from error
 
 
-def told(error: TierError, hidden: Collection[str] = ()) -> str:
-    """Return what is said of a tier's error: its name, what failed, and why."""
-    said = str(error)
-    if error.tier and not said.startswith("tier "):
-        said = f"tier {error.tier!r}: {said}"
+def describe_tier_error(error: TierError, secrets: Collection[str] = ()) -> str:
+    """Return the tier's name, what failed, and why; leave out a cause that contains one of ``secrets``."""
+    message = str(error)
+    if error.tier and not message.startswith("tier "):
+        message = f"tier {error.tier!r}: {message}"
     cause = " ".join(str(error.__cause__ or "").split())
-    if not cause or cause in said or any(secret in cause for secret in hidden):
-        return said
-    return f"{said}: {cause}"
+    if not cause or cause in message or any(secret in cause for secret in secrets):
+        return message
+    return f"{message}: {cause}"

@@ -11,12 +11,12 @@ ConfigOption: TypeAlias = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Use this TOML file. Otherwise: EMBEDONCE_CONFIG, then embedonce.toml or pyproject.toml here or above.",
+        help="Use this TOML file. Default: EMBEDONCE_CONFIG, then embedonce.toml or pyproject.toml here or above.",
     ),
 ]
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output; messages go to standard error.")
 ]
 TaskOption: TypeAlias = Annotated[
-    str, typer.Option("--task", metavar="TASK", help='What it is embedded for: "document" or "query".')
+    str, typer.Option("--task", metavar="TASK", help='What the text is embedded for: "document" or "query".')
 ]

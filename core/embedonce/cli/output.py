@@ -1,4 +1,4 @@
-"""What the command line says: results on standard output, everything else on standard error."""
+"""Output of the command line: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from embedonce.errors import ConfigError, Problem
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-"""Exit codes. The last two are those of a program that a signal ended: 128 and the signal's number."""
+"""Exit codes. The last two are 128 plus the number of the signal that ended the command."""
 
 
 class Refused(Exception):
-    """A command cannot be carried out as it was given; nothing was done. It ends with exit code 2."""
+    """The arguments of a command are wrong; nothing was done. The exit code is 2."""
 
 
 class Failed(Exception):
-    """Something failed that its user must see to; the message says what. It ends with exit code 1."""
+    """A command failed; the message says what the user must fix. The exit code is 1."""
 
 
-def said_of(error: OSError) -> str:
-    """Return what the system says of a failed call, with the file that it was for."""
-    said = error.strerror or str(error) or type(error).__name__
-    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"
+def describe_os_error(error: OSError) -> str:
+    """Return the reason that the system gives for a failed call, after the name of the file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def say(message: str) -> None:
@@ -42,15 +42,15 @@ _results: TextIO | None = None
 
 
 @contextlib.contextmanager
-def results_alone() -> Iterator[None]:
-    """Let what others print go to standard error: a plugin's line would make the document of ``--json`` no JSON."""
+def reserve_stdout() -> Iterator[None]:
+    """Redirect ``print`` to standard error, because a line printed by a plugin would break the ``--json`` document."""
     global _results
-    before, _results = _results, sys.stdout
+    previous, _results = _results, sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        _results = before
+        _results = previous
 
 
 def write(line: str) -> None:
@@ -59,12 +59,12 @@ def write(line: str) -> None:
 
 
 def emit(value: Any) -> None:
-    """Write one JSON document to standard output. It is ASCII, so that every terminal and pipe takes it."""
+    """Write one JSON document to standard output, in ASCII so that every terminal and pipe accepts it."""
     write(json.dumps(value, indent=2, default=str))
 
 
 def show(*renderables: Any) -> None:
-    """Write tables and text to standard output; into a pipe they are as wide as they need to be."""
+    """Write tables and text to standard output. A pipe gets lines of up to 500 characters, so that nothing wraps."""
     from rich.console import Console
 
     out = _results or sys.stdout
@@ -76,22 +76,22 @@ def show(*renderables: Any) -> None:
     out.flush()
 
 
-def table(columns: dict[str, str], rows: list[list[Any]]) -> Any:
+def make_table(columns: dict[str, str], rows: list[list[Any]]) -> Any:
     """Return a table; ``columns`` maps each title to ``"left"`` or ``"right"``."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title, justify in columns.items():
-        made.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        result.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        made.add_row(*(Text(shown(cell)) for cell in row))
-    return made
+        result.add_row(*(Text(format_value(cell)) for cell in row))
+    return result
 
 
-def shown(value: Any) -> str:
-    """Return a value for people: nothing as ``-``, whole numbers with commas, times with three digits."""
+def format_value(value: Any) -> str:
+    """Format a value for people: an empty one as ``-``, integers with commas, floats with three digits."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -103,8 +103,8 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Return ``1 row`` or ``2 rows``."""
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number and its noun: ``1 row`` or ``2 rows``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -112,28 +112,28 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def say_config_error(error: ConfigError) -> None:
-    """Name every problem of a configuration; on a terminal, show the line with a mark under the place."""
+    """Report every problem of a configuration; on a terminal, also show its line with a caret under the column."""
     for problem in error.problems:
         say(f"error: {problem}")
         say_excerpt(problem)
 
 
 def say_excerpt(problem: Problem) -> None:
-    """On a terminal, show the line that a problem is on with a mark under the place."""
+    """On a terminal, show the line of a problem with a caret under the column."""
     if is_terminal():
-        for line in excerpt(problem):
+        for line in read_excerpt(problem):
             say(line)
 
 
 def is_terminal() -> bool:
-    """Whether somebody looks at standard error."""
+    """Return whether standard error is a terminal."""
     return sys.stderr.isatty()
 
 
-def excerpt(problem: Problem) -> list[str]:
-    """Return the line that a problem is on, and a caret under its column; nothing where it has no place.
+def read_excerpt(problem: Problem) -> list[str]:
+    """Return the line of a problem and a caret under its column; return nothing if the problem has no place.
 
-    Only for a terminal. A line that may hold a secret is not shown at all.
+    The result is meant for a terminal. A line that may hold a secret is left out.
     """
     if problem.file is None or problem.line is None:
         return []
@@ -144,9 +144,9 @@ def excerpt(problem: Problem) -> list[str]:
         return []
     if lines[-1] == "":
         del lines[-1]
-    if not 1 <= problem.line <= len(lines) or _holds_secret(lines, problem.line - 1):
+    if not 1 <= problem.line <= len(lines) or _may_hold_secret(lines, problem.line - 1):
         return []
-    # A terminal obeys control characters, which only a broken file has.
+    # A terminal would interpret control characters. Valid TOML has none but the tab.
     line = "".join(c if c.isprintable() or c == "\t" else " " for c in lines[problem.line - 1].removesuffix("\r"))
     before = line[: (problem.column or 1) - 1]
     number = f"{problem.line:>5}"
@@ -159,22 +159,23 @@ _KEY = re.compile(r"""\s*(?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|
 _SECRETS = ("password", "passphrase", "secret", "token", "apikey", "credential", "authorization")
 
 
-def _holds_secret(lines: Sequence[str], number: int) -> bool:
-    """Whether a line may hold a secret: by the words in it, in the key that it goes on from, and in its table.
+def _may_hold_secret(lines: Sequence[str], number: int) -> bool:
+    """Return whether a line may hold a secret, judged by the words in it, in its key and in its table header.
 
-    It looks at words alone, since the file may be no TOML, and a key may be misspelled: rather too often.
+    A value may go on over several lines, so the words from the line with its key on count as well. Only words are
+    compared, because the file may not be valid TOML and a key may be misspelled. A false positive is harmless.
     """
     line = lines[number]
-    begins = next((n for n in range(number, -1, -1) if _KEY.match(lines[n]) or _HEADER.match(lines[n])), 0)
+    key_line = next((n for n in range(number, -1, -1) if _KEY.match(lines[n]) or _HEADER.match(lines[n])), 0)
     header = next((lines[n] for n in range(number, -1, -1) if _HEADER.match(lines[n])), "")
     table = [word for word in re.findall(r"[\w-]+", header) if word not in ("tool", "embedonce")]
     if _HEADER.match(line) and "=" not in line:
         return False
-    words = [*table[1:], *re.findall(r"[\w-]+", " ".join(lines[begins:number])), *re.findall(r"[\w-]+", line)]
-    return re.search(r"//[^/\s]*@", line) is not None or any(map(_is_secretive, words))
+    words = [*table[1:], *re.findall(r"[\w-]+", " ".join(lines[key_line:number])), *re.findall(r"[\w-]+", line)]
+    return re.search(r"//[^/\s]*@", line) is not None or any(map(_is_secret_word, words))
 
 
-def _is_secretive(word: str) -> bool:
+def _is_secret_word(word: str) -> bool:
     from embedonce._config.secrets import is_secret
     from embedonce._messages import closest
 

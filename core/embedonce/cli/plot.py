@@ -1,4 +1,4 @@
-"""The plot of ``embedonce evaluate``: retrieval beside bytes, a bar for each dtype. Needs the extra ``plot``."""
+"""The plot of ``embedonce evaluate``: retrieval beside bytes, one bar per dtype. Requires the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def check_plot(file: Path) -> None:
     """Refuse a plot that cannot be drawn, before anything is computed.
 
     Raises:
-        Refused: matplotlib is not installed, or the file has another suffix.
+        Refused: the suffix is not one of :data:`SUFFIXES`, the folder is missing, or matplotlib is not installed.
     """
     if file.suffix.lower() not in SUFFIXES:
-        raise Refused(f"{file}: a plot's name ends in {', '.join(SUFFIXES)}")
+        raise Refused(f"--plot {file}: the file name must end in one of {', '.join(SUFFIXES)}")
     if not file.absolute().parent.is_dir():
-        raise Refused(f"{file.parent}: no such folder")
+        raise Refused(f"--plot {file}: the folder {file.parent} does not exist")
     if importlib.util.find_spec("matplotlib") is None:
-        raise Refused("--plot needs matplotlib, which is not installed: pip install 'embedonce[plot]'")
+        raise Refused("--plot requires matplotlib: pip install 'embedonce[plot]'")
 
 
-def draw(evaluation: Evaluation, file: Path) -> None:
-    """Write the plot. No window and no state of pyplot's: this may run inside another program."""
+def draw_plot(evaluation: Evaluation, file: Path) -> None:
+    """Write the plot. Do not use pyplot, whose windows and global state could disturb a program that calls this."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,14 +58,14 @@ def draw(evaluation: Evaluation, file: Path) -> None:
     kept.set_title("Bytes per entry", fontsize=10)
     kept.margins(y=0.12)
     for axes in (found, kept):
-        _plain(axes, names)
+        _label_axes(axes, names)
     figure.suptitle(
         f"{evaluation.model}, {evaluation.documents:,} documents, {evaluation.queries:,} queries", fontsize=10
     )
     figure.savefig(file, dpi=110)
 
 
-def _plain(axes: Any, names: list[Any]) -> None:
+def _label_axes(axes: Any, names: list[Any]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=9)
     for side in ("top", "right"):

@@ -1,4 +1,4 @@
-"""Retrieval sets, and what is measured on them: texts with identifiers, judgements, recall and nDCG."""
+"""Reading retrieval sets (texts with identifiers, and judgements), and measuring recall and nDCG on them."""
 
 from __future__ import annotations
 
@@ -18,93 +18,95 @@ if TYPE_CHECKING:
 JSON_LINES = (".jsonl", ".ndjson")
 
 Gains: TypeAlias = Mapping[str, float]
-"""By document identifier: how relevant it is to one query; what is missing is not."""
+"""Relevance of documents to one query, by document identifier. A missing document is not relevant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Texts and their identifiers, by position."""
+    """Texts and their identifiers; ``ids[i]`` belongs to ``texts[i]``."""
 
     ids: list[str]
     texts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One dtype on one retrieval set. Recall, nDCG and ``same`` are means over the queries, from 0 to 1."""
+class DtypeResult:
+    """Results of one dtype on one retrieval set. Recall, nDCG and ``same`` are means over the queries, from 0 to 1."""
 
     dtype: Dtype
     recall: float
     ndcg: float
     same: float
-    """Which part of the k documents that float32 finds are found."""
+    """Share of the k documents found with float32 that this dtype finds as well."""
     bytes: int
-    """Of a frame without metadata."""
+    """Bytes of a frame without metadata."""
     write_us: float
-    """Microseconds to round an entry and make its frame."""
+    """Microseconds per entry to round it and make its frame."""
     read_us: float
-    """Microseconds to check a frame and read its vector."""
+    """Microseconds per entry to check its frame and read the vector."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What ``--json`` prints."""
+    """The document that ``--json`` prints."""
 
     provider: str
     model: str
     dimensions: int
     documents: int
     queries: int
-    """Those that count: with a relevant document."""
+    """Number of queries that were measured; each has a relevant document."""
     k: int
     truth: str
-    """``qrels`` or ``float32``."""
+    """Source of the relevant documents: ``qrels`` or ``float32``."""
     computed: int
-    """Texts that no tier had."""
+    """Texts that no tier had, so that the provider computed them."""
     seconds: float
-    """It took to get all vectors."""
-    dtypes: list[Measured]
+    """Seconds to get all vectors."""
+    dtypes: list[DtypeResult]
 
 
 def read_texts(file: Path) -> Texts:
-    """Read texts from JSON Lines with ``_id`` (or ``id``), ``text`` and perhaps ``title``, or from a text, one a line.
+    """Read texts from JSON Lines with ``_id`` (or ``id``), ``text`` and optionally ``title``, or from plain text lines.
 
-    A title is put before the text, as BEIR does. Without an identifier, and in a text, the line number is it.
+    A title is put before the text, as BEIR does. A text without an identifier gets its line number as one.
 
     Raises:
-        Refused: a line is not one of these; the message names it.
+        Refused: a line is invalid; the message has its number.
     """
     ids: list[str] = []
     texts: list[str] = []
     as_json = file.suffix.lower() in JSON_LINES
-    for number, line in _lines(file):
-        record = _object(file, number, line) if as_json else {"text": line}
+    for number, line in _read_lines(file):
+        record = _parse_object(file, number, line) if as_json else {"text": line}
         text, title = record.get("text"), record.get("title")
         if not isinstance(text, str) or not text.strip():
-            raise Refused(f'{file}:{number}: no "text" that is a string with something in it')
+            raise Refused(f'{file}:{number}: "text" must be a string that is not blank')
         ids.append(str(record.get("_id", record.get("id", number))))
         texts.append(f"{title} {text}" if isinstance(title, str) and title else text)
     if not texts:
-        raise Refused(f"{file}: no texts")
+        raise Refused(f"{file}: contains no texts")
     if len(set(ids)) < len(ids):
-        double = next(one for i, one in enumerate(ids) if one in ids[:i])
-        raise Refused(f"{file}: two texts with the identifier {double!r}")
+        duplicate = next(one for i, one in enumerate(ids) if one in ids[:i])
+        raise Refused(f"{file}: two texts have the identifier {duplicate!r}")
     return Texts(ids, texts)
 
 
 def read_judgements(file: Path, queries: Texts, corpus: Texts) -> dict[str, dict[str, float]]:
-    """Read judgements, by query: tab-separated query, document and score, as BEIR has them, or JSON Lines of
-    ``query-id``, ``corpus-id`` and ``score``. A score that is missing is 1; a score of 0 or less is not relevant.
+    """Read judgements and return the relevant documents by query.
+
+    A file is tab-separated (query, document, score), as in BEIR, or JSON Lines with ``query-id``, ``corpus-id`` and
+    ``score``. A missing score counts as 1. A document with a score of 0 or less is not relevant.
 
     Raises:
-        Refused: a line is not one of these, or names a query or document that is not there.
+        Refused: a line is invalid, or it names an unknown query or document.
     """
     judged: dict[str, dict[str, float]] = {}
     known = (set(queries.ids), set(corpus.ids))
-    for number, (query, document, score) in _judgements(file):
-        for name, ids, what in ((query, known[0], "query"), (document, known[1], "document")):
+    for number, (query, document, score) in _parse_judgements(file):
+        for name, ids, kind in ((query, known[0], "query"), (document, known[1], "document")):
             if name not in ids:
-                raise Refused(f"{file}:{number}: there is no {what} with the identifier {name!r}")
+                raise Refused(f"{file}:{number}: there is no {kind} with the identifier {name!r}")
         if score > 0:
             judged.setdefault(query, {})[document] = score
     if not judged:
@@ -112,10 +114,10 @@ def read_judgements(file: Path, queries: Texts, corpus: Texts) -> dict[str, dict
     return judged
 
 
-def _judgements(file: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
-    for number, line in _lines(file):
+def _parse_judgements(file: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
+    for number, line in _read_lines(file):
         if file.suffix.lower() in JSON_LINES:
-            record = _object(file, number, line)
+            record = _parse_object(file, number, line)
             fields = [record.get("query-id"), record.get("corpus-id"), record.get("score", 1)]
         else:
             fields = list(next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE)))
@@ -127,12 +129,12 @@ def _judgements(file: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
             if query is None or document is None or not math.isfinite(score):
                 raise ValueError
         except (TypeError, ValueError):
-            raise Refused(f"{file}:{number}: a query, a document and a number are expected") from None
+            raise Refused(f"{file}:{number}: expected a query, a document and a finite number") from None
         yield number, (str(query), str(document), score)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers from 1."""
+def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield each line that is not blank, after its number (from 1)."""
     try:
         content = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,7 +144,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r")
 
 
-def _object(file: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_object(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:
@@ -156,18 +158,18 @@ def _object(file: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def recall(ranked: Sequence[str], gains: Gains) -> float:
-    """Return which part of the relevant documents is among the ranked ones."""
+    """Return the share of the relevant documents that are among the ranked ones."""
     return sum(document in gains for document in ranked) / len(gains)
 
 
 def ndcg(ranked: Sequence[str], gains: Gains) -> float:
     """Return the normalised discounted cumulative gain of a ranking, from 0 to 1.
 
-    A document at rank r (from 1) counts its gain over log2(r + 1), as trec_eval has it; 1 is the best order there is.
+    A document at rank r (from 1) counts its gain divided by log2(r + 1), as in trec_eval. 1 is the best possible order.
     """
-    found = _discounted([gains.get(document, 0.0) for document in ranked])
-    return found / _discounted(sorted(gains.values(), reverse=True)[: len(ranked)])
+    found = _sum_discounted([gains.get(document, 0.0) for document in ranked])
+    return found / _sum_discounted(sorted(gains.values(), reverse=True)[: len(ranked)])
 
 
-def _discounted(gains: Sequence[float]) -> float:
+def _sum_discounted(gains: Sequence[float]) -> float:
     return math.fsum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))

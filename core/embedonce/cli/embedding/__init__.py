@@ -1,1 +1,1 @@
-"""The work of ``embedonce embed``: reading passages, embedding them, and writing the vectors."""
+"""The parts of ``embedonce embed``: reading passages, embedding them, and writing the vectors."""

@@ -1,6 +1,6 @@
-"""One function per format: from an open file to its passages, a bounded piece at a time.
+"""One reader per format, which turns an open file into passages in bounded memory.
 
-Each reads bytes and decodes piece by piece, so that one wrong byte costs one passage and not the file.
+Each reader decodes the bytes passage by passage, so that an invalid byte costs one passage and not the whole file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from .passages import MAX_PASSAGE, TOO_LONG, Broken, Found, Passage
+from .passages import MAX_PASSAGE, TOO_LONG, Broken, Passage, ReadItem
 
 Split: TypeAlias = Literal["line", "paragraph", "file"]
 Format: TypeAlias = Literal["auto", "text", "jsonl", "csv", "parquet"]
 Line: TypeAlias = tuple[int, bytes | None]
-"""A line's number, from 1, and its bytes without the line end; None where it is too long."""
+"""Number of a line (from 1) and its bytes without the line end, or None if the line is too long."""
 
 BOM = b"\xef\xbb\xbf"
 BY_SUFFIX: dict[str, Format] = {
@@ -26,11 +26,11 @@ BY_SUFFIX: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-"""Formats by a file name's end; every other file is text."""
+"""Formats by file suffix. A file with any other suffix is text."""
 
 
 class Meter:
-    """Counts the bytes that were read, for the progress bar."""
+    """Counts the bytes read, for the progress bar."""
 
     __slots__ = ("bytes",)
 
@@ -38,8 +38,8 @@ class Meter:
         self.bytes = 0
 
 
-def lines_of(stream: BinaryIO, meter: Meter) -> Iterator[Line]:
-    """Yield a file's lines. A byte order mark and the line ends (LF, CR LF) are taken off."""
+def read_lines(stream: BinaryIO, meter: Meter) -> Iterator[Line]:
+    """Yield a file's lines, without a byte order mark and without line ends (LF or CR LF)."""
     number = 0
     while raw := stream.readline(MAX_PASSAGE + 2):
         number += 1
@@ -62,7 +62,7 @@ def _skip_line(stream: BinaryIO, meter: Meter) -> None:
             return
 
 
-def _decoded(raw: bytes, source: str, line: int) -> Found:
+def _decode_passage(raw: bytes, source: str, line: int) -> ReadItem:
     try:
         return Passage(raw.decode(), source, line)
     except UnicodeDecodeError as error:
@@ -72,77 +72,77 @@ def _decoded(raw: bytes, source: str, line: int) -> Found:
 # --- text -------------------------------------------------------------------------------------
 
 
-def read_text(stream: BinaryIO, source: str, meter: Meter, split: Split) -> Iterator[Found]:
-    """Yield a text's lines, paragraphs, or the whole; blank ones are no passages."""
+def read_text(stream: BinaryIO, source: str, meter: Meter, split: Split) -> Iterator[ReadItem]:
+    """Yield the lines or paragraphs of a text, or all of it as one passage; skip blank ones."""
     if split == "file":
-        return _whole(stream, source, meter)
-    lines = lines_of(stream, meter)
-    return _by_line(lines, source) if split == "line" else _by_paragraph(lines, source)
+        return _read_whole(stream, source, meter)
+    lines = read_lines(stream, meter)
+    return _split_lines(lines, source) if split == "line" else _split_paragraphs(lines, source)
 
 
-def _by_line(lines: Iterable[Line], source: str) -> Iterator[Found]:
+def _split_lines(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
     for number, raw in lines:
         if raw is None:
             yield Broken(source, number, TOO_LONG)
-        elif not _blank(raw):
-            yield _decoded(raw, source, number)
+        elif not _is_blank(raw):
+            yield _decode_passage(raw, source, number)
 
 
-def _blank(raw: bytes) -> bool:
-    """Whether there is nothing but white space, among it what Unicode adds, such as U+00A0."""
+def _is_blank(raw: bytes) -> bool:
+    """Return whether a line has only white space, including Unicode's, such as U+00A0."""
     stripped = raw.strip()
     return not stripped or (stripped[0] >= 0x80 and not stripped.decode(errors="replace").strip())
 
 
-def _by_paragraph(lines: Iterable[Line], source: str) -> Iterator[Found]:
-    held: list[bytes] = []
+def _split_paragraphs(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
+    paragraph: list[bytes] = []
     start = size = 0
     for number, raw in lines:
-        if raw is not None and _blank(raw):
-            if held or size:
-                yield _paragraph(held, size, source, start)
-            held, size = [], 0
+        if raw is not None and _is_blank(raw):
+            if paragraph or size:
+                yield _join_paragraph(paragraph, size, source, start)
+            paragraph, size = [], 0
             continue
         if not size:
             start = number
         size += (MAX_PASSAGE + 1 if raw is None else len(raw)) + 1
         if size > MAX_PASSAGE + 1:
-            held = []  # too long: what was held is let go, and the rest of it is only counted
+            paragraph = []  # too long: drop its lines and only count the bytes of the rest
         elif raw is not None:
-            held.append(raw)
+            paragraph.append(raw)
     if size:
-        yield _paragraph(held, size, source, start)
+        yield _join_paragraph(paragraph, size, source, start)
 
 
-def _paragraph(held: list[bytes], size: int, source: str, start: int) -> Found:
+def _join_paragraph(lines: list[bytes], size: int, source: str, start: int) -> ReadItem:
     if size > MAX_PASSAGE + 1:
         return Broken(source, start, TOO_LONG)
-    return _decoded(b"\n".join(held), source, start)
+    return _decode_passage(b"\n".join(lines), source, start)
 
 
-def _whole(stream: BinaryIO, source: str, meter: Meter) -> Iterator[Found]:
+def _read_whole(stream: BinaryIO, source: str, meter: Meter) -> Iterator[ReadItem]:
     raw = stream.read(MAX_PASSAGE + len(BOM) + 1)
     meter.bytes += len(raw)
     if len(raw) > MAX_PASSAGE:
-        yield Broken(source, None, f"{TOO_LONG}; split it by paragraph or line")
-    elif not _blank(raw := raw.removeprefix(BOM)):
-        yield _decoded(raw, source, 1)
+        yield Broken(source, None, f"{TOO_LONG}; use --split paragraph or --split line")
+    elif not _is_blank(raw := raw.removeprefix(BOM)):
+        yield _decode_passage(raw, source, 1)
 
 
 # --- JSON Lines -------------------------------------------------------------------------------
 
 
-def read_jsonl(stream: BinaryIO, source: str, meter: Meter, field: str) -> Iterator[Found]:
-    """Yield one passage per object; blank lines are passed over."""
-    for number, raw in lines_of(stream, meter):
+def read_jsonl(stream: BinaryIO, source: str, meter: Meter, field: str) -> Iterator[ReadItem]:
+    """Yield one passage per JSON object; skip blank lines."""
+    for number, raw in read_lines(stream, meter):
         if raw is None:
             yield Broken(source, number, TOO_LONG)
         elif raw.strip():
-            yield _from_json(raw, source, number, field)
+            yield _parse_json_line(raw, source, number, field)
 
 
-def _from_json(raw: bytes, source: str, number: int, field: str) -> Found:
-    decoded = _decoded(raw, source, number)
+def _parse_json_line(raw: bytes, source: str, number: int, field: str) -> ReadItem:
+    decoded = _decode_passage(raw, source, number)
     if isinstance(decoded, Broken):
         return decoded
     try:
@@ -150,17 +150,17 @@ def _from_json(raw: bytes, source: str, number: int, field: str) -> Found:
     except json.JSONDecodeError as error:
         return Broken(source, number, f"not JSON: {error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:
-        return Broken(source, number, f"not JSON that can be read: {type(error).__name__}")
+        return Broken(source, number, f"not readable as JSON: {type(error).__name__}")
     if not isinstance(value, dict):
         return Broken(source, number, "not a JSON object")
-    return _text_in(_field(value, field), source, number, field)
+    return _check_text(_find_field(value, field), source, number, field)
 
 
 _ABSENT: Any = object()
 
 
-def _field(value: dict[str, Any], field: str) -> Any:
-    """Return the field of that very name, else follow its dots into inner objects."""
+def _find_field(value: dict[str, Any], field: str) -> Any:
+    """Return the field with exactly this name; otherwise follow the dots of the name into inner objects."""
     if field in value:
         return value[field]
     inner: Any = value
@@ -169,7 +169,7 @@ def _field(value: dict[str, Any], field: str) -> Any:
     return inner
 
 
-def _text_in(value: Any, source: str, line: int, field: str) -> Found:
+def _check_text(value: Any, source: str, line: int, field: str) -> ReadItem:
     if value is _ABSENT:
         return Broken(source, line, f'no field "{field}"')
     if not isinstance(value, str):
@@ -178,7 +178,7 @@ def _text_in(value: Any, source: str, line: int, field: str) -> Found:
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        return Broken(source, line, f'field "{field}" has a lone surrogate: it is not valid Unicode')
+        return Broken(source, line, f'field "{field}" is not valid Unicode: it has a lone surrogate')
     return Broken(source, line, TOO_LONG) if size > MAX_PASSAGE else Passage(value, source, line)
 
 
@@ -186,12 +186,12 @@ def _text_in(value: Any, source: str, line: int, field: str) -> Found:
 
 
 class _CsvLines:
-    """Lines as ``csv.reader`` wants them. It goes on after a line that is too long, as a generator could not."""
+    """Lines for ``csv.reader``. Unlike a generator, it can go on after it raised for a line that is too long."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self.number = 0
-        """Of the last line; the reader's own count leaves out those that are too long."""
+        """Number of the last line. The count of ``csv.reader`` omits lines that are too long."""
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -200,15 +200,15 @@ class _CsvLines:
         self.number, raw = next(self._lines)
         if raw is None:
             raise csv.Error(TOO_LONG)
-        # Wrong bytes survive as surrogates until it is known in which field they are.
+        # Invalid bytes become surrogates, so that they only matter if they are in the field that is read.
         return raw.decode("utf-8", "surrogateescape") + "\n"
 
 
-def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter: str = ",") -> Iterator[Found]:
-    """Yield one passage per record, by the column that the first record names."""
+def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter: str = ",") -> Iterator[ReadItem]:
+    """Yield one passage per record, from the column ``field``; the first record names the columns."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_PASSAGE))
-    # strict: a stray quote is a broken record, where the lenient reading would swallow the records after it.
-    lines = _CsvLines(lines_of(stream, meter))
+    # strict=True makes a stray quote one broken record. Without it, the reader would swallow the records that follow.
+    lines = _CsvLines(read_lines(stream, meter))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(rows, None)
@@ -218,13 +218,13 @@ def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter:
     if header is None:
         return
     if header.count(field) != 1:
-        count = "no column" if field not in header else "more than one column"
-        yield Broken(source, 1, f'{count} "{field}" in the header; choose one with --field')
+        number = "no column" if field not in header else "more than one column"
+        yield Broken(source, 1, f'{number} "{field}" in the header; choose a column with --field')
         return
-    yield from _records(rows, lines, source, header.index(field), field)
+    yield from _read_records(rows, lines, source, header.index(field), field)
 
 
-def _records(rows: Any, lines: _CsvLines, source: str, column: int, field: str) -> Iterator[Found]:
+def _read_records(rows: Any, lines: _CsvLines, source: str, column: int, field: str) -> Iterator[ReadItem]:
     while True:
         start = lines.number + 1
         try:
@@ -235,10 +235,10 @@ def _records(rows: Any, lines: _CsvLines, source: str, column: int, field: str) 
         if row is None:
             return
         if row:
-            yield _from_row(row, source, start, column, field)
+            yield _parse_row(row, source, start, column, field)
 
 
-def _from_row(row: list[str], source: str, start: int, column: int, field: str) -> Found:
+def _parse_row(row: list[str], source: str, start: int, column: int, field: str) -> ReadItem:
     if column >= len(row):
         return Broken(source, start, f'no column "{field}" in this record')
     try:
@@ -251,28 +251,28 @@ def _from_row(row: list[str], source: str, start: int, column: int, field: str) 
 # --- Parquet ----------------------------------------------------------------------------------
 
 
-def read_parquet(path: str, source: str, meter: Meter, field: str, size: int) -> Iterator[Found]:
-    """Yield one passage per row of a string column, a thousand rows at a time."""
+def read_parquet(path: str, source: str, meter: Meter, field: str, size: int) -> Iterator[ReadItem]:
+    """Yield one passage per row of a string column, reading 1,024 rows at a time."""
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
-        yield Broken(source, None, "reading Parquet needs pyarrow: pip install 'embedonce[parquet]'")
+        yield Broken(source, None, "reading Parquet requires pyarrow: pip install 'embedonce[parquet]'")
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _batches(file, source, meter, field, size)
+            yield from _read_batches(file, source, meter, field, size)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         yield Broken(source, None, f"not readable as Parquet: {type(error).__name__}")
 
 
-def _batches(file: Any, source: str, meter: Meter, field: str, size: int) -> Iterator[Found]:
+def _read_batches(file: Any, source: str, meter: Meter, field: str, size: int) -> Iterator[ReadItem]:
     if file.schema_arrow.names.count(field) != 1:
-        yield Broken(source, None, f'no column "{field}"; choose one with --field')
+        yield Broken(source, None, f'no column "{field}"; choose a column with --field')
         return
     number, total, before = 0, file.metadata.num_rows, meter.bytes
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
         for value in batch.column(0).to_pylist():
             number += 1
-            yield _text_in(value, source, number, field)
+            yield _check_text(value, source, number, field)
         meter.bytes = before + size * number // max(total, 1)

@@ -1,4 +1,4 @@
-"""What the readers find: a passage with its place, or something broken with its place and the reason."""
+"""Results of the readers: a passage with its place, or a broken item with its place and the reason."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import os
 from typing import NamedTuple, TypeAlias
 
 MAX_PASSAGE = 16 * 2**20
-"""Bytes of the longest passage. Longer ones are named and left out, so that a file without line ends
-does not decide how much memory is used; no model reads as much."""
+"""Maximum bytes of a passage. Longer ones are reported and left out, so that a file without line ends does not
+use up the memory. No model reads that much text at once."""
 
 
 class Passage(NamedTuple):
-    """One text to embed, and where it begins."""
+    """One text to embed, and where it starts."""
 
     text: str
     source: str
     line: int
-    """Counts from 1. In a Parquet file: the row."""
+    """Line number from 1. In a Parquet file: row number from 1."""
 
 
 class Broken(NamedTuple):
-    """Something that gives no passage. The reason holds no text."""
+    """A line, record or file that yields no passage. The reason does not quote the text."""
 
     source: str
     line: int | None
-    """None: the file as a whole."""
+    """Line number from 1, or None for the whole file."""
     reason: str
 
     def __str__(self) -> str:
-        return f"{place(self.source, self.line)}: {self.reason}"
+        return f"{format_place(self.source, self.line)}: {self.reason}"
 
 
-Found: TypeAlias = Passage | Broken
+ReadItem: TypeAlias = Passage | Broken
 
 TOO_LONG = f"longer than {MAX_PASSAGE // 2**20} MiB"
 
 
-def name_of(path: str) -> str:
-    """Return a path as valid Unicode: bytes that are not UTF-8 as ``\\xNN``."""
+def decode_path(path: str) -> str:
+    """Return a path as valid Unicode; bytes that are not UTF-8 become ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def place(source: str, line: int | None) -> str:
-    """Return ``source:line`` for a message; control characters in a file's name are written out."""
+def format_place(source: str, line: int | None) -> str:
+    """Return ``source:line`` for a message; control characters in a file name are escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in source)
     return shown if line is None else f"{shown}:{line}"

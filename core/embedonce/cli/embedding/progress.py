@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """Shows how far a run is. What is done is counted in bytes read, the only total known beforehand."""
+    """Shows the progress of a run, measured in bytes read, because only their total is known in advance."""
 
     def __init__(self, total: int | None) -> None:
         from rich.console import Console
@@ -31,8 +31,8 @@ class Bar:
         )
         self._task = self._progress.add_task("reading", total=total)
         self._started = time.monotonic()
-        self._passages = self._hits = self._window = 0
-        self._from = self._to = 0.0
+        self._passages = self._hits = self._window_size = 0
+        self._completed = self._window_end = 0.0
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -43,42 +43,40 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def window(self, passages: int, bytes_read: int) -> None:
-        """A window of passages was read, and is about to be embedded."""
-        self._window, self._from, self._to = passages, self._to, bytes_read
+    def start_window(self, passages: int, bytes_read: int) -> None:
+        """Note that a window of passages was read and is about to be embedded."""
+        self._window_size, self._completed, self._window_end = passages, self._window_end, bytes_read
         self._passages += passages
 
-    def event(self, event: Event) -> None:
-        """Move within a window: a slow provider takes long over one."""
-        if isinstance(event, Computed) and self._window:
-            self._from += (self._to - self._from) * min(event.texts / self._window, 1)
-            self._show(self._from)
+    def handle_event(self, event: Event) -> None:
+        """Advance within the window, because a slow provider takes long to embed one."""
+        if isinstance(event, Computed) and self._window_size:
+            self._completed += (self._window_end - self._completed) * min(event.texts / self._window_size, 1)
+            self._update()
 
-    def done(self, hits: int) -> None:
-        """The window is embedded; ``hits`` of the whole run so far."""
+    def finish_window(self, hits: int) -> None:
+        """Note that the window is embedded; ``hits`` counts those of the whole run so far."""
         self._hits = hits
-        self._from = self._to
-        self._show(self._to)
+        self._completed = self._window_end
+        self._update()
 
-    def _show(self, completed: float) -> None:
+    def _update(self) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        told = f"{self._passages:,} passages  {self._passages / seconds:,.0f}/s  {self._percent()} hits"
-        self._progress.update(self._task, completed=completed, description=told)
-
-    def _percent(self) -> str:
-        return f"{100 * self._hits / max(self._passages, 1):.0f} %"
+        hit_rate = f"{100 * self._hits / max(self._passages, 1):.0f} %"
+        description = f"{self._passages:,} passages  {self._passages / seconds:,.0f}/s  {hit_rate} hits"
+        self._progress.update(self._task, completed=self._completed, description=description)
 
 
 class NoBar:
-    """The same for a run that nobody watches."""
+    """Stands in for :class:`Bar` when no progress is shown."""
 
     def __enter__(self) -> NoBar:
         return self
 
     def __exit__(self, *error: Any) -> None: ...
 
-    def window(self, passages: int, bytes_read: int) -> None: ...
+    def start_window(self, passages: int, bytes_read: int) -> None: ...
 
-    def event(self, event: Event) -> None: ...
+    def handle_event(self, event: Event) -> None: ...
 
-    def done(self, hits: int) -> None: ...
+    def finish_window(self, hits: int) -> None: ...

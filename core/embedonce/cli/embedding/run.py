@@ -1,18 +1,21 @@
-"""One run of ``embedonce embed``: window by window from the reader through the cache into the sink."""
+"""One run of ``embedonce embed``: read windows of passages, embed them with the cache, and write them to the sink."""
 
 from __future__ import annotations
 
+import sqlite3
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedonce.errors import ReplayMiss, TextError, TextRefused
 
-from .distinct import Distinct
-from .passages import Found, Passage, place
+from .passages import Passage, ReadItem, format_place
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
@@ -25,70 +28,113 @@ if TYPE_CHECKING:
     from .sources import Reader
 
 WINDOW = 2048
-"""Most passages that are held, looked up and embedded at once."""
+"""Maximum number of passages that are held, looked up and embedded at once."""
 WINDOW_CHARACTERS = 8 * 2**20
-"""A window also ends here, so that long passages do not add up."""
+"""A window also ends at this many characters, so that long passages do not fill the memory."""
 FLUSH = 60.0
 """Seconds to wait for the background writes of one window."""
 OUTAGE = 2
-"""Windows in a row of which the provider could compute nothing; then it is down, and asking it for the rest
-of a large corpus would only cost time."""
+"""Number of windows in a row for which the provider computed nothing, after which the run stops. The provider is then
+down, and calling it for the rest of a large corpus would waste time."""
+HASH_MEMORY = 8 * 2**20
+"""Bytes of memory for the hashes of distinct texts. SQLite keeps the rest in a temporary file."""
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a run did, counted in passages.
+    """Result of a run, counted in passages.
 
-    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + those that the provider refused.
+    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that the provider refused.
     """
 
     texts: int = 0
     """Passages that were read."""
     unique: int = 0
-    """Distinct ones among them, as read (before the key policy's normalisation)."""
+    """Distinct passages, compared as they were read, before the key policy normalises them."""
     computed: int = 0
-    """Embedded by the provider."""
+    """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
-    """Answered by each tier, by its name."""
+    """Passages that each tier answered, by tier name."""
     repeated: int = 0
-    """Answered by the computation of the same text in the same window."""
+    """Passages that share the computation of an equal passage in the same window."""
     failed: int = 0
     """Broken lines, unreadable files, and passages that the provider refused."""
     rows: int = 0
-    """In the output."""
+    """Rows of the output."""
     dimensions: int | None = None
     files: int = 0
     binary: int = 0
-    """Binary files that were passed over in folders."""
+    """Binary files in folders, which were skipped."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By tier, where there was any: errors, corrupt entries, texts that it was skipped for, dropped writes."""
+    """Per tier that had any: errors, corrupt entries, texts for which the tier was skipped, dropped writes."""
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By tier, where there was any: errors and dropped writes by what caused them."""
+    """Per tier that had any: errors and dropped writes, by cause."""
     unstored: list[str] = field(default_factory=list)
-    """Tiers that outlive the process and failed to store anything of what was computed."""
+    """Tiers that outlive the process and failed to store any of the computed vectors."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
-    """None: no output was written, and an earlier one is still there."""
+    """Path of the output, or None if none was written; an earlier output then remains."""
     index: str | None = None
-    """Where the source of each row of a .npy output is."""
+    """Path of the file with the source of each row of a .npy output."""
     stopped: str | None = None
-    """Why the run ended early."""
+    """Reason why the run ended early, or None."""
 
 
 class Stopped(Exception):
-    """The run ends before the passages do: ``--strict``, or a provider that is down.
+    """Raised to end the run early, for example because of ``--strict`` or because the provider is down.
 
-    ``passes``: it may be over by itself, so that the same command succeeds later.
+    ``is_temporary`` says that the same command may succeed later without a change.
     """
 
-    def __init__(self, message: str, *, passes: bool = False) -> None:
+    def __init__(self, message: str, *, is_temporary: bool = False) -> None:
         super().__init__(message)
-        self.passes = passes
+        self.is_temporary = is_temporary
+
+
+class DistinctTexts:
+    """Counts distinct texts by 8 bytes of BLAKE2b each, in a temporary SQLite database.
+
+    SQLite keeps :data:`HASH_MEMORY` bytes in memory and the rest in a temporary file, so that memory does not grow
+    with the corpus. Two texts that share 8 bytes count as one; among ten million texts, the chance that this happens
+    once is 3 in a million.
+    """
+
+    def __init__(self, memory: int = HASH_MEMORY) -> None:
+        self.count = 0
+        """Number of distinct texts so far."""
+        self._database = sqlite3.connect("", isolation_level=None)
+        for statement in (
+            f"PRAGMA cache_size = {-memory // 1024}",  # negative: KiB
+            "PRAGMA journal_mode = OFF",
+            "CREATE TABLE hashes (hash INTEGER PRIMARY KEY)",
+            "BEGIN",
+        ):
+            self._database.execute(statement)
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Count the texts that were not added before.
+
+        Raises:
+            Stopped: the temporary file cannot be written.
+        """
+        joined = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
+        hashes = struct.iter_unpack("q", joined)
+        try:
+            self.count += self._database.executemany("INSERT OR IGNORE INTO hashes VALUES (?)", hashes).rowcount
+        except sqlite3.Error as error:
+            raise Stopped(
+                f"cannot write the temporary file that counts distinct texts ({error}); free space in the folder for "
+                "temporary files, or set SQLITE_TMPDIR to another folder"
+            ) from error
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._database.close()
 
 
 class Run:
-    """Embeds everything that a reader finds. ``summary`` is true at every moment."""
+    """Embeds every passage of a reader and keeps the counts in ``summary``."""
 
     def __init__(
         self,
@@ -98,53 +144,55 @@ class Run:
         *,
         task: str,
         strict: bool,
-        tell: Callable[[str], None],
-        lasting: Sequence[str] = (),
+        report: Callable[[str], None],
+        persistent_tiers: Sequence[str] = (),
     ) -> None:
         self._cache = cache
         self._reader = reader
         self._sink = sink
         self._task = task
         self._strict = strict
-        self._tell = tell
-        self._lasting = lasting
-        self._distinct = Distinct()
-        self._computed_before = self._computed()
+        self._report = report
+        self._persistent_tiers = persistent_tiers
+        self._computed_before = self._count_computed_texts()
         self._space = cache.lookup([], task=task).space
-        self._refused = self._outage = 0
+        self._outage = 0
+        """Windows in a row for which the provider computed nothing."""
         self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
 
     def embed(self, bar: Bar | NoBar) -> None:
-        """Read, embed and write everything, and give the output its name.
+        """Read, embed and write all passages, and move the output into place.
 
         Raises:
-            Stopped: nothing was written; everything that was computed is stored.
+            Stopped: no output was written; the computed vectors are stored.
         """
         started = time.monotonic()
         try:
-            for window in windows(self._named(self._reader)):
-                bar.window(len(window), self._reader.bytes_read)
-                self._window(window)
-                bar.done(sum(self.summary.hits.values()))
+            with closing(DistinctTexts()) as distinct:
+                for window in split_windows(self._read_passages(self._reader)):
+                    bar.start_window(len(window), self._reader.bytes_read)
+                    distinct.add([passage.text for passage in window])
+                    self.summary.unique = distinct.count
+                    self._embed_window(window)
+                    bar.finish_window(sum(self.summary.hits.values()))
             if self.summary.failed and not self.summary.rows:
-                raise Stopped("nothing could be embedded", passes=self._outage > 0)
-            self._finish()
+                raise Stopped("no passage could be embedded", is_temporary=self._outage > 0)
+            self._finish_output()
         finally:
-            self._close(time.monotonic() - started)
+            self._complete_summary(time.monotonic() - started)
 
-    def _window(self, window: Sequence[Passage]) -> None:
+    def _embed_window(self, window: Sequence[Passage]) -> None:
         texts = [passage.text for passage in window]
-        self._distinct.add(texts)
         self.summary.texts += len(texts)
         fetched = self._cache.fetch(texts, task=self._task)
         self._check_space(fetched.space)
-        # Nothing queued is dropped, and a run that is killed loses this window at most. Each write has its
-        # tier's timeout, so that the end of the wait is only reached where a store accepts very slowly.
+        # Waiting here means that no queued write is dropped, and that a killed run loses at most this window. Each
+        # write has its tier's timeout, so only a very slow store can exceed FLUSH.
         self._cache.flush(timeout=FLUSH)
         good = [position for position, row in enumerate(fetched.rows) if row is not None]
-        self._count(fetched, good)
+        self._count_hits(fetched, good)
         if len(good) < len(window):
-            self._failures(window, fetched)
+            self._report_failures(window, fetched)
         if good:
             rows: list[Any] = [fetched.rows[position] for position in good]
             self._sink.write([window[position] for position in good], np.stack(rows))
@@ -154,17 +202,17 @@ class Run:
     def _check_space(self, space: VectorSpace) -> None:
         if space != self._space:
             raise Stopped(
-                f"the provider fails, and the fallback ({space.provider} {space.model}) answers in its own vector "
-                "space; one output never mixes two",
-                passes=True,
+                f"the provider failed, and the fallback ({space.provider} {space.model}) answered in another vector "
+                "space; one output cannot mix two vector spaces",
+                is_temporary=True,
             )
 
     # --- counting -----------------------------------------------------------------------------
 
-    def _computed(self) -> int:
+    def _count_computed_texts(self) -> int:
         return sum(provider.texts for provider in self._cache.stats().providers.values())
 
-    def _count(self, fetched: Fetched, good: Sequence[int]) -> None:
+    def _count_hits(self, fetched: Fetched, good: Sequence[int]) -> None:
         hits = self.summary.hits
         for position in good:
             source = fetched.sources[position]
@@ -172,70 +220,68 @@ class Run:
                 hits[source] += 1
         self._outage = self._outage + 1 if _is_outage(fetched) else 0
 
-    def _close(self, seconds: float) -> None:
+    def _complete_summary(self, seconds: float) -> None:
         summary, reader = self.summary, self._reader
         summary.files, summary.binary, summary.bytes = reader.files, reader.binary, reader.bytes_read
-        summary.computed = self._computed() - self._computed_before
+        summary.computed = self._count_computed_texts() - self._computed_before
         answered = summary.rows - sum(summary.hits.values())
         summary.repeated = max(answered - summary.computed, 0)
-        summary.unique = self._distinct.count()
         stats = self._cache.stats()
-        summary.trouble = trouble(stats)
-        summary.causes = causes(stats)
+        summary.trouble = collect_tier_failures(stats)
+        summary.causes = collect_causes(stats)
         if summary.computed:
-            summary.unstored = [name for name in self._lasting if _stored_nothing(stats.tiers[name])]
+            summary.unstored = [name for name in self._persistent_tiers if _failed_to_store(stats.tiers[name])]
         summary.seconds = round(seconds, 3)
-        self._distinct.close()
 
-    def _finish(self) -> None:
+    def _finish_output(self) -> None:
         if self.summary.dimensions is None:
             self.summary.dimensions = int(self._cache.embed_batch([], task=self._task).shape[1])
         self._sink.finish(self.summary.dimensions)
 
-    # --- what failed --------------------------------------------------------------------------
+    # --- failures -----------------------------------------------------------------------------
 
-    def _named(self, found: Iterable[Found]) -> Iterator[Passage]:
-        """Yield the passages; name and count what is broken."""
-        for one in found:
-            if isinstance(one, Passage):
-                yield one
+    def _read_passages(self, items: Iterable[ReadItem]) -> Iterator[Passage]:
+        """Yield the passages; report and count the broken items."""
+        for item in items:
+            if isinstance(item, Passage):
+                yield item
                 continue
-            self._tell(str(one))
+            self._report(str(item))
             self.summary.failed += 1
             if self._strict:
-                raise Stopped("--strict, and something is broken")
+                raise Stopped("an input could not be read, and --strict is set")
 
-    def _failures(self, window: Sequence[Passage], fetched: Fetched) -> None:
+    def _report_failures(self, window: Sequence[Passage], fetched: Fetched) -> None:
         failed = sorted(position for position, row in enumerate(fetched.rows) if row is None)
         self.summary.failed += len(failed)
-        for message in failures([(window[position], fetched.failed.get(position)) for position in failed]):
-            self._tell(message)
+        for message in describe_failures([(window[position], fetched.failed.get(position)) for position in failed]):
+            self._report(message)
         if self._strict:
-            raise Stopped("--strict, and a passage failed")
+            raise Stopped("a passage failed, and --strict is set")
         if self._outage >= OUTAGE:
-            raise Stopped("the provider fails for everything that it is asked", passes=True)
+            raise Stopped("every call to the provider fails", is_temporary=True)
 
 
-def trouble(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return what went wrong in the tiers, by tier; one without trouble is left out."""
+def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
+    """Return the number of failures per tier and kind, without tiers and kinds that have none."""
     kinds = ("errors", "corrupt", "skipped", "dropped")
     by_tier = {name: {kind: getattr(tier, kind) for kind in kinds} for name, tier in stats.tiers.items()}
     found = {name: {kind: number for kind, number in counted.items() if number} for name, counted in by_tier.items()}
     return {name: counted for name, counted in found.items() if counted}
 
 
-def causes(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return what caused errors and dropped writes, by tier; one without any is left out."""
+def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
+    """Return the number of errors and dropped writes per tier and cause, without tiers that have none."""
     found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 
 
-def _stored_nothing(tier: TierStats) -> bool:
+def _failed_to_store(tier: TierStats) -> bool:
     return not tier.stored and bool(tier.errors or tier.dropped)
 
 
-def windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
-    """Yield the passages in lists that are bounded in number and in characters."""
+def split_windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    """Yield the passages in lists of at most WINDOW passages and about WINDOW_CHARACTERS characters."""
     window: list[Passage] = []
     size = 0
     for passage in passages:
@@ -248,47 +294,47 @@ def windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield window
 
 
-OWN_FAULT = (TextRefused, TextError, ReplayMiss)
-"""Failures of one text. Every other failure is the provider's, and takes a whole chunk of texts with it."""
+TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
+"""Errors about a single text. Any other error comes from the provider and fails a whole chunk of texts."""
 
 
 def _is_outage(fetched: Fetched) -> bool:
-    """Say whether the provider was asked and gave nothing at all."""
-    others = any(isinstance(error, OWN_FAULT) for error in fetched.failed.values())
-    return bool(fetched.failed) and not others and "provider" not in fetched.sources
+    """Return whether the provider was called and returned no vector at all."""
+    has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in fetched.failed.values())
+    return bool(fetched.failed) and not has_text_errors and "provider" not in fetched.sources
 
 
-def failures(failed: Sequence[tuple[Passage, Exception | None]]) -> Iterator[str]:
-    """Yield a message per failure; neighbours that failed as one chunk of the provider share one."""
+def describe_failures(failed: Sequence[tuple[Passage, Exception | None]]) -> Iterator[str]:
+    """Yield one message per failure; neighbours that failed in the same chunk share a message."""
     start = 0
     while start < len(failed):
         passage, error = failed[start]
-        why = reason(error, passage.text)
+        reason = describe_error(error, passage.text)
         end = start + 1
-        if not isinstance(error, OWN_FAULT):
-            while end < len(failed) and _alike(failed[end][1], error):
+        if not isinstance(error, TEXT_ERRORS):
+            while end < len(failed) and _are_alike(failed[end][1], error):
                 end += 1
-        span = f" (and {end - start - 1:,} more, to {_place(failed[end - 1][0])})" if end - start > 1 else ""
-        yield f"{_place(passage)}{span}: {why}"
+        span = f" (and {end - start - 1:,} more, to {_format_place(failed[end - 1][0])})" if end - start > 1 else ""
+        yield f"{_format_place(passage)}{span}: {reason}"
         start = end
 
 
-def _place(passage: Passage) -> str:
-    return place(passage.source, passage.line)
+def _format_place(passage: Passage) -> str:
+    return format_place(passage.source, passage.line)
 
 
-def _alike(one: Exception | None, other: Exception | None) -> bool:
+def _are_alike(one: Exception | None, other: Exception | None) -> bool:
     return type(one) is type(other) and str(one) == str(other)
 
 
-def reason(error: Exception | None, text: str) -> str:
+def describe_error(error: Exception | None, text: str) -> str:
     """Return an error in one line, without the text.
 
-    A vendor may quote what it was sent: a message with the beginning of the text in it is left out.
+    A vendor's message may quote the text. A message that contains the beginning of the text is left out.
     """
     if error is None:
-        return "no vector came back"
+        return "the provider returned no vector"
     name, message = type(error).__name__, " ".join(str(error).split())[:300]
     beginning = " ".join(text.split())[:20]
-    quoted = beginning and (beginning in message or ascii(beginning)[1:-1] in message)
-    return name if quoted or not message else f"{name}: {message}"
+    is_quoted = beginning and (beginning in message or ascii(beginning)[1:-1] in message)
+    return name if is_quoted or not message else f"{name}: {message}"

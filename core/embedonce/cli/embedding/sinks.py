@@ -1,9 +1,9 @@
-"""Writing results: rows go to a hidden file beside the output, which gets its name when it is whole.
+"""Writing results: rows go to a hidden file beside the output, which is renamed once it is complete.
 
-Nothing but a regular file is ever replaced. A ``.npy`` and its index are both whole and on the disk before
-the index takes its name, and the matrix takes its own right after: an error or a signal in between puts the
-earlier index back, and only a ``kill -9`` between the two renames can leave the new index beside the earlier
-matrix. No earlier matrix is ever gone before the new one is there.
+Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
+first rename. The index is renamed first and the matrix right after. An error or a signal between the two renames
+restores the earlier index; only a ``kill -9`` there can leave the new index beside the earlier matrix. The earlier
+matrix is never removed before the new one is in place.
 
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); ``NAME.index.jsonl`` beside it has line i for row i
@@ -34,48 +34,48 @@ if sys.platform != "win32":
 
 Matrix = NDArray[np.float32]
 HEADER = 128
-"""Bytes of the .npy header, padded so that it can be written last, when the number of rows is known."""
+"""Bytes of the .npy header. It is padded to a fixed size, because it is written last, when the row count is known."""
 
 
 class Sink(Protocol):
-    """Takes rows in order, and gives the output its name at the end."""
+    """Takes rows in order, and moves the output into place at the end."""
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
-        """Add rows: row i of ``vectors``, shape (n, d), is passage i's."""
+        """Add rows: row i of ``vectors``, shape (n, d), belongs to passage i."""
         ...
 
     def finish(self, dimensions: int) -> None:
-        """Put the output in its place; ``dimensions`` is for one without rows."""
+        """Move the output into place; ``dimensions`` is used if it has no rows."""
         ...
 
     def abort(self) -> None:
-        """Leave no trace. After ``finish`` it does nothing."""
+        """Remove the unfinished output. Do nothing after ``finish``."""
         ...
 
 
 class SinkError(Exception):
-    """The output cannot be written there, or not in that form."""
+    """The output cannot be written to this path or in this format."""
 
 
 def open_sink(out: Path, *, with_text: bool = False) -> Sink:
-    """Open the output that the file's end asks for.
+    """Open an output in the format of its file suffix.
 
     Raises:
-        SinkError: an unknown end, a folder that is missing, something that is no regular file, a file that
-            another run is writing.
+        SinkError: the suffix is unknown, the folder is missing, the path is not a regular file, or another run is
+            writing the file.
     """
     if out.suffix.lower() not in _SINKS:
-        raise SinkError(f"--out {out}: the name ends in .npy, .jsonl or .parquet")
-    finals = finals_of(out)
+        raise SinkError(f"--out {out}: the file name must end in .npy, .jsonl or .parquet")
+    finals = list_outputs(out)
     for final in finals:
-        what = _cannot_be(final)
-        if what:
-            raise SinkError(f"--out {out}: {'' if final == out else f'{final}: '}{what}")
+        obstacle = _find_obstacle(final)
+        if obstacle:
+            raise SinkError(f"--out {out}: {'' if final == out else f'{final}: '}{obstacle}")
     return _SINKS[out.suffix.lower()](finals[0], with_text)
 
 
-def _cannot_be(final: Path) -> str | None:
-    """Say why a file cannot be written under this name, or None where it can."""
+def _find_obstacle(final: Path) -> str | None:
+    """Return why no file can be written to this path, or None if one can."""
     try:
         mode = os.lstat(final).st_mode
     except FileNotFoundError:
@@ -85,73 +85,74 @@ def _cannot_be(final: Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        return "this is a folder"
-    return "this link leads back to itself" if stat.S_ISLNK(mode) else "this is no regular file"
+        return "is a folder"
+    return "is a link to itself" if stat.S_ISLNK(mode) else "is not a regular file"
 
 
-def finals_of(out: Path) -> list[Path]:
-    """Return where an output goes, and its index where it has one: an output that is a link stays one."""
-    final = _followed(out)
-    return [final, _followed(index_of(final))] if out.suffix.lower() == ".npy" else [final]
+def list_outputs(out: Path) -> list[Path]:
+    """Return the path of an output, and of its index if it has one. A link is followed, so that it stays a link."""
+    final = _follow_link(out)
+    return [final, _follow_link(get_index_path(final))] if out.suffix.lower() == ".npy" else [final]
 
 
-def _followed(path: Path) -> Path:
+def _follow_link(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def written_by(out: Path) -> list[Path]:
-    """Return every file that an output may have: its own, its index, and what they are called on the way."""
-    finals = finals_of(out)
-    return [*finals, *map(_on_the_way, finals)]
+def list_written_files(out: Path) -> list[Path]:
+    """Return all files of an output: the output, its index, and their names while they are being written."""
+    finals = list_outputs(out)
+    return [*finals, *map(_get_part_path, finals)]
 
 
-def index_of(final: Path) -> Path:
-    """Return where a matrix's sources are: ``vectors.npy`` has ``vectors.index.jsonl``.
+def get_index_path(final: Path) -> Path:
+    """Return the path of a matrix's index: ``vectors.index.jsonl`` for ``vectors.npy``.
 
-    A name that ends otherwise keeps its end: ``vectors.NPY`` and ``vectors.npy`` may stand side by side.
+    Any other suffix is kept in the name, so that ``vectors.NPY`` and ``vectors.npy`` have different indexes.
     """
     return final.with_name(f"{final.name.removesuffix('.npy')}.index.jsonl")
 
 
-def _on_the_way(final: Path) -> Path:
+def _get_part_path(final: Path) -> Path:
     return final.with_name(f".{final.name}.part")
 
 
 class _Part:
-    """A file under way: ``.NAME.part`` beside the final name, locked, so that two runs never share one.
+    """An unfinished file: ``.NAME.part`` beside the final name, locked so that two runs never write the same one.
 
-    The name is always the same: what a killed run left behind is taken over by the next.
+    The name is always the same, so that the next run reuses the file of a killed run.
     """
 
     def __init__(self, final: Path) -> None:
         self.final = final
-        self.path = _on_the_way(final)
+        self.path = _get_part_path(final)
         try:
-            self.file = self._locked()
+            self.file = self._open_locked()
             self.file.truncate(0)
         except OSError as error:
             raise SinkError(f"--out: cannot write {self.path}: {error.strerror}") from error
 
-    def _locked(self) -> BinaryIO:
+    def _open_locked(self) -> BinaryIO:
         while True:
-            file = open(self.path, "r+b", opener=_creating)  # noqa: SIM115 - open until the run ends
-            if not _lock(file):
+            file = open(self.path, "r+b", opener=_open_or_create)  # noqa: SIM115 - open until the run ends
+            if not _try_lock(file):
                 file.close()
                 raise SinkError(f"--out: another run is writing {self.final}")
-            # Between opening and locking, the run that held it may have renamed or removed the file.
+            # Between opening and locking, the run that held the lock may have renamed or removed the file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                     return file
             file.close()
 
     def finish(self) -> None:
+        """Flush the file to the disk, rename it to its final name, and close it."""
         self.sync()
-        self.place()
+        self.rename()
         self.file.close()
 
     @property
-    def placed(self) -> bool:
-        """Whether it has its name. The file system says so, since a signal may come before a note of it is taken."""
+    def is_renamed(self) -> bool:
+        """Whether the file has its final name. The file system knows, even if a signal follows the rename."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
@@ -159,53 +160,54 @@ class _Part:
         return not self.file.closed and not os.path.samestat(os.fstat(self.file.fileno()), found)
 
     def sync(self) -> None:
-        """Bring all of it to the disk."""
-        with self._named():
+        """Flush the file to the disk."""
+        with self._add_path_to_errors():
             self.file.flush()
             os.fsync(self.file.fileno())
             if sys.platform == "win32":  # an open file cannot be renamed there
                 self.file.close()
 
-    def place(self) -> None:
-        """Give it its name, in the place of what has it."""
-        what = _cannot_be(self.final)  # once more: a run may take hours
-        if what:
-            raise SinkError(f"{self.final}: {what}")
-        with self._named():
+    def rename(self) -> None:
+        """Rename the file to its final name, and replace an earlier file."""
+        obstacle = _find_obstacle(self.final)  # check again, because a run may take hours
+        if obstacle:
+            raise SinkError(f"{self.final}: {obstacle}")
+        with self._add_path_to_errors():
             os.replace(self.path, self.final)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _add_path_to_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise SinkError(f"{self.final}: {error.strerror or type(error).__name__}") from error
 
     def abort(self) -> None:
-        """Remove it; the lock goes last, so that nobody takes over a file that is about to vanish."""
+        """Remove the file, then release its lock, so that no other run opens a file that is about to be removed."""
         if self.file.closed:
             return
-        placed = self.placed  # then another run may be writing under this name by now
+        is_renamed = self.is_renamed  # if so, another run may already use the .part name
         if sys.platform == "win32":
             self.file.close()
-        if not placed:
+        if not is_renamed:
             self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # a full disk fails again when the rest of the buffer is written
+        with suppress(OSError):  # on a full disk, writing the rest of the buffer fails again
             self.file.close()
 
 
-def _creating(path: str, flags: int) -> int:
+def _open_or_create(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _lock(file: BinaryIO) -> bool:
+def _try_lock(file: BinaryIO) -> bool:
+    """Lock a file and return True, or return False if another run has the lock."""
     if sys.platform != "win32":
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
-            return True  # a file system without locks: the name alone has to do
+            return True  # a file system without locks: go on without one
     return True
 
 
@@ -213,13 +215,13 @@ def _lock(file: BinaryIO) -> bool:
 
 
 class NpySink:
-    """A .npy file and its index; no row is held back."""
+    """A .npy file and its index. Rows are written at once, so memory does not grow."""
 
     def __init__(self, out: Path, with_text: bool = False) -> None:
         self._with_text = with_text
         self._matrix = _Part(out)
         try:
-            self._index = _Part(_followed(index_of(out)))
+            self._index = _Part(_follow_link(get_index_path(out)))
         except SinkError:
             self._matrix.abort()
             raise
@@ -228,27 +230,29 @@ class NpySink:
         self._matrix.file.write(bytes(HEADER))
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
-        self._dimensions = _same(self._dimensions, vectors)
+        self._dimensions = _check_dimensions(self._dimensions, vectors)
         self._matrix.file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
         lines = []
         for row, passage in enumerate(passages, start=self._rows):
-            lines.append(json.dumps({"row": row, **_about(passage, self._with_text)}, ensure_ascii=False) + "\n")
+            lines.append(
+                json.dumps({"row": row, **_describe_passage(passage, self._with_text)}, ensure_ascii=False) + "\n"
+            )
         self._index.file.write("".join(lines).encode())
         self._rows += len(passages)
 
     def finish(self, dimensions: int) -> None:
         shape = (self._rows, dimensions if self._dimensions is None else self._dimensions)
         self._matrix.file.seek(0)
-        self._matrix.file.write(npy_header(shape))
+        self._matrix.file.write(make_npy_header(shape))
         self._matrix.sync()
         self._index.sync()
-        with _kept(self._index.final) as earlier:
+        with _back_up(self._index.final) as backup:
             try:
-                self._index.place()
-                self._matrix.place()
+                self._index.rename()
+                self._matrix.rename()
             except BaseException:
-                if self._index.placed and not self._matrix.placed:
-                    os.replace(earlier or self._index.final, self._index.final if earlier else self._index.path)
+                if self._index.is_renamed and not self._matrix.is_renamed:
+                    os.replace(backup or self._index.final, self._index.final if backup else self._index.path)
                 raise
         self._matrix.file.close()
         self._index.file.close()
@@ -259,24 +263,24 @@ class NpySink:
 
 
 @contextmanager
-def _kept(file: Path) -> Iterator[Path | None]:
-    """Keep what a file holds under a second name meanwhile; None where there is no such file."""
-    earlier = file.with_name(f".{file.name}.old")
-    earlier.unlink(missing_ok=True)  # a killed run's
+def _back_up(file: Path) -> Iterator[Path | None]:
+    """Keep a copy of a file for the time of the block; yield its path, or None if there is no such file."""
+    backup = file.with_name(f".{file.name}.old")
+    backup.unlink(missing_ok=True)  # left behind by a killed run
     if not file.exists():
         yield None
         return
     try:
-        os.link(file, earlier)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, earlier)
+        os.link(file, backup)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, backup)
     try:
-        yield earlier
+        yield backup
     finally:
-        earlier.unlink(missing_ok=True)
+        backup.unlink(missing_ok=True)
 
 
-def npy_header(shape: tuple[int, int]) -> bytes:
+def make_npy_header(shape: tuple[int, int]) -> bytes:
     """Return the first :data:`HEADER` bytes of a .npy file, version 1.0 of numpy's format, float32, C order."""
     described = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     padded = described.ljust(HEADER - 11) + b"\n"
@@ -295,12 +299,12 @@ class JsonlSink:
         self._dimensions: int | None = None
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
-        self._dimensions = _same(self._dimensions, vectors)
+        self._dimensions = _check_dimensions(self._dimensions, vectors)
         for passage, vector in zip(passages, vectors, strict=True):
-            about = json.dumps(_about(passage, self._with_text), ensure_ascii=False)
-            # Nine digits bring every float32 back (-0.0 as 0), in half the bytes of a double's seventeen.
+            fields = json.dumps(_describe_passage(passage, self._with_text), ensure_ascii=False)
+            # Nine digits restore every float32 exactly (-0.0 as 0), in half the bytes of the seventeen of a double.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
-            self._part.file.write(f'{about[:-1]}, "vector": [{values}]}}\n'.encode())
+            self._part.file.write(f'{fields[:-1]}, "vector": [{values}]}}\n'.encode())
 
     def finish(self, dimensions: int) -> None:
         self._part.finish()
@@ -320,7 +324,7 @@ class ParquetSink:
             import pyarrow  # type: ignore[import-untyped]
             import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError:
-            raise SinkError("writing Parquet needs pyarrow: pip install 'embedonce[parquet]'") from None
+            raise SinkError("writing Parquet requires pyarrow: pip install 'embedonce[parquet]'") from None
         self._arrow: Any = pyarrow
         self._with_text = with_text
         self._part = _Part(out)
@@ -328,8 +332,8 @@ class ParquetSink:
         self._dimensions: int | None = None
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
-        self._dimensions = _same(self._dimensions, vectors)
-        schema = self._schema(self._dimensions)
+        self._dimensions = _check_dimensions(self._dimensions, vectors)
+        schema = self._make_schema(self._dimensions)
         columns = [
             self._arrow.array([passage.source for passage in passages], type=schema.field("source").type),
             self._arrow.array([passage.line for passage in passages], type=self._arrow.int64()),
@@ -338,26 +342,26 @@ class ParquetSink:
             columns.append(self._arrow.array([passage.text for passage in passages], type=self._arrow.string()))
         values = self._arrow.array(np.ascontiguousarray(vectors).reshape(-1))
         columns.append(self._arrow.FixedSizeListArray.from_arrays(values, self._dimensions))
-        self._open(schema).write_table(self._arrow.Table.from_arrays(columns, schema=schema))
+        self._get_writer(schema).write_table(self._arrow.Table.from_arrays(columns, schema=schema))
 
-    def _schema(self, dimensions: int) -> Any:
+    def _make_schema(self, dimensions: int) -> Any:
         arrow = self._arrow
         text = [("text", arrow.string())] if self._with_text else []
         vector = ("vector", arrow.list_(arrow.float32(), dimensions))
         return arrow.schema([("source", arrow.string()), ("line", arrow.int64()), *text, vector])
 
-    def _open(self, schema: Any) -> Any:
+    def _get_writer(self, schema: Any) -> Any:
         if self._writer is None:
             self._writer = self._arrow.parquet.ParquetWriter(self._part.file, schema)
         return self._writer
 
     def finish(self, dimensions: int) -> None:
-        self._open(self._schema(dimensions if self._dimensions is None else self._dimensions)).close()
+        self._get_writer(self._make_schema(dimensions if self._dimensions is None else self._dimensions)).close()
         self._part.finish()
 
     def abort(self) -> None:
         if self._writer is not None and not self._part.file.closed:
-            with suppress(OSError):  # it writes its footer, into a file that goes away
+            with suppress(OSError):  # close writes a footer, into a file that is about to be removed
                 self._writer.close()
         self._part.abort()
 
@@ -365,17 +369,18 @@ class ParquetSink:
 # --- rows -------------------------------------------------------------------------------------
 
 
-def _about(passage: Passage, with_text: bool) -> dict[str, Any]:
-    about: dict[str, Any] = {"source": passage.source, "line": passage.line}
+def _describe_passage(passage: Passage, with_text: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {"source": passage.source, "line": passage.line}
     if with_text:
-        about["text"] = passage.text
-    return about
+        fields["text"] = passage.text
+    return fields
 
 
-def _same(dimensions: int | None, vectors: Matrix) -> int:
+def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
+    """Return the dimensions of ``vectors``, which must be the same as before."""
     found = int(vectors.shape[1])
     if dimensions not in (None, found):
-        raise SinkError(f"vectors of {dimensions} and of {found} dimensions do not fit one output")
+        raise SinkError(f"one output cannot have vectors of {dimensions} and of {found} dimensions")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Reading passages: from paths to a stream of what is in them, in a fixed order and in bounded memory."""
+"""Reading the passages of files and folders, in a fixed order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from .formats import BY_SUFFIX, Format, Meter, Split, read_csv, read_jsonl, read_parquet, read_text
-from .passages import Broken, Found, name_of
+from .passages import Broken, ReadItem, decode_path
 
 STDIN = "-"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -17,15 +17,15 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 class _File(NamedTuple):
     path: str
-    named: bool
-    """Given on the command line itself, and not found in a folder."""
+    is_argument: bool
+    """Whether the path was given on the command line, not found in a folder."""
 
 
 class Reader:
-    """The passages of some files and folders, in order. Iterate once.
+    """Iterates over the passages of files and folders, in order. Iterate over it only once.
 
-    Folders are read in the order of their names, at every level; hidden files, linked folders and
-    what is in ``leave_out`` are passed over, and so are binary files, which are counted.
+    The entries of a folder are read in the order of their names, at every level. Hidden files, linked folders and the
+    paths in ``leave_out`` are skipped. Binary files in folders are skipped and counted.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class Reader:
         self._leave_out = frozenset(map(os.path.realpath, leave_out))
         self._meter = Meter()
         self.files = 0
-        """Files opened so far."""
+        """Number of files opened so far."""
         self.binary = 0
-        """Binary files passed over so far."""
+        """Number of binary files skipped so far."""
 
     @property
     def bytes_read(self) -> int:
         return self._meter.bytes
 
-    def bytes_total(self) -> int | None:
-        """Return the size of everything that will be read, or None where a pipe is among it."""
+    def compute_total_bytes(self) -> int | None:
+        """Return the total size of all files that will be read, or None if a pipe is among them."""
         total = 0
         for found in self._walk():
             if isinstance(found, Broken):
@@ -63,60 +63,60 @@ class Reader:
             try:
                 status = os.stat(found.path)
             except OSError:
-                continue  # it is named when its turn to be read comes
+                continue  # reported later, when the file is read
             if not stat.S_ISREG(status.st_mode):
                 return None
             total += status.st_size
         return total
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[ReadItem]:
         for found in self._walk():
             if isinstance(found, Broken):
                 yield found
                 continue
             try:
-                yield from self._read(found)
+                yield from self._read_file(found)
             except OSError as error:
-                yield Broken(name_of(found.path), None, _reason(error))
+                yield Broken(decode_path(found.path), None, _describe_os_error(error))
 
     # --- which files --------------------------------------------------------------------------
 
     def _walk(self) -> Iterator[_File | Broken]:
         for path in self._paths:
             if path != STDIN and os.path.isdir(path):
-                yield from self._folder(path)
+                yield from self._walk_folder(path)
             else:
-                yield _File(path, named=True)
+                yield _File(path, is_argument=True)
 
-    def _folder(self, top: str) -> Iterator[_File | Broken]:
-        """Walk with a stack of our own: folders nest deeper than Python's calls may."""
+    def _walk_folder(self, top: str) -> Iterator[_File | Broken]:
+        """Walk a folder with an explicit stack, because folders may nest deeper than Python's recursion limit."""
         stack: list[str] = [top]
         while stack:
             path = stack.pop()
             if path != top and not (os.path.isdir(path) and not os.path.islink(path)):
                 if os.path.isfile(path) and os.path.realpath(path) not in self._leave_out:
-                    yield _File(path, named=False)
+                    yield _File(path, is_argument=False)
                 elif not os.path.isfile(path) and not os.path.isdir(path):
-                    nowhere = os.path.islink(path) and not os.path.exists(path)
-                    yield Broken(name_of(path), None, "a link that leads nowhere" if nowhere else "no regular file")
+                    is_dangling = os.path.islink(path) and not os.path.exists(path)
+                    yield Broken(decode_path(path), None, "dangling link" if is_dangling else "not a regular file")
                 continue
             try:
                 names = sorted(name for name in os.listdir(path) if not name.startswith("."))
             except OSError as error:
-                yield Broken(name_of(path), None, _reason(error))
+                yield Broken(decode_path(path), None, _describe_os_error(error))
                 continue
             stack.extend(os.path.join(path, name) for name in reversed(names))
 
     # --- one file -----------------------------------------------------------------------------
 
-    def _read(self, file: _File) -> Iterator[Found]:
-        source = name_of(file.path)
+    def _read_file(self, file: _File) -> Iterator[ReadItem]:
+        source = decode_path(file.path)
         if file.path == STDIN and sys.stdin is None:
             yield Broken(source, None, "standard input is closed")
             return
         if file.path == STDIN:
             self.files += 1
-            yield from self._stream(sys.stdin.buffer, source, "text" if self._format == "auto" else self._format)
+            yield from self._read_stream(sys.stdin.buffer, source, "text" if self._format == "auto" else self._format)
             return
         suffix = os.path.splitext(file.path)[1].lower()
         format = BY_SUFFIX.get(suffix, "text") if self._format == "auto" else self._format
@@ -125,20 +125,21 @@ class Reader:
             yield from read_parquet(file.path, source, self._meter, self._field, os.path.getsize(file.path))
             return
         with open(file.path, "rb") as stream:
-            # Asked for as text, or of a format whose lines stand alone: a NUL then costs one line, not the file.
+            # Look for a NUL only if the format was guessed. With --format text, or in a format with independent lines,
+            # a NUL costs one line, not the file.
             head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
             if head.startswith(UTF16):
-                yield Broken(source, None, "UTF-16; only UTF-8 is read")
-            elif b"\0" in head and file.named:
-                yield Broken(source, None, "a binary file; --format text reads it all the same")
+                yield Broken(source, None, "UTF-16 is not supported; convert it to UTF-8")
+            elif b"\0" in head and file.is_argument:
+                yield Broken(source, None, "binary file; use --format text to read it anyway")
             elif b"\0" in head:
                 self.binary += 1
                 self._meter.bytes += os.fstat(stream.fileno()).st_size
             else:
                 self.files += 1
-                yield from self._stream(stream, source, format, "\t" if suffix == ".tsv" else ",")
+                yield from self._read_stream(stream, source, format, "\t" if suffix == ".tsv" else ",")
 
-    def _stream(self, stream: BinaryIO, source: str, format: Format, delimiter: str = ",") -> Iterator[Found]:
+    def _read_stream(self, stream: BinaryIO, source: str, format: Format, delimiter: str = ",") -> Iterator[ReadItem]:
         if format == "jsonl":
             return read_jsonl(stream, source, self._meter, self._field)
         if format == "csv":
@@ -146,5 +147,5 @@ class Reader:
         return read_text(stream, source, self._meter, self._split)
 
 
-def _reason(error: OSError) -> str:
+def _describe_os_error(error: OSError) -> str:
     return error.strerror or type(error).__name__

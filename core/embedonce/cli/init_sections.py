@@ -1,0 +1,222 @@
+"""The text of the file that ``embedonce init`` writes: one section per provider and per tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One table of the file, with its comments. An option that is commented out is valid as it is."""
+
+    comment: str
+    """Description of the provider or tier, as lines of TOML comment."""
+    table: str
+    extra: str | None = None
+    """Name of the extra of embedonce that must be installed, or None."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that the table requires, because they have no default."""
+
+    def render(self) -> str:
+        """Return the section as TOML, with the command that installs the extra."""
+        install = f"# Requires: {format_install_command([self.extra])}\n" if self.extra else ""
+        return f"{self.comment}{install}{self.table}"
+
+
+def format_install_command(extras: Sequence[str]) -> str:
+    """Return the command that installs some extras of embedonce."""
+    return f"pip install 'embedonce[{','.join(extras)}]'"
+
+
+_HEAD = """\
+# embedonce: embed each text once.
+# `embedonce check` tests this file and `embedonce schema` describes every option; see also docs/configuration.md.
+
+[cache]
+# Vectors are rounded to this type before they are returned or stored: "float32", "float16" or "int8".
+dtype = "float32"
+
+[key]
+# Change the version to stop using all old vectors; then remove them with `embedonce purge --version v1`.
+version = "v1"
+# Steps that normalise a text before it is embedded. Other steps: "nfkc", "collapse-whitespace", "casefold",
+# "newlines". With an empty list, texts are embedded as they are.
+normalize = ["nfc", "strip"]
+# A namespace separates projects or tenants that share a store.
+# namespace = "my-project"
+# With a secret, nobody who can read the keys can guess short texts from them.
+# secret = "${EMBEDONCE_SECRET}"
+
+"""
+
+_TIERS_HEAD = """\
+# Tiers are asked in the order of this file, so the fastest comes first. A vector that is found in a slower tier is
+# copied to the faster tiers.
+"""
+
+_LEASE = """\
+# If several processes need the same new text, only one computes it and the others wait. One tier can have a lease.
+# lease = "30s"
+"""
+
+PROVIDERS: Mapping[str, Section] = {
+    "ngram": Section(
+        """\
+# The provider makes the vectors. This one runs locally and needs no model. It finds texts that are spelled alike,
+# not texts that mean the same. To search by meaning, use a model: see `embedonce init --help`.
+""",
+        """\
+[provider]
+type = "ngram"
+dimensions = 256
+""",
+    ),
+    "sentence-transformers": Section(
+        """\
+# The provider makes the vectors: a model of the sentence-transformers library, which runs in this process.
+""",
+        """\
+[provider]
+type = "sentence-transformers"
+# A model of the Hugging Face hub, or a folder. The first run downloads a model of the hub.
+model = "sentence-transformers/all-MiniLM-L6-v2"
+# Branch, tag or commit on the hub.
+# revision = "main"
+# "cpu", "cuda", "cuda:1" or "mps". Default: the fastest one that is available.
+# device = "cpu"
+# Scale each vector to length 1. Many models do so themselves.
+# normalize_embeddings = true
+# Refuse a text that is too long. By default it is cut, as the library does.
+# truncate = "error"
+""",
+        extra="sentence-transformers",
+    ),
+    "openai": Section(
+        """\
+# The provider makes the vectors: OpenAI, or any endpoint that speaks its protocol, such as Ollama, vLLM or TEI.
+# For Azure, see docs/providers.md.
+""",
+        """\
+[provider]
+type = "openai"
+model = "text-embedding-3-small"
+# The key is read from the environment. Never write it into this file. For an endpoint without keys, remove this line.
+api_key = "${OPENAI_API_KEY}"
+# Ask for shorter vectors, if the model can make them.
+# dimensions = 512
+# Another endpoint, up to and including /v1.
+# base_url = "http://localhost:11434/v1"
+# Set this for an endpoint that silently cuts texts that are too long, as Ollama does. OpenAI refuses them.
+# truncate = "provider"
+""",
+        extra="openai",
+        variables=("OPENAI_API_KEY",),
+    ),
+    "gemini": Section(
+        """\
+# The provider makes the vectors: Google's Gemini API.
+""",
+        """\
+[provider]
+type = "gemini"
+model = "gemini-embedding-001"
+# The key is read from the environment. Never write it into this file.
+api_key = "${GEMINI_API_KEY}"
+# The model's full length is 3072. Shorter vectors do not have length 1, so they are scaled.
+dimensions = 768
+normalize = true
+""",
+        extra="gemini",
+        variables=("GEMINI_API_KEY",),
+    ),
+}
+
+TIERS: Mapping[str, Section] = {
+    "memory": Section(
+        """\
+# Memory of this process.
+""",
+        """\
+[[tiers]]
+type = "memory"
+max_entries = 2048
+# max_bytes = "64 MiB"
+# Erasing a text does not reach the memory of other processes; a ttl limits how long they keep it.
+# ttl = "10m"
+""",
+    ),
+    "disk": Section(
+        """\
+# A folder on the local disk, shared by the processes of this host. A relative path starts at the folder of this file.
+""",
+        """\
+[[tiers]]
+type = "disk"
+path = ".embedonce"
+max_bytes = "2 GiB"
+# Without a ttl, entries stay until their space is needed.
+# ttl = "30d"
+""",
+    ),
+    "memcached": Section(
+        """\
+# memcached, shared by several hosts. It loses all entries when it restarts. It has no password and no TLS, so keep it
+# on a private network.
+""",
+        """\
+[[tiers]]
+type = "memcached"
+# Every node as host:port. All programs that share the nodes must spell them alike.
+servers = ["localhost:11211"]
+prefix = "embedonce:"
+# `embedonce purge` cannot list keys in memcached; a ttl limits how long an entry stays.
+ttl = "7d"
+# Encrypt the entries. Requires: pip install 'embedonce[encryption]'. Make a key with: openssl rand -base64 32
+# encryption = "${EMBEDONCE_KEY}"
+""",
+        extra="memcached",
+    ),
+    "redis": Section(
+        """\
+# Redis or Valkey, shared by several hosts. Set maxmemory and an eviction policy such as volatile-lru on the server.
+""",
+        """\
+[[tiers]]
+type = "redis"
+# The URL may contain a password, so set it in the environment. Use rediss:// for TLS; for clusters, see docs/redis.md.
+url = "${REDIS_URL:-redis://localhost:6379/0}"
+prefix = "embedonce:"
+ttl = "30d"
+"""
+        + _LEASE,
+        extra="redis",
+    ),
+    "postgres": Section(
+        """\
+# A table in Postgres, shared by several hosts. The vectors are stored with pgvector if it is installed.
+""",
+        """\
+[[tiers]]
+type = "postgres"
+# The URL may contain a password, so set it in the environment: postgresql://user@host:5432/database
+url = "${DATABASE_URL}"
+table = "embedonce"
+# Create the table with `embedonce migrate` only, if the role of your programs must not create tables.
+# create = false
+# Without a ttl, rows are kept until you purge them.
+# ttl = "90d"
+"""
+        + _LEASE,
+        extra="postgres",
+        variables=("DATABASE_URL",),
+    ),
+}
+"""Tiers from the fastest to the slowest: this process, this host, the network. On the network, the stores that keep
+entries in memory come before the database."""
+
+
+def render_file(provider: str, tiers: Sequence[str]) -> str:
+    """Return the whole file for a provider and some tiers, in the order in which they are given."""
+    sections = [TIERS[tier].render() for tier in tiers]
+    return f"{_HEAD}{PROVIDERS[provider].render()}\n{_TIERS_HEAD}\n" + "\n".join(sections)
