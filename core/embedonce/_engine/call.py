@@ -33,15 +33,20 @@ class Answer:
     keys: list[str]
     texts: Sequence[str]
     store: bool
+    """Whether to write computed entries and to promote entries that were found."""
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
+    """Names of tiers, and the keys of the entries that were read from them."""
     failed: dict[str, Exception] = field(default_factory=dict)
+    """Errors of texts, by key."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds spent in calls, by tier and for the provider."""
     errors: dict[str, str] = field(default_factory=dict)
-    failing: set[str] = field(default_factory=set)
+    """Causes of failed reads, by tier."""
+    failed_tiers: set[str] = field(default_factory=set)
     """Names of tiers that failed or were skipped in this call; nothing is written to them in this call."""
-    unknown: dict[str, set[str]] = field(default_factory=dict)
+    failed_keys: dict[str, set[str]] = field(default_factory=dict)
     """Per tier, the keys whose node or shard failed in this call; they are not written to that tier."""
     store_error: TierError | None = None
     """The error of a tier with ``on_error = "raise"`` that could not be written to."""

@@ -80,7 +80,7 @@ def check_entries(
     decoded = Decoded()
     if isinstance(values, Entries):
         values = _take_valid_blocks(values, now, dtype, dimensions, decoded.entries)
-    if trusted and not _has_unexpected(values, now, dtype, dimensions):
+    if trusted and not _has_unexpected_entry(values, now, dtype, dimensions):
         decoded.entries.add(values)
         return decoded
     finite = _are_all_finite(values.values())
@@ -121,7 +121,7 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
     )
 
 
-def _has_unexpected(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
+def _has_unexpected_entry(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
     """Return whether any entry differs in form from what this cache stores. If none does, no other check is needed."""
     for entry in values.values():
         if type(entry) is not Entry:

@@ -26,7 +26,7 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds until the next check, after a check that could not be made, or that made ``action = "refuse"`` refuse."""
+"""Seconds until the next check after one that failed, or that found drift with ``action = "refuse"``."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata of canaries whose space has drifted, so that the next generation of it is used instead."""
@@ -62,7 +62,7 @@ class DriftCheckingEngine(Engine):
         self._states: dict[bytes, _SpaceState] = {}
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
-        state = self._state(route)
+        state = self._get_state(route)
         # The lower bound keeps a clock that was set back from postponing the next check.
         is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
         if route.generation == state.generation and not is_early:
@@ -74,14 +74,14 @@ class DriftCheckingEngine(Engine):
     async def find_current_route(self, port: Port, route: Route) -> Route:
         if not self.can_change_space:
             return route
-        state = self._state(route)
+        state = self._get_state(route)
         if not state.is_generation_known:
             state.is_generation_known = await self._find_generation(
                 port, route.with_generation(state.generation), state
             )
         return route if route.generation == state.generation else route.with_generation(state.generation)
 
-    def _state(self, route: Route) -> _SpaceState:
+    def _get_state(self, route: Route) -> _SpaceState:
         return self._states.setdefault(route.origin, _SpaceState())
 
     async def _find_generation(self, port: Port, route: Route, state: _SpaceState) -> bool:

@@ -44,11 +44,14 @@ class Flight:
         self.number = number
         """The number of the leading call's ticket."""
         self.loop = loop
+        """The event loop of the leading call; None if that is a blocking call."""
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
         self.error: BaseException | None = None
         self.pending_writes = 0
+        """Number of queued background writes of the entry."""
         self.stored = False
+        """Whether the leading call gave the entry to the tiers."""
         self.is_computing = False
         """Whether its computation has begun. From then on the computation itself lands, fails or abandons it."""
         self._future: Future[None] | None = None
@@ -187,10 +190,6 @@ class InFlight:
             self._reading[ticket.number] = None
         return ticket
 
-    def is_under_way(self, number: int) -> bool:
-        """Return whether the call with this ticket number has not ended yet."""
-        return number in self._calls
-
     def end_call(self, number: int) -> None:
         """Remove a call, and the erasures that no remaining call is old enough to violate."""
         with self._lock:
@@ -268,7 +267,7 @@ class InFlight:
         """Return whether a flight can no longer land, because its call, thread or event loop has ended."""
         if flight.loop is not None and (flight.loop.is_closed() or not flight.loop.is_running()):
             return True
-        return not flight.thread.is_alive() or not self.is_under_way(flight.number)
+        return not flight.thread.is_alive() or flight.number not in self._calls
 
     def remove_abandoned(self, key: str, flight: Flight) -> None:
         """Remove a flight whose leader is gone, so that another call can start a new one."""

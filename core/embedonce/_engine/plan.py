@@ -156,9 +156,9 @@ class Engine:
             if read.errors:
                 answer.errors[tier.name] = read.cause or "error"
             if read.failed:
-                answer.failing.add(tier.name)
+                answer.failed_tiers.add(tier.name)
             if read.unknown:
-                answer.unknown.setdefault(tier.name, set()).update(read.unknown)
+                answer.failed_keys.setdefault(tier.name, set()).update(read.unknown)
             if read.entries:
                 answer.entries.add(read.entries)
                 answer.found.append((tier.name, read.entries))
@@ -180,11 +180,11 @@ class Engine:
         """Store entries in the tiers that have not failed in this call. A tier that raises does not stop the others."""
         answer = call.answer
         for tier in tiers:
-            if tier.name not in answer.failing:
-                unknown = answer.unknown.get(tier.name)
-                known = entries if not unknown else {k: e for k, e in entries.items() if k not in unknown}
+            if tier.name not in answer.failed_tiers:
+                failed = answer.failed_keys.get(tier.name)
+                writable = entries if not failed else {k: e for k, e in entries.items() if k not in failed}
                 try:
-                    await tier.store(call.port, call.ticket, known, answer.preview, wait_for_room=wait_for_room)
+                    await tier.store(call.port, call.ticket, writable, answer.preview, wait_for_room=wait_for_room)
                 except TierError as error:
                     answer.store_error = error
 
@@ -286,10 +286,10 @@ class Engine:
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
         """Return the keys to compute here. If the tier has failed in this call, take no leases and return all."""
         tier = leases.tier.name
-        if tier in call.answer.failing:
+        if tier in call.answer.failed_tiers:
             return set(keys)
-        unknown = call.answer.unknown.get(tier, set()).intersection(keys)
-        return unknown | await leases.take(call.port, [key for key in keys if key not in unknown])
+        failed = call.answer.failed_keys.get(tier, set()).intersection(keys)
+        return failed | await leases.take(call.port, [key for key in keys if key not in failed])
 
     async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
         """Land the entries that other processes have written by now. Return whether the tier answered."""
@@ -305,10 +305,10 @@ class Engine:
             )
         except TierError as error:
             answer.store_error = error
-            answer.failing.add(tier.name)
+            answer.failed_tiers.add(tier.name)
             return False
         if read.failed:
-            answer.failing.add(tier.name)
+            answer.failed_tiers.add(tier.name)
         if read.entries:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
