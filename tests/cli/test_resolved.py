@@ -103,7 +103,7 @@ def test_a_wrong_configuration_is_explained(command: Any, written: Path) -> None
 def test_check_warns_of_the_chain_at_its_place_and_once(command: Any, written: Path) -> None:
     done = command("check")
     assert done.code == 0
-    assert done.err.count("'memory' is in this process and is asked only after 'disk'") == 1
+    assert done.err.count("'memory' (in this process) comes after the slower tier 'disk'") == 1
     assert "warning: embedonce.toml:13:1: tier 'memory'" in done.err
     (warning,) = command("check", "--json").json["warnings"]
     assert (warning["line"], warning["column"]) == (13, 1)
