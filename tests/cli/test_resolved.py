@@ -105,7 +105,7 @@ def test_an_invalid_configuration_is_explained(command: Any, config_file: Path) 
 def test_check_shows_a_chain_warning_once_with_its_place(command: Any, config_file: Path) -> None:
     done = command("check")
     assert done.code == 0
-    assert done.err.count("'memory' is in this process and is asked only after 'disk'") == 1
+    assert done.err.count("'memory' (in this process) comes after the slower tier 'disk'") == 1
     assert "warning: embedonce.toml:13:1: tier 'memory'" in done.err
     (warning,) = command("check", "--json").json["warnings"]
     assert (warning["line"], warning["column"]) == (13, 1)
