@@ -14,19 +14,19 @@ from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
-GENEROUS = 60.0
+LONG_TIMEOUT = 60.0
 COLD = [f"text {i}" for i in range(1000)]
 
 
 def write_in_background(folder: str) -> None:
     """Embed ten texts with slow background writes, and exit without closing the cache."""
     backend = FaultyBackend(DiskBackend(path=Path(folder)), [Fault("slow", on="set", seconds=0.02)])
-    tier = Tier(backend, name="d", write="background", timeout=GENEROUS)
-    cache = Cache(CountingProvider(max_batch=1), [tier], flush_timeout=GENEROUS)
+    tier = Tier(backend, name="d", write="background", timeout=LONG_TIMEOUT)
+    cache = Cache(CountingProvider(max_batch=1), [tier], flush_timeout=LONG_TIMEOUT)
     cache.embed_batch([str(i) for i in range(10)])
 
 
-def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
+def embed_all_texts(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
     """Embed the :data:`COLD` texts in an order of its own, through memory and a tier with leases.
 
     Returns the number of texts that this process computed, and the number that the tier failed for.
@@ -35,8 +35,8 @@ def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> 
     (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
     order = np.random.default_rng(seed).permutation(len(COLD))
-    with Cache(provider, [MemoryBackend(), tier], max_wait=GENEROUS) as cache:
-        barrier.wait(GENEROUS + 40)  # for the last of eight processes to start; less than pytest's timeout
+    with Cache(provider, [MemoryBackend(), tier], max_wait=LONG_TIMEOUT) as cache:
+        barrier.wait(LONG_TIMEOUT + 40)  # for the last of eight processes to start; less than pytest's timeout
         for start in range(0, len(COLD), 100):
             mine = [f"{prefix} {COLD[i]}" for i in order[start : start + 100]]
             matrix = cache.embed_batch(mine)
@@ -44,10 +44,10 @@ def ask_for_all(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> 
         return provider.texts, cache.stats().tiers["shared"].errors
 
 
-def eight_ask_for_all(table: dict[str, Any], prefix: str) -> list[tuple[int, int]]:
-    """Run :func:`ask_for_all` in eight parallel processes, and return their results."""
+def run_eight_processes(table: dict[str, Any], prefix: str) -> list[tuple[int, int]]:
+    """Run :func:`embed_all_texts` in eight parallel processes, and return their results."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         barrier = manager.Barrier(8)
         with context.Pool(8) as pool:
-            return pool.starmap(ask_for_all, [(table, prefix, seed, barrier) for seed in range(8)])
+            return pool.starmap(embed_all_texts, [(table, prefix, seed, barrier) for seed in range(8)])

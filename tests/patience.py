@@ -18,73 +18,73 @@ from embedonce import Cache, TierBusy
 
 T = TypeVar("T")
 
-GENEROUS = 60.0
+LONG_TIMEOUT = 60.0
 """Timeout in seconds: far more than anything takes on a busy machine, and less than pytest's timeout of a test."""
 
 
-def until(true: Callable[[], object]) -> None:
+def wait_until(true: Callable[[], object]) -> None:
     """Wait until ``true()`` returns a true value."""
-    end = time.monotonic() + GENEROUS
+    end = time.monotonic() + LONG_TIMEOUT
     while not true():
-        assert time.monotonic() < end, f"the condition did not become true within {GENEROUS:g} s"
+        assert time.monotonic() < end, f"the condition did not become true within {LONG_TIMEOUT:g} s"
         time.sleep(0.001)
 
 
-def until_gone(what: weakref.ref[Any]) -> None:
+def wait_until_collected(what: weakref.ref[Any]) -> None:
     """Wait until an object is collected. A thread may still refer to it for a moment after it has answered."""
 
     def is_gone() -> bool:
         gc.collect()
         return what() is None
 
-    until(is_gone)
+    wait_until(is_gone)
 
 
 @contextmanager
-def held(lock: AbstractContextManager[Any]) -> Iterator[None]:
+def hold_lock(lock: AbstractContextManager[Any]) -> Iterator[None]:
     """Let another thread hold a lock, as may happen at the moment of a fork."""
     locked, end = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
             locked.set()
-            end.wait(GENEROUS)
+            end.wait(LONG_TIMEOUT)
 
     holder = threading.Thread(target=hold)
     holder.start()
     try:
-        assert locked.wait(GENEROUS)
+        assert locked.wait(LONG_TIMEOUT)
         yield
     finally:
         end.set()
         holder.join()
 
 
-async def auntil(true: Callable[[], object]) -> None:
+async def wait_until_async(true: Callable[[], object]) -> None:
     """Let the tasks of this event loop run until ``true()`` returns a true value."""
-    async with asyncio.timeout(GENEROUS):
+    async with asyncio.timeout(LONG_TIMEOUT):
         while not true():
             await asyncio.sleep(0.001)
 
 
-def followers(cache: Cache) -> int:
+def count_followers(cache: Cache) -> int:
     """Return the number of calls that wait now for vectors that other calls compute."""
     with cache._chain.in_flight._lock:
         futures = [flight._future for flight in cache._chain.in_flight._flights.values() if flight._future is not None]
     return sum(len(future._waiters) + len(future._done_callbacks) for future in futures)  # type: ignore[attr-defined]
 
 
-def made(call: Callable[[], T]) -> T:
+def retry_when_busy(call: Callable[[], T]) -> T:
     """Return the result of a call with a short timeout; retry it if no thread was free in time.
 
     A busy machine may start a thread only after the timeout has passed. Then the tier or the provider raises
     TierBusy, which is not what the test checks.
     """
-    end = time.monotonic() + GENEROUS
+    end = time.monotonic() + LONG_TIMEOUT
     while True:
         try:
             return call()
         except Exception as error:
             if not isinstance(error, TierBusy) and not isinstance(error.__cause__, TierBusy):
                 raise
-            assert time.monotonic() < end, f"no thread was free within {GENEROUS:g} s"
+            assert time.monotonic() < end, f"no thread was free within {LONG_TIMEOUT:g} s"

@@ -10,7 +10,7 @@ MAX_SHOWN = 60
 """Maximum number of characters of a value that a message shows."""
 
 
-def closest(word: str, words: Iterable[str], *, likeness: float = 0.65) -> str | None:
+def find_closest(word: str, words: Iterable[str], *, likeness: float = 0.65) -> str | None:
     """Return the one of ``words`` that ``word`` most likely misspells, or None."""
     import difflib  # here, because only errors need it
 
@@ -23,7 +23,7 @@ def _normalize(word: str) -> str:
     return word.lower().replace("-", "_")
 
 
-def listed(words: Iterable[str], last: str = "and") -> str:
+def join_words(words: Iterable[str], last: str = "and") -> str:
     """Return ``a, b and c``."""
     *front, end = list(words) or ["nothing"]
     return f"{', '.join(front)} {last} {end}" if front else end
@@ -32,20 +32,20 @@ def listed(words: Iterable[str], last: str = "and") -> str:
 _USER_IN_URL = re.compile(r"//[^/\s]*@")
 
 
-def without_credentials(text: str) -> str:
+def strip_credentials(text: str) -> str:
     """Return a URL without its user, password and query; return other text unchanged."""
     if "://" not in text:
         return text
     return _USER_IN_URL.sub("//***@", text).partition("?")[0]
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """Return text in quotes, shortened and without a URL's credentials; control characters are escaped."""
-    text = without_credentials(text)
+    text = strip_credentials(text)
     short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
     return json.dumps(short, ensure_ascii=not short.isprintable())  # isprintable() is False for a lone surrogate too
 
 
-def written(name: str) -> str:
+def quote_toml_key(name: str) -> str:
     """Return a key as TOML writes it: bare if possible, else in quotes."""
-    return name if len(name) <= MAX_SHOWN and re.fullmatch(r"[A-Za-z0-9_-]+", name) else quoted(name)
+    return name if len(name) <= MAX_SHOWN and re.fullmatch(r"[A-Za-z0-9_-]+", name) else quote(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from reprlib import Repr
 
-from ._messages import written
+from ._messages import quote_toml_key
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -19,7 +19,7 @@ def short(value: object) -> str:
 
 def counts(numbers: Mapping[str, int], between: str = " from ") -> str:
     """Return ``990 from memory, 8 from provider``, without the names whose number is 0."""
-    return ", ".join(f"{number:,}{between}{written(name)}" for name, number in numbers.items() if number)
+    return ", ".join(f"{number:,}{between}{quote_toml_key(name)}" for name, number in numbers.items() if number)
 
 
 def percent(share: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ._messages import written
+from ._messages import quote_toml_key
 from ._reprs import counts, html_table, number_of, short
 from .errors import Incomplete
 from .keys import Value, VectorSpace
@@ -62,7 +62,7 @@ class Fetched:
             counts(self._sources()),
             f"{len(self.failed):,} failed" if self.failed else "",
             f"{self._missing():,} missing" if self._missing() else "",
-            "tier errors: " + ", ".join(map(written, self.errors)) if self.errors else "",
+            "tier errors: " + ", ".join(map(quote_toml_key, self.errors)) if self.errors else "",
         ]
         details = ", ".join(part for part in parts if part)
         return f"<Fetched {number_of(len(self.rows), 'text')}{size}{': ' if details else ''}{details}>"
@@ -107,8 +107,10 @@ class Explanation:
         return asdict(self) | {"found": self.found}
 
     def __repr__(self) -> str:
-        where = "in no tier" if self.found is None else f"found in {written(self.found)}"
-        outcomes = ", ".join(f"{written(tier)} {written(outcome)}" for tier, outcome in self.tiers.items())
+        where = "in no tier" if self.found is None else f"found in {quote_toml_key(self.found)}"
+        outcomes = ", ".join(
+            f"{quote_toml_key(tier)} {quote_toml_key(outcome)}" for tier, outcome in self.tiers.items()
+        )
         return f"<Explanation {where}{': ' if outcomes else ''}{outcomes}; scope {self.scope}, task {short(self.task)}>"
 
     def _repr_html_(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ._messages import written
+from ._messages import quote_toml_key
 from ._reprs import html_table, percent
 
 
@@ -126,7 +126,7 @@ class Stats:
         return min(1.0, sum(tier.hits for tier in self.tiers.values()) / first.looked_up)
 
     def __repr__(self) -> str:
-        rates = ", ".join(f"{written(name)} {percent(tier.hit_rate)}" for name, tier in self.tiers.items())
+        rates = ", ".join(f"{quote_toml_key(name)} {percent(tier.hit_rate)}" for name, tier in self.tiers.items())
         computed = sum(provider.texts for provider in self.providers.values())
         failed = sum(provider.failed for provider in self.providers.values())
         return (

@@ -28,7 +28,7 @@ import embedonce
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
-from embedonce.testing.contracts.support import in_fork, in_threads
+from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce_backends.disk import BytesDisk, DiskBackend, sqlite
 from embedonce_backends.disk import backend as disk_backend
 
@@ -559,7 +559,7 @@ def test_close_during_calls_of_other_threads(tmp_path: Path) -> None:
             except CacheClosed:
                 return
 
-    in_threads(4, work, "close during get_many")
+    run_in_threads(4, work, "close during get_many")
     assert [path.name for path in tmp_path.iterdir()] == ["cache.db"], "the last one to close removes the log"
 
 
@@ -592,7 +592,7 @@ def test_an_unclosed_backend_closes_the_file_when_it_is_collected(tmp_path: Path
 def test_only_a_few_idle_connections_are_kept(tmp_path: Path) -> None:
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(10)), None)
-        in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
+        run_in_threads(20, lambda _: backend.get(key_of(1)) and None, "get")
         assert len(backend._connections._idle) <= sqlite.MAX_IDLE
 
 
@@ -681,7 +681,7 @@ def test_a_child_can_use_the_file_after_the_parent_has_closed_it(tmp_path: Path)
             backend.close()
             os.write(close, b"!")
 
-    in_fork(child, "a child whose parent closes the file", beside=parent)
+    run_in_fork(child, "a child whose parent closes the file", beside=parent)
     for end in (opened_by_child, tell, closed_by_parent, close):
         os.close(end)
     with open_backend(tmp_path) as reopened:
@@ -721,7 +721,7 @@ def test_forks_while_threads_write_lose_no_entry(tmp_path: Path, monkeypatch: py
         try:
             for fork in range(8):
                 items = items_of(range(9_000_000 + fork * 10, 9_000_000 + fork * 10 + 10))
-                in_fork(lambda items=items: backend.set_many(items, None), "a fork beside threads")  # type: ignore[misc]
+                run_in_fork(lambda items=items: backend.set_many(items, None), "a fork beside threads")  # type: ignore[misc]
                 stored.append(items)
         finally:
             stop.set()
@@ -755,14 +755,14 @@ def test_a_child_forked_in_the_middle_of_a_call_is_refused(tmp_path: Path, monke
             for path in (tmp_path, tmp_path / "other"):
                 with open_backend(path) as other, pytest.raises(TierError, match="forked"):
                     other.set_many(items_of(range(3)), None)
-            in_fork(grandchild, "a fork of that child")
+            run_in_fork(grandchild, "a fork of that child")
 
         def grandchild() -> None:
             with open_backend(tmp_path) as other, pytest.raises(TierError, match="forked"):
                 other.get(key_of(1))
 
         try:
-            in_fork(child, "a fork in the middle of a call")
+            run_in_fork(child, "a fork in the middle of a call")
         finally:
             release.set()
             thread.join()
@@ -789,7 +789,7 @@ def test_a_fork_while_threads_make_and_close_backends(tmp_path: Path, monkeypatc
         thread.start()
     try:
         for _ in range(20):
-            in_fork(child, "a fork while backends are made and closed")
+            run_in_fork(child, "a fork while backends are made and closed")
     finally:
         stop.set()
         for thread in threads:
@@ -832,7 +832,7 @@ def test_a_backend_made_while_a_fork_waits_has_to_wait(tmp_path: Path, monkeypat
         assert taken.wait(PATIENT)
         threads[1].start()
         try:
-            in_fork(child, "a fork that waited")
+            run_in_fork(child, "a fork that waited")
         finally:
             forked.set()
             for thread in threads:
@@ -884,10 +884,10 @@ def test_a_fork_waits_for_connections_that_are_being_closed(tmp_path: Path, monk
     assert closing.wait(PATIENT)
     try:
         monkeypatch.setattr(sqlite, "FORK_SECONDS", 0.1)
-        in_fork(child_of_a_fork_that_waited_in_vain, "a fork that waited in vain")
+        run_in_fork(child_of_a_fork_that_waited_in_vain, "a fork that waited in vain")
         monkeypatch.setattr(sqlite, "FORK_SECONDS", PATIENT)
         threads[1].start()
-        in_fork(child_of_a_fork_that_waited, "a fork that waited")
+        run_in_fork(child_of_a_fork_that_waited, "a fork that waited")
     finally:
         forked.set()
         release.set()
@@ -911,7 +911,7 @@ def test_a_call_that_forks_continues_only_in_the_parent(tmp_path: Path, monkeypa
                 with pytest.raises(TierError, match="forked"):
                     backend.get(key_of(1))
 
-            in_fork(child, "a call that forks")
+            run_in_fork(child, "a call that forks")
         assert backend.count("") == 5
 
 
@@ -928,7 +928,7 @@ def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest
             backend.get(key_of(1))
         except TierTimeout as error:
             messages.append(str(error))
-        in_fork(inner_child, "a fork inside a fork")
+        run_in_fork(inner_child, "a fork inside a fork")
 
     def inner_child() -> None:
         with pytest.raises(TierError, match="forked"):
@@ -940,7 +940,7 @@ def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(disk_backend, "Connection", make_connection_class(close))
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(2)), None)
-        in_threads(1, lambda _: in_fork(child, "the outer fork"), "a fork inside a fork")
+        run_in_threads(1, lambda _: run_in_fork(child, "the outer fork"), "a fork inside a fork")
         assert messages == ["this process is forking"]
         child()
 

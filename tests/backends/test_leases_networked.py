@@ -17,6 +17,6 @@ def test_eight_processes_compute_a_thousand_cold_texts_a_thousand_times(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     table = {"type": kind, "lease": "60s", "timeout": "60s", **OPTIONS[kind](request)}
-    found = children.eight_ask_for_all(table, kind)
+    found = children.run_eight_processes(table, kind)
     assert sum(errors for _, errors in found) == 0
-    assert sum(computed for computed, _ in found) == len(children.COLD)
+    assert sum(computed for computed, _ in found) == len(children.COLD_TEXTS)

@@ -27,7 +27,7 @@ from embedonce import Cache, Tier
 from embedonce.contracts import deadline
 from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
-from embedonce.testing.contracts.support import in_fork, in_threads
+from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce_backends.memcached import MemcachedBackend, nodes
 from embedonce_backends.memcached.backend import MAX_VALUE_BYTES
 
@@ -379,7 +379,7 @@ def test_connections_are_shared_and_bounded(memcached_servers: list[str]) -> Non
                 wanted = (number + turn) % 50
                 assert backend.get_many([key_of(wanted)]) == {key_of(wanted): value_of(wanted)}
 
-        in_threads(8, work, "get_many from eight threads over two connections")
+        run_in_threads(8, work, "get_many from eight threads over two connections")
         assert proxy.accepted <= 2
 
 
@@ -450,7 +450,7 @@ def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
             backend.set_many(everything, None)
             use()
 
-        in_fork(child, "a backend that was not used before the fork")
+        run_in_fork(child, "a backend that was not used before the fork")
         stop = threading.Event()
         errors: list[BaseException] = []
 
@@ -466,7 +466,7 @@ def test_a_fork_shares_no_connection(memcached_servers: list[str]) -> None:
             thread.start()
         try:
             for _ in range(5):
-                in_fork(child, "a backend that threads used during the fork")
+                run_in_fork(child, "a backend that threads used during the fork")
         finally:
             stop.set()
             for thread in threads:
@@ -508,7 +508,7 @@ def test_after_close_a_connection_in_use_is_closed_when_its_call_ends(memcached_
                 backend.get_many([key_of(number)])
 
     with pytest.raises(CacheClosed):
-        in_threads(4, work, "get_many during close")
+        run_in_threads(4, work, "get_many during close")
     assert all(node._idle == [] for node in backend._nodes.values())
 
 

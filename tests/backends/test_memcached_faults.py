@@ -21,13 +21,13 @@ from embedonce import Cache, Tier
 from embedonce.contracts import deadline
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierError
 from embedonce.testing import CountingProvider, FaultProxy, ManualClock, NetworkFault
-from embedonce.testing.contracts.support import in_threads
+from embedonce.testing.contracts.support import run_in_threads
 from embedonce_backends._nodes import NodeDown, NodeTimeout
 from embedonce_backends.memcached import MemcachedBackend, nodes
 
 R = TypeVar("R")
 
-GENEROUS = 20.0
+LONG_TIMEOUT = 20.0
 """Seconds within which a call with a short deadline ends on any machine."""
 
 OPERATIONS: dict[str, Callable[[Any], object]] = {
@@ -127,11 +127,11 @@ def test_a_call_ends_in_time_and_service_resumes(
         start = time.monotonic()
         is_unaffected = name == "half-open" and not used
         try:
-            with deadline(GENEROUS if is_unaffected else 0.15):
+            with deadline(LONG_TIMEOUT if is_unaffected else 0.15):
                 call(backend)
         except Exception as raised:
             error = raised
-        assert time.monotonic() - start < GENEROUS
+        assert time.monotonic() - start < LONG_TIMEOUT
         if is_unaffected:
             assert error is None
         elif name in SILENT:
@@ -172,7 +172,7 @@ def test_a_name_lookup_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def hang(host: Any, *args: Any) -> Any:
         if args[-1] != socket.AI_NUMERICHOST:
-            released.wait(GENEROUS)
+            released.wait(LONG_TIMEOUT)
         return look_up(host, *args)
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
@@ -197,7 +197,7 @@ def test_a_restart_of_the_server_causes_no_error(servers: list[MemcachedServer])
     """A call whose idle connection the server has closed is made again with a new one."""
     with MemcachedServer() as server, open_backend(server) as backend:
         for operation in ("get", "set", "delete"):
-            in_threads(4, lambda _: backend.set_many(items_of(range(60)), None), "set_many")
+            run_in_threads(4, lambda _: backend.set_many(items_of(range(60)), None), "set_many")
             server.kill()
             server.restart()
             OPERATIONS[operation](backend)
@@ -402,7 +402,7 @@ def test_the_wait_grows_with_failures_not_with_simultaneous_calls(
             with pytest.raises(PartialAnswer):
                 OPERATIONS["get"](backend)
 
-        in_threads(9, work, "get_many from eight threads")
+        run_in_threads(9, work, "get_many from eight threads")
         waits = [node._wait_seconds]
         for _ in range(10):
             clock.advance(100.0)

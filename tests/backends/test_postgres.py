@@ -31,7 +31,7 @@ from embedonce.contracts import deadline
 from embedonce.encryption import Encryption
 from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
-from embedonce.testing.contracts.support import in_fork, in_threads
+from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce.vectors import Dtype, Entry, freeze, round_vectors
 from embedonce_backends.postgres import PostgresBackend, connections
 from embedonce_backends.postgres import backend as postgres_backend
@@ -414,7 +414,7 @@ def test_writers_of_the_same_rows_do_not_deadlock(backend: PostgresBackend) -> N
             backend.set_many({key: b"%d %d" % (number, turn) for key in shuffled}, None)
             backend.delete_many(shuffled[:100])
 
-    in_threads(6, work, "set_many of the are_identical rows")
+    run_in_threads(6, work, "set_many of the are_identical rows")
 
 
 def test_expired_rows_are_deleted_a_thousand_at_a_time(
@@ -676,7 +676,7 @@ def test_four_processes_migrate_at_once(database: Database, tmp_path: Path) -> N
 
 
 def test_threads_whose_first_writes_coincide_make_one_table(database: Database, backend: PostgresBackend) -> None:
-    in_threads(8, lambda number: backend.set_many({key_of(number): b"x"}, None), "the first eight writes")
+    run_in_threads(8, lambda number: backend.set_many({key_of(number): b"x"}, None), "the first eight writes")
     assert backend.count("") == 8
 
 
@@ -826,14 +826,14 @@ def test_a_server_that_does_not_answer_raises_a_timeout_not_busy(behind: Postgre
         except Exception as error:
             errors.append(error)
 
-    in_threads(6, ask, "get_many of a server that does not answer")
+    run_in_threads(6, ask, "get_many of a server that does not answer")
     assert [type(error) for error in errors] == [TierTimeout] * 6
 
 
 def test_the_pool_opens_at_most_max_connections(database: Database) -> None:
     with open_backend(database.url, max_connections=3) as backend:
         backend.set_many({key_of(1): b"x"}, None)
-        in_threads(12, lambda _: [backend.get_many([key_of(1)]) for _ in range(20)] and None, "twelve threads")
+        run_in_threads(12, lambda _: [backend.get_many([key_of(1)]) for _ in range(20)] and None, "twelve threads")
         assert len(backend._pool._idle) <= 3
         assert backend._pool._open_count == len(backend._pool._idle)
 
@@ -916,7 +916,7 @@ def test_the_backend_works_behind_a_transaction_pooler(database: Database) -> No
                     assert are_identical(backend.get_many(list(items)), items)
                     backend.add_many(items, None)
 
-            in_threads(8, work, "eight threads over two sessions")
+            run_in_threads(8, work, "eight threads over two sessions")
             with deadline(0.2), pytest.raises(TimeoutError), lock_table(database, backend):
                 backend.get_many([key_of(1)])
             assert are_identical(backend.get_many([key_of(1)]), {key_of(1): entry_of(1)})
@@ -1020,7 +1020,7 @@ def test_a_forked_child_has_connections_of_its_own(backend: PostgresBackend) -> 
         assert not pids & {connection.info.backend_pid for connection in backend._pool._idle}
         backend.close()
 
-    in_fork(child, "a backend that was open before the fork")
+    run_in_fork(child, "a backend that was open before the fork")
     assert {connection.info.backend_pid for connection in backend._pool._idle} == pids
     for connection in [backend._pool.take() for _ in range(3)]:
         assert connection.execute(b"SELECT 1").fetchone() == (1,)
@@ -1042,7 +1042,7 @@ def test_a_fork_while_calls_are_in_flight(backend: PostgresBackend) -> None:
         thread.start()
     try:
         for _ in range(5):
-            in_fork(
+            run_in_fork(
                 lambda: are_identical(backend.get_many(list(items)), items) or os._exit(3), "get_many during a fork"
             )
     finally:

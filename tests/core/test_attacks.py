@@ -24,7 +24,7 @@ from typing import Any
 import children
 import numpy as np
 import pytest
-from patience import GENEROUS, auntil
+from patience import LONG_TIMEOUT, wait_until_async
 
 from embedonce import Cache, CacheClosed, ConfigError, EraseIncomplete, Incomplete, Limits, ProviderError, Tier
 from embedonce.functions import FunctionProvider
@@ -92,7 +92,7 @@ def test_vectors_of_different_dimensions_at_once_are_never_reshaped() -> None:
         barrier = threading.Barrier(2)
 
         def embed(texts: list[str], barrier: threading.Barrier = barrier) -> list[list[float]]:
-            barrier.wait(GENEROUS)
+            barrier.wait(LONG_TIMEOUT)
             return [[1.0, 2.0]] if texts == ["a"] else [[3.0, 4.0, 5.0, 6.0]]
 
         provider = FunctionProvider(embed, SPACE, Limits(max_batch=1, concurrency=2))
@@ -142,7 +142,7 @@ def test_a_token_counter_that_raises_affects_only_its_text_and_nobody_hangs() ->
     provider.limits = Limits(max_tokens=100)
     with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(1) as pool:
         assert not cache.fetch(["good", "<|endoftext|>"]).failed
-        assert pool.submit(cache.embed, "good").result(GENEROUS) is not None
+        assert pool.submit(cache.embed, "good").result(LONG_TIMEOUT) is not None
 
 
 def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_an_error_between_claim_and_computation_leaves_no_flight(monkeypatch: py
             patch.setattr("embedonce._engine.plan._normalize_texts", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cache.embed_batch(["a", "b"])
-        assert pool.submit(cache.embed, "a").result(GENEROUS)[0] == 1
+        assert pool.submit(cache.embed, "a").result(LONG_TIMEOUT)[0] == 1
 
 
 # Python prints and discards a KeyboardInterrupt that is raised in the callback of a weak reference.
@@ -179,7 +179,7 @@ def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path
                     stop_signals()  # the signal may arrive in here, too
             stop_signals()
             with ThreadPoolExecutor(1) as pool:
-                matrix = pool.submit(cache.embed_batch, mine).result(GENEROUS)
+                matrix = pool.submit(cache.embed_batch, mine).result(LONG_TIMEOUT)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
         gc.collect()  # a traceback in a reference cycle may keep a ticket alive
         assert not cache._chain.in_flight._calls
@@ -193,8 +193,8 @@ def test_stop_iteration_is_an_ordinary_error(where: str) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", error=StopIteration)] * (where == "backend"))
 
     async def main() -> Any:
-        async with asyncio.timeout(GENEROUS):
-            with Cache(embed, [Tier(faulty, name="far", timeout=GENEROUS)], space=SPACE) as cache:
+        async with asyncio.timeout(LONG_TIMEOUT):
+            with Cache(embed, [Tier(faulty, name="far", timeout=LONG_TIMEOUT)], space=SPACE) as cache:
                 return await cache.afetch(["four"]), cache.stats()
 
     fetched, stats = asyncio.run(main())
@@ -237,7 +237,7 @@ def run_in_fork(work: Callable[[], bool]) -> None:
             os._exit(0 if work() else 3)
         finally:
             os._exit(4)
-    end = time.monotonic() + GENEROUS
+    end = time.monotonic() + LONG_TIMEOUT
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -286,7 +286,7 @@ def test_a_signal_handler_may_use_the_cache(set_alarm: Any) -> None:
             cache.embed_batch(["x", f"{handled}"])
 
         set_alarm(handler)
-        end = time.monotonic() + GENEROUS
+        end = time.monotonic() + LONG_TIMEOUT
         while handled < 500 and time.monotonic() < end:
             cache.embed_batch(["x", "y"])
         stop_signals()  # before the cache is closed, because the handler raises on a closed cache
@@ -303,8 +303,8 @@ def test_close_while_a_blocking_call_runs_an_async_provider() -> None:
         assert thread is not None
         cache.close()
         with pytest.raises(CacheClosed):
-            call.result(GENEROUS)
-        thread.join(GENEROUS)
+            call.result(LONG_TIMEOUT)
+        thread.join(LONG_TIMEOUT)
     assert not thread.is_alive()
 
 
@@ -317,18 +317,18 @@ def test_put_also_stores_a_text_that_is_being_computed(store: bool) -> None:
 
     def embed(texts: list[str]) -> list[list[float]]:
         began.set()
-        go_on.wait(GENEROUS)
+        go_on.wait(LONG_TIMEOUT)
         if store:
             raise RuntimeError("the computation fails")
         return [[3.0, 4.0]]
 
     with Cache(embed, [MemoryBackend()], space=SPACE) as cache, ThreadPoolExecutor(1) as pool:
         computing = pool.submit(lambda: cache.fetch(["x"], store=store))
-        began.wait(GENEROUS)
+        began.wait(LONG_TIMEOUT)
         cache.put(["x"], [[1.0, 2.0]])
         assert cache.lookup(["x"]).sources == ["memory"]
         go_on.set()
-        computing.result(GENEROUS)
+        computing.result(LONG_TIMEOUT)
         assert cache.lookup(["x"]).rows[0].tolist() == [1.0, 2.0]  # type: ignore[union-attr]
 
 
@@ -339,11 +339,11 @@ def test_every_idle_worker_gets_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(300):
         workers = Workers()
         together = threading.Barrier(3)
-        futures = [workers.submit(partial(together.wait, GENEROUS)) for _ in range(3)]
-        assert sorted(future.result(GENEROUS) for future in futures) == [0, 1, 2]
+        futures = [workers.submit(partial(together.wait, LONG_TIMEOUT)) for _ in range(3)]
+        assert sorted(future.result(LONG_TIMEOUT) for future in futures) == [0, 1, 2]
         again = threading.Barrier(3)
-        futures = [workers.submit(partial(again.wait, GENEROUS)) for _ in range(3)]
-        assert sorted(future.result(GENEROUS) for future in futures) == [0, 1, 2]
+        futures = [workers.submit(partial(again.wait, LONG_TIMEOUT)) for _ in range(3)]
+        assert sorted(future.result(LONG_TIMEOUT) for future in futures) == [0, 1, 2]
 
 
 def test_calls_beyond_max_threads_wait_and_all_are_done() -> None:
@@ -360,13 +360,13 @@ def test_calls_beyond_max_threads_wait_and_all_are_done() -> None:
             most = max(most, at_once)
             mine = next(numbers)
         if mine < 3:  # the first three wait for each other, so they run at the same time
-            together.wait(GENEROUS)
+            together.wait(LONG_TIMEOUT)
         time.sleep(0.001)
         with lock:
             at_once -= 1
         return 1
 
-    assert sum(future.result(GENEROUS) for future in [workers.submit(work) for _ in range(100)]) == 100
+    assert sum(future.result(LONG_TIMEOUT) for future in [workers.submit(work) for _ in range(100)]) == 100
     assert most == 3
 
 
@@ -375,7 +375,7 @@ def test_calls_beyond_max_threads_wait_and_all_are_done() -> None:
 def test_background_writes_are_done_when_a_child_process_exits(method: str, tmp_path: Path) -> None:
     child = multiprocessing.get_context(method).Process(target=children.write_in_background, args=(str(tmp_path),))  # type: ignore[attr-defined]
     child.start()
-    child.join(GENEROUS)
+    child.join(LONG_TIMEOUT)
     assert child.exitcode == 0
     with Cache(CountingProvider(), [Tier(DiskBackend(path=tmp_path), name="d")]) as cache:
         assert cache.lookup([str(i) for i in range(10)]).sources == ["d"] * 10
@@ -419,7 +419,7 @@ def test_a_hanging_call_does_not_make_later_stores_slower_with_each_forget() -> 
         assert len(looked) == 2  # once per key, however many erasures there are
         assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two tasks' keys
         provider.heal()
-        hanging.result(GENEROUS)
+        hanging.result(LONG_TIMEOUT)
         assert not in_flight._erased
 
 
@@ -429,7 +429,7 @@ def test_a_loop_that_is_closed_with_a_flight_is_garbage_collected() -> None:
         for i in range(5):
             loop = asyncio.new_event_loop()
             task = loop.create_task(cache.aembed(f"{i}"))
-            loop.run_until_complete(auntil(lambda begun=i + 1: len(provider.calls) == begun))
+            loop.run_until_complete(wait_until_async(lambda begun=i + 1: len(provider.calls) == begun))
             for pending in asyncio.all_tasks(loop) | {task}:
                 pending._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
             loop.close()

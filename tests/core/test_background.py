@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patience import GENEROUS
+from patience import LONG_TIMEOUT
 
 from embedonce import Capabilities, background
 from embedonce.background import BackgroundLoop
@@ -30,7 +30,7 @@ async def get_thread_id() -> int:
 def test_every_call_runs_on_one_loop_in_one_thread() -> None:
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(4) as pool:
-        threads = {call.result() for call in [pool.submit(loop.run, get_thread_id, GENEROUS) for _ in range(20)]}
+        threads = {call.result() for call in [pool.submit(loop.run, get_thread_id, LONG_TIMEOUT) for _ in range(20)]}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
     loop.close()
@@ -49,7 +49,7 @@ def test_a_call_that_takes_too_long_is_cancelled() -> None:
 
     with pytest.raises(TimeoutError, match="the remote backend did not answer in time"):
         loop.run(hang, 0.05)
-    assert ended.wait(GENEROUS)
+    assert ended.wait(LONG_TIMEOUT)
     loop.close()
 
 
@@ -61,7 +61,7 @@ def test_errors_of_the_coroutine_reach_the_caller() -> None:
 
     for error in (TimeoutError("of the store"), KeyError("of the store"), CacheClosed("of the store")):
         with pytest.raises(type(error), match="of the store"):
-            loop.run(partial(fail, error), GENEROUS)
+            loop.run(partial(fail, error), LONG_TIMEOUT)
     loop.close()
 
 
@@ -81,14 +81,14 @@ def test_close_cancels_running_calls_and_then_runs_at_end() -> None:
 
     loop = BackgroundLoop("the remote backend", at_end=at_end)
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(loop.run, hang, GENEROUS)
-        assert started.wait(GENEROUS)
+        call = pool.submit(loop.run, hang, LONG_TIMEOUT)
+        assert started.wait(LONG_TIMEOUT)
         loop.close()
         with pytest.raises(CacheClosed, match="the remote backend was closed during the call"):
-            call.result(GENEROUS)
+            call.result(LONG_TIMEOUT)
     assert happened == ["cancelled", "at end"]
     with pytest.raises(CacheClosed, match="the remote backend is closed"):
-        loop.run(get_thread_id, GENEROUS)
+        loop.run(get_thread_id, LONG_TIMEOUT)
 
 
 def test_an_unused_loop_starts_no_thread_and_does_not_run_at_end() -> None:
@@ -102,11 +102,11 @@ def test_an_unused_loop_starts_no_thread_and_does_not_run_at_end() -> None:
 
 def test_a_garbage_collected_loop_ends_its_thread() -> None:
     loop = BackgroundLoop("the remote backend")
-    number = loop.run(get_thread_id, GENEROUS)
+    number = loop.run(get_thread_id, LONG_TIMEOUT)
     (thread,) = (one for one in threading.enumerate() if one.ident == number)
     del loop
     gc.collect()
-    thread.join(GENEROUS)
+    thread.join(LONG_TIMEOUT)
     assert not thread.is_alive()
 
 
@@ -123,22 +123,22 @@ def test_close_does_not_wait_for_ever_for_a_call_that_ignores_cancellation(monke
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(loop.run, stubborn, None)
-        assert started.wait(GENEROUS)
+        assert started.wait(LONG_TIMEOUT)
         loop.close()
         with pytest.raises(CacheClosed, match="was closed during the call"):
-            call.result(GENEROUS)
+            call.result(LONG_TIMEOUT)
     go.set()
 
 
 def test_a_cancellation_that_the_call_causes_itself_reaches_the_caller() -> None:
     async def cancels() -> None:
-        task = asyncio.ensure_future(asyncio.sleep(GENEROUS))
+        task = asyncio.ensure_future(asyncio.sleep(LONG_TIMEOUT))
         task.cancel()
         await task
 
     loop = BackgroundLoop("the remote backend")
     with pytest.raises(CancelledError):
-        loop.run(cancels, GENEROUS)
+        loop.run(cancels, LONG_TIMEOUT)
     loop.close()
 
 
@@ -149,7 +149,7 @@ def test_system_exit_in_a_call_does_not_end_the_loop() -> None:
     loop = BackgroundLoop("the remote backend")
     with pytest.raises(SystemExit):
         loop.run(ends, None)
-    assert loop.run(get_thread_id, GENEROUS)
+    assert loop.run(get_thread_id, LONG_TIMEOUT)
     loop.close()
 
 
@@ -169,7 +169,7 @@ def test_close_raises_the_error_of_at_end() -> None:
         raise OSError("the connection was gone")
 
     loop = BackgroundLoop("the remote backend", at_end=at_end)
-    loop.run(get_thread_id, GENEROUS)
+    loop.run(get_thread_id, LONG_TIMEOUT)
     with pytest.raises(OSError, match="the connection was gone"):
         loop.close()
     loop.close()
@@ -184,15 +184,15 @@ def test_tasks_that_start_while_the_loop_closes_are_cancelled_too() -> None:
             started.set()
             await asyncio.Event().wait()
         finally:
-            begun.append(asyncio.ensure_future(asyncio.sleep(GENEROUS)))
+            begun.append(asyncio.ensure_future(asyncio.sleep(LONG_TIMEOUT)))
 
     loop = BackgroundLoop("the remote backend")
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(loop.run, goes_on, None)
-        assert started.wait(GENEROUS)
+        assert started.wait(LONG_TIMEOUT)
         loop.close()
         with pytest.raises(CacheClosed):
-            call.result(GENEROUS)
+            call.result(LONG_TIMEOUT)
     assert begun[0].cancelled()
 
 
@@ -204,8 +204,8 @@ def test_the_next_call_tries_again_to_start_the_thread(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(RuntimeError, match="can't start"):
-            loop.run(get_thread_id, GENEROUS)
-    assert loop.run(get_thread_id, GENEROUS)
+            loop.run(get_thread_id, LONG_TIMEOUT)
+    assert loop.run(get_thread_id, LONG_TIMEOUT)
     loop.close()
 
 

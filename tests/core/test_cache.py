@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from patience import GENEROUS, made
+from patience import LONG_TIMEOUT, retry_when_busy
 
 import embedonce
 from embedonce import (
@@ -341,7 +341,7 @@ def test_a_provider_that_hangs_beyond_its_timeout(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(timeout=0.1), [ProviderFault("hang")])
     with Cache(provider, [MemoryBackend()]) as cache:
         with pytest.raises(ProviderTimeout, match=r"within 0\.1 s"):
-            made(lambda: Face(cache, asynchronous).embed("a"))
+            retry_when_busy(lambda: Face(cache, asynchronous).embed("a"))
         provider.release()
 
 
@@ -419,7 +419,7 @@ def test_put_stores_vectors_and_keeps_existing_metadata(asynchronous: bool, writ
         assert (fetched.vectors == vectors[[1, 0]]).all()
         assert list(fetched.metadata) == [{"source": "x", "chunk": 1}, {"source": "x", "chunk": 0}]
         assert fetched.sources == ["far", "far"] or write == "background"
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         assert list(face.lookup(["b"]).metadata) == [{"source": "x", "chunk": 1}]
     assert provider.texts == 0
 
@@ -735,8 +735,8 @@ def test_background_writes_are_flushed_at_exit_without_close(tmp_path: Any) -> N
                 time.sleep(0.05)
                 super().set_many(items, ttl)
 
-        tier = Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background", timeout={GENEROUS})
-        cache = Cache(CountingProvider(max_batch=5), [tier], flush_timeout={GENEROUS})
+        tier = Tier(Slow(path={str(tmp_path / "d")!r}), name="d", write="background", timeout={LONG_TIMEOUT})
+        cache = Cache(CountingProvider(max_batch=5), [tier], flush_timeout={LONG_TIMEOUT})
         cache.embed_batch([str(i) for i in range(100)])
     """)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from patience import GENEROUS
+from patience import LONG_TIMEOUT
 
 from embedonce import Cache, EraseIncomplete, KeyPolicy, Tier, TierError
 from embedonce.testing.clocks import ManualClock
@@ -39,9 +39,11 @@ def test_forget_removes_from_every_tier_and_from_the_memo(forget: Forget) -> Non
     with Cache(CountingProvider(symmetric=False), [near, Tier(far, name="far")]) as cache:
         for task in ("document", "query"):
             cache.embed_batch(["secret", "other"], task)
-        cache.flush(GENEROUS)
+        cache.flush(LONG_TIMEOUT)
         forget(cache, ["secret"])
-        assert not any("secret" in memo for route in cache._routes.values() for memo in (route.recent_keys, route._older_keys))
+        assert not any(
+            "secret" in memo for route in cache._routes.values() for memo in (route.recent_keys, route._older_keys)
+        )
         for task in ("document", "query"):
             assert cache.lookup(["secret", "other"], task).sources == [None, "memory"]
         assert len(entries(far)) == 2
@@ -60,7 +62,7 @@ def test_forget_of_one_task_leaves_the_other() -> None:
 def test_forget_wins_over_queued_writes(forget: Forget) -> None:
     far = DictBackend(scope="network")
     faulty = FaultyBackend(far, [Fault("hang", on="set", calls={1})])
-    with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=GENEROUS)]) as cache:
+    with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=LONG_TIMEOUT)]) as cache:
         cache.embed("first")  # its write hangs, so the next ones queue
         faulty.gate.until(1)
         cache.embed_batch(["queued", "kept"])
@@ -68,7 +70,7 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
         forget(cache, ["queued"])
         assert cache._chain.in_flight.count_queued("far") == 1
         faulty.heal()
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         assert cache.lookup(["first", "queued", "kept"]).sources == ["far", None, "far"]
 
 
@@ -83,7 +85,7 @@ def test_forget_names_a_tier_with_a_write_that_hangs(forget: Forget) -> None:
             forget(cache, ["text"])
         assert set(caught.value.tiers) == {"far"}
         faulty.heal()
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         forget(cache, ["text"])
         assert cache.lookup(["text"]).sources == [None]
 
@@ -97,8 +99,8 @@ def test_forget_wins_over_a_running_flight(forget: Forget) -> None:
         provider.gate.until(1)
         forget(cache, ["text"])
         provider.release()
-        assert (leader.result(GENEROUS) == provider.inner.vector_of("text")).all()
-        assert cache.flush(GENEROUS)
+        assert (leader.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
+        assert cache.flush(LONG_TIMEOUT)
         assert cache.lookup(["text"]).sources == [None]
         assert entries(far) == []
 
@@ -106,7 +108,7 @@ def test_forget_wins_over_a_running_flight(forget: Forget) -> None:
 def test_forget_wins_over_a_promotion() -> None:
     near = DictBackend()
     far = FaultyBackend(DictBackend(scope="host"))
-    with Cache(CountingProvider(), [Tier(near, name="near"), Tier(far, name="far", timeout=GENEROUS)]) as cache:
+    with Cache(CountingProvider(), [Tier(near, name="near"), Tier(far, name="far", timeout=LONG_TIMEOUT)]) as cache:
         cache.embed("text")
         near.delete_many(entries(near))
         reading, go_on = threading.Event(), threading.Event()
@@ -115,17 +117,17 @@ def test_forget_wins_over_a_promotion() -> None:
         def get_and_wait(keys: Any) -> Any:
             found = get_many(keys)
             reading.set()
-            go_on.wait(GENEROUS)
+            go_on.wait(LONG_TIMEOUT)
             return found
 
         far.get_many = get_and_wait  # type: ignore[method-assign]
         with ThreadPoolExecutor(1) as pool:
             reader = pool.submit(cache.lookup, ["text"])
-            reading.wait(GENEROUS)
+            reading.wait(LONG_TIMEOUT)
             del far.get_many
             cache.forget(["text"])
             go_on.set()
-            assert reader.result(GENEROUS).sources == ["far"]  # it was read before the forget
+            assert reader.result(LONG_TIMEOUT).sources == ["far"]  # it was read before the forget
         assert entries(near) == []
         assert cache.lookup(["text"]).sources == [None]
 
@@ -152,21 +154,21 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
     texts = [f"text {i}" for i in range(20)]
     provider = CountingProvider(delay=0.004, max_batch=7, asynchronous=bool(seed % 2))
     write = chance.choice(["inline", "background"])
-    with Cache(provider, [near, Tier(slow, name="far", timeout=GENEROUS, write=write)]) as cache:
+    with Cache(provider, [near, Tier(slow, name="far", timeout=LONG_TIMEOUT, write=write)]) as cache:
         cache.embed_batch(chance.sample(texts, 5))  # some are hits and get promoted
         near.delete_many(list(near.scan("")))
         with ThreadPoolExecutor(4) as pool:
             began = threading.Barrier(5)
 
-            futures = [pool.submit(lambda: (began.wait(GENEROUS), cache.embed_batch(texts))) for _ in range(4)]
-            began.wait(GENEROUS)
+            futures = [pool.submit(lambda: (began.wait(LONG_TIMEOUT), cache.embed_batch(texts))) for _ in range(4)]
+            began.wait(LONG_TIMEOUT)
             while len(cache._chain.in_flight._calls) < 4 and not all(future.done() for future in futures):
                 time.sleep(0)
             time.sleep(chance.uniform(0, 0.02))
             cache.forget(texts)
             for future in futures:
-                future.result(GENEROUS)
-        assert cache.flush(GENEROUS)
+                future.result(LONG_TIMEOUT)
+        assert cache.flush(LONG_TIMEOUT)
         assert cache.lookup(texts).sources == [None] * len(texts)
 
 
@@ -265,8 +267,8 @@ def test_purge_wins_over_a_running_flight() -> None:
         provider.gate.until(1)
         cache.purge(version="v1")
         provider.release()
-        leader.result(GENEROUS)
-        cache.flush(GENEROUS)
+        leader.result(LONG_TIMEOUT)
+        cache.flush(LONG_TIMEOUT)
         assert cache.lookup(["text"]).sources == [None]
         assert entries(far) == []
 
@@ -296,7 +298,7 @@ def test_metadata_of_a_space_is_listed_once_per_entry(face: str) -> None:
         cache.fetch(["no metadata"])
         cache.fetch(["a"], "query", metadata=[{"n": 4}])
         other.fetch(["a"], metadata=[{"n": 5}])
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         near.delete_many([cache.explain("b").key])
 
         def listed(cache: Cache, task: str = "document") -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patience import GENEROUS, auntil, followers, until
+from patience import LONG_TIMEOUT, count_followers, wait_until, wait_until_async
 
 from embedonce import Cache, Tier
 from embedonce.testing.fakes import CountingProvider, DictBackend
@@ -22,7 +22,7 @@ from embedonce_backends.memory import MemoryBackend
 
 def background(backend: Any | None = None) -> Tier:
     # Far more than the default of 250 ms: on a busy machine the breaker would open, and texts would be computed again.
-    return Tier(backend or DictBackend(scope="network"), name="far", write="background", timeout=GENEROUS)
+    return Tier(backend or DictBackend(scope="network"), name="far", write="background", timeout=LONG_TIMEOUT)
 
 
 def all_correct(provider: CountingProvider, texts: list[str], matrix: np.ndarray) -> bool:
@@ -63,8 +63,8 @@ def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, co
         with ThreadPoolExecutor(33) as pool:
             tasks = pool.submit(asyncio.run, from_tasks())
             assert all(pool.map(from_thread, range(32)))
-            assert tasks.result(GENEROUS)
-        assert cache.flush(GENEROUS)
+            assert tasks.result(LONG_TIMEOUT)
+        assert cache.flush(LONG_TIMEOUT)
     assert_computed_once(provider, texts)
 
 
@@ -74,14 +74,14 @@ def test_batches_with_the_same_texts_in_opposite_order_do_not_deadlock(tiers: li
         for round_ in range(20):
             a, b = f"a{round_}", f"b{round_}"
             batches = [[a, b], [b, a]] * 4
-            for batch, matrix in zip(batches, pool.map(cache.embed_batch, batches, timeout=GENEROUS), strict=True):
+            for batch, matrix in zip(batches, pool.map(cache.embed_batch, batches, timeout=LONG_TIMEOUT), strict=True):
                 assert all_correct(provider, batch, matrix)
 
 
 def test_five_calls_to_a_chain_with_only_a_background_written_tier_compute_once() -> None:
     slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.2)])
     provider = CountingProvider()
-    with Cache(provider, [Tier(slow, name="far", write="background", timeout=GENEROUS)]) as cache:
+    with Cache(provider, [Tier(slow, name="far", write="background", timeout=LONG_TIMEOUT)]) as cache:
         for _ in range(5):
             cache.embed("text")
             assert cache.lookup(["text"]).sources != [None]
@@ -91,7 +91,7 @@ def test_five_calls_to_a_chain_with_only_a_background_written_tier_compute_once(
 def test_a_landed_flight_is_removed_once_it_is_written() -> None:
     with Cache(CountingProvider(), [background()]) as cache:
         cache.embed_batch([str(i) for i in range(500)])
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         assert not cache._chain.in_flight._flights
         assert not cache._chain.in_flight._calls
         assert not cache._chain.in_flight._retired
@@ -104,14 +104,14 @@ def test_cancelling_the_leader_does_not_fail_its_followers_and_its_vector_is_sto
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await auntil(lambda: provider.gate.waiting)
+            await wait_until_async(lambda: provider.gate.waiting)
             others = [asyncio.create_task(cache.aembed("text")) for _ in range(10)]
-            await auntil(lambda: followers(cache) == 10)
+            await wait_until_async(lambda: count_followers(cache) == 10)
             leader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leader
             provider.heal()
-            async with asyncio.timeout(GENEROUS):
+            async with asyncio.timeout(LONG_TIMEOUT):
                 vectors = await asyncio.gather(*others)
             assert all((v == provider.inner.vector_of("text")).all() for v in vectors)
 
@@ -126,10 +126,10 @@ def test_cancelling_a_follower_does_not_affect_the_others() -> None:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await auntil(lambda: provider.gate.waiting)
+            await wait_until_async(lambda: provider.gate.waiting)
             victim = asyncio.create_task(cache.aembed("text"))
             other = asyncio.create_task(cache.aembed("text"))
-            await auntil(lambda: followers(cache) == 2)
+            await wait_until_async(lambda: count_followers(cache) == 2)
             victim.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await victim
@@ -147,7 +147,7 @@ def test_when_the_leader_fails_one_follower_computes_once(asynchronous: bool) ->
 
     def embed(texts: list[str]) -> Any:
         calls.append(len(texts))
-        gate.wait(GENEROUS)
+        gate.wait(LONG_TIMEOUT)
         if len(calls) == 1:
             raise RuntimeError("the first one fails")
         return [[1.0, 2.0]] * len(texts)
@@ -158,9 +158,9 @@ def test_when_the_leader_fails_one_follower_computes_once(asynchronous: bool) ->
     function = aembed if asynchronous else embed
     with Cache(function, [MemoryBackend()], space={"model": "m"}) as cache, ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(cache.embed, "text") for _ in range(8)]
-        until(lambda: followers(cache) == 7)
+        wait_until(lambda: count_followers(cache) == 7)
         gate.set()
-        outcomes = [future.exception(GENEROUS) for future in futures]
+        outcomes = [future.exception(LONG_TIMEOUT) for future in futures]
     assert sum(error is not None for error in outcomes) == 1
     assert len(calls) == 2
 
@@ -170,7 +170,7 @@ def test_a_provider_that_always_fails_fails_every_caller_and_nobody_hangs() -> N
     with Cache(provider, [MemoryBackend()]) as cache, ThreadPoolExecutor(16) as pool:
         futures = [pool.submit(cache.embed, "text") for _ in range(16)]
         for future in futures:
-            assert isinstance(future.exception(GENEROUS), RuntimeError)
+            assert isinstance(future.exception(LONG_TIMEOUT), RuntimeError)
     assert not cache._chain.in_flight._flights
 
 
@@ -180,18 +180,18 @@ def test_a_loop_that_ends_wakes_its_followers() -> None:
     with Cache(provider, [MemoryBackend()]) as cache:
         loop = asyncio.new_event_loop()
         task = loop.create_task(cache.aembed("text"))
-        loop.run_until_complete(auntil(lambda: provider.gate.waiting))
+        loop.run_until_complete(wait_until_async(lambda: provider.gate.waiting))
         with ThreadPoolExecutor(4) as pool:
 
             async def while_others_follow() -> list[Any]:
                 following = [pool.submit(cache.embed, "text") for _ in range(4)]
-                await auntil(lambda: followers(cache) == 4)
+                await wait_until_async(lambda: count_followers(cache) == 4)
                 return following
 
             futures = loop.run_until_complete(while_others_follow())
             loop.close()
             for future in futures:
-                assert (future.result(GENEROUS) == provider.inner.vector_of("text")).all()
+                assert (future.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
         for pending in asyncio.all_tasks(loop) | {task}:
             pending._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
 
@@ -202,14 +202,14 @@ def test_a_loop_that_is_shut_down_by_asyncio_run_wakes_its_followers() -> None:
 
         async def main() -> None:
             task = asyncio.create_task(cache.aembed("text"))
-            await auntil(lambda: followers(cache))
+            await wait_until_async(lambda: count_followers(cache))
             task.cancel()
 
         running = pool.submit(asyncio.run, main())
         provider.gate.until(1)
         follower = pool.submit(cache.embed, "text")
-        assert (follower.result(GENEROUS) == provider.inner.vector_of("text")).all()
-        running.result(GENEROUS)
+        assert (follower.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
+        running.result(LONG_TIMEOUT)
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -237,18 +237,18 @@ def test_a_provider_may_call_the_cache_for_other_texts_and_its_own(concurrency: 
     with Cache(provider, [MemoryBackend()], max_wait=5.0) as cache:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(GENEROUS)
+        thread.join(LONG_TIMEOUT)
         assert done, "re-entering the cache from the provider hangs"
         assert done[0][:, 0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_blocking_call_on_the_leaders_event_loop_computes_for_itself() -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
-    with Cache(provider, [MemoryBackend()], max_wait=2 * GENEROUS) as cache:
+    with Cache(provider, [MemoryBackend()], max_wait=2 * LONG_TIMEOUT) as cache:
 
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
-            await auntil(lambda: provider.gate.waiting)
+            await wait_until_async(lambda: provider.gate.waiting)
             vector = cache.embed("text")  # waiting here would keep the leader from finishing
             assert provider.gate.waiting, "the blocking call computed for itself"
             provider.heal()
@@ -264,7 +264,7 @@ def test_waiting_has_a_limit_after_which_the_caller_computes() -> None:
         provider.gate.until(1)
         assert (cache.embed("text") == provider.inner.vector_of("text")).all()
         provider.release()
-        assert (leader.result(GENEROUS) == provider.inner.vector_of("text")).all()
+        assert (leader.result(LONG_TIMEOUT) == provider.inner.vector_of("text")).all()
 
 
 def test_a_follower_stores_the_vector_of_a_leader_with_store_false() -> None:
@@ -274,10 +274,10 @@ def test_a_follower_stores_the_vector_of_a_leader_with_store_false() -> None:
         leader = pool.submit(lambda: cache.fetch(["text"], store=False))
         provider.gate.until(1)
         follower = pool.submit(lambda: cache.fetch(["text"]))
-        until(lambda: followers(cache))
+        wait_until(lambda: count_followers(cache))
         provider.heal()
-        assert leader.result(GENEROUS).sources == ["provider"]
-        assert follower.result(GENEROUS).sources == ["provider"]
+        assert leader.result(LONG_TIMEOUT).sources == ["provider"]
+        assert follower.result(LONG_TIMEOUT).sources == ["provider"]
         assert cache.lookup(["text"]).sources == ["dict"]
     assert_computed_once(provider.inner, ["text"])
 
@@ -305,7 +305,7 @@ def run_in_fork(work: Callable[[], bool]) -> None:
 
             traceback.print_exc()
             os._exit(4)
-    end = time.monotonic() + GENEROUS
+    end = time.monotonic() + LONG_TIMEOUT
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -322,7 +322,7 @@ def run_in_fork(work: Callable[[], bool]) -> None:
 def test_a_fork_while_flights_and_queued_writes_are_in_progress(asynchronous: bool) -> None:
     provider = FaultyProvider(CountingProvider(asynchronous=asynchronous), [ProviderFault("hang", calls={2})])
     far = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
-    tier = Tier(far, name="far", write="background", timeout=GENEROUS)
+    tier = Tier(far, name="far", write="background", timeout=LONG_TIMEOUT)
     with Cache(provider, [MemoryBackend(), tier]) as cache:
         cache.embed("before")
         far.gate.until(1)
@@ -344,7 +344,7 @@ def test_a_fork_while_flights_and_queued_writes_are_in_progress(asynchronous: bo
             run_in_fork(child)
         provider.release()
         far.release()
-        leader.join(GENEROUS)
+        leader.join(LONG_TIMEOUT)
         assert not leader.is_alive()
 
 
@@ -361,5 +361,5 @@ def test_chunks_run_concurrently_up_to_the_providers_concurrency(asynchronous: b
             matrix = pool.submit(asyncio.run, cache.aembed_batch(texts))
         provider.gate.until(3)
         provider.heal()
-        assert all_correct(inner, texts, matrix.result(GENEROUS))
+        assert all_correct(inner, texts, matrix.result(LONG_TIMEOUT))
     assert provider.most_at_once == 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import children
 import pytest
-from patience import GENEROUS, until
+from patience import LONG_TIMEOUT, wait_until
 
 from embedonce import Cache, ConfigError, Tier
 from embedonce._engine.leases import Leases, lease_key
@@ -21,11 +21,11 @@ from embedonce_backends.memory import MemoryBackend
 @pytest.mark.slow
 def test_eight_processes_compute_each_of_a_thousand_texts_once(tmp_path: Path) -> None:
     table = {"type": "disk", "path": str(tmp_path / "d"), "lease": "100s", "timeout": "60s"}
-    found = children.eight_ask_for_all(table, "disk")
-    assert sum(computed for computed, _ in found) == len(children.COLD)
+    found = children.run_eight_processes(table, "disk")
+    assert sum(computed for computed, _ in found) == len(children.COLD_TEXTS)
 
 
-def open_two_caches(store: DictBackend, lease: float = GENEROUS, **options: Any) -> tuple[Any, Any]:
+def open_two_caches(store: DictBackend, lease: float = LONG_TIMEOUT, **options: Any) -> tuple[Any, Any]:
     """Open two caches that share nothing but a store, as two processes do."""
 
     def one() -> Any:
@@ -50,12 +50,12 @@ def test_a_follower_waits_for_the_vector_of_another_process(asynchronous: bool) 
             return other.fetch(["b", "c", "a"])
 
         second = pool.submit(follow)
-        until(lambda: follower.count["c"])  # it has computed its own text, and now polls for the others
+        wait_until(lambda: follower.count["c"])  # it has computed its own text, and now polls for the others
         assert not second.done()
         leader.release()
-        fetched = second.result(GENEROUS)
+        fetched = second.result(LONG_TIMEOUT)
         assert fetched.sources == ["shared", "provider", "shared"]
-        assert (fetched.rows[0] == first.result(GENEROUS)[1]).all()
+        assert (fetched.rows[0] == first.result(LONG_TIMEOUT)[1]).all()
         assert other.lookup(["a"]).sources == ["memory"]
         assert dict(follower.count) == {"c": 1}
         assert other.stats().tiers["shared"].misses == 3
@@ -110,7 +110,7 @@ def test_forget_and_purge_remove_leases_too() -> None:
 def test_every_process_computes_if_the_lease_tier_fails(fault: Fault) -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [fault])
-    with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS, timeout=0.2)]) as cache:
+    with Cache(provider, [Tier(faulty, name="shared", lease=LONG_TIMEOUT, timeout=0.2)]) as cache:
         assert (cache.embed("a") == provider.vector_of("a")).all()
         faulty.heal()
 
@@ -118,7 +118,7 @@ def test_every_process_computes_if_the_lease_tier_fails(fault: Fault) -> None:
 def test_a_tier_that_failed_in_a_call_is_not_asked_for_leases_in_that_call() -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="get")])
-    with Cache(provider, [Tier(faulty, name="shared", lease=GENEROUS)]) as cache:
+    with Cache(provider, [Tier(faulty, name="shared", lease=LONG_TIMEOUT)]) as cache:
         assert (cache.embed("a") == provider.vector_of("a")).all()
         assert cache.stats().tiers["shared"].errors == 1
         faulty.heal()
@@ -131,7 +131,7 @@ def test_batches_with_the_same_texts_in_opposite_order_in_two_processes_do_not_d
         with one, other, ThreadPoolExecutor(2) as pool:
             a, b = [f"a{round_}", f"b{round_}"], [f"b{round_}", f"a{round_}"]
             futures = [pool.submit(one.embed_batch, a), pool.submit(other.embed_batch, b)]
-            assert (futures[0].result(GENEROUS) == futures[1].result(GENEROUS)[::-1]).all()
+            assert (futures[0].result(LONG_TIMEOUT) == futures[1].result(LONG_TIMEOUT)[::-1]).all()
 
 
 def test_a_leases_key_has_the_form_of_a_key() -> None:

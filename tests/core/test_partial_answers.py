@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import pytest
-from patience import GENEROUS
+from patience import LONG_TIMEOUT
 
 from embedonce import Cache, EraseIncomplete, Fetched, PartialAnswer, Tier, TierBusy, TierError
 from embedonce._engine.breaker import Breaker
@@ -87,12 +87,12 @@ def test_hits_of_the_healthy_node_are_served_and_the_other_keys_are_errors(
     with Cache(provider, [Tier(backend, name="far", write=write)], listeners=[events.append]) as cache:
         first, other = split(cache)
         fetch(cache, [*first[:10], *other[:10]])
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         events.clear()
         backend.problem = TierBusy("a node is down")
         backend.written.clear()
         fetched = fetch(cache, TEXTS)
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         for text, row, source in zip(TEXTS, fetched.rows, fetched.sources, strict=True):
             assert row is not None
             assert row.tobytes() == provider.vector_of(text).tobytes()
@@ -125,7 +125,7 @@ def test_a_write_that_one_node_refuses_is_an_error_for_its_keys_only(write: Lite
 
         provider.embed = embed
         cache.fetch(TEXTS)
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, stats.errors, dict(stats.causes)) == (len(other), len(first), {"TierBusy": len(first)})
         assert not cache._chain.tiers[0].writer.breaker.is_open

@@ -14,14 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from patience import held
+from patience import hold_lock
 
 import embedonce
 from embedonce import config, hookspecs, plugins
 from embedonce._plugins import loading
 from embedonce.errors import ConfigError, PluginError
 from embedonce.testing import BackendContract, ProviderContract
-from embedonce.testing.contracts.support import in_fork
+from embedonce.testing.contracts.support import run_in_fork
 
 STRANGER = Path(__file__).parent.parent / "plugin"
 
@@ -592,5 +592,7 @@ def embedonce_providers():
 
 
 def test_a_child_that_was_forked_while_a_plugin_is_loaded_loads_it() -> None:
-    with held(loading._lock):
-        in_fork(lambda: config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}), "loading plugins")
+    with hold_lock(loading._lock):
+        run_in_fork(
+            lambda: config.load({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}), "loading plugins"
+        )

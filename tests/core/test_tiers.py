@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from patience import GENEROUS, made, until
+from patience import LONG_TIMEOUT, retry_when_busy, wait_until
 
 from embedonce import Cache, ConfigError, PartialAnswer, Tier, TierBusy, TierError, TierTimeout
 from embedonce._engine.breaker import Breaker
@@ -83,14 +83,14 @@ def test_every_fault_still_gives_every_text_its_own_vector(
     tier = Tier(faulty, name="far", timeout=0.1, write=write)
     with Cache(provider, [MemoryBackend(max_entries=3), tier], flush_timeout=1.0) as cache:
         assert (ask(cache, TEXTS[:10]) == expected(provider, TEXTS[:10])).all()
-        cache.flush(GENEROUS)
+        cache.flush(LONG_TIMEOUT)
         faulty.faults.append(fault)
         start = time.monotonic()
         for _ in range(3):
             if fault.kind == "wrong_reply" and kept == "entries":
                 break  # entries carry no echo of their key: see the backend contract
             assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
-        assert time.monotonic() - start < GENEROUS
+        assert time.monotonic() - start < LONG_TIMEOUT
         faulty.heal()
         assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
 
@@ -127,7 +127,7 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
             ]
             faulty.heal()
             # The event comes after the log line.
-            until(lambda: cache.embed(f"again {time.monotonic()}") is not None and len(changes_of(events)) == 2)
+            wait_until(lambda: cache.embed(f"again {time.monotonic()}") is not None and len(changes_of(events)) == 2)
             assert caplog.records[-1].message == "tier 'far': reads work again"
             assert len(caplog.records) == 2
         assert changes_of(events) == [("open", "read"), ("closed", "read")]
@@ -136,7 +136,7 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
 
 def test_exactly_one_probe_runs_and_not_on_the_callers_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
-    monkeypatch.setattr(Breaker, "LOST_PROBE", 2 * GENEROUS)
+    monkeypatch.setattr(Breaker, "LOST_PROBE", 2 * LONG_TIMEOUT)
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", calls=range(1, 4)), Fault("hang")])
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="none")]) as cache:
         for i in range(3):
@@ -178,11 +178,11 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     with Cache(CountingProvider(), [tier], listeners=[record_change]) as cache:
         for i in range(4):
             cache.embed(f"{i}")
-            assert cache.flush(GENEROUS)
-        until(lambda: changes == ["open", "closed"])
-        until(lambda: "TierBusy" in cache.stats().tiers["far"].causes)  # the breaker is told before it is counted
+            assert cache.flush(LONG_TIMEOUT)
+        wait_until(lambda: changes == ["open", "closed"])
+        wait_until(lambda: "TierBusy" in cache.stats().tiers["far"].causes)  # the breaker is told before it is counted
         cache.embed("after")
-        assert cache.flush(GENEROUS)
+        assert cache.flush(LONG_TIMEOUT)
         stats = cache.stats().tiers["far"]
         assert (stats.stored, dict(stats.causes)) == (1, {"ConnectionRefusedError": 3, "TierBusy": 1})
 
@@ -220,10 +220,10 @@ def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> 
         cache.embed_batch(TEXTS)
         for text in TEXTS[:5]:
             cache.embed(text)
-            assert backend.probed.acquire(timeout=GENEROUS)
+            assert backend.probed.acquire(timeout=LONG_TIMEOUT)
         assert changes == ["open"]
         backend.hangs = False
-        until(lambda: cache.embed(TEXTS[0]) is not None and changes == ["open", "closed"])
+        wait_until(lambda: cache.embed(TEXTS[0]) is not None and changes == ["open", "closed"])
 
 
 def test_many_failed_background_writes_give_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +231,7 @@ def test_many_failed_background_writes_give_one_log_line(caplog: pytest.LogCaptu
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
         for i in range(10):
             cache.embed(f"{i}")
-            assert cache.flush(GENEROUS)
+            assert cache.flush(LONG_TIMEOUT)
         assert cache.stats().tiers["far"].errors == 10
     assert [record.getMessage() for record in caplog.records] == [
         "tier 'far': background write failed for 1 entries (TierBusy)"
@@ -318,7 +318,7 @@ def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
     tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
     with Cache(CountingProvider(), [tier]) as cache:
         with pytest.raises(TierTimeout, match=r"did not answer within 0\.05 s"):
-            made(lambda: cache.embed("text"))
+            retry_when_busy(lambda: cache.embed("text"))
         faulty.heal()
 
 
@@ -496,7 +496,7 @@ def test_ttl_is_jittered_by_the_digest_and_never_longer_than_configured() -> Non
 def test_background_writes_survive_the_end_of_the_cache() -> None:
     backend = DictBackend(scope="network")
     slow = FaultyBackend(backend, [Fault("slow", on="set", seconds=0.05)])
-    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=GENEROUS)], flush_timeout=GENEROUS)
+    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=LONG_TIMEOUT)], flush_timeout=LONG_TIMEOUT)
     cache.embed_batch(TEXTS)
     cache.close()
     assert len(backend) == len(TEXTS) + 1  # and the space card
@@ -516,7 +516,7 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
 
         for _ in range(40):
             embed_and_count_drops()
-        until(embed_and_count_drops)  # on a busy machine reads may time out at first, and then nothing is written
+        wait_until(embed_and_count_drops)  # on a busy machine reads may time out at first, and then nothing is written
         faulty.heal()
 
 

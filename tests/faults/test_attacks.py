@@ -23,7 +23,7 @@ from servers import HOST, MemcachedServer, PostgresServer, RedisClusterServers, 
 from embedonce import Cache, EraseIncomplete, Tier, TierError
 from embedonce.contracts import Backend
 from embedonce.testing import CountingProvider
-from embedonce.testing.contracts.support import in_threads
+from embedonce.testing.contracts.support import run_in_threads
 from embedonce_backends.memcached import MemcachedBackend
 from embedonce_backends.postgres import PostgresBackend
 from embedonce_backends.redis import RedisBackend
@@ -202,7 +202,7 @@ def test_many_loops_in_many_threads(kind: str, servers: dict[str, Any]) -> None:
                         assert row.tobytes() == provider.vector_of(text).tobytes()
             await cache._chain.tiers[0].close_twin(cache._chain.ports.get_loop_port())
 
-        in_threads(8, lambda number: asyncio.run(ask(number)), "a loop in each of eight threads")
+        run_in_threads(8, lambda number: asyncio.run(ask(number)), "a loop in each of eight threads")
         assert cache.flush(LONG_TIMEOUT)
         assert max(provider.count.values()) == 1
         assert not cache.stats().tiers["far"].causes

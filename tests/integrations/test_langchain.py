@@ -27,7 +27,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import BaseStoreAsyncTests, BaseStoreSyncTests, EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
-from patience import until_gone
+from patience import wait_until_collected
 from pydantic import BaseModel, PrivateAttr
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
@@ -510,7 +510,7 @@ def test_after_a_restart_the_disk_has_every_vector(tmp_path: Path, face: Face) -
     documents, query = face.documents(cached, MIXED), face.query(cached, "a")
     cache = weakref.ref(cached.cache._chain)
     del cached
-    until_gone(cache)
+    wait_until_collected(cache)
     inner = Letters()
     cached = CachedEmbeddings(inner, config=disk_config(tmp_path))
     assert face.documents(cached, MIXED) == documents
@@ -545,7 +545,7 @@ def test_cache_backed_embeddings_cold_warm_and_restarted(tmp_path: Path, face: F
         assert list(inner._count) == computed
         cache = weakref.ref(store.cache._chain)
         del embeddings, store
-        until_gone(cache)
+        wait_until_collected(cache)
     _, store = make_backed(Letters())
     keys = list(store.yield_keys())
     assert len(keys) == len(unique)

@@ -33,7 +33,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.rate_limiter import BaseRateLimiter, TokenBucketRateLimiter
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai import OpenAIEmbedding
-from patience import until_gone
+from patience import wait_until_collected
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
@@ -467,7 +467,7 @@ def test_after_a_restart_the_disk_has_every_vector(tmp_path: Path, face: Face) -
     texts, query = face.texts(cached, MIXED), face.query(cached, "a")
     cache = weakref.ref(cached.cache._chain)
     del cached
-    until_gone(cache)
+    wait_until_collected(cache)
     inner = Letters()
     cached = CachedEmbedding(inner, config=disk_config(tmp_path))
     assert face.texts(cached, MIXED) == texts

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patience import held, until_gone
+from patience import hold_lock, wait_until_collected
 
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, VectorSpace, config
-from embedonce.testing.contracts.support import in_fork
+from embedonce.testing.contracts.support import run_in_fork
 from embedonce.testing.fakes import CountingProvider
 from embedonce_integrations import wrapping
 from embedonce_integrations.wrapping import (
@@ -81,7 +81,7 @@ def test_a_closed_or_collected_cache_is_not_shared_again() -> None:
     second.embed("text")
     gone = weakref.ref(second)
     del first, second
-    until_gone(gone)
+    wait_until_collected(gone)
     assert open_shared_cache(NGRAM).lookup(["text"]).sources == [None], "the memory tier is gone with its last user"
 
 
@@ -326,5 +326,5 @@ def test_a_secret_in_plain_text_is_named_and_not_dumped(config: dict[str, Any], 
 
 
 def test_a_child_forked_while_a_cache_is_made_can_make_one() -> None:
-    with held(wrapping._lock):
-        in_fork(lambda: open_shared_cache(NGRAM).embed("a text"), "a shared cache")
+    with hold_lock(wrapping._lock):
+        run_in_fork(lambda: open_shared_cache(NGRAM).embed("a text"), "a shared cache")

@@ -20,7 +20,7 @@ import pytest
 import embedonce
 from embedonce import Cache, ProviderError, SpaceError, TextRefused, Tier
 from embedonce.testing import CountingProvider, OpenAIServer, ProviderContract, Recipe
-from embedonce.testing.contracts.support import in_fork
+from embedonce.testing.contracts.support import run_in_fork
 from embedonce_backends.disk import DiskBackend
 from embedonce_providers._openai_answer import find_too_long, read_answer
 from embedonce_providers.openai import OpenAIProvider
@@ -543,7 +543,7 @@ def test_a_forked_child_has_its_own_connections(server: OpenAIServer) -> None:
         assert provider._clients._blocking is None
         assert np.array_equal(np.array(provider.embed(["child"], "document").vectors)[0], server.vector_of("child"))
 
-    in_fork(child, "embedding")
+    run_in_fork(child, "embedding")
     assert provider._clients._blocking is inherited
     provider.embed(["parent"], "document")
     provider.close()

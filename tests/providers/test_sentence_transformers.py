@@ -20,7 +20,7 @@ import embedonce
 from embedonce import Tier, model_files
 from embedonce.errors import ConfigError, PluginError, SpaceError, TextRefused
 from embedonce.testing import ProviderContract
-from embedonce.testing.contracts.support import in_fork
+from embedonce.testing.contracts.support import run_in_fork
 
 pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
 from embedonce_backends.disk import DiskBackend
@@ -543,7 +543,7 @@ def test_a_forked_child_embeds(minilm_path: Path, shared: type[Shared]) -> None:
         np.testing.assert_allclose(provider.embed(["some words " * 30] * 64, "document"), expected, atol=TOLERANCE)
 
     with provider._lock:  # as if a thread were in the middle of a call
-        in_fork(work, "embed")
+        run_in_fork(work, "embed")
     work()
 
 

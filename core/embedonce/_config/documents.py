@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedonce._messages import written
+from embedonce._messages import quote_toml_key
 from embedonce.errors import ConfigError, Problem
 
 from .places import Place, Places, TomlPath, find_places, read_syntax_error
@@ -70,7 +70,7 @@ class Document:
 
     def table(self, *names: str, array: bool = False) -> str:
         """Return a table's header as this document writes it, such as ``[tool.embedonce.cache]``."""
-        name = ".".join(map(written, (*self.prefix, *names)))
+        name = ".".join(map(quote_toml_key, (*self.prefix, *names)))
         return f"[[{name}]]" if array else f"[{name}]"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from embedonce._messages import listed
+from embedonce._messages import join_words
 from embedonce._plugins.entry_points import (
     all_entry_points,
     distribution_of,
@@ -89,7 +89,8 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
             yield "it provides nothing"
         return
     if point.name not in provided:
-        yield f'it provides {listed(list_registered(plugin))}, but nothing named "{point.name}" like its entry point'
+        names = join_words(list_registered(plugin))
+        yield f'it provides {names}, but nothing named "{point.name}" like its entry point'
         return
     origin = origin_of(point)
     found_by = {other.name for other in all_entry_points() if origin_of(other) == origin and other.value == point.value}
@@ -112,7 +113,7 @@ def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
     if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):
         missing.insert(0, "(embed or aembed)")
     if missing:
-        yield f"{cls.__module__}.{cls.__qualname__} must define {listed(missing)}"
+        yield f"{cls.__module__}.{cls.__qualname__} must define {join_words(missing)}"
     own = options_of(TierTable) if kind == "backend" else {}
     reserved = {"type"} if kind == "backend" else {"type", "fallback"}
     try:

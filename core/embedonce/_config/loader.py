@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from embedonce._messages import closest, listed, quoted, without_credentials
+from embedonce._messages import find_closest, join_words, quote, strip_credentials
 from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, list_invalid_parts, merge_options, options_of, read_text
 from embedonce.drift import DriftGuard
@@ -161,7 +161,7 @@ class _Loader:
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
             if isinstance(given.get(key), str) and ("tiers", index, key) not in self._values.private:
-                return quoted(given[key])
+                return quote(given[key])
         return f"number {index + 1}"
 
     def _check_names(self) -> None:
@@ -169,14 +169,14 @@ class _Loader:
             if name in TABLES:
                 continue
             home = next((table for table, cls in _OWN_TABLES.items() if name in options_of(cls)), None)
-            meant = closest(name, TABLES)
-            unknown = f"table {self._document.table(name)}" if _is_table(given) else f"key {quoted(name)}"
+            meant = find_closest(name, TABLES)
+            unknown = f"table {self._document.table(name)}" if _is_table(given) else f"key {quote(name)}"
             if home and not _is_table(given):
                 hint = f"; it belongs in {self._document.table(home)}"
             elif meant:
                 hint = f"; did you mean {self._document.table(meant, array=meant == 'tiers')}?"
             else:
-                hint = f"; valid tables are {listed(self._document.table(t, array=t == 'tiers') for t in TABLES)}"
+                hint = f"; valid tables are {join_words(self._document.table(t, array=t == 'tiers') for t in TABLES)}"
             self._add_problem((name,), f"unknown {unknown}{hint}", key=True)
 
     # --- tables ---
@@ -366,14 +366,14 @@ class _Loader:
         name = given.get(key)
         if not isinstance(name, str):
             return None  # reading the table reports it
-        url = without_credentials(name) if "://" in name else None
+        url = strip_credentials(name) if "://" in name else None
         name = entry_points.strip_distribution(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             rule = "it must start with a letter a-z and contain only a-z, 0-9, - and _, such as"
             reason = f'{rule} "{_suggest_tier_name(url or name)}"'
             if name == "provider":
                 reason = "it is reserved for the provider"
-            message = f"{quoted(url or name)} is not a valid tier name: {reason}"
+            message = f"{quote(url or name)} is not a valid tier name: {reason}"
             if (*where, key) in self._values.private:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
@@ -404,7 +404,7 @@ class _Loader:
             if key not in names:
                 home = next((name for name, cls in _OWN_TABLES.items() if key in options_of(cls)), None)
                 hint = f"; it belongs in {self._document.table(home)}" if home else _suggest_key(key, names)
-                self._add_problem((*table.where, key), f"unknown key {quoted(key)} in {table.label}{hint}", key=True)
+                self._add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
             value = self._read_option(table, option)
             if value is not UNUSABLE:
@@ -419,7 +419,7 @@ class _Loader:
         if option.name not in table.given:
             if option.required:
                 self._add_problem(
-                    table.where, f"{quoted(option.name)} is missing in {table.label}{_format_doc(option)}", key=True
+                    table.where, f"{quote(option.name)} is missing in {table.label}{_format_doc(option)}", key=True
                 )
             return UNUSABLE
         return self._read_value(table, option, table.given[option.name])
@@ -486,7 +486,7 @@ class _Loader:
         """Name the environment variables in the value at ``where``, without their values."""
         found = (names for place, names in self._values.variables.items() if place[: len(where)] == where)
         names = [name for names in found for name in names]
-        return f" (from the environment variable {listed(names)})" if names else ""
+        return f" (from the environment variable {join_words(names)})" if names else ""
 
     def _add_option_problem(self, table: _Table, option: str, message: str, *, key: bool = False) -> None:
         override = self._find_override(table, option)
@@ -509,7 +509,7 @@ class _Loader:
         unread = tuple(f"{_format_variable(path)}__" for path in self._unread)
         for form, (variable, _) in self._variables.items():
             if form not in known and not form.startswith(unread):
-                meant = closest(form, known)
+                meant = find_closest(form, known)
                 hint = f"; did you mean {known[meant]}?" if meant else ""
                 if form.startswith("tiers__") and form.endswith("__name"):
                     hint = ": a tier's name cannot be overridden, because it identifies the tier"
@@ -561,10 +561,10 @@ def _is_table(value: Any) -> bool:
 
 
 def _suggest_key(key: str, names: Sequence[str]) -> str:
-    meant = closest(key, names)
+    meant = find_closest(key, names)
     if meant:
         return f'; did you mean "{meant}"?'
-    return f"; valid keys are {listed(names)}" if names else "; no key is valid here"
+    return f"; valid keys are {join_words(names)}" if names else "; no key is valid here"
 
 
 def _format_doc(option: Option) -> str:
@@ -573,7 +573,7 @@ def _format_doc(option: Option) -> str:
 
 def _hide_name(error: PluginError, name: str) -> str:
     """Return the message of an error without the plugin's name, which came from the environment."""
-    message = str(error).replace(quoted(name), "of that name")
+    message = str(error).replace(quote(name), "of that name")
     return f"a plugin {message}" if message.startswith("of that name") else message
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from embedonce._messages import quoted, without_credentials, written
+from embedonce._messages import quote, quote_toml_key, strip_credentials
 
 from .places import TomlPath
 
@@ -40,7 +40,7 @@ def display(where: TomlPath, value: Any) -> str | None:
         return None
     if isinstance(value, bool):
         return str(value).lower()
-    return quoted(value) if isinstance(value, str) else str(value)
+    return quote(value) if isinstance(value, str) else str(value)
 
 
 def mask(where: TomlPath, value: Any) -> Any:
@@ -51,12 +51,12 @@ def mask(where: TomlPath, value: Any) -> Any:
         return {key: mask((*where, key), item) for key, item in value.items()}
     if isinstance(value, list):
         return [mask(where, item) for item in value]
-    return without_credentials(value) if isinstance(value, str) else value
+    return strip_credentials(value) if isinstance(value, str) else value
 
 
 def format_path(where: TomlPath) -> str:
     """Format a path of names and list indexes, such as ``servers[0].host``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{written(part)}" for part in where)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{quote_toml_key(part)}" for part in where)
     return text.removeprefix(".")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from embedonce._messages import listed
+from embedonce._messages import join_words
 from embedonce.answers import ChainWarning
 from embedonce.contracts import EXTRAS, Backend, Capabilities
 from embedonce.errors import ConfigError
@@ -157,7 +157,8 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
         found.append(
             ChainWarning(
                 unlimited[0],
-                f"tiers {listed(map(repr, unlimited))} grow without limit, and each stores all that the others store; "
+                f"tiers {join_words(map(repr, unlimited))} grow without limit, and each stores all that the others "
+                "store; "
                 "give the faster one a ttl, or a size limit if its backend has such an option",
             )
         )

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from embedonce import hookspecs
-from embedonce._messages import closest, listed, quoted
+from embedonce._messages import find_closest, join_words, quote
 from embedonce.errors import PluginError
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def describe(point: EntryPoint) -> str:
 
 
 def _explain_ambiguity(name: str, points: Sequence[EntryPoint]) -> str:
-    origins = listed(origin_of(point) for point in points)
-    full = listed((f'"{full_name(point)}"' for point in points), "or")
+    origins = join_words(origin_of(point) for point in points)
+    full = join_words((f'"{full_name(point)}"' for point in points), "or")
     return f'{len(points)} distributions provide a plugin "{name}": {origins}; choose one by writing {full}'
 
 
@@ -169,9 +169,9 @@ def _explain_not_installed(name: str) -> str:
     known = names()
     if not known:
         return (
-            f"no plugin {quoted(name)} is installed, and no other plugin either, because embedonce runs from a source "
+            f"no plugin {quote(name)} is installed, and no other plugin either, because embedonce runs from a source "
             "folder that is not installed; run this in that folder: pip install -e ."
         )
-    meant = closest(name, known, likeness=0.7)  # with the default, "redis" would suggest "disk"
+    meant = find_closest(name, known, likeness=0.7)  # with the default, "redis" would suggest "disk"
     hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that provides it."
-    return f"no plugin {quoted(name)} is installed{hint} Installed: {', '.join(known)}"
+    return f"no plugin {quote(name)} is installed{hint} Installed: {', '.join(known)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from embedonce import hookspecs
-from embedonce._messages import closest, listed, quoted, without_credentials
+from embedonce._messages import find_closest, join_words, quote, strip_credentials
 from embedonce.contracts import API, Normalizer
 from embedonce.errors import PluginError
 from embedonce.events import Event
@@ -183,10 +183,10 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
     callers = manager.get_hookcallers(module) or []
     for caller in callers:
         if not caller.has_spec():
-            meant = closest(caller.name, known)
+            meant = find_closest(caller.name, known)
             raise PluginError(f"there is no hook {caller.name}" + (f"; did you mean {meant}?" if meant else ""))
     if not callers:
-        raise PluginError(f"it has no hooks; mark functions named {listed(known, 'or')} with @embedonce.hookimpl")
+        raise PluginError(f"it has no hooks; mark functions named {join_words(known, 'or')} with @embedonce.hookimpl")
 
 
 def _call_hook(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
@@ -230,7 +230,7 @@ def _make_listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
 def _describe_error(error: BaseException) -> str:
     # pluggy names the fault of a hook on the last lines of its message.
     text = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
-    first = without_credentials(next(iter(text.splitlines()), ""))
+    first = strip_credentials(next(iter(text.splitlines()), ""))
     if isinstance(error, PluginError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -269,14 +269,14 @@ def find_extra(distribution: Distribution, plugin: str, module: str) -> str | No
 
 
 def _explain_unknown_step(name: str) -> str:
-    meant = closest(name, [*NORMALIZERS, *names()])
+    meant = find_closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
     more = "a plugin can provide more, each under an entry point of the same name"
-    return f"no normalisation step {quoted(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
+    return f"no normalisation step {quote(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
 
 
 def _explain_wrong_kind(kind: Kind, plugin: LoadedPlugin) -> str:
-    provided = listed(list_registered(plugin))
+    provided = join_words(list_registered(plugin))
     return f'"{plugin.name}" is not a {kind}; {plugin.origin} provides {provided}'
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedonce._messages import closest, listed
+from embedonce._messages import find_closest, join_words
 from embedonce.errors import PluginError
 from embedonce.options import BadValue
 
@@ -123,7 +123,7 @@ def merge_options(cls: type[Any], own: Mapping[str, Option], reserved: Collectio
     conflicts = sorted(options.keys() & {*own, *reserved})
     if conflicts:
         raise PluginError(
-            f"{_full_name(cls)} must not have an option named {listed(conflicts, 'or')}, because embedonce uses "
+            f"{_full_name(cls)} must not have an option named {join_words(conflicts, 'or')}, because embedonce uses "
             "that name in the same table; the author of the plugin must rename the option"
         )
     return {**own, **options}
@@ -303,7 +303,7 @@ def _value_at(value: Any, where: Sequence[str | int]) -> Any:
 
 def _join_messages(details: Sequence[Any], value: Any, *, hidden: bool) -> str:
     messages = (_describe_detail(detail, value, hidden=hidden) for detail in details)
-    return listed(dict.fromkeys(messages), "or")
+    return join_words(dict.fromkeys(messages), "or")
 
 
 def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
@@ -335,7 +335,7 @@ def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
 def _suggest_word(value: Any, expected: str, hidden: bool) -> str:
     if hidden or not isinstance(value, str):
         return ""
-    word = closest(value, [part.strip(" '") for part in expected.replace(" or ", ",").split(",")])
+    word = find_closest(value, [part.strip(" '") for part in expected.replace(" or ", ",").split(",")])
     return f'; did you mean "{word}"?' if word else ""
 
 

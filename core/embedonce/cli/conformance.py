@@ -70,7 +70,7 @@ def conformance(
     """Run the standard tests on a plugin, and time its operations."""
     with _open_conformance(plugin, option or [], server, tolerance=tolerance, most=most, examples=examples) as run:
         outcomes = []
-        for outcome in run.outcomes(test or []):
+        for outcome in run.run_tests(test or []):
             outcomes.append(outcome)
             if not json:
                 show("\n".join(_format_outcome(outcome)))
@@ -114,11 +114,11 @@ def _open_conformance(plugin: str, options: Sequence[str], server: str, **settin
     from embedonce.testing.conformance import Conformance
 
     try:
-        target = _targets.find(plugin, _targets.pairs(options))
+        target = _targets.find_target(plugin, _targets.parse_options(options))
         _check_server(server, target.options.values())
         with Conformance(target, server=server, **settings) as run:
             yield run
-    except _targets.WrongTarget as error:
+    except _targets.InvalidTarget as error:
         raise Refused(f"{plugin}: {error}") from None
 
 
@@ -135,7 +135,7 @@ def _check_server(server: str, options: Any) -> None:
 
 def _measure_timings(run: Any, rounds: int) -> list[Timing]:
     try:
-        timings: list[Timing] = run.timings(rounds)
+        timings: list[Timing] = run.measure_times(rounds)
     except (Exception, SystemExit) as error:  # noqa: BLE001  (the tests have reported the details)
         say(f"cannot time the operations: {type(error).__name__}")
         return []

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from embedonce._config.documents import FILE, PYPROJECT
-from embedonce._messages import closest, listed, quoted
+from embedonce._messages import find_closest, join_words, quote
 
 from .init_sections import PROVIDERS, TIERS, format_install_command, render_file
 from .options import JsonOption
@@ -39,14 +39,14 @@ DEFAULT_TIERS = ("memory", "disk")
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path("embedonce.toml"),
     provider: Annotated[
-        str, typer.Option("--provider", metavar="NAME", help=f"The provider: {listed(PROVIDERS, 'or')}.")
+        str, typer.Option("--provider", metavar="NAME", help=f"The provider: {join_words(PROVIDERS, 'or')}.")
     ] = "ngram",
     tier: Annotated[
         list[str] | None,
         typer.Option(
             "--tier",
             metavar="NAME",
-            help=f"A tier: {listed(TIERS, 'or')}; repeatable. Default: {listed(DEFAULT_TIERS)}.",
+            help=f"A tier: {join_words(TIERS, 'or')}; repeatable. Default: {join_words(DEFAULT_TIERS)}.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -75,10 +75,10 @@ def init(
 def _check_name(option: str, name: str, names: Collection[str], table: str) -> None:
     if name in names:
         return
-    meant = closest(name, names)
+    meant = find_closest(name, names)
     hint = f"; did you mean {meant}?" if meant else "."
     raise Refused(
-        f"{option} must be one of {', '.join(names)}, got {quoted(name)}{hint} "
+        f"{option} must be one of {', '.join(names)}, got {quote(name)}{hint} "
         f"`embedonce plugins` lists the plugins of other packages; write their {table} table by hand."
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedonce._config.secrets import HIDDEN
-from embedonce._messages import quoted
+from embedonce._messages import quote
 
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, Refused, emit, format_count, format_value, make_table, say, say_excerpt, show
@@ -172,7 +172,7 @@ def _format_toml(value: Any) -> str | None:
         return str(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(str(_format_toml(item)) for item in value)}]"
-    return quoted(value) if isinstance(value, str) and value != HIDDEN else str(value)
+    return quote(value) if isinstance(value, str) and value != HIDDEN else str(value)
 
 
 def _format_dimensions(space: Mapping[str, Any]) -> str:

@@ -177,7 +177,7 @@ def _may_hold_secret(lines: Sequence[str], number: int) -> bool:
 
 def _is_secret_word(word: str) -> bool:
     from embedonce._config.secrets import is_secret
-    from embedonce._messages import closest
+    from embedonce._messages import find_closest
 
     form = word.lower().replace("-", "_")
-    return is_secret((form,)) or closest(form.replace("_", ""), _SECRETS, likeness=0.8) is not None
+    return is_secret((form,)) or find_closest(form.replace("_", ""), _SECRETS, likeness=0.8) is not None

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from embedonce._config.inspection import installed
 from embedonce._config.secrets import credentials_in, is_secret
-from embedonce._messages import closest, listed, quoted
+from embedonce._messages import find_closest, join_words, quote
 from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, list_invalid_parts, options_of, read_text
 from embedonce.errors import PluginError
@@ -25,7 +25,7 @@ SERVER = "{server}"
 """Placeholder in an option for the address of the server."""
 
 
-class WrongTarget(ValueError):
+class InvalidTarget(ValueError):
     """The plugin does not exist, or it cannot be made from these options; the message says why."""
 
 
@@ -57,13 +57,13 @@ class Target:
         """Convert options from text to their declared types.
 
         Raises:
-            WrongTarget: options are invalid or missing; the message lists all of them.
+            InvalidTarget: options are invalid or missing; the message lists all of them.
         """
         declared, problems = self.declared, []
         values: dict[str, Any] = {}
         for name, text in options.items():
             if name not in declared:
-                problems.append(f"unknown option {quoted(name)}{_hint(name, declared)}")
+                problems.append(f"unknown option {quote(name)}{_hint(name, declared)}")
                 continue
             try:
                 values[name] = declared[name].check(read_text(declared[name], text))
@@ -75,9 +75,9 @@ class Target:
                 problems.append(f"option {name}: {error}")
         missing = [option.name for option in declared.values() if option.required and option.name not in options]
         if missing:
-            problems.append(f"missing --option {listed(f'{name}=...' for name in missing)}")
+            problems.append(f"missing --option {join_words(f'{name}=...' for name in missing)}")
         if problems:
-            raise WrongTarget("; ".join(problems))
+            raise InvalidTarget("; ".join(problems))
         return {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
 
     def make_plugin(self, options: Mapping[str, str]) -> Any:
@@ -86,17 +86,17 @@ class Target:
 
 
 def _hint(name: str, declared: Mapping[str, Option]) -> str:
-    meant = closest(name, declared)
+    meant = find_closest(name, declared)
     if meant:
         return f"; did you mean {meant}?"
-    return f"; the plugin takes {listed(declared)}" if declared else "; the plugin takes no options"
+    return f"; the plugin takes {join_words(declared)}" if declared else "; the plugin takes no options"
 
 
-def find(written: str, options: Mapping[str, str]) -> Target:
+def find_target(written: str, options: Mapping[str, str]) -> Target:
     """Find the plugin that ``written`` names: ``plugin``, ``distribution:plugin`` or ``module:Class``.
 
     Raises:
-        WrongTarget: the plugin cannot be found or imported.
+        InvalidTarget: the plugin cannot be found or imported.
     """
     if ":" not in written or written in entry_points.names() or _is_installed(written):
         return _find_installed(written, options)
@@ -122,7 +122,7 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
             return Target(written, kind, finder(written), options)
         except PluginError as error:
             messages.append(str(error))
-    raise WrongTarget(f"{messages[0]}; to name a class that is not installed, write module:Class")
+    raise InvalidTarget(f"{messages[0]}; to name a class that is not installed, write module:Class")
 
 
 def _import_class(module: str, name: str) -> Any:
@@ -133,14 +133,14 @@ def _import_class(module: str, name: str) -> Any:
         found: Any = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise WrongTarget(f"cannot import {module}: it requires {error.name}, which is not installed") from error
-        raise WrongTarget(f"there is no module {module}, neither installed nor in this folder") from error
+            raise InvalidTarget(f"cannot import {module}: it requires {error.name}, which is not installed") from error
+        raise InvalidTarget(f"there is no module {module}, neither installed nor in this folder") from error
     except (Exception, SystemExit) as error:
-        raise WrongTarget(f"cannot import {module}: {type(error).__name__}: {error}") from error
+        raise InvalidTarget(f"cannot import {module}: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            meant = closest(part, vars(found)) if hasattr(found, "__dict__") else None
-            raise WrongTarget(f"{module} has no {part}" + (f"; did you mean {meant}?" if meant else ""))
+            meant = find_closest(part, vars(found)) if hasattr(found, "__dict__") else None
+            raise InvalidTarget(f"{module} has no {part}" + (f"; did you mean {meant}?" if meant else ""))
         found = getattr(found, part)
     return found
 
@@ -149,37 +149,37 @@ def detect_kind(plugin: Any, written: str) -> Kind:
     """Detect the kind of a class or function from its methods.
 
     Raises:
-        WrongTarget: no contract applies to it.
+        InvalidTarget: no contract applies to it.
     """
     if isinstance(plugin, type):
         if hasattr(plugin, "get_many") or hasattr(plugin, "set_many"):
             return "backend"
         if hasattr(plugin, "embed") or hasattr(plugin, "aembed"):
             return "provider"
-        raise WrongTarget(f"{written} is neither a backend (get_many, set_many) nor a provider (embed or aembed)")
+        raise InvalidTarget(f"{written} is neither a backend (get_many, set_many) nor a provider (embed or aembed)")
     if callable(plugin):
         return "normalizer"
-    raise WrongTarget(f"{written} is neither a class nor a function")
+    raise InvalidTarget(f"{written} is neither a class nor a function")
 
 
 def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
     """Make a plugin; a ``Recipe`` calls this in another process."""
-    return find(written, options).make_plugin(options)
+    return find_target(written, options).make_plugin(options)
 
 
-def pairs(written: Iterable[str]) -> dict[str, str]:
+def parse_options(written: Iterable[str]) -> dict[str, str]:
     """Parse ``name=value`` texts into a dict.
 
     Raises:
-        WrongTarget: a text has no ``=``, or a name occurs twice.
+        InvalidTarget: a text has no ``=``, or a name occurs twice.
     """
     found: dict[str, str] = {}
     for text in written:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise WrongTarget(f"an option must be written as name=value, got {quoted(name)}")
+            raise InvalidTarget(f"an option must be written as name=value, got {quote(name)}")
         if name.strip() in found:
-            raise WrongTarget(f"option {name.strip()} is set twice")
+            raise InvalidTarget(f"option {name.strip()} is set twice")
         found[name.strip()] = value
     return found
 

@@ -25,7 +25,7 @@ from embedonce.contracts import Capabilities
 from embedonce.vectors import Entry, encode_frames, freeze
 
 from . import _targets
-from ._targets import NEW, SERVER, Target, WrongTarget
+from ._targets import NEW, SERVER, InvalidTarget, Target
 from .contracts.backend import BackendContract
 from .contracts.normalizer import NormalizerContract
 from .contracts.provider import ProviderContract
@@ -67,7 +67,7 @@ class Conformance:
     """One plugin, its contract, and folders for its stores that are removed at the end.
 
     Raises:
-        WrongTarget: the plugin cannot be made from its options, or all its stores are the same store.
+        InvalidTarget: the plugin cannot be made from its options, or all its stores are the same store.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class Conformance:
             with contextlib.suppress(OSError):  # something else has put files there
                 folder.rmdir()
 
-    def outcomes(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
+    def run_tests(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
         """Run the standard tests in the order of the contract, and yield the outcome of each.
 
         Raises:
-            WrongTarget: ``only`` names a test that the contract does not have.
+            InvalidTarget: ``only`` names a test that the contract does not have.
         """
         contract = self._make_contract()
         names = [name for base in contract.__mro__[::-1] for name in vars(base) if name in contract.standard_tests]
         unknown = set(only) - set(names)
         if unknown:
-            raise WrongTarget(f"the contract of a {self.target.kind} has no test {', '.join(sorted(unknown))}")
+            raise InvalidTarget(f"the contract of a {self.target.kind} has no test {', '.join(sorted(unknown))}")
         configuration.set_hypothesis_home_dir(tempfile.gettempdir())
         for name in names:
             if not only or name in only:
@@ -142,7 +142,7 @@ class Conformance:
             return f"{type(error).__name__} (message hidden because it contains a secret option)"
         return message
 
-    def timings(self, rounds: int) -> list[Timing]:
+    def measure_times(self, rounds: int) -> list[Timing]:
         """Time the operations of the plugin, each at most ``rounds`` times."""
         if rounds < 1 or self.target.kind == "normalizer":
             return []
@@ -177,7 +177,7 @@ class Conformance:
         """Check that these options make a separate store for each test, because tests must not share entries.
 
         Raises:
-            WrongTarget: two stores are the same store, or the backend cannot be made.
+            InvalidTarget: two stores are the same store, or the backend cannot be made.
         """
         made: list[Any] = []
         try:
@@ -185,22 +185,22 @@ class Conformance:
                 made += [self._make_plugin(), self._make_plugin()]
                 one, two = made
                 if not isinstance(getattr(one, "capabilities", None), Capabilities):
-                    raise WrongTarget("a backend must declare its capabilities: capabilities = Capabilities(...)")
+                    raise InvalidTarget("a backend must declare its capabilities: capabilities = Capabilities(...)")
                 if one.capabilities.scope == "process":
                     return
                 value = self._make_values(one, 1)[key(1)]
                 one.set_many({key(1): value}, None)
                 shared = key(1) in two.get_many([key(1)])
-        except WrongTarget:
+        except InvalidTarget:
             raise
         except (Exception, SystemExit) as error:
-            raise WrongTarget(f"making and using a first store failed: {self._describe_error(error)}") from error
+            raise InvalidTarget(f"making and using a first store failed: {self._describe_error(error)}") from error
         finally:
             for backend in made:
                 with contextlib.suppress(Exception):
                     backend.close()
         if shared:
-            raise WrongTarget(
+            raise InvalidTarget(
                 f"two stores made with these options share their entries, but each test requires a new store: "
                 f"write {NEW} into an option that separates stores, such as --option prefix={NEW}"
             )

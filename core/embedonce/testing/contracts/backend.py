@@ -29,7 +29,15 @@ from embedonce.testing.proxy import FaultProxy, NetworkFault
 
 from .child import WRITE_BATCH
 from .dict_model import compare_with_dict
-from .support import CALL_TIMEOUT, Recipe, call_with_timeout, in_fork, in_threads, kill_while_writing, run_in_processes
+from .support import (
+    CALL_TIMEOUT,
+    Recipe,
+    call_with_timeout,
+    kill_while_writing,
+    run_in_fork,
+    run_in_processes,
+    run_in_threads,
+)
 from .values import SCOPE, Values, key, make_values
 from .whole import Contract, register_standard_tests
 
@@ -439,7 +447,7 @@ class BackendContract(Contract):
                     if backend.add_many({name: values.sample(number)}, None):
                         won[name].append(number)
 
-            in_threads(8, work, "add_many")
+            run_in_threads(8, work, "add_many")
             wrong = sum(len(winners) != 1 for winners in won.values())
             assert not wrong, f"add_many: {wrong} of {len(names)} keys were not added by exactly one of eight threads"
             self._require_stored(backend, {name: winners[0] for name, winners in won.items()})
@@ -580,7 +588,7 @@ class BackendContract(Contract):
                 self._require_stored(backend, {key(number): number for number in range(10)})
                 made[0] = min(made[0] + 1, MIN_READS)
 
-            in_fork(child, "a backend that was open before the fork", meanwhile=parent)
+            run_in_fork(child, "a backend that was open before the fork", meanwhile=parent)
             self._require_stored(backend, {key(100 + turn): turn for turn in range(20)})
             self._store(backend, [50])
             self._require_stored(backend, {key(number): number for number in (*range(10), 50)})
@@ -614,7 +622,7 @@ class BackendContract(Contract):
                     closed[0] = 1
                 time.sleep(0.001)
 
-            in_fork(child, "a backend that the parent closed after the fork", meanwhile=parent)
+            run_in_fork(child, "a backend that the parent closed after the fork", meanwhile=parent)
             with closing(self.reopen(backend)) as again:
                 found = again.get_many([*before, *after])
                 lost = len(after.keys() - set(found))
@@ -639,7 +647,7 @@ class BackendContract(Contract):
                     backend.set_many({key(2): value}, None)
                 backend.close()
 
-            in_fork(child, "a backend that does not declare fork (its calls must raise)")
+            run_in_fork(child, "a backend that does not declare fork (its calls must raise)")
             self._require_stored(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
@@ -710,7 +718,7 @@ class BackendContract(Contract):
                         self._require_equal(backend, backend.get_many([*gone, *own]), own)
                     stay[number] |= own
 
-            in_threads(len(stay), work, "set_many and get_many from eight threads")
+            run_in_threads(len(stay), work, "set_many and get_many from eight threads")
             for own in stay:
                 self._require_stored(backend, own)
 
@@ -749,7 +757,7 @@ class BackendContract(Contract):
                 else:
                     read(number - len(written))
 
-            in_threads(len(written) + len(looks), work, "overwriting the same keys from six threads while two read")
+            run_in_threads(len(written) + len(looks), work, "overwriting the same keys from six threads while two read")
             lost = len(set(names) - set(backend.get_many(names)))
             assert not lost, f"{lost} of {len(names)} keys are missing that every thread had stored"
 
@@ -881,7 +889,7 @@ class BackendContract(Contract):
 
             for _ in range(2):
                 self._run_with_twin(backend, use)
-            in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three loops at once")
+            run_in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three loops at once")
 
     def test_the_twin_answers_many_at_once(self) -> None:
         with self._open() as backend:

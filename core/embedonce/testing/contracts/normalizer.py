@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from embedonce.contracts import Normalizer
 
-from .support import Recipe, in_threads, run_in_processes
+from .support import Recipe, run_in_processes, run_in_threads
 from .whole import Contract, register_standard_tests
 
 TEXTS = (
@@ -115,7 +115,7 @@ class NormalizerContract(Contract):
                 place = (number + turn) % len(expected)
                 assert step(self.texts[place]) == expected[place], "a thread got the form of another text"
 
-        in_threads(8, work, "a step from eight threads")
+        run_in_threads(8, work, "a step from eight threads")
 
     def test_another_process_gives_the_same_form(self) -> None:
         recipe = self.recipe()

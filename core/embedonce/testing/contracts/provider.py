@@ -18,7 +18,7 @@ from embedonce.contracts import AnyProvider, Embedded, Limits
 from embedonce.errors import TextRefused
 from embedonce.keys import VectorSpace
 
-from .support import CALL_TIMEOUT, Recipe, in_threads, run_in_processes
+from .support import CALL_TIMEOUT, Recipe, run_in_processes, run_in_threads
 from .whole import Contract, register_standard_tests
 
 TEXTS = (
@@ -232,7 +232,7 @@ class ProviderContract(Contract):
                     vector = opened.embed([self.texts[place]])[0]
                     self._require_near(vector, expected[place], "vectors of a text in a batch and in one of 8 threads")
 
-            in_threads(8, work, "embed from eight threads")
+            run_in_threads(8, work, "embed from eight threads")
 
     def test_tasks_of_a_loop_get_their_own_vectors(self) -> None:
         with self._open() as opened:

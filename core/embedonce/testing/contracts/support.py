@@ -55,7 +55,7 @@ def call_with_timeout(call: Callable[[], T], what: str) -> T:
     return results[0]
 
 
-def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
+def run_in_threads(count: int, work: Callable[[int], None], what: str) -> None:
     """Run ``work(0)`` to ``work(count - 1)`` in parallel threads, and raise the first error.
 
     Raises:
@@ -82,7 +82,7 @@ def in_threads(count: int, work: Callable[[int], None], what: str) -> None:
         raise errors[0]
 
 
-def in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+def run_in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Run ``work`` in a forked child, and call ``meanwhile`` in this process repeatedly until the child exits.
 
     Raises:
