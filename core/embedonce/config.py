@@ -27,10 +27,10 @@ __all__ = [
     "Setting",
     "Source",
     "TierConfig",
-    "allowed",
     "compose",
     "load",
     "open",
+    "read_allow_list",
     "schema",
     "secrets_in",
     "warnings",
@@ -74,7 +74,7 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
     return load_document(find_document(source), own_provider=own_provider)
 
 
-def allowed(source: Source = None) -> Sequence[str] | None:
+def read_allow_list(source: Source = None) -> Sequence[str] | None:
     """Return ``[plugins] allow`` of a configuration, even if its other tables have problems. None allows all plugins.
 
     Raises:

@@ -451,14 +451,14 @@ def test_an_invalid_allow_list_allows_nothing(install: Install) -> None:
             config.load(source)
         assert "loaded" not in str(caught.value)
         with pytest.raises(ConfigError, match="allow"):
-            config.allowed(source)
+            config.read_allow_list(source)
 
 
 def test_the_allow_list_is_read_despite_other_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert config.allowed({"plugins": {"allow": ["acme"]}, "tiers": 3}) == ["acme"]
-    assert config.allowed({"provider": {}}) is None
+    assert config.read_allow_list({"plugins": {"allow": ["acme"]}, "tiers": 3}) == ["acme"]
+    assert config.read_allow_list({"provider": {}}) is None
     monkeypatch.setenv("EMBEDONCE__PLUGINS__ALLOW", "one,two")
-    assert config.allowed({}) == ["one", "two"]
+    assert config.read_allow_list({}) == ["one", "two"]
 
 
 def test_a_disabled_plugin_is_not_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,9 +246,9 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List the installed backends, providers and normalisation steps."""
-    from embedonce.config import allowed
+    from embedonce.config import read_allow_list
 
-    found = _list_installed(allowed(config))
+    found = _list_installed(read_allow_list(config))
     if json:
         emit([asdict(one) for one in found])
     else:
@@ -260,8 +260,8 @@ def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 def schema(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Print the JSON schema of the configuration, with the options of all installed plugins."""
-    from embedonce.config import allowed, schema
+    from embedonce.config import read_allow_list, schema
     from embedonce.plugins import restrict_plugins
 
-    with restrict_plugins(allowed(config)):
+    with restrict_plugins(read_allow_list(config)):
         emit(schema())
