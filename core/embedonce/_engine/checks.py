@@ -47,8 +47,8 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
         raise ProviderError(f"{who} an array of shape {matrix.shape}; expected ({texts}, d); none was stored")
     if dimensions is not None and matrix.shape[1] != dimensions:
         raise ProviderError(
-            f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions}, "
-            "as in its vector space or in earlier vectors of that space; none was stored. "
+            f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions} "
+            "according to its vector space or to earlier vectors of that space; none was stored. "
             "If the model has changed, its vector space must change too: set its revision, or change [key] version"
         )
     if not np.isfinite(matrix).all():

@@ -76,7 +76,7 @@ def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     space = provider.space(task)
     if not isinstance(space, VectorSpace):
         raise SpaceError(
-            f"{type(provider).__name__}.space({task!r}) returned {type(space).__name__}, not a VectorSpace"
+            f"{type(provider).__name__}.space({task!r}) must return a VectorSpace, got {type(space).__name__}"
         )
     return space
 
