@@ -296,9 +296,7 @@ def test_very_deep_folders(tmp_path: Path) -> None:
         folder.rmdir()
 
 
-def test_sockets_and_pipes_in_folders_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sockets_and_pipes_in_folders_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
