@@ -74,7 +74,7 @@ def test_every_problem_of_a_configuration_is_reported_without_a_traceback(
     assert done.out == ""
 
 
-def test_on_a_terminal_the_line_is_shown(
+def test_a_terminal_shows_the_invalid_line(
     command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("embedonce.toml").write_text("[cache]\n\tdtype\t= 1\n")
@@ -312,7 +312,7 @@ def test_on_a_terminal_purge_asks(
 # --- errors and secrets -----------------------------------------------------------------------
 
 
-def test_a_tier_that_fails_is_named_with_its_cause(
+def test_a_failing_tier_is_reported_with_its_cause(
     command: Any, filled_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(cache: embedonce.Cache) -> Any:

@@ -145,7 +145,7 @@ def test_all_output_formats_have_the_same_rows(command: Any, corpus: Path, kind:
     assert np.array_equal(np.array([row["vector"] for row in rows], np.float32), np.load("out.npy"))
 
 
-def test_tasks_share_vectors_where_the_provider_is_symmetric(command: Any, corpus: Path) -> None:
+def test_tasks_share_vectors_if_the_provider_is_symmetric(command: Any, corpus: Path) -> None:
     command("embed", "docs", "--out", "out.npy")
     assert command("embed", "docs", "--out", "out.npy", "--task", "query", "--json").json["computed"] == 0
 

@@ -1,4 +1,4 @@
-"""``embedonce new``: what it writes is built, installed, passes its tests, and is found like one of ours."""
+"""``embedonce new``: the package can be built and installed, passes its tests, and its plugin is found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(*command: str | Path, site: Path, folder: Path) -> subprocess.CompletedP
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["backend", "provider"])
-def test_what_is_written_is_built_and_installed_and_passes(command: Any, folder: Path, kind: str) -> None:
+def test_the_package_is_built_and_installed_and_passes_its_tests(command: Any, folder: Path, kind: str) -> None:
     done = command("new", kind, "my-shelf", "--json")
     assert done.code == 0
     package = folder / "embedonce-my-shelf"

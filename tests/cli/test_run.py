@@ -81,7 +81,7 @@ def make_refusing(*refused: str) -> FailingFunction:
     return FailingFunction(fails)
 
 
-def test_a_refused_text_is_named_and_left_out(tmp_path: Path) -> None:
+def test_a_refused_text_is_reported_and_left_out(tmp_path: Path) -> None:
     run = FinishedRun(tmp_path, ["one", "a secret", "three"], make_refusing("a secret"))
     assert run.messages == [f"{tmp_path}/in.txt:2: TextRefused: too long"]
     assert (run.summary.texts, run.summary.failed, run.summary.rows, run.summary.computed) == (
@@ -166,7 +166,7 @@ def test_a_failing_tier_costs_no_row_and_is_counted(tmp_path: Path) -> None:
     assert run.summary.trouble["far"]["errors"] > 0
 
 
-def test_a_tier_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:
+def test_a_failing_tier_with_on_error_raise_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(embedonce.TierError):
         FinishedRun(tmp_path, ["one"], FailingFunction(), tiers=[embedonce.Tier(Broken(), on_error="raise")])
 
@@ -198,7 +198,7 @@ def test_an_error_message_never_quotes_the_text(text: str, message: str, expecte
     assert describe_error(ValueError(message), text) == expected
 
 
-def test_failures_of_one_text_each_have_a_message() -> None:
+def test_every_refused_text_has_its_own_message() -> None:
     refused = embedonce.TextRefused("too long")
     failed: list[tuple[Passage, Exception | None]] = [(Passage("x", "a", n), refused) for n in (1, 2)]
     assert list(describe_failures([*failed, (Passage("y", "b", 1), None)])) == [

@@ -1,4 +1,4 @@
-"""Writing results: what is read back is what was written, and nothing half done has the final name."""
+"""Writing results: the rows can be read back, and an unfinished file never has the final name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(out: Path, *, with_text: bool = False, rows: int = 10) -> None:
 
 
 def read(out: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
-    """Return what is said about each row, and the vectors."""
+    """Return the fields of each row, and the vectors."""
     if out.suffix == ".npy":
         rows = [json.loads(line) for line in out.with_suffix(".index.jsonl").read_text("utf-8").splitlines()]
         assert [row.pop("row") for row in rows] == list(range(len(rows)))
@@ -51,7 +51,7 @@ def read(out: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
 
 @EACH_KIND
 @pytest.mark.parametrize("with_text", [False, True])
-def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_text: bool) -> None:
+def test_written_rows_are_read_back(tmp_path: Path, kind: str, with_text: bool) -> None:
     out = tmp_path / f"out.{kind}"
     write(out, with_text=with_text)
     rows, vectors = read(out)
@@ -63,7 +63,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path, kind: str, with_t
 
 
 @needs("pyarrow")
-def test_no_rows_have_the_dimensions_all_the_same(tmp_path: Path) -> None:
+def test_an_output_without_rows_has_the_dimensions(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     for kind in KINDS:
@@ -78,7 +78,7 @@ def test_no_rows_have_the_dimensions_all_the_same(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10**15), st.integers(0, 10**6))
-def test_the_npy_header_is_numpys_own_format(rows: int, dimensions: int) -> None:
+def test_numpy_reads_the_npy_header(rows: int, dimensions: int) -> None:
     import io
 
     file = io.BytesIO(make_npy_header((rows, dimensions)))
@@ -190,9 +190,9 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str, linked: bool
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+def test_a_circular_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out.npy").symlink_to("out.npy")
-    with pytest.raises(SinkError, match="is a link to itself"):
+    with pytest.raises(SinkError, match="is a circular link"):
         open_sink(tmp_path / "out.npy")
 
 
@@ -249,5 +249,5 @@ def test_the_earlier_output_stays_if_finish_fails(
     assert len(read(out)[0]) == 10
 
 
-def test_names_that_differ_in_case_have_an_index_each(tmp_path: Path) -> None:
+def test_names_that_differ_in_case_have_different_indexes(tmp_path: Path) -> None:
     assert not {*list_written_files(tmp_path / "x.npy")} & {*list_written_files(tmp_path / "x.NPY")}

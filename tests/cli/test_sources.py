@@ -46,35 +46,35 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 # --- text -------------------------------------------------------------------------------------
 
 
-def test_paragraphs_are_parted_by_blank_lines(tmp_path: Path) -> None:
+def test_blank_lines_separate_paragraphs(tmp_path: Path) -> None:
     path = write(tmp_path, "a.md", "# Title\n\n\nfirst\nsecond\n \t\nthird")
     assert read_passages(path) == [(1, "# Title"), (4, "first\nsecond"), (7, "third")]
 
 
-def test_lines_keep_their_spaces_and_blank_ones_are_no_passages(tmp_path: Path) -> None:
+def test_lines_keep_their_spaces_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "  one \n\n\ttwo\n \n")
     assert read_passages(path, split="line") == [(1, "  one "), (3, "\ttwo")]
 
 
-def test_a_whole_file_is_one_passage_as_it_is(tmp_path: Path) -> None:
+def test_a_whole_file_is_one_unchanged_passage(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "\none\r\n\r\ntwo\n")
     assert read_passages(path, split="file") == [(1, "\none\r\n\r\ntwo\n")]
 
 
 @pytest.mark.parametrize("split", ["line", "paragraph", "file"])
 @pytest.mark.parametrize("content", ["", "\n", " \r\n\r\n", "\ufeff", "\ufeff\n"])
-def test_nothing_but_blanks_gives_no_passage(tmp_path: Path, split: str, content: str) -> None:
+def test_blank_content_yields_no_passage(tmp_path: Path, split: str, content: str) -> None:
     assert read_items(write(tmp_path, "a.txt", content), split=split) == []
 
 
-def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path: Path) -> None:
+def test_line_ends_and_a_byte_order_mark_are_removed(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\nmore\r\n\r\ntwo\r\n")
     assert read_passages(path) == [(1, "one\nmore"), (4, "two")]
     assert read_passages(path, split="line") == [(1, "one"), (2, "more"), (4, "two")]
     assert read_passages(path, split="file") == [(1, "one\r\nmore\r\n\r\ntwo\r\n")]
 
 
-def test_wrong_utf8_costs_one_passage(tmp_path: Path) -> None:
+def test_invalid_utf8_costs_one_passage(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", b"good\n\nba\xe9d\n\nfine\n")
     assert read_items(path) == [
         Passage("good", str(path), 1),
@@ -85,9 +85,7 @@ def test_wrong_utf8_costs_one_passage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["line", "paragraph", "file"])
-def test_a_passage_may_be_as_long_as_the_limit_and_no_longer(
-    tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_passage_may_have_the_maximum_length(tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_PASSAGE", 1000)
     longest = "x" * 1000
     assert read_passages(write(tmp_path, "a.txt", longest), split=split) == [(1, longest)]
@@ -109,10 +107,10 @@ def test_a_paragraph_of_many_lines_is_bounded_too(tmp_path: Path, monkeypatch: p
 
 
 @given(st.lists(st.lists(WORDS.filter(str.strip), min_size=1, max_size=4), max_size=6), st.sampled_from(["\n", "\r\n"]))
-def test_any_paragraphs_come_back(
+def test_any_paragraphs_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, paragraphs: list[list[str]], end: str
 ) -> None:
-    # bytes.strip knows ASCII blanks only: a line of other blanks is a passage, as is one of a no-break space.
+    # Every line starts with x, so that none is blank.
     paragraphs = [[f"x{line}" for line in lines] for lines in paragraphs]
     content = (end + end).join(end.join(lines) for lines in paragraphs)
     path = write(tmp_path_factory.mktemp("any"), "a.txt", content)
@@ -147,7 +145,7 @@ def test_json_lines_by_field(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_a_broken_json_line_costs_itself(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_an_invalid_json_line_costs_only_itself(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path, "a.jsonl", b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
     assert read_items(path) == [
         Passage("before", str(path), 1),
@@ -169,7 +167,7 @@ def test_tab_separated(tmp_path: Path) -> None:
     assert read_passages(write(tmp_path, "a.tsv", "id\ttext\n1\ta, b\n")) == [(2, "a, b")]
 
 
-def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
+def test_an_invalid_csv_record_costs_only_itself(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", b'id,text\n1\n2,"a"b\n3,\xff\n\xff,good\n4,"never closed\n')
     assert read_items(path) == [
         Broken(str(path), 2, 'no column "text" in this record'),
@@ -188,7 +186,7 @@ def test_broken_csv_records_cost_themselves(tmp_path: Path) -> None:
         ('"a"b\n', "not a CSV header: ',' expected after '\"'"),
     ],
 )
-def test_a_csv_without_the_column_is_named_once(tmp_path: Path, header: str, reason: str) -> None:
+def test_a_csv_without_the_column_is_reported_once(tmp_path: Path, header: str, reason: str) -> None:
     assert read_broken(write(tmp_path, "a.csv", header + "1,2\n" * 3)) == [(1, reason)]
 
 
@@ -218,7 +216,7 @@ def test_parquet_by_column(tmp_path: Path, kind: str) -> None:
 
 
 @needs("pyarrow")
-def test_parquet_that_is_none_or_lacks_the_column(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_or_a_missing_column_is_reported(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -245,7 +243,7 @@ def test_folders_are_read_by_name_at_every_level(tmp_path: Path) -> None:
     ]
 
 
-def test_each_file_of_a_folder_is_read_as_its_name_says(tmp_path: Path) -> None:
+def test_each_file_of_a_folder_is_read_by_its_suffix(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", '{"text": "json"}\n')
     write(tmp_path, "b.csv", "text\ncsv\n")
     write(tmp_path, "c", "plain")
@@ -253,7 +251,7 @@ def test_each_file_of_a_folder_is_read_as_its_name_says(tmp_path: Path) -> None:
     assert [text for _, text in read_passages(tmp_path / "a.jsonl", format="text")] == ['{"text": "json"}']
 
 
-def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path: Path) -> None:
+def test_binary_files_in_folders_are_counted_and_others_are_reported(tmp_path: Path) -> None:
     write(tmp_path, "a.bin", b"\x7fELF\0\0")
     write(tmp_path, "b.txt", b"late NUL: " + b"x" * 10_000 + b"\0")
     write(tmp_path, "c.txt", "wide".encode("utf-16"))
@@ -266,14 +264,14 @@ def test_binary_files_of_a_folder_are_counted_and_named_ones_are_broken(tmp_path
     assert read_passages(tmp_path / "a.bin", format="text") == [(1, "\x7fELF\0\0")]
 
 
-def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
+def test_excluded_files_are_not_read(tmp_path: Path) -> None:
     write(tmp_path, "in.txt", "in")
     out = write(tmp_path, "out.jsonl", '{"text": "old output"}')
     (tmp_path / "link.jsonl").symlink_to(out)
     assert read_passages(tmp_path, leave_out=[str(out)]) == [(1, "in")]
 
 
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_circular_links_do_not_loop(tmp_path: Path) -> None:
     write(tmp_path, "a/file.txt", "one")
     (tmp_path / "a/up").symlink_to(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
@@ -287,7 +285,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
 
 def test_very_deep_folders(tmp_path: Path) -> None:
     folders = [tmp_path / "d"]
-    while len(folders) < 1200:  # deeper than Python's calls; makedirs and rmtree are no help there
+    while len(folders) < 1200:  # deeper than Python's recursion limit, which makedirs and rmtree cannot handle
         folders.append(folders[-1] / "d")
     for folder in folders:
         folder.mkdir()
@@ -298,8 +296,8 @@ def test_very_deep_folders(tmp_path: Path) -> None:
         folder.rmdir()
 
 
-def test_sockets_and_pipes_in_folders_are_named_and_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
+def test_sockets_and_pipes_in_folders_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
@@ -311,7 +309,7 @@ def test_a_line_of_no_break_spaces_is_blank(tmp_path: Path) -> None:
     assert read_passages(path, split="line") == [(1, "one"), (4, "\u00a0two")]
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "a")
     assert read_broken(tmp_path / "gone.txt", tmp_path / "a.txt") == [(None, "No such file or directory")]
     loop = tmp_path / "loop"
@@ -320,7 +318,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_reported(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "a").chmod(0)
     write(tmp_path, "b/c.txt", "c")
     (tmp_path / "b").chmod(0)
@@ -331,7 +329,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_a_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
     raw = os.path.join(os.fsencode(tmp_path), b"caf\xe9\n.txt")
     with open(raw, "wb") as file:
         file.write(b"text")
@@ -359,7 +357,7 @@ def test_bytes_read_reach_the_total(tmp_path: Path) -> None:
     assert reader.bytes_read == total
 
 
-def test_a_pipe_has_no_total(tmp_path: Path) -> None:
+def test_the_total_of_a_pipe_is_unknown(tmp_path: Path) -> None:
     assert Reader(["-"]).compute_total_bytes() is None
     os.mkfifo(tmp_path / "pipe")
     assert Reader([str(tmp_path / "pipe")]).compute_total_bytes() is None

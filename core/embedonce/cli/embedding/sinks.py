@@ -86,7 +86,7 @@ def _find_obstacle(final: Path) -> str | None:
         return None
     if stat.S_ISDIR(mode):
         return "is a folder"
-    return "is a link to itself" if stat.S_ISLNK(mode) else "is not a regular file"
+    return "is a circular link" if stat.S_ISLNK(mode) else "is not a regular file"
 
 
 def list_outputs(out: Path) -> list[Path]:
