@@ -543,7 +543,8 @@ class BackendContract(Contract):
             self._skip_without_sharing(one)
             values = self._make_values(one)
             self._store(one, [1])
-            with closing(self.reopen(one)) as two:
+            other: Any = self.reopen(one)
+            with closing(other) as two:
                 self._require_stored(two, {key(1): 1})
                 two.set_many({key(1): values.sample(11), key(2): values.sample(2)}, None)
                 self._require_stored(one, {key(1): 11, key(2): 2})
