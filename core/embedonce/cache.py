@@ -1,4 +1,4 @@
-"""The cache: a blocking and an async face of one engine."""
+"""The cache: blocking methods and their async twins over one engine."""
 
 from __future__ import annotations
 
@@ -27,32 +27,33 @@ T = TypeVar("T")
 
 
 class Cache(Requests):
-    """Embeds each text once: looks through a chain of tiers, and asks the provider for the rest.
+    """Embeds each text once: reads vectors from a chain of tiers, and asks the provider for the rest.
 
-    Every method that does I/O has a twin with an ``a`` before its name for use on an event loop; both
-    share tiers, flights and counters, and may be used at once from threads and tasks.
+    Every method that does I/O has a twin for event loops, whose name starts with ``a``. Both share tiers,
+    flights and counters. Threads and tasks may use one cache at the same time.
 
     Args:
         provider: a provider, or any function ``list[str] -> vectors`` together with ``space``.
-        tiers: fastest first; backends, or :class:`Tier` where one needs a TTL, a timeout or a name.
-            None at all leaves a provider with de-duplication and checks.
+        tiers: backends, fastest first. Use :class:`Tier` to give one a TTL, a timeout or a name. Without
+            tiers nothing is stored, but batches are de-duplicated and vectors are checked.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
         key: what makes two requests the same.
-        dtype: how finely vectors are kept *and returned*: an answer is the same before and after a restart.
-        mode: ``"replay"`` computes nothing; a miss is an error.
+        dtype: precision of the vectors that are stored *and returned*, so that an answer is the same before
+            and after a restart.
+        mode: ``"read-through"``, or ``"replay"``, which computes nothing and makes a miss an error.
         fallback: a provider that answers, in its own vector space, when the first one fails.
-        fallback_fetch_only: the fallback answers ``fetch`` only, whose caller reads ``Fetched.space``;
-            ``embed…`` raise what the first provider raised. Needed where the dimensions differ.
-        drift: looks now and again whether the provider still makes the vectors that are stored.
+        fallback_fetch_only: use the fallback in ``fetch`` only, whose caller can read ``Fetched.space``; the
+            ``embed…`` methods raise the first provider's error. Required if the dimensions differ.
+        drift: checks at intervals whether the provider still makes the same vectors as the stored ones.
         max_wait: seconds to wait for another call's computation of the same text before computing it too.
-        flush_timeout: seconds that ``close`` and the program's end wait for background writes.
-        max_queued: entries that may wait for a background write, per tier.
-        listeners: called with every :data:`embedonce.events.Event`.
-        clock: Unix time in seconds, for tests.
+        flush_timeout: seconds that ``close`` and the exit of the program wait for background writes.
+        max_queued: maximum number of entries per tier that wait for a background write.
+        listeners: functions that are called with every :data:`embedonce.events.Event`.
+        clock: function that returns Unix time in seconds, for tests.
 
     Raises:
         SpaceError: the provider describes no vector space.
-        ConfigError: the chain cannot work.
+        ConfigError: an option is invalid, or the tiers do not work together.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Cache(Requests):
     ) -> None:
         _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
         policy = key or KeyPolicy()
-        steps = [_normalizer(name) for name in policy.normalize]
+        steps = [_find_normalizer(name) for name in policy.normalize]
         source = LiveProvider(wrap(provider, space), fallback=False)
         second = None if fallback is None else LiveProvider(wrap(fallback), fallback=True)
         chain = RunningChain(
@@ -97,11 +98,11 @@ class Cache(Requests):
     def for_provider(
         self, provider: AnyProvider | Callable[..., Any], *, space: VectorSpace | Mapping[str, Any] | None = None
     ) -> Cache:
-        """Return a cache of the same tiers that asks another provider, and has no fallback.
+        """Return a cache with the same tiers for another provider, without a fallback.
 
-        Key policy, flights, queues, breakers and the tiers' counters are shared; vectors meet only where the
-        providers describe the same vector space. Closing the new cache closes its provider alone, and closing
-        this one ends both.
+        Both caches share the key policy, flights, queues, breakers and the tiers' counters. They share entries
+        only if their providers describe the same vector space. Closing the new cache closes only its provider;
+        closing this cache closes both caches.
 
         Raises:
             SpaceError: the provider describes no vector space.
@@ -109,15 +110,15 @@ class Cache(Requests):
         self._check_open()
         return _CacheOfSameTiers(self._chain, LiveProvider(wrap(provider, space), fallback=False))
 
-    # --- the blocking face --------------------------------------------------------------------
+    # --- blocking methods --------------------------------------------------------------------
 
     def embed(self, text: str, task: Task = "document") -> Vector:
         """Return the text's vector: float32, shape (d,), read-only.
 
         Raises:
             TextError: the text has a lone surrogate.
-            ReplayMiss: it is in no tier, in replay mode.
-            Exception: whatever the provider raised.
+            ReplayMiss: in replay mode, no tier has the text.
+            Exception: the provider's own error.
         """
         vector = self._hit(text, task)
         if vector is not None:
@@ -129,12 +130,12 @@ class Cache(Requests):
         """Return a float32 matrix of shape (n, d), row i for text i.
 
         Raises:
-            Exception: as :meth:`embed`, for the first text that failed; what did not fail is stored.
+            Exception: as :meth:`embed`, for the first text that failed. The vectors of the others are stored.
         """
         return run_blocking(self._matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
-        """Yield each text's vector in order, reading ``batch`` texts at a time: memory stays bounded."""
+        """Yield each text's vector in order. It reads ``batch`` texts at a time, so memory stays bounded."""
         self._check_iter(texts, batch, "embed_iter")
 
         def rows() -> Iterator[Vector]:
@@ -151,15 +152,15 @@ class Cache(Requests):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
-        """Return the vectors with where each came from; failures are reported by position, not raised.
+        """Return the vectors and the source of each; report failures by position instead of raising them.
 
-        ``store=False`` writes and promotes nothing. ``metadata`` (small JSON, one per text) is stored
-        beside vectors that are computed now; where an entry is there already, its own stays.
+        ``store=False`` writes and promotes nothing. ``metadata`` (one small JSON object or None per text) is
+        stored with vectors that this call computes. An entry that is already stored keeps its own metadata.
         """
         return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
-        """Return what the tiers hold, computing nothing."""
+        """Return the vectors that the tiers have; compute nothing."""
         return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
 
     def put(
@@ -170,20 +171,20 @@ class Cache(Requests):
         *,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> None:
-        """Store vectors that you already have; a text that a tier holds keeps its entry.
+        """Store vectors that you already have. A text that is already in a tier keeps its entry.
 
         Raises:
-            ProviderError: the vectors are not what a provider may return.
+            ProviderError: the vectors have the wrong shape, contain NaN or infinity, or are all zero.
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
 
     def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
-        """Remove the texts from every tier, for one task or for all, the fallback's vectors too.
+        """Remove the texts from every tier, for one task or for all, including the fallback's vectors.
 
-        Another process's memory is out of reach until its TTL.
+        The memory tiers of other processes keep them until their TTL has passed.
 
         Raises:
-            EraseIncomplete: tiers that failed or cannot delete, by name.
+            EraseIncomplete: some tiers failed or cannot delete; the error names them.
         """
         run_blocking(self._forget(self._chain.ports.blocking, texts, task))
 
@@ -196,27 +197,27 @@ class Cache(Requests):
         namespace: str | None = None,
         dry_run: bool = False,
     ) -> Purged:
-        """Remove all entries of the scopes that match every given part, in every tier.
+        """Remove, from every tier, all entries of the scopes that match every given part.
 
         Raises:
-            ValueError: nothing was given.
-            EraseIncomplete: tiers that failed, cannot list or cannot delete, by name.
+            ValueError: no part was given.
+            EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names them.
         """
         return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
-        """Say what the text's key is made of, where its entry is, and why it missed."""
+        """Return the parts of the text's key, where its entry is, and why it missed."""
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count what each tier holds, by scope; a tier that cannot say has one row with the reason."""
+        """Count each tier's entries by scope. A tier that cannot list has one row, with the reason."""
         self._check_open()
         return run_blocking(self._chain.upkeep.contents(self._chain.ports.blocking))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
-        """Return the metadata of every entry of the task's vector space that has some, in no order, each entry once.
+        """Return the metadata of all entries in the task's vector space, each entry once, in no order.
 
-        It walks over all tiers, and sees what is in them: ``flush`` first where a tier is written in the background.
+        It lists all tiers. Entries that wait for a background write are not in a tier yet, so call ``flush`` first.
 
         Raises:
             TierError: a tier failed or cannot list; the message names it.
@@ -224,12 +225,12 @@ class Cache(Requests):
         return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
 
     def check(self) -> list[TierCheck]:
-        """Ask every tier whether it answers."""
+        """Return whether each tier answers."""
         self._check_open()
         return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
 
     def migrate(self) -> dict[str, str]:
-        """Create or update the layout of every store that has one (Postgres), and say what was done, by tier.
+        """Create or update the tables of every store that has some (Postgres); return the changes by tier.
 
         Raises:
             TierError: a store could not be changed.
@@ -238,17 +239,20 @@ class Cache(Requests):
         return run_blocking(self._chain.upkeep.migrate(self._chain.ports.blocking))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until background writes are done; False after ``timeout`` seconds (default: ``flush_timeout``)."""
+        """Wait until background writes are done and return True; return False after ``timeout`` seconds.
+
+        The default timeout is ``flush_timeout``.
+        """
         return self._chain.flush(self._chain.flush_timeout if timeout is None else timeout)
 
     def close(self) -> None:
-        """Flush, within ``flush_timeout``, then close backends and provider. Calling it twice does nothing."""
+        """Flush for up to ``flush_timeout`` seconds, then close backends and provider. Closing twice is allowed."""
         self._chain.close(self._chain.flush_timeout)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Cache has threads, locks and connections: it cannot be copied or pickled. "
-            "Pass its configuration and call embedonce.open where it is needed"
+            "a Cache cannot be copied or pickled, because it has threads, locks and connections; "
+            "pass its configuration and call embedonce.open() where you need it"
         )
 
     def __enter__(self) -> Self:
@@ -257,7 +261,7 @@ class Cache(Requests):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the async face -----------------------------------------------------------------------
+    # --- async twins -----------------------------------------------------------------------
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
         """As :meth:`embed`."""
@@ -350,11 +354,11 @@ class Cache(Requests):
         return await self._chain.upkeep.migrate(self._chain.ports.get_loop_port())
 
     async def aflush(self, timeout: float | None = None) -> bool:
-        """As :meth:`flush`, without holding the loop up."""
+        """As :meth:`flush`, without blocking the event loop."""
         return await self._off_loop(lambda: self.flush(timeout))
 
     async def aclose(self) -> None:
-        """As :meth:`close`, without holding the loop up."""
+        """As :meth:`close`, without blocking the event loop."""
         await self._chain.close_twins(self._chain.ports.get_loop_port())
         await self._off_loop(self.close)
 
@@ -371,7 +375,7 @@ class Cache(Requests):
     # --- counters -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return what tiers and providers did since the cache was made, in texts."""
+        """Return the counters of tiers and providers since the cache was made, in texts."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         return Stats(
             tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
@@ -380,7 +384,7 @@ class Cache(Requests):
         )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Call ``listener`` with every event from now on. One that raises is logged and stays."""
+        """Call ``listener`` with every event from now on. A listener that raises is logged and stays subscribed."""
         self._chain.subscribe(listener)
 
     @property
@@ -390,7 +394,7 @@ class Cache(Requests):
 
     @property
     def warnings(self) -> Sequence[ChainWarning]:
-        """What works in this chain and is hardly meant, such as a network tier above a local one."""
+        """What works in this chain but is probably a mistake, such as a network tier above a local one."""
         return self._chain.warnings
 
     @property
@@ -408,7 +412,7 @@ class Cache(Requests):
 
 
 class _CacheOfSameTiers(Cache):
-    """Another provider over the tiers of a cache. Only the cache that made it closes the tiers."""
+    """A cache for another provider over the tiers of an existing cache, which alone closes the tiers."""
 
     def __init__(self, chain: RunningChain, source: LiveProvider) -> None:
         Requests.__init__(self, chain, source, None, fetch_only=False)
@@ -424,15 +428,19 @@ class _CacheOfSameTiers(Cache):
 
 def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float, max_queued: int) -> None:
     if dtype not in ("float32", "float16", "int8"):
-        raise ConfigError(f'dtype is "float32", "float16" or "int8", not {dtype!r}')
+        raise ConfigError(f"dtype must be one of float32, float16, int8, got {dtype!r}")
     if mode not in ("read-through", "replay"):
-        raise ConfigError(f'mode is "read-through" or "replay", not {mode!r}')
-    for name, number in (("max_wait", max_wait), ("flush_timeout", flush_timeout), ("max_queued", max_queued - 1)):
-        if not number >= 0:
-            raise ConfigError(f"{name} is {'at least 1' if name == 'max_queued' else 'not below 0'}")
+        raise ConfigError(f"mode must be one of read-through, replay, got {mode!r}")
+    for name, number, least in (
+        ("max_wait", max_wait, 0),
+        ("flush_timeout", flush_timeout, 0),
+        ("max_queued", max_queued, 1),
+    ):
+        if not number >= least:
+            raise ConfigError(f"{name} must be at least {least}, got {number}")
 
 
-def _normalizer(name: str) -> Normalizer:
+def _find_normalizer(name: str) -> Normalizer:
     if name in NORMALIZERS:
         return NORMALIZERS[name]
     from ._plugins.loading import normalizer
