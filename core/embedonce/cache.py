@@ -120,10 +120,10 @@ class Cache(Requests):
             ReplayMiss: in replay mode, no tier has the text.
             Exception: the provider's own error.
         """
-        vector = self._hit(text, task)
+        vector = self._read_hot_vector(text, task)
         if vector is not None:
             return vector
-        row: Vector = run_blocking(self._rows(self._chain.ports.blocking, [text], task))[0]
+        row: Vector = run_blocking(self._embed_rows(self._chain.ports.blocking, [text], task))[0]
         return row
 
     def embed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
@@ -132,15 +132,15 @@ class Cache(Requests):
         Raises:
             Exception: as :meth:`embed`, for the first text that failed. The vectors of the others are stored.
         """
-        return run_blocking(self._matrix(self._chain.ports.blocking, texts, task))
+        return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
         """Yield each text's vector in order. It reads ``batch`` texts at a time, so memory stays bounded."""
-        self._check_iter(texts, batch, "embed_iter")
+        self._check_iter(texts, batch)
 
         def rows() -> Iterator[Vector]:
             for window in windows(texts, batch):
-                yield from run_blocking(self._rows(self._chain.ports.blocking, window, task))
+                yield from run_blocking(self._embed_rows(self._chain.ports.blocking, window, task))
 
         return rows()
 
@@ -265,25 +265,25 @@ class Cache(Requests):
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
         """As :meth:`embed`."""
-        vector = self._hit(text, task)
+        vector = self._read_hot_vector(text, task)
         if vector is not None:
             return vector
-        row: Vector = (await self._rows(self._chain.ports.get_loop_port(), [text], task))[0]
+        row: Vector = (await self._embed_rows(self._chain.ports.get_loop_port(), [text], task))[0]
         return row
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
         """As :meth:`embed_batch`."""
-        return await self._matrix(self._chain.ports.get_loop_port(), texts, task)
+        return await self._embed_matrix(self._chain.ports.get_loop_port(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
     ) -> AsyncIterator[Vector]:
         """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
-        self._check_iter(texts, batch, "aembed_iter")
+        self._check_iter(texts, batch)
 
         async def rows() -> AsyncIterator[Vector]:
             async for window in awindows(texts, batch):
-                for row in await self._rows(self._chain.ports.get_loop_port(), window, task):
+                for row in await self._embed_rows(self._chain.ports.get_loop_port(), window, task):
                     yield row
 
         return rows()
@@ -406,7 +406,7 @@ class Cache(Requests):
         return self._closed
 
     def __repr__(self) -> str:
-        space = self._route(self._source, TASKS[0]).space
+        space = self._get_route(self._source, TASKS[0]).space
         chain = " -> ".join([*self.tiers, f"{space.provider} {space.model}".strip()])
         return f"<embedonce.Cache {chain}>"
 

@@ -146,7 +146,7 @@ def test_a_str_or_a_list_with_a_non_text_is_refused_with_its_position(asynchrono
     provider = CountingProvider()
     with Cache(provider, [MemoryBackend()]) as cache:
         call = getattr(Face(cache, asynchronous), method)
-        with pytest.raises(TypeError, match="takes a list of texts, not one str"):
+        with pytest.raises(TypeError, match="expected a list of texts, got one str"):
             list(call("text"))
         for wrong in (None, 7, b"bytes", ["nested"]):
             with pytest.raises(TypeError, match="item 1 must be a str"):
@@ -186,13 +186,13 @@ def test_embed_iter_refuses_wrong_arguments_at_once() -> None:
         for call in (cache.embed_iter, cache.aembed_iter):
             with pytest.raises(ValueError, match="at least one text at a time"):
                 call(["a"], batch=0)
-            with pytest.raises(TypeError, match="takes a list of texts, not one str"):
+            with pytest.raises(TypeError, match="expected a list of texts, got one str"):
                 call("text")
 
 
 @pytest.mark.parametrize("task", [None, 7, ["document"], ""])
 def test_a_task_must_be_a_str(task: Any) -> None:
-    with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="a task is a str"):
+    with Cache(CountingProvider(), [MemoryBackend()]) as cache, pytest.raises(TypeError, match="task must be a str"):
         cache.embed("a", task)
 
 
@@ -445,11 +445,11 @@ def test_put_checks_vectors_like_a_providers_answer() -> None:
         for wrong in ([[1.0, 2.0]], [[1.0], [2.0]], [[1.0, 2.0], [float("nan"), 1.0]], [[0, 0], [1, 1]]):
             with pytest.raises(ProviderError, match="put was given"):
                 cache.put(["a", "b"], wrong)
-        with pytest.raises(ValueError, match="metadata has 1 items for 2 texts"):
+        with pytest.raises(ValueError, match="metadata must have one item per text: got 1 for 2 texts"):
             cache.put(["a", "b"], [[1, 2], [3, 4]], metadata=[None])
         with pytest.raises(ProviderError, match="1 vectors for 0 texts"):
             cache.put([], [[1.0, 2.0]])
-        with pytest.raises(TypeError, match="takes a list of texts, not NoneType"):
+        with pytest.raises(TypeError, match="expected a list of texts, got NoneType"):
             cache.embed_batch(None)  # type: ignore[arg-type]
         cache.put([], [])
         assert cache.lookup(["a", "b"]).sources == [None, None]
@@ -589,7 +589,7 @@ def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, c
         assert len([r for r in caplog.records if "in its own vector space" in r.message]) >= 1
         main.heal()
         assert (face.embed("new") == main.inner.vector_of("new")).all()
-        assert caplog.records[-1].message == "provider 'counting' answers again"
+        assert caplog.records[-1].message == "provider 'counting' is working again"
         cache.forget(["hit", "new"])
         assert cache.contents() == []
 

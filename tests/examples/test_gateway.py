@@ -58,9 +58,9 @@ first      from provider, # ms
 again      from memory, # µs
 restarted  from postgres, # ms
 again      from memory: it was promoted
-WARNING embedonce: provider 'ngram' fails; 'fallback:ngram' answers, in its own vector space
+WARNING embedonce: provider 'ngram' is failing; using 'fallback:ngram', which has its own vector space
 no model   from provider, in another space: 256 dimensions
-WARNING embedonce: provider 'ngram' answers again
+WARNING embedonce: provider 'ngram' is working again
            what is cached is still served: from memory
 no store   from provider, # ms
 no store   from provider, # ms

@@ -1,4 +1,4 @@
-"""One provider's work over a running chain: the steps of a cache's methods as coroutines, and the fast path."""
+"""Requests for one provider's vectors: the cache's methods as coroutines, and the fast path of a hit."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ log = logging.getLogger("embedonce")
 TASKS = ("document", "query")
 ITER_BATCH = 1024
 MOVES = 5
-"""Most new spaces that one call opens for a provider that drifts."""
+"""Maximum number of new vector spaces that one call opens for a provider that drifts."""
 
 
 class Requests:
-    """Answers requests for one provider's vectors, through tiers that it may share with others.
+    """Answers requests for one provider's vectors from a chain that several caches may share.
 
-    A base class, so that a hot hit reads its attributes from the cache itself.
+    This is a base class of the cache and not one of its parts, so that a hit reads its attributes directly.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Requests:
         self._routes: dict[tuple[LiveProvider, str], Route] = {}
         self._lock = threading.RLock()
         self._closed = False
-        self._fell_back = False
+        self._uses_fallback = False
         for task in TASKS:
-            self._route(source, task)
+            self._get_route(source, task)
         if fallback is not None and not fetch_only:
             _check_dimensions(source, fallback)
-        self._hot = self._hot_tier()
+        self._hot = self._find_hot_tier()
         chain.add_cache(self)
 
     # --- the fast path of a hit ---------------------------------------------------------------
 
-    def _hit(self, text: str, task: Task) -> Vector | None:
-        """Return the vector of a text whose key is known and whose entry is in a first in-process tier.
+    def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
+        """Return the text's vector if the first tier is in this process and has it, or None.
 
-        This is the path that must stay under a microsecond: no coroutine, no lock, no event.
+        A hit must take less than a microsecond, so this uses no coroutine, takes no lock and emits no event.
         """
         get, count, routes = self._hot
         if type(text) is not str or type(task) is not str or task not in routes:
@@ -77,15 +77,16 @@ class Requests:
             expires = entry.expires
             if expires is not None and expires <= self._clock():
                 return None
-        except Exception:  # noqa: BLE001  (the long way counts the error, or says that the cache is closed)
+        except Exception:  # noqa: BLE001  (the slow path counts the error, or raises that the cache is closed)
             return None
         count()
         return entry.vector
 
-    def _hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
-        """Return a first in-process tier's ``get``, its counter and the routes; no route where there is none.
+    def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
+        """Return ``get`` and the hit counter of the first tier if it is in this process, and the routes.
 
-        Whoever listens to events wants all of them, so that every hit then takes the long way.
+        Without such a tier the routes are empty, and so is every lookup. The same holds with listeners, because
+        the fast path emits no events.
         """
         chain = self._chain
         if chain.tiers and not chain.listeners and not self._closed:
@@ -97,17 +98,17 @@ class Requests:
         return (lambda key: None), (lambda: 0), {}
 
     def _refresh_hot_path(self) -> None:
-        self._hot = self._hot_tier()
+        self._hot = self._find_hot_tier()
 
     # --- routes -------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
-            raise CacheClosed("this cache is closed; open another one")
+            raise CacheClosed("this cache is closed; open a new one")
 
-    def _route(self, source: LiveProvider, task: Task) -> Route:
+    def _get_route(self, source: LiveProvider, task: Task) -> Route:
         if not isinstance(task, str) or not task:
-            raise TypeError(f'a task is a str such as "document" or "query", not {task!r}')
+            raise TypeError(f'task must be a str such as "document" or "query", got {task!r}')
         route = self._routes.get((source, task))
         if route is None:
             chain = self._chain
@@ -119,30 +120,30 @@ class Requests:
                 self._refresh_hot_path()
         return route
 
-    async def _current(self, port: Port, source: LiveProvider, task: Task) -> Route:
-        """Return the route to a task's space, as it is now that the provider may have drifted."""
+    async def _find_current_route(self, port: Port, source: LiveProvider, task: Task) -> Route:
+        """Return the route to a task's current vector space, which changes when the provider drifts."""
         self._check_open()
         chain = self._chain
-        route = self._route(source, task)
+        route = self._get_route(source, task)
         current = await chain.engine.find_current_route(port, route)
         if current is not route:
             with self._lock:
-                # Tasks that share a space leave it together.
+                # Tasks that share a vector space move to the new one together.
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
                         self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
                 chain.cards[current.keyer.scope] = card(chain.policy, current.space)
             self._refresh_hot_path()
-        return self._route(source, task)
+        return self._get_route(source, task)
 
     # --- embedding ----------------------------------------------------------------------------
 
-    async def _rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
-        answer = await self._answer(port, texts, task, rows_only=True)
+    async def _embed_rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
+        answer = await self._answer_texts(port, texts, task, rows_only=True)
         return answer.rows()
 
-    async def _matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
-        answer = await self._answer(port, texts, task, rows_only=True)
+    async def _embed_matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
+        answer = await self._answer_texts(port, texts, task, rows_only=True)
         return answer.matrix()
 
     async def _fetch(
@@ -154,18 +155,18 @@ class Requests:
         store: bool,
         metadata: Sequence[Metadata | None] | None,
     ) -> Fetched:
-        answer = await self._answer(port, texts, task, store=store, metadata=metadata)
+        answer = await self._answer_texts(port, texts, task, store=store, metadata=metadata)
         return answer.to_fetched()
 
     async def _lookup(self, port: Port, texts: Sequence[str], task: Task) -> Fetched:
         engine = self._chain.engine
         if engine.can_change_space:
-            await self._current(port, self._source, task)
+            await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task)
         await engine.fetch(port, answer, compute=False)
         return answer.to_fetched()
 
-    async def _answer(
+    async def _answer_texts(
         self,
         port: Port,
         texts: Sequence[str],
@@ -175,23 +176,25 @@ class Requests:
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
     ) -> Answer:
-        """Answer from the provider's space or, where that fails and a fallback may answer, all from the fallback's."""
+        """Answer all texts from one vector space: the provider's, or the fallback's if the provider fails."""
         if not isinstance(texts, list):
-            _refuse_str(texts, "a batch")
-            texts = copy_texts(texts)  # it may be asked again, and an iterator could not be
-        answer = await self._answer_from(port, self._source, texts, task, store=store, metadata=metadata)
+            _require_texts(texts)
+            texts = copy_texts(
+                texts
+            )  # the texts may be read again for the fallback, and an iterator can be read only once
+        answer = await self._answer_in_one_space(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
             return answer
         down = any(not isinstance(error, TextRefused) for error in answer.failed.values())
         if not down or (rows_only and self._fetch_only):
-            self._note_fallback(fallback, down=False if not down else self._fell_back)
+            self._log_fallback_change(fallback, down=False if not down else self._uses_fallback)
             return answer
-        self._note_fallback(fallback, down=True)
-        other = await self._answer_from(port, fallback, texts, task, store=store, metadata=metadata)
+        self._log_fallback_change(fallback, down=True)
+        other = await self._answer_in_one_space(port, fallback, texts, task, store=store, metadata=metadata)
         return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
 
-    async def _answer_from(
+    async def _answer_in_one_space(
         self,
         port: Port,
         source: LiveProvider,
@@ -201,12 +204,12 @@ class Requests:
         store: bool,
         metadata: Sequence[Metadata | None] | None,
     ) -> Answer:
-        """Answer from one space; where the provider drifts meanwhile and a new space is opened, all from that one."""
+        """Answer from one vector space. If the provider drifts meanwhile, answer all texts from the new space."""
         engine = self._chain.engine
         moves = 0
         while True:
             if engine.can_change_space:
-                await self._current(port, source, task)
+                await self._find_current_route(port, source, task)
             answer = self._new_answer(source, texts, task, store=store, metadata=metadata)
             await engine.fetch(port, answer)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
@@ -214,13 +217,15 @@ class Requests:
                 return answer
             moves += 1
 
-    def _note_fallback(self, fallback: LiveProvider, *, down: bool) -> None:
-        if down != self._fell_back:
-            self._fell_back = down
+    def _log_fallback_change(self, fallback: LiveProvider, *, down: bool) -> None:
+        if down != self._uses_fallback:
+            self._uses_fallback = down
             if down:
-                log.warning("provider %r fails; %r answers, in its own vector space", self._source.name, fallback.name)
+                log.warning(
+                    "provider %r is failing; using %r, which has its own vector space", self._source.name, fallback.name
+                )
             else:
-                log.warning("provider %r answers again", self._source.name)
+                log.warning("provider %r is working again", self._source.name)
 
     def _new_answer(
         self,
@@ -231,13 +236,13 @@ class Requests:
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Answer:
-        """Return an answer to texts, with their keys and nothing else in it yet."""
+        """Return an answer for these texts that has their keys but no vectors yet."""
         self._check_open()
-        _refuse_str(texts, "a batch")
+        _require_texts(texts)
         texts = copy_texts(texts)
-        route = self._route(source, task)
+        route = self._get_route(source, task)
         keys = route.keys(texts)
-        return Answer(route, keys, texts, store, _by_key(keys, metadata))
+        return Answer(route, keys, texts, store, _map_metadata(keys, metadata))
 
     # --- storing and erasing ------------------------------------------------------------------
 
@@ -251,7 +256,7 @@ class Requests:
     ) -> None:
         engine = self._chain.engine
         if engine.can_change_space:
-            await self._current(port, self._source, task)
+            await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task, metadata=metadata)
         who = "put was given"
         if not answer.keys and len(vectors) == 0:
@@ -271,11 +276,11 @@ class Requests:
 
     async def _forget(self, port: Port, texts: Sequence[str], task: Task | None) -> None:
         self._check_open()
-        _refuse_str(texts, "a batch")
+        _require_texts(texts)
         texts = copy_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
-        current = [await self._current(port, source, name) for source in sources for name in sorted(tasks)]
+        current = [await self._find_current_route(port, source, name) for source in sources for name in sorted(tasks)]
         routes = [*current, *(route.with_generation(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
@@ -297,27 +302,27 @@ class Requests:
         parts = {"model": model, "version": version, "namespace": namespace}
         wanted = {name: value for name, value in parts.items() if value is not None}
         if scope is None and not wanted:
-            raise ValueError("purge needs at least one of scope, model, version and namespace")
+            raise ValueError("purge requires at least one of scope, model, version and namespace")
         return await self._chain.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
 
     # --- listing and explaining ---------------------------------------------------------------
 
     async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
         self._check_open()
-        return await self._chain.upkeep.metadata(port, self._route(self._source, task), self._dtype)
+        return await self._chain.upkeep.metadata(port, self._get_route(self._source, task), self._dtype)
 
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()
         if not isinstance(text, str):
-            raise TypeError(f"explain takes a str, not {type(text).__name__}")
-        route = await self._current(port, self._source, task)
+            raise TypeError(f"expected one text as a str, got {type(text).__name__}")
+        route = await self._find_current_route(port, self._source, task)
         return await self._chain.upkeep.explain(port, route, text, self._chain.policy, self._dtype)
 
-    def _check_iter(self, texts: object, batch: int, what: str) -> None:
+    def _check_iter(self, texts: object, batch: int) -> None:
         self._check_open()
-        _refuse_str(texts, what)
+        _require_texts(texts)
         if batch < 1:
-            raise ValueError(f"{what} reads at least one text at a time: batch is {batch}")
+            raise ValueError(f"batch must be at least 1, got {batch}")
 
     # --- ending -------------------------------------------------------------------------------
 
@@ -342,32 +347,31 @@ class Requests:
 
 
 def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
-    """Refuse a fallback whose vectors cannot stand in for the provider's."""
+    """Raise SpaceError for a fallback whose vectors have other dimensions than the provider's."""
     for task in TASKS:
         mine = describe_space(source.provider, task).dimensions
         other = describe_space(fallback.provider, task).dimensions
         if mine is None or mine != other:
             raise SpaceError(
-                f"the fallback's vectors have {other or 'unknown'} dimensions and the provider's "
-                f"{mine or 'unknown'}: they cannot stand in for each other. Give both the same dimensions, or set "
+                f"the provider's vectors have {mine or 'unknown'} dimensions and the fallback's {other or 'unknown'}, "
+                "so the fallback cannot replace the provider; set the same dimensions for both, or set "
                 "fetch_only = true in [provider.fallback] and read Fetched.space"
             )
 
 
-def _refuse_str(texts: object, what: str) -> None:
+def _require_texts(texts: object) -> None:
+    """Raise TypeError unless ``texts`` is a collection of texts; a single str would pass for one."""
     if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
-        raise TypeError(f"{what} takes a list of texts, not {type(texts).__name__}")
+        raise TypeError(f"expected a list of texts, got {type(texts).__name__}")
     if isinstance(texts, str | bytes):
-        raise TypeError(
-            f"{what} takes a list of texts, not one {type(texts).__name__}; for a single text there is embed"
-        )
+        raise TypeError(f"expected a list of texts, got one {type(texts).__name__}; use embed() for one text")
 
 
-def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
+def _map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> dict[str, Metadata]:
     if metadata is None:
         return {}
     if len(metadata) != len(keys):
-        raise ValueError(f"metadata has {len(metadata)} items for {len(keys)} texts")
+        raise ValueError(f"metadata must have one item per text: got {len(metadata)} for {len(keys)} texts")
     by_key: dict[str, Metadata] = {}
     for key, item in zip(keys, metadata, strict=True):
         if item is not None and key not in by_key:
@@ -376,7 +380,7 @@ def _by_key(keys: Sequence[str], metadata: Sequence[Metadata | None] | None) -> 
 
 
 def windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Read texts in lists of up to ``size``."""
+    """Yield the texts in lists of up to ``size``."""
     iterator = iter(texts)
     while window := list(islice(iterator, size)):
         yield window
