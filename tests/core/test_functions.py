@@ -148,7 +148,7 @@ def test_the_space_may_be_a_vector_space_and_limits_are_kept() -> None:
 def test_a_function_without_a_space_is_refused_with_an_example() -> None:
     with pytest.raises(SpaceError, match=r'space=\{"model": "my-model-v2"\}'):
         wrap(lengths)
-    with pytest.raises(SpaceError, match="which model"):
+    with pytest.raises(SpaceError, match="must name the model"):
         wrap(lengths, {"dimensions": 3})
 
 
