@@ -8,7 +8,7 @@ and compares the vectors with those that are stored for the same texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Lt, MinLen
@@ -48,7 +48,7 @@ class DriftGuard:
     ] = 0.001
     texts: Annotated[
         Sequence[str], MinLen(1), Doc("The canary texts. Set your own if the built-in ones do not suit the model.")
-    ] = CANARIES
+    ] = field(default=CANARIES, repr=False)
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "refuse", "new-space"):

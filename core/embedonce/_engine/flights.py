@@ -90,7 +90,7 @@ class Claims:
 
 
 @dataclass(slots=True, eq=False)
-class Write:
+class PendingWrite:
     """Entries that are being written, or wait to be written, to one tier."""
 
     tier: str
@@ -175,8 +175,8 @@ class InFlight:
         # Indexed by key, so that the cost of a look-up does not grow with the number of erasures.
         self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
-        self._writing: set[Write] = set()
-        self._queues: dict[str, deque[Write]] = {}
+        self._writing: set[PendingWrite] = set()
+        self._queues: dict[str, deque[PendingWrite]] = {}
         self._queued: dict[str, int] = {}
 
     # --- calls --------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class InFlight:
     def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
         """Yield the entries that may still be stored. They count as being written until the block ends."""
         with self._lock:
-            write = Write(tier, number, self._select_permitted(number, entries))
+            write = PendingWrite(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
         try:
             yield write.entries
@@ -347,7 +347,7 @@ class InFlight:
                     queued -= len(oldest.entries)
                     dropped += len(oldest.entries)
                     self._release_flights(oldest)
-            write = Write(tier, number, self._select_permitted(number, entries))
+            write = PendingWrite(tier, number, self._select_permitted(number, entries))
             if write.entries:
                 waiting.append(write)
                 for key in write.entries:
@@ -357,7 +357,7 @@ class InFlight:
             self._queued[tier] = queued + len(write.entries)
         return True, dropped
 
-    def take_write(self, tier: str) -> Write | None:
+    def take_write(self, tier: str) -> PendingWrite | None:
         """Take the oldest queued write, which counts as in progress until the caller calls :meth:`finish_write`."""
         with self._lock:
             waiting = self._queues.get(tier)
@@ -368,21 +368,21 @@ class InFlight:
             self._writing.add(write)
             return write
 
-    def finish_write(self, write: Write) -> None:
+    def finish_write(self, write: PendingWrite) -> None:
         """Remove a write that :meth:`take_write` returned, once it is done or has failed."""
         with self._lock:
             self._writing.discard(write)
             self._release_flights(write)
             self._changed.notify_all()
 
-    def _release_flights(self, write: Write) -> None:
+    def _release_flights(self, write: PendingWrite) -> None:
         for key, flight in write.flights.items():
             flight.pending_writes -= 1
             if flight.entry is not None:
                 self._retire(key, flight)
         write.flights = {}
 
-    def _remove_erased(self, write: Write, erasure: Erasure) -> int:
+    def _remove_erased(self, write: PendingWrite, erasure: Erasure) -> int:
         erased = [key for key in write.entries if erasure.covers(key)]
         for key in erased:
             del write.entries[key]
