@@ -699,7 +699,7 @@ def proxy(database: Database) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def behind(database: Database, proxy: FaultProxy) -> Iterator[PostgresBackend]:
+def proxied_backend(database: Database, proxy: FaultProxy) -> Iterator[PostgresBackend]:
     """A backend that reaches its server through a proxy; 40 entries of 384 dimensions are stored."""
     with open_backend(database.url_of("postgres", proxy.url_port), max_connections=2) as made:
         made.set_many(entries_of(range(40), 384), None)
@@ -725,15 +725,18 @@ BREAKS = {
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "connecting"])
 @pytest.mark.parametrize("fault", HANGS)
 def test_a_call_to_a_server_that_hangs_ends_by_its_deadline(
-    behind: PostgresBackend, proxy: FaultProxy, fault: str, connected: bool
+    proxied_backend: PostgresBackend, proxy: FaultProxy, fault: str, connected: bool
 ) -> None:
     items = entries_of(range(40), 384)
     if not connected:
         if fault == "half open":
             pytest.skip("only an existing connection can be half open")
-        drop_idle_connection(behind)
+        drop_idle_connection(proxied_backend)
     proxy.fault = HANGS[fault]
-    for call in (lambda: behind.get_many(list(items)), lambda: behind.set_many(entries_of(range(40, 80), 384), None)):
+    for call in (
+        lambda: proxied_backend.get_many(list(items)),
+        lambda: proxied_backend.set_many(entries_of(range(40, 80), 384), None),
+    ):
         start = time.monotonic()
         with deadline(0.3), pytest.raises(TimeoutError):
             call()
@@ -742,7 +745,7 @@ def test_a_call_to_a_server_that_hangs_ends_by_its_deadline(
             break  # the next call makes a new connection, which works
     proxy.heal()
     with deadline(LONG):
-        assert are_identical(behind.get_many(list(items)), items)
+        assert are_identical(proxied_backend.get_many(list(items)), items)
 
 
 def drop_idle_connection(backend: PostgresBackend) -> None:
@@ -752,18 +755,18 @@ def drop_idle_connection(backend: PostgresBackend) -> None:
 
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_call_over_a_broken_connection_raises_and_the_next_one_works(
-    behind: PostgresBackend, proxy: FaultProxy, fault: str
+    proxied_backend: PostgresBackend, proxy: FaultProxy, fault: str
 ) -> None:
     items = entries_of(range(40), 384)
     proxy.fault = BREAKS[fault]
     for _ in range(3):
         with deadline(LONG), pytest.raises((psycopg.Error, TimeoutError)):
-            behind.get_many(list(items))
+            proxied_backend.get_many(list(items))
     proxy.heal()
     with deadline(LONG):
-        assert are_identical(behind.get_many(list(items)), items)
-        behind.set_many(entries_of(range(80), 384), None)
-        assert are_identical(behind.get_many([key_of(70)]), {key_of(70): entry_of(70, 384)})
+        assert are_identical(proxied_backend.get_many(list(items)), items)
+        proxied_backend.set_many(entries_of(range(80), 384), None)
+        assert are_identical(proxied_backend.get_many([key_of(70)]), {key_of(70): entry_of(70, 384)})
 
 
 def test_a_connection_that_takes_longer_than_the_deadline_serves_a_later_call(
@@ -814,15 +817,17 @@ def test_an_exhausted_pool_raises_busy(database: Database) -> None:
         backend._pool.give(lent.pop())
 
 
-def test_a_server_that_does_not_answer_raises_a_timeout_not_busy(behind: PostgresBackend, proxy: FaultProxy) -> None:
-    drop_idle_connection(behind)
+def test_a_server_that_does_not_answer_raises_a_timeout_not_busy(
+    proxied_backend: PostgresBackend, proxy: FaultProxy
+) -> None:
+    drop_idle_connection(proxied_backend)
     proxy.fault = NetworkFault("black_hole")
     errors: list[BaseException] = []
 
     def ask(_: int) -> None:
         try:
             with deadline(0.3):
-                behind.get_many([key_of(1)])
+                proxied_backend.get_many([key_of(1)])
         except Exception as error:
             errors.append(error)
 
@@ -943,10 +948,10 @@ def lock_table(database: Database, backend: PostgresBackend) -> Iterator[None]:
 
 @pytest.mark.parametrize("fault", ["black hole", "a byte at a time", "replies do not come"])
 async def test_the_twin_keeps_its_deadline_if_the_server_hangs(
-    behind: PostgresBackend, proxy: FaultProxy, fault: str
+    proxied_backend: PostgresBackend, proxy: FaultProxy, fault: str
 ) -> None:
     items = entries_of(range(40), 384)
-    twin = behind.twin()
+    twin = proxied_backend.twin()
     assert are_identical(await twin.get_many(list(items)), items)
     for _ in range(2):  # connected, then connecting
         proxy.fault = HANGS[fault]
@@ -960,9 +965,9 @@ async def test_the_twin_keeps_its_deadline_if_the_server_hangs(
     await twin.close()
 
 
-async def test_a_cancelled_call_of_the_twin_loses_only_its_own_connection(behind: PostgresBackend) -> None:
+async def test_a_cancelled_call_of_the_twin_loses_only_its_own_connection(proxied_backend: PostgresBackend) -> None:
     items = entries_of(range(40), 384)
-    twin = behind.twin()
+    twin = proxied_backend.twin()
     await twin.get_many(list(items))
     for turn in range(60):
         call = asyncio.ensure_future(twin.get_many(list(items)))

@@ -44,7 +44,7 @@ numbers = itertools.count()
 
 
 @contextmanager
-def paused(*servers: Server) -> Iterator[None]:
+def pause_servers(*servers: Server) -> Iterator[None]:
     for server in servers:
         server.pause()
     try:
@@ -81,7 +81,7 @@ class TestOneServer(RedisContract):
             client.flushdb()
 
     def stall(self, backend: Any) -> Any:
-        return paused(self.running)
+        return pause_servers(self.running)
 
     def server(self) -> tuple[str, int]:
         return "127.0.0.1", self.running.port
@@ -110,7 +110,7 @@ class TestCluster(RedisContract):
         redis_cluster.flush()
 
     def stall(self, backend: Any) -> Any:
-        return paused(*self.servers.members)
+        return pause_servers(*self.servers.members)
 
     @contextmanager
     def lose_a_node(self, backend: Any) -> Iterator[None]:
@@ -362,7 +362,7 @@ def test_tls_with_an_authority_file(tmp_path: Path, backends: Any) -> None:
         assert asyncio.run(_read_by_twin(backend)) == items(3, 4000)
         with pytest.raises(redis.ConnectionError, match="certificate"):
             backends(url=url).get_many([key(1)])
-        with paused(server), deadline(0.2), pytest.raises(TimeoutError):
+        with pause_servers(server), deadline(0.2), pytest.raises(TimeoutError):
             backend.get_many([key(1)])
         with deadline(0.3), pytest.raises((redis.ConnectionError, TimeoutError)):
             backends(url=f"rediss://127.0.0.1:{server.port}", ca_file=certificates.authority).get_many([key(1)])
@@ -811,7 +811,7 @@ def test_an_exhausted_pool_raises_busy(server: RedisServer, backends: Any) -> No
 
     async def with_twin() -> None:
         twin: Any = backend.twin()
-        with paused(server), deadline(PATIENT):
+        with pause_servers(server), deadline(PATIENT):
             first = asyncio.ensure_future(twin.get_many([key(1)]))
             await asyncio.sleep(0)
             assert await is_busy(twin)

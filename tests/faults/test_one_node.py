@@ -49,7 +49,7 @@ def test_when_the_last_node_fails_its_error_is_the_tiers() -> None:
     store = Memcached()
     backend: Any = store.backend("refused")
     texts = {f"eo1.{number}": b"frame" for number in range(20)}
-    first = next(iter(backend._by_node([*texts])))
+    first = next(iter(backend._group_keys([*texts])))
     other = 1 - [f"127.0.0.1:{proxy.address[1]}" for proxy in store.proxies].index(first.name)
     try:
         store.proxies[1 - other].fault = NETWORK["refused"]
