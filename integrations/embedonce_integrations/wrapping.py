@@ -327,8 +327,7 @@ def _to_plain(item: Any, name: str) -> Value:
     if isinstance(item, set | frozenset) and all(isinstance(value, str) for value in item):
         return sorted(item)
     raise SpaceError(
-        f"embedonce cannot tell whether {name} changes the vectors, because it is a {type(item).__name__}; "
-        f"{HOW_TO_DECLARE}"
+        f"embedonce cannot tell whether {name} (of type {type(item).__name__}) changes the vectors; {HOW_TO_DECLARE}"
     )
 
 

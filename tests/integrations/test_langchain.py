@@ -372,7 +372,7 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
     for embeddings, message in (
         (Opaque(), "Opaque does not say"),
         (Nameless(), "names no model and has private attributes"),
-        (Nested(base=object()), r"Nested\.base is a object"),
+        (Nested(base=object()), r"Nested\.base .of type object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):

@@ -286,7 +286,7 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for model, message in (
         (Letters(model_name="unknown"), "names no model and has private attributes"),
-        (Holding(model=object()), r"Holding\.model is a object"),
+        (Holding(model=object()), r"Holding\.model .of type object"),
         (script(), "another script may have another one"),
         (Local(), "defined in a function"),
     ):
