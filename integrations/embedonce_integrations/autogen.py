@@ -11,10 +11,10 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from embedonce.similarity import top_k
+from embedonce.vectors import Matrix, Vector
 
 from .wrapping import dump_config, open_shared_cache
 
@@ -82,8 +82,8 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
         self._score_threshold = score_threshold
         self._store_metadata = store_metadata
         self._contents: list[MemoryContent] = []
-        self._rows: list[NDArray[np.float32]] = []
-        self._matrix: NDArray[np.float32] | None = None
+        self._rows: list[Vector] = []
+        self._matrix: Matrix | None = None
         self._not_embedded = _copy_chunks(memory_contents)
         self._lock = asyncio.Lock()
 

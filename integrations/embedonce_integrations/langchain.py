@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
+from embedonce.vectors import Matrix, Vector
 
 from .wrapping import (
     OrderedEmbeddings,
@@ -30,7 +30,6 @@ try:
 except ImportError as error:
     raise ImportError("LangChain is not installed: pip install 'embedonce[langchain]'") from error
 
-Floats: TypeAlias = NDArray[np.float32]
 CLIENTS = ("client", "async_client")
 """Names of the fields in which LangChain's OpenAI embeddings keep their clients."""
 ASYNC_METHODS = ("aembed_documents", "aembed_query")
@@ -176,12 +175,12 @@ def _describe(embeddings: Any, task: Task | None) -> VectorSpace:
     return describe_by_fields(embeddings, task=task, overrides=overrides)
 
 
-def _to_floats(vector: Floats) -> list[float]:
+def _to_floats(vector: Vector) -> list[float]:
     floats: list[float] = vector.tolist()
     return floats
 
 
-def _to_lists(vectors: Floats) -> list[list[float]]:
+def _to_lists(vectors: Matrix) -> list[list[float]]:
     lists: list[list[float]] = vectors.tolist()
     return lists
 

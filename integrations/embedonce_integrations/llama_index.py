@@ -5,14 +5,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, NoReturn, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NoReturn
 
 from embedonce import Cache, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
+from embedonce.vectors import Matrix, Vector
 
 from .wrapping import (
     OrderedClient,
@@ -30,7 +28,6 @@ try:
 except ImportError as error:
     raise ImportError("LlamaIndex is not installed: pip install 'embedonce[llama-index]'") from error
 
-Floats: TypeAlias = NDArray[np.float32]
 TASKS = ("document", "query")
 
 ENGINES = ("_text_engine", "_query_engine")
@@ -232,12 +229,12 @@ def _vector_of(answer: Any) -> Any:
     return getattr(answer, "embedding", answer)
 
 
-def _to_floats(vector: Floats) -> list[float]:
+def _to_floats(vector: Vector) -> list[float]:
     floats: list[float] = vector.tolist()
     return floats
 
 
-def _to_lists(vectors: Floats) -> list[list[float]]:
+def _to_lists(vectors: Matrix) -> list[list[float]]:
     lists: list[list[float]] = vectors.tolist()
     return lists
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from embedonce import Cache, Embedded, Fetched, Limits, ProviderError, SpaceError, VectorSpace, config
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
+from embedonce.vectors import Vector
 
 from .wrapping import WrappedProvider, open_shared_cache
 
@@ -200,11 +201,11 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
     return vector
 
 
-def _encode_floats(row: NDArray[np.float32], index: int) -> Embedding:
+def _encode_floats(row: Vector, index: int) -> Embedding:
     return Embedding(embedding=row.tolist(), index=index, object="embedding")
 
 
-def _encode_base64(row: NDArray[np.float32], index: int) -> Embedding:
+def _encode_base64(row: Vector, index: int) -> Embedding:
     """Return an embedding that holds a string. The class does not declare this, but the client returns it too."""
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from embedonce import Cache
 from embedonce.config import Source
 from embedonce.contracts import Task
+from embedonce.vectors import Matrix
 
 from .wrapping import open_shared_cache
 
@@ -93,7 +94,7 @@ class BatchEmbedder:
             return {**batch, **columns}
         return batch.assign(**{name: list(values) for name, values in columns.items()})
 
-    def _embed(self, texts: list[Any]) -> tuple[NDArray[np.float32], list[str | None]]:
+    def _embed(self, texts: list[Any]) -> tuple[Matrix, list[str | None]]:
         try:
             fetched = self.cache.fetch(texts, task=self._arguments["task"])
         finally:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from embedonce import Limits, VectorSpace, hookimpl
 from embedonce.contracts import Task
 from embedonce.options import Doc
+from embedonce.vectors import Matrix
 
 api = 1
 
@@ -81,7 +82,7 @@ class NgramProvider:
         """Return the space of this provider, which is the same for every task."""
         return self._space
 
-    def embed(self, texts: Sequence[str], task: Task) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], task: Task) -> Matrix:
         """Return shape (n, dimensions), float32. Every row has length 1, and no text is refused."""
         rows = [_normalize(_count_ngrams(group, self.dimensions)) for group in _split(texts, self.dimensions)]
         return np.concatenate(rows) if rows else np.empty((0, self.dimensions), np.float32)
@@ -187,7 +188,7 @@ def _find_slots(hashes: NDArray[np.uint32], dimensions: int) -> NDArray[np.intp]
     return wide.view(np.int64).astype(np.intp, copy=False)
 
 
-def _normalize(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+def _normalize(counts: NDArray[np.int64]) -> Matrix:
     """Return ``sign(c) * sqrt(abs(c) / sum(abs(c)))`` per row, computed in float64 and rounded to float32 once."""
     sizes = np.abs(counts)
     lengths: NDArray[np.float64] = np.sqrt(sizes / sizes.sum(axis=1, keepdims=True))

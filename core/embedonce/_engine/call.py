@@ -8,12 +8,9 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from embedonce.answers import Fetched
 from embedonce.errors import TierError
-from embedonce.vectors import Entries, Metadata
+from embedonce.vectors import Entries, Matrix, Metadata
 
 from .flights import Ticket
 from .ports import Port
@@ -84,7 +81,7 @@ class Answer:
         entries = self.entries.as_dict()
         return [entries[key].vector for key in self.keys]
 
-    def matrix(self) -> NDArray[np.float32]:
+    def matrix(self) -> Matrix:
         """Return every row in order, as a matrix (n, d). Raises as :meth:`rows` does."""
         self._check()
         return self.entries.matrix(self.keys, self.route.dimensions)

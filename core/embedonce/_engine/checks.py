@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedonce.contracts import Embedded
 from embedonce.errors import ProviderError
-from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, freeze, round_vectors
+from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, Matrix, freeze, round_vectors
 
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
 
-def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> NDArray[np.float32]:
+def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> Matrix:
     """Return an answer as a float32 matrix of shape (texts, d), or refuse all of it.
 
     ``who`` is the beginning of an error message: "provider 'x' returned", "put was given".
@@ -58,7 +57,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
     return matrix
 
 
-def round_matrix(matrix: NDArray[np.float32], dtype: Dtype, who: str) -> NDArray[np.float32]:
+def round_matrix(matrix: Matrix, dtype: Dtype, who: str) -> Matrix:
     """Round a checked matrix to the cache's dtype.
 
     Raises:

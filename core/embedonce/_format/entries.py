@@ -119,7 +119,7 @@ class Block:
     def __init__(
         self,
         keys: list[str],
-        values: NDArray[np.float32],
+        values: Matrix,
         created: NDArray[np.float64],
         expires: NDArray[np.float64],
         metadata: Sequence[Metadata | None] | None = None,
@@ -221,7 +221,7 @@ class Entries(MutableMapping[str, Entry]):
         by_key = self._by_key
         return [key for key in keys if key not in by_key] if by_key else list(keys)
 
-    def matrix(self, keys: Sequence[str], dimensions: int | None) -> NDArray[np.float32]:
+    def matrix(self, keys: Sequence[str], dimensions: int | None) -> Matrix:
         """Return the vectors of the keys, in that order, as a new matrix of shape (n, d), as :func:`matrix` does.
 
         Raises:

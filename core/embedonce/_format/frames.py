@@ -12,7 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from .entries import FLOAT32, LITTLE_ENDIAN, NEVER, Block, Dtype, Entries, Entry, as_float32, freeze, make_rows
+from .entries import (
+    FLOAT32,
+    LITTLE_ENDIAN,
+    NEVER,
+    Block,
+    Dtype,
+    Entries,
+    Entry,
+    Matrix,
+    Vector,
+    as_float32,
+    freeze,
+    make_rows,
+)
 from .metadata import MAX_METADATA, read_metadata, write_metadata
 from .rounding import explain_unfit, pack, payload_size, read_back, round_rows, unpack
 
@@ -82,12 +95,10 @@ def _group_by_layout(items: Mapping[str, Entry]) -> dict[tuple[Dtype, int], list
     return groups
 
 
-def _encode_payloads(
-    keys: Sequence[str], vectors: Sequence[NDArray[np.float32]], dtype: Dtype, dimension: int
-) -> list[bytes]:
+def _encode_payloads(keys: Sequence[str], vectors: Sequence[Vector], dtype: Dtype, dimension: int) -> list[bytes]:
     """Return the payloads of vectors of one length, one per key."""
     plain = [(v if v.dtype == FLOAT32 else as_float32(v)).tobytes() for v in vectors]
-    rows: NDArray[np.float32] = np.ndarray((len(keys), dimension), np.float32, b"".join(plain))
+    rows: Matrix = np.ndarray((len(keys), dimension), np.float32, b"".join(plain))
     packed = pack(rows, dtype)
     fits = read_back(rows, packed, dtype)[1]
     if not fits.all():
@@ -303,7 +314,7 @@ def _decode_one(key: str, frame: bytes, wanted: _Request) -> Entry | _Rejection:
     return Entry(vector, created, None if expires == NEVER else expires, metadata, wanted.dtype)
 
 
-def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> NDArray[np.float32] | _Rejection:
+def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) -> Vector | _Rejection:
     if dtype == wanted == "float32" and LITTLE_ENDIAN:
         vector = make_rows((payload,), dimension)[0]
         return vector if np.isfinite(vector).all() else "corrupt"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .entries import Dtype, as_float32
+from .entries import Dtype, Matrix, as_float32
 
 _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
-def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
+def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
     """Round the rows of a matrix (n, d) to the dtype, and return them as float32.
 
     A cache with this dtype returns these values. Rounding them again changes no bit, and a row gives the same bits
@@ -34,14 +34,12 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> NDArray[np.float32]:
     return values
 
 
-def round_rows(rows: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def round_rows(rows: Matrix, dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
     """Return the rows as they will read back after storing, and which of them fit the dtype."""
     return read_back(rows, pack(rows, dtype), dtype)
 
 
-def read_back(
-    rows: NDArray[np.float32], payloads: NDArray[np.uint8], dtype: Dtype
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read_back(rows: Matrix, payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
     """Return the values of the payloads of ``rows``, and which rows fit the dtype."""
     if dtype == "float32":
         return rows, _find_finite_rows(rows)
@@ -51,7 +49,7 @@ def read_back(
     return values, sound & ~became_zero
 
 
-def _find_finite_rows(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _find_finite_rows(rows: Matrix) -> NDArray[np.bool_]:
     finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(rows), axis=1)
     return finite
 
@@ -71,7 +69,7 @@ def payload_size(dtype: Dtype, dimension: int) -> int:
     return dimension * (2 if dtype == "float16" else 4)
 
 
-def pack(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
+def pack(rows: Matrix, dtype: Dtype) -> NDArray[np.uint8]:
     """Return one payload per row of a matrix (n, d).
 
     It does not check whether the rows fit the dtype; :func:`read_back` does.
@@ -85,7 +83,7 @@ def pack(rows: NDArray[np.float32], dtype: Dtype) -> NDArray[np.uint8]:
     return np.hstack((_view_as_bytes(scales.astype("<f4", copy=False)[:, None]), _view_as_bytes(steps)))
 
 
-def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
     """Return the values of payloads of one size, shape (n, d), and which of the rows are valid.
 
     A row is valid if :func:`pack` could have written it.
@@ -106,7 +104,7 @@ def _view_as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
-def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
     """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times its row's scale.
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
@@ -122,7 +120,7 @@ def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
     return scales.astype(np.float32), np.rint(rows / scales[:, None]).astype(np.int8)
 
 
-def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[Matrix, NDArray[np.bool_]]:
     values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
     # Only the output of _quantize rounds to itself: scales of 16 significant bits, and steps that use the whole range.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)

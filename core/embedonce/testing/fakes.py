@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedonce.contracts import Capabilities, Embedded, Limits, Task, time_left
 from embedonce.keys import LEASE_PREFIX, VectorSpace
-from embedonce.vectors import Entry
+from embedonce.vectors import Entry, Vector
 
 Store = dict[str, tuple[Any, float | None]]
 """Value and Unix time of expiry, by key."""
@@ -228,7 +227,7 @@ class CountingProvider:
             dimensions=self.dimensions if self.tells_dimensions else None,
         )
 
-    def vector_of(self, text: str, task: Task = "document") -> NDArray[np.float32]:
+    def vector_of(self, text: str, task: Task = "document") -> Vector:
         """Return the vector that ``text`` gets, shape (dimensions,), without counting it."""
         about = "" if self.symmetric else task
         seed = f"{len(self.model)}:{self.model}{len(about)}:{about}".encode() + text.encode()

@@ -24,12 +24,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedonce.contracts import AnyProvider, Backend, Capabilities, Embedded, Limits, Task, time_left
 from embedonce.errors import TextRefused
 from embedonce.keys import VectorSpace
-from embedonce.vectors import Entry
+from embedonce.vectors import Entry, Matrix
 
 Operation: TypeAlias = Literal["get", "set", "delete", "scan", "count", "add", "any"]
 Kind: TypeAlias = Literal[
@@ -580,7 +579,7 @@ def _truncate_value(value: Any) -> Any:
     return value[: len(value) // 2]
 
 
-def _damage_vectors(kind: ProviderKind, vectors: NDArray[np.float32], row: int) -> NDArray[np.float32]:
+def _damage_vectors(kind: ProviderKind, vectors: Matrix, row: int) -> Matrix:
     if kind == "short":
         return vectors[:-1]
     if kind == "long":

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+
+from embedonce.vectors import Matrix
 
 from .passages import Passage
 
 if sys.platform != "win32":
     import fcntl
 
-Matrix = NDArray[np.float32]
 HEADER = 128
 """Bytes of the .npy header. It is padded to a fixed size, because it is written last, when the row count is known."""
 

@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+
+from embedonce.vectors import Vector
 
 from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
 
@@ -111,7 +112,7 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         dimensions: int | None = None,
         task_type: str | None = None,
         **extra: Any,
-    ) -> NDArray[np.float32]:
+    ) -> Vector:
         """Return the vector of a text, shape (dimensions,), without counting it.
 
         It has length 1 at full dimensions and a different length at fewer, like Gemini's vectors.
@@ -190,7 +191,7 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
             )
         return text
 
-    def _make_vector(self, asked: Mapping[str, Any], text: str, model: str) -> NDArray[np.float32]:
+    def _make_vector(self, asked: Mapping[str, Any], text: str, model: str) -> Vector:
         dimensions = asked.get("outputDimensionality", self.dimensions)
         if type(dimensions) is not int or not 1 <= dimensions <= self.dimensions:
             raise _make_refusal(f"outputDimensionality must be in [1, {self.dimensions}]")

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
-from numpy.typing import NDArray
+
+from embedonce.vectors import Vector
 
 KindT = TypeVar("KindT", bound=str)
 ServerT = TypeVar("ServerT", bound="LoopbackServer[Any]")
@@ -59,7 +60,7 @@ class Item:
     """A vector of an answer, and its index in the answer."""
 
     index: int
-    vector: NDArray[np.float32]
+    vector: Vector
 
 
 @dataclass(slots=True)
@@ -278,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing; the requests are in ``requests``."""
 
 
-def make_vector(about: Any, dimensions: int) -> NDArray[np.float32]:
+def make_vector(about: Any, dimensions: int) -> Vector:
     """Return a vector of length 1, shape (dimensions,), that differs for every ``about`` (a JSON value)."""
     seed = json.dumps([about, dimensions], sort_keys=True).encode()
     # Setting the lowest bit makes every value nonzero.

@@ -19,8 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
-from numpy.typing import NDArray
+from embedonce.vectors import Vector
 
 from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
 
@@ -120,7 +119,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
     def vector_of(
         self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
-    ) -> NDArray[np.float32]:
+    ) -> Vector:
         """Return the vector of a text or of tokens, shape (dimensions,), length 1, without counting it."""
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
         return make_vector(about, dimensions or self.dimensions)
@@ -240,11 +239,11 @@ def _parse_inputs(given: Any) -> list[Any]:
     return list(given)
 
 
-def _encode_floats(vector: NDArray[np.float32]) -> list[float]:
+def _encode_floats(vector: Vector) -> list[float]:
     return [float(value) for value in vector]
 
 
-def _encode_base64(vector: NDArray[np.float32]) -> str:
+def _encode_base64(vector: Vector) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
