@@ -31,7 +31,7 @@ from servers import (
 import embedonce
 from embedonce import Cache, Tier
 from embedonce.contracts import deadline
-from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy, TierTimeout
+from embedonce.errors import CacheClosed, ConfigError, PartialAnswer, TierBusy, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.backend import key
 from embedonce_backends._nodes import NodeDown
@@ -625,6 +625,27 @@ def test_a_node_that_comes_back_is_used_again(backends: Any) -> None:
         assert 0 < len(found) < 60
         backend.set_many(items(60), None)
         assert backend.get_many(list(items(60))) == items(60)
+
+
+def test_a_listing_during_which_a_slot_moves_is_an_error(backends: Any) -> None:
+    with RedisClusterServers() as servers:
+        backend = backends(url=servers.url, prefix="")
+        backend.set_many({key(number): b"v" for number in range(300)}, None)
+        listing = backend.scan("eo1.")
+        next(listing)
+        ports = [node.address.port for node in backend._topology._known_slots.nodes]  # in the order of the listing
+        first, last = (next(node for node in servers.members if node.port == port) for port in (ports[0], ports[-1]))
+        (name, *_) = last.call("KEYS", "eo1.*")
+        slot = last.call("CLUSTER", "KEYSLOT", name.decode())
+        ids = {node: node.call("CLUSTER", "MYID").decode() for node in (first, last)}
+        first.call("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[last])
+        last.call("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[first])
+        moved = [name.decode() for name in last.call("CLUSTER", "GETKEYSINSLOT", slot, "1000")]
+        last.call("MIGRATE", "127.0.0.1", first.port, "", "0", "50000", "KEYS", *moved)
+        for node in (first, last):
+            node.call("CLUSTER", "SETSLOT", slot, "NODE", ids[first])
+        with pytest.raises(TierError, match="slots of the cluster moved during the listing"):
+            list(listing)
 
 
 @contextmanager

@@ -142,17 +142,17 @@ class RedisBackend:
         grows or shrinks.
 
         Raises:
-            TierError: nodes of the cluster changed during the listing, so keys may have been missed.
+            TierError: slots of the cluster moved to another node during the listing, so keys may have been missed.
         """
         with limit_page_time():
-            nodes = self._client.run(self._topology.list_masters())
+            slots = self._client.run(self._topology.fetch_slots())
         pattern = _escape_pattern(self._prefix + prefix) + "*"
-        for node in nodes:
+        for node in slots.nodes:
             yield from self._scan_node(node, pattern)
         with limit_page_time():
-            has_changed = self._client.run(self._topology.list_masters()) != nodes
-        if has_changed:
-            raise TierError("the cluster's nodes changed during the listing, so it may have missed keys; try again")
+            slots_at_end = self._client.run(self._topology.fetch_slots())
+        if not slots.has_same_owners(slots_at_end):
+            raise TierError("slots of the cluster moved during the listing, so it may have missed keys; try again")
 
     def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:
         skip = len(self._prefix)

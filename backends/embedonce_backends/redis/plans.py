@@ -138,8 +138,8 @@ class Topology(Protocol):
         """Send one command per key and return the replies in the order of the keys; a reply can be an error."""
         ...
 
-    def list_masters(self) -> Plan[Sequence[Node]]:
-        """Return every server that holds keys at this moment."""
+    def fetch_slots(self) -> Plan[Slots]:
+        """Return which server holds which keys at this moment."""
         ...
 
 
@@ -179,8 +179,8 @@ class OneServer:
     def send_each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
         return (yield from self._send_to_master(commands, check))
 
-    def list_masters(self) -> Plan[Sequence[Node]]:
-        return [(yield from self._find_master())]
+    def fetch_slots(self) -> Plan[Slots]:
+        return Slots(((yield from self._find_master()),), ())
 
     def _find_master(self) -> Plan[Node]:
         return self._node
@@ -269,7 +269,15 @@ class Slots(NamedTuple):
 
     nodes: tuple[Node, ...]
     owners: tuple[int | None, ...]
-    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot."""
+    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot. Empty without a
+    cluster."""
+
+    def has_same_owners(self, other: Slots) -> bool:
+        """Return whether every slot has the same master in both. The order of the nodes does not matter."""
+        return set(self.nodes) == set(other.nodes) and self._list_owners() == other._list_owners()
+
+    def _list_owners(self) -> list[Node | None]:
+        return [None if place is None else self.nodes[place] for place in self.owners]
 
 
 class Cluster:
@@ -290,7 +298,7 @@ class Cluster:
         raise_first_error((yield from self.send_each(keys, [("UNLINK", key) for key in keys], is_number)))
 
     def send_each(self, keys: Sequence[bytes], commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
-        slots = yield from self._fetch_slots()
+        slots = yield from self._get_slots()
         replies: list[Reply] = [None] * len(keys)
         groups: dict[tuple[Node, bool], list[int]] = {}
         for place, key in enumerate(keys):
@@ -301,9 +309,9 @@ class Cluster:
                 break
         return replies  # after the last redirect, the reply of a key that moved again is its redirect error
 
-    def list_masters(self) -> Plan[Sequence[Node]]:
+    def fetch_slots(self) -> Plan[Slots]:
         self._known_slots = None
-        return (yield from self._fetch_slots()).nodes
+        return (yield from self._get_slots())
 
     def _send_groups(
         self,
@@ -360,7 +368,7 @@ class Cluster:
         problem.__cause__ = error
         return problem
 
-    def _fetch_slots(self) -> Plan[Slots]:
+    def _get_slots(self) -> Plan[Slots]:
         if self._known_slots is not None:
             return self._known_slots
         problem: BaseException = ConnectionError("the url names no node")
