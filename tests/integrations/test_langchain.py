@@ -373,7 +373,7 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
         (Opaque(), "Opaque does not say"),
         (Nameless(), "names no model and has private attributes"),
         (Nested(base=object()), r"Nested\.base .of type object"),
-        (script(), "another script may have another one"),
+        (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
     ):
         with pytest.raises(SpaceError, match=message + r".*space="):

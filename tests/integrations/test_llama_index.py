@@ -287,7 +287,7 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
     for model, message in (
         (Letters(model_name="unknown"), "names no model and has private attributes"),
         (Holding(model=object()), r"Holding\.model .of type object"),
-        (script(), "another script may have another one"),
+        (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
     ):
         with pytest.raises(SpaceError, match=message + r".*space="):
