@@ -82,7 +82,9 @@ def build_script() -> str:
         if token.type != "fence":
             continue
         if token.info == "text":
-            lines += [line.removeprefix("$ ") for line in token.content.splitlines()]
+            # The page installs from a clone, and the test from the wheel that it has built.
+            commands = token.content.replace('"path/to/your/clone[testing]"', '"embedonce[testing]"')
+            lines += [line.removeprefix("$ ") for line in commands.splitlines()]
         else:
             file = token.content.partition("\n")[0].removeprefix("# ")
             lines.append(f"cat > {file} <<'END OF FILE'\n{token.content}END OF FILE")

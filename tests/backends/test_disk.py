@@ -681,7 +681,7 @@ def test_a_child_can_use_the_file_after_the_parent_has_closed_it(tmp_path: Path)
             backend.close()
             os.write(close, b"!")
 
-    run_in_fork(child, "a child whose parent closes the file", beside=parent)
+    run_in_fork(child, "a child whose parent closes the file", meanwhile=parent)
     for end in (opened_by_child, tell, closed_by_parent, close):
         os.close(end)
     with open_backend(tmp_path) as reopened:

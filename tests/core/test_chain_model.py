@@ -123,7 +123,7 @@ class Chain(RuleBasedStateMachine):
     @rule(asked=texts, task=tasks, store=st.booleans(), asynchronous=st.booleans())
     def fetch(self, asked: list[str], task: str, store: bool, asynchronous: bool) -> None:
         call = self.cache.afetch if asynchronous else self.cache.fetch
-        fetched: Any = call(asked, task, store)
+        fetched: Any = call(asked, task, store=store)
         if asynchronous:
             fetched = asyncio.run(fetched)
         assert not fetched.failed

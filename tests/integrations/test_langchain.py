@@ -599,7 +599,7 @@ def test_a_byte_store_holds_only_vectors() -> None:
         with pytest.raises(ProviderError):
             store.mset([("good", b"[1.0]"), ("bad", value)])
     assert store.mget(["good", "bad"]) == [None, None]
-    with pytest.raises(SpaceError, match="which model"):
+    with pytest.raises(SpaceError, match="must name the model"):
         VectorByteStore(space={"dimensions": 3}, config=memory_config())
     with pytest.raises(ConfigError, match="a byte store sees keys and never the texts"):
         VectorByteStore(space={"model": "m"}, config=memory_config(normalize=["strip"]))
