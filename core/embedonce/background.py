@@ -159,8 +159,8 @@ class _SharedLoop:
             while not self._stopping:
                 try:
                     loop.run_forever()
-                except (SystemExit, KeyboardInterrupt):  # its caller gets it; the loop continues
-                    continue
+                except (SystemExit, KeyboardInterrupt):
+                    continue  # the caller of the coroutine gets the exception
             loop.run_until_complete(_cancel_tasks())
             if self._at_end is not None:
                 loop.run_until_complete(self._at_end())

@@ -132,8 +132,8 @@ class PartialAnswer(TierError):
 
     Raise it ``from`` the error of the node that failed. The failed keys are counted under that error, and the tier's
     breaker reacts as if that error had been raised itself. While the backend skips a failed node, so that no call
-    waits for the node, raise it ``from`` a :class:`TierBusy`. The breaker then stays closed, and the other nodes stay
-    in use. If no node answered, raise the error of a node instead of a ``PartialAnswer``.
+    waits for the node, raise it ``from`` a :class:`TierBusy`, which does not affect the breaker. The other nodes then
+    stay in use. If no node answered, raise the error of a node instead of a ``PartialAnswer``.
     """
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:

@@ -32,7 +32,7 @@ def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
 
     Without ``specname``, the function implements the hook that has the same name as the function.
 
-    pluggy's other options are not supported: they order and wrap the calls of several plugins, and embedonce calls
+    pluggy's other options are not supported, because they order and wrap the calls of several plugins. embedonce calls
     the hooks of each plugin separately.
     """
     import pluggy

@@ -1,4 +1,4 @@
-"""Prometheus metrics of caches. A scrape reads the caches' counters, so that counting takes no extra time per text.
+"""Prometheus metrics of caches. A scrape reads the caches' counters, so the metrics take no extra time per text.
 
 pip install 'embedonce[prometheus]'
 """

@@ -65,7 +65,7 @@ class DriftCheckingEngine(Engine):
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
-        # The lower bound is for a clock that was set back. Without it, the next check would be postponed by as much.
+        # Without the lower bound, setting the clock back would postpone the next check.
         is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
         if route.generation == state.generation and not is_early:
             await self._check_for_drift(port, route, state)

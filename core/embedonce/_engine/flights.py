@@ -32,7 +32,7 @@ calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_p
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or its event loop ended. A follower computes it instead."""
+    """The call that computed a flight was cancelled, or its event loop ended. Its followers compute the vector."""
 
 
 class Flight:
@@ -407,7 +407,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid older calls to store the erased keys, drop queued writes of them, and yield ``list_busy_tiers``.
+        """Forbid older calls to store the erased keys, drop their queued writes, and yield ``list_busy_tiers``.
 
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """

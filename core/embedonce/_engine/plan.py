@@ -244,9 +244,8 @@ class Engine:
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        def done() -> (
-            None
-        ):  # this also runs after an interrupt or the end of the loop, so that no follower waits for us
+        # This also runs after an interrupt and after the end of the loop, so that no follower waits for us.
+        def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
 
@@ -388,7 +387,8 @@ class Engine:
             who = f"provider {source.name!r} returned"
             matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
             matrix = round_matrix(matrix, self.dtype, who)
-            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # a concurrent call differs
+            # A concurrent call may have set different dimensions.
+            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
                 check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:

@@ -21,7 +21,7 @@ from .ports import Port
 log = logging.getLogger("embedonce")
 
 MAX_PROBE_KEYS = 64
-"""Maximum number of keys in a probe. It reads keys that failed, because other keys may be on a healthy node."""
+"""Maximum number of keys in a probe. A probe reads keys that failed, because others may be on a healthy node."""
 
 
 @dataclass(slots=True)

@@ -204,7 +204,7 @@ class Upkeep:
             sealed = sum(open_frame(value) is not None for value in values.values())
             return f"{sealed} of {len(values)} scopes are encrypted, but the tier has no key" if sealed else ""
         corrupt = tier.decode(values, dtype="int8", dimensions=None).corrupt
-        return f"{len(corrupt)} of {len(values)} scopes are encrypted with another key" if corrupt else ""
+        return f"{len(corrupt)} of {len(values)} scopes are encrypted with a different key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
         """Migrate the layout of every store that supports it, and return what was done, by tier.
