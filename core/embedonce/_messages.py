@@ -11,8 +11,8 @@ MAX_SHOWN = 60
 
 
 def find_closest(word: str, words: Iterable[str], *, likeness: float = 0.65) -> str | None:
-    """Return the one of ``words`` that ``word`` most likely misspells, or None."""
-    import difflib  # here, because only errors need it
+    """Return the word of ``words`` that is most likely meant by a misspelled ``word``, or None."""
+    import difflib  # imported here, because only error messages need it
 
     by_form = {_normalize(known): known for known in words}
     found = difflib.get_close_matches(_normalize(word), by_form, n=1, cutoff=likeness)

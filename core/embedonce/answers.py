@@ -1,4 +1,4 @@
-"""What the methods of a cache return."""
+"""The types of the values that the methods of a cache return."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Fetched:
     """The result of ``fetch`` and ``lookup``, text by text."""
 
     rows: Sequence[Vector | None]
-    """Per text: its vector of shape (d,), read-only, or None where there is none."""
+    """Per text: its vector of shape (d,), read-only, or None if it has none."""
     sources: Sequence[str | None]
-    """Per text: the name of the tier that had it, ``"provider"``, or None where there is no vector."""
+    """Per text: the name of the tier that had it, ``"provider"``, or None if there is no vector."""
     failed: Mapping[int, Exception]
     """The error of each text that failed, by position."""
     metadata: Sequence[Metadata | None]
     """Per text: the metadata stored with its vector, or None."""
     space: VectorSpace
-    """The vector space of all rows. It is the fallback's where the fallback answered."""
+    """The vector space of all rows: the fallback's space if the fallback was used, else the provider's."""
     seconds: Mapping[str, float]
-    """Seconds spent in each tier, by its name, and in ``"provider"`` (the sum over concurrent calls)."""
+    """Seconds spent in each tier, by its name, and in ``"provider"``. Times of concurrent calls are added up."""
     errors: Mapping[str, str]
     """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
-    """Length of each vector; None where it is not known."""
+    """Number of dimensions of each vector; None if it is not known."""
 
     @property
     def vectors(self) -> Matrix:
@@ -82,7 +82,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The parts of a text's key, where its entry is, and why it missed. The text itself is not included."""
+    """How a text's key is built, what each tier has for it, and possible reasons for a miss, but not the text."""
 
     key: str
     scope: str
@@ -95,7 +95,7 @@ class Explanation:
     tiers: Mapping[str, str]
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: scopes in the tiers whose space card differs in one or two parts, such as another version."""
+    """For a miss: scopes in the tiers whose space card differs in one or two parts, such as the version."""
 
     @property
     def found(self) -> str | None:
@@ -137,7 +137,7 @@ class Held:
     tier: str
     scope: str
     card: Mapping[str, Value] | None
-    """The space card, or None where the tier has lost it."""
+    """The space card, or None if the tier has lost it."""
     entries: int
     error: str | None = None
     """Why the tier cannot count its entries, or None. With an error, ``scope`` is empty."""

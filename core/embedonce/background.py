@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CLOSE_SECONDS = 5.0
-"""Seconds for which ``close`` waits for tasks that ignore their cancellation."""
+"""Maximum number of seconds that ``close`` waits for asyncio tasks that ignore their cancellation."""
 
 
 class BackgroundLoop:
@@ -25,7 +25,7 @@ class BackgroundLoop:
 
     The first call starts the loop. It ends with :meth:`close`, or when this object is garbage-collected.
     Its thread is a daemon, so a hanging call does not keep the program alive. In a forked child the thread does not
-    exist, so every call raises: declare ``fork=False``, or create another ``BackgroundLoop`` there.
+    exist, so every call raises. A backend must declare ``fork=False`` or create another ``BackgroundLoop`` there.
 
     Args:
         what: the owner's name, for messages and the thread's name, such as ``"the objects backend"``.
@@ -47,14 +47,16 @@ class BackgroundLoop:
         A backend passes ``time_left()`` as ``timeout``. The coroutine is cancelled when the caller stops waiting.
 
         Raises:
-            TimeoutError: it took longer than ``timeout`` seconds.
+            TimeoutError: the coroutine took longer than ``timeout`` seconds.
             CacheClosed: :meth:`close` was called, before or during the call.
             RuntimeError: the caller is on the loop's own thread, or in a forked child.
         """
         return self._loop.run(call, timeout)
 
     def close(self) -> None:
-        """Cancel all tasks and end the loop. Wait a few seconds for tasks that ignore it. A second call does nothing.
+        """Cancel all asyncio tasks and end the loop. A second call does nothing.
+
+        It waits a few seconds for asyncio tasks that ignore their cancellation.
 
         Raises:
             Exception: any error that ``at_end`` raised.
@@ -63,7 +65,10 @@ class BackgroundLoop:
 
 
 class _SharedLoop:
-    """The state of a ``BackgroundLoop``. The thread refers to this, so that the ``BackgroundLoop`` can be collected."""
+    """The state of a ``BackgroundLoop``.
+
+    The thread refers only to this state, so that the ``BackgroundLoop`` itself can be garbage-collected.
+    """
 
     def __init__(self, what: str, at_end: Callable[[], Coroutine[Any, Any, object]] | None) -> None:
         self.closed = False
@@ -117,7 +122,8 @@ class _SharedLoop:
 
         if self._process != os.getpid():
             raise RuntimeError(f"{self._what} cannot be used in a forked child; create another one there")
-        with self._lock:  # held until the loop has the call: a call that arrives after the loop's end gets no answer
+        # Hold the lock until the loop has the call, because a call that comes after the loop's end gets no answer.
+        with self._lock:
             if self.closed:
                 raise CacheClosed(f"{self._what} is closed")
             if threading.current_thread() is self._thread:
@@ -153,8 +159,8 @@ class _SharedLoop:
             while not self._stopping:
                 try:
                     loop.run_forever()
-                except (SystemExit, KeyboardInterrupt):  # raised by a coroutine; its caller gets it, the loop continues
-                    continue
+                except (SystemExit, KeyboardInterrupt):
+                    continue  # the caller of the coroutine gets the exception
             loop.run_until_complete(_cancel_tasks())
             if self._at_end is not None:
                 loop.run_until_complete(self._at_end())
@@ -172,7 +178,7 @@ class _SharedLoop:
 
 
 async def _cancel_tasks() -> None:
-    """Cancel every other task of this loop, including tasks that start during the cancellation."""
+    """Cancel all other asyncio tasks of this loop, including those that start during the cancellation."""
     import asyncio
 
     while others := asyncio.all_tasks() - {asyncio.current_task()}:

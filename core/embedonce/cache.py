@@ -29,24 +29,25 @@ T = TypeVar("T")
 class Cache(Requests):
     """Embeds each text once: reads vectors from a chain of tiers, and asks the provider for the rest.
 
-    Every method that does I/O has a twin for event loops, whose name starts with ``a``. Both share tiers,
-    flights and counters. Threads and tasks may use one cache at the same time.
+    Every method that does I/O has an async twin, whose name starts with ``a``. Blocking and async methods share
+    tiers, flights and counters. Threads and asyncio tasks may use one cache at the same time.
 
     Args:
         provider: a provider, or any function ``list[str] -> vectors`` together with ``space``.
         tiers: backends, fastest first. Use :class:`Tier` to give one a TTL, a timeout or a name. Without
             tiers nothing is stored, but batches are de-duplicated and vectors are checked.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
-        key: what makes two requests the same.
-        dtype: precision of the vectors that are stored *and returned*, so that an answer is the same before
-            and after a restart.
-        mode: ``"read-through"``, or ``"replay"``, which computes nothing and makes a miss an error.
-        fallback: a provider that answers, in its own vector space, when the first one fails.
-        fallback_fetch_only: use the fallback in ``fetch`` only, whose caller can read ``Fetched.space``; the
-            ``embed…`` methods raise the first provider's error. Required if the dimensions differ.
-        drift: checks at intervals whether the provider still makes the same vectors as the stored ones.
-        max_wait: seconds to wait for another call's computation of the same text before computing it too.
-        flush_timeout: seconds that ``close`` and the exit of the program wait for background writes.
+        key: settings that determine which requests share a vector.
+        dtype: precision of the vectors that are stored *and returned*, so that a text has the
+            same vector before and after a restart.
+        mode: ``"read-through"``, or ``"replay"``, which computes nothing and fails for a text that no tier
+            has.
+        fallback: a second provider, which is used when the first one fails. Its vectors are in its own vector space.
+        fallback_fetch_only: use the fallback only in ``fetch``, because its caller can read ``Fetched.space``. The
+            ``embed…`` methods then raise the first provider's error. Required if the two providers' dimensions differ.
+        drift: checks at intervals whether the provider still returns the vectors that are stored.
+        max_wait: seconds to wait for another call that is embedding the same text, before this call embeds it too.
+        flush_timeout: maximum number of seconds to wait for background writes in ``close`` and at exit.
         max_queued: maximum number of entries per tier that wait for a background write.
         listeners: functions that are called with every :data:`embedonce.events.Event`.
         clock: function that returns Unix time in seconds, for tests.
@@ -130,12 +131,12 @@ class Cache(Requests):
         """Return a float32 matrix of shape (n, d), row i for text i.
 
         Raises:
-            Exception: as :meth:`embed`, for the first text that failed. The vectors of the others are stored.
+            Exception: the error of the first text that failed, as in :meth:`embed`. The other vectors are stored.
         """
         return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
-        """Yield each text's vector in order. It reads ``batch`` texts at a time, so memory stays bounded."""
+        """Yield each text's vector in order. Only ``batch`` texts are read at a time, so memory stays bounded."""
         self._check_iter(texts, batch)
 
         def rows() -> Iterator[Vector]:
@@ -152,7 +153,7 @@ class Cache(Requests):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
-        """Return the vectors and the source of each; report failures by position instead of raising them.
+        """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
         ``store=False`` writes and promotes nothing. ``metadata`` (one small JSON object or None per text) is
         stored with vectors that this call computes. An entry that is already stored keeps its own metadata.
@@ -174,14 +175,14 @@ class Cache(Requests):
         """Store vectors that you already have. A text that is already in a tier keeps its entry.
 
         Raises:
-            ProviderError: the vectors have the wrong shape, contain NaN or infinity, or are all zero.
+            ProviderError: the vectors have the wrong shape, or one has NaN, infinity or only zeros.
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
 
     def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
         """Remove the texts from every tier, for one task or for all, including the fallback's vectors.
 
-        The memory tiers of other processes keep them until their TTL has passed.
+        The memory tiers of other processes keep the vectors until their TTL has passed.
 
         Raises:
             EraseIncomplete: some tiers failed or cannot delete; the error names them.
@@ -206,16 +207,16 @@ class Cache(Requests):
         return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
-        """Return the parts of the text's key, where its entry is, and why it missed."""
+        """Return how the text's key is built, what each tier has for it, and possible reasons for a miss."""
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count each tier's entries by scope. A tier that cannot list has one row, with the reason."""
+        """Count each tier's entries by scope. A tier that cannot list its keys has one row with the reason."""
         self._check_open()
         return run_blocking(self._chain.upkeep.contents(self._chain.ports.blocking))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
-        """Return the metadata of all entries in the task's vector space, each entry once, in no order.
+        """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
 
         It lists all tiers. Entries that wait for a background write are not in a tier yet, so call ``flush`` first.
 
@@ -230,7 +231,7 @@ class Cache(Requests):
         return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
 
     def migrate(self) -> dict[str, str]:
-        """Create or update the tables of every store that has some (Postgres); return the changes by tier.
+        """Create or update the tables of every store that has tables (Postgres). Return the changes by tier.
 
         Raises:
             TierError: a store could not be changed.
@@ -264,7 +265,7 @@ class Cache(Requests):
     # --- async twins -----------------------------------------------------------------------
 
     async def aembed(self, text: str, task: Task = "document") -> Vector:
-        """As :meth:`embed`."""
+        """Async twin of :meth:`embed`."""
         vector = self._read_hot_vector(text, task)
         if vector is not None:
             return vector
@@ -272,13 +273,13 @@ class Cache(Requests):
         return row
 
     async def aembed_batch(self, texts: Sequence[str], task: Task = "document") -> Matrix:
-        """As :meth:`embed_batch`."""
+        """Async twin of :meth:`embed_batch`."""
         return await self._embed_matrix(self._chain.ports.get_loop_port(), texts, task)
 
     def aembed_iter(
         self, texts: Iterable[str] | AsyncIterable[str], task: Task = "document", *, batch: int = ITER_BATCH
     ) -> AsyncIterator[Vector]:
-        """As :meth:`embed_iter`; ``texts`` may be an async iterable."""
+        """Async twin of :meth:`embed_iter`; ``texts`` may be an async iterable."""
         self._check_iter(texts, batch)
 
         async def rows() -> AsyncIterator[Vector]:
@@ -296,11 +297,11 @@ class Cache(Requests):
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Fetched:
-        """As :meth:`fetch`."""
+        """Async twin of :meth:`fetch`."""
         return await self._fetch(self._chain.ports.get_loop_port(), texts, task, store=store, metadata=metadata)
 
     async def alookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
-        """As :meth:`lookup`."""
+        """Async twin of :meth:`lookup`."""
         return await self._lookup(self._chain.ports.get_loop_port(), texts, task)
 
     async def aput(
@@ -311,11 +312,11 @@ class Cache(Requests):
         *,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> None:
-        """As :meth:`put`."""
+        """Async twin of :meth:`put`."""
         await self._put(self._chain.ports.get_loop_port(), texts, vectors, task, metadata)
 
     async def aforget(self, texts: Sequence[str], task: Task | None = None) -> None:
-        """As :meth:`forget`."""
+        """Async twin of :meth:`forget`."""
         await self._forget(self._chain.ports.get_loop_port(), texts, task)
 
     async def apurge(
@@ -327,38 +328,38 @@ class Cache(Requests):
         namespace: str | None = None,
         dry_run: bool = False,
     ) -> Purged:
-        """As :meth:`purge`."""
+        """Async twin of :meth:`purge`."""
         return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
-        """As :meth:`explain`."""
+        """Async twin of :meth:`explain`."""
         return await self._explain(self._chain.ports.get_loop_port(), text, task)
 
     async def acontents(self) -> list[Held]:
-        """As :meth:`contents`."""
+        """Async twin of :meth:`contents`."""
         self._check_open()
         return await self._chain.upkeep.contents(self._chain.ports.get_loop_port())
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
-        """As :meth:`list_metadata`."""
+        """Async twin of :meth:`list_metadata`."""
         return await self._list_metadata(self._chain.ports.get_loop_port(), task)
 
     async def acheck(self) -> list[TierCheck]:
-        """As :meth:`check`."""
+        """Async twin of :meth:`check`."""
         self._check_open()
         return await self._chain.upkeep.check(self._chain.ports.get_loop_port())
 
     async def amigrate(self) -> dict[str, str]:
-        """As :meth:`migrate`."""
+        """Async twin of :meth:`migrate`."""
         self._check_open()
         return await self._chain.upkeep.migrate(self._chain.ports.get_loop_port())
 
     async def aflush(self, timeout: float | None = None) -> bool:
-        """As :meth:`flush`, without blocking the event loop."""
+        """Async twin of :meth:`flush`, which does not block the event loop."""
         return await self._off_loop(lambda: self.flush(timeout))
 
     async def aclose(self) -> None:
-        """As :meth:`close`, without blocking the event loop."""
+        """Async twin of :meth:`close`, which does not block the event loop."""
         await self._chain.close_twins(self._chain.ports.get_loop_port())
         await self._off_loop(self.close)
 
@@ -375,7 +376,7 @@ class Cache(Requests):
     # --- counters -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return the counters of tiers and providers since the cache was made, in texts."""
+        """Return the counters of tiers and providers since the cache was created, in texts."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         return Stats(
             tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
@@ -394,7 +395,7 @@ class Cache(Requests):
 
     @property
     def warnings(self) -> Sequence[ChainWarning]:
-        """What works in this chain but is probably a mistake, such as a network tier above a local one."""
+        """Warnings about probable mistakes in this chain, such as a network tier before a local tier."""
         return self._chain.warnings
 
     @property
@@ -412,7 +413,7 @@ class Cache(Requests):
 
 
 class _CacheOfSameTiers(Cache):
-    """A cache for another provider over the tiers of an existing cache, which alone closes the tiers."""
+    """A cache for another provider that uses the tiers of an existing cache. Only the existing cache closes them."""
 
     def __init__(self, chain: RunningChain, source: LiveProvider) -> None:
         Requests.__init__(self, chain, source, None, fetch_only=False)

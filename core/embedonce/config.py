@@ -48,12 +48,13 @@ def open(
 ) -> Cache:
     """Return the cache that a configuration describes.
 
-    ``source`` is a TOML file, a dict of the same shape, or None. None uses the first of these: the file that
-    ``EMBEDONCE_CONFIG`` names; ``embedonce.toml``, or ``[tool.embedonce]`` in a ``pyproject.toml``, in the current
-    folder or one above; the ngram provider with a memory tier and a disk tier in the user's cache folder.
+    ``source`` is a TOML file, a dict of the same shape, or None. With None, the file is the one that
+    ``EMBEDONCE_CONFIG`` names. If that is not set, it is the nearest ``embedonce.toml`` or ``pyproject.toml`` (with
+    ``[tool.embedonce]``) in the current folder or one above. If there is no such file, the cache has the ngram
+    provider, a memory tier, and a disk tier in the user's cache folder.
 
     Your own ``provider``, or a function together with its ``space``, replaces ``[provider]``. The configuration
-    may then omit that table, and it is not read.
+    may then omit that table. If it has the table, the table is not read.
 
     Raises:
         ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
@@ -229,7 +230,7 @@ def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) 
 
 
 def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Problem:
-    """Return a problem for an error of a plugin's constructor, at its table, without a message that has a secret."""
+    """Return a problem at a plugin's table for an error of its constructor. Hide a message that contains a secret."""
     said = "(message hidden, because it contains a secret)" if _contains_secret(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
     message = f"{part.label} cannot be created: " + ": ".join(piece for piece in (kind, said) if piece)
@@ -237,7 +238,7 @@ def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Pr
 
 
 def _contains_secret(error: BaseException | None, secrets: frozenset[str]) -> bool:
-    """Return whether the message of an error, or of one that led to it, contains a secret."""
+    """Return whether the message of an error, or of an earlier error that led to it, contains a secret."""
     if error is None:
         return False
     text = f"{error} {getattr(error, '__notes__', '')}"

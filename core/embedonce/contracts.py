@@ -39,41 +39,47 @@ class Capabilities:
     """
 
     holds: Literal["frames", "entries", "either"] = "frames"
-    """``"frames"``: bytes, a :class:`FrameBackend`. ``"entries"``: an :class:`EntryBackend`. ``"either"``: an
-    entry backend that also stores frames, for an encrypted tier, and returns each value in the form it was given."""
+    """The values that the backend stores.
+
+    ``"frames"``: bytes, in a :class:`FrameBackend`. ``"entries"``: entries, in an :class:`EntryBackend`. ``"either"``:
+    both, in an entry backend that also stores frames if its tier is encrypted. It returns each value in the form in
+    which it was stored.
+    """
     scope: Literal["process", "host", "network"] = "host"
-    """Who shares its entries: one process, one host, or all hosts. The tier's default timeout and write mode follow."""
+    """Who shares the entries: one process, one host, or all hosts. It determines the default timeout and write mode."""
     blocking: bool = True
-    """False: a call takes microseconds and runs on the event loop itself."""
+    """Whether calls may block. If False, a call takes microseconds and is made on the event loop itself."""
     deadline: bool = False
-    """True: every call ends within :func:`time_left` seconds. Otherwise the engine runs the backend's calls in
-    a thread, so that it can stop waiting for a hanging call."""
+    """Whether every call ends within :func:`time_left` seconds. If False, the engine runs the backend's calls in a
+    thread, so that it can stop waiting for a hanging call."""
     fork: bool = True
-    """False: its client library does not work in a forked child. A call there raises at once and says what to do."""
+    """Whether the client library works in a forked child. If False, a call there raises immediately, and its message
+    says what to do."""
     ttl: bool = False
-    """True: the backend frees an entry's space after its ttl. (The engine never serves an expired entry.)"""
+    """Whether the backend frees an entry's space after its ttl. (The engine never returns an expired entry.)"""
     max_batch: int | None = None
     """Maximum number of keys per call; the engine splits larger calls. None means no limit."""
     max_value_bytes: int | None = None
     """Maximum size of a value; the engine drops larger values and counts them. None means no limit."""
     get: bool = False
-    """Has ``get(key) -> value or None``: reads one key, for the single-text path of an in-process tier."""
+    """Whether the backend has ``get(key)``, which returns the value of one key or None. The engine uses it to read a
+    single text from an in-process tier."""
     delete: bool = False
-    """Has ``delete_many(keys)``; needed by ``forget`` and ``purge``."""
+    """Whether the backend has ``delete_many(keys)``, which ``forget`` and ``purge`` need."""
     scan: bool = False
-    """Has ``scan(prefix)``; needed by ``purge`` and ``stats``."""
+    """Whether the backend has ``scan(prefix)``, which ``purge`` and ``embedonce stats`` need."""
     count: bool = False
-    """Has ``count(prefix)``; otherwise the engine counts the keys that ``scan`` yields."""
+    """Whether the backend has ``count(prefix)``, which counts keys without listing them."""
     add: bool = False
-    """Has ``add_many(items, ttl)``: sets absent keys, for leases."""
+    """Whether the backend has ``add_many(items, ttl)``, which stores only items whose key is absent. Leases need it."""
     twin: bool = False
-    """Has ``twin()``: a native async client of the same store."""
+    """Whether the backend has ``twin()``, which returns a native async client of the same store."""
     bounded: bool | None = None
-    """Whether it limits its size by evicting entries; None if it cannot tell. A chain with two tiers that grow
-    without limit gets a warning."""
+    """Whether the backend limits its size by evicting entries; None if it cannot tell. A chain with two tiers that
+    grow without limit gets a warning."""
     text_preview: bool = False
-    """Stores the beginning of the text beside the vector, because its option says so. Entries then carry it as the
-    metadata ``text_preview``. An error together with encryption or a secret."""
+    """Whether the backend's options say that the beginning of each text is stored beside its vector. The metadata of an
+    entry then has the field ``text_preview``. This cannot be combined with encryption or with a secret."""
 
 
 EXTRAS: Mapping[str, str] = {
@@ -88,14 +94,14 @@ EXTRAS: Mapping[str, str] = {
 
 
 class FrameBackend(Protocol):
-    """Stores frames (bytes) under keys. It is called from several threads at once.
+    """Stores frames (bytes) under keys. Several threads may call it at the same time.
 
-    Keys are ASCII, under 120 characters, from ``a-z 0-9 .``, so they need no escaping. A method may raise any
-    exception; it is counted as an error of the tier and, by default, does not reach the caller.
+    A key has fewer than 120 characters, all from ``a-z 0-9 .``, so it needs no escaping. A method may raise any
+    exception. The engine counts it as an error of the tier, and by default the exception does not reach the caller.
 
-    If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the answers of the others:
-    those are used, and only the failed keys count as errors. Do not leave failed keys out of an answer instead:
-    they would count as misses.
+    If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the values that the other nodes
+    returned. The engine uses these values, and only the failed keys count as errors. Do not leave the failed keys out
+    of an answer instead, because they would then count as misses.
     """
 
     @property
@@ -108,7 +114,7 @@ class FrameBackend(Protocol):
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item and replace existing values.
 
-        ``ttl`` is in seconds; the space may be freed after it. None means for ever.
+        After ``ttl`` seconds, the backend may free the space of the items. With None they do not expire.
         """
         ...
 
@@ -121,7 +127,7 @@ class EntryBackend(Protocol):
     """Stores entries under keys, for a store of arrays or columns. Everything else is as in :class:`FrameBackend`.
 
     A store that reads one matrix may return it as ``Entries(blocks=[Block(keys, matrix, …)])`` of
-    :mod:`embedonce.vectors`. A batch that is returned as a matrix then needs no object per text.
+    :mod:`embedonce.vectors`. A batch that is returned as a matrix then needs no Python object per text.
     """
 
     @property
@@ -135,7 +141,7 @@ class EntryBackend(Protocol):
 
 
 class Extras(Protocol):
-    """The optional methods, each behind the capability of its name (``delete`` -> ``delete_many``)."""
+    """The optional methods. The backend declares each one with a capability (see :data:`EXTRAS`)."""
 
     def get(self, key: str, /) -> Any: ...
 
@@ -152,30 +158,32 @@ class Extras(Protocol):
         ...
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is absent, and return those keys. Of several callers, one gets each key.
+        """Store the items whose key is absent, and return those keys.
+
+        If several callers add the same key, only one of them gets it.
 
         The values are the few bytes of a lease, even if the backend stores entries.
         """
         ...
 
     def twin(self) -> AsyncBackend:
-        """Return a native async client. Called once per event loop, inside the loop that will use the client."""
+        """Return a native async client. It is called once per event loop, on the loop that will use the client."""
         ...
 
     def describe(self) -> str:
-        """Describe in a few words how it stores vectors, for ``embedonce check``. Needs no capability."""
+        """Describe in a few words how the backend stores vectors, for ``embedonce check``. This needs no capability."""
         ...
 
     def migrate(self) -> str:
-        """Update the store's layout and return what was done, for ``embedonce migrate``. Needs no capability."""
+        """Update the store's layout and return what was done, for ``embedonce migrate``. This needs no capability."""
         ...
 
 
 class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.
 
-    A cancelled call (a timeout cancels it) must not leave its reply for the next call to read: drop its
-    connection. With frames the engine would notice the wrong reply; with entries it cannot.
+    When its timeout has passed, a call is cancelled. The next call must not read the reply to the cancelled call, so
+    drop the connection. The engine would notice a wrong reply that is a frame, but not one that is an entry.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...
@@ -213,8 +221,8 @@ def time_left() -> float | None:
 class deadline:
     """Limit the calls inside the block to ``seconds``, which :func:`time_left` counts down.
 
-    This is a class, because a generator that Ctrl-C leaves unfinished would reset the variable when it is garbage
-    collected, in whichever context that happens.
+    This is a class and not a generator. Ctrl-C could leave a generator unfinished. The garbage collector would finish
+    it later, and reset the deadline in an unrelated context.
     """
 
     __slots__ = ("_seconds", "_token")
@@ -244,12 +252,12 @@ class Limits:
     concurrency: int = 1
     """Maximum number of simultaneous calls for one batch."""
     timeout: float | None = None
-    """Seconds that one call may take. None leaves it to the provider's own client."""
+    """Maximum duration of one call, in seconds. With None, the provider's own client limits it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A provider's answer with the vectors and the tokens that they cost."""
+    """A provider's answer: the vectors, and the number of tokens charged for them."""
 
     vectors: Vectors
     """Shape (n, d), row i for text i."""
@@ -262,9 +270,9 @@ class Embedded:
 
 
 class Provider(Protocol):
-    """Computes vectors with blocking calls. It is called from several threads at once.
+    """Computes vectors with blocking calls. Several threads may call it at the same time.
 
-    It may also have ``aembed``, the same method as a coroutine, which the async face then prefers.
+    It may also have ``aembed``, the same method as a coroutine. The async methods of a cache then call ``aembed``.
     """
 
     @property
@@ -273,16 +281,16 @@ class Provider(Protocol):
     def space(self, task: Task, /) -> VectorSpace:
         """Describe everything that affects which vector a text gets for this task.
 
-        Called before any text is looked up, so it should not load a model or use the network if it can avoid it.
-        A provider that embeds all tasks alike returns the same space for each of them.
+        This is called before any text is looked up, so it should avoid loading a model or using the network.
+        A provider that embeds all tasks in the same way returns the same space for each task.
         """
         ...
 
     def embed(self, texts: Sequence[str], task: Task, /) -> Vectors | Embedded:
-        """Return one vector per text, in order. Never called with an empty list.
+        """Return one vector per text, in order. It is never called with an empty list.
 
         Raises:
-            TextRefused: some texts cannot be embedded; the engine calls again with the others.
+            TextRefused: some texts cannot be embedded. The engine then calls again with the other texts.
         """
         ...
 
@@ -290,7 +298,7 @@ class Provider(Protocol):
 
 
 class AsyncProvider(Protocol):
-    """Computes vectors on an event loop. The blocking face runs it on a background event loop."""
+    """Computes vectors on an event loop. The blocking methods of a cache run it on a background event loop."""
 
     @property
     def limits(self) -> Limits: ...

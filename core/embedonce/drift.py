@@ -1,8 +1,8 @@
-"""Options of the drift guard, which notices when a provider starts to return other vectors for the same vector space.
+"""Options of the drift guard, which notices when a provider starts to return different vectors for the same texts.
 
-A hosted model can change while its name stays the same, and so can a function behind its ``space``. New vectors would
-then be stored among old ones that they cannot be compared with. The guard embeds a few canary texts at intervals,
-and compares the vectors with those that are stored for the same texts.
+A hosted model can change while its name stays the same, and a function can change while its ``space`` stays the same.
+New vectors would then be stored together with old vectors, although the two cannot be compared. The guard embeds a few
+canary texts at intervals, and compares their vectors with those that are stored for the same texts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CANARIES = (
     "Im Jahr 1905 veröffentlichte Albert Einstein vier Arbeiten.",
     "東京は日本の首都です。",
 )
-"""English prose, code, another language and another script. A changed tokenizer affects at least one of them, and any
-other change affects all."""
+"""English prose, code, a different language and a different script. A change of the tokenizer affects at least one of
+these texts, and any other change affects all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,13 @@ class DriftGuard:
         Literal["warn", "refuse", "new-space"],
         Doc(
             'What to do on drift: "warn" logs a warning; "refuse" raises an error for every text that no tier has; '
-            '"new-space" continues in a new vector space, in which every text is computed again.'
+            '"new-space" continues in a new vector space, in which every text is embedded again.'
         ),
     ] = "warn"
     every: Annotated[
-        Duration, Gt(0), Doc("Time between two checks; a check is made when the next missing text is computed.")
+        Duration,
+        Gt(0),
+        Doc("Time between two checks. When it has passed, the check is made before the next missing text is embedded."),
     ] = 86400.0
     tolerance: Annotated[
         float,
@@ -56,7 +58,9 @@ class DriftGuard:
         if isinstance(self.texts, str) or not self.texts or not all(isinstance(text, str) for text in self.texts):
             raise ConfigError("[drift] texts must be a list of at least one str")
         if not all(text and text == text.encode(errors="replace").decode() for text in self.texts):
-            raise ConfigError("[drift] texts must not contain an empty str or invalid Unicode: it cannot be embedded")
+            raise ConfigError(
+                "[drift] texts must not contain an empty str or invalid Unicode, which cannot be embedded"
+            )
         if not self.every > 0:
             raise ConfigError(f"[drift] every must be more than 0 seconds, got {self.every!r}")
         if not 0 < self.tolerance < 2:

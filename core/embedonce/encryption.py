@@ -19,7 +19,7 @@ from .vectors import SealedFrame, is_plain_frame, open_frame, seal_frame
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
-"""Length of the nonce, random per frame. NIST SP 800-38D allows 2^32 random nonces per key."""
+"""Length of the nonce, which is random for each frame. NIST SP 800-38D allows 2^32 random nonces per key."""
 
 FILE_PREFIX = "file:"
 
@@ -28,9 +28,9 @@ class Encryption:
     """Encrypts and decrypts the frames of a tier.
 
     Args:
-        keys: One or more keys, each given as 32 bytes, as their base64, or as ``"file:PATH"`` of a file with the
-            base64. The first key encrypts, and all keys decrypt. To rotate, put the new key before the old one, and
-            remove the old one when its frames have expired; texts of frames that are left are recomputed.
+        keys: One or more keys, each given as 32 bytes, as base64, or as ``"file:PATH"`` for a file with the base64.
+            The first key encrypts, and all keys decrypt. To rotate keys, put the new key before the old key. Remove the
+            old key when its frames have expired. A text whose frame no key can decrypt is embedded again.
 
     Raises:
         ConfigError: a key is invalid or missing, or the package ``cryptography`` is not installed.
@@ -78,8 +78,8 @@ class Encryption:
     def decrypt(self, frames: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], list[str]]:
         """Return the decrypted frames, the storage keys of corrupt frames, and those of unencrypted frames.
 
-        A frame is corrupt unless one of the keys encrypted it for exactly this storage key and header. So a frame
-        of another tenant, a swapped or damaged one, and one with a changed date are corrupt.
+        A frame is corrupt unless one of the keys encrypted it for exactly this storage key and header. For example, a
+        frame that was damaged, swapped, given a different date or encrypted by another tenant is corrupt.
         """
         plain: dict[str, bytes] = {}
         corrupt: list[str] = []
@@ -107,7 +107,7 @@ class Encryption:
 
 
 def key_id(key: bytes) -> int:
-    """Return the id of a key, 8 bytes that do not reveal it; never 0, which means not encrypted."""
+    """Return the 8-byte id of a key, which does not reveal the key. It is never 0, because 0 means not encrypted."""
     return int.from_bytes(hashlib.sha256(b"embedonce/key-id/1" + key).digest()[:8], "little") or 1
 
 
@@ -128,6 +128,6 @@ def _read_key(key_or_text: str | bytes) -> bytes:
     if len(key) != KEY_BYTES:
         raise ConfigError(
             f"an encryption key must be {KEY_BYTES} random bytes as base64 (create one: openssl rand -base64 32), "
-            'or "file:" and the path of a file with that base64'
+            'or "file:PATH" for a file that contains the base64'
         )
     return key

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class EmbedonceError(Exception):
-    """Base of every error below; catch it to catch them all."""
+    """Base class of all errors of embedonce. Catch it to catch any of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class SpaceError(EmbedonceError, ValueError):
 
 
 class TextError(EmbedonceError, ValueError):
-    """A text cannot be encoded (a lone surrogate); nothing was sent or stored.
+    """A text cannot be encoded, because it has a lone surrogate. Nothing was sent or stored.
 
     ``position`` is its index in the batch.
     """
@@ -67,7 +67,10 @@ class TextError(EmbedonceError, ValueError):
 
 
 class ProviderError(EmbedonceError):
-    """A provider's answer was refused (count, dimension, NaN, infinity, all zero); nothing of it was stored."""
+    """A provider's answer was refused, and none of its vectors was stored.
+
+    The answer has the wrong number of vectors or of dimensions, or a vector with NaN, infinity or only zeros.
+    """
 
 
 class ProviderTimeout(ProviderError, TimeoutError):
@@ -75,17 +78,17 @@ class ProviderTimeout(ProviderError, TimeoutError):
 
 
 class DriftError(ProviderError):
-    """The provider no longer returns the vectors that are stored in the same vector space; nothing was computed.
+    """The provider no longer returns the vectors that are stored in the same vector space. No text was embedded.
 
     Raised if the drift guard's ``action`` is ``"refuse"``. Change ``[key] version``, or go back to the previous model.
     """
 
 
 class TextRefused(ProviderError, ValueError):
-    """A provider refuses to embed some texts (empty, too long). Providers raise it.
+    """A provider refuses to embed some texts, for example because they are empty or too long. Providers raise it.
 
     ``positions`` are the indexes of these texts in the chunk. If the provider cannot tell which texts they
-    are, leave it empty: the engine halves the chunk until it has found them.
+    are, it leaves ``positions`` empty, and the engine halves the chunk until it has found them.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
@@ -121,16 +124,16 @@ class TierBusy(TierError):
 
 
 class PartialAnswer(TierError):
-    """Some nodes or shards of a backend failed and others answered. Backends raise it; the answers are used.
+    """Some nodes or shards of a backend failed and others answered. Backends raise it, and the engine uses the values.
 
     ``answer`` is the return value of the call for the keys that did not fail: a mapping for ``get_many``, the
     keys that were added for ``add_many``, None for ``set_many`` and ``delete_many``. ``failed`` contains the keys
     whose state is unknown (for a write: the keys that were not stored). A requested key that is in neither is a miss.
 
-    Raise it ``from`` the error of the node that failed. The keys are counted under that error, and it
-    affects the tier's breaker as if it had been raised alone. If the backend skips a node until the node
-    recovers, so that no call waits for it, raise it from a :class:`TierBusy`: that does not affect the breaker,
-    and the other nodes stay in use. If no node answered, raise the error itself.
+    Raise it ``from`` the error of the node that failed. The failed keys are counted under that error, and the tier's
+    breaker reacts as if that error had been raised itself. While the backend skips a failed node, so that no call
+    waits for the node, raise it ``from`` a :class:`TierBusy`, which does not affect the breaker. The other nodes then
+    stay in use. If no node answered, raise the error of a node instead of a ``PartialAnswer``.
     """
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:
@@ -142,9 +145,9 @@ class PartialAnswer(TierError):
 
 
 class EraseIncomplete(EmbedonceError):
-    """``forget`` or ``purge`` failed on some tiers; the others are done.
+    """``forget`` or ``purge`` failed on some tiers, and erased the entries of the other tiers.
 
-    ``tiers`` maps the name of each failed tier to the reason. Call it again once these tiers are reachable.
+    ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     """
 
     def __init__(self, message: str, tiers: Mapping[str, str] | None = None) -> None:

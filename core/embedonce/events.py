@@ -76,7 +76,8 @@ class TierStats:
     stored: int
     dropped: int
     seconds: float
-    """Time spent in calls to it. Single-text hits in a first memory tier are not timed: the clock costs as much."""
+    """Seconds spent in calls to the tier. Hits of single texts in a first memory tier are not included, because reading
+    the clock would take as long as such a hit."""
     causes: Mapping[str, int]
     """Errors by cause: ``"timeout"`` or the exception's class name."""
     drops: Mapping[str, int]
@@ -84,12 +85,12 @@ class TierStats:
 
     @property
     def looked_up(self) -> int:
-        """Texts that the tier was asked for, whatever came of it."""
+        """Number of texts that the tier was asked for, with any outcome."""
         return self.hits + self.misses + self.errors + self.corrupt + self.skipped
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits among hits and misses, from 0 to 1; None before the first of either. Errors do not count."""
+        """Share of hits among hits and misses, from 0 to 1; None if there are neither. Errors do not count."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
 
 
@@ -98,7 +99,7 @@ class ProviderStats:
     """Counters of a provider since the cache was created."""
 
     texts: int
-    """Texts that it embedded, each of which no tier had."""
+    """Number of texts that the provider embedded, because no tier had them."""
     failed: int
     tokens: int
     seconds: float
@@ -111,18 +112,18 @@ class Stats:
     tiers: Mapping[str, TierStats]
     providers: Mapping[str, ProviderStats]
     shared: int
-    """Texts answered by the computation of another call that was in flight."""
+    """Number of texts whose vector another call was already computing."""
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the texts asked for that some tier answered, from 0 to 1; None before the first one.
+        """Share of the requested texts that some tier had, from 0 to 1; None if no text was requested.
 
-        The first tier is asked for every text, so its count is what was asked for.
+        Every text is looked up in the first tier, so the count of that tier is the number of requested texts.
         """
         first = next(iter(self.tiers.values()), None)
         if first is None or first.looked_up == 0:
             return None
-        # The counters are read one after the other while calls go on, so a later tier may be ahead of the first.
+        # Calls go on while the counters are read one after the other, so a later tier may have counted more texts.
         return min(1.0, sum(tier.hits for tier in self.tiers.values()) / first.looked_up)
 
     def __repr__(self) -> str:

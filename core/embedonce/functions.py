@@ -14,7 +14,7 @@ from .keys import VectorSpace
 
 Answer: TypeAlias = Vectors | Embedded
 Function: TypeAlias = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
-"""Function ``list[str] -> vectors``, sync or async. If it has a parameter named ``task``, it gets the task too."""
+"""A sync or async function ``list[str] -> vectors``. If it has a parameter ``task``, the task is passed to it too."""
 Space: TypeAlias = VectorSpace | Mapping[str, Any]
 
 
@@ -50,7 +50,7 @@ class FunctionProvider(_FunctionBase):
         """Return what the function returns for the texts; the engine checks it.
 
         Raises:
-            TypeError: the function returned a coroutine although it is not an ``async def``.
+            TypeError: the function returned a coroutine, although it is not declared with ``async def``.
         """
         answer = self._function(list(texts), task=task) if self._takes_task else self._function(list(texts))
         if inspect.isawaitable(answer):
@@ -99,7 +99,8 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     """Return ``source`` if it is a provider, else a provider that calls it.
 
     Raises:
-        SpaceError: ``source`` is a function without a space, or a provider with a space or limits beside it.
+        SpaceError: ``source`` is a function without a space, or a provider, and a space or limits were given
+            too.
         TypeError: ``source`` is neither a provider nor a function.
     """
     if isinstance(source, type):
@@ -142,7 +143,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def _takes_task(function: Callable[..., Any]) -> bool:
     """Return whether the function has a parameter ``task`` after the texts.
 
-    ``**kwargs`` does not count, nor does the ``task`` of a partial that has already set it.
+    Neither ``**kwargs`` nor a ``task`` that a partial has already set counts as such a parameter.
     """
     if isinstance(function, functools.partial) and "task" in function.keywords:
         return False

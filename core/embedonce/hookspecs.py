@@ -28,9 +28,11 @@ def hookimpl(*, specname: str | None = ...) -> Callable[[Function], Function]: .
 
 
 def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
-    """Mark a function of a plugin's module as the implementation of the hook ``specname``, or of the hook of its name.
+    """Mark a function of a plugin's module as the implementation of the hook ``specname``.
 
-    pluggy's other options are not supported: they order and wrap the calls of several plugins, and embedonce calls
+    Without ``specname``, the function implements the hook that has the same name as the function.
+
+    pluggy's other options are not supported, because they order and wrap the calls of several plugins. embedonce calls
     the hooks of each plugin separately.
     """
     import pluggy

@@ -1,4 +1,4 @@
-"""What makes two requests the same: vector space, key policy, scope, key.
+"""Vector spaces, key policies and keys, which determine which requests share a vector.
 
 Values are hashed in a canonical form. Each value carries its type and its length, so different values
 never have the same bytes. ``docs/keys.md`` gives the form byte by byte, and a test recomputes that
@@ -46,7 +46,7 @@ def canonical(value: Value) -> bytes:
     ========  ==========================================================
 
     Raises:
-        SpaceError: a value has another type, is NaN, or is a string with a lone surrogate.
+        SpaceError: a value has a type that is not in this table, is NaN, or is a string with a lone surrogate.
     """
     if value is None:
         return b"n"
@@ -62,7 +62,7 @@ def canonical(value: Value) -> bytes:
         return b"d" + struct.pack(">d", value + 0.0)
     if isinstance(value, str):
         return _encode_sized(b"s", _encode_utf8(value))
-    if isinstance(value, bytes | bytearray | memoryview):  # the last two are sequences of integers too
+    if isinstance(value, bytes | bytearray | memoryview):  # the last two types are sequences of integers too
         return _encode_sized(b"b", bytes(value))
     if isinstance(value, Mapping):
         pairs = []
@@ -99,7 +99,7 @@ def _encode_utf8(value: str) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorSpace:
-    """Everything that decides which vector a text gets, as described by the provider.
+    """Everything that determines which vector a text gets, as described by the provider.
 
     The fingerprint leaves out fields that are None, so a field that is added later changes no existing
     fingerprint. Device, batch size, timeouts, API keys and credentials do not belong here.
@@ -108,15 +108,15 @@ class VectorSpace:
     provider: str
     model: str
     task: str | None = None
-    """The task, where the provider embeds queries and documents differently; None where it does not."""
+    """The task, if the provider embeds queries and documents differently; otherwise None."""
     endpoint: str | None = None
     """URL without credentials, or the ``endpoint_name`` that replaces it."""
     revision: str | None = None
-    """A fixed revision: the provider resolves ``main`` or ``latest`` first."""
+    """A fixed revision. The provider resolves names such as ``main`` or ``latest`` to a fixed revision first."""
     precision: str | None = None
     adapters: Sequence[str] | None = None
     dimensions: int | None = None
-    """Length of the vectors; None where the provider would have to load its model to know it."""
+    """Number of dimensions; None if the provider would have to load its model to know it."""
     pooling: str | None = None
     tokenizer: str | None = None
     max_length: int | None = None
@@ -126,9 +126,9 @@ class VectorSpace:
     prefix: str | None = None
     suffix: str | None = None
     normalize: bool | None = None
-    """Whether vectors are scaled to length 1."""
+    """Whether vectors are scaled to unit length."""
     extra: Mapping[str, Value] | None = None
-    """Further request fields that reach the model."""
+    """Other request fields that are passed to the model."""
     space_version: int | str | None = None
     """Version that a plugin increases when its vectors change although no other field does."""
 
@@ -171,12 +171,12 @@ class VectorSpace:
 def canonical_url(url: str) -> str:
     """Return a URL without the parts that do not change the endpoint.
 
-    These are credentials, upper case in scheme and host, the default port, and a trailing slash.
+    Credentials, the default port and a trailing slash are removed. Scheme and host are converted to lower case.
 
     Raises:
         ValueError: ``url`` is not the URL of an endpoint.
     """
-    from urllib.parse import urlsplit  # takes milliseconds, and most programs do not need it
+    from urllib.parse import urlsplit  # this import takes milliseconds, and most programs do not need it
 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -228,11 +228,11 @@ Hash: TypeAlias = Literal["sha256", "blake2b"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPolicy:
-    """What makes two requests the same, besides the vector space and the text.
+    """The settings that, with the vector space and the text, determine which requests share a vector.
 
-    ``normalize`` changes the text that is embedded, not only the key, so equal keys mean that equal text
-    was embedded. The steps are therefore not part of the key. Two policies share an entry when their
-    steps turn a text into the same normalised text.
+    ``normalize`` changes the text that is embedded, not only the key. If two keys are equal, the same normalised text
+    was embedded, so the steps are not part of the key. Two policies share an entry when their steps turn a text into
+    the same normalised text.
     """
 
     normalize: Sequence[str] = ()
@@ -240,7 +240,7 @@ class KeyPolicy:
     version: str = "v1"
     """Part of every key. A new version ignores all vectors that were stored under the old one."""
     namespace: str = ""
-    """Part of every key: separates tenants or projects that share a store."""
+    """Part of every key. It separates tenants or projects that share a store."""
     hash: Hash = "sha256"
     secret: str | bytes | None = field(default=None, repr=False)
     """Key of the digest, so that nobody who can read the store's keys can guess short texts from them."""
@@ -275,7 +275,7 @@ class KeyPolicy:
         return hmac.digest(b"embedonce/secret-id/1", self._secret_bytes(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:
-        """Return 16 hex digits that stand for this policy and ``space``; listing and purging go by scope."""
+        """Return 16 hex digits that identify this policy and ``space``. Entries are listed and purged by scope."""
         parts = {
             "namespace": self.namespace,
             "version": self.version,
@@ -331,7 +331,7 @@ class Keyer:
 def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
     """Return a function from a text's bytes to 64 hex digits.
 
-    The choice between the hashes is made here, once, so that hashing a text is one call.
+    The hash is chosen here and not for each text, so that hashing a text is one call.
     """
     secret = policy._secret_bytes()
     if policy.hash == "blake2b":
@@ -350,7 +350,7 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card of a scope: the parts by which ``stats`` and ``purge`` name it. It contains no text."""
+    """Return the space card of a scope: the parts by which ``stats`` and ``purge`` identify it. It contains no text."""
     described = space.described()
     return {
         "provider": described.get("provider"),

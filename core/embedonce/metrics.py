@@ -1,4 +1,4 @@
-"""Prometheus metrics of caches. A scrape reads the caches' counters, so there is no extra cost per text.
+"""Prometheus metrics of caches. A scrape reads the caches' counters, so the metrics take no extra time per text.
 
 pip install 'embedonce[prometheus]'
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TIER_COUNTERS = {
     "hits": "Texts found in a tier.",
-    "corrupt": "Damaged or foreign entries in a tier.",
+    "corrupt": "Damaged or otherwise invalid entries found in a tier.",
     "skipped": "Texts that were not looked up in a tier, because its breaker was open.",
     "stored": "Entries written to a tier.",
 }
@@ -34,18 +34,18 @@ class CacheCollector(Collector):
 
     =====================================  ==================  =========================================
     ``embed_cache_hits_total``             ``tier``            texts found
-    ``embed_cache_misses_total``                               texts computed by a provider
-    ``embed_cache_errors_total``           ``tier``, ``cause`` texts of failed calls
-    ``embed_cache_corrupt_total``          ``tier``            damaged or foreign entries
+    ``embed_cache_misses_total``                               texts embedded by a provider
+    ``embed_cache_errors_total``           ``tier``, ``cause`` texts in failed calls
+    ``embed_cache_corrupt_total``          ``tier``            damaged or otherwise invalid entries
     ``embed_cache_skipped_total``          ``tier``            texts not looked up, because the breaker was open
     ``embed_cache_stored_total``           ``tier``            entries written
     ``embed_cache_dropped_total``          ``tier``, ``cause`` entries not written
-    ``embed_cache_tier_seconds_total``     ``tier``            time in calls to the tier
-    ``embed_cache_shared_total``                               texts that another call's computation answered
-    ``embed_cache_provider_texts_total``   ``provider``        texts computed
+    ``embed_cache_tier_seconds_total``     ``tier``            seconds spent in calls to the tier
+    ``embed_cache_shared_total``                               texts whose vector another call was computing
+    ``embed_cache_provider_texts_total``   ``provider``        texts embedded
     ``embed_cache_provider_failed_total``  ``provider``        texts that failed
-    ``embed_cache_provider_tokens_total``  ``provider``        tokens charged for
-    ``embed_cache_provider_seconds_total`` ``provider``        time in calls to the provider
+    ``embed_cache_provider_tokens_total``  ``provider``        tokens charged
+    ``embed_cache_provider_seconds_total`` ``provider``        seconds spent in calls to the provider
     =====================================  ==================  =========================================
     """
 
@@ -60,7 +60,7 @@ class CacheCollector(Collector):
             yield _sum_samples(count, about, ["tier"], samples)
         yield _sum_samples(
             "errors",
-            "Texts of a tier's failed calls, by cause.",
+            "Texts in failed calls to a tier, by cause.",
             ["tier", "cause"],
             [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
         )
@@ -72,19 +72,19 @@ class CacheCollector(Collector):
         )
         yield _sum_samples(
             "tier_seconds",
-            "Seconds in calls to a tier.",
+            "Seconds spent in calls to a tier.",
             ["tier"],
             [((name,), tier.seconds) for s in stats for name, tier in s.tiers.items()],
         )
-        yield _sum_samples("misses", "Texts computed by a provider.", [], [((), _count_computed(s)) for s in stats])
+        yield _sum_samples("misses", "Texts embedded by a provider.", [], [((), _count_computed(s)) for s in stats])
         yield _sum_samples(
-            "shared", "Texts that another call's computation answered.", [], [((), s.shared) for s in stats]
+            "shared", "Texts whose vector another call was already computing.", [], [((), s.shared) for s in stats]
         )
         for count, about in {
-            "texts": "Texts computed.",
+            "texts": "Texts embedded.",
             "failed": "Texts that failed.",
-            "tokens": "Tokens charged for.",
-            "seconds": "Seconds in calls to the provider.",
+            "tokens": "Tokens charged.",
+            "seconds": "Seconds spent in calls to the provider.",
         }.items():
             yield _sum_samples(
                 f"provider_{count}",

@@ -1,4 +1,4 @@
-"""A digest of a model's folder, so that a model whose weights change in place counts as another model."""
+"""A digest of a model's folder, so that a model whose weights change in place counts as a different model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OTHER_FRAMEWORKS: Final = DOCUMENTS | {".h5", ".msgpack", ".onnx", ".ot"}
 OTHER_FRAMEWORK_FOLDERS: Final = frozenset({"onnx", "openvino"})
 
 SMALL: Final = 1 << 20
-"""Size in bytes up to which a file is hashed each time; the digests of larger files are remembered."""
+"""Maximum size, in bytes, of a file that is hashed every time. The digests of larger files are remembered."""
 SETTLED: Final = 10.0
-"""Seconds after a file's last change from which its digest is remembered. Right after a change it is not, because two
-changes within one tick of the file system's clock give the file the same times."""
+"""Minimum number of seconds since a file's last change for its digest to be remembered. Two changes within one tick of
+the file system's clock leave the same times, so a remembered digest could be that of the earlier content."""
 REMEMBERED: Final = 1000
 """Maximum number of remembered digests; the oldest are removed first."""
 
@@ -31,8 +31,8 @@ REMEMBERED: Final = 1000
 def digest(folder: Path, *, pytorch: bool = False) -> str:
     """Return the SHA-256, in hex, of the files that determine the vectors of the model in a folder.
 
-    It covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). The place
-    and the age of the folder do not matter. With ``pytorch`` it also skips the weights of other frameworks,
+    It covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). It does
+    not depend on the path or the age of the folder. With ``pytorch`` it also skips the weights of other frameworks,
     :data:`OTHER_FRAMEWORKS` and :data:`OTHER_FRAMEWORK_FOLDERS`.
 
     Raises:
@@ -70,7 +70,7 @@ def _raise_error(error: OSError) -> None:
 class _Memo:
     """Digests of large files, kept in a file of the user's cache folder; see :func:`_identify` for their keys.
 
-    Hashing 90 MB takes 0.2 s and hashing 2 GB several seconds, too long for every warm start.
+    Hashing 90 MB takes 0.2 s and hashing 2 GB several seconds, which is too long for every warm start.
     """
 
     def __init__(self) -> None:
@@ -113,5 +113,5 @@ class _Memo:
 
 
 def _identify(stat: os.stat_result) -> str:
-    """Return a string that changes with every change of the file: no program can set the ctime in it."""
+    """Return a string that changes with every change of the file. It contains the ctime, which no program can set."""
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

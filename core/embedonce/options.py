@@ -1,4 +1,4 @@
-"""Types for a plugin's options, including sizes and durations that TOML may write with units.
+"""Types for a plugin's options, including sizes and durations, which may have units in TOML.
 
 A plugin's options are the keyword-only parameters of its class's ``__init__``. ``Doc`` gives an option its
 description in the JSON schema and in error messages::
@@ -152,7 +152,7 @@ _DURATION_SCHEMA = {
 }
 
 Size: TypeAlias = Annotated[int, Parsed(parse_size, _SIZE_SCHEMA)]
-"""Bytes: an int, in TOML also ``"512 MiB"`` or ``"1GB"``. Zero is allowed; add ``Gt(0)`` if it makes no sense."""
+"""Bytes: an int, in TOML also ``"512 MiB"`` or ``"1GB"``. Zero is allowed; add ``Gt(0)`` if zero makes no sense."""
 
 Duration: TypeAlias = Annotated[float, Parsed(parse_duration, _DURATION_SCHEMA)]
 """Seconds: a number, in TOML also ``"250ms"``, ``"1h"`` or ``"1h30m"``. Zero is allowed."""

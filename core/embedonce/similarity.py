@@ -2,8 +2,8 @@
 
     indices, scores = top_k(queries, matrix, 10)
 
-It is made for thousands to a few millions of vectors: an evaluation, an agent's context, near-duplicates. It is not a
-vector store and builds no index.
+It is made for thousands to a few millions of vectors, for example for an evaluation, for the context of an agent, or to
+find near-duplicates. It is not a vector store and builds no index.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def top_k(queries: ArrayLike, matrix: ArrayLike, k: int) -> tuple[NDArray[np.int
         k: Number of rows to return per query, at least 1.
 
     Returns:
-        The indices, int64, and the cosines, float32, both of shape (q, min(k, n)). Rows with the same cosine, as
-        float32, are in the order of their indices. A row or a query that is all zero has cosine 0 with everything.
+        The indices, int64, and the cosines, float32, both of shape (q, min(k, n)). Rows whose
+        float32 cosines are equal are in the order of their indices. If a row or a query is all zero, its cosine is 0.
 
     Raises:
         TypeError: an array does not have real numbers, or k is not an integer.
@@ -104,8 +104,9 @@ def _find_nearest(
 
 
 def _scale_rows(rows: NDArray[Any], name: str, first: int) -> tuple[Rows, NDArray[np.float64]]:
-    """Return the rows as float64, scaled by powers of two so that no square over- or underflows, and their lengths.
+    """Return the rows as float64, and their norms.
 
+    The rows are scaled by powers of two, so that no square overflows or underflows. The norms are those of scaled rows.
     ``first`` is the index of the first row, for the error message.
     """
     wide = np.array(rows, np.float64, order="C", subok=False)
@@ -131,7 +132,7 @@ class _BestRows:
 
     @property
     def lowest_scores(self) -> NDArray[np.float32]:
-        """Score per query that a row must reach to be among the best."""
+        """For each query, the score that a row must reach to be among the best."""
         return self.scores[:, -1]
 
     def add(self, query: NDArray[np.intp], index: NDArray[np.intp], score: NDArray[np.float32]) -> None:

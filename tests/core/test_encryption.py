@@ -161,14 +161,14 @@ def test_a_wrong_key_gives_a_corrupt_miss_and_check_reports_it() -> None:
         assert cache.stats().tiers["t"].corrupt == 1
         (check,) = cache.check()
         assert not check.ok
-        assert "encrypted with another key" in check.detail
+        assert "encrypted with a different key" in check.detail
         assert cache.embed("a") is not None
         assert cache.lookup(["a"]).sources == ["t"]
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
-    ("encryption", "words"), [(None, "the tier has no key"), (Encryption(OTHER), "encrypted with another key")]
+    ("encryption", "words"), [(None, "the tier has no key"), (Encryption(OTHER), "encrypted with a different key")]
 )
 def test_check_reports_a_wrong_or_missing_key(encryption: Encryption | None, words: str, scan: bool) -> None:
     store = DictBackend()

@@ -1,4 +1,4 @@
-"""The one way to call a tier's backend: its timeout, its thread or async twin, its chunks, and its failures."""
+"""Calls a tier's backend within its timeout, in a thread or through its async twin, and handles its failures."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedonce")
 
 MAX_CALLS = 32
-"""Maximum number of concurrent calls to a backend from event loops; waiting for a free slot is not a tier timeout."""
+"""Maximum number of concurrent calls to a backend from event loops. A call that gets no free thread raises TierBusy."""
 
 CHUNK_SIZE = 1024
-"""Keys per backend call if the backend sets no ``max_batch``; the deadline is checked between calls."""
+"""Maximum number of keys per call to a blocking backend without ``max_batch``. Each call has a deadline of its own."""
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
 """Seconds that a call to a backend of each scope may take if the tier sets no timeout."""
@@ -43,7 +43,7 @@ class BackendCalls:
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
         self._inherited: list[Any] = []
-        """Twins of the parent process; a reference to them keeps the child from closing them."""
+        """Twins of the parent process. The child keeps them here, so that garbage collection does not close them."""
         self.reset()
 
     def reset(self) -> None:
@@ -121,7 +121,8 @@ class BackendCalls:
         """Return the loop's async twin; open it on first use."""
         entry = self._twins.get(loop)
         if entry is None:
-            # A twin references its loop, so the entry of a closed loop, with its connections, is never collected.
+            # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops it,
+            # and its connections would leak.
             for closed in [other for other in list(self._twins) if other.is_closed()]:
                 self._twins.pop(closed, None)
             generator = self._open_twin()
@@ -131,7 +132,7 @@ class BackendCalls:
     async def _open_twin(self) -> AsyncGenerator[Any, None]:
         """Open a twin, yield it once, and close it when this generator is closed.
 
-        An event loop that shuts down closes its async generators, and with this one the twin.
+        An event loop that shuts down closes its async generators. When it closes this generator, the twin is closed.
         """
         import asyncio
 
@@ -161,7 +162,7 @@ class BackendCalls:
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.record_failure(cause)
-        elif probe:  # a busy store is reachable, and an open breaker skips every call until its probe has a result
+        elif probe:  # a busy store is reachable, and without a result of its probe the breaker would stay open
             breaker.record_success()
         return cause
 
@@ -178,9 +179,9 @@ class BackendCalls:
 
 
 def split_partial(keys: Sequence[str], error: Exception, kind: type) -> tuple[Sequence[str], Any]:
-    """Return the keys that failed, and the answer for the others.
+    """Return the keys that failed, and the answer for the other keys.
 
-    All keys have failed unless ``error`` is a :class:`PartialAnswer` whose answer is a ``kind``.
+    All keys count as failed unless ``error`` is a :class:`PartialAnswer` whose ``answer`` has the type ``kind``.
     """
     if isinstance(error, PartialAnswer) and isinstance(error.answer, kind):
         failed = [key for key in keys if key in error.failed]

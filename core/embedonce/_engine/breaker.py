@@ -9,22 +9,23 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 BreakerChange: TypeAlias = Callable[[Literal["open", "closed"], str | None], None]
-"""A callback that a breaker runs when it opens, with the cause, and when it closes, with None."""
+"""A callback that a breaker calls with ``"open"`` and the cause when it opens, and with ``"closed"`` and None."""
 
 
 class Breaker:
     """Keeps calls away from a store that does not answer.
 
-    It opens on one timeout or three failures in a row. It stays open for half a second at first, and twice
-    as long after each failed probe, up to a minute; each wait is jittered. Then it lets exactly one probe through.
+    It opens after one timeout or three failures in a row. It stays open for half a second at first, and for twice
+    as long after each failed probe, up to a minute. Each wait has some jitter. After the wait, the breaker lets exactly
+    one probe through.
     """
 
     FAILURES = 3
-    """Failures in a row that open the breaker."""
+    """Number of failures in a row that open the breaker."""
     FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
     """Seconds before the first probe, and the longest wait between two probes."""
     LOST_PROBE = 30.0
-    """Seconds after which a probe that has not returned counts as lost, so that another may go."""
+    """Seconds after which a probe that has not returned counts as lost, and another probe is allowed."""
 
     def __init__(self, on_change: BreakerChange) -> None:
         self._on_change = on_change
@@ -35,7 +36,7 @@ class Breaker:
         self.is_open = False
 
     def admit(self) -> Literal["go", "skip", "probe"]:
-        """Return whether a call may go, must be skipped, or is the one probe."""
+        """Return ``"go"`` to allow a call, ``"skip"`` to skip it, or ``"probe"`` to allow it as the only probe."""
         if not self.is_open:
             return "go"
         with self._lock:
@@ -44,7 +45,7 @@ class Breaker:
                 return "go"
             if now < self._next_probe:
                 return "skip"
-            self._next_probe = now + max(self.LOST_PROBE, self._wait)  # no second probe, unless this one is lost
+            self._next_probe = now + max(self.LOST_PROBE, self._wait)  # no second probe before this one counts as lost
             return "probe"
 
     def record_success(self) -> None:
@@ -58,7 +59,10 @@ class Breaker:
             self._on_change("closed", None)
 
     def record_failure(self, cause: str) -> None:
-        """Count a failure, and open the breaker or keep it open if that is due; ``"timeout"`` opens it at once."""
+        """Count a failure. Open the breaker if there were too many, or immediately if ``cause`` is ``"timeout"``.
+
+        If the breaker is open already, double the wait for its next probe.
+        """
         with self._lock:
             self._failures += 1
             if not self.is_open and self._failures < self.FAILURES and cause != "timeout":

@@ -1,4 +1,4 @@
-"""One call in flight: how it waits, its place in the order of calls, and the answer collected so far."""
+"""One call in flight: its port, its ticket, and the answer that it has collected so far."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .routes import Route
 PROVIDER = "provider"
 
 PREVIEW = 200
-"""Number of a text's first characters that a tier with ``text_preview`` keeps."""
+"""Maximum number of characters of a text that a tier with ``text_preview`` stores."""
 
 
 @dataclass(slots=True)
@@ -34,17 +34,17 @@ class Answer:
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
-    """Names of tiers, and the keys of the entries that were read from them."""
+    """One item per read of a tier: the tier's name, and the keys of the entries that it returned."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds spent in calls, by tier and for the provider."""
+    """Seconds spent in calls, by the name of the tier or ``"provider"``."""
     errors: dict[str, str] = field(default_factory=dict)
     """Causes of failed reads, by tier."""
     failed_tiers: set[str] = field(default_factory=set)
-    """Names of tiers that failed or were skipped in this call; nothing is written to them in this call."""
+    """Names of tiers that failed or were skipped in this call. The call writes nothing to them."""
     failed_keys: dict[str, set[str]] = field(default_factory=dict)
-    """Per tier, the keys whose node or shard failed in this call; they are not written to that tier."""
+    """Keys whose node or shard failed in this call, by tier. The call does not write these keys to that tier."""
     store_error: TierError | None = None
     """The error of a tier with ``on_error = "raise"`` that could not be written to."""
     _texts_by_key: dict[str, str] | None = None
@@ -60,7 +60,7 @@ class Answer:
         return self.texts_by_key()[key][:PREVIEW]
 
     def texts_by_key(self) -> dict[str, str]:
-        """Return the text of each key. If several texts have the same key, it is the first of them."""
+        """Return the text of each key. If several texts have the same key, return the first of them."""
         if self._texts_by_key is None:
             self._texts_by_key = dict(zip(reversed(self.keys), reversed(self.texts), strict=True))
         return self._texts_by_key
@@ -82,7 +82,7 @@ class Answer:
         return [entries[key].vector for key in self.keys]
 
     def matrix(self) -> Matrix:
-        """Return every row in order, as a matrix (n, d). Raises as :meth:`rows` does."""
+        """Return every row in order, as a matrix (n, d). It raises the same error as :meth:`rows`."""
         self._check()
         return self.entries.matrix(self.keys, self.route.dimensions)
 
@@ -101,7 +101,7 @@ class Answer:
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
             failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
-            # Copies, so that a caller who changes the metadata does not change the cached entry.
+            # Copy the metadata, so that a caller who changes it does not change the cached entry.
             metadata=[
                 None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
             ],

@@ -1,4 +1,4 @@
-"""The options of a tier, and the errors and warnings that composing tiers into a chain can give."""
+"""The options of a tier, and the checks of a chain of tiers, which find errors and probable mistakes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 class Tier:
     """One backend in a chain, and how the chain uses it.
 
-    The defaults of ``timeout`` and ``write`` depend on the backend's scope. In this process: no timeout,
-    inline. On this host: 2 s, inline. On the network: 250 ms, in the background.
+    The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process has no timeout
+    and is written inline. A backend on this host has a timeout of 2 s and is written inline. A backend on the network
+    has a timeout of 250 ms and is written in the background.
     """
 
     backend: Backend
     name: str | None = field(default=None, kw_only=True)
     ttl: float | None = field(default=None, kw_only=True)
-    """Seconds until an entry expires; None: never, though the backend may evict it."""
+    """Seconds until an entry expires. With None an entry never expires, although the backend may evict it."""
     timeout: float | None = field(default=None, kw_only=True)
-    """Seconds that one whole call to the backend may take."""
+    """Maximum duration of one call to the backend, in seconds."""
     on_error: Literal["skip", "raise"] = field(default="skip", kw_only=True)
     write: WriteMode | None = field(default=None, kw_only=True)
     encryption: Encryption | None = field(default=None, kw_only=True)
     """Encryption of the frames, applied before the backend sees them."""
     lease: float | None = field(default=None, kw_only=True)
-    """Seconds for which only one of the processes that share the tier may compute a missing text; None: all may."""
+    """Seconds for which a process that embeds a missing text keeps other processes from embedding it too.
+
+    With None, several processes that share the tier may embed the same text at the same time.
+    """
 
 
 class ChainError(ConfigError):
-    """Raised for a tier that cannot be in the chain; ``place`` is its index there, ``option`` the invalid option."""
+    """A tier cannot be in the chain. ``place`` is its index, and ``option`` is the invalid option, if there is one."""
 
     def __init__(self, message: str, place: int, option: str | None = None) -> None:
         super().__init__(message)
@@ -52,7 +56,7 @@ class ChainError(ConfigError):
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
-    """Name the tiers, and reject a chain that cannot work; ``keyed`` says that the key policy has a secret.
+    """Give every tier a name, and reject a chain that cannot work. ``keyed``: whether the key policy has a secret.
 
     Raises:
         ChainError: two tiers have the same name, a tier is not a backend, or a backend cannot support an option.
@@ -72,7 +76,7 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
 def _find_problems(
     name: str, tier: Tier, earlier: Sequence[tuple[str, Tier]], *, keyed: bool
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield the problems of a tier that follows those in ``earlier``: the invalid option, if any, and the message."""
+    """Yield each problem of a tier: the invalid option, if any, and a message. ``earlier`` has the tiers before it."""
     caps = getattr(tier.backend, "capabilities", None)
     if not isinstance(caps, Capabilities):
         yield (
@@ -123,7 +127,7 @@ def _find_lease_problems(
     if tier.write in ("background", "none"):
         yield (
             f'tier {name!r}: lease requires write = "inline", got "{tier.write}", because other processes wait for '
-            "what this tier stores"
+            "the vectors that this tier stores"
         )
     other = next((other for other, one in earlier if one.lease is not None), None)
     if other is not None:
@@ -157,9 +161,8 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
         found.append(
             ChainWarning(
                 unlimited[0],
-                f"tiers {join_words(map(repr, unlimited))} grow without limit, and each stores all that the others "
-                "store; "
-                "give the faster one a ttl, or a size limit if its backend has such an option",
+                f"tiers {join_words(map(repr, unlimited))} grow without limit, and each of them stores all "
+                "entries; give the faster one a ttl, or a size limit if its backend has such an option",
             )
         )
     return found

@@ -15,13 +15,13 @@ _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
 
 def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> Matrix:
-    """Return an answer as a float32 matrix of shape (texts, d), or refuse all of it.
+    """Return the vectors of an answer as a float32 matrix of shape (texts, d), or refuse all of them.
 
     ``who`` is the beginning of an error message: "provider 'x' returned", "put was given".
 
     Raises:
-        ProviderError: not one vector per text, an unexpected dimension, an empty vector, NaN, infinity
-            (including values beyond float32's range), a vector of zeros, or values that are not numbers.
+        ProviderError: there is not exactly one vector per text, or a vector has unexpected dimensions, no values, NaN,
+            infinity (including values beyond float32's range), only zeros, or values that are not numbers.
     """
     vectors = answer.vectors if isinstance(answer, Embedded) else answer
     if not isinstance(vectors, np.ndarray) and hasattr(vectors, "__next__"):
@@ -40,7 +40,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
             matrix = np.ascontiguousarray(raw, dtype=np.float32)
     except (ValueError, TypeError, RuntimeError):
         raise ProviderError(
-            f"{who} vectors of different lengths, or values that are not numbers; none was stored"
+            f"{who} vectors that differ in their dimensions, or values that are not numbers; none was stored"
         ) from None
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise ProviderError(f"{who} an array of shape {matrix.shape}; expected ({texts}, d); none was stored")
@@ -61,7 +61,7 @@ def round_matrix(matrix: Matrix, dtype: Dtype, who: str) -> Matrix:
     """Round a checked matrix to the cache's dtype.
 
     Raises:
-        ProviderError: a vector cannot be rounded to it.
+        ProviderError: a vector cannot be rounded to ``dtype``.
     """
     try:
         return round_vectors(matrix, dtype)
@@ -121,7 +121,10 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
 
 
 def _has_unexpected_entry(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
-    """Return whether any entry differs in form from what this cache stores. If none does, no other check is needed."""
+    """Return whether any entry differs in type, dimensions, dtype or expiry from the entries that this cache stores.
+
+    If no entry does, no other check is needed.
+    """
     for entry in values.values():
         if type(entry) is not Entry:
             return True
@@ -145,7 +148,7 @@ def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
 
 
 def _are_all_finite(entries: Iterable[Any]) -> bool:
-    """Check all vectors together, because nearly always all are finite; one by one costs ten times as much."""
+    """Return whether all vectors are finite. Checking them together is ten times as fast as one by one."""
     try:
         joined = b"".join([entry.vector for entry in entries])
     except (AttributeError, TypeError, ValueError, BufferError):

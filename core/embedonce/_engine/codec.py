@@ -1,4 +1,4 @@
-"""Encodes entries for a backend, and decodes and checks its answers: frames or entries, encrypted or not."""
+"""Encodes entries for a backend, and decodes and checks the frames or entries that the backend returns."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Codec:
             return self._decode_frames(values, now, dtype, dimensions)
         if self._encryption is None:
             decoded = check_entries(entries, now=now, dtype=dtype, dimensions=dimensions)
-        else:  # stored before encryption was turned on
+        else:  # these entries were stored before encryption was turned on
             decoded = Decoded(missed=list(entries))
         if len(entries) < len(values):
             rest = {key: value for key, value in values.items() if key not in entries}
@@ -70,7 +70,7 @@ class Codec:
         return decoded
 
     def add_previews(self, entries: Mapping[str, Entry], preview_of: Callable[[str], str]) -> Mapping[str, Entry]:
-        """Return the entries for storing; in a tier with previews, ``preview_of(key)`` is in each entry's metadata."""
+        """Return the entries to store. In a tier with previews, each entry's metadata gets ``preview_of(key)``."""
         if not self._keeps_previews:
             return entries
         return {

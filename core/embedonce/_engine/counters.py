@@ -28,7 +28,7 @@ class Tally:
 
 
 class Counters:
-    """Counters of one tier, in texts."""
+    """Counters of one tier. Every count is a number of texts."""
 
     def __init__(self) -> None:
         self.single_hits = Tally()
@@ -40,7 +40,10 @@ class Counters:
         self._seconds = 0.0
 
     def renew_locks(self) -> None:
-        """Replace the locks, also in a forked child. They are re-entrant: a signal handler may use the cache."""
+        """Replace the locks, also in a forked child.
+
+        The locks are re-entrant, because a signal handler may use the cache.
+        """
         self._lock = threading.RLock()
         self.single_hits.renew_locks()
 

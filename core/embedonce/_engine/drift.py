@@ -1,9 +1,11 @@
-"""An engine that checks for drift before it computes: at the first miss, and then at intervals.
+"""An engine that checks for drift before it embeds texts: at the first miss, and then at intervals.
 
-The canaries are ordinary entries of their scope, so ``purge``, encryption, rounding and TTL apply to them too. The
-date of their entries is the date of the last check without drift: such a check stores the *old* vectors again, with a
-new date. A process that starts therefore knows when the last check was, a slow drift is measured against the
-first vectors and not the last ones, and the TTL starts again.
+The canaries are ordinary entries of their scope, so ``purge``, encryption, rounding and TTL apply to them too. A
+check that finds no drift stores the *old* canary vectors again, with the date of the check. This has three effects:
+
+- A new process can read when the last check was made.
+- A slow drift is measured against the first vectors and not against the latest ones.
+- The TTL of the canaries starts again.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds until the next check after one that failed, or that found drift with ``action = "refuse"``."""
+"""Seconds until the next check if a check failed, or if it found drift and the action is ``"refuse"``."""
 
 DRIFTED_MARK = "embedonce_drifted"
-"""Metadata of canaries whose space has drifted, so that the next generation of it is used instead."""
+"""Metadata field that marks the canaries of a drifted space. A process that reads it uses the next generation."""
 
 FRESH_SUFFIX = ".now"
-"""Suffix of the keys under which new canary vectors are in flight. They are never stored under these keys."""
+"""Suffix of the keys of the flights that compute new canary vectors. Nothing is stored under these keys."""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class SpaceLeft(DriftError):
 
 
 class DriftCheckingEngine(Engine):
-    """Checks whether the provider still returns the same vectors, before it computes in a space."""
+    """Checks, before it embeds texts in a space, whether the provider still returns the same vectors."""
 
     def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -63,7 +65,7 @@ class DriftCheckingEngine(Engine):
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
-        # The lower bound keeps a clock that was set back from postponing the next check.
+        # Without the lower bound, setting the clock back would postpone the next check.
         is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
         if route.generation == state.generation and not is_early:
             await self._check_for_drift(port, route, state)
@@ -146,8 +148,8 @@ class DriftCheckingEngine(Engine):
     def _handle_drift(self, route: Route, state: _SpaceState, worst: float, now: float) -> None:
         error = DriftError(
             f"provider {route.source.name!r}, model {route.space.model!r}, no longer returns the vectors that are "
-            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Change [key] version to compute "
-            "everything again, or go back to the previous model"
+            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Change [key] version to embed "
+            "all texts again, or go back to the previous model"
         )
         log.warning("%s", error)
         if self._guard.action == "refuse":
@@ -156,7 +158,7 @@ class DriftCheckingEngine(Engine):
             state.next_check = now + self._guard.every
         else:
             state.next_check, state.generation = -np.inf, route.generation + 1
-            log.warning("opening a new vector space (drift %d); texts are computed again in it", state.generation)
+            log.warning("opening a new vector space (drift %d); texts are embedded again in it", state.generation)
 
 
 def _is_marked(canaries: Answer) -> bool:
@@ -166,5 +168,5 @@ def _is_marked(canaries: Answer) -> bool:
 def _cosine(one: Entry, other: Entry) -> float:
     first, second = (np.asarray(entry.vector, np.float64) for entry in (one, other))
     if first.shape != second.shape:
-        return 0.0  # another dimension: treat the vectors as unrelated
+        return 0.0  # the dimensions differ, so treat the vectors as unrelated
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

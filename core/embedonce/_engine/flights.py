@@ -1,14 +1,14 @@
 """The computations, writes and erasures that are in flight in one chain.
 
-A *flight* is one computation of one key, however many calls wait for it. It *lands* when its entry is
-computed. A landed flight stays readable until its background writes are done or dropped, and until no call
-is between its first read of a tier and its claim. Otherwise such a call would compute the text again.
+A *flight* is one computation of the vector of one key. Any number of calls may wait for it. It *lands* when its entry
+is computed. A landed flight stays readable until its background writes are done or dropped, and until no call is
+between its first read of a tier and its claim of keys. Otherwise such a call would embed the text again.
 
 Every call has a *ticket*, whose number is higher than those of earlier calls. An erasure (``forget``, ``purge``)
-forbids calls with older tickets to store the erased keys, whether they were computed, promoted or queued.
+forbids calls with older tickets to store the erased keys, whether the entries were computed, promoted or queued.
 A flight or a queued write may outlive its call, so it keeps the ticket's number and not the ticket.
 
-One lock guards dictionaries and queues only. Nothing is awaited, called or written while it is held.
+One lock guards the dictionaries and queues. A thread that holds it awaits nothing and calls no backend or provider.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_p
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or its event loop ended. A follower computes the key instead."""
+    """The call that computed a flight was cancelled, or its event loop ended. Its followers compute the vector."""
 
 
 class Flight:
-    """One computation of one key."""
+    """One computation of the vector of one key."""
 
     __slots__ = ("_future", "entry", "error", "is_computing", "loop", "number", "pending_writes", "stored", "thread")
 
@@ -53,7 +53,7 @@ class Flight:
         self.stored = False
         """Whether the leading call gave the entry to the tiers."""
         self.is_computing = False
-        """Whether its computation has begun. From then on the computation itself lands, fails or abandons it."""
+        """Whether the computation has begun. From then on, only the computation lands, fails or abandons the flight."""
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
@@ -67,10 +67,10 @@ class Flight:
             self._future.set_result(None)
 
     def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Return whether waiting for this flight here would block the computation that is waited for.
+        """Return whether waiting for this flight here would block the flight's own computation.
 
-        That is so inside the provider call of the flight's own leader, and in a blocking call on the
-        leader's thread or on the thread of its event loop.
+        This is the case inside the provider call of the flight's leader, and in a blocking call on the leader's thread
+        or on the thread of the leader's event loop.
         """
         if self.number in calls_in_provider.get():
             return True
@@ -107,7 +107,10 @@ class Erasure:
         self.keys = frozenset(keys)
         self.prefixes = tuple(dict.fromkeys(prefixes))
         self.until: int | None = None
-        """Calls with tickets up to this number may not store the keys. None, while the erasure runs: no call may."""
+        """Calls with tickets up to this number must not store the keys.
+
+        It is None while the erasure runs. During that time, no call is allowed to store them.
+        """
 
     def covers(self, key: str) -> bool:
         return key in self.keys or (bool(self.prefixes) and key.startswith(self.prefixes))
@@ -119,7 +122,8 @@ class Erasure:
 class Ticket:
     """One call's place in the order of calls. Several holders may share it; the call ends when the last releases it.
 
-    Ctrl-C can interrupt between any two lines, even inside a context manager. ``__del__`` then ends the call.
+    Ctrl-C can interrupt a call between any two lines, even inside a context manager. In that case ``__del__`` ends the
+    call.
     """
 
     __slots__ = ("_holders", "_in_flight", "number")
@@ -139,7 +143,7 @@ class Ticket:
             self._in_flight.end_call(self.number)
 
     def end(self) -> None:
-        """Release it for all holders."""
+        """Release the ticket for all holders."""
         self._holders = 0
         self._in_flight.end_call(self.number)
 
@@ -163,16 +167,16 @@ class InFlight:
         self.reset()
 
     def reset(self) -> None:
-        """Start empty, also in a forked child: the parent's flights and queued writes stay with the parent."""
+        """Start empty. A forked child calls this too, because flights and queued writes stay with the parent."""
         self._lock = threading.RLock()  # re-entrant: a signal handler may use the cache while we hold it
         self._changed = threading.Condition(self._lock)
-        self._number = 0  # of the newest ticket
+        self._number = 0  # the number of the newest ticket
         self._calls: dict[int, None] = {}  # every call in flight, oldest first
         self._reading: dict[int, None] = {}  # calls that have not claimed their keys yet
         self._flights: dict[str, Flight] = {}
         self._retired: deque[tuple[int, str, Flight]] = deque()
-        self._erasures: deque[Erasure] = deque()  # finished ones, in the order in which they finished
-        # Indexed by key, so that the cost of a look-up does not grow with the number of erasures.
+        self._erasures: deque[Erasure] = deque()  # finished erasures, in the order in which they finished
+        # These dictionaries are indexes, so that checking a key does not take longer when there are more erasures.
         self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._writing: set[PendingWrite] = set()
@@ -191,7 +195,7 @@ class InFlight:
         return ticket
 
     def end_call(self, number: int) -> None:
-        """Remove a call, and the erasures that no remaining call is old enough to violate."""
+        """Remove a call, and remove the erasures that finished before every remaining call began."""
         with self._lock:
             self._end_reading(number)
             self._calls.pop(number, None)
@@ -221,7 +225,7 @@ class InFlight:
     def claim(
         self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
     ) -> None:
-        """Claim all keys of a call at once: start a flight for each key that has none, and follow the others.
+        """Claim all keys of a call in one step: start a flight for each key that has none, and follow the others.
 
         The caller passes ``claims`` in, so that it knows which flights it leads even if Ctrl-C interrupts this method.
         """
@@ -238,7 +242,7 @@ class InFlight:
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
-        """Set the entries of flights and wake their followers. ``stored``: the entries were given to the tiers."""
+        """Set the entries of flights and wake their followers. ``stored``: whether the tiers got the entries."""
         with self._lock:
             for key, flight in flights.items():
                 flight.entry = entries[key]
@@ -403,7 +407,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid older calls to store the erased keys, drop queued writes of them, and yield ``list_busy_tiers``.
+        """Forbid older calls to store the erased keys, drop their queued writes, and yield ``list_busy_tiers``.
 
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """

@@ -1,9 +1,10 @@
-"""Leases on a shared tier: when several processes miss a text at once, only one of them computes it.
+"""Leases on a shared tier: when several processes miss a text at the same time, only one of them embeds it.
 
 A lease is a key that is set only if it is absent, and that expires. One round trip takes the leases of a whole
-batch. A lease is never released: the process that holds it computes the vector and writes it inline, and the
-other processes poll the tier for the vector until it is there or the lease expires.
-Leases save work and nothing depends on them: if the tier fails, every process computes for itself.
+batch. A lease is never released. The process that holds it computes the vector and writes it inline. The other
+processes poll the tier until the vector is there or the lease expires.
+
+Leases only save work. If the tier fails, every process computes all vectors that it needs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from .ports import Port
 from .tiers import LiveTier
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-"""Seconds between two polls for a vector that another process computes; each pause is 1.5 times the one before."""
+"""First and longest pause, in seconds, between two polls for a vector that another process computes.
+
+Each pause is 1.5 times as long as the one before.
+"""
 
 
 class Leases:
@@ -31,17 +35,18 @@ class Leases:
         self.reset()
 
     def reset(self) -> None:
-        """Start without leases, also in a forked child: the parent's leases stay with the parent."""
+        """Start without leases. A forked child calls this too, because the parent's leases stay with the parent."""
         self._lock = threading.RLock()
         self._held: dict[str, float] = {}
         self._token = os.urandom(16)
 
     async def take(self, port: Port, keys: Sequence[str]) -> set[str]:
-        """Take the leases of keys, and return the keys to compute here: all of them if the tier does not answer."""
+        """Take the leases of keys, and return the keys whose leases we have. If the tier fails, return all keys."""
         now = time.monotonic()
         with self._lock:
             self._held = {key: until for key, until in self._held.items() if until > now}
-            # We still hold these leases, so no other process computes the vectors. They were evicted or forgotten.
+            # We still hold these leases, so no other process computes the vectors. The tier does not have them, because
+            # they were evicted or forgotten, or because computing them failed.
             ours = self._held.keys() & set(keys)
         asked = {lease_key(key): key for key in keys if key not in ours}
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
@@ -53,7 +58,7 @@ class Leases:
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
-        """Yield for each poll how many seconds to sleep before it, and whether it is the last within ``limit``."""
+        """Yield, for each poll, the seconds to sleep before it, and whether it is the last within ``limit`` seconds."""
         end = time.monotonic() + limit
         pause = FIRST_PAUSE
         while True:

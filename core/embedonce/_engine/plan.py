@@ -1,7 +1,8 @@
-"""The read-through plan, written once for the blocking and the async face.
+"""The read-through plan, written once for the blocking and the async methods.
 
-Everything here is ``async`` and awaits nothing but a port. The blocking face runs it to its end without an event
-loop, and the async face awaits it. :meth:`Engine.fetch` is the plan; the other methods are its steps.
+Every method here is ``async`` and awaits only the methods of a port. The cache's blocking methods run the plan to its
+end without an event loop, and its async methods await the plan. :meth:`Engine.fetch` is the plan; the other methods
+are its steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Engine:
         self.in_flight = in_flight
         self.dtype: Dtype = dtype
         self.shared = 0
-        """How many texts were answered by other calls' flights."""
+        """Number of texts whose vectors other calls' flights computed."""
         self._replay = replay
         self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
         self._max_wait = max_wait
@@ -96,7 +97,7 @@ class Engine:
     async def _compute_or_follow(
         self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
     ) -> None:
-        """Compute the keys that no other call computes, then wait for the others."""
+        """Compute the vectors that no other call computes, then wait for the other vectors."""
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
@@ -110,7 +111,7 @@ class Engine:
     def _give_up_flights(self, call: Call, claims: Claims, *, blocking: bool) -> None:
         """Abandon the flights of a call that ends early, so that no other call waits for them.
 
-        On an event loop, a computation that has begun continues in a task of its own, which lands its flights.
+        On an event loop, a computation that has begun continues in its own asyncio task, which lands its flights.
         """
         if blocking:
             self.in_flight.abandon(claims.led)
@@ -119,7 +120,7 @@ class Engine:
             self.in_flight.abandon({key: flight for key, flight in claims.led.items() if not flight.is_computing})
 
     async def put(self, port: Port, answer: Answer, entries: Mapping[str, Entry]) -> None:
-        """Store the entries that no tier has. Other calls see them at once, as they see a landed flight.
+        """Store the entries that no tier has, and land them as flights, so that other calls see them immediately.
 
         Raises:
             TierError: a tier with ``on_error = "raise"`` failed.
@@ -132,9 +133,9 @@ class Engine:
             try:
                 self.in_flight.claim(ticket, missing, port.loop, claims)
                 for key, flight in claims.landed.items():
-                    if flight.stored:  # its background write is queued; the earlier entry wins
+                    if flight.stored:  # an earlier entry of this key is queued for a background write, and it wins
                         del fresh[key]
-                # Store keys that other calls are computing too: they may fail, or not store them.
+                # Also store the keys that other calls are computing, because those calls may fail, or store nothing.
                 await self.store(call, fresh)
             finally:
                 self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
@@ -177,7 +178,7 @@ class Engine:
     async def _store_in(
         self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Store entries in the tiers that have not failed in this call. A tier that raises does not stop the others."""
+        """Store entries in the tiers that have not failed in this call. If one raises, still store in the others."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failed_tiers:
@@ -206,7 +207,11 @@ class Engine:
             await self.store(call, unstored)
 
     async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
-        """Wait for other calls' flights. Call it last: two calls that wait with unlanded flights could deadlock."""
+        """Wait for other calls' flights.
+
+        Call this only after this call's own flights have landed. Otherwise two calls could wait for each other's
+        flights for ever.
+        """
         end = time.monotonic() + self._max_wait
         unanswered: list[str] = []
         for key, flight in claims.followed.items():
@@ -224,7 +229,7 @@ class Engine:
             await self._compute_flights(call, flights, leases=None)
 
     async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
-        """Wait until a flight lands or fails, or until it is abandoned, its time is up, or waiting would deadlock."""
+        """Wait until a flight lands, fails or is abandoned, or until ``end``. Do not wait if that would deadlock."""
         if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
         is_gone = partial(self.in_flight.is_abandoned, flight)
@@ -239,7 +244,8 @@ class Engine:
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        def done() -> None:  # runs after an interrupt or the loop's end too, so that no follower waits for us
+        # This also runs after an interrupt and after the end of the loop, so that no follower waits for us.
+        def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
 
@@ -262,7 +268,7 @@ class Engine:
     async def _compute_with_leases(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
     ) -> None:
-        """Compute the keys whose leases we get, then poll for the others and take over expired leases."""
+        """Compute the vectors whose leases we get. Then poll for the other vectors, and take over expired leases."""
         ours = await self._take_leases(call, list(flights), leases)
         await self._compute_chunks(call, {key: flights[key] for key in flights if key in ours}, texts)
         theirs = {key: flight for key, flight in flights.items() if key not in ours}
@@ -284,7 +290,7 @@ class Engine:
                 return
 
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Return the keys to compute here. If the tier has failed in this call, take no leases and return all."""
+        """Return the keys whose leases we get; return all keys, without leases, if the tier has failed in this call."""
         tier = leases.tier.name
         if tier in call.answer.failed_tiers:
             return set(keys)
@@ -319,7 +325,7 @@ class Engine:
     # --- the provider -------------------------------------------------------------------------
 
     async def _compute_chunk(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
-        """Compute one chunk, store it and land it."""
+        """Compute the entries of one chunk, store them, and land their flights."""
         answer = call.answer
         entries = await self._compute_entries(call, texts, flights)
         if not entries:
@@ -335,7 +341,7 @@ class Engine:
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
-        """Ask the provider for vectors and return the entries. A text that it refuses does not fail the others."""
+        """Ask the provider for vectors and return the entries. A refused text does not make the other texts fail."""
         answer = call.answer
         entries: dict[str, Entry] = {}
         todo = [list(flights)]
@@ -381,7 +387,8 @@ class Engine:
             who = f"provider {source.name!r} returned"
             matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
             matrix = round_matrix(matrix, self.dtype, who)
-            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:  # another chunk or call was first
+            # A concurrent call may have set different dimensions.
+            if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
                 check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
             made = len(texts)
         finally:
@@ -410,9 +417,12 @@ def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
 
 
 def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error for one caller. An exception that many callers raise collects all their tracebacks."""
+    """Return a copy of an error for one caller.
+
+    An exception that several callers raise would collect the tracebacks of all of them.
+    """
     try:
         own = copy(error)
-    except Exception:  # noqa: BLE001  (its class takes other arguments than the exception keeps)
+    except Exception:  # noqa: BLE001  (a class may need arguments that its exceptions do not keep)
         return error
     return own if type(own) is type(error) else error

@@ -1,9 +1,8 @@
 """The two ways in which the engine waits and calls: blocking, or on an event loop.
 
-The engine is a set of coroutines that await nothing but a port's methods. A :class:`BlockingPort`
-never suspends, so :func:`run_blocking` runs such a coroutine to its end with one ``send``.
-A :class:`LoopPort` suspends on the running event loop. Calls that may hang run in a :class:`Workers`
-thread, which the engine can stop waiting for.
+The engine consists of coroutines that await only the methods of a port. A :class:`BlockingPort` never suspends, so
+:func:`run_blocking` runs such a coroutine to its end with one ``send``. A :class:`LoopPort` suspends on the running
+event loop. Calls that may hang run in threads of :class:`Workers`, so that the engine can stop waiting for them.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class Port(Protocol):
     ) -> T:
         """Make a blocking call within ``timeout`` seconds.
 
-        ``inline``: the call keeps the deadline itself, so it needs no thread on the blocking face.
-        ``quick``: the call never blocks, so it runs at once and without a deadline.
+        ``inline``: the call ends at the deadline by itself, so a blocking method makes it without another thread.
+        ``quick``: the call never blocks, so it is made in this thread and without a deadline.
 
         Raises:
             TimeoutError: the deadline has passed; the call may still be running in its thread.
@@ -78,21 +77,24 @@ class Port(Protocol):
         ...
 
     async def run_all(self, jobs: Sequence[Job], limit: int) -> None:
-        """Run all jobs, up to ``limit`` at once. Jobs handle their own errors; only Ctrl-C and the like propagate."""
+        """Run all jobs, up to ``limit`` at the same time.
+
+        Jobs handle their own errors, so only exceptions such as KeyboardInterrupt propagate.
+        """
         ...
 
     async def run_shielded(self, job: Job, done: Callable[[], None]) -> None:
-        """Run a job to its end even if the caller is cancelled. Then call ``done``, whether or not it failed."""
+        """Run a job to its end even if the caller is cancelled. Then call ``done``, even if the job failed."""
         ...
 
     async def sleep(self, seconds: float) -> None: ...
 
 
 def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
-    """Make a call in this thread, with a deadline in ``timeout`` seconds that it sees as :func:`time_left`.
+    """Make a call in this thread, with a deadline in ``timeout`` seconds, which it can read with ``time_left()``.
 
     The call runs in a copy of the context, because Ctrl-C can interrupt between setting and resetting the deadline.
-    A deadline left behind in the thread's own context would make every later call fail once it has passed.
+    Without the copy, the deadline would stay set in this thread, and all later calls would fail once it has passed.
     """
     return copy_context().run(_call_in_this_context, call, timeout)
 
@@ -103,14 +105,14 @@ def _call_in_this_context(call: Callable[[], T], timeout: float | None) -> T:
 
 
 def _split_wait(timeout: float | None) -> Iterator[float]:
-    """Yield the length of each part of a wait of ``timeout`` seconds, in seconds."""
+    """Split a wait of ``timeout`` seconds into parts of up to ``CHECK_SECONDS``, and yield the seconds of each part."""
     end = None if timeout is None else time.monotonic() + timeout
     while end is None or time.monotonic() < end:
         yield CHECK_SECONDS if end is None else max(0.0, min(CHECK_SECONDS, end - time.monotonic()))
 
 
 class _TimedCall:
-    """A call with a timeout that starts when a worker starts the call. It may wait as long for a free worker."""
+    """A call whose timeout starts when a worker starts the call. It may wait for a free worker for as long again."""
 
     def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self._call = call
@@ -128,7 +130,7 @@ class _TimedCall:
         """Stop waiting for the call if its time is over.
 
         Raises:
-            TimeoutError, TierBusy: as :meth:`Port.call` says.
+            TimeoutError, TierBusy: as in :meth:`Port.call`.
         """
         if future.cancel():
             raise TierBusy("all worker threads are in use")
@@ -148,7 +150,7 @@ async def _await_call(port: Port, timed_call: _TimedCall, future: Future[T]) -> 
 
 
 class BlockingPort:
-    """The port of the blocking face: every method runs to its end without suspending."""
+    """The port of the blocking methods. Each of its own methods runs to its end without suspending."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -224,7 +226,7 @@ class BlockingPort:
 
 
 class LoopPort:
-    """The port of the async face, for the event loop that is running."""
+    """The port of the async methods, for the running event loop."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -234,7 +236,7 @@ class LoopPort:
     def loop(self) -> asyncio.AbstractEventLoop:
         import asyncio
 
-        return asyncio.get_running_loop()  # not stored: a port must not keep its loop alive
+        return asyncio.get_running_loop()  # not stored, because a port must not keep its loop alive
 
     async def call(
         self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool
@@ -255,7 +257,7 @@ class LoopPort:
     ) -> bool:
         import asyncio
 
-        # Each caller waits for its own event: cancelling one must not cancel the flight that others wait for.
+        # Each caller waits for its own event, so that cancelling one caller does not cancel the flight for the others.
         woken = asyncio.Event()
         loop = self.loop
 
@@ -295,7 +297,7 @@ class LoopPort:
         import asyncio
 
         task = asyncio.create_task(job())
-        self._tasks.add(task)  # a loop refers to its tasks only weakly
+        self._tasks.add(task)  # an event loop keeps only weak references to asyncio tasks
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
@@ -317,7 +319,7 @@ class Ports:
         self.reset()
 
     def reset(self) -> None:
-        """Start over, also in a forked child: threads and event loops belong to the parent."""
+        """Start over. A forked child calls this too, because threads and event loops belong to the parent."""
         self.workers = Workers()
         self._background = BackgroundLoop("the provider")
         self.blocking = BlockingPort(self.workers, self._background)
@@ -330,7 +332,7 @@ class Ports:
         loop = asyncio.get_running_loop()
         port = self._loops.get(loop)
         if port is None:
-            # Our unfinished tasks keep a closed loop alive, so drop the ports of closed loops here.
+            # A port's unfinished asyncio tasks keep its closed loop alive, so drop the ports of closed loops here.
             for ended in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(ended, None)
             port = self._loops[loop] = LoopPort(self.workers)

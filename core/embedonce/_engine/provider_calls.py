@@ -1,4 +1,4 @@
-"""Calling a provider: through its blocking or its async method, within its timeout, and in chunks that it accepts."""
+"""Calls a provider through its blocking or its async method, within its timeout, and in chunks that it accepts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
             calls_in_provider.reset(token)
 
     async def embed_async() -> Any:
-        calls_in_provider.set(calls_in_provider.get() | {number})  # no reset: the flight's task has its own context
+        calls_in_provider.set(calls_in_provider.get() | {number})  # no reset: the asyncio task has its own context
         return await aembed(texts, task)
 
     try:
@@ -51,8 +51,8 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
         return await port.call(embed_blocking, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
-            raise  # the provider's own error
-        raise ProviderTimeout(f"provider {source.name!r} did not answer {count} texts within {timeout} s") from error
+            raise  # this is the provider's own error
+        raise ProviderTimeout(f"provider {source.name!r} did not embed {count} texts within {timeout} s") from error
 
 
 def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
@@ -60,7 +60,7 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
         return 0
     try:
         tokens: int = count_tokens(text)
-    except Exception:  # noqa: BLE001  (a chunk of its own: embedding it then reports the error for this text only)
+    except Exception:  # noqa: BLE001  (with this number the text gets a chunk of its own, whose error fails no other text)
         return max_tokens
     return tokens
 

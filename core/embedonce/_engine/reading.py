@@ -1,4 +1,4 @@
-"""Reads from a tier: the read breaker and its probe, the checks of what comes back, and the counters."""
+"""Reads from a tier: the read breaker and its probe, the checks of the values that it returns, and the counters."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .ports import Port
 log = logging.getLogger("embedonce")
 
 MAX_PROBE_KEYS = 64
-"""Maximum number of keys in a probe. They are keys of the failed call, because others may be on a healthy node."""
+"""Maximum number of keys in a probe. A probe reads keys that failed, because others may be on a healthy node."""
 
 
 @dataclass(slots=True)
 class ReadResult:
-    """What one tier answered in one call."""
+    """The result of reading one tier in one call."""
 
     entries: Entries = field(default_factory=Entries)
     answered: int = 0
-    """Number of keys that the tier answered for: hits, misses and corrupt entries."""
+    """Number of keys that were read without an error: hits, misses and corrupt entries."""
     errors: int = 0
     corrupt: int = 0
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
     failed: bool = False
-    """Whether the tier failed or was skipped for some keys; it is then not written to in this call."""
+    """Whether the tier failed or was skipped for some keys. If so, this call writes nothing to it."""
     unknown: set[str] = field(default_factory=set)
-    """Keys whose node or shard failed while others answered; only these keys are not written in this call."""
+    """Keys whose node or shard failed while others answered. This call writes to the tier, except for these keys."""
 
 
 class TierReader:
@@ -68,7 +68,7 @@ class TierReader:
         """Start over in a forked child."""
         self.breaker = Breaker(self._on_change)
         self.failing: Sequence[str] = ()
-        """Some keys of the last call that failed; the next probe asks for them."""
+        """Some of the keys that failed last. The next probe reads them."""
 
     async def read(
         self,
@@ -80,9 +80,9 @@ class TierReader:
         dimensions: int | None,
         is_repeat: bool = False,
     ) -> ReadResult:
-        """Ask for the keys, chunk by chunk, and check what comes back.
+        """Read the keys, chunk by chunk, and check the values.
 
-        With ``is_repeat`` this call has already counted the keys as misses, so they are not counted twice.
+        With ``is_repeat``, misses are not counted, because this call has already counted them once.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -142,7 +142,7 @@ class TierReader:
     def _accept(self, values: Mapping[str, Any], entries: Entries, dtype: Dtype, dimensions: int | None) -> int:
         """Add the valid values to ``entries``, and return how many are corrupt."""
         decoded = self._codec.decode(values, dtype=dtype, dimensions=dimensions)
-        # Only a space card has an empty vector; under the key of a text it is invalid.
+        # Only a space card has an empty vector. Under the key of a text, an empty vector is invalid.
         if dimensions is None and 0 in decoded.entries.sizes():
             empty = [key for key, entry in decoded.entries.items() if entry.vector.size == 0]
             for key in empty:
@@ -173,7 +173,7 @@ class TierReader:
             self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
-        """Retry in the background what the tier failed to answer."""
+        """Read the keys that failed last again, in the background, and report the result to the breaker."""
 
         def probe() -> None:
             try:
@@ -187,7 +187,7 @@ class TierReader:
 
 
 def _drop_odd_dimensions(read: ReadResult) -> None:
-    """Drop entries whose dimension differs from the most common one; used while the space's dimension is unknown."""
+    """Drop the entries that do not have the most common dimensions. Used while the space's dimensions are unknown."""
     sizes = read.entries.sizes()
     if len(sizes) > 1:
         usual = sizes.most_common(1)[0][0]

@@ -31,9 +31,9 @@ MOVES = 5
 
 
 class Requests:
-    """Answers requests for one provider's vectors from a chain that several caches may share.
+    """Serves requests for one provider's vectors from a chain that several caches may share.
 
-    This is a base class of the cache and not one of its parts, so that a hit reads its attributes directly.
+    This is a base class of the cache and not one of its attributes, so that a hit needs fewer attribute look-ups.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class Requests:
             expires = entry.expires
             if expires is not None and expires <= self._clock():
                 return None
-        except Exception:  # noqa: BLE001  (the slow path counts the error, or raises that the cache is closed)
+        except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
         count()
         return entry.vector
 
     def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
-        """Return ``get`` and the hit counter of the first tier if it is in this process, and the routes.
+        """Return the ``get`` and the hit counter of the first tier, and the routes by task, for the fast path.
 
-        Without such a tier the routes are empty, and so is every lookup. The same holds with listeners, because
-        the fast path emits no events.
+        If hits cannot take the fast path, return no routes, so that every call takes the slow path. That is the case
+        if the first tier is not in this process, and if there are listeners, because the fast path emits no events.
         """
         chain = self._chain
         if chain.tiers and not chain.listeners and not self._closed:
@@ -176,12 +176,11 @@ class Requests:
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
     ) -> Answer:
-        """Answer all texts from one vector space: the provider's, or the fallback's if the provider fails."""
+        """Find vectors for all texts in one vector space: the provider's, or the fallback's if the provider fails."""
         if not isinstance(texts, list):
             _require_texts(texts)
-            texts = copy_texts(
-                texts
-            )  # the texts may be read again for the fallback, and an iterator can be read only once
+            # The texts may be read again for the fallback, and an iterator can be read only once.
+            texts = copy_texts(texts)
         answer = await self._answer_in_one_space(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
@@ -204,7 +203,7 @@ class Requests:
         store: bool,
         metadata: Sequence[Metadata | None] | None,
     ) -> Answer:
-        """Answer from one vector space. If the provider drifts meanwhile, answer all texts from the new space."""
+        """Find vectors in one vector space. If the provider drifts meanwhile, start again in the new vector space."""
         engine = self._chain.engine
         moves = 0
         while True:
@@ -347,7 +346,7 @@ class Requests:
 
 
 def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
-    """Raise SpaceError for a fallback whose vectors have other dimensions than the provider's."""
+    """Raise SpaceError unless the fallback's vectors and the provider's have the same dimensions."""
     for task in TASKS:
         mine = describe_space(source.provider, task).dimensions
         other = describe_space(fallback.provider, task).dimensions
@@ -360,7 +359,7 @@ def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
 
 
 def _require_texts(texts: object) -> None:
-    """Raise TypeError unless ``texts`` is a collection of texts; a single str would pass for one."""
+    """Raise TypeError unless ``texts`` is a collection of texts. A single str is refused, although it is iterable."""
     if not hasattr(texts, "__iter__") and not hasattr(texts, "__aiter__"):
         raise TypeError(f"expected a list of texts, got {type(texts).__name__}")
     if isinstance(texts, str | bytes):
@@ -387,7 +386,7 @@ def windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 async def awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
-    """As :func:`windows`; ``texts`` may be an async iterable."""
+    """Like :func:`windows`, but ``texts`` may be an async iterable."""
     if isinstance(texts, Iterable):
         for window in windows(texts, size):
             yield window

@@ -20,10 +20,10 @@ MAX_CALLS = 32
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Limits of one generation of the memo that maps texts to keys. The memo has two generations."""
+"""Maximum number of texts, and of their characters, in each of the two generations of the memo of texts and keys."""
 
 MEMO_MAX_TEXT = 16_000
-"""Characters of the longest text in the memo. For longer ones, hashing costs little compared with the rest."""
+"""Maximum number of characters of a text in the memo. For longer texts, hashing is a small part of a call."""
 
 
 class LiveProvider:
@@ -40,7 +40,10 @@ class LiveProvider:
         self._seconds = 0.0
 
     def reset(self) -> None:
-        """Replace lock and threads, also in a forked child. The lock is re-entrant for signal handlers."""
+        """Replace the lock and the threads, also in a forked child.
+
+        The lock is re-entrant, because a signal handler may use the cache.
+        """
         self.lock = threading.RLock()
         self.workers = Workers(MAX_CALLS)
 
@@ -71,7 +74,7 @@ def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     """Return the provider's vector space for a task.
 
     Raises:
-        SpaceError: the provider describes none. It is never guessed.
+        SpaceError: the provider does not describe the vector space, which is never guessed.
     """
     space = provider.space(task)
     if not isinstance(space, VectorSpace):
@@ -107,7 +110,7 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """Dimensions of the space. None until the first vector is seen, if the provider does not state them."""
+        """Number of dimensions. If the provider does not state it, it is None until the first vector is seen."""
         self.recent_keys: dict[str, str] = {}
         """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
         self._older_keys: dict[str, str] = {}
@@ -136,7 +139,7 @@ class Route:
         return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
     def key(self, text: str, position: int = 0) -> str:
-        """Return the key of one text that is not in ``recent_keys``. Raises as :meth:`keys` does."""
+        """Return the key of one text that is not in ``recent_keys``. It raises the same error as :meth:`keys`."""
         key = self._older_keys.get(text)
         if key is None:
             try:
@@ -162,7 +165,7 @@ def copy_texts(texts: Iterable[Any]) -> list[str]:
     """Return the texts as a new list of plain ``str``.
 
     It is a copy, because a caller may change its list during the call. Subclasses of ``str`` are converted, because
-    they may compare equal to other texts, or look different when a provider formats them.
+    they may compare equal to different texts, or look different when a provider formats them.
 
     Raises:
         TypeError: an item is not a str; the message names its position.

@@ -35,7 +35,7 @@ log = logging.getLogger("embedonce")
 Mode: TypeAlias = Literal["read-through", "replay"]
 
 EXIT_FLUSH_SECONDS = 5.0
-"""Seconds for which the exit of the program waits for writes of caches that have been garbage-collected."""
+"""Maximum number of seconds to wait, at exit, for writes of caches that have been garbage-collected."""
 
 _open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
@@ -83,7 +83,7 @@ class RunningChain:
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
-        """Per scope, the space card that is stored beside its entries."""
+        """The space card of each scope, which is stored beside the scope's entries."""
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
         """Guards ``_caches``: one thread may create a cache while another subscribes or closes."""
@@ -149,7 +149,7 @@ class RunningChain:
         for listener in self.listeners:
             try:
                 listener(event)
-            except Exception:  # a broken listener must not cost an embedding
+            except Exception:  # an error of a listener must not make the call fail
                 if id(listener) not in self._broken_listeners:
                     self._broken_listeners.add(id(listener))
                     log.exception(
@@ -172,7 +172,7 @@ class RunningChain:
         return self.in_flight.wait_until_flushed(timeout)
 
     def flush_or_warn(self, timeout: float) -> None:
-        """Flush before closing, and log the writes that were not done in time."""
+        """Flush before closing, and log a warning if some writes were not done in time."""
         if not self.flush(timeout):
             queued = {tier.name: n for tier in self.tiers if (n := self.in_flight.count_queued(tier.name))}
             unfinished = ", ".join(f"tier {name!r}: {n} entries queued" for name, n in queued.items())
@@ -181,7 +181,7 @@ class RunningChain:
     def close(self, timeout: float) -> None:
         """Flush, then close the other caches' providers, the backends and the owner's providers.
 
-        The other caches still answer calls during the flush. A second call does nothing.
+        The other caches still accept calls during the flush. A second call does nothing.
         """
         owner = self._owner
         if owner is None or not owner._mark_closed():
@@ -201,7 +201,7 @@ class RunningChain:
             await tier.close_twin(port)
 
     def reset(self) -> None:
-        """Start over in a forked child: locks, flights, queued writes and threads belong to the parent."""
+        """Start over in a forked child, because locks, flights, queued writes and threads belong to the parent."""
         self._lock = threading.RLock()
         self.ports.reset()
         self.in_flight.reset()
@@ -227,7 +227,7 @@ def close_part(part: Any) -> None:
 # --- exit of the program --------------------------------------------------------------------------
 
 _seconds_waited = 0.0
-"""Seconds that :func:`_flush_open_chains` spent waiting; :func:`_close_open_chains` waits that much less."""
+"""Seconds that :func:`_flush_open_chains` spent waiting. :func:`_close_open_chains` waits for that much less time."""
 
 
 def _flush_open_chains() -> None:
@@ -235,7 +235,8 @@ def _flush_open_chains() -> None:
     global _seconds_waited
     start = time.monotonic()
     chains = _end_open_chains(start, lambda chain, timeout: chain.flush(timeout))
-    # Open chains have had their time, and their remaining writes end when they are closed. Wait for the others only.
+    # Each open chain was flushed for up to its flush_timeout. Writes that are still queued in it are dropped when
+    # _close_open_chains closes its backends. So wait here only for writes of caches that have been garbage-collected.
     _wait_for_writes(set(draining_writers).difference(tier.writer for chain in chains for tier in chain.tiers), start)
     _seconds_waited = time.monotonic() - start
 
@@ -273,7 +274,7 @@ def _register_flush() -> None:
 
     ``atexit`` callbacks run after the pools of ``concurrent.futures``, which asyncio uses too, have been shut down.
     The pools are shut down by a callback of ``threading._register_atexit``. Those callbacks run in reverse
-    order, so one that is registered later runs before the pools are shut down.
+    order, so ours, which is registered later, runs before the pools are shut down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)

@@ -68,7 +68,7 @@ class LiveTier:
             has_listeners=has_listeners,
             clock=clock,
         )
-        # Bound methods of the parts: wrapper methods would cost every read and write one more call.
+        # These are bound methods of the parts. Wrapper methods would add one more call to every read and write.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout

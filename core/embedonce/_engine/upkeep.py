@@ -21,7 +21,7 @@ from .tiers import PROBE_KEY, LiveTier
 
 Card = Mapping[str, Value]
 ENTRIES_PER_READ = 1024
-"""Maximum number of entries in memory at once while a whole tier is read."""
+"""Maximum number of entries in memory at the same time while a whole tier is read."""
 
 
 class Upkeep:
@@ -46,7 +46,7 @@ class Upkeep:
         """Remove keys from every tier; queued writes, promotions and flights cannot bring them back.
 
         Raises:
-            EraseIncomplete: a tier failed or cannot delete; it names each such tier.
+            EraseIncomplete: a tier failed or cannot delete. The error names each such tier.
         """
 
         async def erase(tier: LiveTier) -> None:
@@ -58,7 +58,7 @@ class Upkeep:
         """Remove every entry in the scopes that match.
 
         Raises:
-            EraseIncomplete: a tier failed, cannot list or cannot delete; it names each such tier.
+            EraseIncomplete: a tier failed, cannot list or cannot delete. The error names each such tier.
         """
         failed: dict[str, str] = {}
         scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}
@@ -112,7 +112,7 @@ class Upkeep:
                     failed[tier.name] = _describe(error)
                 else:
                     if tier.name in writing:
-                        failed[tier.name] = "a write in flight hangs and may still restore entries"
+                        failed[tier.name] = "a write that has not ended may restore entries"
         _raise_if_incomplete(failed, operation)
 
     # --- listing ------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Upkeep:
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Read a key without an entry from every tier, and return whether each tier answers."""
+        """Return whether each tier answers a read of a key that has no entry."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
@@ -191,9 +191,9 @@ class Upkeep:
             raise
 
     async def _find_key_mismatch(self, port: Port, tier: LiveTier) -> str:
-        """Return a message if space cards of a tier are encrypted with a key that it does not have, else "".
+        """Return a message if space cards of a tier are encrypted with a key that the tier does not have, else "".
 
-        It checks all cards of an encrypted tier that can list, and otherwise only this cache's own cards.
+        In an encrypted tier that can list its keys, all cards are checked. Otherwise only this cache's own cards are.
         """
         if tier.capabilities.scope == "process":
             return ""
@@ -204,7 +204,7 @@ class Upkeep:
             sealed = sum(open_frame(value) is not None for value in values.values())
             return f"{sealed} of {len(values)} scopes are encrypted, but the tier has no key" if sealed else ""
         corrupt = tier.decode(values, dtype="int8", dimensions=None).corrupt
-        return f"{len(corrupt)} of {len(values)} scopes are encrypted with another key" if corrupt else ""
+        return f"{len(corrupt)} of {len(values)} scopes are encrypted with a different key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
         """Migrate the layout of every store that supports it, and return what was done, by tier.
@@ -217,7 +217,7 @@ class Upkeep:
     # --- explaining ---------------------------------------------------------------------------
 
     async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:
-        """Return how a text's key is built and what each tier stores under it, without counting or promoting."""
+        """Return how a text's key is built and what each tier stores under the key, without counting or promoting."""
         keyer = route.keyer
         normalized = keyer.normalize(text)
         (key,) = route.keys([text])

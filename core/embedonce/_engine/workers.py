@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Daemon threads for calls that may hang: started on demand, reused, ended after ten idle seconds.
+    """Daemon threads for calls that may hang. They are started on demand, reused, and ended after ten idle seconds.
 
-    ``max_threads`` limits how many run at once; None means no limit. The pool of ``concurrent.futures`` is no
-    alternative: it joins its threads at exit, so one hanging call would keep the program alive for ever.
+    ``max_threads`` limits how many run at the same time; None means no limit. A ThreadPoolExecutor is not used, because
+    it joins its threads at exit, so one hanging call would keep the program alive for ever.
     """
 
     IDLE_SECONDS = 10.0
@@ -26,11 +26,11 @@ class Workers:
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._free = 0  # idle threads, less the jobs in the queue that they are about to take
+        self._free = 0  # number of idle threads minus the queued jobs that they are about to take
         self._backlog = 0  # queued jobs that must wait for a busy thread
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run ``call`` in a thread, in a copy of the caller's context. If all threads are busy, it waits for one.
+        """Run ``call`` in a thread, in a copy of the caller's context. If all threads are busy, the call is queued.
 
         Raises:
             RuntimeError: the interpreter is shutting down and starts no threads any more.
@@ -43,7 +43,7 @@ class Workers:
                 return
             try:
                 result = context.run(call)
-            except StopIteration as error:  # an awaited future cannot carry it
+            except StopIteration as error:  # asyncio cannot raise it into a coroutine
                 replacement = RuntimeError("a call raised StopIteration, as next() does on an empty iterator")
                 replacement.__cause__ = error
                 future.set_exception(replacement)
@@ -79,7 +79,7 @@ class Workers:
                     break
                 except queue.Empty:
                     with self._lock:
-                        if self._free:  # otherwise a job was just submitted that counts on this thread
+                        if self._free:  # else a job was just queued for this thread
                             self._free -= 1
                             self._threads -= 1
                             return

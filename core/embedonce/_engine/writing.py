@@ -24,13 +24,13 @@ from .ports import Port, Ports, run_blocking
 log = logging.getLogger("embedonce")
 
 CARD_SECONDS = 600.0
-"""Seconds after which a space card is written again: the tier may have evicted it, or somebody purged the scope."""
+"""Seconds after which a space card is written again, because it may have been evicted or purged."""
 
 LOG_INTERVAL = 60.0
-"""Minimum seconds between two log lines about failed background writes; in a busy tier, every write may fail."""
+"""Minimum number of seconds between two log lines about failed background writes, because every write may fail."""
 
 JITTER = 0.05
-"""Maximum share by which an entry's TTL is shortened, so that entries written together do not expire together."""
+"""Maximum share by which an entry's TTL is shortened, so that entries written together expire at different times."""
 
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
 """Write mode for a backend of each scope if the tier sets none."""
@@ -41,7 +41,7 @@ draining_writers: set[TierWriter] = set()
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """The outcome of one write: how many entries were stored, refused and failed."""
+    """The outcome of one write: how many entries were stored, how many were refused, and how many failed."""
 
     stored: int = 0
     refused: int = 0
@@ -71,7 +71,8 @@ class TierWriter:
     ) -> None:
         self.name = calls.name
         self.ttl = tier.ttl
-        # Other processes wait for the vector behind a lease, so a tier with leases is always written inline.
+        # While this process holds the lease of a text, other processes wait for the text's vector. So a tier with
+        # leases is always written inline.
         self.mode: WriteMode = (
             "inline" if tier.lease is not None else tier.write or DEFAULT_WRITE_MODES[calls.capabilities.scope]
         )
@@ -161,8 +162,8 @@ class TierWriter:
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
         """Store the items whose keys are absent.
 
-        Returns the keys that were absent, and those whose part of the tier failed; None if the tier fails or its
-        breaker is open.
+        Return the keys that were absent and the keys whose part of the tier failed. Return None if the whole tier
+        failed or its breaker is open.
         """
         backend = self._calls.backend
         added: set[str] = set()
@@ -211,7 +212,7 @@ class TierWriter:
         return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
 
     def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
-        """Report the outcome of a write to the breaker and the counters; return why entries were not stored, if any."""
+        """Report the outcome of a write to the breaker and the counters. Return why some entries were not stored."""
         if result.error is None:
             self.breaker.record_success()
             cause = "too large" if result.refused else None
@@ -265,7 +266,8 @@ class TierWriter:
         """Queue entries for a background write.
 
         If the queue is full, a call with ``wait_for_room`` waits for room for up to the tier's timeout. After that the
-        oldest entries are dropped. Without ``wait_for_room``, as in a promotion, the new entries are dropped at once.
+        oldest entries are dropped. A call without ``wait_for_room``, such as a promotion, immediately drops the new
+        entries.
         """
         end = time.monotonic() + (self._calls.timeout or 0.0)
         while True:
@@ -288,10 +290,10 @@ class TierWriter:
             self._is_draining = True
             draining_writers.add(self)
         if not self._calls.run_in_background(self._drain):
-            self._drain()  # the interpreter is shutting down, so this thread is the last chance
+            self._drain()  # the interpreter is shutting down, so write in this thread
 
     def _drain(self) -> None:
-        """Write queued entries until the queue is empty, and then end the draining."""
+        """Write queued entries until the queue is empty."""
         while True:
             self._write_queued()
             with self._lock:
