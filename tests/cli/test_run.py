@@ -156,7 +156,7 @@ def test_one_output_never_mixes_two_spaces(tmp_path: Path, monkeypatch: pytest.M
     run = FinishedRun(
         tmp_path, ["one", "two", "three", "four"], provider, fallback=Fallback(), fallback_fetch_only=True
     )
-    assert "the fallback (spare small) answered in another vector space" in run.stopped
+    assert "the fallback (spare small) has a different vector space" in run.stopped
     assert run.rows is None
 
 

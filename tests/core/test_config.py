@@ -376,8 +376,7 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
         "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines; a plugin can provide more, each under an entry point of the same "
-        "name",
+        "collapse-whitespace, casefold, newlines; plugins can add more, with an entry point named after each step",
         "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because it keeps its entries in this "
         "process and no call to it waits; remove timeout",
         "the environment variable EMBEDONCE__ overrides nothing",
@@ -423,8 +422,8 @@ def test_every_problem_at_once_each_at_its_place() -> None:
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
         'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce '
-        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; a plugin can provide more, each under an "
-        "entry point of the same name",
+        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins can add more, with an "
+        "entry point named after each step",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '

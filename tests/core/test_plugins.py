@@ -263,7 +263,7 @@ def test_a_hook_that_exits_the_program_or_reveals_a_password(install: Install, b
     ("body", "wanted"),
     [
         ("{}", "it provides nothing"),
-        ("{'another': Backend}", 'it provides backend "another", but nothing named "one" like its entry point'),
+        ("{'another': Backend}", 'it provides backend "another", but nothing with the name of its entry point, "one"'),
         ("{'NAME': Backend, 'more': Backend}", 'backend "more" cannot be used: add an entry point more = "acme_'),
     ],
 )

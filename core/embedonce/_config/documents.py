@@ -31,11 +31,11 @@ MAX_DEPTH = 32
 
 @dataclass(slots=True)
 class Document:
-    """A configuration before it is checked, and the means to find the place of each value in it."""
+    """A configuration that has not been checked yet. Its methods find the line and column of each value."""
 
     data: dict[str, Any]
     source: str
-    """Description of what it was read from."""
+    """Description of where the configuration comes from."""
     file: Path | None = None
     text: str = ""
     prefix: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Document:
 
     @property
     def relative_name(self) -> str | None:
-        """The file's name in messages: relative if it is in or below the current folder."""
+        """The file's name in messages. It is relative if the file is in or below the current folder."""
         return None if self.file is None else relative_name(self.file)
 
     @property
@@ -64,7 +64,7 @@ class Document:
         return (self._places.key if key else self._places.value)((*self.prefix, *path))
 
     def problem(self, path: TomlPath, message: str, *, key: bool) -> Problem:
-        """Return a problem with the key at ``path`` or with its value, at its place."""
+        """Return a problem with the key at ``path``, or with its value; the problem includes the line and column."""
         place = self.place(path, key=key)
         return Problem(message, self.relative_name, *(place or (None, None)))
 
@@ -75,7 +75,7 @@ class Document:
 
 
 def relative_name(file: Path) -> str:
-    """Return a file's path relative to the current folder if it is in or below it, else the whole path."""
+    """Return a file's path, relative to the current folder if the file is in or below that folder."""
     try:
         return str(file.relative_to(Path.cwd()))
     except (ValueError, OSError):  # OSError: the current folder was removed
@@ -103,7 +103,7 @@ def find_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
 
 
 def _find_default() -> Document:
-    """Find a configuration: from the environment variable, else in this folder or one above, else the default."""
+    """Read the file that the environment variable names, else the nearest one here or above, else use the default."""
     path = os.environ.get(CONFIG_VARIABLE)
     if path:
         found = read_document(Path(path), origin=f" ({CONFIG_VARIABLE})")
@@ -111,7 +111,7 @@ def _find_default() -> Document:
         return found
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if os.path.lexists(folder / FILE):  # also finds a broken link, since ignoring it would hide a mistake
+        if os.path.lexists(folder / FILE):  # also True for a broken link, because ignoring one would hide a mistake
             return read_document(folder / FILE)
         if _has_configuration(folder / PYPROJECT):
             return read_document(folder / PYPROJECT)
@@ -129,7 +129,7 @@ def _has_configuration(pyproject: Path) -> bool:
     try:
         return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
     except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # then reading it reports the error
+        return b"tool.embedonce" in content  # if so, the caller reads the file, which reports the error
 
 
 def _get_table(data: Any) -> Any:
@@ -187,7 +187,7 @@ def _parse_toml(text: str, name: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError([Problem("is nested too deeply", name)]) from None
     except ValueError as error:
-        if "integer string conversion" in str(error):  # Python's message names one of its functions
+        if "integer string conversion" in str(error):  # Python's own message would name an internal function
             raise ConfigError([Problem("has a number that is far too large", name)]) from None
         message, place = read_syntax_error(error, text)
         problem = Problem(f"not valid TOML: {message}", name, *(place or (None, None)))
@@ -218,9 +218,9 @@ class Values:
     expanded: set[TomlPath] = field(default_factory=set)
     """Paths of texts that contained a variable. Such a text may be read as a number."""
     private: set[TomlPath] = field(default_factory=set)
-    """Paths of texts that contain a value of the environment. They are never shown."""
+    """Paths of texts that contain the value of an environment variable. These texts are never shown."""
     variables: dict[TomlPath, dict[str, str]] = field(default_factory=dict)
-    """Per path of such a text: its variables and their values."""
+    """Variables and their values for each path in ``private``."""
     errors: list[tuple[TomlPath, str]] = field(default_factory=list)
     """Paths of unusable values, and why each is unusable."""
 
@@ -302,7 +302,7 @@ def _make_filler(path: TomlPath, found: Values, errors: list[str]) -> Callable[[
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether text can be encoded as UTF-8: it has no lone surrogates."""
+    """Return whether text can be encoded as UTF-8, which means that it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

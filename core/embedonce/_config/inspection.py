@@ -39,13 +39,13 @@ class InstalledPlugin:
 
     name: str
     kinds: tuple[Kind, ...]
-    """Kinds of what it provides; empty if it could not be loaded."""
+    """Kinds of the plugins that the entry point registers; empty if it could not be loaded."""
     distribution: str
     version: str
     error: str | None = None
-    """Reason why it cannot be used, or None."""
+    """Reason why the plugin cannot be used, or None."""
     type: str = ""
-    """The ``type`` that chooses it in TOML: its name, or ``distribution:name`` if the name alone means another."""
+    """The ``type`` that chooses this plugin in TOML: its name, or ``distribution:name`` if the name is not enough."""
     broken: bool = False
     """Whether only the plugin's author can fix ``error``.
 
@@ -90,7 +90,7 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
         return
     if point.name not in provided:
         names = join_words(list_registered(plugin))
-        yield f'it provides {names}, but nothing named "{point.name}" like its entry point'
+        yield f'it provides {names}, but nothing with the name of its entry point, "{point.name}"'
         return
     origin = origin_of(point)
     found_by = {other.name for other in all_entry_points() if origin_of(other) == origin and other.value == point.value}
@@ -101,13 +101,13 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
 
 def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield the problems of a plugin's class that can be found without creating an instance."""
-    from embedonce._plugins.options import merge_options, options_of  # imported late, because only inspection needs it
+    from embedonce._plugins.options import merge_options, options_of  # imported here, because nothing else needs them
 
     from .tables import TierTable
 
     if kind == "normalizer":
         return
-    # Check only methods: an instance may set attributes such as limits and capabilities in its __init__.
+    # Check only methods, because attributes such as limits and capabilities may be set in __init__.
     methods = ["get_many", "set_many", "close"] if kind == "backend" else ["space", "close"]
     missing = [name for name in methods if not callable(getattr(cls, name, None))]
     if kind == "provider" and not (callable(getattr(cls, "embed", None)) or callable(getattr(cls, "aembed", None))):

@@ -59,7 +59,7 @@ class _Table:
     where: TomlPath
     label: str
     variables: tuple[str, ...]
-    """Parts between ``EMBEDONCE__`` and the option in the name of an environment variable that overrides an option."""
+    """Middle parts in the names of this table's override variables, between ``EMBEDONCE__`` and the option's name."""
     given: Mapping[str, Any]
     options: dict[str, Option] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class _Table:
 
     @property
     def override_keys(self) -> list[str]:
-        """Names of all variables that override options. A tier's name has none, because it identifies the tier."""
+        """Names of all variables that override options. None overrides a tier's name, which identifies the tier."""
         if "" in self.variables:
             return []
         return [self.override_key(name) for name in self.options if (self.where[0], name) != ("tiers", "name")]
@@ -224,7 +224,7 @@ class _Loader:
 
     def _check_step(self, step: Any, where: TomlPath) -> bool:
         if not isinstance(step, str):
-            return False  # reading the table reported it
+            return False  # reading the table has already reported the problem
         try:
             loading.normalizer(step)
         except PluginError as error:
@@ -365,7 +365,7 @@ class _Loader:
         key = "name" if given.get("name") is not None else "type"
         name = given.get(key)
         if not isinstance(name, str):
-            return None  # reading the table reports it
+            return None  # reading the table will report the problem
         url = strip_credentials(name) if "://" in name else None
         name = entry_points.strip_distribution(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
@@ -378,7 +378,7 @@ class _Loader:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
             return None
-        form = name.replace("-", "_")  # as in environment variables
+        form = name.replace("-", "_")  # the form in environment variables, which must be unique too
         if form in used_names:
             message = f'another tier is already named "{used_names[form]}"; choose another name: name = "{name}2"'
             self._add_problem((*where, key), message)
@@ -471,9 +471,10 @@ class _Loader:
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
     ) -> None:
-        """Add a problem with a part of an option's value, at the variable that overrides the option or at its line.
+        """Add a problem with a part of an option's value. Its place is the override variable or the line of the part.
 
-        ``where`` is the path from the table, and ``shown`` the value as the message may show it.
+        ``where`` is the path from the table to the part. ``shown`` is the text of the part for the message, or None if
+        the message must not show it.
         """
         if variable is not None:
             self._problems.append(Problem(f"{variable}: {message}"))
@@ -496,7 +497,7 @@ class _Loader:
             self._add_problem((*table.where, option), f"{option} in {table.label}: {message}", key=key)
 
     def _resolve_path(self, option: Option, value: Any) -> Any:
-        """Return a path as an absolute path. A relative one starts at the folder of the configuration."""
+        """Make a path absolute. A relative path starts at the folder of the configuration."""
         if not option.is_path or not isinstance(value, str | Path):
             return value
         path = self._document.folder / Path(value).expanduser()
@@ -548,7 +549,7 @@ _OWN_TABLES: Mapping[str, type[Any]] = {
 
 
 def _format_variable(parts: Sequence[str]) -> str:
-    """Return the name of an override variable without ``EMBEDONCE__``, in lowercase and without ``-``."""
+    """Return the name of an override variable without ``EMBEDONCE__``, in lowercase and with ``_`` for ``-``."""
     return "__".join(parts).replace("-", "_").lower()
 
 

@@ -1,6 +1,6 @@
 """Find the line and column of each key and value in a TOML text.
 
-The standard library's parser does not report them. This code runs only to give an error its position or to show
+The standard library's parser does not report lines and columns. This code runs only to show where an error is or
 where a value comes from.
 """
 
@@ -19,7 +19,7 @@ TomlPath: TypeAlias = tuple[str | int, ...]
 
 
 MAX_KEY_PARTS = 50
-"""Maximum number of names of one dotted key whose places are recorded. No valid configuration needs as many."""
+"""Maximum number of names in one dotted key whose places are recorded. No valid configuration needs that many."""
 
 
 class Place(NamedTuple):
@@ -127,7 +127,7 @@ class _Walk:
 def _list_key_parts(node: Any) -> Iterator[tuple[str, Any]]:
     """Yield each name of a dotted key, without quotes, and its node."""
     parts = []
-    while node.type == "dotted_key":  # its first child holds all names but the last
+    while node.type == "dotted_key":  # the first child of such a node holds all names but the last
         node, *last = node.named_children
         parts += last[::-1]
     parts.append(node)
@@ -145,7 +145,7 @@ _TUPLE = re.compile(r"\('[^()]*',?\)")
 
 
 def read_syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
-    """Return the message and the place of an error of the standard library's parser, which puts both into one text."""
+    """Split the text of an error of the standard library's parser into its message and its place."""
     full = str(error)
     found = _POSITION.search(full)
     if found is None:
@@ -153,7 +153,7 @@ def read_syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
     message = _TUPLE.sub(lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), full[: found.start()])
     lines = text.split("\n")
     place = Place(int(found[1]), int(found[2])) if found[1] else Place(len(lines), len(lines[-1]) + 1)
-    if message.startswith("Cannot "):  # a repeated key, reported after its value: point to the key
+    if message.startswith("Cannot "):  # a repeated key: the parser names the end of its value, so point to the key
         line = lines[place.line - 1]
         place = Place(place.line, len(line) - len(line.lstrip()) + 1)
     return message[:1].lower() + message[1:], place

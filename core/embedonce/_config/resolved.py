@@ -33,22 +33,22 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plugged:
-    """A plugin's class and the options to create it with."""
+    """A plugin's class, and the options with which an instance is created."""
 
     type: str
     cls: PluginClass
     options: Mapping[str, Any] = field(repr=False)
-    """Options that the configuration sets. For the others, the class uses its defaults."""
+    """Options that the configuration sets. For all other options, the class uses its defaults."""
     label: str
-    """Name of its table in messages: ``[[tiers]] "redis"``."""
+    """Name of the plugin's table in messages: ``[[tiers]] "redis"``."""
     path: tuple[str | int, ...] = field(repr=False)
     secrets: frozenset[str] = field(default=frozenset(), repr=False)
-    """Secret texts in the options, which no message may repeat."""
+    """Secret texts in the options, which must not appear in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierConfig(Plugged):
-    """One of ``[[tiers]]``."""
+    """One tier of ``[[tiers]]``."""
 
     name: str
     ttl: float | None = None
@@ -61,10 +61,10 @@ class TierConfig(Plugged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A checked configuration. Two are equal if they describe the same cache, whichever file they come from."""
+    """A checked configuration. Two of them are equal if they describe the same cache, even if their files differ."""
 
     source: str = field(compare=False)
-    """Description of what it was read from, for the command line."""
+    """Description of where the configuration comes from, for the command line."""
     file: Path | None = field(compare=False)
     cache: CacheTable
     key: KeyPolicy

@@ -57,7 +57,7 @@ class _Schema:
                 "plugins": self._describe_own(PluginsTable, "Which third-party plugins may be loaded."),
                 "provider": self._describe_provider(),
                 "drift": self._describe_own(
-                    DriftGuard, "Checks whether the provider still computes the stored vectors."
+                    DriftGuard, "Checks whether the provider still returns the same vectors as those stored."
                 ),
                 "tiers": self._describe_tiers(),
             },
@@ -106,7 +106,10 @@ class _Schema:
         own: Mapping[str, Option],
         more: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        """Return one table per plugin of a kind, and one for a ``type`` from a variable, which allows any key."""
+        """Return one table per plugin of a kind, and one for a ``type`` that comes from a variable.
+
+        The latter table allows any key, because its plugin is unknown.
+        """
         tables = [
             table for name in self._list_names(kind) if (table := self._describe_plugin(name, role, find, own, more))
         ]
@@ -177,7 +180,7 @@ class _Schema:
 
 
 def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Add an option's ``Gt`` bound to the schema of its number, because the schema of Size and Duration lacks it."""
+    """Add an option's ``Gt`` bound to the schema of its number, because pydantic adds none for Size and Duration."""
     bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind
@@ -189,7 +192,7 @@ def _list_required(options: Iterable[Option], properties: Mapping[str, Any]) -> 
 
 
 def _remove_null(described: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema without the alternative null: TOML has no null, so an unset option is missing instead."""
+    """Return a schema without the alternative null. TOML has no null: an option that is not set is missing instead."""
     kept = [part for part in described.get("anyOf", ()) if part.get("type") != "null"]
     if len(kept) == 1:
         return {**{key: value for key, value in described.items() if key != "anyOf"}, **kept[0]}

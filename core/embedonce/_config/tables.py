@@ -1,6 +1,6 @@
 """Options of embedonce's own tables in a configuration. All other options belong to plugins.
 
-These classes are read like the class of a plugin: the keyword-only parameters are the keys of the table.
+These classes are read like the class of a plugin: their keyword-only parameters are the keys of the table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from embedonce.options import Doc, Duration
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
-"""Pattern of a tier's name. ``provider`` is reserved, because it is the source of a computed vector in
-``Fetched.sources``."""
+"""Pattern of a tier's name. ``provider`` is reserved, because in ``Fetched.sources`` it stands for the provider."""
 
 NOT_IN_PROCESS: Mapping[str, str] = {
     "timeout": "a timeout, because it keeps its entries in this process and no call to it waits",
@@ -42,7 +41,7 @@ class CacheTable:
     max_wait: Annotated[
         Duration,
         Gt(0),
-        Doc("Wait at most this long for another call that computes the same text, then compute it."),
+        Doc("Wait at most this long for another call that embeds the same text. After that, embed it in this call."),
     ] = 60.0
     flush_timeout: Annotated[
         Duration, Ge(0), Doc("Wait at most this long for queued writes in close and at program exit.")
@@ -117,8 +116,8 @@ class TierTable:
         Duration | None,
         Gt(0),
         Doc(
-            "Let one of the processes that share this tier compute a missing text; the others wait for its vector for "
-            "at most this long. Only one tier of a chain can have a lease."
+            "Let only one of the processes that share this tier embed a missing text. The other processes wait for its "
+            "vector for at most this long. Only one tier of a chain can have a lease."
         ),
     ] = None
 

@@ -1,4 +1,4 @@
-"""Entries: vectors with their dates, kept one by one or in the block in which they were read."""
+"""Entries: vectors with their dates. They are kept one by one, or in a block of entries that were read together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     expires: float | None = None
     """Unix time in seconds; None: never."""
     metadata: Metadata | None = None
-    """Small JSON object, from the call that stored the entry first."""
+    """Small JSON object from the call that first stored the entry, or None."""
     dtype: Dtype = "float32"
     """Precision to which the values are rounded."""
 
@@ -54,7 +54,8 @@ LITTLE_ENDIAN = sys.byteorder == "little"
 def freeze(vector: ArrayLike) -> Vector:
     """Return a float32 copy of shape (d,) that stays read-only.
 
-    Its memory is a bytes object of its own, so ``setflags(write=True)`` fails and no larger array is kept alive.
+    The memory of the copy is a bytes object that nothing else uses. Therefore ``setflags(write=True)`` fails, and the
+    copy does not keep a larger array alive.
 
     Raises:
         ValueError: the vector does not have one dimension.
@@ -66,7 +67,9 @@ def freeze(vector: ArrayLike) -> Vector:
 
 
 def freeze_rows(matrix: ArrayLike) -> list[Vector]:
-    """Return read-only copies of the rows of a matrix (n, d), as :func:`freeze` does; rows share no memory.
+    """Return a read-only copy of each row of a matrix (n, d), like :func:`freeze` for one vector.
+
+    The copies share no memory.
 
     Raises:
         ValueError: the matrix does not have two dimensions.
@@ -87,16 +90,18 @@ def as_float32(values: ArrayLike) -> NDArray[np.float32]:
 
 def make_rows(payloads: Iterable[bytes], dimension: int) -> list[Vector]:
     """Return a read-only row of shape (dimension,) over each payload, without copying it."""
-    # Mapping over the constructor takes 0.25 µs per row; np.frombuffer in a comprehension takes 0.35 µs.
+    # Calling the constructor with map() takes 0.25 µs per row. np.frombuffer in a comprehension takes 0.35 µs.
     make: Callable[..., Vector] = np.ndarray
     return list(map(make, repeat((dimension,)), repeat(FLOAT32), payloads))
 
 
 def matrix(rows: Sequence[Vector], dimensions: int | None = None) -> Matrix:
-    """Join rows of one length into a new matrix of shape (n, d), or (0, dimensions or 0) without rows.
+    """Join rows with the same number of dimensions into a new matrix of shape (n, d).
+
+    Without rows, the shape is (0, dimensions or 0).
 
     Raises:
-        Incomplete: the rows have different lengths.
+        Incomplete: the rows have different numbers of dimensions.
         TypeError: a row is None.
     """
     if not rows:
@@ -130,7 +135,10 @@ class Block:
             raise ValueError(f"a block of {len(keys)} keys needs a matrix and columns with {len(keys)} rows each")
         self.keys = keys
         self.values = values
-        """Matrix of shape (n, d); row i belongs to key i. It may be a view of a store's answer: do not write to it."""
+        """Matrix of shape (n, d); row i belongs to key i.
+
+        Do not write to the matrix, because it may be a view of the data that a store returned.
+        """
         self.created = created
         self.expires = expires
         """Expiry dates, shape (n,) like ``created``; infinity means never."""
@@ -140,7 +148,7 @@ class Block:
         self._entries: dict[str, Entry] | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """Return an entry for each key, the same objects every time; an entry does not keep the block alive."""
+        """Return an entry for each key; every call returns the same objects. An entry does not keep the block alive."""
         if self._entries is None:
             expires = repeat(None) if (self.expires == NEVER).all() else _to_optional_dates(self.expires)
             metadata = repeat(None) if self.metadata is None else self.metadata
@@ -164,9 +172,10 @@ def _to_optional_dates(dates: NDArray[np.float64]) -> list[float | None]:
 
 
 class Entries(MutableMapping[str, Entry]):
-    """Entries by key; entries that were read together stay in a :class:`Block` until one is requested.
+    """Entries by key; entries that were read together stay in a :class:`Block` until one of them is requested.
 
-    A batch that only becomes a matrix thus costs no object per text. An entry backend may return an ``Entries``.
+    Therefore no entry objects are created for a batch that is only converted to a matrix. An entry backend may return
+    an ``Entries``.
     """
 
     __slots__ = ("_blocks", "_by_key")
@@ -178,7 +187,7 @@ class Entries(MutableMapping[str, Entry]):
             self.add_block(block)
 
     def add(self, entries: Mapping[str, Entry]) -> None:
-        """Add other entries."""
+        """Add entries, and replace those with the same keys."""
         if isinstance(entries, Entries):
             self._by_key.update(entries._by_key)
             self._blocks += entries._blocks
@@ -192,7 +201,7 @@ class Entries(MutableMapping[str, Entry]):
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """The blocks that were read together."""
+        """The blocks that were added."""
         return self._blocks
 
     def loose(self) -> dict[str, Entry]:
@@ -204,7 +213,7 @@ class Entries(MutableMapping[str, Entry]):
         return {key: item for key, item in self._by_key.items() if type(item) is not Block}  # type: ignore[misc]
 
     def as_dict(self) -> dict[str, Entry]:
-        """Return all entries as a dict, and make those that are still in blocks."""
+        """Return all entries as a dict. Entry objects are created for the entries that are still in blocks."""
         if not self._blocks:
             return dict(self._by_key)  # type: ignore[arg-type]
         return {key: self[key] for key in self._by_key}
@@ -222,11 +231,11 @@ class Entries(MutableMapping[str, Entry]):
         return [key for key in keys if key not in by_key] if by_key else list(keys)
 
     def matrix(self, keys: Sequence[str], dimensions: int | None) -> Matrix:
-        """Return the vectors of the keys, in that order, as a new matrix of shape (n, d), as :func:`matrix` does.
+        """Return the vectors of the keys, in the order of the keys, as a new matrix of shape (n, d).
 
         Raises:
             KeyError: a key has no entry here.
-            Incomplete: the vectors have different dimensions.
+            Incomplete: the vectors have different numbers of dimensions.
         """
         if not self._blocks:
             by_key = self._by_key

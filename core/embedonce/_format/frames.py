@@ -30,13 +30,15 @@ from .metadata import MAX_METADATA, read_metadata, write_metadata
 from .rounding import explain_unfit, pack, payload_size, read_back, round_rows, unpack
 
 HEADER = 64  # size in bytes
-START = struct.Struct("<QQ")  # one word of magic, version, dtype and flags; then the checksum. Same in every version.
-_REST = struct.Struct("<IIdd16sQ")  # dimension, length of the metadata, created, expires, echo of the key, key id
+# The first word contains the magic, the version, the dtype and the flags. The second word is the checksum. Every
+# version of the format has these two words.
+START = struct.Struct("<QQ")
+_REST = struct.Struct("<IIdd16sQ")  # dimension, length of the metadata, created, expires, echo of the key, key ID
 MAGIC = int.from_bytes(b"EO1F", "little")
 _VERSION = 1
 _HAS_METADATA = 1
 
-# From fine to coarse, so a stored code that is greater than the cache's means a coarser entry.
+# Ordered from fine to coarse: an entry is coarser than the dtype of the cache if the code of the entry is greater.
 _CODES: dict[Dtype, int] = {"float32": 1, "float16": 2, "int8": 3}
 _DTYPES: dict[int, Dtype] = {code: dtype for dtype, code in _CODES.items()}
 
@@ -51,7 +53,7 @@ _KNOWN_WORDS: dict[int, tuple[Dtype, int]] = {
 
 
 def _hash_key(key: str) -> bytes:
-    # Keys are ASCII. surrogatepass, because a faulty backend may answer with any string.
+    # Valid keys are ASCII. A faulty backend may return any string, even one with lone surrogates.
     return xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
 
 
@@ -68,8 +70,8 @@ def _hash_keys(keys: Sequence[str]) -> bytes:
 def encode_frames(items: Mapping[str, Entry]) -> dict[str, bytes]:
     """Return each entry as a frame for its key.
 
-    A vector is written with the precision of its entry's ``dtype``: it is rounded here unless it already is. A
-    rounded vector reads back bit for bit.
+    Each vector is written with the precision of its entry's ``dtype``. A vector that does not have this precision yet
+    is rounded here. A vector that has it reads back bit for bit.
 
     Raises:
         ValueError: a vector or a date does not fit into a frame, the dtype is unknown, or the metadata has more
@@ -96,7 +98,7 @@ def _group_by_layout(items: Mapping[str, Entry]) -> dict[tuple[Dtype, int], list
 
 
 def _encode_payloads(keys: Sequence[str], vectors: Sequence[Vector], dtype: Dtype, dimension: int) -> list[bytes]:
-    """Return the payloads of vectors of one length, one per key."""
+    """Return one payload per key, from vectors that all have ``dimension`` dimensions."""
     plain = [(v if v.dtype == FLOAT32 else as_float32(v)).tobytes() for v in vectors]
     rows: Matrix = np.ndarray((len(keys), dimension), np.float32, b"".join(plain))
     packed = pack(rows, dtype)
@@ -134,13 +136,19 @@ class Decoded:
 
     entries: Entries = field(default_factory=Entries)
     corrupt: list[str] = field(default_factory=list)
-    """Keys whose frame is damaged, foreign or of another key. They count as corrupt, and their texts are recomputed."""
+    """Keys whose value is not a frame, is damaged, has the wrong dimensions, or is the frame of a different key.
+
+    The cache counts them as corrupt and embeds their texts again.
+    """
     missed: list[str] = field(default_factory=list)
-    """Keys whose frame is expired, of another format version, or coarser than requested."""
+    """Keys whose frame is expired, has a different format version, or is coarser than the requested dtype.
+
+    A key is also missed if its vector is too large for the requested dtype, or too small.
+    """
 
 
 class _Request(NamedTuple):
-    """What the caller of :func:`decode_frames` asks for."""
+    """The requirements that the caller of :func:`decode_frames` has."""
 
     now: float
     dtype: Dtype
@@ -152,16 +160,16 @@ class _Request(NamedTuple):
 
 _Rejection: TypeAlias = Literal["corrupt", "missed"]
 _MIN_BATCH = 6
-"""Number of frames of one size from which checking them as columns is faster than one by one."""
+"""Minimum number of frames of the same size for checking them as columns. Fewer are checked faster one by one."""
 
 
 def decode_frames(
     frames: Mapping[str, bytes], *, now: float, dtype: Dtype = "float32", dimensions: int | None = None
 ) -> Decoded:
-    """Decode and check a tier's answer; no value makes it raise.
+    """Decode and check the frames that a tier returned. No value makes this function raise an error.
 
-    Frames of one size are checked together, as columns. A stored entry that is finer than ``dtype`` is
-    rounded to it. Without ``dimensions`` every length is accepted, also 0, the length of a space card.
+    Frames of the same size are checked together, as columns. A stored vector that is finer than ``dtype`` is rounded
+    to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions, even 0 as in a space card.
     """
     wanted = _Request(now, dtype, dimensions)
     decoded = Decoded()
@@ -182,7 +190,7 @@ def _group_by_size(frames: Mapping[str, bytes], corrupt: list[str]) -> Iterable[
     """Return keys and frames, grouped by the frames' size; add keys whose value is not bytes to ``corrupt``."""
     values = list(frames.values())
     if len(set(map(len, values) if set(map(type, values)) == {bytes} else ())) == 1:
-        return [(list(frames), values)]  # the fast path of nearly all answers
+        return [(list(frames), values)]  # nearly every call takes this fast path
     groups: dict[int, tuple[list[str], list[bytes]]] = {}
     for key, frame in frames.items():
         if type(frame) is not bytes:
@@ -213,16 +221,18 @@ def to_bytes(value: Any) -> bytes | None:
 def _decode_batch(
     keys: list[str], frames: list[bytes], wanted: _Request, entries: Entries
 ) -> Iterable[tuple[str, bytes]]:
-    """Decode frames of one size together: add a block of the valid ones, and return the others.
+    """Decode frames of the same size together. Add a block of valid frames to ``entries``, and return all other frames.
 
-    The block has the frames that share the first one's layout and pass every check. The caller passes the others to
-    :func:`_decode_one`, because they may have another layout, and because only it returns why a frame is rejected.
+    The block has the frames that have the layout of the first frame and pass every check. The caller passes the other
+    frames to :func:`_decode_one`: a frame with a different layout may be valid as well, and only :func:`_decode_one`
+    finds out why a frame is rejected.
     """
     count, size = len(frames), len(frames[0])
     if size < HEADER:
         return zip(keys, frames, strict=True)
     buffer = b"".join(frames)
-    # A header has eight words: first word, checksum, dimension and metadata length, created, expires, echo (2), key id.
+    # A header has eight words: the first word, the checksum, one word with the dimension and the length of the
+    # metadata, created, expires, two words of echo, and the key ID.
     words = np.ndarray((count, 8), np.dtype("<u8"), buffer, strides=(size, 8)).copy()
     layout = _read_layout(words, size, wanted)
     if layout is None:
@@ -253,7 +263,10 @@ def _decode_batch(
 
 
 def _read_layout(words: NDArray[np.uint64], size: int, wanted: _Request) -> tuple[Dtype, int] | None:
-    """Return the dtype and the start of the payload from the first header, or None if such frames do not qualify."""
+    """Return the dtype and the start of the payload that the first header describes.
+
+    Return None if frames with this header cannot be decoded as a block.
+    """
     known = _KNOWN_WORDS.get(int(words[0, 0]))
     if known is None:
         return None
@@ -276,7 +289,10 @@ def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]
 
 
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
-    """Return which headers have the first one's layout, their key's echo and valid dates, and are not expired."""
+    """Return which headers are valid.
+
+    A valid header has the layout of the first header, the echo of its own key, valid dates, and is not expired.
+    """
     echoes = np.frombuffer(_hash_keys(keys), "<u8").reshape(len(keys), 2)
     dates = words[:, 3:5].view("<f8")
     good: NDArray[np.bool_] = (words[:, 0] == words[0, 0]) & (words[:, 2] == words[0, 2]) & (words[:, 7] == 0)
@@ -323,6 +339,6 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # a miss, because recomputing the text then reports the problem
+        if not fits.all():  # count it as missed, because embedding the text again reports the problem
             return "missed"
     return freeze(values[0])

@@ -24,8 +24,8 @@ def _parse_finite(digits: str) -> float:
     return number
 
 
-# Created once, because json.dumps and json.loads with options create a new one per call, which costs more than
-# the conversion itself.
+# Created once, because json.dumps and json.loads create a new encoder or decoder in each call that has options. That
+# takes longer than the conversion itself.
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _FROM_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_finite)
 
@@ -47,7 +47,7 @@ def write_metadata(key: str, metadata: Metadata) -> bytes:
             raise TypeError("a key is not a string")
         written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
-        # No cause, because its message may show the metadata.
+        # The error has no cause, because the message of the cause may show the metadata.
         raise TypeError(f"{key}: metadata is not a JSON object whose keys are strings") from None
     if len(written) > MAX_METADATA:
         raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got {len(written)}")
@@ -55,7 +55,7 @@ def write_metadata(key: str, metadata: Metadata) -> bytes:
 
 
 def _has_plain_keys(value: Any) -> bool:
-    # json.dumps writes {1: …} as {"1": …}, so an answer would change once it is read from a store.
+    # json.dumps writes {1: …} as {"1": …}, so the metadata would have a different key after it is read from a store.
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and _has_plain_keys(item) for name, item in value.items())
     return not isinstance(value, (list, tuple)) or all(map(_has_plain_keys, value))

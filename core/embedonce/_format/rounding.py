@@ -15,8 +15,8 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
     """Round the rows of a matrix (n, d) to the dtype, and return them as float32.
 
-    A cache with this dtype returns these values. Rounding them again changes no bit, and a row gives the same bits
-    alone as in a batch. With ``"float32"`` the result may be ``matrix`` itself.
+    A cache with this dtype returns exactly these values. Rounding them again does not change any bit. Each row is
+    rounded independently of the other rows. With ``"float32"``, the result may be ``matrix`` itself.
 
     Raises:
         ValueError: a row is not finite, is too large for the dtype, or becomes all zero; the message names the row.
@@ -26,7 +26,7 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
         raise ValueError(f"expected a matrix with two dimensions, got {given.ndim}")
     rows = as_float32(given)
     values, fits = round_rows(rows, dtype)
-    if rows is not given:  # float64 has small values that float32 rounds to zero
+    if rows is not given:  # converting float64 to float32 may have rounded small values to zero
         fits &= values.any(axis=1) | ~given.any(axis=1)
     if not fits.all():
         row = int(fits.argmin())
@@ -35,12 +35,12 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
 
 
 def round_rows(rows: Matrix, dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the rows as they will read back after storing, and which of them fit the dtype."""
+    """Return the rows as they read back after they are stored, and which rows fit the dtype."""
     return read_back(rows, pack(rows, dtype), dtype)
 
 
 def read_back(rows: Matrix, payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the values of the payloads of ``rows``, and which rows fit the dtype."""
+    """Unpack ``payloads``, into which :func:`pack` packed ``rows``. Return the values, and which rows fit the dtype."""
     if dtype == "float32":
         return rows, _find_finite_rows(rows)
     values, sound = unpack(payloads, dtype)
@@ -72,7 +72,7 @@ def payload_size(dtype: Dtype, dimension: int) -> int:
 def pack(rows: Matrix, dtype: Dtype) -> NDArray[np.uint8]:
     """Return one payload per row of a matrix (n, d).
 
-    It does not check whether the rows fit the dtype; :func:`read_back` does.
+    This function does not check whether the rows fit the dtype; :func:`read_back` does.
     """
     if dtype == "float32":
         return _view_as_bytes(rows.astype("<f4", copy=False))
@@ -84,7 +84,7 @@ def pack(rows: Matrix, dtype: Dtype) -> NDArray[np.uint8]:
 
 
 def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the values of payloads of one size, shape (n, d), and which of the rows are valid.
+    """Return the values of payloads of the same size, shape (n, d), and which rows are valid.
 
     A row is valid if :func:`pack` could have written it.
     """
@@ -108,11 +108,12 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
     """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times its row's scale.
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
-    smallest normal float32. A step has 7 bits, so the product has at most 23 and is exact in float32. The largest
-    step is 127, unless the scale is the smallest one, so rounding the rounded row gives the same scale again.
+    smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in
+    float32. Rounding a rounded row gives the same scale again, because the largest step of a row is 127. The largest
+    step may only be smaller if the row has the smallest scale, which cannot become smaller.
     """
     finite = _find_finite_rows(rows)
-    if not finite.all():  # such a row becomes all zero, and the caller rejects it for that
+    if not finite.all():  # replace such a row with zeros, because the caller rejects a row that becomes all zero
         rows = np.where(finite[:, None], rows, np.float32(0))
     peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
     mantissas, exponents = np.frexp(peaks / 127)
@@ -122,7 +123,8 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
 
 def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[Matrix, NDArray[np.bool_]]:
     values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
-    # Only the output of _quantize rounds to itself: scales of 16 significant bits, and steps that use the whole range.
+    # Accept only what _quantize can return, because only such a row does not change when it is rounded again: its scale
+    # has 16 significant bits, and its largest step is 127 unless the scale is the smallest one.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
     sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _find_finite_rows(values)

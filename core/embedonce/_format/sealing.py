@@ -21,11 +21,11 @@ class SealedFrame(NamedTuple):
 
     key_id: int
     header: bytes
-    """The header without its checksum, 56 bytes; encryption binds the body to it and to the storage key."""
+    """The header without its checksum, 56 bytes. Decrypting the body requires this header and the storage key."""
     body: bytes
 
     def with_body(self, body: bytes) -> bytes:
-        """Return the plain frame with this body, as it was before encryption."""
+        """Return the plain frame, as it was before encryption; ``body`` is its decrypted metadata and payload."""
         word = int.from_bytes(self.header[:_START_BYTES], "little") & ~(_ENCRYPTED << 48)
         rest = self.header[_START_BYTES : -_KEY_ID.size] + _KEY_ID.pack(0) + body
         return START.pack(word, xxh3_64_intdigest(rest, word)) + rest

@@ -1,7 +1,8 @@
-"""Entry points of plugins: list them, find the one that a name means, refuse those that must not be loaded.
+"""Entry points of plugins: list them, find the one that a name means, and refuse those that must not be loaded.
 
-If embedonce has a plugin of its own under a name, the name alone means that one. A package that is installed later
-therefore cannot change what a configuration means. ``distribution:name`` chooses among several plugins with one name.
+If embedonce and another package have a plugin with the same name, the name alone means the plugin of embedonce.
+Therefore a package that is installed later cannot change the meaning of a configuration. ``distribution:name`` chooses
+among several plugins with the same name.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def find_entry_point(name: str) -> EntryPoint:
 def type_of(point: EntryPoint) -> str:
     """Return the ``type`` that chooses this plugin in TOML.
 
-    That is its name, or ``distribution:name`` if the name alone means another plugin or is ambiguous.
+    The result is its name, or ``distribution:name`` if the name alone means a different plugin or is ambiguous.
     """
     others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
     needs_distribution = others and not _is_own(point)
@@ -120,7 +121,7 @@ def type_of(point: EntryPoint) -> str:
 
 
 def refusal_of(point: EntryPoint) -> str | None:
-    """Return why a plugin must not be loaded (it is disabled or not allowed), or None if it may be."""
+    """Return why a plugin must not be loaded (it is disabled or not allowed), or None if it can be loaded."""
     names = {normalize_name(point.name), normalize_name(distribution_of(point)), normalize_name(full_name(point))}
     if names & {normalize_name(part) for part in os.environ.get(DISABLE, "").split(",") if part.strip()}:
         return f"{describe(point)} is disabled by {DISABLE}={os.environ[DISABLE]}"
@@ -139,7 +140,7 @@ def full_name(point: EntryPoint) -> str:
 
 
 def normalize_name(name: str) -> str:
-    """Return a distribution's name in the normal form of PEP 503, which is equal for all spellings of a name."""
+    """Return a distribution's name in the normal form of PEP 503, which is the same for all spellings of the name."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -169,9 +170,9 @@ def _explain_not_installed(name: str) -> str:
     known = names()
     if not known:
         return (
-            f"no plugin {quote(name)} is installed, and no other plugin either, because embedonce runs from a source "
-            "folder that is not installed; run this in that folder: pip install -e ."
+            f"no plugin {quote(name)} is installed, because embedonce runs from a source folder that is not installed; "
+            "run this in that folder: pip install -e ."
         )
-    meant = find_closest(name, known, likeness=0.7)  # with the default, "redis" would suggest "disk"
+    meant = find_closest(name, known, likeness=0.7)  # with the default likeness, it would suggest "disk" for "redis"
     hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that provides it."
     return f"no plugin {quote(name)} is installed{hint} Installed: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Load the plugin of an entry point: import its module, call its hooks, and explain what fails in either."""
+"""Load the plugin of an entry point: import its module and call its hooks. An error names the step that failed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def backend(name: str) -> type[Any]:
 
 
 def provider(name: str) -> type[Any]:
-    """Return the provider class that TOML calls ``name``. Raises as :func:`backend` does."""
+    """Return the provider class that TOML calls ``name``. Raises the same errors as :func:`backend`."""
     cls: type[Any] = _get_registered("provider", name)
     return cls
 
@@ -97,7 +97,8 @@ _plugins: dict[str, LoadedPlugin] = {}
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.RLock()  # a thread of the parent may hold the old lock, and that thread does not exist here
+    # The old lock may be held by a thread of the parent process, which does not exist in this process.
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -228,7 +229,7 @@ def _make_listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
 
 
 def _describe_error(error: BaseException) -> str:
-    # pluggy names the fault of a hook on the last lines of its message.
+    # pluggy explains what is wrong with a hook on the last lines of its message, so join all lines.
     text = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
     first = strip_credentials(next(iter(text.splitlines()), ""))
     if isinstance(error, PluginError):
@@ -252,8 +253,8 @@ def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> st
 def find_extra(distribution: Distribution, plugin: str, module: str) -> str | None:
     """Return the extra of the distribution that provides a missing module, or None.
 
-    That is the extra with the plugin's name, else an extra that requires a package with the module's name. The
-    distribution's metadata lists both, so a message never names an extra that does not exist.
+    Prefer the extra that has the plugin's name, otherwise use an extra that requires a package with the module's name.
+    Both come from the distribution's metadata, so that a message never names an extra that does not exist.
     """
     extras = distribution.metadata.get_all("Provides-Extra") or []
     for extra in extras:
@@ -271,7 +272,7 @@ def find_extra(distribution: Distribution, plugin: str, module: str) -> str | No
 def _explain_unknown_step(name: str) -> str:
     meant = find_closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    more = "a plugin can provide more, each under an entry point of the same name"
+    more = "plugins can add more, with an entry point named after each step"
     return f"no normalisation step {quote(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
 
 
@@ -281,7 +282,7 @@ def _explain_wrong_kind(kind: Kind, plugin: LoadedPlugin) -> str:
 
 
 def list_registered(plugin: LoadedPlugin) -> list[str]:
-    """Return everything that a plugin registers, as messages name it."""
+    """Return a description of everything that a plugin registers, for messages."""
     return [what for what, _ in registered_names(plugin)]
 
 

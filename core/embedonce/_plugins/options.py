@@ -1,7 +1,7 @@
 """Read a class's options from its ``__init__``, and check a value against an option.
 
-pydantic checks the values in strict JSON mode, so text never becomes a number or a bool. It is imported only for
-the first value that :mod:`.plain_values` leaves to it. A configuration without such a value starts 150 ms sooner.
+pydantic checks the values in strict JSON mode, so text never becomes a number or a bool. Importing pydantic takes
+150 ms. Therefore it is imported only for a value that :mod:`.plain_values` cannot check.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Option:
 
     @property
     def doc(self) -> str | None:
-        """The text of the first ``Doc`` anywhere in the type, from whichever package ``Doc`` is imported."""
+        """The text of the first ``Doc`` in the type. The ``Doc`` class of any package works."""
         texts = (getattr(part, "documentation", None) for part in list_annotations(self.hint))
         return next((text for text in texts if isinstance(text, str)), None)
 
@@ -64,7 +64,7 @@ class Option:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the type includes a ``Literal``, whose words are public."""
+        """Whether the type includes a ``Literal``. Its words are not secret, so that a value may be shown."""
         return typing.Literal in _list_members(self.hint)
 
     def check(self, value: Any) -> Any:
@@ -185,11 +185,11 @@ _build_cached = functools.lru_cache(maxsize=1024)(_build_adapter)
 
 
 def read_text(option: Option, text: str) -> Any:
-    """Return the value that ``text``, from an environment variable, has for this option.
+    """Convert the text of an environment variable to a value for this option.
 
-    That is the first of these that the option accepts: the text itself, the text read as TOML or as JSON, a bool,
-    or a list of the parts between commas. If the option accepts none, the text is returned, so that checking it
-    reports the error.
+    The result is the first of these values that the option accepts: the text itself, the text read as TOML or as
+    JSON, a bool, or a list of the parts between commas. If the option accepts none of them, the text is returned, so
+    that checking the text reports the error.
     """
     return next((value for value in [text, *_list_readings(text)] if _is_accepted(option, value)), text)
 
@@ -268,7 +268,7 @@ class InvalidPart:
 def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
     """Return the invalid parts of a value that :meth:`Option.check` refused, one per place.
 
-    With ``hidden``, no message repeats any of the value.
+    With ``hidden``, no message repeats any part of the value.
     """
     by_place: dict[tuple[str | int, ...], list[Any]] = {}
     for detail in refused.details:
@@ -328,7 +328,8 @@ def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
         return "is an unknown key"
     if kind in ("value_error", "assertion_error"):
         return _describe_error(context.get("error"), hidden)
-    # The message of another type. pydantic's own messages repeat no input, but a plugin's custom error may.
+    # Any other error has a message of its own. The messages of pydantic do not repeat the value, but the message of a
+    # plugin's custom error may.
     return "is invalid" if hidden else f"is invalid: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
 
 

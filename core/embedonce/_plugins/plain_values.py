@@ -1,7 +1,7 @@
-"""Check plain values without pydantic, whose import costs 150 ms of a program's startup.
+"""Check plain values without pydantic, because importing pydantic takes 150 ms.
 
-This accepts the common valid values and leaves every other value to pydantic, which accepts or rejects it. A test
-compares the two: whatever is accepted here, pydantic must accept with the same result.
+This module accepts the common valid values. It leaves every other value to pydantic, which accepts or rejects it. A
+test checks that pydantic accepts every value that is accepted here, and converts it to the same result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNSURE = object()
 
 
 def convert_plain_value(hint: Any, value: Any) -> Any:
-    """Return ``value``, which has a type of JSON, converted to the type ``hint``; UNSURE if pydantic must decide."""
+    """Convert ``value``, which JSON can represent, to the type ``hint``; return UNSURE if pydantic must decide."""
     if hint in (str, int, bool):
         return value if type(value) is hint else UNSURE
     if hint is float:
@@ -58,7 +58,7 @@ def _convert_annotated(hint: Any, metadata: Sequence[Any], value: Any) -> Any:
 
 
 def _is_within(part: Any, value: Any) -> bool:
-    """Return whether a value is within the bound ``part``; False for a part that only pydantic knows."""
+    """Return whether a value is within the bound ``part``, or False if only pydantic can check this ``part``."""
     if isinstance(part, Doc):
         return True
     if value is None:

@@ -14,7 +14,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line and exit with its code. Ctrl-C exits without a traceback, even during the imports."""
-    # Python sets a stream to None if the shell closed it. Nobody reads what is written there.
+    # Python sets a stream to None if the shell closed it. Discard the output of such a stream.
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process exits
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:

@@ -134,5 +134,5 @@ app.command(cls=Command, epilog=_conformance.EPILOG)(_conformance.conformance)
 def run() -> None:
     """Run the command line and exit with its code."""
     if os.environ.get("NO_COLOR"):
-        rich_utils.COLOR_SYSTEM = None  # rich alone would keep bold and dim text
+        rich_utils.COLOR_SYSTEM = None  # with NO_COLOR alone, rich would still write bold and dim text
     app(prog_name="embedonce")

@@ -101,7 +101,7 @@ def conformance(
 
 @contextmanager
 def _open_conformance(plugin: str, options: Sequence[str], server: str, **settings: Any) -> Iterator[Any]:
-    """Find the plugin and prepare its tests; remove what they created at the end.
+    """Find the plugin and prepare its tests. At the end, remove what the tests created.
 
     Raises:
         Refused: the extra ``testing`` is not installed, or the plugin, an option or ``server`` is invalid.

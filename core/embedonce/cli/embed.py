@@ -36,10 +36,10 @@ embedonce embed questions.jsonl --field question.text --task query --out questio
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
-Rows are in the order of the input: paths as given, the entries of a folder by name at every level. Input that cannot be
-read and passages that the provider refuses are reported on standard error, counted and left out of the output; the exit
-code is then 1. If a run is interrupted, run the same command again: vectors that were computed are in the tiers and are
-not computed again.
+Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If input cannot
+be read or the provider refuses a passage, this is reported on standard error and counted, the output has no row for it,
+and the exit code is 1. If a run is interrupted, run the same command again: vectors that were computed are in the tiers
+and are not computed again.
 """
 
 
@@ -87,7 +87,7 @@ def embed(
         _check_paths(paths, out, format)
         loaded = load_config(config)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
-            # The configuration may hold secrets, which must not be sent to a provider.
+            # Do not embed the configuration file, because it may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
             reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
             persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
@@ -153,7 +153,7 @@ def _make_bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM, so that the run ends as with Ctrl-C."""
+    """Raised on SIGTERM, so that the run ends as it does after Ctrl-C."""
 
 
 @contextmanager
@@ -201,9 +201,9 @@ def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
 
 
 def _describe_stored(config: Config, is_temporary: bool = True) -> str:
-    """Say what is stored of a run that ended early, and what to do next.
+    """Return what a run that ended early has stored, and what the user must do next, as sentences.
 
-    ``is_temporary`` says that the same command may succeed next time without a change.
+    ``is_temporary`` means that the same command may succeed later without a change.
     """
     if config.cache.mode == "replay":
         return 'Replay mode computes nothing: run once with mode = "read-through" to store the missing vectors.'
@@ -252,7 +252,7 @@ def describe_summary(summary: Summary) -> Iterator[str]:
 
 
 def describe_tier_failures(summary: Summary) -> Iterator[str]:
-    """Yield one line per tier that failed, and what to do about a tier that stored nothing."""
+    """Yield one line per tier that failed, and one line of advice per tier that stored nothing."""
     for tier, kinds in summary.trouble.items():
         causes = "; ".join(f"{cause}: {number:,}" for cause, number in summary.causes.get(tier, {}).items())
         counted = ", ".join(format_failure_count(kind, number) for kind, number in kinds.items())

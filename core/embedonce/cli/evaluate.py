@@ -1,4 +1,4 @@
-"""``embedonce evaluate``: measure what storing vectors in fewer bits costs in retrieval and saves in bytes."""
+"""``embedonce evaluate``: measure how vectors with fewer bits change retrieval quality and the bytes per entry."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ embedonce evaluate corpus.jsonl queries.jsonl --qrels qrels.tsv
 
 embedonce evaluate corpus.jsonl queries.jsonl -k 20 --plot precision.png
 
-The files are those of a BEIR data set, or plain text with one document or query per line. Without --qrels, the
-documents that float32 finds count as relevant. The vectors are computed once, as float32, and stored in the tiers as
-in any other run.
+The files have the format of a BEIR data set, or are plain text with one document or query per line. Without --qrels,
+the documents that a search with float32 vectors finds count as relevant. The vectors are computed once, as float32, and
+stored in the tiers like the vectors of any other command.
 """
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 CHUNK = 256
-"""Entries per write and per read. A tier works on batches of a similar size."""
+"""Number of entries per write and per read, which is similar to the batches of a tier."""
 REPEATS = 5
-"""Repetitions of each timing. The fastest counts, because other load on the machine only ever slows one down."""
+"""Number of times that each operation is timed. Only the shortest time is used, because other load on the machine can
+make an operation slower, but never faster."""
 
 
 def evaluate(
@@ -100,8 +101,8 @@ def _evaluate_dtypes(
     loaded = load_config(source)
     if loaded.cache.dtype != "float32":
         say(
-            f"The configuration rounds vectors to {loaded.cache.dtype}. This run stores float32 instead, and computes "
-            "coarser vectors again."
+            f"The configuration rounds vectors to {loaded.cache.dtype}, but this run needs float32 and stores float32. "
+            "A text is embedded again if the tiers have only a coarser vector."
         )
         loaded = replace(loaded, cache=replace(loaded.cache, dtype="float32"))
     start = time.perf_counter()
@@ -148,7 +149,7 @@ def _embed_texts(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
     """Return the vectors of all texts, shape (n, d).
 
     Raises:
-        Failed: one of them could not be embedded.
+        Failed: a text could not be embedded.
     """
     from .embedding.run import describe_error
 
@@ -165,8 +166,8 @@ def _measure_dtype(
 ) -> tuple[NDArray[Any], int, float, float]:
     """Write all documents as frames, read them back as a tier does, and search the result.
 
-    Return the indices found, shape (queries, k), the bytes of a frame, and the microseconds per entry to write and to
-    read it. The queries are rounded as well, because a cache rounds every vector that it returns.
+    Return the indices of the documents found, shape (queries, k), the bytes of a frame, and the microseconds to write
+    and to read an entry. The queries are rounded as well, because a cache rounds every vector that it returns.
     """
     import numpy as np
 
@@ -180,7 +181,7 @@ def _measure_dtype(
         chunk = rows[start_row : start_row + CHUNK]
         frames: dict[str, bytes] = {}
         decoded: dict[str, Entry] = {}
-        # Any keys of the usual length will do.
+        # Keys must have the usual length; their content does not matter.
         keys = [f"eo1.{0:016x}.{start_row + i:064x}" for i in range(len(chunk))]
         write = read = float("inf")
         for _ in range(REPEATS):

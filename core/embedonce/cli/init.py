@@ -28,9 +28,9 @@ embedonce init --provider openai --tier memory --tier redis
 
 embedonce init production.toml --provider gemini --tier memory --tier disk --tier postgres
 
-The default provider needs no model, no key and no network. The file lists the tiers from the fastest to the slowest, in
-whichever order you name them. It contains no secret: it refers to environment variables, and the output names those
-that you must set. Next, run embedonce check.
+The default provider needs no model, no key and no network. The file lists the tiers from the fastest to the slowest,
+even if you name them in a different order. The file contains no secret, only the names of environment variables, and
+the output lists the variables that you must set. Next, run embedonce check.
 """
 
 DEFAULT_TIERS = ("memory", "disk")
@@ -94,7 +94,7 @@ def _sort_tiers(names: Sequence[str]) -> list[str]:
 
 def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[str]) -> list[str]:
     """Return the lines that tell the user what to install, what to set and which command to try."""
-    # Only a file with the usual name is found without being named.
+    # Without --config, a command finds only a file with the default name.
     check = "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
     if not extras and not variables:
         return [f"wrote {file}; now try: {check}"]
@@ -108,7 +108,7 @@ def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[
 
 def _write_file(file: Path, text: str, *, force: bool) -> None:
     """Write the whole file or nothing; without ``force``, refuse to replace an existing file."""
-    file = Path(os.path.realpath(file)) if force else file  # follow a link, so that it stays one
+    file = Path(os.path.realpath(file)) if force else file  # replace the target of a link, not the link
     if force and file.exists() and not file.is_file():
         raise Refused(f"{file} is not a regular file")
     new = file.with_name(f".{file.name}.part") if force else file
@@ -116,7 +116,7 @@ def _write_file(file: Path, text: str, *, force: bool) -> None:
         try:
             opened.write(text)
             opened.flush()
-        except BaseException:  # a full disk: leave no empty file behind
+        except BaseException:  # for example on a full disk: leave no incomplete file behind
             new.unlink()
             raise
     if force:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One table of the file, with its comments. An option that is commented out is valid as it is."""
+    """One table of the file, with its comments. An option that is commented out is valid once its ``#`` is removed."""
 
     comment: str
     """Description of the provider or tier, as lines of TOML comment."""
@@ -56,7 +56,8 @@ _TIERS_HEAD = """\
 """
 
 _LEASE = """\
-# If several processes need the same new text, only one computes it and the others wait. One tier can have a lease.
+# If several processes need the vector of the same new text, only one of them embeds it, and the others wait. Only one
+# tier can have a lease.
 # lease = "30s"
 """
 
@@ -85,9 +86,9 @@ model = "sentence-transformers/all-MiniLM-L6-v2"
 # revision = "main"
 # "cpu", "cuda", "cuda:1" or "mps". Default: the fastest one that is available.
 # device = "cpu"
-# Scale each vector to length 1. Many models do so themselves.
+# Scale each vector to unit length. Many models do this themselves.
 # normalize_embeddings = true
-# Refuse a text that is too long. By default it is cut, as the library does.
+# Refuse a text that is too long. By default, the library cuts such a text.
 # truncate = "error"
 """,
         extra="sentence-transformers",
@@ -103,9 +104,9 @@ type = "openai"
 model = "text-embedding-3-small"
 # The key is read from the environment. Never write it into this file. For an endpoint without keys, remove this line.
 api_key = "${OPENAI_API_KEY}"
-# Ask for shorter vectors, if the model can make them.
+# Request vectors with fewer dimensions, if the model supports this.
 # dimensions = 512
-# Another endpoint, up to and including /v1.
+# The URL of a different endpoint, up to and including /v1.
 # base_url = "http://localhost:11434/v1"
 # Set this for an endpoint that silently cuts texts that are too long, as Ollama does. OpenAI refuses them.
 # truncate = "provider"
@@ -123,7 +124,8 @@ type = "gemini"
 model = "gemini-embedding-001"
 # The key is read from the environment. Never write it into this file.
 api_key = "${GEMINI_API_KEY}"
-# The model's full length is 3072. Shorter vectors do not have length 1, so they are scaled.
+# The model's vectors have 3072 dimensions by default. With fewer dimensions they do not have unit length, so they are
+# scaled.
 dimensions = 768
 normalize = true
 """,
@@ -142,7 +144,7 @@ TIERS: Mapping[str, Section] = {
 type = "memory"
 max_entries = 2048
 # max_bytes = "64 MiB"
-# Erasing a text does not reach the memory of other processes; a ttl limits how long they keep it.
+# Erasing a text does not reach the memory of other processes; a ttl limits how long they keep its vector.
 # ttl = "10m"
 """,
     ),
@@ -202,7 +204,7 @@ type = "postgres"
 # The URL may contain a password, so set it in the environment: postgresql://user@host:5432/database
 url = "${DATABASE_URL}"
 table = "embedonce"
-# Create the table with `embedonce migrate` only, if the role of your programs must not create tables.
+# Set this if the role of your programs is not allowed to create tables, and run `embedonce migrate` with one that is.
 # create = false
 # Without a ttl, rows are kept until you purge them.
 # ttl = "90d"
@@ -217,6 +219,6 @@ entries in memory come before the database."""
 
 
 def render_file(provider: str, tiers: Sequence[str]) -> str:
-    """Return the whole file for a provider and some tiers, in the order in which they are given."""
+    """Return the whole file for a provider and some tiers; the tiers keep their order."""
     sections = [TIERS[tier].render() for tier in tiers]
     return f"{_HEAD}{PROVIDERS[provider].render()}\n{_TIERS_HEAD}\n" + "\n".join(sections)

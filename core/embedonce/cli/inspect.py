@@ -39,7 +39,7 @@ embedonce config
 embedonce config --config production.toml --json
 
 A value that is or may contain a secret is shown as (hidden), and so is text that comes from an environment variable.
-No tier is opened or asked; embedonce check does that.
+This command does not open the tiers; embedonce check does.
 """
 EXPLAIN_EPILOG = """
 Examples:
@@ -48,8 +48,8 @@ embedonce explain "one text"
 
 embedonce explain --stdin --json < one.txt
 
-Nothing is computed, and the output does not contain the text. A line end at the end of standard input is part of the
-text.
+This command does not embed the text, and its output does not contain the text. A line end at the end of standard input
+is part of the text.
 """
 STATS_EPILOG = """
 Examples:
@@ -65,8 +65,8 @@ embedonce plugins
 
 embedonce plugins --json
 
-If the configuration has a list of allowed plugins, no others are loaded. The exit code is 1 if a plugin is broken. A
-plugin that is disabled, not allowed, or whose extra is not installed is not broken.
+If the configuration has a list of allowed plugins, no other plugins are loaded. The exit code is 1 if a plugin is
+broken. A plugin does not count as broken if it is disabled or not allowed, or if its extra is not installed.
 """
 SCHEMA_EPILOG = """
 Examples:

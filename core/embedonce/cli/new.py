@@ -46,7 +46,7 @@ def new(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a package with a plugin of your own, which works and whose tests pass."""
+    """Write a package with a working plugin and its tests, which you then change into your own plugin."""
     _check_name(name)
     target = folder or Path(f"embedonce-{name}")
     try:
@@ -88,7 +88,7 @@ def _write_package(kind: str, name: str, target: Path) -> list[str]:
         part.mkdir()
         written = sorted(_copy_template(template, part, name))
         os.rename(part, target)
-    except BaseException:  # Ctrl-C too: do not leave half a package behind
+    except BaseException:  # also after Ctrl-C, do not leave half a package behind
         shutil.rmtree(part, ignore_errors=True)
         raise
     return [file.relative_to(part).as_posix() for file in written]
@@ -111,7 +111,7 @@ def _copy_template(template: Traversable, folder: Path, name: str) -> list[Path]
 
 
 def _fill_in_name(text: str, name: str) -> str:
-    """Replace every form of "example" in the template, which is a working package itself, by the plugin's name."""
+    """Replace every form of "example", the plugin's name in the template, with the new plugin's name."""
     forms = {
         "embedonce-example": f"embedonce-{name}",
         "embedonce_example": f"embedonce_{name.replace('-', '_')}",

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
-    """Read the configuration, and say so if there is none.
+    """Read the configuration, and tell the user if none was found.
 
-    A command that computes nothing passes ``needs_provider=False``; then ``[provider]`` may be missing.
+    A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
 
     Raises:
-        ConfigError: with every problem of the configuration.
+        ConfigError: the configuration has problems; the error lists all of them.
     """
     from embedonce import config
 
@@ -37,7 +37,7 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
 
 @contextmanager
 def open_cache(source: str | Config | None, *, needs_provider: bool = True) -> Iterator[Cache]:
-    """Compose the cache of a configuration, which may have been read before, and close it at the end."""
+    """Compose the cache, and close it at the end; ``source`` is a file or a configuration that was already read."""
     from embedonce import config
 
     loaded = source if isinstance(source, config.Config) else load_config(source, needs_provider=needs_provider)

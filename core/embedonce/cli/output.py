@@ -28,7 +28,7 @@ class Failed(Exception):
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return the reason that the system gives for a failed call, after the name of the file."""
+    """Return the operating system's reason for an error, after the name of the file if the error has one."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
@@ -131,9 +131,9 @@ def is_terminal() -> bool:
 
 
 def read_excerpt(problem: Problem) -> list[str]:
-    """Return the line of a problem and a caret under its column; return nothing if the problem has no place.
+    """Return the line of a problem and a line with a caret under the column, for a terminal.
 
-    The result is meant for a terminal. A line that may hold a secret is left out.
+    Return an empty list if the problem has no place, or if its line may hold a secret.
     """
     if problem.file is None or problem.line is None:
         return []
@@ -146,7 +146,7 @@ def read_excerpt(problem: Problem) -> list[str]:
         del lines[-1]
     if not 1 <= problem.line <= len(lines) or _may_hold_secret(lines, problem.line - 1):
         return []
-    # A terminal would interpret control characters. Valid TOML has none but the tab.
+    # Replace control characters, because a terminal would interpret them. Valid TOML has none except the tab.
     line = "".join(c if c.isprintable() or c == "\t" else " " for c in lines[problem.line - 1].removesuffix("\r"))
     before = line[: (problem.column or 1) - 1]
     number = f"{problem.line:>5}"
@@ -162,8 +162,9 @@ _SECRETS = ("password", "passphrase", "secret", "token", "apikey", "credential",
 def _may_hold_secret(lines: Sequence[str], number: int) -> bool:
     """Return whether a line may hold a secret, judged by the words in it, in its key and in its table header.
 
-    A value may go on over several lines, so the words from the line with its key on count as well. Only words are
-    compared, because the file may not be valid TOML and a key may be misspelled. A false positive is harmless.
+    A value may span several lines, so all words since the line with its key are checked as well. The words are compared
+    without parsing the file, which may not be valid TOML. Similar words count too, because a key may be misspelled. A
+    false positive is harmless, because the line is only left out.
     """
     line = lines[number]
     key_line = next((n for n in range(number, -1, -1) if _KEY.match(lines[n]) or _HEADER.match(lines[n])), 0)

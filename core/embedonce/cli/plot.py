@@ -1,4 +1,7 @@
-"""The plot of ``embedonce evaluate``: retrieval beside bytes, one bar per dtype. Requires the extra ``plot``."""
+"""The plot of ``embedonce evaluate``: on the left, recall and nDCG of each dtype; on the right, its bytes per entry.
+
+The plot requires the extra ``plot``.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def check_plot(file: Path) -> None:
 
 
 def draw_plot(evaluation: Evaluation, file: Path) -> None:
-    """Write the plot. Do not use pyplot, whose windows and global state could disturb a program that calls this."""
+    """Write the plot, without pyplot, because its windows and global state could disturb the calling program."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

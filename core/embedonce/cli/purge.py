@@ -24,14 +24,16 @@ embedonce purge --version v1 --dry-run
 
 embedonce purge --model my-model-v1 --namespace tests --yes
 
-Several options select the scopes that match all of them. `embedonce stats` lists the scopes.
-The memory tier of another process cannot be reached: its entries remain until their TTL or the process ends.
+If you give several options, only scopes that match all of them are removed. `embedonce stats` lists the scopes.
+This command cannot reach the memory tier of another process: entries there remain until they expire or that process
+ends.
 """
 
 
 def purge(
     scope: Annotated[
-        str | None, typer.Option("--scope", metavar="SCOPE", help="The scope with this ID: 16 hex digits, from stats.")
+        str | None,
+        typer.Option("--scope", metavar="SCOPE", help="The scope with this ID, 16 hex digits, as stats shows it."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="All scopes of this model.")] = None,
     version: Annotated[
@@ -51,7 +53,7 @@ def purge(
 
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
     if all(value is None for value in selected.values()):
-        raise Refused("nothing to purge was named: add --scope, --model, --version or --namespace")
+        raise Refused("say what to purge: add --scope, --model, --version or --namespace")
     if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
         raise Refused(f"--scope {scope}: must be 16 hex digits, as `embedonce stats` shows them")
     must_ask = not (dry_run or yes)

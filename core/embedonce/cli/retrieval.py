@@ -37,13 +37,13 @@ class DtypeResult:
     recall: float
     ndcg: float
     same: float
-    """Share of the k documents found with float32 that this dtype finds as well."""
+    """Share of the first k documents of float32 that are also among the first k of this dtype."""
     bytes: int
     """Bytes of a frame without metadata."""
     write_us: float
-    """Microseconds per entry to round it and make its frame."""
+    """Microseconds to round the vector of an entry and make its frame."""
     read_us: float
-    """Microseconds per entry to check its frame and read the vector."""
+    """Microseconds to check the frame of an entry and read its vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Evaluation:
     truth: str
     """Source of the relevant documents: ``qrels`` or ``float32``."""
     computed: int
-    """Texts that no tier had, so that the provider computed them."""
+    """Number of texts that the provider embedded, because no tier had their vectors."""
     seconds: float
     """Seconds to get all vectors."""
     dtypes: list[DtypeResult]
@@ -69,7 +69,7 @@ class Evaluation:
 def read_texts(file: Path) -> Texts:
     """Read texts from JSON Lines with ``_id`` (or ``id``), ``text`` and optionally ``title``, or from plain text lines.
 
-    A title is put before the text, as BEIR does. A text without an identifier gets its line number as one.
+    A title is put before the text, as BEIR does. A text without an identifier gets its line number as its identifier.
 
     Raises:
         Refused: a line is invalid; the message has its number.
@@ -165,7 +165,7 @@ def recall(ranked: Sequence[str], gains: Gains) -> float:
 def ndcg(ranked: Sequence[str], gains: Gains) -> float:
     """Return the normalised discounted cumulative gain of a ranking, from 0 to 1.
 
-    A document at rank r (from 1) counts its gain divided by log2(r + 1), as in trec_eval. 1 is the best possible order.
+    A document at rank r (from 1) adds its gain divided by log2(r + 1), as in trec_eval. The best possible order has 1.
     """
     found = _sum_discounted([gains.get(document, 0.0) for document in ranked])
     return found / _sum_discounted(sorted(gains.values(), reverse=True)[: len(ranked)])

@@ -1,6 +1,7 @@
 """One reader per format, which turns an open file into passages in bounded memory.
 
-Each reader decodes the bytes passage by passage, so that an invalid byte costs one passage and not the whole file.
+Each reader decodes the bytes passage by passage, so that an invalid byte breaks only its own passage, not the whole
+file.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _decode_passage(raw: bytes, source: str, line: int) -> ReadItem:
 
 
 def read_text(stream: BinaryIO, source: str, meter: Meter, split: Split) -> Iterator[ReadItem]:
-    """Yield the lines or paragraphs of a text, or all of it as one passage; skip blank ones."""
+    """Yield the lines or paragraphs of a text, or the whole text as one passage; skip blank passages."""
     if split == "file":
         return _read_whole(stream, source, meter)
     lines = read_lines(stream, meter)
@@ -89,7 +90,7 @@ def _split_lines(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
 
 
 def _is_blank(raw: bytes) -> bool:
-    """Return whether a line has only white space, including Unicode's, such as U+00A0."""
+    """Return whether a line has only white space, including Unicode characters such as U+00A0."""
     stripped = raw.strip()
     return not stripped or (stripped[0] >= 0x80 and not stripped.decode(errors="replace").strip())
 
@@ -186,12 +187,12 @@ def _check_text(value: Any, source: str, line: int, field: str) -> ReadItem:
 
 
 class _CsvLines:
-    """Lines for ``csv.reader``. Unlike a generator, it can go on after it raised for a line that is too long."""
+    """Iterates over lines for ``csv.reader``. Unlike a generator, it can continue after it has raised an error."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self.number = 0
-        """Number of the last line. The count of ``csv.reader`` omits lines that are too long."""
+        """Number of the last line. The count of ``csv.reader`` is no use, because it omits lines that are too long."""
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -207,7 +208,8 @@ class _CsvLines:
 def read_csv(stream: BinaryIO, source: str, meter: Meter, field: str, delimiter: str = ",") -> Iterator[ReadItem]:
     """Yield one passage per record, from the column ``field``; the first record names the columns."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_PASSAGE))
-    # strict=True makes a stray quote one broken record. Without it, the reader would swallow the records that follow.
+    # With strict=True, a stray quote raises an error and breaks only its own record. Without strict=True, the reader
+    # would take the records that follow as part of a quoted field.
     lines = _CsvLines(read_lines(stream, meter))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:

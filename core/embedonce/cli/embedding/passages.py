@@ -6,8 +6,8 @@ import os
 from typing import NamedTuple, TypeAlias
 
 MAX_PASSAGE = 16 * 2**20
-"""Maximum bytes of a passage. Longer ones are reported and left out, so that a file without line ends does not
-use up the memory. No model reads that much text at once."""
+"""Maximum size of a passage in bytes. Longer passages are reported and left out, so that a file without line ends does
+not use up the memory. No model accepts a text of this size."""
 
 
 class Passage(NamedTuple):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """Shows the progress of a run, measured in bytes read, because only their total is known in advance."""
+    """Shows the progress of a run in bytes read, because only the total number of bytes is known in advance."""
 
     def __init__(self, total: int | None) -> None:
         from rich.console import Console
@@ -49,13 +49,13 @@ class Bar:
         self._passages += passages
 
     def handle_event(self, event: Event) -> None:
-        """Advance within the window, because a slow provider takes long to embed one."""
+        """Advance the bar within the window, because a slow provider may take long to embed a whole window."""
         if isinstance(event, Computed) and self._window_size:
             self._completed += (self._window_end - self._completed) * min(event.texts / self._window_size, 1)
             self._update()
 
     def finish_window(self, hits: int) -> None:
-        """Note that the window is embedded; ``hits`` counts those of the whole run so far."""
+        """Note that the window is embedded; ``hits`` is the number of hits of the whole run so far."""
         self._hits = hits
         self._completed = self._window_end
         self._update()

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from .sources import Reader
 
 WINDOW = 2048
-"""Maximum number of passages that are held, looked up and embedded at once."""
+"""Maximum number of passages that are held in memory, looked up and embedded together."""
 WINDOW_CHARACTERS = 8 * 2**20
 """A window also ends at this many characters, so that long passages do not fill the memory."""
 FLUSH = 60.0
 """Seconds to wait for the background writes of one window."""
 OUTAGE = 2
-"""Number of windows in a row for which the provider computed nothing, after which the run stops. The provider is then
-down, and calling it for the rest of a large corpus would waste time."""
+"""The run stops after this many windows in a row for which the provider returned no vector. The provider is then
+probably down, and calling it for the rest of a large corpus would waste time."""
 HASH_MEMORY = 8 * 2**20
 """Bytes of memory for the hashes of distinct texts. SQLite keeps the rest in a temporary file."""
 
@@ -54,9 +54,9 @@ class Summary:
     computed: int = 0
     """Passages that the provider embedded."""
     hits: dict[str, int] = field(default_factory=dict)
-    """Passages that each tier answered, by tier name."""
+    """Passages whose vector a tier had, by tier name."""
     repeated: int = 0
-    """Passages that share the computation of an equal passage in the same window."""
+    """Passages that got the vector of an equal passage in the same window, so that it was computed only once."""
     failed: int = 0
     """Broken lines, unreadable files, and passages that the provider refused."""
     rows: int = 0
@@ -66,15 +66,18 @@ class Summary:
     binary: int = 0
     """Binary files in folders, which were skipped."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per tier that had any: errors, corrupt entries, texts for which the tier was skipped, dropped writes."""
+    """Failures of each tier by kind: errors, corrupt entries, texts for which the tier was skipped, dropped writes.
+
+    Tiers without failures are left out.
+    """
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per tier that had any: errors and dropped writes, by cause."""
+    """Errors and dropped writes of each tier by cause. Tiers that have none are left out."""
     unstored: list[str] = field(default_factory=list)
     """Tiers that outlive the process and failed to store any of the computed vectors."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
-    """Path of the output, or None if none was written; an earlier output then remains."""
+    """Path of the output. None means that no output was written and that an earlier output is unchanged."""
     index: str | None = None
     """Path of the file with the source of each row of a .npy output."""
     stopped: str | None = None
@@ -84,7 +87,7 @@ class Summary:
 class Stopped(Exception):
     """Raised to end the run early, for example because of ``--strict`` or because the provider is down.
 
-    ``is_temporary`` says that the same command may succeed later without a change.
+    ``is_temporary`` means that the same command may succeed later without a change.
     """
 
     def __init__(self, message: str, *, is_temporary: bool = False) -> None:
@@ -93,11 +96,11 @@ class Stopped(Exception):
 
 
 class DistinctTexts:
-    """Counts distinct texts by 8 bytes of BLAKE2b each, in a temporary SQLite database.
+    """Counts distinct texts by their 8-byte BLAKE2b hashes, in a temporary SQLite database.
 
     SQLite keeps :data:`HASH_MEMORY` bytes in memory and the rest in a temporary file, so that memory does not grow
-    with the corpus. Two texts that share 8 bytes count as one; among ten million texts, the chance that this happens
-    once is 3 in a million.
+    with the corpus. Two texts with the same hash count as one text. The probability that this happens among ten
+    million texts is 3 in a million.
     """
 
     def __init__(self, memory: int = HASH_MEMORY) -> None:
@@ -105,7 +108,7 @@ class DistinctTexts:
         """Number of distinct texts so far."""
         self._database = sqlite3.connect("", isolation_level=None)
         for statement in (
-            f"PRAGMA cache_size = {-memory // 1024}",  # negative: KiB
+            f"PRAGMA cache_size = {-memory // 1024}",  # a negative number is a size in KiB
             "PRAGMA journal_mode = OFF",
             "CREATE TABLE hashes (hash INTEGER PRIMARY KEY)",
             "BEGIN",
@@ -157,14 +160,14 @@ class Run:
         self._computed_before = self._count_computed_texts()
         self._space = cache.lookup([], task=task).space
         self._outage = 0
-        """Windows in a row for which the provider computed nothing."""
+        """Number of windows in a row for which the provider returned no vector."""
         self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
 
     def embed(self, bar: Bar | NoBar) -> None:
         """Read, embed and write all passages, and move the output into place.
 
         Raises:
-            Stopped: no output was written; the computed vectors are stored.
+            Stopped: the run ended early. No output was written, but the tiers have the vectors computed so far.
         """
         started = time.monotonic()
         try:
@@ -186,8 +189,8 @@ class Run:
         self.summary.texts += len(texts)
         fetched = self._cache.fetch(texts, task=self._task)
         self._check_space(fetched.space)
-        # Waiting here means that no queued write is dropped, and that a killed run loses at most this window. Each
-        # write has its tier's timeout, so only a very slow store can exceed FLUSH.
+        # Wait for the queued writes, so that none is dropped and a killed run loses at most this window. Each write has
+        # its tier's timeout, so only a very slow store can exceed FLUSH.
         self._cache.flush(timeout=FLUSH)
         good = [position for position, row in enumerate(fetched.rows) if row is not None]
         self._count_hits(fetched, good)
@@ -202,8 +205,8 @@ class Run:
     def _check_space(self, space: VectorSpace) -> None:
         if space != self._space:
             raise Stopped(
-                f"the provider failed, and the fallback ({space.provider} {space.model}) answered in another vector "
-                "space; one output cannot mix two vector spaces",
+                f"the provider failed, and the fallback ({space.provider} {space.model}) has a different vector space; "
+                "one output cannot mix two vector spaces",
                 is_temporary=True,
             )
 
@@ -295,7 +298,7 @@ def split_windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
-"""Errors about a single text. Any other error comes from the provider and fails a whole chunk of texts."""
+"""Errors about a single text. Any other error comes from the provider, and all texts of a chunk fail with it."""
 
 
 def _is_outage(fetched: Fetched) -> bool:
@@ -305,7 +308,7 @@ def _is_outage(fetched: Fetched) -> bool:
 
 
 def describe_failures(failed: Sequence[tuple[Passage, Exception | None]]) -> Iterator[str]:
-    """Yield one message per failure; neighbours that failed in the same chunk share a message."""
+    """Yield one message per failure; adjacent passages that failed with the same error share a message."""
     start = 0
     while start < len(failed):
         passage, error = failed[start]

@@ -1,9 +1,9 @@
-"""Writing results: rows go to a hidden file beside the output, which is renamed once it is complete.
+"""Writing results: rows go to a hidden file, which gets the name of the output once it is complete.
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
-first rename. The index is renamed first and the matrix right after. An error or a signal between the two renames
-restores the earlier index; only a ``kill -9`` there can leave the new index beside the earlier matrix. The earlier
-matrix is never removed before the new one is in place.
+first rename. The index is renamed first, and the matrix right after. If an error or a signal occurs between the two
+renames, the earlier index is restored. Only a ``kill -9`` between them can leave the new index beside the earlier
+matrix. The earlier matrix is never removed before the new matrix is in place.
 
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); ``NAME.index.jsonl`` beside it has line i for row i
@@ -34,7 +34,8 @@ if sys.platform != "win32":
     import fcntl
 
 HEADER = 128
-"""Bytes of the .npy header. It is padded to a fixed size, because it is written last, when the row count is known."""
+"""Size of the .npy header in bytes. The header has a fixed size, because its space is reserved first and it is written
+last, when the number of rows is known."""
 
 
 class Sink(Protocol):
@@ -45,7 +46,7 @@ class Sink(Protocol):
         ...
 
     def finish(self, dimensions: int) -> None:
-        """Move the output into place; ``dimensions`` is used if it has no rows."""
+        """Move the output into place; ``dimensions`` is used if the output has no rows."""
         ...
 
     def abort(self) -> None:
@@ -90,7 +91,7 @@ def _find_obstacle(final: Path) -> str | None:
 
 
 def list_outputs(out: Path) -> list[Path]:
-    """Return the path of an output, and of its index if it has one. A link is followed, so that it stays a link."""
+    """Return the path of an output, and of its index if it has one. For a link, return the path of its target."""
     final = _follow_link(out)
     return [final, _follow_link(get_index_path(final))] if out.suffix.lower() == ".npy" else [final]
 
@@ -100,7 +101,7 @@ def _follow_link(path: Path) -> Path:
 
 
 def list_written_files(out: Path) -> list[Path]:
-    """Return all files of an output: the output, its index, and their names while they are being written."""
+    """Return the paths of the output and its index, and of the hidden files in which they are being written."""
     finals = list_outputs(out)
     return [*finals, *map(_get_part_path, finals)]
 
@@ -118,7 +119,7 @@ def _get_part_path(final: Path) -> Path:
 
 
 class _Part:
-    """An unfinished file: ``.NAME.part`` beside the final name, locked so that two runs never write the same one.
+    """An unfinished file: ``.NAME.part`` beside the final name, locked so that two runs never write the same file.
 
     The name is always the same, so that the next run reuses the file of a killed run.
     """
@@ -152,7 +153,10 @@ class _Part:
 
     @property
     def is_renamed(self) -> bool:
-        """Whether the file has its final name. The file system knows, even if a signal follows the rename."""
+        """Whether the file has its final name.
+
+        This asks the file system, because a signal right after the rename could prevent the run from recording it.
+        """
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
@@ -164,7 +168,7 @@ class _Part:
         with self._add_path_to_errors():
             self.file.flush()
             os.fsync(self.file.fileno())
-            if sys.platform == "win32":  # an open file cannot be renamed there
+            if sys.platform == "win32":  # Windows cannot rename an open file
                 self.file.close()
 
     def rename(self) -> None:
@@ -207,7 +211,7 @@ def _try_lock(file: BinaryIO) -> bool:
         except BlockingIOError:
             return False
         except OSError:
-            return True  # a file system without locks: go on without one
+            return True  # the file system has no locks: continue without a lock
     return True
 
 
@@ -215,7 +219,7 @@ def _try_lock(file: BinaryIO) -> bool:
 
 
 class NpySink:
-    """A .npy file and its index. Rows are written at once, so memory does not grow."""
+    """A .npy file and its index. Rows are written immediately, so that memory use does not grow."""
 
     def __init__(self, out: Path, with_text: bool = False) -> None:
         self._with_text = with_text
@@ -264,7 +268,7 @@ class NpySink:
 
 @contextmanager
 def _back_up(file: Path) -> Iterator[Path | None]:
-    """Keep a copy of a file for the time of the block; yield its path, or None if there is no such file."""
+    """Keep a copy of a file until the end of the block; yield the path of the copy, or None if there is no file."""
     backup = file.with_name(f".{file.name}.old")
     backup.unlink(missing_ok=True)  # left behind by a killed run
     if not file.exists():
@@ -272,7 +276,7 @@ def _back_up(file: Path) -> Iterator[Path | None]:
         return
     try:
         os.link(file, backup)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copyfile(file, backup)
     try:
         yield backup
@@ -302,7 +306,8 @@ class JsonlSink:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
         for passage, vector in zip(passages, vectors, strict=True):
             fields = json.dumps(_describe_passage(passage, self._with_text), ensure_ascii=False)
-            # Nine digits restore every float32 exactly (-0.0 as 0), in half the bytes of the seventeen of a double.
+            # Nine digits restore every float32 exactly, except that -0.0 becomes 0. They take half the bytes of the
+            # seventeen digits of a double.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
             self._part.file.write(f'{fields[:-1]}, "vector": [{values}]}}\n'.encode())
 
@@ -361,7 +366,7 @@ class ParquetSink:
 
     def abort(self) -> None:
         if self._writer is not None and not self._part.file.closed:
-            with suppress(OSError):  # close writes a footer, into a file that is about to be removed
+            with suppress(OSError):  # close() writes a footer; an error is harmless, because the file is removed next
                 self._writer.close()
         self._part.abort()
 
@@ -377,7 +382,7 @@ def _describe_passage(passage: Passage, with_text: bool) -> dict[str, Any]:
 
 
 def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
-    """Return the dimensions of ``vectors``, which must be the same as before."""
+    """Return the number of dimensions of ``vectors``, which must equal ``dimensions`` unless that is None."""
     found = int(vectors.shape[1])
     if dimensions not in (None, found):
         raise SinkError(f"one output cannot have vectors of {dimensions} and of {found} dimensions")

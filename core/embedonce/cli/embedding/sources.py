@@ -18,7 +18,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 class _File(NamedTuple):
     path: str
     is_argument: bool
-    """Whether the path was given on the command line, not found in a folder."""
+    """Whether the path was given on the command line; if not, the file was found in a folder."""
 
 
 class Reader:
@@ -125,8 +125,8 @@ class Reader:
             yield from read_parquet(file.path, source, self._meter, self._field, os.path.getsize(file.path))
             return
         with open(file.path, "rb") as stream:
-            # Look for a NUL only if the format was guessed. With --format text, or in a format with independent lines,
-            # a NUL costs one line, not the file.
+            # A NUL shows that a file which was taken for text is binary. If the user chose --format text, or if each
+            # line is a record of its own, do not look for a NUL: at most the line with the NUL is then invalid.
             head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
             if head.startswith(UTF16):
                 yield Broken(source, None, "UTF-16 is not supported; convert it to UTF-8")

@@ -1,4 +1,4 @@
-"""The tests that every backend must pass, and one that opens it from a configuration."""
+"""The tests that every backend must pass, and a test that opens this backend from a configuration."""
 
 from __future__ import annotations
 

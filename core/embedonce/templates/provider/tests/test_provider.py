@@ -1,4 +1,4 @@
-"""The tests that every provider must pass, and one that opens it from a configuration."""
+"""The tests that every provider must pass, and a test that opens this provider from a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend that keeps each vector in a file of one folder. Replace the methods' bodies with calls to your store."""
+"""A backend that stores each vector as a file in one folder. Replace the methods' bodies with calls to your store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ExampleBackend:
         return found
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item. Each file is renamed when it is complete, so that no reader sees a part of it."""
+        """Store every item. A file gets its final name when it is complete, so that no reader sees a part of it."""
         for key, frame in items.items():
             target = self._file(key)
             with tempfile.NamedTemporaryFile(dir=self._path, suffix="~", delete=False) as file:

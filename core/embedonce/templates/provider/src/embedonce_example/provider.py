@@ -21,11 +21,11 @@ class ExampleProvider:
 
     limits = Limits(max_batch=256)
 
-    def __init__(self, *, dimensions: Annotated[int, Ge(8), Le(8192), Doc("Length of a vector.")] = 256) -> None:
+    def __init__(self, *, dimensions: Annotated[int, Ge(8), Le(8192), Doc("Number of dimensions.")] = 256) -> None:
         self._dimensions = dimensions
 
     def space(self, task: str, /) -> VectorSpace:
-        """Describe everything that affects the vector of a text; each vector space has its own keys."""
+        """Describe everything that determines the vector of a text; vectors of different spaces have different keys."""
         return VectorSpace(provider="example", model="words-1", dimensions=self._dimensions, normalize=True)
 
     def embed(self, texts: Sequence[str], task: str, /) -> NDArray[np.float32]:
@@ -48,7 +48,7 @@ class ExampleProvider:
         """Release open resources; a second call does nothing."""
 
     def _find_column(self, word: str) -> int:
-        # Not Python's hash(), which gives another value in every process.
+        # Do not use Python's hash(), which returns a different value in every process.
         return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") % self._dimensions
 
 
