@@ -154,7 +154,7 @@ class Node:
         self.reset()
 
     def reset(self) -> None:
-        """Close all connections and forget failures. A forked child calls this to leave its parent's alone."""
+        """Close all connections and forget failures. A forked child must not use its parent's connections."""
         idle, self._idle = self._idle, []
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self._max_connections)
