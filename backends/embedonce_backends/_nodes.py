@@ -4,8 +4,11 @@ from embedonce.errors import TierBusy
 
 
 class NodeDown(TierBusy):
-    """A node does not answer while other nodes do. The tier's breaker stays closed, because the others still serve."""
+    """Raised if a node does not answer while other nodes do.
+
+    It does not open the tier's breaker, because the other nodes still work.
+    """
 
 
 class NodeTimeout(NodeDown, TimeoutError):
-    """A node did not answer in time while other nodes do."""
+    """Raised if a node does not answer in time while other nodes do."""

@@ -13,8 +13,8 @@ PAGE_SECONDS = 10.0
 def limit_page_time() -> Iterator[None]:
     """Run the block with a deadline of at most ``PAGE_SECONDS``.
 
-    A whole listing may take any time, because it depends on the number of keys. The limit is per page, so that a
-    server that hangs cannot block the listing forever.
+    A whole listing has no time limit, because its duration depends on the number of keys. Each page has one, so that
+    a server that hangs cannot block the listing forever.
     """
     left = time_left()
     with deadline(PAGE_SECONDS if left is None else min(left, PAGE_SECONDS)):

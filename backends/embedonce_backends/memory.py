@@ -1,6 +1,6 @@
 """The memory tier: entries in this process, bounded by number and by bytes.
 
-Entries are not copied: ``get`` returns the very entry that was stored, and its array is read-only.
+Entries are not copied. ``get`` returns the same object that was stored; its array is read-only.
 ``docs/memory.md`` has the measurements behind the choice of library and of the default policy.
 """
 
@@ -24,16 +24,18 @@ from embedonce.vectors import Entry
 api = 1
 
 ENTRY_BYTES = 500
-"""Bytes that an entry takes beside its payload; ``max_bytes`` includes them.
+"""Bytes that an entry takes in addition to its payload; ``max_bytes`` includes them.
 
-Measured as resident memory (CPython 3.11, Linux) by ``benchmarks/policies.py``: the key 144, the array 128,
-its place in the queue 82, the tuple 80, around the payload 48, and 32 where it has a ``created`` of its own.
+``benchmarks/policies.py`` measures them as resident memory (CPython 3.11, Linux). The key takes 144 bytes, the array
+object 128, the slot in the queue 82, the tuple 80, and the allocation of the payload another 48. A ``created`` that
+the entry does not share with other entries takes 32 more.
 """
 
-# Guards the bookkeeping of every memory backend. A hit on a hot entry does not take it. All backends share one lock
-# so that a fork can wait for it: otherwise a child could inherit it locked by a thread that the child does not have.
-# A thread that holds it never waits for another lock. It is re-entrant, because a signal handler may embed while its
-# own thread holds it.
+# This lock guards the bookkeeping of every memory backend. A hit on a hot entry does not take the lock.
+# All backends share the same lock, so that a fork can wait until no thread holds it. Otherwise, the lock could stay
+# locked in the child forever, because the thread that holds it exists only in the parent.
+# A thread that holds the lock never waits for another lock. The lock is re-entrant, because a signal handler may
+# embed a text while the thread that it interrupted holds the lock.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -55,7 +57,9 @@ class MemoryBackend:
     )
 
     get: Callable[[str], Entry | None]
-    """Method that returns the entry of a key, or None. It is the policy's own method, so that a hit costs one call."""
+    """Method that returns the entry of a key, or None.
+
+    It is the policy's own method, so that a hit takes only one call."""
 
     def __init__(
         self,
@@ -83,13 +87,15 @@ class MemoryBackend:
         self.get = self._held.get
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
-        """Return the entries of those ``keys`` that are here."""
+        """Return the entries of those ``keys`` that are stored here."""
         time_left()
         get = self.get
         return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
-        """Store the entries; if they do not all fit, the last ones stay. ``ttl`` is ignored: it frees no space here.
+        """Store the entries. If they do not all fit, the last ones stay.
+
+        ``ttl`` is ignored, because only evictions free space here.
 
         An entry that is larger than ``max_bytes`` by itself is not stored, because it would evict everything else.
         """
@@ -109,7 +115,7 @@ class MemoryBackend:
                 self._held.remove(key)
 
     def scan(self, prefix: str, /) -> list[str]:
-        """Return every key that starts with ``prefix``, as of this moment."""
+        """Return the keys that start with ``prefix`` at the moment of the call."""
         with _lock:
             held = self._held.keys()
         return [key for key in held if key.startswith(prefix)]
@@ -119,7 +125,10 @@ class MemoryBackend:
         return len(self.scan(prefix))
 
     def close(self) -> None:
-        """Drop every entry. Later calls raise RuntimeError: a miss from a closed tier would cost a computation."""
+        """Drop every entry.
+
+        Later calls raise RuntimeError. If they returned misses instead, texts would be embedded again without notice.
+        """
         with _lock:
             self._held.clear()
             self._held = _Closed()
@@ -162,7 +171,7 @@ class _Queue:
     """Entries from the least to the most recently used, with their number and bytes.
 
     cachebox's own bound is off (0), because it limits the number or the size but not both, and does not report
-    what it evicted. ``get`` is cachebox's method: it moves a key to the end, under cachebox's own lock.
+    what it evicted. ``get`` is cachebox's method, which moves the key to the end under cachebox's own lock.
     """
 
     __slots__ = ("bytes", "entries", "get", "max_bytes", "max_entries")
@@ -190,7 +199,7 @@ class _Queue:
 
     def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # If the owner has changed an entry's metadata since, the sum is off; an empty queue resets it to 0.
+            # The sum is wrong if a caller changed an entry's metadata after storing it. An empty queue resets it to 0.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
     def is_over_limit(self) -> bool:
@@ -198,7 +207,8 @@ class _Queue:
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        # A hit in another thread does not take our lock and would break an iteration. cachebox's copy() is atomic.
+        # A hit in another thread does not take our lock, so it could change the order during an iteration and break it.
+        # cachebox's copy() is atomic.
         return list(self.entries.copy())
 
     def clear(self) -> None:
@@ -225,10 +235,10 @@ class _Lru:
 class _Segmented:
     """Two LRU queues: a new entry is on probation and becomes protected when it is read.
 
-    The protected queue takes at most half of the room. An entry that it pushes out goes back on probation, and an
-    entry that probation pushes out is evicted. A scan of texts that are read once therefore passes through
-    probation only. While no entry is read twice, probation has all the room. Source of segmented LRU: Karedla, Love
-    and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
+    The protected queue takes at most half of the capacity. An entry that no longer fits there goes back on probation.
+    An entry that no longer fits on probation is evicted. Entries that are stored and never read therefore cannot push
+    out protected ones. While no entry is protected, probation has the whole capacity. Segmented LRU comes from:
+    Karedla, Love and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
     """
 
     def __init__(self, max_entries: int, max_bytes: int | None) -> None:
@@ -239,7 +249,7 @@ class _Segmented:
         self.get = self._make_get()
 
     def _make_get(self) -> Callable[[str], Entry | None]:
-        # A closure is faster than a method: a hit on a protected entry costs little more than one call of cachebox.
+        # A closure is faster than a method. A hit on a protected entry takes little longer than cachebox's call.
         get_protected = self._protected.get
         get_from_probation = self._get_from_probation
 
@@ -250,8 +260,9 @@ class _Segmented:
         return get
 
     def _get_from_probation(self, key: str) -> Entry | None:
-        # Another thread may have moved the key between the two queues since the first look. Without the lock and
-        # the second look, an entry that is here would sometimes be a miss, and its text would be computed again.
+        # Another thread may have moved the key to the other queue since `get` looked there. So this method takes the
+        # lock and looks into both queues. Otherwise, a stored entry would sometimes be missed, and its text would be
+        # embedded again.
         with _lock:
             entry = self._probation.get(key)
             if entry is None:
@@ -270,7 +281,7 @@ class _Segmented:
         (protected if key in protected.entries else probation).put(key, entry)
         self._demote()
         while self._is_over_limit():
-            # A new entry is always stored: if it is the only one on probation, a protected entry is evicted.
+            # A new entry is always stored. If it is the only one on probation, a protected entry is evicted instead.
             is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0
             (protected if is_alone else probation).pop_oldest()
 
@@ -293,7 +304,7 @@ class _Segmented:
 
 
 class _Closed:
-    """The policy of a closed backend: every call raises, except ``clear``."""
+    """The policy of a closed backend. Every call except ``clear`` raises RuntimeError."""
 
     def __init__(self) -> None:
         self.get: Callable[[str], Entry | None] = self._raise_closed

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("Microsoft Agent Framework is not installed: pip install 'embedonce[agent-framework]'") from error
 
 NOT_IN_OPTIONS = ("encoding_format", "user")
-"""Options that change the format of answers or who is billed, not the vectors."""
+"""Options that do not affect the vectors, but only the format of answers or who is billed."""
 
 NOT_IN_SPACE = ("additional_properties", "org_id", "type")
 
@@ -30,7 +30,7 @@ MODEL = ("model", "model_id", "deployment_name", "model_deployment_name")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The current call. A computation finds it because it runs in a copy of its caller's context."""
+    """The current call. The wrapped client's calls can find it, because they run in a copy of the caller's context."""
 
     options: dict[str, Any]
     usages: list[UsageDetails] = field(default_factory=list)
@@ -38,7 +38,8 @@ class _Call:
 
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for different options. Dropping the oldest loses no vectors: they are in the tiers."""
+"""Maximum number of caches kept for different options. Dropping the oldest loses no vectors: the tiers hold
+them."""
 
 _current_call: ContextVar[_Call] = ContextVar("embedonce_agent_framework_call")
 
@@ -49,13 +50,13 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     Args:
         client: the embedding client to wrap; None to use the ``[provider]`` of ``config``.
         config: anything that :func:`embedonce.open` accepts.
-        space: the vector space of a client that does not describe itself (``to_dict`` with a model).
-        task: the task to embed texts for, because the framework's protocol has none. Clients embed every task alike; a
-            ``[provider]`` may not.
+        space: the vector space of a client that does not describe itself by a ``to_dict`` that names the model.
+        task: the task to embed texts for, because the framework's protocol has no tasks. It matters only for a
+            ``[provider]``, because clients embed texts in the same way for every task.
 
     Raises:
         ConfigError: the configuration is invalid.
-        SpaceError: ``client`` does not say what decides its vectors.
+        SpaceError: ``client`` does not say what determines its vectors.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     ) -> GeneratedEmbeddings[list[float], Any]:
         """Return one embedding per value, in order.
 
-        ``usage`` is the client's usage in this call; hits use nothing. ``additional_properties["sources"]`` is a list
-        with the source of each vector: a tier's name, or ``"provider"``.
+        ``usage`` is the client's usage in this call, to which hits add nothing. ``additional_properties["sources"]`` is
+        a list with the source of each vector: a tier's name, or ``"provider"``.
 
         Raises:
             TypeError: a value is not a str.
-            ValueError: there are options that decide vectors, but the vectors come from the ``[provider]``.
+            ValueError: there are options that affect vectors, but the vectors come from the ``[provider]``.
             Exception: the client raised it.
         """
         call = _Call(dict(options or {}))
@@ -109,7 +110,7 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
         )
 
     def _cache_for(self, options: dict[str, Any]) -> Cache:
-        """Return the cache for options. Options that decide vectors have their own vector space."""
+        """Return the cache for options. If they affect vectors, each combination has its own vector space."""
         deciding = {name: value for name, value in options.items() if name not in NOT_IN_OPTIONS}
         if self._client is None:
             if deciding:

@@ -47,14 +47,14 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
     """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
     This process holds the chunks, and the tiers of ``config`` hold the vectors too. So adding the same chunks after a
-    restart computes nothing.
+    restart embeds nothing again.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.
         name: name of the memory, to distinguish several of them.
         k: maximum number of chunks that a query returns.
         score_threshold: minimum cosine similarity of a chunk that a query returns.
-        store_metadata: also store each chunk's metadata beside its vector in the tiers (small JSON).
+        store_metadata: whether the tiers also store each chunk's metadata (small JSON) beside its vector.
         memory_contents: initial chunks; the first query embeds them.
     """
 
@@ -105,14 +105,15 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
     ) -> list[str | None]:
         """Add chunks in one batch, either all or none, and return the source of each vector.
 
-        The source is a tier's name for a hit, ``"provider"`` for a computed vector. Raises the same as :meth:`add`.
+        The source is a tier's name for a hit, and ``"provider"`` for a computed vector. Raises the same errors as
+        :meth:`add`.
         """
         return await _run_cancellable(self._add(_copy_chunks(contents)), cancellation_token)
 
     async def query(
         self, query: str | MemoryContent, cancellation_token: CancellationToken | None = None, **kwargs: Any
     ) -> MemoryQueryResult:
-        """Return the chunks nearest to the query, nearest first, with their metadata and the cosine as ``score``.
+        """Return the chunks nearest to the query, nearest first, with their metadata and ``score``, the cosine.
 
         The keywords ``k`` and ``score_threshold`` override those of the memory.
         """
@@ -197,7 +198,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
 
 def _copy_chunks(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
-    """Copy chunks, so that they keep the content of their vectors if the caller changes the originals."""
+    """Copy chunks, so that they still match their vectors if the caller changes the originals."""
     wrong = next((item for item in contents if not isinstance(item, MemoryContent)), None)
     if wrong is not None:
         raise TypeError(f"expected MemoryContent, got {type(wrong).__name__}")
@@ -211,7 +212,7 @@ def _add_score(content: MemoryContent, score: float) -> MemoryContent:
 
 
 async def _run_cancellable(work: Coroutine[Any, Any, T], token: CancellationToken | None) -> T:
-    """Await work, and let a cancellation token cancel it."""
+    """Await a coroutine that a cancellation token can cancel."""
     if token is None:
         return await work
     future = asyncio.ensure_future(work)

@@ -1,8 +1,8 @@
 """Chroma: an embedding function that embeds each text once.
 
-Chroma stores the name and configuration of a collection's embedding function. A wrapper has the name and configuration
-of the function that it wraps, so existing collections open as before, and new ones open without embedonce. Without a
-wrapped function, the name is ``embedonce``, and the configuration names the provider.
+Chroma stores the name and configuration of a collection's embedding function. A wrapper reports the name and
+configuration of the function that it wraps. So existing collections can be opened as before, and new ones can be opened
+without embedonce. If nothing is wrapped, the name is ``embedonce``, and the configuration names the provider.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError as error:
     raise ImportError("Chroma is not installed: pip install 'embedonce[chroma]'") from error
 
 NOT_IN_SPACE = ("api_key_env_var", "organization_id", "default_headers")
-"""Fields in the configurations of Chroma's embedding functions that do not decide vectors."""
+"""Fields in the configurations of Chroma's embedding functions that do not affect vectors."""
 
 
 @register_embedding_function
@@ -44,13 +44,13 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
 
     Args:
         embedding_function: the embedding function to wrap; None to use the ``[provider]`` of ``config``.
-        config: a TOML file, a dict of the same shape, or None to look for a file. Chroma stores it with a collection as
-            JSON.
+        config: a TOML file, a dict of the same shape, or None to look for a file. Chroma stores this argument with a
+            collection, as JSON.
         space: the vector space of an embedding function whose configuration does not describe it.
 
     Raises:
         ConfigError: the configuration is invalid.
-        SpaceError: ``embedding_function`` does not say what decides its vectors.
+        SpaceError: ``embedding_function`` does not say what determines its vectors.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
                 "to pass a configuration, use config="
             )
         self.cache = open_shared_cache(config, provider=_wrap(embedding_function, space))
-        # Chroma reads these from the instance. On the class, which is registered with Chroma, they remain ours.
+        # Chroma reads these attributes from the instance, so they are the wrapped function's. Those of the class, which
+        # is registered with Chroma, stay as they are.
         for name in ("name", "get_config", "build_from_config", "validate_config", "validate_config_update"):
             setattr(self, name, getattr(embedding_function, name))
         for name in ("default_space", "supported_spaces", "is_legacy"):
@@ -100,7 +101,7 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         """Return the argument of :meth:`build_from_config`. Chroma stores it with the collection.
 
         Raises:
-            ConfigError: it holds a secret in plain text; write the secret as ``${VARIABLE}``.
+            ConfigError: the configuration holds a secret in plain text; write the secret as ``${VARIABLE}``.
         """
         return {"config": dump_config(self._config)}
 
@@ -112,11 +113,11 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         """Check that a new configuration makes the same vectors as the old one.
 
         Raises:
-            ValueError: the new provider describes another vector space.
+            ValueError: the new provider describes a different vector space.
         """
         old, new = (open_shared_cache(config["config"]).provider for config in (old_config, new_config))
         if old.space("document") != new.space("document"):
-            raise ValueError("the new configuration makes other vectors; use a new collection for it")
+            raise ValueError("the new configuration makes different vectors; use a new collection for it")
 
 
 def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str, Any] | None) -> WrappedProvider:
@@ -132,7 +133,7 @@ def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str,
 
 
 def _sort_answers(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
-    """Return a function that reads an OpenAI answer by its ``index``, because Chroma's own ignores it."""
+    """Return a function that reads an OpenAI answer by its ``index``, because the original ignores it."""
     client = getattr(inner, "client", None)
     if not is_openai_resource(getattr(client, "embeddings", None)):
         return inner

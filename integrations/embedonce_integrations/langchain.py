@@ -46,7 +46,7 @@ class CachedEmbeddings(Embeddings):
 
     Raises:
         ConfigError: the configuration is invalid.
-        SpaceError: ``embeddings`` do not say what decides their vectors.
+        SpaceError: ``embeddings`` do not say what determines their vectors.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class CachedEmbeddings(Embeddings):
         return _to_floats(self._cache_for(kwargs).embed(text, "query"))
 
     async def aembed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
-        """Do the same as :meth:`embed_documents`."""
+        """Async twin of :meth:`embed_documents`."""
         return _to_lists(await self._cache_for(kwargs).aembed_batch(texts))
 
     async def aembed_query(self, text: str, **kwargs: Any) -> list[float]:
-        """Do the same as :meth:`embed_query`."""
+        """Async twin of :meth:`embed_query`."""
         return _to_floats(await self._cache_for(kwargs).aembed(text, "query"))
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class CachedEmbeddings(Embeddings):
             return self.cache
         if self._inner is None:
             raise TypeError(
-                f"embeddings that come from the [provider] accept no {', '.join(kwargs)}; "
+                f"embeddings that come from the [provider] do not accept the arguments {', '.join(kwargs)}; "
                 "set options in the configuration"
             )
         return self.cache.for_provider(self._inner.make_provider(kwargs))
@@ -141,8 +141,8 @@ class _WrappedEmbeddings:
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
 
-        # LangChain's default async methods run the blocking ones in a thread and drop kwargs. The cache also uses a
-        # thread, and keeps kwargs.
+        # LangChain's default async methods run the blocking methods in a thread and drop kwargs. So they are not used:
+        # without `aembed`, the cache itself runs `embed` in a thread, which keeps kwargs.
         is_async = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
             embed=embed,
@@ -153,7 +153,7 @@ class _WrappedEmbeddings:
 
 
 def _sort_answers(embeddings: Any) -> Any:
-    """Return embeddings that read an OpenAI answer by its ``index``, because LangChain's own ignore it."""
+    """Return embeddings that read an OpenAI answer by its ``index``, because the originals ignore it."""
     clients = {name: getattr(embeddings, name, None) for name in CLIENTS}
     ordered = {name: OrderedEmbeddings(client) for name, client in clients.items() if is_openai_resource(client)}
     return embeddings.model_copy(update=ordered) if ordered else embeddings
@@ -170,7 +170,7 @@ def _describe(embeddings: Any, task: Task | None) -> VectorSpace:
             )
     clients = (getattr(embeddings, name, None) for name in CLIENTS)
     client: Any = next((client for client in clients if is_openai_resource(client)), None)
-    # The client may take its URL from the environment, and then the embeddings' own field does not have it.
+    # The client may take its URL from the environment. In that case, the embeddings' own field is empty.
     overrides = {} if client is None else {"openai_api_base": str(client._client.base_url)}
     return describe_by_fields(embeddings, task=task, overrides=overrides)
 
@@ -186,14 +186,14 @@ def _to_lists(vectors: Matrix) -> list[list[float]]:
 
 
 class VectorByteStore(ByteStore):
-    """Holds the values that CacheBackedEmbeddings stores (JSON lists of numbers) as entries in a chain of tiers.
+    """Stores the values of CacheBackedEmbeddings, which are JSON lists of numbers, as entries in a chain of tiers.
 
-    The numbers come back as float32, or rounded to ``dtype`` in ``[cache]``, in JSON without spaces. Each key is stored
-    as metadata beside its vector, so that ``yield_keys`` can list it.
+    The numbers come back as JSON without spaces, with the precision of float32 or of the ``dtype`` in ``[cache]``. Each
+    key is stored as metadata beside its vector, so that ``yield_keys`` can list it.
 
     Args:
-        space: what decides the vectors, at least ``{"model": ...}``, because the keys of CacheBackedEmbeddings do not
-            say it.
+        space: what determines the vectors, at least ``{"model": ...}``. It is needed because the keys of
+            CacheBackedEmbeddings do not contain it.
         config: a TOML file, a dict of the same shape, or None to look for a file. Its ``[provider]`` is not read.
 
     Raises:
@@ -208,20 +208,20 @@ class VectorByteStore(ByteStore):
         self.cache = open_shared_cache(loaded, provider=provider)
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return the value of each key, in order; None if no tier has it, or the tiers that have it do not answer."""
+        """Return the value of each key, in order; None if no tier has it, or if no tier that has it answers."""
         return [_dump_vector(row) for row in self.cache.lookup(keys).rows]
 
     async def amget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Do the same as :meth:`mget`."""
+        """Async twin of :meth:`mget`."""
         return [_dump_vector(row) for row in (await self.cache.alookup(keys)).rows]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Store the values, and replace existing ones.
+        """Store the values, which replace existing ones.
 
         Raises:
             ValueError: a value is not a JSON list of numbers; nothing was stored.
-            ProviderError: a value is not a valid vector (NaN, all zero, empty) or has other dimensions; nothing was
-                stored.
+            ProviderError: a value is not a valid vector (NaN, all zero, empty) or has a different number of
+                dimensions; nothing was stored.
             EraseIncomplete: a tier cannot delete the old value of a key.
         """
         vectors = _parse_vectors(key_value_pairs)
@@ -231,7 +231,7 @@ class VectorByteStore(ByteStore):
         self.cache.put(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
 
     async def amset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Do the same as :meth:`mset`."""
+        """Async twin of :meth:`mset`."""
         vectors = _parse_vectors(key_value_pairs)
         stale = _find_stale(vectors, (await self.cache.alookup(list(vectors))).rows)
         if stale:
@@ -239,7 +239,7 @@ class VectorByteStore(ByteStore):
         await self.cache.aput(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
 
     def mdelete(self, keys: Sequence[str]) -> None:
-        """Remove the keys from every tier. A missing key is no error.
+        """Remove the keys from every tier. A missing key is ignored.
 
         Raises:
             EraseIncomplete: tiers failed or cannot delete; the error names them.
@@ -247,7 +247,7 @@ class VectorByteStore(ByteStore):
         self.cache.forget(keys)
 
     async def amdelete(self, keys: Sequence[str]) -> None:
-        """Do the same as :meth:`mdelete`."""
+        """Async twin of :meth:`mdelete`."""
         await self.cache.aforget(keys)
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
@@ -262,7 +262,7 @@ class VectorByteStore(ByteStore):
     async def ayield_keys(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base method has no yield)
         self, *, prefix: str | None = None
     ) -> AsyncIterator[str]:
-        """Do the same as :meth:`yield_keys`."""
+        """Async twin of :meth:`yield_keys`."""
         await self.cache.aflush()
         for key in _filter_keys(await self.cache.alist_metadata(), prefix):
             yield key
@@ -287,7 +287,7 @@ def _dump_vector(row: Any) -> bytes | None:
 
 
 def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
-    """Return the vector of each key; the last one if a key occurs twice.
+    """Return the vector of each key; if a key occurs twice, the last one counts.
 
     Raises:
         ValueError: a value is not a JSON list of numbers.

@@ -31,7 +31,7 @@ except ImportError as error:
 TASKS = ("document", "query")
 
 ENGINES = ("_text_engine", "_query_engine")
-"""Attributes of LlamaIndex's OpenAI embeddings that decide the vectors but are not fields."""
+"""Attributes of LlamaIndex's OpenAI embeddings that affect the vectors but are not fields."""
 
 
 class CachedEmbedding(BaseEmbedding):
@@ -47,11 +47,12 @@ class CachedEmbedding(BaseEmbedding):
 
     Raises:
         ConfigError: the configuration is invalid.
-        SpaceError: ``embed_model`` does not say what decides its vectors.
+        SpaceError: ``embed_model`` does not say what determines its vectors.
     """
 
     vectors: dict[str, Any] = Field(
-        default_factory=dict, description="Hash of everything that decides the vectors; it distinguishes cached models."
+        default_factory=dict,
+        description="Hash of everything that determines the vectors. Different models have different hashes.",
     )
     _handle: _Handle = PrivateAttr()
 
@@ -85,7 +86,7 @@ class CachedEmbedding(BaseEmbedding):
 
     @property
     def cache(self) -> Cache:
-        """The cache. Its ``stats()`` count hits and computed texts."""
+        """The cache. Its ``stats()`` count hits and computed vectors."""
         return self._handle.cache
 
     def _get_query_embedding(self, query: str) -> Embedding:
@@ -108,7 +109,7 @@ class CachedEmbedding(BaseEmbedding):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> NoReturn:
-        """Refuse: the dict from ``to_dict`` omits the embedding model and the tiers, because they may hold secrets."""
+        """Raise TypeError. ``to_dict`` omits the embedding model and the tiers, because they may contain secrets."""
         raise TypeError(
             "CachedEmbedding cannot be made from a dict; construct it with its embedding model and configuration"
         )
@@ -117,14 +118,14 @@ class CachedEmbedding(BaseEmbedding):
         """Return the state from which another process rebuilds this model.
 
         Raises:
-            SpaceError: the embedding model would make other vectors there.
+            SpaceError: the embedding model would make different vectors in that process.
         """
-        # Check here, not while unpickling: a multiprocessing pool waits for ever if a worker cannot unpickle its work.
+        # Check here and not while unpickling: a multiprocessing pool hangs if a worker cannot unpickle its work.
         self._handle.check_pickling()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # BaseComponent's method would call __init__ with the fields, and so lose the embedding model.
+        # BaseComponent's method is not used. It would call __init__ with the fields only and lose the embedding model.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
             state["__dict__"].setdefault(name, default)  # missing if it could not be pickled
         BaseModel.__setstate__(self, state)
@@ -132,7 +133,7 @@ class CachedEmbedding(BaseEmbedding):
 
 REFUSED_FIELDS = {
     "embeddings_cache": "it is a cache itself; remove it",
-    "rate_limiter": "hits need no limit; give it to the embedding model, so that only computed texts wait",
+    "rate_limiter": "hits need no limit; give it to the embedding model, so that only misses wait",
     "vectors": "it is derived from the embedding model; remove it",
 }
 
@@ -167,7 +168,7 @@ class _Handle:
         return _Handle, self._parts
 
     def check_pickling(self) -> None:
-        """Check that pickling keeps the embedding model as it is, because LlamaIndex drops parts that it cannot pickle.
+        """Check that pickling does not change the embedding model. LlamaIndex drops parts that it cannot pickle.
 
         Raises:
             SpaceError: pickling fails or changes the model.
@@ -179,8 +180,8 @@ class _Handle:
             raise SpaceError(f"cannot pickle the embedding model ({type(error).__name__}: {error})") from error
         if is_changed:
             raise SpaceError(
-                "the embedding model would make other vectors in another process, because pickling loses a part of it "
-                "that is not a field. Construct the model in that process, or remove num_workers"
+                "the embedding model would make different vectors in another process, because pickling loses a part of "
+                "it that is not a field. Construct the model in that process, or remove num_workers"
             )
 
 
@@ -192,7 +193,7 @@ def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, s
     spaces = WrappedSpaces(describe)
     ordered: Any = _sort_answers(inner)
 
-    # Unpickling may have dropped this attribute, if the rate limiter could not be pickled.
+    # The attribute is missing after unpickling if the rate limiter could not be pickled.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:
@@ -240,7 +241,7 @@ def _to_lists(vectors: Matrix) -> list[list[float]]:
 
 
 def _sort_answers(inner: BaseEmbedding) -> BaseEmbedding:
-    """Return an embedding model that reads an OpenAI answer by its ``index``, because LlamaIndex's own ignores it."""
+    """Return an embedding model that reads an OpenAI answer by its ``index``, because the original ignores it."""
     if not any(cls.__module__.startswith("llama_index.embeddings.openai.") for cls in type(inner).__mro__):
         return inner
     ordered = inner.model_copy()

@@ -42,7 +42,8 @@ except ModuleNotFoundError as error:
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for combinations of model, dimensions and other fields. One more drops all of them."""
+"""Maximum number of caches kept for combinations of model, dimensions and other fields. When one more is needed, all of
+them are dropped."""
 
 MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
@@ -71,9 +72,10 @@ def cached(
         client: a client, blocking or async.
         config: anything that :func:`embedonce.open` accepts; ``[provider]`` is not read. Clients with equal
             configurations share their tiers.
-        models: the model behind each name, if the endpoint has its own names for models, or one name for several
-            versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
-        endpoint_name: replaces the client's ``base_url`` in keys, so that several hosts with the same model share them.
+        models: the model behind each name. Pass it if the endpoint has its own names for models, or the same name for
+            several versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
+        endpoint_name: name that replaces the client's ``base_url`` in keys, so that hosts with the same model share
+            their vectors.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -113,7 +115,7 @@ def _install_cache(client: Client, shared: _Shared) -> Client:
 
 @dataclass(slots=True)
 class _Call:
-    """A call of ``create``: its arguments, and the tokens that it was charged for."""
+    """A call of ``create``, with its arguments and the number of tokens that the endpoint charged."""
 
     cache: Cache
     texts: list[str]
@@ -129,19 +131,19 @@ class _Call:
         """Return an answer's vectors in the order of the inputs, and add up their tokens.
 
         Raises:
-            ProviderError: the answer is not one vector for each input, each with an index of its own.
+            ProviderError: the answer does not have one vector for each input, each with its own index.
         """
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list) or len(data) != inputs:
             count = len(data) if isinstance(data, list) else "no"
-            raise ProviderError(f"the endpoint answered {count} vectors for {inputs} inputs; none was stored")
+            raise ProviderError(f"the endpoint returned {count} vectors for {inputs} inputs; nothing was stored")
         vectors: dict[int, NDArray[Any]] = {}
         for item in data:
             index = getattr(item, "index", None)
             if type(index) is not int or not 0 <= index < inputs or index in vectors:
                 raise ProviderError(
                     f"the endpoint's answer does not give each of the {inputs} vectors its own index, starting at 0; "
-                    "none was stored"
+                    "nothing was stored"
                 )
             vectors[index] = _read_vector(item.embedding)
         prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
@@ -155,7 +157,7 @@ class _Call:
         """Return a response like the endpoint's, with the vectors that were fetched.
 
         Raises:
-            Exception: the error of the first input that failed, from the client or from the check of its answer.
+            Exception: the error of the first input that failed, raised by the client or by the check of its answer.
         """
         if fetched.failed:
             raise fetched.failed[min(fetched.failed)]
@@ -187,7 +189,7 @@ def _read_count(usage: Any, name: str) -> int:
 
 
 def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector in a list of numbers, or in base64 of little-endian float32."""
+    """Return the vector of an embedding that is a list of numbers, or base64 of little-endian float32."""
     try:
         if isinstance(embedding, str):
             return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
@@ -196,7 +198,7 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise ProviderError(
-            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
+            "the endpoint returned an embedding that is neither a list of numbers nor base64; nothing was stored"
         )
     return vector
 
@@ -206,7 +208,7 @@ def _encode_floats(row: Vector, index: int) -> Embedding:
 
 
 def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding that holds a string. The class does not declare this, but the client returns it too."""
+    """Return an embedding that holds a string. The class declares only lists, but the client returns strings, too."""
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
@@ -222,9 +224,9 @@ def _to_lists(given: Any) -> Any:
 
 
 def _to_texts(given: Any) -> list[str] | None:
-    """Return the inputs as texts, with tokens written in digits; None if ``input`` has none of the four valid shapes.
+    """Return the inputs as texts, in which tokens are written as digits.
 
-    The API decides about an ``input`` of another shape.
+    Return None if ``input`` does not have one of the four valid shapes. The API then decides what to do with it.
     """
     if isinstance(given, str):
         return [given]
@@ -239,7 +241,7 @@ def _to_texts(given: Any) -> list[str] | None:
 
 
 def _tokens_to_text(tokens: Sequence[int]) -> str:
-    """Write tokens as a text. It ends with a checksum, which shows whether ``[key] normalize`` has changed the text."""
+    """Write tokens as a text that ends with a checksum. It shows whether ``[key] normalize`` has changed the text."""
     text = ",".join(map(str, tokens))
     return f"{text}:{crc32(text.encode()).to_bytes(4, 'big').hex().translate(_DIGITS_TO_LETTERS)}"
 
@@ -248,12 +250,12 @@ def _text_to_tokens(text: str) -> list[int]:
     """Return the tokens in a text that :func:`_tokens_to_text` has written.
 
     Raises:
-        SpaceError: the text has changed since.
+        SpaceError: the text has been changed.
     """
     tokens = [int(token) for token in text.partition(":")[0].split(",") if token.removeprefix("-").isdecimal()]
     if _tokens_to_text(tokens) != text:
         raise SpaceError(
-            "[key] normalize turns these tokens into other tokens; pass texts as input, or change the steps of "
+            "[key] normalize turns these tokens into different tokens; pass texts as input, or change the steps of "
             "normalize"
         )
     return tokens
@@ -267,7 +269,7 @@ def _are_tokens(given: Any) -> bool:
 
 
 def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields that decide vectors, as they are sent; None if the call cannot be cached."""
+    """Return the fields that affect vectors, as they are sent; None if the call cannot be cached."""
     extra = request["extra_body"] or {}
     if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
         return None
@@ -281,7 +283,7 @@ def _is_absent(value: Any) -> bool:
 
 
 class _CachedResource:
-    """Common part of both resources: it turns the arguments of ``create`` into a call."""
+    """The common part of both resources, which turns the arguments of ``create`` into a call."""
 
     _client: Any
     _shared: _Shared
@@ -293,7 +295,7 @@ class _CachedResource:
         return self._shared.cache
 
     def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
-        """Return the call; None if it cannot be cached and must go to the API as it is.
+        """Return the call, or None if it cannot be cached and must go to the API unchanged.
 
         Raises:
             SpaceError: the model is the name of a deployment, which does not identify a model.
@@ -387,10 +389,10 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """Do the same as the client's ``create``, but take vectors that the cache has from there.
+        """Like the client's ``create``, but with the vectors that the cache has taken from the cache.
 
-        ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint as it
-        is.
+        ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
+        unchanged.
 
         Raises:
             openai.OpenAIError: the client raised it.
@@ -454,7 +456,7 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """Do the same as :meth:`CachedEmbeddings.create`."""
+        """Async twin of :meth:`CachedEmbeddings.create`."""
         request = {
             "model": model,
             "dimensions": dimensions,

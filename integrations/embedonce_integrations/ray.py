@@ -4,9 +4,9 @@
 
     dataset.map_batches(BatchEmbedder, fn_constructor_args=["embedonce.toml"], concurrency=2)
 
-The cache serves as the checkpoint: the vectors of a batch are written before the batch is returned. If a job is killed
-and run again, it computes only the rest, as long as its workers share a tier (disk on one machine, Redis or Postgres on
-several).
+The cache serves as the checkpoint, because the vectors of a batch are written before the batch is returned. If a job is
+killed and run again, it embeds only the remaining texts, as long as its workers share a tier (disk on one machine,
+Redis or Postgres on several).
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class BatchEmbedder:
 
     A call returns the batch with the column ``output`` added. A batch is a dict of numpy arrays (Ray's default), a
     ``pyarrow.Table`` or a pandas ``DataFrame``. For a pandas ``Series``, as in a UDF, the result is a ``Series`` of
-    arrays. Pickling keeps only the arguments. Each process opens its own cache at the first call, and all batch
-    embedders with equal configurations share it.
+    arrays. Pickling a batch embedder keeps only its arguments. Each process opens its own cache at the first call, and
+    all batch embedders with equal configurations share it.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. A path must be valid on every machine.
         column: name of the column with the texts.
-        output: name of the column for the vectors: float32, shape (n, d) in numpy, a list of d values elsewhere.
+        output: name of the column for the vectors, which are float32. In numpy, it has shape (n, d); elsewhere, each
+            value is a list of d numbers.
         sources: name of a column for the source of each vector, which is a tier's name or ``"provider"``; None for no
             such column.
         task: task that the texts are embedded for.
@@ -72,7 +73,7 @@ class BatchEmbedder:
             KeyError: the batch has no such column.
             TypeError: a value of the column is not a text (the message has its position), or the type of the batch is
                 not supported.
-            Exception: the provider raised it. Vectors computed before that are stored.
+            Exception: the provider raised it. Vectors that were computed before are stored.
         """
         column, output, sources = (self._arguments[name] for name in ("column", "output", "sources"))
         kind = type(batch).__name__

@@ -1,4 +1,4 @@
-"""The parts that every integration uses: the shared cache of a configuration, and an embedder wrapped as a provider."""
+"""What all integrations use: the shared cache of a configuration, and a provider that wraps an embedder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ NOT_IN_SPACE = frozenset(
         "verbose",
     }
 )
-"""Names of embedder fields that do not decide vectors, as the frameworks call them."""
+"""Names that the frameworks give to fields of their embedders that do not affect vectors."""
 
 _SECRET = re.compile(
     r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
@@ -79,12 +79,12 @@ MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment"
 
 _lock = threading.Lock()
 _caches: list[tuple[config.Config, weakref.ref[Cache]]] = []
-"""Configurations and their caches that are in use. This is a list because options cannot be hashed."""
+"""The caches in use, each with its configuration. This is a list and not a dict, because options cannot be hashed."""
 
 
 def _renew_lock_in_child() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread of the parent may have held the old one, and does not exist in the child
+    _lock = threading.Lock()  # the old lock may be held by a thread that exists only in the parent
 
 
 if hasattr(os, "register_at_fork"):
@@ -95,8 +95,8 @@ def open_shared_cache(source: config.Source | config.Config = None, *, provider:
     """Return the cache of a configuration. Equal configurations in one process share their tiers and flights.
 
     ``source`` is anything that :func:`embedonce.open` accepts, or the result of :func:`embedonce.config.load`. A
-    ``provider`` takes the place of ``[provider]`` and computes what the shared tiers lack. Callers do not close a
-    shared cache; it flushes when the program ends.
+    ``provider`` takes the place of ``[provider]`` and computes the vectors that no shared tier has. Callers must not
+    close a shared cache; it flushes when the program ends.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -128,20 +128,20 @@ def dump_config(source: config.Source) -> str | dict[str, Any] | None:
             f"{', '.join(found)}: a secret would be written to a file in plain text; use ${{NAME}} to take it from "
             "the environment variable NAME, or pass the path of a TOML file as config"
         )
-    return deepcopy(dict(source))  # a YAML writer turns an object that occurs twice into a reference
+    return deepcopy(dict(source))  # copied, because a YAML writer writes a reference if an object occurs twice
 
 
 # --- an embedder as a provider ----------------------------------------------------------------
 
 
 class WrappedProvider:
-    """A framework's embedder as a provider.
+    """A provider that wraps a framework's embedder.
 
     Args:
-        embed: blocking function from texts and a task to vectors; None if the embedder is only async.
+        embed: blocking function that takes texts and a task and returns vectors; None if the embedder is only async.
         aembed: the same as a coroutine function; None if the embedder is only blocking (it then runs in a thread).
-        space: function from a task to its vector space.
-        limits: the embedder's limits for each call.
+        space: function that takes a task and returns its vector space.
+        limits: limits for each call of the embedder.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class WrappedSpaces:
     """The vector spaces of an embedder at the time when it was wrapped.
 
     Args:
-        describe: function from a task to the vector space of the embedder in its present state.
+        describe: function that takes a task and returns the vector space of the embedder in its present state.
 
     Raises:
         SpaceError: ``describe`` raised it.
@@ -183,14 +183,14 @@ class WrappedSpaces:
         return self._spaces["query" if task == "query" else "document"]
 
     def check(self, task: Task) -> None:
-        """Check that the embedder has not changed: its vectors are stored under its original description.
+        """Check that the embedder has not changed, because its vectors are stored under its original description.
 
         Raises:
-            SpaceError: a field that may decide vectors has changed.
+            SpaceError: a field that may affect vectors has changed.
         """
         then = self(task)
         now = self._describe("query" if task == "query" else "document")
-        # Model and revision are left out: weights are read once, and a later change on disk does not affect them.
+        # Model and revision are not compared. Weights are read once, so a later change on disk does not matter.
         if (now.provider, now.extra) != (then.provider, then.extra):
             before, after = dict(then.extra or {}), dict(now.extra or {})
             names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
@@ -208,16 +208,16 @@ def describe_space(
     task: Task | None = None,
     leave_out: Collection[str] = (),
 ) -> VectorSpace:
-    """Return the vector space of a framework's embedder, described by its fields.
+    """Return the vector space of a framework's embedder, as its fields describe it.
 
-    The description leaves out secrets, fields that are None, and the names in :data:`NOT_IN_SPACE` (in nested mappings
-    too) and ``leave_out``; it removes credentials from URLs. Pass ``task`` if the embedder treats documents and queries
-    differently. If ``model`` is a folder, a digest of its content identifies it, so moving the folder changes nothing
-    and changing its weights does.
+    The description contains no secrets, no fields that are None, and no fields named in ``leave_out`` or, at any level
+    of nesting, in :data:`NOT_IN_SPACE`. Credentials are removed from URLs. Pass ``task`` if the embedder treats
+    documents and queries differently. If ``model`` is a folder, it is identified by a digest of its content. Then the
+    vector space stays the same if the folder is moved, and changes if the weights change.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described, or another class may have the same name. The
-            message says which, and how to declare the space instead.
+        SpaceError: a field holds an object that cannot be described, or a different class may have the same name. The
+            message names the field or the class, and says what to do.
     """
     cls = type(embedder)
     if cls.__module__ == "__main__":
@@ -245,19 +245,19 @@ def describe_space(
 def describe_by_fields(
     embedder: object, *, task: Task | None = None, overrides: Mapping[str, Any] | None = None
 ) -> VectorSpace:
-    """Return the vector space of an embedder that is a pydantic model or a dataclass, described by its fields.
+    """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
 
-    ``overrides`` are further values that decide its vectors; they replace fields of the same name.
+    ``overrides`` are further values that affect its vectors. They replace fields of the same name.
 
     Raises:
-        SpaceError: see :func:`describe_space`; or the embedder is neither a model nor a dataclass, or it names no model
-            and has private attributes that may decide its vectors.
+        SpaceError: as for :func:`describe_space`; or the embedder is neither a pydantic model nor a dataclass; or it
+            names no model and has private attributes, which may affect its vectors.
     """
     cls = type(embedder)
     names = getattr(cls, "model_fields", None)
     if names is None:
         if not dataclasses.is_dataclass(embedder):
-            raise SpaceError(f"{cls.__name__} does not say what decides its vectors; {HOW_TO_DECLARE}")
+            raise SpaceError(f"{cls.__name__} does not say what determines its vectors; {HOW_TO_DECLARE}")
         names = [field.name for field in dataclasses.fields(embedder)]
     fields = {name: getattr(embedder, name, None) for name in names}
     fields |= {**(getattr(embedder, "model_extra", None) or {}), **(overrides or {})}
@@ -265,13 +265,13 @@ def describe_by_fields(
     model = next((name for name in found.values() if name not in ("", "unknown")), None)
     if model is None and getattr(cls, "__private_attributes__", None):
         raise SpaceError(
-            f"{cls.__name__} names no model and has private attributes, which may decide its vectors; {HOW_TO_DECLARE}"
+            f"{cls.__name__} names no model and has private attributes, which may affect its vectors; {HOW_TO_DECLARE}"
         )
     return describe_space(embedder, fields, model=model or cls.__name__, task=task)
 
 
 def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
-    """Return a vector space with the further arguments of a call in it, because they may change the vectors.
+    """Return a vector space to which the further arguments of a call are added, because they may change the vectors.
 
     Raises:
         SpaceError: ``request`` holds an object that cannot be described.
@@ -287,13 +287,13 @@ def resolve_declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task
 
 
 HOW_TO_DECLARE = (
-    'declare what decides its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
+    'declare what determines its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
     "(dimensions, prompt, ...)"
 )
 
 
 def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
-    """Return the fields that belong in a vector space: no None, no secret, nothing in :data:`NOT_IN_SPACE`."""
+    """Return the fields that belong in a vector space, without None, secrets and names in :data:`NOT_IN_SPACE`."""
     return {
         str(name): _to_plain(item, f"{owner}.{name}")
         for name, item in fields.items()
@@ -308,7 +308,7 @@ def _to_plain(item: Any, name: str) -> Value:
     """Convert a value to one that a vector space can hold.
 
     Raises:
-        SpaceError: this is impossible.
+        SpaceError: the value cannot be converted.
     """
     if isinstance(item, Enum):
         return _to_plain(item.value, name)
@@ -355,10 +355,10 @@ def is_openai_resource(client: object) -> bool:
 
 
 class OrderedEmbeddings:
-    """The ``embeddings`` of an OpenAI client, with each answer sorted into the order of the input.
+    """The ``embeddings`` of an OpenAI client. Each answer is sorted into the order of the input.
 
-    Frameworks take the items of an answer as they come and ignore their ``index``, so a vector that is missing,
-    superfluous or out of order would be stored for another text.
+    Frameworks take the items of an answer as they come and ignore their ``index``. If a vector was missing, superfluous
+    or out of order, vectors would be stored for the wrong texts.
     """
 
     def __init__(self, resource: Any) -> None:
@@ -368,7 +368,7 @@ class OrderedEmbeddings:
         return getattr(self._resource, name)
 
     def create(self, **request: Any) -> Any:
-        """Do the same as the client's ``create``, and return a coroutine if that one does.
+        """Like the client's ``create``, but sorted. Returns a coroutine if the client's ``create`` does.
 
         Raises:
             ProviderError: the answer does not say which vector belongs to which input.
@@ -380,7 +380,7 @@ class OrderedEmbeddings:
 
 
 class OrderedClient:
-    """The part of an OpenAI client that embedders use: ``embeddings``, as :class:`OrderedEmbeddings`."""
+    """The part of an OpenAI client that embedders use: its ``embeddings``, wrapped in :class:`OrderedEmbeddings`."""
 
     def __init__(self, client: Any) -> None:
         self.embeddings = OrderedEmbeddings(client.embeddings)
@@ -393,12 +393,12 @@ async def _await_and_sort(answer: Awaitable[Any], texts: int) -> Any:
 def _sort_answer(answer: Any, texts: int) -> Any:
     items = list(answer.data or ())
     by_index = {getattr(item, "index", None): item for item in items}
-    if by_index.keys() == {None}:  # a server that sends no index answers in the order of the input
+    if by_index.keys() == {None}:  # a server that sends no index returns the vectors in the order of the input
         by_index = dict(enumerate(items))
     if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(
-            f"the endpoint answered {len(items)} vectors for {texts} inputs, and their indexes do not say which vector "
-            "belongs to which input; none was stored"
+            f"the endpoint returned {len(items)} vectors for {texts} inputs, and their indexes do not say which vector "
+            "belongs to which input; nothing was stored"
         )
     answer.data = [by_index[index] for index in range(texts)]
     return answer

@@ -27,7 +27,9 @@ CLOSE_SECONDS = 2.0
 
 
 def require_package(package: str) -> None:
-    """Check that a package is installed, without importing it: the import takes a second and is left to the first miss.
+    """Check that a package is installed, without importing it.
+
+    The import takes a second, so it happens only at the first miss.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -46,11 +48,13 @@ class _SharedClient(Generic[Sync]):
 
 
 class Clients(Generic[Sync, Async]):
-    """One blocking client for all threads, and one async client per event loop, because its connections belong to it.
+    """One blocking client for all threads, and one async client per event loop.
+
+    An async client cannot be shared between event loops, because its connections belong to one of them.
 
     An async client is closed when its loop shuts down its async generators (as ``asyncio.run`` does), or by
-    :meth:`close`. A forked child makes its own clients: on a connection shared with its parent, one process would read
-    the other's answers.
+    :meth:`close`. A forked child makes its own clients. If it shared a connection with its parent, one process would
+    read the other's answers.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Clients(Generic[Sync, Async]):
         if self._module not in sys.modules:
             await asyncio.to_thread(import_module, self._module)
         entry = self._by_loop.get(loop)
-        if entry is None:  # nothing below lets another task of this loop run before the entry is stored
+        if entry is None:  # no other asyncio task of this loop runs before the entry is stored
             generator = self._hold_client(loop)
             entry = await anext(generator), generator
             with self._lock:
@@ -110,7 +114,7 @@ class Clients(Generic[Sync, Async]):
         return entry[0]
 
     async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Async, None]:
-        """Yield a client once, then close it. A loop tracks its async generators and ends them at its own end."""
+        """Yield a client, and close it later. A loop tracks its async generators and ends them when it shuts down."""
         client = self._amake()
         try:
             yield client
@@ -120,7 +124,7 @@ class Clients(Generic[Sync, Async]):
             await self._aclose(client)
 
     def close(self) -> None:
-        """Close all clients. If a loop is paused, its client is closed when that loop ends."""
+        """Close all clients. If a loop is not running, its client is closed when that loop shuts down."""
         with self._lock:
             shared, self._blocking = self._blocking, None
             if shared is not None:
@@ -149,7 +153,7 @@ class Clients(Generic[Sync, Async]):
             future.result(CLOSE_SECONDS)
 
     def after_fork(self) -> None:
-        """Start with no clients in the child, and keep the parent's from being closed there."""
+        """Start without clients in the child. Keep the parent's clients, because collecting them would close them."""
         self._inherited += [self._blocking, *self._by_loop.values(), *self._closing]
         self._reset()
 

@@ -2,7 +2,7 @@
 
 This module reads the local cache of ``huggingface_hub`` directly, in its documented layout: ``refs/<revision>`` holds a
 commit, ``snapshots/<commit>`` its files, and ``.no_exist/<commit>`` the names of files that the commit does not have.
-Importing the client costs 0.4 s, so the client is used only for a model that the local cache lacks, once.
+Importing the client takes 0.4 s, so the client is imported only to download a model that is not in the local cache.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from embedonce.errors import SpaceError
 from ._model_folder import MODULES, TRANSFORMER, is_model
 
 SMALL_FILES: Final = (MODULES, TRANSFORMER, "config_sentence_transformers.json", "*/config.json", "*_config.json")
-"""Every file that decides vectors, besides weights and tokenizer. The library does not complain if one is missing."""
+"""Patterns of all files that affect vectors, except weights and tokenizer. All of them are needed, because the library
+does not report that one is missing."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 OWNER: Final = "sentence-transformers"
 
 
 def full_name(model: str) -> str:
-    """Return ``owner/name``. Like the library, take a name without an owner as one of ``sentence-transformers``.
+    """Return ``owner/name``. The owner is ``sentence-transformers`` if the name has none, as in the library.
 
     Raises:
         SpaceError: this cannot be the name of a model.

@@ -1,7 +1,7 @@
 """Read what the folder of a sentence-transformers model says about its vectors, without loading the model.
 
 This module reads the same small files as the library: ``modules.json``, ``config_sentence_transformers.json`` and the
-``config.json`` of each module. A local folder has no commit, so a digest of its content is its revision
+``config.json`` of each module. A local folder has no commit, so a digest of its content serves as its revision
 (:func:`embedonce.model_files.digest`).
 """
 
@@ -21,17 +21,17 @@ TRANSFORMER: Final = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a model's files say about it."""
+    """The properties of a model according to its files."""
 
     prompts: Mapping[str, str]
     default_prompt: str
-    """The prompt for a task that has none of its own."""
+    """Prompt for a task that has no prompt of its own."""
     dimensions: int | None
-    """Length of a vector before truncation; None if only the loaded model can tell."""
+    """Number of dimensions before truncation; None if only the loaded model knows it."""
     truncate_dim: int | None
-    """Number of values that the model keeps of each vector, unless an option says otherwise."""
+    """Number of dimensions to which the model truncates its vectors, unless an option overrides it."""
     depends_on_task: bool
-    """Whether the task itself may change the vector, not only its prompt."""
+    """Whether a vector may depend on the task itself and not only on the prompt for the task."""
 
 
 def is_model(folder: Path) -> bool:
@@ -74,7 +74,7 @@ def _read_json(folder: Path, name: str, kind: type[Any]) -> Any:
 
 
 def _library_class(module: Any) -> str | None:
-    """Return the class name of a module of the library, or None for custom code, which may do anything."""
+    """Return the class name of a module of the library, or None for custom code, which can do anything."""
     name = module.get("type") if isinstance(module, dict) else None
     if not isinstance(name, str) or not name.startswith("sentence_transformers."):
         return None
@@ -82,7 +82,10 @@ def _library_class(module: Any) -> str | None:
 
 
 def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
-    """Return the length of vectors that the last module which sets it declares, or None if its file does not say."""
+    """Return the number of dimensions of the model's vectors, or None if it is not declared.
+
+    The last module that changes the number declares it.
+    """
     for module in reversed(modules):
         kind = _library_class(module)
         if kind in ("Normalize", "Dropout"):

@@ -1,4 +1,5 @@
-"""Read the answer of an OpenAI-compatible endpoint, strictly: a misplaced vector would be stored for another text."""
+"""Read the answer of an OpenAI-compatible endpoint, strictly, because a misplaced vector would be stored for the wrong
+text."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ TOO_LONG = re.compile(
     r"|too (?:long|many tokens)|must have less than|exceed\w* .*(?:tokens|length|context)|max_tokens_per_request",
     re.IGNORECASE | re.DOTALL,
 )
-"""Words of OpenAI, Azure, vLLM, TEI and others in an error about a text that is too long."""
+"""Phrases that OpenAI, Azure, vLLM, TEI and others use in an error about a text that is too long."""
 
 TOO_LONG_STATUS = (400, 413, 422)
 
@@ -29,7 +30,7 @@ def read_answer(content: bytes, texts: int) -> Embedded:
     """Return the vectors of an answer, sorted by ``index`` into the order of the texts, and its tokens.
 
     Raises:
-        ProviderError: the answer is invalid, or its indexes are not 0 to ``texts`` - 1, each once.
+        ProviderError: the answer is invalid, or the indexes in it are not exactly the numbers from 0 to ``texts`` - 1.
     """
     try:
         answer = json.loads(content)
@@ -38,23 +39,23 @@ def read_answer(content: bytes, texts: int) -> Embedded:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
-        raise ProviderError(f"the endpoint answered with status 200 and {what}; nothing was stored")
+        raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored")
     if len(data) != texts:
-        raise ProviderError(f"the endpoint answered {len(data)} vectors for {texts} texts; none was stored")
+        raise ProviderError(f"the endpoint returned {len(data)} vectors for {texts} texts; nothing was stored")
     vectors: list[NDArray[Any] | None] = [None] * texts
     for item in data:
         index = item.get("index") if isinstance(item, dict) else None
         if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
             raise ProviderError(
                 f"the endpoint's answer does not give each of the {texts} vectors its own index, starting at 0; "
-                "none was stored"
+                "nothing was stored"
             )
         vectors[index] = _read_vector(item.get("embedding"))
     return Embedded([vector for vector in vectors if vector is not None], _read_tokens(answer.get("usage")))
 
 
 def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector in a list of numbers, or in base64 of little-endian float32."""
+    """Return the vector of an embedding that is a list of numbers, or base64 of little-endian float32."""
     try:
         if isinstance(embedding, str):
             return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
@@ -63,7 +64,7 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise ProviderError(
-            "the endpoint answered an embedding that is neither a list of numbers nor base64; none was stored"
+            "the endpoint returned an embedding that is neither a list of numbers nor base64; nothing was stored"
         )
     return vector
 
@@ -76,9 +77,9 @@ def _read_tokens(usage: Any) -> int | None:
 
 
 def find_too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] | None:
-    """Return the positions of the texts that an error calls too long, empty if it does not say which ones.
+    """Return the positions of the texts that are too long according to an error message.
 
-    None if the error is about something else.
+    The result is empty if the message does not say which texts are too long, and None if it is about something else.
     """
     if status not in TOO_LONG_STATUS or not TOO_LONG.search(message):
         return None

@@ -1,7 +1,7 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client retries by itself, but only because the provider configures it to.
+neither a key nor a network. The client retries failed calls, but only because the provider configures it to do so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KNOWN_TASK_TYPES = (
     "QUESTION_ANSWERING",
     "FACT_VERIFICATION",
 )
-"""Gemini's task types. Each one in lower case is also the name of a task."""
+"""Gemini's task types. Each of them, in lower case, is also the name of a task."""
 
 RETRY_SECONDS = 60.0
 """Longest pause of the client before a retry."""
@@ -54,14 +54,14 @@ class GeminiProvider:
         *,
         model: Annotated[str, MinLen(1), Doc("The model, such as gemini-embedding-001.")],
         api_key: Annotated[str | None, Doc("Default: GEMINI_API_KEY. Needed at the first miss.")] = None,
-        dimensions: Annotated[int | None, Gt(0), Doc("Request vectors of this length.")] = None,
+        dimensions: Annotated[int | None, Gt(0), Doc("Request vectors with this many dimensions.")] = None,
         normalize: Annotated[
             bool,
-            Doc("Scale vectors to length 1. Those of gemini-embedding-001 need it below 3072 dimensions."),
+            Doc("Scale vectors to unit length. gemini-embedding-001 requires this below 3072 dimensions."),
         ] = False,
         task_types: Annotated[
             Mapping[str, str] | None,
-            Doc('Gemini\'s task type by task, beside RETRIEVAL_DOCUMENT and RETRIEVAL_QUERY. "" sends none.'),
+            Doc('Gemini\'s task type by task, in addition to those of document and query. "" sends none.'),
         ] = None,
         prefixes: Annotated[
             Mapping[str, str] | None, Doc("Text to put before each text, by task, for models without task types.")
@@ -70,11 +70,12 @@ class GeminiProvider:
             str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's.")
         ] = None,
         endpoint_name: Annotated[
-            str | None, Doc("Replaces base_url in keys, so that several hosts with the same model share them.")
+            str | None,
+            Doc("Name that replaces base_url in keys, so that hosts with the same model share their vectors."),
         ] = None,
-        batch_size: Annotated[int, Ge(1), Le(100), Doc("Maximum texts per call.")] = 100,
-        concurrency: Annotated[int, Ge(1), Doc("Calls in flight at once per batch.")] = 4,
-        max_retries: Annotated[int, Ge(0), Doc("Maximum retries of a failed call.")] = 4,
+        batch_size: Annotated[int, Ge(1), Le(100), Doc("Maximum number of texts per call.")] = 100,
+        concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
+        max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:
         if not model:
@@ -135,7 +136,7 @@ class GeminiProvider:
         return self._read_answer(answer, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
-        """Do the same as :meth:`embed`, with the async client of the running loop."""
+        """Async twin of :meth:`embed`, with the async client of the running event loop."""
         contents = self._add_prefix(texts, task)
         client = await self._clients.aget()
         answer = await client.aio.models.embed_content(**self._build_request(contents, task))
@@ -179,15 +180,15 @@ class GeminiProvider:
         return {"model": self._model, "contents": contents, "config": config}
 
     def _read_answer(self, answer: types.EmbedContentResponse, texts: int) -> Embedded:
-        """Return the vectors of an answer. Only their order and number say which text each belongs to."""
+        """Return the vectors of an answer. They have no indexes, so only their number can be checked."""
         embeddings = answer.embeddings or []
         if len(embeddings) != texts:
-            raise ProviderError(f"Gemini answered {len(embeddings)} vectors for {texts} texts; none was stored")
+            raise ProviderError(f"Gemini returned {len(embeddings)} vectors for {texts} texts; nothing was stored")
         vectors = [np.array(item.values or []) for item in embeddings]
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.
             vectors = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
-        usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has none
+        usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has no usage_metadata
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
     def _make_client(self) -> genai.Client:

@@ -1,20 +1,21 @@
 """The ``ngram`` provider: vectors from character n-grams, with no model, no network and no download.
 
-Two texts are near each other if they share most of their short character runs: the same text reflowed, in another case,
-with a typo, a changed word or an added sentence. The provider knows nothing about meaning.
+Two texts have similar vectors if they share most of their short runs of characters. That is so if one is a copy of the
+other that was reflowed, or that has a different case, a typo, a changed word or an added sentence. The provider knows
+nothing about meaning.
 
-How a text becomes a vector, step by step, so that anyone can compute the same vector:
+These steps make a vector from a text. They are complete, so that anyone can compute the same vector:
 
 1. Latin, Greek, Cyrillic and Armenian letters become lower case; every run of white space becomes one space; one space
    is added in front and one behind, so that word boundaries form n-grams too.
 2. Every run of 3 and every run of 4 characters is hashed to a bucket and a sign, and the sign is added to that bucket.
-   An empty text has no run; its first bucket gets 1.
+   An empty text has no run, so its first bucket is set to 1.
 3. Component ``i`` is ``sign(c) * sqrt(abs(c) / s)``, where ``c`` is the count of bucket ``i`` and ``s`` the sum of all
-   ``abs(c)``. So the vector has length 1, and a run that occurs a hundred times weighs ten times as much as one that
-   occurs once.
+   ``abs(c)``. So the vector has unit length, and a run that occurs a hundred times weighs ten times as much as a run
+   that occurs once.
 
-Every sum is over integers, and IEEE 754 rounds the root and the quotient exactly. So a text has the same vector, bit
-for bit, on every platform, Python and numpy, alone or in a batch.
+All sums are sums of integers, and IEEE 754 defines exactly how the root and the quotient are rounded. Therefore a text
+has the same vector, bit for bit, on every platform, with every version of Python and numpy, alone or in a batch.
 """
 
 from __future__ import annotations
@@ -36,26 +37,27 @@ from embedonce.vectors import Matrix
 api = 1
 
 SIZES: Final = (3, 4)
-"""Lengths of the runs. Measured on docstrings with a fifth of their words edited, 3 and 4 together find as many copies
-as 3 alone (F1 0.92) and keep unrelated texts further apart (mean cosine 0.12, against 0.17). Adding 5 costs time and
-finds no more."""
+"""Numbers of characters in a run. They were compared on copies of docstrings in which a fifth of the words was edited.
+Runs of 3 and 4 together find as many copies as runs of 3 alone (F1 0.92) and keep unrelated texts further apart (mean
+cosine 0.12 instead of 0.17). With runs of 5 in addition, the provider takes longer and finds no more copies."""
 
 SPACE: Final = 0x20
 
-# Python's case folding is used only for Unicode blocks that are complete. Later Unicode versions add cased letters to
-# the others, and a text's vector must not depend on the version of Python.
+# Case is folded only in Unicode blocks that are complete. Later versions of Unicode, and with them later versions of
+# Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""First code point after all that are folded or white space. The last of those is U+3000, the ideographic space."""
+"""First code point after the last one that is folded or white space, which is U+3000, the ideographic space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072
-"""Maximum characters and buckets in a group of texts that is computed at once. A group this small stays in the
-processor's cache: a docstring of 300 characters takes 7 µs, against 11 µs with the whole batch as one group."""
+"""Maximum numbers of characters and of buckets in a group of texts that is embedded in one step. A group this small
+stays in the processor's cache, so that a docstring of 300 characters takes 7 µs. If the whole batch were one group, the
+docstring would take 11 µs."""
 
 
 class NgramProvider:
-    """Embeds texts by hashing their character n-grams. Deterministic, local, symmetric."""
+    """Embeds texts by hashing their character n-grams: deterministic, local, and in the same way for all tasks."""
 
     limits = Limits(max_batch=1024)
 
@@ -63,7 +65,7 @@ class NgramProvider:
         self,
         *,
         dimensions: Annotated[
-            int, Ge(8), Le(8192), Doc("Length of the vectors. Longer vectors distinguish more texts.")
+            int, Ge(8), Le(8192), Doc("Number of dimensions. Vectors with more dimensions distinguish more texts.")
         ] = 256,
     ) -> None:
         if not 8 <= dimensions <= 8192:
@@ -83,7 +85,7 @@ class NgramProvider:
         return self._space
 
     def embed(self, texts: Sequence[str], task: Task) -> Matrix:
-        """Return shape (n, dimensions), float32. Every row has length 1, and no text is refused."""
+        """Return shape (n, dimensions), float32. Every row has unit length, and no text is refused."""
         rows = [_normalize(_count_ngrams(group, self.dimensions)) for group in _split(texts, self.dimensions)]
         return np.concatenate(rows) if rows else np.empty((0, self.dimensions), np.float32)
 
@@ -97,7 +99,7 @@ def embedonce_providers() -> Mapping[str, type[NgramProvider]]:
 
 
 def _split(texts: Sequence[str], dimensions: int) -> Iterator[list[str]]:
-    """Yield the texts in order, in groups. A text that exceeds the limits of a group forms its own."""
+    """Yield the texts in order, in groups. A text that exceeds the limits by itself forms a group of its own."""
     group: list[str] = []
     characters = 0
     for text in texts:
@@ -124,14 +126,14 @@ def _count_ngrams(texts: list[str], dimensions: int) -> NDArray[np.int64]:
         slots += rows[: len(hashes)][is_in_one_text] * (2 * dimensions)
         counts += np.bincount(slots, minlength=counts.size).reshape(counts.shape)
     signed = counts[:, :, 1] - counts[:, :, 0]
-    # A text of n characters has n runs of 3 and n - 1 of 4. Their number is odd, so the signs never cancel out
-    # completely. Only an empty text has no run; its first bucket gets 1.
+    # A text of n characters has n runs of 3 and n - 1 runs of 4. Together they are an odd number, so the signs never
+    # cancel out completely. Only an empty text has no run, so its first bucket is set to 1.
     signed[~signed.any(axis=1), 0] = 1
     return signed
 
 
 def _join(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
-    """Return the folded characters of all texts, each text between two spaces, and per character its text's number."""
+    """Return the folded characters of all texts and, for each character, its text's index. Texts are between spaces."""
     joined = " " + "  ".join(texts) + " "
     codes = np.frombuffer(joined.encode("utf-32-le"), "<u4").astype(np.uint32)
     rows = np.repeat(np.arange(len(texts)), np.fromiter(map(len, texts), np.intp, len(texts)) + 2)
@@ -152,9 +154,10 @@ def _fold(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @cache
 def _folding_table() -> NDArray[np.uint32]:
-    """Return what each code point below :data:`TABLE` becomes: white space a space, a cased letter its lower case.
+    """Return the replacement of each code point below :data:`TABLE`.
 
-    A letter whose lower case is more than one character stays as it is.
+    White space becomes a space, and a cased letter becomes lower case. A letter whose lower case has more than one
+    character stays as it is.
     """
     table = np.arange(TABLE, dtype=np.uint32)
     for code in itertools.chain(*CASED):

@@ -31,16 +31,16 @@ api = 1
 
 OPENAI_URL = "https://api.openai.com/v1"
 RETRY_SECONDS = 60.0
-"""Longest pause of the client before a retry. It does not retry if Retry-After is longer."""
+"""Longest pause of the client before a retry. The client does not retry if Retry-After is longer."""
 
 BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
-"""Ends of host names whose endpoints certainly accept base64."""
+"""Suffixes of host names whose endpoints certainly accept base64."""
 
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
 FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-"""Error codes that come with status 429, although waiting does not help."""
+"""Error codes that come with status 429, although a retry cannot succeed."""
 
 
 class OpenAIProvider:
@@ -57,7 +57,7 @@ class OpenAIProvider:
             str | None, Doc("Default: OPENAI_API_KEY, for Azure AZURE_OPENAI_API_KEY. Needed at the first miss.")
         ] = None,
         dimensions: Annotated[
-            int | None, Gt(0), Doc("Request vectors of this length, if the model supports it.")
+            int | None, Gt(0), Doc("Request vectors with this many dimensions, if the model supports it.")
         ] = None,
         revision: Annotated[str | None, Doc("Version of the model, if its name alone does not tell it.")] = None,
         deployment: Annotated[
@@ -66,7 +66,8 @@ class OpenAIProvider:
         azure_endpoint: Annotated[str | None, Doc("Azure's endpoint, in place of base_url.")] = None,
         api_version: Annotated[str | None, Doc("Azure's api-version. Default: OPENAI_API_VERSION.")] = None,
         endpoint_name: Annotated[
-            str | None, Doc("Replaces the URL in keys, so that several hosts with the same model share them.")
+            str | None,
+            Doc("Name that replaces the URL in keys, so that hosts with the same model share their vectors."),
         ] = None,
         prefixes: Annotated[
             Mapping[str, str] | None, Doc("Text to put before each text, by task: { query = 'query: ' }.")
@@ -86,18 +87,20 @@ class OpenAIProvider:
             Literal["float", "base64"] | None,
             Doc("Format of vectors in answers. Default: base64 for OpenAI and Azure, float for other endpoints."),
         ] = None,
-        batch_size: Annotated[int, Ge(1), Le(2048), Doc("Maximum texts per call.")] = 256,
+        batch_size: Annotated[int, Ge(1), Le(2048), Doc("Maximum number of texts per call.")] = 256,
         max_tokens: Annotated[
-            int, Gt(0), Doc("Maximum tokens per call. Each byte counts as a token, an upper bound.")
+            int,
+            Gt(0),
+            Doc("Maximum number of tokens per call. A text is assumed to have a token per byte, the most possible."),
         ] = 300_000,
-        concurrency: Annotated[int, Ge(1), Doc("Calls in flight at once per batch.")] = 4,
-        max_retries: Annotated[int, Ge(0), Doc("Maximum retries of a failed call.")] = 4,
+        concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
+        max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:
         if not model:
             raise ValueError("model is empty; set it to a name such as text-embedding-3-small")
         if azure_endpoint is not None and base_url is not None:
-            raise ValueError("azure_endpoint and base_url exclude each other; remove one of them")
+            raise ValueError("azure_endpoint and base_url cannot be used together; remove one of them")
         if api_version is not None and azure_endpoint is None:
             raise ValueError("api_version requires azure_endpoint: set azure_endpoint, or remove api_version")
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -131,7 +134,8 @@ class OpenAIProvider:
             max_batch=batch_size,
             max_tokens=max_tokens,
             concurrency=concurrency,
-            # For the whole call: the client's timeout applies to each read, so a body that drips would never end.
+            # This limits the whole call. The client's timeout applies to each read, so it would never end an answer
+            # that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
         self._clients: Clients[openai.OpenAI, openai.AsyncOpenAI] = Clients(
@@ -159,12 +163,13 @@ class OpenAIProvider:
     def count_tokens(self, text: str) -> int:
         """Return the number of bytes in a text. A tokenizer that works on bytes never makes more tokens than that.
 
-        A tokenizer would count fewer and fill calls better, but OpenAI's downloads its tables when first used.
+        A tokenizer would count fewer tokens, so that more texts fit into a call. But OpenAI's tokenizer downloads its
+        tables when it is first used.
         """
         return len(text) if text.isascii() else len(text.encode())
 
     def embed(self, texts: Sequence[str], task: Task) -> Embedded:
-        """Return one vector per text, as the endpoint answers it.
+        """Return one vector per text, exactly as the endpoint returned it.
 
         Raises:
             TextRefused: a text is empty, or too long for the endpoint.
@@ -177,7 +182,7 @@ class OpenAIProvider:
         return read_answer(answer.content, len(texts))
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
-        """Do the same as :meth:`embed`, with the async client of the running loop."""
+        """Async twin of :meth:`embed`, with the async client of the running event loop."""
         request = self._build_request(texts, task)
         client = await self._clients.aget()
         with _translate_too_long(request["input"]):
@@ -264,14 +269,14 @@ def _translate_too_long(texts: Sequence[str]) -> Iterator[None]:
 
 
 def _stop_futile_retries(response: Any) -> None:
-    """Keep the client, which retries every status 429, from retrying one that waiting does not resolve."""
+    """Keep the client from retrying after an error that waiting does not resolve. By default, it retries every 429."""
     if response.status_code == 429:
         response.read()
         _mark_final(response)
 
 
 async def _astop_futile_retries(response: Any) -> None:
-    """Do the same as :func:`_stop_futile_retries`."""
+    """Async twin of :func:`_stop_futile_retries`."""
     if response.status_code == 429:
         await response.aread()
         _mark_final(response)

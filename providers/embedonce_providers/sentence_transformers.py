@@ -39,7 +39,8 @@ if importlib.util.find_spec("sentence_transformers") is None:  # fail at startup
     raise ModuleNotFoundError("No module named 'sentence_transformers'", name="sentence_transformers")
 
 BATCHES: Final = 16
-"""Model batches per call. The model sorts the texts of a call by length, so more texts mean less padding."""
+"""Number of model batches per call. The model sorts the texts of a call by length, so calls with more texts need less
+padding."""
 
 
 class SentenceTransformersProvider:
@@ -55,15 +56,15 @@ class SentenceTransformersProvider:
         device: Annotated[
             str | None, Doc('"cpu", "cuda", "cuda:1" or "mps". Default: the fastest available device.')
         ] = None,
-        batch_size: Annotated[int, Gt(0), Doc("Number of texts that go through the model at once.")] = 32,
+        batch_size: Annotated[int, Gt(0), Doc("Number of texts that the model embeds at the same time.")] = 32,
         dtype: Annotated[
             Literal["auto", "float32", "float16", "bfloat16"],
             Doc('Precision of the weights. "auto" keeps the precision in which they were saved.'),
         ] = "auto",
         truncate_dim: Annotated[
-            int | None, Gt(0), Doc("Keep only this many first values of each vector. Default: the model's setting.")
+            int | None, Gt(0), Doc("Truncate vectors to this many dimensions. Default: the model's setting.")
         ] = None,
-        normalize_embeddings: Annotated[bool, Doc("Scale each vector to length 1.")] = False,
+        normalize_embeddings: Annotated[bool, Doc("Scale each vector to unit length.")] = False,
         query_prompt: Annotated[str | None, Doc("Text to put before each query. Default: the model's prompt.")] = None,
         document_prompt: Annotated[
             str | None, Doc("Text to put before each document. Default: the model's prompt.")
@@ -71,7 +72,9 @@ class SentenceTransformersProvider:
         query_prompt_name: Annotated[str | None, Doc("Name of the model's prompt to use for queries.")] = None,
         document_prompt_name: Annotated[str | None, Doc("Name of the model's prompt to use for documents.")] = None,
         max_length: Annotated[
-            int | None, Gt(0), Doc("Maximum tokens per text, prompt included. Default: the model's limit.")
+            int | None,
+            Gt(0),
+            Doc("Maximum number of tokens per text, including the prompt. Default: the model's limit."),
         ] = None,
         truncate: Annotated[
             Literal["provider", "error"],
@@ -89,7 +92,7 @@ class SentenceTransformersProvider:
             ("document", document_prompt, document_prompt_name),
         ):
             if prompt is not None and prompt_name is not None:
-                raise ConfigError(f"{task}_prompt and {task}_prompt_name exclude each other; remove one of them")
+                raise ConfigError(f"{task}_prompt and {task}_prompt_name cannot be used together; remove one of them")
         self.limits = Limits(max_batch=batch_size * BATCHES)
         self._model_name = os.fspath(model)
         self._revision = revision
@@ -149,7 +152,7 @@ class SentenceTransformersProvider:
             commit, folder = find_snapshot(name, self._revision)
             return _ModelSource(name, commit, folder, is_on_hub=True, description=read_description(folder))
         if self._revision is not None:
-            raise SpaceError("revision applies to models on the hub, and model is a folder; remove revision")
+            raise SpaceError("revision applies only to models on the hub, but model is a folder; remove revision")
         if not is_model(folder):
             raise SpaceError(
                 f"{folder} holds no model: it has neither modules.json nor config.json; set model to a folder that "
@@ -175,7 +178,7 @@ class SentenceTransformersProvider:
                 known = ", ".join(sorted(declared.prompts)) or "none"
                 raise SpaceError(f"the model has no prompt named {name!r}; its prompts: {known}")
             return declared.prompts[name]
-        # The same choice as in encode_query and encode_document. If the model has no prompt of that name, they use "".
+        # This is how the library's encode_query and encode_document choose. Without a prompt of that name, they use "".
         return declared.prompts.get(task, "" if task in self._prompts else declared.default_prompt)
 
     # --- vectors ------------------------------------------------------------------------------
@@ -184,10 +187,10 @@ class SentenceTransformersProvider:
         """Return shape (n, dimensions). The dtype is the model's, mostly float32.
 
         Raises:
-            TextRefused: a text is too long and ``truncate = "error"``, or the model knows no word of it.
+            TextRefused: a text is too long and ``truncate = "error"``, or the model knows none of its words.
         """
         prompt = self._find_prompt(task)
-        # One call at a time: torch uses every core for one call, and two threads must not share a tokenizer.
+        # Only one call at a time, because torch uses every core for one call, and threads must not share a tokenizer.
         with self._lock:
             model = self._get_model()
             if self._truncate == "error":
@@ -213,8 +216,8 @@ class SentenceTransformersProvider:
 
     def _get_model(self) -> SentenceTransformer:
         if self._was_forked:
-            # OpenMP's threads exist only in the parent, and a child that uses them waits for ever. With one thread,
-            # the child computes on one core.
+            # OpenMP's threads exist only in the parent, and a child that used them would wait for them forever. So the
+            # child uses one thread, and thus only one core.
             sys.modules["torch"].set_num_threads(1)
             self._was_forked = False
         if self._model is None:
@@ -249,7 +252,7 @@ class SentenceTransformersProvider:
 
 @dataclass(frozen=True, slots=True)
 class _ModelSource:
-    """Where a model comes from, and what its files say about it."""
+    """The origin of a model, and its properties according to its files."""
 
     model: str
     """The model's name in the vector space."""
@@ -263,8 +266,8 @@ class _ModelSource:
 def _import_library() -> tuple[type[SentenceTransformer], str]:
     """Import the library; return its class, and the name of transformers' option for the weights' dtype.
 
-    The import runs in its own thread, because Ctrl-C does not reach it there: torch cannot be imported again in a
-    process in which its import was interrupted.
+    The import runs in its own thread, so that Ctrl-C does not interrupt it. After an interrupted import, torch could
+    not be imported again in the same process.
     """
     imported: list[tuple[type[SentenceTransformer], str]] = []
     failed: list[BaseException] = []
@@ -289,7 +292,7 @@ def _import_library() -> tuple[type[SentenceTransformer], str]:
 def _load_from_hub(
     cls: type[SentenceTransformer], source: _ModelSource, options: Mapping[str, Any]
 ) -> SentenceTransformer:
-    """Load a commit, without the network if the local cache has all of its files."""
+    """Load the model at a commit. This uses no network if the local cache has all of the files."""
     has_weights = any(source.folder.rglob("*.safetensors")) or any(source.folder.rglob("pytorch_model*.bin"))
     if has_weights:
         try:

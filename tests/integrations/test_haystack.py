@@ -772,7 +772,7 @@ def test_what_cannot_be_wrapped_is_refused(make: Callable[[], Any], why: str) ->
 def test_an_embedder_without_a_description_is_refused_until_declared() -> None:
     with pytest.raises(SpaceError, match="pass meta_fields_to_embed to CachedDocumentEmbedder"):
         CachedDocumentEmbedder(Bare(), config=MEMORY)
-    with pytest.raises(SpaceError, match="declare what decides its vectors: space="):
+    with pytest.raises(SpaceError, match="declare what determines its vectors: space="):
         CachedDocumentEmbedder(Bare(), config=MEMORY, meta_fields_to_embed=[]).run(documents=[])
     inner = Bare()
     embedder = CachedDocumentEmbedder(inner, config=MEMORY, space={"model": "bare"}, meta_fields_to_embed=["title"])

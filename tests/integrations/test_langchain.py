@@ -230,7 +230,7 @@ def test_the_provider_of_the_configuration_is_used() -> None:
     rows = cached.embed_documents(["one", "two", "one"])
     assert rows[0] == rows[2] == cached.embed_query("one")
     assert cached.cache.stats().providers["ngram"].texts == 2
-    with pytest.raises(TypeError, match=r"accept no chunk_size"):
+    with pytest.raises(TypeError, match=r"do not accept the arguments chunk_size"):
         cached.embed_query("one", chunk_size=2)
     with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
         CachedEmbeddings(config=NGRAM, space={"model": "m"})

@@ -494,7 +494,7 @@ def test_a_pickled_model_shares_the_cache_again(openai: OpenAI, tmp_path: Path) 
 
 def test_a_model_that_pickling_changes_is_refused(openai: OpenAI) -> None:
     cached = CachedEmbedding(openai(model="davinci", mode="similarity"), config=memory_config())
-    with pytest.raises(SpaceError, match="would make other vectors in another process"):
+    with pytest.raises(SpaceError, match="would make different vectors in another process"):
         pickle.dumps(cached)
 
 

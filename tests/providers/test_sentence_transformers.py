@@ -387,7 +387,7 @@ def test_folders_without_a_model_are_errors(minilm_path: Path, tmp_path: Path) -
 
 
 def test_invalid_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="cannot be used together"):
         SentenceTransformersProvider(model="m", query_prompt="q", query_prompt_name="query")
     with pytest.raises(ConfigError, match="model is empty"):
         SentenceTransformersProvider(model="")

@@ -1,4 +1,4 @@
-"""The disk tier: frames in one SQLite file of a folder, in diskcache's layout, shared by the processes of a host.
+"""The disk tier: frames in one SQLite file, which has diskcache's layout and is shared by the processes of a host.
 
 Neither values nor keys are ever pickled or unpickled. ``docs/disk.md`` describes eviction, and what happens when a
 process is killed or the disk is full.
@@ -53,27 +53,29 @@ MIN_FILE_BYTES = 2**20
 CHUNK_KEYS = 512
 """Maximum number of keys per statement; the deadline is checked between statements."""
 PAGE_BYTES = 8192
-"""Page size of the file. Smaller pages waste space with frames of 1.6 kB; larger ones write more for a random key."""
+"""Page size of the file in bytes. Smaller pages would waste space if a frame has 1.6 kB. With larger pages, SQLite
+would write more bytes to store a random key."""
 LOG_BYTES = 2**25
-"""Size above which SQLite's log is written back and emptied."""
+"""Size in bytes above which SQLite's log is written back and emptied."""
 MODE_RAW: Final = 1
-"""diskcache's ``mode`` for a value that is stored in the table itself; this backend writes no other."""
+"""diskcache's ``mode`` for a value that is stored in the table itself; this backend writes no other mode."""
 
 ALWAYS_INLINE = 2**31 - 1
-"""diskcache's ``min_file_size``, set so high that no value is stored in a file beside the database."""
+"""diskcache's ``min_file_size``, set so high that no value is stored in a file of its own."""
 
-# All settings of diskcache, so that no setting that somebody else wrote into the table is used.
+# This sets all settings of diskcache. It would read a missing one from the table, where others may have written it.
 SETTINGS: Mapping[str, str | int] = {
     **diskcache.DEFAULT_SETTINGS,
     "statistics": 0,
     "tag_index": 0,
-    # This backend evicts by itself, oldest entry first: rowids give that order without an index.
+    # diskcache evicts nothing, because this backend evicts the oldest entries itself. The rowids are in the order of
+    # storing, so this needs no index.
     "eviction_policy": "none",
     "cull_limit": 0,
     "sqlite_auto_vacuum": 2,
     "sqlite_cache_size": -16384,
     "sqlite_journal_mode": "wal",
-    # Without mmap, an unreadable page or a truncated file is an error; with it, the process would be killed.
+    # Without mmap, an unreadable page or a truncated file causes an error. With mmap, it would kill the process.
     "sqlite_mmap_size": 0,
     "sqlite_synchronous": 1,
     "disk_min_file_size": ALWAYS_INLINE,
@@ -92,7 +94,7 @@ SCHEMA_OBJECTS = {
 }
 """Tables, indexes and triggers that diskcache makes in the database, besides the table Settings."""
 
-# These only work before the first table is made. Later, setting auto_vacuum would write to the file.
+# These pragmas only work before the first table is made. After that, setting auto_vacuum would only write to the file.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
 PRAGMAS = (
     "journal_mode = WAL",
@@ -127,7 +129,8 @@ _EXPIRE = (
     "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)"
 )
 _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
-# Keys are read as bytes, as a planted key may be invalid UTF-8. The unary plus keeps CAST from affecting comparisons.
+# Keys are read as bytes, because a planted key may be invalid UTF-8. Without the unary plus, CAST would change how
+# SQLite compares the values.
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
@@ -167,7 +170,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         return value
 
     def remove(self, file_path: str) -> None:
-        """Do nothing: no value is stored in a file, and a planted file name may point anywhere."""
+        """Do nothing. No value is stored in a file, and a planted file name could make this method delete any file."""
 
 
 def _refuse(column: str) -> NoReturn:
@@ -175,7 +178,7 @@ def _refuse(column: str) -> NoReturn:
 
 
 class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """Makes diskcache's tables and triggers through our connection. None of its other methods is used."""
+    """Makes diskcache's tables and triggers through our connection. None of diskcache's other methods is used."""
 
     def __init__(self, folder: Path, connection: Connection, settings: Mapping[str, Any]) -> None:
         self._connection = connection
@@ -190,13 +193,13 @@ class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
         return lambda statement, *values: retry_while_locked(lambda: self._connection.execute(statement, *values))
 
     def reset(self, key: str, value: Any = diskcache.ENOVAL, update: bool = True) -> Any:
-        """Store a setting. Pragmas are ignored: ``_File`` sets them, never from values of the table."""
+        """Store a setting. Pragmas are ignored, because ``_File`` sets them and never reads them from the table."""
         if key.startswith("sqlite_"):
             return value
         return super().reset(key, value, update)
 
     def close(self) -> None:
-        """Do nothing: the connection belongs to its owner."""
+        """Do nothing, because the connection belongs to the caller."""
 
 
 class _File:
@@ -209,7 +212,7 @@ class _File:
         self.is_made = False
 
     def connect(self) -> Connection:
-        """Open a connection; the first time, make the folder and the tables if they are missing."""
+        """Open a connection. The first call also makes the folder and the tables if they are missing."""
         if not self.is_made:
             _check_folder(self.folder)
             _make_folder(self.folder)
@@ -232,7 +235,8 @@ class _File:
             return 0
 
     def _open(self) -> Connection:
-        # With mode=rw, a removed file is an error, and the next call makes it again. The default makes an empty one.
+        # With mode=rw, opening a removed file raises an error, and the next call makes the file again with its tables.
+        # The default mode would make an empty file.
         connection = sqlite3.connect(
             self.path.as_uri() + "?mode=rw",
             uri=True,
@@ -252,7 +256,10 @@ class _File:
         return connection
 
     def _make_tables(self, connection: Connection) -> None:
-        """Make the tables, unless all is as expected: a file can then be opened while the disk is full or locked."""
+        """Make the tables, unless all of them are as expected.
+
+        In that case nothing is written, so the file can be opened while the disk is full or the database is locked.
+        """
         settings = {**SETTINGS, "size_limit": self.max_bytes}
         existing = {name for (name,) in fetch_rows(connection, "SELECT name FROM sqlite_master")}
         if "Settings" in existing:
@@ -273,7 +280,7 @@ def _check_folder(folder: Path) -> None:
     """
     try:
         found = folder.stat()
-    except OSError:  # missing or inaccessible: the attempt to make it will report the problem
+    except OSError:  # missing or inaccessible; making the folder will report the problem
         return
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{folder} is not a folder; set the disk tier's path to a folder of its own")
@@ -287,14 +294,14 @@ def _find_permission_problem(owner: int, mode: int, user: int) -> str | None:
     """Return why a folder is unsafe for ``user``, or None if it is safe."""
     if mode & stat.S_IWOTH:
         return "is writable by every user; run `chmod o-w` on it, or give the disk tier another path"
-    # Root may use any user's folder: in a container, root often gets folders that belong to users of the host.
+    # Root may use any user's folder, because in a container, root often gets folders that belong to users of the host.
     if user not in (0, owner) and owner != 0:
         return f"belongs to another user (uid {owner}); give the disk tier a path of your own"
     return None
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, accessible to this user only, whatever the umask."""
+    """Make a folder and its missing parents, accessible to this user only, whatever the umask is."""
     missing = [folder]
     missing.extend(parent for parent in folder.parents if not parent.exists())
     for path in reversed(missing):
@@ -364,10 +371,10 @@ class DiskBackend:
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
         """Return the frames that are stored under ``keys``, with one query per 512 keys.
 
-        A value that is not bytes, because this backend did not write it, is returned as ``b""``, which is no valid
-        frame, so the tier counts it as corrupt.
+        A value that is not bytes was not written by this backend. It is returned as ``b""``, which is not a valid
+        frame, so that the tier counts it as corrupt.
         """
-        if len(keys) == 1:  # the query for one key takes a third of the time
+        if len(keys) == 1:  # the query for a single key takes only a third of the time
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
         found: dict[str, bytes] = {}
@@ -416,7 +423,10 @@ class DiskBackend:
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys and overwrite their data in the file and, unless a reader prevents it, in its log."""
+        """Remove the keys and overwrite their data in the file.
+
+        The log may contain the data, too. It is emptied afterwards, unless a reader prevents that.
+        """
         for start in range(0, len(keys), CHUNK_KEYS):
             with self._open_transaction() as connection:
                 fetch_rows(connection, _DELETE, (json.dumps(list(keys[start : start + CHUNK_KEYS])),))
@@ -426,7 +436,7 @@ class DiskBackend:
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, in order, including expired ones that still take space.
 
-        Nothing stays open between pages, so keys that are stored or removed during the scan may be missing or listed.
+        Nothing stays open between pages. A key that is stored or removed during the scan may or may not be listed.
         """
         start, end = prefix.encode(), _find_prefix_end(prefix)
         while True:
@@ -443,7 +453,7 @@ class DiskBackend:
         return int(count)
 
     def close(self) -> None:
-        """Close the file; a connection that a call in another thread uses is closed when that call ends."""
+        """Close the file. A connection that a call in another thread uses is closed when that call ends."""
         self._connections.close()
 
     # --- one call ---
@@ -482,7 +492,7 @@ class DiskBackend:
                     self._connections.give(connection, is_reusable=not connection.in_transaction)
 
     def _handle_error(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
-        """Return the exception to raise, and make the next call open the file again unless this is a timeout."""
+        """Return the exception to raise. Unless it is a timeout, make the next call open the file again."""
         if get_primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
             # The file may have been removed or replaced.
             self._file.is_made = False
@@ -517,10 +527,11 @@ class DiskBackend:
             The number of entries that were evicted before they expired.
 
         Raises:
-            OSError: more has to be evicted than the call has time for. The evictions so far are kept.
+            OSError: the call has no time left to evict as much as is needed. The evictions so far are kept.
         """
         connection.execute(_EXPIRE, (self.clock(), 2 * len(items) + 64))
-        # A row stores its key twice, and pages are not full: at the usual sizes this adds 30 to 40 %.
+        # At the usual sizes, a row takes 30 to 40 % more than its value, because it stores its key twice and pages are
+        # not full.
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
@@ -532,7 +543,9 @@ class DiskBackend:
             if time.monotonic() > until:
                 connection.execute("COMMIT")
                 raise OSError(
-                    errno.ENOSPC, "larger than max_bytes; the next writes continue to evict", str(self._file.path)
+                    errno.ENOSPC,
+                    "the file exceeds max_bytes; the next writes continue to evict",
+                    str(self._file.path),
                 )
         return evicted
 
@@ -541,7 +554,7 @@ class DiskBackend:
         return int((pages - free) * size)
 
     def _limit_log(self) -> None:
-        """Empty the log if it is too long. SQLite does not do so by itself while readers overlap."""
+        """Empty the log if it is too long. SQLite does not do so by itself while there is always a reader."""
         if self._file.get_log_bytes() > LOG_BYTES:
             self._call_with_connection(_truncate_log)
 
@@ -555,7 +568,7 @@ class DiskBackend:
         self._has_warned = True
         log.warning(
             "%s has reached max_bytes (%d); evicting the oldest entries. "
-            "Raise max_bytes to keep them, or they will be computed again",
+            "Raise max_bytes to keep them; otherwise, evicted texts will be embedded again",
             self.path,
             self.max_bytes,
         )
@@ -564,8 +577,8 @@ class DiskBackend:
 def _truncate_log(connection: Connection) -> None:
     """Write the log back into the file and empty it.
 
-    Waits up to 0.25 s for active readers; new ones read the main file. If that is not enough, the log simply stays
-    until the next time.
+    This waits up to 0.25 s for the active readers. New readers do not delay it, because they read the main file. If an
+    active reader takes longer, the log stays as it is until the next attempt.
     """
     wait = int(1000 * min(0.25, get_remaining_seconds() / 2))
     connection.execute(f"PRAGMA busy_timeout = {wait}")
@@ -576,14 +589,15 @@ def _truncate_log(connection: Connection) -> None:
 
 
 def _release_pages(connection: Connection, max_bytes: int | None) -> None:
-    """Give free pages back to the file system, as far as they exceed ``max_bytes`` or, if None, a quarter of the file.
+    """Give free pages back to the file system.
 
-    At most 1,000 pages per call, because each may have to be moved.
+    With ``max_bytes``, these are the free pages that make the file larger than that. With None, they are the free pages
+    beyond a quarter of the file. One call gives back at most 1,000 pages, because SQLite may have to move each of them.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)
     if excess > 0:
-        # executescript, because `execute` would end this statement after its first page.
+        # This uses executescript, because `execute` would stop the statement after the first page.
         retry_while_locked(lambda: connection.executescript(f"PRAGMA incremental_vacuum({min(excess, 1000)})"))
 
 

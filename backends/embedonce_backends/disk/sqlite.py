@@ -1,4 +1,4 @@
-"""Connections to one SQLite file: shared by threads, closed before a fork, and never waiting beyond a deadline."""
+"""Connections to one SQLite file. Threads share them, a fork closes them first, and calls end by their deadline."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FORK_SECONDS = 5.0
 """Seconds that a fork waits for the calls that are in flight in other threads."""
 
 MAX_IDLE = 4
-"""Maximum number of connections that stay open between calls; each has a page cache."""
+"""Maximum number of connections that stay open between calls. Each of them keeps a page cache in memory."""
 
 PROGRESS_STEPS = 100_000
-"""Steps of SQLite's virtual machine between two checks of the deadline; they take under a millisecond."""
+"""Number of steps of SQLite's virtual machine between two checks of the deadline. They take less than a millisecond."""
 
 
 FORKED = (
@@ -49,10 +49,10 @@ class Connection(sqlite3.Connection):
     """A connection that belongs to a generation of the file's connections."""
 
     generation = 0
-    """The number of :meth:`Connections.renew` calls before it was opened."""
+    """Number of :meth:`Connections.renew` calls before this connection was opened."""
 
     def close(self) -> None:
-        """Close the connection; in a forked child that must not use its parent's connections, only put it aside."""
+        """Close the connection. In a forked child that must not use its parent's connections, only put it aside."""
         if _is_stranded:
             _abandoned.append(self)
             return
@@ -126,7 +126,7 @@ def explain_error(error: Exception, file: Path) -> Exception:
         return OSError(errno.EIO, f"cannot read or write ({error})", str(file))
     # SQLite's message may quote a damaged schema; Python may then fail to decode the message.
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
-        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and its entries will be computed again")
+        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and its texts will be embedded again")
     return error
 
 
@@ -166,7 +166,7 @@ class Connections:
         self._lock = threading.RLock()
         self._open_lock = threading.Lock()
         self.write_lock = threading.RLock()
-        """Lock of the one thread of this process that writes. Threads wait for it; processes poll SQLite's lock."""
+        """Lock of the one thread of this process that may write. Other processes have to poll SQLite's own lock."""
 
     def take(self) -> Connection:
         """Return a connection that only this call uses until :meth:`give`.
@@ -184,7 +184,7 @@ class Connections:
                     return self._idle.pop()
                 generation = self._generation
             with hold_lock(self._open_lock):
-                if _forking_threads:  # a fork waits for this lock, so it never happens while a file is being opened
+                if _forking_threads:  # a fork waits for this lock, so none happens while a file is being opened
                     continue
                 connection = self._connect()
                 connection.generation = generation
@@ -196,7 +196,8 @@ class Connections:
         if _forking_threads:
             end = time.monotonic() + get_remaining_seconds()
             while _forking_threads:
-                # The forking thread itself may make calls, for example in a signal handler; waiting would never end.
+                # The forking thread itself may make calls, for example in a signal handler. It would wait for
+                # itself.
                 if threading.get_ident() in _forking_threads or time.monotonic() >= end:
                     raise TierTimeout("this process is forking")
                 time.sleep(0.001)
@@ -238,7 +239,7 @@ class Connections:
         self.renew()
 
     def wait_until_unused(self, until: float) -> bool:
-        """Wait until no call opens, uses or closes a connection; return False if the time ``until`` came first."""
+        """Wait until no call opens, uses or closes a connection; return False if that takes longer than ``until``."""
         while self._open_lock.locked() or self._is_lending(until):
             if time.monotonic() >= until:
                 return False
@@ -246,7 +247,7 @@ class Connections:
         return True
 
     def _is_lending(self, until: float) -> bool:
-        # With a timeout, because a signal handler may fork while its own thread holds the lock.
+        # The timeout keeps a fork from waiting longer than `until` for a thread that holds the lock.
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             return True
         try:
@@ -255,7 +256,7 @@ class Connections:
             self._lock.release()
 
     def has_open(self) -> bool:
-        """Return whether a connection is open or being opened; in a child, whether one was when it was forked."""
+        """Return whether a connection is open or being opened; in a child, whether that was so when it was forked."""
         return bool(self._lent or self._idle) or self._open_lock.locked()
 
     def restart(self) -> None:
@@ -265,25 +266,26 @@ class Connections:
         self._reset_locks()
 
 
-# SQLite keeps a table of its POSIX locks in the process. A forked child inherits the table but not the locks, so its
-# own connections to the same file would rely on locks that it does not hold, and lose writes. The child also inherits
-# SQLite's mutexes, which are global to the library: one that another thread held stays locked forever. Therefore a
-# fork closes every connection of every backend first, and waits for those that are being opened or closed. If that
-# fails, the child must not use SQLite at all.
+# SQLite keeps a table of its POSIX locks in the memory of the process. A forked child inherits the table but not the
+# locks. The child's own connections to the same file would rely on locks that the child does not hold, and writes
+# would be lost. The child also inherits SQLite's mutexes, which are global to the library. A mutex that another thread
+# held during the fork would stay locked in the child forever. To avoid both, every connection of every backend is
+# closed before a fork, and the fork waits for connections that are being opened or closed. If this takes too long, the
+# fork happens anyway, and the child must not use SQLite at all.
 #
-# A fork holds no lock while it waits, and its wait is limited. So it always ends: in a signal handler, in a finalizer,
-# beside another fork, and in the middle of a call. The child itself decides whether it may use SQLite, from what was
-# open at the moment of the fork; it does not matter why the parent could not close it.
+# A fork holds no lock while it waits, and the wait has a time limit. So a fork always ends, even in a signal handler,
+# in a finalizer, at the same time as another fork, or in the middle of a call. The child decides whether it may use
+# SQLite: it must not if a connection was open at the moment of the fork, for whatever reason.
 
 _all: set[ref[Connections]] = set()
 _forking_threads: list[int] = []
-"""Ids of the threads that are forking. While there is one, no backend opens or lends a connection, not even a new
-backend."""
+"""Ids of the threads that are forking. While there is one, no backend opens or lends a connection, not even a
+backend that is made in the meantime."""
 _close_lock = threading.RLock()
 _is_stranded = False
 """Whether this process is a child that was forked while SQLite was in use, and so must not use SQLite."""
 _abandoned: list[Connection] = []
-"""The parent's connections in a forked child. They are kept, because collecting one would close it."""
+"""The parent's connections in a forked child. They are kept, because the garbage collector would close them."""
 
 
 def _list_alive() -> list[Connections]:
@@ -293,12 +295,12 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # List the backends only after that: one that is made later sees that a fork is in progress.
+    # List the backends only now, because every backend that is made from now on sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:
             connections.renew()
-        # Another thread may have started to close a backend, which a fork does not prevent.
+        # Wait again, because another thread may have started to close a backend meanwhile.
         all(connections.wait_until_unused(until) for connections in everyone)
 
 

@@ -47,7 +47,7 @@ LAST_DATE = 2**31 - 1
 
 
 class _NodeSkipped(NodeDown):
-    """A node was not asked, because it failed a moment ago."""
+    """The failure of a node that was not asked, because it had failed a moment before."""
 
 
 class MemcachedBackend:
@@ -60,8 +60,8 @@ class MemcachedBackend:
             list[str],
             MinLen(1),
             Doc(
-                "Nodes: host:port, or the path of a Unix socket. "
-                "All processes that share the nodes must write them in the same way."
+                "Nodes, each as host:port or as the path of a Unix socket. All processes that share the nodes must "
+                "spell them in the same way, because the spelling determines which node holds a key."
             ),
         ],
         prefix: Annotated[str, Doc("Text put before every key.")] = "",
@@ -87,7 +87,7 @@ class MemcachedBackend:
             bounded=True,
         )
         self.clock: Callable[[], float] = time.time
-        """Function that returns the Unix time in seconds; it is used for a ttl above thirty days."""
+        """Function that returns the Unix time in seconds. It is used if a ttl is longer than thirty days."""
         self._nodes = {
             name: Node(name, prefix=prefix, max_connections=max_connections, is_only_node=len(names) == 1)
             for name in names
@@ -101,9 +101,9 @@ class MemcachedBackend:
         """Return the frames that are stored under ``keys``, with one ``get`` per node.
 
         Raises:
-            PartialAnswer: some nodes did not answer; it contains what the others returned.
+            PartialAnswer: some nodes did not answer; ``answer`` has what the others returned.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
-            Exception: an error of pymemcache or of the socket; no node is up.
+            Exception: no node is up; this is an error of pymemcache or of the socket.
         """
         found: dict[str, bytes] = {}
         parts = self._group_keys(keys)
@@ -136,12 +136,13 @@ class MemcachedBackend:
         """Store the items whose key is missing, with one round trip per node, and return those keys.
 
         Raises:
-            PartialAnswer: some nodes did not answer; it contains the keys that the others stored.
+            PartialAnswer: some nodes did not answer; ``answer`` has the keys that the others stored.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
         """
         expire = self._make_exptime(ttl)
         parts = self._group_items(items)
-        # No retry: if only the reply was lost, the key is stored, and a second try would say that another caller won.
+        # There is no retry. If only the reply was lost, the key is already stored, and a retry would report that
+        # another caller stored it.
         answers, failures = self._call_nodes(
             parts, lambda connection, part: connection.add_all(part, expire), may_retry=False
         )
@@ -151,7 +152,7 @@ class MemcachedBackend:
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys, with one round trip per node. Nodes that are down are asked, too.
+        """Remove the keys, with one round trip per node. Nodes that seem to be down are asked, too.
 
         Raises:
             Exception: the error of a node that failed; the other nodes have removed their keys.
@@ -162,7 +163,7 @@ class MemcachedBackend:
             raise error
 
     def describe(self) -> str:
-        """Ask all nodes, and return how many there are and which do not answer."""
+        """Ask all nodes, and return a text that says how many there are and which of them do not answer."""
         nodes = dict.fromkeys(self._nodes.values())
         _, failures = self._call_nodes(nodes, lambda connection, _: connection.version(), include_down=True)
         silent = "".join(f"; {node.name} does not answer ({type(e).__name__})" for node, e in failures.items())
@@ -207,7 +208,7 @@ class MemcachedBackend:
         may_retry: bool = True,
         include_down: bool = False,
     ) -> tuple[list[R], dict[Node, Exception]]:
-        """Make the call on each node with its part; return the answers, and the errors by node.
+        """Call each node with its part of the keys or items. Return the results, and the errors by node.
 
         Nodes that are down are skipped while another node is up. If no node is up, all are asked, because then the
         tier's breaker decides when to skip them.
@@ -226,7 +227,7 @@ class MemcachedBackend:
             try:
                 with deadline(seconds):
                     answers.append(node.run(call, part, may_retry=may_retry))
-            except Exception as error:  # noqa: BLE001  (the caller raises it, alone or with the others' answers)
+            except Exception as error:  # noqa: BLE001  (the caller raises it, or puts it into a PartialAnswer)
                 failures[node] = error
                 if is_node_failure(error):
                     node.mark_failed(error)
@@ -235,10 +236,10 @@ class MemcachedBackend:
         return answers, failures
 
     def _get_node_time(self, nodes: int) -> float | None:
-        """Return the seconds that the next node may take if ``nodes`` are still to be asked.
+        """Return the seconds that the next node may take if ``nodes`` nodes, including this one, are still to be asked.
 
-        The time is divided by one more than ``nodes``, so that the call ends before its deadline and returns what the
-        other nodes answered.
+        The remaining time is divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and
+        can return what the other nodes sent.
         """
         left = time_left()
         return left if left is None or len(self._nodes) == 1 else left / (nodes + 1)
@@ -256,7 +257,7 @@ class MemcachedBackend:
         """Raise an exception if a node failed.
 
         Raises:
-            PartialAnswer: some nodes failed; it contains ``answer``, the result of the others.
+            PartialAnswer: some nodes failed; it contains ``answer``, the result from the other nodes.
             NodeDown: every node that was asked failed, but other nodes are up.
             Exception: no node is up; this is the first error.
         """
@@ -299,7 +300,7 @@ def _normalize_server(server: object, index: int) -> str:
 
 
 def _hash_key(text: str, seed: int) -> int:
-    # pymemcache's own hash, murmur3 in pure Python, is slow.
+    # pymemcache's own hash function is slow, because it is murmur3 in pure Python.
     return xxh3_64_intdigest(text.encode(), seed)
 
 

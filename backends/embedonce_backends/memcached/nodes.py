@@ -29,14 +29,15 @@ R = TypeVar("R")
 log = logging.getLogger("embedonce.memcached")
 
 RECEIVE_BYTES = 24 * 1024
-"""Bytes to read from a socket at once. pymemcache reads 4 KiB, and copies the unparsed rest with every value. Reading
-fewer bytes needs more calls; reading more makes larger copies. Measured for 384 to 3,072 dimensions."""
+"""Maximum number of bytes per read from a socket. Whenever pymemcache parses a value, it copies the rest of what it has
+read. So larger reads make larger copies, and smaller ones (pymemcache's own have 4 KiB) need more calls. This size was
+chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a failed node is skipped: the first time, and at most. They double with each further failure."""
+"""Seconds for which a node is skipped after its first failure, and the maximum. Each further failure doubles them."""
 PROBE_SECONDS = 30.0
-"""Seconds after which a probe of a failed node is given up as lost, so that another call may probe it."""
+"""Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 
 _now = time.monotonic
 
@@ -73,17 +74,17 @@ class _Socket(socket.socket):
 
 
 def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> list[Any]:
-    """Return the result of ``socket.getaddrinfo`` with IPv4 first; a name lookup ends by the deadline."""
+    """Return the result of ``socket.getaddrinfo`` with IPv4 first. A name lookup ends by the deadline."""
     try:
         found = socket.getaddrinfo(host, port, family, kind, protocol, socket.AI_NUMERICHOST)
-    except socket.gaierror:  # not a number but a name
+    except socket.gaierror:  # the host is a name, not a number
         found = _call_in_thread(lambda: socket.getaddrinfo(host, port, family, kind, protocol))
     # pymemcache tries only the first address, and memcached listens on IPv4 by default.
     return sorted(found, key=lambda info: info[0] != socket.AF_INET)
 
 
 def _call_in_thread(look_up: Callable[[], R]) -> R:
-    """Return ``look_up()``, called in a thread that is abandoned at the deadline."""
+    """Return the result of ``look_up``. It runs in a thread that is abandoned at the deadline."""
     future: Future[R] = Future()
 
     def run() -> None:
@@ -105,7 +106,7 @@ _SOCKET_MODULE: Any = SimpleNamespace(**{**vars(socket), "socket": _Socket, "get
 class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
     """One connection. Each method makes one round trip for all of its keys and waits for all replies.
 
-    An error or an unexpected reply closes the connection, so that no later call reads a reply that is not its own.
+    An error or an unexpected reply closes the connection, so that no later call reads the reply to an earlier one.
     """
 
     def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
@@ -120,13 +121,16 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
         return refused  # type: ignore[no-any-return]
 
     def add_all(self, items: Mapping[str, bytes], expire: int) -> set[str]:
-        """Store the items whose key is missing and return those keys. (pymemcache's ``add`` takes only one key.)"""
+        """Store the items whose key is missing and return those keys.
+
+        This does not use pymemcache's ``add``, which takes only one key.
+        """
         values: Any = items
         stored: Any = self._store_cmd(b"add", values, expire, False)
         return {key for key in items if stored[key]}
 
     def delete_all(self, keys: Iterable[str]) -> None:
-        """Remove the keys. (pymemcache's ``delete_many`` accepts any reply as a success.)"""
+        """Remove the keys. This does not use pymemcache's ``delete_many``, which takes any reply for a success."""
         commands = [b"delete %b\r\n" % self.check_key(key, self.key_prefix) for key in keys]
         replies = self._misc_cmd(commands, b"delete", False)
         if not {b"DELETED", b"NOT_FOUND"}.issuperset(replies):
@@ -138,7 +142,7 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
 
 
 class Node:
-    """One memcached server: its connections, and whether it answers."""
+    """One memcached server, with its connections and the state of its health."""
 
     def __init__(self, name: str, *, prefix: str, max_connections: int, is_only_node: bool) -> None:
         self.name = name
@@ -150,7 +154,7 @@ class Node:
         self.reset()
 
     def reset(self) -> None:
-        """Close all connections and forget failures, as a forked child has to: the connections are the parent's."""
+        """Close all connections and forget failures. A forked child must not use its parent's connections."""
         idle, self._idle = self._idle, []
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self._max_connections)
@@ -162,7 +166,7 @@ class Node:
             connection.close()
 
     def run(self, call: Callable[[Connection, P], R], part: P, *, may_retry: bool) -> R:
-        """Return ``call(connection, part)`` with a connection that only this call uses; an error closes it.
+        """Return ``call(connection, part)`` with a connection that only this call uses. An error closes the connection.
 
         The server may have closed an idle connection, for example in a restart. With ``may_retry``, the call is then
         made again with a new connection.
@@ -225,10 +229,10 @@ class Node:
         self._closed = True
         self._drop_idle()
 
-    # whether it answers
+    # is the node up?
 
     def admits_call(self) -> bool:
-        """Return whether a call may use the node: it is up, or it is time for one call to probe it."""
+        """Return whether a call may use the node, because it is up or because it is time for one call to probe it."""
         if self.is_up:
             return True
         with self._lock:
@@ -239,11 +243,11 @@ class Node:
             return True
 
     def mark_failed(self, error: Exception) -> None:
-        """Skip the node for a while, longer after each failure."""
+        """Skip the node for a while, which gets longer with each failure."""
         with self._lock:
             now = _now()
             was_up, self.is_up = self.is_up, False
-            if was_up or now >= self._skip_until:  # calls in flight at the same time fail, too, but count once
+            if was_up or now >= self._skip_until:  # of several calls that fail at the same time, only one counts
                 self._wait_seconds = min(LONGEST_WAIT, self._wait_seconds * 2 or FIRST_WAIT)
                 self._skip_until = now + self._wait_seconds * random.uniform(0.75, 1.25)
                 self._probe_until = 0.0
@@ -264,7 +268,7 @@ class Node:
 
 
 def is_node_failure(error: Exception) -> bool:
-    """Return whether an error means that the node is down, which a refusal by the server and a full pool do not."""
+    """Return whether an error means that the node is down. A refusal by the server or an exhausted pool does not."""
     if isinstance(error, MemcacheUnexpectedCloseError):
         return True
     return not isinstance(error, TierBusy | MemcacheServerError | MemcacheClientError)

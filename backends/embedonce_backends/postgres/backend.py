@@ -32,7 +32,7 @@ log = logging.getLogger("embedonce.postgres")
 SCAN_PAGE_KEYS = 5000
 """Number of keys that a scan reads per query."""
 SWEEP_EVERY = 1000
-"""Number of written rows after which expired rows are deleted; the first write deletes some, too."""
+"""Number of written rows after which expired rows are deleted. The first write of a backend also deletes some."""
 MAX_NAME_BYTES = 63
 """Maximum length of a table's or schema's name in bytes; Postgres truncates longer names."""
 
@@ -89,7 +89,7 @@ class PostgresBackend:
             text_preview=text_preview,
         )
         self.clock_offset = 0.0
-        """Seconds that are added to the server's clock, with which a ttl is measured. Tests use it to pass time."""
+        """Seconds that are added to the server's clock, which measures each ttl. Tests use them to pass time."""
         self._pool = Pool(self._parameters, max_connections)
         self.known_statements: Statements | None = None
         """The statements for the table, or None until the table has been inspected."""
@@ -158,10 +158,10 @@ class PostgresBackend:
     def migrate(self) -> str:
         """Make the table and everything else that is missing, and return a description of what was done.
 
-        A lock makes processes that do this at the same time wait for each other.
+        If several processes do this at the same time, a lock makes them wait for each other.
 
         Raises:
-            psycopg.Error: an error of the server, for example because the role may not make tables.
+            psycopg.Error: an error of the server, for example because the role is not allowed to make tables.
         """
         with self._open_transaction() as run:
             done = make_table(run, self.schema, self.table, self._column)
@@ -209,7 +209,7 @@ class PostgresBackend:
             self.migrate()
         except psycopg.errors.InsufficientPrivilege as error:
             raise TierError(
-                f"{missing}, and this role may not create it: run `embedonce migrate` with a role that may"
+                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` with one that is"
             ) from error
         return self._inspect_table()
 
@@ -279,7 +279,8 @@ class PostgresTwin:
         self._pool.close()
 
     async def _get_statements(self) -> Statements:
-        # The first use inspects the table and may make it. That code exists only in the blocking client.
+        # The first use inspects the table and may make it. Only the blocking client has code for that, so it runs in a
+        # thread.
         known = self._backend.known_statements
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 

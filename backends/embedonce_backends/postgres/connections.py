@@ -1,7 +1,8 @@
 """Connections to Postgres. Each call ends by its deadline, and a forked child shares no connection.
 
-This module has two small pools because psycopg's is not suitable. It connects in threads that a forked child does not
-have and that have no deadline, and it raises ``PoolTimeout`` both for a server that is down and for an exhausted pool.
+This module has two small pools of its own, because psycopg's pool is not suitable. psycopg's pool connects in threads
+that have no deadline and do not exist in a forked child. It also raises the same ``PoolTimeout`` for a server that is
+down and for an exhausted pool.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ def parse_url(url: str) -> dict[str, Any]:
     """Return libpq's connection parameters for a URL.
 
     Raises:
-        ConfigError: the URL is invalid. The message does not repeat it, because it may contain a password.
+        ConfigError: the URL is invalid. The message does not quote the URL, because it may contain a password.
     """
     found: dict[str, Any] | None = None
-    with suppress(psycopg.Error):  # its message repeats the URL, so it must not become the context of our error
+    with suppress(psycopg.Error):  # psycopg's error quotes the URL, so it must not become the context of ours
         found = dict(conninfo_to_dict(url))
     if found is None:
         raise ConfigError("url is not a Postgres URL; expected one such as postgresql://user@host:5432/database")
@@ -114,7 +115,7 @@ _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "c
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection whose waits end by the deadline of the call, even if the server sends only a byte now and then."""
+    """A connection whose waits end by the deadline of the call, even if the server sends one byte at a time."""
 
     idle_since = 0.0
 
@@ -136,7 +137,7 @@ class Connection(psycopg.Connection[Any]):
 def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
     """Run ``gen``, and check the deadline whenever data arrives and whenever a wait times out.
 
-    psycopg does the waiting itself, in C, because a reply of 256 vectors arrives in dozens of pieces.
+    psycopg does the waiting, because a reply of 256 vectors arrives in dozens of pieces and psycopg waits in C.
     """
     try:
         wanted = next(gen)
@@ -150,7 +151,10 @@ def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
-    """A connection whose wait ends at once when it is cancelled. psycopg's would wait until the server has answered."""
+    """A connection whose wait ends immediately when it is cancelled.
+
+    A cancelled wait of psycopg's own connection would only end when the server has answered.
+    """
 
     idle_since = 0.0
 
@@ -167,7 +171,7 @@ AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 
 
 def is_usable(connection: AnyConnection) -> bool:
-    """Return whether an idle connection is usable: if it is readable, the server closed it or wrote to it."""
+    """Return whether an idle connection is usable. If it is readable, the server has closed it or sent an error."""
     if connection.closed:
         return False
     if not hasattr(select, "poll"):
@@ -191,7 +195,7 @@ def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
 
 
 def close_connection(connection: AnyConnection) -> None:
-    """Close a connection. In a forked child, only put it aside: closing it would end the parent's session."""
+    """Close a connection. In a forked child, only put it aside, because closing it would end the parent's session."""
     if connection.pid == os.getpid():
         connection.pgconn.finish()
     else:
@@ -213,7 +217,7 @@ def cancel_and_close(connection: AnyConnection) -> None:
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # cancel_safe is a method of blocking connections, so wrap the session in one, whichever kind it belongs to.
+    # Only blocking connections have cancel_safe, so wrap the session in one, even if it belongs to an async connection.
     blocking = psycopg.Connection(connection.pgconn)
     try:
         blocking.cancel_safe(timeout=CANCEL_SECONDS)
@@ -237,7 +241,7 @@ def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     expired = 0
-    while idle[expired].idle_since < now - IDLE_SECONDS:  # ends at the last one, whose idle_since is now
+    while idle[expired].idle_since < now - IDLE_SECONDS:  # ends at the last connection, whose idle_since is now
         expired += 1
     stale = idle[:expired]
     del idle[:expired]
@@ -246,7 +250,7 @@ def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
 
 
 class _Attempt:
-    """One attempt to connect, to any of the hosts."""
+    """One attempt to connect to any one of the hosts."""
 
     is_done = False
     error: BaseException | None = None
@@ -275,7 +279,7 @@ class Pool:
         weakref.finalize(self, close_all, self._idle)
 
     def reset(self) -> None:
-        """Forget all connections, as a forked child has to: the open ones belong to the parent."""
+        """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
         self._changed = threading.Condition()
         close_all(self._idle)
         self._open_count = 0
@@ -284,8 +288,8 @@ class Pool:
     def take(self) -> Connection:
         """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
 
-        It waits for at most half of the call's remaining time. With less time left, the query would probably time out,
-        and the new connection would be lost with it.
+        It waits for at most half of the call's remaining time, so that enough time is left for the query. A query that
+        times out closes its connection, so a connection that is ready too late would be wasted.
 
         Raises:
             TierBusy: all connections stayed in use.
@@ -325,7 +329,7 @@ class Pool:
             self._changed.notify()
 
     def close(self) -> None:
-        """Close the idle connections now, and each of the others when it is given back."""
+        """Close the idle connections now, and each connection in use when it is given back."""
         with self._changed:
             self._closed = True
             close_all(self._idle)
@@ -399,7 +403,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Lends connections as :class:`Pool` does, within one event loop, and makes them in tasks instead of threads."""
+    """Lends connections within one event loop, like :class:`Pool`. Asyncio tasks make them instead of threads."""
 
     def __init__(self, parameters: Mapping[str, Any], max_connections: int) -> None:
         self._parameters = parameters
@@ -408,9 +412,9 @@ class AsyncPool:
         self._idle: list[AsyncConnection] = []
         self._slots = asyncio.Semaphore(max_connections)
         self._connecting: set[asyncio.Task[AsyncConnection]] = set()
-        """Tasks that are making a connection."""
+        """The asyncio tasks that are making a connection."""
         self._late: set[asyncio.Task[AsyncConnection]] = set()
-        """Those of them whose call has ended."""
+        """The tasks in ``_connecting`` whose call has ended."""
         weakref.finalize(self, close_all, self._idle)
 
     async def take(self) -> AsyncConnection:
@@ -478,7 +482,7 @@ class AsyncPool:
                 task.cancel()
 
     def _keep_late_connection(self, task: asyncio.Task[AsyncConnection]) -> None:
-        """Keep a connection whose call has ended for the next call."""
+        """Keep the connection for the next call, because the call that it was made for has ended."""
         self._connecting.discard(task)
         self._late.discard(task)
         if task.cancelled() or task.exception() is not None:
@@ -500,7 +504,7 @@ class AsyncPool:
         self._slots.release()
 
     def close(self) -> None:
-        """Close the idle connections now, and each of the others when it is given back."""
+        """Close the idle connections now, and each connection in use when it is given back."""
         self._closed = True
         close_all(self._idle)
         for task in self._late:
@@ -515,14 +519,15 @@ async def _connect(host: Mapping[str, Any]) -> AsyncConnection:
 
 
 def _close_late_connection(task: asyncio.Task[AsyncConnection]) -> None:
-    """Close the connection of a task if it was made although another host was faster."""
+    """Close the connection of a task that finished after another host had answered."""
     if not task.cancelled() and task.exception() is None:
         close_connection(task.result())
 
 
 _pools: WeakSet[Pool] = WeakSet()
 _inherited: list[Any] = []
-"""The parent's connections in a forked child. They are kept, because collecting one would end the parent's session."""
+"""The parent's connections in a forked child. They are kept, because the garbage collector would end the
+parent's sessions."""
 
 
 def _reset_after_fork() -> None:

@@ -1,8 +1,9 @@
 """Conversion of entries and frames to Postgres' binary parameters, and of its binary rows to entries and frames.
 
-Postgres' binary format of an array is: the number of dimensions, whether there are NULLs, the type of the elements,
-their number, the index of the first one, then each element after its length. All numbers are big-endian. pgvector's
-format of a vector is two 16-bit numbers, the dimension and an unused one, followed by float32 values.
+In Postgres' binary format, an array consists of the number of its dimensions, whether it has NULLs, the type of the
+elements, the number of elements, the index of the first element, and then the length and the bytes of each element. All
+numbers are big-endian. In pgvector's format, a vector consists of two 16-bit numbers (the number of dimensions and an
+unused one) and the float32 values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Item: TypeAlias = Entry | bytes
 MAX_DIMENSIONS = 16_000
 """Maximum number of dimensions of pgvector's type ``vector``."""
 PREVIEW = "text_preview"
-"""Name in an entry's metadata that has a column of its own; it is not stored if the option is off."""
+"""Field of an entry's metadata with a column of its own. It is not stored if the option of the same name is off."""
 
 BYTEA, INT4, TEXT, FLOAT8 = 17, 23, 25, 701
 """Ids (oid) of Postgres' built-in types. The ids of an extension's types differ between databases."""
@@ -50,7 +51,7 @@ Row: TypeAlias = tuple[Any, ...]
 def encode_array(oid: int, elements: Sequence[bytes | None]) -> Binary:
     """Return an array of encoded elements of the type ``oid``.
 
-    If all elements are NULL, the array is empty, because ``unnest`` fills up shorter arrays with NULLs.
+    If all elements are NULL, the array is empty. That is enough, because ``unnest`` fills up shorter arrays with NULLs.
     """
     if None not in elements and len(set(map(len, elements))) == 1:  # type: ignore[arg-type]
         whole: list[bytes] = list(elements)  # type: ignore[arg-type]
@@ -78,8 +79,8 @@ def encode_numbers(values: Iterable[float | None]) -> Binary:
 def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
     """Return one array per column to write, in the order of the statement's parameters.
 
-    The rows are ordered: entries that go into the vector column, other entries, then bytes. The columns that the
-    later rows do not have are then short.
+    Entries that go into the vector column come first, then the other entries, then the bytes. In this order, a column
+    that the later rows do not have is a short array.
 
     Raises:
         ValueError: an entry does not fit into a row; the message names its key.
@@ -118,7 +119,7 @@ def _fits_vector_column(entry: Entry) -> bool:
 
 
 def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
-    """Return an array of vectors. ``groups`` has the keys by the dimension of their vectors."""
+    """Return an array of vectors. ``groups`` has the keys by the number of dimensions."""
     if not groups:
         return encode_array(oid, [])
     parts = []
@@ -132,7 +133,7 @@ def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Seq
 
 
 def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """Return metadata without the preview as JSON, and the preview."""
+    """Return two texts: the metadata without the preview as JSON, and the preview."""
     if metadata is None:
         return None, None
     rest = {name: value for name, value in metadata.items() if name != PREVIEW}
@@ -152,8 +153,8 @@ def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str 
 def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
     """Return the entries and frames of the rows, by key.
 
-    Vectors are identical bit for bit to those stored; vectors of the same dimension form one block. A frame that cannot
-    be decoded is returned as bytes, so that the tier counts it as corrupt.
+    The vectors are bit for bit identical to those that were stored. Vectors with the same number of dimensions form one
+    block. A frame that cannot be decoded is returned as bytes, so that the tier counts it as corrupt.
     """
     entries = Entries()
     frames: dict[str, bytes] = {}
@@ -169,7 +170,10 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
 
 
 def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
-    """Yield groups of rows with the same size of the vector in bytes (None if they have a frame) and the same dtype."""
+    """Yield groups of rows with the same dtype and the same number of bytes in the vector column.
+
+    The number is None for rows that have a frame instead. Each group comes after its number and its dtype.
+    """
     kinds = [(None if row[1] is None else len(row[1]), row[3]) for row in rows]
     for kind in dict.fromkeys(kinds):
         group = rows if kinds.count(kind) == len(rows) else [r for r, k in zip(rows, kinds, strict=True) if k == kind]
@@ -177,7 +181,7 @@ def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, S
 
 
 def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
-    """Return the block of rows whose vectors have the same dimension."""
+    """Return the block of rows whose vectors have the same number of dimensions."""
     keys, embeddings, _, _, created, expires, *more = columns
     words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
     return Block(

@@ -14,7 +14,8 @@ from embedonce.errors import TierError
 Column: TypeAlias = Literal["auto", "vector", "bytea"]
 
 VERSION = 1
-"""Version of the table's schema. It is in the table's comment, which every role may read and every dump includes."""
+"""Version of the table's schema. The table's comment contains it, because every role may read the comment and every
+dump includes it."""
 COMMENT = "embedonce cache, schema "
 LOCK = 0x656F2031
 """Key of the ``pg_advisory_xact_lock`` with which only one process at a time makes the table."""
@@ -22,7 +23,7 @@ SWEEP_ROWS = 1000
 """Maximum number of expired rows that one statement deletes."""
 
 NOW = "extract(epoch FROM statement_timestamp())::float8"
-"""The server's time in seconds. Using it, hosts whose clocks differ agree on leases."""
+"""SQL for the server's time in seconds. Hosts whose clocks differ use it to agree on leases."""
 
 
 class Run(Protocol):
@@ -92,7 +93,7 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
     """Return the state of the table, with one query that needs no privileges.
 
     Raises:
-        TierError: the table is of a later version, or embedonce did not make it.
+        TierError: a later version of embedonce made the table, or another program made it.
     """
     ((namespace, oid, comment, columns, extension, extension_schema, vector_oid, available),) = run(
         _LOOK, (schema, table)
@@ -102,7 +103,7 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
         version = int(comment.removeprefix(COMMENT))
     if version is not None and version > VERSION:
         raise TierError(
-            f"the table has version {version}, which a later embedonce made; this one supports {VERSION}: "
+            f"the table has version {version}, but this embedonce supports only {VERSION}: "
             "upgrade embedonce, or set the tier's `table` to another name"
         )
     if oid is not None and not frozenset(columns) >= COLUMNS.keys():
@@ -127,7 +128,7 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
 
     Raises:
         TierError: a vector column is required, but the server has no pgvector.
-        psycopg.Error: an error of the server, for example because the role may not make tables.
+        psycopg.Error: an error of the server, for example because the role is not allowed to make tables.
     """
     run(b"SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (LOCK,))
     found = inspect_table(run, schema, table)
@@ -158,9 +159,10 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
 def _list_create_statements(name: Composable) -> list[Composable]:
     columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
     return [
-        # Keeps a vector of up to 2,000 dimensions in the page of its row. Out of line, it would take four more reads.
+        # This keeps a vector of up to 2,000 dimensions in the same page as its row. A vector that is stored out of line
+        # takes four more reads.
         SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
-        # EXTERNAL turns compression off, because vectors do not get smaller.
+        # EXTERNAL turns compression off, because it would not make vectors smaller.
         SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
         SQL("CREATE INDEX ON {} (kept_until) WHERE kept_until IS NOT NULL").format(name),
         _make_comment_statement(name),
@@ -201,7 +203,7 @@ _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
-# Every statement that writes rows locks them in the order of their keys, so that no two of them deadlock.
+# Every statement that writes rows locks them in the order of their keys, so that no two statements deadlock.
 _INSERT = """
 INSERT INTO {table} AS held
     (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})
@@ -247,7 +249,7 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
     if found.has_vectors:  # even if new rows have no vector, older rows may have one
         parts["set_embedding"] = SQL(", embedding = excluded.embedding")
-        # Compares bytes, because -0.0 and 0.0 are equal as numbers.
+        # This compares bytes, because -0.0 and 0.0 are equal as numbers.
         differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
         parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
     parts["read"] = SQL("embedding" if found.has_vectors else "NULL::bytea")

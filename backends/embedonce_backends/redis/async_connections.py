@@ -60,7 +60,7 @@ class AsyncConnection(redis.asyncio.Connection):
             self._reader, self._writer = await asyncio.open_unix_connection(path, limit=READ_BYTES)
 
     async def open(self) -> None:
-        """Connect, log in, and check that a master still is one."""
+        """Connect and log in. If the node should be a master, check that it still is one."""
         await self.connect()
         if self._node.role == "master":
             (reply,) = await self.ask(Trip(self._node, [ROLE], lambda _: True))
@@ -82,15 +82,15 @@ class AsyncConnection(redis.asyncio.Connection):
         return replies
 
     async def is_usable(self) -> bool:
-        """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
+        """Return whether the idle connection is usable. If it is readable, the server closed it or sent an error."""
         try:
-            # The socket is checked, too, because the loop may not have read from it yet.
+            # Check the socket, too, because the event loop may not have read from it yet.
             return self.is_connected and not await self.can_read() and not _is_readable(self._writer)
         except (redis.RedisError, OSError):
             return False
 
     async def drop(self) -> None:
-        """Close the connection at once, without reading late replies."""
+        """Close the connection immediately, without reading late replies."""
         await self.disconnect(nowait=True)
 
 
@@ -102,7 +102,7 @@ def _is_readable(writer: asyncio.StreamWriter | None) -> bool:
         return bool(selector.select(0))
 
 
-# For one descriptor, poll or select cost less than creating an epoll.
+# For a single descriptor, poll and select are faster than making an epoll.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -163,7 +163,7 @@ class AsyncPool:
         self._idle.append(connection)
 
     async def close(self) -> None:
-        """Close the idle connections now, and each of the others when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
         idle, self._idle = self._idle, []
         for connection in idle:
@@ -179,7 +179,7 @@ class AsyncClient:
         self._closed = False
 
     async def run(self, plan: Plan[T]) -> T:
-        """Carry a plan out and return its result. It raises what :meth:`.connections.Client.run` raises."""
+        """Carry out a plan and return its result. This raises the same errors as :meth:`.connections.Client.run`."""
         async with asyncio.timeout(time_left()):
             try:
                 trips = next(plan)
@@ -209,7 +209,7 @@ class AsyncClient:
             async with asyncio.timeout(get_trip_time(len(trips))):
                 return await pool.ask(trip)
 
-        # Cancelling this cancels all trips and waits until they have closed their connections.
+        # Cancelling the gather cancels all trips and waits until they have closed their connections.
         results = await asyncio.gather(*map(ask, pools, trips), return_exceptions=True)
         errors: dict[int, Exception] = {}
         for index, result in enumerate(results):
@@ -230,8 +230,9 @@ class AsyncClient:
 
 _connections: WeakSet[AsyncConnection] = WeakSet()
 _inherited: list[AsyncConnection] = []
-"""Connections of the parent's event loops, kept alive in a forked child. If the child collected one, the socket would
-be removed from the epoll that the child shares with its parent, and the parent would wait forever."""
+"""Connections of the parent's event loops, kept alive in a forked child. If the garbage collector closed one in the
+child, its socket would be removed from the epoll that the child shares with its parent. The parent would then wait for
+the socket forever."""
 
 
 def _keep_inherited() -> None:

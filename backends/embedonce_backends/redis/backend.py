@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 api = 1
 
 MAX_BATCH_KEYS = 512
-"""Maximum number of keys per call. A server blocks its other clients during an MGET: a fraction of a millisecond for
-this many keys."""
+"""Maximum number of keys per call. A server blocks its other clients during an MGET. For this many keys, that takes a
+fraction of a millisecond."""
 SCAN_PAGE_KEYS = 1000
 """Number of keys that the server examines for one page of a scan."""
 MAX_TTL_MILLISECONDS = 10**15
-"""Longest TTL that is sent: 30,000 years. Redis refuses a TTL that ends after the year 292 million."""
+"""Longest TTL that is sent, 30,000 years. Redis refuses a TTL that ends after the year 292 million."""
 MAX_VALUE_BYTES: Final = 512 * 2**20
 """Redis' default limit for a value; its setting ``proto-max-bulk-len`` can change it."""
 
@@ -108,19 +108,19 @@ class RedisBackend:
         )
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
-        """Return the frames that are stored under ``keys``, with one MGET, or in a cluster one pipeline per node.
+        """Return the frames that are stored under ``keys``, with one MGET or, in a cluster, one pipeline per node.
 
         Raises:
-            PartialAnswer: some nodes of a cluster did not answer; it contains what the others returned.
+            PartialAnswer: some nodes of a cluster did not answer; ``answer`` has what the others returned.
         """
         return self._client.run(self._plan_get(keys)) if keys else {}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, with one pipeline per server. If the server refuses one, it still stores the others.
+        """Store every item, with one pipeline per server. If a server refuses an item, it still stores the others.
 
         Raises:
-            PartialAnswer: some items were not stored; its ``__cause__`` is the reason.
-            redis.OutOfMemoryError: the server is full and may not evict.
+            PartialAnswer: some items were not stored; ``__cause__`` is the reason.
+            redis.OutOfMemoryError: the server is full, and it is configured not to evict.
             redis.ReadOnlyError: the server is a replica.
         """
         if items:
@@ -172,7 +172,7 @@ class RedisBackend:
                     return
 
     def count(self, prefix: str, /) -> int:
-        """Return how many keys ``scan(prefix)`` yields. It runs the scan, because Redis has no such count."""
+        """Return how many keys ``scan(prefix)`` yields. It runs the scan, because Redis cannot count keys by prefix."""
         return sum(1 for _ in self.scan(prefix))
 
     def twin(self) -> RedisTwin:
@@ -180,7 +180,7 @@ class RedisBackend:
         return RedisTwin(self)
 
     def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         self._client.close()
 
     # --- plans, for both clients ---
@@ -228,7 +228,7 @@ class RedisTwin:
             await self._client.run(self._backend._plan_set(items, ttl))
 
     async def close(self) -> None:
-        """Close every connection, those in use when their call ends."""
+        """Close every connection; one that is in use is closed when its call ends."""
         await self._client.close()
 
 
@@ -278,7 +278,7 @@ def _make_tls_context(
         context = ssl.create_default_context(cafile=_expand_path(ca_file))
         if cert_file is not None:
             context.load_cert_chain(cert_file.expanduser(), _expand_path(key_file))
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is an OSError
         raise ConfigError(f"cannot load ca_file, cert_file or key_file: {error.strerror or error}") from error
     context.check_hostname = check_hostname
     return context

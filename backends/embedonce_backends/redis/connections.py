@@ -39,11 +39,11 @@ SLOW = "Redis did not answer in time"
 UNEXPECTED_REPLY = "the server sent a reply of an unexpected type"
 
 IDLE_SECONDS = 300.0
-"""Seconds after which an idle connection is not used again, because load balancers silently drop idle ones."""
+"""Seconds after which an idle connection is not used again, because load balancers silently drop idle connections."""
 TRIP_SHARE = 0.75
 """Share of the remaining time that each of several simultaneous trips may take."""
 READ_BYTES = 2**18
-"""Bytes to read from a socket at once. For comparison, a batch of 256 frames of 384 dimensions has 400 kB."""
+"""Maximum number of bytes per read from a socket. For comparison, 256 frames of 384 dimensions have 400 kB."""
 
 
 class Settings:
@@ -72,7 +72,7 @@ class Settings:
         return {
             **(self._sentinel_login if is_sentinel else self._login),
             "db": 0 if is_sentinel else self.db,
-            # _Parser enforces the deadline of the whole call. The engine decides about retries.
+            # No timeouts, because _Parser enforces the deadline of the whole call. The engine decides about retries.
             "socket_timeout": None,
             "socket_connect_timeout": None,
             # RESP2 needs no HELLO and returns the same values. No driver_info saves two CLIENT SETINFO commands.
@@ -86,7 +86,7 @@ class Settings:
 
 
 class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
-    """Reads until the deadline of the call; a socket's own timeout starts again with every read."""
+    """Reads until the deadline of the call. A socket's own timeout would start again with every read."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
         if self._sock is not None:
@@ -151,7 +151,8 @@ class Connection(redis.Connection):
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
         replies = []
-        # redis-py's read_response does more than is needed here, and that would cost more than the reply itself.
+        # Use the parser directly, because redis-py's read_response does more than is needed here, which would take
+        # longer than parsing the reply itself.
         read, check = self._parser.read_response, trip.check
         for _ in trip.commands:
             reply = read()
@@ -161,7 +162,7 @@ class Connection(redis.Connection):
         return replies
 
     def open(self) -> None:
-        """Connect, log in, and check that a master still is one."""
+        """Connect and log in. If the node should be a master, check that it still is one."""
         self.connect()
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
@@ -179,7 +180,7 @@ class Connection(redis.Connection):
         return self.read(trip)
 
     def is_usable(self) -> bool:
-        """Return whether the idle connection is usable: if it is readable, the server closed it or wrote to it."""
+        """Return whether the idle connection is usable. If it is readable, the server closed it or sent an error."""
         try:
             return not self.can_read(0)
         except (redis.RedisError, OSError):
@@ -187,7 +188,7 @@ class Connection(redis.Connection):
 
 
 def check_role(reply: Reply) -> None:
-    """Raise ConnectionError if the reply of ROLE is not a master's."""
+    """Raise ConnectionError if the reply to ROLE does not come from a master."""
     if not is_master(reply):
         raise ConnectionError("the server that the sentinels named is no longer the master")
 
@@ -205,7 +206,7 @@ def _resolve(address: Address) -> Sequence[tuple[int, Any]]:
 
 
 def _call_in_thread(look_up: Callable[[], T]) -> T:
-    """Return ``look_up()``, called in a thread that is abandoned at the deadline: a name lookup has no timeout."""
+    """Return the result of ``look_up``. It runs in a thread that is abandoned at the deadline, as it has no timeout."""
     left = time_left()
     if left is None:
         return look_up()
@@ -232,7 +233,7 @@ def _call_in_thread(look_up: Callable[[], T]) -> T:
 
 
 class Pool:
-    """Lends connections to one node, the most recently used first, up to ``max_connections`` at once."""
+    """Lends connections to one node, the most recently used first, up to ``max_connections`` at the same time."""
 
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
@@ -242,7 +243,7 @@ class Pool:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all connections, as a forked child has to: the open ones belong to the parent."""
+        """Forget all connections. A forked child calls this, because the open connections belong to its parent."""
         self._changed = threading.Condition()
         self._idle.clear()  # in the child, redis-py closes only the descriptor and sends the server nothing
         self._in_use = 0
@@ -291,7 +292,7 @@ class Pool:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close the idle connections now, and each of the others when it is given back."""
+        """Close the idle connections now, and each connection in use when it is given back."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -312,13 +313,13 @@ class Client:
         weakref.finalize(self, _close_all, self._pools)
 
     def reset(self) -> None:
-        """Forget all connections, as a forked child has to."""
+        """Forget all connections. A forked child calls this."""
         self._lock = threading.Lock()
         for pool in self._pools.values():
             pool.reset()
 
     def run(self, plan: Plan[T]) -> T:
-        """Carry a plan out and return its result.
+        """Carry out a plan and return its result.
 
         Raises:
             TierTimeout: the deadline has passed.
@@ -391,7 +392,7 @@ class Client:
                 try:
                     with deadline(get_trip_time(len(trips))):
                         connection.begin(trips[index])
-                except Exception as error:  # noqa: BLE001  (raised below, unless others answer)
+                except Exception as error:  # noqa: BLE001  (raised below, unless other trips succeed)
                     errors[index] = error
             for index, connection in lent.items():
                 if index in errors:
@@ -409,7 +410,10 @@ class Client:
 
 
 def get_trip_time(trips: int) -> float | None:
-    """Return the seconds that each of ``trips`` may take: one of several leaves time to read the others' replies."""
+    """Return the seconds that each of several simultaneous trips may take.
+
+    If there are at least two, each gets only a share of the remaining time, so that the other replies can be read.
+    """
     left = time_left()
     return left if left is None or trips == 1 else left * TRIP_SHARE
 

@@ -1,9 +1,9 @@
-"""Which commands go to which Redis server. The blocking and the async client both carry out these plans.
+"""Plans, which decide which commands go to which Redis server. The blocking and the async client carry them out.
 
 A plan is a generator that does no I/O itself. It yields a list of :class:`Trip` s, one per server, and the client
 sends it back the replies of each trip, in the same order. If every trip fails, the client throws the error into the
-plan. If only some fail, each of their replies is the error. In the end the plan returns the call's result. The
-logic is thus written once, and a client can make all trips of one list at the same time.
+plan. If only some fail, each of their replies is the error. In the end, the plan returns the call's result. In this
+way, the logic exists only once, and a client can make all trips of a list at the same time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Check: TypeAlias = Callable[[Reply], bool]
 class Node(NamedTuple):
     """A server and its role.
 
-    A new connection to a ``"master"`` asks the server whether it is one; a ``"data"`` server is not asked.
+    A new connection to a ``"master"`` asks the server whether it is a master. A ``"data"`` server is not asked.
     """
 
     address: Address
@@ -74,27 +74,27 @@ _VALUES = {bytes, type(None)}
 
 
 def is_value(reply: Reply) -> bool:
-    """Accept the reply of GET."""
+    """Return whether ``reply`` is a valid reply to GET."""
     return type(reply) in _VALUES
 
 
 def is_status(reply: Reply) -> bool:
-    """Accept the reply of SET or ASKING: OK, or None if SET NX found the key."""
+    """Return whether ``reply`` is a valid reply to SET or ASKING: OK, or None if SET NX found the key."""
     return reply is None or reply == b"OK"
 
 
 def is_number(reply: Reply) -> bool:
-    """Accept the reply of UNLINK."""
+    """Return whether ``reply`` is a valid reply to UNLINK."""
     return type(reply) is int
 
 
 def is_list(reply: Reply) -> bool:
-    """Accept the reply of CLUSTER SLOTS, ROLE or SENTINEL; the code that uses the reply checks its parts."""
+    """Return whether ``reply`` may be a reply to CLUSTER SLOTS or SENTINEL. The code that uses it checks its parts."""
     return reply is None or type(reply) is list
 
 
 def make_values_check(count: int) -> Check:
-    """Return a check that accepts the reply of MGET with ``count`` keys."""
+    """Return a function that checks whether its argument is a valid reply to MGET with ``count`` keys."""
 
     def check(reply: Reply) -> bool:
         return type(reply) is list and len(reply) == count and set(map(type, reply)) <= _VALUES
@@ -103,7 +103,7 @@ def make_values_check(count: int) -> Check:
 
 
 def is_page(reply: Reply) -> bool:
-    """Accept the reply of SCAN."""
+    """Return whether ``reply`` is a valid reply to SCAN."""
     return (
         type(reply) is list
         and len(reply) == 2
@@ -139,7 +139,7 @@ class Topology(Protocol):
         ...
 
     def fetch_slots(self) -> Plan[Slots]:
-        """Return which server holds which keys at this moment."""
+        """Ask which server holds which keys now, and return the result."""
         ...
 
 
@@ -229,7 +229,7 @@ class SentinelMaster(OneServer):
         try:
             replies = yield from super()._send_to_master(commands, check)
         except BaseException:  # includes cancellation, which is how an async call times out
-            self._known_master = None  # it may be down or demoted, so the next call asks the sentinels
+            self._known_master = None  # the master may be down or demoted, so the next call asks the sentinels
             raise
         if any(isinstance(reply, ReadOnlyError) for reply in replies):
             self._known_master = None
@@ -269,8 +269,8 @@ class Slots(NamedTuple):
 
     nodes: tuple[Node, ...]
     owners: tuple[int | None, ...]
-    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot. Empty without a
-    cluster."""
+    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot. Empty if there is
+    no cluster."""
 
     def has_same_owners(self, other: Slots) -> bool:
         """Return whether every slot has the same master in both. The order of the nodes does not matter."""
@@ -291,7 +291,7 @@ class Cluster:
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
         replies = yield from self.send_each(keys, [("GET", key) for key in keys], is_value)
-        # A key of another type, such as a list, counts as missing, as MGET treats it; SET replaces it.
+        # A key that holds another type, such as a list, counts as missing, like in MGET. SET replaces it.
         return [None if isinstance(reply, ResponseError) and _is_wrong_type(reply) else reply for reply in replies]
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
@@ -329,7 +329,7 @@ class Cluster:
         try:
             answers = yield trips
         except BaseException as error:  # includes cancellation, which is how an async call times out
-            self._known_slots = None  # a node is down or slow, so the next call looks up its slots
+            self._known_slots = None  # a node is down or slow, so the next call fetches the slots again
             self._up_nodes.difference_update(node for node, _ in groups)
             problem = self._translate_node_error(error)
             if problem is error:
@@ -360,7 +360,8 @@ class Cluster:
     def _translate_node_error(self, error: BaseException) -> BaseException:
         """Return NodeDown for a connection error while other nodes are up; return any other error unchanged.
 
-        A timeout stays a timeout, because calls have to wait for a node that hangs.
+        A timeout is returned unchanged, because calls wait for a node that hangs, and only the tier's breaker can stop
+        them from doing so.
         """
         if not self._up_nodes or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
             return error
@@ -380,7 +381,7 @@ class Cluster:
             except BaseException as error:
                 self._nodes.move_to_end(address)
                 if not _can_try_next(error) or isinstance(error, ResponseError):
-                    raise  # an error reply means that this is not a cluster, or that the user may not ask
+                    raise  # this is not a cluster, or the Redis user is not allowed to ask
                 problem = error
                 continue
             self._nodes.add_missing(node.address for node in slots.nodes)
@@ -395,19 +396,19 @@ def _is_wrong_type(error: ResponseError) -> bool:
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:
-    # An error that the server itself replied is a ResponseError; any other error means that the trip failed.
+    # A reply that is an error is a ResponseError. Any other error means that the trip failed.
     return isinstance(answer[0], Exception) and not isinstance(answer[0], ResponseError)
 
 
 def _can_try_next(error: BaseException) -> bool:
-    # After a timeout there is no time left for another server in this call; the next call starts with that one.
+    # After a timeout, this call has no time left for another server. The next call starts with the other server.
     return isinstance(error, RedisError | OSError) and not isinstance(error, TimeoutError)
 
 
 def _find_owner(slots: Slots, slot: int) -> Node:
     place = slots.owners[slot]
     if place is None:
-        # No node serves the slot, and any node replies with an error that says so.
+        # No node serves the slot, so ask any node. It replies with an error that says so.
         return slots.nodes[0]
     return slots.nodes[place]
 
@@ -428,13 +429,13 @@ def _parse_slots(reply: Reply, asked: Address) -> Slots:
     """Parse the reply to CLUSTER SLOTS, whose rows are: first slot, last slot, master, replicas.
 
     Raises:
-        InvalidResponse: the reply has another form, or lists no node or invalid slots.
+        InvalidResponse: the reply does not have this form, or it lists no node or invalid slots.
     """
     nodes: dict[Node, int] = {}
     owners: list[int | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
     try:
         for first, last, (host, port, *_), *_ in reply:
-            # No host, or "?", means that the node does not know its own host; use the one that it was reached by.
+            # No host, or "?", means that the node does not know its own host. Use the host that was asked.
             name = asked.host if host in (None, b"", b"?") else host.decode()
             place = nodes.setdefault(Node(Address(name, int(port))), len(nodes))
             owners[first : last + 1] = [place] * (last + 1 - first)
@@ -458,5 +459,8 @@ ROLE: Command = ("ROLE",)
 
 
 def is_master(reply: Reply) -> bool:
-    """Return whether the reply of ROLE is a master's. If the user may not ask, the server is assumed to be one."""
+    """Return whether the reply to ROLE comes from a master.
+
+    If the Redis user is not allowed to ask, the server is assumed to be a master.
+    """
     return isinstance(reply, NoPermissionError) or (type(reply) is list and reply[:1] == [b"master"])

@@ -1,6 +1,6 @@
 """The URL of a Redis tier: one server, a cluster, or a master behind sentinels.
 
-No error message repeats the URL, because it may contain a password.
+No error message quotes the URL, because it may contain a password.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Place:
     kind: Kind
     tls: bool
     addresses: tuple[Address, ...]
-    """The server, or the nodes or sentinels to ask for the other servers."""
+    """The server itself, or the cluster nodes or sentinels that know the other servers."""
     db: int = 0
     service: str = ""
     """The master's name in the sentinels' configuration."""
@@ -62,7 +62,7 @@ def parse_url(url: str) -> Place:
     """Parse a URL.
 
     Raises:
-        ConfigError: the URL is invalid. The message says which part is wrong, without repeating it.
+        ConfigError: the URL is invalid. The message says which part is wrong, without quoting it.
     """
     try:
         parts = urlsplit(url.strip())
@@ -118,7 +118,7 @@ def _split_path(kind: Kind, path: str) -> tuple[str, str]:
         return "", rest
     service, _, db = rest.partition("/")
     if not service:
-        _refuse("has no service after the hosts")
+        _refuse("has no service name after the hosts")
     return service, db
 
 

@@ -1,4 +1,4 @@
-"""The common part of both components: a Haystack embedder as a provider, behind the cache of a configuration."""
+"""The common part of both components, which puts a cache in front of a Haystack embedder."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ from ._described import describe_call
 from ._loaded import drop_stale_models, remember_content
 
 CHUNK = 256
-"""Maximum texts per call of the embedder, rounded up to whole batches. Each chunk is stored as it arrives."""
+"""Number of texts per call of the embedder, rounded up to whole batches. Each chunk is stored when it arrives."""
 
 
 class NotEmbedded(TextRefused):
-    """The embedder left documents without an embedding, and has logged the reason."""
+    """Raised if the embedder left documents without an embedding. The embedder has logged the reason."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One call of ``run``: the embedder's further arguments, and its answers."""
+    """One call of ``run``, with the further arguments for the embedder and the embedder's answers."""
 
     extra: Mapping[str, Any]
     """The arguments of the embedder other than the texts."""
     metas: list[Mapping[str, Any]] = field(default_factory=list)
     vectors: dict[str, Any] = field(default_factory=dict)
-    """Vectors by text. If one text of a call fails, the others wait here until the engine asks for them again."""
+    """Vectors by text. If one text of a call fails, the vectors of the others are kept here until the engine asks
+    for them again."""
     tokens: int | None = None
 
     def add_answer(self, answer: Mapping[str, Any], vectors: Mapping[str, Any]) -> None:
@@ -71,7 +72,7 @@ class Run:
 
 
 _current_run: ContextVar[Run] = ContextVar("embedonce_haystack_run")
-"""The run for which the engine calls the embedder. Its threads and tasks have a copy of the caller's context."""
+"""The run for which the engine calls the embedder. The engine's threads and asyncio tasks copy the caller's context."""
 
 
 @contextmanager
@@ -84,11 +85,11 @@ def _set_current_run(run: Run) -> Iterator[Run]:
 
 
 class CachedEmbedder:
-    """Looks texts up, and has the embedder, or the configuration's provider, compute those that no tier has."""
+    """Looks texts up. The embedder, or the configuration's provider, embeds those whose vector no tier has."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
-    """Parameter of ``run`` with the texts, in this component and the wrapped one."""
+    """Parameter of ``run`` that takes the texts, in this component and in the wrapped one."""
     _output: ClassVar[str]
     """Key of the vectors in the answer of both components."""
 
@@ -126,18 +127,18 @@ class CachedEmbedder:
             ConfigError: the configuration is invalid.
             SpaceError: the embedder cannot be described.
         """
-        if self._cache is None:  # check without the lock: a hit must not wait while the embedder warms up
+        if self._cache is None:  # checked without the lock, so that a hit does not wait while the embedder warms up
             with self._lock:
                 if self._cache is None:
                     self._cache = self._open_cache()
 
     async def warm_up_async(self) -> None:
-        """Do the same as :meth:`warm_up`."""
+        """Async twin of :meth:`warm_up`."""
         if self._cache is None:
             await asyncio.to_thread(self.warm_up)
 
     def close(self) -> None:
-        """Wait for background writes, and close the embedder if it has ``close``. The component can be used again."""
+        """Wait for background writes, and close the embedder if it can be closed. The component can be used again."""
         if self._cache is not None:
             self._cache.flush()
         if hasattr(self.embedder, "close"):
@@ -145,7 +146,7 @@ class CachedEmbedder:
         self._is_warm = False
 
     async def close_async(self) -> None:
-        """Do the same as :meth:`close`."""
+        """Async twin of :meth:`close`."""
         if self._cache is not None:
             await self._cache.aflush()
         if hasattr(self.embedder, "close_async"):
@@ -277,7 +278,7 @@ class CachedEmbedder:
         if not hasattr(self.embedder, "warm_up_async"):
             await asyncio.to_thread(self._warm_up_embedder)
             return
-        await self.embedder.warm_up_async()  # in every call, because its clients belong to an event loop
+        await self.embedder.warm_up_async()  # in every call, because the embedder's clients belong to an event loop
         _sort_answers(self.embedder)
         if not self._is_warm:
             await asyncio.to_thread(self._check_model)
@@ -289,7 +290,7 @@ class CachedEmbedder:
 
 
 def _sort_answers(embedder: Any) -> None:
-    """Sort the answers of an OpenAI client inside an embedder by ``index``, because the embedder ignores it."""
+    """Sort the answers of an OpenAI client inside an embedder by ``index``, which the embedder ignores."""
     for name in ("client", "async_client"):
         client: Any = getattr(embedder, name, None)
         if is_openai_resource(getattr(client, "embeddings", None)):
@@ -312,11 +313,12 @@ def _extra_parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
 
 
 def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
-    """Merge the embedder's ``meta`` of all calls, and add ``cache``: hits by tier, computed and failed texts."""
+    """Merge the embedder's ``meta`` of all calls, and add ``cache``: the numbers of hits by tier, of computed
+    vectors and of failed texts."""
     sources = Counter(fetched.sources)
     failed = sources.pop(None, 0)
     sources.pop("provider", None)
-    # Equal texts share one row and are computed once.
+    # Equal texts share one row, because they are embedded only once.
     computed = {id(row) for row, source in zip(fetched.rows, fetched.sources, strict=True) if source == "provider"}
     meta: dict[str, Any] = {"model": fetched.space.model}
     for answered in run.metas:
@@ -326,7 +328,7 @@ def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
 
 
 def _add_usage(one: Any, other: Any) -> Any:
-    """Add the numbers of two usages that have the same name."""
+    """Add two usages. Numbers with the same name are added up."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return {name: _add_usage(one.get(name), other.get(name)) for name in {**one, **other}}
     if isinstance(one, int | float) and isinstance(other, int | float):

@@ -1,4 +1,4 @@
-"""Describe what decides the vectors of a Haystack embedder, from its ``to_dict`` and its attributes."""
+"""Describe what determines the vectors of a Haystack embedder, from its ``to_dict`` and its attributes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ NOT_IN_SPACE: Final = frozenset(
         "use_async_client",
     }
 )
-"""Names of fields that do not decide vectors, in addition to :data:`embedonce_integrations.wrapping.NOT_IN_SPACE`.
+"""Names of fields that do not affect vectors, in addition to :data:`embedonce_integrations.wrapping.NOT_IN_SPACE`.
 
-Metadata and separator are here because they are part of the text.
+Metadata fields and separator are here, because the text that is embedded contains their values.
 """
 
 
@@ -53,10 +53,10 @@ def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
     try:
         found = component_to_dict(embedder, name)["init_parameters"]
     except (ValueError, SerializationError) as error:
-        # to_dict refuses a secret that is not an environment variable, but the other arguments are attributes.
+        # to_dict fails if a secret is not an environment variable. The arguments can then be read from the attributes.
         names = [one for one in inspect.signature(type(embedder).__init__).parameters if one != "self"]
         if not all(hasattr(embedder, one) for one in names):
-            raise SpaceError(f"{name} does not show its arguments ({error}); {HOW_TO_DECLARE}") from error
+            raise SpaceError(f"{name} does not expose its arguments ({error}); {HOW_TO_DECLARE}") from error
         found = {one: getattr(embedder, one) for one in names}
     return {one: value for one, value in found.items() if not _is_secret(value)}
 

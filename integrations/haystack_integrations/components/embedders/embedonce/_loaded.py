@@ -1,7 +1,7 @@
 """Keep Haystack from reusing a loaded model after the files in its folder have changed.
 
-Haystack's sentence-transformers embedders share loaded models within a process, by the name of the folder. Without this
-module, an embedder made after a change of the weights would get the old ones.
+Within a process, Haystack's sentence-transformers embedders share loaded models by the name of the folder. Without this
+module, an embedder that is made after a change of the weights would use the old weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def drop_stale_models(embedder: Any, content: str | None) -> None:
-    """Remove the embedder's model from Haystack's shared ones, unless it was loaded from the same content.
+    """Remove the embedder's model from Haystack's shared models, unless it was loaded from the same content.
 
-    Then ``warm_up`` loads the model again.
+    If it is removed, ``warm_up`` loads the model again.
     """
     if content is None or getattr(embedder, "embedding_backend", None) is not None:
         return
@@ -35,7 +35,7 @@ def remember_content(embedder: Any, content: str | None) -> None:
     """Remember the content from which the embedder's model was loaded.
 
     Raises:
-        SpaceError: the model was loaded from other content.
+        SpaceError: the model was loaded from different content.
     """
     loaded = getattr(embedder, "embedding_backend", None)
     if content is not None and loaded is not None and _contents.setdefault(loaded, content) != content:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @component
 class CachedDocumentEmbedder(CachedEmbedder):
-    """Embeds documents, and takes vectors that a tier has from there. Unchanged documents cost nothing.
+    """Embeds documents whose vector no tier has. Unchanged documents are not embedded again.
 
     A document's key is made from its effective text, which Haystack's embedders compose of the embedded metadata fields
     and the content, joined by the separator. Prefix and suffix are part of the vector space.
@@ -27,14 +27,14 @@ class CachedDocumentEmbedder(CachedEmbedder):
         embedder: any document embedder of Haystack; None to use the ``[provider]`` of the configuration.
         config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
             configurations share one cache.
-        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
+        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
             describe it.
-        meta_fields_to_embed: metadata fields to embed, for a ``[provider]``, and for an embedder that does not say
-            which ones it embeds. Such an embedder gets the effective text as content, and no metadata.
+        meta_fields_to_embed: metadata fields to embed. Pass it only with a ``[provider]``, or if the embedder does not
+            say which fields it embeds. Such an embedder gets the effective text as content, and no metadata.
         embedding_separator: separator between ``meta_fields_to_embed`` and the content.
 
     Raises:
-        SpaceError: the embedder does not say which metadata it embeds, nor does ``meta_fields_to_embed``.
+        SpaceError: neither the embedder nor ``meta_fields_to_embed`` says which metadata is embedded.
     """
 
     _task: ClassVar[Task] = "document"
@@ -76,19 +76,19 @@ class CachedDocumentEmbedder(CachedEmbedder):
     def run(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
         """Return new ``documents`` with embeddings, in order, and ``meta``: the embedder's, with ``cache`` added.
 
-        A document that the embedder left without an embedding stays without one, and the next run tries it again.
+        A document that the embedder left without an embedding stays without one. The next run tries to embed it again.
         ``kwargs`` are further arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``documents`` is not a list of Documents.
-            Exception: the embedder raised it. Vectors computed before that are stored.
+            Exception: the embedder raised it. Vectors that were computed before are stored.
         """
         texts = self._effective_texts(documents)
         return _make_answer(documents, *self._fetch(texts, kwargs))
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     async def run_async(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """Do the same as :meth:`run`. An embedder without ``run_async`` runs in a thread."""
+        """Async twin of :meth:`run`. An embedder without ``run_async`` runs in a thread."""
         texts = self._effective_texts(documents)
         return _make_answer(documents, *await self._afetch(texts, kwargs))
 
@@ -110,7 +110,7 @@ class CachedDocumentEmbedder(CachedEmbedder):
         return texts
 
     def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        # Ids are positions, because Haystack derives ids from the content, and those of "" and "None" are equal.
+        # The ids are positions. Haystack derives ids from the content, but those of "" and "None" would be equal.
         documents = [Document(id=str(position), content=text) for position, text in enumerate(texts)]
         return [(texts, documents)] if texts else []
 

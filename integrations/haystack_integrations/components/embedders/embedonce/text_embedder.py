@@ -21,7 +21,7 @@ class CachedTextEmbedder(CachedEmbedder):
             ``"query"``.
         config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
             configurations share one cache.
-        space: what decides the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
+        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
             describe it.
     """
 
@@ -61,7 +61,7 @@ class CachedTextEmbedder(CachedEmbedder):
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     async def run_async(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """Do the same as :meth:`run`. An embedder without ``run_async`` runs in a thread."""
+        """Async twin of :meth:`run`. An embedder without ``run_async`` runs in a thread."""
         _check_text(text)
         return _make_answer(*await self._afetch([text], kwargs))
 
