@@ -15,7 +15,7 @@ from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
 LONG_TIMEOUT = 60.0
-COLD = [f"text {i}" for i in range(1000)]
+COLD_TEXTS = [f"text {i}" for i in range(1000)]
 
 
 def write_in_background(folder: str) -> None:
@@ -27,18 +27,18 @@ def write_in_background(folder: str) -> None:
 
 
 def embed_all_texts(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
-    """Embed the :data:`COLD` texts in a random order, through a memory tier and a tier with leases.
+    """Embed the :data:`COLD_TEXTS` texts in a random order, through a memory tier and a tier with leases.
 
     Returns the number of texts that this process's provider embedded, and the number of errors of the second tier.
     """
     provider = CountingProvider(delay=0.002, max_batch=32)
     (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
-    order = np.random.default_rng(seed).permutation(len(COLD))
+    order = np.random.default_rng(seed).permutation(len(COLD_TEXTS))
     with Cache(provider, [MemoryBackend(), tier], max_wait=LONG_TIMEOUT) as cache:
         barrier.wait(LONG_TIMEOUT + 40)  # until the last process has started; shorter than pytest's timeout
-        for start in range(0, len(COLD), 100):
-            mine = [f"{prefix} {COLD[i]}" for i in order[start : start + 100]]
+        for start in range(0, len(COLD_TEXTS), 100):
+            mine = [f"{prefix} {COLD_TEXTS[i]}" for i in order[start : start + 100]]
             matrix = cache.embed_batch(mine)
             assert all((row == provider.vector_of(text)).all() for text, row in zip(mine, matrix, strict=True))
         return provider.texts, cache.stats().tiers["shared"].errors
