@@ -78,7 +78,7 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
 def test_forget_names_a_tier_with_a_write_that_hangs(forget: Forget) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
-        cache._chain.upkeep._busy_timeout = 0.2  # the default is the tier's timeout, which is long in tests
+        cache._chain.upkeep._busy_timeout = 0.2  # the default includes the tier's timeout, which is long in tests
         cache.embed("text")
         faulty.gate.until(1)
         with pytest.raises(EraseIncomplete) as caught:
