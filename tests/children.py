@@ -1,4 +1,4 @@
-"""Functions that child processes of the tests run. A spawned child must be able to import them, hence this module."""
+"""Functions that child processes of the tests run. They are here because a spawned child must import them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def write_in_background(folder: str) -> None:
 
 
 def embed_all_texts(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
-    """Embed the :data:`COLD_TEXTS` texts in an order of its own, through memory and a tier with leases.
+    """Embed the :data:`COLD_TEXTS` texts in a random order, through a memory tier and a tier with leases.
 
-    Returns the number of texts that this process computed, and the number that the tier failed for.
+    Returns the number of texts that this process's provider embedded, and the number of errors of the second tier.
     """
     provider = CountingProvider(delay=0.002, max_batch=32)
     (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
     order = np.random.default_rng(seed).permutation(len(COLD_TEXTS))
     with Cache(provider, [MemoryBackend(), tier], max_wait=LONG_TIMEOUT) as cache:
-        barrier.wait(LONG_TIMEOUT + 40)  # for the last of eight processes to start; less than pytest's timeout
+        barrier.wait(LONG_TIMEOUT + 40)  # until the last process has started; shorter than pytest's timeout
         for start in range(0, len(COLD_TEXTS), 100):
             mine = [f"{prefix} {COLD_TEXTS[i]}" for i in order[start : start + 100]]
             matrix = cache.embed_batch(mine)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from optional import QUICK
 
-# Redis, Postgres and memcached, started for the first test that requires one; and a real model.
+# These modules have fixtures for Redis, Postgres and memcached, which start when a test requires them, and for a model.
 pytest_plugins = ["servers", "minilm"]
 
 # Frameworks must send no statistics and download nothing; they read these variables at import.
@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run in parallel, and models that each use every core would slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# No deadlines, because a shared CI machine is slow at times. `print_blob` lets a failure be replayed elsewhere.
+# No deadlines, because a shared CI machine is slow at times. `print_blob` prints how to repeat a failure elsewhere.
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _common, max_examples=50)
 settings.register_profile("quick", _common, max_examples=20)
@@ -50,8 +50,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
     """Give tiers without a timeout a long one, and return their default timeouts.
 
-    A busy machine sometimes suspends a thread for a second. With the default timeout a healthy store would then
-    count as hanging: a hit would become a miss, and a write would be dropped. Tests of timeouts set their own.
+    A busy machine sometimes suspends a thread for a second. With the default timeout, a healthy store would then
+    count as hanging, so that a hit would become a miss and a write would be dropped. Tests of timeouts set their own.
     """
     from embedonce._engine import backend_calls
 

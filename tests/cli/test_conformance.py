@@ -217,7 +217,10 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server is not used"),
         (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server must be HOST:PORT"),
         (["mypackage:UndeclaredBackend"], "a backend must declare its capabilities: capabilities = Capabilities(...)"),
-        (["mypackage:FileBackend", "-o", "password=wrong"], "message hidden because it contains a secret option"),
+        (
+            ["mypackage:FileBackend", "-o", "password=wrong"],
+            "hidden because it contains the value of a secret option",
+        ),
     ],
 )
 def test_an_invalid_plugin_or_option_is_refused(command: Any, module: str, arguments: list[str], wanted: str) -> None:

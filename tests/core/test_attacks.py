@@ -87,7 +87,7 @@ def test_a_subclass_of_str_counts_as_its_text() -> None:
     assert seen == ["passage: tea", "passage: HELLO", "passage: hello", "passage: numpy"]
 
 
-def test_vectors_of_different_dimensions_at_once_are_never_reshaped() -> None:
+def test_vectors_of_different_dimensions_in_one_call_are_never_joined() -> None:
     for _ in range(50):
         barrier = threading.Barrier(2)
 
@@ -176,7 +176,7 @@ def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path
                     signal.setitimer(signal.ITIMER_VIRTUAL, chance.uniform(0.0005, 0.03))
                     cache.embed_batch(mine)
                 finally:
-                    stop_signals()  # the signal may arrive in here, too
+                    stop_signals()  # the signal may also arrive during this call
             stop_signals()
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(LONG_TIMEOUT)
@@ -264,7 +264,7 @@ def set_alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
                     inside = False
 
         signal.signal(signal.SIGVTALRM, handle)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # pytest-timeout uses the other clock
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # not ITIMER_REAL, which pytest-timeout uses
 
     yield every_millisecond
     stop_signals()
@@ -272,7 +272,7 @@ def set_alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
 
 def stop_signals() -> None:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    # Ignore it, because a pending signal would end the process if its default were restored.
+    # The signal is ignored, because with the default handler a pending signal would end the process.
     signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
 
 
@@ -312,7 +312,7 @@ def test_close_while_a_blocking_call_runs_an_async_provider() -> None:
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_put_also_stores_a_text_that_is_being_computed(store: bool) -> None:
+def test_put_also_stores_a_text_that_is_being_embedded(store: bool) -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def embed(texts: list[str]) -> list[list[float]]:
@@ -359,7 +359,7 @@ def test_calls_beyond_max_threads_wait_and_all_are_done() -> None:
             at_once += 1
             most = max(most, at_once)
             mine = next(numbers)
-        if mine < 3:  # the first three wait for each other, so they run at the same time
+        if mine < 3:  # the first three jobs wait for each other, so that they run at the same time
             together.wait(LONG_TIMEOUT)
         time.sleep(0.001)
         with lock:
@@ -381,7 +381,7 @@ def test_background_writes_are_done_when_a_child_process_exits(method: str, tmp_
         assert cache.lookup([str(i) for i in range(10)]).sources == ["d"] * 10
 
 
-# --- costs ------------------------------------------------------------------------------------
+# --- threads, time and memory -----------------------------------------------------------------
 
 
 def test_thousands_of_tasks_do_not_need_thousands_of_threads(tmp_path: Path) -> None:
@@ -416,8 +416,8 @@ def test_a_hanging_call_does_not_make_later_stores_slower_with_each_forget() -> 
         forbidden = in_flight._is_forbidden
         in_flight._is_forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
         cache.embed_batch(["a", "b"])
-        assert len(looked) == 2  # once per key, however many erasures there are
-        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two tasks' keys
+        assert len(looked) == 2  # one look-up per key, although there are 2000 erasures
+        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # keys of one or two embedding tasks
         provider.heal()
         hanging.result(LONG_TIMEOUT)
         assert not in_flight._erased

@@ -1,4 +1,4 @@
-"""BackgroundLoop: asynchronous code under blocking calls."""
+"""BackgroundLoop runs asynchronous code for blocking calls."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """The contract of a backend, including that every call in a forked child raises at once."""
+    """The contract of a backend, including that every call in a forked child raises immediately."""
 
     examples = 10
 
@@ -247,7 +247,7 @@ class TestABackendOnALoop(BackendContract):
 
 @pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python cannot start a thread during exit")
 def test_queued_writes_are_done_at_exit_by_a_client_that_needs_a_thread_pool(tmp_path: Path) -> None:
-    """Thread pools no longer accept work when atexit callbacks run."""
+    """The writes must be done before the atexit callbacks run, because thread pools then accept no more work."""
     program = f"""
 import asyncio, time
 from pathlib import Path

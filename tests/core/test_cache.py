@@ -1,4 +1,4 @@
-"""The public methods of a cache on both faces: what they return and what they refuse."""
+"""The public methods of a cache, blocking and async: what they return and what they refuse."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from embedonce_backends.memory import MemoryBackend
 
 
 class Face:
-    """Makes the same calls on the blocking or the async face."""
+    """Makes the same calls with the blocking or the async methods."""
 
     def __init__(self, cache: Cache, asynchronous: bool) -> None:
         self._cache = cache
@@ -115,7 +115,7 @@ def test_row_i_is_text_i_for_every_mix_of_hits_misses_and_duplicates(
     assert provider.count == dict.fromkeys(set(itertools.chain(*batches)), 1)
 
 
-def test_duplicates_are_computed_once_even_without_tiers() -> None:
+def test_duplicates_are_embedded_once_even_without_tiers() -> None:
     provider = CountingProvider()
     with Cache(provider) as cache:
         cache.embed_batch(["a", "b", "a", "a", "b"])
@@ -181,7 +181,7 @@ def test_a_closed_cache_refuses_calls_and_a_second_close_does_nothing() -> None:
     assert provider.closed == 1
 
 
-def test_embed_iter_refuses_wrong_arguments_at_once() -> None:
+def test_embed_iter_refuses_wrong_arguments_immediately() -> None:
     with Cache(CountingProvider(), [MemoryBackend()]) as cache:
         for call in (cache.embed_iter, cache.aembed_iter):
             with pytest.raises(ValueError, match="batch must be at least 1"):
@@ -210,7 +210,7 @@ KINDS = ["short", "long", "nan", "infinity", "zeros", "dimension", "empty"]
 @faces
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tells", [True, False], ids=["dimensions stated", "dimensions not stated"])
-def test_a_wrong_answer_is_an_error_and_nothing_of_it_is_stored(asynchronous: bool, kind: Any, tells: bool) -> None:
+def test_a_wrong_answer_raises_an_error_and_none_of_it_is_stored(asynchronous: bool, kind: Any, tells: bool) -> None:
     inner = CountingProvider(tells_dimensions=tells)
     provider = FaultyProvider(inner, [])
     with Cache(provider, [MemoryBackend()]) as cache:
@@ -248,7 +248,7 @@ def test_a_wrong_answer_is_an_error_and_nothing_of_it_is_stored(asynchronous: bo
     ],
     ids=lambda answer: repr(answer)[:12],
 )
-def test_an_answer_that_is_not_a_matrix_is_an_error(answer: Any) -> None:
+def test_an_answer_that_is_not_a_matrix_raises_an_error(answer: Any) -> None:
     with Cache(lambda texts: answer, [MemoryBackend()], space={"model": "m"}) as cache:
         with pytest.raises(ProviderError):
             cache.embed("a")
@@ -303,7 +303,7 @@ def test_a_batch_that_fails_half_way_keeps_the_first_half(asynchronous: bool) ->
     assert provider.inner.count == dict.fromkeys(texts, 1)
 
 
-def test_each_chunk_is_stored_as_it_lands() -> None:
+def test_each_chunk_is_stored_as_soon_as_it_is_embedded() -> None:
     backend = DictBackend()
     stored: list[int] = []
     inner = CountingProvider(max_batch=10)
@@ -518,7 +518,7 @@ def test_explain_shows_the_parts_of_the_key_and_the_reason_of_a_miss(asynchronou
         assert miss.reasons == ["tier 'disk' holds entries with version 'v1' instead of 'v2'"]
         assert miss.key.split(".")[1] == miss.scope != hit.scope
         assert "private" not in repr(miss) + repr(hit)
-        assert new.stats().tiers["disk"].misses == 0  # explaining is not counted
+        assert new.stats().tiers["disk"].misses == 0  # explain() is not counted as a lookup
 
 
 def test_repr_and_messages_contain_no_text_and_no_secret() -> None:
@@ -572,7 +572,7 @@ def test_aembed_iter_accepts_an_async_iterable() -> None:
 
 
 @faces
-def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, caplog: Any) -> None:
+def test_a_fallback_embeds_whole_batches_in_its_own_space(asynchronous: bool, caplog: Any) -> None:
     main = FaultyProvider(CountingProvider(model="main"), [])
     other = CountingProvider(model="other")
     with Cache(main, [MemoryBackend()], fallback=other) as cache, caplog.at_level(logging.WARNING, "embedonce"):
@@ -583,7 +583,7 @@ def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, c
         assert fetched.space.model == "other"
         assert (fetched.vectors == [other.vector_of("hit"), other.vector_of("new")]).all()
         assert (face.embed("new") == other.vector_of("new")).all()
-        assert face.fetch(["hit"]).space.model == "main"  # a hit needs no provider, so the first space answers
+        assert face.fetch(["hit"]).space.model == "main"  # a hit needs no provider, so it comes from the first space
         stats = cache.stats().providers
         assert stats["fallback:counting"].texts == 2
         assert len([r for r in caplog.records if "has its own vector space" in r.message]) >= 1
@@ -594,7 +594,7 @@ def test_a_fallback_answers_whole_batches_in_its_own_space(asynchronous: bool, c
         assert cache.contents() == []
 
 
-def test_a_fallback_of_other_dimensions_requires_fetch_only() -> None:
+def test_a_fallback_with_different_dimensions_requires_fetch_only() -> None:
     main = FaultyProvider(CountingProvider(dimensions=8), [ProviderFault("raise", error=OSError)])
     other = CountingProvider(dimensions=4, model="other")
     with pytest.raises(SpaceError, match="fetch_only"):
@@ -805,7 +805,7 @@ def test_limits_of_a_function() -> None:
 
 
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write in progress is waited for again when the cache is closed, which may end the write."""
+    """Closing the cache waits again for a write in progress, because closing a backend may end the write."""
     from embedonce._engine import running
     from embedonce._engine.writing import TierWriter
 

@@ -1,4 +1,4 @@
-"""Errors and warnings of a chain, their place in the file, and what the engine does without optional methods."""
+"""Errors and warnings about a chain, their place in the file, and backends without optional methods."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_engine_replaces_or_reports_what_a_backend_lacks() -> None:
     bare = DictBackend(ttl=False, get=False, delete=False, scan=False, count=False, add=False)
     with Cache(CountingProvider(), [Tier(bare, name="bare", ttl=60.0)]) as cache:
         cache.embed("a")
-        assert cache.fetch(["a"]).sources == ["bare"], "without get, get_many answers"
+        assert cache.fetch(["a"]).sources == ["bare"], "without get, the cache must use get_many"
         (held,) = cache.contents()
         assert held.error == "it cannot list its keys"
         with pytest.raises(EraseIncomplete) as caught:

@@ -1,4 +1,4 @@
-"""A chain of any tiers behaves like a dict: hypothesis searches for a sequence of calls for which it does not."""
+"""A chain of any tiers behaves like a dict. Hypothesis searches for a sequence of calls that shows a difference."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FAULTS = [
 
 
 class Chain(RuleBasedStateMachine):
-    """A cache over random tiers with one provider and one clock. The stores outlive the cache."""
+    """A cache over random tiers, with one provider and one clock. The stores stay when the cache is opened again."""
 
     @initialize(layout=tiers, dtype=st.sampled_from(["float32", "float16", "int8"]), symmetric=st.booleans())
     def compose(self, layout: list[dict[str, Any]], dtype: Any, symmetric: bool) -> None:
@@ -104,9 +104,9 @@ class Chain(RuleBasedStateMachine):
                 continue
             right = self.inner.vector_of(text, task)
             tolerance = {"float32": 0.0, "float16": 1e-3, "int8": 1e-2}[self.dtype]
-            assert np.abs(row - right).max() <= tolerance, f"the vector of another text, for {text!r}"
+            assert np.abs(row - right).max() <= tolerance, f"{text!r} got the vector of a different text"
             first = self.answers.setdefault((text, task), np.array(row))
-            assert (row == first).all(), "the answer has changed"
+            assert (row == first).all(), "the vector of a text has changed"
 
     @rule(asked=texts, task=tasks, asynchronous=st.booleans())
     def embed(self, asked: list[str], task: str, asynchronous: bool) -> None:
@@ -181,7 +181,7 @@ class Chain(RuleBasedStateMachine):
         for i, key in enumerate(sorted(store.scan(""))):
             if which >> i & 1:
                 store.delete_many([key])
-        self.faulty = True  # a text may be computed again
+        self.faulty = True  # a text may be embedded again
 
     @rule(seconds=st.sampled_from([0.5, 9.8, 11.0, 2000.0]))
     def time_passes(self, seconds: float) -> None:

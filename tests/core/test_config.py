@@ -104,7 +104,7 @@ def probe(probe_site: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Run each test in its own folder, several levels deep."""
+    """Run each test in its own folder, which is several levels deep."""
     folder = tmp_path / "top" / "middle" / "here"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -262,7 +262,7 @@ def test_a_dict_has_the_same_shape_as_the_file() -> None:
     ]
 
 
-def test_without_tiers_every_text_is_computed() -> None:
+def test_without_tiers_every_text_is_embedded() -> None:
     with embedonce.open({"provider": {"type": "ngram"}, "tiers": []}) as cache:
         assert cache.fetch(["a", "a"]).sources == ["provider", "provider"]
 
@@ -391,7 +391,7 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
 # --- problems ---------------------------------------------------------------------------------
 
 
-def test_every_problem_at_once_each_at_its_place() -> None:
+def test_all_problems_are_reported_together_each_with_its_place() -> None:
     text = """
         max_wait = 5
         [cache]
@@ -603,7 +603,7 @@ def test_no_message_contains_a_secret(
 
 
 def _list_messages(error: BaseException | None) -> list[str]:
-    """Return what a traceback shows of an error: its messages and those of the errors behind it."""
+    """Return the messages that a traceback shows: of an error, and of its causes and contexts."""
     if error is None:
         return []
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -750,11 +750,11 @@ SAMPLES: Sequence[tuple[str, str, Sequence[str]]] = [
     ("memory", "type", ['"embedonce:memory"', '"embedonce:memry"', '"disk:memory"']),
 ]  # fmt: skip
 
-# A schema cannot express these rules, or only with great effort, so only the loader refuses the values.
+# Only the loader refuses these values, because a schema can hardly express the rules.
 ONLY_THE_LOADER_REFUSES = {
     ("max_bytes", '"9999999 TB"'),
     ("max_entries", str(2**63)),
-    ("max_entries", "1.0"),  # in JSON the same number as 1
+    ("max_entries", "1.0"),  # JSON does not distinguish 1.0 from 1
     ("max_bytes", "2e6"),
     ("ttl", '"0s"'),
 }
@@ -771,7 +771,7 @@ def test_the_schema_and_the_loader_agree(validator: Any, kind: str, option: str,
         is_accepted = False
     else:
         is_accepted = True
-    if value in ("nan", "inf"):  # not valid in JSON either
+    if value in ("nan", "inf"):  # JSON has no such numbers, so the schema cannot be asked
         assert not is_accepted
     elif (option, value) in ONLY_THE_LOADER_REFUSES:
         assert not is_accepted
@@ -963,7 +963,7 @@ def test_no_file_causes_a_traceback_in_a_command(changes: list[tuple[int, int, b
 
     Path("fuzz.toml").write_bytes(mutate(changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "is_terminal", lambda: True)  # so that it prints the invalid lines
+        patch.setattr(output, "is_terminal", lambda: True)  # so that the command prints the invalid lines
         done = CliRunner().invoke(app, [*command, "--config", "fuzz.toml"])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code in (0, 1, 2)
@@ -1067,7 +1067,7 @@ def test_the_page_lists_every_option_with_its_default() -> None:
                 assert f'| `{name}` | `"{option.default}"`' in page
 
 
-# --- defects an outside tester found ----------------------------------------------------------
+# --- defects that an outside tester found -----------------------------------------------------
 
 
 def test_a_broken_link_or_a_folder_instead_of_the_file_is_an_error(here: Path) -> None:

@@ -22,7 +22,7 @@ DAY = 86400.0
 
 
 class Changing(CountingProvider):
-    """Returns other vectors for the same space once ``changed`` is set. ``noise`` is added to every value."""
+    """Returns different vectors for the same space once ``changed`` is set. ``noise`` is added to every value."""
 
     changed = False
     noise = 0.0
@@ -34,7 +34,7 @@ class Changing(CountingProvider):
 
     @property
     def checks(self) -> int:
-        """The number of times that the canaries were embedded."""
+        """Number of times that the canaries were embedded."""
         counts = {self.count[text] for text in CANARIES}
         assert len(counts) == 1
         return counts.pop()
@@ -58,7 +58,7 @@ def test_it_checks_at_the_first_miss_and_never_for_a_hit() -> None:
         clock.advance(10 * DAY)
         cache.embed_batch(["a", "b", "c"])
         cache.put(["d"], [provider.vector_of("d")])
-        assert provider.checks == 1, "nothing was computed"
+        assert provider.checks == 1, "nothing was embedded, so there must be no check"
         cache.embed("e")
         assert provider.checks == 2
         assert (cache.embed("e") == provider.vector_of("e")).all()
@@ -74,7 +74,7 @@ def test_the_date_of_the_last_check_survives_a_restart(tmp_path: Path) -> None:
         assert provider.checks == checks, text
 
 
-def test_drift_after_a_restart_is_refused_and_hits_are_still_answered(
+def test_drift_after_a_restart_is_refused_and_hits_are_still_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     provider, clock = Changing(), ManualClock()
@@ -95,7 +95,7 @@ def test_drift_after_a_restart_is_refused_and_hits_are_still_answered(
         for number in range(5):
             with pytest.raises(DriftError):
                 cache.embed(f"new {number}")
-        assert provider.checks == checks, "the result is remembered for a while"
+        assert provider.checks == checks, "the result of a check must be remembered for a while"
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert not any(text in messages[0] for text in CANARIES)
@@ -142,11 +142,11 @@ def test_warn_logs_each_check_that_finds_drift_and_continues(caplog: pytest.LogC
             clock.advance(DAY)
             cache.embed(f"b {number}")
             cache.embed(f"c {number}")
-            assert len(caplog.records) == checks, "the reference vectors are still the first ones"
+            assert len(caplog.records) == checks, "each check must still compare with the first vectors"
 
 
 def test_a_slow_drift_is_measured_against_the_first_vectors() -> None:
-    """Each step is within the tolerance. The reference is the first vector, not the last, so the sum of them is not."""
+    """Each step is within the tolerance, but their sum is not: the reference is the first vector, not the last."""
     provider, clock = Changing(dimensions=64), ManualClock()
     with open_guarded(provider, clock) as cache:
         for step in range(40):
@@ -190,21 +190,21 @@ def test_each_space_has_its_own_canaries() -> None:
     with open_guarded(provider, clock) as cache:
         cache.embed("a")
         cache.embed("b", task="query")
-        assert provider.checks == 1, "a symmetric provider has one space"
+        assert provider.checks == 1, "a symmetric provider has one space, so one check is enough"
 
 
-def test_canaries_that_a_tier_has_lost_are_computed_again() -> None:
+def test_canaries_that_a_tier_has_lost_are_embedded_again() -> None:
     provider, clock = Changing(), ManualClock()
     with open_guarded(provider, clock) as cache:
         cache.embed("a")
         cache.forget([CANARIES[0]])
         provider.changed = True
         clock.advance(DAY)
-        with pytest.raises(DriftError):  # the others are still there
+        with pytest.raises(DriftError):  # the other canaries are still there
             cache.embed("b")
         cache.forget(CANARIES)
         clock.advance(DAY)
-        cache.embed("b")  # there is no reference left: these vectors become the canaries
+        cache.embed("b")  # no reference is left, so the new vectors of the canaries become the reference
 
 
 def test_custom_canaries_are_normalised_like_texts() -> None:
@@ -213,7 +213,7 @@ def test_custom_canaries_are_normalised_like_texts() -> None:
     with open_guarded(provider, clock, key=policy, guard={"texts": [" one ", "one", "two"]}) as cache:
         cache.embed("a")
         assert provider.calls[0][1] == ("one", "two")
-        assert cache.fetch(["one"]).sources == ["memory"], "they are entries like any other"
+        assert cache.fetch(["one"]).sources == ["memory"], "canaries are stored like any other text"
 
 
 def test_a_failing_provider_raises_its_own_error() -> None:
@@ -255,14 +255,16 @@ def test_the_canaries_of_an_unreachable_tier_are_not_replaced() -> None:
     away = FaultyBackend(store, [Fault("raise", on="get", calls=[1, 2])])
     with open_guarded(provider, clock, [MemoryBackend(), Tier(away, name="away")]) as cache:
         cache.embed("nothing to compare with")
-        assert provider.checks == 1, "the stored canaries could not be read, and no new ones are computed"
+        assert provider.checks == 1, "the stored canaries could not be read, so no new ones may replace them"
         clock.advance(120)
         with pytest.raises(DriftError):
             cache.embed("b")
 
 
 @pytest.mark.parametrize("action", ["warn", "refuse", "new-space"])
-def test_vectors_of_another_length_are_drift(tmp_path: Path, action: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_vectors_with_different_dimensions_are_drift(
+    tmp_path: Path, action: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     length, clock, space = [3], ManualClock(), {"model": "behind its name"}
 
     def model(texts: list[str]) -> list[list[float]]:
@@ -291,7 +293,7 @@ def test_a_clock_that_is_set_back_does_not_postpone_the_next_check() -> None:
         assert provider.checks == 2
 
 
-def test_threads_and_tasks_share_one_check(caplog: pytest.LogCaptureFixture) -> None:
+def test_concurrent_calls_share_one_check(caplog: pytest.LogCaptureFixture) -> None:
     provider, clock = Changing(delay=0.01), ManualClock()
     with open_guarded(provider, clock) as cache:
         found: dict[int, Any] = {}
@@ -311,7 +313,7 @@ def test_threads_and_tasks_share_one_check(caplog: pytest.LogCaptureFixture) -> 
             return await asyncio.gather(*(cache.aembed(f"late {n}") for n in range(8)), return_exceptions=True)
 
         assert all(isinstance(error, DriftError) for error in asyncio.run(tasks()))
-        assert caplog.text.count("no longer returns the vectors") == 1, "simultaneous checks are one check"
+        assert caplog.text.count("no longer returns the vectors") == 1, "concurrent calls must share one check"
     for number, vector in found.items():
         assert (vector == Changing().vector_of(f"text {number}")).all()
 
@@ -330,16 +332,16 @@ def test_a_new_space_is_opened_and_found_after_a_restart(tmp_path: Path) -> None
     provider.changed = True
     clock.advance(2 * DAY)
     with opened() as cache:
-        assert cache.fetch(["a"]).sources == ["disk"], "nothing was computed, so there was no check yet"
+        assert cache.fetch(["a"]).sources == ["disk"], "a hit must not cause a check"
         moved = cache.fetch(["a", "new"])
-        assert moved.sources == ["provider", "provider"], "one answer, one space"
+        assert moved.sources == ["provider", "provider"], "all vectors of an answer must be from the same space"
         for text, row in zip(["a", "new"], moved.vectors, strict=True):
             assert (row == provider.vector_of(text)).all()
         assert moved.space is not None
         assert first.space is not None
         assert moved.space.extra == {"drift": 1}
         assert moved.space.fingerprint() != first.space.fingerprint()
-        assert (cache.embed("a", task="query") == moved.vectors[0]).all(), "both tasks use the new space"
+        assert (cache.embed("a", task="query") == moved.vectors[0]).all(), "both tasks must use the new space"
         assert cache.explain("a").space["extra"] == {"drift": 1}
     checks = provider.checks
     with opened() as cache:
@@ -362,7 +364,7 @@ def test_another_process_uses_the_new_space(tmp_path: Path) -> None:
         assert (one.embed("b") == provider.vector_of("b")).all()
         checks = provider.checks
         assert (other.embed("c") == provider.vector_of("c")).all()
-        assert provider.checks == checks, "it reads the mark that the other process has stored"
+        assert provider.checks == checks, "a process must find the new space that another process has opened"
         assert other.fetch(["b"]).sources == ["disk"]
 
 
@@ -391,7 +393,7 @@ def test_forget_also_removes_from_the_old_spaces(tmp_path: Path) -> None:
         assert plain.lookup(["a"]).sources == [None]
 
 
-def test_tasks_that_drift_at_once_use_one_new_space() -> None:
+def test_concurrent_calls_that_find_drift_use_one_new_space() -> None:
     provider, clock = Changing(delay=0.005), ManualClock()
     with open_guarded(provider, clock, action="new-space") as cache:
         cache.embed("a")

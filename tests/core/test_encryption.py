@@ -1,4 +1,4 @@
-"""Encrypted frames reveal nothing, cannot be swapped or re-dated, and can be read only with the right key."""
+"""Encrypted frames reveal nothing, cannot be swapped or given a new expiry, and require the right key."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_stored_bytes_contain_nothing_of_the_content() -> None:
     for key, sealed in Encryption(KEY).encrypt(plain).items():
         assert b"private" not in sealed
         assert plain[key][-64:] not in sealed
-    assert Encryption(KEY).encrypt(plain) != Encryption(KEY).encrypt(plain)  # a new nonce each time
+    assert Encryption(KEY).encrypt(plain) != Encryption(KEY).encrypt(plain)  # because each call uses a new nonce
 
 
 @pytest.mark.parametrize("at", [*range(64), 70, 80, -1])
@@ -59,7 +59,7 @@ def test_every_changed_byte_is_corrupt_even_with_a_valid_checksum(at: int) -> No
         word = int.from_bytes(changed[:8], "little")
         changed[8:16] = xxh3_64_intdigest(bytes(changed[16:]), word).to_bytes(8, "little")
     plain, corrupt, unencrypted = encryption.decrypt({key: bytes(changed)})
-    if at in range(8, 16):  # decryption recomputes the checksum; only the tag counts
+    if at in range(8, 16):  # decrypt() ignores the checksum of the encrypted frame, and checks only the tag
         assert key in plain
     else:
         assert not plain
@@ -191,7 +191,7 @@ def test_entries_from_before_encryption_are_misses_and_are_replaced() -> None:
         cache.embed("a")
         assert cache.lookup(["a"]).sources == ["t"]
     with open_(store, None) as cache:
-        assert cache.lookup(["a"]).sources == [None]  # a tier without the key does not serve it
+        assert cache.lookup(["a"]).sources == [None]  # the entry is encrypted, and this tier has no key
 
 
 def test_encryption_is_refused_for_a_tier_of_arrays() -> None:

@@ -1,4 +1,4 @@
-"""Entries that were read together stay one block, and it gives the same vectors as the single frames."""
+"""Entries that were read together stay in one block, which has the same vectors as the single frames."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_one_invalid_frame_leaves_the_others_in_one_block(harm: str, at: int) ->
 
 
 def make_mixed_entries() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
-    """Return entries in two blocks and three loose ones, and all vectors by key."""
+    """Return entries, of which three are not in one of two blocks, and all vectors by key."""
     loose = {key_of(n): Entry(freeze(vector_of(n)), MADE) for n in (3, 7, 11)}
     entries = Entries(loose, [block_of([5, 1, 9]), block_of([2, 0])])
     return entries, {key_of(n): vector_of(n) for n in (0, 1, 2, 3, 5, 7, 9, 11)}
@@ -141,7 +141,7 @@ def make_mixed_entries() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
 )
 def test_the_matrix_has_the_order_of_the_requested_keys(numbers: list[int], made: list[int]) -> None:
     entries, vectors = make_mixed_entries()
-    for number in made:  # making an entry object changes nothing
+    for number in made:  # reading a single entry must change nothing
         assert entries[key_of(number)].vector.tobytes() == vectors[key_of(number)].tobytes()
     keys = [key_of(number) for number in numbers]
     assert entries.matrix(keys, 4).tolist() == [vectors[key].tolist() for key in keys]
@@ -149,7 +149,7 @@ def test_the_matrix_has_the_order_of_the_requested_keys(numbers: list[int], made
 
 
 @pytest.mark.parametrize("blocks", [[[5, 1, 9, 2]], [[5, 1], [9, 2]]])
-def test_the_same_keys_in_another_order_give_another_matrix(blocks: list[list[int]]) -> None:
+def test_the_same_keys_in_a_different_order_give_a_different_matrix(blocks: list[list[int]]) -> None:
     entries = Entries(blocks=[block_of(numbers) for numbers in blocks])
     for numbers in ([5, 1, 9, 2], [2, 9, 1, 5], [5, 5, 5, 5]):
         matrix = entries.matrix([key_of(number) for number in numbers], 4)
@@ -219,7 +219,7 @@ def test_rows_of_different_dimensions_are_never_joined() -> None:
         {"metadata": [None]},
     ],
 )
-def test_a_block_with_columns_of_another_length_is_refused(columns: dict[str, Any]) -> None:
+def test_a_block_with_columns_of_different_lengths_is_refused(columns: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="2 keys"):
         block_of([1, 2], **columns)
     with pytest.raises(ValueError, match="2 keys"):
@@ -262,7 +262,7 @@ def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
 
 
 class BlockBackend:
-    """A backend that answers with one block, in another order than the requested keys."""
+    """A backend whose answer is one block. Its keys are in a different order than the requested keys."""
 
     capabilities = Capabilities(holds="entries", scope="host", deadline=True)
 

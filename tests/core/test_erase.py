@@ -1,4 +1,4 @@
-"""forget and purge win over queued writes, promotions and running flights, and report the tiers they cannot reach."""
+"""After forget or purge, no queued write, promotion or running call stores a text again; failures are reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
     far = DictBackend(scope="network")
     faulty = FaultyBackend(far, [Fault("hang", on="set", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="far", timeout=LONG_TIMEOUT)]) as cache:
-        cache.embed("first")  # its write hangs, so the next ones queue
+        cache.embed("first")  # the write of this entry hangs, so the next writes are queued
         faulty.gate.until(1)
         cache.embed_batch(["queued", "kept"])
         assert cache._chain.in_flight.count_queued("far") == 2
@@ -78,7 +78,7 @@ def test_forget_wins_over_queued_writes(forget: Forget) -> None:
 def test_forget_names_a_tier_with_a_write_that_hangs(forget: Forget) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set", calls={1})])
     with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
-        cache._chain.upkeep._busy_timeout = 0.2  # short, because the write hangs; the tier's test timeout is long
+        cache._chain.upkeep._busy_timeout = 0.2  # the default includes the tier's timeout, which is long in tests
         cache.embed("text")
         faulty.gate.until(1)
         with pytest.raises(EraseIncomplete) as caught:
@@ -127,12 +127,12 @@ def test_forget_wins_over_a_promotion() -> None:
             del far.get_many
             cache.forget(["text"])
             go_on.set()
-            assert reader.result(LONG_TIMEOUT).sources == ["far"]  # it was read before the forget
+            assert reader.result(LONG_TIMEOUT).sources == ["far"]  # the vector was read before the forget
         assert entries(near) == []
         assert cache.lookup(["text"]).sources == [None]
 
 
-def test_after_a_forget_the_text_is_computed_and_stored_again() -> None:
+def test_after_a_forget_the_text_is_embedded_and_stored_again() -> None:
     provider = CountingProvider()
     with Cache(provider, [MemoryBackend(), Tier(DictBackend(scope="network"), name="far")]) as cache:
         for _ in range(3):
@@ -147,7 +147,7 @@ def test_after_a_forget_the_text_is_computed_and_stored_again() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
-    """The forget strikes while four calls are anywhere between their first read and their last write."""
+    """The forget happens at a random moment between the first read and the last write of four calls."""
     chance = random.Random(seed)
     near, far = MemoryBackend(), DictBackend(scope="network")
     slow = FaultyBackend(far, [Fault("slow", seconds=0.002, probability=0.5)], seed=seed)
@@ -155,7 +155,7 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
     provider = CountingProvider(delay=0.004, max_batch=7, asynchronous=bool(seed % 2))
     write = chance.choice(["inline", "background"])
     with Cache(provider, [near, Tier(slow, name="far", timeout=LONG_TIMEOUT, write=write)]) as cache:
-        cache.embed_batch(chance.sample(texts, 5))  # some are hits and get promoted
+        cache.embed_batch(chance.sample(texts, 5))  # these five texts will be hits in the second tier, and be promoted
         near.delete_many(list(near.scan("")))
         with ThreadPoolExecutor(4) as pool:
             began = threading.Barrier(5)
@@ -187,7 +187,7 @@ def test_forget_reports_every_tier_that_fails(forget: Forget) -> None:
             "stubborn": "it cannot delete",
         }
         assert "text" not in str(caught.value)
-        assert entries(near) == []  # the reachable tier is done
+        assert entries(near) == []  # forget has removed the text from the tier that works
 
 
 # --- purge ------------------------------------------------------------------------------------

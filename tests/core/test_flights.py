@@ -1,4 +1,4 @@
-"""Each text is computed once, however many callers ask for it at the same time, and no call hangs."""
+"""Each text is embedded once, even if many callers request it at the same time, and no call hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedonce_backends.memory import MemoryBackend
 
 
 def background(backend: Any | None = None) -> Tier:
-    # Far more than the default of 250 ms: on a busy machine the breaker would open, and texts would be computed again.
+    # With the default of 250 ms, the breaker would open on a busy machine, and texts would be embedded again.
     return Tier(backend or DictBackend(scope="network"), name="far", write="background", timeout=LONG_TIMEOUT)
 
 
@@ -40,8 +40,8 @@ def tiers(request: pytest.FixtureRequest) -> list[Any]:
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync provider", "async provider"])
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_threads_and_tasks_at_once_compute_each_text_once(asynchronous: bool, concurrency: int) -> None:
-    """32 threads and 1,000 tasks ask for overlapping batches. The only tier is written in the background."""
+def test_concurrent_threads_and_asyncio_tasks_embed_each_text_once(asynchronous: bool, concurrency: int) -> None:
+    """32 threads and 1,000 asyncio tasks request overlapping batches. The only tier is written in the background."""
     provider = CountingProvider(asynchronous=asynchronous, concurrency=concurrency, max_batch=16, delay=0.002)
     texts = [f"text {i}" for i in range(200)]
     with Cache(provider, [background()]) as cache:
@@ -78,7 +78,7 @@ def test_batches_with_the_same_texts_in_opposite_order_do_not_deadlock(tiers: li
                 assert all_correct(provider, batch, matrix)
 
 
-def test_five_calls_to_a_chain_with_only_a_background_written_tier_compute_once() -> None:
+def test_five_calls_to_a_chain_with_only_a_background_written_tier_embed_once() -> None:
     slow = FaultyBackend(DictBackend(scope="network"), [Fault("slow", on="set", seconds=0.2)])
     provider = CountingProvider()
     with Cache(provider, [Tier(slow, name="far", write="background", timeout=LONG_TIMEOUT)]) as cache:
@@ -175,7 +175,7 @@ def test_a_provider_that_always_fails_fails_every_caller_and_nobody_hangs() -> N
 
 
 def test_a_loop_that_ends_wakes_its_followers() -> None:
-    """The leader's loop is closed without cancelling its tasks, so the flight can never land."""
+    """The leader's loop is closed without cancelling its asyncio tasks, so the leader can never return a vector."""
     provider = FaultyProvider(CountingProvider(asynchronous=True), [ProviderFault("hang", calls={1})])
     with Cache(provider, [MemoryBackend()]) as cache:
         loop = asyncio.new_event_loop()
@@ -238,7 +238,7 @@ def test_a_provider_may_call_the_cache_for_other_texts_and_its_own(concurrency: 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(LONG_TIMEOUT)
-        assert done, "re-entering the cache from the provider hangs"
+        assert done, "a call of the cache from its provider hangs"
         assert done[0][:, 0].tolist() == [1, 2, 3, 4, 5]
 
 
@@ -249,8 +249,8 @@ def test_a_blocking_call_on_the_leaders_event_loop_computes_for_itself() -> None
         async def main() -> None:
             leader = asyncio.create_task(cache.aembed("text"))
             await wait_until_async(lambda: provider.gate.waiting)
-            vector = cache.embed("text")  # waiting here would keep the leader from finishing
-            assert provider.gate.waiting, "the blocking call computed for itself"
+            vector = cache.embed("text")  # waiting for the leader here would prevent the leader from finishing
+            assert provider.gate.waiting, "the blocking call must not wait for the leader, which still hangs"
             provider.heal()
             assert (vector == await leader).all()
 

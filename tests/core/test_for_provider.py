@@ -190,7 +190,7 @@ def test_a_listener_gets_the_events_of_all_caches_of_the_chain() -> None:
         assert heard
 
 
-def test_the_async_face_of_another_provider() -> None:
+def test_the_async_methods_of_another_provider() -> None:
     async def run() -> None:
         cache = embedonce.open(TIERS, provider=CountingProvider())
         other = cache.for_provider(CountingProvider(model="2"))

@@ -63,14 +63,14 @@ def is_same(found: Entry, expected: Entry) -> bool:
 
 
 def find_verdict(decoded: Decoded, key: str) -> str:
-    """Return which field of the result has the key: "entry", "corrupt" or "missed"."""
+    """Return the field of the result that has the key: "entry", "corrupt" or "missed"."""
     places = {"entry": decoded.entries, "corrupt": decoded.corrupt, "missed": decoded.missed}
     (found,) = [name for name, place in places.items() if key in place]
     return found
 
 
 def decode_alone_and_in_batches(key: str, frame: Any, **wanted: Any) -> str:
-    """Return the verdict on a frame; check that it is the same alone, first in a batch, and last in a batch."""
+    """Return the verdict on a frame, and check that it is the same if the frame is alone, first or last in a batch."""
     wanted = {"now": NOW, **wanted}
     alone = decode_frames({key: frame}, **wanted)
     size = len(frame) if isinstance(frame, bytes) else 96
@@ -273,7 +273,7 @@ def test_an_entry_is_expired_from_its_expiry_date_on() -> None:
 
 def test_an_entry_without_expiry_never_expires() -> None:
     assert decode_alone_and_in_batches("k", frame_of("k", entry_of(1)), now=1e300) == "entry"
-    # 0.0 is a date like any other; it does not mean never.
+    # An expiry of 0.0 is a date like any other. It does not mean that the entry never expires.
     assert decode_alone_and_in_batches("k", frame_of("k", entry_of(1, expires=0.0))) == "missed"
     assert decode_frames({"k": frame_of("k", entry_of(1, expires=math.inf))}, now=1e300).entries["k"].expires is None
 
@@ -363,7 +363,7 @@ def test_forged_frames_with_a_valid_checksum(name: str) -> None:
     decoded = decode_frames(frames, now=NOW, dtype=finest, dimensions=2)
     assert [find_verdict(decoded, key) for key in frames] == [expected] * 20
     assert decode_alone_and_in_batches(key_of(3), frames[key_of(3)], dtype=finest, dimensions=2) == expected
-    # Every entry that was read can be written again, as a promotion does.
+    # A promotion must be able to write every entry that was read.
     assert encode_frames(decoded.entries).keys() == decoded.entries.keys()
 
 
@@ -379,7 +379,7 @@ def test_both_halves_of_the_echo_are_checked(half: int) -> None:
     assert len(decoded.entries) == 19
 
 
-def test_frames_of_one_size_with_different_layouts_are_decoded_correctly() -> None:
+def test_frames_of_the_same_size_with_different_layouts_are_decoded_correctly() -> None:
     made = [entry_of(n, 2, metadata={"a": 1}) if n % 2 else entry_of(n, 1, metadata={"a": 12345}) for n in range(20)]
     frames = encode_frames({key_of(n): entry for n, entry in enumerate(made)})
     assert len(set(map(len, frames.values()))) == 1
@@ -389,7 +389,7 @@ def test_frames_of_one_size_with_different_layouts_are_decoded_correctly() -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metadata", [None, METADATA])
-def test_valid_frames_of_one_size_are_decoded_together(
+def test_valid_frames_of_the_same_size_are_decoded_together(
     dtype: Dtype, metadata: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = encode_frames({key_of(n): entry_of(n, 8, metadata=metadata) for n in range(20)})

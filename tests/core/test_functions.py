@@ -1,4 +1,4 @@
-"""Functions as providers: sync and async, with and without the task, and what is refused with what advice."""
+"""Functions as providers: sync or async, with or without the task, and the errors for unsuitable functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C on any line of a call: later calls of the same thread work as if it had never happened."""
+"""After Ctrl-C on any line of a call, later calls of the same thread work as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ctrl_c_leaves_no_deadline_in_the_thread() -> None:
         assert time_left() is None, f"interrupted at line {line}"
 
 
-# A coroutine that never began is reported when it is collected, as Python does with any.
+# Python warns when it collects a coroutine that was never awaited. An interrupt may cause such a coroutine.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path) -> None:

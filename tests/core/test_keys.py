@@ -48,11 +48,11 @@ def key_of(text: str = "text", space: VectorSpace = SPACE, policy: KeyPolicy = P
     return keyer.key(keyer.normalize(text))
 
 
-# --- the rule, from the page alone ------------------------------------------------------------
+# --- the rule, implemented from the page only -------------------------------------------------
 
 
 def encode_by_the_page(value: Any) -> bytes:
-    """Return the canonical form by the table of the page."""
+    """Return the canonical form of a value, as the table of the page defines it."""
 
     def sized(tag: str, content: bytes) -> bytes:
         return f"{tag}{len(content)}:".encode() + content
@@ -81,7 +81,7 @@ def encode_by_the_page(value: Any) -> bytes:
 
 
 def derive_by_the_page(space: dict[str, Any], policy: dict[str, str], normalized: str) -> dict[str, str]:
-    """Return everything that a worked example of the page shows, derived by the rule of the page."""
+    """Return all values of a worked example of the page, computed only by the rule of the page."""
     form = encode_by_the_page({name: value for name, value in space.items() if value is not None})
     fingerprint = hashlib.sha256(b"embedonce/space/1" + form).digest()
     secret = policy["secret"].encode() if "secret" in policy else None
@@ -109,7 +109,7 @@ def derive_by_the_page(space: dict[str, Any], policy: dict[str, str], normalized
 
 
 def compute_with_keyer(space: dict[str, Any], policy: dict[str, Any], text: str) -> dict[str, str]:
-    """Return the same values, computed by keys.py."""
+    """Return the same values as :func:`derive_by_the_page`, computed by keys.py."""
     described = VectorSpace(**space)
     keyer = Keyer(KeyPolicy(**policy), described)
     return {
@@ -173,7 +173,7 @@ some_policies = st.builds(
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Return whether two values have one canonical form: equal and of one type, where -0.0 equals 0.0."""
+    """Return whether two values must have the same canonical form: equal and of the same type; -0.0 equals 0.0."""
     if type(a) is not type(b):
         return False
     if isinstance(a, list):
@@ -197,7 +197,7 @@ def test_canonical_is_injective(a: Any, b: Any) -> None:
 
 
 def _decode(form: bytes, at: int = 0) -> tuple[Any, int]:
-    """Decode a value. If every form can be decoded, no two values share a form."""
+    """Decode a canonical form. If every form can be decoded, no two values have the same form."""
     tag = form[at : at + 1]
     if tag in b"ntf":
         return {b"n": None, b"t": True, b"f": False}[tag], at + 1
@@ -314,7 +314,7 @@ def test_values_without_a_canonical_form_are_refused(value: Any) -> None:
 
 
 def other_values(name: str) -> list[Any]:
-    """Return different values for a field of VectorSpace, none of them its default, by the field's annotation."""
+    """Return several values for a field of VectorSpace, chosen by its annotation, without the field's default."""
     (annotation,) = [str(field.type) for field in fields(VectorSpace) if field.name == name]
     if "bool" in annotation:
         return [True, False]
@@ -339,7 +339,7 @@ def test_every_field_of_the_space_changes_fingerprint_scope_and_key(name: str) -
 
 def test_no_value_moves_from_one_field_to_another() -> None:
     optional = [field.name for field in fields(VectorSpace) if field.name not in ("provider", "model")]
-    # Use one value for all fields, whatever their types: two fields that were confused would give the same bytes.
+    # All fields get the same value, whatever their types, so that two confused fields would have the same fingerprint.
     spaces = [VectorSpace(**{"provider": "p", "model": "m", name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="p", model="m", extra={name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="px", model="m"), VectorSpace(provider="p", model="mx"), SPACE]
@@ -552,7 +552,7 @@ def test_an_invalid_policy_is_refused(options: dict[str, Any]) -> None:
 
 # --- normalisation ----------------------------------------------------------------------------
 
-# Characters that the steps change, some of which several steps change in different ways.
+# Characters that the steps change. Several steps change some of them in different ways.
 awkward = st.text(
     st.sampled_from(
         " \t\r\n\x0b\x1c\x85\xa0\u2028\u3000\u200b\ufeff\xa8ßİıſΣςK\u0130\u01f0\u0345\u1fb3ﬁ①Ａé\u0301e\u030cjJ"
@@ -701,7 +701,7 @@ def test_keys_are_the_same_in_every_python(version: str) -> None:
     python = shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"there is no python{version} on the PATH")
-    # A version manager may put a stub on the PATH although the version is not installed.
+    # A version manager may put a stub on the PATH even if the version is not installed.
     tried = subprocess.run([python, "-c", "pass"], capture_output=True, text=True, timeout=100, check=False)
     if tried.returncode != 0:
         pytest.skip(f"python{version} does not start: {tried.stderr.strip().partition(chr(10))[0]}")

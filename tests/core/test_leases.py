@@ -1,4 +1,4 @@
-"""Leases: a missing text is computed by one process only; if the leases' tier fails, every process computes it."""
+"""With leases, only one process embeds a missing text. If the tier of the leases fails, every process embeds it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from embedonce_backends.memory import MemoryBackend
 
 
 @pytest.mark.slow
-def test_eight_processes_compute_each_of_a_thousand_texts_once(tmp_path: Path) -> None:
+def test_eight_processes_embed_each_of_a_thousand_texts_once(tmp_path: Path) -> None:
     table = {"type": "disk", "path": str(tmp_path / "d"), "lease": "100s", "timeout": "60s"}
     found = children.run_eight_processes(table, "disk")
     assert sum(computed for computed, _ in found) == len(children.COLD_TEXTS)
 
 
 def open_two_caches(store: DictBackend, lease: float = LONG_TIMEOUT, **options: Any) -> tuple[Any, Any]:
-    """Open two caches that share nothing but a store, as two processes do."""
+    """Open two caches that share only a store, as two processes do."""
 
     def one() -> Any:
         provider = FaultyProvider(CountingProvider(max_batch=4))
@@ -50,7 +50,9 @@ def test_a_follower_waits_for_the_vector_of_another_process(asynchronous: bool) 
             return other.fetch(["b", "c", "a"])
 
         second = pool.submit(follow)
-        wait_until(lambda: follower.count["c"])  # it has computed its own text, and now polls for the others
+        wait_until(
+            lambda: follower.count["c"]
+        )  # the follower has embedded its own text, and now polls for the other texts
         assert not second.done()
         leader.release()
         fetched = second.result(LONG_TIMEOUT)
@@ -83,7 +85,7 @@ def test_waiting_for_another_process_has_a_limit() -> None:
         leader.heal()
 
 
-def test_an_entry_that_is_removed_while_we_hold_its_lease_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_does_not_wait_for_its_own_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     store = DictBackend()
     (provider, one), _ = open_two_caches(store)
     with one:
@@ -100,7 +102,7 @@ def test_forget_and_purge_remove_leases_too() -> None:
     with one, other:
         one.embed_batch(["a", "b"])
         one.forget(["a"])
-        other.embed("a")  # if the lease were still there, this would wait for it
+        other.embed("a")  # if the lease still existed, this call would wait for it
         assert provider.count["a"] == 1
         one.purge(version="v1")
         assert not list(store.scan(""))

@@ -1,4 +1,4 @@
-"""The metrics of a cache, as a Prometheus server reads them."""
+"""The metrics of a cache, in the form in which a Prometheus server reads them."""
 
 from __future__ import annotations
 

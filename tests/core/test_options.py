@@ -1,4 +1,4 @@
-"""Sizes and durations, options read from signatures, and values checked without pydantic."""
+"""Sizes and durations, options in the signatures of constructors, and checks of values without pydantic."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_error_names_a_type_that_is_missing_at_run_time() -> None:
 
 
 class Client:
-    """A type that TOML has no values of."""
+    """A type that no TOML value can have."""
 
 
 def test_an_option_that_only_python_can_give() -> None:

@@ -1,4 +1,4 @@
-"""A tier with several nodes, one of which fails: the others' answers count, and its own keys are errors."""
+"""A tier with several nodes: if one node fails, the answers of the others count, and only its keys are errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ writes = pytest.mark.parametrize("write", ["inline", "background"])
 
 
 class TwoNodes(DictBackend):
-    """A tier of two nodes; the node of the keys that end in an even digit may fail."""
+    """A tier with two nodes. The node with the keys that end in an even digit may fail."""
 
     def __init__(self, **capabilities: Any) -> None:
         super().__init__(scope="network", **capabilities)
@@ -101,7 +101,7 @@ def test_hits_of_the_healthy_node_are_served_and_the_other_keys_are_errors(
         (read,) = [event for event in events if isinstance(event, LookedUp)]
         assert (read.hits, read.errors, read.misses) == (10, len(first), len(other) - 10)
         assert read.cause == "TierBusy"
-        # Keys of the failed node are not written in the same call; misses of the other node are.
+        # The same call writes the misses of the other node, but no keys of the failed node.
         assert {key for key in backend.written if not key.startswith("eo1.card")} == {
             cache.explain(text).key for text in other[10:]
         }

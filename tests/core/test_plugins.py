@@ -324,7 +324,7 @@ def test_a_plugin_that_only_needs_an_extra_is_not_broken(with_stranger: Path, in
     found = {plugin.name: plugin for plugin in plugins.installed()}
     assert found[broken].broken
     assert found[older].broken
-    assert not found["compressed"].broken, "it only needs an extra"
+    assert not found["compressed"].broken, "a plugin that only needs an extra is not broken"
     assert not found["folder"].broken
 
 

@@ -1,4 +1,4 @@
-"""The public surface: twins have one signature, types are checked, and answers print one line."""
+"""The public API: async twins have the signatures of their methods, types are tested, and values print one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_method_that_does_io_has_a_twin() -> None:
 def test_a_method_and_its_twin_have_the_same_signature(name: str) -> None:
     blocking, awaited = (inspect.signature(getattr(Cache, each)) for each in (name, f"a{name}"))
     texts = blocking.parameters.get("texts")
-    if name == "embed_iter":  # the twin reads async iterables as well
+    if name == "embed_iter":  # the async twin also accepts async iterables
         assert awaited.parameters["texts"].annotation == "Iterable[str] | AsyncIterable[str]"
         awaited = awaited.replace(
             parameters=[texts if p.name == "texts" else p for p in awaited.parameters.values()],
@@ -75,7 +75,7 @@ def a_stats(hits: int = 0, misses: int = 0, **counts: int) -> TierStats:
 
 
 def printed() -> dict[str, Any]:
-    """Return one of each value, all of them large, with a text, a line break and markup wherever one can be."""
+    """Return a large value of each type, with a text, a line break and markup in every field that can have them."""
     hostile = "<b>&\n"
     space = VectorSpace(
         provider="p",
@@ -167,10 +167,10 @@ def test_what_a_reader_sees() -> None:
         ({"memory": a_stats(2, 6), "disk": a_stats(3, 3)}, 5 / 8),
         ({"memory": a_stats(0, 4), "disk": a_stats(0, 0, skipped=4)}, 0.0),
         ({"disk": a_stats(0, 0, errors=4), "redis": a_stats(2, 2)}, 0.5),
-        ({"memory": a_stats(0, 1), "disk": a_stats(2, 0)}, 1.0),  # read while calls go on
+        ({"memory": a_stats(0, 1), "disk": a_stats(2, 0)}, 1.0),  # the counters were read while a call was running
     ],
 )
-def test_the_hit_rate_is_the_share_of_texts_that_some_tier_answered(
+def test_the_hit_rate_is_the_share_of_texts_whose_vector_a_tier_had(
     tiers: Mapping[str, TierStats], rate: float | None
 ) -> None:
     assert Stats(tiers, {}, 0).hit_rate == rate

@@ -1,4 +1,4 @@
-"""``top_k`` compared with search_by_brute_force force, which sums every pair exactly."""
+"""``top_k`` returns the same as search_by_brute_force, which sums every pair exactly."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_memory_is_bounded() -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (indices[:, 0] == np.arange(100)).all()
-    assert most < 16 * 2**20, f"{most / 2**20:.0f} MiB; all scores would take 114, the matrix as float64 37"
+    assert most < 16 * 2**20, f"{most / 2**20:.0f} MiB; all scores would need 114 MiB, and the matrix as float64 37 MiB"
 
 
 def test_rows_that_are_all_the_same() -> None:

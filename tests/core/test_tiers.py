@@ -1,4 +1,4 @@
-"""A tier that is down, slow, faulty or full costs a bounded delay, is counted, and never gives a wrong vector."""
+"""A tier that is down, slow, faulty or full causes only a bounded delay and errors, and never a wrong vector."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_fault_still_gives_every_text_its_own_vector(
         start = time.monotonic()
         for _ in range(3):
             if fault.kind == "wrong_reply" and kept == "entries":
-                break  # entries carry no echo of their key: see the backend contract
+                break  # entries do not contain their key, so the cache cannot detect this fault
             assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
         assert time.monotonic() - start < LONG_TIMEOUT
         faulty.heal()
@@ -96,7 +96,7 @@ def test_every_fault_still_gives_every_text_its_own_vector(
 
 
 @faces
-def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_skipped(ask: Ask) -> None:
+def test_calls_wait_once_for_a_tier_that_hangs_and_then_skip_it(ask: Ask) -> None:
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang")])
     with Cache(provider, [Tier(faulty, name="far", timeout=0.2)], flush_timeout=0.3) as cache:
@@ -104,7 +104,7 @@ def test_a_tier_that_hangs_costs_its_timeout_once_and_is_then_skipped(ask: Ask) 
             ask(cache, [f"{i}"])
         stats = cache.stats().tiers["far"]
         assert stats.causes["timeout"] >= 1
-        assert stats.errors <= 3  # the first read, at most one probe's worth more, and the first write
+        assert stats.errors <= 3  # the first read, at most one probe, and the first write
         assert stats.skipped >= 45
         assert provider.texts == 50
         faulty.release()
@@ -165,7 +165,7 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open breaker skips every call until its probe has a result; a probe without one blocks it for 30 s."""
+    """An open breaker skips calls until its probe has a result; if the probe had none, it would skip them for 30 s."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
@@ -180,7 +180,9 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
             cache.embed(f"{i}")
             assert cache.flush(LONG_TIMEOUT)
         wait_until(lambda: changes == ["open", "closed"])
-        wait_until(lambda: "TierBusy" in cache.stats().tiers["far"].causes)  # the breaker is told before it is counted
+        wait_until(
+            lambda: "TierBusy" in cache.stats().tiers["far"].causes
+        )  # the error is counted after the breaker has changed
         cache.embed("after")
         assert cache.flush(LONG_TIMEOUT)
         stats = cache.stats().tiers["far"]
@@ -188,7 +190,7 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
 
 
 class TwoNodes(DictBackend):
-    """A tier of two nodes; the node of the keys that end in an even digit may hang."""
+    """A tier with two nodes. The node with the keys that end in an even digit may hang."""
 
     hangs = False
 
@@ -205,7 +207,7 @@ class TwoNodes(DictBackend):
 
 
 def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe of other keys may reach the healthy node and close the breaker, and callers then wait for the other."""
+    """A probe with different keys could reach the healthy node and close the breaker. Calls would then wait again."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []
@@ -254,7 +256,7 @@ def test_failing_writes_do_not_stop_reads() -> None:
 
 @faces
 def test_a_tier_whose_reads_are_skipped_is_not_written_to(ask: Ask) -> None:
-    """A store that hangs costs one timeout; an inline write would cost a second one."""
+    """A call whose read has timed out must not wait for a second timeout in an inline write."""
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", obey=True)], deadline=True)
     with Cache(CountingProvider(), [Tier(faulty, name="far", write="inline", timeout=0.2)]) as cache:
         for i in range(20):
@@ -283,13 +285,13 @@ def test_on_error_raise(ask: Ask, operation: Any) -> None:
     with Cache(provider, [Tier(near, name="near"), Tier(faulty, name="host", on_error="raise")]) as cache:
         with pytest.raises(TierError, match="tier 'host' failed"):
             ask(cache, ["text"])
-        if operation == "set":  # what was computed is not lost
+        if operation == "set":  # the computed vector is in the other tier
             assert cache.lookup(["text"]).sources == ["near"]
 
 
 @pytest.mark.parametrize("operation", ["get", "set"])
 def test_on_error_raise_raises_while_the_breaker_is_open_too(operation: Any) -> None:
-    """A user who sets it does not want to pay for vectors that the tier already has."""
+    """A user who sets on_error="raise" does not want to pay again for vectors that the tier has."""
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on=operation)])
     with Cache(provider, [Tier(faulty, name="host", on_error="raise")]) as cache:
@@ -313,7 +315,7 @@ def test_a_failed_promotion_raises_with_on_error_raise_but_loses_nothing() -> No
         assert [held.tier for held in cache.contents()] == ["middle", "far"]
 
 
-def test_on_error_raise_with_a_timeout_is_a_timeout() -> None:
+def test_on_error_raise_raises_tier_timeout_after_a_timeout() -> None:
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("hang")])
     tier = Tier(faulty, name="host", on_error="raise", timeout=0.05)
     with Cache(CountingProvider(), [tier]) as cache:
@@ -332,7 +334,7 @@ def test_the_default_timeout_depends_on_the_scope_of_the_backend(
 
 
 class FailsFromCall(DictBackend):
-    """Answers calls before the n-th, and fails from the n-th on."""
+    """Answers the calls before the n-th call, and fails in the n-th and all later calls."""
 
     def __init__(self, call: int, **capabilities: Any) -> None:
         super().__init__(scope="host", **capabilities)
@@ -360,7 +362,7 @@ def test_a_read_that_raises_counts_the_answers_before_the_failure() -> None:
 
 
 class ScriptedBackend(DictBackend):
-    """A backend whose keys are hits, misses, corrupt or on a node that is down; each call may fail as a whole."""
+    """A backend in which each key is a hit, a miss, corrupt or on a node that is down. Whole calls may fail, too."""
 
     def __init__(self, keys: Sequence[str], calls: Sequence[bool], **capabilities: Any) -> None:
         super().__init__(scope="host", **capabilities)
@@ -414,8 +416,8 @@ def test_every_key_of_a_read_is_counted_once(
 
 
 @kept_as
-def test_entries_of_another_dimension_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the dimension is not known otherwise, the most common one among the entries counts."""
+def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
+    """If the provider does not state its dimensions, those of most entries count as right."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:
@@ -439,7 +441,7 @@ def test_entries_of_another_dimension_are_counted_as_corrupt_and_never_as_hits(k
 def test_an_expired_entry_is_a_miss_and_is_stored_again() -> None:
     clock = Clock()
     provider = CountingProvider()
-    backend = DictBackend(ttl=False)  # the date in the frame decides, even if the store keeps the frame longer
+    backend = DictBackend(ttl=False)  # the store keeps the frame, so the expiry date in the frame decides
     with Cache(provider, [Tier(backend, name="t", ttl=60.0)], clock=clock) as cache:
         cache.embed("text")
         clock.now += 56.9
@@ -499,7 +501,7 @@ def test_background_writes_survive_the_end_of_the_cache() -> None:
     cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=LONG_TIMEOUT)], flush_timeout=LONG_TIMEOUT)
     cache.embed_batch(TEXTS)
     cache.close()
-    assert len(backend) == len(TEXTS) + 1  # and the space card
+    assert len(backend) == len(TEXTS) + 1  # the additional entry is the space card
 
 
 def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
@@ -516,7 +518,7 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
 
         for _ in range(40):
             embed_and_count_drops()
-        wait_until(embed_and_count_drops)  # on a busy machine reads may time out at first, and then nothing is written
+        wait_until(embed_and_count_drops)  # if reads time out on a busy machine, nothing is written
         faulty.heal()
 
 
@@ -537,7 +539,7 @@ def test_values_too_large_for_a_tier_are_dropped_and_counted() -> None:
 
 
 def test_a_backend_is_called_in_chunks_of_its_max_batch() -> None:
-    backend = DictBackend(max_batch=7)  # it raises on more
+    backend = DictBackend(max_batch=7)  # the backend raises if a call has more keys
     with Cache(CountingProvider(), [backend]) as cache:
         cache.embed_batch(TEXTS)
         assert cache.lookup(TEXTS).sources == ["dict"] * 20
@@ -587,7 +589,7 @@ def test_a_breaker_waits_longer_each_time_and_starts_over_after_a_success(monkey
         while breaker.admit() == "skip":
             now[0] += 0.05
         waits.append(now[0] - start)
-        assert breaker.admit() == "skip"  # one probe only
+        assert breaker.admit() == "skip"  # only one probe may run
         breaker.record_failure("timeout")
     assert 0.3 < waits[0] < 0.7
     assert waits[3] > waits[0] * 3

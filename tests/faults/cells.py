@@ -61,7 +61,7 @@ class StoreFault:
     method: str
     """How the test injects the fault, for the docs."""
     causes: frozenset[str]
-    """Causes that errors may be counted under; timing decides which. Empty if there are no errors."""
+    """Causes under which errors may be counted; timing decides which cause it is. Empty if there are no errors."""
     read: Effect = "fails"
     """Effect on reads: they fail, are served, find nothing, or partly fail."""
     write: Effect = "fails"
@@ -86,7 +86,7 @@ class Store(Protocol):
     not_applicable: Mapping[str, str]
     """The reason why a fault does not apply to this store, by fault."""
     separate_nodes: int
-    """Number of nodes that the backend skips separately, each at the cost of one timeout."""
+    """Number of nodes that the backend skips separately, each after one call has waited for the timeout."""
 
     def backend(self, fault: str) -> Backend: ...
 
@@ -94,7 +94,7 @@ class Store(Protocol):
 
 
 class Cell(NamedTuple):
-    """One combination of store, fault, operation and face."""
+    """One combination of store, fault, operation, and blocking or async methods (``face``)."""
 
     store: str
     fault: str
@@ -119,7 +119,7 @@ class Outcome:
 
 
 class Caller:
-    """Makes the same calls through the sync or the async face; all async calls run in one event loop."""
+    """Makes the same calls with the blocking or the async methods; all async calls run in one event loop."""
 
     def __init__(self, cache: Cache, runner: asyncio.Runner | None) -> None:
         self.cache = cache
@@ -138,7 +138,7 @@ class Caller:
 
 
 class ProviderWithHook(CountingProvider):
-    """Calls a function once in its next ``embed``: after the cache has read, and before it writes."""
+    """Calls ``before_embed`` once, at the next embedding: after the cache has read the tier, and before it writes."""
 
     before_embed: Callable[[], None] | None = None
 
@@ -160,10 +160,10 @@ class LogLines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @contextmanager
@@ -189,7 +189,7 @@ class CellRun:
         self.events: list[Event] = []
         self.thread = threading.get_ident()
         self.awaited_events: list[Event] = []
-        """Events from the calling thread, and so of operations that a call has waited for."""
+        """Events from the calling thread. Their operations are those that a call has waited for."""
         self.numbers = count()
         self.outcome = Outcome()
         self.known = self.make_texts(KNOWN_COUNT)
@@ -217,7 +217,7 @@ class CellRun:
             yield caller
 
     def fetch(self, caller: Caller, texts: Sequence[str]) -> tuple[Fetched, float]:
-        """Fetch and return the answer and its seconds, after checking each row and that it cost at most one timeout."""
+        """Fetch texts, and return the answer and its seconds. Check each row, and that at most one timeout passed."""
         before = self.count_timeouts()
         start = time.perf_counter()
         fetched = caller.fetch(texts)
@@ -230,7 +230,7 @@ class CellRun:
         return fetched, seconds
 
     def count_timeouts(self, *operations: Operation) -> int:
-        """Return the number of backend calls that a call waited for until their timeout."""
+        """Return the number of backend calls that timed out while a call of the cache waited for them."""
         kinds = tuple(KINDS[operation] for operation in operations or OPERATIONS)
         return sum(isinstance(event, kinds) and event.cause == "timeout" for event in self.awaited_events)
 
@@ -252,7 +252,7 @@ class CellRun:
             baseline = self.store_known_texts(caller)
             self.events.clear()
             self.awaited_events.clear()
-            lines.said.clear()
+            lines.messages.clear()
             seconds = self.run_reads(caller) if self.cell.operation == "read" else self.run_writes(caller)
             self.outcome.first_delay = max(0.0, seconds[0] - baseline)
             self.outcome.later_delay = max(0.0, median(seconds[1:]) - baseline)
@@ -262,7 +262,7 @@ class CellRun:
             self.outcome.recovery = self.fetch_until_served(caller, [*self.known, *self.make_texts(4)])
             self.wait_for_closed_breakers(caller)
         self.check_counts(during_fault)
-        self.check_lines(lines.said)
+        self.check_lines(lines.messages)
         return self.outcome
 
     def store_known_texts(self, caller: Caller) -> float:
@@ -291,10 +291,12 @@ class CellRun:
         if not self.fault.is_repeatable:
             return self.write_during_fault(caller, CALLS - 1)
         seconds = self.write_during_fault(caller, 0)
-        while not any(isinstance(event, Stored) for event in self.events):  # its look-up had timed out
+        while not any(
+            isinstance(event, Stored) for event in self.events
+        ):  # no write, because the look-up had timed out
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # checked here, because later a probe may run when the fault has just ended
+        if self.effect == "fails":  # checked now: a later probe may run between two faults
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -322,7 +324,7 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that calls wait for no more timeouts than a breaker has opened, plus one per separate node."""
+        """Check that calls wait for one timeout per opened breaker at most, plus one per further separate node."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]
@@ -355,33 +357,33 @@ class CellRun:
         if self.effect == "serves" and self.cell.operation == "read":
             assert found["hits"] == CALLS * KNOWN_COUNT, wrong
 
-    def check_lines(self, said: Sequence[str]) -> None:
+    def check_lines(self, messages: Sequence[str]) -> None:
         """Check that one line is logged per change of state."""
         changes = [event for event in self.events if isinstance(event, TierChanged)]
         for operation in OPERATIONS:
             states = ["closed", *(change.state for change in changes if change.operation == operation)]
             assert all(one != next_ for one, next_ in pairwise(states)), states
             assert states[-1] == "closed"
-            opened = [line for line in said if f"{operation}s are failing" in line]
-            closed = [line for line in said if f"{operation}s work again" in line]
-            assert (len(opened), len(closed)) == (states.count("open"), states.count("closed") - 1), said
-        # Other lines: changes of a node's state, corrupt values, and one line for failed background writes.
-        rest = [line for line in said if line not in {*opened_or_closed(said)}]
+            opened = [line for line in messages if f"{operation}s are failing" in line]
+            closed = [line for line in messages if f"{operation}s work again" in line]
+            assert (len(opened), len(closed)) == (states.count("open"), states.count("closed") - 1), messages
+        # Other messages report a node's changes of state, corrupt values, or (in one line) failed background writes.
+        rest = [line for line in messages if line not in {*list_breaker_lines(messages)}]
         nodes = [line for line in rest if NODE.match(line)]
         for node in {NODE.match(line)[1] for line in nodes}:  # type: ignore[index]
             mine = ["answers again" in line for line in nodes if NODE.match(line)[1] == node]  # type: ignore[index]
-            assert mine[0] is False, said
-            assert all(one != next_ for one, next_ in pairwise(mine)), said
+            assert mine[0] is False, messages
+            assert all(one != next_ for one, next_ in pairwise(mine)), messages
         rest = [line for line in rest if line not in nodes]
-        assert len(rest) == len({line.partition(": ")[2][:20] for line in rest}), said
+        assert len(rest) == len({line.partition(": ")[2][:20] for line in rest}), messages
 
 
 NODE = re.compile(r"(memcached \S+) (?:does not answer|answers again)")
 
 
-def opened_or_closed(said: Sequence[str]) -> list[str]:
-    """Return the lines that tell that a breaker has opened or closed."""
-    return [line for line in said if "s are failing (" in line or "s work again" in line]
+def list_breaker_lines(messages: Sequence[str]) -> list[str]:
+    """Return the messages that report that a breaker has opened or closed."""
+    return [line for line in messages if "s are failing (" in line or "s work again" in line]
 
 
 def run_cell(store: Store, cell: Cell) -> Outcome:

@@ -42,7 +42,7 @@ NETWORK: Mapping[str, NetworkFault] = {
 NETWORK_METHODS: Mapping[str, str] = {
     "refused": "connecting is refused, and connections are reset",
     "black hole": "nothing gets through, and connections stay open",
-    "slow": "replies drip, a byte at a time",
+    "slow": "replies arrive one byte at a time",
     "reset mid-reply": "each connection is reset after three bytes of a reply",
     "garbage": "replies are random bytes",
 }
@@ -58,7 +58,7 @@ NO_CAUSES = causes()
 def make_network_faults(
     *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
 ) -> dict[str, StoreFault]:
-    """Return the network faults, with the causes of errors for ended connections, no replies, and garbage."""
+    """Return the network faults, with the causes of errors after an ended connection, no reply, and garbage."""
     causes_by_fault = (ended, silent, silent, ended, garbled)
     return {
         fault: StoreFault(method, of)
@@ -122,13 +122,13 @@ class ServerStore:
 # --- Redis --------------------------------------------------------------------------------------
 
 CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
-"""redis-py's error or the socket's, depending on the moment at which the connection ends."""
+"""The error of redis-py or of the socket, depending on the moment at which the connection ends."""
 
 
 def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
     """Return the faults of Redis, with ``ended`` as the causes of errors for ended connections."""
     return {
-        # Random bytes may begin like a reply; then the client waits for the rest of it.
+        # Random bytes may look like the beginning of a reply. Then the client waits for the rest of that reply.
         **make_network_faults(
             ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended
         ),
@@ -136,12 +136,12 @@ def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
         "out of memory or disk full": StoreFault(
             "`maxmemory 1` without eviction", causes("OutOfMemoryError"), read="serves"
         ),
-        "read-only": StoreFault("it is made a replica", causes("ReadOnlyError"), read="serves"),
+        "read-only": StoreFault("the server is made a replica", causes("ReadOnlyError"), read="serves"),
         "wrong password": StoreFault(
             "the password is changed and connections are ended", ended | causes("AuthenticationError")
         ),
         "evicting": StoreFault(
-            "`maxmemory` with `allkeys-random`, and others write", NO_CAUSES, read="forgets", write="serves"
+            "`maxmemory` with `allkeys-random`, and other clients write", NO_CAUSES, read="forgets", write="serves"
         ),
     }
 
@@ -252,7 +252,7 @@ def change_settings(nodes: list[Any], settings: Mapping[str, str]) -> Iterator[N
 
 @contextmanager
 def forbid_writes(nodes: list[Any]) -> Iterator[None]:
-    """Take the permission to write away, and restore it at the end."""
+    """Take away the permission to write, and restore it at the end."""
     for node in nodes:
         node.call("ACL", "SETUSER", "default", "-@write")
     try:
@@ -275,7 +275,9 @@ class Cluster(Redis):
             write="partly",
             is_repeatable=False,
         ),
-        "read-only": StoreFault("an ACL takes the right to write away", causes("NoPermissionError"), read="serves"),
+        "read-only": StoreFault(
+            "an ACL takes away the permission to write", causes("NoPermissionError"), read="serves"
+        ),
     }
 
     def start(self) -> None:
@@ -312,7 +314,7 @@ class Cluster(Redis):
 
 
 class Sentinel(Redis):
-    """A master behind a proxy that a sentinel announces. For the kill, a second master with a replica and sentinels."""
+    """A master behind a proxy that a sentinel announces. The fault that kills a master uses a second one."""
 
     name = "sentinel"
     faults: ClassVar[Mapping[str, StoreFault]] = {
@@ -383,9 +385,7 @@ class Postgres(ServerStore):
             "the password is changed and sessions are ended", causes("AdminShutdown", "OperationalError")
         ),
     }
-    not_applicable: ClassVar[Mapping[str, str]] = {
-        "evicting": "Postgres evicts nothing; rows go when they have expired"
-    }
+    not_applicable: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; it deletes only expired rows"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -475,7 +475,7 @@ class Memcached(ServerStore):
             is_repeatable=False,
         ),
         "evicting": StoreFault(
-            "others fill both nodes", NO_CAUSES, read="forgets", write="serves", is_repeatable=False
+            "other clients fill both nodes", NO_CAUSES, read="forgets", write="serves", is_repeatable=False
         ),
     }
     not_applicable: ClassVar[Mapping[str, str]] = {
@@ -525,7 +525,7 @@ class Memcached(ServerStore):
 
 
 def fill_memcached(server: MemcachedServer, size: int, max_values: int = 30_000) -> None:
-    """Store values of one size until the node refuses one, or has ``max_values``."""
+    """Store values of the same size until the node refuses a value, or has ``max_values``."""
     from pymemcache.client.base import Client
     from pymemcache.exceptions import MemcacheServerError
 
@@ -570,14 +570,18 @@ class Disk:
         ),
         "out of memory or disk full": StoreFault("no file may grow (`RLIMIT_FSIZE`)", causes("OSError"), read="serves"),
         "evicting": StoreFault(
-            "others write more than `max_bytes`", NO_CAUSES, read="forgets", write="serves", is_repeatable=False
+            "another client writes more than `max_bytes`",
+            NO_CAUSES,
+            read="forgets",
+            write="serves",
+            is_repeatable=False,
         ),
     }
     not_applicable: ClassVar[Mapping[str, str]] = {
         "refused": "a file has no listener",
-        "slow": "a file read does not drip, and a test cannot end a slow disk's slowness",
+        "slow": "a file is not read byte by byte, and a test cannot make a disk slow for a while",
         "reset mid-reply": "there is no connection",
-        "read-only": "an open file stays writable; opening it read-only fails like a full disk",
+        "read-only": "an open file stays writable; a write to a file that was opened read-only fails as on a full disk",
         "wrong password": "the disk tier has no password",
     }
 
@@ -638,7 +642,7 @@ class Disk:
     @contextmanager
     def out_of_memory_or_disk_full(self) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # At least 32 KiB, the initial size of SQLite's index of the WAL.
+        # At least 32 KiB, because SQLite's index of the WAL has that size from the beginning.
         max_bytes = max(2**15, (self.path / "cache.db-wal").stat().st_size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
         try:

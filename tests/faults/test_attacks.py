@@ -1,4 +1,4 @@
-"""Attacks on shared tiers by a hostile network, server or neighbour that the fault matrix does not cover."""
+"""Attacks on shared tiers that the fault matrix does not cover: by the network, by a server, or by another client."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ faces = pytest.mark.parametrize("face", FACES)
 
 
 class CheckedCache:
-    """A cache over one tier, called through one face; it checks every answer."""
+    """A cache over one tier. Calls with the blocking or the async methods, and checks every answer."""
 
     def __init__(self, cache: Cache, provider: CountingProvider, runner: asyncio.Runner | None) -> None:
         self.cache = cache
@@ -109,7 +109,7 @@ def pause(server: Server) -> Iterator[None]:
 
 
 @faces
-def test_a_server_that_is_stopped_costs_one_timeout_with_a_lease_too(
+def test_a_call_waits_only_once_for_a_paused_server_even_with_leases(
     kind: str, face: Face, servers: dict[str, Any]
 ) -> None:
     server = servers[kind]
@@ -121,7 +121,7 @@ def test_a_server_that_is_stopped_costs_one_timeout_with_a_lease_too(
         assert cache.stats().tiers["far"].causes == {"timeout": len(TEXTS)}
 
 
-def test_a_server_that_is_stopped_holds_up_no_listing(
+def test_a_paused_server_does_not_block_a_listing(
     kind: str, servers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedonce_backends._pages.PAGE_SECONDS", 0.3)
@@ -139,7 +139,7 @@ def test_a_server_that_is_stopped_holds_up_no_listing(
 
 
 @faces
-def test_a_server_that_is_stopped_costs_one_timeout(kind: str, face: Face, servers: dict[str, Any]) -> None:
+def test_calls_wait_only_once_for_a_paused_server(kind: str, face: Face, servers: dict[str, Any]) -> None:
     """The operating system still accepts connections, so only a deadline reveals that the server hangs."""
     server = servers[kind]
     with open_checked(make_backend(kind, server.address), face, timeout=0.5) as one:
@@ -163,7 +163,7 @@ def test_a_host_name_that_does_not_resolve_is_an_error(kind: str, face: Face) ->
 
 
 @faces
-def test_addresses_of_ipv6(kind: str, face: Face) -> None:
+def test_an_ipv6_address_without_a_server_is_an_error(kind: str, face: Face) -> None:
     with open_checked(make_backend(kind, "[::1]:9"), face) as one:
         assert one.fetch() == ["provider"] * len(TEXTS)
         assert one.causes.keys() <= {"ConnectionError", "ConnectionRefusedError", "OperationalError", "OSError"}
@@ -226,7 +226,7 @@ def test_a_clock_that_jumps(kind: str, face: Face, servers: dict[str, Any]) -> N
 
 
 @faces
-def test_junk_under_our_keys_is_computed_and_replaced(face: Face, servers: dict[str, Any]) -> None:
+def test_texts_with_junk_under_their_keys_are_embedded_and_stored_again(face: Face, servers: dict[str, Any]) -> None:
     for junk in (b"", b"junk", b"EO1\0" + bytes(100)):
         with open_checked(make_backend("redis", servers["redis"].address), face) as one:
             one.wait_until_served()
@@ -274,7 +274,7 @@ def test_loops_that_end_without_closing_leave_no_connection(kind: str, servers: 
         asyncio.run(cache.afetch(TEXTS))
         assert cache.flush(LONG_TIMEOUT)
         before = count_sockets()
-        gc.disable()  # a closed loop is part of a reference cycle, so the collector must not clean it up here
+        gc.disable()  # a closed loop is in a reference cycle, and collecting it would hide a leak
         try:
             for _ in range(10):
                 asyncio.run(cache.afetch(TEXTS))
@@ -291,7 +291,7 @@ def count_sockets() -> int:
 def is_open(number: int) -> bool:
     try:
         os.fstat(number)
-    except OSError:  # the descriptor of the listing itself
+    except OSError:  # os.listdir had opened this descriptor, and closed it again
         return False
     return True
 
@@ -306,7 +306,7 @@ def test_a_postgres_that_takes_no_more_clients(face: Face) -> None:
         ExitStack() as others,
         open_checked(PostgresBackend(url=server.url), face) as one,
     ):
-        for _ in range(4):  # a session that has ended, such as those of ``is_ready``, may keep its slot for a moment
+        for _ in range(4):  # an ended session, such as one of ``is_ready``, may keep its slot for a moment
             wait_until(lambda: take_client_slot(server.url, others), "a client slot is free")
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)
@@ -435,7 +435,7 @@ def test_a_reply_of_the_wrong_shape_is_an_error(name: str, face: Face) -> None:
 
 
 @faces
-def test_a_value_that_never_ends_is_a_timeout(face: Face) -> None:
+def test_a_value_that_never_ends_causes_a_timeout(face: Face) -> None:
     with (
         ScriptedRedis(lambda words: b"*%d\r\n$500000000\r\n" % (len(words) - 1) + bytes(1000)) as server,
         open_checked(RedisBackend(url=f"redis://{server.address}"), face, timeout=0.5) as one,

@@ -35,7 +35,7 @@ def get_store() -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_a_fault_costs_a_bounded_delay_and_nothing_else(cell: Cell, get_store: Callable[[str], Any]) -> None:
+def test_a_fault_has_no_effect_but_a_bounded_delay(cell: Cell, get_store: Callable[[str], Any]) -> None:
     run_cell(get_store(cell.store), cell)
 
 

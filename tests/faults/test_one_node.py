@@ -23,14 +23,14 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("node", [0, 1, 2])
-def test_one_node_that_hangs_is_paid_for_once(cluster: Cluster, node: int) -> None:
-    """If a probe went to another node, it would close the breaker, and the next call would pay the timeout again."""
+def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int) -> None:
+    """If a probe went to another node, it would close the breaker. The next call would wait for the timeout again."""
     run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
     with capture_log() as lines, run.open_cache() as caller:
         run.fetch_until_served(caller, run.known)
         run.wait_for_closed_breakers(caller)
         run.fetch_until_served(caller, run.known)
-        lines.said.clear()  # a busy machine may have caused a timeout before
+        lines.messages.clear()  # a busy machine may have caused a timeout before
         cluster.proxies[node].fault = NETWORK["black hole"]
         try:
             for _ in range(CALLS):  # long enough for two probes
@@ -38,13 +38,13 @@ def test_one_node_that_hangs_is_paid_for_once(cluster: Cluster, node: int) -> No
                 time.sleep(PAUSE)
         finally:
             cluster.proxies[node].heal()
-        assert [line for line in lines.said if "reads" in line] == [
+        assert [line for line in lines.messages if "reads" in line] == [
             "tier 'cluster': reads are failing (timeout); skipping it until a probe succeeds"
         ]
         run.fetch_until_served(caller, [*run.known, *run.make_texts(4)])
 
 
-def test_when_the_last_node_fails_its_error_is_the_tiers() -> None:
+def test_the_error_of_the_node_that_fails_last_is_raised() -> None:
     """If the error came from the node that is already skipped, the breaker of the tier would not open."""
     store = Memcached()
     backend: Any = store.backend("refused")

@@ -1,4 +1,4 @@
-"""Deferred imports of contracts and servers, which cost time or require more than numpy."""
+"""Imports contracts and servers on first use, because their imports are slow or require more than numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(name: str) -> Any:
     """Import and return the class ``name``, one of :data:`MODULES`.
 
     Raises:
-        ImportError: pytest or hypothesis is missing, which the contracts require; the message says how to install them.
+        ImportError: the class requires pytest or hypothesis, which is missing; the message says how to install it.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)

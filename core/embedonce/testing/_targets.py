@@ -127,7 +127,7 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
 
 def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    if here not in sys.path:  # like python -m pytest: the plugin under development is in this folder
+    if here not in sys.path:  # as python -m pytest does: a plugin under development is usually in this folder
         sys.path.insert(0, here)
     try:
         found: Any = import_module(module)
@@ -149,7 +149,7 @@ def detect_kind(plugin: Any, written: str) -> Kind:
     """Detect the kind of a class or function from its methods.
 
     Raises:
-        InvalidTarget: no contract applies to it.
+        InvalidTarget: ``plugin`` is not a backend, a provider or a normalisation step.
     """
     if isinstance(plugin, type):
         if hasattr(plugin, "get_many") or hasattr(plugin, "set_many"):
@@ -163,7 +163,7 @@ def detect_kind(plugin: Any, written: str) -> Kind:
 
 
 def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
-    """Make a plugin; a ``Recipe`` calls this in another process."""
+    """Make a plugin. A ``Recipe`` calls this function in another process."""
     return find_target(written, options).make_plugin(options)
 
 
@@ -185,6 +185,6 @@ def parse_options(written: Iterable[str]) -> dict[str, str]:
 
 
 def list_path_options(target: Target) -> Sequence[str]:
-    """Return the names of the options that are paths and that are required or given."""
+    """Return the names of the path options that are required or that the user has given."""
     options = target.declared.values()
     return [option.name for option in options if option.is_path and (option.required or option.name in target.options)]

@@ -1,4 +1,4 @@
-"""Running a contract on a plugin without a test file, and timing its operations: ``embedonce conformance``."""
+"""Runs a contract on a plugin without a test file, and times the plugin: ``embedonce conformance``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .contracts.values import key
 from .contracts.whole import Contract
 
 DIMENSIONS = 384
-"""Dimensions of the vectors used for timing."""
+"""Number of dimensions of the vectors that are used for timing."""
 BATCH = 256
 MAX_SECONDS_PER_OPERATION = 3.0
 """Seconds after which the timing of one operation stops."""
@@ -64,10 +64,10 @@ class Timing:
 
 
 class Conformance:
-    """One plugin, its contract, and folders for its stores that are removed at the end.
+    """Tests and times one plugin. The folders that it makes for the plugin's stores are removed at the end.
 
     Raises:
-        InvalidTarget: the plugin cannot be made from its options, or all its stores are the same store.
+        InvalidTarget: the plugin cannot be made from its options, or the options give every test the same store.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Conformance:
         self._run = f"{os.getpid()}-{time.time_ns():x}"
         self._folders: dict[str, Path] = {}
         self._parents: list[Path] = []
-        """Parent folders created for those folders."""
+        """Parent folders that did not exist before; they are removed at the end if they are empty."""
         if target.kind != "normalizer":
             target.read(self._add_missing_paths(target.fill_placeholders(new="0", server=server)))
 
@@ -99,7 +99,7 @@ class Conformance:
         for folder in self._folders.values():
             shutil.rmtree(folder, ignore_errors=True)
         for folder in reversed(self._parents):
-            with contextlib.suppress(OSError):  # something else has put files there
+            with contextlib.suppress(OSError):  # not empty, because something else has put files there
                 folder.rmdir()
 
     def run_tests(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
@@ -131,7 +131,7 @@ class Conformance:
         return Outcome(name, outcome, time.perf_counter() - start, detail)  # type: ignore[arg-type]
 
     def _describe_error(self, error: BaseException) -> str:
-        """Return the message of an error and where it was raised; hide a message that contains a secret option."""
+        """Return the message of an error and where it was raised; hide a message that contains a secret."""
         notes = "\n".join(getattr(error, "__notes__", ()))
         message = f"{error}\n{notes}".strip()
         if not isinstance(error, AssertionError):
@@ -139,7 +139,7 @@ class Conformance:
             place = f"{Path(last.filename).name}:{last.lineno}"
             message = f"{type(error).__name__}: {message}".strip(": ") + f" ({place})"
         if any(secret in message for secret in self.target.secrets):
-            return f"{type(error).__name__} (message hidden because it contains a secret option)"
+            return f"{type(error).__name__} (message hidden because it contains the value of a secret option)"
         return message
 
     def measure_times(self, rounds: int) -> list[Timing]:
@@ -333,7 +333,7 @@ class Conformance:
 
 
 def _is_importable(step: Any) -> bool:
-    """Return whether another process can import a function by name. A lambda or built-in method has no such name."""
+    """Return whether another process can import a function by its name, unlike a lambda or a nested function."""
     module, name = getattr(step, "__module__", None), getattr(step, "__qualname__", "<")
     return isinstance(module, str) and "<" not in name
 

@@ -1,7 +1,7 @@
-"""A backend on a dict and a provider that counts its calls: small, strict and working, for tests of their callers.
+"""A backend that uses a dict and a provider that counts its calls, for tests of code that calls backends and providers.
 
 Both raise for calls that the contract forbids (a batch above ``max_batch``, an empty list of texts, a method that is
-not declared), so that such a caller fails its test.
+not declared), so that the test of a caller with such a bug fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DictBackend:
     """Holds frames or entries in a dict of this process. It declares every optional method by default.
 
     ``capabilities`` override what it declares: ``DictBackend(delete=False, max_batch=100)``. A method that is
-    not declared raises. With ``store``, it shares the dict of another backend: a second client of one store.
+    not declared raises. With ``store``, it shares the dict of another backend, like a second client of the same store.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DictBackend:
         kinds = _KINDS[self.capabilities.holds]
         max_bytes = self.capabilities.max_value_bytes
         for key, value in items.items():
-            # A lease is not an entry: every backend with add_many must accept its few bytes.
+            # A lease is a few bytes, and every backend with add_many must accept it, even a backend of entries.
             if not isinstance(value, kinds) and not (isinstance(value, bytes) and key.startswith(LEASE_PREFIX)):
                 raise TypeError(f"this backend holds {self.capabilities.holds}, got a value of {type(value).__name__}")
             if isinstance(value, bytes) and max_bytes is not None and len(value) > max_bytes:
@@ -179,9 +179,9 @@ class DictTwin:
 class CountingProvider:
     """Makes each vector from a hash of the text, and counts its calls and texts.
 
-    Different texts get different vectors, and so does the same text for another ``model`` or, unless
-    ``symmetric``, for another task. Every value is exactly a float32. It has ``embed``, or with
-    ``asynchronous`` only ``aembed``.
+    Different texts get different vectors. The same text gets a different vector for each ``model`` and,
+    unless ``symmetric``, for each task. A float32 represents every value exactly. The provider has only
+    ``embed``, or only ``aembed`` if ``asynchronous`` is True.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class CountingProvider:
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         """Task and texts of each call, in the order in which the calls started."""
         self.most_at_once = 0
-        """Largest number of calls in flight at one time."""
+        """Maximum number of calls that were in flight at the same time."""
         self.closed = 0
         """Number of calls of :meth:`close`."""
         self._at_once = 0
@@ -228,10 +228,10 @@ class CountingProvider:
         )
 
     def vector_of(self, text: str, task: Task = "document") -> Vector:
-        """Return the vector that ``text`` gets, shape (dimensions,), without counting it."""
+        """Return the vector of ``text``, shape (dimensions,). This counts as no call."""
         about = "" if self.symmetric else task
         seed = f"{len(self.model)}:{self.model}{len(about)}:{about}".encode() + text.encode()
-        # 24 bits and a sign fit a float32 exactly; setting the lowest bit makes every value nonzero.
+        # A float32 represents 24 bits and a sign exactly. Setting the lowest bit makes every value nonzero.
         integers = np.frombuffer(hashlib.shake_256(seed).digest(4 * self.dimensions), "<i4") >> 8
         return ((integers | 1) / 2**23).astype(np.float32)
 
@@ -264,7 +264,7 @@ class CountingProvider:
 
 
 class _CountedCall:
-    """Counts a provider's call and its texts, and keeps the number of calls in flight."""
+    """Counts a provider's call, its texts, and the calls in flight."""
 
     def __init__(self, provider: CountingProvider, texts: Sequence[str], task: Task) -> None:
         if isinstance(texts, str) or not texts:

@@ -69,8 +69,8 @@ class Fault:
     =================  ==============================================================================
     ``raise``          raises ``error``
     ``refuse``         raises :class:`ConnectionRefusedError`, like a server that is down
-    ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. Ignores the
-                       deadline; with ``obey`` it raises when :func:`~embedonce.contracts.time_left` does
+    ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. The call ignores its
+                       deadline; with ``obey`` it raises at the deadline
     ``slow``           makes the call after ``seconds``
     ``corrupt``        reads: one bit of each frame is flipped; one value of each entry's vector is NaN
     ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
@@ -80,9 +80,9 @@ class Fault:
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
 
-    It applies to calls of the operation ``on`` whose number (from 1, counted for this fault alone) is in
-    ``calls`` (default: every call), each with ``probability``. If several faults apply to a call, the first
-    one happens. A kind marked *reads* does not affect other calls.
+    A fault applies to calls of the operation ``on``. It counts these calls from 1, and applies only to the
+    numbers in ``calls`` (default: all), to each of them with ``probability``. If several faults apply to a
+    call, only the first fault happens. A kind marked *reads* does not affect other calls.
     """
 
     kind: Kind
@@ -109,8 +109,8 @@ class ProviderFault:
     ``zeros``      one vector has only zeros
     ``dimension``  every vector is one value short
     ``empty``      every vector has no values
-    ``refuse``     raises :class:`~embedonce.errors.TextRefused` for texts of which ``refused`` returns
-                   True, with their positions (without them if ``positions`` is False)
+    ``refuse``     raises :class:`~embedonce.errors.TextRefused` if ``refused`` returns True for a text;
+                   the error has the positions of these texts, unless ``positions`` is False
     =============  ==================================================================================
 
     ``calls`` and ``probability`` work as in :class:`Fault`.
@@ -126,7 +126,7 @@ class ProviderFault:
 
 
 class Gate:
-    """Holds the calls that hang. Each call waits on its own, so that an abandoned one does not block others."""
+    """Blocks the calls that hang. Each call waits separately, so that an abandoned call does not block the others."""
 
     def __init__(self) -> None:
         self._clear()
@@ -137,7 +137,7 @@ class Gate:
         self._waiting: set[Future[None]] = set()
 
     def _clear_after_fork(self) -> None:
-        """In a forked child, forget the hanging calls of the parent; their threads and locks exist only there."""
+        """In a forked child, forget the hanging calls of the parent, because their threads do not exist here."""
         if self._process != os.getpid():
             self._clear()
 
@@ -151,7 +151,7 @@ class Gate:
         """Block until :meth:`release`.
 
         Raises:
-            TierTimeout: ``obey``, and the deadline of the call has passed.
+            TierTimeout: ``obey`` is True, and the deadline of the call has passed.
         """
         with self._join_waiting() as ticket:
             while True:
@@ -202,7 +202,7 @@ class Gate:
 
 
 class _FaultChooser:
-    """Chooses the fault of a call. Its one lock makes call numbers and random choices the same in every run."""
+    """Chooses the fault of each call. One lock protects both the call numbers and the random generator."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -211,7 +211,8 @@ class _FaultChooser:
 
     def applies(self, fault: Fault | ProviderFault) -> bool:
         """Count a call of the fault's operation, and return whether the fault applies. The caller holds the lock."""
-        # Keyed by id(), because two equal faults are counted separately. Keeping the fault keeps its id() unique.
+        # The key is id(fault), because equal faults are counted separately. While the dict holds the fault, no other
+        # object can get the same id().
         number = self._seen.get(id(fault), (fault, 0))[1] + 1
         self._seen[id(fault)] = (fault, number)
         if fault.calls is not None and number not in fault.calls:
@@ -220,11 +221,11 @@ class _FaultChooser:
 
 
 class FaultyBackend:
-    """Wraps a backend and applies the first matching one of ``faults`` to each call; it records every call.
+    """Wraps a backend, records every call, and applies the first of ``faults`` that matches the call.
 
-    ``capabilities`` override what the inner backend declares (``deadline=True`` for a hang that obeys the
-    deadline). Wrap an in-process backend with ``blocking=True`` before it hangs or is slow in async calls,
-    because a backend that is not blocking runs on the event loop itself.
+    ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hangs obey the deadline.
+    An in-process backend that hangs or is slow in async calls requires ``blocking=True``, because the cache calls
+    a backend that is not blocking on the event loop itself.
 
     A test may change the list ``faults`` at any time; :meth:`heal` empties it.
     """
@@ -400,9 +401,9 @@ class FaultyBackend:
 class FaultyTwin:
     """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
-    A read that is cancelled while it hangs leaves its reply in the connection. The next read gets that reply,
-    matched by position, and every later read gets the reply before its own, until the twin is closed. A client
-    behaves like this when a cancelled call does not drop its connection.
+    A read that is cancelled while it hangs leaves its reply unread. The next read gets that reply instead of its
+    own, and assigns the values to its keys by position. From then on, every read gets the reply to the read before
+    it, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
     """
 
     def __init__(self, backend: FaultyBackend, inner: Any) -> None:
@@ -452,7 +453,7 @@ class FaultyTwin:
 
 
 class FaultyProvider:
-    """Wraps a provider and applies the first matching one of ``faults`` to each call; it counts texts and calls.
+    """Wraps a provider, counts texts and calls, and applies the first of ``faults`` that matches the call.
 
     It has ``embed``, ``aembed`` or both, like the inner provider.
     """
@@ -465,7 +466,7 @@ class FaultyProvider:
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         """Task and texts of each call, in the order in which the calls started."""
         self.most_at_once = 0
-        """Largest number of calls in flight at one time."""
+        """Maximum number of calls that were in flight at the same time."""
         self.gate = Gate()
         self._at_once = 0
         self._chooser = _FaultChooser(seed)
@@ -556,7 +557,7 @@ class FaultyProvider:
 
 
 def _make_error(error: Failure) -> BaseException:
-    """Return a new exception for each call; a shared one would collect the tracebacks of several threads."""
+    """Return a new exception for each call, because a shared one would collect the tracebacks of several threads."""
     return error("an injected fault") if isinstance(error, type) else copy.copy(error)
 
 

@@ -41,13 +41,13 @@ Direction: TypeAlias = Literal["both", "requests", "replies"]
 THREAD_TIMEOUT = 60.0
 """Seconds after which the proxy's own thread counts as hung."""
 CHUNK = 2**16
-"""Maximum number of bytes forwarded at once."""
+"""Maximum number of bytes that are read and forwarded at a time."""
 RESET = struct.pack("ii", 1, 0)
 """Value of ``SO_LINGER`` that makes closing a socket send a reset (RST)."""
 CAN_SHARE_PORT = sys.platform == "linux"
-"""Whether two sockets may share a port, with clients reaching the one that listens."""
+"""Whether two sockets can share a port, so that clients reach the socket that listens."""
 PIECES_PER_SECOND = 50
-"""Maximum number of pieces per second that limited bandwidth delivers."""
+"""Maximum number of pieces per second in which data is forwarded if the bandwidth is limited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +56,21 @@ class NetworkFault:
 
     ==============  =================================================================================
     ``latency``     each chunk is forwarded ``seconds`` after it arrived
-    ``bandwidth``   ``bytes_per_second`` get through; a small number drips a byte at a time
-    ``black_hole``  connecting works, but nothing gets through; what was sent meanwhile arrives when
-                    the fault ends, as with TCP's retransmission
-    ``refuse``      nothing listens: connecting is refused, and live connections are reset
+    ``bandwidth``   only ``bytes_per_second`` get through; a small number sends one byte at a time
+    ``black_hole``  connecting works, but nothing gets through until the fault ends; then the data sent
+                    meanwhile arrives, because TCP sends it again
+    ``refuse``      nothing listens: new connections are refused, and live connections are reset
     ``reset``       live connections are reset, and new ones as soon as they are made; with ``after``,
-                    each is reset after that many bytes of its replies
+                    each connection is reset after that many bytes of its replies
     ``cut``         each connection is closed after ``after`` bytes of its replies
     ``garbage``     replies are random bytes from byte ``after`` on
-    ``half_open``   the server's side of each live connection is gone without notice: the client
-                    never gets a reply. New connections work
+    ``half_open``   the server's side of each live connection disappears without notice, so that the
+                    client never gets a reply. New connections work
     ==============  =================================================================================
 
-    Bytes of replies are counted per connection, from when the fault is set or the connection is made.
-    ``direction`` applies to ``latency``, ``bandwidth`` and ``black_hole``: with ``"replies"`` the server
-    executes each request, but the client gets no reply in time.
+    The bytes of replies are counted per connection. The count begins when the fault is set, or later, when the
+    connection is made. ``direction`` applies to ``latency``, ``bandwidth`` and ``black_hole``: with ``"replies"``
+    the server executes each request, but the client gets no reply in time.
     """
 
     kind: NetworkKind
@@ -88,7 +88,7 @@ class FaultProxy:
     """Listens on 127.0.0.1 and forwards everything to a server, subject to its ``fault``.
 
     ``host`` may be the path of a Unix socket; ``port`` is then None. If the server is down, the client sees
-    a reset, because it is connected before the proxy connects to the server.
+    a reset, because the proxy accepts a connection before it connects to the server.
 
     Use it as a context manager, or :meth:`close` it. Any thread may set :attr:`fault` at any time.
     """
@@ -129,7 +129,7 @@ class FaultProxy:
 
     @property
     def fault(self) -> NetworkFault | None:
-        """The active fault, or None. Setting it affects live connections at once."""
+        """The active fault, or None. Setting it affects live connections immediately."""
         return self._fault
 
     @fault.setter
@@ -137,7 +137,7 @@ class FaultProxy:
         self._run_on_loop(self._set_fault(fault))
 
     def heal(self) -> None:
-        """End the fault. Connections that it has closed or silenced do not recover."""
+        """End the fault. Connections that the fault has closed or silenced do not recover."""
         self.fault = None
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class FaultProxy:
             self._loop.add_reader(self._listener, self._accept, self._listener)
 
     def _accept(self, listening: socket.socket) -> None:
-        # Not in a task: if one were cancelled after accepting, nothing would ever close the client's socket.
+        # If an asyncio task accepted the client and were cancelled right then, nothing would close the socket.
         with contextlib.suppress(OSError):  # the client has gone already
             client, _ = listening.accept()
             client.setblocking(False)
@@ -210,7 +210,9 @@ class FaultProxy:
         listening, self._listener = self._listener, None
         if listening is not None:
             self._loop.remove_reader(listening)
-            with contextlib.suppress(OSError):  # close() is not enough, because a forked child may hold a copy
+            with contextlib.suppress(
+                OSError
+            ):  # close() is not enough, because a forked child may have a copy of the socket
                 listening.shutdown(socket.SHUT_RDWR)
             listening.close()
 
@@ -233,7 +235,7 @@ class FaultProxy:
 
 
 def _is_immediate_reset(fault: NetworkFault | None) -> bool:
-    """Return whether a fault resets connections at once."""
+    """Return whether a fault resets connections immediately."""
     return fault is not None and (fault.kind == "refuse" or (fault.kind == "reset" and fault.after is None))
 
 
@@ -257,7 +259,7 @@ class _Link:
         self._replied = 0
         self._is_silent = False
         self.task = asyncio.create_task(self._forward())
-        """The task that forwards both ways; it ends when both sockets are closed."""
+        """The asyncio task that forwards in both directions; it ends when both sockets are closed."""
         self.task.add_done_callback(lambda _: client.close())  # the task may be cancelled before it starts
         if _is_immediate_reset(proxy.fault):
             self._reset()

@@ -1,7 +1,8 @@
-"""Write frames by docs/frames.md alone, with struct and fractions, for test_frames.py to read.
+"""Writes the golden frames that test_frames.py reads, following only docs/frames.md.
 
-It imports nothing of embedonce, so that a mistake there cannot also be here. The golden file was written
-once, for format version 1, and is only ever added to: python tests/core/golden/make_frames.py > frames-v1.json
+This script imports nothing from embedonce, because it would then repeat the mistakes of embedonce. It has written the
+golden file for version 1 of the format. Cases may be added to that file, but existing ones must never change:
+python tests/core/golden/make_frames.py > frames-v1.json
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def write_frame(
     raw_metadata: bytes | None = None,
     raw_payload: bytes | None = None,
 ) -> bytes:
-    """Return a frame, also ones that embedonce would never write: with the checksum always right."""
+    """Return a frame with a right checksum, even for values that embedonce would never write."""
     plain = b"" if metadata is None else json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
     if raw_metadata is not None:
         plain = raw_metadata
@@ -58,14 +59,14 @@ def write_payload(vector: list[float], dtype: str) -> bytes:
 
 
 def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
-    """Return scale and steps of float32 values by exact arithmetic."""
+    """Return the scale and the steps for float32 values, computed by exact arithmetic."""
     smallest = Fraction(1, 2**126)
     wanted = max((abs(Fraction(value)) for value in vector), default=Fraction(0)) / 127
-    unit = Fraction(1, 2**141)  # of 16 significant bits at the smallest scale
+    unit = Fraction(1, 2**141)  # the last of 16 significant bits at the smallest scale
     while wanted > unit * 2**16:
         unit *= 2
     scale = max(-(-wanted // unit) * unit, smallest)
-    # round(Fraction) rounds half to even, as rint does; the quotient is first a float64, as the page says.
+    # The page says that the quotient is a float64, and that halves are rounded to even. round(Fraction) does that.
     return float(scale), [round(Fraction(float(Fraction(value) / scale))) for value in vector]
 
 

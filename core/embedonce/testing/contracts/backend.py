@@ -1,6 +1,6 @@
 """Standard tests of every backend: subclass :class:`BackendContract` and run pytest.
 
-The capabilities that a backend declares decide which tests run. ``docs/testing.md`` lists them.
+The capabilities that a backend declares decide which of the tests run. ``docs/testing.md`` lists all tests.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 OTHER_SCOPE = "fedcba9876543210"
 DAY = 86_400.0
 LONG_LISTING = 1100
-"""Number of keys in a long listing."""
+"""Number of keys in the test of a long listing."""
 MIN_READS = 5
 """Minimum number of reads while other threads or processes are writing."""
 RECOVERY_CALLS = 10
@@ -56,14 +56,14 @@ RECOVERY_CALLS = 10
 class BackendContract(Contract):
     """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest.
 
-    The other methods are optional. Each one enables tests that are skipped without it, except :meth:`reopen`:
-    a backend whose scope is ``host`` or ``network`` requires it.
+    The other methods are optional, and tests that need a missing method are skipped. Only :meth:`reopen` is
+    required for a backend whose scope is ``host`` or ``network``.
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
-    """Dimensions of the vectors that a backend of entries is tested with."""
+    """Numbers of dimensions of the test vectors, for a backend that holds entries."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None: the number of its profile. Lower it if :meth:`make` is slow."""
+    """Number of examples that hypothesis tries; None means that of its profile. Set fewer if :meth:`make` is slow."""
     key = staticmethod(key)
 
     def make(self) -> Backend:
@@ -75,7 +75,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
-        """Return how another process makes a client of the store that ``backend`` uses."""
+        """Return how another process makes a client of the store that ``backend`` uses; None if that is impossible."""
         return None
 
     def advance(self, seconds: float) -> None:
@@ -83,7 +83,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def stall(self, backend: Any) -> AbstractContextManager[object]:
-        """Return a context in which the store of ``backend`` does not answer (a stopped server)."""
+        """Return a context in which the store of ``backend`` does not answer, for example because it is paused."""
         raise NotImplementedError
 
     def server(self) -> tuple[str, int | None]:
@@ -95,9 +95,9 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
-        """Return a context in which one node of the store of ``backend`` is down, and the others answer.
+        """Return a context in which one node of the store of ``backend`` is down, and the other nodes answer.
 
-        For a store that keeps each key on one node only. A store with replicas misses nothing when one node is down.
+        Define it only for a store that keeps each key on one node. If there are replicas, no key is unavailable.
         """
         raise NotImplementedError
 
@@ -268,7 +268,7 @@ class BackendContract(Contract):
     def test_a_space_card_comes_back(self) -> None:
         with self._open() as backend:
             if backend.capabilities.holds == "frames":
-                pytest.skip("requires a backend of entries; in a frame, a space card is bytes like any other")
+                pytest.skip("requires a backend that takes entries; a backend of frames stores a space card as a frame")
             values = self._make_values(backend)
             card = values.sample(1)._replace(vector=values.sample(1).vector[:0].copy(), metadata={"model": "m"})
             backend.set_many({CARD_PREFIX + SCOPE: card}, None)
@@ -355,7 +355,7 @@ class BackendContract(Contract):
             assert list(backend.scan("eo1.")) == [], "scan of an empty store must return no keys"
             ours = {key(number) for number in range(40)}
             theirs = {key(number, OTHER_SCOPE) for number in range(10)}
-            # A prefix is not a pattern: its dot matches only a dot.
+            # A prefix is not a pattern, so its dot must match only a dot.
             decoys = {f"eo1.{SCOPE}a{'0' * 63}", f"eo1a{SCOPE}.{'0' * 64}", CARD_PREFIX + SCOPE}
             values = self._make_values(backend)
             backend.set_many({name: values.sample(0) for name in ours | theirs | decoys}, None)
@@ -379,7 +379,7 @@ class BackendContract(Contract):
                 assert len(listed) == len(found), f"scan({prefix!r}) yielded {len(listed) - len(found)} keys twice"
 
     def test_a_long_scan_leaves_nothing_out(self) -> None:
-        # Many stores list 1000 keys per page.
+        # Many stores list at most 1000 keys per page, so this listing needs a second page.
         with self._open() as backend:
             self._skip_without(backend, "scan")
             names, values = [key(number) for number in range(LONG_LISTING)], self._make_values(backend)
@@ -400,7 +400,9 @@ class BackendContract(Contract):
             for name in backend.scan(f"eo1.{SCOPE}."):
                 backend.delete_many([name])
             left = set(backend.scan(""))
-            assert not left, f"scan missed {len(left)} of 50 keys while a caller deleted each key that it yielded"
+            assert not left, (
+                f"scan missed {len(left)} of 50 keys while the caller was deleting each key that scan yielded"
+            )
 
     def test_scan_holds_up_no_writer_and_misses_nothing_that_stays(self) -> None:
         with self._open() as backend:
@@ -442,7 +444,7 @@ class BackendContract(Contract):
             won: dict[str, list[int]] = {name: [] for name in names}
 
             def work(number: int) -> None:
-                # From both ends, so that the first thread does not win every key.
+                # Half of the threads begin with the last key, so that the first thread does not win every key.
                 for name in names if number % 2 else reversed(names):
                     if backend.add_many({name: values.sample(number)}, None):
                         won[name].append(number)
@@ -467,7 +469,7 @@ class BackendContract(Contract):
     # --- time to live -------------------------------------------------------------------------
 
     def test_any_ttl_is_taken(self) -> None:
-        # 100 days, because a server may read a long TTL as a date (memcached does above 30 days).
+        # The long TTLs are here because a server may read a long TTL as a date; memcached does above 30 days.
         with self._open() as backend:
             values = self._make_values(backend)
             for number, ttl in enumerate((None, 3600, 3600.5, 100 * DAY, 3650 * DAY)):
@@ -576,7 +578,7 @@ class BackendContract(Contract):
             self._store(backend, range(10))
 
             made = mmap.mmap(-1, 1)
-            """Number of reads the parent has made since the fork, in memory shared with the child."""
+            """Number of reads that the parent has made since the fork, in memory that it shares with the child."""
 
             def child() -> None:
                 for turn in count():
@@ -604,18 +606,18 @@ class BackendContract(Contract):
             after = {key(number): number for number in range(100, 110)}
             self._store(backend, range(10))
             closed = mmap.mmap(-1, 1)
-            """Whether the parent has closed its backend, in memory shared with the child."""
+            """Whether the parent has closed its backend, in memory that it shares with the child."""
 
             def child() -> None:
                 end = time.monotonic() + CALL_TIMEOUT
                 while not closed[0]:
-                    # If the parent is killed, the child must not wait for ever.
+                    # The child must not wait for ever if the parent is killed.
                     assert time.monotonic() < end, "the parent did not close its backend in time"
                     time.sleep(0.001)
                 self._require_stored(backend, before)
                 self._store(backend, range(100, 110))
                 self._require_stored(backend, after)
-                # The child exits without a close, as a worker may; what it stored must survive.
+                # The child exits without closing the backend, as a worker process may. Its entries must survive.
 
             def parent() -> None:
                 if not closed[0]:
@@ -628,7 +630,7 @@ class BackendContract(Contract):
                 found = again.get_many([*before, *after])
                 lost = len(after.keys() - set(found))
                 assert not lost, (
-                    f"{lost} of {len(after)} keys are missing that a forked child stored after its parent's close"
+                    f"a forked child stored {len(after)} keys after its parent's close, and {lost} of them are missing"
                 )
                 self._require_equal(again, found, {**before, **after})
 
@@ -683,7 +685,7 @@ class BackendContract(Contract):
                     holds=backend.capabilities.holds,
                     dimensions=list(self.dimensions),
                 )
-                # On a busy machine it is killed late and may have stored more than one max_batch.
+                # On a busy machine the writer is killed late, and may have stored more keys than max_batch.
                 size = self._get_batch_size(backend)
                 for start in range(0, stored, size):
                     numbers = range(start, min(start + size, stored))
@@ -735,7 +737,7 @@ class BackendContract(Contract):
             def write(value: Any) -> None:
                 turns = 0
                 try:
-                    # Until both readers have read, however late a busy machine starts them.
+                    # Keep writing until both readers have read, because a busy machine may start them late.
                     while turns < 20 or min(looks) < MIN_READS:
                         backend.set_many(dict.fromkeys(names, value), None)
                         turns += 1
@@ -760,7 +762,7 @@ class BackendContract(Contract):
 
             run_in_threads(len(written) + len(looks), work, "overwriting the same keys from six threads while two read")
             lost = len(set(names) - set(backend.get_many(names)))
-            assert not lost, f"{lost} of {len(names)} keys are missing that every thread had stored"
+            assert not lost, f"every thread stored {len(names)} keys, and {lost} of them are missing"
 
     def test_a_call_past_its_deadline_raises(self) -> None:
         with self._open() as backend:
@@ -782,7 +784,7 @@ class BackendContract(Contract):
         with self._open() as backend:
             self._skip_without(backend, "deadline")
             if not self._overrides("stall"):
-                pytest.skip("requires stall(): a context in which the store does not answer")
+                pytest.skip("requires stall(), a context in which the store does not answer")
             self._store(backend, [1, 2, 3])
 
             def ask() -> None:
@@ -828,7 +830,7 @@ class BackendContract(Contract):
                 with deadline(0.2):
                     client.get_many([key(1)])
 
-            # The client may notice at once that the connection is dead, and open a new one.
+            # The client may notice immediately that the connection is dead, and open a new one.
             with suppress(Exception):
                 call_with_timeout(ask, "get_many on a dead connection")
             self._require_recovery(client)
@@ -836,7 +838,7 @@ class BackendContract(Contract):
     def test_a_node_that_is_away_takes_its_own_keys_alone(self) -> None:
         with self._open() as backend:
             if not self._overrides("lose_a_node"):
-                pytest.skip("requires lose_a_node(): a context in which one of several nodes is down")
+                pytest.skip("requires lose_a_node(), a context in which one of several nodes is down")
             values = self._make_values(backend)
             self._store(backend, range(100))
             with self.lose_a_node(backend):
@@ -890,7 +892,7 @@ class BackendContract(Contract):
 
             for _ in range(2):
                 self._run_with_twin(backend, use)
-            run_in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three loops at once")
+            run_in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three event loops")
 
     def test_the_twin_answers_many_at_once(self) -> None:
         with self._open() as backend:
@@ -958,7 +960,7 @@ class BackendContract(Contract):
     def _open_through_proxy(self, backend: Any) -> Iterator[tuple[FaultProxy, Any]]:
         """Yield a proxy in front of the server, and a client connected through it that has made one call."""
         if not self._overrides("server"):
-            pytest.skip("requires server() and through(): the server's address, and a client of another address")
+            pytest.skip("requires server() and through(), which let a client connect to the server through a proxy")
         host, port = self.server()
         self._store(backend, [1, 2])
         with FaultProxy(host, port) as proxy, closing(self.through(backend, *proxy.address)) as client:
@@ -967,7 +969,7 @@ class BackendContract(Contract):
             proxy.heal()
 
     def _require_error(self, call: Callable[[], object], what: str) -> None:
-        """Require that a call raises. It has a deadline, which binds only a backend that declares ``deadline``."""
+        """Require that a call raises. The call has a deadline; only a backend that declares ``deadline`` obeys it."""
 
         def call_with_deadline() -> None:
             with deadline(2.0):
@@ -982,7 +984,7 @@ class BackendContract(Contract):
         raise AssertionError(f"{what} must raise an error, but returned as if it had succeeded")
 
     def _require_recovery(self, client: Any) -> None:
-        """Require correct answers again, after a few calls that may still hit dead connections."""
+        """Require that a client works again, after a few calls that may still use dead connections."""
         for _ in range(RECOVERY_CALLS):
             with suppress(Exception), deadline(2.0):
                 client.get_many([key(1)])
@@ -1014,7 +1016,7 @@ class BackendContract(Contract):
         assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
 
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that every key is stored that set_many did not report as failed."""
+        """Require that the keys of ``expected``, which set_many did not report as failed, are stored."""
         try:
             found, away = backend.get_many(list(expected)), frozenset[str]()
         except PartialAnswer as partial:
@@ -1024,7 +1026,7 @@ class BackendContract(Contract):
         self._require_equal(backend, found, expected)
 
     def _require_all_nodes_back(self, backend: Any) -> None:
-        """Require that every key can be stored once all nodes are up again; a client may skip one for a while."""
+        """Require that every key can be stored soon after the node is up again; a client may skip it for a while."""
         end = time.monotonic() + CALL_TIMEOUT
         while True:
             try:
@@ -1052,7 +1054,7 @@ class BackendContract(Contract):
     def _skip_without_clock(self, backend: Any) -> None:
         self._skip_without(backend, "ttl")
         if not self._overrides("advance"):
-            pytest.skip("requires advance(): let time pass for the backend")
+            pytest.skip("requires advance(), which lets time pass for the backend")
 
     def _skip_without_sharing(self, backend: Any) -> None:
         scope = backend.capabilities.scope
@@ -1063,7 +1065,7 @@ class BackendContract(Contract):
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)
         if recipe is None:
-            pytest.skip("requires recipe(): how another process makes a client of the same store")
+            pytest.skip("requires recipe(), with which another process makes a client of the same store")
         return recipe
 
     def _make_values(self, backend: Any) -> Values:
@@ -1089,7 +1091,7 @@ class BackendContract(Contract):
         self._require_equal(backend, backend.get_many(list(expected)), expected)
 
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
-        """Require that ``found`` has the samples of ``expected`` and nothing else. Messages name a key by its place."""
+        """Require that ``found`` has the samples of ``expected`` and nothing else. Messages number the keys."""
         values = self._make_values(backend)
         assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
         missing = [place for place, name in enumerate(expected) if name not in found]

@@ -1,8 +1,8 @@
 """The child process of the contracts: it makes a plugin, uses it and reports. :mod:`.support` starts it.
 
 It reads one line with a JSON object from standard input, makes the plugin, writes an empty line, waits for an empty
-line, and then writes a JSON object to standard output. A child that writes until it is killed does not wait. It writes
-the number of keys stored so far after each batch.
+line, and then writes a JSON object to standard output. A child that stores keys until it is killed does not wait for
+the empty line. After each batch, it writes the number of keys that it has stored so far.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRITE_BATCH = 20
 
 def main() -> None:
     """Answer the request on standard input."""
-    # A plugin may print; that must not mix with the answers.
+    # A plugin may print, and its output must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     request = json.loads(sys.stdin.readline())
     module, _, name = request["plugin"].partition(":")
@@ -67,7 +67,7 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Convert options to the types that the plugin declares, because JSON has no paths."""
     try:
         declared = options_of(made) if isinstance(made, type) else {}
-    except PluginError:  # the class has a signature that TOML cannot fill
+    except PluginError:  # TOML cannot express the arguments of this class, so none is converted
         declared = {}
     return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
 
@@ -75,7 +75,7 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     """Store batches of samples until the process is killed, and write the number of keys stored after each batch.
 
-    It writes that number only when the next batch is ready, so that the kill interrupts a write.
+    It writes the number only when the next batch is ready, so that the kill interrupts a call of ``set_many``.
     """
     values = make_values(request["holds"], request["dimensions"])
     for stored in count(0, WRITE_BATCH):

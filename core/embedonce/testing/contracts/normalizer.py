@@ -25,7 +25,7 @@ TEXTS = (
     "a tab\tand  two spaces\r\nand a line",
     "3.14 and 2.71",
 )
-# Wherever UTF-16 is cut, the cut splits a character in one of these.
+# Each emoji has two UTF-16 units. So a cut after any number of units splits an emoji in one of these two texts.
 HALVES = ("\U0001f9ea" * 100, "a" + "\U0001f9ea" * 100)
 ODD = (
     *("", " ", "\n", "\0", "a\0b", "\u200b", "\ufeff", "\U0010ffff", "e\u0301" * 50, "\u202eright to left", "\u0345"),
@@ -38,11 +38,11 @@ class NormalizerContract(Contract):
     """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest."""
 
     texts: ClassVar[Sequence[str]] = TEXTS
-    """Texts whose forms must all differ."""
+    """Texts whose normalised forms must all differ."""
     same: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of texts that must have the same form: what the step is for."""
+    """Pairs of texts that the step must give the same form."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None: the number of its profile."""
+    """Number of examples that hypothesis tries; None means that of its profile."""
 
     def make(self) -> Normalizer:
         """Return the step, as the plugin registers it."""
@@ -65,7 +65,7 @@ class NormalizerContract(Contract):
         assert backwards[::-1] == forms, "the form of a text must not depend on the texts before it"
 
     def test_a_form_is_its_own_form(self) -> None:
-        # A caller may embed texts from a store of normalised texts; those must hit too.
+        # A caller may embed texts that it has stored after normalisation. They must have the key of the original texts.
         step = self.make()
         for text in (*self.texts, *ODD):
             assert step(step(text)) == step(text), f"the form of {text[:40]!a} changes when it is normalised again"
@@ -89,22 +89,24 @@ class NormalizerContract(Contract):
         words = "the quick brown fox jumps over the lazy dog "
         text = (words * (LONG // len(words) + 1))[:LONG]
         one, two = self._normalize(f"{text} one"), self._normalize(f"{text} two")
-        assert one != two, "two long texts that differ only at their end have the same form"
+        assert one != two, "two long texts that differ only in their last word have the same form"
 
     def test_texts_that_differ_stay_apart(self) -> None:
         step = self.make()
         first: dict[str, int] = {}
         for place, text in enumerate(self.texts):
             form = step(text)
-            assert form not in first, f"texts {first[form]} and {place} of `texts` have the same form"
+            assert form not in first, (
+                f"texts[{first[form]}] and texts[{place}] have the same form, but must have different forms"
+            )
             first[form] = place
 
     def test_spellings_of_one_text_meet(self) -> None:
         if not self.same:
-            pytest.skip("requires `same`: pairs of texts that have the same form")
+            pytest.skip("requires `same`, pairs of texts that have the same form")
         step = self.make()
         for place, (one, other) in enumerate(self.same):
-            assert step(one) == step(other), f"the texts of pair {place} of `same` have different forms"
+            assert step(one) == step(other), f"the two texts of same[{place}] have different forms"
 
     def test_threads_get_their_own_forms(self) -> None:
         step = self.make()
@@ -120,7 +122,7 @@ class NormalizerContract(Contract):
     def test_another_process_gives_the_same_form(self) -> None:
         recipe = self.recipe()
         if recipe is None:
-            pytest.skip("requires recipe(): a step that another process can import")
+            pytest.skip("requires recipe(), with which another process can import the step")
         step = self.make()
         for seed in ("1", "2"):
             (answer,) = run_in_processes([{"forms": list(self.texts)}], recipe, PYTHONHASHSEED=seed)

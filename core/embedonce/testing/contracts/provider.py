@@ -39,20 +39,20 @@ class ProviderContract(Contract):
     """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest."""
 
     tolerance: ClassVar[float] = 0.0
-    """Largest difference allowed between two computations of the same text's vector, per value; 0.0 means identical
-    bits. Models on a CPU differ by about 1e-6 between batches."""
+    """Maximum difference, per value, between two vectors of the same text; 0.0 means that the vectors must be equal.
+    With a model on a CPU, the values differ by about 1e-6 between batches."""
     tasks: ClassVar[Sequence[str]] = ("document", "query")
     texts: ClassVar[Sequence[str]] = TEXTS
     """At least four different texts that the provider accepts."""
     most: ClassVar[int] = 256
-    """Maximum number of texts per call, where ``limits.max_batch`` allows more."""
+    """Maximum number of texts per call, even if ``limits.max_batch`` allows more."""
 
     def make(self) -> AnyProvider:
         """Return a new provider, always with the same options. The caller closes it."""
         raise NotImplementedError(f"{type(self).__name__} must define how to make it: def make(self) -> Provider")
 
     def recipe(self) -> Recipe | None:
-        """Return how another process makes the same provider."""
+        """Return how another process makes the same provider; None if that is impossible."""
         return None
 
     # --- what the provider declares -----------------------------------------------------------
@@ -89,7 +89,7 @@ class ProviderContract(Contract):
                 first, second = (opened.provider.space(task).fingerprint() for opened in (one, two))
                 assert first == second, f"two instances with the same options have different spaces for task {task!r}"
                 self._require_near(
-                    one.embed(self.texts, task), two.embed(self.texts, task), "vectors of another instance"
+                    one.embed(self.texts, task), two.embed(self.texts, task), "the vectors from two instances"
                 )
 
     def test_the_dimensions_are_as_described(self) -> None:
@@ -135,19 +135,25 @@ class ProviderContract(Contract):
         with self._open() as opened:
             vectors = opened.embed(self.texts)
             distinct = len({row.tobytes() for row in vectors})
-            assert distinct == len(self.texts), f"{len(self.texts)} different texts have only {distinct} vectors"
+            assert distinct == len(self.texts), (
+                f"{len(self.texts)} different texts have only {distinct} different vectors"
+            )
 
     def test_order_is_kept(self) -> None:
         with self._open() as opened:
             texts = list(self.texts)
             vectors = opened.embed(texts)
-            self._require_near(opened.embed(texts[::-1])[::-1], vectors, "vectors of the same texts in reverse order")
+            self._require_near(
+                opened.embed(texts[::-1])[::-1], vectors, "the vectors of the same texts in reverse order"
+            )
 
     def test_alone_as_in_a_batch(self) -> None:
         with self._open() as opened:
             vectors = opened.embed(self.texts)
             for text, vector in zip(self.texts, vectors, strict=True):
-                self._require_near(opened.embed([text])[0], vector, "vectors of a text alone and in a batch")
+                self._require_near(
+                    opened.embed([text])[0], vector, "the vectors of a text embedded alone and in a batch"
+                )
 
     def test_batches_that_are_almost_alike_differ(self) -> None:
         with self._open() as opened:
@@ -158,7 +164,9 @@ class ProviderContract(Contract):
                 order = [len(batch) if number == place else number for number in range(len(batch))]
                 found = opened.embed([self.texts[number] for number in order])
                 self._require_near(
-                    found, vectors[order], f"after a batch with a different text at position {place}, vectors"
+                    found,
+                    vectors[order],
+                    f"the vectors of the same texts, before and after a batch that differs at position {place},",
                 )
 
     def test_a_text_twice_has_one_vector(self) -> None:
@@ -168,7 +176,9 @@ class ProviderContract(Contract):
             assert len(vectors) == 3, "a text that occurs twice must have two rows"
             self._require_near(vectors[2], vectors[0], "the two vectors of a text that occurs twice in one call")
             self._require_near(
-                opened.embed([second])[0], vectors[1], "vectors of a text alone and between two equal texts"
+                opened.embed([second])[0],
+                vectors[1],
+                "the vectors of a text embedded alone and between two equal texts",
             )
 
     def test_a_later_call_leaves_earlier_vectors_alone(self) -> None:
@@ -186,7 +196,7 @@ class ProviderContract(Contract):
             opened.embed(texts)
             assert texts == list(self.texts), "the provider changed the list of texts that it was given"
             self._require_near(
-                opened.embed(tuple(texts)), opened.embed(texts), "vectors of a tuple and of a list of texts"
+                opened.embed(tuple(texts)), opened.embed(texts), "the vectors of a tuple and of a list of texts"
             )
 
     def test_tokens_are_a_number_or_none(self) -> None:
@@ -202,7 +212,9 @@ class ProviderContract(Contract):
             if not (hasattr(opened.provider, "embed") and hasattr(opened.provider, "aembed")):
                 pytest.skip("requires both embed and aembed")
             self._require_near(
-                opened.embed(self.texts, asynchronous=True), opened.embed(self.texts), "vectors of aembed and of embed"
+                opened.embed(self.texts, asynchronous=True),
+                opened.embed(self.texts),
+                "the vectors from aembed and from embed",
             )
 
     # --- what the provider refuses ------------------------------------------------------------
@@ -230,7 +242,9 @@ class ProviderContract(Contract):
                 for turn in range(3):
                     place = (number + turn) % len(self.texts)
                     vector = opened.embed([self.texts[place]])[0]
-                    self._require_near(vector, expected[place], "vectors of a text in a batch and in one of 8 threads")
+                    self._require_near(
+                        vector, expected[place], "the vectors of a text embedded in a batch and in one of 8 threads"
+                    )
 
             run_in_threads(8, work, "embed from eight threads")
 
@@ -245,12 +259,16 @@ class ProviderContract(Contract):
 
             for place, answer in enumerate(opened.run(embed_in_parallel())):
                 vector = _check_array(answer, 1)[0]
-                self._require_near(vector, expected[place], "vectors of a text in a batch and in one of several tasks")
+                self._require_near(
+                    vector,
+                    expected[place],
+                    "the vectors of a text embedded in a batch and in one of several concurrent calls",
+                )
 
     def test_another_process_makes_the_same_vectors(self) -> None:
         recipe = self.recipe()
         if recipe is None:
-            pytest.skip("requires recipe(): how another process makes the same provider")
+            pytest.skip("requires recipe(), with which another process makes the same provider")
         request = {"texts": list(self.texts), "tasks": list(self.tasks)}
         with self._open() as opened:
             for seed in ("1", "2"):
@@ -260,7 +278,7 @@ class ProviderContract(Contract):
                     assert answer[task]["fingerprint"] == fingerprint, "another process has a different space"
                     there = np.array(answer[task]["vectors"], np.float32)
                     self._require_near(
-                        there, opened.embed(self.texts, task), "vectors of another process and of this one"
+                        there, opened.embed(self.texts, task), "the vectors from another process and from this process"
                     )
 
     def test_close_twice_does_nothing(self) -> None:
@@ -290,9 +308,9 @@ class ProviderContract(Contract):
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}; tolerance is {self.tolerance:g}"
 
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
-        """Require a valid vector, or a TextRefused with the text's position, so that only its neighbours are retried.
+        """Require a valid vector, or a TextRefused whose position is right, because the cache retries the other texts.
 
-        ``full``: also try the text at the end of a full batch.
+        With ``full``, also try the text at the end of a full batch.
         """
         with self._open() as opened:
             good = self.texts[0]
@@ -300,7 +318,7 @@ class ProviderContract(Contract):
             if opened.provider.limits.max_batch >= 3:
                 self._check_vector_or_refusal(opened, [good, text, good], 1, what)
             if full and (largest := min(self.most, opened.provider.limits.max_batch)) > 3:
-                # A service may take fewer texts per request; the position must still be that in the whole batch.
+                # The provider may send the batch in parts. The position must still be the one in the whole batch.
                 self._check_vector_or_refusal(opened, [good] * (largest - 1) + [text], largest - 1, what)
 
     def _check_vector_or_refusal(self, opened: _OpenProvider, texts: list[str], place: int, what: str) -> None:
@@ -331,7 +349,7 @@ class _OpenProvider:
         self._task = task
 
     def answer(self, texts: Sequence[str], task: str | None = None, *, asynchronous: bool = False) -> Any:
-        """Return the answer of the provider, unchecked."""
+        """Return the answer of the provider without checking it."""
         task = self._task if task is None else task
         if asynchronous or not hasattr(self.provider, "embed"):
             return self.run(self.provider.aembed(texts, task))

@@ -1,4 +1,4 @@
-"""Threads and processes for the contracts, each with a timeout: a hang fails the test instead of blocking the run."""
+"""Threads and processes for the contracts. Each has a timeout, so that a hang fails one test and does not block all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 CALL_TIMEOUT = 60.0
-"""Seconds after which a call counts as hung. Generous, so that a busy machine does not fail a test."""
+"""Seconds after which a call counts as hung. The timeout is generous, so that no test fails on a busy machine."""
 
 
 class Recipe(NamedTuple):
@@ -138,10 +138,10 @@ def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes
 
 
 def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
-    """Send each request to a new Python process that makes the plugin of ``recipe``, and return their answers.
+    """Send each request to a new Python process that makes the plugin of ``recipe``, and return the answers.
 
-    All start at the same moment, when the last one has made its plugin. :mod:`embedonce.testing.contracts.child`
-    defines the requests.
+    All processes begin with their requests at the same moment, when the last of them has made its plugin.
+    :mod:`embedonce.testing.contracts.child` defines the requests.
 
     Raises:
         AssertionError: a process failed (the message has its error output) or did not exit in time.
@@ -162,10 +162,10 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a new process store batches of samples, kill it after ``batches`` of them, and return the number of keys.
+    """Let a new process store batches of samples, kill it, and return how many keys it reported.
 
-    The kill comes half a batch later, by the duration of the last one, so that it most likely interrupts the next.
-    The process reported that number of keys as stored; it may have stored some of the following keys too.
+    The process is killed after it has reported ``batches`` batches and half the duration of a batch has passed, so that
+    the kill most likely interrupts the next batch. The process may have stored some keys that it did not report.
 
     Raises:
         AssertionError: the process failed (the message has its error output) or reported nothing in time.
@@ -183,13 +183,13 @@ def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, 
             time.sleep((times[-1] - times[-2]) / 2)
         finally:
             child.kill()  # with SIGKILL
-        # It may have reported more before it was killed.
+        # The process may have reported more keys before it was killed.
         reported += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
         return reported[-1]
 
 
 def _write_line(child: subprocess.Popen[bytes], line: bytes) -> None:
-    """Write a line to a child. A broken pipe is ignored: reading the answer reports why the child failed."""
+    """Write a line to a child. Ignore a broken pipe, because reading the answer reports why the child failed."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(line)

@@ -15,7 +15,7 @@ SCOPE = "0123456789abcdef"
 
 CREATED = 1_700_000_000.25
 EXPIRES = 4_102_444_800.5
-"""Unix time of expiry, in 2100: it lies in the future of every clock."""
+"""Unix time of expiry. It is in the year 2100, which is in the future on every clock."""
 
 MIB = 2**20
 FRAME_SIZES = (0, 1, 6 * 1024, MIB)
@@ -38,12 +38,12 @@ class Values(Protocol):
         ...
 
     def is_equal(self, found: object, stored: Any) -> bool:
-        """Return whether ``found`` equals ``stored``, type and bits included."""
+        """Return whether ``found`` equals ``stored``, including its type and bits."""
         ...
 
 
 def make_values(holds: str, dimensions: Sequence[int]) -> Values:
-    """Return the maker of values for what a backend declares in ``Capabilities.holds``."""
+    """Return the maker of values for a backend that declares ``holds`` in its capabilities."""
     match holds:
         case "entries":
             return Entries(dimensions)
@@ -61,7 +61,7 @@ class Frames:
         return random.Random(seed).randbytes(64)
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, bytes]:
-        """Return values by size and by content."""
+        """Return frames of several sizes and frames with unusual content."""
         chance = random.Random(0)
         values = {f"{size} bytes": chance.randbytes(size) for size in FRAME_SIZES}
         values |= {
@@ -80,7 +80,7 @@ class Frames:
 
 
 class Entries:
-    """Entries with vectors of the given dimensions; :meth:`sample` uses the first."""
+    """Entries with vectors of these dimensions; :meth:`sample` uses only the first number of ``dimensions``."""
 
     def __init__(self, dimensions: Sequence[int]) -> None:
         self._dimensions = tuple(dimensions)

@@ -21,7 +21,7 @@ class Contract:
             )
 
     def test_no_standard_test_is_replaced(self) -> None:
-        """Check that every standard test is still the contract's own; attributes may change after the class is made."""
+        """Check again that no standard test was replaced, because attributes can change after the class was made."""
         replaced = _find_replaced_tests(type(self))
         assert not replaced, f"standard tests were replaced or removed: {', '.join(replaced)}"
         assert self.standard_tests, (

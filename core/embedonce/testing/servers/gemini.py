@@ -8,7 +8,7 @@
         server.texts  # 2
         server.misbehave("short")
 
-It requires only numpy. Source of requests, replies and errors: Gemini's API reference, and what
+It requires only numpy. Its requests, replies and errors follow Gemini's API reference and what
 google-genai 3.6 sends.
 """
 
@@ -55,8 +55,8 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     """Speaks ``:batchEmbedContents``, which google-genai sends for every call, and ``:embedContent``.
 
     A content with several parts has one vector, as in the real API. The vector depends on the model,
-    the dimensions, the task type and every other field: :meth:`vector_of` returns it. A text of more than
-    ``max_tokens`` is truncated silently, as by Gemini; with ``truncates=False`` it is refused.
+    the dimensions, the task type and every other field; :meth:`vector_of` returns the same vector. A text of
+    more than ``max_tokens`` is truncated silently, as Gemini does; with ``truncates=False`` it is refused.
 
     :meth:`misbehave` takes:
 
@@ -71,12 +71,12 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     ``ragged``        one vector is one value short
     ``no_values``     one vector has no values
     ``rate_limit``    status 429, ``RESOURCE_EXHAUSTED``, with ``Retry-After``
-    ``quota``         status 429, ``RESOURCE_EXHAUSTED``, for the day
+    ``quota``         status 429, ``RESOURCE_EXHAUSTED``, because the daily quota is used up
     ``server_error``  status 500
     ``unauthorized``  status 400, ``API_KEY_INVALID``
     ``not_json``      status 200 with a page of HTML
     ``truncated``     the body ends half-way
-    ``drip``          the body arrives a byte at a time
+    ``drip``          the body arrives one byte at a time
     ``hang``          there is no reply until ``heal()``
     ``disconnect``    the connection is closed without a reply
     ================  =============================================================================
@@ -113,9 +113,9 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         task_type: str | None = None,
         **extra: Any,
     ) -> Vector:
-        """Return the vector of a text, shape (dimensions,), without counting it.
+        """Return the vector of a text, shape (dimensions,). This counts as no request.
 
-        It has length 1 at full dimensions and a different length at fewer, like Gemini's vectors.
+        Like Gemini's vectors, it has unit length only if it has all of the model's dimensions.
         """
         dimensions = dimensions or self.dimensions
         cut = text if self.tokens_of(text) <= self.max_tokens else text[: 4 * self.max_tokens]
@@ -123,7 +123,7 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         return vector if dimensions == self.dimensions else vector * np.float32(0.75)
 
     def tokens_of(self, text: str) -> int:
-        """Return the number of tokens charged for a text: its words and marks, at least a quarter of its bytes."""
+        """Return the number of tokens charged for a text, which is only an estimate."""
         return estimate_tokens(text)
 
     def route(self, request: Request) -> Reply | None:

@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply. ``content`` is sent as JSON, which may contain NaN and infinity, unless it is bytes."""
+    """A reply. ``content`` is sent unchanged if it is bytes, else as JSON, which may contain NaN and infinity."""
 
     status: int
     content: Any
@@ -79,7 +79,7 @@ class LoopbackServer(Generic[KindT]):
         self.model = model
         """Default model of :meth:`vector_of`."""
         self.dimensions = dimensions
-        """Dimensions of vectors, unless a request asks for fewer."""
+        """Number of dimensions of the vectors, unless a request asks for fewer."""
         self.api_key = api_key
         """The key that requests must have; None accepts any key, or no key."""
         self.requests: list[Request] = []
@@ -111,8 +111,8 @@ class LoopbackServer(Generic[KindT]):
     def misbehave(self, kind: KindT, *, times: int | None = 1, seconds: float = 0.05) -> None:
         """Misbehave in the next ``times`` requests for vectors; None means every request until :meth:`heal`.
 
-        A second call applies to the requests after those. ``seconds`` is the value of ``Retry-After``, and the
-        time between two bytes of a body that drips.
+        If an earlier fault is still active, the new fault begins when the earlier one ends. ``seconds`` is the
+        value of ``Retry-After`` and, for the kind ``drip``, the time between two bytes of the body.
         """
         if kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)}, got {kind!r}")
@@ -120,7 +120,7 @@ class LoopbackServer(Generic[KindT]):
             self._faults.append(_Fault(kind, times, seconds))
 
     def heal(self) -> None:
-        """End all faults, and answer the requests that hang or drip."""
+        """End all faults, answer the requests that hang, and send the rest of unfinished replies."""
         with self._lock:
             self._faults.clear()
             released, self._released = self._released, threading.Event()
@@ -252,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         server.loopback.handle(self, request)
 
     def send(self, reply: Reply, *, truncated: bool = False, drip: tuple[float, threading.Event] | None = None) -> None:
-        """Send a reply: complete, truncated to half, or a byte at a time."""
+        """Send a reply: complete, truncated to half, or one byte at a time."""
         content = reply.encode()
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
@@ -280,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def make_vector(about: Any, dimensions: int) -> Vector:
-    """Return a vector of length 1, shape (dimensions,), that differs for every ``about`` (a JSON value)."""
+    """Return a vector of unit length, shape (dimensions,), that differs for every ``about`` (a JSON value)."""
     seed = json.dumps([about, dimensions], sort_keys=True).encode()
     # Setting the lowest bit makes every value nonzero.
     integers = np.frombuffer(hashlib.shake_256(seed).digest(4 * dimensions), "<i4") | 1
@@ -289,16 +289,16 @@ def make_vector(about: Any, dimensions: int) -> Vector:
 
 
 def estimate_tokens(text: str) -> int:
-    """Estimate the number of tokens in a text: its words and marks, at least a quarter of its bytes."""
+    """Estimate the tokens of a text: its number of words and marks, or a quarter of its bytes if that is more."""
     return max(1, len(re.findall(r"\w+|[^\w\s]", text)), len(text.encode()) // 4)
 
 
 def damage_items(items: Sequence[Item], kind: str | None) -> list[Item]:
-    """Return the items of an answer damaged by ``kind``; a kind that does not affect items returns them unchanged."""
+    """Return the items of an answer, damaged according to ``kind``; some kinds do not change the items."""
     first, *others = items
     count = len(items)
     match kind:
-        case "short":  # a client that relies on the order gets the next text's vector
+        case "short":  # a client that relies on the order gives each text the vector of the next text
             return [Item(item.index - 1, item.vector) for item in others]
         case "long":
             return [Item(0, -first.vector), *(Item(item.index + 1, item.vector) for item in items)]

@@ -8,7 +8,7 @@
         server.texts  # 2
         server.misbehave("out_of_order")
 
-It requires only numpy. Source of requests, replies and errors: OpenAI's API reference, and what its
+It requires only numpy. Its requests, replies and errors follow OpenAI's API reference and what OpenAI's
 Python client sends.
 """
 
@@ -59,9 +59,9 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     """Speaks ``POST /v1/embeddings`` and ``GET /v1/models``, and Azure's variants of both paths.
 
     The vector of an input depends on the model, the dimensions and every other field of the body except
-    ``user`` and ``encoding_format``: :meth:`vector_of` returns it. The server accepts any model.
-    ``deployments`` maps Azure's names in the URL to models. With ``base64=False`` it always answers floats,
-    as some servers do.
+    ``user`` and ``encoding_format``; :meth:`vector_of` returns the same vector. The server accepts any model.
+    ``deployments`` maps the deployment names in Azure's URLs to models. With ``base64=False`` the server always
+    sends vectors as lists of floats, as some servers do.
 
     :meth:`misbehave` takes:
 
@@ -85,7 +85,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     ``error_as_200``     status 200 with an error in place of the data
     ``not_json``         status 200 with a page of HTML
     ``truncated``        the body ends half-way
-    ``drip``             the body arrives a byte at a time
+    ``drip``             the body arrives one byte at a time
     ``hang``             there is no reply until ``heal()``
     ``disconnect``       the connection is closed without a reply
     ===================  ==========================================================================
@@ -120,12 +120,12 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     def vector_of(
         self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
     ) -> Vector:
-        """Return the vector of a text or of tokens, shape (dimensions,), length 1, without counting it."""
+        """Return the vector of a text or of tokens, shape (dimensions,), unit length. This counts as no request."""
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
         return make_vector(about, dimensions or self.dimensions)
 
     def tokens_of(self, text: str | Sequence[int]) -> int:
-        """Return the number of tokens charged for a text: its words and marks, at least a quarter of its bytes."""
+        """Return the number of tokens charged for a text, which is only an estimate, or for a list of tokens."""
         return estimate_tokens(text) if isinstance(text, str) else len(text)
 
     def route(self, request: Request) -> Reply | None:
@@ -227,7 +227,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
 
 def _parse_inputs(given: Any) -> list[Any]:
-    """Return the texts or lists of tokens in ``input``, which has one of four shapes; none may be empty."""
+    """Return the inputs: ``given`` is a text, a list of tokens, or a list of either. No input must be empty."""
     if isinstance(given, str) or (isinstance(given, list) and all(type(token) is int for token in given)):
         given = [given]
     texts = isinstance(given, list) and all(isinstance(text, str) for text in given)
