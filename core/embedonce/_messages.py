@@ -23,6 +23,11 @@ def _normalize(word: str) -> str:
     return word.lower().replace("-", "_")
 
 
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number and its noun: ``1 row`` or ``2 rows``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def join_words(words: Iterable[str], last: str = "and") -> str:
     """Return ``a, b and c``."""
     *front, end = list(words) or ["nothing"]

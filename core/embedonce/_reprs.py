@@ -12,27 +12,22 @@ _SHORT.maxstring = _SHORT.maxother = 60
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 6
 
 
-def short(value: object) -> str:
+def shorten(value: object) -> str:
     """Return a value's repr on one line; long strings and collections are cut in the middle or at the end."""
     return " ".join(_SHORT.repr(value).split("\n"))
 
 
-def counts(numbers: Mapping[str, int], between: str = " from ") -> str:
+def format_counts(numbers: Mapping[str, int], between: str = " from ") -> str:
     """Return ``990 from memory, 8 from provider``, without the names whose number is 0."""
     return ", ".join(f"{number:,}{between}{quote_toml_key(name)}" for name, number in numbers.items() if number)
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """Return a share between 0 and 1 as ``93.1 %``, or ``none`` where it is None."""
     return "none" if share is None else f"{share:.1%}".replace("%", " %")
 
 
-def number_of(count: int, noun: str, plural: str | None = None) -> str:
-    """Return ``1 text`` or ``1,000 texts``."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
-def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def make_html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return an HTML table; every cell is escaped, so that no name can add markup."""
     from html import escape  # only notebooks need it
 

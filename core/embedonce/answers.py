@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ._messages import quote_toml_key
-from ._reprs import counts, html_table, number_of, short
+from ._messages import format_count, quote_toml_key, strip_credentials
+from ._reprs import format_counts, make_html_table, shorten
 from .errors import Incomplete
 from .keys import Value, VectorSpace
 from .vectors import Matrix, Metadata, Vector, matrix
@@ -57,15 +57,15 @@ class Fetched:
         return sum(row is None for row in self.rows) - len(self.failed)
 
     def __repr__(self) -> str:
-        size = "" if self.dimensions is None else f" of {number_of(self.dimensions, 'dimension')}"
+        size = "" if self.dimensions is None else f" of {format_count(self.dimensions, 'dimension')}"
         parts = [
-            counts(self._sources()),
+            format_counts(self._sources()),
             f"{len(self.failed):,} failed" if self.failed else "",
             f"{self._missing():,} missing" if self._missing() else "",
             "tier errors: " + ", ".join(map(quote_toml_key, self.errors)) if self.errors else "",
         ]
         details = ", ".join(part for part in parts if part)
-        return f"<Fetched {number_of(len(self.rows), 'text')}{size}{': ' if details else ''}{details}>"
+        return f"<Fetched {format_count(len(self.rows), 'text')}{size}{': ' if details else ''}{details}>"
 
     def _repr_html_(self) -> str:
         """Return a table of where the vectors came from, for notebooks."""
@@ -75,9 +75,9 @@ class Fetched:
         ]
         rows += [("failed", f"{len(self.failed):,}", "", "")] if self.failed else []
         rows += [("missing", f"{self._missing():,}", "", "")] if self._missing() else []
-        size = "" if self.dimensions is None else f", {number_of(self.dimensions, 'dimension')}"
-        title = f"Fetched: {number_of(len(self.rows), 'text')}{size}"
-        return html_table(title, ("source", "texts", "seconds", "error"), rows)
+        size = "" if self.dimensions is None else f", {format_count(self.dimensions, 'dimension')}"
+        title = f"Fetched: {format_count(len(self.rows), 'text')}{size}"
+        return make_html_table(title, ("source", "texts", "seconds", "error"), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,8 @@ class Explanation:
         outcomes = ", ".join(
             f"{quote_toml_key(tier)} {quote_toml_key(outcome)}" for tier, outcome in self.tiers.items()
         )
-        return f"<Explanation {where}{': ' if outcomes else ''}{outcomes}; scope {self.scope}, task {short(self.task)}>"
+        key = f"scope {shorten(self.scope)}, task {shorten(self.task)}"
+        return f"<Explanation {where}{': ' if outcomes else ''}{outcomes}; {key}>"
 
     def _repr_html_(self) -> str:
         """Return a table of the key's parts, the tiers' outcomes and the reasons, for notebooks."""
@@ -120,14 +121,14 @@ class Explanation:
             ("scope", self.scope),
             ("fingerprint", self.fingerprint),
             ("task", self.task),
-            *((f"space: {name}", short(value)) for name, value in self.space.items()),
-            *((f"policy: {name}", short(value)) for name, value in self.policy.items()),
+            *((f"space: {name}", shorten(value)) for name, value in self.space.items()),
+            *((f"policy: {name}", shorten(value)) for name, value in self.policy.items()),
             ("normalisation changed the text", "yes" if self.normalized else "no"),
-            *((f"tier: {tier}", outcome) for tier, outcome in self.tiers.items()),
-            *(("reason", reason) for reason in self.reasons),
+            *((f"tier: {tier}", strip_credentials(outcome)) for tier, outcome in self.tiers.items()),
+            *(("reason", strip_credentials(reason)) for reason in self.reasons),
         ]
         title = "Explanation: in no tier" if self.found is None else f"Explanation: found in {self.found}"
-        return html_table(title, ("part", "value"), rows)
+        return make_html_table(title, ("part", "value"), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,5 +173,5 @@ class Purged:
     """Number of removed entries, by tier."""
 
     def __repr__(self) -> str:
-        details = counts(self.removed)
-        return f"<Purged {number_of(len(self.scopes), 'scope')}{': ' if details else ''}{details}>"
+        details = format_counts(self.removed)
+        return f"<Purged {format_count(len(self.scopes), 'scope')}{': ' if details else ''}{details}>"

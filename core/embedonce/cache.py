@@ -378,10 +378,14 @@ class Cache(Requests):
     def stats(self) -> Stats:
         """Return the counters of tiers and providers since the cache was created, in texts."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
+        requests = self._chain.engine.requests
+        fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
         return Stats(
             tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
             providers={source.name: source.stats() for source in sources},
-            shared=self._chain.engine.shared,
+            shared=requests.shared,
+            requested=requests.requested + fast_hits,
+            found=requests.found + fast_hits,
         )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._reprs import number_of
+from ._messages import format_count
 from .errors import TierTimeout
 from .keys import VectorSpace
 from .vectors import Entry
@@ -225,17 +225,18 @@ class deadline:
     it later, and reset the deadline in an unrelated context.
     """
 
-    __slots__ = ("_seconds", "_token")
+    __slots__ = ("_seconds", "_tokens")
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
+        self._tokens: list[Token[float | None]] = []
 
     def __enter__(self) -> None:
         at = None if self._seconds is None else time.monotonic() + self._seconds
-        self._token = _deadline.set(at)
+        self._tokens.append(_deadline.set(at))
 
     def __exit__(self, *_: object) -> None:
-        _deadline.reset(self._token)
+        _deadline.reset(self._tokens.pop())
 
 
 # --- providers --------------------------------------------------------------------------------
@@ -265,8 +266,11 @@ class Embedded:
     """Tokens charged for the call; None if the provider does not report them."""
 
     def __repr__(self) -> str:
-        tokens = "" if self.tokens is None else f", {number_of(self.tokens, 'token')}"
-        return f"<Embedded {number_of(len(self.vectors), 'vector')}{tokens}>"
+        tokens = "" if self.tokens is None else f", tokens={self.tokens}"
+        # A provider that is being written may return anything, and its author prints the answer to see what it is.
+        if not hasattr(self.vectors, "__len__") or np.ndim(self.vectors) == 0:
+            return f"<Embedded vectors of type {type(self.vectors).__name__}{tokens}>"
+        return f"<Embedded {format_count(len(self.vectors), 'vector')}{tokens}>"
 
 
 class Provider(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ._messages import quote_toml_key
-from ._reprs import html_table, percent
+from ._reprs import format_percent, make_html_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +84,6 @@ class TierStats:
     """Dropped entries by cause: ``"too large"``, ``"queue full"`` or ``"skipped"`` (the breaker was open)."""
 
     @property
-    def looked_up(self) -> int:
-        """Number of texts that the tier was asked for, with any outcome."""
-        return self.hits + self.misses + self.errors + self.corrupt + self.skipped
-
-    @property
     def hit_rate(self) -> float | None:
         """Share of hits among hits and misses, from 0 to 1; None if there are neither. Errors do not count."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
@@ -114,24 +109,24 @@ class Stats:
     shared: int
     """Number of texts whose vector another call was already computing."""
 
+    requested: int = 0
+    """Texts that calls requested. Equal texts in one call count once."""
+    found: int = 0
+    """Requested texts that some tier had."""
+
     @property
     def hit_rate(self) -> float | None:
-        """Share of the requested texts that some tier had, from 0 to 1; None if no text was requested.
-
-        Every text is looked up in the first tier, so the count of that tier is the number of requested texts.
-        """
-        first = next(iter(self.tiers.values()), None)
-        if first is None or first.looked_up == 0:
-            return None
-        # Calls go on while the counters are read one after the other, so a later tier may have counted more texts.
-        return min(1.0, sum(tier.hits for tier in self.tiers.values()) / first.looked_up)
+        """Share of the requested texts that some tier had, from 0 to 1; None before the first request."""
+        return self.found / self.requested if self.requested else None
 
     def __repr__(self) -> str:
-        rates = ", ".join(f"{quote_toml_key(name)} {percent(tier.hit_rate)}" for name, tier in self.tiers.items())
+        rates = ", ".join(
+            f"{quote_toml_key(name)} {format_percent(tier.hit_rate)}" for name, tier in self.tiers.items()
+        )
         computed = sum(provider.texts for provider in self.providers.values())
         failed = sum(provider.failed for provider in self.providers.values())
         return (
-            f"<Stats hit rate {percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
+            f"<Stats hit rate {format_percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
             f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared>"
         )
 
@@ -140,7 +135,7 @@ class Stats:
         rows: list[tuple[object, ...]] = [
             (
                 name,
-                percent(tier.hit_rate),
+                format_percent(tier.hit_rate),
                 *(f"{number:,}" for number in (tier.hits, tier.misses, tier.errors, tier.corrupt, tier.skipped)),
                 f"{tier.stored:,}",
                 f"{tier.dropped:,}",
@@ -152,6 +147,7 @@ class Stats:
             f"{name}: {provider.texts:,} computed, {provider.failed:,} failed, {provider.seconds:.3f} s"
             for name, provider in self.providers.items()
         )
-        title = f"Stats: hit rate {percent(self.hit_rate)}; {providers}; {self.shared:,} shared"
+        parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared"]
+        title = "Stats: " + "; ".join(part for part in parts if part)
         head = ("tier", "hit rate", "hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped", "seconds")
-        return html_table(title, head, rows)
+        return make_html_table(title, head, rows)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
-from ._reprs import html_table, short
+from ._reprs import make_html_table, shorten
 from .errors import ConfigError, SpaceError, TextError
 
 KEY_PREFIX = "eo1."
@@ -157,11 +157,13 @@ class VectorSpace:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def __repr__(self) -> str:
-        return f"VectorSpace({', '.join(f'{name}={short(value)}' for name, value in self.described().items())})"
+        return f"VectorSpace({', '.join(f'{name}={shorten(value)}' for name, value in self.described().items())})"
 
     def _repr_html_(self) -> str:
         """Return a table of the fields that are set, for notebooks."""
-        return html_table("VectorSpace", ("field", "value"), [(name, short(v)) for name, v in self.described().items()])
+        return make_html_table(
+            "VectorSpace", ("field", "value"), [(name, shorten(v)) for name, v in self.described().items()]
+        )
 
     def fingerprint(self) -> bytes:
         """Return the SHA-256 (32 bytes) of the space's canonical form."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Answer:
     """Whether to write computed entries and to promote entries that were found."""
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
     entries: Entries = field(default_factory=Entries)
-    found: list[tuple[str, Iterable[str]]] = field(default_factory=list)
+    found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that it returned."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""

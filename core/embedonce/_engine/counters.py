@@ -27,6 +27,29 @@ class Tally:
             return self.add() - self._reads + 1
 
 
+class RequestCounters:
+    """Counts the texts that calls requested, and those whose vector did not come from the provider of the call."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        """Texts that were requested, each once per call."""
+        self.found = 0
+        """Requested texts that a tier had."""
+        self.shared = 0
+        """Requested texts whose vector another call was already computing."""
+        self.renew_locks()
+
+    def renew_locks(self) -> None:
+        """Create a new lock, as a forked child must. It is re-entrant, because a signal handler may use the cache."""
+        self._lock = threading.RLock()
+
+    def count(self, *, requested: int = 0, found: int = 0, shared: int = 0) -> None:
+        with self._lock:
+            self.requested += requested
+            self.found += found
+            self.shared += shared
+
+
 class Counters:
     """Counters of one tier. Every count is a number of texts."""
 

@@ -18,6 +18,7 @@ from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
 
 from .call import PROVIDER, Answer, Call
 from .checks import check_matrix, round_matrix
+from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight
 from .leases import Leases
 from .ports import Port
@@ -43,8 +44,7 @@ class Engine:
         self.tiers = tiers
         self.in_flight = in_flight
         self.dtype: Dtype = dtype
-        self.shared = 0
-        """Number of texts whose vectors other calls' flights computed."""
+        self.requests = RequestCounters()
         self._replay = replay
         self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
         self._max_wait = max_wait
@@ -60,6 +60,14 @@ class Engine:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
         missing = answer.find_missing()
+        requested = len(missing)
+        try:
+            await self._fill(port, answer, missing, compute=compute)
+        finally:
+            if not answer.route.source.fallback:  # the texts were counted before the fallback was asked for them
+                self.requests.count(requested=requested, found=sum(len(keys) for _, keys in answer.found))
+
+    async def _fill(self, port: Port, answer: Answer, missing: list[str], *, compute: bool) -> None:
         for is_retry in (False, True):
             with self.in_flight.new_ticket() as ticket:
                 call = Call(port, ticket, answer)
@@ -196,13 +204,15 @@ class Engine:
         answer = call.answer
         expected = answer.dimensions
         unstored: dict[str, Entry] = {}
+        shared = 0
         for key, flight in flights.items():
             entry = flight.entry
             if entry is not None and (expected is None or entry.vector.size == expected):
                 answer.entries[key] = entry
-                self.shared += 1
+                shared += 1
                 if answer.store and not flight.stored:
                     unstored[key] = entry
+        self.requests.count(shared=shared)
         if unstored:
             await self.store(call, unstored)
 

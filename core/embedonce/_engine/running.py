@@ -209,6 +209,7 @@ class RunningChain:
             cache._reset_after_fork()
         for tier in self.tiers:
             tier.reset()
+        self.engine.requests.renew_locks()
         if self.engine.leases is not None:
             self.engine.leases.reset()
 

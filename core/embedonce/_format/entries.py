@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from embedonce._reprs import number_of
+from embedonce._messages import format_count
 from embedonce.errors import Incomplete
 
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
     def __repr__(self) -> str:
         ends = "" if self.expires is None else f", expires={self.expires}"
-        more = "" if self.metadata is None else f", metadata of {number_of(len(self.metadata), 'key')}"
+        more = "" if self.metadata is None else f", metadata of {format_count(len(self.metadata), 'key')}"
         return f"<Entry {np.size(self.vector)} x {self.dtype}, created={self.created}{ends}{more}>"
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embedonce._messages import format_count
+
 from .options import JsonOption
-from .output import FAILED, Refused, emit, format_count, make_table, say, show
+from .output import FAILED, Refused, emit, make_table, say, show
 
 if TYPE_CHECKING:
     from embedonce.testing.conformance import Outcome, Timing

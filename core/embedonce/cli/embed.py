@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embedonce._messages import format_count
+
 from .embedding.formats import Format, Split
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, format_count, say, write
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embedonce._messages import format_count
+
 from .options import ConfigOption, JsonOption
-from .output import Failed, emit, format_count, make_table, say, show
+from .output import Failed, emit, make_table, say, show
 from .retrieval import DtypeResult, Evaluation, Gains, Texts, ndcg, read_judgements, read_texts, recall
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedonce._config.secrets import HIDDEN
-from embedonce._messages import quote
+from embedonce._messages import format_count, quote
 
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, emit, format_count, format_value, make_table, say, say_excerpt, show
+from .output import FAILED, Refused, emit, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
     from embedonce.plugins import InstalledPlugin

@@ -103,11 +103,6 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def format_count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number and its noun: ``1 row`` or ``2 rows``."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 # --- configuration errors ---------------------------------------------------------------------
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedonce._messages import format_count
+
 from .inspect import CARD
 from .options import ConfigOption, JsonOption
-from .output import Refused, emit, format_count, format_value, say, write
+from .output import Refused, emit, format_value, say, write
 
 if TYPE_CHECKING:
     from embedonce.answers import Purged

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedonce.errors import ReplayMiss, TextError, TextRefused
 
@@ -36,8 +34,8 @@ FLUSH = 60.0
 OUTAGE = 2
 """The run stops after this many windows in a row for which the provider returned no vector. The provider is then
 probably down, and calling it for the rest of a large corpus would waste time."""
-HASH_MEMORY = 8 * 2**20
-"""Bytes of memory for the hashes of distinct texts. SQLite keeps the rest in a temporary file."""
+MERGE_HASHES = 2**20
+"""Minimum number of new hashes that :class:`DistinctTexts` merges at a time."""
 
 
 @dataclass(slots=True)
@@ -96,44 +94,35 @@ class Stopped(Exception):
 
 
 class DistinctTexts:
-    """Counts distinct texts by their 8-byte BLAKE2b hashes, in a temporary SQLite database.
+    """Counts distinct texts by 8 bytes of BLAKE2b each.
 
-    SQLite keeps :data:`HASH_MEMORY` bytes in memory and the rest in a temporary file, so that memory does not grow
-    with the corpus. Two texts with the same hash count as one text. The probability that this happens among ten
-    million texts is 3 in a million.
+    It holds 8 bytes per distinct text, and at most as much again for new ones. Two texts that share 8 bytes count as
+    one; among ten million texts, the chance that this happens once is 3 in a million.
     """
 
-    def __init__(self, memory: int = HASH_MEMORY) -> None:
-        self.count = 0
-        """Number of distinct texts so far."""
-        self._database = sqlite3.connect("", isolation_level=None)
-        for statement in (
-            f"PRAGMA cache_size = {-memory // 1024}",  # a negative number is a size in KiB
-            "PRAGMA journal_mode = OFF",
-            "CREATE TABLE hashes (hash INTEGER PRIMARY KEY)",
-            "BEGIN",
-        ):
-            self._database.execute(statement)
+    def __init__(self) -> None:
+        self._known = np.empty(0, np.uint64)
+        """Sorted hashes, each once."""
+        self._new: list[NDArray[np.uint64]] = []
+        self._new_count = 0
 
     def add(self, texts: Sequence[str]) -> None:
-        """Count the texts that were not added before.
+        hashes = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
+        self._new.append(np.frombuffer(hashes, np.uint64))
+        self._new_count += len(texts)
+        # Merging costs a sort of all hashes, so it waits until the number of hashes has doubled.
+        if self._new_count > max(MERGE_HASHES, len(self._known)):
+            self._merge()
 
-        Raises:
-            Stopped: the temporary file cannot be written.
-        """
-        joined = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
-        hashes = struct.iter_unpack("q", joined)
-        try:
-            self.count += self._database.executemany("INSERT OR IGNORE INTO hashes VALUES (?)", hashes).rowcount
-        except sqlite3.Error as error:
-            raise Stopped(
-                f"cannot write the temporary file that counts distinct texts ({error}); free space in the folder for "
-                "temporary files, or set SQLITE_TMPDIR to another folder"
-            ) from error
+    def count(self) -> int:
+        """Return the number of distinct texts so far."""
+        self._merge()
+        return len(self._known)
 
-    def close(self) -> None:
-        """Remove the temporary file."""
-        self._database.close()
+    def _merge(self) -> None:
+        self._known = np.unique(np.concatenate([self._known, *self._new]))
+        self._new.clear()
+        self._new_count = 0
 
 
 class Run:
@@ -159,6 +148,7 @@ class Run:
         self._persistent_tiers = persistent_tiers
         self._computed_before = self._count_computed_texts()
         self._space = cache.lookup([], task=task).space
+        self._distinct = DistinctTexts()
         self._outage = 0
         """Number of windows in a row for which the provider returned no vector."""
         self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
@@ -171,13 +161,11 @@ class Run:
         """
         started = time.monotonic()
         try:
-            with closing(DistinctTexts()) as distinct:
-                for window in split_windows(self._read_passages(self._reader)):
-                    bar.start_window(len(window), self._reader.bytes_read)
-                    distinct.add([passage.text for passage in window])
-                    self.summary.unique = distinct.count
-                    self._embed_window(window)
-                    bar.finish_window(sum(self.summary.hits.values()))
+            for window in split_windows(self._read_passages(self._reader)):
+                bar.start_window(len(window), self._reader.bytes_read)
+                self._distinct.add([passage.text for passage in window])
+                self._embed_window(window)
+                bar.finish_window(sum(self.summary.hits.values()))
             if self.summary.failed and not self.summary.rows:
                 raise Stopped("no passage could be embedded", is_temporary=self._outage > 0)
             self._finish_output()
@@ -226,6 +214,7 @@ class Run:
     def _complete_summary(self, seconds: float) -> None:
         summary, reader = self.summary, self._reader
         summary.files, summary.binary, summary.bytes = reader.files, reader.binary, reader.bytes_read
+        summary.unique = self._distinct.count()
         summary.computed = self._count_computed_texts() - self._computed_before
         answered = summary.rows - sum(summary.hits.values())
         summary.repeated = max(answered - summary.computed, 0)
