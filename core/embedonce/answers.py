@@ -111,7 +111,7 @@ class Explanation:
         outcomes = ", ".join(
             f"{quote_toml_key(tier)} {quote_toml_key(outcome)}" for tier, outcome in self.tiers.items()
         )
-        key = f"scope {shorten(self.scope)}, task {shorten(self.task)}"
+        key = f"scope {quote_toml_key(self.scope)}, task {shorten(self.task)}"
         return f"<Explanation {where}{': ' if outcomes else ''}{outcomes}; {key}>"
 
     def _repr_html_(self) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from embedonce import Cache, Tier
 from embedonce._engine import ports
-from embedonce.contracts import time_left
+from embedonce.contracts import deadline, time_left
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
@@ -72,3 +72,12 @@ def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path) -> Non
             assert cache.embed_batch(TEXTS)[:, 0].tolist() == [3.0, 3.0]
         if finished:
             break
+
+
+def test_one_deadline_object_can_be_nested() -> None:
+    limit = deadline(60.0)
+    with limit:
+        with limit:
+            assert time_left() is not None
+        assert time_left() is not None
+    assert time_left() is None

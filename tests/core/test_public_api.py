@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
+import threading
 import xml.etree.ElementTree
-from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from patience import LONG_TIMEOUT, wait_until
 
 import embedonce
-from embedonce import Cache, Entry, Explanation, Fetched, Purged, Stats, Tier, VectorSpace
+from embedonce import Cache, Entry, Explanation, Fetched, Purged, Stats, Tier, TierError, VectorSpace
 from embedonce.contracts import Embedded
 from embedonce.errors import TextRefused
 from embedonce.events import ProviderStats, TierStats
 from embedonce.testing.fakes import CountingProvider, DictBackend
-from embedonce.testing.faults import Fault, FaultyBackend
+from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, ProviderFault
 from embedonce_backends.memory import MemoryBackend
 
 TYPED = Path(__file__).parents[1] / "typing" / "public_api.py"
@@ -112,6 +115,8 @@ def printed() -> dict[str, Any]:
         "Purged a lot": Purged({str(i): None for i in range(1000)}, {hostile: 12345}),
         "Entry": Entry(fetched.vectors[0], 1.0, None, {"text_preview": "private"}),
         "Embedded": Embedded(fetched.vectors, tokens=7),
+        "Embedded with nothing": Embedded(None),  # type: ignore[arg-type]
+        "Embedded with a number": Embedded(np.float32(1), tokens="x"),  # type: ignore[arg-type]
     }
 
 
@@ -158,22 +163,63 @@ def test_what_a_reader_sees() -> None:
 # --- hit rates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("tiers", "rate"),
-    [
-        ({}, None),
-        ({"memory": a_stats()}, None),
-        ({"memory": a_stats(3, 1)}, 0.75),
-        ({"memory": a_stats(2, 6), "disk": a_stats(3, 3)}, 5 / 8),
-        ({"memory": a_stats(0, 4), "disk": a_stats(0, 0, skipped=4)}, 0.0),
-        ({"disk": a_stats(0, 0, errors=4), "redis": a_stats(2, 2)}, 0.5),
-        ({"memory": a_stats(0, 1), "disk": a_stats(2, 0)}, 1.0),  # the counters were read while a call was running
-    ],
-)
-def test_the_hit_rate_is_the_share_of_texts_whose_vector_a_tier_had(
-    tiers: Mapping[str, TierStats], rate: float | None
-) -> None:
-    assert Stats(tiers, {}, 0).hit_rate == rate
+def test_the_hit_rate_is_the_share_of_requested_texts_that_some_tier_had() -> None:
+    near = MemoryBackend()
+    with Cache(CountingProvider(), [near, Tier(DictBackend(), name="far")]) as cache:
+        assert cache.stats().hit_rate is None
+        cache.embed_batch(["a", "a", "b"])
+        assert (cache.stats().requested, cache.stats().found) == (2, 0)
+        cache.embed("a")  # the fast path
+        cache.lookup(["a", "b", "c"])
+        near.delete_many(list(near.scan("")))
+        asyncio.run(cache.aembed("b"))  # from the second tier
+        stats = cache.stats()
+        assert (stats.requested, stats.found) == (7, 4)
+        assert stats.hit_rate == 4 / 7
+        other = cache.for_provider(CountingProvider())
+        other.embed("b")
+        assert (cache.stats().requested, cache.stats().found) == (8, 5)
+
+
+def test_a_failed_tier_counts_its_texts_as_requested_and_not_as_found() -> None:
+    down = FaultyBackend(DictBackend(), [Fault("refuse")])
+    with Cache(CountingProvider(), [Tier(down, name="down", on_error="raise")]) as cache:
+        with pytest.raises(TierError):
+            cache.embed("a")
+        assert (cache.stats().requested, cache.stats().found, cache.stats().hit_rate) == (1, 0, 0.0)
+
+
+def test_a_fallback_does_not_count_the_texts_again() -> None:
+    broken = FaultyProvider(CountingProvider(), [ProviderFault("raise", error=OSError)])
+    fallback = CountingProvider(model="other")
+    with Cache(broken, [MemoryBackend()], fallback=fallback) as cache:
+        for _ in range(2):
+            cache.embed_batch(["a", "b"])
+        assert (cache.stats().requested, cache.stats().found) == (4, 0)
+
+
+def test_a_vector_that_another_process_computed_during_a_lease_is_a_hit() -> None:
+    store = DictBackend(scope="network")
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(texts: list[str]) -> list[list[float]]:
+        entered.set()
+        go.wait(LONG_TIMEOUT)
+        return [[float(len(text)), 1.0] for text in texts]
+
+    space = {"model": "m"}
+    with (
+        Cache(slow, [Tier(store, name="net", lease=60.0)], space=space) as one,
+        Cache(lambda texts: pytest.fail("one computes"), [Tier(store, name="net", lease=60.0)], space=space) as two,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(one.embed, "text")
+        assert entered.wait(LONG_TIMEOUT)
+        second = pool.submit(two.embed, "text")
+        wait_until(lambda: two.stats().tiers["net"].misses == 1)
+        go.set()
+        assert (first.result(LONG_TIMEOUT) == second.result(LONG_TIMEOUT)).all()
+        assert (two.stats().requested, two.stats().found, two.stats().hit_rate) == (1, 1, 1.0)
 
 
 def test_errors_do_not_lower_a_tiers_hit_rate() -> None:

@@ -142,6 +142,8 @@ def answers(fetched: Fetched, stats: Stats, explanation: Explanation, purged: Pu
     assert_type(stats.providers, Mapping[str, ProviderStats])
     assert_type(stats.shared, int)
     assert_type(stats.hit_rate, float | None)
+    assert_type(stats.requested, int)
+    assert_type(stats.found, int)
     assert_type(stats.tiers["memory"].hit_rate, float | None)
     assert_type(explanation.found, str | None)
     assert_type(explanation.as_dict(), dict[str, Any])
