@@ -120,9 +120,12 @@ class DistinctTexts:
         return len(self._known)
 
     def _merge(self) -> None:
-        self._known = np.unique(np.concatenate([self._known, *self._new]))
-        self._new.clear()
-        self._new_count = 0
+        new = np.concatenate([*self._new, np.empty(0, np.uint64)])
+        self._new, self._new_count = [], 0
+        new.sort()
+        merged = np.concatenate([self._known, new])
+        merged.sort(kind="stable")  # timsort: it merges two sorted halves in linear time
+        self._known = merged[np.append(True, merged[1:] != merged[:-1])] if len(merged) else merged
 
 
 class Run:
