@@ -332,7 +332,7 @@ class CellRun:
             assert self.count_timeouts(operation) <= opened + self.store.separate_nodes - 1, during_fault
 
     def check_counts(self, during_fault: Sequence[Event]) -> None:
-        """Check that errors are counted as errors under one of their causes, never as hits or misses."""
+        """Check that errors are counted as errors under one of the fault's causes, and never as hits or misses."""
         found: Counter[str] = Counter()
         kind = KINDS[self.cell.operation]
         for event in during_fault:

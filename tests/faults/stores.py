@@ -58,7 +58,7 @@ NO_CAUSES = causes()
 def make_network_faults(
     *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
 ) -> dict[str, StoreFault]:
-    """Return the network faults, with the causes of errors: if connections end, without replies, and for garbage."""
+    """Return the network faults. The arguments are the causes of errors for ended connections, silence and garbage."""
     causes_by_fault = (ended, silent, silent, ended, garbled)
     return {
         fault: StoreFault(method, of)

@@ -74,7 +74,7 @@ class Fault:
     ``slow``           makes the call after ``seconds``
     ``corrupt``        reads: one bit of each frame is flipped; one value of each entry's vector is NaN
     ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
-    ``partial``        reads leave out some keys; writes store (or delete) some, then raise ``error``
+    ``partial``        reads leave out some keys; writes store (or delete) some keys, then raise ``error``
     ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
     ``unasked``        reads: a key that was not requested is returned too
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
@@ -126,7 +126,7 @@ class ProviderFault:
 
 
 class Gate:
-    """Blocks the calls that hang. Each call waits separately, so that an abandoned call does not block the others."""
+    """Blocks the calls that hang. Each call waits separately, so that an abandoned call does not block other calls."""
 
     def __init__(self) -> None:
         self._clear()
@@ -402,8 +402,8 @@ class FaultyTwin:
     """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
     A read that is cancelled while it hangs leaves its reply unread. The next read gets that reply instead of its
-    own, and assigns the values to its keys by position. From then on, every read gets the reply to the read before
-    it, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
+    own, and assigns the values to its keys by position. From then on, every read gets the reply to the previous
+    read, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
     """
 
     def __init__(self, backend: FaultyBackend, inner: Any) -> None:

@@ -63,7 +63,7 @@ class NetworkFault:
     ``reset``       each live connection is reset, and each new connection as soon as it is made. With
                     ``after``, each connection is reset after that many bytes of its replies
     ``cut``         each connection is closed after ``after`` bytes of its replies
-    ``garbage``     in each reply stream, all bytes after the first ``after`` bytes are random
+    ``garbage``     all bytes of replies are random, except the first ``after`` bytes
     ``half_open``   the server's side of each live connection disappears without notice, so that the
                     client never gets a reply. New connections work
     ==============  =================================================================================
