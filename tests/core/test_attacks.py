@@ -58,7 +58,7 @@ def test_a_caller_may_change_its_list_during_the_call() -> None:
         assert [row is not None and row[0] for row in cache.lookup(["a", "bb"]).rows] == [1, 2]
 
 
-class Kind(str, Enum):  # noqa: UP042 - its str() is not its text, unlike a StrEnum's
+class Kind(str, Enum):  # noqa: UP042 - str() of a member is not its text, unlike in a StrEnum
     TEA = "tea"
 
 

@@ -237,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """The contract of a backend, including that every call in a forked child raises immediately."""
+    """The contract of a backend without the capability fork: every call in a forked child must raise immediately."""
 
     examples = 10
 

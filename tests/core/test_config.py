@@ -1,4 +1,4 @@
-"""Configurations: finding and reading them, overriding values, and reporting every problem at its place."""
+"""Configurations: how a file is found and read, how values are overridden, and where problems are reported."""
 
 from __future__ import annotations
 
@@ -603,7 +603,7 @@ def test_no_message_contains_a_secret(
 
 
 def _list_messages(error: BaseException | None) -> list[str]:
-    """Return the messages that a traceback shows: of an error, and of its causes and contexts."""
+    """Return the messages in the traceback of an error, including those of its causes and contexts."""
     if error is None:
         return []
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -750,7 +750,7 @@ SAMPLES: Sequence[tuple[str, str, Sequence[str]]] = [
     ("memory", "type", ['"embedonce:memory"', '"embedonce:memry"', '"disk:memory"']),
 ]  # fmt: skip
 
-# Only the loader refuses these values, because a schema can hardly express the rules.
+# The loader refuses these values. The schema accepts them, because a schema can hardly express their rules.
 ONLY_THE_LOADER_REFUSES = {
     ("max_bytes", '"9999999 TB"'),
     ("max_entries", str(2**63)),

@@ -146,7 +146,7 @@ def test_warn_logs_each_check_that_finds_drift_and_continues(caplog: pytest.LogC
 
 
 def test_a_slow_drift_is_measured_against_the_first_vectors() -> None:
-    """Each step is within the tolerance, but their sum is not: the reference is the first vector, not the last."""
+    """Each step is within the tolerance, but their sum is not. The guard must compare with the first vectors."""
     provider, clock = Changing(dimensions=64), ManualClock()
     with open_guarded(provider, clock) as cache:
         for step in range(40):

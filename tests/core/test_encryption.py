@@ -44,7 +44,7 @@ def test_the_stored_bytes_contain_nothing_of_the_content() -> None:
     for key, sealed in Encryption(KEY).encrypt(plain).items():
         assert b"private" not in sealed
         assert plain[key][-64:] not in sealed
-    assert Encryption(KEY).encrypt(plain) != Encryption(KEY).encrypt(plain)  # because each call uses a new nonce
+    assert Encryption(KEY).encrypt(plain) != Encryption(KEY).encrypt(plain)  # each call uses a new nonce
 
 
 @pytest.mark.parametrize("at", [*range(64), 70, 80, -1])

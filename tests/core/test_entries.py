@@ -130,7 +130,7 @@ def test_one_invalid_frame_leaves_the_others_in_one_block(harm: str, at: int) ->
 
 
 def make_mixed_entries() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
-    """Return entries, of which three are not in one of two blocks, and all vectors by key."""
+    """Return entries, and all vectors by key. Three of the entries are in neither of the two blocks."""
     loose = {key_of(n): Entry(freeze(vector_of(n)), MADE) for n in (3, 7, 11)}
     entries = Entries(loose, [block_of([5, 1, 9]), block_of([2, 0])])
     return entries, {key_of(n): vector_of(n) for n in (0, 1, 2, 3, 5, 7, 9, 11)}
@@ -262,7 +262,7 @@ def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
 
 
 class BlockBackend:
-    """A backend whose answer is one block. Its keys are in a different order than the requested keys."""
+    """A backend whose answer is one block. The keys of the block do not have the order of the requested keys."""
 
     capabilities = Capabilities(holds="entries", scope="host", deadline=True)
 

@@ -30,7 +30,7 @@ METADATA = {"source": "notes/ä.md", "chunk": 3}
 
 
 def _load_frame_writer() -> ModuleType:
-    """Return the module that wrote the golden frames; it follows docs/frames.md and does not import embedonce."""
+    """Return the module that wrote the golden frames. The module follows docs/frames.md, without embedonce."""
     spec = importlib.util.spec_from_file_location("make_frames", HERE / "golden" / "make_frames.py")
     assert spec is not None
     assert spec.loader is not None
@@ -63,7 +63,7 @@ def is_same(found: Entry, expected: Entry) -> bool:
 
 
 def find_verdict(decoded: Decoded, key: str) -> str:
-    """Return the field of the result that has the key: "entry", "corrupt" or "missed"."""
+    """Return the field of the result that contains the key: "entry", "corrupt" or "missed"."""
     places = {"entry": decoded.entries, "corrupt": decoded.corrupt, "missed": decoded.missed}
     (found,) = [name for name, place in places.items() if key in place]
     return found

@@ -57,7 +57,7 @@ def test_ctrl_c_leaves_no_deadline_in_the_thread() -> None:
         assert time_left() is None, f"interrupted at line {line}"
 
 
-# Python warns when it collects a coroutine that was never awaited. An interrupt may cause such a coroutine.
+# Python warns when it collects a coroutine that was never awaited. An interrupt may leave such a coroutine behind.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_the_page_names_every_step() -> None:
 
 # --- values for hypothesis --------------------------------------------------------------------
 
-# Short strings of few characters, so that collisions are likely. Digits and tags make them look like the encoding.
+# Short strings of few characters, so that collisions are likely. With digits and tags, they resemble the encoding.
 strings = st.text(st.sampled_from("01:sn\x00é\U0001f375"), max_size=4)
 scalars = st.one_of(
     st.none(),
@@ -314,7 +314,7 @@ def test_values_without_a_canonical_form_are_refused(value: Any) -> None:
 
 
 def other_values(name: str) -> list[Any]:
-    """Return several values for a field of VectorSpace, chosen by its annotation, without the field's default."""
+    """Return several values for a field of VectorSpace, depending on its annotation. The default is not among them."""
     (annotation,) = [str(field.type) for field in fields(VectorSpace) if field.name == name]
     if "bool" in annotation:
         return [True, False]

@@ -1,4 +1,4 @@
-"""With leases, only one process embeds a missing text. If the tier of the leases fails, every process embeds it."""
+"""With leases, only one process embeds a missing text. If the lease tier fails, every process embeds the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes and durations, options in the signatures of constructors, and checks of values without pydantic."""
+"""Options of plugins: their units, their declaration in a constructor, and the checks that do without pydantic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tier with several nodes: if one node fails, the answers of the others count, and only its keys are errors."""
+"""A tier with several nodes: if one node fails, only its keys count as errors, and the other nodes are used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ writes = pytest.mark.parametrize("write", ["inline", "background"])
 
 
 class TwoNodes(DictBackend):
-    """A tier with two nodes. The node with the keys that end in an even digit may fail."""
+    """A tier with two nodes. One node has the keys that end in an even digit, and may fail."""
 
     def __init__(self, **capabilities: Any) -> None:
         super().__init__(scope="network", **capabilities)

@@ -1,4 +1,4 @@
-"""Plugins: finding them by name, loading one at a time, and naming them in errors."""
+"""Plugins: how they are found by name, loaded one at a time, and named in errors."""
 
 from __future__ import annotations
 

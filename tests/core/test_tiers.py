@@ -44,7 +44,7 @@ def expected(provider: CountingProvider, texts: list[str]) -> NDArray[np.float32
 
 
 class Clock:
-    """Unix time that a test moves."""
+    """A clock whose Unix time a test moves."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
@@ -165,7 +165,7 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open breaker skips calls until its probe has a result; if the probe had none, it would skip them for 30 s."""
+    """An open breaker skips calls until its probe has a result. Without a result, it would skip calls for 30 s."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
@@ -190,7 +190,7 @@ def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
 
 
 class TwoNodes(DictBackend):
-    """A tier with two nodes. The node with the keys that end in an even digit may hang."""
+    """A tier with two nodes. One node has the keys that end in an even digit, and may hang."""
 
     hangs = False
 
@@ -417,7 +417,7 @@ def test_every_key_of_a_read_is_counted_once(
 
 @kept_as
 def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the provider does not state its dimensions, those of most entries count as right."""
+    """If the provider does not state its dimensions, the dimensions that most entries have count as right."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:

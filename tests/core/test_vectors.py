@@ -17,7 +17,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SMALLEST = 2.0**-126
 LARGEST = float(np.finfo(np.float32).max)
 
-# Numbers of every magnitude, as bits: subnormals, both zeros, the largest.
+# Numbers of every magnitude, made from random bits, including subnormals and both zeros.
 wild = st.builds(
     lambda sign, exponent, fraction: float(np.uint32(sign << 31 | exponent << 23 | fraction).view(np.float32)),
     st.integers(0, 1),

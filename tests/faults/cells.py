@@ -1,4 +1,4 @@
-"""One cell of the fault matrix: a cache over one store, a fault, and the checks before, during and after it."""
+"""One cell of the fault matrix: a cache over one store, a fault, and the checks before, during and after the fault."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Caller:
 
 
 class ProviderWithHook(CountingProvider):
-    """Calls ``before_embed`` once, at the next embedding: after the cache has read the tier, and before it writes."""
+    """Calls ``before_embed`` once, at the next embedding. The cache has then read from the tier, but not written."""
 
     before_embed: Callable[[], None] | None = None
 
@@ -189,7 +189,7 @@ class CellRun:
         self.events: list[Event] = []
         self.thread = threading.get_ident()
         self.awaited_events: list[Event] = []
-        """Events from the calling thread. Their operations are those that a call has waited for."""
+        """Events from the calling thread. A call has waited for the operation of each event."""
         self.numbers = count()
         self.outcome = Outcome()
         self.known = self.make_texts(KNOWN_COUNT)
@@ -217,7 +217,7 @@ class CellRun:
             yield caller
 
     def fetch(self, caller: Caller, texts: Sequence[str]) -> tuple[Fetched, float]:
-        """Fetch texts, and return the answer and its seconds. Check each row, and that at most one timeout passed."""
+        """Fetch texts, and return the answer and the duration. Check every row, and that at most one timeout passed."""
         before = self.count_timeouts()
         start = time.perf_counter()
         fetched = caller.fetch(texts)
@@ -277,7 +277,7 @@ class CellRun:
         return baseline
 
     def make_call_texts(self) -> list[str]:
-        """Return stored and new texts for a read, and only new ones for a write."""
+        """Return stored and new texts for a read, and only new texts for a write."""
         new = self.make_texts(3)
         return [*self.known[:5], *new, *self.known[5:]] if self.cell.operation == "read" else new
 
@@ -291,12 +291,11 @@ class CellRun:
         if not self.fault.is_repeatable:
             return self.write_during_fault(caller, CALLS - 1)
         seconds = self.write_during_fault(caller, 0)
-        while not any(
-            isinstance(event, Stored) for event in self.events
-        ):  # no write, because the look-up had timed out
+        # If the look-up has timed out, there was no write.
+        while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # checked now: a later probe may run between two faults
+        if self.effect == "fails":  # checked now, because a later probe may run between two faults
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -324,7 +323,7 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that calls wait for one timeout per opened breaker at most, plus one per further separate node."""
+        """Check that there is at most one timeout per opened breaker, plus one per additional separate node."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]
@@ -333,7 +332,7 @@ class CellRun:
             assert self.count_timeouts(operation) <= opened + self.store.separate_nodes - 1, during_fault
 
     def check_counts(self, during_fault: Sequence[Event]) -> None:
-        """Check that errors are counted as errors under one of their causes, never as hits or misses."""
+        """Check that errors are counted as errors under one of the fault's causes, and never as hits or misses."""
         found: Counter[str] = Counter()
         kind = KINDS[self.cell.operation]
         for event in during_fault:

@@ -58,7 +58,7 @@ NO_CAUSES = causes()
 def make_network_faults(
     *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
 ) -> dict[str, StoreFault]:
-    """Return the network faults, with the causes of errors after an ended connection, no reply, and garbage."""
+    """Return the network faults. The arguments are the causes of errors for ended connections, silence and garbage."""
     causes_by_fault = (ended, silent, silent, ended, garbled)
     return {
         fault: StoreFault(method, of)
@@ -216,7 +216,7 @@ def fill_redis(node: Any) -> None:
     import redis
 
     with redis.Redis(host=HOST, port=node.port, password=node.password, protocol=2) as client:
-        # A cluster node accepts only the keys of its own slots, so all keys have a hash tag of one of them.
+        # A cluster node accepts only the keys of its own slots, so all keys have a hash tag of one of these slots.
         tag = next(tag for tag in map(str, range(10_000)) if owns_slot_of(client, tag))
         with client.pipeline(transaction=False) as pipeline:
             for number in range(2_000):
@@ -314,7 +314,7 @@ class Cluster(Redis):
 
 
 class Sentinel(Redis):
-    """A master behind a proxy that a sentinel announces. The fault that kills a master uses a second one."""
+    """A master behind a proxy that a sentinel announces. The fault that kills a master uses a second master."""
 
     name = "sentinel"
     faults: ClassVar[Mapping[str, StoreFault]] = {
@@ -525,7 +525,7 @@ class Memcached(ServerStore):
 
 
 def fill_memcached(server: MemcachedServer, size: int, max_values: int = 30_000) -> None:
-    """Store values of the same size until the node refuses a value, or has ``max_values``."""
+    """Store values of the same size until the node refuses a value, or has ``max_values`` values."""
     from pymemcache.client.base import Client
     from pymemcache.exceptions import MemcacheServerError
 
@@ -642,7 +642,7 @@ class Disk:
     @contextmanager
     def out_of_memory_or_disk_full(self) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # At least 32 KiB, because SQLite's index of the WAL has that size from the beginning.
+        # The limit is at least 32 KiB, because SQLite's index of the WAL has that size from the beginning.
         max_bytes = max(2**15, (self.path / "cache.db-wal").stat().st_size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
         try:

@@ -35,7 +35,7 @@ faces = pytest.mark.parametrize("face", FACES)
 
 
 class CheckedCache:
-    """A cache over one tier. Calls with the blocking or the async methods, and checks every answer."""
+    """Calls a cache over one tier, with the blocking or the async methods, and checks every answer."""
 
     def __init__(self, cache: Cache, provider: CountingProvider, runner: asyncio.Runner | None) -> None:
         self.cache = cache
@@ -268,7 +268,7 @@ def call_owning_node(cluster: RedisClusterServers, *words: str) -> Any:
 
 
 def test_loops_that_end_without_closing_leave_no_connection(kind: str, servers: dict[str, Any]) -> None:
-    """Warnings are errors in the tests, so this also fails on a warning about an unclosed connection."""
+    """Warnings are errors in the tests, so this test also fails on a warning about an unclosed connection."""
     backend = make_backend(kind, servers[kind].address)
     with Cache(CountingProvider(), [Tier(backend, name="far", timeout=LONG_TIMEOUT)]) as cache:
         asyncio.run(cache.afetch(TEXTS))
@@ -316,7 +316,7 @@ def test_a_postgres_that_takes_no_more_clients(face: Face) -> None:
 
 
 def take_client_slot(url: str, others: ExitStack) -> bool:
-    """Take one client slot, and return whether one was free."""
+    """Take one client slot, and return whether a slot was free."""
     try:
         others.enter_context(psycopg.connect(url))
     except psycopg.OperationalError:

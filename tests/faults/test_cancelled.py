@@ -49,7 +49,7 @@ async def test_cancelled_calls_shift_no_reply(store: Any) -> None:
         return check_rows(provider, texts, await cache.afetch(texts))
 
     async def cancelled_call() -> bool:
-        """Make a call and cancel it after a random time; return whether it had completed before that."""
+        """Make a call and cancel it after a random time; return whether the call had completed before."""
         nonlocal last_duration
         start = time.monotonic()
         task = asyncio.create_task(call(sample_texts()))
@@ -82,7 +82,7 @@ async def run_in_parallel(call: Callable[[], Any], number: int, *, at_once: int)
 
     async def work() -> None:
         for _ in left:
-            results.append(await asyncio.wait_for(call(), 60))  # noqa: PERF401  (they end in any order)
+            results.append(await asyncio.wait_for(call(), 60))  # noqa: PERF401  (the calls end in any order)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(at_once):

@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("node", [0, 1, 2])
 def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int) -> None:
-    """If a probe went to another node, it would close the breaker. The next call would wait for the timeout again."""
+    """A probe of a healthy node would close the breaker. Then the next call would wait for the timeout again."""
     run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
     with capture_log() as lines, run.open_cache() as caller:
         run.fetch_until_served(caller, run.known)

@@ -1,7 +1,7 @@
-"""Tools for tests of plugins and of code that uses them: contracts to subclass, working fakes, injected faults.
+"""Tools for testing plugins and the code that uses plugins: contracts to subclass, working fakes, injected faults.
 
 The contracts require pytest and hypothesis (``pip install "embedonce[testing]"``); the rest requires only numpy.
-Contracts and servers are imported on first use.
+The contracts and the servers are imported on first use.
 """
 
 from __future__ import annotations

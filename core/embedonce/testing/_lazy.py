@@ -1,4 +1,4 @@
-"""Imports contracts and servers on first use, because their imports are slow or require more than numpy."""
+"""Imports contracts and servers on first use, because these modules are slow to import or require more than numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def load(name: str) -> Any:
     """Import and return the class ``name``, one of :data:`MODULES`.
 
     Raises:
-        ImportError: the class requires pytest or hypothesis, which is missing; the message says how to install it.
+        ImportError: the class requires pytest or hypothesis, and this package is not installed. The message says how to
+            install the package.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)

@@ -31,7 +31,7 @@ class InvalidTarget(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A plugin to test, and the options to make it with, as the user wrote them."""
+    """A plugin to test, and the options for its constructor, both as the user wrote them."""
 
     written: str
     kind: Kind
@@ -81,7 +81,7 @@ class Target:
         return {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
 
     def make_plugin(self, options: Mapping[str, str]) -> Any:
-        """Make the plugin. Raises the errors of :meth:`read` and of the plugin's constructor."""
+        """Make the plugin. This raises the errors of :meth:`read` and of the plugin's constructor."""
         return self.plugin(**self.read(options))
 
 
@@ -127,7 +127,8 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
 
 def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    if here not in sys.path:  # as python -m pytest does: a plugin under development is usually in this folder
+    # `python -m pytest` does the same. A plugin under development is usually in this folder.
+    if here not in sys.path:
         sys.path.insert(0, here)
     try:
         found: Any = import_module(module)

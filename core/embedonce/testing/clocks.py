@@ -6,7 +6,7 @@ import threading
 
 
 class ManualClock:
-    """A replacement for ``time.time``: call it to read the time, and call :meth:`advance` to let time pass."""
+    """A replacement for ``time.time``: call the clock to read the time, and :meth:`advance` to let time pass."""
 
     def __init__(self, now: float = 1_700_000_000.0) -> None:
         self._lock = threading.Lock()

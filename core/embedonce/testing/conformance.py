@@ -64,7 +64,7 @@ class Timing:
 
 
 class Conformance:
-    """Tests and times one plugin. The folders that it makes for the plugin's stores are removed at the end.
+    """Tests and times one plugin. At the end, it removes the folders that it has made for the plugin's stores.
 
     Raises:
         InvalidTarget: the plugin cannot be made from its options, or the options give every test the same store.
@@ -80,7 +80,7 @@ class Conformance:
         self._run = f"{os.getpid()}-{time.time_ns():x}"
         self._folders: dict[str, Path] = {}
         self._parents: list[Path] = []
-        """Parent folders that did not exist before; they are removed at the end if they are empty."""
+        """Parent folders that this run has created. At the end, the run removes the empty ones."""
         if target.kind != "normalizer":
             target.read(self._add_missing_paths(target.fill_placeholders(new="0", server=server)))
 
@@ -99,7 +99,7 @@ class Conformance:
         for folder in self._folders.values():
             shutil.rmtree(folder, ignore_errors=True)
         for folder in reversed(self._parents):
-            with contextlib.suppress(OSError):  # not empty, because something else has put files there
+            with contextlib.suppress(OSError):  # the folder is not empty if something else has put files into it
                 folder.rmdir()
 
     def run_tests(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
@@ -131,7 +131,7 @@ class Conformance:
         return Outcome(name, outcome, time.perf_counter() - start, detail)  # type: ignore[arg-type]
 
     def _describe_error(self, error: BaseException) -> str:
-        """Return the message of an error and where it was raised; hide a message that contains a secret."""
+        """Return the message of an error and the place where it was raised. Hide a message that contains a secret."""
         notes = "\n".join(getattr(error, "__notes__", ()))
         message = f"{error}\n{notes}".strip()
         if not isinstance(error, AssertionError):
@@ -177,7 +177,7 @@ class Conformance:
         """Check that these options make a separate store for each test, because tests must not share entries.
 
         Raises:
-            InvalidTarget: two stores are the same store, or the backend cannot be made.
+            InvalidTarget: the options give two backends the same store, or the backend cannot be made.
         """
         made: list[Any] = []
         try:
@@ -333,7 +333,7 @@ class Conformance:
 
 
 def _is_importable(step: Any) -> bool:
-    """Return whether another process can import a function by its name, unlike a lambda or a nested function."""
+    """Return whether another process can import ``step`` by name. A lambda or nested function is not importable."""
     module, name = getattr(step, "__module__", None), getattr(step, "__qualname__", "<")
     return isinstance(module, str) and "<" not in name
 

@@ -1,7 +1,7 @@
-"""A backend that uses a dict and a provider that counts its calls, for tests of code that calls backends and providers.
+"""Two fakes for tests of code that calls plugins: a backend that uses a dict, and a provider that counts its calls.
 
-Both raise for calls that the contract forbids (a batch above ``max_batch``, an empty list of texts, a method that is
-not declared), so that the test of a caller with such a bug fails.
+Both raise for calls that the contract forbids: a batch above ``max_batch``, an empty list of texts, or a method that
+the backend does not declare. A test therefore fails if the code under test makes such a call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _KINDS: dict[str, tuple[type, ...]] = {"frames": (bytes,), "entries": (Entry,), 
 class DictBackend:
     """Holds frames or entries in a dict of this process. It declares every optional method by default.
 
-    ``capabilities`` override what it declares: ``DictBackend(delete=False, max_batch=100)``. A method that is
-    not declared raises. With ``store``, it shares the dict of another backend, like a second client of the same store.
+    ``capabilities`` override these declarations, as in ``DictBackend(delete=False, max_batch=100)``. A method that
+    is not declared raises. With ``store``, the backend shares the dict of another backend, like a second client of the
+    same store.
     """
 
     def __init__(
@@ -228,7 +229,7 @@ class CountingProvider:
         )
 
     def vector_of(self, text: str, task: Task = "document") -> Vector:
-        """Return the vector of ``text``, shape (dimensions,). This counts as no call."""
+        """Return the vector of ``text``, shape (dimensions,). This does not count as a call."""
         about = "" if self.symmetric else task
         seed = f"{len(self.model)}:{self.model}{len(about)}:{about}".encode() + text.encode()
         # A float32 represents 24 bits and a sign exactly. Setting the lowest bit makes every value nonzero.

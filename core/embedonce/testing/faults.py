@@ -5,7 +5,7 @@ A :class:`Fault` defines what happens and when; every other call reaches the wra
     backend = FaultyBackend(DictBackend(), [Fault("refuse", on="get", calls=[1, 2])])
     backend = FaultyBackend(DictBackend(), [Fault("corrupt", probability=0.1)], seed=7)
 
-It requires only numpy.
+This module requires only numpy.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ class Fault:
     ``raise``          raises ``error``
     ``refuse``         raises :class:`ConnectionRefusedError`, like a server that is down
     ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. The call ignores its
-                       deadline; with ``obey`` it raises at the deadline
+                       deadline; with ``obey``, it raises at the deadline
     ``slow``           makes the call after ``seconds``
     ``corrupt``        reads: one bit of each frame is flipped; one value of each entry's vector is NaN
     ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
-    ``partial``        reads leave out some keys; writes store (or delete) some, then raise ``error``
+    ``partial``        reads leave out some keys; writes store (or delete) some keys, then raise ``error``
     ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
     ``unasked``        reads: a key that was not requested is returned too
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
 
-    A fault applies to calls of the operation ``on``. It counts these calls from 1, and applies only to the
-    numbers in ``calls`` (default: all), to each of them with ``probability``. If several faults apply to a
-    call, only the first fault happens. A kind marked *reads* does not affect other calls.
+    A fault applies to calls of the operation ``on``. It counts these calls from 1. If ``calls`` is given, the
+    fault applies only to the calls with these numbers. It applies to each call with ``probability``. If several
+    faults apply to a call, only the first fault happens. A kind marked *reads* does not affect other operations.
     """
 
     kind: Kind
@@ -126,7 +126,7 @@ class ProviderFault:
 
 
 class Gate:
-    """Blocks the calls that hang. Each call waits separately, so that an abandoned call does not block the others."""
+    """Blocks the calls that hang. Each call waits separately, so that an abandoned call does not block other calls."""
 
     def __init__(self) -> None:
         self._clear()
@@ -224,8 +224,8 @@ class FaultyBackend:
     """Wraps a backend, records every call, and applies the first of ``faults`` that matches the call.
 
     ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hangs obey the deadline.
-    An in-process backend that hangs or is slow in async calls requires ``blocking=True``, because the cache calls
-    a backend that is not blocking on the event loop itself.
+    Set ``blocking=True`` for an in-process backend that hangs or is slow in async calls. Without it, the cache calls
+    the backend directly on the event loop, and a slow call blocks the whole loop.
 
     A test may change the list ``faults`` at any time; :meth:`heal` empties it.
     """
@@ -376,7 +376,7 @@ class FaultyBackend:
         return found
 
     def _shift_values(self, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
-        """Return each value under the next key; if there is only one value, return another key's value instead."""
+        """Return each value under the next key. If there is only one value, return the value of another key instead."""
         if len(found) > 1:
             values = list(found.values())
             return dict(zip(found, [values[-1], *values[:-1]], strict=True))
@@ -402,8 +402,8 @@ class FaultyTwin:
     """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
     A read that is cancelled while it hangs leaves its reply unread. The next read gets that reply instead of its
-    own, and assigns the values to its keys by position. From then on, every read gets the reply to the read before
-    it, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
+    own, and assigns the values to its keys by position. From then on, every read gets the reply to the previous
+    read, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
     """
 
     def __init__(self, backend: FaultyBackend, inner: Any) -> None:
@@ -557,7 +557,7 @@ class FaultyProvider:
 
 
 def _make_error(error: Failure) -> BaseException:
-    """Return a new exception for each call, because a shared one would collect the tracebacks of several threads."""
+    """Return a new exception for each call, because sharing it would mix the tracebacks of several threads."""
     return error("an injected fault") if isinstance(error, type) else copy.copy(error)
 
 

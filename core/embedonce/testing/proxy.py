@@ -8,7 +8,7 @@ Put it between a client and a real server, and set a fault while both run::
         ...
         proxy.heal()
 
-It requires only the standard library, and runs in a thread of its own.
+The proxy requires only the standard library, and runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ CHUNK = 2**16
 RESET = struct.pack("ii", 1, 0)
 """Value of ``SO_LINGER`` that makes closing a socket send a reset (RST)."""
 CAN_SHARE_PORT = sys.platform == "linux"
-"""Whether two sockets can share a port, so that clients reach the socket that listens."""
+"""Whether two sockets can share a port: one that reserves the port, and one that listens."""
 PIECES_PER_SECOND = 50
-"""Maximum number of pieces per second in which data is forwarded if the bandwidth is limited."""
+"""Maximum number of pieces per second that are forwarded when the bandwidth is limited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class NetworkFault:
     ==============  =================================================================================
     ``latency``     each chunk is forwarded ``seconds`` after it arrived
     ``bandwidth``   only ``bytes_per_second`` get through; a small number sends one byte at a time
-    ``black_hole``  connecting works, but nothing gets through until the fault ends; then the data sent
-                    meanwhile arrives, because TCP sends it again
+    ``black_hole``  connecting works, but nothing gets through until the fault ends. Data that was sent
+                    during the fault then arrives, because TCP sends the data again
     ``refuse``      nothing listens: new connections are refused, and live connections are reset
-    ``reset``       live connections are reset, and new ones as soon as they are made; with ``after``,
-                    each connection is reset after that many bytes of its replies
+    ``reset``       each live connection is reset, and each new connection as soon as it is made. With
+                    ``after``, each connection is reset after that many bytes of its replies
     ``cut``         each connection is closed after ``after`` bytes of its replies
-    ``garbage``     replies are random bytes from byte ``after`` on
+    ``garbage``     all bytes of replies are random, except the first ``after`` bytes
     ``half_open``   the server's side of each live connection disappears without notice, so that the
                     client never gets a reply. New connections work
     ==============  =================================================================================
@@ -90,7 +90,7 @@ class FaultProxy:
     ``host`` may be the path of a Unix socket; ``port`` is then None. If the server is down, the client sees
     a reset, because the proxy accepts a connection before it connects to the server.
 
-    Use it as a context manager, or :meth:`close` it. Any thread may set :attr:`fault` at any time.
+    Use the proxy as a context manager, or call :meth:`close`. Any thread may set :attr:`fault` at any time.
     """
 
     def __init__(self, host: str, port: int | None = None) -> None:
@@ -129,7 +129,7 @@ class FaultProxy:
 
     @property
     def fault(self) -> NetworkFault | None:
-        """The active fault, or None. Setting it affects live connections immediately."""
+        """The active fault, or None. Setting this attribute affects live connections immediately."""
         return self._fault
 
     @fault.setter
@@ -169,7 +169,7 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         if self._reserved is None and CAN_SHARE_PORT:
-            # This socket never listens, so connecting is refused; it keeps other programs from getting the port.
+            # This socket keeps other programs from getting the port. It never listens, so connecting to it is refused.
             self._reserved = socket.socket()
             self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self._reserved.bind(("127.0.0.1", 0))
@@ -181,7 +181,8 @@ class FaultProxy:
             self._loop.add_reader(self._listener, self._accept, self._listener)
 
     def _accept(self, listening: socket.socket) -> None:
-        # If an asyncio task accepted the client and were cancelled right then, nothing would close the socket.
+        # This is not an asyncio task. If a task were cancelled just after accepting a client, nothing would close the
+        # client's socket.
         with contextlib.suppress(OSError):  # the client has gone already
             client, _ = listening.accept()
             client.setblocking(False)
@@ -210,9 +211,8 @@ class FaultProxy:
         listening, self._listener = self._listener, None
         if listening is not None:
             self._loop.remove_reader(listening)
-            with contextlib.suppress(
-                OSError
-            ):  # close() is not enough, because a forked child may have a copy of the socket
+            # close() is not enough, because a forked child may have a copy of the socket.
+            with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
             listening.close()
 
@@ -227,7 +227,7 @@ class FaultProxy:
         return await asyncio.open_connection(host, port)
 
     async def wait_unless_changed(self, seconds: float | None) -> bool:
-        """Wait up to ``seconds``; return False as soon as the fault changes, True if it does not."""
+        """Wait up to ``seconds``; return False as soon as the fault changes, True if the fault does not change."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
             return False
@@ -260,7 +260,8 @@ class _Link:
         self._is_silent = False
         self.task = asyncio.create_task(self._forward())
         """The asyncio task that forwards in both directions; it ends when both sockets are closed."""
-        self.task.add_done_callback(lambda _: client.close())  # the task may be cancelled before it starts
+        # The task may be cancelled before it starts. Then only this callback closes the client's socket.
+        self.task.add_done_callback(lambda _: client.close())
         if _is_immediate_reset(proxy.fault):
             self._reset()
 
@@ -277,14 +278,14 @@ class _Link:
     def _reset(self) -> None:
         """Reset both sockets, even if there is data left to send."""
         for one in self._sockets:
-            with contextlib.suppress(OSError):  # already closed
+            with contextlib.suppress(OSError):  # the socket is already closed
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         for writer in self._writers:
             writer.transport.abort()
         self.task.cancel()
 
     async def _forward(self) -> None:
-        """Forward in both directions until both have ended."""
+        """Forward in both directions until both directions have ended."""
         pumps: list[asyncio.Task[None]] = []
         try:
             client = await self._open_stream(asyncio.open_connection(sock=self._sockets[0]))

@@ -33,7 +33,7 @@ def write_frame(
     raw_metadata: bytes | None = None,
     raw_payload: bytes | None = None,
 ) -> bytes:
-    """Return a frame with a right checksum, even for values that embedonce would never write."""
+    """Return a frame with a valid checksum, even for values that embedonce would never write."""
     plain = b"" if metadata is None else json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()
     if raw_metadata is not None:
         plain = raw_metadata

@@ -54,20 +54,21 @@ RECOVERY_CALLS = 10
 
 
 class BackendContract(Contract):
-    """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest.
+    """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest.
 
-    The other methods are optional, and tests that need a missing method are skipped. Only :meth:`reopen` is
-    required for a backend whose scope is ``host`` or ``network``.
+    The other methods are optional: tests that need a missing method are skipped. The exception is :meth:`reopen`,
+    which is required for a backend whose scope is ``host`` or ``network``.
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
     """Numbers of dimensions of the test vectors, for a backend that holds entries."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None means that of its profile. Set fewer if :meth:`make` is slow."""
+    """Number of examples that hypothesis tries; None means the number in its profile. Set a lower number if
+    :meth:`make` is slow."""
     key = staticmethod(key)
 
     def make(self) -> Backend:
-        """Return a new, empty backend that nothing else uses. The caller closes it."""
+        """Return a new, empty backend that nothing else uses. The caller closes the backend."""
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
 
     def reopen(self, backend: Any) -> Backend:
@@ -75,7 +76,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
-        """Return how another process makes a client of the store that ``backend`` uses; None if that is impossible."""
+        """Return how another process makes a client of the store of ``backend``, or None if no other process can."""
         return None
 
     def advance(self, seconds: float) -> None:
@@ -97,7 +98,8 @@ class BackendContract(Contract):
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
         """Return a context in which one node of the store of ``backend`` is down, and the other nodes answer.
 
-        Define it only for a store that keeps each key on one node. If there are replicas, no key is unavailable.
+        Define this method only for a store that keeps each key on one node. With replicas, all keys stay available
+        while a node is down, so the test would find no failed keys.
         """
         raise NotImplementedError
 
@@ -151,11 +153,11 @@ class BackendContract(Contract):
     def test_a_miss_is_absent(self) -> None:
         with self._open() as backend:
             assert dict(backend.get_many([key(1), key(2)])) == {}, (
-                "get_many must not return a missing key, not even as None"
+                "get_many must leave out a missing key; it must not return None for the key"
             )
             self._store(backend, [1, 3])
             found = backend.get_many([key(0), key(1), key(2), key(3), key(4)])
-            assert set(found) == {key(1), key(3)}, "get_many must return the keys that are stored, and no others"
+            assert set(found) == {key(1), key(3)}, "get_many must return the keys that are stored, and no other keys"
             self._require_stored(backend, {key(1): 1, key(3): 3})
 
     def test_a_key_asked_twice_comes_once(self) -> None:
@@ -239,7 +241,7 @@ class BackendContract(Contract):
                 backend.set_many({key(number): value for number, value in items.items()}, None)
                 found = backend.get_many([key(number) for number in items])
                 expected = {key(number) for number in items}
-                assert set(found) == expected, "get_many must return the keys that are stored, and no others"
+                assert set(found) == expected, "get_many must return the keys that are stored, and no other keys"
                 for number, value in items.items():
                     assert values.is_equal(found[key(number)], value), (
                         "get_many did not return the value that was stored"
@@ -374,7 +376,7 @@ class BackendContract(Contract):
                 found = set(listed)
                 assert found == names, (
                     f"scan({prefix!r}) yielded {len(found - names)} wrong keys and missed {len(names - found)}"
-                    f" of the {len(names)} that are stored"
+                    f" of the {len(names)} keys that are stored"
                 )
                 assert len(listed) == len(found), f"scan({prefix!r}) yielded {len(listed) - len(found)} keys twice"
 
@@ -469,7 +471,7 @@ class BackendContract(Contract):
     # --- time to live -------------------------------------------------------------------------
 
     def test_any_ttl_is_taken(self) -> None:
-        # The long TTLs are here because a server may read a long TTL as a date; memcached does above 30 days.
+        # The long TTLs are here because a server may read a long TTL as a date, as memcached does above 30 days.
         with self._open() as backend:
             values = self._make_values(backend)
             for number, ttl in enumerate((None, 3600, 3600.5, 100 * DAY, 3650 * DAY)):
@@ -578,7 +580,7 @@ class BackendContract(Contract):
             self._store(backend, range(10))
 
             made = mmap.mmap(-1, 1)
-            """Number of reads that the parent has made since the fork, in memory that it shares with the child."""
+            """Number of reads that the parent has made since the fork. The parent and the child share this memory."""
 
             def child() -> None:
                 for turn in count():
@@ -606,7 +608,7 @@ class BackendContract(Contract):
             after = {key(number): number for number in range(100, 110)}
             self._store(backend, range(10))
             closed = mmap.mmap(-1, 1)
-            """Whether the parent has closed its backend, in memory that it shares with the child."""
+            """1 once the parent has closed its backend. The parent and the child share this memory."""
 
             def child() -> None:
                 end = time.monotonic() + CALL_TIMEOUT
@@ -617,7 +619,8 @@ class BackendContract(Contract):
                 self._require_stored(backend, before)
                 self._store(backend, range(100, 110))
                 self._require_stored(backend, after)
-                # The child exits without closing the backend, as a worker process may. Its entries must survive.
+                # The child exits without closing the backend, as a worker process may do. The entries of the child
+                # must survive.
 
             def parent() -> None:
                 if not closed[0]:
@@ -630,7 +633,8 @@ class BackendContract(Contract):
                 found = again.get_many([*before, *after])
                 lost = len(after.keys() - set(found))
                 assert not lost, (
-                    f"a forked child stored {len(after)} keys after its parent's close, and {lost} of them are missing"
+                    f"a forked child stored {len(after)} keys after its parent had closed the backend, "
+                    f"and {lost} of these keys are missing"
                 )
                 self._require_equal(again, found, {**before, **after})
 
@@ -639,7 +643,7 @@ class BackendContract(Contract):
             pytest.skip("this platform has no fork")
         with self._open() as backend:
             if backend.capabilities.fork:
-                pytest.skip("requires a backend that does not declare fork")
+                pytest.skip("requires a backend that does not declare the capability fork")
             value = self._make_values(backend).sample(1)
             backend.set_many({key(1): value}, None)
 
@@ -650,7 +654,7 @@ class BackendContract(Contract):
                     backend.set_many({key(2): value}, None)
                 backend.close()
 
-            run_in_fork(child, "a backend that does not declare fork (its calls must raise)")
+            run_in_fork(child, "a backend that does not declare the capability fork (its calls must raise)")
             self._require_stored(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
@@ -664,7 +668,7 @@ class BackendContract(Contract):
             requests = [{"store": store, "expect": expect, **values} for store in stores]
             for answer in run_in_processes(requests, recipe):
                 wrong = len(answer["wrong"])
-                assert not wrong, f"another process did not see {wrong} of {len(expect)} keys that this one stored"
+                assert not wrong, f"another process did not see {wrong} of {len(expect)} keys that this process stored"
             for store in stores:
                 self._require_stored(backend, store)
 
@@ -676,7 +680,7 @@ class BackendContract(Contract):
             recipe = self._get_recipe_or_skip(backend)
             self._store(backend, [1])
             for turn, batches in enumerate((2, 5)):
-                # A different scope each time, so that the keys are new.
+                # Each round uses a different scope, so that its keys are new.
                 scope = f"{turn:016x}"
                 stored = kill_while_writing(
                     recipe,
@@ -685,7 +689,8 @@ class BackendContract(Contract):
                     holds=backend.capabilities.holds,
                     dimensions=list(self.dimensions),
                 )
-                # On a busy machine the writer is killed late, and may have stored more keys than max_batch.
+                # On a busy machine the writer is killed late, and may have stored more keys than max_batch. The keys
+                # are therefore read in batches.
                 size = self._get_batch_size(backend)
                 for start in range(0, stored, size):
                     numbers = range(start, min(start + size, stored))
@@ -696,7 +701,7 @@ class BackendContract(Contract):
                 if backend.capabilities.scan:
                     others = set(backend.scan(f"eo1.{scope}.")) - {key(number, scope) for number in range(stored)}
                     left = len(others - set(perhaps))
-                    assert not left, f"scan yielded {left} names that are not keys, left behind by a killed writer"
+                    assert not left, f"after a writer was killed, scan yielded {left} names that are not keys"
                 backend.set_many({key(0, scope): self._make_values(backend).sample(2)}, None)
                 self._require_stored(backend, {key(0, scope): 2, key(1): 1})
 
@@ -760,9 +765,11 @@ class BackendContract(Contract):
                 else:
                     read(number - len(written))
 
-            run_in_threads(len(written) + len(looks), work, "overwriting the same keys from six threads while two read")
+            run_in_threads(
+                len(written) + len(looks), work, "overwriting the same keys from six threads while two threads read"
+            )
             lost = len(set(names) - set(backend.get_many(names)))
-            assert not lost, f"every thread stored {len(names)} keys, and {lost} of them are missing"
+            assert not lost, f"every thread stored {len(names)} keys, and {lost} of these keys are missing"
 
     def test_a_call_past_its_deadline_raises(self) -> None:
         with self._open() as backend:
@@ -830,7 +837,7 @@ class BackendContract(Contract):
                 with deadline(0.2):
                     client.get_many([key(1)])
 
-            # The client may notice immediately that the connection is dead, and open a new one.
+            # The client may notice immediately that the connection is dead, and open a new connection.
             with suppress(Exception):
                 call_with_timeout(ask, "get_many on a dead connection")
             self._require_recovery(client)
@@ -940,7 +947,7 @@ class BackendContract(Contract):
     # --- random sequences of calls ------------------------------------------------------------
 
     def test_it_behaves_as_a_dict(self) -> None:
-        """Compare random sequences of get, set, delete, add, scan, count, reopen and time steps with a dict."""
+        """Run random sequences of calls and time steps on the backend and on a dict, and compare the results."""
         compare_with_dict(
             self.make,
             reopen=self.reopen if self._overrides("reopen") else None,
@@ -958,7 +965,7 @@ class BackendContract(Contract):
 
     @contextmanager
     def _open_through_proxy(self, backend: Any) -> Iterator[tuple[FaultProxy, Any]]:
-        """Yield a proxy in front of the server, and a client connected through it that has made one call."""
+        """Yield a proxy in front of the server, and a client that uses the proxy and has made one call."""
         if not self._overrides("server"):
             pytest.skip("requires server() and through(), which let a client connect to the server through a proxy")
         host, port = self.server()
@@ -969,7 +976,7 @@ class BackendContract(Contract):
             proxy.heal()
 
     def _require_error(self, call: Callable[[], object], what: str) -> None:
-        """Require that a call raises. The call has a deadline; only a backend that declares ``deadline`` obeys it."""
+        """Require that a call raises. The call has a deadline, which a backend obeys if it declares ``deadline``."""
 
         def call_with_deadline() -> None:
             with deadline(2.0):
@@ -1005,7 +1012,7 @@ class BackendContract(Contract):
         assert partial is not None, "a call must raise PartialAnswer while a node is down, but it returned normally"
         others = len(partial.failed - asked.keys())
         assert not others, f"PartialAnswer.failed has {others} keys that were not in the call"
-        assert partial.failed != asked.keys(), "PartialAnswer.failed has all keys, but only one node is down"
+        assert partial.failed != asked.keys(), "PartialAnswer.failed contains all keys, but only one node is down"
         return partial.answer, partial.failed
 
     def _require_partition(self, answer: Collection[str], failed: frozenset[str], asked: Mapping[str, int]) -> None:
@@ -1026,7 +1033,7 @@ class BackendContract(Contract):
         self._require_equal(backend, found, expected)
 
     def _require_all_nodes_back(self, backend: Any) -> None:
-        """Require that every key can be stored soon after the node is up again; a client may skip it for a while."""
+        """Require that every key can be stored soon after the node is up again. Clients may skip the node at first."""
         end = time.monotonic() + CALL_TIMEOUT
         while True:
             try:
@@ -1091,7 +1098,7 @@ class BackendContract(Contract):
         self._require_equal(backend, backend.get_many(list(expected)), expected)
 
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
-        """Require that ``found`` has the samples of ``expected`` and nothing else. Messages number the keys."""
+        """Require that ``found`` has exactly the samples of ``expected``. Messages refer to the keys by number."""
         values = self._make_values(backend)
         assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
         missing = [place for place, name in enumerate(expected) if name not in found]

@@ -1,8 +1,9 @@
 """The child process of the contracts: it makes a plugin, uses it and reports. :mod:`.support` starts it.
 
-It reads one line with a JSON object from standard input, makes the plugin, writes an empty line, waits for an empty
-line, and then writes a JSON object to standard output. A child that stores keys until it is killed does not wait for
-the empty line. After each batch, it writes the number of keys that it has stored so far.
+The child reads one line with a JSON object from standard input, and makes the plugin. Then it writes an empty line to
+standard output and waits for an empty line, so that all children begin at the same moment. At the end, it writes a JSON
+object. A child that stores keys until it is killed does not wait for the empty line. After each batch, it writes the
+number of keys that it has stored so far.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from embedonce.keys import VectorSpace
 from .values import key, make_values
 
 WRITE_BATCH = 20
-"""Number of keys per call that the child stores until it is killed."""
+"""Number of keys in each call of a child that stores keys until it is killed."""
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _wait_for_start(answers: TextIO) -> None:
-    """Report that the plugin is made, and wait until the other processes have made theirs."""
+    """Report that the plugin is made, and wait until the other processes have made their plugins."""
     print(file=answers, flush=True)
     sys.stdin.readline()
 
@@ -67,7 +68,7 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Convert options to the types that the plugin declares, because JSON has no paths."""
     try:
         declared = options_of(made) if isinstance(made, type) else {}
-    except PluginError:  # TOML cannot express the arguments of this class, so none is converted
+    except PluginError:  # TOML cannot express the arguments of this class, so no argument is converted
         declared = {}
     return {name: declared[name].check(value) if name in declared else value for name, value in options.items()}
 
@@ -75,7 +76,7 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     """Store batches of samples until the process is killed, and write the number of keys stored after each batch.
 
-    It writes the number only when the next batch is ready, so that the kill interrupts a call of ``set_many``.
+    The number is written only when the next batch is ready, so that the kill interrupts a call of ``set_many``.
     """
     values = make_values(request["holds"], request["dimensions"])
     for stored in count(0, WRITE_BATCH):
@@ -104,7 +105,7 @@ def _add(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _embed(provider: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Return per task the fingerprint of the space and the vectors of the texts as lists of floats."""
+    """Return, for each task, the fingerprint of the space and the vectors of the texts (as lists of floats)."""
     answer = {}
     for task in request["tasks"]:
         space: VectorSpace = provider.space(task)

@@ -1,7 +1,7 @@
 """The state machine of the backend contract: after any sequence of calls, a backend must answer as a dict would.
 
-It draws from only a few keys, so that different calls often use the same key. With many keys, they would rarely do so,
-and the state machine would find nothing.
+The state machine draws from only a few keys, so that different calls often use the same key. With many keys, two calls
+would rarely use the same key, and the state machine would find nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .values import make_values
 
 TTLS = (10.0, 100.0)
 STEPS = (7.0, 70.0)
-"""Seconds to advance. No sum of steps equals a TTL, because exactly at its end both a hit and a miss are right."""
+"""Seconds to advance. No sum of steps equals a TTL, because a read at the exact end of a TTL may hit or miss."""
 
 
 def compare_with_dict(
@@ -37,7 +37,7 @@ def compare_with_dict(
     some_items = st.dictionaries(st.sampled_from(keys), st.integers(0, 7), max_size=len(keys))
 
     class DictComparison(RuleBasedStateMachine):
-        """Compares a backend with a dict that holds the seed of each sample and its time of expiry."""
+        """Compares a backend with a dict, which holds the seed and the time of expiry of each sample."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -54,7 +54,7 @@ def compare_with_dict(
             return {key: seed for key, (seed, ends) in self.model.items() if ends is None or ends > self.now}
 
         def get_expected_listing(self, prefix: str) -> tuple[set[str], set[str]]:
-            """Return the keys that must be listed, and those that may be: expired keys may still be stored."""
+            """Return the keys that must be listed and the keys that may be listed, such as expired keys."""
             there = {key for key in self.get_live_seeds() if key.startswith(prefix)}
             return there, {key for key in self.model if key.startswith(prefix)}
 
@@ -101,7 +101,7 @@ def compare_with_dict(
         @rule(prefix=st.sampled_from(prefixes))
         def scan(self, prefix: str) -> None:
             there, perhaps = self.get_expected_listing(prefix)
-            assert there <= set(self.backend.scan(prefix)) <= perhaps, "scan returned different keys than are stored"
+            assert there <= set(self.backend.scan(prefix)) <= perhaps, "scan did not return exactly the stored keys"
 
         @precondition(lambda self: self.declares("count"))
         @rule(prefix=st.sampled_from(prefixes))

@@ -25,7 +25,8 @@ TEXTS = (
     "a tab\tand  two spaces\r\nand a line",
     "3.14 and 2.71",
 )
-# Each emoji has two UTF-16 units. So a cut after any number of units splits an emoji in one of these two texts.
+# A step may cut a long text after a fixed number of UTF-16 units. Each emoji has two units, so the cut splits an emoji
+# in the first text if the number is odd, and in the second text if the number is even.
 HALVES = ("\U0001f9ea" * 100, "a" + "\U0001f9ea" * 100)
 ODD = (
     *("", " ", "\n", "\0", "a\0b", "\u200b", "\ufeff", "\U0010ffff", "e\u0301" * 50, "\u202eright to left", "\u0345"),
@@ -35,21 +36,21 @@ LONG = 2**20
 
 
 class NormalizerContract(Contract):
-    """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest."""
+    """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest."""
 
     texts: ClassVar[Sequence[str]] = TEXTS
     """Texts whose normalised forms must all differ."""
     same: ClassVar[Sequence[tuple[str, str]]] = ()
     """Pairs of texts that the step must give the same form."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None means that of its profile."""
+    """Number of examples that hypothesis tries; None means the number in its profile."""
 
     def make(self) -> Normalizer:
         """Return the step, as the plugin registers it."""
         raise NotImplementedError(f"{type(self).__name__} must define which step to test: def make(self) -> Normalizer")
 
     def recipe(self) -> Recipe | None:
-        """Return the step as ``Recipe(function)`` if another process can import it, else None."""
+        """Return ``Recipe(step)`` if another process can import the step, else None."""
         return None
 
     def test_a_form_is_text(self) -> None:
@@ -65,7 +66,8 @@ class NormalizerContract(Contract):
         assert backwards[::-1] == forms, "the form of a text must not depend on the texts before it"
 
     def test_a_form_is_its_own_form(self) -> None:
-        # A caller may embed texts that it has stored after normalisation. They must have the key of the original texts.
+        # A caller may store normalised texts and embed them later. A normalised text must then have the same key as the
+        # original text.
         step = self.make()
         for text in (*self.texts, *ODD):
             assert step(step(text)) == step(text), f"the form of {text[:40]!a} changes when it is normalised again"

@@ -36,7 +36,7 @@ MIB = 2**20
 
 
 class ProviderContract(Contract):
-    """Subclass it as ``Test…``, write :meth:`make`, and pytest does the rest."""
+    """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest."""
 
     tolerance: ClassVar[float] = 0.0
     """Maximum difference, per value, between two vectors of the same text; 0.0 means that the vectors must be equal.
@@ -48,11 +48,13 @@ class ProviderContract(Contract):
     """Maximum number of texts per call, even if ``limits.max_batch`` allows more."""
 
     def make(self) -> AnyProvider:
-        """Return a new provider, always with the same options. The caller closes it."""
-        raise NotImplementedError(f"{type(self).__name__} must define how to make it: def make(self) -> Provider")
+        """Return a new provider, always with the same options. The caller closes the provider."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define how to make a provider: def make(self) -> Provider"
+        )
 
     def recipe(self) -> Recipe | None:
-        """Return how another process makes the same provider; None if that is impossible."""
+        """Return how another process makes the same provider, or None if no other process can."""
         return None
 
     # --- what the provider declares -----------------------------------------------------------
@@ -293,7 +295,7 @@ class ProviderContract(Contract):
     def _open(self) -> Iterator[_OpenProvider]:
         provider = self.make()
         try:
-            # One event loop per provider, because an async client belongs to the loop that first used it.
+            # Each provider has its own event loop, because an async client belongs to the loop that first used it.
             with asyncio.Runner() as runner:
                 yield _OpenProvider(provider, runner, self.tasks[0])
         finally:
@@ -308,7 +310,7 @@ class ProviderContract(Contract):
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}; tolerance is {self.tolerance:g}"
 
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
-        """Require a valid vector, or a TextRefused whose position is right, because the cache retries the other texts.
+        """Require a valid vector or a TextRefused with the right position, by which the cache finds the texts to retry.
 
         With ``full``, also try the text at the end of a full batch.
         """
@@ -318,7 +320,7 @@ class ProviderContract(Contract):
             if opened.provider.limits.max_batch >= 3:
                 self._check_vector_or_refusal(opened, [good, text, good], 1, what)
             if full and (largest := min(self.most, opened.provider.limits.max_batch)) > 3:
-                # The provider may send the batch in parts. The position must still be the one in the whole batch.
+                # The provider may send the batch in parts. The position must still be the position in the whole batch.
                 self._check_vector_or_refusal(opened, [good] * (largest - 1) + [text], largest - 1, what)
 
     def _check_vector_or_refusal(self, opened: _OpenProvider, texts: list[str], place: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Threads and processes for the contracts. Each has a timeout, so that a hang fails one test and does not block all."""
+"""Threads and processes for the contracts. All have timeouts, so that a hang fails only one test."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run_in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], 
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # Python 3.12 and later warn about a fork while threads run. Here it is intended.
+        # Python 3.12 and later warn about a fork while threads run. Here the fork is intended.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:  # pragma: no cover  (another process)
@@ -122,7 +122,7 @@ def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no 
 
 
 def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes | None:
-    """Return everything the child wrote until it exited, or None after killing it because it took too long."""
+    """Return everything that the child wrote until it exited. If it takes too long, kill it and return None."""
     output = b""
     end = time.monotonic() + CALL_TIMEOUT
     while time.monotonic() < end:
@@ -140,7 +140,7 @@ def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes
 def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
     """Send each request to a new Python process that makes the plugin of ``recipe``, and return the answers.
 
-    All processes begin with their requests at the same moment, when the last of them has made its plugin.
+    All processes begin with their requests at the same moment, when the last process has made its plugin.
     :mod:`embedonce.testing.contracts.child` defines the requests.
 
     Raises:
@@ -162,10 +162,10 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a new process store batches of samples, kill it, and return how many keys it reported.
+    """Let a new process store batches of samples, kill the process, and return how many keys it reported.
 
-    The process is killed after it has reported ``batches`` batches and half the duration of a batch has passed, so that
-    the kill most likely interrupts the next batch. The process may have stored some keys that it did not report.
+    The process is killed half the duration of a batch after it has reported ``batches`` batches, so that the kill most
+    likely interrupts the next batch. The process may have stored some keys that it did not report.
 
     Raises:
         AssertionError: the process failed (the message has its error output) or reported nothing in time.

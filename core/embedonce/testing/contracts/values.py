@@ -34,7 +34,7 @@ class Values(Protocol):
         ...
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Any]:
-        """Return values that have exposed bugs in stores, by description; frames have at most ``max_bytes`` bytes."""
+        """Return values that have exposed bugs in stores, by description. A frame has at most ``max_bytes`` bytes."""
         ...
 
     def is_equal(self, found: object, stored: Any) -> bool:
@@ -43,7 +43,7 @@ class Values(Protocol):
 
 
 def make_values(holds: str, dimensions: Sequence[int]) -> Values:
-    """Return the maker of values for a backend that declares ``holds`` in its capabilities."""
+    """Return an object that makes values for a backend whose capability ``holds`` has this value."""
     match holds:
         case "entries":
             return Entries(dimensions)
@@ -54,7 +54,7 @@ def make_values(holds: str, dimensions: Sequence[int]) -> Values:
 
 
 class Frames:
-    """Arbitrary bytes: a backend does not look into a frame."""
+    """Makes frames of arbitrary bytes, because a backend does not look into a frame."""
 
     def sample(self, seed: int) -> bytes:
         """Return 64 bytes."""
@@ -80,7 +80,7 @@ class Frames:
 
 
 class Entries:
-    """Entries with vectors of these dimensions; :meth:`sample` uses only the first number of ``dimensions``."""
+    """Makes entries with vectors of each size in ``dimensions``; :meth:`sample` uses only the first size."""
 
     def __init__(self, dimensions: Sequence[int]) -> None:
         self._dimensions = tuple(dimensions)
@@ -118,7 +118,7 @@ class Entries:
 
 
 class Either:
-    """Frames and entries alternately, for a backend that takes both."""
+    """Makes frames and entries alternately, for a backend that takes both."""
 
     def __init__(self, dimensions: Sequence[int]) -> None:
         self._frames, self._entries = Frames(), Entries(dimensions)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 
 class Contract:
-    """Base class of the contracts. It rejects a subclass that defines a ``test_…`` under a standard name."""
+    """Base class of the contracts. It rejects a subclass that defines a method with the name of a standard test."""
 
     standard_tests: ClassVar[dict[str, Any]] = {}
     """Standard tests of the contract, by name; :func:`register_standard_tests` sets them."""
@@ -21,7 +21,7 @@ class Contract:
             )
 
     def test_no_standard_test_is_replaced(self) -> None:
-        """Check again that no standard test was replaced, because attributes can change after the class was made."""
+        """Check again that no standard test was replaced, because a class can change after it was made."""
         replaced = _find_replaced_tests(type(self))
         assert not replaced, f"standard tests were replaced or removed: {', '.join(replaced)}"
         assert self.standard_tests, (

@@ -1,4 +1,4 @@
-"""Gemini's embeddings API on loopback, for tests: it answers like the real one, or misbehaves on demand.
+"""Gemini's embeddings API on loopback, for tests: it answers like the real API, or misbehaves on demand.
 
 ::
 
@@ -8,7 +8,7 @@
         server.texts  # 2
         server.misbehave("short")
 
-It requires only numpy. Its requests, replies and errors follow Gemini's API reference and what
+The server requires only numpy. Its requests, replies and errors follow Gemini's API reference and what
 google-genai 3.6 sends.
 """
 
@@ -56,12 +56,12 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
 
     A content with several parts has one vector, as in the real API. The vector depends on the model,
     the dimensions, the task type and every other field; :meth:`vector_of` returns the same vector. A text of
-    more than ``max_tokens`` is truncated silently, as Gemini does; with ``truncates=False`` it is refused.
+    more than ``max_tokens`` is truncated silently, as Gemini does; with ``truncates=False``, such a text is refused.
 
     :meth:`misbehave` takes:
 
     ================  =============================================================================
-    ``short``         the first vector is missing, and the others have moved up
+    ``short``         the first vector is missing, and the other vectors have moved up
     ``long``          there is one vector too many, at the front
     ``empty``         there are no vectors
     ``nan``           one value is NaN
@@ -113,9 +113,9 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         task_type: str | None = None,
         **extra: Any,
     ) -> Vector:
-        """Return the vector of a text, shape (dimensions,). This counts as no request.
+        """Return the vector of a text, shape (dimensions,). This does not count as a request.
 
-        Like Gemini's vectors, it has unit length only if it has all of the model's dimensions.
+        Like a vector of Gemini, the vector has unit length only if it has all of the model's dimensions.
         """
         dimensions = dimensions or self.dimensions
         cut = text if self.tokens_of(text) <= self.max_tokens else text[: 4 * self.max_tokens]
@@ -123,7 +123,7 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         return vector if dimensions == self.dimensions else vector * np.float32(0.75)
 
     def tokens_of(self, text: str) -> int:
-        """Return the number of tokens charged for a text, which is only an estimate."""
+        """Return the number of tokens that the server charges for a text. The number is an estimate."""
         return estimate_tokens(text)
 
     def route(self, request: Request) -> Reply | None:

@@ -111,7 +111,7 @@ class LoopbackServer(Generic[KindT]):
     def misbehave(self, kind: KindT, *, times: int | None = 1, seconds: float = 0.05) -> None:
         """Misbehave in the next ``times`` requests for vectors; None means every request until :meth:`heal`.
 
-        If an earlier fault is still active, the new fault begins when the earlier one ends. ``seconds`` is the
+        If an earlier fault is still active, the new fault begins when the earlier fault ends. ``seconds`` is the
         value of ``Retry-After`` and, for the kind ``drip``, the time between two bytes of the body.
         """
         if kind not in self.KINDS:
@@ -152,7 +152,7 @@ class LoopbackServer(Generic[KindT]):
     # --- methods that each API implements -----------------------------------------------------
 
     def route(self, request: Request) -> Reply | None:
-        """Return the reply to a request, or None if it is a request for vectors."""
+        """Return the reply to a request, or None if the request is for vectors."""
         raise NotImplementedError
 
     def embed(self, request: Request, kind: str | None) -> Reply:

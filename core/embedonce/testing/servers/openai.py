@@ -1,4 +1,4 @@
-"""An OpenAI-compatible embeddings API on loopback, for tests: it answers like the real one, or misbehaves on demand.
+"""An OpenAI-compatible embeddings API on loopback, for tests: it answers like the real API, or misbehaves on demand.
 
 ::
 
@@ -8,7 +8,7 @@
         server.texts  # 2
         server.misbehave("out_of_order")
 
-It requires only numpy. Its requests, replies and errors follow OpenAI's API reference and what OpenAI's
+The server requires only numpy. Its requests, replies and errors follow OpenAI's API reference and what OpenAI's
 Python client sends.
 """
 
@@ -67,9 +67,9 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
     ===================  ==========================================================================
     ``out_of_order``     the items come in reverse order, each with its correct ``index``
-    ``duplicate_index``  the last item has the first one's ``index``; a single item has ``index`` 1
+    ``duplicate_index``  the last item has the first item's ``index``; a single item has ``index`` 1
     ``no_index``         the items have no ``index``
-    ``short``            the first vector is missing, and the others have moved up
+    ``short``            the first vector is missing, and the other vectors have moved up
     ``long``             there is one vector too many, at the front
     ``empty``            there are no vectors
     ``nan``              one value is NaN (as JSON, ``NaN``)
@@ -120,12 +120,12 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     def vector_of(
         self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
     ) -> Vector:
-        """Return the vector of a text or of tokens, shape (dimensions,), unit length. This counts as no request."""
+        """Return the vector of a text or of tokens: shape (dimensions,), unit length. No request is counted."""
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
         return make_vector(about, dimensions or self.dimensions)
 
     def tokens_of(self, text: str | Sequence[int]) -> int:
-        """Return the number of tokens charged for a text, which is only an estimate, or for a list of tokens."""
+        """Return the number of tokens that the server charges: an estimate for a text, the exact number for tokens."""
         return estimate_tokens(text) if isinstance(text, str) else len(text)
 
     def route(self, request: Request) -> Reply | None:
@@ -227,7 +227,11 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
 
 def _parse_inputs(given: Any) -> list[Any]:
-    """Return the inputs: ``given`` is a text, a list of tokens, or a list of either. No input must be empty."""
+    """Return the inputs as a list. ``given`` is a text, a list of texts, a list of tokens, or a list of such lists.
+
+    Raises:
+        RequestRefused: ``given`` is something else, or an input is empty.
+    """
     if isinstance(given, str) or (isinstance(given, list) and all(type(token) is int for token in given)):
         given = [given]
     texts = isinstance(given, list) and all(isinstance(text, str) for text in given)
