@@ -189,7 +189,7 @@ def test_the_provider_of_the_configuration_is_used(face: Face) -> None:
     assert rows[0] == rows[2] == face.query(cached, "one")
     assert cached.cache.stats().providers["ngram"].texts == 2
     assert cached.model_name == cached.cache.provider.space("document").model
-    with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
+    with pytest.raises(SpaceError, match=r"\[provider\] of the configuration describes its own vector space"):
         CachedEmbedding(config=NGRAM, symmetric=True)
 
 
