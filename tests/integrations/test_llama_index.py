@@ -316,7 +316,7 @@ def test_a_changed_model_is_refused() -> None:
 def test_unsupported_arguments_are_refused_with_advice() -> None:
     with pytest.raises(TypeError, match="use config="):
         CachedEmbedding("embedonce.toml")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"rate_limiter.*give it to the embedding model"):
+    with pytest.raises(TypeError, match=r"rate_limiter.*give the rate limiter to the embedding model"):
         CachedEmbedding(Letters(), config=memory_config(), rate_limiter=TokenBucketRateLimiter(requests_per_minute=1))
     with pytest.raises(TypeError, match=r"embeddings_cache.*remove it"):
         CachedEmbedding(Letters(), config=memory_config(), embeddings_cache=object())
