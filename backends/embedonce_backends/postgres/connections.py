@@ -246,7 +246,7 @@ def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     expired = 0
-    while idle[expired].idle_since < now - IDLE_SECONDS:  # stops at the last one, whose idle_since is now
+    while idle[expired].idle_since < now - IDLE_SECONDS:  # stops at `connection`, whose idle_since is now
         expired += 1
     stale = idle[:expired]
     del idle[:expired]
@@ -318,7 +318,7 @@ class Pool:
                     self._wait_for_change(end)
 
     def give(self, connection: Connection) -> None:
-        """Take a connection back for the next call."""
+        """Take back a connection whose call has ended, and keep it for later calls."""
         with self._changed:
             if self._closed or connection.closed:
                 self._discard(connection)
@@ -327,7 +327,7 @@ class Pool:
             self._changed.notify()
 
     def drop(self, connection: Connection) -> None:
-        """Take back a connection that no call may use again, and close it."""
+        """Take back a connection that must not be used again, and close it."""
         cancel_and_close(connection)
         with self._changed:
             self._open_count -= 1
@@ -496,7 +496,7 @@ class AsyncPool:
             self.give(task.result())
 
     def give(self, connection: AsyncConnection) -> None:
-        """Take a connection back for the next call."""
+        """Take back a connection whose call has ended, and keep it for later calls."""
         if self._closed or connection.closed:
             close_connection(connection)
         else:
@@ -504,7 +504,7 @@ class AsyncPool:
         self._slots.release()
 
     def drop(self, connection: AsyncConnection) -> None:
-        """Take back a connection that no call may use again, and close it."""
+        """Take back a connection that must not be used again, and close it."""
         cancel_and_close(connection)
         self._slots.release()
 
