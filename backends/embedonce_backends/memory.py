@@ -31,7 +31,8 @@ object 128, the slot in the queue 82, the tuple 80, and the allocation of the pa
 the entry does not share with other entries takes 32 more.
 """
 
-# This lock guards the bookkeeping of every memory backend. A hit on a hot entry does not take the lock.
+# This lock guards the bookkeeping of every memory backend. A hit takes the lock only if its entry is on probation (see
+# ``_Segmented``).
 # All backends share the same lock, so that a fork can wait until no thread holds it. Otherwise, the lock could stay
 # locked in the child forever, because the thread that holds it exists only in the parent.
 # A thread that holds the lock never waits for another lock. The lock is re-entrant, because a signal handler may
@@ -93,7 +94,7 @@ class MemoryBackend:
         return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
-        """Store the entries. If they do not all fit, the last ones stay.
+        """Store the entries. If there is not enough room for all of them, the last ones stay.
 
         ``ttl`` is ignored, because only evictions free space here.
 
@@ -170,8 +171,8 @@ class _Policy(Protocol):
 class _Queue:
     """Entries from the least to the most recently used, with their number and bytes.
 
-    cachebox's own bound is off (0), because it limits the number or the size but not both, and does not report
-    what it evicted. ``get`` is cachebox's method, which moves the key to the end under cachebox's own lock.
+    cachebox's own limit is off (0), because cachebox limits either the number or the size, but not both, and does not
+    report what it evicted. ``get`` is cachebox's method, which moves the key to the end under cachebox's own lock.
     """
 
     __slots__ = ("bytes", "entries", "get", "max_bytes", "max_entries")
@@ -207,8 +208,8 @@ class _Queue:
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        # A hit in another thread does not take our lock, so it could change the order during an iteration and break it.
-        # cachebox's copy() is atomic.
+        # A hit in another thread does not take our lock, so it could change the order during an iteration, and the
+        # iteration would fail. cachebox's copy() is atomic.
         return list(self.entries.copy())
 
     def clear(self) -> None:

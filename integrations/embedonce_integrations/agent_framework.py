@@ -38,8 +38,8 @@ class _Call:
 
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for different options. Dropping the oldest loses no vectors: the tiers hold
-them."""
+"""Maximum number of caches kept for different options. Dropping the oldest cache loses no vectors, because the tiers
+hold them."""
 
 _current_call: ContextVar[_Call] = ContextVar("embedonce_agent_framework_call")
 
@@ -50,7 +50,7 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     Args:
         client: the embedding client to wrap; None to use the ``[provider]`` of ``config``.
         config: anything that :func:`embedonce.open` accepts.
-        space: the vector space of a client that does not describe itself by a ``to_dict`` that names the model.
+        space: the vector space of ``client``; needed if the client has no ``to_dict`` that names its model.
         task: the task to embed texts for, because the framework's protocol has no tasks. It matters only for a
             ``[provider]``, because clients embed texts in the same way for every task.
 
@@ -70,7 +70,10 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     ) -> None:
         super().__init__(additional_properties=additional_properties)
         if client is None and space is not None:
-            raise SpaceError("space= requires a client: the [provider] of a configuration describes itself")
+            raise SpaceError(
+                "space= can only be used with a client; without one, the [provider] of the configuration describes its "
+                "own vector space"
+            )
         self._client = client
         self._config = config
         self._space = space
@@ -110,7 +113,7 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
         )
 
     def _cache_for(self, options: dict[str, Any]) -> Cache:
-        """Return the cache for options. If they affect vectors, each combination has its own vector space."""
+        """Return the cache for options. Each combination of options that affect vectors has its own vector space."""
         deciding = {name: value for name, value in options.items() if name not in NOT_IN_OPTIONS}
         if self._client is None:
             if deciding:
@@ -151,7 +154,7 @@ def _describe_client(
         if not model:
             raise SpaceError(f"{name} does not say which model it uses; {HOW_TO_DECLARE}")
         service_url = getattr(client, "service_url", None)
-        if callable(service_url):  # a client passed in ready-made knows its URL, but to_dict leaves it out
+        if callable(service_url):  # to_dict omits the URL of an SDK client that the caller made
             fields["endpoint"] = service_url()
         space = describe_space(client, fields, model=str(model), leave_out=(*NOT_IN_SPACE, *MODEL))
     if not options:

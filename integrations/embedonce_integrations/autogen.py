@@ -46,8 +46,8 @@ class CachedMemoryConfig(BaseModel):
 class CachedMemory(Memory, Component[CachedMemoryConfig]):
     """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
-    This process holds the chunks, and the tiers of ``config`` hold the vectors too. So adding the same chunks after a
-    restart embeds nothing again.
+    This process holds the chunks, and the tiers of ``config`` hold the vectors too. So after a restart, the same chunks
+    can be added without embedding them again.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.
@@ -113,7 +113,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
     async def query(
         self, query: str | MemoryContent, cancellation_token: CancellationToken | None = None, **kwargs: Any
     ) -> MemoryQueryResult:
-        """Return the chunks nearest to the query, nearest first, with their metadata and ``score``, the cosine.
+        """Return the chunks nearest to the query, nearest first. Their metadata includes the cosine as ``score``.
 
         The keywords ``k`` and ``score_threshold`` override those of the memory.
         """
@@ -138,7 +138,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
             self._contents, self._rows, self._not_embedded, self._matrix = [], [], [], None
 
     async def close(self) -> None:
-        """Wait until all vectors are written. The cache stays open, because others may share it."""
+        """Wait until all vectors are written. The cache stays open, because other memories may share it."""
         await self.cache.aflush()
 
     async def _add(self, contents: list[MemoryContent]) -> list[str | None]:
@@ -238,7 +238,7 @@ def _text_of(content: str | MemoryContent) -> str:
 
 
 def _message_text(message: LLMMessage) -> str:
-    """Return the text of a message, "" if it has none (an image, the result of a tool)."""
+    """Return the text of a message, or "" if the message has no text (such as an image or the result of a tool)."""
     content = message.content
     if isinstance(content, str):
         return content

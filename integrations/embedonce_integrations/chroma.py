@@ -64,7 +64,8 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         if embedding_function is None:
             if space is not None:
                 raise SpaceError(
-                    "space= requires an embedding function: the [provider] of a configuration describes itself"
+                    "space= can only be used with an embedding function; without one, the [provider] of the "
+                    "configuration describes its own vector space"
                 )
             self.cache = open_shared_cache(config)
             return
@@ -75,8 +76,8 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
                 "to pass a configuration, use config="
             )
         self.cache = open_shared_cache(config, provider=_wrap(embedding_function, space))
-        # Chroma reads these attributes from the instance, so they are the wrapped function's. Those of the class, which
-        # is registered with Chroma, stay as they are.
+        # Chroma reads these attributes from the instance, so the instance gets the attributes of the wrapped function.
+        # The class keeps its own attributes, because Chroma's registry needs them.
         for name in ("name", "get_config", "build_from_config", "validate_config", "validate_config_update"):
             setattr(self, name, getattr(embedding_function, name))
         for name in ("default_space", "supported_spaces", "is_legacy"):
@@ -133,7 +134,10 @@ def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str,
 
 
 def _sort_answers(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
-    """Return a function that reads an OpenAI answer by its ``index``, because the original ignores it."""
+    """Return a function that puts the vectors of an OpenAI answer in the order of their ``index``.
+
+    The original function ignores the ``index``.
+    """
     client = getattr(inner, "client", None)
     if not is_openai_resource(getattr(client, "embeddings", None)):
         return inner

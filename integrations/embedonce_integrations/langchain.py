@@ -41,7 +41,7 @@ class CachedEmbeddings(Embeddings):
     Args:
         embeddings: the embeddings to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space of embeddings that do not describe it; at least their model.
+        space: the vector space (at least the model) of embeddings that do not describe it themselves.
         symmetric: whether ``embeddings`` treat queries like documents, so that both share their vectors.
 
     Raises:
@@ -59,7 +59,10 @@ class CachedEmbeddings(Embeddings):
     ) -> None:
         if embeddings is None:
             if space is not None or symmetric:
-                raise SpaceError("space= and symmetric= require embeddings: a [provider] describes itself")
+                raise SpaceError(
+                    "space= and symmetric= can only be used with embeddings; without embeddings, the [provider] of the "
+                    "configuration describes its own vector space"
+                )
             self._inner = None
             self.cache = open_shared_cache(config)
             return
@@ -141,8 +144,9 @@ class _WrappedEmbeddings:
                 return [await inner.aembed_query(text, **kwargs) for text in texts]
             return await inner.aembed_documents(texts, **kwargs)
 
-        # LangChain's default async methods run the blocking methods in a thread and drop kwargs. So they are not used:
-        # without `aembed`, the cache itself runs `embed` in a thread, which keeps kwargs.
+        # LangChain's default async methods run the blocking methods in a thread and drop kwargs. If the embeddings have
+        # no other async methods, the provider gets no `aembed`. The cache then runs `embed` in a thread, which keeps
+        # kwargs.
         is_async = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
             embed=embed,
@@ -153,7 +157,10 @@ class _WrappedEmbeddings:
 
 
 def _sort_answers(embeddings: Any) -> Any:
-    """Return embeddings that read an OpenAI answer by its ``index``, because the originals ignore it."""
+    """Return embeddings that put the vectors of an OpenAI answer in the order of their ``index``.
+
+    The original embeddings ignore the ``index``.
+    """
     clients = {name: getattr(embeddings, name, None) for name in CLIENTS}
     ordered = {name: OrderedEmbeddings(client) for name, client in clients.items() if is_openai_resource(client)}
     return embeddings.model_copy(update=ordered) if ordered else embeddings
@@ -192,8 +199,8 @@ class VectorByteStore(ByteStore):
     key is stored as metadata beside its vector, so that ``yield_keys`` can list it.
 
     Args:
-        space: what determines the vectors, at least ``{"model": ...}``. It is needed because the keys of
-            CacheBackedEmbeddings do not contain it.
+        space: what determines the vectors, at least ``{"model": ...}``. This cannot be derived from the keys of
+            CacheBackedEmbeddings.
         config: a TOML file, a dict of the same shape, or None to look for a file. Its ``[provider]`` is not read.
 
     Raises:
@@ -208,7 +215,10 @@ class VectorByteStore(ByteStore):
         self.cache = open_shared_cache(loaded, provider=provider)
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return the value of each key, in order; None if no tier has it, or if no tier that has it answers."""
+        """Return the value of each key, in order.
+
+        A value is None if no tier has the key, or if every tier that has the key fails.
+        """
         return [_dump_vector(row) for row in self.cache.lookup(keys).rows]
 
     async def amget(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -309,7 +319,7 @@ def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]
 
 def _find_stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
     """Return the keys for which the tiers hold a different vector."""
-    with np.errstate(over="ignore"):  # put refuses a number beyond float32
+    with np.errstate(over="ignore"):  # `put` refuses a number that is too large for float32
         return [
             key
             for (key, vector), row in zip(vectors.items(), rows, strict=True)

@@ -40,7 +40,7 @@ class CachedEmbedding(BaseEmbedding):
     Args:
         embed_model: the embedding model to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space of an embedding model that does not describe it; at least its model.
+        space: the vector space (at least the model) of an embedding model that does not describe it itself.
         symmetric: whether ``embed_model`` treats queries like texts, so that both share their vectors.
         kwargs: fields of BaseEmbedding. ``embed_batch_size`` is the number of texts per lookup; its default is the
             batch size of ``embed_model``.
@@ -120,20 +120,22 @@ class CachedEmbedding(BaseEmbedding):
         Raises:
             SpaceError: the embedding model would make different vectors in that process.
         """
-        # Check here and not while unpickling: a multiprocessing pool hangs if a worker cannot unpickle its work.
+        # Check here and not while unpickling, because a multiprocessing pool hangs if a worker cannot unpickle its
+        # work.
         self._handle.check_pickling()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # BaseComponent's method is not used. It would call __init__ with the fields only and lose the embedding model.
+        # BaseComponent's method is not used, because it would call __init__ with only the fields and lose the embedding
+        # model.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
-            state["__dict__"].setdefault(name, default)  # missing if it could not be pickled
+            state["__dict__"].setdefault(name, default)  # if the value could not be pickled
         BaseModel.__setstate__(self, state)
 
 
 REFUSED_FIELDS = {
     "embeddings_cache": "it is a cache itself; remove it",
-    "rate_limiter": "hits need no limit; give it to the embedding model, so that only misses wait",
+    "rate_limiter": "hits need no limit; give the rate limiter to the embedding model, so that only misses wait",
     "vectors": "it is derived from the embedding model; remove it",
 }
 
@@ -149,7 +151,10 @@ class _Handle:
         symmetric: bool,
     ) -> None:
         if embed_model is None and (space is not None or symmetric):
-            raise SpaceError("space= and symmetric= require an embedding model: a [provider] describes itself")
+            raise SpaceError(
+                "space= and symmetric= can only be used with an embedding model; without one, the [provider] of the "
+                "configuration describes its own vector space"
+            )
         loaded = config.load(source, own_provider=embed_model is not None)
         # Keep the file that was found, because another process may run in another folder.
         source = loaded.file or (deepcopy(dict(source)) if isinstance(source, Mapping) else source)
@@ -193,7 +198,7 @@ def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, s
     spaces = WrappedSpaces(describe)
     ordered: Any = _sort_answers(inner)
 
-    # The attribute is missing after unpickling if the rate limiter could not be pickled.
+    # After unpickling, `inner` has no such attribute if the rate limiter could not be pickled.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:
@@ -226,7 +231,7 @@ def _describe(inner: BaseEmbedding, task: Task | None) -> VectorSpace:
 
 
 def _vector_of(answer: Any) -> Any:
-    """Return the vector in an answer. Some versions of LlamaIndex wrap it in an EmbeddingResponse."""
+    """Return the vector in an answer. Some versions of LlamaIndex wrap the vector in an EmbeddingResponse."""
     return getattr(answer, "embedding", answer)
 
 
@@ -241,7 +246,10 @@ def _to_lists(vectors: Matrix) -> list[list[float]]:
 
 
 def _sort_answers(inner: BaseEmbedding) -> BaseEmbedding:
-    """Return an embedding model that reads an OpenAI answer by its ``index``, because the original ignores it."""
+    """Return an embedding model that puts the vectors of an OpenAI answer in the order of their ``index``.
+
+    The original model ignores the ``index``.
+    """
     if not any(cls.__module__.startswith("llama_index.embeddings.openai.") for cls in type(inner).__mro__):
         return inner
     ordered = inner.model_copy()

@@ -5,8 +5,8 @@
     client = cached(OpenAI(), config="embedonce.toml")
     client.embeddings.create(model="text-embedding-3-small", input=["one", "two"])
 
-The cache looks up each input of a call and sends those that no tier has to the endpoint, in one request. The rest of
-the client is unchanged.
+The cache looks up the vector of each input. Inputs whose vector is in no tier go to the endpoint, in one request. The
+rest of the client is unchanged.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def cached(
         client: a client, blocking or async.
         config: anything that :func:`embedonce.open` accepts; ``[provider]`` is not read. Clients with equal
             configurations share their tiers.
-        models: the model behind each name. Pass it if the endpoint has its own names for models, or the same name for
+        models: the model behind each name. Pass this if the endpoint has its own names for models, or the same name for
             several versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
         endpoint_name: name that replaces the client's ``base_url`` in keys, so that hosts with the same model share
             their vectors.
@@ -128,7 +128,7 @@ class _Call:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and add up their tokens.
+        """Return an answer's vectors in the order of the inputs, and count its tokens.
 
         Raises:
             ProviderError: the answer does not have one vector for each input, each with its own index.
@@ -175,7 +175,7 @@ _current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
 
 @contextmanager
 def _set_current_call(call: _Call) -> Iterator[None]:
-    """Set the call whose arguments go to the endpoint. The engine's threads and tasks inherit the context."""
+    """Set the call whose arguments go to the endpoint. The engine's threads and asyncio tasks inherit it."""
     token = _current_call.set(call)
     try:
         yield
@@ -241,7 +241,10 @@ def _to_texts(given: Any) -> list[str] | None:
 
 
 def _tokens_to_text(tokens: Sequence[int]) -> str:
-    """Write tokens as a text that ends with a checksum. It shows whether ``[key] normalize`` has changed the text."""
+    """Write tokens as a text that ends with a checksum.
+
+    The checksum shows whether ``[key] normalize`` has changed the text.
+    """
     text = ",".join(map(str, tokens))
     return f"{text}:{crc32(text.encode()).to_bytes(4, 'big').hex().translate(_DIGITS_TO_LETTERS)}"
 
@@ -336,7 +339,7 @@ class _CachedResource:
         )
 
     def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
-        """Return the cache in which the client computes vectors of this space."""
+        """Return the cache of a vector space. The client computes the vectors that the cache does not have."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
@@ -389,7 +392,7 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """Like the client's ``create``, but with the vectors that the cache has taken from the cache.
+        """Like the client's ``create``, but only vectors that the cache does not have are requested.
 
         ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
         unchanged.
@@ -426,7 +429,7 @@ class CachedEmbeddings(_CachedResource, Embeddings):
 
     @property
     def with_raw_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, because a hit has no such answer."""
+        """The uncached resource for the endpoint's raw answers, because a hit has no raw answer."""
         return Embeddings(self._client).with_raw_response
 
     @property
@@ -485,7 +488,7 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
 
     @property
     def with_raw_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, because a hit has no such answer."""
+        """The uncached resource for the endpoint's raw answers, because a hit has no raw answer."""
         return AsyncEmbeddings(self._client).with_raw_response
 
     @property

@@ -112,7 +112,7 @@ class BatchEmbedder:
 
 
 def _set_columns(table: Any, columns: Mapping[str, NDArray[Any]]) -> Any:
-    """Return a pyarrow table with columns added, or replaced if it has them already."""
+    """Return a pyarrow table with the columns added. Columns that the table already has are replaced."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     for name, values in columns.items():

@@ -1,4 +1,4 @@
-"""What all integrations use: the shared cache of a configuration, and a provider that wraps an embedder."""
+"""The common part of all integrations: the shared cache of a configuration, and a provider that wraps an embedder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_shared_cache(source: config.Source | config.Config = None, *, provider: AnyProvider | None = None) -> Cache:
-    """Return the cache of a configuration. Equal configurations in one process share their tiers and flights.
+    """Return the cache of a configuration. Equal configurations in one process share their tiers and calls in flight.
 
     ``source`` is anything that :func:`embedonce.open` accepts, or the result of :func:`embedonce.config.load`. A
     ``provider`` takes the place of ``[provider]`` and computes the vectors that no shared tier has. Callers must not
@@ -210,10 +210,10 @@ def describe_space(
 ) -> VectorSpace:
     """Return the vector space of a framework's embedder, as its fields describe it.
 
-    The description contains no secrets, no fields that are None, and no fields named in ``leave_out`` or, at any level
-    of nesting, in :data:`NOT_IN_SPACE`. Credentials are removed from URLs. Pass ``task`` if the embedder treats
-    documents and queries differently. If ``model`` is a folder, it is identified by a digest of its content. Then the
-    vector space stays the same if the folder is moved, and changes if the weights change.
+    The description contains no secrets and no fields that are None. It also omits the fields named in ``leave_out``,
+    and, at any level of nesting, those named in :data:`NOT_IN_SPACE`. Credentials are removed from URLs. Pass
+    ``task`` if the embedder treats documents and queries differently. If ``model`` is a folder, it is identified by a
+    digest of its content. So the vector space stays the same if the folder is moved, and changes if the weights change.
 
     Raises:
         SpaceError: a field holds an object that cannot be described, or a different class may have the same name. The
@@ -247,11 +247,11 @@ def describe_by_fields(
 ) -> VectorSpace:
     """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
 
-    ``overrides`` are further values that affect its vectors. They replace fields of the same name.
+    ``overrides`` are extra values that affect its vectors. They replace fields of the same name.
 
     Raises:
-        SpaceError: as for :func:`describe_space`; or the embedder is neither a pydantic model nor a dataclass; or it
-            names no model and has private attributes, which may affect its vectors.
+        SpaceError: as for :func:`describe_space`; or the embedder is neither a pydantic model nor a dataclass; or the
+            embedder names no model and has private attributes, which may affect its vectors.
     """
     cls = type(embedder)
     names = getattr(cls, "model_fields", None)
@@ -271,7 +271,7 @@ def describe_by_fields(
 
 
 def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
-    """Return a vector space to which the further arguments of a call are added, because they may change the vectors.
+    """Return a vector space with the extra arguments of a call added, because they may change the vectors.
 
     Raises:
         SpaceError: ``request`` holds an object that cannot be described.
@@ -281,7 +281,7 @@ def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
 
 
 def resolve_declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task | None = None) -> VectorSpace:
-    """Return a vector space that a user declared. ``task`` is added to it unless it has one already."""
+    """Return a vector space that a user declared. ``task`` is added unless the space already has a task."""
     declared = VectorSpace.of(space)
     return declared if task is None or declared.task is not None else replace(declared, task=task)
 
@@ -368,7 +368,7 @@ class OrderedEmbeddings:
         return getattr(self._resource, name)
 
     def create(self, **request: Any) -> Any:
-        """Like the client's ``create``, but sorted. Returns a coroutine if the client's ``create`` does.
+        """Like the client's ``create``, but with a sorted answer. Returns a coroutine if the client's ``create`` does.
 
         Raises:
             ProviderError: the answer does not say which vector belongs to which input.

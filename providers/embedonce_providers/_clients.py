@@ -29,7 +29,7 @@ CLOSE_SECONDS = 2.0
 def require_package(package: str) -> None:
     """Check that a package is installed, without importing it.
 
-    The import takes a second, so it happens only at the first miss.
+    Importing the package takes a second, so that happens only at the first miss.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -53,8 +53,8 @@ class Clients(Generic[Sync, Async]):
     An async client cannot be shared between event loops, because its connections belong to one of them.
 
     An async client is closed when its loop shuts down its async generators (as ``asyncio.run`` does), or by
-    :meth:`close`. A forked child makes its own clients. If it shared a connection with its parent, one process would
-    read the other's answers.
+    :meth:`close`. A forked child makes its own clients. If a child and its parent shared a connection, each of them
+    could read the answers to the other's requests.
     """
 
     def __init__(
@@ -153,7 +153,10 @@ class Clients(Generic[Sync, Async]):
             future.result(CLOSE_SECONDS)
 
     def after_fork(self) -> None:
-        """Start without clients in the child. Keep the parent's clients, because collecting them would close them."""
+        """Start without clients in the child.
+
+        Keep the parent's clients alive, so that the garbage collector does not close them.
+        """
         self._inherited += [self._blocking, *self._by_loop.values(), *self._closing]
         self._reset()
 

@@ -1,8 +1,9 @@
 """Find a model of the Hugging Face hub: its commit, and the folder with its small files.
 
 This module reads the local cache of ``huggingface_hub`` directly, in its documented layout: ``refs/<revision>`` holds a
-commit, ``snapshots/<commit>`` its files, and ``.no_exist/<commit>`` the names of files that the commit does not have.
-Importing the client takes 0.4 s, so the client is imported only to download a model that is not in the local cache.
+commit, ``snapshots/<commit>`` holds its files, and ``.no_exist/<commit>`` holds the names of files that the commit does
+not have. Importing the client takes 0.4 s, so the client is imported only to download a model that is not in the local
+cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ._model_folder import MODULES, TRANSFORMER, is_model
 
 SMALL_FILES: Final = (MODULES, TRANSFORMER, "config_sentence_transformers.json", "*/config.json", "*_config.json")
 """Patterns of all files that affect vectors, except weights and tokenizer. All of them are needed, because the library
-does not report that one is missing."""
+does not report a missing file."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 OWNER: Final = "sentence-transformers"
@@ -41,7 +42,7 @@ def full_name(model: str) -> str:
 def find_snapshot(name: str, revision: str | None) -> tuple[str, Path]:
     """Return the commit of a model's revision, and a folder that has at least its small files.
 
-    A branch or tag means the commit that the local cache has for it.
+    If ``revision`` is a branch or a tag, this is the commit that the local cache has recorded for it.
 
     Raises:
         SpaceError: the model is not in the local cache, and the hub did not answer or does not have it.

@@ -27,7 +27,7 @@ POSITION = re.compile(r"\binputs?\[(\d+)\]")
 
 
 def read_answer(content: bytes, texts: int) -> Embedded:
-    """Return the vectors of an answer, sorted by ``index`` into the order of the texts, and its tokens.
+    """Return the vectors of an answer, sorted by ``index`` into the order of the texts, and its number of tokens.
 
     Raises:
         ProviderError: the answer is invalid, or the indexes in it are not exactly the numbers from 0 to ``texts`` - 1.
@@ -79,7 +79,7 @@ def _read_tokens(usage: Any) -> int | None:
 def find_too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] | None:
     """Return the positions of the texts that are too long according to an error message.
 
-    The result is empty if the message does not say which texts are too long, and None if it is about something else.
+    The result is empty if the message does not say which texts are too long, and None if the problem is not the length.
     """
     if status not in TOO_LONG_STATUS or not TOO_LONG.search(message):
         return None

@@ -175,7 +175,7 @@ class GeminiProvider:
         from google.genai import types
 
         config = types.EmbedContentConfig(task_type=self._find_task_type(task), output_dimensionality=self._dimensions)
-        # One Content per text: for some models, the client turns a list of strings into one Content with many parts.
+        # Make one Content per text, because for some models, the client turns a list of strings into a single Content.
         contents = [types.Content(parts=[types.Part(text=text)]) for text in texts]
         return {"model": self._model, "contents": contents, "config": config}
 

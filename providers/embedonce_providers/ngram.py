@@ -1,8 +1,8 @@
 """The ``ngram`` provider: vectors from character n-grams, with no model, no network and no download.
 
-Two texts have similar vectors if they share most of their short runs of characters. That is so if one is a copy of the
-other that was reflowed, or that has a different case, a typo, a changed word or an added sentence. The provider knows
-nothing about meaning.
+Two texts have similar vectors if they share most of their short runs of characters. For example, one text may be a copy
+of the other with different line breaks, a different case, a typo, a changed word or an added sentence. The provider
+knows nothing about meaning.
 
 These steps make a vector from a text. They are complete, so that anyone can compute the same vector:
 
@@ -47,7 +47,7 @@ SPACE: Final = 0x20
 # Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""First code point after the last one that is folded or white space, which is U+3000, the ideographic space."""
+"""Code point after U+3000 (the ideographic space), which is the last code point that is folded or white space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072
@@ -126,14 +126,17 @@ def _count_ngrams(texts: list[str], dimensions: int) -> NDArray[np.int64]:
         slots += rows[: len(hashes)][is_in_one_text] * (2 * dimensions)
         counts += np.bincount(slots, minlength=counts.size).reshape(counts.shape)
     signed = counts[:, :, 1] - counts[:, :, 0]
-    # A text of n characters has n runs of 3 and n - 1 runs of 4. Together they are an odd number, so the signs never
-    # cancel out completely. Only an empty text has no run, so its first bucket is set to 1.
+    # A text of n characters has n runs of 3 and n - 1 runs of 4. The total is an odd number, so the signs never cancel
+    # out completely. Only an empty text has no run, so its first bucket is set to 1.
     signed[~signed.any(axis=1), 0] = 1
     return signed
 
 
 def _join(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
-    """Return the folded characters of all texts and, for each character, its text's index. Texts are between spaces."""
+    """Return the folded characters of all texts and, for each character, its text's index.
+
+    Each text has a space before and after it.
+    """
     joined = " " + "  ".join(texts) + " "
     codes = np.frombuffer(joined.encode("utf-32-le"), "<u4").astype(np.uint32)
     rows = np.repeat(np.arange(len(texts)), np.fromiter(map(len, texts), np.intp, len(texts)) + 2)

@@ -44,7 +44,10 @@ FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_
 
 
 class OpenAIProvider:
-    """Calls ``POST /embeddings`` of an endpoint. Symmetric, unless ``prefixes`` or ``task_body`` distinguish tasks."""
+    """Calls ``POST /embeddings`` of an endpoint.
+
+    Every task has the same vectors, unless ``prefixes`` or ``task_body`` distinguish tasks.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class OpenAIProvider:
             str | None, Doc("The endpoint's URL, including /v1. Default: OPENAI_BASE_URL, else OpenAI's.")
         ] = None,
         api_key: Annotated[
-            str | None, Doc("Default: OPENAI_API_KEY, for Azure AZURE_OPENAI_API_KEY. Needed at the first miss.")
+            str | None, Doc("Default: OPENAI_API_KEY (for Azure, AZURE_OPENAI_API_KEY). Needed at the first miss.")
         ] = None,
         dimensions: Annotated[
             int | None, Gt(0), Doc("Request vectors with this many dimensions, if the model supports it.")
@@ -73,11 +76,11 @@ class OpenAIProvider:
             Mapping[str, str] | None, Doc("Text to put before each text, by task: { query = 'query: ' }.")
         ] = None,
         extra_body: Annotated[
-            Mapping[str, Any] | None, Doc("Further fields of each request. All except user are part of keys.")
+            Mapping[str, Any] | None, Doc("Extra fields of each request. All except user are part of keys.")
         ] = None,
         task_body: Annotated[
             Mapping[str, Mapping[str, Any]] | None,
-            Doc("Further fields by task, like extra_body: { query = { input_type = 'query' } }."),
+            Doc("Extra fields by task, like extra_body: { query = { input_type = 'query' } }."),
         ] = None,
         truncate: Annotated[
             Literal["error", "provider"],
@@ -146,7 +149,7 @@ class OpenAIProvider:
         """Describe the request in which a text of this task is sent.
 
         Raises:
-            SpaceError: ``prefixes`` or ``task_body`` distinguish tasks, and neither names this one.
+            SpaceError: ``prefixes`` or ``task_body`` distinguish tasks, and neither of them names this task.
         """
         named_tasks = self._prefixes.keys() | self._bodies.keys()
         if named_tasks and task not in {"document", "query", *named_tasks}:
@@ -161,10 +164,10 @@ class OpenAIProvider:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of bytes in a text. A tokenizer that works on bytes never makes more tokens than that.
+        """Return the number of bytes in a text. A tokenizer that works on bytes makes at most one token per byte.
 
-        A tokenizer would count fewer tokens, so that more texts fit into a call. But OpenAI's tokenizer downloads its
-        tables when it is first used.
+        An exact count would be lower, so that more texts would fit into a call. But OpenAI's tokenizer is not used,
+        because it downloads its tables at its first use.
         """
         return len(text) if text.isascii() else len(text.encode())
 
@@ -269,7 +272,10 @@ def _translate_too_long(texts: Sequence[str]) -> Iterator[None]:
 
 
 def _stop_futile_retries(response: Any) -> None:
-    """Keep the client from retrying after an error that waiting does not resolve. By default, it retries every 429."""
+    """Keep the client from retrying after an error that waiting does not resolve.
+
+    By default, the client retries after every answer with status 429.
+    """
     if response.status_code == 429:
         response.read()
         _mark_final(response)

@@ -164,7 +164,7 @@ class SentenceTransformersProvider:
         return _ModelSource(f"folder:{content[:12]}", content, folder, is_on_hub=False, description=description)
 
     def _find_prompt(self, task: Task) -> str:
-        """Return the text to put before each text of a task, "" if there is none.
+        """Return the text to put before each text of a task, or "" if there is none.
 
         Raises:
             SpaceError: the model has no prompt of the configured name.
@@ -178,7 +178,8 @@ class SentenceTransformersProvider:
                 known = ", ".join(sorted(declared.prompts)) or "none"
                 raise SpaceError(f"the model has no prompt named {name!r}; its prompts: {known}")
             return declared.prompts[name]
-        # This is how the library's encode_query and encode_document choose. Without a prompt of that name, they use "".
+        # The library's encode_query and encode_document choose the prompt in the same way. If the model has no prompt
+        # with the name of the task, they use "".
         return declared.prompts.get(task, "" if task in self._prompts else declared.default_prompt)
 
     # --- vectors ------------------------------------------------------------------------------
@@ -190,7 +191,8 @@ class SentenceTransformersProvider:
             TextRefused: a text is too long and ``truncate = "error"``, or the model knows none of its words.
         """
         prompt = self._find_prompt(task)
-        # Only one call at a time, because torch uses every core for one call, and threads must not share a tokenizer.
+        # Only one call runs at a time, because torch uses every core for one call, and because threads must not share a
+        # tokenizer.
         with self._lock:
             model = self._get_model()
             if self._truncate == "error":

@@ -157,7 +157,7 @@ def test_a_configuration_that_makes_other_vectors_is_refused() -> None:
     function = CachedEmbeddingFunction(config=NGRAM)
     other = {**NGRAM, "provider": {"type": "ngram", "dimensions": 128}}
     function.validate_config_update({"config": NGRAM}, {"config": {**NGRAM, "tiers": []}})
-    with pytest.raises(ValueError, match="other vectors"):
+    with pytest.raises(ValueError, match="different vectors"):
         function.validate_config_update({"config": NGRAM}, {"config": other})
 
 

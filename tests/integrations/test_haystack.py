@@ -760,7 +760,7 @@ def test_a_text_without_embedding_is_an_error() -> None:
         (lambda: CachedDocumentEmbedder(Texts()), "whose run takes 'documents'"),
         (lambda: CachedDocumentEmbedder("openai"), "whose run takes 'documents'"),
         (lambda: CachedTextEmbedder(Texts), r"is a class; pass an instance, such as Texts\(...\)"),
-        (lambda: CachedTextEmbedder(space={"model": "m"}), "requires an embedder"),
+        (lambda: CachedTextEmbedder(space={"model": "m"}), "can only be used with an embedder"),
         (lambda: CachedDocumentEmbedder(Embedder(), meta_fields_to_embed=[]), "set it there"),
     ],
 )

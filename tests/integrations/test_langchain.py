@@ -232,7 +232,7 @@ def test_the_provider_of_the_configuration_is_used() -> None:
     assert cached.cache.stats().providers["ngram"].texts == 2
     with pytest.raises(TypeError, match=r"do not accept the arguments chunk_size"):
         cached.embed_query("one", chunk_size=2)
-    with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
+    with pytest.raises(SpaceError, match=r"\[provider\] of the configuration describes its own vector space"):
         CachedEmbeddings(config=NGRAM, space={"model": "m"})
 
 

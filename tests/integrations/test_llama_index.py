@@ -189,7 +189,7 @@ def test_the_provider_of_the_configuration_is_used(face: Face) -> None:
     assert rows[0] == rows[2] == face.query(cached, "one")
     assert cached.cache.stats().providers["ngram"].texts == 2
     assert cached.model_name == cached.cache.provider.space("document").model
-    with pytest.raises(SpaceError, match=r"\[provider\] describes itself"):
+    with pytest.raises(SpaceError, match=r"\[provider\] of the configuration describes its own vector space"):
         CachedEmbedding(config=NGRAM, symmetric=True)
 
 
@@ -316,7 +316,7 @@ def test_a_changed_model_is_refused() -> None:
 def test_unsupported_arguments_are_refused_with_advice() -> None:
     with pytest.raises(TypeError, match="use config="):
         CachedEmbedding("embedonce.toml")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"rate_limiter.*give it to the embedding model"):
+    with pytest.raises(TypeError, match=r"rate_limiter.*give the rate limiter to the embedding model"):
         CachedEmbedding(Letters(), config=memory_config(), rate_limiter=TokenBucketRateLimiter(requests_per_minute=1))
     with pytest.raises(TypeError, match=r"embeddings_cache.*remove it"):
         CachedEmbedding(Letters(), config=memory_config(), embeddings_cache=object())

@@ -53,8 +53,8 @@ MIN_FILE_BYTES = 2**20
 CHUNK_KEYS = 512
 """Maximum number of keys per statement; the deadline is checked between statements."""
 PAGE_BYTES = 8192
-"""Page size of the file in bytes. Smaller pages would waste space if a frame has 1.6 kB. With larger pages, SQLite
-would write more bytes to store a random key."""
+"""Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
+pages, SQLite would write more bytes to store a random key."""
 LOG_BYTES = 2**25
 """Size in bytes above which SQLite's log is written back and emptied."""
 MODE_RAW: Final = 1
@@ -63,13 +63,14 @@ MODE_RAW: Final = 1
 ALWAYS_INLINE = 2**31 - 1
 """diskcache's ``min_file_size``, set so high that no value is stored in a file of its own."""
 
-# This sets all settings of diskcache. It would read a missing one from the table, where others may have written it.
+# All of diskcache's settings are set here, because diskcache reads a setting that is not set from the table, where
+# another program may have changed it.
 SETTINGS: Mapping[str, str | int] = {
     **diskcache.DEFAULT_SETTINGS,
     "statistics": 0,
     "tag_index": 0,
-    # diskcache evicts nothing, because this backend evicts the oldest entries itself. The rowids are in the order of
-    # storing, so this needs no index.
+    # diskcache evicts nothing, because this backend evicts the oldest entries itself. It finds them without an index,
+    # because the rowids are in the order in which the entries were stored.
     "eviction_policy": "none",
     "cull_limit": 0,
     "sqlite_auto_vacuum": 2,
@@ -94,7 +95,8 @@ SCHEMA_OBJECTS = {
 }
 """Tables, indexes and triggers that diskcache makes in the database, besides the table Settings."""
 
-# These pragmas only work before the first table is made. After that, setting auto_vacuum would only write to the file.
+# These pragmas have an effect only before the first table is made. Later, setting auto_vacuum would write to the file
+# without changing anything.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
 PRAGMAS = (
     "journal_mode = WAL",
@@ -178,7 +180,10 @@ def _refuse(column: str) -> NoReturn:
 
 
 class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """Makes diskcache's tables and triggers through our connection. None of diskcache's other methods is used."""
+    """Makes diskcache's tables and triggers through the backend's own connection.
+
+    The backend reads and writes entries with its own SQL, and not with the methods of ``diskcache.Cache``.
+    """
 
     def __init__(self, folder: Path, connection: Connection, settings: Mapping[str, Any]) -> None:
         self._connection = connection
@@ -203,7 +208,7 @@ class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
 
 
 class _File:
-    """The folder and its database. They are made when first used, so that a broken disk does not prevent startup."""
+    """The folder and its database. Both are made when first used, so that a broken disk does not prevent startup."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
@@ -236,7 +241,7 @@ class _File:
 
     def _open(self) -> Connection:
         # With mode=rw, opening a removed file raises an error, and the next call makes the file again with its tables.
-        # The default mode would make an empty file.
+        # The default mode would make an empty file without tables.
         connection = sqlite3.connect(
             self.path.as_uri() + "?mode=rw",
             uri=True,
@@ -258,7 +263,8 @@ class _File:
     def _make_tables(self, connection: Connection) -> None:
         """Make the tables, unless all of them are as expected.
 
-        In that case nothing is written, so the file can be opened while the disk is full or the database is locked.
+        If all of them are as expected, nothing is written, so the file can be opened while the disk is full or the
+        database is locked.
         """
         settings = {**SETTINGS, "size_limit": self.max_bytes}
         existing = {name for (name,) in fetch_rows(connection, "SELECT name FROM sqlite_master")}
@@ -374,7 +380,7 @@ class DiskBackend:
         A value that is not bytes was not written by this backend. It is returned as ``b""``, which is not a valid
         frame, so that the tier counts it as corrupt.
         """
-        if len(keys) == 1:  # the query for a single key takes only a third of the time
+        if len(keys) == 1:  # the query for a single key takes a third of the time
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
         found: dict[str, bytes] = {}
@@ -396,7 +402,7 @@ class DiskBackend:
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item, in transactions of up to 512 items; each transaction succeeds as a whole or not at all.
 
-        Once this returns, killing the process does not lose any of the items.
+        After this has returned, no item is lost even if the process is killed.
 
         Raises:
             OSError: the disk is full or read-only.
@@ -409,7 +415,10 @@ class DiskBackend:
         self._limit_log()
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is missing or expired, and return those keys. Only one caller gets each key."""
+        """Store the items whose key is missing or expired, and return those keys.
+
+        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        """
         added: set[str] = set()
         for chunk in self._split_items(items):
             with self._open_transaction() as connection:
@@ -425,7 +434,7 @@ class DiskBackend:
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys and overwrite their data in the file.
 
-        The log may contain the data, too. It is emptied afterwards, unless a reader prevents that.
+        Afterwards, this also empties the log, because the log may contain the data. An active reader can prevent that.
         """
         for start in range(0, len(keys), CHUNK_KEYS):
             with self._open_transaction() as connection:
@@ -453,7 +462,7 @@ class DiskBackend:
         return int(count)
 
     def close(self) -> None:
-        """Close the file. A connection that a call in another thread uses is closed when that call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._connections.close()
 
     # --- one call ---
@@ -492,7 +501,7 @@ class DiskBackend:
                     self._connections.give(connection, is_reusable=not connection.in_transaction)
 
     def _handle_error(self, error: sqlite3.Error | UnicodeDecodeError) -> Exception:
-        """Return the exception to raise. Unless it is a timeout, make the next call open the file again."""
+        """Return the exception to raise. Unless the error is a timeout, make the next call open the file again."""
         if get_primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
             # The file may have been removed or replaced.
             self._file.is_made = False
@@ -527,11 +536,11 @@ class DiskBackend:
             The number of entries that were evicted before they expired.
 
         Raises:
-            OSError: the call has no time left to evict as much as is needed. The evictions so far are kept.
+            OSError: the call has no time left to make enough room. The evictions so far are kept.
         """
         connection.execute(_EXPIRE, (self.clock(), 2 * len(items) + 64))
-        # At the usual sizes, a row takes 30 to 40 % more than its value, because it stores its key twice and pages are
-        # not full.
+        # At the usual sizes, a row takes 30 to 40 % more than its value, because its key is also in an index and pages
+        # are not full.
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
@@ -554,12 +563,15 @@ class DiskBackend:
         return int((pages - free) * size)
 
     def _limit_log(self) -> None:
-        """Empty the log if it is too long. SQLite does not do so by itself while there is always a reader."""
+        """Empty the log if it is larger than ``LOG_BYTES``.
+
+        SQLite itself cannot empty the log as long as at least one reader is active at any time.
+        """
         if self._file.get_log_bytes() > LOG_BYTES:
             self._call_with_connection(_truncate_log)
 
     def _handle_eviction(self, count: int) -> None:
-        """If entries were evicted, give free pages back to the file system and log a warning, once per backend."""
+        """If entries were evicted, give free pages back to the file system. The first time, also log a warning."""
         if not count:
             return
         self._call_with_connection(lambda connection: _release_pages(connection, self.max_bytes))
@@ -591,8 +603,9 @@ def _truncate_log(connection: Connection) -> None:
 def _release_pages(connection: Connection, max_bytes: int | None) -> None:
     """Give free pages back to the file system.
 
-    With ``max_bytes``, these are the free pages that make the file larger than that. With None, they are the free pages
-    beyond a quarter of the file. One call gives back at most 1,000 pages, because SQLite may have to move each of them.
+    With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. With None, it
+    gives back the free pages beyond a quarter of the file. One call gives back at most 1,000 pages, because SQLite may
+    have to move each of them.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)

@@ -1,4 +1,4 @@
-"""Connections to one SQLite file. Threads share them, a fork closes them first, and calls end by their deadline."""
+"""Connections to one SQLite file. Threads share them, a fork waits until they are closed, and calls have deadlines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ MAX_IDLE = 4
 """Maximum number of connections that stay open between calls. Each of them keeps a page cache in memory."""
 
 PROGRESS_STEPS = 100_000
-"""Number of steps of SQLite's virtual machine between two checks of the deadline. They take less than a millisecond."""
+"""Number of steps of SQLite's virtual machine between two checks of the deadline. These steps take less than a
+millisecond."""
 
 
 FORKED = (
@@ -56,8 +57,8 @@ class Connection(sqlite3.Connection):
         if _is_stranded:
             _abandoned.append(self)
             return
-        # The last connection to close writes the log back and removes it. If two closed at the same time, each would
-        # assume that the other stays open.
+        # The last connection that is closed writes the log back and removes it. If two connections were closed at the
+        # same time, each would assume that the other one stays open, and neither would write the log back.
         with _close_lock:
             super().close()
 
@@ -73,12 +74,12 @@ def get_remaining_seconds() -> float:
 
 
 def retry_while_locked(call: Callable[[], T]) -> T:
-    """Return ``call()``, retrying it while another connection holds the lock that it needs.
+    """Return ``call()``, retrying it while another connection holds the lock that the call needs.
 
     SQLite's own waiting is not used, because its timeout is fixed per connection and some statements ignore it.
 
     Raises:
-        TierTimeout: the lock stayed taken until the deadline.
+        TierTimeout: another connection held the lock until the deadline.
     """
     end = time.monotonic() + get_remaining_seconds()
     pause = 0.0002
@@ -102,7 +103,8 @@ def get_primary_code(error: Exception) -> int:
 
 def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     """Run one statement, waiting for locks if necessary, and return all of its rows."""
-    if _is_stranded:  # a call that forks continues in the child, with its parent's connection
+    # If the process forks in the middle of a call, the call also continues in the child, with the parent's connection.
+    if _is_stranded:
         raise TierError(FORKED)
     time_left()
     try:
@@ -135,7 +137,7 @@ def hold_lock(lock: Lock) -> Iterator[None]:
     """Hold a lock during the block.
 
     Raises:
-        TierTimeout: the lock stayed taken until the deadline.
+        TierTimeout: another thread held the lock until the deadline.
     """
     if not lock.acquire(timeout=get_remaining_seconds()):
         raise TierTimeout("other threads are using the database")
@@ -148,7 +150,7 @@ def hold_lock(lock: Lock) -> Iterator[None]:
 class Connections:
     """Lends connections, each to one call at a time.
 
-    Connections do not belong to threads. There is one per call in flight, and ``close`` reaches all of them.
+    No connection belongs to a thread. Each call in flight has its own connection, and ``close`` closes all of them.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
@@ -161,12 +163,14 @@ class Connections:
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        # Weak references, because a call that Ctrl-C interrupts may lose its connection without giving it back.
+        # These are weak references, because a call that Ctrl-C interrupts may lose its connection without giving it
+        # back.
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._open_lock = threading.Lock()
         self.write_lock = threading.RLock()
-        """Lock of the one thread of this process that may write. Other processes have to poll SQLite's own lock."""
+        """Lock that lets only one thread of this process write at a time. Without this lock, the threads would have to
+        poll SQLite's own lock, as different processes do."""
 
     def take(self) -> Connection:
         """Return a connection that only this call uses until :meth:`give`.
@@ -184,7 +188,7 @@ class Connections:
                     return self._idle.pop()
                 generation = self._generation
             with hold_lock(self._open_lock):
-                if _forking_threads:  # a fork waits for this lock, so none happens while a file is being opened
+                if _forking_threads:  # a fork waits for this lock, so no fork happens while a file is being opened
                     continue
                 connection = self._connect()
                 connection.generation = generation
@@ -196,8 +200,8 @@ class Connections:
         if _forking_threads:
             end = time.monotonic() + get_remaining_seconds()
             while _forking_threads:
-                # The forking thread itself may make calls, for example in a signal handler. It would wait for
-                # itself.
+                # The forking thread itself may make a call, for example in a signal handler. That call must not wait
+                # for the fork, because the fork only continues after the call has ended.
                 if threading.get_ident() in _forking_threads or time.monotonic() >= end:
                     raise TierTimeout("this process is forking")
                 time.sleep(0.001)
@@ -234,12 +238,15 @@ class Connections:
             self._close_connection(connection)
 
     def close(self) -> None:
-        """Close every connection; one that is lent is closed when it comes back."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
         self.renew()
 
     def wait_until_unused(self, until: float) -> bool:
-        """Wait until no call opens, uses or closes a connection; return False if that takes longer than ``until``."""
+        """Wait until no call opens, uses or closes a connection.
+
+        Return False if a call still does so at ``until``, a time of the monotonic clock.
+        """
         while self._open_lock.locked() or self._is_lending(until):
             if time.monotonic() >= until:
                 return False
@@ -256,11 +263,11 @@ class Connections:
             self._lock.release()
 
     def has_open(self) -> bool:
-        """Return whether a connection is open or being opened; in a child, whether that was so when it was forked."""
+        """Return whether a connection is open or is being opened. In a forked child, this is the state at the fork."""
         return bool(self._lent or self._idle) or self._open_lock.locked()
 
     def restart(self) -> None:
-        """Start again in a forked child, which has no other threads."""
+        """Start without connections and with new locks in a forked child, which has no other threads."""
         _abandoned.extend(self._idle)
         self._idle = []
         self._reset_locks()
@@ -274,18 +281,18 @@ class Connections:
 # fork happens anyway, and the child must not use SQLite at all.
 #
 # A fork holds no lock while it waits, and the wait has a time limit. So a fork always ends, even in a signal handler,
-# in a finalizer, at the same time as another fork, or in the middle of a call. The child decides whether it may use
-# SQLite: it must not if a connection was open at the moment of the fork, for whatever reason.
+# in a finalizer, at the same time as another fork, or in the middle of a call. If a connection was open at the moment
+# of the fork, for whatever reason, the child must not use SQLite. The child itself checks this.
 
 _all: set[ref[Connections]] = set()
 _forking_threads: list[int] = []
-"""Ids of the threads that are forking. While there is one, no backend opens or lends a connection, not even a
+"""Ids of the threads that are forking. While a thread is forking, no backend opens or lends a connection, not even a
 backend that is made in the meantime."""
 _close_lock = threading.RLock()
 _is_stranded = False
 """Whether this process is a child that was forked while SQLite was in use, and so must not use SQLite."""
 _abandoned: list[Connection] = []
-"""The parent's connections in a forked child. They are kept, because the garbage collector would close them."""
+"""The parent's connections in a forked child. They are kept alive, so that garbage collection does not close them."""
 
 
 def _list_alive() -> list[Connections]:

@@ -34,8 +34,8 @@ R = TypeVar("R")
 MAX_BATCH_KEYS = 512
 """Maximum number of keys per call."""
 MAX_VALUE_BYTES = 2**20 - 512
-"""Largest value that fits into memcached's limit of 1 MiB, which includes the header and the key. In version 1.6 the
-header takes 59 bytes, and a key up to 250."""
+"""Largest value that fits into memcached's limit of 1 MiB, which includes the header and the key. In version 1.6, the
+header takes 59 bytes, and the key takes up to 250 bytes."""
 MAX_KEY_LENGTH = 250
 """memcached's limit for a key, in bytes."""
 MAX_OWN_KEY_LENGTH = 119
@@ -43,11 +43,11 @@ MAX_OWN_KEY_LENGTH = 119
 MAX_RELATIVE_TTL = 30 * 86_400
 """Longest ttl in seconds; memcached reads a larger number as a date, in seconds since 1970."""
 LAST_DATE = 2**31 - 1
-"""Last date that memcached can represent; a later one wraps around into the past."""
+"""Last date that memcached can represent; a later date wraps around into the past."""
 
 
 class _NodeSkipped(NodeDown):
-    """The failure of a node that was not asked, because it had failed a moment before."""
+    """The failure of a node that was not asked, because it had failed shortly before."""
 
 
 class MemcachedBackend:
@@ -87,7 +87,8 @@ class MemcachedBackend:
             bounded=True,
         )
         self.clock: Callable[[], float] = time.time
-        """Function that returns the Unix time in seconds. It is used if a ttl is longer than thirty days."""
+        """Function that returns the Unix time in seconds. It is called only to turn a ttl of more than thirty days into
+        a date."""
         self._nodes = {
             name: Node(name, prefix=prefix, max_connections=max_connections, is_only_node=len(names) == 1)
             for name in names
@@ -101,9 +102,9 @@ class MemcachedBackend:
         """Return the frames that are stored under ``keys``, with one ``get`` per node.
 
         Raises:
-            PartialAnswer: some nodes did not answer; ``answer`` has what the others returned.
+            PartialAnswer: some nodes did not answer; ``answer`` has what the other nodes returned.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
-            Exception: no node is up; this is an error of pymemcache or of the socket.
+            Exception: no node is up; the exception is an error of pymemcache or of the socket.
         """
         found: dict[str, bytes] = {}
         parts = self._group_keys(keys)
@@ -136,7 +137,7 @@ class MemcachedBackend:
         """Store the items whose key is missing, with one round trip per node, and return those keys.
 
         Raises:
-            PartialAnswer: some nodes did not answer; ``answer`` has the keys that the others stored.
+            PartialAnswer: some nodes did not answer; ``answer`` has the keys that the other nodes stored.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
         """
         expire = self._make_exptime(ttl)
@@ -170,7 +171,7 @@ class MemcachedBackend:
         return f"frames on {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}{silent}"
 
     def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
         _close_nodes(self._nodes.values())
 
@@ -259,7 +260,7 @@ class MemcachedBackend:
         Raises:
             PartialAnswer: some nodes failed; it contains ``answer``, the result from the other nodes.
             NodeDown: every node that was asked failed, but other nodes are up.
-            Exception: no node is up; this is the first error.
+            Exception: no node is up; the exception is the first error.
         """
         if not failures:
             return

@@ -30,12 +30,12 @@ log = logging.getLogger("embedonce.memcached")
 
 RECEIVE_BYTES = 24 * 1024
 """Maximum number of bytes per read from a socket. Whenever pymemcache parses a value, it copies the rest of what it has
-read. So larger reads make larger copies, and smaller ones (pymemcache's own have 4 KiB) need more calls. This size was
+read. So larger reads make larger copies, and smaller reads (pymemcache's own are 4 KiB) need more calls. This size was
 chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a node is skipped after its first failure, and the maximum. Each further failure doubles them."""
+"""Seconds for which a node is skipped after its first failure, and the maximum. Each later failure doubles the time."""
 PROBE_SECONDS = 30.0
 """Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 
@@ -74,7 +74,7 @@ class _Socket(socket.socket):
 
 
 def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> list[Any]:
-    """Return the result of ``socket.getaddrinfo`` with IPv4 first. A name lookup ends by the deadline."""
+    """Return the result of ``socket.getaddrinfo`` with IPv4 addresses first. A name lookup ends by the deadline."""
     try:
         found = socket.getaddrinfo(host, port, family, kind, protocol, socket.AI_NUMERICHOST)
     except socket.gaierror:  # the host is a name, not a number
@@ -168,11 +168,11 @@ class Node:
     def run(self, call: Callable[[Connection, P], R], part: P, *, may_retry: bool) -> R:
         """Return ``call(connection, part)`` with a connection that only this call uses. An error closes the connection.
 
-        The server may have closed an idle connection, for example in a restart. With ``may_retry``, the call is then
-        made again with a new connection.
+        The server may have closed an idle connection, for example in a restart. In that case, if ``may_retry`` is
+        true, the call is made once more with a new connection.
 
         Raises:
-            TierBusy: all connections stayed in use.
+            TierBusy: all connections stayed in use until the deadline.
         """
         slots = self._slots
         if not slots.acquire(timeout=get_remaining_seconds()):
@@ -225,7 +225,7 @@ class Node:
             connection.close()
 
     def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
         self._drop_idle()
 
@@ -243,7 +243,7 @@ class Node:
             return True
 
     def mark_failed(self, error: Exception) -> None:
-        """Skip the node for a while, which gets longer with each failure."""
+        """Skip the node for some time, which doubles with each failure up to a maximum."""
         with self._lock:
             now = _now()
             was_up, self.is_up = self.is_up, False
@@ -268,7 +268,7 @@ class Node:
 
 
 def is_node_failure(error: Exception) -> bool:
-    """Return whether an error means that the node is down. A refusal by the server or an exhausted pool does not."""
+    """Return whether an error means that the node is down. A server's refusal or a full pool does not mean that."""
     if isinstance(error, MemcacheUnexpectedCloseError):
         return True
     return not isinstance(error, TierBusy | MemcacheServerError | MemcacheClientError)

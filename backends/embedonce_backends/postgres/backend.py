@@ -89,7 +89,7 @@ class PostgresBackend:
             text_preview=text_preview,
         )
         self.clock_offset = 0.0
-        """Seconds that are added to the server's clock, which measures each ttl. Tests use them to pass time."""
+        """Seconds that are added to the server's clock, which measures each ttl. Tests change it to let time pass."""
         self._pool = Pool(self._parameters, max_connections)
         self.known_statements: Statements | None = None
         """The statements for the table, or None until the table has been inspected."""
@@ -116,7 +116,10 @@ class PostgresBackend:
             self._sweep(statements)
 
     def add_many(self, items: Mapping[str, Item], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is missing or expired, and return those keys. Only one caller gets each key."""
+        """Store the items whose key is missing or expired, and return those keys.
+
+        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        """
         if not items:
             return set()
         statements = self.get_statements()
@@ -150,7 +153,7 @@ class PostgresBackend:
         return PostgresTwin(self, AsyncPool(self._parameters, self._max_connections))
 
     def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._pool.close()
 
     # --- the table ----------------------------------------------------------------------------
@@ -209,7 +212,7 @@ class PostgresBackend:
             self.migrate()
         except psycopg.errors.InsufficientPrivilege as error:
             raise TierError(
-                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` with one that is"
+                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` with a role that is"
             ) from error
         return self._inspect_table()
 
@@ -275,12 +278,12 @@ class PostgresTwin:
         await self._run(statements.set, (self._backend.clock_offset, ttl, *values))
 
     async def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._pool.close()
 
     async def _get_statements(self) -> Statements:
-        # The first use inspects the table and may make it. Only the blocking client has code for that, so it runs in a
-        # thread.
+        # The first use inspects the table and may make it. Only the blocking client has code for that, and a thread
+        # runs this code.
         known = self._backend.known_statements
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 

@@ -77,7 +77,7 @@ def parse_url(url: str) -> dict[str, Any]:
         ConfigError: the URL is invalid. The message does not quote the URL, because it may contain a password.
     """
     found: dict[str, Any] | None = None
-    with suppress(psycopg.Error):  # psycopg's error quotes the URL, so it must not become the context of ours
+    with suppress(psycopg.Error):  # psycopg's error quotes the URL, so it must not become our error's context
         found = dict(conninfo_to_dict(url))
     if found is None:
         raise ConfigError("url is not a Postgres URL; expected one such as postgresql://user@host:5432/database")
@@ -105,12 +105,13 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     hosts = [{**parameters, **{name: values[index] for name, values in lists.items()}} for index in range(count)]
     if parameters.get("load_balance_hosts") == "random":
         random.shuffle(hosts)
-    if parameters.get("target_session_attrs") == "prefer-standby":  # for a single host, libpq treats it as "any"
+    if parameters.get("target_session_attrs") == "prefer-standby":  # libpq treats it as "any" for a single host
         return [{**host, "target_session_attrs": wanted} for wanted in ("standby", "any") for host in hosts]
     return list(hosts)
 
 
-# Autocommit and no prepared statements, because a transaction pooler may send the next statement to another session.
+# Autocommit is on and statements are not prepared, because a transaction pooler may send the next statement to another
+# session.
 _OPTIONS: Mapping[str, Any] = {"autocommit": True, "prepare_threshold": None, "context": ADAPTERS}
 
 
@@ -137,7 +138,8 @@ class Connection(psycopg.Connection[Any]):
 def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
     """Run ``gen``, and check the deadline whenever data arrives and whenever a wait times out.
 
-    psycopg does the waiting, because a reply of 256 vectors arrives in dozens of pieces and psycopg waits in C.
+    A reply of 256 vectors arrives in dozens of pieces, each with its own wait. psycopg does the waiting, because its
+    code for that is in C.
     """
     try:
         wanted = next(gen)
@@ -171,7 +173,10 @@ AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 
 
 def is_usable(connection: AnyConnection) -> bool:
-    """Return whether an idle connection is usable. If it is readable, the server has closed it or sent an error."""
+    """Return whether an idle connection is usable.
+
+    A readable connection is not, because the server has closed it or sent an error.
+    """
     if connection.closed:
         return False
     if not hasattr(select, "poll"):
@@ -184,13 +189,13 @@ def is_usable(connection: AnyConnection) -> bool:
 def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
     """Return whether a statement returns rows, even if there are none.
 
-    It does not use ``description``, which makes an object per column.
+    This does not use ``cursor.description``, because that makes an object per column.
     """
     return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
 def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
-    """Return whether a connection can be used after ``error``: only if the server's error reply was read completely."""
+    """Return whether a connection is usable after ``error``. It is if the server's error reply was read completely."""
     return isinstance(error, psycopg.Error) and connection.pgconn.transaction_status == TransactionStatus.IDLE
 
 
@@ -209,7 +214,7 @@ def close_all(idle: list[Any]) -> None:
 
 
 def cancel_and_close(connection: AnyConnection) -> None:
-    """Close a connection; if its query is still running, a thread first asks the server to cancel it."""
+    """Close a connection; if its query is still running, a thread first asks the server to cancel the query."""
     is_busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
     # libpq before 17 can only cancel in a way that blocks the whole process until the server answers.
     if not (is_busy and psycopg.capabilities.has_cancel_safe()) or not _start_thread(lambda: _cancel(connection)):
@@ -241,7 +246,7 @@ def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     expired = 0
-    while idle[expired].idle_since < now - IDLE_SECONDS:  # ends at the last connection, whose idle_since is now
+    while idle[expired].idle_since < now - IDLE_SECONDS:  # stops at `connection`, whose idle_since is now
         expired += 1
     stale = idle[:expired]
     del idle[:expired]
@@ -259,11 +264,11 @@ class _Attempt:
         self.hosts_left = hosts
         """Number of hosts that may still answer."""
         self.next_host_due = threading.Event()
-        """Set when a host has failed or answered, so that there is no need to wait before trying the next host."""
+        """Event that is set when a host has failed or answered, so that the next host is tried immediately."""
 
 
 class Pool:
-    """Lends connections to calls, the most recently used first, and opens as many as calls need up to a maximum.
+    """Lends at most ``max_connections`` connections to calls, the most recently used first.
 
     Connections are made in threads, because a name lookup has no timeout. If the call that needs a connection reaches
     its deadline first, the connection is kept for the next call.
@@ -288,8 +293,8 @@ class Pool:
     def take(self) -> Connection:
         """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
 
-        It waits for at most half of the call's remaining time, so that enough time is left for the query. A query that
-        times out closes its connection, so a connection that is ready too late would be wasted.
+        This waits for at most half of the call's remaining time, so that enough time is left for the query. Otherwise,
+        the query would time out, and its new connection would have to be closed.
 
         Raises:
             TierBusy: all connections stayed in use.
@@ -313,7 +318,7 @@ class Pool:
                     self._wait_for_change(end)
 
     def give(self, connection: Connection) -> None:
-        """Take a connection back for the next call."""
+        """Take back a connection whose call has ended, and keep it for later calls."""
         with self._changed:
             if self._closed or connection.closed:
                 self._discard(connection)
@@ -322,7 +327,7 @@ class Pool:
             self._changed.notify()
 
     def drop(self, connection: Connection) -> None:
-        """Take back a connection that no call may use again, and close it."""
+        """Take back a connection that must not be used again, and close it."""
         cancel_and_close(connection)
         with self._changed:
             self._open_count -= 1
@@ -403,7 +408,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Lends connections within one event loop, like :class:`Pool`. Asyncio tasks make them instead of threads."""
+    """Lends connections within one event loop, like :class:`Pool`. Asyncio tasks make the connections."""
 
     def __init__(self, parameters: Mapping[str, Any], max_connections: int) -> None:
         self._parameters = parameters
@@ -420,7 +425,7 @@ class AsyncPool:
     async def take(self) -> AsyncConnection:
         """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
 
-        It waits for at most half of the call's remaining time, and raises what :meth:`Pool.take` raises.
+        This waits for at most half of the call's remaining time, and raises the same errors as :meth:`Pool.take`.
         """
         if self._closed:
             raise CacheClosed(CLOSED)
@@ -491,7 +496,7 @@ class AsyncPool:
             self.give(task.result())
 
     def give(self, connection: AsyncConnection) -> None:
-        """Take a connection back for the next call."""
+        """Take back a connection whose call has ended, and keep it for later calls."""
         if self._closed or connection.closed:
             close_connection(connection)
         else:
@@ -499,7 +504,7 @@ class AsyncPool:
         self._slots.release()
 
     def drop(self, connection: AsyncConnection) -> None:
-        """Take back a connection that no call may use again, and close it."""
+        """Take back a connection that must not be used again, and close it."""
         cancel_and_close(connection)
         self._slots.release()
 
@@ -526,7 +531,7 @@ def _close_late_connection(task: asyncio.Task[AsyncConnection]) -> None:
 
 _pools: WeakSet[Pool] = WeakSet()
 _inherited: list[Any] = []
-"""The parent's connections in a forked child. They are kept, because the garbage collector would end the
+"""The parent's connections in a forked child. They are kept alive, so that the garbage collector does not end the
 parent's sessions."""
 
 

@@ -1,9 +1,9 @@
 """Conversion of entries and frames to Postgres' binary parameters, and of its binary rows to entries and frames.
 
-In Postgres' binary format, an array consists of the number of its dimensions, whether it has NULLs, the type of the
-elements, the number of elements, the index of the first element, and then the length and the bytes of each element. All
-numbers are big-endian. In pgvector's format, a vector consists of two 16-bit numbers (the number of dimensions and an
-unused one) and the float32 values.
+In Postgres' binary format, an array starts with five numbers: the number of its dimensions, whether it has NULLs (0 or
+1), the id of the elements' type, the number of elements, and the index of the first element. After them come the
+elements, each as its length and its bytes. All numbers are big-endian. In pgvector's format, a vector consists of two
+16-bit numbers (the number of dimensions and an unused number) and the float32 values.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
     """Return one array per column to write, in the order of the statement's parameters.
 
     Entries that go into the vector column come first, then the other entries, then the bytes. In this order, a column
-    that the later rows do not have is a short array.
+    that the last rows do not have needs only a short array.
 
     Raises:
         ValueError: an entry does not fit into a row; the message names its key.
@@ -119,7 +119,7 @@ def _fits_vector_column(entry: Entry) -> bool:
 
 
 def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
-    """Return an array of vectors. ``groups`` has the keys by the number of dimensions."""
+    """Return an array of vectors. ``groups`` maps a number of dimensions to the keys of its vectors."""
     if not groups:
         return encode_array(oid, [])
     parts = []
@@ -141,7 +141,7 @@ def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str 
     try:
         written = json.dumps(rest, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):
-        # "from None", because the cause's message may show content of the metadata.
+        # This uses "from None", because the cause's message may show content of the metadata.
         raise TypeError(f"{key}: metadata cannot be stored as JSON") from None
     # Postgres' type text cannot contain NUL characters.
     return written, preview.replace("\0", "\ufffd") if isinstance(preview, str) else None
@@ -170,9 +170,9 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
 
 
 def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
-    """Yield groups of rows with the same dtype and the same number of bytes in the vector column.
+    """Group the rows by the number of bytes in the vector column and by dtype; yield both together with each group.
 
-    The number is None for rows that have a frame instead. Each group comes after its number and its dtype.
+    The number is None for rows that have a frame and no vector.
     """
     kinds = [(None if row[1] is None else len(row[1]), row[3]) for row in rows]
     for kind in dict.fromkeys(kinds):
@@ -194,7 +194,7 @@ def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
 
 
 def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
-    """Add the rows' frames to ``entries``, and those that cannot be decoded to ``frames``.
+    """Add the decoded frames of the rows to ``entries``, and frames that cannot be decoded to ``frames``.
 
     The entries get their metadata from the metadata columns.
     """

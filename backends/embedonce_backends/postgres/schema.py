@@ -18,12 +18,13 @@ VERSION = 1
 dump includes it."""
 COMMENT = "embedonce cache, schema "
 LOCK = 0x656F2031
-"""Key of the ``pg_advisory_xact_lock`` with which only one process at a time makes the table."""
+"""Key of the ``pg_advisory_xact_lock`` that lets only one process at a time make the table."""
 SWEEP_ROWS = 1000
 """Maximum number of expired rows that one statement deletes."""
 
 NOW = "extract(epoch FROM statement_timestamp())::float8"
-"""SQL for the server's time in seconds. Hosts whose clocks differ use it to agree on leases."""
+"""SQL for the server's time in seconds. All hosts use this time, so that they agree on leases even if their own clocks
+differ."""
 
 
 class Run(Protocol):
@@ -124,7 +125,9 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
 
 
 def make_table(run: Run, schema: str, table: str, column: Column) -> str:
-    """Make everything that is missing, and return a description of what was done. ``run`` must use one transaction.
+    """Make everything that is missing, and return a description of what was done.
+
+    ``run`` must run all statements in the same transaction.
 
     Raises:
         TierError: a vector column is required, but the server has no pgvector.

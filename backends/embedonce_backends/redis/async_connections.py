@@ -1,6 +1,6 @@
 """Connections to Redis for an event loop. Each call ends by its deadline, and a forked child shares no connection.
 
-The connections are redis-py's, but its pools are not used; :mod:`.connections` gives the reasons.
+The connections are redis-py's, but redis-py's pools are not used; :mod:`.connections` gives the reasons.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class AsyncConnection(redis.asyncio.Connection):
         return replies
 
     async def is_usable(self) -> bool:
-        """Return whether the idle connection is usable. If it is readable, the server closed it or sent an error."""
+        """Return whether the idle connection is usable.
+
+        A readable connection is not, because the server has closed it or sent an error.
+        """
         try:
             # Check the socket, too, because the event loop may not have read from it yet.
             return self.is_connected and not await self.can_read() and not _is_readable(self._writer)
@@ -102,7 +105,7 @@ def _is_readable(writer: asyncio.StreamWriter | None) -> bool:
         return bool(selector.select(0))
 
 
-# For a single descriptor, poll and select are faster than making an epoll.
+# For a single descriptor, poll and select are faster than making an epoll object.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -195,7 +198,7 @@ class AsyncClient:
                 return result
 
     async def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
         for pool in self._pools.values():
             await pool.close()

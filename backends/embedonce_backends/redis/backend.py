@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 api = 1
 
 MAX_BATCH_KEYS = 512
-"""Maximum number of keys per call. A server blocks its other clients during an MGET. For this many keys, that takes a
-fraction of a millisecond."""
+"""Maximum number of keys per call. An MGET of this many keys takes a fraction of a millisecond, during which the server
+does not serve its other clients."""
 SCAN_PAGE_KEYS = 1000
 """Number of keys that the server examines for one page of a scan."""
 MAX_TTL_MILLISECONDS = 10**15
@@ -111,12 +111,12 @@ class RedisBackend:
         """Return the frames that are stored under ``keys``, with one MGET or, in a cluster, one pipeline per node.
 
         Raises:
-            PartialAnswer: some nodes of a cluster did not answer; ``answer`` has what the others returned.
+            PartialAnswer: some nodes of a cluster did not answer; ``answer`` has what the other nodes returned.
         """
         return self._client.run(self._plan_get(keys)) if keys else {}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, with one pipeline per server. If a server refuses an item, it still stores the others.
+        """Store every item, with one pipeline per server. A server that refuses an item still stores the others.
 
         Raises:
             PartialAnswer: some items were not stored; ``__cause__`` is the reason.
@@ -127,7 +127,10 @@ class RedisBackend:
             self._client.run(self._plan_set(items, ttl))
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
-        """Store the items whose key is missing and return those keys. Only one of several callers gets each key."""
+        """Store the items whose key is missing, and return those keys.
+
+        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        """
         return self._client.run(self._plan_add(items, ttl)) if items else set()
 
     def delete_many(self, keys: Sequence[str], /) -> None:
@@ -156,8 +159,8 @@ class RedisBackend:
 
     def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:
         skip = len(self._prefix)
-        # The cursor is only valid on the server that returned it, so all pages use one new connection: a connection
-        # of the pool could reach another server after a failover.
+        # A cursor is valid only on the server that returned it. So all pages use the same new connection, because the
+        # connections of the pool could reach different servers after a failover.
         with self._client.open_connection(node) as connection:
             cursor = b"0"
             while True:

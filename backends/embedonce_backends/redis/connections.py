@@ -1,7 +1,7 @@
 """Blocking connections to Redis. Each call ends by its deadline, and a forked child shares no connection.
 
-The connections are redis-py's, but its pools are not used: they have no deadlines, and an exhausted pool raises the
-same error as a server that is down.
+The connections are redis-py's. redis-py's pools are not used, because they have no deadlines, and because an exhausted
+pool raises the same error as a server that is down.
 """
 
 from __future__ import annotations
@@ -72,10 +72,12 @@ class Settings:
         return {
             **(self._sentinel_login if is_sentinel else self._login),
             "db": 0 if is_sentinel else self.db,
-            # No timeouts, because _Parser enforces the deadline of the whole call. The engine decides about retries.
+            # There are no timeouts here, because _Parser enforces the deadline of the whole call. The engine decides
+            # about retries.
             "socket_timeout": None,
             "socket_connect_timeout": None,
-            # RESP2 needs no HELLO and returns the same values. No driver_info saves two CLIENT SETINFO commands.
+            # RESP2 needs no HELLO command and returns the same values. ``driver_info: None`` keeps redis-py from
+            # sending two CLIENT SETINFO commands on each new connection.
             "protocol": 2,
             "driver_info": None,
             "socket_read_size": READ_BYTES,
@@ -151,7 +153,7 @@ class Connection(redis.Connection):
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
         replies = []
-        # Use the parser directly, because redis-py's read_response does more than is needed here, which would take
+        # Use the parser directly. redis-py's read_response does additional work that is not needed here and takes
         # longer than parsing the reply itself.
         read, check = self._parser.read_response, trip.check
         for _ in trip.commands:
@@ -180,7 +182,10 @@ class Connection(redis.Connection):
         return self.read(trip)
 
     def is_usable(self) -> bool:
-        """Return whether the idle connection is usable. If it is readable, the server closed it or sent an error."""
+        """Return whether the idle connection is usable.
+
+        A readable connection is not, because the server has closed it or sent an error.
+        """
         try:
             return not self.can_read(0)
         except (redis.RedisError, OSError):
@@ -206,7 +211,7 @@ def _resolve(address: Address) -> Sequence[tuple[int, Any]]:
 
 
 def _call_in_thread(look_up: Callable[[], T]) -> T:
-    """Return the result of ``look_up``. It runs in a thread that is abandoned at the deadline, as it has no timeout."""
+    """Return the result of ``look_up``. It has no timeout, so it runs in a thread that is abandoned at the deadline."""
     left = time_left()
     if left is None:
         return look_up()
@@ -358,7 +363,7 @@ class Client:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         with self._lock:
             self._closed = True
             _close_all(self._pools)
@@ -373,10 +378,10 @@ class Client:
         return pool
 
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        """Send all trips, then read all replies. If some trips fail, each of their replies is the trip's error.
+        """Send all trips, then read all replies. If a trip fails, its error takes the place of each reply.
 
         Raises:
-            Exception: every trip failed; this is the first trip's error.
+            Exception: every trip failed; the exception is the first trip's error.
         """
         time_left()
         pools = {index: self._get_pool(trip.node) for index, trip in enumerate(trips)}
@@ -412,7 +417,8 @@ class Client:
 def get_trip_time(trips: int) -> float | None:
     """Return the seconds that each of several simultaneous trips may take.
 
-    If there are at least two, each gets only a share of the remaining time, so that the other replies can be read.
+    If there are at least two trips, each gets only a share of the remaining time. If one of them times out, there is
+    still time to read the replies of the other trips.
     """
     left = time_left()
     return left if left is None or trips == 1 else left * TRIP_SHARE
@@ -421,7 +427,7 @@ def get_trip_time(trips: int) -> float | None:
 def insert_errors(
     trips: Sequence[Trip], replies: Sequence[Sequence[Reply]], errors: Mapping[int, Exception]
 ) -> Sequence[Sequence[Reply]]:
-    """Return the replies, with every reply of a failed trip replaced by its error; raise if all trips failed."""
+    """Return the replies, with the error of a failed trip in place of its replies; raise if all trips failed."""
     if not errors:
         return replies
     if len(errors) == len(trips):

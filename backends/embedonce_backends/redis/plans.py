@@ -1,9 +1,10 @@
 """Plans, which decide which commands go to which Redis server. The blocking and the async client carry them out.
 
-A plan is a generator that does no I/O itself. It yields a list of :class:`Trip` s, one per server, and the client
-sends it back the replies of each trip, in the same order. If every trip fails, the client throws the error into the
-plan. If only some fail, each of their replies is the error. In the end, the plan returns the call's result. In this
-way, the logic exists only once, and a client can make all trips of a list at the same time.
+A plan is a generator that does no I/O itself. It yields a list of :class:`Trip` s, one per server. The client sends the
+replies of each trip back to the plan, in the same order. If every trip fails, the client throws the error of the first
+trip into the plan. If only some trips fail, the error of a failed trip takes the place of each of its replies. In the
+end, the plan returns the call's result. In this way, the logic exists only once, and a client can make all trips of a
+list at the same time.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def is_number(reply: Reply) -> bool:
 
 
 def is_list(reply: Reply) -> bool:
-    """Return whether ``reply`` may be a reply to CLUSTER SLOTS or SENTINEL. The code that uses it checks its parts."""
+    """Return whether ``reply`` may be a reply to CLUSTER SLOTS or SENTINEL.
+
+    The parts of the reply are checked where they are used.
+    """
     return reply is None or type(reply) is list
 
 
@@ -147,8 +151,8 @@ def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -
     """Raise an exception if the reply of any key is an error.
 
     Raises:
-        PartialAnswer: some keys failed; it contains ``answer``, the result for the others.
-        Exception: every key failed; this is the first error.
+        PartialAnswer: some keys failed; it contains ``answer``, the result for the other keys.
+        Exception: every key failed; the exception is the first error.
     """
     failed = [(key, reply) for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Exception)]
     if not failed:
@@ -256,7 +260,9 @@ class SentinelMaster(OneServer):
                 problem = error
                 continue
             if reply is None:
-                problem = ConnectionError(f"sentinel {address} has no service of this name; check the service in url")
+                problem = ConnectionError(
+                    f"sentinel {address} knows no service {self._service!r}; correct the service in url"
+                )
                 continue
             host, port = reply
             self._known_master = Node(Address(host.decode(), int(port)), "master")
@@ -273,7 +279,7 @@ class Slots(NamedTuple):
     no cluster."""
 
     def has_same_owners(self, other: Slots) -> bool:
-        """Return whether every slot has the same master in both. The order of the nodes does not matter."""
+        """Return whether every slot has the same master here and in ``other``, whatever the order of the nodes is."""
         return set(self.nodes) == set(other.nodes) and self._list_owners() == other._list_owners()
 
     def _list_owners(self) -> list[Node | None]:
@@ -322,8 +328,8 @@ class Cluster:
     ) -> Plan[dict[tuple[Node, bool], list[int]]]:
         """Send the commands of each group, put their replies into ``replies``, and return the groups to redirect.
 
-        A group's key is its node and whether ASKING has to precede each command; its value lists indices of
-        ``commands`` and ``replies``.
+        The key of a group is a pair: its node, and whether ASKING has to precede each command. The value of a group
+        lists indices of ``commands`` and ``replies``.
         """
         trips = [_make_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
         try:
@@ -351,7 +357,7 @@ class Cluster:
                 if isinstance(reply, MovedError):
                     self._known_slots = None
                     redirected.setdefault((_find_redirect_node(reply, node), False), []).append(place)
-                elif isinstance(reply, AskError):  # the slot is being moved: only this request goes to the new node
+                elif isinstance(reply, AskError):  # the slot is still moving, so only this request is redirected
                     redirected.setdefault((_find_redirect_node(reply, node), True), []).append(place)
                 elif isinstance(reply, ClusterDownError):
                     self._known_slots = None
@@ -360,8 +366,8 @@ class Cluster:
     def _translate_node_error(self, error: BaseException) -> BaseException:
         """Return NodeDown for a connection error while other nodes are up; return any other error unchanged.
 
-        A timeout is returned unchanged, because calls wait for a node that hangs, and only the tier's breaker can stop
-        them from doing so.
+        A timeout is returned unchanged, so that the tier's breaker counts it. Otherwise, every call would wait for the
+        node that hangs.
         """
         if not self._up_nodes or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
             return error
@@ -381,7 +387,7 @@ class Cluster:
             except BaseException as error:
                 self._nodes.move_to_end(address)
                 if not _can_try_next(error) or isinstance(error, ResponseError):
-                    raise  # this is not a cluster, or the Redis user is not allowed to ask
+                    raise  # this is not a cluster, or the user is not allowed to run CLUSTER SLOTS
                 problem = error
                 continue
             self._nodes.add_missing(node.address for node in slots.nodes)
@@ -396,12 +402,12 @@ def _is_wrong_type(error: ResponseError) -> bool:
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:
-    # A reply that is an error is a ResponseError. Any other error means that the trip failed.
+    # An error that the server replied with is a ResponseError. Any other error means that the trip failed.
     return isinstance(answer[0], Exception) and not isinstance(answer[0], ResponseError)
 
 
 def _can_try_next(error: BaseException) -> bool:
-    # After a timeout, this call has no time left for another server. The next call starts with the other server.
+    # After a timeout, this call has no time left for another server. The next call starts with that server.
     return isinstance(error, RedisError | OSError) and not isinstance(error, TimeoutError)
 
 
@@ -461,6 +467,6 @@ ROLE: Command = ("ROLE",)
 def is_master(reply: Reply) -> bool:
     """Return whether the reply to ROLE comes from a master.
 
-    If the Redis user is not allowed to ask, the server is assumed to be a master.
+    If the Redis user is not allowed to run ROLE, the server is assumed to be a master.
     """
     return isinstance(reply, NoPermissionError) or (type(reply) is list and reply[:1] == [b"master"])

@@ -39,13 +39,13 @@ class NotEmbedded(TextRefused):
 
 @dataclass(slots=True)
 class Run:
-    """One call of ``run``, with the further arguments for the embedder and the embedder's answers."""
+    """One call of ``run``, with the extra arguments for the embedder and the embedder's answers."""
 
     extra: Mapping[str, Any]
     """The arguments of the embedder other than the texts."""
     metas: list[Mapping[str, Any]] = field(default_factory=list)
     vectors: dict[str, Any] = field(default_factory=dict)
-    """Vectors by text. If one text of a call fails, the vectors of the others are kept here until the engine asks
+    """Vectors by text. If one text of a call fails, the vectors of its other texts are kept here until the engine asks
     for them again."""
     tokens: int | None = None
 
@@ -85,7 +85,7 @@ def _set_current_run(run: Run) -> Iterator[Run]:
 
 
 class CachedEmbedder:
-    """Looks texts up. The embedder, or the configuration's provider, embeds those whose vector no tier has."""
+    """Looks texts up. The embedder, or the configuration's provider, embeds the texts whose vector no tier has."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
@@ -97,7 +97,10 @@ class CachedEmbedder:
         if isinstance(embedder, type):
             raise TypeError(f"{embedder.__name__} is a class; pass an instance, such as {embedder.__name__}(...)")
         if embedder is None and space is not None:
-            raise TypeError("space= requires an embedder: the [provider] of a configuration describes itself")
+            raise TypeError(
+                "space= can only be used with an embedder; without one, the [provider] of the configuration describes "
+                "its own vector space"
+            )
         sockets: Any = getattr(embedder, "__haystack_input__", ())
         outputs = getattr(embedder, "__haystack_output__", ())
         if embedder is not None and not (self._input in sockets and self._output in outputs):
@@ -202,7 +205,7 @@ class CachedEmbedder:
         return dict(bound.kwargs)
 
     def _cache_for(self, extra: Mapping[str, Any]) -> Cache:
-        """Return the cache for a run. The embedder's further arguments are part of the vector space."""
+        """Return the cache for a run. The embedder's extra arguments are part of the vector space."""
         assert self._cache is not None
         if extra == self._default_arguments():
             return self._cache

@@ -39,7 +39,8 @@ NOT_IN_SPACE: Final = frozenset(
 )
 """Names of fields that do not affect vectors, in addition to :data:`embedonce_integrations.wrapping.NOT_IN_SPACE`.
 
-Metadata fields and separator are here, because the text that is embedded contains their values.
+``meta_fields_to_embed`` and ``embedding_separator`` are in this list, because they affect only the text that is
+embedded, and the key is made from that text.
 """
 
 
@@ -47,7 +48,7 @@ def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
     """Return the arguments that an embedder was constructed with, without secrets.
 
     Raises:
-        SpaceError: neither its ``to_dict`` nor its attributes show them.
+        SpaceError: neither its ``to_dict`` nor its attributes show the arguments.
     """
     name = type(embedder).__name__
     try:
@@ -68,7 +69,7 @@ def _is_secret(value: Any) -> bool:
 def describe_call(
     embedder: Any, run: Mapping[str, Any], *, task: Task, declared: Mapping[str, Any] | None = None
 ) -> VectorSpace:
-    """Return the vector space of an embedder whose ``run`` is called with the further arguments ``run``.
+    """Return the vector space of an embedder whose ``run`` is called with the extra arguments ``run``.
 
     Raises:
         SpaceError: the embedder cannot be described and was not declared. The message says how to declare it.

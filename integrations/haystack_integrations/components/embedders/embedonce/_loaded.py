@@ -20,7 +20,7 @@ _contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def drop_stale_models(embedder: Any, content: str | None) -> None:
     """Remove the embedder's model from Haystack's shared models, unless it was loaded from the same content.
 
-    If it is removed, ``warm_up`` loads the model again.
+    After the removal, ``warm_up`` loads the model again.
     """
     if content is None or getattr(embedder, "embedding_backend", None) is not None:
         return

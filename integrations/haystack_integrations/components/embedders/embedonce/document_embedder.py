@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class CachedDocumentEmbedder(CachedEmbedder):
     """Embeds documents whose vector no tier has. Unchanged documents are not embedded again.
 
-    A document's key is made from its effective text, which Haystack's embedders compose of the embedded metadata fields
-    and the content, joined by the separator. Prefix and suffix are part of the vector space.
+    A document's key is made from its effective text. Haystack's embedders make this text from the embedded metadata
+    fields and the content, joined by the separator. Prefix and suffix are part of the vector space.
 
     Args:
         embedder: any document embedder of Haystack; None to use the ``[provider]`` of the configuration.
@@ -74,10 +74,10 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     def run(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """Return new ``documents`` with embeddings, in order, and ``meta``: the embedder's, with ``cache`` added.
+        """Return new ``documents`` with embeddings, in order, and the embedder's ``meta`` with ``cache`` added.
 
         A document that the embedder left without an embedding stays without one. The next run tries to embed it again.
-        ``kwargs`` are further arguments for the embedder's own ``run``.
+        ``kwargs`` are extra arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``documents`` is not a list of Documents.
@@ -110,7 +110,7 @@ class CachedDocumentEmbedder(CachedEmbedder):
         return texts
 
     def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        # The ids are positions. Haystack derives ids from the content, but those of "" and "None" would be equal.
+        # The ids are positions, because the ids that Haystack makes from the content are equal for "" and "None".
         documents = [Document(id=str(position), content=text) for position, text in enumerate(texts)]
         return [(texts, documents)] if texts else []
 

@@ -48,9 +48,9 @@ class CachedTextEmbedder(CachedEmbedder):
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     def run(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """Return the text's ``embedding``, and ``meta``: the embedder's, with ``cache`` added.
+        """Return the text's ``embedding``, and the embedder's ``meta`` with ``cache`` added.
 
-        ``kwargs`` are further arguments for the embedder's own ``run``.
+        ``kwargs`` are extra arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``text`` is not a str.
