@@ -1,5 +1,6 @@
 """The disk tier: frames in one SQLite file of a folder."""
 
-from .backend import BytesDisk, DiskBackend, api, embedonce_backends
+from .backend import DiskBackend, api, embedonce_backends
+from .layout import BytesDisk
 
 __all__ = ["BytesDisk", "DiskBackend", "api", "embedonce_backends"]

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import diskcache  # type: ignore[import-untyped]
 from annotated_types import Ge
@@ -28,6 +28,7 @@ from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError
 from embedonce.options import Doc, Size
 
+from .layout import COUNTERS, MODE_RAW, SCHEMA_OBJECTS, SETTINGS, Layout
 from .sqlite import (
     PROGRESS_STEPS,
     Connection,
@@ -57,44 +58,6 @@ PAGE_BYTES = 8192
 pages, SQLite would write more bytes to store a random key."""
 LOG_BYTES = 2**25
 """Size in bytes above which SQLite's log is written back and emptied."""
-MODE_RAW: Final = 1
-"""diskcache's ``mode`` for a value that is stored in the table itself; this backend writes no other mode."""
-
-ALWAYS_INLINE = 2**31 - 1
-"""diskcache's ``min_file_size``, set so high that no value is stored in a file of its own."""
-
-# All of diskcache's settings are set here, because diskcache reads a setting that is not set from the table, where
-# another program may have changed it.
-SETTINGS: Mapping[str, str | int] = {
-    **diskcache.DEFAULT_SETTINGS,
-    "statistics": 0,
-    "tag_index": 0,
-    # diskcache evicts nothing, because this backend evicts the oldest entries itself. It finds them without an index,
-    # because the rowids are in the order in which the entries were stored.
-    "eviction_policy": "none",
-    "cull_limit": 0,
-    "sqlite_auto_vacuum": 2,
-    "sqlite_cache_size": -16384,
-    "sqlite_journal_mode": "wal",
-    # Without mmap, an unreadable page or a truncated file causes an error. With mmap, it would kill the process.
-    "sqlite_mmap_size": 0,
-    "sqlite_synchronous": 1,
-    "disk_min_file_size": ALWAYS_INLINE,
-    "disk_pickle_protocol": 0,
-}
-COUNTERS = ("count", "size", "hits", "misses")
-SCHEMA_OBJECTS = {
-    "Cache",
-    "Cache_key_raw",
-    "Cache_expire_time",
-    "Settings_count_insert",
-    "Settings_count_delete",
-    "Settings_size_insert",
-    "Settings_size_update",
-    "Settings_size_delete",
-}
-"""Tables, indexes and triggers that diskcache makes in the database, besides the table Settings."""
-
 # These pragmas have an effect only before the first table is made. Later, setting auto_vacuum would write to the file
 # without changing anything.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
@@ -136,75 +99,6 @@ _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY row
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
-
-
-class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Stores str keys and bytes values and refuses everything else, so that nothing is ever unpickled.
-
-    Use ``diskcache.Cache(folder, disk=BytesDisk)`` to inspect a folder of this backend safely.
-    """
-
-    def __init__(self, directory: str, **settings: Any) -> None:
-        super().__init__(directory, min_file_size=ALWAYS_INLINE)
-
-    def put(self, key: object) -> tuple[str, Literal[True]]:
-        """Return the columns for a key."""
-        if type(key) is not str:
-            raise TypeError(f"key must be a str, got {type(key).__name__}")
-        return key, True
-
-    def get(self, key: object, raw: object) -> str:
-        """Return the key from its columns."""
-        if type(key) is not str or not raw:
-            _refuse("key")
-        return key
-
-    def store(self, value: object, read: bool, key: object = None) -> tuple[Literal[0], Literal[1], None, memoryview]:
-        """Return the columns for a value."""
-        if type(value) is not bytes or read:
-            raise TypeError(f"value must be bytes, got {type(value).__name__}")
-        return 0, MODE_RAW, None, sqlite3.Binary(value)
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
-        """Return the value from its columns."""
-        if mode != MODE_RAW or filename is not None or type(value) is not bytes or read:
-            _refuse("value")
-        return value
-
-    def remove(self, file_path: str) -> None:
-        """Do nothing. No value is stored in a file, and a planted file name could make this method delete any file."""
-
-
-def _refuse(column: str) -> NoReturn:
-    raise ValueError(f"embedonce did not write this {column}; refusing to read it")
-
-
-class _Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """Makes diskcache's tables and triggers through the backend's own connection.
-
-    The backend reads and writes entries with its own SQL, and not with the methods of ``diskcache.Cache``.
-    """
-
-    def __init__(self, folder: Path, connection: Connection, settings: Mapping[str, Any]) -> None:
-        self._connection = connection
-        super().__init__(str(folder), disk=BytesDisk, **settings)
-
-    @property
-    def _con(self) -> Connection:
-        return self._connection
-
-    @property
-    def _sql_retry(self) -> Callable[..., sqlite3.Cursor]:
-        return lambda statement, *values: retry_while_locked(lambda: self._connection.execute(statement, *values))
-
-    def reset(self, key: str, value: Any = diskcache.ENOVAL, update: bool = True) -> Any:
-        """Store a setting. Pragmas are ignored, because ``_File`` sets them and never reads them from the table."""
-        if key.startswith("sqlite_"):
-            return value
-        return super().reset(key, value, update)
-
-    def close(self) -> None:
-        """Do nothing, because the connection belongs to the caller."""
 
 
 class _File:
@@ -275,7 +169,7 @@ class _File:
             known = (*settings, *COUNTERS)
             marks = ", ".join("?" * len(known))
             fetch_rows(connection, f"DELETE FROM Settings WHERE key NOT IN ({marks})", known)
-        _Layout(self.folder, connection, settings)
+        Layout(self.folder, connection, settings)
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""diskcache's layout of a folder: its settings, its tables, and the form of its keys and values."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn
+
+import diskcache  # type: ignore[import-untyped]
+
+from .sqlite import Connection, retry_while_locked
+
+MODE_RAW: Final = 1
+"""diskcache's ``mode`` for a value that is stored in the table itself; this backend writes no other mode."""
+
+ALWAYS_INLINE = 2**31 - 1
+"""diskcache's ``min_file_size``, set so high that no value is stored in a file of its own."""
+
+# All of diskcache's settings are set here, because diskcache reads a setting that is not set from the table, where
+# another program may have changed it.
+SETTINGS: Mapping[str, str | int] = {
+    **diskcache.DEFAULT_SETTINGS,
+    "statistics": 0,
+    "tag_index": 0,
+    # diskcache evicts nothing, because this backend evicts the oldest entries itself. It finds them without an index,
+    # because the rowids are in the order in which the entries were stored.
+    "eviction_policy": "none",
+    "cull_limit": 0,
+    "sqlite_auto_vacuum": 2,
+    "sqlite_cache_size": -16384,
+    "sqlite_journal_mode": "wal",
+    # Without mmap, an unreadable page or a truncated file causes an error. With mmap, it would kill the process.
+    "sqlite_mmap_size": 0,
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": ALWAYS_INLINE,
+    "disk_pickle_protocol": 0,
+}
+COUNTERS = ("count", "size", "hits", "misses")
+SCHEMA_OBJECTS = {
+    "Cache",
+    "Cache_key_raw",
+    "Cache_expire_time",
+    "Settings_count_insert",
+    "Settings_count_delete",
+    "Settings_size_insert",
+    "Settings_size_update",
+    "Settings_size_delete",
+}
+"""Tables, indexes and triggers that diskcache makes in the database, besides the table Settings."""
+
+
+class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """Stores str keys and bytes values and refuses everything else, so that nothing is ever unpickled.
+
+    Use ``diskcache.Cache(folder, disk=BytesDisk)`` to inspect a folder of this backend safely.
+    """
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, min_file_size=ALWAYS_INLINE)
+
+    def put(self, key: object) -> tuple[str, Literal[True]]:
+        """Return the columns for a key."""
+        if type(key) is not str:
+            raise TypeError(f"key must be a str, got {type(key).__name__}")
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        """Return the key from its columns."""
+        if type(key) is not str or not raw:
+            _refuse("key")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[Literal[0], Literal[1], None, memoryview]:
+        """Return the columns for a value."""
+        if type(value) is not bytes or read:
+            raise TypeError(f"value must be bytes, got {type(value).__name__}")
+        return 0, MODE_RAW, None, sqlite3.Binary(value)
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
+        """Return the value from its columns."""
+        if mode != MODE_RAW or filename is not None or type(value) is not bytes or read:
+            _refuse("value")
+        return value
+
+    def remove(self, file_path: str) -> None:
+        """Do nothing. No value is stored in a file, and a planted file name could make this method delete any file."""
+
+
+def _refuse(column: str) -> NoReturn:
+    raise ValueError(f"embedonce did not write this {column}; refusing to read it")
+
+
+class Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
+    """Makes diskcache's tables and triggers through the backend's own connection.
+
+    The backend reads and writes entries with its own SQL, and not with the methods of ``diskcache.Cache``.
+    """
+
+    def __init__(self, folder: Path, connection: Connection, settings: Mapping[str, Any]) -> None:
+        self._connection = connection
+        super().__init__(str(folder), disk=BytesDisk, **settings)
+
+    @property
+    def _con(self) -> Connection:
+        return self._connection
+
+    @property
+    def _sql_retry(self) -> Callable[..., sqlite3.Cursor]:
+        return lambda statement, *values: retry_while_locked(lambda: self._connection.execute(statement, *values))
+
+    def reset(self, key: str, value: Any = diskcache.ENOVAL, update: bool = True) -> Any:
+        """Store a setting. Pragmas are ignored, because the backend sets them and never reads them from the table."""
+        if key.startswith("sqlite_"):
+            return value
+        return super().reset(key, value, update)
+
+    def close(self) -> None:
+        """Do nothing, because the connection belongs to the caller."""
