@@ -13,7 +13,7 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 6
 
 
 def shorten(value: object) -> str:
-    """Return a value's repr on one line; long strings and collections are cut in the middle or at the end."""
+    """Return a value's repr on one line; long strings are cut in the middle, long collections at the end."""
     return " ".join(_SHORT.repr(value).split("\n"))
 
 
@@ -23,7 +23,7 @@ def format_counts(numbers: Mapping[str, int], between: str = " from ") -> str:
 
 
 def format_percent(share: float | None) -> str:
-    """Return a share between 0 and 1 as ``93.1 %``, or ``none`` where it is None."""
+    """Return a share between 0 and 1 as ``93.1 %``, or ``none`` if the share is None."""
     return "none" if share is None else f"{share:.1%}".replace("%", " %")
 
 

@@ -19,9 +19,9 @@ class Fetched:
     """The result of ``fetch`` and ``lookup``, text by text."""
 
     rows: Sequence[Vector | None]
-    """Per text: its vector of shape (d,), read-only, or None if it has none."""
+    """Per text: its read-only vector of shape (d,), or None if the text has no vector."""
     sources: Sequence[str | None]
-    """Per text: the name of the tier that had it, ``"provider"``, or None if there is no vector."""
+    """Per text: the name of the tier that had its vector, ``"provider"``, or None if there is no vector."""
     failed: Mapping[int, Exception]
     """The error of each text that failed, by position."""
     metadata: Sequence[Metadata | None]
@@ -29,7 +29,7 @@ class Fetched:
     space: VectorSpace
     """The vector space of all rows: the fallback's space if the fallback was used, else the provider's."""
     seconds: Mapping[str, float]
-    """Seconds spent in each tier, by its name, and in ``"provider"``. Times of concurrent calls are added up."""
+    """Seconds spent, by the tier's name or ``"provider"``. The times of concurrent calls are added up."""
     errors: Mapping[str, str]
     """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
@@ -68,7 +68,7 @@ class Fetched:
         return f"<Fetched {format_count(len(self.rows), 'text')}{size}{': ' if details else ''}{details}>"
 
     def _repr_html_(self) -> str:
-        """Return a table of where the vectors came from, for notebooks."""
+        """Return a table of the vectors' sources, for notebooks."""
         rows: list[Sequence[object]] = [
             (source, f"{number:,}", f"{self.seconds.get(source, 0.0):.3f}", self.errors.get(source, ""))
             for source, number in (dict.fromkeys(self.seconds, 0) | self._sources()).items()
@@ -82,7 +82,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How a text's key is built, what each tier has for it, and possible reasons for a miss, but not the text."""
+    """How a text's key is built, what each tier has for the key, and possible reasons for a miss. It has no text."""
 
     key: str
     scope: str
@@ -95,7 +95,7 @@ class Explanation:
     tiers: Mapping[str, str]
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: scopes in the tiers whose space card differs in one or two parts, such as the version."""
+    """For a miss: similar scopes that tiers hold. Their space cards differ in one or two parts, such as the version."""
 
     @property
     def found(self) -> str | None:

@@ -23,9 +23,10 @@ CLOSE_SECONDS = 5.0
 class BackgroundLoop:
     """An event loop in a thread of its own.
 
-    The first call starts the loop. It ends with :meth:`close`, or when this object is garbage-collected.
-    Its thread is a daemon, so a hanging call does not keep the program alive. In a forked child the thread does not
-    exist, so every call raises. A backend must declare ``fork=False`` or create another ``BackgroundLoop`` there.
+    The first call starts the loop. The loop ends with :meth:`close`, or when this object is garbage-collected.
+    The loop's thread is a daemon, so a hanging call does not keep the program alive. In a forked child the thread does
+    not exist, so every call raises. A backend must declare ``fork=False`` or create another ``BackgroundLoop`` in the
+    child.
 
     Args:
         what: the owner's name, for messages and the thread's name, such as ``"the objects backend"``.
@@ -56,7 +57,7 @@ class BackgroundLoop:
     def close(self) -> None:
         """Cancel all asyncio tasks and end the loop. A second call does nothing.
 
-        It waits a few seconds for asyncio tasks that ignore their cancellation.
+        This method waits a few seconds for asyncio tasks that ignore their cancellation.
 
         Raises:
             Exception: any error that ``at_end`` raised.
@@ -121,7 +122,7 @@ class _SharedLoop:
         import asyncio
 
         if self._process != os.getpid():
-            raise RuntimeError(f"{self._what} cannot be used in a forked child; create another one there")
+            raise RuntimeError(f"{self._what} cannot be used in a forked child; create a new one in the child")
         # Hold the lock until the loop has the call, because a call that comes after the loop's end gets no answer.
         with self._lock:
             if self.closed:

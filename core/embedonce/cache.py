@@ -34,8 +34,8 @@ class Cache(Requests):
 
     Args:
         provider: a provider, or any function ``list[str] -> vectors`` together with ``space``.
-        tiers: backends, fastest first. Use :class:`Tier` to give one a TTL, a timeout or a name. Without
-            tiers nothing is stored, but batches are de-duplicated and vectors are checked.
+        tiers: backends, fastest first. Use :class:`Tier` to give a backend a TTL, a timeout or a name.
+            Without tiers nothing is stored, but batches are de-duplicated and vectors are checked.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
         key: settings that determine which requests share a vector.
         dtype: precision of the vectors that are stored *and returned*, so that a text has the
@@ -43,10 +43,10 @@ class Cache(Requests):
         mode: ``"read-through"``, or ``"replay"``, which computes nothing and fails for a text that no tier
             has.
         fallback: a second provider, which is used when the first one fails. Its vectors are in its own vector space.
-        fallback_fetch_only: use the fallback only in ``fetch``, because its caller can read ``Fetched.space``. The
-            ``embed…`` methods then raise the first provider's error. Required if the two providers' dimensions differ.
+        fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
+            methods then raise the first provider's error. Required if the two providers' dimensions differ.
         drift: checks at intervals whether the provider still returns the vectors that are stored.
-        max_wait: seconds to wait for another call that is embedding the same text, before this call embeds it too.
+        max_wait: seconds to wait for another call that embeds the same text. After that, this call embeds the text too.
         flush_timeout: maximum number of seconds to wait for background writes in ``close`` and at exit.
         max_queued: maximum number of entries per tier that wait for a background write.
         listeners: functions that are called with every :data:`embedonce.events.Event`.
@@ -180,12 +180,14 @@ class Cache(Requests):
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
 
     def forget(self, texts: Sequence[str], task: Task | None = None) -> None:
-        """Remove the texts from every tier, for one task or for all, including the fallback's vectors.
+        """Remove the vectors of the texts from every tier, for one task or for all tasks.
+
+        The fallback's vectors of these texts are removed too.
 
         The memory tiers of other processes keep the vectors until their TTL has passed.
 
         Raises:
-            EraseIncomplete: some tiers failed or cannot delete; the error names them.
+            EraseIncomplete: some tiers failed or cannot delete; the error names these tiers.
         """
         run_blocking(self._forget(self._chain.ports.blocking, texts, task))
 
@@ -202,12 +204,12 @@ class Cache(Requests):
 
         Raises:
             ValueError: no part was given.
-            EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names them.
+            EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
         """
         return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
 
     def explain(self, text: str, task: Task = "document") -> Explanation:
-        """Return how the text's key is built, what each tier has for it, and possible reasons for a miss."""
+        """Return how the text's key is built, what each tier has for the key, and possible reasons for a miss."""
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
@@ -218,10 +220,11 @@ class Cache(Requests):
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
 
-        It lists all tiers. Entries that wait for a background write are not in a tier yet, so call ``flush`` first.
+        This method lists the keys of all tiers. Entries that wait for a background write are not in a tier yet, so call
+        ``flush`` first to include these entries.
 
         Raises:
-            TierError: a tier failed or cannot list; the message names it.
+            TierError: a tier failed or cannot list; the message names the tier.
         """
         return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
 
@@ -417,7 +420,7 @@ class Cache(Requests):
 
 
 class _CacheOfSameTiers(Cache):
-    """A cache for another provider that uses the tiers of an existing cache. Only the existing cache closes them."""
+    """A cache that shares the tiers of an existing cache. Only the existing cache closes the tiers."""
 
     def __init__(self, chain: RunningChain, source: LiveProvider) -> None:
         Requests.__init__(self, chain, source, None, fetch_only=False)

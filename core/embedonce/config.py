@@ -1,7 +1,7 @@
 """Read TOML, or a dict of the same shape, into a frozen :class:`Config`, and create a :class:`Cache` from it.
 
-This module imports nothing heavy. The metadata of plugins is read in the first :func:`load`, which imports pydantic
-only if a value needs it.
+This module imports nothing heavy. The first call of :func:`load` reads the metadata of plugins. It imports pydantic
+only if a value needs pydantic.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def open(
     """Return the cache that a configuration describes.
 
     ``source`` is a TOML file, a dict of the same shape, or None. With None, the file is the one that
-    ``EMBEDONCE_CONFIG`` names. If that is not set, it is the nearest ``embedonce.toml`` or ``pyproject.toml`` (with
-    ``[tool.embedonce]``) in the current folder or one above. If there is no such file, the cache has the ngram
-    provider, a memory tier, and a disk tier in the user's cache folder.
+    ``EMBEDONCE_CONFIG`` names. If that variable is not set, the file is the nearest ``embedonce.toml`` or
+    ``pyproject.toml`` (with ``[tool.embedonce]``) in the current folder or a folder above it. If there is
+    no such file, the cache has the ngram provider, a memory tier, and a disk tier in the user's cache folder.
 
     Your own ``provider``, or a function together with its ``space``, replaces ``[provider]``. The configuration
     may then omit that table. If it has the table, the table is not read.
@@ -66,8 +66,8 @@ def open(
 def load(source: Source = None, *, own_provider: bool = False) -> Config:
     """Read and check a configuration without creating anything. Arguments and errors are those of :func:`open`.
 
-    With ``own_provider``, ``[provider]`` is not read. Pass a provider to :func:`compose` then; without one, the
-    cache computes nothing.
+    With ``own_provider``, ``[provider]`` is not read. In that case, pass a provider to :func:`compose`. Without a
+    provider, the cache computes nothing.
     """
     from ._config.documents import find_document
     from ._config.loader import load_document
@@ -98,7 +98,7 @@ def schema() -> dict[str, Any]:
 
 
 def secrets_in(document: Mapping[str, Any]) -> list[str]:
-    """Return the dotted names of values that contain a secret as plain text, which should not be written to a file.
+    """Return the dotted names of values that contain a secret as plain text. Do not write such a value to a file.
 
     A value that refers to a variable, ``${NAME}``, contains no secret.
     """
@@ -115,7 +115,7 @@ def compose(
 ) -> Cache:
     """Create the provider and the backends of a configuration, and a cache that uses them.
 
-    ``provider``, with a ``space`` if it is a function, replaces the configuration's provider. If neither exists, the
+    ``provider``, with a ``space`` if it is a function, replaces the configuration's provider. Without any provider, the
     cache computes nothing; it only reads, stores and removes entries of the tiers.
 
     Raises:
@@ -126,7 +126,7 @@ def compose(
     from ._plugins import entry_points
 
     if provider is None and space is not None:
-        raise TypeError("space= requires a function as provider=; a plugin describes its own vector space")
+        raise TypeError("space= requires a function as provider=, because a plugin describes its own vector space")
     made: list[Any] = []
     try:
         with entry_points.restrict_plugins(config.allow):
@@ -205,7 +205,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:
-    """Return a problem for a chain's error, at the option that caused it or else at its tier."""
+    """Return a problem for a chain's error, at the option that caused the error, or else at the tier."""
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 
@@ -217,7 +217,7 @@ def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
 
 
 def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:
-    """Return the encryption of a tier. Add any problem with its keys to ``problems``."""
+    """Return the encryption of a tier. Add a problem with the encryption keys to ``problems``."""
     from .encryption import Encryption
 
     if tier.encryption is None:

@@ -35,26 +35,26 @@ Vectors: TypeAlias = NDArray[np.floating[Any]] | Sequence[Sequence[float]] | Seq
 class Capabilities:
     """The properties that a backend declares. They are checked when a chain is composed.
 
-    Declare only capabilities that the backend has: the conformance kit fails if a declared one is missing.
+    Declare only capabilities that the backend has: the conformance kit fails if a declared capability is missing.
     """
 
     holds: Literal["frames", "entries", "either"] = "frames"
     """The values that the backend stores.
 
     ``"frames"``: bytes, in a :class:`FrameBackend`. ``"entries"``: entries, in an :class:`EntryBackend`. ``"either"``:
-    both, in an entry backend that also stores frames if its tier is encrypted. It returns each value in the form in
-    which it was stored.
+    both, in an entry backend that also stores frames if its tier is encrypted. Such a backend returns each value in the
+    form in which the value was stored.
     """
     scope: Literal["process", "host", "network"] = "host"
-    """Who shares the entries: one process, one host, or all hosts. It determines the default timeout and write mode."""
+    """Who shares the entries: one process, one host, or all hosts. It sets the default timeout and write mode."""
     blocking: bool = True
     """Whether calls may block. If False, a call takes microseconds and is made on the event loop itself."""
     deadline: bool = False
     """Whether every call ends within :func:`time_left` seconds. If False, the engine runs the backend's calls in a
     thread, so that it can stop waiting for a hanging call."""
     fork: bool = True
-    """Whether the client library works in a forked child. If False, a call there raises immediately, and its message
-    says what to do."""
+    """Whether the client library works in a forked child. If False, a call in the child raises immediately, and the
+    message of the error says what to do."""
     ttl: bool = False
     """Whether the backend frees an entry's space after its ttl. (The engine never returns an expired entry.)"""
     max_batch: int | None = None
@@ -62,8 +62,8 @@ class Capabilities:
     max_value_bytes: int | None = None
     """Maximum size of a value; the engine drops larger values and counts them. None means no limit."""
     get: bool = False
-    """Whether the backend has ``get(key)``, which returns the value of one key or None. The engine uses it to read a
-    single text from an in-process tier."""
+    """Whether the backend has ``get(key)``, which returns the value of one key or None. The engine uses ``get`` to read
+    a single text from an in-process tier."""
     delete: bool = False
     """Whether the backend has ``delete_many(keys)``, which ``forget`` and ``purge`` need."""
     scan: bool = False
@@ -75,8 +75,8 @@ class Capabilities:
     twin: bool = False
     """Whether the backend has ``twin()``, which returns a native async client of the same store."""
     bounded: bool | None = None
-    """Whether the backend limits its size by evicting entries; None if it cannot tell. A chain with two tiers that
-    grow without limit gets a warning."""
+    """Whether the backend limits its size by evicting entries; None if the backend cannot tell. A chain with two
+    tiers that grow without limit gets a warning."""
     text_preview: bool = False
     """Whether the backend's options say that the beginning of each text is stored beside its vector. The metadata of an
     entry then has the field ``text_preview``. This cannot be combined with encryption or with a secret."""
@@ -160,7 +160,7 @@ class Extras(Protocol):
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is absent, and return those keys.
 
-        If several callers add the same key, only one of them gets it.
+        If several callers add the same key, only one of their calls returns the key.
 
         The values are the few bytes of a lease, even if the backend stores entries.
         """
@@ -182,8 +182,8 @@ class Extras(Protocol):
 class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.
 
-    When its timeout has passed, a call is cancelled. The next call must not read the reply to the cancelled call, so
-    drop the connection. The engine would notice a wrong reply that is a frame, but not one that is an entry.
+    A call is cancelled when its timeout has passed. The client must then drop the connection, because the next call
+    must not read the reply to the cancelled call. The engine would notice a wrong frame, but not a wrong entry.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...
@@ -276,7 +276,8 @@ class Embedded:
 class Provider(Protocol):
     """Computes vectors with blocking calls. Several threads may call it at the same time.
 
-    It may also have ``aembed``, the same method as a coroutine. The async methods of a cache then call ``aembed``.
+    A provider may also have ``aembed``, which is ``embed`` as a coroutine. The async methods of a cache then call
+    ``aembed``.
     """
 
     @property

@@ -40,16 +40,18 @@ class DriftGuard:
     every: Annotated[
         Duration,
         Gt(0),
-        Doc("Time between two checks. When it has passed, the check is made before the next missing text is embedded."),
+        Doc("Time between two checks. After this time, the next missing text starts a check."),
     ] = 86400.0
     tolerance: Annotated[
         float,
         Gt(0),
         Lt(2),
-        Doc("A canary has drifted if the cosine with its stored vector is less than 1 minus this value."),
+        Doc("A canary has drifted if the cosine of its new and its stored vector is less than 1 minus this value."),
     ] = 0.001
     texts: Annotated[
-        Sequence[str], MinLen(1), Doc("The canary texts. Set your own if the built-in ones do not suit the model.")
+        Sequence[str],
+        MinLen(1),
+        Doc("The canary texts. Set your own texts if the built-in texts do not suit the model."),
     ] = field(default=CANARIES, repr=False)
 
     def __post_init__(self) -> None:

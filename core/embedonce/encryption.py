@@ -1,4 +1,4 @@
-"""Encryption of stored frames with AES-256-GCM, for a tier whose store others can read.
+"""Encryption of stored frames with AES-256-GCM, for a tier whose store other people can read.
 
 A vector is as sensitive as its text, because short texts can be reconstructed from their vectors.
 ``docs/encryption.md`` has the layout of an encrypted frame.
@@ -30,7 +30,7 @@ class Encryption:
     Args:
         keys: One or more keys, each given as 32 bytes, as base64, or as ``"file:PATH"`` for a file with the base64.
             The first key encrypts, and all keys decrypt. To rotate keys, put the new key before the old key. Remove the
-            old key when its frames have expired. A text whose frame no key can decrypt is embedded again.
+            old key when its frames have expired. If no key can decrypt a frame, its text is embedded again.
 
     Raises:
         ConfigError: a key is invalid or missing, or the package ``cryptography`` is not installed.
@@ -61,7 +61,7 @@ class Encryption:
         return [f"{key:016x}" for key in self._ciphers]
 
     def encrypt(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return the frames, encrypted with the first key; each is bound to its storage key."""
+        """Encrypt the frames with the first key, and return them. Each encrypted frame is bound to its storage key."""
         cipher = self._ciphers[self._first]
         sealed = {}
         for key, frame in frames.items():
@@ -76,7 +76,7 @@ class Encryption:
         return sealed
 
     def decrypt(self, frames: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], list[str]]:
-        """Return the decrypted frames, the storage keys of corrupt frames, and those of unencrypted frames.
+        """Return the decrypted frames, the storage keys of corrupt frames, and the storage keys of unencrypted frames.
 
         A frame is corrupt unless one of the keys encrypted it for exactly this storage key and header. For example, a
         frame that was damaged, swapped, given a different date or encrypted by another tenant is corrupt.
@@ -107,7 +107,7 @@ class Encryption:
 
 
 def key_id(key: bytes) -> int:
-    """Return the 8-byte id of a key, which does not reveal the key. It is never 0, because 0 means not encrypted."""
+    """Return the 8-byte id of a key, which does not reveal the key. The id is never 0, as 0 means not encrypted."""
     return int.from_bytes(hashlib.sha256(b"embedonce/key-id/1" + key).digest()[:8], "little") or 1
 
 

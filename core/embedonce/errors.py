@@ -13,7 +13,7 @@ from typing import Any
 
 
 class EmbedonceError(Exception):
-    """Base class of all errors of embedonce. Catch it to catch any of them."""
+    """Base class of all errors of embedonce. To catch all of these errors, catch this class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class SpaceError(EmbedonceError, ValueError):
 class TextError(EmbedonceError, ValueError):
     """A text cannot be encoded, because it has a lone surrogate. Nothing was sent or stored.
 
-    ``position`` is its index in the batch.
+    ``position`` is the text's index in the batch.
     """
 
     def __init__(self, message: str, position: int = 0) -> None:
@@ -85,10 +85,10 @@ class DriftError(ProviderError):
 
 
 class TextRefused(ProviderError, ValueError):
-    """A provider refuses to embed some texts, for example because they are empty or too long. Providers raise it.
+    """A provider refuses to embed some texts, for example because they are empty or too long.
 
-    ``positions`` are the indexes of these texts in the chunk. If the provider cannot tell which texts they
-    are, it leaves ``positions`` empty, and the engine halves the chunk until it has found them.
+    Providers raise this error. ``positions`` are the indexes of the refused texts in the chunk. A provider that cannot
+    tell which texts it refuses leaves ``positions`` empty. The engine then halves the chunk until it has found them.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
@@ -117,20 +117,23 @@ class TierTimeout(TierError, TimeoutError):
 
 
 class TierBusy(TierError):
-    """All connections or threads to a tier are in use. It counts as an error but does not open the breaker.
+    """All connections or threads to a tier are in use. This counts as an error but does not open the breaker.
 
-    Backends raise it when their connection pool is exhausted.
+    Backends raise this error when their connection pool is exhausted.
     """
 
 
 class PartialAnswer(TierError):
-    """Some nodes or shards of a backend failed and others answered. Backends raise it, and the engine uses the values.
+    """Some nodes or shards of a backend failed, and other nodes answered.
+
+    Backends raise this error, and the engine uses the values of the nodes that answered.
 
     ``answer`` is the return value of the call for the keys that did not fail: a mapping for ``get_many``, the
     keys that were added for ``add_many``, None for ``set_many`` and ``delete_many``. ``failed`` contains the keys
-    whose state is unknown (for a write: the keys that were not stored). A requested key that is in neither is a miss.
+    whose state is unknown (for a write: the keys that were not stored). A requested key that is
+    neither in ``answer`` nor in ``failed`` counts as a miss.
 
-    Raise it ``from`` the error of the node that failed. The failed keys are counted under that error, and the tier's
+    Raise this error ``from`` the error of the failed node. The failed keys are counted under that error, and the tier's
     breaker reacts as if that error had been raised itself. While the backend skips a failed node, so that no call
     waits for the node, raise it ``from`` a :class:`TierBusy`, which does not affect the breaker. The other nodes then
     stay in use. If no node answered, raise the error of a node instead of a ``PartialAnswer``.

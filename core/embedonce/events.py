@@ -12,7 +12,7 @@ from ._reprs import format_percent, make_html_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookedUp:
-    """A tier was asked for keys. Counts are in texts."""
+    """A tier was asked for keys. The counts are numbers of texts."""
 
     tier: str
     task: str
@@ -85,7 +85,7 @@ class TierStats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of hits among hits and misses, from 0 to 1; None if there are neither. Errors do not count."""
+        """Share of hits among hits and misses, from 0 to 1; None if both are 0. Errors do not count."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
 
 
@@ -110,9 +110,9 @@ class Stats:
     """Number of texts whose vector another call was already computing."""
 
     requested: int = 0
-    """Texts that calls requested. Equal texts in one call count once."""
+    """Number of texts that calls requested. Equal texts in one call count once."""
     found: int = 0
-    """Requested texts that some tier had."""
+    """Number of requested texts that some tier had."""
 
     @property
     def hit_rate(self) -> float | None:

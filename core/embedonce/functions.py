@@ -1,4 +1,4 @@
-"""Providers that call a function from texts to vectors; the caller declares the vector space."""
+"""Providers that call a function, which turns texts into vectors. The caller declares the vector space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class _FunctionBase:
         self._takes_task = _takes_task(function)
         self._space = _require_space(space)
         if self._takes_task and self._space.task is not None:
-            raise SpaceError("the function takes the task, which embedonce adds to the space; remove task from space=")
+            raise SpaceError(
+                'the function takes "task", so embedonce adds the task to the space itself; remove "task" from space='
+            )
 
     def space(self, task: Task) -> VectorSpace:
         """Return the declared space; it includes the task if the function takes the task."""
@@ -75,7 +77,7 @@ class AsyncFunctionProvider(_FunctionBase):
 
 
 class NoProvider:
-    """A placeholder that computes nothing: for inspecting or purging tiers, or for :meth:`Cache.for_provider`."""
+    """A placeholder that computes nothing. Use it to inspect or purge tiers, or before :meth:`Cache.for_provider`."""
 
     limits = Limits()
 
@@ -99,8 +101,8 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     """Return ``source`` if it is a provider, else a provider that calls it.
 
     Raises:
-        SpaceError: ``source`` is a function without a space, or a provider, and a space or limits were given
-            too.
+        SpaceError: ``source`` is a function and no space was given, or ``source`` is a provider and a space or limits
+            were given.
         TypeError: ``source`` is neither a provider nor a function.
     """
     if isinstance(source, type):
@@ -108,7 +110,8 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     if _is_provider(source):
         if space is not None or limits is not None:
             raise SpaceError(
-                f"{type(source).__name__} is a provider and describes its own space and limits; remove space and limits"
+                f"{type(source).__name__} is a provider and describes its own space and limits; "
+                "remove space= and limits="
             )
         return cast("AnyProvider", source)
     if not callable(source):
@@ -125,9 +128,9 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
 def _require_space(space: Space | None) -> VectorSpace:
     if space is None:
         raise SpaceError(
-            "a function does not describe its vector space; pass space= with at least the model's name and version, "
-            'space={"model": "my-model-v2"}, and everything else that changes the vectors (dimensions, prompt, '
-            "normalize, ...)"
+            'a function does not describe its vector space; pass space={"model": "my-model-v2"} with the name and '
+            "version of the model, and add everything else that changes the vectors (dimensions, prompt, normalize, "
+            "...)"
         )
     return VectorSpace.of(space)
 

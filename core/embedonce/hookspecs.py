@@ -1,4 +1,4 @@
-"""The hooks that a plugin may have, as functions of its module marked with :func:`hookimpl`.
+"""The hooks of plugins. A plugin implements a hook as a function of its module, marked with :func:`hookimpl`.
 
 A plugin's module may also set ``api = 1``, the version of the contract that it was written for.
 pluggy is imported when the first plugin is loaded, not with this module, because the import takes 10 ms.

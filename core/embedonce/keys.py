@@ -130,7 +130,7 @@ class VectorSpace:
     extra: Mapping[str, Value] | None = None
     """Other request fields that are passed to the model."""
     space_version: int | str | None = None
-    """Version that a plugin increases when its vectors change although no other field does."""
+    """Version that a plugin increases when its vectors change although no other field changes."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.provider, str) or not self.provider or not isinstance(self.model, str):
@@ -240,12 +240,12 @@ class KeyPolicy:
     normalize: Sequence[str] = ()
     """Names of the steps, in the order in which they are applied. See :data:`NORMALIZERS`; plugins add more."""
     version: str = "v1"
-    """Part of every key. A new version ignores all vectors that were stored under the old one."""
+    """Part of every key. With a new version, all vectors that were stored under the old version are ignored."""
     namespace: str = ""
     """Part of every key. It separates tenants or projects that share a store."""
     hash: Hash = "sha256"
     secret: str | bytes | None = field(default=None, repr=False)
-    """Key of the digest, so that nobody who can read the store's keys can guess short texts from them."""
+    """Secret of a keyed hash. Without this secret, nobody can guess short texts from the keys in a store."""
 
     def __post_init__(self) -> None:
         if isinstance(self.normalize, str):
@@ -273,7 +273,7 @@ class KeyPolicy:
         if self.secret is None:
             return None
         # The secret is the message, not the HMAC key: HMAC pads its key with NUL bytes, so a secret that ends in NUL
-        # would have the id of a shorter one.
+        # would have the id of a shorter secret.
         return hmac.digest(b"embedonce/secret-id/1", self._secret_bytes(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:

@@ -22,18 +22,19 @@ OTHER_FRAMEWORK_FOLDERS: Final = frozenset({"onnx", "openvino"})
 SMALL: Final = 1 << 20
 """Maximum size, in bytes, of a file that is hashed every time. The digests of larger files are remembered."""
 SETTLED: Final = 10.0
-"""Minimum number of seconds since a file's last change for its digest to be remembered. Two changes within one tick of
-the file system's clock leave the same times, so a remembered digest could be that of the earlier content."""
+"""Minimum age of a file's last change, in seconds, for the file's digest to be remembered. Two changes within one tick
+of the file system's clock give the file the same times. If the file was hashed between two such changes, a remembered
+digest of the earlier content would be used for the later content."""
 REMEMBERED: Final = 1000
-"""Maximum number of remembered digests; the oldest are removed first."""
+"""Maximum number of remembered digests; the oldest digests are removed first."""
 
 
 def digest(folder: Path, *, pytorch: bool = False) -> str:
     """Return the SHA-256, in hex, of the files that determine the vectors of the model in a folder.
 
-    It covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). It does
-    not depend on the path or the age of the folder. With ``pytorch`` it also skips the weights of other frameworks,
-    :data:`OTHER_FRAMEWORKS` and :data:`OTHER_FRAMEWORK_FOLDERS`.
+    The digest covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). It
+    does not depend on the path or the age of the folder. With ``pytorch`` it does not cover the weights of other
+    frameworks either. Their files are listed in :data:`OTHER_FRAMEWORKS` and :data:`OTHER_FRAMEWORK_FOLDERS`.
 
     Raises:
         SpaceError: a file cannot be read.
@@ -68,9 +69,9 @@ def _raise_error(error: OSError) -> None:
 
 
 class _Memo:
-    """Digests of large files, kept in a file of the user's cache folder; see :func:`_identify` for their keys.
+    """Digests of large files, kept in a file of the user's cache folder; see :func:`_identify` for the keys.
 
-    Hashing 90 MB takes 0.2 s and hashing 2 GB several seconds, which is too long for every warm start.
+    Hashing 90 MB takes 0.2 s, and hashing 2 GB takes several seconds. That would be too long at every warm start.
     """
 
     def __init__(self) -> None:

@@ -5,8 +5,9 @@ description in the JSON schema and in error messages::
 
     def __init__(self, *, max_bytes: Annotated[Size | None, Doc("Evict entries above this size.")] = None) -> None: ...
 
-In Python a :data:`Size` is an int of bytes and a :data:`Duration` a float of seconds; TOML also takes
-``"512 MiB"`` and ``"250ms"``. This module does not import pydantic; pydantic calls the markers when it needs them.
+In Python, a :data:`Size` is an int of bytes, and a :data:`Duration` is a float of seconds. In TOML, both may also be
+text, such as ``"512 MiB"`` or ``"250ms"``. This module does not import pydantic; pydantic calls the markers when it
+needs them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["BadValue", "Doc", "Duration", "Size", "parse_duration", "parse_size"]
 
 # Units are case-insensitive, so "Mb" means megabytes; there are no units for bits. A plain "M" is refused, because
-# it may mean 1000 * 1000 or 1024 * 1024. pydantic's ByteSize accepts bits and negative sizes, and the packages that
-# parse durations are no longer maintained.
+# "M" may mean 1000 * 1000 or 1024 * 1024. This module has its own parser of sizes, because pydantic's ByteSize accepts
+# bits and negative sizes. It has its own parser of durations, because the packages for durations are no longer
+# maintained.
 BYTES: Mapping[str, int] = {
     "b": 1,
     "kb": 10**3,
@@ -57,7 +59,7 @@ def parse_size(value: object) -> int:
     """Return a size in bytes from an int of bytes or from text such as ``"512 MiB"``, ``"1GB"``, ``"1.5 GiB"``.
 
     Raises:
-        BadValue: the value is something else, negative, too large, or not a whole number of bytes.
+        BadValue: the value has another form, is negative, is too large, or is not a whole number of bytes.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BadValue('must be a whole number of bytes or text such as "512 MiB"')
@@ -92,7 +94,7 @@ def parse_duration(value: object) -> float:
     """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
 
     Raises:
-        BadValue: the value is something else, negative, NaN, or more than a hundred years.
+        BadValue: the value has another form, is negative, is NaN, or is more than a hundred years.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadValue('must be a number of seconds or text such as "250ms" or "1h30m"')

@@ -83,7 +83,7 @@ def _find_nearest(
     """
     queries, query_lengths = _scale_rows(query_rows, "queries", first)
     coarse = _to_unit_length(queries, query_lengths)
-    # The maximum float32 error of a sum over d products of two unit vectors, for both sides of a comparison.
+    # The maximum float32 error when the dot products of two pairs of unit vectors are compared.
     margin = np.float32((rows.shape[1] + 8) * 2.0**-22)
     best = _BestRows(len(query_rows), k)
     step = _compute_block_size(rows.shape[1])

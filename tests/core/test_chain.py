@@ -70,7 +70,7 @@ def test_a_warning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             assert len(warnings_of(tiers)) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "tier 'once-second' (in this process) comes after the slower tier 'once-first' (on this host), "
-        "so every hit in it waits for the slower tier first; move it up"
+        "so every hit in 'once-second' waits for 'once-first' first; move 'once-second' up"
     ]
 
 
@@ -93,7 +93,7 @@ def test_a_chain_error_names_its_place_in_the_file(tmp_path: Path) -> None:
         embedonce.open(file)
     (problem,) = caught.value.problems
     assert (problem.line, problem.column) == (11, 1)
-    assert problem.message == "tiers 'disk' and 'second' both have a lease; only one tier of a chain may have one"
+    assert problem.message == "tiers 'disk' and 'second' both have a lease; only one tier of a chain may have a lease"
 
 
 @pytest.mark.parametrize("capability", EXTRAS)

@@ -27,7 +27,7 @@ CHUNK_SIZE = 1024
 """Maximum number of keys per call to a blocking backend without ``max_batch``. Each call has a deadline of its own."""
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
-"""Seconds that a call to a backend of each scope may take if the tier sets no timeout."""
+"""Maximum seconds per call, by the backend's scope, if the tier sets no timeout."""
 
 
 class BackendCalls:
@@ -47,7 +47,7 @@ class BackendCalls:
         self.reset()
 
     def reset(self) -> None:
-        """Start over in a forked child, without closing what the parent owns."""
+        """Start over in a forked child, without closing the parent's twins."""
         self._workers = Workers(MAX_CALLS)
         self._inherited += self._twins.values()
         self._twins = WeakKeyDictionary()
@@ -108,7 +108,7 @@ class BackendCalls:
             yield keys[start : start + size]
 
     def run_in_background(self, call: Callable[[], None]) -> bool:
-        """Run a call in another thread that no caller waits for; return False if no thread can be started."""
+        """Run a call in another thread without waiting for the call; return False if no thread can be started."""
         try:
             self._ports.workers.submit(call)
         except RuntimeError:  # the interpreter is shutting down and starts no new threads
@@ -118,11 +118,11 @@ class BackendCalls:
     # --- async twins --------------------------------------------------------------------------
 
     async def _get_twin(self, loop: asyncio.AbstractEventLoop) -> Any:
-        """Return the loop's async twin; open it on first use."""
+        """Return the loop's async twin, which the first call opens."""
         entry = self._twins.get(loop)
         if entry is None:
-            # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops it,
-            # and its connections would leak.
+            # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops the
+            # loop's entry, and the connections of the twin would leak.
             for closed in [other for other in list(self._twins) if other.is_closed()]:
                 self._twins.pop(closed, None)
             generator = self._open_twin()
@@ -143,7 +143,7 @@ class BackendCalls:
             try:
                 async with asyncio.timeout(self.timeout):
                     await twin.close()
-            except Exception as error:  # noqa: BLE001  (the other clients must be closed too)
+            except Exception as error:  # noqa: BLE001  (the async clients of other tiers must be closed too)
                 log.warning("tier %r: cannot close its async client (%s)", self.name, type(error).__name__)
 
     async def close_twin(self, port: Port) -> None:
@@ -156,13 +156,13 @@ class BackendCalls:
     # --- failures -----------------------------------------------------------------------------
 
     def note_failure(self, breaker: Breaker, error: Exception, *, probe: bool = False) -> str:
-        """Report a failed call to the breaker, and return the cause."""
+        """Report a failed call to the breaker, and return the cause of the failure."""
         if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.record_failure(cause)
-        elif probe:  # a busy store is reachable, and without a result of its probe the breaker would stay open
+        elif probe:  # a busy store is reachable; without this result, the breaker would stay open
             breaker.record_success()
         return cause
 

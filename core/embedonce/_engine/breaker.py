@@ -1,4 +1,4 @@
-"""A circuit breaker: it keeps calls away from a store that does not answer."""
+"""A circuit breaker, which keeps calls away from a store that does not answer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 BreakerChange: TypeAlias = Callable[[Literal["open", "closed"], str | None], None]
-"""A callback that a breaker calls with ``"open"`` and the cause when it opens, and with ``"closed"`` and None."""
+"""A callback for changes of a breaker. Its arguments are ``"open"`` and the cause, or ``"closed"`` and None."""
 
 
 class Breaker:
     """Keeps calls away from a store that does not answer.
 
-    It opens after one timeout or three failures in a row. It stays open for half a second at first, and for twice
-    as long after each failed probe, up to a minute. Each wait has some jitter. After the wait, the breaker lets exactly
-    one probe through.
+    The breaker opens after one timeout, or after three failures in a row. At first it stays open for half a second.
+    Each failed probe doubles the wait, up to a minute. Each wait has some jitter. After the wait, the breaker lets
+    exactly one probe through.
     """
 
     FAILURES = 3
@@ -45,7 +45,8 @@ class Breaker:
                 return "go"
             if now < self._next_probe:
                 return "skip"
-            self._next_probe = now + max(self.LOST_PROBE, self._wait)  # no second probe before this one counts as lost
+            # Allow no second probe until the probe that starts now counts as lost.
+            self._next_probe = now + max(self.LOST_PROBE, self._wait)
             return "probe"
 
     def record_success(self) -> None:
@@ -59,7 +60,7 @@ class Breaker:
             self._on_change("closed", None)
 
     def record_failure(self, cause: str) -> None:
-        """Count a failure. Open the breaker if there were too many, or immediately if ``cause`` is ``"timeout"``.
+        """Count a failure. Open the breaker after :attr:`FAILURES` failures in a row, or after one timeout.
 
         If the breaker is open already, double the wait for its next probe.
         """

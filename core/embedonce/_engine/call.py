@@ -46,7 +46,7 @@ class Answer:
     failed_keys: dict[str, set[str]] = field(default_factory=dict)
     """Keys whose node or shard failed in this call, by tier. The call does not write these keys to that tier."""
     store_error: TierError | None = None
-    """The error of a tier with ``on_error = "raise"`` that could not be written to."""
+    """An error of a tier with ``on_error = "raise"``. The call raises it after it has written to the other tiers."""
     _texts_by_key: dict[str, str] | None = None
 
     @property
@@ -66,7 +66,7 @@ class Answer:
         return self._texts_by_key
 
     def find_missing(self) -> list[str]:
-        """Return the keys that have neither an entry nor an error yet, each once."""
+        """Return the keys that have neither an entry nor an error yet, without duplicates."""
         failed = self.failed
         missing = self.entries.lacking(dict.fromkeys(self.keys))
         return [key for key in missing if key not in failed] if failed else missing
@@ -82,7 +82,7 @@ class Answer:
         return [entries[key].vector for key in self.keys]
 
     def matrix(self) -> Matrix:
-        """Return every row in order, as a matrix (n, d). It raises the same error as :meth:`rows`."""
+        """Return every row in order, as a matrix (n, d). The errors are those of :meth:`rows`."""
         self._check()
         return self.entries.matrix(self.keys, self.route.dimensions)
 

@@ -1,4 +1,4 @@
-"""The options of a tier, and the checks of a chain of tiers, which find errors and probable mistakes."""
+"""The options of a tier, and the checks that find errors and probable mistakes in a chain of tiers."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Tier:
     encryption: Encryption | None = field(default=None, kw_only=True)
     """Encryption of the frames, applied before the backend sees them."""
     lease: float | None = field(default=None, kw_only=True)
-    """Seconds for which a process that embeds a missing text keeps other processes from embedding it too.
+    """Seconds for which only one process embeds a missing text, while other processes wait for the vector.
 
     With None, several processes that share the tier may embed the same text at the same time.
     """
 
 
 class ChainError(ConfigError):
-    """A tier cannot be in the chain. ``place`` is its index, and ``option`` is the invalid option, if there is one."""
+    """A tier cannot be in the chain. ``place`` is the tier's index. ``option`` is the invalid option, if any."""
 
     def __init__(self, message: str, place: int, option: str | None = None) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class ChainError(ConfigError):
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
-    """Give every tier a name, and reject a chain that cannot work. ``keyed``: whether the key policy has a secret.
+    """Give every tier a name, and reject a chain that cannot work. ``keyed``: the key policy has a secret.
 
     Raises:
         ChainError: two tiers have the same name, a tier is not a backend, or a backend cannot support an option.
@@ -76,13 +76,16 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
 def _find_problems(
     name: str, tier: Tier, earlier: Sequence[tuple[str, Tier]], *, keyed: bool
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield each problem of a tier: the invalid option, if any, and a message. ``earlier`` has the tiers before it."""
+    """Yield each problem of a tier as a pair: the invalid option or None, and a message.
+
+    ``earlier`` contains the tiers before this tier.
+    """
     caps = getattr(tier.backend, "capabilities", None)
     if not isinstance(caps, Capabilities):
         yield (
             None,
             (
-                f"{type(tier.backend).__name__} is not a backend: it has no `capabilities` "
+                f"{type(tier.backend).__name__} is not a backend, because it has no `capabilities` "
                 "(see embedonce.contracts.FrameBackend)"
             ),
         )
@@ -93,17 +96,20 @@ def _find_problems(
     if any(name == other for other, _ in earlier):
         yield "name", f"two tiers are named {name!r}; give each a unique name with name="
     if name == "provider":
-        yield "name", 'a tier cannot be named "provider": Fetched.sources uses that name for the provider'
+        yield "name", 'a tier cannot be named "provider", because Fetched.sources uses that name for the provider'
     if tier.timeout is not None and caps.scope == "process":
-        yield "timeout", f"tier {name!r}: timeout is not supported for a backend in this process; remove it"
+        yield "timeout", f"tier {name!r}: timeout is not supported for a backend in this process; remove timeout"
     if tier.encryption is not None and caps.holds == "entries":
-        yield "encryption", f"tier {name!r}: encryption requires a backend that stores frames; this one stores entries"
+        yield (
+            "encryption",
+            f"tier {name!r}: encryption requires a backend that stores frames, and this tier's backend stores entries",
+        )
     if caps.text_preview and (tier.encryption is not None or keyed):
         yield (
             "encryption" if tier.encryption is not None else None,
             f"tier {name!r}: text_preview stores the start of each text, which "
             + ("encryption" if tier.encryption is not None else "the [key] secret")
-            + " is meant to hide; remove one of the two",
+            + " is meant to hide; remove one of these two options",
         )
     if tier.lease is not None:
         yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, earlier))
@@ -121,17 +127,20 @@ def _find_lease_problems(
     name: str, tier: Tier, caps: Capabilities, earlier: Sequence[tuple[str, Tier]]
 ) -> Iterator[str]:
     if caps.scope == "process":
-        yield f"tier {name!r}: lease requires a backend that several processes share; this one is private, so remove it"
+        yield (
+            f"tier {name!r}: lease requires a backend that several processes share, and this tier's backend is private "
+            "to the process; remove lease"
+        )
     if not caps.add:
         yield f"tier {name!r}: lease requires a backend with add_many"
     if tier.write in ("background", "none"):
         yield (
-            f'tier {name!r}: lease requires write = "inline", got "{tier.write}", because other processes wait for '
-            "the vectors that this tier stores"
+            f'tier {name!r}: lease requires write = "inline", because other processes wait for the vectors '
+            f'that this tier stores; got "{tier.write}"'
         )
     other = next((other for other, one in earlier if one.lease is not None), None)
     if other is not None:
-        yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have one"
+        yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have a lease"
 
 
 _LOGGED: set[str] = set()
@@ -142,7 +151,7 @@ _WHERE = {"process": "in this process", "host": "on this host", "network": "on t
 
 
 def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
-    """Return warnings about a chain that works but is probably a mistake, each with its tier."""
+    """Return warnings about probable mistakes in a chain that works. Each warning names a tier."""
     found = []
     for place, (name, tier) in enumerate(chain):
         scope = tier.backend.capabilities.scope
@@ -153,7 +162,7 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
                 ChainWarning(
                     name,
                     f"tier {name!r} ({_WHERE[scope]}) comes after the slower tier {slower[0]!r} "
-                    f"({_WHERE[slower[1]]}), so every hit in it waits for the slower tier first; move it up",
+                    f"({_WHERE[slower[1]]}), so every hit in {name!r} waits for {slower[0]!r} first; move {name!r} up",
                 )
             )
     unlimited = [name for name, tier in chain if tier.backend.capabilities.bounded is False and tier.ttl is None]
@@ -162,7 +171,7 @@ def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
             ChainWarning(
                 unlimited[0],
                 f"tiers {join_words(map(repr, unlimited))} grow without limit, and each of them stores all "
-                "entries; give the faster one a ttl, or a size limit if its backend has such an option",
+                "entries; give the faster tier a ttl, or a size limit if its backend supports size limits",
             )
         )
     return found

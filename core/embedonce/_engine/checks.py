@@ -17,11 +17,12 @@ _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> Matrix:
     """Return the vectors of an answer as a float32 matrix of shape (texts, d), or refuse all of them.
 
-    ``who`` is the beginning of an error message: "provider 'x' returned", "put was given".
+    ``who`` is the beginning of an error message, such as "provider 'x' returned" or "put was given".
 
     Raises:
-        ProviderError: there is not exactly one vector per text, or a vector has unexpected dimensions, no values, NaN,
-            infinity (including values beyond float32's range), only zeros, or values that are not numbers.
+        ProviderError: there is not exactly one vector per text, or a vector is invalid. A vector is invalid if its
+            dimensions are not the expected ones, if it has no values or only zeros, or if a value is not a number, is
+            not finite, or is beyond float32's range.
     """
     vectors = answer.vectors if isinstance(answer, Embedded) else answer
     if not isinstance(vectors, np.ndarray) and hasattr(vectors, "__next__"):
@@ -100,7 +101,7 @@ def check_entries(
 def _take_valid_blocks(
     values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
 ) -> dict[str, Entry]:
-    """Add the blocks whose rows are all valid to ``entries``. Return the other entries, to be checked one by one."""
+    """Add to ``entries`` the blocks whose rows are all valid. Return all other entries, for a check of each entry."""
     rest = values.loose()
     for block in values.blocks:
         if block.dtype == dtype and _is_valid_block(block, now, dimensions):
@@ -121,9 +122,9 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
 
 
 def _has_unexpected_entry(values: Mapping[str, Any], now: float, dtype: Dtype, dimensions: int | None) -> bool:
-    """Return whether any entry differs in type, dimensions, dtype or expiry from the entries that this cache stores.
+    """Return whether any entry has expired, or has a type, dimensions or dtype that this cache does not store.
 
-    If no entry does, no other check is needed.
+    If the result is False, the entries need no other check.
     """
     for entry in values.values():
         if type(entry) is not Entry:
@@ -148,7 +149,7 @@ def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
 
 
 def _are_all_finite(entries: Iterable[Any]) -> bool:
-    """Return whether all vectors are finite. Checking them together is ten times as fast as one by one."""
+    """Return whether all vectors are finite. Checking all vectors together is ten times as fast as one by one."""
     try:
         joined = b"".join([entry.vector for entry in entries])
     except (AttributeError, TypeError, ValueError, BufferError):

@@ -34,7 +34,7 @@ class Codec:
         return self._encryption is not None
 
     def encode(self, entries: Mapping[str, Entry]) -> Mapping[str, Any]:
-        """Return the values to give to the backend for these entries."""
+        """Return the values that the backend stores for these entries."""
         if self._encryption is not None:
             return self._encryption.encrypt(encode_frames(entries))
         return encode_frames(entries) if self._holds == "frames" else entries
@@ -42,7 +42,7 @@ class Codec:
     def decode(
         self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
     ) -> Decoded:
-        """Check the values that the backend returned, frames or entries; decrypt them if the tier is encrypted."""
+        """Check the frames or entries that the backend returned. In an encrypted tier, decrypt the frames first."""
         now = self._clock() if now is None else now
         if self._holds == "entries":
             return check_entries(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._is_trusted)

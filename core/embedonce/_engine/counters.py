@@ -11,7 +11,7 @@ from embedonce.events import TierStats
 
 
 class Tally:
-    """A count that many threads increment without a lock: ``add`` is one call into C."""
+    """A count that many threads increment. ``add`` needs no lock, because it is one call into C."""
 
     def __init__(self) -> None:
         self.add: Callable[[], int] = itertools.count().__next__
@@ -28,19 +28,22 @@ class Tally:
 
 
 class RequestCounters:
-    """Counts the texts that calls requested, and those whose vector did not come from the provider of the call."""
+    """Counts the requested texts, and how many of them a tier had or another call was already embedding."""
 
     def __init__(self) -> None:
         self.requested = 0
-        """Texts that were requested, each once per call."""
+        """Number of texts that were requested. Equal texts in one call count once."""
         self.found = 0
-        """Requested texts that a tier had."""
+        """Number of requested texts that a tier had."""
         self.shared = 0
-        """Requested texts whose vector another call was already computing."""
+        """Number of requested texts whose vector another call was already computing."""
         self.renew_locks()
 
     def renew_locks(self) -> None:
-        """Create a new lock, as a forked child must. It is re-entrant, because a signal handler may use the cache."""
+        """Create a new lock, also in a forked child.
+
+        The lock is re-entrant, because a signal handler may use the cache.
+        """
         self._lock = threading.RLock()
 
     def count(self, *, requested: int = 0, found: int = 0, shared: int = 0) -> None:
@@ -63,7 +66,7 @@ class Counters:
         self._seconds = 0.0
 
     def renew_locks(self) -> None:
-        """Replace the locks, also in a forked child.
+        """Create new locks, also in a forked child.
 
         The locks are re-entrant, because a signal handler may use the cache.
         """

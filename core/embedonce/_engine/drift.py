@@ -28,10 +28,13 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds until the next check if a check failed, or if it found drift and the action is ``"refuse"``."""
+"""Seconds until the next check after a check that failed, or that found drift with the action ``"refuse"``."""
 
 DRIFTED_MARK = "embedonce_drifted"
-"""Metadata field that marks the canaries of a drifted space. A process that reads it uses the next generation."""
+"""Metadata field that marks the canaries of a drifted space.
+
+A process that reads this mark uses the next generation of the space.
+"""
 
 FRESH_SUFFIX = ".now"
 """Suffix of the keys of the flights that compute new canary vectors. Nothing is stored under these keys."""
@@ -45,7 +48,7 @@ class _SpaceState:
     """Unix time of the next check."""
     error: DriftError | None = None
     generation: int = 0
-    """Generation of the space in which texts are embedded now."""
+    """Current generation of the space. Missing texts are embedded in this generation."""
     is_generation_known: bool = False
     """Whether all tiers have been searched for the generation that other processes use."""
 
@@ -55,7 +58,7 @@ class SpaceLeft(DriftError):
 
 
 class DriftCheckingEngine(Engine):
-    """Checks, before it embeds texts in a space, whether the provider still returns the same vectors."""
+    """An engine that checks whether the provider still returns the same vectors before it embeds texts in a space."""
 
     def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -117,13 +120,13 @@ class DriftCheckingEngine(Engine):
                 state.next_check, state.error = last + every, None
                 return
             if missing and stored.errors:
-                # A tier that failed may hold the old canaries; new ones must not replace them.
+                # A tier that failed may hold the old canaries, which new canaries must not replace.
                 state.next_check = now + RETRY_SECONDS
                 return
             # Calls that check at the same time share one computation.
             await self._compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
             if not fresh.entries:
-                # The provider failed. The computation of the requested texts will report why.
+                # The provider failed. The call that embeds the requested texts will report why.
                 state.next_check = now + RETRY_SECONDS
                 return
             if state.next_check != due or state.generation != route.generation:
@@ -148,8 +151,8 @@ class DriftCheckingEngine(Engine):
     def _handle_drift(self, route: Route, state: _SpaceState, worst: float, now: float) -> None:
         error = DriftError(
             f"provider {route.source.name!r}, model {route.space.model!r}, no longer returns the vectors that are "
-            f"stored: a canary's cosine with its stored vector is {worst:.4f}. Change [key] version to embed "
-            "all texts again, or go back to the previous model"
+            f"stored: the cosine of a canary text's new and stored vector is {worst:.4f}. Change [key] version to "
+            "embed all texts again, or go back to the previous model"
         )
         log.warning("%s", error)
         if self._guard.action == "refuse":
@@ -158,7 +161,13 @@ class DriftCheckingEngine(Engine):
             state.next_check = now + self._guard.every
         else:
             state.next_check, state.generation = -np.inf, route.generation + 1
-            log.warning("opening a new vector space (drift %d); texts are embedded again in it", state.generation)
+            log.warning(
+                "opening a new vector space, in which every text is embedded again; "
+                "provider %r, model %r, has now drifted %d time(s)",
+                route.source.name,
+                route.space.model,
+                state.generation,
+            )
 
 
 def _is_marked(canaries: Answer) -> bool:

@@ -1,14 +1,16 @@
 """The computations, writes and erasures that are in flight in one chain.
 
-A *flight* is one computation of the vector of one key. Any number of calls may wait for it. It *lands* when its entry
-is computed. A landed flight stays readable until its background writes are done or dropped, and until no call is
-between its first read of a tier and its claim of keys. Otherwise such a call would embed the text again.
+A *flight* is one computation of the vector of one key. Any number of calls may wait for a flight. A flight *lands*
+when its entry is computed. A landed flight stays readable while its background writes are queued or running, and while
+a call that began before the landing has not claimed its keys. Such a call may have read a tier before the entry was
+written, so without the flight it would embed the text again.
 
-Every call has a *ticket*, whose number is higher than those of earlier calls. An erasure (``forget``, ``purge``)
-forbids calls with older tickets to store the erased keys, whether the entries were computed, promoted or queued.
-A flight or a queued write may outlive its call, so it keeps the ticket's number and not the ticket.
+Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
+calls with older tickets to store the erased keys, whether the entries were computed, promoted or queued. A flight or a
+queued write may outlive its call, so it keeps the ticket's number and not the ticket.
 
-One lock guards the dictionaries and queues. A thread that holds it awaits nothing and calls no backend or provider.
+One lock guards the dictionaries and queues. A thread that holds the lock awaits nothing and calls no backend or
+provider.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
     import asyncio
 
 calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
-"""Ticket numbers of the calls whose provider is running in this context. Waiting for one of them would deadlock."""
+"""Ticket numbers of the calls whose provider is running in this context. Waiting for their flights would deadlock."""
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or its event loop ended. Its followers compute the vector."""
+    """The call that computed a flight was cancelled, or the call's event loop ended. Its followers embed the text."""
 
 
 class Flight:
@@ -44,7 +46,7 @@ class Flight:
         self.number = number
         """The number of the leading call's ticket."""
         self.loop = loop
-        """The event loop of the leading call; None if that is a blocking call."""
+        """The event loop of the leading call; None if the leading call is a blocking call."""
         self.thread = threading.current_thread()
         self.entry: Entry | None = None
         self.error: BaseException | None = None
@@ -57,7 +59,7 @@ class Flight:
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
-        """Return the future that followers wait for. The first call creates it and must hold the lock."""
+        """Return the future that followers wait for. The first caller creates the future and must hold the lock."""
         if self._future is None:
             self._future = Future()
         return self._future
@@ -91,11 +93,11 @@ class Claims:
 
 @dataclass(slots=True, eq=False)
 class PendingWrite:
-    """Entries that are being written, or wait to be written, to one tier."""
+    """Entries that are being written to one tier, or are queued for it."""
 
     tier: str
     number: int
-    """The ticket number of the call that stores them."""
+    """The ticket number of the call that stores the entries."""
     entries: dict[str, Entry]
     flights: dict[str, Flight] = field(default_factory=dict)
 
@@ -109,7 +111,7 @@ class Erasure:
         self.until: int | None = None
         """Calls with tickets up to this number must not store the keys.
 
-        It is None while the erasure runs. During that time, no call is allowed to store them.
+        It is None while the erasure runs. During that time, no call is allowed to store the keys.
         """
 
     def covers(self, key: str) -> bool:
@@ -120,7 +122,9 @@ class Erasure:
 
 
 class Ticket:
-    """One call's place in the order of calls. Several holders may share it; the call ends when the last releases it.
+    """One call's place in the order of calls.
+
+    Several holders may share a ticket. The call ends when the last holder releases the ticket.
 
     Ctrl-C can interrupt a call between any two lines, even inside a context manager. In that case ``__del__`` ends the
     call.
@@ -195,7 +199,7 @@ class InFlight:
         return ticket
 
     def end_call(self, number: int) -> None:
-        """Remove a call, and remove the erasures that finished before every remaining call began."""
+        """Remove a call, and remove the erasures that finished before the oldest remaining call began."""
         with self._lock:
             self._end_reading(number)
             self._calls.pop(number, None)
@@ -215,7 +219,7 @@ class InFlight:
     # --- flights ------------------------------------------------------------------------------
 
     def find_landed(self, keys: Iterable[str]) -> dict[str, Flight]:
-        """Return the flights of these keys that have landed and are still readable here."""
+        """Return the flights of these keys that have landed and are still readable."""
         with self._lock:
             flights = self._flights
             if not flights:
@@ -225,7 +229,10 @@ class InFlight:
     def claim(
         self, ticket: Ticket, keys: Iterable[str], loop: asyncio.AbstractEventLoop | None, claims: Claims
     ) -> None:
-        """Claim all keys of a call in one step: start a flight for each key that has none, and follow the others.
+        """Claim all keys of a call in one step.
+
+        Each key that has no flight gets a new flight, which this call leads. The call follows the flights of the other
+        keys.
 
         The caller passes ``claims`` in, so that it knows which flights it leads even if Ctrl-C interrupts this method.
         """
@@ -291,7 +298,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def track_write(self, tier: str, number: int, entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
-        """Yield the entries that may still be stored. They count as being written until the block ends."""
+        """Yield the entries that no erasure forbids. These entries count as being written until the block ends."""
         with self._lock:
             write = PendingWrite(tier, number, self._select_permitted(number, entries))
             self._writing.add(write)
@@ -373,7 +380,7 @@ class InFlight:
             return write
 
     def finish_write(self, write: PendingWrite) -> None:
-        """Remove a write that :meth:`take_write` returned, once it is done or has failed."""
+        """Remove a write that :meth:`take_write` returned, after the write is done or has failed."""
         with self._lock:
             self._writing.discard(write)
             self._release_flights(write)

@@ -4,7 +4,7 @@ A lease is a key that is set only if it is absent, and that expires. One round t
 batch. A lease is never released. The process that holds it computes the vector and writes it inline. The other
 processes poll the tier until the vector is there or the lease expires.
 
-Leases only save work. If the tier fails, every process computes all vectors that it needs.
+Leases only save work. If the tier fails, each process therefore embeds all of its missing texts itself.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Leases:
         now = time.monotonic()
         with self._lock:
             self._held = {key: until for key, until in self._held.items() if until > now}
-            # We still hold these leases, so no other process computes the vectors. The tier does not have them, because
-            # they were evicted or forgotten, or because computing them failed.
+            # We still hold these leases, so no other process computes the vectors. The tier does not have the vectors,
+            # because the vectors were evicted or forgotten, or because the provider failed.
             ours = self._held.keys() & set(keys)
         asked = {lease_key(key): key for key in keys if key not in ours}
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
@@ -58,7 +58,7 @@ class Leases:
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
-        """Yield, for each poll, the seconds to sleep before it, and whether it is the last within ``limit`` seconds."""
+        """Yield, per poll, the seconds to sleep before it, and whether it is the last poll within ``limit`` seconds."""
         end = time.monotonic() + limit
         pause = FIRST_PAUSE
         while True:

@@ -28,7 +28,7 @@ from .tiers import LiveTier
 
 
 class Engine:
-    """Reads entries from the tiers, computes the missing ones once, and stores them."""
+    """Reads entries from the tiers. Computes each missing entry once, and stores it."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Engine:
         try:
             await self._fill(port, answer, missing, compute=compute)
         finally:
-            if not answer.route.source.fallback:  # the texts were counted before the fallback was asked for them
+            if not answer.route.source.fallback:  # the texts of a fallback's call were counted before
                 self.requests.count(requested=requested, found=sum(len(keys) for _, keys in answer.found))
 
     async def _fill(self, port: Port, answer: Answer, missing: list[str], *, compute: bool) -> None:
@@ -105,7 +105,7 @@ class Engine:
     async def _compute_or_follow(
         self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
     ) -> None:
-        """Compute the vectors that no other call computes, then wait for the other vectors."""
+        """Compute the vectors that no other call is computing. Then wait for the vectors of the other calls."""
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
@@ -141,7 +141,7 @@ class Engine:
             try:
                 self.in_flight.claim(ticket, missing, port.loop, claims)
                 for key, flight in claims.landed.items():
-                    if flight.stored:  # an earlier entry of this key is queued for a background write, and it wins
+                    if flight.stored:  # keep the earlier entry of this key, which is queued for a background write
                         del fresh[key]
                 # Also store the keys that other calls are computing, because those calls may fail, or store nothing.
                 await self.store(call, fresh)
@@ -153,7 +153,7 @@ class Engine:
     # --- tiers --------------------------------------------------------------------------------
 
     async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
-        """Read the keys from tier after tier, promote the entries found, and return the keys that no tier has."""
+        """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has."""
         answer = call.answer
         for depth, tier in enumerate(self.tiers):
             if not keys:
@@ -186,7 +186,7 @@ class Engine:
     async def _store_in(
         self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Store entries in the tiers that have not failed in this call. If one raises, still store in the others."""
+        """Store entries in the tiers that have not failed in this call. If a tier raises, go on with the next tier."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failed_tiers:
@@ -200,7 +200,7 @@ class Engine:
     # --- flights ------------------------------------------------------------------------------
 
     async def _take_flights(self, call: Call, flights: Mapping[str, Flight]) -> None:
-        """Add the entries of other calls' flights to the answer, and store those that their calls did not store."""
+        """Add the entries of other calls' flights to the answer. Store the entries that those calls did not store."""
         answer = call.answer
         expected = answer.dimensions
         unstored: dict[str, Entry] = {}
@@ -219,8 +219,8 @@ class Engine:
     async def _follow_flights(self, call: Call, claims: Claims, *, is_last_try: bool) -> None:
         """Wait for other calls' flights.
 
-        Call this only after this call's own flights have landed. Otherwise two calls could wait for each other's
-        flights for ever.
+        Begin to wait only after the flights that this call leads have landed. Otherwise two calls could wait for each
+        other's flights for ever.
         """
         end = time.monotonic() + self._max_wait
         unanswered: list[str] = []
@@ -239,7 +239,7 @@ class Engine:
             await self._compute_flights(call, flights, leases=None)
 
     async def _follow_flight(self, port: Port, key: str, flight: Flight, end: float) -> None:
-        """Wait until a flight lands, fails or is abandoned, or until ``end``. Do not wait if that would deadlock."""
+        """Wait until a flight lands, fails or is abandoned, or until ``end``. Do not wait if waiting would deadlock."""
         if flight.entry is not None or flight.error is not None or flight.would_deadlock(port.loop):
             return
         is_gone = partial(self.in_flight.is_abandoned, flight)
@@ -248,13 +248,13 @@ class Engine:
             flight.error = flight.error or Abandoned()
 
     async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
-        """Compute, store and land flights, chunk by chunk. This continues if the caller is cancelled."""
+        """Compute flights in chunks, store their entries and land them, even if the caller is cancelled meanwhile."""
         if not flights:
             return
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        # This also runs after an interrupt and after the end of the loop, so that no follower waits for us.
+        # This also runs after an interrupt and after the end of the loop, so that no follower waits for ever.
         def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
@@ -300,7 +300,7 @@ class Engine:
                 return
 
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Return the keys whose leases we get; return all keys, without leases, if the tier has failed in this call."""
+        """Take leases, and return the keys whose leases we get, or all keys if the tier has failed in this call."""
         tier = leases.tier.name
         if tier in call.answer.failed_tiers:
             return set(keys)
@@ -369,7 +369,7 @@ class Engine:
                 if rest:
                     todo.append(rest)
                 self._fail_flights(answer, {key: flights[key] for key in refused}, error)
-            except Exception as error:  # noqa: BLE001  (any error of a provider reaches the caller, by position)
+            except Exception as error:  # noqa: BLE001  (the caller gets every error of a provider, by position)
                 self._fail_flights(answer, {key: flights[key] for key in part}, error)
             else:
                 for key, entry in zip(part, made, strict=True):

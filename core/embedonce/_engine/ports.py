@@ -1,8 +1,9 @@
 """The two ways in which the engine waits and calls: blocking, or on an event loop.
 
 The engine consists of coroutines that await only the methods of a port. A :class:`BlockingPort` never suspends, so
-:func:`run_blocking` runs such a coroutine to its end with one ``send``. A :class:`LoopPort` suspends on the running
-event loop. Calls that may hang run in threads of :class:`Workers`, so that the engine can stop waiting for them.
+:func:`run_blocking` runs a coroutine of the engine to its end with one ``send``. A :class:`LoopPort` suspends on the
+running event loop. A call that may hang is made in a thread of :class:`Workers`, so that the engine can stop waiting
+for this call.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Port(Protocol):
     ) -> T:
         """Make a blocking call within ``timeout`` seconds.
 
-        ``inline``: the call ends at the deadline by itself, so a blocking method makes it without another thread.
+        ``inline``: the call ends at the deadline by itself, so a blocking method needs no other thread for it.
         ``quick``: the call never blocks, so it is made in this thread and without a deadline.
 
         Raises:
@@ -91,7 +92,9 @@ class Port(Protocol):
 
 
 def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
-    """Make a call in this thread, with a deadline in ``timeout`` seconds, which it can read with ``time_left()``.
+    """Make a call in this thread, with a deadline in ``timeout`` seconds.
+
+    Inside the call, ``time_left()`` returns the seconds until the deadline.
 
     The call runs in a copy of the context, because Ctrl-C can interrupt between setting and resetting the deadline.
     Without the copy, the deadline would stay set in this thread, and all later calls would fail once it has passed.
@@ -112,7 +115,7 @@ def _split_wait(timeout: float | None) -> Iterator[float]:
 
 
 class _TimedCall:
-    """A call whose timeout starts when a worker starts the call. It may wait for a free worker for as long again."""
+    """A call whose timeout starts when a worker starts the call. The wait for a free worker has the same limit."""
 
     def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self._call = call
@@ -127,7 +130,7 @@ class _TimedCall:
         return None if self._timeout is None else max(0.0, self._started + self._timeout - time.monotonic())
 
     def give_up_if_late(self, future: Future[Any]) -> None:
-        """Stop waiting for the call if its time is over.
+        """Stop waiting for the call if its timeout has passed.
 
         Raises:
             TimeoutError, TierBusy: as in :meth:`Port.call`.
@@ -150,7 +153,7 @@ async def _await_call(port: Port, timed_call: _TimedCall, future: Future[T]) -> 
 
 
 class BlockingPort:
-    """The port of the blocking methods. Each of its own methods runs to its end without suspending."""
+    """The port of the blocking methods. Each method of the port runs to its end without suspending."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -236,7 +239,7 @@ class LoopPort:
     def loop(self) -> asyncio.AbstractEventLoop:
         import asyncio
 
-        return asyncio.get_running_loop()  # not stored, because a port must not keep its loop alive
+        return asyncio.get_running_loop()  # the loop is not stored, because a port must not keep it alive
 
     async def call(
         self, call: Callable[[], T], timeout: float | None, workers: Workers, *, inline: bool, quick: bool

@@ -1,4 +1,4 @@
-"""Calls a provider through its blocking or its async method, within its timeout, and in chunks that it accepts."""
+"""Cuts texts into chunks that a provider accepts, and calls the provider within its timeout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .flights import calls_in_provider
 
 
 def read_tokens(reply: Any) -> int | None:
-    """Return the number of tokens that a provider reports for its answer; None if it reports none."""
+    """Return the number of tokens that a provider reports for its answer, or None if the provider reports no number."""
     tokens = reply.tokens if isinstance(reply, Embedded) else None
     return tokens if isinstance(tokens, int) and tokens >= 0 else None
 
@@ -23,7 +23,7 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
     """Call the provider's ``embed`` or ``aembed``, whichever suits the port better.
 
     Raises:
-        ProviderTimeout: no answer within the provider's ``timeout``.
+        ProviderTimeout: the provider did not answer within its ``timeout``.
     """
     port, number, task = call.port, call.ticket.number, call.answer.route.task
     source = call.answer.route.source
@@ -42,7 +42,8 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
             calls_in_provider.reset(token)
 
     async def embed_async() -> Any:
-        calls_in_provider.set(calls_in_provider.get() | {number})  # no reset: the asyncio task has its own context
+        # The variable needs no reset, because the asyncio task has its own context.
+        calls_in_provider.set(calls_in_provider.get() | {number})
         return await aembed(texts, task)
 
     try:
@@ -60,13 +61,17 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
         return 0
     try:
         tokens: int = count_tokens(text)
-    except Exception:  # noqa: BLE001  (with this number the text gets a chunk of its own, whose error fails no other text)
+    except Exception:  # noqa: BLE001  (a text that cannot be counted must not make the whole call fail)
+        # With this number the text gets a chunk of its own, so an error of that chunk makes no other text fail.
         return max_tokens
     return tokens
 
 
 def cut_chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
-    """Yield the keys of texts in chunks within the provider's limits: by count, and by tokens if it can count them."""
+    """Yield the keys of texts in chunks that are within the provider's limits.
+
+    The number of texts is always limited. The number of tokens is limited only if the provider can count tokens.
+    """
     limits = provider.limits
     count_tokens: Any = getattr(provider, "count_tokens", None) if limits.max_tokens is not None else None
     chunk: list[str] = []

@@ -1,4 +1,4 @@
-"""Reads from a tier: the read breaker and its probe, the checks of the values that it returns, and the counters."""
+"""Reads from a tier, with a read breaker and its probes, checks of the returned values, and counters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .ports import Port
 log = logging.getLogger("embedonce")
 
 MAX_PROBE_KEYS = 64
-"""Maximum number of keys in a probe. A probe reads keys that failed, because others may be on a healthy node."""
+"""Maximum number of keys in a probe. A probe reads keys that failed, because other keys may be on a healthy node."""
 
 
 @dataclass(slots=True)
@@ -37,9 +37,9 @@ class ReadResult:
     seconds: float = 0.0
     cause: str | None = None
     failed: bool = False
-    """Whether the tier failed or was skipped for some keys. If so, this call writes nothing to it."""
+    """Whether the tier failed or was skipped for some keys. If so, this call writes nothing to the tier."""
     unknown: set[str] = field(default_factory=set)
-    """Keys whose node or shard failed while others answered. This call writes to the tier, except for these keys."""
+    """Keys whose node or shard failed while other nodes answered. This call does not write these keys to the tier."""
 
 
 class TierReader:
@@ -68,7 +68,7 @@ class TierReader:
         """Start over in a forked child."""
         self.breaker = Breaker(self._on_change)
         self.failing: Sequence[str] = ()
-        """Some of the keys that failed last. The next probe reads them."""
+        """Some of the keys that failed last, for the next probe to read."""
 
     async def read(
         self,
@@ -82,7 +82,7 @@ class TierReader:
     ) -> ReadResult:
         """Read the keys, chunk by chunk, and check the values.
 
-        With ``is_repeat``, misses are not counted, because this call has already counted them once.
+        With ``is_repeat``, misses are not counted, because this call has already counted the same misses.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -173,7 +173,7 @@ class TierReader:
             self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
-        """Read the keys that failed last again, in the background, and report the result to the breaker."""
+        """Start a background read of some keys that failed last, and report its result to the breaker."""
 
         def probe() -> None:
             try:
@@ -187,7 +187,7 @@ class TierReader:
 
 
 def _drop_odd_dimensions(read: ReadResult) -> None:
-    """Drop the entries that do not have the most common dimensions. Used while the space's dimensions are unknown."""
+    """Drop the entries that do not have the most common dimensions. Call this while the dimensions are unknown."""
     sizes = read.entries.sizes()
     if len(sizes) > 1:
         usual = sizes.most_common(1)[0][0]

@@ -59,7 +59,7 @@ class Requests:
     # --- the fast path of a hit ---------------------------------------------------------------
 
     def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
-        """Return the text's vector if the first tier is in this process and has it, or None.
+        """Return the text's vector if the first tier is in this process and has the vector, else None.
 
         A hit must take less than a microsecond, so this uses no coroutine, takes no lock and emits no event.
         """
@@ -128,7 +128,7 @@ class Requests:
         current = await chain.engine.find_current_route(port, route)
         if current is not route:
             with self._lock:
-                # Tasks that share a vector space move to the new one together.
+                # Tasks that share a vector space move to the new vector space together.
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
                         self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
@@ -346,15 +346,15 @@ class Requests:
 
 
 def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
-    """Raise SpaceError unless the fallback's vectors and the provider's have the same dimensions."""
+    """Raise SpaceError unless the vectors of the provider and of the fallback have the same dimensions."""
     for task in TASKS:
         mine = describe_space(source.provider, task).dimensions
         other = describe_space(fallback.provider, task).dimensions
         if mine is None or mine != other:
             raise SpaceError(
-                f"the provider's vectors have {mine or 'unknown'} dimensions and the fallback's {other or 'unknown'}, "
-                "so the fallback cannot replace the provider; set the same dimensions for both, or set "
-                "fetch_only = true in [provider.fallback] and read Fetched.space"
+                f"the provider's vectors have {mine or 'unknown'} dimensions and the fallback's vectors have "
+                f"{other or 'unknown'}, so the fallback cannot replace the provider; set the same dimensions for "
+                "both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
             )
 
 

@@ -1,4 +1,4 @@
-"""A route: one provider and one task. It knows their vector space and turns texts into keys."""
+"""A route is one provider and one task, with their vector space. A route turns texts into keys."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ MAX_CALLS = 32
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Maximum number of texts, and of their characters, in each of the two generations of the memo of texts and keys."""
+"""Maximum number of texts, and maximum total number of their characters, per generation of the memo.
+
+The memo maps recent texts to their keys. It has two generations.
+"""
 
 MEMO_MAX_TEXT = 16_000
-"""Maximum number of characters of a text in the memo. For longer texts, hashing is a small part of a call."""
+"""Maximum number of characters of a text in the memo. The key of a longer text is hashed again in each call."""
 
 
 class LiveProvider:
@@ -40,7 +43,7 @@ class LiveProvider:
         self._seconds = 0.0
 
     def reset(self) -> None:
-        """Replace the lock and the threads, also in a forked child.
+        """Create the lock and the threads, also in a forked child.
 
         The lock is re-entrant, because a signal handler may use the cache.
         """
@@ -74,7 +77,7 @@ def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     """Return the provider's vector space for a task.
 
     Raises:
-        SpaceError: the provider does not describe the vector space, which is never guessed.
+        SpaceError: the provider does not describe the vector space, and embedonce never guesses one.
     """
     space = provider.space(task)
     if not isinstance(space, VectorSpace):
@@ -110,7 +113,7 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """Number of dimensions. If the provider does not state it, it is None until the first vector is seen."""
+        """Number of dimensions. If the provider does not state it, this is None until the first vector is seen."""
         self.recent_keys: dict[str, str] = {}
         """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
         self._older_keys: dict[str, str] = {}
@@ -131,7 +134,7 @@ class Route:
         """Return the key of each text. The texts must be plain ``str``.
 
         Raises:
-            TextError: a text has a lone surrogate; the message names its position.
+            TextError: a text has a lone surrogate; the message names the text's position.
         """
         keys = list(map(self.recent_keys.get, texts))
         if None not in keys:
@@ -139,7 +142,7 @@ class Route:
         return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
 
     def key(self, text: str, position: int = 0) -> str:
-        """Return the key of one text that is not in ``recent_keys``. It raises the same error as :meth:`keys`."""
+        """Return the key of one text that is not in ``recent_keys``. The errors are those of :meth:`keys`."""
         key = self._older_keys.get(text)
         if key is None:
             try:
@@ -164,11 +167,11 @@ class Route:
 def copy_texts(texts: Iterable[Any]) -> list[str]:
     """Return the texts as a new list of plain ``str``.
 
-    It is a copy, because a caller may change its list during the call. Subclasses of ``str`` are converted, because
-    they may compare equal to different texts, or look different when a provider formats them.
+    The list is copied, because the caller may change it during the call. Instances of subclasses of ``str`` are
+    converted, because they may compare equal to different texts, or look different when a provider formats them.
 
     Raises:
-        TypeError: an item is not a str; the message names its position.
+        TypeError: an item is not a str; the message names the item's position.
     """
     plain = list(texts)
     if set(map(type, plain)) <= {str}:

@@ -39,7 +39,7 @@ EXIT_FLUSH_SECONDS = 5.0
 
 _open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
-"""Guards ``_open_chains``: iterating over it fails if another thread adds to it."""
+"""Guards ``_open_chains``, because iterating over the set fails if another thread adds a chain to the set."""
 
 
 class CacheOverChain(Protocol):
@@ -86,7 +86,7 @@ class RunningChain:
         """The space card of each scope, which is stored beside the scope's entries."""
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
-        """Guards ``_caches``: one thread may create a cache while another subscribes or closes."""
+        """Guards ``_caches``, because one thread may create a cache while another thread iterates over the set."""
         self._owner: CacheOverChain | None = None
         self.listeners = list(listeners)
         self._broken_listeners: set[int] = set()
@@ -125,16 +125,17 @@ class RunningChain:
     def close_at_exit(self, owner: CacheOverChain) -> None:
         """Register this chain to be flushed and closed when the process exits.
 
-        ``owner`` is the cache that created this chain. The chain keeps it alive, to close its providers at the end.
+        ``owner`` is the cache that created this chain. The chain keeps this cache alive, so that it can close the
+        cache's providers at exit.
         """
         self._owner = owner
         with _open_lock:
             _open_chains.add(self)
-        # atexit runs callbacks in reverse order. Ours is registered last, to flush before a backend closes itself.
+        # atexit runs callbacks in reverse order. Register ours last, so that it flushes before a backend closes itself.
         _register_close()
 
     def add_cache(self, cache: CacheOverChain) -> None:
-        """Add a cache that uses these tiers. The chain refers to it weakly."""
+        """Add a cache that uses these tiers. The chain keeps only a weak reference to the cache."""
         with self._lock:
             self._caches.add(cache)
 
@@ -179,9 +180,9 @@ class RunningChain:
             log.warning("closing before background writes are done (%s)", unfinished or "a write is still in progress")
 
     def close(self, timeout: float) -> None:
-        """Flush, then close the other caches' providers, the backends and the owner's providers.
+        """Flush. Then close the other caches' providers, then the backends, and last the owner's providers.
 
-        The other caches still accept calls during the flush. A second call does nothing.
+        The other caches still accept calls during the flush. Closing twice is allowed.
         """
         owner = self._owner
         if owner is None or not owner._mark_closed():
@@ -215,29 +216,32 @@ class RunningChain:
 
 
 def close_part(part: Any) -> None:
-    """Close a backend or provider that has ``close``. A failure is only logged, so that the others are closed too."""
+    """Close a backend or provider that has ``close``. A failure is only logged, so that other parts are closed too."""
     close = getattr(part, "close", None)
     if close is None:
         return
     try:
         close()
-    except Exception as error:  # noqa: BLE001  (the others must still be closed)
+    except Exception as error:  # noqa: BLE001  (the other parts must still be closed)
         log.warning("closing %s failed (%s)", type(part).__name__, type(error).__name__)
 
 
 # --- exit of the program --------------------------------------------------------------------------
 
 _seconds_waited = 0.0
-"""Seconds that :func:`_flush_open_chains` spent waiting. :func:`_close_open_chains` waits for that much less time."""
+"""Seconds that :func:`_flush_open_chains` spent waiting.
+
+:func:`_close_open_chains` subtracts these seconds from the time for which it may wait.
+"""
 
 
 def _flush_open_chains() -> None:
-    """Wait for queued writes while thread pools still accept work, because a client may need a pool."""
+    """Wait for queued writes while thread pools still accept work, because a backend's client may need a pool."""
     global _seconds_waited
     start = time.monotonic()
     chains = _end_open_chains(start, lambda chain, timeout: chain.flush(timeout))
-    # Each open chain was flushed for up to its flush_timeout. Writes that are still queued in it are dropped when
-    # _close_open_chains closes its backends. So wait here only for writes of caches that have been garbage-collected.
+    # Each open chain was flushed for up to its flush_timeout. Writes that are still queued in a chain are dropped when
+    # _close_open_chains closes the chain's backends. So wait here only for writes of garbage-collected caches.
     _wait_for_writes(set(draining_writers).difference(tier.writer for chain in chains for tier in chain.tiers), start)
     _seconds_waited = time.monotonic() - start
 
@@ -250,9 +254,9 @@ def _close_open_chains() -> None:
 
 
 def _end_open_chains(start: float, end: Callable[[RunningChain, float], object]) -> list[RunningChain]:
-    """Call ``end`` on every open chain with the seconds that it has left, and return the chains.
+    """Call ``end`` for every open chain with the seconds that the chain has left, and return the chains.
 
-    The chains write at the same time, so that all together take no longer than the longest ``flush_timeout``.
+    All chains write at the same time, so the total time is at most the longest ``flush_timeout``.
     """
     with _open_lock:
         chains = list(_open_chains)
@@ -273,9 +277,9 @@ def _wait_for_writes(writers: Iterable[TierWriter], start: float) -> None:
 def _register_flush() -> None:
     """Register :func:`_flush_open_chains` to run when this process exits, before thread pools are shut down.
 
-    ``atexit`` callbacks run after the pools of ``concurrent.futures``, which asyncio uses too, have been shut down.
-    The pools are shut down by a callback of ``threading._register_atexit``. Those callbacks run in reverse
-    order, so ours, which is registered later, runs before the pools are shut down.
+    A callback of ``atexit`` would run too late, because the thread pools of ``concurrent.futures`` and asyncio have
+    been shut down by then. A callback of ``threading._register_atexit`` shuts these pools down. Such callbacks run in
+    reverse order. This function registers ours later, so ours runs before the pools are shut down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)
@@ -300,7 +304,7 @@ def _register_close() -> None:
 
 def _reset_after_fork() -> None:
     global _open_lock
-    _open_lock = threading.RLock()  # a thread of the parent may have held the old one during the fork
+    _open_lock = threading.RLock()  # a thread of the parent may have held the old lock during the fork
     draining_writers.clear()
     for chain in list(_open_chains):
         chain.reset()

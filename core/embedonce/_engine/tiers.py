@@ -23,7 +23,7 @@ from .writing import TierWriter
 log = logging.getLogger("embedonce")
 
 PROBE_KEY = f"{KEY_PREFIX}probe"
-"""A key without an entry; reading it shows whether a tier answers."""
+"""A key without an entry; reading this key shows whether a tier answers."""
 
 
 class LiveTier:
@@ -68,7 +68,7 @@ class LiveTier:
             has_listeners=has_listeners,
             clock=clock,
         )
-        # These are bound methods of the parts. Wrapper methods would add one more call to every read and write.
+        # These are attributes of the parts, because wrapper methods would add one more call to every read and write.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout
@@ -79,7 +79,7 @@ class LiveTier:
         self.add = self.writer.add
 
     def reset(self) -> None:
-        """Start over in a forked child, without closing what the parent owns."""
+        """Start over in a forked child, without closing the parent's connections."""
         self.counters.renew_locks()
         self.calls.reset()
         self.reader.reset()
@@ -138,7 +138,7 @@ class LiveTier:
         return done
 
     async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Return the raw values of some keys, without counting them.
+        """Return the raw values of some keys, without counting hits or misses.
 
         Raises:
             TierError: the backend failed.

@@ -25,7 +25,7 @@ ENTRIES_PER_READ = 1024
 
 
 class Upkeep:
-    """Erases, lists, checks and explains across the tiers of one chain."""
+    """Erases and lists the entries of one chain's tiers, checks the tiers, and explains misses."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Upkeep:
     # --- erasing ------------------------------------------------------------------------------
 
     async def forget(self, port: Port, keys: Sequence[str]) -> None:
-        """Remove keys from every tier; queued writes, promotions and flights cannot bring them back.
+        """Remove keys from every tier. Queued writes, promotions and flights cannot store the keys again.
 
         Raises:
             EraseIncomplete: a tier failed or cannot delete. The error names each such tier.
@@ -55,7 +55,7 @@ class Upkeep:
         await self._erase(port, Erasure(keys), erase, "forget")
 
     async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
-        """Remove every entry in the scopes that match.
+        """Remove every entry in the scopes that match ``scope`` and ``wanted``.
 
         Raises:
             EraseIncomplete: a tier failed, cannot list or cannot delete. The error names each such tier.
@@ -118,7 +118,7 @@ class Upkeep:
     # --- listing ------------------------------------------------------------------------------
 
     async def _read_cards(self, port: Port, tier: LiveTier) -> dict[str, Card]:
-        """Return, by scope, the space cards that a tier stores and those of this cache."""
+        """Return the space cards that a tier stores, and the space cards of this cache, by scope."""
         keys = await tier.scan(port, CARD_PREFIX)
         values = await tier.peek(port, keys) if keys else {}
         decoded = tier.decode(values, dtype="int8", dimensions=None)
@@ -142,10 +142,10 @@ class Upkeep:
         return held
 
     async def metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
-        """Return the metadata of every entry in a route's scope, once per entry; entries without metadata are skipped.
+        """Return the metadata of every entry in a route's scope, once per entry. Skip entries without metadata.
 
         Raises:
-            TierError: a tier failed or cannot list; the message names it.
+            TierError: a tier failed or cannot list; the message names the tier.
         """
         found: dict[str, Metadata | None] = {}
         for tier in self._tiers:
@@ -180,7 +180,7 @@ class Upkeep:
         return checks
 
     async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Read some keys. A tier that is busy or has lost a node still counts as reachable, with fewer values."""
+        """Read some keys. Return fewer values, or none, if the tier is busy or has lost a node but is reachable."""
         try:
             return await tier.peek(port, keys)
         except TierError as error:
@@ -193,7 +193,8 @@ class Upkeep:
     async def _find_key_mismatch(self, port: Port, tier: LiveTier) -> str:
         """Return a message if space cards of a tier are encrypted with a key that the tier does not have, else "".
 
-        In an encrypted tier that can list its keys, all cards are checked. Otherwise only this cache's own cards are.
+        In an encrypted tier that can list its keys, all cards are checked. In other tiers, only the cards of this
+        cache are checked.
         """
         if tier.capabilities.scope == "process":
             return ""
@@ -217,7 +218,7 @@ class Upkeep:
     # --- explaining ---------------------------------------------------------------------------
 
     async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:
-        """Return how a text's key is built and what each tier stores under the key, without counting or promoting."""
+        """Return how a text's key is built and what each tier stores under the key. Count and promote nothing."""
         keyer = route.keyer
         normalized = keyer.normalize(text)
         (key,) = route.keys([text])

@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Workers:
     """Daemon threads for calls that may hang. They are started on demand, reused, and ended after ten idle seconds.
 
-    ``max_threads`` limits how many run at the same time; None means no limit. A ThreadPoolExecutor is not used, because
-    it joins its threads at exit, so one hanging call would keep the program alive for ever.
+    ``max_threads`` limits how many threads run at the same time; None means no limit. A ThreadPoolExecutor is not used,
+    because it joins its threads at exit, so one hanging call would keep the program alive for ever.
     """
 
     IDLE_SECONDS = 10.0
@@ -43,11 +43,11 @@ class Workers:
                 return
             try:
                 result = context.run(call)
-            except StopIteration as error:  # asyncio cannot raise it into a coroutine
+            except StopIteration as error:  # asyncio cannot raise StopIteration into a coroutine
                 replacement = RuntimeError("a call raised StopIteration, as next() does on an empty iterator")
                 replacement.__cause__ = error
                 future.set_exception(replacement)
-            except BaseException as error:  # noqa: BLE001  (the future passes it on to the waiting caller)
+            except BaseException as error:  # noqa: BLE001  (the future passes the error on to the waiting caller)
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -79,7 +79,7 @@ class Workers:
                     break
                 except queue.Empty:
                     with self._lock:
-                        if self._free:  # else a job was just queued for this thread
+                        if self._free:  # otherwise, a job was just queued for this thread
                             self._free -= 1
                             self._threads -= 1
                             return

@@ -27,16 +27,16 @@ CARD_SECONDS = 600.0
 """Seconds after which a space card is written again, because it may have been evicted or purged."""
 
 LOG_INTERVAL = 60.0
-"""Minimum number of seconds between two log lines about failed background writes, because every write may fail."""
+"""Minimum number of seconds between two log lines about failed writes, so that a failing store cannot flood the log."""
 
 JITTER = 0.05
 """Maximum share by which an entry's TTL is shortened, so that entries written together expire at different times."""
 
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
-"""Write mode for a backend of each scope if the tier sets none."""
+"""Write mode, by the backend's scope, if the tier sets no write mode."""
 
 draining_writers: set[TierWriter] = set()
-"""Writers with background writes in flight. This set keeps them alive after their cache has been collected."""
+"""Writers with background writes in flight. This set keeps the writers alive after their cache is collected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class WriteResult:
     """Number of entries that are too large for the backend."""
     failed: int = 0
     error: Exception | None = None
-    """The error behind ``failed``."""
+    """The error that caused ``failed``."""
 
 
 class TierWriter:
@@ -90,7 +90,7 @@ class TierWriter:
 
     def reset(self) -> None:
         """Start over in a forked child."""
-        self._lock = threading.RLock()  # a signal handler may use the cache
+        self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._is_draining = False
         self._next_log = 0.0
         self._cards_written: dict[str, float] = {}
@@ -126,7 +126,7 @@ class TierWriter:
             await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk})
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        """Return the entries with the earlier of two expiry dates: their own, and the one from this tier's TTL."""
+        """Return the entries with their own expiry date, or with the date from this tier's TTL if it is earlier."""
         if self.ttl is None:
             return entries
         now = self._clock()
@@ -186,7 +186,7 @@ class TierWriter:
         return added
 
     def _write(self, number: int, entries: Mapping[str, Entry]) -> WriteResult:
-        """Write the entries that the call with this number may store: those that no later erasure covers."""
+        """Write the entries, except those that were erased after the call with this ticket number began."""
         with self._in_flight.track_write(self.name, number, entries) as permitted:
             return self._call_set_many(permitted)
 
@@ -237,7 +237,7 @@ class TierWriter:
     # --- space cards --------------------------------------------------------------------------
 
     def _write_cards(self, keys: Iterable[str]) -> None:
-        """Write the space card of each scope, unless it was written less than :data:`CARD_SECONDS` ago.
+        """Write the space card of each scope, unless the card was written less than :data:`CARD_SECONDS` ago.
 
         Cards have no TTL, so they need a backend call of their own. An in-process tier needs no cards, because
         only this cache writes to it.
@@ -256,7 +256,7 @@ class TierWriter:
             self._cards_written.update(dict.fromkeys(due, now))
 
     def forget_cards(self, scopes: Iterable[str]) -> None:
-        """Make the next write of entries in these scopes write their cards again."""
+        """Write the cards of these scopes again at the next write of entries in the scopes."""
         for scope in scopes:
             self._cards_written.pop(scope, None)
 
@@ -265,7 +265,7 @@ class TierWriter:
     async def _enqueue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, wait_for_room: bool) -> None:
         """Queue entries for a background write.
 
-        If the queue is full, a call with ``wait_for_room`` waits for room for up to the tier's timeout. After that the
+        If the queue is full, a call with ``wait_for_room`` waits for room, up to the tier's timeout. After that the
         oldest entries are dropped. A call without ``wait_for_room``, such as a promotion, immediately drops the new
         entries.
         """
@@ -283,7 +283,7 @@ class TierWriter:
             await port.sleep(0.002)
 
     def start_draining(self) -> None:
-        """Start a thread that writes the queued entries, unless one is running."""
+        """Start a thread that writes the queued entries, unless such a thread is running."""
         with self._lock:
             if self._is_draining or not self._in_flight.count_queued(self.name):
                 return
