@@ -46,10 +46,13 @@ class RequestCounters:
         """
         self._lock = threading.RLock()
 
-    def count(self, *, requested: int = 0, found: int = 0, shared: int = 0) -> None:
+    def count(self, requested: int, found: int) -> None:
         with self._lock:
             self.requested += requested
             self.found += found
+
+    def count_shared(self, shared: int) -> None:
+        with self._lock:
             self.shared += shared
 
 

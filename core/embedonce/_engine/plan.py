@@ -60,36 +60,35 @@ class Engine:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
         missing = answer.find_missing()
-        requested = len(missing)
+        requested, found = len(missing), 0
         try:
-            await self._fill(port, answer, missing, compute=compute)
+            for is_retry in (False, True):
+                with self.in_flight.new_ticket() as ticket:
+                    call = Call(port, ticket, answer)
+                    looked_up = len(missing)
+                    missing = await self._read_tiers(call, missing)
+                    found += looked_up - len(missing)
+                    if missing and compute and not self._replay:
+                        refusal = await self.find_refusal(port, answer.route)
+                        if refusal is not None:
+                            answer.failed.update(dict.fromkeys(missing, refusal))
+                            break
+                        leases = self.leases if answer.store else None
+                        await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
+                    elif missing:
+                        await self._take_flights(call, self.in_flight.find_landed(missing))
+                missing = answer.find_missing() if missing else missing
+                if not compute or not missing:
+                    break
+                if self._replay:
+                    miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
+                    answer.failed.update(dict.fromkeys(missing, miss))
+                    break
+            if answer.store_error is not None:
+                raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # the texts of a fallback's call were counted before
-                self.requests.count(requested=requested, found=sum(len(keys) for _, keys in answer.found))
-
-    async def _fill(self, port: Port, answer: Answer, missing: list[str], *, compute: bool) -> None:
-        for is_retry in (False, True):
-            with self.in_flight.new_ticket() as ticket:
-                call = Call(port, ticket, answer)
-                missing = await self._read_tiers(call, missing)
-                if missing and compute and not self._replay:
-                    refusal = await self.find_refusal(port, answer.route)
-                    if refusal is not None:
-                        answer.failed.update(dict.fromkeys(missing, refusal))
-                        break
-                    leases = self.leases if answer.store else None
-                    await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
-                elif missing:
-                    await self._take_flights(call, self.in_flight.find_landed(missing))
-            missing = answer.find_missing() if missing else missing
-            if not compute or not missing:
-                break
-            if self._replay:
-                miss = ReplayMiss('a text is in no tier, and mode = "replay" computes nothing')
-                answer.failed.update(dict.fromkeys(missing, miss))
-                break
-        if answer.store_error is not None:
-            raise answer.store_error
+            if not answer.route.source.fallback:  # the texts were counted before the fallback was asked for them
+                self.requests.count(requested, found)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
@@ -212,7 +211,7 @@ class Engine:
                 shared += 1
                 if answer.store and not flight.stored:
                     unstored[key] = entry
-        self.requests.count(shared=shared)
+        self.requests.count_shared(shared)
         if unstored:
             await self.store(call, unstored)
 
@@ -328,6 +327,7 @@ class Engine:
         if read.entries:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
+            self.requests.count(0, len(read.entries))
             await self._promote(call, read.entries, [other for other in self.tiers if other is not tier])
             self.in_flight.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
         return not read.failed
