@@ -313,7 +313,7 @@ def test_a_run_continues_after_it_was_interrupted(
         assert part.exists()
     else:
         assert started.returncode == 128 + number
-        assert "run the same command again" in err
+        assert "Run the same command again" in err
         assert "Traceback" not in err
         assert json.loads(out)["stopped"] == "interrupted"
         assert not part.exists()
@@ -445,5 +445,5 @@ def test_a_permanent_failure_does_not_advise_running_again_unchanged(command: An
     Path("lines.jsonl").write_text("{}\n")
     done = command("embed", "lines.jsonl", "--out", "out.npy", "--strict")
     assert done.code == 1
-    assert "run the same command again" not in done.err
-    assert "fix the cause, then run the same command" in done.err
+    assert "Run the same command again" not in done.err
+    assert "Fix the cause, then run the same command" in done.err

@@ -114,7 +114,7 @@ def test_check_shows_a_chain_warning_once_with_its_place(command: Any, config_fi
 BROKEN = {
     "raise RuntimeError('boom')": "cannot be imported: RuntimeError: boom",
     "api = 2": "is written for version 2 of the plugin contract",
-    "x = 1": "it has no hooks",
+    "x = 1": "the module has no hooks",
     "import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): 1 / 0": "ZeroDivisionError",
     "import embedonce\n@embedonce.hookimpl\ndef embedonce_backends(): return {'stranger': dict}": "must define",
 }
@@ -148,7 +148,7 @@ def test_no_command_loads_a_plugin_that_is_not_allowed(command: Any, config_file
     assert not Path("loaded").exists()
     done = command("plugins")
     (line,) = [line for line in done.out.splitlines() if line.startswith("stranger")]
-    assert 'is not allowed: add "acme" to allow in [plugins]' in line
+    assert 'is not allowed: add "acme" to the list "allow" in [plugins]' in line
     command("plugins", "--config", "/dev/null")
     assert Path("loaded").exists()
 

@@ -376,13 +376,13 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
         "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines; plugins can add more, with an entry point named after each step",
-        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because it keeps its entries in this "
-        "process and no call to it waits; remove timeout",
+        "collapse-whitespace, casefold, newlines; plugins can add steps; each step needs an entry point with its name",
+        "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because the tier keeps its entries in "
+        'this process, so that no call waits; remove "timeout"',
         "the environment variable EMBEDONCE__ overrides nothing",
         "the environment variable EMBEDONCE__CACH__DTYPE overrides nothing; did you mean EMBEDONCE__CACHE__DTYPE?",
         "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name cannot "
-        "be overridden, because it identifies the tier",
+        "be overridden, because the name identifies the tier",
         "the environment variable EMBEDONCE__TIERS__MEMORY__TTLL overrides nothing; did you mean "
         "EMBEDONCE__TIERS__MEMORY__TTL?",
     ]
@@ -422,15 +422,15 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
         'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce '
-        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins can add more, with an "
-        "entry point named after each step",
+        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins can add steps; each "
+        "step needs an entry point with its name",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',
         'embedonce.toml:9:8: type in [provider]: no plugin "ngrm" is installed; did you mean "ngram"? '
         f"Installed: {', '.join(plugins.names())}",
         'embedonce.toml:13:1: unknown key "max_entrys" in [[tiers]] "memory"; did you mean "max_entries"?',
-        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier does not support a timeout, because it keeps '
-        "its entries in this process and no call to it waits; remove timeout",
+        'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier does not support a timeout, because the tier '
+        'keeps its entries in this process, so that no call waits; remove "timeout"',
         'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": has an unknown unit; use B, kB, MB, GB, TB, '
         "KiB, MiB, GiB or TiB",
         'embedonce.toml:17:8: another tier is already named "memory"; choose another name: name = "memory2"',

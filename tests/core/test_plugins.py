@@ -207,7 +207,7 @@ def test_a_missing_module(install: Install, tmp_path: Path) -> None:
     for file in tmp_path.rglob("acme_module_*.py"):
         file.unlink()
     message = error_of(name)
-    assert message.endswith("but has no such module; reinstall it: pip install --force-reinstall acme")
+    assert message.endswith("but does not contain this module; reinstall acme: pip install --force-reinstall acme")
 
 
 @pytest.mark.parametrize("code", ["raise RuntimeError('boom')", "import sys; sys.exit('boom')", "x ="])
@@ -307,7 +307,9 @@ def test_the_error_names_a_disabled_builtin_plugin_even_if_another_has_its_name(
 
 
 def test_a_module_without_hooks(install: Install) -> None:
-    assert "it has no hooks; mark functions named embedonce_backends, embedonce_providers" in error_of(install("x = 1"))
+    assert "the module has no hooks; mark functions named embedonce_backends, embedonce_providers" in error_of(
+        install("x = 1")
+    )
 
 
 @pytest.mark.parametrize(
@@ -413,7 +415,7 @@ def test_what_is_not_allowed_is_not_loaded(install: Install) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(source)
     (problem,) = caught.value.problems
-    assert 'is not allowed: add "acme-loud" to allow in [plugins]' in problem.message
+    assert 'is not allowed: add "acme-loud" to the list "allow" in [plugins]' in problem.message
     with plugins.restrict_plugins([]):
         (found,) = [plugin for plugin in plugins.installed() if plugin.name == name]
         assert "is not allowed" in str(found.error)
@@ -521,10 +523,7 @@ def test_options_that_toml_cannot_set(install: Install, init: str, wanted: str) 
 def test_a_folder_that_was_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
     monkeypatch.syspath_prepend("/nowhere")
-    assert (
-        "embedonce runs from a source folder that is not installed; run this in that folder: pip install -e ."
-        in error_of("memory")
-    )
+    assert "even its own plugins are found; run this in the source folder: pip install -e ." in error_of("memory")
     assert plugins.installed() == []
 
 

@@ -103,7 +103,11 @@ def find_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
 
 
 def _find_default() -> Document:
-    """Read the file that the environment variable names, else the nearest one here or above, else use the default."""
+    """Read the file that the environment variable names.
+
+    If the variable is not set, read the nearest configuration in the current folder or above it. If there is no
+    configuration, return the default.
+    """
     path = os.environ.get(CONFIG_VARIABLE)
     if path:
         found = read_document(Path(path), origin=f" ({CONFIG_VARIABLE})")
@@ -111,7 +115,7 @@ def _find_default() -> Document:
         return found
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if os.path.lexists(folder / FILE):  # also True for a broken link, because ignoring one would hide a mistake
+        if os.path.lexists(folder / FILE):  # also True for a broken link; ignoring the link would hide a mistake
             return read_document(folder / FILE)
         if _has_configuration(folder / PYPROJECT):
             return read_document(folder / PYPROJECT)
@@ -129,7 +133,7 @@ def _has_configuration(pyproject: Path) -> bool:
     try:
         return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
     except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # if so, the caller reads the file, which reports the error
+        return b"tool.embedonce" in content  # if so, the caller reads the file and reports the error
 
 
 def _get_table(data: Any) -> Any:
@@ -175,7 +179,7 @@ def read_document(file: Path, origin: str = "") -> Document:
 
 
 def _locate_bad_byte(content: bytes, error: UnicodeDecodeError) -> tuple[int, Place]:
-    """Return the number, from 1, of the first byte that is not UTF-8, and its place."""
+    """Return the position of the first byte that is not UTF-8, counted from 1, and its line and column."""
     start = len(content) - len(error.object) + error.start  # the codec may have removed a byte order mark
     before = content[:start].decode("utf-8-sig").split("\n")
     return start + 1, Place(len(before), len(before[-1]) + 1)
@@ -212,7 +216,7 @@ _VARIABLE = re.compile(
 
 @dataclass(slots=True)
 class Values:
-    """A document's values with their variables expanded, and the errors found on the way."""
+    """A document's values with their variables expanded, and the errors that were found in the values."""
 
     data: dict[str, Any]
     expanded: set[TomlPath] = field(default_factory=set)
@@ -222,7 +226,7 @@ class Values:
     variables: dict[TomlPath, dict[str, str]] = field(default_factory=dict)
     """Variables and their values for each path in ``private``."""
     errors: list[tuple[TomlPath, str]] = field(default_factory=list)
-    """Paths of unusable values, and why each is unusable."""
+    """Path of each unusable value, and why the value is unusable."""
 
 
 def expand_values(data: Mapping[str, Any]) -> Values:

@@ -45,7 +45,7 @@ class InstalledPlugin:
     error: str | None = None
     """Reason why the plugin cannot be used, or None."""
     type: str = ""
-    """The ``type`` that chooses this plugin in TOML: its name, or ``distribution:name`` if the name is not enough."""
+    """The ``type`` that chooses this plugin in TOML: its name, or ``distribution:name`` if the name is ambiguous."""
     broken: bool = False
     """Whether only the plugin's author can fix ``error``.
 
@@ -101,7 +101,7 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
 
 def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
     """Yield the problems of a plugin's class that can be found without creating an instance."""
-    from embedonce._plugins.options import merge_options, options_of  # imported here, because nothing else needs them
+    from embedonce._plugins.options import merge_options, options_of  # needed only in this function
 
     from .tables import TierTable
 

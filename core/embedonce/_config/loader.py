@@ -35,7 +35,7 @@ TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers")
 
 
 def load_document(document: Document, *, own_provider: bool = False) -> Config:
-    """Return the configuration that a document describes. With ``own_provider``, its ``[provider]`` is not read.
+    """Return the configuration that a document describes. With ``own_provider``, ``[provider]`` is not read.
 
     Raises:
         ConfigError: the document has problems; the error lists all of them, in the order of the file.
@@ -76,7 +76,10 @@ class _Table:
 
     @property
     def override_keys(self) -> list[str]:
-        """Names of all variables that override options. None overrides a tier's name, which identifies the tier."""
+        """Names of the variables that can override options.
+
+        No variable can override a tier's name, because the name identifies the tier.
+        """
         if "" in self.variables:
             return []
         return [self.override_key(name) for name in self.options if (self.where[0], name) != ("tiers", "name")]
@@ -92,7 +95,7 @@ class _Loader:
         self._tables: list[_Table] = []
         self._variables = {_format_variable(parts): (name, text) for name, parts, text in list_overrides()}
         self._unread: list[tuple[str, ...]] = []
-        """Paths of tables that could not be read. Variables that override their options cannot be checked."""
+        """Paths of tables that could not be read. Variables that override options of these tables cannot be checked."""
 
     def read_allow_list(self) -> Sequence[str] | None:
         allow = self._read_section("plugins", PluginsTable).get("allow")
@@ -156,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return the name of a tier in messages: its name, its type, or its number if neither can be shown."""
+        """Return what a message calls a tier: its name, otherwise its type, or its number if both must be hidden."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -235,7 +238,7 @@ class _Loader:
         return True
 
     def _add_own_problem(self, section: str, option: str, message: str, where: TomlPath | None = None) -> None:
-        """Add a problem with an option of embedonce's own tables, at the variable or the line that sets it."""
+        """Add a problem with an option of embedonce's own tables, at the variable or the line that sets the option."""
         variable = self._variables.get(_format_variable((section, option)))
         if variable:
             self._problems.append(Problem(f"{variable[0]}: {message}"))
@@ -378,7 +381,7 @@ class _Loader:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
             return None
-        form = name.replace("-", "_")  # the form in environment variables, which must be unique too
+        form = name.replace("-", "_")  # the form in environment variables; tiers must not share a form
         if form in used_names:
             message = f'another tier is already named "{used_names[form]}"; choose another name: name = "{name}2"'
             self._add_problem((*where, key), message)
@@ -391,7 +394,7 @@ class _Loader:
             return
         for option, reason in NOT_IN_PROCESS.items():
             if table.values.get(option) is not None:
-                message = f"the tier does not support {reason}; remove {option}"
+                message = f'the tier does not support {reason}; remove "{option}"'
                 self._add_option_problem(table, option, message, key=True)
 
     # --- options ---
@@ -471,7 +474,9 @@ class _Loader:
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
     ) -> None:
-        """Add a problem with a part of an option's value. Its place is the override variable or the line of the part.
+        """Add a problem with a part of an option's value.
+
+        The place of the problem is the override variable or the line of the part.
 
         ``where`` is the path from the table to the part. ``shown`` is the text of the part for the message, or None if
         the message must not show it.
@@ -513,7 +518,7 @@ class _Loader:
                 meant = find_closest(form, known)
                 hint = f"; did you mean {known[meant]}?" if meant else ""
                 if form.startswith("tiers__") and form.endswith("__name"):
-                    hint = ": a tier's name cannot be overridden, because it identifies the tier"
+                    hint = ": a tier's name cannot be overridden, because the name identifies the tier"
                 self._problems.append(Problem(f"the environment variable {variable} overrides nothing{hint}"))
 
     # --- settings and their sources ---

@@ -19,7 +19,7 @@ TomlPath: TypeAlias = tuple[str | int, ...]
 
 
 MAX_KEY_PARTS = 50
-"""Maximum number of names in one dotted key whose places are recorded. No valid configuration needs that many."""
+"""Maximum number of names in a dotted key for which places are recorded. No valid configuration has longer keys."""
 
 
 class Place(NamedTuple):
@@ -145,7 +145,7 @@ _TUPLE = re.compile(r"\('[^()]*',?\)")
 
 
 def read_syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
-    """Split the text of an error of the standard library's parser into its message and its place."""
+    """Return the message and the place of an error that the standard library's parser raised for ``text``."""
     full = str(error)
     found = _POSITION.search(full)
     if found is None:
@@ -153,7 +153,7 @@ def read_syntax_error(error: ValueError, text: str) -> tuple[str, Place | None]:
     message = _TUPLE.sub(lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), full[: found.start()])
     lines = text.split("\n")
     place = Place(int(found[1]), int(found[2])) if found[1] else Place(len(lines), len(lines[-1]) + 1)
-    if message.startswith("Cannot "):  # a repeated key: the parser names the end of its value, so point to the key
+    if message.startswith("Cannot "):  # a repeated key: the parser reports the end of the value, so find the key
         line = lines[place.line - 1]
         place = Place(place.line, len(line) - len(line.lstrip()) + 1)
     return message[:1].lower() + message[1:], place

@@ -61,7 +61,10 @@ class TierConfig(Plugged):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A checked configuration. Two of them are equal if they describe the same cache, even if their files differ."""
+    """A checked configuration.
+
+    Two configurations are equal if they describe the same cache, even if their files differ.
+    """
 
     source: str = field(compare=False)
     """Description of where the configuration comes from, for the command line."""
@@ -69,7 +72,7 @@ class Config:
     cache: CacheTable
     key: KeyPolicy
     allow: Sequence[str] | None
-    """Third-party plugins that may be loaded, by distribution or by name; None allows all."""
+    """Third-party plugins that may be loaded, by distribution or by name; None allows every plugin."""
     provider: Plugged | None
     """The provider; None if the configuration was loaded for a caller's own provider."""
     fallback: Plugged | None

@@ -1,7 +1,8 @@
 """Build the JSON schema of ``embedonce.toml``, including the options of all installed plugins.
 
-The schema uses draft 7, because the TOML plugins of editors support it. For a tier it lists one alternative per
-``type``, each without additional properties, so that an editor completes the options of the given type.
+The schema uses draft 7, because the TOML plugins of editors support it. The schema of a tier
+has one alternative per ``type``. Each of these alternatives allows only the options of its type, so that an editor
+completes only these options.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ VARIABLE = {"type": "string", "pattern": r"\$\{"}
 
 
 def schema() -> dict[str, Any]:
-    """Return the schema as a dict that ``json.dumps`` takes."""
+    """Return the schema as a dict that ``json.dumps`` accepts."""
     return _Schema().build()
 
 
@@ -70,7 +71,9 @@ class _Schema:
         return {"description": doc, **self._describe_table(cls.__name__, options_of(cls), {})}
 
     def _describe_key(self) -> dict[str, Any]:
-        table = self._describe_own(KeyTable, "What keys depend on: requests with equal keys share a vector.")
+        table = self._describe_own(
+            KeyTable, "What the keys of vectors depend on. Requests with equal keys share a vector."
+        )
         steps = sorted({*NORMALIZERS, *self._list_names("normalizer")})
         table["properties"]["normalize"]["items"] = {"anyOf": [{"enum": steps}, VARIABLE]}
         return table
@@ -106,9 +109,9 @@ class _Schema:
         own: Mapping[str, Option],
         more: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        """Return one table per plugin of a kind, and one for a ``type`` that comes from a variable.
+        """Return one table per plugin of a kind, and one table for a ``type`` that comes from a variable.
 
-        The latter table allows any key, because its plugin is unknown.
+        This last table allows any key, because its plugin is unknown.
         """
         tables = [
             table for name in self._list_names(kind) if (table := self._describe_plugin(name, role, find, own, more))
@@ -175,12 +178,12 @@ class _Schema:
         for model, definition in described.pop("$defs", {}).items():
             self._definitions[f"{title}.{option.name}.{model}"] = definition
         described.pop("description", None)
-        # If pydantic checks a bound in Python, it writes the bound under its Python name, which is not JSON schema.
+        # If pydantic checks a bound in Python, it uses the bound's Python name as the key, which is not JSON schema.
         return {key: part for key, part in _remove_null(described).items() if key not in ("gt", "ge", "lt", "le")}
 
 
 def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Add an option's ``Gt`` bound to the schema of its number, because pydantic adds none for Size and Duration."""
+    """Add an option's ``Gt`` bound to the schema of its number, because pydantic omits it for Size and Duration."""
     bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind
@@ -192,7 +195,7 @@ def _list_required(options: Iterable[Option], properties: Mapping[str, Any]) -> 
 
 
 def _remove_null(described: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema without the alternative null. TOML has no null: an option that is not set is missing instead."""
+    """Return a schema without the alternative null. TOML has no null, so an option without a value is missing."""
     kept = [part for part in described.get("anyOf", ()) if part.get("type") != "null"]
     if len(kept) == 1:
         return {**{key: value for key, value in described.items() if key != "anyOf"}, **kept[0]}

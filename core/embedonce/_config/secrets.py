@@ -44,7 +44,7 @@ def display(where: TomlPath, value: Any) -> str | None:
 
 
 def mask(where: TomlPath, value: Any) -> Any:
-    """Return a value with every secret in it replaced by ``HIDDEN``, and URLs without credentials."""
+    """Return a value in which ``HIDDEN`` replaces every secret and no URL has credentials."""
     if is_secret(where[1:]):
         return HIDDEN
     if isinstance(value, Mapping):

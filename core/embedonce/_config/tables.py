@@ -20,9 +20,9 @@ TIER_NAME = r"[a-z][a-z0-9_-]*"
 """Pattern of a tier's name. ``provider`` is reserved, because in ``Fetched.sources`` it stands for the provider."""
 
 NOT_IN_PROCESS: Mapping[str, str] = {
-    "timeout": "a timeout, because it keeps its entries in this process and no call to it waits",
-    "encryption": "encryption, because it keeps plain vectors in this process",
-    "lease": "a lease, because no other process shares it",
+    "timeout": "a timeout, because the tier keeps its entries in this process, so that no call waits",
+    "encryption": "encryption, because the tier keeps plain vectors in this process",
+    "lease": "a lease, because no other process shares the tier",
 }
 """Options that a tier inside this process does not support, and the reason."""
 
@@ -36,7 +36,7 @@ class CacheTable:
     ] = "float32"
     mode: Annotated[
         Literal["read-through", "replay"],
-        Doc('"replay": compute nothing, and raise ReplayMiss for a text that no tier has.'),
+        Doc('"replay": do not call the provider, and raise ReplayMiss if no tier has the vector of a text.'),
     ] = "read-through"
     max_wait: Annotated[
         Duration,

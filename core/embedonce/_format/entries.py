@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     created: float
     """Unix time in seconds."""
     expires: float | None = None
-    """Unix time in seconds; None: never."""
+    """Unix time in seconds, or None if the entry never expires."""
     metadata: Metadata | None = None
     """Small JSON object from the call that first stored the entry, or None."""
     dtype: Dtype = "float32"
@@ -143,12 +143,15 @@ class Block:
         self.expires = expires
         """Expiry dates, shape (n,) like ``created``; infinity means never."""
         self.metadata = metadata
-        """Metadata per row, or None if no row has any."""
+        """Metadata per row, or None if no row has metadata."""
         self.dtype: Dtype = dtype
         self._entries: dict[str, Entry] | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """Return an entry for each key; every call returns the same objects. An entry does not keep the block alive."""
+        """Return an entry for each key. Every call returns the same objects.
+
+        The entries do not keep the block alive, because each entry has a copy of its vector.
+        """
         if self._entries is None:
             expires = repeat(None) if (self.expires == NEVER).all() else _to_optional_dates(self.expires)
             metadata = repeat(None) if self.metadata is None else self.metadata
@@ -187,7 +190,7 @@ class Entries(MutableMapping[str, Entry]):
             self.add_block(block)
 
     def add(self, entries: Mapping[str, Entry]) -> None:
-        """Add entries, and replace those with the same keys."""
+        """Add entries. An added entry replaces an entry with the same key."""
         if isinstance(entries, Entries):
             self._by_key.update(entries._by_key)
             self._blocks += entries._blocks
@@ -226,7 +229,7 @@ class Entries(MutableMapping[str, Entry]):
         return sizes
 
     def lacking(self, keys: Iterable[str]) -> list[str]:
-        """Return those of the keys that have no entry here."""
+        """Return the keys that have no entry here."""
         by_key = self._by_key
         return [key for key in keys if key not in by_key] if by_key else list(keys)
 

@@ -38,7 +38,7 @@ MAGIC = int.from_bytes(b"EO1F", "little")
 _VERSION = 1
 _HAS_METADATA = 1
 
-# Ordered from fine to coarse: an entry is coarser than the dtype of the cache if the code of the entry is greater.
+# The codes are ordered from fine to coarse: a dtype is coarser than another dtype if its code is greater.
 _CODES: dict[Dtype, int] = {"float32": 1, "float16": 2, "int8": 3}
 _DTYPES: dict[int, Dtype] = {code: dtype for dtype, code in _CODES.items()}
 
@@ -71,7 +71,7 @@ def encode_frames(items: Mapping[str, Entry]) -> dict[str, bytes]:
     """Return each entry as a frame for its key.
 
     Each vector is written with the precision of its entry's ``dtype``. A vector that does not have this precision yet
-    is rounded here. A vector that has it reads back bit for bit.
+    is rounded here. A vector that already has this precision is read back bit for bit.
 
     Raises:
         ValueError: a vector or a date does not fit into a frame, the dtype is unknown, or the metadata has more
@@ -114,7 +114,7 @@ def _encode_payloads(keys: Sequence[str], vectors: Sequence[Vector], dtype: Dtyp
 def _build_frame(key: str, entry: Entry, dimension: int, payload: bytes) -> bytes:
     expires = NEVER if entry.expires is None else entry.expires
     if not _are_valid_dates(entry.created, expires):
-        raise ValueError(f"{key}: created must be a finite number, expires a number or None")
+        raise ValueError(f"{key}: created must be a finite number, and expires must be a number or None")
     metadata, flags = b"", 0
     if entry.metadata is not None:
         metadata, flags = write_metadata(key, entry.metadata), _HAS_METADATA
@@ -143,7 +143,8 @@ class Decoded:
     missed: list[str] = field(default_factory=list)
     """Keys whose frame is expired, has a different format version, or is coarser than the requested dtype.
 
-    A key is also missed if its vector is too large for the requested dtype, or too small.
+    A key is also missed if its vector does not fit the requested dtype, because a value is too large for the dtype or
+    because all values become zero.
     """
 
 
@@ -160,13 +161,14 @@ class _Request(NamedTuple):
 
 _Rejection: TypeAlias = Literal["corrupt", "missed"]
 _MIN_BATCH = 6
-"""Minimum number of frames of the same size for checking them as columns. Fewer are checked faster one by one."""
+"""Minimum number of frames of the same size that are checked together, as columns. Fewer frames are checked one by one,
+because that is faster for them."""
 
 
 def decode_frames(
     frames: Mapping[str, bytes], *, now: float, dtype: Dtype = "float32", dimensions: int | None = None
 ) -> Decoded:
-    """Decode and check the frames that a tier returned. No value makes this function raise an error.
+    """Decode and check the frames that a tier returned. This function raises no error, whatever the tier returned.
 
     Frames of the same size are checked together, as columns. A stored vector that is finer than ``dtype`` is rounded
     to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions, even 0 as in a space card.
@@ -187,7 +189,7 @@ def decode_frames(
 
 
 def _group_by_size(frames: Mapping[str, bytes], corrupt: list[str]) -> Iterable[tuple[list[str], list[bytes]]]:
-    """Return keys and frames, grouped by the frames' size; add keys whose value is not bytes to ``corrupt``."""
+    """Return keys and frames, grouped by the frames' size. Keys whose value is not bytes are added to ``corrupt``."""
     values = list(frames.values())
     if len(set(map(len, values) if set(map(type, values)) == {bytes} else ())) == 1:
         return [(list(frames), values)]  # nearly every call takes this fast path
@@ -223,9 +225,9 @@ def _decode_batch(
 ) -> Iterable[tuple[str, bytes]]:
     """Decode frames of the same size together. Add a block of valid frames to ``entries``, and return all other frames.
 
-    The block has the frames that have the layout of the first frame and pass every check. The caller passes the other
-    frames to :func:`_decode_one`: a frame with a different layout may be valid as well, and only :func:`_decode_one`
-    finds out why a frame is rejected.
+    The block contains each frame that has the layout of the first frame and passes every check. The caller passes the
+    returned frames to :func:`_decode_one`, because a frame with a different layout may be valid as well, and because
+    only :func:`_decode_one` finds out why a frame is rejected.
     """
     count, size = len(frames), len(frames[0])
     if size < HEADER:
@@ -291,7 +293,8 @@ def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
     """Return which headers are valid.
 
-    A valid header has the layout of the first header, the echo of its own key, valid dates, and is not expired.
+    A header is valid if it has the layout of the first header, the echo of its own key and valid dates, and if its
+    expiry date is in the future.
     """
     echoes = np.frombuffer(_hash_keys(keys), "<u8").reshape(len(keys), 2)
     dates = words[:, 3:5].view("<f8")
@@ -339,6 +342,6 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # count it as missed, because embedding the text again reports the problem
+        if not fits.all():  # count the key as missed: embedding its text again reports the problem
             return "missed"
     return freeze(values[0])

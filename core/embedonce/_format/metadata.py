@@ -24,14 +24,14 @@ def _parse_finite(digits: str) -> float:
     return number
 
 
-# Created once, because json.dumps and json.loads create a new encoder or decoder in each call that has options. That
-# takes longer than the conversion itself.
+# The encoder and the decoder are created once. In each call with options, json.dumps would create a new encoder, and
+# json.loads a new decoder, which takes longer than the conversion itself.
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _FROM_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_finite)
 
 
 def plain_metadata(metadata: Metadata) -> dict[str, Any]:
-    """Return a copy of the metadata as a frame will return it; a tuple becomes a list, for example.
+    """Return a copy of the metadata as it will be read from a frame. For example, a tuple becomes a list.
 
     Raises:
         TypeError: the metadata is not a JSON object.
@@ -62,7 +62,7 @@ def _has_plain_keys(value: Any) -> bool:
 
 
 def read_metadata(written: bytes) -> dict[str, Any] | None:
-    """Return the metadata, or None if it is not a JSON object that could be written again."""
+    """Return the metadata, or None if ``written`` is not a JSON object that could be written again."""
     try:
         metadata = _FROM_JSON.decode(written.decode())
         if b"\\u" in written:  # an escape may be a lone surrogate, which cannot be written again

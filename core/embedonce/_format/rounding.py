@@ -35,12 +35,12 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
 
 
 def round_rows(rows: Matrix, dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the rows as they read back after they are stored, and which rows fit the dtype."""
+    """Return the rows as they will be read from a store, and which rows fit the dtype."""
     return read_back(rows, pack(rows, dtype), dtype)
 
 
 def read_back(rows: Matrix, payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Unpack ``payloads``, into which :func:`pack` packed ``rows``. Return the values, and which rows fit the dtype."""
+    """Unpack ``payloads``, which :func:`pack` made from ``rows``. Return the values, and which rows fit the dtype."""
     if dtype == "float32":
         return rows, _find_finite_rows(rows)
     values, sound = unpack(payloads, dtype)
@@ -110,10 +110,11 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in
     float32. Rounding a rounded row gives the same scale again, because the largest step of a row is 127. The largest
-    step may only be smaller if the row has the smallest scale, which cannot become smaller.
+    step is smaller than 127 only if the row has the smallest scale, and rounding cannot make that scale smaller.
     """
     finite = _find_finite_rows(rows)
-    if not finite.all():  # replace such a row with zeros, because the caller rejects a row that becomes all zero
+    if not finite.all():
+        # Set the rows that are not finite to zero, because the caller rejects a row that becomes all zero.
         rows = np.where(finite[:, None], rows, np.float32(0))
     peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
     mantissas, exponents = np.frexp(peaks / 127)
@@ -123,8 +124,8 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
 
 def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[Matrix, NDArray[np.bool_]]:
     values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
-    # Accept only what _quantize can return, because only such a row does not change when it is rounded again: its scale
-    # has 16 significant bits, and its largest step is 127 unless the scale is the smallest one.
+    # Accept only rows that _quantize can return. Their scale has 16 significant bits, and their largest step is 127
+    # unless the scale is the smallest. Any other row would change when it is rounded again.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
     sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _find_finite_rows(values)

@@ -1,4 +1,4 @@
-"""Entry points of plugins: list them, find the one that a name means, and refuse those that must not be loaded.
+"""List the entry points of plugins, find the entry point that a name means, and refuse plugins that must not be loaded.
 
 If embedonce and another package have a plugin with the same name, the name alone means the plugin of embedonce.
 Therefore a package that is installed later cannot change the meaning of a configuration. ``distribution:name`` chooses
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 DISABLE = "EMBEDONCE_DISABLE_PLUGINS"
-"""Environment variable that lists the plugins, or their distributions, that must not be loaded."""
+"""Environment variable with the names of plugins and distributions that must not be loaded, separated by commas."""
 
 
 @contextmanager
 def restrict_plugins(allow: Iterable[str] | None) -> Iterator[None]:
-    """Restrict third-party plugins inside the block to those in ``allow``, given by distribution or by name.
+    """Inside the block, allow only the third-party plugins that ``allow`` lists, by distribution or by name.
 
-    None allows all. embedonce's own plugins are always allowed.
+    None allows every third-party plugin. embedonce's own plugins are always allowed.
     """
     token = _allowed_plugins.set(None if allow is None else frozenset(map(normalize_name, allow)))
     try:
@@ -49,12 +49,12 @@ def strip_distribution(name: str) -> str:
 
 
 def names() -> list[str]:
-    """Return the TOML names of the installed plugins that may be loaded, without loading any."""
+    """Return the TOML names of the installed plugins that may be loaded. This function loads no plugin."""
     return sorted({type_of(point) for point in all_entry_points() if refusal_of(point) is None})
 
 
 def installed_by_embedonce() -> list[str]:
-    """Return the names of embedonce's own plugins, without loading any."""
+    """Return the names of embedonce's own plugins. This function loads no plugin."""
     return sorted(point.name for point in all_entry_points() if _is_own(point))
 
 
@@ -96,7 +96,7 @@ def find_entry_point(name: str) -> EntryPoint:
     """Return the one entry point that ``name`` means.
 
     Raises:
-        PluginError: no plugin has this name, several have it, or the plugin must not be loaded.
+        PluginError: no plugin or more than one plugin has this name, or the plugin must not be loaded.
     """
     found = find_entry_points(name)
     usable = [point for point in found if refusal_of(point) is None]
@@ -113,7 +113,7 @@ def find_entry_point(name: str) -> EntryPoint:
 def type_of(point: EntryPoint) -> str:
     """Return the ``type`` that chooses this plugin in TOML.
 
-    The result is its name, or ``distribution:name`` if the name alone means a different plugin or is ambiguous.
+    The result is the plugin's name, or ``distribution:name`` if the name means a different plugin or is ambiguous.
     """
     others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
     needs_distribution = others and not _is_own(point)
@@ -128,7 +128,7 @@ def refusal_of(point: EntryPoint) -> str | None:
     allow = _allowed_plugins.get()
     if allow is None or _is_own(point) or names & allow:
         return None
-    return f'{describe(point)} is not allowed: add "{distribution_of(point)}" to allow in [plugins]'
+    return f'{describe(point)} is not allowed: add "{distribution_of(point)}" to the list "allow" in [plugins]'
 
 
 def _is_own(point: EntryPoint) -> bool:
@@ -170,9 +170,9 @@ def _explain_not_installed(name: str) -> str:
     known = names()
     if not known:
         return (
-            f"no plugin {quote(name)} is installed, because embedonce runs from a source folder that is not installed; "
-            "run this in that folder: pip install -e ."
+            f"no plugin {quote(name)} is installed: embedonce runs from a source folder that is not installed, so not "
+            "even its own plugins are found; run this in the source folder: pip install -e ."
         )
-    meant = find_closest(name, known, likeness=0.7)  # with the default likeness, it would suggest "disk" for "redis"
+    meant = find_closest(name, known, likeness=0.7)  # the default likeness would suggest "disk" for "redis"
     hint = f'; did you mean "{meant}"?' if meant else "; pip install the package that provides it."
     return f"no plugin {quote(name)} is installed{hint} Installed: {', '.join(known)}"

@@ -40,7 +40,7 @@ HOOKS: Mapping[Kind, str] = {
     "provider": "embedonce_providers",
     "normalizer": "embedonce_normalizers",
 }
-"""The hook that registers plugins of each kind."""
+"""For each kind of plugin, the name of the hook that registers plugins of this kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def provider(name: str) -> type[Any]:
 
 
 def normalizer(name: str) -> Normalizer:
-    """Return the normalisation step ``name``: a built-in one, else one that a plugin provides.
+    """Return the normalisation step ``name``: the built-in step, or else the step that a plugin provides.
 
     Raises:
         PluginError: there is no such step, or its plugin cannot be loaded.
@@ -97,7 +97,8 @@ _plugins: dict[str, LoadedPlugin] = {}
 
 def _renew_lock() -> None:
     global _lock
-    # The old lock may be held by a thread of the parent process, which does not exist in this process.
+    # A thread of the parent process may have held the lock during the fork. This process does not have that thread, so
+    # nothing would ever release the lock.
     _lock = threading.RLock()
 
 
@@ -187,7 +188,8 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
             meant = find_closest(caller.name, known)
             raise PluginError(f"there is no hook {caller.name}" + (f"; did you mean {meant}?" if meant else ""))
     if not callers:
-        raise PluginError(f"it has no hooks; mark functions named {join_words(known, 'or')} with @embedonce.hookimpl")
+        names = join_words(known, "or")
+        raise PluginError(f"the module has no hooks; mark functions named {names} with @embedonce.hookimpl")
 
 
 def _call_hook(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
@@ -229,7 +231,7 @@ def _make_listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
 
 
 def _describe_error(error: BaseException) -> str:
-    # pluggy explains what is wrong with a hook on the last lines of its message, so join all lines.
+    # The last lines of pluggy's message explain what is wrong with a hook, so join all lines.
     text = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
     first = strip_credentials(next(iter(text.splitlines()), ""))
     if isinstance(error, PluginError):
@@ -243,7 +245,10 @@ def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> st
         return f"cannot be imported: {_describe_error(error)}"
     if f"{point.module}.".startswith(f"{module}."):
         command = f"pip install --force-reinstall {distribution_of(point)}"
-        return f"names the module {module} as its entry point, but has no such module; reinstall it: {command}"
+        return (
+            f"has its entry point in the module {module}, but does not contain this module; reinstall "
+            f"{distribution_of(point)}: {command}"
+        )
     extra = find_extra(point.dist, point.name, module) if point.dist is not None else None
     if extra:
         return f"needs {module}, which is not installed: pip install '{distribution_of(point)}[{extra}]'"
@@ -254,7 +259,7 @@ def find_extra(distribution: Distribution, plugin: str, module: str) -> str | No
     """Return the extra of the distribution that provides a missing module, or None.
 
     Prefer the extra that has the plugin's name, otherwise use an extra that requires a package with the module's name.
-    Both come from the distribution's metadata, so that a message never names an extra that does not exist.
+    The extras come from the distribution's metadata, so a message never names an extra that does not exist.
     """
     extras = distribution.metadata.get_all("Provides-Extra") or []
     for extra in extras:
@@ -272,7 +277,7 @@ def find_extra(distribution: Distribution, plugin: str, module: str) -> str | No
 def _explain_unknown_step(name: str) -> str:
     meant = find_closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    more = "plugins can add more, with an entry point named after each step"
+    more = "plugins can add steps; each step needs an entry point with its name"
     return f"no normalisation step {quote(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
 
 

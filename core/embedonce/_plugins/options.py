@@ -64,7 +64,7 @@ class Option:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the type includes a ``Literal``. Its words are not secret, so that a value may be shown."""
+        """Whether the type includes a ``Literal``. The words of a ``Literal`` are not secret, so they may be shown."""
         return typing.Literal in _list_members(self.hint)
 
     def check(self, value: Any) -> Any:
@@ -100,8 +100,8 @@ def options_of(cls: type[Any]) -> Mapping[str, Option]:
         hints = typing.get_type_hints(init, include_extras=True)
     except (NameError, TypeError, ValueError, AttributeError) as error:
         raise PluginError(
-            f"the types of {_full_name(cls)}'s options cannot be read: {error}; its module must import these "
-            "types at run time, not only under TYPE_CHECKING"
+            f"the types of {_full_name(cls)}'s options cannot be read: {error}; the module of the class "
+            "must import these types at run time, not only under TYPE_CHECKING"
         ) from error
     for parameter in parameters:
         if parameter.kind in _POSITIONAL and parameter.default is REQUIRED:
@@ -260,13 +260,13 @@ class InvalidPart:
     """An invalid part of an option's value."""
 
     where: tuple[str | int, ...]
-    """Keys and list indexes from the value to the part; empty for the value itself."""
+    """Keys and list indexes that lead from the value to its invalid part; empty if the whole value is invalid."""
     message: str
     value: Any
 
 
 def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[InvalidPart]:
-    """Return the invalid parts of a value that :meth:`Option.check` refused, one per place.
+    """Return one item for each invalid part of a value that :meth:`Option.check` refused.
 
     With ``hidden``, no message repeats any part of the value.
     """
@@ -280,7 +280,7 @@ def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[In
 
 
 def _path_inside(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Return the steps of pydantic's ``loc`` that lead into the value; the other steps name branches of unions."""
+    """Return the steps of pydantic's ``loc`` that lead into the value. The steps left out name branches of unions."""
     where: list[str | int] = []
     for step in loc:
         if _contains_step(value, step):
@@ -329,7 +329,7 @@ def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
     if kind in ("value_error", "assertion_error"):
         return _describe_error(context.get("error"), hidden)
     # Any other error has a message of its own. The messages of pydantic do not repeat the value, but the message of a
-    # plugin's custom error may.
+    # plugin's custom error may repeat it.
     return "is invalid" if hidden else f"is invalid: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
 
 

@@ -29,10 +29,10 @@ embedonce conformance mypackage:MyProvider --tolerance 1e-6 --json
 
 embedonce conformance redis --option url=redis://{server}/0 --option prefix={new} --server localhost:6379
 
-Each test uses its own store. An option that is a path names a folder, in which a store is created and removed for each
-test. In any other option, {new} is replaced by a new value for each test. With {server} in an option and --server, the
-network tests run through a proxy that resets connections and garbles replies. Tests of a TTL, of a store that stalls
-and of a node that is down need a test file: see docs/testing.md.
+Each test uses its own store. If an option is a path, it names a folder: each test creates its store in this folder and
+removes it at the end. In any other option, {new} is replaced by a new value for each test. If an option contains
+{server}, also give --server: the network tests then use a proxy that resets connections and garbles replies. Tests of a
+TTL, of a store that stalls and of a node that is down need a test file: see docs/testing.md.
 
 The exit code is 1 if a test fails.
 """
@@ -109,7 +109,7 @@ def _open_conformance(plugin: str, options: Sequence[str], server: str, **settin
         Refused: the extra ``testing`` is not installed, or the plugin, an option or ``server`` is invalid.
     """
     try:
-        from embedonce.testing import BackendContract  # noqa: F401  (its error says what to install if the extra is missing)
+        from embedonce.testing import BackendContract  # noqa: F401  (without the extra, the error says what to install)
     except ImportError as error:
         raise Refused(str(error)) from None
     from embedonce.testing import _targets
@@ -129,7 +129,9 @@ def _check_server(server: str, options: Any) -> None:
     if is_used and not server:
         raise Refused("an option contains {server}: give the server's address with --server HOST:PORT")
     if server and not is_used:
-        raise Refused("--server is not used: write {server} into the option that has the server's address")
+        raise Refused(
+            "--server has no effect, because no option contains {server}: write it in place of the server's address"
+        )
     host, _, port = server.rpartition(":")
     if server and not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise Refused("--server must be HOST:PORT, with a port from 1 to 65535")

@@ -38,10 +38,10 @@ embedonce embed questions.jsonl --field question.text --task query --out questio
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
-Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If input cannot
-be read or the provider refuses a passage, this is reported on standard error and counted, the output has no row for it,
-and the exit code is 1. If a run is interrupted, run the same command again: vectors that were computed are in the tiers
-and are not computed again.
+Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a
+file or a passage cannot be read, or if the provider refuses a passage, the output has no rows for this input. Each such
+failure is reported on standard error, and the exit code is 1. If a run is interrupted, run the same command again. The
+tiers have the vectors that were computed, so these vectors are not computed again.
 """
 
 
@@ -89,7 +89,7 @@ def embed(
         _check_paths(paths, out, format)
         loaded = load_config(config)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
-            # Do not embed the configuration file, because it may hold secrets, which must not be sent to a provider.
+            # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
             reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
             persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
@@ -203,17 +203,19 @@ def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
 
 
 def _describe_stored(config: Config, is_temporary: bool = True) -> str:
-    """Return what a run that ended early has stored, and what the user must do next, as sentences.
+    """Return sentences that say what a run that ended early has stored, and what the user must do next.
 
     ``is_temporary`` means that the same command may succeed later without a change.
     """
     if config.cache.mode == "replay":
-        return 'Replay mode computes nothing: run once with mode = "read-through" to store the missing vectors.'
+        return (
+            'Replay mode does not call the provider. To store the missing vectors, run once with mode = "read-through".'
+        )
     if not any(_outlives_process(tier.cls) for tier in config.tiers):
-        return "The computed vectors are lost, because no tier outlives this process: add a disk tier to keep them."
+        return "The computed vectors are lost, because no tier outlives this process. Add a disk tier to keep them."
     if is_temporary:
-        return "The computed vectors are stored: run the same command again to continue."
-    return "The computed vectors are stored: fix the cause, then run the same command to continue."
+        return "The computed vectors are stored. Run the same command again to continue."
+    return "The computed vectors are stored. Fix the cause, then run the same command to continue."
 
 
 def _outlives_process(backend: type[Any]) -> bool:
@@ -261,8 +263,8 @@ def describe_tier_failures(summary: Summary) -> Iterator[str]:
         yield f"tier {tier}: {counted}{f' ({causes})' if causes else ''}"
     for tier in summary.unstored:
         yield (
-            f"error: tier {tier} stored none of the computed vectors, so the next run computes them again; check "
-            "whether its disk is full or read-only, or its server is down (`embedonce check` tests each tier)"
+            f"error: tier {tier} stored none of the computed vectors, so the next run will compute them again; check "
+            "whether the tier's disk is full or read-only, or whether its server is down (run `embedonce check`)"
         )
 
 

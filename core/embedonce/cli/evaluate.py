@@ -30,7 +30,7 @@ embedonce evaluate corpus.jsonl queries.jsonl --qrels qrels.tsv
 embedonce evaluate corpus.jsonl queries.jsonl -k 20 --plot precision.png
 
 The files have the format of a BEIR data set, or are plain text with one document or query per line. Without --qrels,
-the documents that a search with float32 vectors finds count as relevant. The vectors are computed once, as float32, and
+a document counts as relevant if a search with float32 vectors finds it. The vectors are computed once, as float32, and
 stored in the tiers like the vectors of any other command.
 """
 
@@ -88,7 +88,8 @@ def _keep_judged(texts: Texts, judged: dict[str, Any]) -> Texts:
     """Return the queries that have a relevant document, and report how many have none."""
     kept = [i for i, one in enumerate(texts.ids) if one in judged]
     if len(kept) < len(texts.ids):
-        say(f"{format_count(len(texts.ids) - len(kept), 'query', 'queries')} without a relevant document skipped")
+        left_out = format_count(len(texts.ids) - len(kept), "query", "queries")
+        say(f"skipping {left_out} without a relevant document")
     return Texts([texts.ids[i] for i in kept], [texts.texts[i] for i in kept])
 
 
@@ -103,7 +104,7 @@ def _evaluate_dtypes(
     loaded = load_config(source)
     if loaded.cache.dtype != "float32":
         say(
-            f"The configuration rounds vectors to {loaded.cache.dtype}, but this run needs float32 and stores float32. "
+            f"The configuration rounds vectors to {loaded.cache.dtype}, but this run needs and stores float32. "
             "A text is embedded again if the tiers have only a coarser vector."
         )
         loaded = replace(loaded, cache=replace(loaded.cache, dtype="float32"))
@@ -168,8 +169,9 @@ def _measure_dtype(
 ) -> tuple[NDArray[Any], int, float, float]:
     """Write all documents as frames, read them back as a tier does, and search the result.
 
-    Return the indices of the documents found, shape (queries, k), the bytes of a frame, and the microseconds to write
-    and to read an entry. The queries are rounded as well, because a cache rounds every vector that it returns.
+    Return four values: the indices of the documents that the search found, with shape (queries, k); the number of bytes
+    of a frame; the microseconds to write an entry; and the microseconds to read an entry. The queries are rounded as
+    well, because a cache rounds every vector that it returns.
     """
     import numpy as np
 

@@ -56,16 +56,16 @@ _TIERS_HEAD = """\
 """
 
 _LEASE = """\
-# If several processes need the vector of the same new text, only one of them embeds it, and the others wait. Only one
-# tier can have a lease.
+# If several processes need the vector of the same new text, only one process embeds the text. The other
+# processes wait. Only one tier can have a lease.
 # lease = "30s"
 """
 
 PROVIDERS: Mapping[str, Section] = {
     "ngram": Section(
         """\
-# The provider makes the vectors. This one runs locally and needs no model. It finds texts that are spelled alike,
-# not texts that mean the same. To search by meaning, use a model: see `embedonce init --help`.
+# The provider makes the vectors. This provider runs locally and needs no model. A search with its vectors finds texts
+# that are spelled alike, not texts that mean the same. To search by meaning, use a model: see `embedonce init --help`.
 """,
         """\
 [provider]
@@ -84,7 +84,7 @@ type = "sentence-transformers"
 model = "sentence-transformers/all-MiniLM-L6-v2"
 # Branch, tag or commit on the hub.
 # revision = "main"
-# "cpu", "cuda", "cuda:1" or "mps". Default: the fastest one that is available.
+# "cpu", "cuda", "cuda:1" or "mps". Default: the fastest device that is available.
 # device = "cpu"
 # Scale each vector to unit length. Many models do this themselves.
 # normalize_embeddings = true
@@ -124,8 +124,8 @@ type = "gemini"
 model = "gemini-embedding-001"
 # The key is read from the environment. Never write it into this file.
 api_key = "${GEMINI_API_KEY}"
-# The model's vectors have 3072 dimensions by default. With fewer dimensions they do not have unit length, so they are
-# scaled.
+# The model's vectors have 3072 dimensions by default. Vectors with fewer dimensions do not have unit length;
+# with normalize = true, they are scaled to unit length.
 dimensions = 768
 normalize = true
 """,
@@ -144,7 +144,7 @@ TIERS: Mapping[str, Section] = {
 type = "memory"
 max_entries = 2048
 # max_bytes = "64 MiB"
-# Erasing a text does not reach the memory of other processes; a ttl limits how long they keep its vector.
+# Erasing a text does not reach the memory of other processes; a ttl limits how long these processes keep the vector.
 # ttl = "10m"
 """,
     ),
@@ -169,7 +169,7 @@ max_bytes = "2 GiB"
         """\
 [[tiers]]
 type = "memcached"
-# Every node as host:port. All programs that share the nodes must spell them alike.
+# Every node as host:port. All programs that share the nodes must spell each host name alike.
 servers = ["localhost:11211"]
 prefix = "embedonce:"
 # `embedonce purge` cannot list keys in memcached; a ttl limits how long an entry stays.
@@ -204,7 +204,8 @@ type = "postgres"
 # The URL may contain a password, so set it in the environment: postgresql://user@host:5432/database
 url = "${DATABASE_URL}"
 table = "embedonce"
-# Set this if the role of your programs is not allowed to create tables, and run `embedonce migrate` with one that is.
+# Set this if the role of your programs is not allowed to create tables. Then run `embedonce migrate` once, with a role
+# that is allowed to create tables.
 # create = false
 # Without a ttl, rows are kept until you purge them.
 # ttl = "90d"

@@ -187,7 +187,7 @@ def explain(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show how a text's key is made, which tier has the vector, and why the other tiers do not."""
+    """Show how a text's key is made, which tier has the vector, and why the other tiers do not have it."""
     from .opened import open_cache
 
     if stdin == (text is not None):

@@ -12,8 +12,8 @@ embedonce migrate
 
 embedonce migrate --config production.toml
 
-Run this command once with a database role that is allowed to create tables, before you start programs whose role is
-not. Running it again changes nothing.
+Run this command once with a database role that is allowed to create tables, before you start programs with a role that
+is not allowed to create tables. Running this command again changes nothing.
 """
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
-    """Read the configuration, and tell the user if none was found.
+    """Read the configuration, and tell the user if no configuration was found.
 
     A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
 
@@ -47,10 +47,10 @@ def open_cache(source: str | Config | None, *, needs_provider: bool = True) -> I
 
 @contextmanager
 def translate_tier_errors(loaded: Config) -> Iterator[None]:
-    """Turn a TierError into a message with the tier's name and the cause, unless the cause repeats a secret.
+    """Turn a TierError into a message with the tier's name and the cause. A cause that contains a secret is left out.
 
     Raises:
-        Failed: instead of a TierError.
+        Failed: the block raised a TierError.
     """
     try:
         yield

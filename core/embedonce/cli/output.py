@@ -91,7 +91,7 @@ def make_table(columns: dict[str, str], rows: list[list[Any]]) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Format a value for people: an empty one as ``-``, integers with commas, floats with three digits."""
+    """Format a value for people: an empty value as ``-``, integers with commas, floats with three digits."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -159,7 +159,7 @@ def _may_hold_secret(lines: Sequence[str], number: int) -> bool:
 
     A value may span several lines, so all words since the line with its key are checked as well. The words are compared
     without parsing the file, which may not be valid TOML. Similar words count too, because a key may be misspelled. A
-    false positive is harmless, because the line is only left out.
+    false positive is harmless, because its only effect is that the line is not shown.
     """
     line = lines[number]
     key_line = next((n for n in range(number, -1, -1) if _KEY.match(lines[n]) or _HEADER.match(lines[n])), 0)

@@ -27,8 +27,8 @@ embedonce purge --version v1 --dry-run
 embedonce purge --model my-model-v1 --namespace tests --yes
 
 If you give several options, only scopes that match all of them are removed. `embedonce stats` lists the scopes.
-This command cannot reach the memory tier of another process: entries there remain until they expire or that process
-ends.
+This command cannot reach the memory tier of another process. The entries in that memory remain until they expire or
+until that process ends.
 """
 
 

@@ -67,12 +67,13 @@ class Evaluation:
 
 
 def read_texts(file: Path) -> Texts:
-    """Read texts from JSON Lines with ``_id`` (or ``id``), ``text`` and optionally ``title``, or from plain text lines.
+    """Read texts from a JSON Lines file, or from a plain text file with one text per line.
 
-    A title is put before the text, as BEIR does. A text without an identifier gets its line number as its identifier.
+    A JSON object has the text as ``text``, its identifier as ``_id`` or ``id``, and optionally a ``title``. A title is
+    put before the text, as BEIR does. A text without an identifier gets its line number as its identifier.
 
     Raises:
-        Refused: a line is invalid; the message has its number.
+        Refused: a line is invalid; the message contains the line number.
     """
     ids: list[str] = []
     texts: list[str] = []
@@ -95,8 +96,9 @@ def read_texts(file: Path) -> Texts:
 def read_judgements(file: Path, queries: Texts, corpus: Texts) -> dict[str, dict[str, float]]:
     """Read judgements and return the relevant documents by query.
 
-    A file is tab-separated (query, document, score), as in BEIR, or JSON Lines with ``query-id``, ``corpus-id`` and
-    ``score``. A missing score counts as 1. A document with a score of 0 or less is not relevant.
+    A tab-separated file has the columns query, document and score, as in BEIR. An object of a JSON Lines file has the
+    fields ``query-id``, ``corpus-id`` and ``score``. A missing score counts as 1. A document with a score of 0 or less
+    is not relevant.
 
     Raises:
         Refused: a line is invalid, or it names an unknown query or document.
@@ -158,14 +160,15 @@ def _parse_object(file: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def recall(ranked: Sequence[str], gains: Gains) -> float:
-    """Return the share of the relevant documents that are among the ranked ones."""
+    """Return the share of the relevant documents that are among the ranked documents."""
     return sum(document in gains for document in ranked) / len(gains)
 
 
 def ndcg(ranked: Sequence[str], gains: Gains) -> float:
     """Return the normalised discounted cumulative gain of a ranking, from 0 to 1.
 
-    A document at rank r (from 1) adds its gain divided by log2(r + 1), as in trec_eval. The best possible order has 1.
+    A document at rank r (from 1) adds its gain divided by log2(r + 1), as in trec_eval. The best possible
+    order has the value 1.
     """
     found = _sum_discounted([gains.get(document, 0.0) for document in ranked])
     return found / _sum_discounted(sorted(gains.values(), reverse=True)[: len(ranked)])

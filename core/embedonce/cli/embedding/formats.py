@@ -1,4 +1,4 @@
-"""One reader per format, which turns an open file into passages in bounded memory.
+"""One reader per format. A reader turns an open file into passages, and its memory use is bounded.
 
 Each reader decodes the bytes passage by passage, so that an invalid byte breaks only its own passage, not the whole
 file.
@@ -192,7 +192,7 @@ class _CsvLines:
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self.number = 0
-        """Number of the last line. The count of ``csv.reader`` is no use, because it omits lines that are too long."""
+        """Number of the last line. ``csv.reader`` also counts lines, but not the lines that are too long."""
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -201,7 +201,7 @@ class _CsvLines:
         self.number, raw = next(self._lines)
         if raw is None:
             raise csv.Error(TOO_LONG)
-        # Invalid bytes become surrogates, so that they only matter if they are in the field that is read.
+        # Invalid bytes become surrogates, so that they break a record only if they are in the column that is read.
         return raw.decode("utf-8", "surrogateescape") + "\n"
 
 

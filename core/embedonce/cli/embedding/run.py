@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .sources import Reader
 
 WINDOW = 2048
-"""Maximum number of passages that are held in memory, looked up and embedded together."""
+"""Maximum number of passages in a window. The passages of a window are looked up and embedded together."""
 WINDOW_CHARACTERS = 8 * 2**20
 """A window also ends at this many characters, so that long passages do not fill the memory."""
 FLUSH = 60.0
@@ -54,7 +54,7 @@ class Summary:
     hits: dict[str, int] = field(default_factory=dict)
     """Passages whose vector a tier had, by tier name."""
     repeated: int = 0
-    """Passages that got the vector of an equal passage in the same window, so that it was computed only once."""
+    """Passages that got the vector of an equal passage in the same window; that vector was computed only once."""
     failed: int = 0
     """Broken lines, unreadable files, and passages that the provider refused."""
     rows: int = 0
@@ -69,9 +69,9 @@ class Summary:
     Tiers without failures are left out.
     """
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Errors and dropped writes of each tier by cause. Tiers that have none are left out."""
+    """Errors and dropped writes of each tier by cause. Tiers with neither are left out."""
     unstored: list[str] = field(default_factory=list)
-    """Tiers that outlive the process and failed to store any of the computed vectors."""
+    """Tiers that outlive the process and stored none of the computed vectors, but had errors or dropped writes."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
@@ -94,10 +94,11 @@ class Stopped(Exception):
 
 
 class DistinctTexts:
-    """Counts distinct texts by 8 bytes of BLAKE2b each.
+    """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
 
-    It holds 8 bytes per distinct text, and at most as much again for new ones. Two texts that share 8 bytes count as
-    one; among ten million texts, the chance that this happens once is 3 in a million.
+    The counter keeps the hash of every distinct text. The hashes of new texts are merged into these hashes when the new
+    hashes take as much memory as the merged hashes, but at least 8 MiB. Two texts with the same hash count as one text.
+    Among ten million texts, the probability that any two have the same hash is 3 in a million.
     """
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class DistinctTexts:
         hashes = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
         self._new.append(np.frombuffer(hashes, np.uint64))
         self._new_count += len(texts)
-        # Merging costs a sort of all hashes, so it waits until the number of hashes has doubled.
+        # Merging sorts all hashes, so merge only when the number of hashes has doubled.
         if self._new_count > max(MERGE_HASHES, len(self._known)):
             self._merge()
 
@@ -180,8 +181,8 @@ class Run:
         self.summary.texts += len(texts)
         fetched = self._cache.fetch(texts, task=self._task)
         self._check_space(fetched.space)
-        # Wait for the queued writes, so that none is dropped and a killed run loses at most this window. Each write has
-        # its tier's timeout, so only a very slow store can exceed FLUSH.
+        # Wait for the queued writes, so that no write is dropped and a killed run loses at most this window. Each write
+        # has its tier's timeout, so only a very slow store can exceed FLUSH.
         self._cache.flush(timeout=FLUSH)
         good = [position for position, row in enumerate(fetched.rows) if row is not None]
         self._count_hits(fetched, good)
@@ -258,7 +259,7 @@ class Run:
 
 
 def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of failures per tier and kind, without tiers and kinds that have none."""
+    """Return the number of failures per tier and kind. Tiers and kinds without failures are left out."""
     kinds = ("errors", "corrupt", "skipped", "dropped")
     by_tier = {name: {kind: getattr(tier, kind) for kind in kinds} for name, tier in stats.tiers.items()}
     found = {name: {kind: number for kind, number in counted.items() if number} for name, counted in by_tier.items()}
@@ -266,7 +267,7 @@ def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
 
 
 def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of errors and dropped writes per tier and cause, without tiers that have none."""
+    """Return the number of errors and dropped writes per tier and cause. Tiers with neither are left out."""
     found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 

@@ -34,8 +34,8 @@ if sys.platform != "win32":
     import fcntl
 
 HEADER = 128
-"""Size of the .npy header in bytes. The header has a fixed size, because its space is reserved first and it is written
-last, when the number of rows is known."""
+"""Size of the .npy header in bytes. The size is fixed, because the space for the header is reserved before the rows are
+written. The header itself is written last, when the number of rows is known."""
 
 
 class Sink(Protocol):
@@ -76,7 +76,7 @@ def open_sink(out: Path, *, with_text: bool = False) -> Sink:
 
 
 def _find_obstacle(final: Path) -> str | None:
-    """Return why no file can be written to this path, or None if one can."""
+    """Return why no file can be written to this path, or None if a file can be written."""
     try:
         mode = os.lstat(final).st_mode
     except FileNotFoundError:
@@ -382,7 +382,7 @@ def _describe_passage(passage: Passage, with_text: bool) -> dict[str, Any]:
 
 
 def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
-    """Return the number of dimensions of ``vectors``, which must equal ``dimensions`` unless that is None."""
+    """Return the number of dimensions of ``vectors``, which must be ``dimensions`` unless ``dimensions`` is None."""
     found = int(vectors.shape[1])
     if dimensions not in (None, found):
         raise SinkError(f"one output cannot have vectors of {dimensions} and of {found} dimensions")

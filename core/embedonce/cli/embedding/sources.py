@@ -125,8 +125,9 @@ class Reader:
             yield from read_parquet(file.path, source, self._meter, self._field, os.path.getsize(file.path))
             return
         with open(file.path, "rb") as stream:
-            # A NUL shows that a file which was taken for text is binary. If the user chose --format text, or if each
-            # line is a record of its own, do not look for a NUL: at most the line with the NUL is then invalid.
+            # A file without a known suffix counts as text, but a NUL shows that such a file is binary. Do not look for
+            # a NUL if the user chose --format text, or if each line is a record, because the NUL then breaks only one
+            # record.
             head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
             if head.startswith(UTF16):
                 yield Broken(source, None, "UTF-16 is not supported; convert it to UTF-8")

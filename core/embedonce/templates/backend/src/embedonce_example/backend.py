@@ -18,7 +18,7 @@ api = 1
 class ExampleBackend:
     """Stores frames (bytes) under keys. Each keyword argument of ``__init__`` is an option in TOML."""
 
-    # Declare only what this class implements: the conformance tests check each capability.
+    # Declare only what this class implements, because the conformance tests check each capability.
     capabilities = Capabilities(scope="host", delete=True, scan=True)
 
     def __init__(self, *, path: Annotated[Path, Doc("Folder for the files.")]) -> None:
@@ -26,7 +26,7 @@ class ExampleBackend:
         path.mkdir(parents=True, exist_ok=True)
 
     def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
-        """Return the frames of the keys that are stored; leave out the others."""
+        """Return the frames of the keys that are stored; leave out missing keys."""
         found: dict[str, bytes] = {}
         for key in keys:
             try:
@@ -36,7 +36,7 @@ class ExampleBackend:
         return found
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item. A file gets its final name when it is complete, so that no reader sees a part of it."""
+        """Store every item. A file gets its final name when it is complete, so no reader sees an incomplete file."""
         for key, frame in items.items():
             target = self._file(key)
             with tempfile.NamedTemporaryFile(dir=self._path, suffix="~", delete=False) as file:
