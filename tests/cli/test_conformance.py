@@ -214,7 +214,7 @@ def test_the_memory_tier_has_no_path(command: Any, folder: Path) -> None:
         (["mypackage:LettersProvider", "-o", "first=many"], "option first must be a whole number"),
         (["mypackage:SharedBackend"], "write {new} into an option that separates stores"),
         (["mypackage:SharedBackend", "-o", "prefix={server}"], "give the server's address with --server HOST:PORT"),
-        (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server is not used"),
+        (["mypackage:SharedBackend", "-o", "prefix={new}", "--server", "x:1"], "--server has no effect"),
         (["mypackage:SharedBackend", "-o", "prefix={server}", "--server", "x"], "--server must be HOST:PORT"),
         (["mypackage:UndeclaredBackend"], "a backend must declare its capabilities: capabilities = Capabilities(...)"),
         (
