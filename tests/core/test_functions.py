@@ -153,7 +153,7 @@ def test_a_function_without_a_space_is_refused_with_an_example() -> None:
 
 
 def test_a_space_with_a_task_is_refused_if_the_function_takes_the_task() -> None:
-    with pytest.raises(SpaceError, match="remove "task" from space="):
+    with pytest.raises(SpaceError, match='remove "task" from space='):
         wrap(asymmetric, {"model": "m", "task": "document"})
     assert wrap(lengths, {"model": "m", "task": "document"}).space("query").task == "document"
 
