@@ -378,7 +378,7 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
         "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
         "collapse-whitespace, casefold, newlines; plugins can add steps; each step needs an entry point with its name",
         "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because the tier keeps its entries in "
-        'this process, so that no call waits; remove "timeout"',
+        'this process and its calls do not wait; remove "timeout"',
         "the environment variable EMBEDONCE__ overrides nothing",
         "the environment variable EMBEDONCE__CACH__DTYPE overrides nothing; did you mean EMBEDONCE__CACHE__DTYPE?",
         "the environment variable EMBEDONCE__TIERS__MEMORY__NAME overrides nothing: a tier's name cannot "
@@ -430,7 +430,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         f"Installed: {', '.join(plugins.names())}",
         'embedonce.toml:13:1: unknown key "max_entrys" in [[tiers]] "memory"; did you mean "max_entries"?',
         'embedonce.toml:14:1: timeout in [[tiers]] "memory": the tier does not support a timeout, because the tier '
-        'keeps its entries in this process, so that no call waits; remove "timeout"',
+        'keeps its entries in this process and its calls do not wait; remove "timeout"',
         'embedonce.toml:15:13: max_bytes = "3 zb" in [[tiers]] "memory": has an unknown unit; use B, kB, MB, GB, TB, '
         "KiB, MiB, GiB or TiB",
         'embedonce.toml:17:8: another tier is already named "memory"; choose another name: name = "memory2"',

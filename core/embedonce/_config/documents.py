@@ -44,7 +44,7 @@ class Document:
 
     @property
     def relative_name(self) -> str | None:
-        """The file's name in messages. It is relative if the file is in or below the current folder."""
+        """The file's name in messages. The name is relative if the file is in or below the current folder."""
         return None if self.file is None else relative_name(self.file)
 
     @property
@@ -64,7 +64,7 @@ class Document:
         return (self._places.key if key else self._places.value)((*self.prefix, *path))
 
     def problem(self, path: TomlPath, message: str, *, key: bool) -> Problem:
-        """Return a problem with the key at ``path``, or with its value; the problem includes the line and column."""
+        """Return a problem about the key at ``path`` or about its value, with the line and column."""
         place = self.place(path, key=key)
         return Problem(message, self.relative_name, *(place or (None, None)))
 
@@ -86,7 +86,7 @@ def relative_name(file: Path) -> str:
 
 
 def find_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> Document:
-    """Return the configuration of ``source``: a file, a dict, or None to look for a file.
+    """Return the configuration that ``source`` names: a file, a dict, or None to look for a file.
 
     Raises:
         ConfigError: the given file, or the file that was found, cannot be read.
@@ -103,7 +103,7 @@ def find_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
 
 
 def _find_default() -> Document:
-    """Read the file that the environment variable names.
+    """Read the file that the environment variable ``EMBEDONCE_CONFIG`` names.
 
     If the variable is not set, read the nearest configuration in the current folder or above it. If there is no
     configuration, return the default.
@@ -133,7 +133,7 @@ def _has_configuration(pyproject: Path) -> bool:
     try:
         return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
     except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # if so, the caller reads the file and reports the error
+        return b"tool.embedonce" in content  # if True, the caller reads the file and reports the error
 
 
 def _get_table(data: Any) -> Any:
@@ -315,7 +315,7 @@ def is_unicode(text: str) -> bool:
 
 
 def list_overrides() -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield each environment variable that overrides a value: its name, the parts of the name, and its text."""
+    """Yield the name of each environment variable that overrides a value, the parts of the name, and the value."""
     for variable, text in sorted(os.environ.items()):
         if variable.upper().startswith(OVERRIDE):
             yield variable, tuple(variable[len(OVERRIDE) :].lower().split("__")), text

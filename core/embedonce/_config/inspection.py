@@ -39,7 +39,7 @@ class InstalledPlugin:
 
     name: str
     kinds: tuple[Kind, ...]
-    """Kinds of the plugins that the entry point registers; empty if it could not be loaded."""
+    """Kinds of the plugins that the entry point registers; empty if the plugin cannot be loaded."""
     distribution: str
     version: str
     error: str | None = None

@@ -1,4 +1,4 @@
-"""Check a document: every table against its options, and report every problem with its place."""
+"""Check each table of a document against the options of the table, and report every problem with its place."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_document(document: Document, *, own_provider: bool = False) -> Config:
 
 
 def read_allow_list(document: Document) -> Sequence[str] | None:
-    """Return ``[plugins] allow`` of a document, even if other tables have problems.
+    """Return the list ``allow`` in ``[plugins]``, even if other tables have problems.
 
     Raises:
         ConfigError: the ``[plugins]`` table has a problem.
@@ -71,7 +71,7 @@ class _Table:
     secrets: set[str] = field(default_factory=set)
 
     def override_key(self, option: str) -> str:
-        """Return the name of the variable that overrides an option, as ``_Loader`` looks it up."""
+        """Return the key under which ``_Loader`` keeps the variable that overrides an option."""
         return _format_variable((*self.variables, option))
 
     @property
@@ -159,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return what a message calls a tier: its name, otherwise its type, or its number if both must be hidden."""
+        """Return how a message identifies a tier: by its name, or else its type, or its number if both are hidden."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -415,7 +415,7 @@ class _Loader:
         table.resolved = dict(table.values)
 
     def _read_option(self, table: _Table, option: Option) -> Any:
-        """Return an option's value, converted to its type, or UNUSABLE if it is missing or invalid."""
+        """Return an option's value, converted to the option's type, or UNUSABLE if it is missing or invalid."""
         override = self._find_override(table, option.name)
         if override is not None:
             return self._read_variable(table, option, *override)
@@ -489,7 +489,7 @@ class _Loader:
         self._add_problem((*table.where, *where), f"{name} in {table.label}: {message}{source}")
 
     def _describe_variables(self, where: TomlPath) -> str:
-        """Name the environment variables in the value at ``where``, without their values."""
+        """List the environment variables that the value at ``where`` uses; do not show their values."""
         found = (names for place, names in self._values.variables.items() if place[: len(where)] == where)
         names = [name for names in found for name in names]
         return f" (from the environment variable {join_words(names)})" if names else ""
@@ -554,7 +554,7 @@ _OWN_TABLES: Mapping[str, type[Any]] = {
 
 
 def _format_variable(parts: Sequence[str]) -> str:
-    """Return the name of an override variable without ``EMBEDONCE__``, in lowercase and with ``_`` for ``-``."""
+    """Return the name of an override variable without ``EMBEDONCE__``, in lowercase and with ``_`` instead of ``-``."""
     return "__".join(parts).replace("-", "_").lower()
 
 

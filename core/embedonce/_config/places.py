@@ -19,11 +19,11 @@ TomlPath: TypeAlias = tuple[str | int, ...]
 
 
 MAX_KEY_PARTS = 50
-"""Maximum number of names in a dotted key for which places are recorded. No valid configuration has longer keys."""
+"""Only the first names of a dotted key get a place, up to this number. No valid configuration has longer keys."""
 
 
 class Place(NamedTuple):
-    """Line and column where a key or value begins. Both count from 1; columns count characters."""
+    """Line and column where a key or value begins. Both are counted from 1; the column is counted in characters."""
 
     line: int
     column: int
@@ -125,9 +125,9 @@ class _Walk:
 
 
 def _list_key_parts(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each name of a dotted key, without quotes, and its node."""
+    """Yield each name of a dotted key, without its quotes, and the node of the name."""
     parts = []
-    while node.type == "dotted_key":  # the first child of such a node holds all names but the last
+    while node.type == "dotted_key":  # the first child of such a node holds all names except the last
         node, *last = node.named_children
         parts += last[::-1]
     parts.append(node)

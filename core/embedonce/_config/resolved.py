@@ -1,4 +1,4 @@
-"""The frozen values of a configuration that was read and checked. :mod:`embedonce.config` exports them."""
+"""Immutable classes for a configuration that was read and checked. :mod:`embedonce.config` exports them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setting:
     name: str
     """Dotted name, with the tier's name instead of its index: ``tiers.redis.ttl``."""
     value: Any
-    """The value, or ``"(hidden)"`` if it is or may contain a secret."""
+    """The value, or ``"(hidden)"`` if the value is a secret or may contain one."""
     origin: str
     """Source of the value: ``embedonce.toml:14``, an environment variable, ``a dict`` or ``default``."""
 
@@ -83,5 +83,5 @@ class Config:
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
 
     def settings(self) -> list[Setting]:
-        """Return every setting, defaults included, with its source. Secrets are hidden."""
+        """Return every setting, even a default, with its source. Secrets are hidden."""
         return self._settings()

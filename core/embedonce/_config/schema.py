@@ -1,6 +1,6 @@
 """Build the JSON schema of ``embedonce.toml``, including the options of all installed plugins.
 
-The schema uses draft 7, because the TOML plugins of editors support it. The schema of a tier
+The schema uses draft 7, because the TOML plugins of editors support that draft. The schema of a tier
 has one alternative per ``type``. Each of these alternatives allows only the options of its type, so that an editor
 completes only these options.
 """
@@ -80,7 +80,7 @@ class _Schema:
 
     def _describe_provider(self) -> dict[str, Any]:
         fallback = {
-            "description": "Embeds texts that the main provider fails to embed, in a vector space of its own.",
+            "description": "Embeds texts that the main provider fails to embed. It has a vector space of its own.",
             "oneOf": self._describe_plugins("provider", "fallback", loading.provider, options_of(FallbackTable), {}),
         }
         self._definitions["fallback"] = fallback
@@ -135,7 +135,7 @@ class _Schema:
         return {**table, "title": name, "properties": properties, "required": ["type", *table.get("required", ())]}
 
     def _describe_type_option(self, name: str) -> dict[str, Any]:
-        """Return the schema of a plugin's ``type``: its name, with or without its distribution."""
+        """Return the schema of a plugin's ``type``: the plugin's name, with or without the distribution."""
         described = {"description": "Name of the plugin."}
         (found,) = [plugin for plugin in self._installed if plugin.type == name]
         full = f"{found.distribution}:{found.name}"
@@ -195,7 +195,7 @@ def _list_required(options: Iterable[Option], properties: Mapping[str, Any]) -> 
 
 
 def _remove_null(described: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema without the alternative null. TOML has no null, so an option without a value is missing."""
+    """Return a schema without its ``null`` alternative, because TOML has no null."""
     kept = [part for part in described.get("anyOf", ()) if part.get("type") != "null"]
     if len(kept) == 1:
         return {**{key: value for key, value in described.items() if key != "anyOf"}, **kept[0]}

@@ -35,7 +35,7 @@ def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
 
 
 def display(where: TomlPath, value: Any) -> str | None:
-    """Return a value as TOML writes it, shortened, or None if it is secret."""
+    """Return a value in TOML syntax, shortened, or None if the value is secret."""
     if is_secret(where[1:]):
         return None
     if isinstance(value, bool):
@@ -44,7 +44,7 @@ def display(where: TomlPath, value: Any) -> str | None:
 
 
 def mask(where: TomlPath, value: Any) -> Any:
-    """Return a value in which ``HIDDEN`` replaces every secret and no URL has credentials."""
+    """Return a copy of a value, with ``HIDDEN`` in place of each secret and without the credentials of URLs."""
     if is_secret(where[1:]):
         return HIDDEN
     if isinstance(value, Mapping):
@@ -77,7 +77,7 @@ def find_secrets(text: str) -> Iterable[str]:
 
 
 def credentials_in(text: str) -> Iterable[str]:
-    """Yield the secrets in a URL: the password, or the user if there is no password, and secret query parameters."""
+    """Yield the secrets in a URL: its password (without a password, its user) and its secret query parameters."""
     if "://" not in text:
         return
     try:

@@ -17,10 +17,10 @@ from embedonce.options import Doc, Duration
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
-"""Pattern of a tier's name. ``provider`` is reserved, because in ``Fetched.sources`` it stands for the provider."""
+"""Pattern of a tier's name. ``provider`` is reserved, because ``Fetched.sources`` uses it for the provider."""
 
 NOT_IN_PROCESS: Mapping[str, str] = {
-    "timeout": "a timeout, because the tier keeps its entries in this process, so that no call waits",
+    "timeout": "a timeout, because the tier keeps its entries in this process and its calls do not wait",
     "encryption": "encryption, because the tier keeps plain vectors in this process",
     "lease": "a lease, because no other process shares the tier",
 }
@@ -41,17 +41,20 @@ class CacheTable:
     max_wait: Annotated[
         Duration,
         Gt(0),
-        Doc("Wait at most this long for another call that embeds the same text. After that, embed it in this call."),
+        Doc(
+            "Wait at most this long for another call that embeds the same text. After that, embed the text in this "
+            "call."
+        ),
     ] = 60.0
     flush_timeout: Annotated[
-        Duration, Ge(0), Doc("Wait at most this long for queued writes in close and at program exit.")
+        Duration, Ge(0), Doc("In close and at program exit, wait at most this long for queued writes.")
     ] = 5.0
     max_queued: Annotated[int, Gt(0), Doc("Queue at most this many vectors for writing in the background.")] = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyTable:
-    """``[key]``: what makes two requests the same."""
+    """``[key]``: what makes the keys of two requests equal."""
 
     version: Annotated[str, Doc("Part of every key. Change it to stop using all vectors stored so far.")] = "v1"
     normalize: Annotated[
@@ -83,7 +86,10 @@ class FallbackTable:
 
     fetch_only: Annotated[
         bool,
-        Doc("Use the fallback only in fetch. embed and embed_batch then raise instead of returning its vectors."),
+        Doc(
+            "Use the fallback only in fetch. embed and embed_batch then raise an error instead of returning vectors of "
+            "the fallback."
+        ),
     ] = False
 
 
@@ -116,8 +122,8 @@ class TierTable:
         Duration | None,
         Gt(0),
         Doc(
-            "Let only one of the processes that share this tier embed a missing text. The other processes wait for its "
-            "vector for at most this long. Only one tier of a chain can have a lease."
+            "Let only one of the processes that share this tier embed a missing text. The other processes wait at "
+            "most this long for its vector. Only one tier of a chain can have a lease."
         ),
     ] = None
 

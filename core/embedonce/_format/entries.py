@@ -89,7 +89,7 @@ def as_float32(values: ArrayLike) -> NDArray[np.float32]:
 
 
 def make_rows(payloads: Iterable[bytes], dimension: int) -> list[Vector]:
-    """Return a read-only row of shape (dimension,) over each payload, without copying it."""
+    """Return a read-only row of shape (dimension,) over each payload, without copying the payload."""
     # Calling the constructor with map() takes 0.25 µs per row. np.frombuffer in a comprehension takes 0.35 µs.
     make: Callable[..., Vector] = np.ndarray
     return list(map(make, repeat((dimension,)), repeat(FLOAT32), payloads))

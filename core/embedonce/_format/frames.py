@@ -71,7 +71,7 @@ def encode_frames(items: Mapping[str, Entry]) -> dict[str, bytes]:
     """Return each entry as a frame for its key.
 
     Each vector is written with the precision of its entry's ``dtype``. A vector that does not have this precision yet
-    is rounded here. A vector that already has this precision is read back bit for bit.
+    is rounded here. A vector that already has this precision is stored exactly, bit for bit.
 
     Raises:
         ValueError: a vector or a date does not fit into a frame, the dtype is unknown, or the metadata has more
@@ -138,7 +138,7 @@ class Decoded:
     corrupt: list[str] = field(default_factory=list)
     """Keys whose value is not a frame, is damaged, has the wrong dimensions, or is the frame of a different key.
 
-    The cache counts them as corrupt and embeds their texts again.
+    The cache counts these keys as corrupt and embeds their texts again.
     """
     missed: list[str] = field(default_factory=list)
     """Keys whose frame is expired, has a different format version, or is coarser than the requested dtype.
@@ -149,7 +149,7 @@ class Decoded:
 
 
 class _Request(NamedTuple):
-    """The requirements that the caller of :func:`decode_frames` has."""
+    """The requirements of the caller of :func:`decode_frames`."""
 
     now: float
     dtype: Dtype
@@ -162,7 +162,7 @@ class _Request(NamedTuple):
 _Rejection: TypeAlias = Literal["corrupt", "missed"]
 _MIN_BATCH = 6
 """Minimum number of frames of the same size that are checked together, as columns. Fewer frames are checked one by one,
-because that is faster for them."""
+because this is faster for a few frames."""
 
 
 def decode_frames(
@@ -171,7 +171,7 @@ def decode_frames(
     """Decode and check the frames that a tier returned. This function raises no error, whatever the tier returned.
 
     Frames of the same size are checked together, as columns. A stored vector that is finer than ``dtype`` is rounded
-    to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions, even 0 as in a space card.
+    to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions. A space card has 0 dimensions.
     """
     wanted = _Request(now, dtype, dimensions)
     decoded = Decoded()
@@ -226,7 +226,7 @@ def _decode_batch(
     """Decode frames of the same size together. Add a block of valid frames to ``entries``, and return all other frames.
 
     The block contains each frame that has the layout of the first frame and passes every check. The caller passes the
-    returned frames to :func:`_decode_one`, because a frame with a different layout may be valid as well, and because
+    returned frames to :func:`_decode_one`, because a frame with a different layout may also be valid, and because
     only :func:`_decode_one` finds out why a frame is rejected.
     """
     count, size = len(frames), len(frames[0])
@@ -342,6 +342,6 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # count the key as missed: embedding its text again reports the problem
+        if not fits.all():  # count the key as missed, because embedding its text again reports the problem
             return "missed"
     return freeze(values[0])

@@ -24,8 +24,8 @@ def _parse_finite(digits: str) -> float:
     return number
 
 
-# The encoder and the decoder are created once. In each call with options, json.dumps would create a new encoder, and
-# json.loads a new decoder, which takes longer than the conversion itself.
+# The encoder and the decoder are created once. With options, json.dumps would create a new encoder in each call, and
+# json.loads would create a new decoder. Creating them takes longer than the conversion itself.
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _FROM_JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_finite)
 

@@ -35,12 +35,12 @@ def round_vectors(matrix: ArrayLike, dtype: Dtype) -> Matrix:
 
 
 def round_rows(rows: Matrix, dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the rows as they will be read from a store, and which rows fit the dtype."""
+    """Return the rows as they will be read from a store, and a mask of the rows that fit the dtype."""
     return read_back(rows, pack(rows, dtype), dtype)
 
 
 def read_back(rows: Matrix, payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Unpack ``payloads``, which :func:`pack` made from ``rows``. Return the values, and which rows fit the dtype."""
+    """Unpack ``payloads``, which :func:`pack` made from ``rows``. Return the values and a mask of the rows that fit."""
     if dtype == "float32":
         return rows, _find_finite_rows(rows)
     values, sound = unpack(payloads, dtype)
@@ -84,7 +84,7 @@ def pack(rows: Matrix, dtype: Dtype) -> NDArray[np.uint8]:
 
 
 def unpack(payloads: NDArray[np.uint8], dtype: Dtype) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the values of payloads of the same size, shape (n, d), and which rows are valid.
+    """Unpack payloads of the same size. Return the values, shape (n, d), and a mask of the valid rows.
 
     A row is valid if :func:`pack` could have written it.
     """
@@ -105,7 +105,7 @@ def _view_as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
-    """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times its row's scale.
+    """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times the scale of its row.
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in

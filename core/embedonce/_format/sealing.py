@@ -1,4 +1,4 @@
-"""Builds and takes apart frames whose metadata and payload are encrypted."""
+"""Make frames whose metadata and payload are encrypted, and split such frames into their parts."""
 
 from __future__ import annotations
 

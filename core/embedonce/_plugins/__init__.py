@@ -1,1 +1,1 @@
-"""How plugins are found, loaded and asked for their options. Private; users import ``embedonce.plugins``."""
+"""Find plugins, load them, and read their options. Private; users import ``embedonce.plugins``."""

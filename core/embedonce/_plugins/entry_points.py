@@ -62,7 +62,7 @@ def installed_by_embedonce() -> list[str]:
 def _scan_metadata(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Read the group's entry points from the metadata of all installed packages.
 
-    This takes about 10 ms, so it happens once per ``sys.path``.
+    Reading the metadata takes about 10 ms, so the result is cached until ``sys.path`` changes.
     """
     from importlib.metadata import entry_points
 

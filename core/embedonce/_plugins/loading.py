@@ -55,7 +55,7 @@ class LoadedPlugin:
 
 
 def backend(name: str) -> type[Any]:
-    """Return the backend class that TOML calls ``name``, or ``distribution:name``.
+    """Return the backend class with this name in TOML: ``name`` or ``distribution:name``.
 
     Raises:
         PluginError: the plugin is not installed, not allowed, cannot be loaded, or is not a backend.
@@ -65,7 +65,7 @@ def backend(name: str) -> type[Any]:
 
 
 def provider(name: str) -> type[Any]:
-    """Return the provider class that TOML calls ``name``. Raises the same errors as :func:`backend`."""
+    """Return the provider class with this name in TOML. Raises the same errors as :func:`backend`."""
     cls: type[Any] = _get_registered("provider", name)
     return cls
 
@@ -85,7 +85,7 @@ def normalizer(name: str) -> Normalizer:
 
 
 def listeners(used: Iterable[str]) -> list[Callable[[Event], None]]:
-    """Return the event hooks of the plugins ``used``, as functions to call with each event."""
+    """Return the event hooks of the plugins in ``used``, as functions to call with each event."""
     modules = {id(module): module for name in used if name not in NORMALIZERS for module in [_load_plugin(name).module]}
     return [function for module in modules.values() for function in list_event_hooks(module)]
 
@@ -258,8 +258,8 @@ def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> st
 def find_extra(distribution: Distribution, plugin: str, module: str) -> str | None:
     """Return the extra of the distribution that provides a missing module, or None.
 
-    Prefer the extra that has the plugin's name, otherwise use an extra that requires a package with the module's name.
-    The extras come from the distribution's metadata, so a message never names an extra that does not exist.
+    Prefer the extra that has the plugin's name. Otherwise, take an extra that requires a package with the module's
+    name. The extras come from the distribution's metadata, so a message never names an extra that does not exist.
     """
     extras = distribution.metadata.get_all("Provides-Extra") or []
     for extra in extras:

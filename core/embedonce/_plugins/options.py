@@ -25,7 +25,7 @@ from embedonce.options import BadValue
 from .plain_values import UNSURE, convert_plain_value
 
 REQUIRED = inspect.Parameter.empty
-"""The ``default`` of an option without a default."""
+"""Value of :attr:`Option.default` for an option that has no default."""
 
 
 class Refused(ValueError):
@@ -114,7 +114,7 @@ def options_of(cls: type[Any]) -> Mapping[str, Option]:
 
 
 def merge_options(cls: type[Any], own: Mapping[str, Option], reserved: Collection[str]) -> dict[str, Option]:
-    """Return the options of a plugin's table: embedonce's ``own`` and those of the plugin's class.
+    """Return the options of a plugin's table: embedonce's own options, and those of the plugin's class.
 
     Raises:
         PluginError: :func:`options_of` fails, or an option of the class has a name in ``own`` or ``reserved``.

@@ -31,7 +31,7 @@ embedonce conformance redis --option url=redis://{server}/0 --option prefix={new
 
 Each test uses its own store. If an option is a path, it names a folder: each test creates its store in this folder and
 removes it at the end. In any other option, {new} is replaced by a new value for each test. If an option contains
-{server}, also give --server: the network tests then use a proxy that resets connections and garbles replies. Tests of a
+{server}, also give --server. The network tests then use a proxy that resets connections and garbles replies. Tests of a
 TTL, of a store that stalls and of a node that is down need a test file: see docs/testing.md.
 
 The exit code is 1 if a test fails.
@@ -130,7 +130,8 @@ def _check_server(server: str, options: Any) -> None:
         raise Refused("an option contains {server}: give the server's address with --server HOST:PORT")
     if server and not is_used:
         raise Refused(
-            "--server has no effect, because no option contains {server}: write it in place of the server's address"
+            "--server has no effect, because no option contains {server}; write {server} in place of the "
+            "server's address"
         )
     host, _, port = server.rpartition(":")
     if server and not (host and port.isdecimal() and 0 < int(port) < 2**16):

@@ -176,7 +176,7 @@ def _raise_on_sigterm() -> Iterator[None]:
 
 
 def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
-    """Execute the run and return the exit code; if it ends early, report why and note it in the summary."""
+    """Execute the run and return the exit code. If the run ends early, report the reason and add it to the summary."""
     from .embedding.run import Stopped
     from .embedding.sinks import SinkError, list_outputs
 

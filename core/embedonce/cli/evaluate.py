@@ -54,7 +54,10 @@ def evaluate(
         typer.Option("--qrels", metavar="FILE", help="The relevant documents: .jsonl, or tab-separated as in BEIR."),
     ] = None,
     k: Annotated[
-        int, typer.Option("-k", metavar="N", min=1, help="Measure on the first N documents of each query.")
+        int,
+        typer.Option(
+            "-k", metavar="N", min=1, help="Measure recall and nDCG on the N documents nearest to each query."
+        ),
     ] = 10,
     plot: Annotated[
         Path | None,
@@ -85,7 +88,7 @@ def evaluate(
 
 
 def _keep_judged(texts: Texts, judged: dict[str, Any]) -> Texts:
-    """Return the queries that have a relevant document, and report how many have none."""
+    """Return the queries that have a relevant document, and report how many queries have none."""
     kept = [i for i, one in enumerate(texts.ids) if one in judged]
     if len(kept) < len(texts.ids):
         left_out = format_count(len(texts.ids) - len(kept), "query", "queries")

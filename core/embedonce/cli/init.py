@@ -54,7 +54,7 @@ def init(
 ) -> None:
     """Write a commented configuration for a provider and some tiers."""
     if file.name == PYPROJECT:
-        raise Refused(f"{file} may contain other settings: write a separate file, such as {FILE}")
+        raise Refused(f"{file} may contain other settings; write a separate file, such as {FILE}")
     _check_name("--provider", provider, PROVIDERS, "[provider]")
     tiers = _sort_tiers(tier or DEFAULT_TIERS)
     try:

@@ -38,7 +38,7 @@ _HEAD = """\
 dtype = "float32"
 
 [key]
-# Change the version to stop using all old vectors; then remove them with `embedonce purge --version v1`.
+# Change the version to stop using all old vectors. Then remove the old vectors with `embedonce purge --version v1`.
 version = "v1"
 # Steps that normalise a text before it is embedded. Other steps: "nfkc", "collapse-whitespace", "casefold",
 # "newlines". With an empty list, texts are embedded as they are.
@@ -51,8 +51,8 @@ normalize = ["nfc", "strip"]
 """
 
 _TIERS_HEAD = """\
-# Tiers are asked in the order of this file, so the fastest comes first. A vector that is found in a slower tier is
-# copied to the faster tiers.
+# A lookup reads the tiers in the order of this file, so the fastest tier comes first. A vector that is found in a
+# slower tier is copied to the faster tiers.
 """
 
 _LEASE = """\
@@ -75,7 +75,7 @@ dimensions = 256
     ),
     "sentence-transformers": Section(
         """\
-# The provider makes the vectors: a model of the sentence-transformers library, which runs in this process.
+# The provider makes the vectors. This provider runs a model of the sentence-transformers library in this process.
 """,
         """\
 [provider]
@@ -95,8 +95,8 @@ model = "sentence-transformers/all-MiniLM-L6-v2"
     ),
     "openai": Section(
         """\
-# The provider makes the vectors: OpenAI, or any endpoint that speaks its protocol, such as Ollama, vLLM or TEI.
-# For Azure, see docs/providers.md.
+# The provider makes the vectors. This provider calls OpenAI, or any endpoint with the same API, such as Ollama, vLLM or
+# TEI. For Azure, see docs/providers.md.
 """,
         """\
 [provider]
@@ -108,7 +108,7 @@ api_key = "${OPENAI_API_KEY}"
 # dimensions = 512
 # The URL of a different endpoint, up to and including /v1.
 # base_url = "http://localhost:11434/v1"
-# Set this for an endpoint that silently cuts texts that are too long, as Ollama does. OpenAI refuses them.
+# Set this for an endpoint that silently cuts texts that are too long, as Ollama does. OpenAI refuses such texts.
 # truncate = "provider"
 """,
         extra="openai",
@@ -116,7 +116,7 @@ api_key = "${OPENAI_API_KEY}"
     ),
     "gemini": Section(
         """\
-# The provider makes the vectors: Google's Gemini API.
+# The provider makes the vectors. This provider calls Google's Gemini API.
 """,
         """\
 [provider]
@@ -169,7 +169,7 @@ max_bytes = "2 GiB"
         """\
 [[tiers]]
 type = "memcached"
-# Every node as host:port. All programs that share the nodes must spell each host name alike.
+# List every node as host:port. All programs that share the nodes must spell each host name alike.
 servers = ["localhost:11211"]
 prefix = "embedonce:"
 # `embedonce purge` cannot list keys in memcached; a ttl limits how long an entry stays.

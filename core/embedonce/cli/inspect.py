@@ -38,8 +38,8 @@ embedonce config
 
 embedonce config --config production.toml --json
 
-A value that is or may contain a secret is shown as (hidden), and so is text that comes from an environment variable.
-This command does not open the tiers; embedonce check does.
+A value is shown as (hidden) if it is a secret, if it may contain a secret, or if it is text from an environment
+variable. This command does not open the tiers; embedonce check does.
 """
 EXPLAIN_EPILOG = """
 Examples:
@@ -140,7 +140,7 @@ def _list_installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
 
 
 def _describe_broken_plugin(plugin: InstalledPlugin) -> str:
-    """Return a plugin's error after its name, distribution and version, unless the error starts with them."""
+    """Return a plugin's error after its name, distribution and version, unless the error already starts with these."""
     error = str(plugin.error)
     name = f'plugin "{plugin.name}" of {plugin.distribution} {plugin.version}'
     return error if error.startswith(name) else f"{name}: {error}"

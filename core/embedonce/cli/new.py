@@ -46,7 +46,7 @@ def new(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a package with a working plugin and its tests. Then change the plugin into your own."""
+    """Write a package with a working plugin and its tests. Then replace the plugin's code with your own."""
     _check_name(name)
     target = folder or Path(f"embedonce-{name}")
     try:
@@ -88,7 +88,7 @@ def _write_package(kind: str, name: str, target: Path) -> list[str]:
         part.mkdir()
         written = sorted(_copy_template(template, part, name))
         os.rename(part, target)
-    except BaseException:  # also after Ctrl-C, do not leave half a package behind
+    except BaseException:  # leave no incomplete package behind, even after Ctrl-C
         shutil.rmtree(part, ignore_errors=True)
         raise
     return [file.relative_to(part).as_posix() for file in written]

@@ -1,4 +1,4 @@
-"""The plot of ``embedonce evaluate``: on the left, recall and nDCG of each dtype; on the right, its bytes per entry.
+"""The plot of ``embedonce evaluate``: on the left, recall and nDCG of each dtype; on the right, the bytes per entry.
 
 The plot requires the extra ``plot``.
 """
@@ -33,7 +33,7 @@ def check_plot(file: Path) -> None:
 
 
 def draw_plot(evaluation: Evaluation, file: Path) -> None:
-    """Write the plot, without pyplot, because its windows and global state could disturb the calling program."""
+    """Write the plot. This does not use pyplot, whose windows and global state could disturb the calling program."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

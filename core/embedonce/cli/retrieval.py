@@ -70,7 +70,7 @@ def read_texts(file: Path) -> Texts:
     """Read texts from a JSON Lines file, or from a plain text file with one text per line.
 
     A JSON object has the text as ``text``, its identifier as ``_id`` or ``id``, and optionally a ``title``. A title is
-    put before the text, as BEIR does. A text without an identifier gets its line number as its identifier.
+    put before the text, as in BEIR. A text without an identifier gets its line number as its identifier.
 
     Raises:
         Refused: a line is invalid; the message contains the line number.
@@ -136,7 +136,7 @@ def _parse_judgements(file: Path) -> Iterator[tuple[int, tuple[str, str, float]]
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield each line that is not blank, after its number (from 1)."""
+    """Yield the number (from 1) and the text of each line that is not blank."""
     try:
         content = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

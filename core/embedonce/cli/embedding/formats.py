@@ -16,7 +16,7 @@ from .passages import MAX_PASSAGE, TOO_LONG, Broken, Passage, ReadItem
 Split: TypeAlias = Literal["line", "paragraph", "file"]
 Format: TypeAlias = Literal["auto", "text", "jsonl", "csv", "parquet"]
 Line: TypeAlias = tuple[int, bytes | None]
-"""Number of a line (from 1) and its bytes without the line end, or None if the line is too long."""
+"""Number of a line (from 1) and its bytes without the line end; None instead of the bytes if the line is too long."""
 
 BOM = b"\xef\xbb\xbf"
 BY_SUFFIX: dict[str, Format] = {
@@ -90,7 +90,7 @@ def _split_lines(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
 
 
 def _is_blank(raw: bytes) -> bool:
-    """Return whether a line has only white space, including Unicode characters such as U+00A0."""
+    """Return whether a line has only white space, including Unicode white space such as U+00A0."""
     stripped = raw.strip()
     return not stripped or (stripped[0] >= 0x80 and not stripped.decode(errors="replace").strip())
 
@@ -108,7 +108,7 @@ def _split_paragraphs(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
             start = number
         size += (MAX_PASSAGE + 1 if raw is None else len(raw)) + 1
         if size > MAX_PASSAGE + 1:
-            paragraph = []  # too long: drop its lines and only count the bytes of the rest
+            paragraph = []  # the paragraph is too long: drop its lines, and only count the rest
         elif raw is not None:
             paragraph.append(raw)
     if size:

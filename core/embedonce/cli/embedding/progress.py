@@ -44,7 +44,7 @@ class Bar:
         self._progress.stop()
 
     def start_window(self, passages: int, bytes_read: int) -> None:
-        """Note that a window of passages was read and is about to be embedded."""
+        """Record that a window of passages was read and is about to be embedded."""
         self._window_size, self._completed, self._window_end = passages, self._window_end, bytes_read
         self._passages += passages
 
@@ -55,7 +55,7 @@ class Bar:
             self._update()
 
     def finish_window(self, hits: int) -> None:
-        """Note that the window is embedded; ``hits`` is the number of hits of the whole run so far."""
+        """Record that the window was embedded; ``hits`` is the number of hits of the whole run so far."""
         self._hits = hits
         self._completed = self._window_end
         self._update()

@@ -96,14 +96,15 @@ class Stopped(Exception):
 class DistinctTexts:
     """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
 
-    The counter keeps the hash of every distinct text. The hashes of new texts are merged into these hashes when the new
-    hashes take as much memory as the merged hashes, but at least 8 MiB. Two texts with the same hash count as one text.
-    Among ten million texts, the probability that any two have the same hash is 3 in a million.
+    The counter keeps the hash of every distinct text. The hashes of new texts are first collected in a separate list.
+    They are merged when they take as much memory as the hashes merged so far, but at least 8 MiB. Two texts with the
+    same hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a
+    million.
     """
 
     def __init__(self) -> None:
         self._known = np.empty(0, np.uint64)
-        """Sorted hashes, each once."""
+        """Sorted hashes without duplicates."""
         self._new: list[NDArray[np.uint64]] = []
         self._new_count = 0
 
@@ -324,7 +325,7 @@ def _are_alike(one: Exception | None, other: Exception | None) -> bool:
 
 
 def describe_error(error: Exception | None, text: str) -> str:
-    """Return an error in one line, without the text.
+    """Return a description of an error, in one line and without the text.
 
     A vendor's message may quote the text. A message that contains the beginning of the text is left out.
     """

@@ -2,8 +2,8 @@
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
 first rename. The index is renamed first, and the matrix right after. If an error or a signal occurs between the two
-renames, the earlier index is restored. Only a ``kill -9`` between them can leave the new index beside the earlier
-matrix. The earlier matrix is never removed before the new matrix is in place.
+renames, the earlier index is restored. Only a ``kill -9`` between the renames can leave the new index beside the
+earlier matrix. The earlier matrix is never removed before the new matrix is in place.
 
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); ``NAME.index.jsonl`` beside it has line i for row i
@@ -155,7 +155,8 @@ class _Part:
     def is_renamed(self) -> bool:
         """Whether the file has its final name.
 
-        This asks the file system, because a signal right after the rename could prevent the run from recording it.
+        This asks the file system, because a signal right after the rename could prevent the run from recording that the
+        file was renamed.
         """
         try:
             found = os.stat(self.path)
@@ -306,8 +307,8 @@ class JsonlSink:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
         for passage, vector in zip(passages, vectors, strict=True):
             fields = json.dumps(_describe_passage(passage, self._with_text), ensure_ascii=False)
-            # Nine digits restore every float32 exactly, except that -0.0 becomes 0. They take half the bytes of the
-            # seventeen digits of a double.
+            # Nine digits restore every float32 exactly, except that -0.0 becomes 0. Nine digits take half the bytes of
+            # the seventeen digits of a double.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
             self._part.file.write(f'{fields[:-1]}, "vector": [{values}]}}\n'.encode())
 

@@ -126,8 +126,8 @@ class Reader:
             return
         with open(file.path, "rb") as stream:
             # A file without a known suffix counts as text, but a NUL shows that such a file is binary. Do not look for
-            # a NUL if the user chose --format text, or if each line is a record, because the NUL then breaks only one
-            # record.
+            # a NUL if the user chose --format text, or if each line is a record. In a file of records, a NUL breaks
+            # only one record.
             head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
             if head.startswith(UTF16):
                 yield Broken(source, None, "UTF-16 is not supported; convert it to UTF-8")
