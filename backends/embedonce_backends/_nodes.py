@@ -6,7 +6,7 @@ from embedonce.errors import TierBusy
 class NodeDown(TierBusy):
     """Raised if a node does not answer while other nodes do.
 
-    It does not open the tier's breaker, because the other nodes still work.
+    This error does not open the tier's breaker, because the other nodes still work.
     """
 
 

@@ -60,7 +60,7 @@ class MemoryBackend:
     get: Callable[[str], Entry | None]
     """Method that returns the entry of a key, or None.
 
-    It is the policy's own method, so that a hit takes only one call."""
+    It is the policy's own method, so that a hit needs only one function call."""
 
     def __init__(
         self,
@@ -88,13 +88,13 @@ class MemoryBackend:
         self.get = self._held.get
 
     def get_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
-        """Return the entries of those ``keys`` that are stored here."""
+        """Return the stored entries by key, without the keys that have no entry."""
         time_left()
         get = self.get
         return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
-        """Store the entries. If there is not enough room for all of them, the last ones stay.
+        """Store the entries. If there is not enough room for all of them, those at the end of ``items`` stay.
 
         ``ttl`` is ignored, because only evictions free space here.
 
@@ -169,7 +169,7 @@ class _Policy(Protocol):
 
 
 class _Queue:
-    """Entries from the least to the most recently used, with their number and bytes.
+    """Entries in the order of their last use, least recently used first, and their total number and bytes.
 
     cachebox's own limit is off (0), because cachebox limits either the number or the size, but not both, and does not
     report what it evicted. ``get`` is cachebox's method, which moves the key to the end under cachebox's own lock.
@@ -200,7 +200,8 @@ class _Queue:
 
     def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # The sum is wrong if a caller changed an entry's metadata after storing it. An empty queue resets it to 0.
+            # The sum is wrong if a caller changed an entry's metadata after storing it. When the queue
+            # is empty, the sum is set to 0.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
     def is_over_limit(self) -> bool:
@@ -282,7 +283,7 @@ class _Segmented:
         (protected if key in protected.entries else probation).put(key, entry)
         self._demote()
         while self._is_over_limit():
-            # A new entry is always stored. If it is the only one on probation, a protected entry is evicted instead.
+            # A new entry is always stored. If no other entry is on probation, a protected entry is evicted instead.
             is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0
             (protected if is_alone else probation).pop_oldest()
 

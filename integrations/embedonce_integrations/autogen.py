@@ -46,8 +46,8 @@ class CachedMemoryConfig(BaseModel):
 class CachedMemory(Memory, Component[CachedMemoryConfig]):
     """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
-    This process holds the chunks, and the tiers of ``config`` hold the vectors too. So after a restart, the same chunks
-    can be added without embedding them again.
+    This process alone holds the chunks, but the tiers of ``config`` also hold the vectors. So after a restart, the same
+    chunks can be added without embedding them again.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.

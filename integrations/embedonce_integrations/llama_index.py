@@ -156,7 +156,7 @@ class _Handle:
                 "configuration describes its own vector space"
             )
         loaded = config.load(source, own_provider=embed_model is not None)
-        # Keep the file that was found, because another process may run in another folder.
+        # Keep the path that was found, because another process may look for the file in a different folder.
         source = loaded.file or (deepcopy(dict(source)) if isinstance(source, Mapping) else source)
         self._parts = (embed_model, source, space, symmetric)
         provider = None if embed_model is None else _wrap(embed_model, space, symmetric)

@@ -49,7 +49,8 @@ MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
 
 CLIENT_FIELDS = ("input", "encoding_format")
-"""Fields that override the client's own arguments if they are in ``extra_body``. Such a call is not cached."""
+"""Fields that override the client's own arguments if ``extra_body`` has them. A call that has one of them there is not
+cached."""
 
 RAW_HEADER = "X-Stainless-Raw-Response"
 """Header that ``client.with_raw_response`` and ``with_streaming_response`` set to change what ``create`` returns."""
@@ -62,7 +63,7 @@ def cached(
     models: Mapping[str, str] | None = None,
     endpoint_name: str | None = None,
 ) -> Client:
-    """Return a copy of ``client`` over the same connections, with a cache in its ``embeddings.create``.
+    """Return a copy of ``client`` that uses the same connections and has a cache in its ``embeddings.create``.
 
     The copy has the same class (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``), and its own
     ``copy`` and ``with_options`` return clients with the same cache. The cache is at ``embeddings.cache``. ``client``
@@ -142,7 +143,7 @@ class _Call:
             index = getattr(item, "index", None)
             if type(index) is not int or not 0 <= index < inputs or index in vectors:
                 raise ProviderError(
-                    f"the endpoint's answer does not give each of the {inputs} vectors its own index, starting at 0; "
+                    f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {inputs - 1}; "
                     "nothing was stored"
                 )
             vectors[index] = _read_vector(item.embedding)
@@ -208,7 +209,7 @@ def _encode_floats(row: Vector, index: int) -> Embedding:
 
 
 def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding that holds a string. The class declares only lists, but the client returns strings, too."""
+    """Return an embedding that holds a string. The class declares only lists, but the client also returns strings."""
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
@@ -429,12 +430,12 @@ class CachedEmbeddings(_CachedResource, Embeddings):
 
     @property
     def with_raw_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, because a hit has no raw answer."""
+        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
         return Embeddings(self._client).with_raw_response
 
     @property
     def with_streaming_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, as streams."""
+        """The client's own resource for raw answers as streams. It does not use the cache."""
         return Embeddings(self._client).with_streaming_response
 
 
@@ -488,10 +489,10 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
 
     @property
     def with_raw_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, because a hit has no raw answer."""
+        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
         return AsyncEmbeddings(self._client).with_raw_response
 
     @property
     def with_streaming_response(self) -> Any:
-        """The uncached resource for the endpoint's raw answers, as streams."""
+        """The client's own resource for raw answers as streams. It does not use the cache."""
         return AsyncEmbeddings(self._client).with_streaming_response

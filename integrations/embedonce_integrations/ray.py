@@ -73,7 +73,7 @@ class BatchEmbedder:
             KeyError: the batch has no such column.
             TypeError: a value of the column is not a text (the message has its position), or the type of the batch is
                 not supported.
-            Exception: the provider raised it. Vectors that were computed before are stored.
+            Exception: the provider raised it. Vectors that were computed before the exception are stored.
         """
         column, output, sources = (self._arguments[name] for name in ("column", "output", "sources"))
         kind = type(batch).__name__

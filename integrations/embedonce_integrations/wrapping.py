@@ -139,7 +139,8 @@ class WrappedProvider:
 
     Args:
         embed: blocking function that takes texts and a task and returns vectors; None if the embedder is only async.
-        aembed: the same as a coroutine function; None if the embedder is only blocking (it then runs in a thread).
+        aembed: coroutine function that does the same; None if the embedder is only blocking. In that case,
+            ``embed`` runs in a thread.
         space: function that takes a task and returns its vector space.
         limits: limits for each call of the embedder.
     """
@@ -357,8 +358,8 @@ def is_openai_resource(client: object) -> bool:
 class OrderedEmbeddings:
     """The ``embeddings`` of an OpenAI client. Each answer is sorted into the order of the input.
 
-    Frameworks take the items of an answer as they come and ignore their ``index``. If a vector was missing, superfluous
-    or out of order, vectors would be stored for the wrong texts.
+    Frameworks take the items of an answer as they come and ignore their ``index``. If a vector were missing,
+    superfluous or out of order, the cache would store vectors for the wrong texts.
     """
 
     def __init__(self, resource: Any) -> None:

@@ -29,7 +29,7 @@ CLOSE_SECONDS = 2.0
 def require_package(package: str) -> None:
     """Check that a package is installed, without importing it.
 
-    Importing the package takes a second, so that happens only at the first miss.
+    Importing the package takes a second, so the package is imported only at the first miss.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -50,7 +50,7 @@ class _SharedClient(Generic[Sync]):
 class Clients(Generic[Sync, Async]):
     """One blocking client for all threads, and one async client per event loop.
 
-    An async client cannot be shared between event loops, because its connections belong to one of them.
+    An async client cannot be shared between event loops, because its connections belong to a single loop.
 
     An async client is closed when its loop shuts down its async generators (as ``asyncio.run`` does), or by
     :meth:`close`. A forked child makes its own clients. If a child and its parent shared a connection, each of them

@@ -45,7 +45,7 @@ def find_snapshot(name: str, revision: str | None) -> tuple[str, Path]:
     If ``revision`` is a branch or a tag, this is the commit that the local cache has recorded for it.
 
     Raises:
-        SpaceError: the model is not in the local cache, and the hub did not answer or does not have it.
+        SpaceError: the model is not in the local cache, and the hub did not answer or does not have the model.
     """
     revision = revision or "main"
     local = _find_local(name, revision)
@@ -89,7 +89,7 @@ def _download_small_files(name: str, revision: str) -> Path:
         raise SpaceError(
             f"model {name!r}, revision {revision!r}, is not in the local cache of Hugging Face models "
             f"({cache_folder()}) and could not be downloaded from the hub ({type(error).__name__}). Check the name, "
-            f"go online and run hf download {name}, or set model to a folder that holds the model"
+            f"go online and run `hf download {name}`, or set model to a folder that holds the model"
         ) from error
     if not COMMIT.fullmatch(folder.name) or not is_model(folder):
         raise SpaceError(

@@ -47,7 +47,7 @@ def read_answer(content: bytes, texts: int) -> Embedded:
         index = item.get("index") if isinstance(item, dict) else None
         if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
             raise ProviderError(
-                f"the endpoint's answer does not give each of the {texts} vectors its own index, starting at 0; "
+                f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {texts - 1}; "
                 "nothing was stored"
             )
         vectors[index] = _read_vector(item.get("embedding"))

@@ -57,17 +57,17 @@ class GeminiProvider:
         dimensions: Annotated[int | None, Gt(0), Doc("Request vectors with this many dimensions.")] = None,
         normalize: Annotated[
             bool,
-            Doc("Scale vectors to unit length. gemini-embedding-001 requires this below 3072 dimensions."),
+            Doc("Scale vectors to unit length. Set this for gemini-embedding-001 with fewer than 3072 dimensions."),
         ] = False,
         task_types: Annotated[
             Mapping[str, str] | None,
-            Doc('Gemini\'s task type by task, in addition to those of document and query. "" sends none.'),
+            Doc('Gemini\'s task type for each task, in addition to document and query. "" sends no task type.'),
         ] = None,
         prefixes: Annotated[
             Mapping[str, str] | None, Doc("Text to put before each text, by task, for models without task types.")
         ] = None,
         base_url: Annotated[
-            str | None, Doc("Another endpoint. Default: GOOGLE_GEMINI_BASE_URL, else Google's.")
+            str | None, Doc("The endpoint's URL. Default: GOOGLE_GEMINI_BASE_URL, else Google's.")
         ] = None,
         endpoint_name: Annotated[
             str | None,

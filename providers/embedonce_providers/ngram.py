@@ -6,8 +6,8 @@ knows nothing about meaning.
 
 These steps make a vector from a text. They are complete, so that anyone can compute the same vector:
 
-1. Latin, Greek, Cyrillic and Armenian letters become lower case; every run of white space becomes one space; one space
-   is added in front and one behind, so that word boundaries form n-grams too.
+1. Latin, Greek, Cyrillic and Armenian letters become lower case, and every run of white space becomes one space. One
+   space is added before the text and one after it, so that n-grams also cover the first and the last word boundary.
 2. Every run of 3 and every run of 4 characters is hashed to a bucket and a sign, and the sign is added to that bucket.
    An empty text has no run, so its first bucket is set to 1.
 3. Component ``i`` is ``sign(c) * sqrt(abs(c) / s)``, where ``c`` is the count of bucket ``i`` and ``s`` the sum of all
@@ -47,7 +47,7 @@ SPACE: Final = 0x20
 # Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""Code point after U+3000 (the ideographic space), which is the last code point that is folded or white space."""
+"""First code point after U+3000, the ideographic space. No code point from here on is folded or is white space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072
@@ -57,7 +57,7 @@ docstring would take 11 µs."""
 
 
 class NgramProvider:
-    """Embeds texts by hashing their character n-grams: deterministic, local, and in the same way for all tasks."""
+    """Embeds texts by hashing their character n-grams. It is deterministic, runs locally, and ignores the task."""
 
     limits = Limits(max_batch=1024)
 

@@ -46,7 +46,7 @@ FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_
 class OpenAIProvider:
     """Calls ``POST /embeddings`` of an endpoint.
 
-    Every task has the same vectors, unless ``prefixes`` or ``task_body`` distinguish tasks.
+    A text has the same vector for every task, unless ``prefixes`` or ``task_body`` distinguish tasks.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class OpenAIProvider:
         dimensions: Annotated[
             int | None, Gt(0), Doc("Request vectors with this many dimensions, if the model supports it.")
         ] = None,
-        revision: Annotated[str | None, Doc("Version of the model, if its name alone does not tell it.")] = None,
+        revision: Annotated[str | None, Doc("Version of the model, if its name alone does not identify it.")] = None,
         deployment: Annotated[
             str | None, Doc("The endpoint's own name for the model, sent in place of model. Default: model.")
         ] = None,
@@ -76,15 +76,16 @@ class OpenAIProvider:
             Mapping[str, str] | None, Doc("Text to put before each text, by task: { query = 'query: ' }.")
         ] = None,
         extra_body: Annotated[
-            Mapping[str, Any] | None, Doc("Extra fields of each request. All except user are part of keys.")
+            Mapping[str, Any] | None,
+            Doc('Extra fields of each request. All except "user" become part of the keys.'),
         ] = None,
         task_body: Annotated[
             Mapping[str, Mapping[str, Any]] | None,
-            Doc("Extra fields by task, like extra_body: { query = { input_type = 'query' } }."),
+            Doc("Like extra_body, but with separate fields for each task: { query = { input_type = 'query' } }."),
         ] = None,
         truncate: Annotated[
             Literal["error", "provider"],
-            Doc('How the endpoint treats a text that is too long: "error" refuses it, "provider" cuts it.'),
+            Doc('How the endpoint treats a text that is too long: "error" refuses it, "provider" truncates it.'),
         ] = "error",
         encoding_format: Annotated[
             Literal["float", "base64"] | None,
@@ -94,7 +95,7 @@ class OpenAIProvider:
         max_tokens: Annotated[
             int,
             Gt(0),
-            Doc("Maximum number of tokens per call. A text is assumed to have a token per byte, the most possible."),
+            Doc("Maximum number of tokens per call. Each byte of a text counts as one token, the upper limit."),
         ] = 300_000,
         concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,

@@ -51,7 +51,7 @@ class SentenceTransformersProvider:
         *,
         model: Annotated[str, MinLen(1), Doc("A folder, or the name of a model on the Hugging Face hub: owner/name.")],
         revision: Annotated[
-            str | None, Doc("Branch, tag or commit on the hub. A branch means its commit in the local cache.")
+            str | None, Doc("Branch, tag or commit on the hub. For a branch, the commit in the local cache is used.")
         ] = None,
         device: Annotated[
             str | None, Doc('"cpu", "cuda", "cuda:1" or "mps". Default: the fastest available device.')
@@ -78,7 +78,7 @@ class SentenceTransformersProvider:
         ] = None,
         truncate: Annotated[
             Literal["provider", "error"],
-            Doc('What to do with a text that is too long: "provider" cuts it, "error" refuses it.'),
+            Doc('What to do with a text that is too long: "provider" truncates it, "error" refuses it.'),
         ] = "provider",
         trust_remote_code: Annotated[bool, Doc("Run Python code that comes with the model.")] = False,
     ) -> None:
@@ -185,7 +185,7 @@ class SentenceTransformersProvider:
     # --- vectors ------------------------------------------------------------------------------
 
     def embed(self, texts: Sequence[str], task: Task) -> NDArray[np.floating[Any]]:
-        """Return shape (n, dimensions). The dtype is the model's, mostly float32.
+        """Return shape (n, dimensions). The dtype is the model's, usually float32.
 
         Raises:
             TextRefused: a text is too long and ``truncate = "error"``, or the model knows none of its words.
@@ -312,7 +312,7 @@ def _refuse_long(model: SentenceTransformer, texts: list[str]) -> None:
     positions = [i for i, ids in enumerate(tokens) if len(ids) > max_length]
     if positions:
         raise TextRefused(
-            f'a text has more than {max_length} tokens; shorten it, or set truncate = "provider" to cut such texts',
+            f'a text has more than {max_length} tokens; shorten it, or set truncate = "provider" to truncate it',
             positions,
         )
 

@@ -1,4 +1,4 @@
-"""The disk tier: frames in one SQLite file of a folder."""
+"""The disk tier: frames in one SQLite file in a folder."""
 
 from .backend import DiskBackend, api, embedonce_backends
 from .layout import BytesDisk

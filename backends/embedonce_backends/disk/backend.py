@@ -95,7 +95,7 @@ _EXPIRE = (
 )
 _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
 # Keys are read as bytes, because a planted key may be invalid UTF-8. Without the unary plus, CAST would change how
-# SQLite compares the values.
+# SQLite compares the keys.
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
@@ -231,12 +231,18 @@ class DiskBackend:
         self,
         *,
         path: Annotated[
-            Path, Doc("Folder for this cache alone. It is made when first used, for this user only. ~ is the home.")
+            Path,
+            Doc(
+                "Folder for this cache alone. It is made when first used, and only this user can access it. "
+                "~ means the home folder."
+            ),
         ],
         max_bytes: Annotated[
             Size,
             Ge(MIN_FILE_BYTES),
-            Doc("Maximum size of the file; the oldest entries are evicted first. A log of up to 32 MiB comes on top."),
+            Doc(
+                "Maximum size of the file; the oldest entries are evicted first. SQLite's log takes up to 32 MiB more."
+            ),
         ] = 4 * GIB,
     ) -> None:
         if max_bytes < MIN_FILE_BYTES:
@@ -262,7 +268,7 @@ class DiskBackend:
             bounded=True,
         )
         self.clock: Callable[[], float] = time.time
-        """Function that returns the Unix time in seconds; a ttl is measured with it."""
+        """Function that returns the Unix time in seconds. The backend uses this clock to tell when an entry expires."""
         self._file = _File(folder, max_bytes)
         self._connections = Connections(self._file.connect)
         self._has_warned = False
@@ -274,7 +280,7 @@ class DiskBackend:
         A value that is not bytes was not written by this backend. It is returned as ``b""``, which is not a valid
         frame, so that the tier counts it as corrupt.
         """
-        if len(keys) == 1:  # the query for a single key takes a third of the time
+        if len(keys) == 1:  # for a single key, get() takes a third of the time of the query below
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
         found: dict[str, bytes] = {}
@@ -311,7 +317,7 @@ class DiskBackend:
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is missing or expired, and return those keys.
 
-        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        If several callers add the same key at the same time, only one call stores the item and returns the key.
         """
         added: set[str] = set()
         for chunk in self._split_items(items):
@@ -328,7 +334,8 @@ class DiskBackend:
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys and overwrite their data in the file.
 
-        Afterwards, this also empties the log, because the log may contain the data. An active reader can prevent that.
+        Afterwards, this also empties the log, because the log may contain the data. An active reader can keep the log
+        from being emptied.
         """
         for start in range(0, len(keys), CHUNK_KEYS):
             with self._open_transaction() as connection:
@@ -403,7 +410,7 @@ class DiskBackend:
         return explain_error(error, self._file.path)
 
     def _split_items(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-        """Split the items by number and by bytes, so that a transaction is short and takes little of ``max_bytes``."""
+        """Split the items into groups with limited number and bytes, so that no transaction is long or large."""
         chunk: dict[str, bytes] = {}
         size = 0
         max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
@@ -430,7 +437,7 @@ class DiskBackend:
             The number of entries that were evicted before they expired.
 
         Raises:
-            OSError: the call has no time left to make enough room. The evictions so far are kept.
+            OSError: the call has no time left to make enough room. The entries evicted so far stay deleted.
         """
         connection.execute(_EXPIRE, (self.clock(), 2 * len(items) + 64))
         # At the usual sizes, a row takes 30 to 40 % more than its value, because its key is also in an index and pages
@@ -459,7 +466,7 @@ class DiskBackend:
     def _limit_log(self) -> None:
         """Empty the log if it is larger than ``LOG_BYTES``.
 
-        SQLite itself cannot empty the log as long as at least one reader is active at any time.
+        SQLite itself empties the log only when no reader is active. If readers always overlap, that never happens.
         """
         if self._file.get_log_bytes() > LOG_BYTES:
             self._call_with_connection(_truncate_log)

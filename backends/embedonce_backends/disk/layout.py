@@ -17,14 +17,14 @@ MODE_RAW: Final = 1
 ALWAYS_INLINE = 2**31 - 1
 """diskcache's ``min_file_size``, set so high that no value is stored in a file of its own."""
 
-# All of diskcache's settings are set here, because diskcache reads a setting that is not set from the table, where
-# another program may have changed it.
+# All of diskcache's settings are set here. Otherwise, diskcache would read the missing settings from the table, and
+# another program may have changed them there.
 SETTINGS: Mapping[str, str | int] = {
     **diskcache.DEFAULT_SETTINGS,
     "statistics": 0,
     "tag_index": 0,
-    # diskcache evicts nothing, because this backend evicts the oldest entries itself. It finds them without an index,
-    # because the rowids are in the order in which the entries were stored.
+    # diskcache must not evict entries, because this backend evicts the oldest entries itself. The backend finds the
+    # oldest entries without an index, because the rowids are in the order in which the entries were stored.
     "eviction_policy": "none",
     "cull_limit": 0,
     "sqlite_auto_vacuum": 2,
@@ -47,7 +47,7 @@ SCHEMA_OBJECTS = {
     "Settings_size_update",
     "Settings_size_delete",
 }
-"""Tables, indexes and triggers that diskcache makes in the database, besides the table Settings."""
+"""Tables, indexes and triggers that diskcache makes in the database, in addition to the table Settings."""
 
 
 class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types

@@ -33,7 +33,7 @@ millisecond."""
 
 
 FORKED = (
-    "this process was forked while the disk tier was in use, so SQLite is not safe in it; "
+    "this process was forked while the disk tier was in use, so this process cannot use SQLite safely; "
     "fork earlier, or start processes with spawn"
 )
 
@@ -47,7 +47,7 @@ class Lock(Protocol):
 
 
 class Connection(sqlite3.Connection):
-    """A connection that belongs to a generation of the file's connections."""
+    """A connection with a generation, so that a connection from before :meth:`Connections.renew` is not used again."""
 
     generation = 0
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
@@ -232,7 +232,7 @@ class Connections:
         """Close the idle connections now and the lent ones when they come back; the next call opens the file again."""
         with self._lock:
             self._generation += 1
-            self._lent.update(self._idle)  # so that a fork waits until they are closed
+            self._lent.update(self._idle)  # so that a fork waits until the idle connections are closed
             idle, self._idle = self._idle, []
         for connection in idle:
             self._close_connection(connection)

@@ -66,7 +66,7 @@ class MemcachedBackend:
         ],
         prefix: Annotated[str, Doc("Text put before every key.")] = "",
         max_value_bytes: Annotated[
-            Size, Gt(0), Doc("Do not store larger values. Raise it if memcached was started with a larger -I.")
+            Size, Gt(0), Doc("Do not store larger values. Raise this limit if memcached was started with a larger -I.")
         ] = MAX_VALUE_BYTES,
         max_connections: Annotated[int, Gt(0), Doc("At most this many connections to each node.")] = 16,
     ) -> None:
@@ -153,7 +153,7 @@ class MemcachedBackend:
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys, with one round trip per node. Nodes that seem to be down are asked, too.
+        """Remove the keys, with one round trip per node. Nodes that seem to be down are not skipped.
 
         Raises:
             Exception: the error of a node that failed; the other nodes have removed their keys.
@@ -211,8 +211,8 @@ class MemcachedBackend:
     ) -> tuple[list[R], dict[Node, Exception]]:
         """Call each node with its part of the keys or items. Return the results, and the errors by node.
 
-        Nodes that are down are skipped while another node is up. If no node is up, all are asked, because then the
-        tier's breaker decides when to skip them.
+        Nodes that are down are skipped while another node is up. If no node is up, all nodes are called, because the
+        tier's breaker decides in that case whether to make calls at all.
         """
         if self._closed:
             raise CacheClosed("the memcached backend is closed")
@@ -291,7 +291,7 @@ def _check_servers(servers: object) -> Sequence[object]:
 
 
 def _normalize_server(server: object, index: int) -> str:
-    """Return a node's name, ``host:port`` or a path, which determines the keys that are stored on it."""
+    """Return a node's name: ``host:port`` or a path. The name determines which keys are stored on the node."""
     if isinstance(server, str) and server.removeprefix("unix:").startswith("/"):
         return server.removeprefix("unix:")
     match = _HOST.fullmatch(server) if isinstance(server, str) else None

@@ -35,7 +35,7 @@ chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a node is skipped after its first failure, and the maximum. Each later failure doubles the time."""
+"""Seconds for which a node is skipped: after its first failure, and at most. Each later failure doubles the time."""
 PROBE_SECONDS = 30.0
 """Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 
@@ -130,7 +130,7 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
         return {key for key in items if stored[key]}
 
     def delete_all(self, keys: Iterable[str]) -> None:
-        """Remove the keys. This does not use pymemcache's ``delete_many``, which takes any reply for a success."""
+        """Remove the keys. This does not use pymemcache's ``delete_many``, which accepts any reply as a success."""
         commands = [b"delete %b\r\n" % self.check_key(key, self.key_prefix) for key in keys]
         replies = self._misc_cmd(commands, b"delete", False)
         if not {b"DELETED", b"NOT_FOUND"}.issuperset(replies):

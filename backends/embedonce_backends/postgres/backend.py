@@ -118,7 +118,7 @@ class PostgresBackend:
     def add_many(self, items: Mapping[str, Item], ttl: float | None, /) -> set[str]:
         """Store the items whose key is missing or expired, and return those keys.
 
-        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        If several callers add the same key at the same time, only one call stores the item and returns the key.
         """
         if not items:
             return set()
@@ -212,7 +212,8 @@ class PostgresBackend:
             self.migrate()
         except psycopg.errors.InsufficientPrivilege as error:
             raise TierError(
-                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` with a role that is"
+                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` "
+                "with a role that is allowed to create it"
             ) from error
         return self._inspect_table()
 

@@ -139,7 +139,7 @@ def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
     """Run ``gen``, and check the deadline whenever data arrives and whenever a wait times out.
 
     A reply of 256 vectors arrives in dozens of pieces, each with its own wait. psycopg does the waiting, because its
-    code for that is in C.
+    implementation in C is fast.
     """
     try:
         wanted = next(gen)
@@ -175,7 +175,7 @@ AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 def is_usable(connection: AnyConnection) -> bool:
     """Return whether an idle connection is usable.
 
-    A readable connection is not, because the server has closed it or sent an error.
+    A readable connection is not usable, because the server has closed the connection or sent an error.
     """
     if connection.closed:
         return False
@@ -189,13 +189,13 @@ def is_usable(connection: AnyConnection) -> bool:
 def has_rows(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> bool:
     """Return whether a statement returns rows, even if there are none.
 
-    This does not use ``cursor.description``, because that makes an object per column.
+    This does not use ``cursor.description``, because reading it makes an object per column.
     """
     return cursor.pgresult is not None and cursor.pgresult.nfields > 0
 
 
 def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
-    """Return whether a connection is usable after ``error``. It is if the server's error reply was read completely."""
+    """Return whether the server's error reply was read completely, so that the connection can be used again."""
     return isinstance(error, psycopg.Error) and connection.pgconn.transaction_status == TransactionStatus.IDLE
 
 
@@ -242,7 +242,7 @@ def _start_thread(call: Callable[[], None]) -> bool:
 
 
 def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
-    """Add a connection to the idle ones, close those that have been idle too long, and return how many it closed."""
+    """Add an idle connection, close those that have been idle too long, and return the number of closed ones."""
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     expired = 0

@@ -1,4 +1,4 @@
-"""Conversion of entries and frames to Postgres' binary parameters, and of its binary rows to entries and frames.
+"""Convert entries and frames to parameters in Postgres' binary format, and binary rows to entries and frames.
 
 In Postgres' binary format, an array starts with five numbers: the number of its dimensions, whether it has NULLs (0 or
 1), the id of the elements' type, the number of elements, and the index of the first element. After them come the
@@ -27,7 +27,8 @@ Item: TypeAlias = Entry | bytes
 MAX_DIMENSIONS = 16_000
 """Maximum number of dimensions of pgvector's type ``vector``."""
 PREVIEW = "text_preview"
-"""Field of an entry's metadata with a column of its own. It is not stored if the option of the same name is off."""
+"""Field of an entry's metadata that has a column of its own. The field is not stored if the option of the same name is
+off."""
 
 BYTEA, INT4, TEXT, FLOAT8 = 17, 23, 25, 701
 """Ids (oid) of Postgres' built-in types. The ids of an extension's types differ between databases."""
@@ -80,7 +81,7 @@ def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: b
     """Return one array per column to write, in the order of the statement's parameters.
 
     Entries that go into the vector column come first, then the other entries, then the bytes. In this order, a column
-    that the last rows do not have needs only a short array.
+    that is NULL in the last rows needs only a short array.
 
     Raises:
         ValueError: an entry does not fit into a row; the message names its key.
@@ -133,7 +134,7 @@ def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Seq
 
 
 def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """Return two texts: the metadata without the preview as JSON, and the preview."""
+    """Return two texts: the metadata as JSON without the preview, and the preview."""
     if metadata is None:
         return None, None
     rest = {name: value for name, value in metadata.items() if name != PREVIEW}
@@ -170,7 +171,7 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
 
 
 def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
-    """Group the rows by the number of bytes in the vector column and by dtype; yield both together with each group.
+    """Group the rows by the number of bytes in the vector column and by dtype; yield both values with each group.
 
     The number is None for rows that have a frame and no vector.
     """

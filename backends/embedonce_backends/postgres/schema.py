@@ -14,8 +14,8 @@ from embedonce.errors import TierError
 Column: TypeAlias = Literal["auto", "vector", "bytea"]
 
 VERSION = 1
-"""Version of the table's schema. The table's comment contains it, because every role may read the comment and every
-dump includes it."""
+"""Version of the table's schema. The table's comment contains the version, because every role may read the comment and
+every dump includes the comment."""
 COMMENT = "embedonce cache, schema "
 LOCK = 0x656F2031
 """Key of the ``pg_advisory_xact_lock`` that lets only one process at a time make the table."""
@@ -165,7 +165,7 @@ def _list_create_statements(name: Composable) -> list[Composable]:
         # This keeps a vector of up to 2,000 dimensions in the same page as its row. A vector that is stored out of line
         # takes four more reads.
         SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
-        # EXTERNAL turns compression off, because it would not make vectors smaller.
+        # EXTERNAL turns compression off, because compression would not make vectors smaller.
         SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
         SQL("CREATE INDEX ON {} (kept_until) WHERE kept_until IS NOT NULL").format(name),
         _make_comment_statement(name),

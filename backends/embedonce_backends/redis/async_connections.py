@@ -60,7 +60,7 @@ class AsyncConnection(redis.asyncio.Connection):
             self._reader, self._writer = await asyncio.open_unix_connection(path, limit=READ_BYTES)
 
     async def open(self) -> None:
-        """Connect and log in. If the node should be a master, check that it still is one."""
+        """Connect and log in. If the node is expected to be a master, check that it is one."""
         await self.connect()
         if self._node.role == "master":
             (reply,) = await self.ask(Trip(self._node, [ROLE], lambda _: True))
@@ -84,10 +84,10 @@ class AsyncConnection(redis.asyncio.Connection):
     async def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        A readable connection is not, because the server has closed it or sent an error.
+        A readable connection is not usable, because the server has closed the connection or sent an error.
         """
         try:
-            # Check the socket, too, because the event loop may not have read from it yet.
+            # Also check the socket, because the event loop may not have read from it yet.
             return self.is_connected and not await self.can_read() and not _is_readable(self._writer)
         except (redis.RedisError, OSError):
             return False
@@ -189,7 +189,7 @@ class AsyncClient:
                 while True:
                     try:
                         replies = await self._exchange_trips(trips)
-                    except BaseException as error:  # noqa: BLE001  (a plan handles cancellation, too)
+                    except BaseException as error:  # noqa: BLE001  (a plan also handles cancellation)
                         trips = plan.throw(translate_error(error))
                     else:
                         trips = plan.send(replies)
@@ -233,9 +233,9 @@ class AsyncClient:
 
 _connections: WeakSet[AsyncConnection] = WeakSet()
 _inherited: list[AsyncConnection] = []
-"""Connections of the parent's event loops, kept alive in a forked child. If the garbage collector closed one in the
-child, its socket would be removed from the epoll that the child shares with its parent. The parent would then wait for
-the socket forever."""
+"""Connections of the parent's event loops, kept alive in a forked child. If the garbage collector closed such a
+connection in the child, its socket would be removed from the epoll that the child shares with its parent. The parent
+would then wait for the socket forever."""
 
 
 def _keep_inherited() -> None:

@@ -74,7 +74,7 @@ class RedisBackend:
         cert_file: Annotated[Path | None, Doc("TLS: PEM file of this client's certificate.")] = None,
         key_file: Annotated[Path | None, Doc("TLS: PEM file of the private key of cert_file.")] = None,
         check_hostname: Annotated[
-            bool, Doc("TLS: require that the server's certificate is for the host name that it is reached by.")
+            bool, Doc("TLS: require that the certificate is valid for the server's host name.")
         ] = True,
         max_connections: Annotated[
             int, Gt(0), Le(10_000), Doc("At most this many connections to each server, per process and per event loop.")
@@ -116,7 +116,7 @@ class RedisBackend:
         return self._client.run(self._plan_get(keys)) if keys else {}
 
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
-        """Store every item, with one pipeline per server. A server that refuses an item still stores the others.
+        """Store every item, with one pipeline per server. A server that refuses an item still stores the other items.
 
         Raises:
             PartialAnswer: some items were not stored; ``__cause__`` is the reason.
@@ -129,7 +129,7 @@ class RedisBackend:
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is missing, and return those keys.
 
-        If several callers add the same key at the same time, only one of them stores the item and gets the key.
+        If several callers add the same key at the same time, only one call stores the item and returns the key.
         """
         return self._client.run(self._plan_add(items, ttl)) if items else set()
 

@@ -43,7 +43,7 @@ IDLE_SECONDS = 300.0
 TRIP_SHARE = 0.75
 """Share of the remaining time that each of several simultaneous trips may take."""
 READ_BYTES = 2**18
-"""Maximum number of bytes per read from a socket. For comparison, 256 frames of 384 dimensions have 400 kB."""
+"""Maximum number of bytes per read from a socket. For comparison, 256 frames of 384 dimensions take 400 kB."""
 
 
 class Settings:
@@ -140,7 +140,7 @@ class Connection(redis.Connection):
         return opened
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send pieces of bytes by the deadline of the call. redis-py's handshake uses this method, too."""
+        """Send an encoded command by the deadline of the call. redis-py itself uses this method to log in."""
         opened: socket.socket | None = self._sock
         if opened is not None:
             opened.settimeout(time_left())
@@ -164,7 +164,7 @@ class Connection(redis.Connection):
         return replies
 
     def open(self) -> None:
-        """Connect and log in. If the node should be a master, check that it still is one."""
+        """Connect and log in. If the node is expected to be a master, check that it is one."""
         self.connect()
         if self._node.role == "master":
             (reply,) = self.ask(Trip(self._node, [ROLE], lambda _: True))
@@ -184,7 +184,7 @@ class Connection(redis.Connection):
     def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        A readable connection is not, because the server has closed it or sent an error.
+        A readable connection is not usable, because the server has closed the connection or sent an error.
         """
         try:
             return not self.can_read(0)
@@ -211,7 +211,10 @@ def _resolve(address: Address) -> Sequence[tuple[int, Any]]:
 
 
 def _call_in_thread(look_up: Callable[[], T]) -> T:
-    """Return the result of ``look_up``. It has no timeout, so it runs in a thread that is abandoned at the deadline."""
+    """Return the result of ``look_up``.
+
+    ``look_up`` has no timeout, so it runs in a thread that is abandoned at the deadline.
+    """
     left = time_left()
     if left is None:
         return look_up()
@@ -378,7 +381,7 @@ class Client:
         return pool
 
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        """Send all trips, then read all replies. If a trip fails, its error takes the place of each reply.
+        """Send all trips, then read all replies. If a trip fails, its error takes the place of each of its replies.
 
         Raises:
             Exception: every trip failed; the exception is the first trip's error.

@@ -197,14 +197,17 @@ class OneServer:
 
 
 class Candidates:
-    """Servers that can all answer the same question, in the order to try them. A server that fails goes to the end."""
+    """Servers that can all answer the same question, in the order in which to try them.
+
+    A server that fails goes to the end.
+    """
 
     def __init__(self, addresses: Iterable[Address]) -> None:
         self._lock = threading.Lock()
         self._addresses = list(addresses)
 
     def list_in_order(self) -> list[Address]:
-        """Return the addresses in the order to try them."""
+        """Return the addresses in the order in which to try them."""
         with self._lock:
             return list(self._addresses)
 
@@ -297,7 +300,7 @@ class Cluster:
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
         replies = yield from self.send_each(keys, [("GET", key) for key in keys], is_value)
-        # A key that holds another type, such as a list, counts as missing, like in MGET. SET replaces it.
+        # A value of a different type, such as a list, counts as missing, as it does in MGET. SET replaces the value.
         return [None if isinstance(reply, ResponseError) and _is_wrong_type(reply) else reply for reply in replies]
 
     def unlink(self, keys: Sequence[bytes]) -> Plan[None]:
@@ -313,7 +316,7 @@ class Cluster:
             groups = yield from self._send_groups(groups, commands, check, replies)
             if not groups:
                 break
-        return replies  # after the last redirect, the reply of a key that moved again is its redirect error
+        return replies  # after the last redirect, a key that moved again has a redirect error as its reply
 
     def fetch_slots(self) -> Plan[Slots]:
         self._known_slots = None
@@ -407,7 +410,7 @@ def _has_failed(answer: Sequence[Reply]) -> bool:
 
 
 def _can_try_next(error: BaseException) -> bool:
-    # After a timeout, this call has no time left for another server. The next call starts with that server.
+    # After a timeout, this call has no time left to try the next server. The next call tries that server first.
     return isinstance(error, RedisError | OSError) and not isinstance(error, TimeoutError)
 
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from embedonce import SpaceError
 
 _contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""Digest of the folder's content by loaded model; the same value is ``revision`` in the vector space."""
+"""For each loaded model, the digest of its folder's content, which is also the ``revision`` in the vector space."""
 
 
 def drop_stale_models(embedder: Any, content: str | None) -> None:

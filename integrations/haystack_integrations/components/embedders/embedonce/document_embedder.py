@@ -81,7 +81,7 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
         Raises:
             TypeError: ``documents`` is not a list of Documents.
-            Exception: the embedder raised it. Vectors that were computed before are stored.
+            Exception: the embedder raised it. Vectors that were computed before the exception are stored.
         """
         texts = self._effective_texts(documents)
         return _make_answer(documents, *self._fetch(texts, kwargs))
