@@ -1,4 +1,4 @@
-"""Functions that child processes of the tests run. A spawned child must be able to import them."""
+"""Functions that tests run in child processes. They are in a module because a spawned child imports them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def embed_all_texts(table: dict[str, Any], prefix: str, seed: int, barrier: Any)
     tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
     order = np.random.default_rng(seed).permutation(len(COLD_TEXTS))
     with Cache(provider, [MemoryBackend(), tier], max_wait=LONG_TIMEOUT) as cache:
-        # The wait ends when the last process has started. The timeout is shorter than pytest's timeout of a test.
+        # Wait until all processes have started. The timeout is shorter than pytest's timeout for a test.
         barrier.wait(LONG_TIMEOUT + 40)
         for start in range(0, len(COLD_TEXTS), 100):
             mine = [f"{prefix} {COLD_TEXTS[i]}" for i in order[start : start + 100]]

@@ -48,7 +48,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
-    """Give a long timeout to every tier that has none, and return the default timeouts.
+    """Give a long timeout to every tier for which a test sets no timeout, and return the original default timeouts.
 
     A busy machine sometimes suspends a thread for a second. With the default timeout, a healthy store would then
     count as hanging, so that a hit would become a miss and a write would be dropped. Tests of timeouts set their

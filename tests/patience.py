@@ -19,7 +19,7 @@ from embedonce import Cache, TierBusy
 T = TypeVar("T")
 
 LONG_TIMEOUT = 60.0
-"""Timeout in seconds: far more than anything takes on a busy machine, and less than pytest's timeout of a test."""
+"""Timeout in seconds. It is far longer than any wait on a busy machine, but shorter than pytest's own timeout."""
 
 
 def wait_until(true: Callable[[], object]) -> None:
@@ -42,7 +42,7 @@ def wait_until_collected(what: weakref.ref[Any]) -> None:
 
 @contextmanager
 def hold_lock(lock: AbstractContextManager[Any]) -> Iterator[None]:
-    """Let another thread hold a lock, as may happen at the moment of a fork."""
+    """Hold a lock in another thread, as another thread may do at the moment of a fork."""
     locked, end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -68,14 +68,14 @@ async def wait_until_async(true: Callable[[], object]) -> None:
 
 
 def count_followers(cache: Cache) -> int:
-    """Return the number of calls that wait now for vectors that other calls compute."""
+    """Return the number of calls that are waiting for other calls to compute their vectors."""
     with cache._chain.in_flight._lock:
         futures = [flight._future for flight in cache._chain.in_flight._flights.values() if flight._future is not None]
     return sum(len(future._waiters) + len(future._done_callbacks) for future in futures)  # type: ignore[attr-defined]
 
 
 def retry_when_busy(call: Callable[[], T]) -> T:
-    """Return the result of a call with a short timeout; retry it if no thread was free in time.
+    """Return the result of a call with a short timeout. Retry the call if no thread was free in time.
 
     A busy machine may start a thread only after the timeout has passed. Then the tier or the provider raises
     TierBusy, an error that the test is not about.

@@ -100,7 +100,8 @@ def _cycle_own_ports(pid: int) -> Iterator[int]:
     """Cycle through this process's share of the ports, starting at a random port.
 
     A server does not listen between the choice of its port and its start, nor during a restart. If another worker of
-    pytest-xdist could choose the same port in that time, the tests of one worker would talk to the other's server.
+    pytest-xdist could choose the same port in that time, the tests of one worker would talk to a server of the other
+    worker.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
@@ -613,7 +614,7 @@ class PostgresServer(Server):
         return f"postgresql://postgres@{self.address}/{database}"
 
     def command(self) -> Sequence[str]:
-        """Create the database cluster if it is missing; return a command without fsync, which tests do not require."""
+        """Create the database cluster if it is missing; return a command that turns fsync off."""
         if not self.data.exists():
             self._initialise()
         settings = {"listen_addresses": HOST, "unix_socket_directories": str(self.folder), "fsync": "off"}
@@ -629,7 +630,7 @@ class PostgresServer(Server):
 
     def kill_all(self) -> None:
         """Kill the server and its sessions together, because a session otherwise outlives the server for a moment."""
-        self.pause()  # so that the server starts no more processes
+        self.pause()  # a paused server starts no more processes
         for pid in self._paused[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -679,7 +680,7 @@ def find_postgres(user: str | None) -> Path:
         skip_missing("postgres")
     try:
         subprocess.run([folder / "postgres", "--version"], user=user, cwd="/", check=True, capture_output=True)
-    except PermissionError:  # the environment is in a home directory that the other user must not enter
+    except PermissionError:  # this Python is installed in a home folder that `user` is not allowed to enter
         copy = Path(tempfile.mkdtemp(prefix="embedonce-postgres-"))
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         copy.chmod(0o755)

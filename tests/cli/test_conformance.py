@@ -129,7 +129,7 @@ def test_a_backend_without_a_test_file(command: Any, module: str, folder: Path) 
     assert outcomes["test_use_after_close_raises"]["outcome"] == "failed"
     for name in ("test_a_miss_is_absent", "test_other_processes_use_the_store", "test_a_forked_child_uses_the_store"):
         assert outcomes[name]["outcome"] == "passed", outcomes[name]
-    assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == "requires the capability ttl"
+    assert outcomes["test_an_entry_goes_when_its_ttl_ends"]["detail"] == 'requires the capability "ttl"'
     assert (report["kind"], report["failed"] + report["passed"] + report["skipped"]) == ("backend", len(outcomes))
     timed = {(one["operation"], one["batch"]) for one in report["timings"]}
     assert timed == {(name, n) for n in (1, 256) for name in (
@@ -146,7 +146,7 @@ def test_the_report_for_people(command: Any, module: str) -> None:
     assert [line for line in done.out.splitlines() if "No such file" not in line] == [
         "passed   test_a_miss_is_absent",
         "failed   test_delete_of_what_is_not_there_is_no_error",
-        "skipped  test_count_agrees_with_what_is_there  requires the capability count",
+        'skipped  test_count_agrees_with_what_is_there  requires the capability "count"',
         "",
         "mypackage:FileBackend, a backend: 1 passed, 1 skipped, 1 failed",
     ]

@@ -230,7 +230,7 @@ def run_in_fork(work: Callable[[], bool]) -> None:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test forks while threads run, on purpose
         pid = os.fork()
     if pid == 0:
         try:
@@ -264,7 +264,7 @@ def set_alarm() -> Iterator[Callable[[Callable[[], Any]], None]]:
                     inside = False
 
         signal.signal(signal.SIGVTALRM, handle)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # not ITIMER_REAL, which pytest-timeout uses
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # ITIMER_REAL is used by pytest-timeout
 
     yield every_millisecond
     stop_signals()
@@ -289,7 +289,7 @@ def test_a_signal_handler_may_use_the_cache(set_alarm: Any) -> None:
         end = time.monotonic() + LONG_TIMEOUT
         while handled < 500 and time.monotonic() < end:
             cache.embed_batch(["x", "y"])
-        stop_signals()  # before the cache is closed, because the handler raises on a closed cache
+        stop_signals()  # the handler would raise once the cache is closed
         assert handled > 10
 
 
@@ -416,8 +416,8 @@ def test_a_hanging_call_does_not_make_later_stores_slower_with_each_forget() -> 
         forbidden = in_flight._is_forbidden
         in_flight._is_forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
         cache.embed_batch(["a", "b"])
-        assert len(looked) == 2  # one look-up per key, although there are 2000 erasures
-        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # keys of one or two embedding tasks
+        assert len(looked) == 2  # one lookup per key, although there are 2000 erasures
+        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two keys per text
         provider.heal()
         hanging.result(LONG_TIMEOUT)
         assert not in_flight._erased

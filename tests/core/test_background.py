@@ -237,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """The contract of a backend without the capability fork: every call in a forked child must raise immediately."""
+    """A backend without the capability ``fork``: every call in a forked child must raise immediately."""
 
     examples = 10
 
@@ -247,7 +247,7 @@ class TestABackendOnALoop(BackendContract):
 
 @pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python cannot start a thread during exit")
 def test_queued_writes_are_done_at_exit_by_a_client_that_needs_a_thread_pool(tmp_path: Path) -> None:
-    """The writes must be done before the atexit callbacks run, because thread pools then accept no more work."""
+    """The writes must be done before the atexit callbacks run, because by then thread pools refuse new work."""
     program = f"""
 import asyncio, time
 from pathlib import Path

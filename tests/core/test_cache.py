@@ -761,7 +761,7 @@ def test_unreferenced_caches_and_their_providers_are_closed_at_exit() -> None:
                 print("backend")
                 super().close()
 
-        gc.disable()  # garbage collection would close neither
+        gc.disable()  # the garbage collector would close neither the backend nor a provider
         Cache(Provider(), [Backend()], fallback=Provider(model="2")).embed("a text")
     """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "backend\nprovider\nprovider\n", "")

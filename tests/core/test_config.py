@@ -771,7 +771,7 @@ def test_the_schema_and_the_loader_agree(validator: Any, kind: str, option: str,
         is_accepted = False
     else:
         is_accepted = True
-    if value in ("nan", "inf"):  # JSON has no such numbers, so the schema cannot be asked
+    if value in ("nan", "inf"):  # JSON cannot express these numbers, so the schema is not tested
         assert not is_accepted
     elif (option, value) in ONLY_THE_LOADER_REFUSES:
         assert not is_accepted
@@ -963,7 +963,7 @@ def test_no_file_causes_a_traceback_in_a_command(changes: list[tuple[int, int, b
 
     Path("fuzz.toml").write_bytes(mutate(changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "is_terminal", lambda: True)  # so that the command prints the invalid lines
+        patch.setattr(output, "is_terminal", lambda: True)  # only on a terminal are invalid lines printed
         done = CliRunner().invoke(app, [*command, "--config", "fuzz.toml"])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code in (0, 1, 2)
@@ -1033,7 +1033,7 @@ def _check_places(found: Document, value: Any, path: tuple[str | int, ...]) -> N
 
 
 def _write_toml(value: Mapping[str, Any]) -> str:
-    """Write a dict as TOML, each value inline. Values that TOML does not have are omitted."""
+    """Write a dict as TOML, each value inline. Values that TOML cannot express are omitted."""
     return "\n".join(
         f"{json.dumps(str(key))} = {_write_inline(item)}" for key, item in value.items() if item is not None
     )

@@ -146,7 +146,7 @@ def test_warn_logs_each_check_that_finds_drift_and_continues(caplog: pytest.LogC
 
 
 def test_a_slow_drift_is_measured_against_the_first_vectors() -> None:
-    """Each step is within the tolerance, but their sum is not. The guard must compare with the first vectors."""
+    """Each step is within the tolerance, but their sum exceeds it. The guard must compare with the first vectors."""
     provider, clock = Changing(dimensions=64), ManualClock()
     with open_guarded(provider, clock) as cache:
         for step in range(40):
@@ -200,7 +200,7 @@ def test_canaries_that_a_tier_has_lost_are_embedded_again() -> None:
         cache.forget([CANARIES[0]])
         provider.changed = True
         clock.advance(DAY)
-        with pytest.raises(DriftError):  # the other canaries are still there
+        with pytest.raises(DriftError):  # the vectors of the other canaries are still stored
             cache.embed("b")
         cache.forget(CANARIES)
         clock.advance(DAY)

@@ -262,7 +262,7 @@ def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
 
 
 class BlockBackend:
-    """A backend whose answer is one block. The keys of the block do not have the order of the requested keys."""
+    """A backend whose answer is one block. Its keys are not in the order in which they were requested."""
 
     capabilities = Capabilities(holds="entries", scope="host", deadline=True)
 

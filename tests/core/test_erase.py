@@ -1,4 +1,4 @@
-"""After forget or purge, no queued write, promotion or running call stores a text again; failures are reported."""
+"""After forget or purge, no queued write, promotion or running call stores the text again; failures are reported."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_forget_wins_over_a_promotion() -> None:
             del far.get_many
             cache.forget(["text"])
             go_on.set()
-            assert reader.result(LONG_TIMEOUT).sources == ["far"]  # the vector was read before the forget
+            assert reader.result(LONG_TIMEOUT).sources == ["far"]  # the vector was read before forget() was called
         assert entries(near) == []
         assert cache.lookup(["text"]).sources == [None]
 

@@ -70,7 +70,7 @@ def find_verdict(decoded: Decoded, key: str) -> str:
 
 
 def decode_alone_and_in_batches(key: str, frame: Any, **wanted: Any) -> str:
-    """Return the verdict on a frame, and check that it is the same if the frame is alone, first or last in a batch."""
+    """Return the verdict on a frame that is decoded alone. Check that the verdict is the same in a batch."""
     wanted = {"now": NOW, **wanted}
     alone = decode_frames({key: frame}, **wanted)
     size = len(frame) if isinstance(frame, bytes) else 96

@@ -1,7 +1,7 @@
 """Keys: equal for equal requests, in every process and version, and different for all other requests.
 
-This file implements the rule of ``docs/keys.md`` a second time, from that page alone. The tests compare it with
-keys.py, with the examples of the page and with the golden keys.
+This file implements the rule of ``docs/keys.md`` a second time, from that page alone. The tests compare the
+results with those of keys.py, with the examples of the page and with the golden keys.
 """
 
 from __future__ import annotations

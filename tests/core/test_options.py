@@ -1,4 +1,4 @@
-"""Options of plugins: their units, their declaration in a constructor, and the checks that do without pydantic."""
+"""Options of plugins: their units, their declaration in a constructor, and the checks that do not need pydantic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public API: async twins have the signatures of their methods, types are tested, and values print one line."""
+"""The public API: async twins have the signatures of their methods, types are tested, and values print as one line."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open breaker skips calls until its probe has a result. Without a result, it would skip calls for 30 s."""
+    """An open breaker skips calls until its probe has a result. Without a result, it would stay open for 30 s."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
@@ -207,7 +207,7 @@ class TwoNodes(DictBackend):
 
 
 def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe with different keys could reach the healthy node and close the breaker. Calls would then wait again."""
+    """If a probe read keys of the healthy node, it would close the breaker, and calls would wait for the other node."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []
@@ -362,7 +362,7 @@ def test_a_read_that_raises_counts_the_answers_before_the_failure() -> None:
 
 
 class ScriptedBackend(DictBackend):
-    """A backend in which each key is a hit, a miss, corrupt or on a node that is down. Whole calls may fail, too."""
+    """A backend in which each key is a hit, a miss, corrupt or on a node that is down. Whole calls may also fail."""
 
     def __init__(self, keys: Sequence[str], calls: Sequence[bool], **capabilities: Any) -> None:
         super().__init__(scope="host", **capabilities)
@@ -417,7 +417,7 @@ def test_every_key_of_a_read_is_counted_once(
 
 @kept_as
 def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the provider does not state its dimensions, the dimensions that most entries have count as right."""
+    """If the provider does not state its dimensions, entries without the most common dimensions are corrupt."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:
@@ -441,7 +441,7 @@ def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_h
 def test_an_expired_entry_is_a_miss_and_is_stored_again() -> None:
     clock = Clock()
     provider = CountingProvider()
-    backend = DictBackend(ttl=False)  # the store keeps the frame, so the expiry date in the frame decides
+    backend = DictBackend(ttl=False)  # this store never removes a frame, so the cache must check its expiry
     with Cache(provider, [Tier(backend, name="t", ttl=60.0)], clock=clock) as cache:
         cache.embed("text")
         clock.now += 56.9
@@ -518,7 +518,7 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
 
         for _ in range(40):
             embed_and_count_drops()
-        wait_until(embed_and_count_drops)  # if reads time out on a busy machine, nothing is written
+        wait_until(embed_and_count_drops)  # a call whose read times out writes nothing, so more calls may be needed
         faulty.heal()
 
 

@@ -61,7 +61,7 @@ class StoreFault:
     method: str
     """How the test injects the fault, for the docs."""
     causes: frozenset[str]
-    """Causes under which errors may be counted; timing decides which cause it is. Empty if there are no errors."""
+    """Possible causes of the counted errors; which of them occurs depends on timing. Empty if there are no errors."""
     read: Effect = "fails"
     """Effect on reads: they fail, are served, find nothing, or partly fail."""
     write: Effect = "fails"
@@ -109,7 +109,7 @@ class Outcome:
     causes: set[str] = field(default_factory=set)
     """Causes of the errors that were counted; ``corrupt`` for values that were refused."""
     timeouts: int = 0
-    """Number of calls that waited until the tier's timeout during the fault."""
+    """Number of calls during the fault that waited until the tier's timeout."""
     first_delay: float = 0.0
     """Delay of the first call, compared with a call without the fault."""
     later_delay: float = 0.0
@@ -138,7 +138,7 @@ class Caller:
 
 
 class ProviderWithHook(CountingProvider):
-    """Calls ``before_embed`` once, at the next embedding. The cache has then read from the tier, but not written."""
+    """Calls ``before_embed`` once, before the next embedding: after the cache reads the tier, before it writes."""
 
     before_embed: Callable[[], None] | None = None
 
@@ -189,7 +189,7 @@ class CellRun:
         self.events: list[Event] = []
         self.thread = threading.get_ident()
         self.awaited_events: list[Event] = []
-        """Events from the calling thread. A call has waited for the operation of each event."""
+        """Events that were emitted in the calling thread, so that a call waited for the operation of each event."""
         self.numbers = count()
         self.outcome = Outcome()
         self.known = self.make_texts(KNOWN_COUNT)
@@ -268,7 +268,7 @@ class CellRun:
     def store_known_texts(self, caller: Caller) -> float:
         """Store the known texts, and return the seconds of a call without a fault.
 
-        On a busy machine a call may time out here; the tier recovers from that before the fault begins.
+        On a busy machine a call may time out here. This method waits until the tier has recovered.
         """
         self.fetch_until_served(caller, self.known)
         baseline = median(self.fetch(caller, self.make_call_texts())[1] for _ in range(3))
@@ -287,15 +287,15 @@ class CellRun:
             return [self.fetch(caller, self.make_call_texts())[1] for _ in range(CALLS)]
 
     def run_writes(self, caller: Caller) -> list[float]:
-        """Make calls in which the fault begins after the look-up and before the write; return their seconds."""
+        """Make calls in which the fault begins after the lookup and before the write; return their seconds."""
         if not self.fault.is_repeatable:
             return self.write_during_fault(caller, CALLS - 1)
         seconds = self.write_during_fault(caller, 0)
-        # If the look-up has timed out, there was no write.
+        # If the lookup timed out, the call did not write. Repeat the call until it writes.
         while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # checked now, because a later probe may run between two faults
+        if self.effect == "fails":  # later, a probe may write between two faults
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -323,7 +323,7 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that there is at most one timeout per opened breaker, plus one per additional separate node."""
+        """Check that there is at most one timeout per opened breaker, plus one for each further separate node."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]

@@ -58,7 +58,7 @@ NO_CAUSES = causes()
 def make_network_faults(
     *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
 ) -> dict[str, StoreFault]:
-    """Return the network faults. The arguments are the causes of errors for ended connections, silence and garbage."""
+    """Return the network faults. The arguments are the causes of errors for ended, silent and garbled connections."""
     causes_by_fault = (ended, silent, silent, ended, garbled)
     return {
         fault: StoreFault(method, of)
@@ -122,11 +122,11 @@ class ServerStore:
 # --- Redis --------------------------------------------------------------------------------------
 
 CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
-"""The error of redis-py or of the socket, depending on the moment at which the connection ends."""
+"""Causes of errors if a connection ends: redis-py or the socket raises, depending on the moment."""
 
 
 def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
-    """Return the faults of Redis, with ``ended`` as the causes of errors for ended connections."""
+    """Return the faults of Redis. ``ended`` are the possible causes of errors if a connection ends."""
     return {
         # Random bytes may look like the beginning of a reply. Then the client waits for the rest of that reply.
         **make_network_faults(
@@ -314,7 +314,7 @@ class Cluster(Redis):
 
 
 class Sentinel(Redis):
-    """A master behind a proxy that a sentinel announces. The fault that kills a master uses a second master."""
+    """A master behind a proxy; a sentinel announces the proxy. The fault that kills a master uses a second master."""
 
     name = "sentinel"
     faults: ClassVar[Mapping[str, StoreFault]] = {

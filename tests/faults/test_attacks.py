@@ -274,7 +274,7 @@ def test_loops_that_end_without_closing_leave_no_connection(kind: str, servers: 
         asyncio.run(cache.afetch(TEXTS))
         assert cache.flush(LONG_TIMEOUT)
         before = count_sockets()
-        gc.disable()  # a closed loop is in a reference cycle, and collecting it would hide a leak
+        gc.disable()  # a closed loop is in a reference cycle, and the collection of that cycle would hide a leak
         try:
             for _ in range(10):
                 asyncio.run(cache.afetch(TEXTS))

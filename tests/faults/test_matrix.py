@@ -1,4 +1,4 @@
-"""Every store with every fault, in reads and writes, sync and async. ``docs/faults.md`` has the results as tables."""
+"""Runs each fault on each store, for reads and writes, sync and async. ``docs/faults.md`` shows the results."""
 
 from __future__ import annotations
 

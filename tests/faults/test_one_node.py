@@ -24,16 +24,16 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("node", [0, 1, 2])
 def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int) -> None:
-    """A probe of a healthy node would close the breaker. Then the next call would wait for the timeout again."""
+    """If a probe read from a healthy node, it would close the breaker, and the next call would wait for the timeout."""
     run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
     with capture_log() as lines, run.open_cache() as caller:
         run.fetch_until_served(caller, run.known)
         run.wait_for_closed_breakers(caller)
         run.fetch_until_served(caller, run.known)
-        lines.messages.clear()  # a busy machine may have caused a timeout before
+        lines.messages.clear()  # a busy machine may already have caused a timeout
         cluster.proxies[node].fault = NETWORK["black hole"]
         try:
-            for _ in range(CALLS):  # long enough for two probes
+            for _ in range(CALLS):  # these calls take long enough for two probes
                 run.fetch(caller, run.make_call_texts())
                 time.sleep(PAUSE)
         finally:

@@ -18,8 +18,8 @@ def load(name: str) -> Any:
     """Import and return the class ``name``, one of :data:`MODULES`.
 
     Raises:
-        ImportError: the class requires pytest or hypothesis, and this package is not installed. The message says how to
-            install the package.
+        ImportError: the class requires pytest or hypothesis, which is not installed. The message says how to install
+            the missing package.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)

@@ -81,7 +81,7 @@ class Target:
         return {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
 
     def make_plugin(self, options: Mapping[str, str]) -> Any:
-        """Make the plugin. This raises the errors of :meth:`read` and of the plugin's constructor."""
+        """Make the plugin. Errors of :meth:`read` and of the plugin's constructor are raised unchanged."""
         return self.plugin(**self.read(options))
 
 
@@ -127,7 +127,7 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
 
 def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    # `python -m pytest` does the same. A plugin under development is usually in this folder.
+    # A plugin under development is usually in the current folder. `python -m pytest` also adds that folder.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:

@@ -157,7 +157,7 @@ class Conformance:
         return {**{name: "." for name in _targets.list_path_options(self.target)}, **options}
 
     def _make_folder(self, given: str | None) -> Path:
-        """Create a new folder inside ``given``, or inside the temporary folder."""
+        """Create a new folder inside ``given``, or inside the system's temporary folder if ``given`` is None."""
         if given is None:
             return Path(tempfile.mkdtemp(prefix="embedonce-conformance-"))
         parent = Path(given.partition(NEW)[0] or ".").expanduser()

@@ -119,7 +119,7 @@ class DictBackend:
         if self._closed:
             raise RuntimeError("this backend is closed")
         if extra is not None and not getattr(self.capabilities, extra):
-            raise NotImplementedError(f"this backend does not declare the capability {extra}")
+            raise NotImplementedError(f'this backend does not declare the capability "{extra}"')
         max_batch = self.capabilities.max_batch
         if max_batch is not None and count > max_batch:
             raise ValueError(f"expected at most {max_batch} keys per call (max_batch), got {count}")

@@ -76,13 +76,14 @@ class Fault:
     ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
     ``partial``        reads leave out some keys; writes store (or delete) some keys, then raise ``error``
     ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
-    ``unasked``        reads: a key that was not requested is returned too
+    ``unasked``        reads: a key that was not requested is also returned
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
 
     A fault applies to calls of the operation ``on``. It counts these calls from 1. If ``calls`` is given, the
-    fault applies only to the calls with these numbers. It applies to each call with ``probability``. If several
-    faults apply to a call, only the first fault happens. A kind marked *reads* does not affect other operations.
+    fault applies only to the calls with these numbers. ``probability`` is the chance that the fault applies to
+    such a call. If several faults apply to a call, only the first fault happens. A kind marked *reads* affects
+    only reads.
     """
 
     kind: Kind
@@ -109,8 +110,8 @@ class ProviderFault:
     ``zeros``      one vector has only zeros
     ``dimension``  every vector is one value short
     ``empty``      every vector has no values
-    ``refuse``     raises :class:`~embedonce.errors.TextRefused` if ``refused`` returns True for a text;
-                   the error has the positions of these texts, unless ``positions`` is False
+    ``refuse``     raises :class:`~embedonce.errors.TextRefused` if ``refused`` returns True for a text of
+                   the call; the error has the positions of all such texts, unless ``positions`` is False
     =============  ==================================================================================
 
     ``calls`` and ``probability`` work as in :class:`Fault`.
@@ -557,7 +558,7 @@ class FaultyProvider:
 
 
 def _make_error(error: Failure) -> BaseException:
-    """Return a new exception for each call, because sharing it would mix the tracebacks of several threads."""
+    """Return a new exception for each call, because a shared exception would mix the tracebacks of several threads."""
     return error("an injected fault") if isinstance(error, type) else copy.copy(error)
 
 

@@ -56,7 +56,7 @@ class NetworkFault:
 
     ==============  =================================================================================
     ``latency``     each chunk is forwarded ``seconds`` after it arrived
-    ``bandwidth``   only ``bytes_per_second`` get through; a small number sends one byte at a time
+    ``bandwidth``   ``bytes_per_second`` is the highest rate; a small number sends one byte at a time
     ``black_hole``  connecting works, but nothing gets through until the fault ends. Data that was sent
                     during the fault then arrives, because TCP sends the data again
     ``refuse``      nothing listens: new connections are refused, and live connections are reset
@@ -68,9 +68,9 @@ class NetworkFault:
                     client never gets a reply. New connections work
     ==============  =================================================================================
 
-    The bytes of replies are counted per connection. The count begins when the fault is set, or later, when the
-    connection is made. ``direction`` applies to ``latency``, ``bandwidth`` and ``black_hole``: with ``"replies"``
-    the server executes each request, but the client gets no reply in time.
+    The bytes of replies are counted per connection. Each count starts at 0 when the fault is set, or when
+    the connection is made if that is later. ``direction`` applies to ``latency``, ``bandwidth`` and ``black_hole``:
+    with ``"replies"`` the server executes each request, but the client gets no reply in time.
     """
 
     kind: NetworkKind
@@ -181,8 +181,8 @@ class FaultProxy:
             self._loop.add_reader(self._listener, self._accept, self._listener)
 
     def _accept(self, listening: socket.socket) -> None:
-        # This is not an asyncio task. If a task were cancelled just after accepting a client, nothing would close the
-        # client's socket.
+        # This is a callback, not an asyncio task. If a task were cancelled just after accepting a client, nothing would
+        # close the client's socket.
         with contextlib.suppress(OSError):  # the client has gone already
             client, _ = listening.accept()
             client.setblocking(False)
@@ -227,7 +227,7 @@ class FaultProxy:
         return await asyncio.open_connection(host, port)
 
     async def wait_unless_changed(self, seconds: float | None) -> bool:
-        """Wait up to ``seconds``; return False as soon as the fault changes, True if the fault does not change."""
+        """Wait up to ``seconds``; return True after that time, or False as soon as the fault changes."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
             return False
@@ -328,7 +328,7 @@ class _Link:
             writer.write_eof()
 
     async def _deliver(self, chunk: bytes, writer: asyncio.StreamWriter, direction: Direction) -> bytes:
-        """Forward what the fault lets through and return the rest, or wait until the fault changes."""
+        """Forward what the fault lets through, and return the rest. In a black hole, wait until the fault changes."""
         fault = self._proxy.fault
         piece = chunk
         if fault is not None and fault.affects(direction):
@@ -354,7 +354,7 @@ class _Link:
         return chunk[len(piece) :]
 
     def _damage_reply(self, fault: NetworkFault, piece: bytes) -> bytes:
-        """Return the part of a reply's piece that the client gets."""
+        """Return ``piece``, a part of a reply, as the client gets it: complete, shortened or with random bytes."""
         left = max(0, (fault.after or 0) - self._replied)
         if fault.kind == "garbage":
             piece = piece[:left] + self._random.randbytes(len(piece[left:]))

@@ -1,7 +1,7 @@
 """Writes the golden frames that test_frames.py reads, following only docs/frames.md.
 
-This script imports nothing from embedonce, because it would then repeat the mistakes of embedonce. It has written the
-golden file for version 1 of the format. Cases may be added to that file, but existing ones must never change:
+This script imports nothing from embedonce, so that it does not repeat a mistake of embedonce's own code. The golden
+file for version 1 of the format may get more cases, but existing cases must never change. This command writes the file:
 python tests/core/golden/make_frames.py > frames-v1.json
 """
 
@@ -66,7 +66,7 @@ def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
     while wanted > unit * 2**16:
         unit *= 2
     scale = max(-(-wanted // unit) * unit, smallest)
-    # The page says that the quotient is a float64, and that halves are rounded to even. round(Fraction) does that.
+    # docs/frames.md says that the quotient is a float64 and that halves are rounded to even, as round(Fraction) does.
     return float(scale), [round(Fraction(float(Fraction(value) / scale))) for value in vector]
 
 

@@ -72,11 +72,11 @@ class BackendContract(Contract):
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
 
     def reopen(self, backend: Any) -> Backend:
-        """Return another client of the store that ``backend`` uses, even if ``backend`` is closed."""
+        """Return another client of the store of ``backend``. This must also work after ``backend`` was closed."""
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
-        """Return how another process makes a client of the store of ``backend``, or None if no other process can."""
+        """Return how another process makes a client of the same store, or None if no other process can make one."""
         return None
 
     def advance(self, seconds: float) -> None:
@@ -84,7 +84,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def stall(self, backend: Any) -> AbstractContextManager[object]:
-        """Return a context in which the store of ``backend`` does not answer, for example because it is paused."""
+        """Return a context in which the store of ``backend`` hangs, for example because the store is paused."""
         raise NotImplementedError
 
     def server(self) -> tuple[str, int | None]:
@@ -92,7 +92,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def through(self, backend: Any, host: str, port: int) -> Backend:
-        """Return another client of the store that ``backend`` uses, connected to its server at ``host:port``."""
+        """Return another client of the store of ``backend``. It must connect to ``host:port``, which is a proxy."""
         raise NotImplementedError
 
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
@@ -112,10 +112,10 @@ class BackendContract(Contract):
                 f"capabilities must be a Capabilities(...), got {type(declared).__name__}"
             )
             assert declared.holds in ("frames", "entries", "either"), (
-                f"capabilities.holds must be one of frames, entries, either, got {declared.holds!r}"
+                f'capabilities.holds must be "frames", "entries" or "either", got {declared.holds!r}'
             )
             assert declared.scope in ("process", "host", "network"), (
-                f"capabilities.scope must be one of process, host, network, got {declared.scope!r}"
+                f'capabilities.scope must be "process", "host" or "network", got {declared.scope!r}'
             )
             for name in ("max_batch", "max_value_bytes"):
                 limit = getattr(declared, name)
@@ -130,9 +130,9 @@ class BackendContract(Contract):
             for capability, method in EXTRAS.items():
                 if getattr(backend.capabilities, capability):
                     found = callable(getattr(backend, method, None))
-                    assert found, f"the capability {capability} requires a method {method}"
+                    assert found, f'the capability "{capability}" requires the method {method}'
             for method in ("get_many", "set_many", "close"):
-                assert callable(getattr(backend, method, None)), f"a backend requires a method {method}"
+                assert callable(getattr(backend, method, None)), f"a backend must have the method {method}"
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -593,7 +593,7 @@ class BackendContract(Contract):
                 self._require_stored(backend, {key(number): number for number in range(10)})
                 made[0] = min(made[0] + 1, MIN_READS)
 
-            run_in_fork(child, "a backend that was open before the fork", meanwhile=parent)
+            run_in_fork(child, "the test of a backend that was open before the fork", meanwhile=parent)
             self._require_stored(backend, {key(100 + turn): turn for turn in range(20)})
             self._store(backend, [50])
             self._require_stored(backend, {key(number): number for number in (*range(10), 50)})
@@ -628,7 +628,7 @@ class BackendContract(Contract):
                     closed[0] = 1
                 time.sleep(0.001)
 
-            run_in_fork(child, "a backend that the parent closed after the fork", meanwhile=parent)
+            run_in_fork(child, "the test of a backend that the parent closed after the fork", meanwhile=parent)
             with closing(self.reopen(backend)) as again:
                 found = again.get_many([*before, *after])
                 lost = len(after.keys() - set(found))
@@ -643,7 +643,7 @@ class BackendContract(Contract):
             pytest.skip("this platform has no fork")
         with self._open() as backend:
             if backend.capabilities.fork:
-                pytest.skip("requires a backend that does not declare the capability fork")
+                pytest.skip('requires a backend without the capability "fork"')
             value = self._make_values(backend).sample(1)
             backend.set_many({key(1): value}, None)
 
@@ -654,7 +654,7 @@ class BackendContract(Contract):
                     backend.set_many({key(2): value}, None)
                 backend.close()
 
-            run_in_fork(child, "a backend that does not declare the capability fork (its calls must raise)")
+            run_in_fork(child, 'the test of a backend without the capability "fork"')
             self._require_stored(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
@@ -988,7 +988,7 @@ class BackendContract(Contract):
             raise
         except Exception:
             return
-        raise AssertionError(f"{what} must raise an error, but returned as if it had succeeded")
+        raise AssertionError(f"{what} must raise an error, but it returned normally")
 
     def _require_recovery(self, client: Any) -> None:
         """Require that a client works again, after a few calls that may still use dead connections."""
@@ -1023,7 +1023,7 @@ class BackendContract(Contract):
         assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
 
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that the keys of ``expected``, which set_many did not report as failed, are stored."""
+        """Require that ``expected``, the items that set_many did not report as failed, is stored."""
         try:
             found, away = backend.get_many(list(expected)), frozenset[str]()
         except PartialAnswer as partial:
@@ -1056,7 +1056,7 @@ class BackendContract(Contract):
     def _skip_without(self, backend: Any, *capabilities: str) -> None:
         for capability in capabilities:
             if not getattr(backend.capabilities, capability):
-                pytest.skip(f"requires the capability {capability}")
+                pytest.skip(f'requires the capability "{capability}"')
 
     def _skip_without_clock(self, backend: Any) -> None:
         self._skip_without(backend, "ttl")
@@ -1066,8 +1066,8 @@ class BackendContract(Contract):
     def _skip_without_sharing(self, backend: Any) -> None:
         scope = backend.capabilities.scope
         if scope == "process":
-            pytest.skip("requires the scope host or network; a backend with the scope process shares nothing")
-        assert self._overrides("reopen"), f"the scope {scope!r} requires reopen(), which returns another client"
+            pytest.skip('requires the scope "host" or "network"; a backend with the scope "process" shares nothing')
+        assert self._overrides("reopen"), f'the scope "{scope}" requires reopen(), which returns another client'
 
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)
@@ -1085,7 +1085,7 @@ class BackendContract(Contract):
     def _get_max_value_bytes(self, backend: Any) -> int:
         largest: int | None = backend.capabilities.max_value_bytes
         if backend.capabilities.holds != "frames" or largest is None or largest > 2**26:
-            pytest.skip("requires frames and a max_value_bytes of at most 64 MiB")
+            pytest.skip("requires a backend of frames whose max_value_bytes is at most 64 MiB")
         return largest
 
     def _store(self, backend: Any, numbers: Sequence[int]) -> None:

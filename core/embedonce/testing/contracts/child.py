@@ -89,7 +89,7 @@ def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) 
 
 
 def _store_and_check(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Store a sample under each key of ``store``, one per call; return the keys of ``expect`` with a wrong value."""
+    """Store a sample under each key of ``store``, one per call. Return the keys of ``expect`` with wrong values."""
     values = make_values(request["holds"], request["dimensions"])
     for name, seed in request["store"].items():
         backend.set_many({name: values.sample(seed)}, None)
@@ -99,7 +99,7 @@ def _store_and_check(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Add a lease under each key of ``add``, one per call; return the keys that this process added."""
+    """Add a lease under each key of ``add``, one key per call. Return the keys that this process added."""
     won = [name for name in request["add"] if backend.add_many({name: b"lease"}, None)]
     return {"won": won}
 

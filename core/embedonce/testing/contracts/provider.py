@@ -54,7 +54,7 @@ class ProviderContract(Contract):
         )
 
     def recipe(self) -> Recipe | None:
-        """Return how another process makes the same provider, or None if no other process can."""
+        """Return how another process makes the same provider, or None if another process cannot make it."""
         return None
 
     # --- what the provider declares -----------------------------------------------------------
@@ -154,7 +154,7 @@ class ProviderContract(Contract):
             vectors = opened.embed(self.texts)
             for text, vector in zip(self.texts, vectors, strict=True):
                 self._require_near(
-                    opened.embed([text])[0], vector, "the vectors of a text embedded alone and in a batch"
+                    opened.embed([text])[0], vector, "the vectors of a text, first embedded in a batch and then alone,"
                 )
 
     def test_batches_that_are_almost_alike_differ(self) -> None:
@@ -180,7 +180,7 @@ class ProviderContract(Contract):
             self._require_near(
                 opened.embed([second])[0],
                 vectors[1],
-                "the vectors of a text embedded alone and between two equal texts",
+                "the vectors of a text, first embedded between two copies of another text and then alone,",
             )
 
     def test_a_later_call_leaves_earlier_vectors_alone(self) -> None:
@@ -245,7 +245,9 @@ class ProviderContract(Contract):
                     place = (number + turn) % len(self.texts)
                     vector = opened.embed([self.texts[place]])[0]
                     self._require_near(
-                        vector, expected[place], "the vectors of a text embedded in a batch and in one of 8 threads"
+                        vector,
+                        expected[place],
+                        "the vectors of a text, first embedded in a batch and then in one of 8 threads,",
                     )
 
             run_in_threads(8, work, "embed from eight threads")
@@ -264,7 +266,7 @@ class ProviderContract(Contract):
                 self._require_near(
                     vector,
                     expected[place],
-                    "the vectors of a text embedded in a batch and in one of several concurrent calls",
+                    "the vectors of a text, first embedded in a batch and then in one of several concurrent calls,",
                 )
 
     def test_another_process_makes_the_same_vectors(self) -> None:
@@ -310,9 +312,10 @@ class ProviderContract(Contract):
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}; tolerance is {self.tolerance:g}"
 
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
-        """Require a valid vector or a TextRefused with the right position, by which the cache finds the texts to retry.
+        """Require a valid vector, or a TextRefused with the position of ``text``.
 
-        With ``full``, also try the text at the end of a full batch.
+        The cache needs the right position to retry the call without the refused text. With ``full``, also try the text
+        at the end of a full batch.
         """
         with self._open() as opened:
             good = self.texts[0]

@@ -122,7 +122,7 @@ def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no 
 
 
 def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes | None:
-    """Return everything that the child wrote until it exited. If it takes too long, kill it and return None."""
+    """Return everything that the child wrote until it exited. If the child takes too long, kill it and return None."""
     output = b""
     end = time.monotonic() + CALL_TIMEOUT
     while time.monotonic() < end:
@@ -164,8 +164,9 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
     """Let a new process store batches of samples, kill the process, and return how many keys it reported.
 
-    The process is killed half the duration of a batch after it has reported ``batches`` batches, so that the kill most
-    likely interrupts the next batch. The process may have stored some keys that it did not report.
+    The process reports each batch that it has stored. After ``batches`` reports, this function waits for half the time
+    of one batch and then kills the process, so that the kill most likely interrupts the next batch. The process may
+    have stored some keys that it did not report.
 
     Raises:
         AssertionError: the process failed (the message has its error output) or reported nothing in time.

@@ -43,7 +43,7 @@ class Values(Protocol):
 
 
 def make_values(holds: str, dimensions: Sequence[int]) -> Values:
-    """Return an object that makes values for a backend whose capability ``holds`` has this value."""
+    """Return an object that makes values for a backend whose ``capabilities.holds`` equals ``holds``."""
     match holds:
         case "entries":
             return Entries(dimensions)

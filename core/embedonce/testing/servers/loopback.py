@@ -1,4 +1,4 @@
-"""The base of the loopback servers: a thread that serves HTTP on 127.0.0.1, faults on demand, vectors from a hash."""
+"""The base of the loopback servers. It serves HTTP in a thread, injects faults, and makes each vector from a hash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Request:
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
-    """Names are in lower case."""
+    """The headers of the request; their names are in lower case."""
     body: Any
     """The decoded JSON, or None if the request had no body."""
 
@@ -215,9 +215,9 @@ class LoopbackServer(Generic[KindT]):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # Otherwise close() would wait for the threads of clients that keep their connections open.
+    # close() must not wait for the threads of connections, because clients may keep their connections open.
     block_on_close = False
-    # Many clients may connect at the same time; the default is 5.
+    # The default of 5 is too small, because many clients may connect at the same time.
     request_queue_size = 128
     loopback: LoopbackServer[Any]
 
