@@ -11,7 +11,7 @@ MAX_SHOWN = 60
 
 
 def find_closest(word: str, words: Iterable[str], *, likeness: float = 0.65) -> str | None:
-    """Return the word of ``words`` that is most likely meant by a misspelled ``word``, or None."""
+    """Return the item of ``words`` that the misspelled ``word`` most likely stands for, or None."""
     import difflib  # imported here, because only error messages need it
 
     by_form = {_normalize(known): known for known in words}
@@ -48,7 +48,8 @@ def quote(text: str) -> str:
     """Return text in quotes, shortened and without a URL's credentials; control characters are escaped."""
     text = strip_credentials(text)
     short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
-    return json.dumps(short, ensure_ascii=not short.isprintable())  # isprintable() is False for a lone surrogate too
+    # A lone surrogate is not printable either, so it is escaped.
+    return json.dumps(short, ensure_ascii=not short.isprintable())
 
 
 def quote_toml_key(name: str) -> str:

@@ -82,7 +82,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How a text's key is built, what each tier has for the key, and possible reasons for a miss. It has no text."""
+    """How a text's key is built, what each tier has for the key, and possible reasons for a miss. No text is in it."""
 
     key: str
     scope: str
@@ -95,7 +95,8 @@ class Explanation:
     tiers: Mapping[str, str]
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: similar scopes that tiers hold. Their space cards differ in one or two parts, such as the version."""
+    """For a miss: one sentence for each similar scope that a tier holds. Scopes are similar if their space cards differ
+    in one or two parts, such as the version."""
 
     @property
     def found(self) -> str | None:
@@ -146,7 +147,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class TierCheck:
-    """Whether a tier answers."""
+    """The result of checking whether a tier answers."""
 
     tier: str
     type: str

@@ -43,7 +43,7 @@ class BackgroundLoop:
         return self._loop.closed
 
     def run(self, call: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        """Run the coroutine that ``call`` returns on the loop, and return its result.
+        """Call ``call`` to get a coroutine, run the coroutine on the loop, and return its result.
 
         A backend passes ``time_left()`` as ``timeout``. The coroutine is cancelled when the caller stops waiting.
 
@@ -103,7 +103,7 @@ class _SharedLoop:
         except TimeoutError:
             if not future.done():
                 raise TimeoutError(f"{self._what} did not answer in time") from None
-        return future.result()  # the call raised a TimeoutError itself, or its answer came at the last moment
+        return future.result()  # the coroutine itself raised a TimeoutError, or it ended at the last moment
 
     def close(self) -> None:
         with self._lock:
@@ -123,7 +123,7 @@ class _SharedLoop:
 
         if self._process != os.getpid():
             raise RuntimeError(f"{self._what} cannot be used in a forked child; create a new one in the child")
-        # Hold the lock until the loop has the call, because a call that comes after the loop's end gets no answer.
+        # Hold the lock until the loop has the call, because a call that arrives after the loop's end gets no result.
         with self._lock:
             if self.closed:
                 raise CacheClosed(f"{self._what} is closed")
@@ -173,7 +173,7 @@ class _SharedLoop:
             loop.close()
 
     def _cancel_calls(self) -> None:
-        """Cancel the calls that are still waiting, because no answer will come."""
+        """Cancel the calls that are still waiting, because the loop will not finish them."""
         for future in list(self._calls):
             future.cancel()
 

@@ -44,7 +44,8 @@ class Cache(Requests):
             has.
         fallback: a second provider, which is used when the first one fails. Its vectors are in its own vector space.
         fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
-            methods then raise the first provider's error. Required if the two providers' dimensions differ.
+            methods then raise the first provider's error. This option is required if the dimensions of the two
+            providers differ.
         drift: checks at intervals whether the provider still returns the vectors that are stored.
         max_wait: seconds to wait for another call that embeds the same text. After that, this call embeds the text too.
         flush_timeout: maximum number of seconds to wait for background writes in ``close`` and at exit.
@@ -175,7 +176,7 @@ class Cache(Requests):
         """Store vectors that you already have. A text that is already in a tier keeps its entry.
 
         Raises:
-            ProviderError: the vectors have the wrong shape, or one has NaN, infinity or only zeros.
+            ProviderError: the vectors have the wrong shape, or one of them has NaN, infinity or only zeros.
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
 
@@ -200,7 +201,7 @@ class Cache(Requests):
         namespace: str | None = None,
         dry_run: bool = False,
     ) -> Purged:
-        """Remove, from every tier, all entries of the scopes that match every given part.
+        """Remove, from every tier, all entries of the scopes that match all given parts.
 
         Raises:
             ValueError: no part was given.
@@ -379,7 +380,7 @@ class Cache(Requests):
     # --- counters -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return the counters of tiers and providers since the cache was created, in texts."""
+        """Return the counters of tiers and providers since the cache was created. Tiers count texts."""
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         requests = self._chain.engine.requests
         fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
@@ -436,9 +437,9 @@ class _CacheOfSameTiers(Cache):
 
 def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float, max_queued: int) -> None:
     if dtype not in ("float32", "float16", "int8"):
-        raise ConfigError(f"dtype must be one of float32, float16, int8, got {dtype!r}")
+        raise ConfigError(f'dtype must be "float32", "float16" or "int8", got {dtype!r}')
     if mode not in ("read-through", "replay"):
-        raise ConfigError(f"mode must be one of read-through, replay, got {mode!r}")
+        raise ConfigError(f'mode must be "read-through" or "replay", got {mode!r}')
     for name, number, least in (
         ("max_wait", max_wait, 0),
         ("flush_timeout", flush_timeout, 0),

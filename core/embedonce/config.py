@@ -54,7 +54,7 @@ def open(
     no such file, the cache has the ngram provider, a memory tier, and a disk tier in the user's cache folder.
 
     Your own ``provider``, or a function together with its ``space``, replaces ``[provider]``. The configuration
-    may then omit that table. If it has the table, the table is not read.
+    does not need that table, and the table is ignored if it is there.
 
     Raises:
         ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
@@ -76,7 +76,7 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
 
 
 def read_allow_list(source: Source = None) -> Sequence[str] | None:
-    """Return ``[plugins] allow`` of a configuration, even if its other tables have problems. None allows all plugins.
+    """Return the list ``allow`` in ``[plugins]``, even if other tables have problems. None allows all plugins.
 
     Raises:
         ConfigError: the file cannot be read, or its ``[plugins]`` table has a problem.
@@ -217,7 +217,7 @@ def warnings(config: Config, found: Sequence[ChainWarning]) -> list[Problem]:
 
 
 def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) -> Encryption | None:
-    """Return the encryption of a tier. Add a problem with the encryption keys to ``problems``."""
+    """Return the encryption of a tier. If its encryption keys have a problem, add the problem to ``problems``."""
     from .encryption import Encryption
 
     if tier.encryption is None:
@@ -230,7 +230,7 @@ def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) 
 
 
 def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Problem:
-    """Return a problem at a plugin's table for an error of its constructor. Hide a message that contains a secret."""
+    """Return a problem for the error of a plugin's constructor, at the plugin's table. Hide a message with a secret."""
     said = "(message hidden, because it contains a secret)" if _contains_secret(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
     message = f"{part.label} cannot be created: " + ": ".join(piece for piece in (kind, said) if piece)
@@ -242,7 +242,7 @@ def _contains_secret(error: BaseException | None, secrets: frozenset[str]) -> bo
     if error is None:
         return False
     text = f"{error} {getattr(error, '__notes__', '')}"
-    # Messages often contain the repr of a text, which escapes some characters.
+    # A message may contain the repr of a secret, which escapes some characters.
     forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
     return any(form in text for form in forms) or any(
         _contains_secret(earlier, secrets) for earlier in (error.__cause__, error.__context__)

@@ -46,7 +46,8 @@ class Capabilities:
     form in which the value was stored.
     """
     scope: Literal["process", "host", "network"] = "host"
-    """Who shares the entries: one process, one host, or all hosts. It sets the default timeout and write mode."""
+    """Who shares the entries: one process, one host, or all hosts. The scope determines the default
+    timeout and write mode."""
     blocking: bool = True
     """Whether calls may block. If False, a call takes microseconds and is made on the event loop itself."""
     deadline: bool = False
@@ -90,18 +91,18 @@ EXTRAS: Mapping[str, str] = {
     "add": "add_many",
     "twin": "twin",
 }
-"""The name of the method behind each of these capabilities."""
+"""For each of these capabilities, the name of the method that the backend must have."""
 
 
 class FrameBackend(Protocol):
     """Stores frames (bytes) under keys. Several threads may call it at the same time.
 
     A key has fewer than 120 characters, all from ``a-z 0-9 .``, so it needs no escaping. A method may raise any
-    exception. The engine counts it as an error of the tier, and by default the exception does not reach the caller.
+    exception. The engine counts the exception as an error of the tier, and by default does not raise it to the caller.
 
     If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the values that the other nodes
-    returned. The engine uses these values, and only the failed keys count as errors. Do not leave the failed keys out
-    of an answer instead, because they would then count as misses.
+    returned. The engine uses these values, and only the failed keys count as errors. Do not return a mapping
+    without the failed keys instead, because missing keys count as misses.
     """
 
     @property
@@ -114,7 +115,7 @@ class FrameBackend(Protocol):
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item and replace existing values.
 
-        After ``ttl`` seconds, the backend may free the space of the items. With None they do not expire.
+        After ``ttl`` seconds, the backend may free the space of the items. If ``ttl`` is None, they do not expire.
         """
         ...
 
@@ -126,8 +127,8 @@ class FrameBackend(Protocol):
 class EntryBackend(Protocol):
     """Stores entries under keys, for a store of arrays or columns. Everything else is as in :class:`FrameBackend`.
 
-    A store that reads one matrix may return it as ``Entries(blocks=[Block(keys, matrix, …)])`` of
-    :mod:`embedonce.vectors`. A batch that is returned as a matrix then needs no Python object per text.
+    A backend that reads many vectors as one matrix may return ``Entries(blocks=[Block(keys, matrix, …)])`` of
+    :mod:`embedonce.vectors`. ``embed_batch``, which returns a matrix, then creates no Python object per text.
     """
 
     @property
@@ -167,7 +168,7 @@ class Extras(Protocol):
         ...
 
     def twin(self) -> AsyncBackend:
-        """Return a native async client. It is called once per event loop, on the loop that will use the client."""
+        """Return a native async client. This is called once per event loop, on the loop that will use the client."""
         ...
 
     def describe(self) -> str:
@@ -204,7 +205,8 @@ _deadline: ContextVar[float | None] = ContextVar("embedonce_deadline", default=N
 def time_left() -> float | None:
     """Return the seconds that the current backend call has left, or None if it has no limit.
 
-    A backend that declares ``deadline`` passes this to its client as a timeout, and calls it again for each chunk.
+    A backend that declares ``deadline`` passes the result to its client as a timeout, and calls this function again for
+    each chunk.
 
     Raises:
         TierTimeout: the deadline has passed.
@@ -221,8 +223,8 @@ def time_left() -> float | None:
 class deadline:
     """Limit the calls inside the block to ``seconds``, which :func:`time_left` counts down.
 
-    This is a class and not a generator. Ctrl-C could leave a generator unfinished. The garbage collector would finish
-    it later, and reset the deadline in an unrelated context.
+    This is a class and not a generator. Ctrl-C could leave a generator unfinished. The garbage collector would then
+    finish the generator later, and so reset the deadline in an unrelated context.
     """
 
     __slots__ = ("_seconds", "_tokens")
@@ -253,7 +255,7 @@ class Limits:
     concurrency: int = 1
     """Maximum number of simultaneous calls for one batch."""
     timeout: float | None = None
-    """Maximum duration of one call, in seconds. With None, the provider's own client limits it."""
+    """Maximum duration of one call, in seconds. With None, only the provider's own client limits the duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,7 @@ class Embedded:
 
     def __repr__(self) -> str:
         tokens = "" if self.tokens is None else f", tokens={self.tokens}"
-        # A provider that is being written may return anything, and its author prints the answer to see what it is.
+        # An invalid answer must be printable too, because the developer of a provider prints it to find the error.
         if not hasattr(self.vectors, "__len__") or np.ndim(self.vectors) == 0:
             return f"<Embedded vectors of type {type(self.vectors).__name__}{tokens}>"
         return f"<Embedded {format_count(len(self.vectors), 'vector')}{tokens}>"
@@ -276,8 +278,8 @@ class Embedded:
 class Provider(Protocol):
     """Computes vectors with blocking calls. Several threads may call it at the same time.
 
-    A provider may also have ``aembed``, which is ``embed`` as a coroutine. The async methods of a cache then call
-    ``aembed``.
+    A provider may also have ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a
+    cache then call ``aembed``.
     """
 
     @property
@@ -286,16 +288,16 @@ class Provider(Protocol):
     def space(self, task: Task, /) -> VectorSpace:
         """Describe everything that affects which vector a text gets for this task.
 
-        This is called before any text is looked up, so it should avoid loading a model or using the network.
+        The engine calls this before it looks up any text, so this method should not load a model or use the network.
         A provider that embeds all tasks in the same way returns the same space for each task.
         """
         ...
 
     def embed(self, texts: Sequence[str], task: Task, /) -> Vectors | Embedded:
-        """Return one vector per text, in order. It is never called with an empty list.
+        """Return one vector per text, in order. ``texts`` is never empty.
 
         Raises:
-            TextRefused: some texts cannot be embedded. The engine then calls again with the other texts.
+            TextRefused: some texts cannot be embedded. The engine then calls this method again with the other texts.
         """
         ...
 
@@ -303,7 +305,7 @@ class Provider(Protocol):
 
 
 class AsyncProvider(Protocol):
-    """Computes vectors on an event loop. The blocking methods of a cache run it on a background event loop."""
+    """Computes vectors on an event loop. The blocking methods of a cache run ``aembed`` on a background loop."""
 
     @property
     def limits(self) -> Limits: ...

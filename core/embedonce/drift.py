@@ -1,8 +1,8 @@
 """Options of the drift guard, which notices when a provider starts to return different vectors for the same texts.
 
 A hosted model can change while its name stays the same, and a function can change while its ``space`` stays the same.
-New vectors would then be stored together with old vectors, although the two cannot be compared. The guard embeds a few
-canary texts at intervals, and compares their vectors with those that are stored for the same texts.
+New vectors would then be stored together with old vectors, although new and old vectors cannot be compared. The guard
+embeds a few canary texts at intervals, and compares their new vectors with the stored vectors of the same texts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CANARIES = (
     "Im Jahr 1905 veröffentlichte Albert Einstein vier Arbeiten.",
     "東京は日本の首都です。",
 )
-"""English prose, code, a different language and a different script. A change of the tokenizer affects at least one of
-these texts, and any other change affects all of them."""
+"""English prose, code, another language and another script. A change of the tokenizer affects at least one of these
+texts, and any other change of the model affects all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +56,15 @@ class DriftGuard:
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "refuse", "new-space"):
-            raise ConfigError(f"[drift] action must be one of warn, refuse, new-space, got {self.action!r}")
+            raise ConfigError(f'[drift] "action" must be "warn", "refuse" or "new-space", got {self.action!r}')
         if isinstance(self.texts, str) or not self.texts or not all(isinstance(text, str) for text in self.texts):
-            raise ConfigError("[drift] texts must be a list of at least one str")
+            raise ConfigError('[drift] "texts" must be a list of at least one str')
         if not all(text and text == text.encode(errors="replace").decode() for text in self.texts):
             raise ConfigError(
-                "[drift] texts must not contain an empty str or invalid Unicode, which cannot be embedded"
+                '[drift] "texts" must not contain an empty str or invalid Unicode, which cannot be embedded'
             )
         if not self.every > 0:
-            raise ConfigError(f"[drift] every must be more than 0 seconds, got {self.every!r}")
+            raise ConfigError(f'[drift] "every" must be more than 0 seconds, got {self.every!r}')
         if not 0 < self.tolerance < 2:
-            raise ConfigError(f"[drift] tolerance must be between 0 and 2, got {self.tolerance!r}")
+            raise ConfigError(f'[drift] "tolerance" must be between 0 and 2, got {self.tolerance!r}')
         object.__setattr__(self, "texts", tuple(self.texts))

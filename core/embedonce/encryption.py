@@ -57,11 +57,11 @@ class Encryption:
 
     @property
     def key_ids(self) -> Sequence[str]:
-        """Ids of the keys as stored in frames, 16 hex digits each; the first key encrypts."""
+        """The id of each key, as 16 hex digits. Frames contain the id of their key. The first key encrypts."""
         return [f"{key:016x}" for key in self._ciphers]
 
     def encrypt(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Encrypt the frames with the first key, and return them. Each encrypted frame is bound to its storage key."""
+        """Return the frames, encrypted with the first key. Each encrypted frame is bound to its storage key."""
         cipher = self._ciphers[self._first]
         sealed = {}
         for key, frame in frames.items():
@@ -78,8 +78,9 @@ class Encryption:
     def decrypt(self, frames: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str], list[str]]:
         """Return the decrypted frames, the storage keys of corrupt frames, and the storage keys of unencrypted frames.
 
-        A frame is corrupt unless one of the keys encrypted it for exactly this storage key and header. For example, a
-        frame that was damaged, swapped, given a different date or encrypted by another tenant is corrupt.
+        An encrypted frame is corrupt unless one of our keys encrypted it for exactly this storage key and header. For
+        example, a frame is corrupt if it was damaged, if it was stored under a different storage key, if its date was
+        changed, or if another tenant encrypted it.
         """
         plain: dict[str, bytes] = {}
         corrupt: list[str] = []
@@ -107,7 +108,7 @@ class Encryption:
 
 
 def key_id(key: bytes) -> int:
-    """Return the 8-byte id of a key, which does not reveal the key. The id is never 0, as 0 means not encrypted."""
+    """Return the 8-byte id of a key. The id does not reveal the key, and is never 0, because 0 marks a plain frame."""
     return int.from_bytes(hashlib.sha256(b"embedonce/key-id/1" + key).digest()[:8], "little") or 1
 
 

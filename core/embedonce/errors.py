@@ -67,7 +67,7 @@ class TextError(EmbedonceError, ValueError):
 
 
 class ProviderError(EmbedonceError):
-    """A provider's answer was refused, and none of its vectors was stored.
+    """The engine refused a provider's answer, and stored none of its vectors.
 
     The answer has the wrong number of vectors or of dimensions, or a vector with NaN, infinity or only zeros.
     """
@@ -88,7 +88,8 @@ class TextRefused(ProviderError, ValueError):
     """A provider refuses to embed some texts, for example because they are empty or too long.
 
     Providers raise this error. ``positions`` are the indexes of the refused texts in the chunk. A provider that cannot
-    tell which texts it refuses leaves ``positions`` empty. The engine then halves the chunk until it has found them.
+    tell which texts it refuses leaves ``positions`` empty. The engine then halves the chunk until it has found the
+    refused texts.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
@@ -134,9 +135,10 @@ class PartialAnswer(TierError):
     neither in ``answer`` nor in ``failed`` counts as a miss.
 
     Raise this error ``from`` the error of the failed node. The failed keys are counted under that error, and the tier's
-    breaker reacts as if that error had been raised itself. While the backend skips a failed node, so that no call
-    waits for the node, raise it ``from`` a :class:`TierBusy`, which does not affect the breaker. The other nodes then
-    stay in use. If no node answered, raise the error of a node instead of a ``PartialAnswer``.
+    breaker reacts as if that error had been raised itself. A backend may skip a failed node for some time, so
+    that no call waits for the node. During that time, raise this error ``from`` a :class:`TierBusy`, which does not
+    affect the breaker, so that the other nodes stay in use. If no node answered, raise the error of a node instead of a
+    ``PartialAnswer``.
     """
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:
@@ -148,7 +150,7 @@ class PartialAnswer(TierError):
 
 
 class EraseIncomplete(EmbedonceError):
-    """``forget`` or ``purge`` failed on some tiers, and erased the entries of the other tiers.
+    """``forget`` or ``purge`` failed on some tiers. It erased the requested entries from all other tiers.
 
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     """

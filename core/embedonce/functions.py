@@ -14,7 +14,7 @@ from .keys import VectorSpace
 
 Answer: TypeAlias = Vectors | Embedded
 Function: TypeAlias = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
-"""A sync or async function ``list[str] -> vectors``. If it has a parameter ``task``, the task is passed to it too."""
+"""A sync or async function ``list[str] -> vectors``. A function with a parameter ``task`` also gets the task."""
 Space: TypeAlias = VectorSpace | Mapping[str, Any]
 
 
@@ -49,7 +49,7 @@ class FunctionProvider(_FunctionBase):
         self._function = function
 
     def embed(self, texts: Sequence[str], task: Task) -> Answer:
-        """Return what the function returns for the texts; the engine checks it.
+        """Return the function's answer for the texts. The engine checks the answer.
 
         Raises:
             TypeError: the function returned a coroutine, although it is not declared with ``async def``.
@@ -58,7 +58,9 @@ class FunctionProvider(_FunctionBase):
         if inspect.isawaitable(answer):
             if inspect.iscoroutine(answer):
                 answer.close()
-            raise TypeError("the function returned an awaitable; declare it with async def so that it is awaited")
+            raise TypeError(
+                "the function returned an awaitable; declare the function with async def, so that embedonce awaits it"
+            )
         return answer
 
 
@@ -72,12 +74,12 @@ class AsyncFunctionProvider(_FunctionBase):
         self._function = function
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Answer:
-        """Return what the function returns for the texts; the engine checks it."""
+        """Return the function's answer for the texts. The engine checks the answer."""
         return await (self._function(list(texts), task=task) if self._takes_task else self._function(list(texts)))
 
 
 class NoProvider:
-    """A placeholder that computes nothing. Use it to inspect or purge tiers, or before :meth:`Cache.for_provider`."""
+    """A placeholder that computes nothing. Use it to inspect or purge tiers, or to call :meth:`Cache.for_provider`."""
 
     limits = Limits()
 
@@ -91,14 +93,16 @@ class NoProvider:
         Raises:
             ProviderError: always.
         """
-        raise ProviderError("this cache has no provider, so it cannot compute vectors; pass one to open() or compose()")
+        raise ProviderError(
+            "this cache has no provider, so it cannot compute vectors; pass a provider to open() or compose()"
+        )
 
     def close(self) -> None:
         """Do nothing."""
 
 
 def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Limits | None = None) -> AnyProvider:
-    """Return ``source`` if it is a provider, else a provider that calls it.
+    """Return ``source`` if it is a provider, else a provider that calls ``source``.
 
     Raises:
         SpaceError: ``source`` is a function and no space was given, or ``source`` is a provider and a space or limits

@@ -62,7 +62,8 @@ def canonical(value: Value) -> bytes:
         return b"d" + struct.pack(">d", value + 0.0)
     if isinstance(value, str):
         return _encode_sized(b"s", _encode_utf8(value))
-    if isinstance(value, bytes | bytearray | memoryview):  # the last two types are sequences of integers too
+    # All three types are Sequences, so this check comes before the check for Sequence.
+    if isinstance(value, bytes | bytearray | memoryview):
         return _encode_sized(b"b", bytes(value))
     if isinstance(value, Mapping):
         pairs = []
@@ -86,7 +87,7 @@ def _encode_sized(tag: bytes, content: bytes) -> bytes:
 def _encode_digits(value: int) -> bytes:
     try:
         return b"%d" % value
-    except ValueError:  # Python refuses to convert this many digits; the limit is a setting of the process
+    except ValueError:  # Python converts only a limited number of digits; each process may set the limit
         raise SpaceError("a vector space cannot contain an integer with thousands of digits") from None
 
 
@@ -101,8 +102,8 @@ def _encode_utf8(value: str) -> bytes:
 class VectorSpace:
     """Everything that determines which vector a text gets, as described by the provider.
 
-    The fingerprint leaves out fields that are None, so a field that is added later changes no existing
-    fingerprint. Device, batch size, timeouts, API keys and credentials do not belong here.
+    The fingerprint leaves out fields that are None, so existing fingerprints stay the same if this class gets a new
+    field. Device, batch size, timeouts, API keys and credentials do not belong here.
     """
 
     provider: str
@@ -116,12 +117,12 @@ class VectorSpace:
     precision: str | None = None
     adapters: Sequence[str] | None = None
     dimensions: int | None = None
-    """Number of dimensions; None if the provider would have to load its model to know it."""
+    """Number of dimensions; None if the provider would have to load its model to find out."""
     pooling: str | None = None
     tokenizer: str | None = None
     max_length: int | None = None
     truncate: str | None = None
-    """What happens to a text that is too long: ``"error"``, or ``"provider"``, which truncates it."""
+    """How a text that is too long is handled: ``"error"`` refuses the text, ``"provider"`` lets the provider cut it."""
     prompt: str | None = None
     prefix: str | None = None
     suffix: str | None = None
@@ -252,7 +253,7 @@ class KeyPolicy:
             raise ConfigError(f'normalize must be a list of steps, such as ["{self.normalize}"]')
         object.__setattr__(self, "normalize", tuple(self.normalize))
         if self.hash not in ("sha256", "blake2b"):
-            raise ConfigError(f"hash must be one of sha256, blake2b, got {self.hash!r}")
+            raise ConfigError(f'hash must be "sha256" or "blake2b", got {self.hash!r}')
         for name, value in (("version", self.version), ("namespace", self.namespace)):
             if not isinstance(value, str):
                 raise ConfigError(f"{name} must be a string, got {type(value).__name__}")
@@ -261,7 +262,7 @@ class KeyPolicy:
         if isinstance(self.secret, str) and not _is_unicode(self.secret):
             raise ConfigError("secret has a lone surrogate; give bytes for a secret that is not text")
         if self.secret is not None and len(self._secret_bytes()) == 0:
-            raise ConfigError("secret must not be empty; to use none, remove the option")
+            raise ConfigError("secret must not be empty; to use no secret, remove the option")
         if self.secret is not None and self.hash == "blake2b" and len(self._secret_bytes()) > 64:
             raise ConfigError('secret must be at most 64 bytes with hash = "blake2b"; shorten it or use "sha256"')
 
@@ -290,8 +291,8 @@ class KeyPolicy:
 class Keyer:
     """Turns texts into keys for one policy and one vector space.
 
-    The digest is the policy's hash of ``embedonce/text/1``, then the space's fingerprint (32 bytes), then
-    the normalised text in UTF-8. With a secret it is HMAC-SHA-256, or BLAKE2b in its keyed mode.
+    The digest is the policy's hash of three parts in a row: ``embedonce/text/1``, the space's fingerprint (32 bytes),
+    and the normalised text in UTF-8. With a secret, the hash is HMAC-SHA-256, or BLAKE2b in its keyed mode.
     """
 
     __slots__ = ("_digest", "_steps", "fingerprint", "prefix", "scope", "space")
@@ -331,7 +332,7 @@ class Keyer:
 
 
 def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
-    """Return a function from a text's bytes to 64 hex digits.
+    """Return a function that turns a text's bytes into 64 hex digits.
 
     The hash is chosen here and not for each text, so that hashing a text is one call.
     """

@@ -55,7 +55,7 @@ def _list_files(folder: Path, pytorch: bool) -> Iterator[Path]:
     for where, folders, files in os.walk(folder, followlinks=True, onerror=_raise_error):
         real = os.path.realpath(where)
         folders[:] = sorted(name for name in folders if name not in skipped_folders and not name.startswith("."))
-        if real in seen:  # a link to a parent folder
+        if real in seen:  # a link led back to this folder
             folders.clear()
             continue
         seen.add(real)
@@ -97,7 +97,7 @@ class _Memo:
     def _read(self) -> dict[str, str]:
         if self._known is None:
             self._known = {}
-            with contextlib.suppress(OSError, ValueError):  # a lost digest is recomputed
+            with contextlib.suppress(OSError, ValueError):  # if the file cannot be read, digests are computed again
                 content = json.loads(self._file.read_text("utf-8"))
                 self._known = {key: value for key, value in content.items() if isinstance(value, str)}
         return self._known
@@ -107,12 +107,12 @@ class _Memo:
             return
         kept = list((self._read() | self._new).items())[-REMEMBERED:]
         temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # without a writable cache folder, the next start only takes longer
+        with contextlib.suppress(OSError):  # if the file cannot be written, the next start computes the digests again
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(dict(kept)), "utf-8")
             temporary.replace(self._file)
 
 
 def _identify(stat: os.stat_result) -> str:
-    """Return a string that changes with every change of the file. It contains the ctime, which no program can set."""
+    """Return a string that changes with every change of the file. Part of it is the ctime, which no program can set."""
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

@@ -59,7 +59,7 @@ def parse_size(value: object) -> int:
     """Return a size in bytes from an int of bytes or from text such as ``"512 MiB"``, ``"1GB"``, ``"1.5 GiB"``.
 
     Raises:
-        BadValue: the value has another form, is negative, is too large, or is not a whole number of bytes.
+        BadValue: the value has an invalid form, is negative, is too large, or is not a whole number of bytes.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BadValue('must be a whole number of bytes or text such as "512 MiB"')
@@ -94,7 +94,7 @@ def parse_duration(value: object) -> float:
     """Return a duration in seconds from a number of seconds or from text such as ``"250ms"``, ``"1h"``, ``"1h30m"``.
 
     Raises:
-        BadValue: the value has another form, is negative, is NaN, or is more than a hundred years.
+        BadValue: the value has an invalid form, is negative, is NaN, or is more than a hundred years.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadValue('must be a number of seconds or text such as "250ms" or "1h30m"')
@@ -139,7 +139,7 @@ class Parsed:
         return dict(self._schema)
 
 
-_WHOLE_NUMBER = r"[0-9]{1,20}(?:\.0{1,20})?"  # a size is a whole number of bytes
+_WHOLE_NUMBER = r"[0-9]{1,20}(?:\.0{1,20})?"  # a number of bytes, without a unit or with B, must be whole
 _SIZE_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": MAX_BYTES},

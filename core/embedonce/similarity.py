@@ -2,8 +2,8 @@
 
     indices, scores = top_k(queries, matrix, 10)
 
-It is made for thousands to a few millions of vectors, for example for an evaluation, for the context of an agent, or to
-find near-duplicates. It is not a vector store and builds no index.
+This module is meant for thousands to a few million vectors, for example to run an evaluation, to choose the context of
+an agent, or to find near-duplicates. It is not a vector store and builds no index.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _find_nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the indices and scores of the k nearest rows for a block of queries; ``first`` is the first query's index.
 
-    A matrix product rounds a row's score differently depending on the row's place in its block. So a float32 product
-    only selects the candidates. Their scores are then computed row by row in float64, so that equal rows get equal
+    How a matrix product rounds a row's score depends on the row's place in its block. So the float32 product only
+    selects candidates. The candidates' scores are then computed row by row in float64, so that equal rows get equal
     scores.
     """
     queries, query_lengths = _scale_rows(query_rows, "queries", first)
@@ -106,8 +106,8 @@ def _find_nearest(
 def _scale_rows(rows: NDArray[Any], name: str, first: int) -> tuple[Rows, NDArray[np.float64]]:
     """Return the rows as float64, and their norms.
 
-    The rows are scaled by powers of two, so that no square overflows or underflows. The norms are those of scaled rows.
-    ``first`` is the index of the first row, for the error message.
+    The rows are scaled by powers of two, so that no square overflows or underflows. The norms are those of the
+    scaled rows. ``first`` is the index of the first row, for the error message.
     """
     wide = np.array(rows, np.float64, order="C", subok=False)
     largest = np.abs(wide).max(axis=1, initial=0.0)

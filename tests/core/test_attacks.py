@@ -459,7 +459,7 @@ def test_invalid_limits_are_refused(limits: Limits) -> None:
 
 
 def test_a_tier_with_an_infinite_timeout_is_refused() -> None:
-    with pytest.raises(ConfigError, match="timeout must be a finite number of seconds"):
+    with pytest.raises(ConfigError, match='"timeout" must be a finite number of seconds'):
         Cache(lengths, [Tier(DictBackend(scope="host"), timeout=float("inf"))], space=SPACE)
 
 

@@ -108,7 +108,9 @@ def test_a_capability_without_its_method_is_refused(capability: str) -> None:
 
         def close(self) -> None: ...
 
-    with pytest.raises(ConfigError, match=f"declares {capability} but has no method {EXTRAS[capability]}"):
+    with pytest.raises(
+        ConfigError, match=f'declares the capability "{capability}" but has no method "{EXTRAS[capability]}"'
+    ):
         Cache(CountingProvider(), [Bare()])
 
 

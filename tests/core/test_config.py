@@ -492,7 +492,7 @@ def test_in_a_pyproject_tables_are_named_as_they_are_written() -> None:
         (PLAIN + "on_error = 'ignore'", ':5:12: on_error = "ignore" in [[tiers]] "memory": must be "skip" or "raise"'),
         (PLAIN + "[key]\nnormalize = 'nfc'", ":6:13: normalize = \"nfc\" in [key]: must be a list"),
         (PLAIN + "[key]\nnormalize = ['x']", ':6:14: normalize in [key]: no normalisation step "x"'),
-        (PLAIN + "[key]\nsecret = ''", ":6:10: secret in [key]: secret must not be empty; to use none"),
+        (PLAIN + "[key]\nsecret = ''", ":6:10: secret in [key]: secret must not be empty; to use no secret"),
         (PLAIN + "[cache]\nmax_queued = 0", ":6:14: max_queued = 0 in [cache]: must be greater than 0"),
         (PLAIN + "[tiers.x]\na = 1", ':5:1: unknown key "x" in [[tiers]] "memory"; valid keys are '),
         (PLAIN + '"ma\\nx" = 1', ':5:1: unknown key "ma\\nx" in'),

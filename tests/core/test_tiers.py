@@ -564,12 +564,12 @@ def test_the_next_tier_gets_only_the_keys_that_are_still_missing() -> None:
     ("tiers", "message"),
     [
         ([DictBackend(), DictBackend()], "two tiers are named 'dict'"),
-        ([Tier(MemoryBackend(), timeout=1.0)], "timeout is not supported"),
+        ([Tier(MemoryBackend(), timeout=1.0)], '"timeout" is not supported'),
         ([Tier(DictBackend(), name="provider")], 'cannot be named "provider"'),
-        ([Tier(DictBackend(scope="host"), ttl=0)], "ttl must be a finite number of seconds above 0, got 0"),
+        ([Tier(DictBackend(scope="host"), ttl=0)], '"ttl" must be a finite number of seconds above 0, got 0'),
         ([object()], "is not a backend"),
-        ([Tier(DictBackend(), write="bogus")], "write must be one of inline, background, none, got 'bogus'"),  # type: ignore[arg-type]
-        ([Tier(DictBackend(), on_error="bogus")], "on_error must be one of skip, raise"),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), write="bogus")], '"write" must be "inline", "background" or "none", got'),  # type: ignore[arg-type]
+        ([Tier(DictBackend(), on_error="bogus")], '"on_error" must be "skip" or "raise"'),  # type: ignore[arg-type]
     ],
 )
 def test_a_chain_that_cannot_work_is_refused(tiers: Any, message: str) -> None:

@@ -1,1 +1,1 @@
-"""The engine of a cache: the read-through plan, its tiers and what they share. Private; users import ``embedonce``."""
+"""The private engine of a cache: the read-through plan, the tiers, and the state that they share."""

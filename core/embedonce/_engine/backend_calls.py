@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedonce")
 
 MAX_CALLS = 32
-"""Maximum number of concurrent calls to a backend from event loops. A call that gets no free thread raises TierBusy."""
+"""Maximum number of concurrent calls to a backend from event loops.
+
+A call raises TierBusy if no thread becomes free in time.
+"""
 
 CHUNK_SIZE = 1024
 """Maximum number of keys per call to a blocking backend without ``max_batch``. Each call has a deadline of its own."""
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
-"""Maximum seconds per call, by the backend's scope, if the tier sets no timeout."""
+"""Maximum number of seconds per call, by the backend's scope, if the tier sets no timeout."""
 
 
 class BackendCalls:
@@ -62,7 +65,7 @@ class BackendCalls:
             Exception: any error that the backend raised.
         """
         caps = self.capabilities
-        # A listing walks the whole store, so the timeout for a look-up does not apply to it.
+        # A listing walks the whole store, so the timeout for a lookup does not apply to a listing.
         timeout = None if listing else self.timeout
         quick = not caps.blocking and caps.deadline
         return await port.call(call, timeout, self._workers, inline=caps.deadline, quick=quick)
@@ -108,7 +111,7 @@ class BackendCalls:
             yield keys[start : start + size]
 
     def run_in_background(self, call: Callable[[], None]) -> bool:
-        """Run a call in another thread without waiting for the call; return False if no thread can be started."""
+        """Start a call in another thread and do not wait for its end. Return False if no thread can be started."""
         try:
             self._ports.workers.submit(call)
         except RuntimeError:  # the interpreter is shutting down and starts no new threads
@@ -162,7 +165,7 @@ class BackendCalls:
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.record_failure(cause)
-        elif probe:  # a busy store is reachable; without this result, the breaker would stay open
+        elif probe:  # a busy store is reachable, so the probe counts as a success
             breaker.record_success()
         return cause
 

@@ -16,8 +16,8 @@ class Breaker:
     """Keeps calls away from a store that does not answer.
 
     The breaker opens after one timeout, or after three failures in a row. At first it stays open for half a second.
-    Each failed probe doubles the wait, up to a minute. Each wait has some jitter. After the wait, the breaker lets
-    exactly one probe through.
+    After this wait, the breaker lets exactly one probe through. Each failed probe doubles the wait for the next probe,
+    up to a minute. Each wait has some jitter.
     """
 
     FAILURES = 3

@@ -46,7 +46,7 @@ class Answer:
     failed_keys: dict[str, set[str]] = field(default_factory=dict)
     """Keys whose node or shard failed in this call, by tier. The call does not write these keys to that tier."""
     store_error: TierError | None = None
-    """An error of a tier with ``on_error = "raise"``. The call raises it after it has written to the other tiers."""
+    """An error of a tier with ``on_error = "raise"``. The call raises this error after writing to the other tiers."""
     _texts_by_key: dict[str, str] | None = None
 
     @property

@@ -56,7 +56,7 @@ class ChainError(ConfigError):
 
 
 def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> list[tuple[str, Tier]]:
-    """Give every tier a name, and reject a chain that cannot work. ``keyed``: the key policy has a secret.
+    """Give every tier a name, and reject a chain that cannot work. ``keyed`` means that the key policy has a secret.
 
     Raises:
         ChainError: two tiers have the same name, a tier is not a backend, or a backend cannot support an option.
@@ -92,13 +92,16 @@ def _find_problems(
         return
     for capability, method in EXTRAS.items():
         if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):
-            yield None, f"tier {name!r}: its backend declares {capability} but has no method {method}"
+            yield (
+                None,
+                f'tier {name!r}: its backend declares the capability "{capability}" but has no method "{method}"',
+            )
     if any(name == other for other, _ in earlier):
         yield "name", f"two tiers are named {name!r}; give each a unique name with name="
     if name == "provider":
         yield "name", 'a tier cannot be named "provider", because Fetched.sources uses that name for the provider'
     if tier.timeout is not None and caps.scope == "process":
-        yield "timeout", f"tier {name!r}: timeout is not supported for a backend in this process; remove timeout"
+        yield "timeout", f'tier {name!r}: "timeout" is not supported for a backend in this process; remove "timeout"'
     if tier.encryption is not None and caps.holds == "entries":
         yield (
             "encryption",
@@ -107,7 +110,7 @@ def _find_problems(
     if caps.text_preview and (tier.encryption is not None or keyed):
         yield (
             "encryption" if tier.encryption is not None else None,
-            f"tier {name!r}: text_preview stores the start of each text, which "
+            f'tier {name!r}: "text_preview" stores the start of each text, which '
             + ("encryption" if tier.encryption is not None else "the [key] secret")
             + " is meant to hide; remove one of these two options",
         )
@@ -115,12 +118,12 @@ def _find_problems(
         yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, earlier))
     for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
         if getattr(tier, option) not in values:
-            wanted = ", ".join(value for value in values if value is not None)
-            yield option, f"tier {name!r}: {option} must be one of {wanted}, got {getattr(tier, option)!r}"
+            wanted = join_words([f'"{value}"' for value in values if value is not None], "or")
+            yield option, f'tier {name!r}: "{option}" must be {wanted}, got {getattr(tier, option)!r}'
     for option in ("ttl", "timeout", "lease"):
         value = getattr(tier, option)
         if value is not None and not 0 < value < float("inf"):
-            yield option, f"tier {name!r}: {option} must be a finite number of seconds above 0, got {value!r}"
+            yield option, f'tier {name!r}: "{option}" must be a finite number of seconds above 0, got {value!r}'
 
 
 def _find_lease_problems(
@@ -128,14 +131,14 @@ def _find_lease_problems(
 ) -> Iterator[str]:
     if caps.scope == "process":
         yield (
-            f"tier {name!r}: lease requires a backend that several processes share, and this tier's backend is private "
-            "to the process; remove lease"
+            f'tier {name!r}: "lease" requires a backend that several processes share, but the backend of this tier is '
+            'private to the process; remove "lease"'
         )
     if not caps.add:
-        yield f"tier {name!r}: lease requires a backend with add_many"
+        yield f'tier {name!r}: "lease" requires a backend with add_many'
     if tier.write in ("background", "none"):
         yield (
-            f'tier {name!r}: lease requires write = "inline", because other processes wait for the vectors '
+            f'tier {name!r}: "lease" requires write = "inline", because other processes wait for the vectors '
             f'that this tier stores; got "{tier.write}"'
         )
     other = next((other for other, one in earlier if one.lease is not None), None)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from embedonce.encryption import Encryption
 
 TEXT_PREVIEW = "text_preview"
-"""Name of the metadata field with the start of a text, in a tier that stores previews."""
+"""Name of the metadata field for the start of a text. Only tiers that store previews have this field."""
 
 
 class Codec:

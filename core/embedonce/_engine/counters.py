@@ -40,7 +40,7 @@ class RequestCounters:
         self.renew_locks()
 
     def renew_locks(self) -> None:
-        """Create a new lock, also in a forked child.
+        """Create a new lock. A forked child calls this too.
 
         The lock is re-entrant, because a signal handler may use the cache.
         """
@@ -69,7 +69,7 @@ class Counters:
         self._seconds = 0.0
 
     def renew_locks(self) -> None:
-        """Create new locks, also in a forked child.
+        """Create new locks. A forked child calls this too.
 
         The locks are re-entrant, because a signal handler may use the cache.
         """

@@ -28,7 +28,7 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds until the next check after a check that failed, or that found drift with the action ``"refuse"``."""
+"""Seconds from a check to the next one if the check failed, or if it found drift and the action is ``"refuse"``."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata field that marks the canaries of a drifted space.
@@ -58,7 +58,7 @@ class SpaceLeft(DriftError):
 
 
 class DriftCheckingEngine(Engine):
-    """An engine that checks whether the provider still returns the same vectors before it embeds texts in a space."""
+    """An engine that, before it embeds texts in a space, checks whether the provider still returns the same vectors."""
 
     def __init__(self, *args: Any, guard: DriftGuard, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,7 +68,7 @@ class DriftCheckingEngine(Engine):
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
-        # Without the lower bound, setting the clock back would postpone the next check.
+        # If there were no lower bound, setting the clock back would postpone the next check.
         is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
         if route.generation == state.generation and not is_early:
             await self._check_for_drift(port, route, state)
@@ -111,7 +111,7 @@ class DriftCheckingEngine(Engine):
         with self.in_flight.new_ticket() as ticket:
             call = Call(port, ticket, stored)
             missing = await self._read_tiers(call, stored.keys)
-            if self.can_change_space and _is_marked(stored):  # another process found the drift
+            if self.can_change_space and _is_marked(stored):  # another process has found drift
                 state.next_check, state.generation = -np.inf, route.generation + 1
                 return
             now = self._clock()

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     import asyncio
 
 calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
-"""Ticket numbers of the calls whose provider is running in this context. Waiting for their flights would deadlock."""
+"""Ticket numbers of the calls whose provider is running in this context. Waiting here for their flights would
+deadlock."""
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or the call's event loop ended. Its followers embed the text."""
+    """The call that computed a flight was cancelled, or the call's event loop ended. The followers embed the text."""
 
 
 class Flight:
@@ -93,7 +94,7 @@ class Claims:
 
 @dataclass(slots=True, eq=False)
 class PendingWrite:
-    """Entries that are being written to one tier, or are queued for it."""
+    """Entries that are being written to a tier, or that are queued for this tier."""
 
     tier: str
     number: int
@@ -111,7 +112,7 @@ class Erasure:
         self.until: int | None = None
         """Calls with tickets up to this number must not store the keys.
 
-        It is None while the erasure runs. During that time, no call is allowed to store the keys.
+        The number is None while the erasure runs. During that time, no call is allowed to store the keys.
         """
 
     def covers(self, key: str) -> bool:
@@ -126,8 +127,8 @@ class Ticket:
 
     Several holders may share a ticket. The call ends when the last holder releases the ticket.
 
-    Ctrl-C can interrupt a call between any two lines, even inside a context manager. In that case ``__del__`` ends the
-    call.
+    Ctrl-C can interrupt a call between any two lines, even inside a context manager, so that ``__exit__`` never runs.
+    In that case ``__del__`` ends the call.
     """
 
     __slots__ = ("_holders", "_in_flight", "number")
@@ -172,7 +173,7 @@ class InFlight:
 
     def reset(self) -> None:
         """Start empty. A forked child calls this too, because flights and queued writes stay with the parent."""
-        self._lock = threading.RLock()  # re-entrant: a signal handler may use the cache while we hold it
+        self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._changed = threading.Condition(self._lock)
         self._number = 0  # the number of the newest ticket
         self._calls: dict[int, None] = {}  # every call in flight, oldest first
@@ -259,7 +260,7 @@ class InFlight:
             flight.wake()
 
     def abandon(self, flights: Mapping[str, Flight]) -> None:
-        """Fail, with :class:`Abandoned`, the given flights that have neither landed nor failed."""
+        """Set the error :class:`Abandoned` for those of the flights that have neither landed nor failed."""
         left = {key: flight for key, flight in flights.items() if flight.entry is None and flight.error is None}
         if left:
             self.fail(left, Abandoned())

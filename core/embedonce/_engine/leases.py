@@ -1,10 +1,11 @@
 """Leases on a shared tier: when several processes miss a text at the same time, only one of them embeds it.
 
-A lease is a key that is set only if it is absent, and that expires. One round trip takes the leases of a whole
-batch. A lease is never released. The process that holds it computes the vector and writes it inline. The other
-processes poll the tier until the vector is there or the lease expires.
+A lease is a key that expires, and that a process can store only while the key is absent. One round trip takes the
+leases of a whole batch. A lease is never released. The process that holds the lease of a text computes the text's
+vector and writes the vector inline. The other processes poll the tier until the vector is there or the lease expires.
 
-Leases only save work. If the tier fails, each process therefore embeds all of its missing texts itself.
+Without leases, results stay correct, but several processes may embed the same text. This happens if the tier fails:
+each process then embeds all of its missing texts itself.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Leases:
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
-        """Yield, per poll, the seconds to sleep before it, and whether it is the last poll within ``limit`` seconds."""
+        """For each poll, yield the seconds to sleep before it, and whether no poll follows within ``limit`` seconds."""
         end = time.monotonic() + limit
         pause = FIRST_PAUSE
         while True:

@@ -104,7 +104,7 @@ class Engine:
     async def _compute_or_follow(
         self, call: Call, keys: list[str], *, leases: Leases | None, is_last_try: bool
     ) -> None:
-        """Compute the vectors that no other call is computing. Then wait for the vectors of the other calls."""
+        """Compute the vectors that no other call is computing. Then wait for the vectors that other calls compute."""
         claims, loop = Claims(), call.port.loop
         try:
             self.in_flight.claim(call.ticket, keys, loop, claims)
@@ -185,7 +185,7 @@ class Engine:
     async def _store_in(
         self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Store entries in the tiers that have not failed in this call. If a tier raises, go on with the next tier."""
+        """Store entries in the tiers that have not failed in this call. If a tier raises, go on with the next one."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failed_tiers:
@@ -433,6 +433,6 @@ def copy_error(error: Exception) -> Exception:
     """
     try:
         own = copy(error)
-    except Exception:  # noqa: BLE001  (a class may need arguments that its exceptions do not keep)
+    except Exception:  # noqa: BLE001  (copying fails if a class needs arguments that its exceptions do not keep)
         return error
     return own if type(own) is type(error) else error

@@ -55,7 +55,7 @@ class Port(Protocol):
     ) -> T:
         """Make a blocking call within ``timeout`` seconds.
 
-        ``inline``: the call ends at the deadline by itself, so a blocking method needs no other thread for it.
+        ``inline``: the call ends at the deadline by itself, so a blocking method makes the call in the caller's thread.
         ``quick``: the call never blocks, so it is made in this thread and without a deadline.
 
         Raises:

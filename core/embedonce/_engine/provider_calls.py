@@ -42,7 +42,7 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
             calls_in_provider.reset(token)
 
     async def embed_async() -> Any:
-        # The variable needs no reset, because the asyncio task has its own context.
+        # ``calls_in_provider`` needs no reset, because the asyncio task has its own context.
         calls_in_provider.set(calls_in_provider.get() | {number})
         return await aembed(texts, task)
 
@@ -61,8 +61,8 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
         return 0
     try:
         tokens: int = count_tokens(text)
-    except Exception:  # noqa: BLE001  (a text that cannot be counted must not make the whole call fail)
-        # With this number the text gets a chunk of its own, so an error of that chunk makes no other text fail.
+    except Exception:  # noqa: BLE001  (an error in counting tokens must not make the whole call fail)
+        # With this number of tokens, the text gets its own chunk, so an error of the chunk makes no other text fail.
         return max_tokens
     return tokens
 

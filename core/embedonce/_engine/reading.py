@@ -68,7 +68,7 @@ class TierReader:
         """Start over in a forked child."""
         self.breaker = Breaker(self._on_change)
         self.failing: Sequence[str] = ()
-        """Some of the keys that failed last, for the next probe to read."""
+        """Some of the keys that failed most recently; the next probe reads these keys."""
 
     async def read(
         self,
@@ -173,7 +173,7 @@ class TierReader:
             self._emit(LookedUp(tier=self._calls.name, task=task, seconds=read.seconds, cause=read.cause, **counts))
 
     def _probe(self) -> None:
-        """Start a background read of some keys that failed last, and report its result to the breaker."""
+        """Start a background read of some keys that failed recently, and report the result to the breaker."""
 
         def probe() -> None:
             try:

@@ -33,7 +33,7 @@ MOVES = 5
 class Requests:
     """Serves requests for one provider's vectors from a chain that several caches may share.
 
-    This is a base class of the cache and not one of its attributes, so that a hit needs fewer attribute look-ups.
+    This is a base class of the cache and not one of its attributes, so that a hit needs fewer attribute lookups.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class Requests:
     def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
         """Return the ``get`` and the hit counter of the first tier, and the routes by task, for the fast path.
 
-        If hits cannot take the fast path, return no routes, so that every call takes the slow path. That is the case
-        if the first tier is not in this process, and if there are listeners, because the fast path emits no events.
+        If hits cannot take the fast path, return no routes, so that every call takes the slow path. Hits cannot take
+        the fast path if the first tier is not in this process. They cannot take it either if there are listeners,
+        because the fast path emits no events.
         """
         chain = self._chain
         if chain.tiers and not chain.listeners and not self._closed:
@@ -235,7 +236,7 @@ class Requests:
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
     ) -> Answer:
-        """Return an answer for these texts that has their keys but no vectors yet."""
+        """Return an answer that has the keys of these texts but no vectors yet."""
         self._check_open()
         _require_texts(texts)
         texts = copy_texts(texts)

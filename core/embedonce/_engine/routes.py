@@ -20,9 +20,9 @@ MAX_CALLS = 32
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Maximum number of texts, and maximum total number of their characters, per generation of the memo.
+"""Maximum number of texts, and of all their characters together, in each of the memo's two generations.
 
-The memo maps recent texts to their keys. It has two generations.
+The memo maps recent texts to their keys.
 """
 
 MEMO_MAX_TEXT = 16_000
@@ -43,7 +43,7 @@ class LiveProvider:
         self._seconds = 0.0
 
     def reset(self) -> None:
-        """Create the lock and the threads, also in a forked child.
+        """Create the lock and the threads. A forked child calls this too.
 
         The lock is re-entrant, because a signal handler may use the cache.
         """
@@ -113,7 +113,7 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """Number of dimensions. If the provider does not state it, this is None until the first vector is seen."""
+        """Number of dimensions. It is None until the first vector arrives, if the provider does not state it."""
         self.recent_keys: dict[str, str] = {}
         """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
         self._older_keys: dict[str, str] = {}

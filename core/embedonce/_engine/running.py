@@ -46,7 +46,7 @@ class CacheOverChain(Protocol):
     """The methods of a cache that its chain calls."""
 
     def _refresh_hot_path(self) -> None:
-        """Decide again whether hits may take the fast path."""
+        """Determine again whether hits can take the fast path."""
 
     def _mark_closed(self) -> bool:
         """Refuse calls from now on. Return False if the cache was closed already."""
@@ -146,7 +146,7 @@ class RunningChain:
     # --- events -------------------------------------------------------------------------------
 
     def emit(self, event: Event) -> None:
-        """Call every listener. The first error of each listener is logged."""
+        """Call every listener, and log the first error of each listener."""
         for listener in self.listeners:
             try:
                 listener(event)
@@ -279,7 +279,8 @@ def _register_flush() -> None:
 
     A callback of ``atexit`` would run too late, because the thread pools of ``concurrent.futures`` and asyncio have
     been shut down by then. A callback of ``threading._register_atexit`` shuts these pools down. Such callbacks run in
-    reverse order. This function registers ours later, so ours runs before the pools are shut down.
+    reverse order of registration. This function registers our callback later, so it runs before the pools are shut
+    down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)
@@ -298,7 +299,7 @@ def _register_close() -> None:
         from multiprocessing import parent_process
         from multiprocessing.util import Finalize
 
-        if parent_process() is not None:  # a forked child of multiprocessing exits without atexit callbacks
+        if parent_process() is not None:  # a forked child of multiprocessing does not run atexit callbacks
             Finalize(None, _close_open_chains, exitpriority=100)
 
 

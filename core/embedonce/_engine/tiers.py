@@ -68,7 +68,7 @@ class LiveTier:
             has_listeners=has_listeners,
             clock=clock,
         )
-        # These are attributes of the parts, because wrapper methods would add one more call to every read and write.
+        # These attributes refer directly to the parts' methods, because wrappers add a call to each read or write.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout

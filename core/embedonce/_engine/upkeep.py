@@ -180,7 +180,7 @@ class Upkeep:
         return checks
 
     async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
-        """Read some keys. Return fewer values, or none, if the tier is busy or has lost a node but is reachable."""
+        """Read some keys. If the tier is reachable but busy, or has lost a node, return fewer values or none."""
         try:
             return await tier.peek(port, keys)
         except TierError as error:

@@ -36,7 +36,7 @@ DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "in
 """Write mode, by the backend's scope, if the tier sets no write mode."""
 
 draining_writers: set[TierWriter] = set()
-"""Writers with background writes in flight. This set keeps the writers alive after their cache is collected."""
+"""Writers with background writes in flight. This set keeps a writer alive after its cache is collected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class TierWriter:
             await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk})
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        """Return the entries with their own expiry date, or with the date from this tier's TTL if it is earlier."""
+        """Return the entries. Each expires on its own date or on the date by this tier's TTL, whichever is earlier."""
         if self.ttl is None:
             return entries
         now = self._clock()
@@ -140,7 +140,7 @@ class TierWriter:
         return dated
 
     async def _write_inline(self, port: Port, number: int, entries: Mapping[str, Entry]) -> None:
-        """Write one chunk while the caller waits; only a probe is written in the background."""
+        """Write one chunk while the caller waits. If the write is a probe, do it in the background instead."""
         admitted = self.breaker.admit()
         if admitted == "skip":
             self._count(0, dropped=len(entries), cause="skipped")
@@ -162,8 +162,8 @@ class TierWriter:
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
         """Store the items whose keys are absent.
 
-        Return the keys that were absent and the keys whose part of the tier failed. Return None if the whole tier
-        failed or its breaker is open.
+        Return the keys that were absent, together with the keys in a part of the tier that failed. Return None if the
+        whole tier failed or its breaker is open.
         """
         backend = self._calls.backend
         added: set[str] = set()
@@ -256,7 +256,7 @@ class TierWriter:
             self._cards_written.update(dict.fromkeys(due, now))
 
     def forget_cards(self, scopes: Iterable[str]) -> None:
-        """Write the cards of these scopes again at the next write of entries in the scopes."""
+        """Forget that these scopes' cards were written, so that the next write of entries writes them again."""
         for scope in scopes:
             self._cards_written.pop(scope, None)
 
@@ -265,9 +265,9 @@ class TierWriter:
     async def _enqueue(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry], *, wait_for_room: bool) -> None:
         """Queue entries for a background write.
 
-        If the queue is full, a call with ``wait_for_room`` waits for room, up to the tier's timeout. After that the
-        oldest entries are dropped. A call without ``wait_for_room``, such as a promotion, immediately drops the new
-        entries.
+        If the queue is full, a call with ``wait_for_room`` waits for room, up to the tier's timeout. If there
+        is still no room, the oldest queued entries are dropped. A call without ``wait_for_room``, such as a promotion,
+        immediately drops the new entries.
         """
         end = time.monotonic() + (self._calls.timeout or 0.0)
         while True:
