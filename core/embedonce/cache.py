@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._engine.chain import Tier
 from ._engine.ports import run_blocking
-from ._engine.requests import ITER_BATCH, TASKS, Requests, awindows, windows
+from ._engine.requests import ITER_BATCH, TASKS, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
@@ -141,7 +141,7 @@ class Cache(Requests):
         self._check_iter(texts, batch)
 
         def rows() -> Iterator[Vector]:
-            for window in windows(texts, batch):
+            for window in read_windows(texts, batch):
                 yield from run_blocking(self._embed_rows(self._chain.ports.blocking, window, task))
 
         return rows()
@@ -287,7 +287,7 @@ class Cache(Requests):
         self._check_iter(texts, batch)
 
         async def rows() -> AsyncIterator[Vector]:
-            async for window in awindows(texts, batch):
+            async for window in read_windows_async(texts, batch):
                 for row in await self._embed_rows(self._chain.ports.get_loop_port(), window, task):
                     yield row
 

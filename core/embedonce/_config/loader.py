@@ -19,7 +19,7 @@ from embedonce.options import BadValue, Doc
 from .documents import OVERRIDE, UNUSABLE, Document, Values, expand_values, is_unicode, list_overrides
 from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
-from .secrets import HIDDEN, credentials_in, display, find_secrets, find_texts, format_path, is_secret, mask
+from .secrets import HIDDEN, display, find_credentials, find_secrets, find_texts, format_path, is_secret, mask
 from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
@@ -444,7 +444,7 @@ class _Loader:
             return UNUSABLE
         private = _is_any_inside(where, self._values.private)
         for text in find_texts(value):
-            table.secrets.update(find_secrets(text) if private or is_secret(where[-1:]) else credentials_in(text))
+            table.secrets.update(find_secrets(text) if private or is_secret(where[-1:]) else find_credentials(text))
         for place, found in self._values.variables.items():
             if place[: len(where)] == where:
                 table.secrets.update(piece for text in found.values() for piece in find_secrets(text))

@@ -30,7 +30,7 @@ def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
         return [name for index, item in enumerate(value) for name in secrets_in(item, (*where, index))]
     if not isinstance(value, str):
         return []
-    found = find_secrets(value) if is_secret(where[1:]) else credentials_in(value)
+    found = find_secrets(value) if is_secret(where[1:]) else find_credentials(value)
     return [format_path(where)] if any("${" not in secret for secret in found) else []
 
 
@@ -73,10 +73,10 @@ def find_secrets(text: str) -> Iterable[str]:
     """Yield the secrets in a secret text: the whole text, and the credentials if it is a URL."""
     if text:
         yield text
-    yield from credentials_in(text)
+    yield from find_credentials(text)
 
 
-def credentials_in(text: str) -> Iterable[str]:
+def find_credentials(text: str) -> Iterable[str]:
     """Yield the secrets in a URL: its password (without a password, its user) and its secret query parameters."""
     if "://" not in text:
         return

@@ -153,7 +153,7 @@ _SLOWNESS = {"process": 0, "host": 1, "network": 2}
 _WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}
 
 
-def chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
+def find_chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:
     """Return warnings about probable mistakes in a chain that works. Each warning names a tier."""
     found = []
     for place, (name, tier) in enumerate(chain):

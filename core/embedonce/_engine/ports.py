@@ -302,11 +302,11 @@ class LoopPort:
         task = asyncio.create_task(job())
         self._tasks.add(task)  # an event loop keeps only weak references to asyncio tasks
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def finish_job(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             done()
 
-        task.add_done_callback(ended)
+        task.add_done_callback(finish_job)
         await asyncio.shield(task)
 
     async def sleep(self, seconds: float) -> None:

@@ -270,7 +270,7 @@ class Requests:
         entries: dict[str, Entry] = {}
         for key, row in zip(answer.keys, freeze_rows(rows), strict=True):
             entries.setdefault(key, Entry(row, created, None, answer.metadata.get(key), self._dtype))
-        for keys in windows(entries, ITER_BATCH):
+        for keys in read_windows(entries, ITER_BATCH):
             window = Answer(answer.route, keys, [answer.texts_by_key()[key] for key in keys], store=True)
             await engine.put(port, window, entries)
 
@@ -309,7 +309,7 @@ class Requests:
 
     async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
         self._check_open()
-        return await self._chain.upkeep.metadata(port, self._get_route(self._source, task), self._dtype)
+        return await self._chain.upkeep.list_metadata(port, self._get_route(self._source, task), self._dtype)
 
     async def _explain(self, port: Port, text: str, task: Task) -> Explanation:
         self._check_open()
@@ -379,17 +379,17 @@ def _map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | Non
     return by_key
 
 
-def windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+def read_windows(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Yield the texts in lists of up to ``size``."""
     iterator = iter(texts)
     while window := list(islice(iterator, size)):
         yield window
 
 
-async def awindows(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
-    """Like :func:`windows`, but ``texts`` may be an async iterable."""
+async def read_windows_async(texts: Iterable[str] | AsyncIterable[str], size: int) -> AsyncIterator[list[str]]:
+    """Like :func:`read_windows`, but ``texts`` may be an async iterable."""
     if isinstance(texts, Iterable):
-        for window in windows(texts, size):
+        for window in read_windows(texts, size):
             yield window
         return
     window = []

@@ -21,7 +21,7 @@ from embedonce.events import Event
 from embedonce.keys import KeyPolicy, Value
 from embedonce.vectors import Dtype
 
-from .chain import Tier, chain_warnings, compose_chain, log_once
+from .chain import Tier, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
 from .plan import Engine
@@ -92,7 +92,7 @@ class RunningChain:
         self._broken_listeners: set[int] = set()
 
         chain = compose_chain(tiers, keyed=policy.secret is not None)
-        self.warnings = tuple(chain_warnings(chain))
+        self.warnings = tuple(find_chain_warnings(chain))
         log_once(self.warnings)
         self.ports = Ports()
         self.in_flight = InFlight(max_queued)

@@ -141,7 +141,7 @@ class Upkeep:
             held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
 
-    async def metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
+    async def list_metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
         """Return the metadata of every entry in a route's scope, once per entry. Skip entries without metadata.
 
         Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedonce._config.inspection import installed
-from embedonce._config.secrets import credentials_in, is_secret
+from embedonce._config.secrets import find_credentials, is_secret
 from embedonce._messages import find_closest, join_words, quote
 from embedonce._plugins import entry_points, loading
 from embedonce._plugins.options import Option, Refused, list_invalid_parts, options_of, read_text
@@ -47,7 +47,9 @@ class Target:
     def secrets(self) -> list[str]:
         """Secrets among the options, which no message may repeat."""
         named = (text for name, text in self.options.items() if is_secret((name,)))
-        return [secret for secret in (*named, *(c for t in self.options.values() for c in credentials_in(t))) if secret]
+        return [
+            secret for secret in (*named, *(c for t in self.options.values() for c in find_credentials(t))) if secret
+        ]
 
     def fill_placeholders(self, *, new: str, server: str = "") -> dict[str, str]:
         """Return the options with ``{new}`` and ``{server}`` filled in."""
