@@ -46,7 +46,7 @@ class BackendCalls:
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
         self._inherited: list[Any] = []
-        """Twins of the parent process. The child keeps them here, so that garbage collection does not close them."""
+        """The parent's twins, in a forked child. They are kept here, so that garbage collection does not close them."""
         self.reset()
 
     def reset(self) -> None:
