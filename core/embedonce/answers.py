@@ -83,7 +83,10 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How a text's key is built, what each tier has for the key, and possible reasons for a miss. No text is in it."""
+    """How a text's key is built, what each tier has for the key, and possible reasons for a miss.
+
+    It contains no text.
+    """
 
     key: str
     scope: str

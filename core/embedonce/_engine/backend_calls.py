@@ -27,7 +27,10 @@ A call raises TierBusy if no thread becomes free in time.
 """
 
 CHUNK_SIZE = 1024
-"""Maximum number of keys per call to a blocking backend without ``max_batch``. Each call has a deadline of its own."""
+"""Maximum number of keys per call to a blocking backend without ``max_batch``.
+
+A larger request is split into several calls, and each call has its own deadline.
+"""
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
 """Maximum number of seconds per call, by the backend's scope, if the tier sets no timeout."""

@@ -20,7 +20,7 @@ MAX_CALLS = 32
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""The limits of each of the memo's two generations: its number of texts, and the sum of their characters.
+"""Maximum number of texts, and maximum total number of characters, in each of the memo's two generations.
 
 The memo maps recent texts to their keys.
 """
@@ -113,7 +113,7 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """Number of dimensions. If the provider does not state it, it is None until the first vector arrives."""
+        """Number of dimensions. None until the first vector arrives, if the provider does not state the number."""
         self.recent_keys: dict[str, str] = {}
         """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
         self._older_keys: dict[str, str] = {}
