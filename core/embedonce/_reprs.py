@@ -18,7 +18,7 @@ def shorten(value: object) -> str:
 
 
 def format_counts(numbers: Mapping[str, int], between: str = " from ") -> str:
-    """Return ``990 from memory, 8 from provider``, without the names whose number is 0."""
+    """Return ``990 from memory, 8 from provider``, leaving out each name whose number is 0."""
     return ", ".join(f"{number:,}{between}{quote_toml_key(name)}" for name, number in numbers.items() if number)
 
 

@@ -29,7 +29,8 @@ class Fetched:
     space: VectorSpace
     """The vector space of all rows: the fallback's space if the fallback was used, else the provider's."""
     seconds: Mapping[str, float]
-    """Seconds spent, by the tier's name or ``"provider"``. The times of concurrent calls are added up."""
+    """Seconds spent in each tier, by the tier's name, and in the provider, under ``"provider"``. If calls ran at the
+    same time, their durations are added up."""
     errors: Mapping[str, str]
     """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
@@ -82,7 +83,10 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """How a text's key is built, what each tier has for the key, and possible reasons for a miss. No text is in it."""
+    """How a text's key is built, what each tier has for the key, and possible reasons for a miss.
+
+    It contains no text.
+    """
 
     key: str
     scope: str
@@ -95,8 +99,8 @@ class Explanation:
     tiers: Mapping[str, str]
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: one sentence for each similar scope that a tier holds. Scopes are similar if their space cards differ
-    in one or two parts, such as the version."""
+    """For a miss: one sentence for each scope that a tier holds and that is similar to the text's scope. Two scopes are
+    similar if their space cards differ in one or two parts, such as the version."""
 
     @property
     def found(self) -> str | None:
@@ -139,7 +143,7 @@ class Held:
     tier: str
     scope: str
     card: Mapping[str, Value] | None
-    """The space card, or None if the tier has lost it."""
+    """The space card of the scope, or None if the tier has lost the card."""
     entries: int
     error: str | None = None
     """Why the tier cannot count its entries, or None. With an error, ``scope`` is empty."""

@@ -103,7 +103,7 @@ class _SharedLoop:
         except TimeoutError:
             if not future.done():
                 raise TimeoutError(f"{self._what} did not answer in time") from None
-        return future.result()  # the coroutine itself raised a TimeoutError, or it ended at the last moment
+        return future.result()  # the coroutine raised a TimeoutError of its own, or ended at the last moment
 
     def close(self) -> None:
         with self._lock:

@@ -185,7 +185,7 @@ class Cache(Requests):
 
         The fallback's vectors of these texts are removed too.
 
-        The memory tiers of other processes keep the vectors until their TTL has passed.
+        The memory tiers of other processes keep these vectors until the vectors expire.
 
         Raises:
             EraseIncomplete: some tiers failed or cannot delete; the error names these tiers.
@@ -380,7 +380,10 @@ class Cache(Requests):
     # --- counters -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return the counters of tiers and providers since the cache was created. Tiers count texts."""
+        """Return the counters of tiers and providers since the cache was created.
+
+        The counts of a tier are numbers of texts.
+        """
         sources = [self._source, *([self._fallback] if self._fallback else [])]
         requests = self._chain.engine.requests
         fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
@@ -393,7 +396,10 @@ class Cache(Requests):
         )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Call ``listener`` with every event from now on. A listener that raises is logged and stays subscribed."""
+        """Call ``listener`` with every event from now on.
+
+        If the listener raises, the error is logged, and the listener stays subscribed.
+        """
         self._chain.subscribe(listener)
 
     @property

@@ -72,7 +72,7 @@ class Capabilities:
     count: bool = False
     """Whether the backend has ``count(prefix)``, which counts keys without listing them."""
     add: bool = False
-    """Whether the backend has ``add_many(items, ttl)``, which stores only items whose key is absent. Leases need it."""
+    """Whether the backend has ``add_many(items, ttl)``, which leases need. It stores only items whose key is absent."""
     twin: bool = False
     """Whether the backend has ``twin()``, which returns a native async client of the same store."""
     bounded: bool | None = None

@@ -78,7 +78,7 @@ class ProviderTimeout(ProviderError, TimeoutError):
 
 
 class DriftError(ProviderError):
-    """The provider no longer returns the vectors that are stored in the same vector space. No text was embedded.
+    """The provider no longer returns the vectors that are stored in its vector space. No text was embedded.
 
     Raised if the drift guard's ``action`` is ``"refuse"``. Change ``[key] version``, or go back to the previous model.
     """

@@ -66,7 +66,7 @@ Event: TypeAlias = LookedUp | Stored | Computed | TierChanged
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counters of a tier since the cache was created, in texts."""
+    """Counters of a tier since the cache was created. The counts are numbers of texts."""
 
     hits: int
     misses: int

@@ -102,8 +102,8 @@ def _encode_utf8(value: str) -> bytes:
 class VectorSpace:
     """Everything that determines which vector a text gets, as described by the provider.
 
-    The fingerprint leaves out fields that are None, so existing fingerprints stay the same if this class gets a new
-    field. Device, batch size, timeouts, API keys and credentials do not belong here.
+    The fingerprint leaves out fields that are None, so a new field of this class changes no fingerprint while the
+    field is None. Device, batch size, timeouts, API keys and credentials do not belong here.
     """
 
     provider: str

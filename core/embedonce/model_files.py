@@ -34,7 +34,8 @@ def digest(folder: Path, *, pytorch: bool = False) -> str:
 
     The digest covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). It
     does not depend on the path or the age of the folder. With ``pytorch`` it does not cover the weights of other
-    frameworks either. Their files are listed in :data:`OTHER_FRAMEWORKS` and :data:`OTHER_FRAMEWORK_FOLDERS`.
+    frameworks either, which are the files with a suffix in :data:`OTHER_FRAMEWORKS` and the folders in
+    :data:`OTHER_FRAMEWORK_FOLDERS`.
 
     Raises:
         SpaceError: a file cannot be read.

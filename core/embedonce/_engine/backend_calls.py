@@ -27,7 +27,10 @@ A call raises TierBusy if no thread becomes free in time.
 """
 
 CHUNK_SIZE = 1024
-"""Maximum number of keys per call to a blocking backend without ``max_batch``. Each call has a deadline of its own."""
+"""Maximum number of keys per call to a blocking backend without ``max_batch``.
+
+A larger request is split into several calls, and each call has its own deadline.
+"""
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
 """Maximum number of seconds per call, by the backend's scope, if the tier sets no timeout."""
@@ -46,7 +49,7 @@ class BackendCalls:
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
         self._inherited: list[Any] = []
-        """Twins of the parent process. The child keeps them here, so that garbage collection does not close them."""
+        """The parent's twins, in a forked child. They are kept here, so that garbage collection does not close them."""
         self.reset()
 
     def reset(self) -> None:

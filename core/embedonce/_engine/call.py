@@ -34,7 +34,7 @@ class Answer:
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
-    """One item per read of a tier: the tier's name, and the keys of the entries that it returned."""
+    """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -101,7 +101,7 @@ class Answer:
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
             failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
-            # Copy the metadata, so that a caller who changes it does not change the cached entry.
+            # Copy the metadata, so that a caller who changes the result does not change the cached entry.
             metadata=[
                 None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
             ],

@@ -75,7 +75,7 @@ def check_entries(
 ) -> Decoded:
     """Check the answer of an entry backend, as ``decode_frames`` does for frames.
 
-    ``trusted``: the backend is in this process and returns the same objects that this cache gave it.
+    ``trusted``: the backend is in this process and returns the same objects that this cache stored.
     """
     decoded = Decoded()
     if isinstance(values, Entries):
@@ -101,7 +101,7 @@ def check_entries(
 def _take_valid_blocks(
     values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
 ) -> dict[str, Entry]:
-    """Add to ``entries`` the blocks whose rows are all valid. Return all other entries, for a check of each entry."""
+    """Add to ``entries`` the blocks whose rows are all valid. Return all other entries; each needs a check."""
     rest = values.loose()
     for block in values.blocks:
         if block.dtype == dtype and _is_valid_block(block, now, dimensions):
@@ -149,7 +149,7 @@ def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
 
 
 def _are_all_finite(entries: Iterable[Any]) -> bool:
-    """Return whether all vectors are finite. Checking all vectors together is ten times as fast as one by one."""
+    """Return whether all vectors are finite. One check of all vectors is ten times as fast as a check of each."""
     try:
         joined = b"".join([entry.vector for entry in entries])
     except (AttributeError, TypeError, ValueError, BufferError):

@@ -6,8 +6,8 @@ a call that began before the landing has not claimed its keys. Such a call may h
 written, so without the flight it would embed the text again.
 
 Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
-calls with older tickets to store the erased keys, whether the entries were computed, promoted or queued. A flight or a
-queued write may outlive its call, so it keeps the ticket's number and not the ticket.
+calls with older tickets to store the erased keys. This applies to computed, promoted and queued entries alike. A flight
+or a queued write may outlive its call, so the flight or write keeps the ticket's number and not the ticket.
 
 One lock guards the dictionaries and queues. A thread that holds the lock awaits nothing and calls no backend or
 provider.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import asyncio
 
 calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
-"""Ticket numbers of the calls whose provider is running in this context. Waiting here for their flights would
-deadlock."""
+"""Ticket numbers of the calls whose provider is running in this context. Code in this context must not wait for flights
+of these calls, because the wait would deadlock."""
 
 
 class Abandoned(Exception):

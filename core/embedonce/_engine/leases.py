@@ -1,11 +1,11 @@
-"""Leases on a shared tier: when several processes miss a text at the same time, only one of them embeds it.
+"""Leases on a shared tier: when several processes miss a text at the same time, only one process embeds it.
 
 A lease is a key that expires, and that a process can store only while the key is absent. One round trip takes the
 leases of a whole batch. A lease is never released. The process that holds the lease of a text computes the text's
 vector and writes the vector inline. The other processes poll the tier until the vector is there or the lease expires.
 
-Without leases, results stay correct, but several processes may embed the same text. This happens if the tier fails:
-each process then embeds all of its missing texts itself.
+Without leases, results are still correct, but several processes may embed the same text. The same is true while the
+tier fails, because each process then embeds all of its missing texts itself.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Leases:
         now = time.monotonic()
         with self._lock:
             self._held = {key: until for key, until in self._held.items() if until > now}
-            # We still hold these leases, so no other process computes the vectors. The tier does not have the vectors,
-            # because the vectors were evicted or forgotten, or because the provider failed.
+            # We still hold these leases, so no other process computes the vectors of these keys. The tier does not have
+            # these vectors, because they were evicted or forgotten, or because the provider failed.
             ours = self._held.keys() & set(keys)
         asked = {lease_key(key): key for key in keys if key not in ours}
         added = await self.tier.add(port, dict.fromkeys(asked, self._token), self._seconds) if asked else set()
@@ -59,7 +59,10 @@ class Leases:
         return won | ours
 
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
-        """For each poll, yield the seconds to sleep before it, and whether no poll follows within ``limit`` seconds."""
+        """Yield a pair for each poll: the seconds to sleep before the poll, and whether the poll is the last one.
+
+        The last poll is the first one that comes ``limit`` or more seconds after the start.
+        """
         end = time.monotonic() + limit
         pause = FIRST_PAUSE
         while True:

@@ -253,7 +253,7 @@ class Engine:
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        # This also runs after an interrupt and after the end of the loop, so that no follower waits for ever.
+        # ``done`` also runs after an interrupt and after the end of the loop, so that no follower waits for ever.
         def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
@@ -429,7 +429,7 @@ def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
 def copy_error(error: Exception) -> Exception:
     """Return a copy of an error for one caller.
 
-    An exception that several callers raise would collect the tracebacks of all of them.
+    Each caller needs its own copy. One exception object would collect the tracebacks of all callers that raise it.
     """
     try:
         own = copy(error)

@@ -62,7 +62,7 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
     try:
         tokens: int = count_tokens(text)
     except Exception:  # noqa: BLE001  (an error in counting tokens must not make the whole call fail)
-        # With this number of tokens, the text gets its own chunk, so an error of the chunk makes no other text fail.
+        # With this number of tokens, the text gets a chunk of its own, so if the chunk fails, no other text fails.
         return max_tokens
     return tokens
 

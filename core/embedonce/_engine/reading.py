@@ -21,7 +21,11 @@ from .ports import Port
 log = logging.getLogger("embedonce")
 
 MAX_PROBE_KEYS = 64
-"""Maximum number of keys in a probe. A probe reads keys that failed, because other keys may be on a healthy node."""
+"""Maximum number of keys in a probe.
+
+A probe reads only keys that failed. Other keys may be on a healthy node, so reading them would not show whether the
+failed node works again.
+"""
 
 
 @dataclass(slots=True)

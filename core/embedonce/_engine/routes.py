@@ -20,13 +20,13 @@ MAX_CALLS = 32
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Maximum number of texts, and of all their characters together, in each of the memo's two generations.
+"""Maximum number of texts, and maximum total number of characters, in each of the memo's two generations.
 
 The memo maps recent texts to their keys.
 """
 
 MEMO_MAX_TEXT = 16_000
-"""Maximum number of characters of a text in the memo. The key of a longer text is hashed again in each call."""
+"""Maximum number of characters of a text in the memo. A longer text is hashed again in each call."""
 
 
 class LiveProvider:
@@ -113,7 +113,7 @@ class Route:
         self._policy = policy
         self._steps = steps
         self.dimensions = self.space.dimensions
-        """Number of dimensions. It is None until the first vector arrives, if the provider does not state it."""
+        """Number of dimensions. None until the first vector arrives, if the provider does not state the number."""
         self.recent_keys: dict[str, str] = {}
         """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
         self._older_keys: dict[str, str] = {}

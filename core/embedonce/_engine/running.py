@@ -83,7 +83,7 @@ class RunningChain:
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
-        """The space card of each scope, which is stored beside the scope's entries."""
+        """The space card of each scope. A card is stored beside its scope's entries."""
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
         """Guards ``_caches``, because one thread may create a cache while another thread iterates over the set."""

@@ -68,7 +68,8 @@ class LiveTier:
             has_listeners=has_listeners,
             clock=clock,
         )
-        # These attributes refer directly to the parts' methods, because wrappers add a call to each read or write.
+        # These attributes refer directly to the parts' methods, because wrapper methods would add a call
+        # to each read or write.
         self.backend = self.calls.backend
         self.capabilities = self.calls.capabilities
         self.timeout = self.calls.timeout

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Daemon threads for calls that may hang. They are started on demand, reused, and ended after ten idle seconds.
+    """Daemon threads for calls that may hang. A thread starts on demand, is reused, and ends after ten idle seconds.
 
     ``max_threads`` limits how many threads run at the same time; None means no limit. A ThreadPoolExecutor is not used,
     because it joins its threads at exit, so one hanging call would keep the program alive for ever.
@@ -26,7 +26,7 @@ class Workers:
         self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._free = 0  # number of idle threads minus the queued jobs that they are about to take
+        self._free = 0  # number of idle threads that no queued job needs
         self._backlog = 0  # queued jobs that must wait for a busy thread
 
     def submit(self, call: Callable[[], T]) -> Future[T]:

@@ -36,7 +36,7 @@ DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "in
 """Write mode, by the backend's scope, if the tier sets no write mode."""
 
 draining_writers: set[TierWriter] = set()
-"""Writers with background writes in flight. This set keeps a writer alive after its cache is collected."""
+"""Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class TierWriter:
             await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk})
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        """Return the entries. Each expires on its own date or on the date by this tier's TTL, whichever is earlier."""
+        """Return the entries. Each expires on its own date or at the end of this tier's TTL, whichever is earlier."""
         if self.ttl is None:
             return entries
         now = self._clock()
@@ -140,7 +140,7 @@ class TierWriter:
         return dated
 
     async def _write_inline(self, port: Port, number: int, entries: Mapping[str, Entry]) -> None:
-        """Write one chunk while the caller waits. If the write is a probe, do it in the background instead."""
+        """Write one chunk while the caller waits. If the write is a probe, make the write in the background instead."""
         admitted = self.breaker.admit()
         if admitted == "skip":
             self._count(0, dropped=len(entries), cause="skipped")
@@ -162,8 +162,8 @@ class TierWriter:
     async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
         """Store the items whose keys are absent.
 
-        Return the keys that were absent, together with the keys in a part of the tier that failed. Return None if the
-        whole tier failed or its breaker is open.
+        Return the keys that were absent. If a part of the tier failed, also return the keys in that part. Return
+        None if the whole tier failed or its breaker is open.
         """
         backend = self._calls.backend
         added: set[str] = set()
