@@ -78,7 +78,7 @@ class _Table:
     def override_keys(self) -> list[str]:
         """Names of the variables that can override options.
 
-        No variable can override a tier's name, because the name identifies the tier.
+        No variable can override a tier's name, because the variables use this name to identify the tier.
         """
         if "" in self.variables:
             return []
@@ -280,7 +280,7 @@ class _Loader:
         return self._read_plugin(table, loading.provider, {**own})
 
     def _read_plugin(self, table: _Table, find: Any, own: Mapping[str, Option]) -> tuple[_Table, str, type[Any]] | None:
-        """Read a plugin's table. Return None if the plugin's class, and therefore its options, are unknown."""
+        """Read a plugin's table. Return None if the plugin's class is unknown, because its options are then unknown."""
         kind = self._read_type(table)
         if kind is None:
             self._read_own_options(table, own)

@@ -280,7 +280,7 @@ def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[In
 
 
 def _path_inside(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Return the steps of pydantic's ``loc`` that lead into the value. The steps left out name branches of unions."""
+    """Return the steps of pydantic's ``loc`` that lead into the value. Leave out steps that name union branches."""
     where: list[str | int] = []
     for step in loc:
         if _contains_step(value, step):

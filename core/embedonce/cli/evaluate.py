@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _keep_judged(texts: Texts, judged: dict[str, Any]) -> Texts:
-    """Return the queries that have a relevant document, and report how many queries have none."""
+    """Return the queries that have a relevant document, and report the number of all other queries."""
     kept = [i for i, one in enumerate(texts.ids) if one in judged]
     if len(kept) < len(texts.ids):
         left_out = format_count(len(texts.ids) - len(kept), "query", "queries")

@@ -62,14 +62,16 @@ class Summary:
     dimensions: int | None = None
     files: int = 0
     binary: int = 0
-    """Binary files in folders, which were skipped."""
+    """Number of binary files that were found in folders and skipped."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Failures of each tier by kind: errors, corrupt entries, texts for which the tier was skipped, dropped writes.
+    """Number of failures by tier and kind.
+
+    The kinds are errors, corrupt entries, dropped writes, and texts for which the tier was skipped.
 
     Tiers without failures are left out.
     """
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Errors and dropped writes of each tier by cause. Tiers with neither are left out."""
+    """Number of errors and dropped writes by tier and cause. Tiers without errors or dropped writes are left out."""
     unstored: list[str] = field(default_factory=list)
     """Tiers that outlive the process and stored none of the computed vectors, but had errors or dropped writes."""
     bytes: int = 0
@@ -268,7 +270,7 @@ def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
 
 
 def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of errors and dropped writes per tier and cause. Tiers with neither are left out."""
+    """Return the number of errors and dropped writes per tier and cause. Leave out tiers that have none."""
     found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 
