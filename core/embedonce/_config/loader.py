@@ -159,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return how a message identifies a tier: by its name, or else its type, or its number if both are hidden."""
+        """Return how a message identifies a tier: by the first of name and type that can be shown, or by its number."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -219,7 +219,7 @@ class _Loader:
             return KeyPolicy()
 
     def _list_steps(self) -> list[Any]:
-        """Return the steps of an invalid ``normalize`` list, so that problems with its other items are reported too."""
+        """Return all items of an invalid ``normalize`` list, so that the problem of every invalid item is reported."""
         table = self._values.data.get("key")
         steps = table.get("normalize") if isinstance(table, Mapping) else None
         is_overridden = _format_variable(("key", "normalize")) in self._variables

@@ -1,4 +1,4 @@
-"""Entries, which are vectors with dates. Entries that were read together are kept in a block, others one by one."""
+"""Entries, which are vectors with dates. Entries that were read together stay in one block."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Block:
         if self._entries is None:
             expires = repeat(None) if (self.expires == NEVER).all() else _to_optional_dates(self.expires)
             metadata = repeat(None) if self.metadata is None else self.metadata
-            # strict=False, because `repeat()` never ends. The whole expression runs in C and takes half the time of a loop.
+            # strict=False, because `repeat()` never ends. The expression runs in C and takes half the time of a loop.
             parts = zip(
                 freeze_rows(self.values), self.created.tolist(), expires, metadata, repeat(self.dtype), strict=False
             )

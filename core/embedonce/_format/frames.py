@@ -342,6 +342,6 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # count the key as missed, because embedding its text again reports the problem
+        if not fits.all():  # count the key as missed; embedding its text again reports why
             return "missed"
     return freeze(values[0])

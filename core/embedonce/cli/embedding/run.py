@@ -114,7 +114,7 @@ class DistinctTexts:
         hashes = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
         self._new.append(np.frombuffer(hashes, np.uint64))
         self._new_count += len(texts)
-        # Merging sorts all hashes, so merge only when the number of hashes has doubled.
+        # Every merge processes all hashes, which is slow. Therefore merge only when the number of hashes has doubled.
         if self._new_count > max(MERGE_HASHES, len(self._known)):
             self._merge()
 
