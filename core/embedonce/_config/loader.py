@@ -280,7 +280,7 @@ class _Loader:
         return self._read_plugin(table, loading.provider, {**own})
 
     def _read_plugin(self, table: _Table, find: Any, own: Mapping[str, Option]) -> tuple[_Table, str, type[Any]] | None:
-        """Read a plugin's table. Return None if the plugin's class is unknown, because its options are then unknown."""
+        """Read a plugin's table. Return None if the plugin's class or its options cannot be determined."""
         kind = self._read_type(table)
         if kind is None:
             self._read_own_options(table, own)

@@ -1,4 +1,4 @@
-"""Entries, which are vectors with dates. Entries that were read together stay in one block."""
+"""Entries, which are vectors with dates. Entries that were read together can stay in one block."""
 
 from __future__ import annotations
 

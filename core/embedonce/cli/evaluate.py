@@ -36,7 +36,7 @@ stored in the tiers like the vectors of any other command.
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 CHUNK = 256
-"""Number of entries per write and per read, which is similar to the batches of a tier."""
+"""Number of entries per write and per read. This number is similar to the batch size of a tier."""
 REPEATS = 5
 """Number of times that each operation is timed. Only the shortest time is used, because other load on the machine can
 make an operation slower, but never faster."""

@@ -71,7 +71,7 @@ class Summary:
     Tiers without failures are left out.
     """
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of errors and dropped writes by tier and cause. Tiers without errors or dropped writes are left out."""
+    """Number of errors and dropped writes by tier and cause. Tiers that have none are left out."""
     unstored: list[str] = field(default_factory=list)
     """Tiers that outlive the process and stored none of the computed vectors, but had errors or dropped writes."""
     bytes: int = 0
@@ -99,7 +99,7 @@ class DistinctTexts:
     """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
 
     The counter keeps the hash of every distinct text. The hashes of new texts are first collected in a separate list.
-    They are merged when they take as much memory as the hashes merged so far, but at least 8 MiB. Two texts with the
+    They are merged when they take more than 8 MiB and more memory than the hashes merged so far. Two texts with the
     same hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a
     million.
     """
