@@ -31,7 +31,7 @@ MAX_DEPTH = 32
 
 @dataclass(slots=True)
 class Document:
-    """A configuration that has not been checked yet. Its methods find the line and column of each value."""
+    """A configuration that has not been checked yet. The class can find the line and column of each value."""
 
     data: dict[str, Any]
     source: str

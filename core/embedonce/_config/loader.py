@@ -78,7 +78,7 @@ class _Table:
     def override_keys(self) -> list[str]:
         """Names of the variables that can override options.
 
-        No variable can override a tier's name, because the name identifies the tier.
+        No variable can override a tier's name, because the variables use this name to identify the tier.
         """
         if "" in self.variables:
             return []
@@ -159,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return how a message identifies a tier: by its name, or else its type, or its number if both are hidden."""
+        """Return how a message identifies a tier: by the first of name and type that can be shown, or by its number."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -219,7 +219,7 @@ class _Loader:
             return KeyPolicy()
 
     def _list_steps(self) -> list[Any]:
-        """Return the steps of an invalid ``normalize`` list, so that problems with its other items are reported too."""
+        """Return all items of an invalid ``normalize`` list, so that the problem of every invalid item is reported."""
         table = self._values.data.get("key")
         steps = table.get("normalize") if isinstance(table, Mapping) else None
         is_overridden = _format_variable(("key", "normalize")) in self._variables
@@ -280,7 +280,7 @@ class _Loader:
         return self._read_plugin(table, loading.provider, {**own})
 
     def _read_plugin(self, table: _Table, find: Any, own: Mapping[str, Option]) -> tuple[_Table, str, type[Any]] | None:
-        """Read a plugin's table. Return None if the plugin's class, and therefore its options, are unknown."""
+        """Read a plugin's table. Return None if the plugin's class or its options cannot be determined."""
         kind = self._read_type(table)
         if kind is None:
             self._read_own_options(table, own)

@@ -19,7 +19,7 @@ TomlPath: TypeAlias = tuple[str | int, ...]
 
 
 MAX_KEY_PARTS = 50
-"""Only the first names of a dotted key get a place, up to this number. No valid configuration has longer keys."""
+"""Maximum number of names in a dotted key that get a place. No valid configuration has a key with more names."""
 
 
 class Place(NamedTuple):

@@ -111,7 +111,7 @@ class _Schema:
     ) -> list[dict[str, Any]]:
         """Return one table per plugin of a kind, and one table for a ``type`` that comes from a variable.
 
-        This last table allows any key, because its plugin is unknown.
+        The table for a ``type`` from a variable allows any key, because the plugin is unknown.
         """
         tables = [
             table for name in self._list_names(kind) if (table := self._describe_plugin(name, role, find, own, more))

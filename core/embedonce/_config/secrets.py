@@ -77,7 +77,7 @@ def find_secrets(text: str) -> Iterable[str]:
 
 
 def find_credentials(text: str) -> Iterable[str]:
-    """Yield the secrets in a URL: its password (without a password, its user) and its secret query parameters."""
+    """Yield the secrets in a URL: the password (or the user if there is no password) and secret query parameters."""
     if "://" not in text:
         return
     try:

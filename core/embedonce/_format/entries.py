@@ -1,4 +1,4 @@
-"""Entries: vectors with their dates. They are kept one by one, or in a block of entries that were read together."""
+"""Entries, which are vectors with dates. Entries that were read together can stay in one block."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Block:
         if self._entries is None:
             expires = repeat(None) if (self.expires == NEVER).all() else _to_optional_dates(self.expires)
             metadata = repeat(None) if self.metadata is None else self.metadata
-            # strict=False, because `repeat()` never ends. All of this runs in C and takes half the time of a loop.
+            # strict=False, because `repeat()` never ends. The expression runs in C and takes half the time of a loop.
             parts = zip(
                 freeze_rows(self.values), self.created.tolist(), expires, metadata, repeat(self.dtype), strict=False
             )

@@ -171,7 +171,7 @@ def decode_frames(
     """Decode and check the frames that a tier returned. This function raises no error, whatever the tier returned.
 
     Frames of the same size are checked together, as columns. A stored vector that is finer than ``dtype`` is rounded
-    to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions. A space card has 0 dimensions.
+    to ``dtype``. Without ``dimensions``, a vector may have any number of dimensions, even 0 as in a space card.
     """
     wanted = _Request(now, dtype, dimensions)
     decoded = Decoded()
@@ -293,8 +293,8 @@ def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
     """Return which headers are valid.
 
-    A header is valid if it has the layout of the first header, the echo of its own key and valid dates, and if its
-    expiry date is in the future.
+    A header is valid if it has the layout of the first header, the echo of the frame's own key and valid dates, and if
+    the expiry date is in the future.
     """
     echoes = np.frombuffer(_hash_keys(keys), "<u8").reshape(len(keys), 2)
     dates = words[:, 3:5].view("<f8")
@@ -342,6 +342,6 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # count the key as missed, because embedding its text again reports the problem
+        if not fits.all():  # count the key as missed; embedding its text again reports the reason
             return "missed"
     return freeze(values[0])

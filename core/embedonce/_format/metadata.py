@@ -47,7 +47,7 @@ def write_metadata(key: str, metadata: Metadata) -> bytes:
             raise TypeError("a key is not a string")
         written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
-        # The error has no cause, because the message of the cause may show the metadata.
+        # Raise the error without its cause, because the message of the cause may show the metadata.
         raise TypeError(f"{key}: metadata is not a JSON object whose keys are strings") from None
     if len(written) > MAX_METADATA:
         raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got {len(written)}")

@@ -25,7 +25,7 @@ class SealedFrame(NamedTuple):
     body: bytes
 
     def with_body(self, body: bytes) -> bytes:
-        """Return the plain frame, as it was before encryption; ``body`` is its decrypted metadata and payload."""
+        """Return the plain frame, as it was before encryption; ``body`` is the decrypted metadata and payload."""
         word = int.from_bytes(self.header[:_START_BYTES], "little") & ~(_ENCRYPTED << 48)
         rest = self.header[_START_BYTES : -_KEY_ID.size] + _KEY_ID.pack(0) + body
         return START.pack(word, xxh3_64_intdigest(rest, word)) + rest

@@ -113,7 +113,8 @@ def find_entry_point(name: str) -> EntryPoint:
 def type_of(point: EntryPoint) -> str:
     """Return the ``type`` that chooses this plugin in TOML.
 
-    The result is the plugin's name, or ``distribution:name`` if the name means a different plugin or is ambiguous.
+    The result is the plugin's name. If this name means a different plugin or is ambiguous, the result is
+    ``distribution:name``.
     """
     others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
     needs_distribution = others and not _is_own(point)

@@ -231,7 +231,8 @@ def _make_listener(impl: pluggy.HookImpl) -> Callable[[Event], None]:
 
 
 def _describe_error(error: BaseException) -> str:
-    # The last lines of pluggy's message explain what is wrong with a hook, so join all lines.
+    # Join all lines of pluggy's message, because its last lines explain what is wrong with a hook. Of any other
+    # message, only the first line is used.
     text = " ".join(str(error).split()) if type(error).__name__ == "PluginValidationError" else str(error)
     first = strip_credentials(next(iter(text.splitlines()), ""))
     if isinstance(error, PluginError):

@@ -280,7 +280,7 @@ def list_invalid_parts(value: Any, refused: Refused, *, hidden: bool) -> list[In
 
 
 def _path_inside(value: Any, loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Return the steps of pydantic's ``loc`` that lead into the value. The steps left out name branches of unions."""
+    """Return the steps of pydantic's ``loc`` that lead into the value. Leave out steps that name union branches."""
     where: list[str | int] = []
     for step in loc:
         if _contains_step(value, step):
@@ -328,8 +328,8 @@ def _describe_detail(detail: Any, value: Any, *, hidden: bool) -> str:
         return "is an unknown key"
     if kind in ("value_error", "assertion_error"):
         return _describe_error(context.get("error"), hidden)
-    # Any other error has a message of its own. The messages of pydantic do not repeat the value, but the message of a
-    # plugin's custom error may repeat it.
+    # For any other kind of error, use the error's own message, unless the value is hidden. pydantic's messages do not
+    # repeat the value, but the message of a plugin's custom error may repeat the value.
     return "is invalid" if hidden else f"is invalid: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
 
 

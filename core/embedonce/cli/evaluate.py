@@ -36,7 +36,7 @@ stored in the tiers like the vectors of any other command.
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 CHUNK = 256
-"""Number of entries per write and per read, which is similar to the batches of a tier."""
+"""Number of entries per write and per read. This number is similar to the batch size of a tier."""
 REPEATS = 5
 """Number of times that each operation is timed. Only the shortest time is used, because other load on the machine can
 make an operation slower, but never faster."""
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _keep_judged(texts: Texts, judged: dict[str, Any]) -> Texts:
-    """Return the queries that have a relevant document, and report how many queries have none."""
+    """Return the queries that have a relevant document, and report the number of all other queries."""
     kept = [i for i, one in enumerate(texts.ids) if one in judged]
     if len(kept) < len(texts.ids):
         left_out = format_count(len(texts.ids) - len(kept), "query", "queries")

@@ -33,7 +33,7 @@ def check_plot(file: Path) -> None:
 
 
 def draw_plot(evaluation: Evaluation, file: Path) -> None:
-    """Write the plot. This does not use pyplot, whose windows and global state could disturb the calling program."""
+    """Write the plot, without pyplot, because its windows and global state could disturb the calling program."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

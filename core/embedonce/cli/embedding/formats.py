@@ -108,7 +108,7 @@ def _split_paragraphs(lines: Iterable[Line], source: str) -> Iterator[ReadItem]:
             start = number
         size += (MAX_PASSAGE + 1 if raw is None else len(raw)) + 1
         if size > MAX_PASSAGE + 1:
-            paragraph = []  # the paragraph is too long: drop its lines, and only count the rest
+            paragraph = []  # the paragraph is too long: drop its lines; from now on, only count bytes
         elif raw is not None:
             paragraph.append(raw)
     if size:

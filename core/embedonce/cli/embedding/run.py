@@ -62,14 +62,16 @@ class Summary:
     dimensions: int | None = None
     files: int = 0
     binary: int = 0
-    """Binary files in folders, which were skipped."""
+    """Number of binary files that were found in folders and skipped."""
     trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Failures of each tier by kind: errors, corrupt entries, texts for which the tier was skipped, dropped writes.
+    """Number of failures by tier and kind.
+
+    The kinds are errors, corrupt entries, dropped writes, and texts for which the tier was skipped.
 
     Tiers without failures are left out.
     """
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Errors and dropped writes of each tier by cause. Tiers with neither are left out."""
+    """Number of errors and dropped writes by tier and cause. Tiers that have none are left out."""
     unstored: list[str] = field(default_factory=list)
     """Tiers that outlive the process and stored none of the computed vectors, but had errors or dropped writes."""
     bytes: int = 0
@@ -97,7 +99,7 @@ class DistinctTexts:
     """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
 
     The counter keeps the hash of every distinct text. The hashes of new texts are first collected in a separate list.
-    They are merged when they take as much memory as the hashes merged so far, but at least 8 MiB. Two texts with the
+    They are merged when they take more than 8 MiB and more memory than the hashes merged so far. Two texts with the
     same hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a
     million.
     """
@@ -112,7 +114,7 @@ class DistinctTexts:
         hashes = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
         self._new.append(np.frombuffer(hashes, np.uint64))
         self._new_count += len(texts)
-        # Merging sorts all hashes, so merge only when the number of hashes has doubled.
+        # Every merge processes all hashes, which is slow. Therefore merge only when the number of hashes has doubled.
         if self._new_count > max(MERGE_HASHES, len(self._known)):
             self._merge()
 
@@ -268,7 +270,7 @@ def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
 
 
 def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of errors and dropped writes per tier and cause. Tiers with neither are left out."""
+    """Return the number of errors and dropped writes per tier and cause. Leave out tiers that have none."""
     found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
     return {name: by_cause for name, by_cause in found.items() if by_cause}
 

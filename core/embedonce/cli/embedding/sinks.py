@@ -91,7 +91,7 @@ def _find_obstacle(final: Path) -> str | None:
 
 
 def list_outputs(out: Path) -> list[Path]:
-    """Return the path of an output, and of its index if it has one. For a link, return the path of its target."""
+    """Return the path of an output, and of its index if it has one. If a path is a link, return its target's path."""
     final = _follow_link(out)
     return [final, _follow_link(get_index_path(final))] if out.suffix.lower() == ".npy" else [final]
 
