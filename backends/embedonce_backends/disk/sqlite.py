@@ -302,7 +302,8 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # List the backends only now, because every backend that is made from now on sees that a fork is in progress.
+    # List the backends after the line above, not before it. Then a backend is either in the list, or was made later and
+    # sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:
