@@ -28,7 +28,7 @@ ENTRY_BYTES = 500
 
 ``benchmarks/policies.py`` measures them as resident memory (CPython 3.11, Linux). The key takes 144 bytes, the array
 object 128, the slot in the queue 82, the tuple 80, and the allocation of the payload another 48. A ``created`` that
-the entry does not share with other entries takes 32 more.
+the entry does not share with other entries takes 32 more bytes.
 """
 
 # This lock guards the bookkeeping of every memory backend. A hit takes the lock only if its entry is on probation (see
@@ -96,7 +96,7 @@ class MemoryBackend:
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
         """Store the entries. If there is not enough room for all of them, those at the end of ``items`` stay.
 
-        ``ttl`` is ignored, because only evictions free space here.
+        ``ttl`` is ignored, because this backend frees space only by eviction.
 
         An entry that is larger than ``max_bytes`` by itself is not stored, because it would evict everything else.
         """
@@ -200,8 +200,8 @@ class _Queue:
 
     def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # The sum is wrong if a caller changed an entry's metadata after storing it. When the queue
-            # is empty, the sum is set to 0.
+            # The sum is wrong if a caller changed an entry's metadata after storing it. The sum is
+            # corrected when the queue is empty, by setting it to 0.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
     def is_over_limit(self) -> bool:
@@ -283,7 +283,7 @@ class _Segmented:
         (protected if key in protected.entries else probation).put(key, entry)
         self._demote()
         while self._is_over_limit():
-            # A new entry is always stored. If no other entry is on probation, a protected entry is evicted instead.
+            # A new entry is always stored. If no other entry is on probation, a protected one is evicted to make room.
             is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0
             (protected if is_alone else probation).pop_oldest()
 

@@ -30,7 +30,10 @@ MODEL = ("model", "model_id", "deployment_name", "model_deployment_name")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call of ``get_embeddings``. ``_embed`` finds its call, because it inherits a copy of the caller's context."""
+    """A call of ``get_embeddings``.
+
+    A context variable passes the call to ``_embed``, because ``_embed`` runs in a copy of the caller's context.
+    """
 
     options: dict[str, Any]
     usages: list[UsageDetails] = field(default_factory=list)

@@ -115,7 +115,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
     ) -> MemoryQueryResult:
         """Return the chunks nearest to the query, nearest first. Their metadata includes the cosine as ``score``.
 
-        The keywords ``k`` and ``score_threshold`` override those of the memory.
+        The keywords ``k`` and ``score_threshold`` override the memory's own values.
         """
         k = kwargs.get("k", self._k)
         threshold = kwargs.get("score_threshold", self._score_threshold)

@@ -297,7 +297,7 @@ def _dump_vector(row: Any) -> bytes | None:
 
 
 def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
-    """Return the vector of each key; if a key occurs twice, the last one counts.
+    """Return the vector of each key; if a key occurs twice, its last value counts.
 
     Raises:
         ValueError: a value is not a JSON list of numbers.

@@ -42,15 +42,15 @@ except ModuleNotFoundError as error:
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for combinations of model, dimensions and other fields. When one more is needed, all of
-them are dropped."""
+"""Maximum number of caches kept for combinations of model, dimensions and other fields. When another cache is
+needed, all caches are dropped."""
 
 MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
 
 CLIENT_FIELDS = ("input", "encoding_format")
-"""Fields that override the client's own arguments if ``extra_body`` has them. A call that has one of them there is not
-cached."""
+"""Fields that override the client's own arguments if ``extra_body`` contains them. A call whose ``extra_body`` contains
+one of these fields is not cached."""
 
 RAW_HEADER = "X-Stainless-Raw-Response"
 """Header that ``client.with_raw_response`` and ``with_streaming_response`` set to change what ``create`` returns."""

@@ -37,8 +37,8 @@ class BatchEmbedder:
     Args:
         config: anything that :func:`embedonce.open` accepts. A path must be valid on every machine.
         column: name of the column with the texts.
-        output: name of the column for the vectors, which are float32. In numpy, it has shape (n, d); elsewhere, each
-            value is a list of d numbers.
+        output: name of the column for the vectors, which are float32. In numpy, the column has shape (n, d); elsewhere,
+            each value is a list of d numbers.
         sources: name of a column for the source of each vector, which is a tier's name or ``"provider"``; None for no
             such column.
         task: task that the texts are embedded for.

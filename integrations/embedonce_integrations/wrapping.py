@@ -191,7 +191,8 @@ class WrappedSpaces:
         """
         then = self(task)
         now = self._describe("query" if task == "query" else "document")
-        # Model and revision are not compared. Weights are read once, so a later change on disk does not matter.
+        # Model and revision are not compared, because the embedder reads its weights only once. A later change on disk
+        # does not affect its vectors.
         if (now.provider, now.extra) != (then.provider, then.extra):
             before, after = dict(then.extra or {}), dict(now.extra or {})
             names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))

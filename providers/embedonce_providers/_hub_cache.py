@@ -1,9 +1,9 @@
 """Find a model of the Hugging Face hub: its commit, and the folder with its small files.
 
 This module reads the local cache of ``huggingface_hub`` directly, in its documented layout: ``refs/<revision>`` holds a
-commit, ``snapshots/<commit>`` holds its files, and ``.no_exist/<commit>`` holds the names of files that the commit does
-not have. Importing the client takes 0.4 s, so the client is imported only to download a model that is not in the local
-cache.
+commit, ``snapshots/<commit>`` holds the commit's files, and ``.no_exist/<commit>`` holds the names of files that the
+commit does not have. Importing the client takes 0.4 s, so the client is imported only to download a model that is not
+in the local cache.
 """
 
 from __future__ import annotations

@@ -107,7 +107,10 @@ def _positive_or_none(value: Any) -> int | None:
 
 
 def _has_single_pooling_mode(config: Mapping[str, Any]) -> bool:
-    """Return whether a pooling module has only one mode. The vectors of several modes are concatenated."""
+    """Return whether a pooling module has only one mode.
+
+    The library concatenates the vectors of several modes, so a module with several modes adds dimensions.
+    """
     mode = config.get("pooling_mode")
     if mode is not None:
         return isinstance(mode, str) or len(mode) == 1

@@ -47,7 +47,7 @@ SPACE: Final = 0x20
 # Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""First code point after U+3000, the ideographic space. No code point from here on is folded or is white space."""
+"""First code point after U+3000, the ideographic space. From here on, no code point is folded or is white space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072
@@ -85,7 +85,7 @@ class NgramProvider:
         return self._space
 
     def embed(self, texts: Sequence[str], task: Task) -> Matrix:
-        """Return shape (n, dimensions), float32. Every row has unit length, and no text is refused."""
+        """Return a float32 array of shape (n, dimensions). Every row has unit length, and no text is refused."""
         rows = [_normalize(_count_ngrams(group, self.dimensions)) for group in _split(texts, self.dimensions)]
         return np.concatenate(rows) if rows else np.empty((0, self.dimensions), np.float32)
 
@@ -113,7 +113,7 @@ def _split(texts: Sequence[str], dimensions: int) -> Iterator[list[str]]:
 
 
 def _count_ngrams(texts: list[str], dimensions: int) -> NDArray[np.int64]:
-    """Return shape (n, dimensions): signed counts of the n-grams of each text. No row is all zero."""
+    """Return an array of shape (n, dimensions) with the signed counts of each text's n-grams. No row is all zero."""
     codes, rows = _join(texts)
     counts = np.zeros((len(texts), dimensions, 2), np.int64)
     hashes = codes * _FACTOR
@@ -171,7 +171,8 @@ def _folding_table() -> NDArray[np.uint32]:
     return table
 
 
-# Odd and without a pattern (2**32 divided by the golden ratio), so that different runs get different products.
+# This factor is 2**32 divided by the golden ratio. It is odd and its bits have no pattern, so that different runs get
+# different products.
 _FACTOR: Final = np.uint32(0x9E3779B1)
 _13, _16 = np.uint32(13), np.uint32(16)
 

@@ -165,10 +165,11 @@ class OpenAIProvider:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of bytes in a text. A tokenizer that works on bytes makes at most one token per byte.
+        """Return the number of bytes in a text, which is an upper bound for its number of tokens.
 
-        An exact count would be lower, so that more texts would fit into a call. But OpenAI's tokenizer is not used,
-        because it downloads its tables at its first use.
+        A tokenizer that works on bytes makes at most one token per byte. An exact count would be lower, so that more
+        texts would fit into a call. But OpenAI's tokenizer is not used, because it downloads its tables at its first
+        use.
         """
         return len(text) if text.isascii() else len(text.encode())
 

@@ -185,7 +185,7 @@ class SentenceTransformersProvider:
     # --- vectors ------------------------------------------------------------------------------
 
     def embed(self, texts: Sequence[str], task: Task) -> NDArray[np.floating[Any]]:
-        """Return shape (n, dimensions). The dtype is the model's, usually float32.
+        """Return an array of shape (n, dimensions). The dtype is the model's, usually float32.
 
         Raises:
             TextRefused: a text is too long and ``truncate = "error"``, or the model knows none of its words.

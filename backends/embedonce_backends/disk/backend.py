@@ -57,7 +57,7 @@ PAGE_BYTES = 8192
 """Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
 pages, SQLite would write more bytes to store a random key."""
 LOG_BYTES = 2**25
-"""Size in bytes above which SQLite's log is written back and emptied."""
+"""Size in bytes above which SQLite's log is written back into the file and emptied."""
 # These pragmas have an effect only before the first table is made. Later, setting auto_vacuum would write to the file
 # without changing anything.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
@@ -506,7 +506,7 @@ def _release_pages(connection: Connection, max_bytes: int | None) -> None:
 
     With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. With None, it
     gives back the free pages beyond a quarter of the file. One call gives back at most 1,000 pages, because SQLite may
-    have to move each of them.
+    have to move a used page for each page that it gives back.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)

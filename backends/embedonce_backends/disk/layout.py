@@ -84,7 +84,10 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         return value
 
     def remove(self, file_path: str) -> None:
-        """Do nothing. No value is stored in a file, and a planted file name could make this method delete any file."""
+        """Do nothing, because no value is stored in a file of its own.
+
+        If this method removed files, a planted file name could make it delete any file.
+        """
 
 
 def _refuse(column: str) -> NoReturn:

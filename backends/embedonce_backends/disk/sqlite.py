@@ -57,8 +57,9 @@ class Connection(sqlite3.Connection):
         if _is_stranded:
             _abandoned.append(self)
             return
-        # The last connection that is closed writes the log back and removes it. If two connections were closed at the
-        # same time, each would assume that the other one stays open, and neither would write the log back.
+        # The last connection that is closed writes the log back into the file and removes the log. If two connections
+        # were closed at the same time, each would assume that the other one stays open, and neither would write the log
+        # back.
         with _close_lock:
             super().close()
 
@@ -229,7 +230,10 @@ class Connections:
         return not (self._closed or _forking_threads or _is_stranded) and len(self._idle) < MAX_IDLE
 
     def renew(self) -> None:
-        """Close the idle connections now and the lent ones when they come back; the next call opens the file again."""
+        """Close the idle connections now, and each connection in use when its call ends.
+
+        The next call opens the file again.
+        """
         with self._lock:
             self._generation += 1
             self._lent.update(self._idle)  # so that a fork waits until the idle connections are closed
@@ -267,7 +271,11 @@ class Connections:
         return bool(self._lent or self._idle) or self._open_lock.locked()
 
     def restart(self) -> None:
-        """Start without connections and with new locks in a forked child, which has no other threads."""
+        """In a forked child, start without connections and with new locks.
+
+        A thread of the parent may have held an old lock at the fork. That thread does not exist in the child, so the
+        lock would never be released.
+        """
         _abandoned.extend(self._idle)
         self._idle = []
         self._reset_locks()
@@ -302,7 +310,8 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # List the backends only now, because every backend that is made from now on sees that a fork is in progress.
+    # List the backends after the line above, not before it. Then a backend is either in the list, or was made later and
+    # sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:

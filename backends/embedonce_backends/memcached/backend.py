@@ -237,10 +237,11 @@ class MemcachedBackend:
         return answers, failures
 
     def _get_node_time(self, nodes: int) -> float | None:
-        """Return the seconds that the next node may take if ``nodes`` nodes, including this one, are still to be asked.
+        """Return the seconds that the next node may take.
 
-        The remaining time is divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and
-        can return what the other nodes sent.
+        ``nodes`` is the number of nodes that still have to be asked, including the next node. The remaining time is
+        divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and can return what the
+        other nodes sent.
         """
         left = time_left()
         return left if left is None or len(self._nodes) == 1 else left / (nodes + 1)

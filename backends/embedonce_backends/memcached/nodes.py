@@ -35,7 +35,8 @@ chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
 """Seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a node is skipped: after its first failure, and at most. Each later failure doubles the time."""
+"""Seconds for which a node is skipped after its first failure, and the maximum. Each further failure doubles the
+time, up to the maximum."""
 PROBE_SECONDS = 30.0
 """Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 
@@ -115,7 +116,7 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
         return found  # type: ignore[no-any-return]
 
     def set_all(self, items: Mapping[str, bytes], expire: int) -> Sequence[str]:
-        """Store the items and return the keys of those that the server refused."""
+        """Store the items, and return the keys of the items that the server refused."""
         values: Any = items
         refused: Any = self.set_many(values, expire, noreply=False)
         return refused  # type: ignore[no-any-return]
@@ -247,7 +248,7 @@ class Node:
         with self._lock:
             now = _now()
             was_up, self.is_up = self.is_up, False
-            if was_up or now >= self._skip_until:  # of several calls that fail at the same time, only one counts
+            if was_up or now >= self._skip_until:  # calls that fail at the same time count as one failure
                 self._wait_seconds = min(LONGEST_WAIT, self._wait_seconds * 2 or FIRST_WAIT)
                 self._skip_until = now + self._wait_seconds * random.uniform(0.75, 1.25)
                 self._probe_until = 0.0

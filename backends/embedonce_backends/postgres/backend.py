@@ -32,7 +32,8 @@ log = logging.getLogger("embedonce.postgres")
 SCAN_PAGE_KEYS = 5000
 """Number of keys that a scan reads per query."""
 SWEEP_EVERY = 1000
-"""Number of written rows after which expired rows are deleted. The first write of a backend also deletes some."""
+"""Number of written rows after which expired rows are deleted. The first write of a backend also deletes some
+expired rows."""
 MAX_NAME_BYTES = 63
 """Maximum length of a table's or schema's name in bytes; Postgres truncates longer names."""
 

@@ -153,9 +153,9 @@ def _check_deadline(gen: PQGen[T]) -> PQGen[T]:
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
-    """A connection whose wait ends immediately when it is cancelled.
+    """A connection whose waits end immediately when they are cancelled.
 
-    A cancelled wait of psycopg's own connection would only end when the server has answered.
+    With psycopg's own connection, a cancelled wait would end only after the server's answer.
     """
 
     idle_since = 0.0
@@ -216,13 +216,13 @@ def close_all(idle: list[Any]) -> None:
 def cancel_and_close(connection: AnyConnection) -> None:
     """Close a connection; if its query is still running, a thread first asks the server to cancel the query."""
     is_busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
-    # libpq before 17 can only cancel in a way that blocks the whole process until the server answers.
+    # With libpq before 17, no request is sent, because it would block the whole process until the server answers.
     if not (is_busy and psycopg.capabilities.has_cancel_safe()) or not _start_thread(lambda: _cancel(connection)):
         close_connection(connection)
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # Only blocking connections have cancel_safe, so wrap the session in one, even if it belongs to an async connection.
+    # Only blocking connections have cancel_safe, so wrap the session in a blocking one, even if the session is async.
     blocking = psycopg.Connection(connection.pgconn)
     try:
         blocking.cancel_safe(timeout=CANCEL_SECONDS)
@@ -242,7 +242,7 @@ def _start_thread(call: Callable[[], None]) -> bool:
 
 
 def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
-    """Add an idle connection, close those that have been idle too long, and return the number of closed ones."""
+    """Add an idle connection, close connections that have been idle too long, and return how many were closed."""
     now = connection.idle_since = time.monotonic()
     idle.append(connection)
     expired = 0
@@ -255,7 +255,7 @@ def _keep_idle(idle: list[Any], connection: AnyConnection) -> int:
 
 
 class _Attempt:
-    """One attempt to connect to any one of the hosts."""
+    """One attempt to connect. It succeeds with the first host that answers."""
 
     is_done = False
     error: BaseException | None = None
@@ -369,7 +369,7 @@ class Pool:
         return attempt
 
     def _try_hosts(self, attempt: _Attempt, hosts: Sequence[Mapping[str, Any]]) -> None:
-        """Try the hosts in order, each in a thread, so that a host that does not answer does not delay the next one."""
+        """Try the hosts in order, each in a thread, so that a host without an answer does not delay the next host."""
         for host in hosts[:-1]:
             attempt.next_host_due.clear()
             if not attempt.is_done and _start_thread(lambda host=host: self._try_host(attempt, host)):  # type: ignore[misc]
@@ -419,7 +419,7 @@ class AsyncPool:
         self._connecting: set[asyncio.Task[AsyncConnection]] = set()
         """The asyncio tasks that are making a connection."""
         self._late: set[asyncio.Task[AsyncConnection]] = set()
-        """The tasks in ``_connecting`` whose call has ended."""
+        """The tasks in ``_connecting`` whose call ended before the connection was made."""
         weakref.finalize(self, close_all, self._idle)
 
     async def take(self) -> AsyncConnection:
@@ -465,7 +465,7 @@ class AsyncPool:
         return connection
 
     async def _try_hosts(self) -> AsyncConnection:
-        """Try the hosts in order; a host that does not answer does not delay the next one."""
+        """Try the hosts in order; a host that does not answer does not delay the next host."""
         hosts = split_hosts(self._parameters)
         tasks: set[asyncio.Task[AsyncConnection]] = set()
         problem: BaseException = TierTimeout(SLOW)

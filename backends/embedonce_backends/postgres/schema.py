@@ -162,8 +162,8 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
 def _list_create_statements(name: Composable) -> list[Composable]:
     columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
     return [
-        # This keeps a vector of up to 2,000 dimensions in the same page as its row. A vector that is stored out of line
-        # takes four more reads.
+        # With this target, Postgres stores a vector of up to 2,000 dimensions inside its row. If Postgres moved the
+        # vector to the TOAST table, reading the vector would take four more reads.
         SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
         # EXTERNAL turns compression off, because compression would not make vectors smaller.
         SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
@@ -252,7 +252,7 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
     if found.has_vectors:  # even if new rows have no vector, older rows may have one
         parts["set_embedding"] = SQL(", embedding = excluded.embedding")
-        # This compares bytes, because -0.0 and 0.0 are equal as numbers.
+        # This compares bytes, because -0.0 and 0.0 are equal as numbers but have different bytes.
         differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
         parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
     parts["read"] = SQL("embedding" if found.has_vectors else "NULL::bytea")

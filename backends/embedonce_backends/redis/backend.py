@@ -139,7 +139,7 @@ class RedisBackend:
             self._client.run(self._topology.unlink(self._encode_keys(keys[start : start + MAX_BATCH_KEYS])))
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``, page by page; other clients are served between pages.
+        """Yield the keys that start with ``prefix``. Between pages, the server can serve other clients.
 
         A key that exists during the whole listing is listed. A key may be listed twice while the server's table
         grows or shrinks.
@@ -183,7 +183,7 @@ class RedisBackend:
         return RedisTwin(self)
 
     def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         self._client.close()
 
     # --- plans, for both clients ---
@@ -231,7 +231,7 @@ class RedisTwin:
             await self._client.run(self._backend._plan_set(items, ttl))
 
     async def close(self) -> None:
-        """Close every connection; one that is in use is closed when its call ends."""
+        """Close the idle connections now, and each connection in use when its call ends."""
         await self._client.close()
 
 

@@ -393,7 +393,8 @@ class Client:
         replies: list[list[Reply]] = [[] for _ in trips]
         errors: dict[int, Exception] = {}
         try:
-            # Every call takes its connections in the order of the nodes, so that no two calls wait for each other.
+            # Every call takes its connections in the order of the nodes. Otherwise, two calls could each hold a
+            # connection that the other call waits for.
             for index in sorted(pools, key=lambda index: trips[index].node):
                 lent[index] = pools[index].take()
             for index, connection in lent.items():

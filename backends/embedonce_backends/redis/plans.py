@@ -128,7 +128,7 @@ def raise_first_error(replies: Iterable[Reply]) -> None:
 
 
 class Topology(Protocol):
-    """Knows which server holds which key. Threads share it, and so do both clients."""
+    """Knows which server holds which key. Threads and both clients share one instance."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
         """Return the value of each key, in the order of the keys; a value can be an error."""
@@ -316,7 +316,7 @@ class Cluster:
             groups = yield from self._send_groups(groups, commands, check, replies)
             if not groups:
                 break
-        return replies  # after the last redirect, a key that moved again has a redirect error as its reply
+        return replies  # if a key still needs a redirect now, its reply is the redirect error
 
     def fetch_slots(self) -> Plan[Slots]:
         self._known_slots = None
@@ -369,8 +369,8 @@ class Cluster:
     def _translate_node_error(self, error: BaseException) -> BaseException:
         """Return NodeDown for a connection error while other nodes are up; return any other error unchanged.
 
-        A timeout is returned unchanged, so that the tier's breaker counts it. Otherwise, every call would wait for the
-        node that hangs.
+        A timeout is returned unchanged, so that the tier's breaker counts it. If it were returned as NodeDown, which
+        the breaker does not count, every call would wait for the node that hangs.
         """
         if not self._up_nodes or isinstance(error, TimeoutError) or not isinstance(error, ConnectionError | OSError):
             return error
@@ -410,14 +410,15 @@ def _has_failed(answer: Sequence[Reply]) -> bool:
 
 
 def _can_try_next(error: BaseException) -> bool:
-    # After a timeout, this call has no time left to try the next server. The next call tries that server first.
+    # After a timeout, this call has no time left for another server. The failed server has moved to the end of the
+    # list, so the next call starts with another server.
     return isinstance(error, RedisError | OSError) and not isinstance(error, TimeoutError)
 
 
 def _find_owner(slots: Slots, slot: int) -> Node:
     place = slots.owners[slot]
     if place is None:
-        # No node serves the slot, so ask any node. It replies with an error that says so.
+        # No node serves the slot. Ask any node; it replies with an error that says that the slot is not served.
         return slots.nodes[0]
     return slots.nodes[place]
 
