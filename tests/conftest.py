@@ -51,8 +51,8 @@ def shipped_timeouts() -> Iterator[Mapping[str, float | None]]:
     """Give a long timeout to every tier for which a test sets no timeout, and return the original default timeouts.
 
     A busy machine sometimes suspends a thread for a second. With the default timeout, a healthy store would then
-    count as hanging, so that a hit would become a miss and a write would be dropped. Tests of timeouts set their
-    own timeouts.
+    count as hanging: a hit would become a miss, and a write would be dropped. Tests of timeouts set their own
+    timeouts.
     """
     from embedonce._engine import backend_calls
 

@@ -42,7 +42,7 @@ def wait_until_collected(what: weakref.ref[Any]) -> None:
 
 @contextmanager
 def hold_lock(lock: AbstractContextManager[Any]) -> Iterator[None]:
-    """Hold a lock in another thread, as another thread may do at the moment of a fork."""
+    """Hold a lock in another thread, so that a test can fork while another thread holds the lock."""
     locked, end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -68,7 +68,7 @@ async def wait_until_async(true: Callable[[], object]) -> None:
 
 
 def count_followers(cache: Cache) -> int:
-    """Return the number of calls that are waiting for other calls to compute their vectors."""
+    """Return the number of calls that are waiting for a vector that another call computes."""
     with cache._chain.in_flight._lock:
         futures = [flight._future for flight in cache._chain.in_flight._flights.values() if flight._future is not None]
     return sum(len(future._waiters) + len(future._done_callbacks) for future in futures)  # type: ignore[attr-defined]

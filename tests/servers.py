@@ -1,10 +1,10 @@
-"""Real servers for the tests: Redis (one, a cluster, behind sentinels), Valkey, Postgres with pgvector, PgBouncer,
+"""Real servers for the tests: Redis (one server, a cluster, sentinels), Valkey, Postgres with pgvector, PgBouncer,
 memcached.
 
 Each server is a process with a free port on loopback and a temporary folder. A watchdog process ends the server when
 pytest ends, even if pytest is killed. The fixtures return servers that tests share; a test that kills, fills or pauses
-a server starts its own server: ``with RedisServer() as server``. A test whose server program is missing is skipped, but
-fails if ``CI`` is set (`make quick` always skips such a test).
+a server starts its own server: ``with RedisServer() as server``. If the program of a server is
+missing, the tests of that server are skipped. If ``CI`` is set, these tests fail instead, except in `make quick`.
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
 name servers that already run, for tests that neither stop nor configure a server. The tests delete data on
@@ -227,7 +227,7 @@ class Server:
         assert self.process is not None, f"{self.name} is not running"
         self._paused = [self.process.pid]
         self.process.send_signal(signal.SIGSTOP)
-        # The signal does not take effect immediately. Until then a thread may still answer or start another child.
+        # The signal does not take effect immediately. Until it does, a thread may still answer or start another child.
         os.waitpid(self.process.pid, os.WUNTRACED)
         self._paused += _list_children(self.process.pid)
         for pid in self._paused[1:]:
@@ -508,10 +508,10 @@ class ClusterNode(RedisServer):
 
 
 class RedisSentinelServers(ServerGroup):
-    """A master, a replica, and sentinels that promote the replica after the master was killed.
+    """A master, a replica, and sentinels, which promote the replica if the master does not answer.
 
-    The sentinels promote the replica only after a call of :meth:`allow_failover`. Otherwise they would also replace a
-    master that merely stalls for a moment.
+    Before a call of :meth:`allow_failover`, the sentinels wait for a long time, so that they do not replace a master
+    that merely stalls for a moment.
     """
 
     service = "embeddings"
@@ -644,7 +644,7 @@ class PostgresServer(Server):
         wait_until(lambda: self.call(asked) != before, "postgres has read its settings")
 
     def restart(self) -> None:
-        """Start the server again on the same port, once the sessions of a killed server have ended."""
+        """Start the server again on the same port, after the sessions of the killed server have ended."""
         wait_until(self._try_start, "postgres starts again")
 
     def call(self, sql: str, database: str = "postgres") -> str:

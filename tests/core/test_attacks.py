@@ -1,4 +1,4 @@
-"""Regression tests for attempts to break the engine. Each one once led to a wrong vector, a hang or a lost entry."""
+"""Regression tests for attempts to break the engine. The attempts once caused wrong vectors, hangs and losses."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_a_signal_handler_may_use_the_cache(set_alarm: Any) -> None:
         end = time.monotonic() + LONG_TIMEOUT
         while handled < 500 and time.monotonic() < end:
             cache.embed_batch(["x", "y"])
-        stop_signals()  # the handler would raise once the cache is closed
+        stop_signals()  # the handler uses the cache, and would raise after the cache is closed
         assert handled > 10
 
 

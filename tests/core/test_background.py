@@ -247,7 +247,7 @@ class TestABackendOnALoop(BackendContract):
 
 @pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python cannot start a thread during exit")
 def test_queued_writes_are_done_at_exit_by_a_client_that_needs_a_thread_pool(tmp_path: Path) -> None:
-    """The writes must be done before the atexit callbacks run, because by then thread pools refuse new work."""
+    """The writes must be done before the atexit callbacks run, because thread pools refuse new work from then on."""
     program = f"""
 import asyncio, time
 from pathlib import Path

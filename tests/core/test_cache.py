@@ -583,7 +583,7 @@ def test_a_fallback_embeds_whole_batches_in_its_own_space(asynchronous: bool, ca
         assert fetched.space.model == "other"
         assert (fetched.vectors == [other.vector_of("hit"), other.vector_of("new")]).all()
         assert (face.embed("new") == other.vector_of("new")).all()
-        assert face.fetch(["hit"]).space.model == "main"  # a hit needs no provider, so it comes from the first space
+        assert face.fetch(["hit"]).space.model == "main"  # hits need no provider, so no fallback is used
         stats = cache.stats().providers
         assert stats["fallback:counting"].texts == 2
         assert len([r for r in caplog.records if "has its own vector space" in r.message]) >= 1
@@ -805,7 +805,7 @@ def test_limits_of_a_function() -> None:
 
 
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing the cache waits again for a write in progress, because closing a backend may end the write."""
+    """Only the close at exit waits again for a write in progress, because closing a backend may end the write."""
     from embedonce._engine import running
     from embedonce._engine.writing import TierWriter
 

@@ -50,7 +50,7 @@ FAULTS = [
 
 
 class Chain(RuleBasedStateMachine):
-    """A cache over random tiers, with one provider and one clock. The stores stay when the cache is opened again."""
+    """A cache over random tiers, with one provider and one clock. The entries stay when the cache is opened again."""
 
     @initialize(layout=tiers, dtype=st.sampled_from(["float32", "float16", "int8"]), symmetric=st.booleans())
     def compose(self, layout: list[dict[str, Any]], dtype: Any, symmetric: bool) -> None:

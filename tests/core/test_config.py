@@ -92,7 +92,7 @@ def probe_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def probe(probe_site: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of two plugins: ``probe``, a backend, and ``wide``, a provider."""
+    """A module with two plugins: the backend ``probe`` and the provider ``wide``."""
     monkeypatch.syspath_prepend(str(probe_site))
     import config_probe  # type: ignore[import-not-found]
 
@@ -963,7 +963,7 @@ def test_no_file_causes_a_traceback_in_a_command(changes: list[tuple[int, int, b
 
     Path("fuzz.toml").write_bytes(mutate(changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "is_terminal", lambda: True)  # only on a terminal are invalid lines printed
+        patch.setattr(output, "is_terminal", lambda: True)  # invalid lines are printed only on a terminal
         done = CliRunner().invoke(app, [*command, "--config", "fuzz.toml"])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code in (0, 1, 2)

@@ -22,7 +22,7 @@ DAY = 86400.0
 
 
 class Changing(CountingProvider):
-    """Returns different vectors for the same space once ``changed`` is set. ``noise`` is added to every value."""
+    """Returns different vectors for the same space after ``changed`` is set. ``noise`` is added to every value."""
 
     changed = False
     noise = 0.0

@@ -331,7 +331,8 @@ def test_a_fork_while_flights_and_queued_writes_are_in_progress(asynchronous: bo
         provider.gate.until(1)
 
         def child() -> bool:
-            # The child must not wait for the parent's flight of "text", whose lock may have been held during the fork.
+            # The child must not wait for the parent's flight of "text". The flight has no leader in the child, and
+            # the lock of the flight may have been held during the fork.
             vector = cache.embed("text")
             known = cache.embed("before")
             cache.close()

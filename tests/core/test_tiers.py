@@ -165,7 +165,7 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open breaker skips calls until its probe has a result. Without a result, it would stay open for 30 s."""
+    """An open breaker skips calls until its probe has a result. Without a result, calls would be skipped for 30 s."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
@@ -207,7 +207,7 @@ class TwoNodes(DictBackend):
 
 
 def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a probe read keys of the healthy node, it would close the breaker, and calls would wait for the other node."""
+    """A probe of the healthy node would close the breaker, and calls would then wait for the node that hangs."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []
@@ -291,7 +291,7 @@ def test_on_error_raise(ask: Ask, operation: Any) -> None:
 
 @pytest.mark.parametrize("operation", ["get", "set"])
 def test_on_error_raise_raises_while_the_breaker_is_open_too(operation: Any) -> None:
-    """A user who sets on_error="raise" does not want to pay again for vectors that the tier has."""
+    """With on_error="raise", a call must raise instead of paying again for vectors that the tier has."""
     provider = CountingProvider()
     faulty = FaultyBackend(DictBackend(scope="host"), [Fault("raise", on=operation)])
     with Cache(provider, [Tier(faulty, name="host", on_error="raise")]) as cache:
@@ -417,7 +417,7 @@ def test_every_key_of_a_read_is_counted_once(
 
 @kept_as
 def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the provider does not state its dimensions, entries without the most common dimensions are corrupt."""
+    """If the provider does not state its dimensions, entries with less common dimensions are corrupt."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:
@@ -441,7 +441,7 @@ def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_h
 def test_an_expired_entry_is_a_miss_and_is_stored_again() -> None:
     clock = Clock()
     provider = CountingProvider()
-    backend = DictBackend(ttl=False)  # this store never removes a frame, so the cache must check its expiry
+    backend = DictBackend(ttl=False)  # this store never removes a frame, so the cache must check the expiry of frames
     with Cache(provider, [Tier(backend, name="t", ttl=60.0)], clock=clock) as cache:
         cache.embed("text")
         clock.now += 56.9

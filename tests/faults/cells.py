@@ -67,7 +67,7 @@ class StoreFault:
     write: Effect = "fails"
     """Effect on writes."""
     is_repeatable: bool = True
-    """Whether the fault can start and end again for each call of a test."""
+    """Whether a test can start and end the fault for each call separately."""
 
     def get_effect(self, operation: Operation) -> Effect:
         """Return the effect on reads or on writes."""
@@ -84,7 +84,7 @@ class Store(Protocol):
     name: str
     faults: Mapping[str, StoreFault]
     not_applicable: Mapping[str, str]
-    """The reason why a fault does not apply to this store, by fault."""
+    """For each fault that does not apply to this store, the reason."""
     separate_nodes: int
     """Number of nodes that the backend skips separately, each after one call has waited for the timeout."""
 
@@ -138,7 +138,7 @@ class Caller:
 
 
 class ProviderWithHook(CountingProvider):
-    """Calls ``before_embed`` once, before the next embedding: after the cache reads the tier, before it writes."""
+    """Calls ``before_embed`` once, before the next embedding. The cache has then read the tier, and not yet written."""
 
     before_embed: Callable[[], None] | None = None
 
@@ -189,7 +189,7 @@ class CellRun:
         self.events: list[Event] = []
         self.thread = threading.get_ident()
         self.awaited_events: list[Event] = []
-        """Events that were emitted in the calling thread, so that a call waited for the operation of each event."""
+        """Events that were emitted in the calling thread. A call waited for the operations of these events."""
         self.numbers = count()
         self.outcome = Outcome()
         self.known = self.make_texts(KNOWN_COUNT)
@@ -295,7 +295,7 @@ class CellRun:
         while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # later, a probe may write between two faults
+        if self.effect == "fails":  # checked only here, because a probe may write between two later faults
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -323,7 +323,7 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that there is at most one timeout per opened breaker, plus one for each further separate node."""
+        """Check that there is at most one timeout per opened breaker, plus one for each separate node but the first."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]

@@ -126,7 +126,7 @@ CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
 
 
 def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
-    """Return the faults of Redis. ``ended`` are the possible causes of errors if a connection ends."""
+    """Return the faults of Redis. ``ended`` contains the possible causes of errors if a connection ends."""
     return {
         # Random bytes may look like the beginning of a reply. Then the client waits for the rest of that reply.
         **make_network_faults(

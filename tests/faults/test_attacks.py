@@ -210,7 +210,7 @@ def test_many_loops_in_many_threads(kind: str, servers: dict[str, Any]) -> None:
 
 @faces
 def test_a_clock_that_jumps(kind: str, face: Face, servers: dict[str, Any]) -> None:
-    """When the clock jumps back, entries are served. When it jumps ahead, they have expired and are replaced."""
+    """When the clock jumps back, entries are served. When it jumps ahead, entries have expired and are replaced."""
     now = [1_800_000_000.0]
     day = 86_400.0
     with open_checked(make_backend(kind, servers[kind].address), face, ttl=7 * day, clock=lambda: now[0]) as one:
@@ -240,7 +240,7 @@ def test_texts_with_junk_under_their_keys_are_embedded_and_stored_again(face: Fa
 
 @faces
 def test_a_key_of_another_type_is_a_miss_and_replaced(face: Face, servers: dict[str, Any]) -> None:
-    """A cluster answers with an error, which must neither open the breaker nor prevent storing the key."""
+    """A cluster answers with an error. The error must neither open the breaker nor prevent storing the key."""
     with RedisClusterServers() as cluster:
         for url, call in (
             (servers["redis"].url, servers["redis"].call),

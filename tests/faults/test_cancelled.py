@@ -49,7 +49,7 @@ async def test_cancelled_calls_shift_no_reply(store: Any) -> None:
         return check_rows(provider, texts, await cache.afetch(texts))
 
     async def cancelled_call() -> bool:
-        """Make a call and cancel it after a random time; return whether the call completed before that."""
+        """Make a call and cancel it after a random time; return whether the call completed before that time."""
         nonlocal last_duration
         start = time.monotonic()
         task = asyncio.create_task(call(sample_texts()))

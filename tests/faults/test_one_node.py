@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("node", [0, 1, 2])
 def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int) -> None:
-    """If a probe read from a healthy node, it would close the breaker, and the next call would wait for the timeout."""
+    """A probe of a healthy node would close the breaker, and the next call would wait for the node that hangs."""
     run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
     with capture_log() as lines, run.open_cache() as caller:
         run.fetch_until_served(caller, run.known)

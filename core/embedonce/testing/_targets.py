@@ -45,7 +45,7 @@ class Target:
 
     @property
     def secrets(self) -> list[str]:
-        """Secrets among the options, which no message may repeat."""
+        """Secrets in the values of the options. No message is allowed to repeat a secret."""
         named = (text for name, text in self.options.items() if is_secret((name,)))
         return [
             secret for secret in (*named, *(c for t in self.options.values() for c in find_credentials(t))) if secret

@@ -130,7 +130,7 @@ class DictBackend:
         kinds = _KINDS[self.capabilities.holds]
         max_bytes = self.capabilities.max_value_bytes
         for key, value in items.items():
-            # A lease is a few bytes, and every backend with add_many must accept it, even a backend of entries.
+            # A lease is a few bytes. Every backend with add_many must accept leases, even a backend of entries.
             if not isinstance(value, kinds) and not (isinstance(value, bytes) and key.startswith(LEASE_PREFIX)):
                 raise TypeError(f"this backend holds {self.capabilities.holds}, got a value of {type(value).__name__}")
             if isinstance(value, bytes) and max_bytes is not None and len(value) > max_bytes:
@@ -140,7 +140,7 @@ class DictBackend:
         return None if ttl is None or not self.capabilities.ttl else self.clock() + ttl
 
     def _read(self, key: str) -> Any:
-        """Return the value, or None; remove it if it has expired."""
+        """Return the value, or None. Remove a value that has expired."""
         value, expires = self._store.get(key, (None, None))
         if expires is not None and expires <= self.clock():
             del self._store[key]
@@ -149,7 +149,7 @@ class DictBackend:
 
 
 class DictTwin:
-    """The async client of a :class:`DictBackend`, for the event loop that it was made in."""
+    """The async client of a :class:`DictBackend`, for the event loop in which the client was made."""
 
     def __init__(self, backend: DictBackend) -> None:
         self._backend = backend
@@ -167,7 +167,7 @@ class DictTwin:
         self._backend.set_many(items, ttl)
 
     async def close(self) -> None:
-        """Refuse every later call; the backend stays open."""
+        """Refuse every later call of this client; the backend stays open."""
         self._closed = True
 
     def _check_open(self) -> None:

@@ -72,15 +72,18 @@ class Fault:
     ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. The call ignores its
                        deadline; with ``obey``, it raises at the deadline
     ``slow``           makes the call after ``seconds``
-    ``corrupt``        reads: one bit of each frame is flipped; one value of each entry's vector is NaN
-    ``truncate``       reads: half of each frame is missing; each entry's vector is one value short
-    ``partial``        reads leave out some keys; writes store (or delete) some keys, then raise ``error``
+    ``corrupt``        reads: one bit of each frame is flipped, or, if the backend stores entries, one value
+                       of each vector is NaN
+    ``truncate``       reads: half of each frame is missing, or, if the backend stores entries, each vector
+                       is one value short
+    ``partial``        reads leave out some keys; writes store (or delete) only some keys, and then
+                       raise ``error``
     ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
     ``unasked``        reads: a key that was not requested is also returned
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
 
-    A fault applies to calls of the operation ``on``. It counts these calls from 1. If ``calls`` is given, the
+    A fault applies to calls of the operation ``on``. These calls are numbered from 1. If ``calls`` is given, the
     fault applies only to the calls with these numbers. ``probability`` is the chance that the fault applies to
     such a call. If several faults apply to a call, only the first fault happens. A kind marked *reads* affects
     only reads.
@@ -103,8 +106,8 @@ class ProviderFault:
     ``raise``      raises ``error`` instead of embedding
     ``hang``       waits for :meth:`FaultyProvider.release`, then embeds
     ``slow``       embeds after ``seconds``
-    ``short``      one vector too few
-    ``long``       one vector too many
+    ``short``      the result has one vector too few
+    ``long``       the result has one vector too many
     ``nan``        one value of one vector is NaN
     ``infinity``   one value of one vector is infinite
     ``zeros``      one vector has only zeros
@@ -225,10 +228,10 @@ class FaultyBackend:
     """Wraps a backend, records every call, and applies the first of ``faults`` that matches the call.
 
     ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hangs obey the deadline.
-    Set ``blocking=True`` for an in-process backend that hangs or is slow in async calls. Without it, the cache calls
+    Set ``blocking=True`` for an in-process backend that hangs or is slow in async calls. Otherwise the cache calls
     the backend directly on the event loop, and a slow call blocks the whole loop.
 
-    A test may change the list ``faults`` at any time; :meth:`heal` empties it.
+    A test may change the list ``faults`` at any time; :meth:`heal` empties the list.
     """
 
     def __init__(self, inner: Backend, faults: Iterable[Fault] = (), *, seed: int = 0, **capabilities: Any) -> None:
@@ -377,7 +380,7 @@ class FaultyBackend:
         return found
 
     def _shift_values(self, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
-        """Return each value under the next key. If there is only one value, return the value of another key instead."""
+        """Return each value under the next key. With fewer than two values, return a value of a different key."""
         if len(found) > 1:
             values = list(found.values())
             return dict(zip(found, [values[-1], *values[:-1]], strict=True))
@@ -456,7 +459,7 @@ class FaultyTwin:
 class FaultyProvider:
     """Wraps a provider, counts texts and calls, and applies the first of ``faults`` that matches the call.
 
-    It has ``embed``, ``aembed`` or both, like the inner provider.
+    This provider has ``embed``, ``aembed`` or both, like the inner provider.
     """
 
     def __init__(self, inner: AnyProvider, faults: Iterable[ProviderFault] = (), *, seed: int = 0) -> None:

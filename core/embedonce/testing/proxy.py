@@ -1,6 +1,6 @@
 """A TCP proxy on loopback that injects network faults: latency, low bandwidth, loss, refusal, resets, cuts, garbage.
 
-Put it between a client and a real server, and set a fault while both run::
+Put the proxy between a client and a real server, and set a fault while both run::
 
     with FaultProxy("127.0.0.1", 6379) as proxy:
         client = Client(proxy.url_port)
@@ -60,17 +60,18 @@ class NetworkFault:
     ``black_hole``  connecting works, but nothing gets through until the fault ends. Data that was sent
                     during the fault then arrives, because TCP sends the data again
     ``refuse``      nothing listens: new connections are refused, and live connections are reset
-    ``reset``       each live connection is reset, and each new connection as soon as it is made. With
-                    ``after``, each connection is reset after that many bytes of its replies
-    ``cut``         each connection is closed after ``after`` bytes of its replies
+    ``reset``       live connections are reset immediately, and new connections as soon as they are made.
+                    With ``after``, a connection is reset when that many bytes of its replies were
+                    forwarded
+    ``cut``         a connection is closed when ``after`` bytes of its replies were forwarded
     ``garbage``     all bytes of replies are random, except the first ``after`` bytes
     ``half_open``   the server's side of each live connection disappears without notice, so that the
                     client never gets a reply. New connections work
     ==============  =================================================================================
 
-    The bytes of replies are counted per connection. Each count starts at 0 when the fault is set, or when
-    the connection is made if that is later. ``direction`` applies to ``latency``, ``bandwidth`` and ``black_hole``:
-    with ``"replies"`` the server executes each request, but the client gets no reply in time.
+    The bytes of replies are counted per connection. Each count starts at 0 when the fault is set or
+    when the connection is made, whichever is later. ``direction`` applies to ``latency``, ``bandwidth`` and
+    ``black_hole``: with ``"replies"`` the server executes each request, but the client gets no reply in time.
     """
 
     kind: NetworkKind
@@ -211,7 +212,7 @@ class FaultProxy:
         listening, self._listener = self._listener, None
         if listening is not None:
             self._loop.remove_reader(listening)
-            # close() is not enough, because a forked child may have a copy of the socket.
+            # close() is not enough, because the port stays open while a forked child has a copy of the socket.
             with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
             listening.close()

@@ -1,7 +1,8 @@
-"""Writes the golden frames that test_frames.py reads, following only docs/frames.md.
+"""Writes the golden frames that test_frames.py reads.
 
-This script imports nothing from embedonce, so that it does not repeat a mistake of embedonce's own code. The golden
-file for version 1 of the format may get more cases, but existing cases must never change. This command writes the file:
+This script follows only docs/frames.md. It imports nothing from embedonce, so that it does not repeat a mistake of
+embedonce's own code. The golden file for version 1 of the format may get more cases, but existing cases must never
+change. This command writes the file:
 python tests/core/golden/make_frames.py > frames-v1.json
 """
 

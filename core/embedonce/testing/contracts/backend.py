@@ -92,7 +92,7 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def through(self, backend: Any, host: str, port: int) -> Backend:
-        """Return another client of the store of ``backend``. It must connect to ``host:port``, which is a proxy."""
+        """Return another client of the store of ``backend``. This client must connect to a proxy at ``host:port``."""
         raise NotImplementedError
 
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
@@ -446,7 +446,8 @@ class BackendContract(Contract):
             won: dict[str, list[int]] = {name: [] for name in names}
 
             def work(number: int) -> None:
-                # Half of the threads begin with the last key, so that the first thread does not win every key.
+                # Half of the threads begin with the last key, so that the thread that starts first does not win
+                # every key.
                 for name in names if number % 2 else reversed(names):
                     if backend.add_many({name: values.sample(number)}, None):
                         won[name].append(number)
@@ -613,14 +614,14 @@ class BackendContract(Contract):
             def child() -> None:
                 end = time.monotonic() + CALL_TIMEOUT
                 while not closed[0]:
-                    # The child must not wait for ever if the parent is killed.
+                    # The child must not wait forever if the parent is killed.
                     assert time.monotonic() < end, "the parent did not close its backend in time"
                     time.sleep(0.001)
                 self._require_stored(backend, before)
                 self._store(backend, range(100, 110))
                 self._require_stored(backend, after)
-                # The child exits without closing the backend, as a worker process may do. The entries of the child
-                # must survive.
+                # The child exits without closing the backend, as a worker process may do. The entries that the
+                # child has stored must survive.
 
             def parent() -> None:
                 if not closed[0]:
@@ -1023,7 +1024,7 @@ class BackendContract(Contract):
         assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
 
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that ``expected``, the items that set_many did not report as failed, is stored."""
+        """Require that the ``expected`` items are stored. set_many did not report these items as failed."""
         try:
             found, away = backend.get_many(list(expected)), frozenset[str]()
         except PartialAnswer as partial:

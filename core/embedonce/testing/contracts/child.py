@@ -1,4 +1,4 @@
-"""The child process of the contracts: it makes a plugin, uses it and reports. :mod:`.support` starts it.
+"""The child process of the contracts: it makes a plugin, uses the plugin and reports. :mod:`.support` starts the child.
 
 The child reads one line with a JSON object from standard input, and makes the plugin. Then it writes an empty line to
 standard output and waits for an empty line, so that all children begin at the same moment. At the end, it writes a JSON
@@ -74,7 +74,7 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
-    """Store batches of samples until the process is killed, and write the number of keys stored after each batch.
+    """Store batches of samples until the process is killed. After each batch, write the number of keys stored so far.
 
     The number is written only when the next batch is ready, so that the kill interrupts a call of ``set_many``.
     """
@@ -89,7 +89,7 @@ def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) 
 
 
 def _store_and_check(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Store a sample under each key of ``store``, one per call. Return the keys of ``expect`` with wrong values."""
+    """Store a sample under each key of ``store``, one key per call. Return the keys of ``expect`` with wrong values."""
     values = make_values(request["holds"], request["dimensions"])
     for name, seed in request["store"].items():
         backend.set_many({name: values.sample(seed)}, None)

@@ -54,7 +54,7 @@ def compare_with_dict(
             return {key: seed for key, (seed, ends) in self.model.items() if ends is None or ends > self.now}
 
         def get_expected_listing(self, prefix: str) -> tuple[set[str], set[str]]:
-            """Return the keys that a listing must have, and all keys that it may have, including expired ones."""
+            """Return the keys that must be in a listing, and all keys that may be in it, including expired keys."""
             there = {key for key in self.get_live_seeds() if key.startswith(prefix)}
             return there, {key for key in self.model if key.startswith(prefix)}
 

@@ -133,7 +133,7 @@ class NormalizerContract(Contract):
     # --- helpers ------------------------------------------------------------------------------
 
     def _normalize(self, text: str) -> str:
-        """Return the form of ``text``, which must be a str that can be encoded as UTF-8."""
+        """Return the normalised form of ``text``. The form must be a str that can be encoded as UTF-8."""
         what = ascii(text[:40])
         try:
             form = self.make()(text)

@@ -1,4 +1,4 @@
-"""Threads and processes for the contracts. All have timeouts, so that a hang fails only one test."""
+"""Threads and processes for the contracts. All of them have timeouts, so that a hang fails only one test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 CALL_TIMEOUT = 60.0
-"""Seconds after which a call counts as hung. The timeout is generous, so that no test fails on a busy machine."""
+"""Seconds after which a call counts as hung. The number is high, so that no test fails because of a busy machine."""
 
 
 class Recipe(NamedTuple):
@@ -162,7 +162,7 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a new process store batches of samples, kill the process, and return how many keys it reported.
+    """Let a new process store batches of samples, kill the process, and return how many keys the process reported.
 
     The process reports each batch that it has stored. After ``batches`` reports, this function waits for half the time
     of one batch and then kills the process, so that the kill most likely interrupts the next batch. The process may
@@ -184,7 +184,7 @@ def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, 
             time.sleep((times[-1] - times[-2]) / 2)
         finally:
             child.kill()  # with SIGKILL
-        # The process may have reported more keys before it was killed.
+        # Between the last line that was read and the kill, the process may have reported more keys.
         reported += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
         return reported[-1]
 

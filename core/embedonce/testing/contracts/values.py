@@ -34,7 +34,10 @@ class Values(Protocol):
         ...
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Any]:
-        """Return values that have exposed bugs in stores, by description. A frame has at most ``max_bytes`` bytes."""
+        """Return values that have exposed bugs in stores. The keys of the result describe the values.
+
+        A frame has at most ``max_bytes`` bytes.
+        """
         ...
 
     def is_equal(self, found: object, stored: Any) -> bool:
@@ -54,7 +57,7 @@ def make_values(holds: str, dimensions: Sequence[int]) -> Values:
 
 
 class Frames:
-    """Makes frames of arbitrary bytes, because a backend does not look into a frame."""
+    """Makes frames of arbitrary bytes, because a backend does not interpret the content of a frame."""
 
     def sample(self, seed: int) -> bytes:
         """Return 64 bytes."""
@@ -90,7 +93,7 @@ class Entries:
         return Entry(_vector(self._dimensions[0], seed), CREATED + seed, None, {"seed": seed})
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Entry]:
-        """Return entries that vary in dimensions, extreme numbers, expiry, metadata and dtype."""
+        """Return entries with various dimensions, extreme numbers, times of expiry, metadata and dtypes."""
         info = np.finfo(np.float32)
         first = self._dimensions[0]
         special = np.resize(np.array([-0.0, info.max, info.smallest_subnormal, info.tiny, -1.0], np.float32), first)
@@ -124,7 +127,7 @@ class Either:
         self._frames, self._entries = Frames(), Entries(dimensions)
 
     def sample(self, seed: int) -> Any:
-        """Return a frame for an even seed, an entry for an odd one."""
+        """Return a frame if ``seed`` is even, and an entry if ``seed`` is odd."""
         return self._entries.sample(seed) if seed % 2 else self._frames.sample(seed)
 
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Any]:

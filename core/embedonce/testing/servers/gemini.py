@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("short")
 
-The server requires only numpy. Its requests, replies and errors follow Gemini's API reference and what
-google-genai 3.6 sends.
+The server requires only numpy. Its replies and errors, and the requests that it accepts, follow Gemini's API reference
+and the requests of google-genai 3.6.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     """Speaks ``:batchEmbedContents``, which google-genai sends for every call, and ``:embedContent``.
 
     A content with several parts has one vector, as in the real API. The vector depends on the model,
-    the dimensions, the task type and every other field; :meth:`vector_of` returns the same vector. A text of
-    more than ``max_tokens`` is truncated silently, as Gemini does; with ``truncates=False``, such a text is refused.
+    the dimensions, the task type and every other field; :meth:`vector_of` returns the same vector. The
+    server silently truncates a text of more than ``max_tokens`` tokens, as Gemini does; with ``truncates=False``, the
+    server refuses such a text.
 
     :meth:`misbehave` takes:
 

@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[sent:])
 
     def hang_up(self) -> None:
-        """Close the connection after the bytes sent so far."""
+        """Close the connection without sending more bytes."""
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:

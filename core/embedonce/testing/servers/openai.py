@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("out_of_order")
 
-The server requires only numpy. Its requests, replies and errors follow OpenAI's API reference and what OpenAI's
-Python client sends.
+The server requires only numpy. Its replies and errors, and the requests that it accepts, follow OpenAI's API reference
+and the requests of OpenAI's Python client.
 """
 
 from __future__ import annotations
