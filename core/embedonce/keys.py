@@ -183,7 +183,7 @@ def canonical_url(url: str) -> str:
 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("an endpoint's URL must have the form https://HOST/PATH, without ? and #")
+        raise ValueError("an endpoint's URL must have the form https://HOST/PATH, without ? or #")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     usual = {"http": 80, "https": 443}[parts.scheme]
     port = "" if parts.port in (None, usual) else f":{parts.port}"

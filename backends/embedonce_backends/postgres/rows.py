@@ -120,7 +120,7 @@ def _fits_vector_column(entry: Entry) -> bool:
 
 
 def _encode_vectors(oid: int, items: Mapping[str, Any], groups: Mapping[int, Sequence[str]]) -> Binary:
-    """Return an array of vectors. ``groups`` maps a number of dimensions to the keys of its vectors."""
+    """Return an array of vectors. ``groups`` has the keys of the vectors, by their number of dimensions."""
     if not groups:
         return encode_array(oid, [])
     parts = []

@@ -104,7 +104,7 @@ def parse_url(url: str) -> Place:
 def _parse_address(text: str, default_port: int) -> Address:
     match = _HOST.fullmatch(text.strip())
     if match is None:
-        _refuse("has an invalid host; if the password contains : / @ or #, write them as %3A %2F %40 %23")
+        _refuse("has an invalid host; if the password contains : / @ or #, write these characters as %3A %2F %40 %23")
     port = int(match["port"]) if match["port"] else default_port
     if not 0 < port < 65536:
         _refuse("has an invalid port; it must be 1 to 65535")
@@ -126,7 +126,7 @@ def _parse_database(kind: Kind, path: str, query: str) -> int:
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("db", path)
     if options:
-        _refuse("has options other than db after ?; set them as options of the tier instead")
+        _refuse('has options after the "?" other than db; set these options in the table of the tier instead')
     if not text:
         return 0
     if not re.fullmatch(r"[0-9]{1,9}", text):

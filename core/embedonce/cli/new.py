@@ -65,7 +65,9 @@ def _check_name(name: str) -> None:
     from embedonce.plugins import installed_by_embedonce
 
     if name.startswith(("embedonce-", "embedonce_")):
-        raise Refused(f"embedonce new adds the prefix embedonce- itself; use the name {name[len('embedonce-') :]}")
+        raise Refused(
+            f'`embedonce new` adds the prefix "embedonce-" by itself; use the name {name[len("embedonce-") :]}'
+        )
     if not re.fullmatch(NAME, name) or len(name) > MAX_NAME_LENGTH:
         raise Refused(
             "a plugin's name must start with a letter, contain only a-z, 0-9 and single hyphens, and have at most "

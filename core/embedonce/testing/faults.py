@@ -72,10 +72,8 @@ class Fault:
     ``hang``           waits for :meth:`FaultyBackend.release`, then makes the call. The call ignores its
                        deadline; with ``obey``, it raises at the deadline
     ``slow``           makes the call after ``seconds``
-    ``corrupt``        reads: one bit of each frame is flipped, or, if the backend stores entries, one value
-                       of each vector is NaN
-    ``truncate``       reads: half of each frame is missing, or, if the backend stores entries, each vector
-                       is one value short
+    ``corrupt``        reads: one bit of each frame is flipped, or one value of each entry's vector is NaN
+    ``truncate``       reads: half of each frame is missing, or each vector of an entry is one value short
     ``partial``        reads leave out some keys; writes store (or delete) only some keys, and then
                        raise ``error``
     ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
