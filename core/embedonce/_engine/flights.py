@@ -60,7 +60,10 @@ class Flight:
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
-        """Return the future that followers wait for. The first call creates the future and must be made while the lock is held."""
+        """Return the future that followers wait for.
+
+        The first call creates the future, and must be made while the lock is held.
+        """
         if self._future is None:
             self._future = Future()
         return self._future

@@ -89,7 +89,10 @@ def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) 
 
 
 def _store_and_check(backend: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Store a sample under each key of ``store``, one key per call. Return the keys of ``expect`` for which the backend returns a wrong value."""
+    """Store a sample under each key of ``store``, one key per call.
+
+    Return the keys of ``expect`` for which the backend returns a wrong value.
+    """
     values = make_values(request["holds"], request["dimensions"])
     for name, seed in request["store"].items():
         backend.set_many({name: values.sample(seed)}, None)
