@@ -385,14 +385,14 @@ class Cache(Requests):
         The counts of a tier are numbers of texts.
         """
         sources = [self._source, *([self._fallback] if self._fallback else [])]
-        requests = self._chain.engine.requests
+        requested, found, shared = self._chain.engine.requests.read()
         fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
         return Stats(
             tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
             providers={source.name: source.stats() for source in sources},
-            shared=requests.shared,
-            requested=requests.requested + fast_hits,
-            found=requests.found + fast_hits,
+            shared=shared,
+            requested=requested + fast_hits,
+            found=found + fast_hits,
         )
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:

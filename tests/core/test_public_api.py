@@ -222,6 +222,35 @@ def test_a_vector_that_another_process_computed_during_a_lease_is_a_hit() -> Non
         assert (two.stats().requested, two.stats().found, two.stats().hit_rate) == (1, 1, 1.0)
 
 
+def test_the_hit_rate_never_exceeds_1_while_calls_run() -> None:
+    """The texts of a call are counted together at the end of the call, also when a poll of a lease finds them."""
+    store, near = DictBackend(scope="network"), FaultyBackend(DictBackend(), [])
+    space = {"model": "m"}
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(texts: list[str]) -> list[list[float]]:
+        entered.set()
+        go.wait(LONG_TIMEOUT)
+        return [[float(len(text)), 1.0] for text in texts]
+
+    with (
+        Cache(slow, [Tier(store, name="net", lease=60.0)], space=space) as one,
+        Cache(slow, [Tier(near, name="near"), Tier(store, name="net", lease=60.0)], space=space) as two,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(one.embed, "text")
+        assert entered.wait(LONG_TIMEOUT)
+        second = pool.submit(two.embed, "text")
+        wait_until(lambda: two.stats().tiers["net"].misses == 1)
+        near.faults.append(Fault("hang", on="set"))  # the promotion of what the poll finds
+        go.set()
+        near.gate.until(1)
+        assert (two.stats().requested, two.stats().found) == (0, 0)
+        near.release()
+        assert (first.result(LONG_TIMEOUT) == second.result(LONG_TIMEOUT)).all()
+        assert (two.stats().requested, two.stats().found) == (1, 1)
+
+
 def test_errors_do_not_lower_a_tiers_hit_rate() -> None:
     assert a_stats(1, 1, errors=7, skipped=7, corrupt=7).hit_rate == 0.5
     assert a_stats(errors=7).hit_rate is None

@@ -35,6 +35,8 @@ class Answer:
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
+    hits: int = 0
+    """Number of entries in ``found``."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))

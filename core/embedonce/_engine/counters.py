@@ -51,6 +51,11 @@ class RequestCounters:
             self.requested += requested
             self.found += found
 
+    def read(self) -> tuple[int, int, int]:
+        """Return ``requested``, ``found`` and ``shared`` at one moment, so that ``found`` is at most ``requested``."""
+        with self._lock:
+            return self.requested, self.found, self.shared
+
     def count_shared(self, shared: int) -> None:
         with self._lock:
             self.shared += shared

@@ -60,14 +60,14 @@ class Engine:
             TierError: a tier with ``on_error = "raise"`` failed.
         """
         missing = answer.find_missing()
-        requested, found = len(missing), 0
+        requested = len(missing)
         try:
             for is_retry in (False, True):
                 with self.in_flight.new_ticket() as ticket:
                     call = Call(port, ticket, answer)
                     looked_up = len(missing)
                     missing = await self._read_tiers(call, missing)
-                    found += looked_up - len(missing)
+                    answer.hits += looked_up - len(missing)
                     if missing and compute and not self._replay:
                         refusal = await self.find_refusal(port, answer.route)
                         if refusal is not None:
@@ -88,7 +88,7 @@ class Engine:
                 raise answer.store_error
         finally:
             if not answer.route.source.fallback:  # the texts were counted before the fallback was asked for them
-                self.requests.count(requested, found)
+                self.requests.count(requested, answer.hits)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
@@ -327,7 +327,7 @@ class Engine:
         if read.entries:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
-            self.requests.count(0, len(read.entries))
+            answer.hits += len(read.entries)
             await self._promote(call, read.entries, [other for other in self.tiers if other is not tier])
             self.in_flight.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
         return not read.failed
