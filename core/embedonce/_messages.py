@@ -29,7 +29,7 @@ def format_count(number: int, noun: str, plural: str = "") -> str:
 
 
 def join_words(words: Iterable[str], last: str = "and") -> str:
-    """Return ``a, b and c``."""
+    """Join words to text such as ``a, b and c``."""
     *front, end = list(words) or ["nothing"]
     return f"{', '.join(front)} {last} {end}" if front else end
 
@@ -45,7 +45,10 @@ def strip_credentials(text: str) -> str:
 
 
 def quote(text: str) -> str:
-    """Return text in quotes, shortened and without a URL's credentials; control characters are escaped."""
+    """Return text in quotes.
+
+    Long text is shortened, credentials in a URL are replaced, and control characters are escaped.
+    """
     text = strip_credentials(text)
     short = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
     # A lone surrogate is not printable either, so it is escaped.

@@ -1,4 +1,4 @@
-"""How values are printed: one line in a console, a small table in a notebook. Neither shows a text or a vector."""
+"""How values are printed: as one line in a console, as a small table in a notebook, never with a text or a vector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shorten(value: object) -> str:
 
 
 def format_counts(numbers: Mapping[str, int], between: str = " from ") -> str:
-    """Return ``990 from memory, 8 from provider``, leaving out each name whose number is 0."""
+    """Return text such as ``990 from memory, 8 from provider``. Names with the number 0 are left out."""
     return ", ".join(f"{number:,}{between}{quote_toml_key(name)}" for name, number in numbers.items() if number)
 
 

@@ -29,8 +29,8 @@ class Fetched:
     space: VectorSpace
     """The vector space of all rows: the fallback's space if the fallback was used, else the provider's."""
     seconds: Mapping[str, float]
-    """Seconds spent in each tier, by the tier's name, and in the provider, under ``"provider"``. If calls ran at the
-    same time, their durations are added up."""
+    """Seconds spent in each tier, by the tier's name. The seconds spent in the provider are under ``"provider"``. The
+    durations of calls that ran at the same time are added up."""
     errors: Mapping[str, str]
     """The cause of the failure, for each tier that failed in this call."""
     dimensions: int | None = None
@@ -97,7 +97,8 @@ class Explanation:
     normalized: bool
     """Whether normalisation changed the text."""
     tiers: Mapping[str, str]
-    """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"``, ``"corrupt"``, ``"skipped"``, or the error."""
+    """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"`` (the entry has less precision than ``dtype``),
+    ``"corrupt"``, ``"skipped"`` (the tier's breaker is open), or the error."""
     reasons: Sequence[str] = ()
     """For a miss: one sentence for each scope that a tier holds and that is similar to the text's scope. Two scopes are
     similar if their space cards differ in one or two parts, such as the version."""
@@ -108,7 +109,7 @@ class Explanation:
         return next((tier for tier, outcome in self.tiers.items() if outcome == "hit"), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every field and ``found``, by name."""
+        """Return a dict of all fields and of ``found``."""
         return asdict(self) | {"found": self.found}
 
     def __repr__(self) -> str:
@@ -146,7 +147,7 @@ class Held:
     """The space card of the scope, or None if the tier has lost the card."""
     entries: int
     error: str | None = None
-    """Why the tier cannot count its entries, or None. With an error, ``scope`` is empty."""
+    """The reason why the tier cannot list its keys, or None. With an error, ``scope`` is empty and ``entries`` is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +171,12 @@ class ChainWarning:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """The result of ``purge``: what it removed, or with ``dry_run`` what it would remove."""
+    """The result of ``purge``. With ``dry_run``, nothing was removed, and the result says what would be removed."""
 
     scopes: Mapping[str, Mapping[str, Value] | None]
     """The scopes that matched, with their space cards."""
     removed: Mapping[str, int] = field(default_factory=dict)
-    """Number of removed entries, by tier."""
+    """Number of removed entries, by tier. With ``dry_run``, the number of entries that would be removed."""
 
     def __repr__(self) -> str:
         details = format_counts(self.removed)

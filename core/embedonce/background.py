@@ -29,7 +29,7 @@ class BackgroundLoop:
     child.
 
     Args:
-        what: the owner's name, for messages and the thread's name, such as ``"the objects backend"``.
+        what: a name for the owner, such as ``"the objects backend"``. Messages and the thread's name contain this name.
         at_end: a coroutine function that runs last on the loop, to close a client there.
     """
 
@@ -128,7 +128,9 @@ class _SharedLoop:
             if self.closed:
                 raise CacheClosed(f"{self._what} is closed")
             if threading.current_thread() is self._thread:
-                raise RuntimeError(f"{self._what} was called on its own event loop and would deadlock; await it")
+                raise RuntimeError(
+                    f"{self._what} was called on its own event loop and would deadlock; await the coroutine instead"
+                )
             loop = self._loop or self._start()
             future = asyncio.run_coroutine_threadsafe(call(), loop)
             self._calls.add(future)

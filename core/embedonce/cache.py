@@ -38,16 +38,18 @@ class Cache(Requests):
             Without tiers nothing is stored, but batches are de-duplicated and vectors are checked.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.
         key: settings that determine which requests share a vector.
-        dtype: precision of the vectors that are stored *and returned*, so that a text has the
-            same vector before and after a restart.
+        dtype: precision of the vectors that are stored *and returned*. Vectors are rounded to this precision before
+            they are returned, so that a text has the same vector before and after a restart.
         mode: ``"read-through"``, or ``"replay"``, which computes nothing and fails for a text that no tier
             has.
-        fallback: a second provider, which is used when the first one fails. Its vectors are in its own vector space.
+        fallback: a second provider, which is used when the first one fails. The fallback's vectors are in the
+            fallback's own vector space.
         fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
             methods then raise the first provider's error. This option is required if the dimensions of the two
             providers differ.
         drift: checks at intervals whether the provider still returns the vectors that are stored.
-        max_wait: seconds to wait for another call that embeds the same text. After that, this call embeds the text too.
+        max_wait: maximum number of seconds that a call waits for another call to embed the same text. After this time,
+            the waiting call embeds the text itself.
         flush_timeout: maximum number of seconds to wait for background writes in ``close`` and at exit.
         max_queued: maximum number of entries per tier that wait for a background write.
         listeners: functions that are called with every :data:`embedonce.events.Event`.
@@ -55,7 +57,7 @@ class Cache(Requests):
 
     Raises:
         SpaceError: the provider describes no vector space.
-        ConfigError: an option is invalid, or the tiers do not work together.
+        ConfigError: an option is invalid, or the tiers cannot be combined.
     """
 
     def __init__(
@@ -156,8 +158,9 @@ class Cache(Requests):
     ) -> Fetched:
         """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
-        ``store=False`` writes and promotes nothing. ``metadata`` (one small JSON object or None per text) is
-        stored with vectors that this call computes. An entry that is already stored keeps its own metadata.
+        With ``store=False``, the call writes no vector to any tier, not even one that it found in a slower tier.
+        ``metadata`` (one small JSON object or None per text) is stored with vectors that this call computes. An entry
+        that is already stored keeps its own metadata.
         """
         return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
 
@@ -251,7 +254,7 @@ class Cache(Requests):
         return self._chain.flush(self._chain.flush_timeout if timeout is None else timeout)
 
     def close(self) -> None:
-        """Flush for up to ``flush_timeout`` seconds, then close backends and provider. Closing twice is allowed."""
+        """Flush for up to ``flush_timeout`` seconds, then close backends and providers. Closing twice is allowed."""
         self._chain.close(self._chain.flush_timeout)
 
     def __reduce__(self) -> NoReturn:

@@ -1,7 +1,7 @@
 """Read TOML, or a dict of the same shape, into a frozen :class:`Config`, and create a :class:`Cache` from it.
 
-This module imports nothing heavy. The first call of :func:`load` reads the metadata of plugins. It imports pydantic
-only if a value needs pydantic.
+This module imports nothing heavy. The first call of :func:`load` reads the metadata of plugins, and imports pydantic
+if the check of a value needs pydantic.
 """
 
 from __future__ import annotations
@@ -64,10 +64,13 @@ def open(
 
 
 def load(source: Source = None, *, own_provider: bool = False) -> Config:
-    """Read and check a configuration without creating anything. Arguments and errors are those of :func:`open`.
+    """Read and check a configuration without creating anything. ``source`` is the same as for :func:`open`.
 
     With ``own_provider``, ``[provider]`` is not read. In that case, pass a provider to :func:`compose`. Without a
     provider, the cache computes nothing.
+
+    Raises:
+        ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
     """
     from ._config.documents import find_document
     from ._config.loader import load_document
@@ -205,7 +208,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:
-    """Return a problem for a chain's error, at the option that caused the error, or else at the tier."""
+    """Return a chain's error as a problem. The problem's place is the wrong option, or else the table of the tier."""
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 

@@ -35,7 +35,7 @@ Vectors: TypeAlias = NDArray[np.floating[Any]] | Sequence[Sequence[float]] | Seq
 class Capabilities:
     """The properties that a backend declares. They are checked when a chain is composed.
 
-    Declare only capabilities that the backend has: the conformance kit fails if a declared capability is missing.
+    Declare only what the backend can do, because the conformance kit fails if the backend lacks a declared capability.
     """
 
     holds: Literal["frames", "entries", "either"] = "frames"
@@ -57,14 +57,14 @@ class Capabilities:
     """Whether the client library works in a forked child. If False, a call in the child raises immediately, and the
     message of the error says what to do."""
     ttl: bool = False
-    """Whether the backend frees an entry's space after its ttl. (The engine never returns an expired entry.)"""
+    """Whether the backend removes an entry when its ttl has passed. (The engine never returns an expired entry.)"""
     max_batch: int | None = None
     """Maximum number of keys per call; the engine splits larger calls. None means no limit."""
     max_value_bytes: int | None = None
     """Maximum size of a value; the engine drops larger values and counts them. None means no limit."""
     get: bool = False
     """Whether the backend has ``get(key)``, which returns the value of one key or None. The engine uses ``get`` to read
-    a single text from an in-process tier."""
+    the vector of a single text from an in-process tier."""
     delete: bool = False
     """Whether the backend has ``delete_many(keys)``, which ``forget`` and ``purge`` need."""
     scan: bool = False
@@ -72,7 +72,8 @@ class Capabilities:
     count: bool = False
     """Whether the backend has ``count(prefix)``, which counts keys without listing them."""
     add: bool = False
-    """Whether the backend has ``add_many(items, ttl)``, which leases need. It stores only items whose key is absent."""
+    """Whether the backend has ``add_many(items, ttl)``, which leases need. ``add_many`` stores only items whose key is
+    absent."""
     twin: bool = False
     """Whether the backend has ``twin()``, which returns a native async client of the same store."""
     bounded: bool | None = None
@@ -80,7 +81,7 @@ class Capabilities:
     tiers that grow without limit gets a warning."""
     text_preview: bool = False
     """Whether the backend's options say that the beginning of each text is stored beside its vector. The metadata of an
-    entry then has the field ``text_preview``. This cannot be combined with encryption or with a secret."""
+    entry then has the field ``text_preview``. Such a backend cannot be used with encryption or with a secret."""
 
 
 EXTRAS: Mapping[str, str] = {
@@ -101,8 +102,8 @@ class FrameBackend(Protocol):
     exception. The engine counts the exception as an error of the tier, and by default does not raise it to the caller.
 
     If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the values that the other nodes
-    returned. The engine uses these values, and only the failed keys count as errors. Do not return a mapping
-    without the failed keys instead, because missing keys count as misses.
+    returned. The engine uses these values, and only the failed keys count as errors. Do not just
+    leave the failed keys out of the returned mapping, because missing keys count as misses.
     """
 
     @property
@@ -115,7 +116,7 @@ class FrameBackend(Protocol):
     def set_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> None:
         """Store every item and replace existing values.
 
-        After ``ttl`` seconds, the backend may free the space of the items. If ``ttl`` is None, they do not expire.
+        After ``ttl`` seconds, the backend may remove the items. If ``ttl`` is None, the items do not expire.
         """
         ...
 
@@ -168,23 +169,30 @@ class Extras(Protocol):
         ...
 
     def twin(self) -> AsyncBackend:
-        """Return a native async client. This is called once per event loop, on the loop that will use the client."""
+        """Return a native async client for the running event loop. The engine calls this method once per event loop."""
         ...
 
     def describe(self) -> str:
-        """Describe in a few words how the backend stores vectors, for ``embedonce check``. This needs no capability."""
+        """Describe in a few words how the backend stores vectors, for ``embedonce check``.
+
+        The backend declares no capability for this method.
+        """
         ...
 
     def migrate(self) -> str:
-        """Update the store's layout and return what was done, for ``embedonce migrate``. This needs no capability."""
+        """Update the store's layout and return what was done, for ``embedonce migrate``.
+
+        The backend declares no capability for this method.
+        """
         ...
 
 
 class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.
 
-    A call is cancelled when its timeout has passed. The client must then drop the connection, because the next call
-    must not read the reply to the cancelled call. The engine would notice a wrong frame, but not a wrong entry.
+    A call is cancelled when its timeout has passed. The client must then drop the connection, so that the next call
+    does not read the reply to the cancelled call. The engine detects the frame of a different key, because a frame
+    contains a hash of its key. The engine cannot detect the entry of a different key.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...
@@ -221,10 +229,10 @@ def time_left() -> float | None:
 
 
 class deadline:
-    """Limit the calls inside the block to ``seconds``, which :func:`time_left` counts down.
+    """A context manager that limits the backend calls inside its block to ``seconds``. See :func:`time_left`.
 
-    This is a class and not a generator. Ctrl-C could leave a generator unfinished. The garbage collector would then
-    finish the generator later, and so reset the deadline in an unrelated context.
+    ``deadline`` is a class and not a generator. Ctrl-C could leave a generator unfinished. The garbage collector would
+    then finish the generator later, and so reset the deadline in an unrelated context.
     """
 
     __slots__ = ("_seconds", "_tokens")

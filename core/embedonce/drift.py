@@ -22,8 +22,8 @@ CANARIES = (
     "Im Jahr 1905 veröffentlichte Albert Einstein vier Arbeiten.",
     "東京は日本の首都です。",
 )
-"""English prose, code, another language and another script. A change of the tokenizer affects at least one of these
-texts, and any other change of the model affects all of them."""
+"""English prose, Python code, German prose and Japanese prose. A change of the tokenizer changes the vector of at least
+one of these texts. Any other change of the model changes the vectors of all four texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class DriftGuard:
     every: Annotated[
         Duration,
         Gt(0),
-        Doc("Time between two checks. After this time, the next missing text starts a check."),
+        Doc("Time between two checks. After this time, the next text that no tier has starts a check."),
     ] = 86400.0
     tolerance: Annotated[
         float,

@@ -61,7 +61,7 @@ class Encryption:
         return [f"{key:016x}" for key in self._ciphers]
 
     def encrypt(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return the frames, encrypted with the first key. Each encrypted frame is bound to its storage key."""
+        """Encrypt frames with the first key. An encrypted frame can be decrypted only under its own storage key."""
         cipher = self._ciphers[self._first]
         sealed = {}
         for key, frame in frames.items():

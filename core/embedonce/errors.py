@@ -135,7 +135,7 @@ class PartialAnswer(TierError):
     neither in ``answer`` nor in ``failed`` counts as a miss.
 
     Raise this error ``from`` the error of the failed node. The failed keys are counted under that error, and the tier's
-    breaker reacts as if that error had been raised itself. A backend may skip a failed node for some time, so
+    breaker reacts as if the backend had raised that error. A backend may skip a failed node for some time, so
     that no call waits for the node. During that time, raise this error ``from`` a :class:`TierBusy`, which does not
     affect the breaker, so that the other nodes stay in use. If no node answered, raise the error of a node instead of a
     ``PartialAnswer``.
@@ -150,7 +150,7 @@ class PartialAnswer(TierError):
 
 
 class EraseIncomplete(EmbedonceError):
-    """``forget`` or ``purge`` failed on some tiers. It erased the requested entries from all other tiers.
+    """``forget`` or ``purge`` failed on some tiers, but erased the requested entries from all other tiers.
 
     ``tiers`` maps the name of each failed tier to the reason. Call the method again once these tiers are reachable.
     """

@@ -12,7 +12,7 @@ from ._reprs import format_percent, make_html_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookedUp:
-    """A tier was asked for keys. The counts are numbers of texts."""
+    """Some keys were looked up in a tier. The counts are numbers of texts."""
 
     tier: str
     task: str
@@ -76,8 +76,8 @@ class TierStats:
     stored: int
     dropped: int
     seconds: float
-    """Seconds spent in calls to the tier. Hits of single texts in a first memory tier are not included, because reading
-    the clock would take as long as such a hit."""
+    """Seconds spent in calls to the tier. If the first tier is a memory tier, its hits of single texts are not
+    included, because reading the clock would take as long as such a hit."""
     causes: Mapping[str, int]
     """Errors by cause: ``"timeout"`` or the exception's class name."""
     drops: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""Providers that call a function, which turns texts into vectors. The caller declares the vector space."""
+"""Providers that call a user's function, which turns texts into vectors. The user declares the vector space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _FunctionBase:
         self._space = _require_space(space)
         if self._takes_task and self._space.task is not None:
             raise SpaceError(
-                'the function takes "task", so embedonce adds the task to the space itself; remove "task" from space='
+                'the function takes "task", so embedonce adds the task to the space; remove "task" from space='
             )
 
     def space(self, task: Task) -> VectorSpace:
@@ -35,7 +35,7 @@ class _FunctionBase:
         return replace(self._space, task=task) if self._takes_task else self._space
 
     def close(self) -> None:
-        """Do nothing, because the function belongs to the caller."""
+        """Do nothing, because a function needs no closing."""
 
 
 class FunctionProvider(_FunctionBase):

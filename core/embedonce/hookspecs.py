@@ -32,8 +32,8 @@ def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
 
     Without ``specname``, the function implements the hook that has the same name as the function.
 
-    pluggy's other options are not supported. They order and wrap the calls of several plugins, but embedonce calls the
-    hooks of each plugin separately.
+    pluggy's other options are not supported, because these options order and wrap the calls of several plugins, but
+    embedonce calls the hooks of each plugin separately.
     """
     import pluggy
 
@@ -53,7 +53,7 @@ def embedonce_normalizers() -> Mapping[str, Normalizer]:  # type: ignore[empty-b
 
 
 def embedonce_event(event: Event) -> None:
-    """Receive one event per batch. The hook runs while the caller waits, so it must be quick and must not raise."""
+    """Receive one event. The hook runs while the caller waits, so it must be quick and must not raise."""
 
 
 HOOKS = (embedonce_backends, embedonce_providers, embedonce_normalizers, embedonce_event)

@@ -1,8 +1,8 @@
 """Vector spaces, key policies and keys, which determine which requests share a vector.
 
 Values are hashed in a canonical form. Each value carries its type and its length, so different values
-never have the same bytes. ``docs/keys.md`` gives the form byte by byte, and a test recomputes that
-page's examples from the page alone.
+never have the same bytes. ``docs/keys.md`` gives the form byte by byte. A test implements the form a second
+time, from that page alone, and computes the page's examples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_PREFIX = "eo1."
 """First characters of every key; the 1 is the version of the key format."""
 
 CARD_PREFIX = "eo1.card."
-"""First characters of the keys of space cards. No scope is called ``card``, because a scope is 16 hex digits."""
+"""First characters of the keys of space cards. The key of an entry has 16 hex digits in the place of ``card``."""
 
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
@@ -233,9 +233,9 @@ Hash: TypeAlias = Literal["sha256", "blake2b"]
 class KeyPolicy:
     """The settings that, with the vector space and the text, determine which requests share a vector.
 
-    ``normalize`` changes the text that is embedded, not only the key. If two keys are equal, the same normalised text
-    was embedded, so the steps are not part of the key. Two policies share an entry when their steps turn a text into
-    the same normalised text.
+    ``normalize`` changes the text that is embedded, not only the key. A key depends on the normalised text, but not on
+    the steps. So two policies that differ only in their steps share an entry if both policies normalise the text to the
+    same result.
     """
 
     normalize: Sequence[str] = ()
@@ -246,7 +246,7 @@ class KeyPolicy:
     """Part of every key. It separates tenants or projects that share a store."""
     hash: Hash = "sha256"
     secret: str | bytes | None = field(default=None, repr=False)
-    """Secret of a keyed hash. Without this secret, nobody can guess short texts from the keys in a store."""
+    """Secret of a keyed hash. Only someone who knows the secret can guess short texts from the keys in a store."""
 
     def __post_init__(self) -> None:
         if isinstance(self.normalize, str):
@@ -274,7 +274,7 @@ class KeyPolicy:
         if self.secret is None:
             return None
         # The secret is the message, not the HMAC key: HMAC pads its key with NUL bytes, so a secret that ends in NUL
-        # would have the id of a shorter secret.
+        # would have the same id as the secret without this NUL.
         return hmac.digest(b"embedonce/secret-id/1", self._secret_bytes(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:
@@ -291,7 +291,7 @@ class KeyPolicy:
 class Keyer:
     """Turns texts into keys for one policy and one vector space.
 
-    The digest is the policy's hash of three parts in a row: ``embedonce/text/1``, the space's fingerprint (32 bytes),
+    The digest is the policy's hash of three parts, joined: ``embedonce/text/1``, the space's fingerprint (32 bytes),
     and the normalised text in UTF-8. With a secret, the hash is HMAC-SHA-256, or BLAKE2b in its keyed mode.
     """
 
@@ -311,7 +311,7 @@ class Keyer:
         return CARD_PREFIX + self.scope
 
     def normalize(self, text: str) -> str:
-        """Return the text that is embedded for ``text``."""
+        """Return the normalised text, which is embedded in place of ``text``."""
         for step in self._steps:
             text = step(text)
         return text
@@ -353,7 +353,7 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card of a scope: the parts by which ``stats`` and ``purge`` identify it. It contains no text."""
+    """Return the space card of a scope, by which ``stats`` and ``purge`` identify the scope. A card has no text."""
     described = space.described()
     return {
         "provider": described.get("provider"),

@@ -22,8 +22,8 @@ OTHER_FRAMEWORK_FOLDERS: Final = frozenset({"onnx", "openvino"})
 SMALL: Final = 1 << 20
 """Maximum size, in bytes, of a file that is hashed every time. The digests of larger files are remembered."""
 SETTLED: Final = 10.0
-"""Minimum age of a file's last change, in seconds, for the file's digest to be remembered. Two changes within one tick
-of the file system's clock give the file the same times. If the file was hashed between two such changes, a remembered
+"""Minimum number of seconds since the last change of a file whose digest is remembered. Two changes within one tick of
+the file system's clock give the file the same times. If the file was hashed between two such changes, a remembered
 digest of the earlier content would be used for the later content."""
 REMEMBERED: Final = 1000
 """Maximum number of remembered digests; the oldest digests are removed first."""
@@ -32,9 +32,9 @@ REMEMBERED: Final = 1000
 def digest(folder: Path, *, pytorch: bool = False) -> str:
     """Return the SHA-256, in hex, of the files that determine the vectors of the model in a folder.
 
-    The digest covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). It
-    does not depend on the path or the age of the folder. With ``pytorch`` it does not cover the weights of other
-    frameworks either, which are the files with a suffix in :data:`OTHER_FRAMEWORKS` and the folders in
+    The digest covers the relative name and the SHA-256 of every file, except hidden files and documents (``.md``). The
+    digest does not depend on the path or the age of the folder. With ``pytorch``, the digest also leaves out the
+    weights of other frameworks: files with a suffix in :data:`OTHER_FRAMEWORKS`, and folders with a name in
     :data:`OTHER_FRAMEWORK_FOLDERS`.
 
     Raises:
@@ -115,5 +115,8 @@ class _Memo:
 
 
 def _identify(stat: os.stat_result) -> str:
-    """Return a string that changes with every change of the file. Part of it is the ctime, which no program can set."""
+    """Return a string that changes when a file changes, except for changes within one tick of the file system's clock.
+
+    The string contains the ctime, because no program can set it.
+    """
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

@@ -77,13 +77,13 @@ def _find_nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the indices and scores of the k nearest rows for a block of queries; ``first`` is the first query's index.
 
-    How a matrix product rounds a row's score depends on the row's place in its block. So the float32 product only
-    selects candidates. The candidates' scores are then computed row by row in float64, so that equal rows get equal
-    scores.
+    A matrix product may round the scores of two equal rows differently, because the rows are at different places in
+    the block. So the float32 product only selects candidates. The candidates' scores are then computed row by row in
+    float64, so that equal rows get equal scores.
     """
     queries, query_lengths = _scale_rows(query_rows, "queries", first)
     coarse = _to_unit_length(queries, query_lengths)
-    # The maximum float32 error when the dot products of two pairs of unit vectors are compared.
+    # Float32 rounding changes the difference between two dot products of unit vectors by at most this margin.
     margin = np.float32((rows.shape[1] + 8) * 2.0**-22)
     best = _BestRows(len(query_rows), k)
     step = _compute_block_size(rows.shape[1])
@@ -136,7 +136,7 @@ class _BestRows:
         return self.scores[:, -1]
 
     def add(self, query: NDArray[np.intp], index: NDArray[np.intp], score: NDArray[np.float32]) -> None:
-        """Add rows, given as their query, their index and their score; ``query`` must be in ascending order."""
+        """Add one row per item of the three arrays; the items of ``query`` must be in ascending order."""
         touched, group = np.unique(query, return_inverse=True)
         owner = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
         indices = np.concatenate([self.indices[touched].ravel(), index])

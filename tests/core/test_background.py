@@ -159,7 +159,7 @@ def test_a_call_from_the_loops_own_thread_is_refused() -> None:
     async def nested() -> int:
         return loop.run(get_thread_id, None)
 
-    with pytest.raises(RuntimeError, match="would deadlock; await it"):
+    with pytest.raises(RuntimeError, match="would deadlock; await the coroutine instead"):
         loop.run(nested, None)
     loop.close()
 
