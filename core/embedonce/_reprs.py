@@ -1,4 +1,4 @@
-"""How values are printed: as one line in a console, as a small table in a notebook, never with a text or a vector."""
+"""The printed forms of values: a line in a console, a table in a notebook. No form shows a text or a vector."""
 
 from __future__ import annotations
 

@@ -100,8 +100,8 @@ class Explanation:
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"`` (the entry has less precision than ``dtype``),
     ``"corrupt"``, ``"skipped"`` (the tier's breaker is open), or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: one sentence for each scope that a tier holds and that is similar to the text's scope. Two scopes are
-    similar if their space cards differ in one or two parts, such as the version."""
+    """For a miss: one sentence for each scope that a tier has and that is similar to the text's scope. Two scopes are
+    similar if their space cards differ in only one or two parts, such as the version."""
 
     @property
     def found(self) -> str | None:

@@ -112,7 +112,8 @@ class _SharedLoop:
         if loop is None or thread is None or self._process != os.getpid():
             return
         loop.call_soon_threadsafe(self._stop)
-        if thread is not threading.current_thread():  # garbage collection may run the finalizer on the loop's thread
+        # Garbage collection may run the finalizer on the loop's thread, and a thread cannot wait for its own end.
+        if thread is not threading.current_thread():
             thread.join(CLOSE_SECONDS)
             self._cancel_calls()
             if self._failed is not None:

@@ -47,7 +47,7 @@ class Cache(Requests):
         fallback_fetch_only: use the fallback only in ``fetch``, whose caller can read ``Fetched.space``. The ``embed…``
             methods then raise the first provider's error. This option is required if the dimensions of the two
             providers differ.
-        drift: checks at intervals whether the provider still returns the vectors that are stored.
+        drift: a guard that checks at intervals whether the provider still returns the vectors that are stored.
         max_wait: maximum number of seconds that a call waits for another call to embed the same text. After this time,
             the waiting call embeds the text itself.
         flush_timeout: maximum number of seconds to wait for background writes in ``close`` and at exit.
@@ -105,8 +105,8 @@ class Cache(Requests):
         """Return a cache with the same tiers for another provider, without a fallback.
 
         Both caches share the key policy, flights, queues, breakers and the tiers' counters. They share entries
-        only if their providers describe the same vector space. Closing the new cache closes only its provider;
-        closing this cache closes both caches.
+        only if their providers describe the same vector space. Closing the new cache closes only the new
+        provider. Closing this cache closes both caches.
 
         Raises:
             SpaceError: the provider describes no vector space.
@@ -134,7 +134,8 @@ class Cache(Requests):
         """Return a float32 matrix of shape (n, d), row i for text i.
 
         Raises:
-            Exception: the error of the first text that failed, as in :meth:`embed`. The other vectors are stored.
+            Exception: the error of the first text that failed, as in :meth:`embed`. The vectors of the other texts are
+                stored.
         """
         return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
 
@@ -362,11 +363,11 @@ class Cache(Requests):
         return await self._chain.upkeep.migrate(self._chain.ports.get_loop_port())
 
     async def aflush(self, timeout: float | None = None) -> bool:
-        """Async twin of :meth:`flush`, which does not block the event loop."""
+        """Async twin of :meth:`flush`. It does not block the event loop."""
         return await self._off_loop(lambda: self.flush(timeout))
 
     async def aclose(self) -> None:
-        """Async twin of :meth:`close`, which does not block the event loop."""
+        """Async twin of :meth:`close`. It does not block the event loop."""
         await self._chain.close_twins(self._chain.ports.get_loop_port())
         await self._off_loop(self.close)
 

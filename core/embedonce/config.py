@@ -79,7 +79,9 @@ def load(source: Source = None, *, own_provider: bool = False) -> Config:
 
 
 def read_allow_list(source: Source = None) -> Sequence[str] | None:
-    """Return the list ``allow`` in ``[plugins]``, even if other tables have problems. None allows all plugins.
+    """Return the list ``allow`` in ``[plugins]``, even if other tables have problems.
+
+    The result is None if there is no such list. All plugins are allowed then.
 
     Raises:
         ConfigError: the file cannot be read, or its ``[plugins]`` table has a problem.
@@ -233,7 +235,10 @@ def _make_encryption(config: Config, tier: TierConfig, problems: list[Problem]) 
 
 
 def _describe_failure(config: Config, part: Plugged, error: BaseException) -> Problem:
-    """Return a problem for the error of a plugin's constructor, at the plugin's table. Hide a message with a secret."""
+    """Return a problem for the error of a plugin's constructor, at the plugin's table.
+
+    If the message of the error contains a secret, the message is left out.
+    """
     said = "(message hidden, because it contains a secret)" if _contains_secret(error, part.secrets) else str(error)
     kind = "" if isinstance(error, EmbedonceError) else type(error).__name__
     message = f"{part.label} cannot be created: " + ": ".join(piece for piece in (kind, said) if piece)

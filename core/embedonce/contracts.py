@@ -49,7 +49,8 @@ class Capabilities:
     """Who shares the entries: one process, one host, or all hosts. The scope determines the default
     timeout and write mode."""
     blocking: bool = True
-    """Whether calls may block. If False, a call takes microseconds and is made on the event loop itself."""
+    """Whether calls may block. If False, the engine calls the backend on the event loop, so that a call must end within
+    microseconds."""
     deadline: bool = False
     """Whether every call ends within :func:`time_left` seconds. If False, the engine runs the backend's calls in a
     thread, so that it can stop waiting for a hanging call."""
@@ -191,8 +192,9 @@ class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.
 
     A call is cancelled when its timeout has passed. The client must then drop the connection, so that the next call
-    does not read the reply to the cancelled call. The engine detects the frame of a different key, because a frame
-    contains a hash of its key. The engine cannot detect the entry of a different key.
+    does not read the reply to the cancelled call. The engine would notice a frame that belongs to a different
+    key, because a frame contains a hash of its key. The engine would not notice an entry that belongs to a different
+    key.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...

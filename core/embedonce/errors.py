@@ -106,7 +106,7 @@ class Incomplete(EmbedonceError):
 
 
 class TierError(EmbedonceError):
-    """A tier with ``on_error = "raise"`` failed; ``tier`` is its name."""
+    """A tier with ``on_error = "raise"`` failed; ``tier`` is the name of the tier."""
 
     def __init__(self, message: str, tier: str = "") -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Events for listeners, and statistics. An event describes one batch, and contains no text and no key."""
+"""Events for listeners, and statistics. No event contains a text or a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries and frames: a vector with its dates, in memory and as bytes.
+"""Entries and frames. An entry is a vector with its dates and metadata. A frame is an entry as bytes.
 
 ``docs/frames.md`` has the layout of a frame, byte by byte.
 """
