@@ -103,8 +103,8 @@ class FrameBackend(Protocol):
     exception. The engine counts the exception as an error of the tier, and by default does not raise it to the caller.
 
     If some nodes of a store fail, raise :class:`~embedonce.errors.PartialAnswer` with the values that the other nodes
-    returned. The engine uses these values, and only the failed keys count as errors. Do not just
-    leave the failed keys out of the returned mapping, because missing keys count as misses.
+    returned. The engine uses these values, and only the failed keys count as errors. Do not just leave the failed keys
+    out of the returned mapping, because missing keys count as misses.
     """
 
     @property
@@ -192,9 +192,8 @@ class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.
 
     A call is cancelled when its timeout has passed. The client must then drop the connection, so that the next call
-    does not read the reply to the cancelled call. The engine would notice a frame that belongs to a different
-    key, because a frame contains a hash of its key. The engine would not notice an entry that belongs to a different
-    key.
+    does not read the reply to the cancelled call. The engine would notice a frame that belongs to a different key,
+    because a frame contains a hash of its key. The engine would not notice an entry that belongs to a different key.
     """
 
     async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]: ...

@@ -129,10 +129,9 @@ class PartialAnswer(TierError):
 
     Backends raise this error, and the engine uses the values of the nodes that answered.
 
-    ``answer`` is the return value of the call for the keys that did not fail: a mapping for ``get_many``, the
-    keys that were added for ``add_many``, None for ``set_many`` and ``delete_many``. ``failed`` contains the keys
-    whose state is unknown (for a write: the keys that were not stored). A requested key that is
-    neither in ``answer`` nor in ``failed`` counts as a miss.
+    ``answer`` is the return value of the call for the keys that did not fail. It is a mapping for ``get_many``, the set
+    of added keys for ``add_many``, and None for ``set_many`` and ``delete_many``. ``failed`` contains the keys for
+    which the call failed. A requested key that is neither in ``answer`` nor in ``failed`` counts as a miss.
 
     Raise this error ``from`` the error of the failed node. The failed keys are counted under that error, and the tier's
     breaker reacts as if the backend had raised that error. A backend may skip a failed node for some time, so

@@ -1,8 +1,8 @@
 """Vector spaces, key policies and keys, which determine which requests share a vector.
 
-Values are hashed in a canonical form. Each value carries its type and its length, so different values
-never have the same bytes. ``docs/keys.md`` gives the form byte by byte. A test implements the form a second
-time, from that page alone, and computes the page's examples.
+Values are hashed in a canonical form. Each value carries its type and its length, so different values never have the
+same bytes. ``docs/keys.md`` gives the form byte by byte. A test implements the form a second time, from that page
+alone, and checks the page's examples.
 """
 
 from __future__ import annotations

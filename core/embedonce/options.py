@@ -6,8 +6,8 @@ description in the JSON schema and in error messages::
     def __init__(self, *, max_bytes: Annotated[Size | None, Doc("Evict entries above this size.")] = None) -> None: ...
 
 In Python, a :data:`Size` is an int of bytes, and a :data:`Duration` is a float of seconds. In TOML, both may also be
-text, such as ``"512 MiB"`` or ``"250ms"``. Importing this module does not import pydantic. The
-class ``Parsed`` imports ``pydantic_core`` only when pydantic asks for the schema of an option.
+text, such as ``"512 MiB"`` or ``"250ms"``. Importing this module does not import pydantic. The class ``Parsed``
+imports ``pydantic_core`` only when pydantic asks for the schema of an option.
 """
 
 from __future__ import annotations
