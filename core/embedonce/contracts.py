@@ -58,7 +58,7 @@ class Capabilities:
     """Whether the client library works in a forked child. If False, a call in the child raises immediately, and the
     message of the error says what to do."""
     ttl: bool = False
-    """Whether the backend removes an entry when its ttl has passed. (The engine never returns an expired entry.)"""
+    """Whether the backend deletes expired entries. (Even if it does not, the engine never returns an expired entry.)"""
     max_batch: int | None = None
     """Maximum number of keys per call; the engine splits larger calls. None means no limit."""
     max_value_bytes: int | None = None
