@@ -52,7 +52,7 @@ class RequestCounters:
             self.found += found
 
     def read(self) -> tuple[int, int, int]:
-        """Return ``requested``, ``found`` and ``shared``, read under the lock, so that ``found`` is at most ``requested``."""
+        """Return ``requested``, ``found`` and ``shared``. The lock ensures that ``found`` is at most ``requested``."""
         with self._lock:
             return self.requested, self.found, self.shared
 

@@ -422,7 +422,9 @@ class InFlight:
 
     @contextlib.contextmanager
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid older calls to store the erased keys, drop their queued writes, and yield ``list_busy_tiers``.
+        """Forbid calls to store the erased keys, drop queued writes of these keys, and yield ``list_busy_tiers``.
+
+        After the block, calls that begin later may store the keys again.
 
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """

@@ -142,8 +142,7 @@ class Engine:
                 for key, flight in claims.landed.items():
                     if flight.stored:  # keep the earlier entry of this key, which is queued for a background write
                         del fresh[key]
-                # Also store the entries whose vectors other calls are computing, because those calls may fail, or may not
-                # store their results.
+                # Also store entries whose vectors other calls are computing, because those calls may fail or store nothing.
                 await self.store(call, fresh)
             finally:
                 self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
@@ -352,7 +351,7 @@ class Engine:
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
-        """Ask the provider for vectors and return the entries. A text that is refused does not make other texts fail."""
+        """Ask the provider for vectors and return the entries. If a text is refused, the other texts do not fail."""
         answer = call.answer
         entries: dict[str, Entry] = {}
         todo = [list(flights)]

@@ -27,7 +27,7 @@ log = logging.getLogger("embedonce")
 TASKS = ("document", "query")
 ITER_BATCH = 1024
 MOVES = 5
-"""Maximum number of new vector spaces that one call opens for a provider that drifts."""
+"""Maximum number of times that one call moves to a new vector space because the provider has drifted."""
 
 
 class Requests:

@@ -162,7 +162,7 @@ class Upkeep:
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Check that each tier answers a read, and that the tier's encryption key can decrypt the tier's space cards."""
+        """Check that each tier answers a read, and that the tier can decrypt its space cards."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()

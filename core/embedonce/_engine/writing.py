@@ -240,7 +240,7 @@ class TierWriter:
         """Write the space card of each scope, unless the card was written less than :data:`CARD_SECONDS` ago.
 
         Cards have no TTL, so they need a backend call of their own. An in-process tier needs no cards, because
-        only this cache writes to it.
+        only this process writes to it.
         """
         if self._calls.capabilities.scope == "process":
             return

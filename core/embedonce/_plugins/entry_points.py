@@ -111,10 +111,9 @@ def find_entry_point(name: str) -> EntryPoint:
 
 
 def type_of(point: EntryPoint) -> str:
-    """Return the ``type`` that chooses this plugin in TOML.
+    """Return the ``type`` that chooses this plugin in TOML: its name, or ``distribution:name`` if needed.
 
-    The result is the plugin's name. It is ``distribution:name`` if the name alone means a different plugin or is
-    ambiguous.
+    The distribution is needed if the name alone means a different plugin or is ambiguous.
     """
     others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
     needs_distribution = others and not _is_own(point)
