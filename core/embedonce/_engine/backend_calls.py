@@ -138,7 +138,7 @@ class BackendCalls:
     async def _open_twin(self) -> AsyncGenerator[Any, None]:
         """Open a twin, yield it once, and close it when this generator is closed.
 
-        An event loop that shuts down closes its async generators. So the loop also closes the twin.
+        An event loop that shuts down closes its async generators. So the loop closes the twin, too.
         """
         import asyncio
 

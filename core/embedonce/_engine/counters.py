@@ -1,4 +1,4 @@
-"""Counters of requests, and of each tier's reads and writes. Many threads update them."""
+"""Counters of requests, and of each tier's reads and writes. Many threads update these counters."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ A process that reads this mark uses the next generation of the space.
 """
 
 FRESH_SUFFIX = ".now"
-"""Suffix of the keys of the flights that compute new canary vectors. Nothing is stored under these keys."""
+"""Suffix of the keys for flights that compute new canary vectors. No tier stores an entry under these keys."""
 
 
 @dataclass(slots=True)
 class _SpaceState:
-    """The state of the checks of one vector space."""
+    """The state of the drift checks in one vector space."""
 
     next_check: float = -np.inf
     """Unix time of the next check."""

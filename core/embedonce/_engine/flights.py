@@ -59,7 +59,7 @@ class Flight:
         self.stored = False
         """Whether the leading call gave the entry to the tiers."""
         self.is_computing = False
-        """Whether the computation has begun. On an event loop, it then continues even if the call is cancelled."""
+        """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
@@ -78,8 +78,8 @@ class Flight:
     def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
         """Return whether waiting for this flight in this thread would block the flight's own computation.
 
-        This is the case inside the leading call's provider, and in a blocking call on the thread of the leading call or
-        of its event loop.
+        This is the case in code that the leading call's provider runs. It is also the case in a blocking call on the
+        leading call's thread, which may be running an event loop.
         """
         if self.number in calls_in_provider.get():
             return True
@@ -351,7 +351,7 @@ class InFlight:
     def queue_write(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
-        Returns whether the queue had room, and how many entries were dropped. With ``force`` a full queue
+        Return whether the queue had room, and how many entries were dropped. With ``force`` a full queue
         drops its oldest writes to make room.
         """
         dropped = 0
@@ -424,7 +424,7 @@ class InFlight:
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
         """Forbid calls to store the erased keys, drop queued writes of these keys, and yield ``list_busy_tiers``.
 
-        After the block, calls that begin later may store the keys again.
+        Calls that begin after the block may store the keys again.
 
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """

@@ -61,7 +61,7 @@ class Leases:
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
         """Yield a pair for each poll: the seconds to sleep before the poll, and whether the poll is the last one.
 
-        The polls end with the one that comes at least ``limit`` seconds after the start.
+        The last poll comes at least ``limit`` seconds after the start.
         """
         end = time.monotonic() + limit
         pause = FIRST_PAUSE

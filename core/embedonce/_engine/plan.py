@@ -87,14 +87,14 @@ class Engine:
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # the request to the provider has already counted the texts
+            if not answer.route.source.fallback:  # a fallback's texts were counted for the provider
                 self.requests.count(requested, answer.hits)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
-        """Return the error that missing texts get instead of vectors in this space, or None to embed these texts."""
+        """Return the error that missing texts get instead of vectors in this space, or None if they can be embedded."""
         return None
 
     async def find_current_route(self, port: Port, route: Route) -> Route:
@@ -142,7 +142,7 @@ class Engine:
                 for key, flight in claims.landed.items():
                     if flight.stored:  # keep the earlier entry of this key, which is queued for a background write
                         del fresh[key]
-                # Also store entries whose vectors other calls are computing, because those calls may fail or store nothing.
+                # Also store entries whose vectors other calls are computing. These calls may fail or may store nothing.
                 await self.store(call, fresh)
             finally:
                 self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
@@ -253,7 +253,7 @@ class Engine:
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        # ``done`` also runs after an interrupt and after the end of the loop, so that no follower waits for ever.
+        # ``done`` also runs after an interrupt and after the end of the loop, so that no other call waits for ever.
         def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()

@@ -20,7 +20,7 @@ def read_tokens(reply: Any) -> int | None:
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:
-    """Call the provider. If it has both methods, use ``aembed`` on an event loop and ``embed`` elsewhere.
+    """Call the provider: ``aembed`` on an event loop, else ``embed``. If only one of the two exists, call that one.
 
     Raises:
         ProviderTimeout: the provider did not answer within its ``timeout``.

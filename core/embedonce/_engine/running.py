@@ -131,8 +131,8 @@ class RunningChain:
         self._owner = owner
         with _open_lock:
             _open_chains.add(self)
-        # atexit runs callbacks in reverse order. Our callback is registered after the backends' callbacks. So our callback
-        # runs first, and flushes the chain before a backend closes itself.
+        # atexit runs callbacks in reverse order. Register our callback last, so that it flushes the chain before a
+        # callback of a backend closes the backend.
         _register_close()
 
     def add_cache(self, cache: CacheOverChain) -> None:
@@ -280,8 +280,8 @@ def _register_flush() -> None:
 
     A callback of ``atexit`` would run too late, because the thread pools of ``concurrent.futures`` and asyncio have
     been shut down by then. So this function uses ``threading._register_atexit``, which also runs its callbacks in
-    reverse order. Importing ``concurrent.futures.thread`` registers the callback that shuts the pools down. Our callback
-    is registered after this import, so it runs before the pools are shut down.
+    reverse order. Importing ``concurrent.futures.thread`` registers the callback that shuts the pools down. Our
+    callback is registered after this import, so it runs before the pools are shut down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)

@@ -55,7 +55,7 @@ class Upkeep:
         await self._erase(port, Erasure(keys), erase, "forget")
 
     async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
-        """Remove every entry in the scopes that match ``scope`` and ``wanted``.
+        """Remove every entry in the scopes that match ``scope`` and ``wanted``. With ``dry_run``, only count entries.
 
         Raises:
             EraseIncomplete: a tier failed, cannot list or cannot delete. The error names each such tier.
