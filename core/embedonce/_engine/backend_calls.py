@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedonce")
 
 MAX_CALLS = 32
-"""Maximum number of concurrent calls to a backend from event loops.
+"""Maximum number of calls to one backend that run in threads at the same time.
 
 A call raises TierBusy if no thread becomes free in time.
 """
@@ -49,7 +49,7 @@ class BackendCalls:
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
         self._inherited: list[Any] = []
-        """The parent's twins, in a forked child. They are kept here, so that garbage collection does not close them."""
+        """In a forked child, the parent's twins. This list keeps garbage collection from closing these twins."""
         self.reset()
 
     def reset(self) -> None:
@@ -138,7 +138,7 @@ class BackendCalls:
     async def _open_twin(self) -> AsyncGenerator[Any, None]:
         """Open a twin, yield it once, and close it when this generator is closed.
 
-        An event loop that shuts down closes its async generators. When it closes this generator, the twin is closed.
+        An event loop that shuts down closes its async generators. So the loop closes the twin, too.
         """
         import asyncio
 

@@ -36,7 +36,7 @@ class Answer:
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
     hits: int = 0
-    """Number of entries in ``found``."""
+    """Number of texts that the tiers had."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -115,7 +115,7 @@ class Answer:
 
 
 class Call(NamedTuple):
-    """The arguments that every step of the plan needs."""
+    """The arguments that every step of :meth:`Engine.fetch` needs."""
 
     port: Port
     ticket: Ticket

@@ -24,9 +24,9 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 class Tier:
     """One backend in a chain, and how the chain uses it.
 
-    The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process has no timeout
-    and is written inline. A backend on this host has a timeout of 2 s and is written inline. A backend on the network
-    has a timeout of 250 ms and is written in the background.
+    The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process gets no timeout
+    and inline writes. A backend on this host gets a timeout of 2 s and inline writes. A backend on the network gets a
+    timeout of 250 ms and background writes.
     """
 
     backend: Backend

@@ -48,8 +48,9 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
     if dimensions is not None and matrix.shape[1] != dimensions:
         raise ProviderError(
             f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions} "
-            "according to its vector space or to earlier vectors of that space; none was stored. "
-            "If the model has changed, its vector space must change too: set its revision, or change [key] version"
+            "according to the provider's vector space or to earlier vectors of that space; none was stored. "
+            "If the model has changed, its texts need a new vector space: set the model's revision, or change [key] "
+            "version"
         )
     if not np.isfinite(matrix).all():
         raise ProviderError(f"{who} NaN or infinity; none of the vectors was stored")
@@ -75,7 +76,7 @@ def check_entries(
 ) -> Decoded:
     """Check the answer of an entry backend, as ``decode_frames`` does for frames.
 
-    ``trusted``: the backend is in this process and returns the same objects that this cache stored.
+    ``trusted`` means that the backend is in this process and returns the same objects that this cache stored.
     """
     decoded = Decoded()
     if isinstance(values, Entries):
@@ -101,7 +102,7 @@ def check_entries(
 def _take_valid_blocks(
     values: Entries, now: float, dtype: Dtype, dimensions: int | None, entries: Entries
 ) -> dict[str, Entry]:
-    """Add to ``entries`` the blocks whose rows are all valid. Return all other entries; each needs a check."""
+    """Add to ``entries`` the blocks whose rows are all valid. Return all other entries, to be checked one by one."""
     rest = values.loose()
     for block in values.blocks:
         if block.dtype == dtype and _is_valid_block(block, now, dimensions):

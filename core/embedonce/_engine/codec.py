@@ -70,7 +70,7 @@ class Codec:
         return decoded
 
     def add_previews(self, entries: Mapping[str, Entry], preview_of: Callable[[str], str]) -> Mapping[str, Entry]:
-        """Return the entries to store. In a tier with previews, each entry's metadata gets ``preview_of(key)``."""
+        """Return the entries to store. In a tier with previews, each entry's metadata gets the start of the text."""
         if not self._keeps_previews:
             return entries
         return {

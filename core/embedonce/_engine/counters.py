@@ -1,4 +1,4 @@
-"""Counters of a tier's reads and writes, updated from many threads."""
+"""Counters of requests, and of each tier's reads and writes. Many threads update these counters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tally:
 
 
 class RequestCounters:
-    """Counts the requested texts, and how many of them a tier had or another call was already embedding."""
+    """Counts the requested texts, the texts that a tier had, and the texts that another call was already embedding."""
 
     def __init__(self) -> None:
         self.requested = 0
@@ -52,7 +52,7 @@ class RequestCounters:
             self.found += found
 
     def read(self) -> tuple[int, int, int]:
-        """Return ``requested``, ``found`` and ``shared`` at one moment, so that ``found`` is at most ``requested``."""
+        """Return ``requested``, ``found`` and ``shared``. The lock ensures that ``found`` is at most ``requested``."""
         with self._lock:
             return self.requested, self.found, self.shared
 

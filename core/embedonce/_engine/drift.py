@@ -1,7 +1,8 @@
 """An engine that checks for drift before it embeds texts: at the first miss, and then at intervals.
 
-The canaries are ordinary entries of their scope, so ``purge``, encryption, rounding and TTL apply to them too. A
-check that finds no drift stores the *old* canary vectors again, with the date of the check. This has three effects:
+A check embeds the canary texts and compares their new vectors with the stored ones. The stored canary vectors are
+ordinary entries of their scope, so ``purge``, encryption, rounding and TTL apply to them. A check that finds no drift
+stores the *old* canary vectors again, with the date of the check. This has three effects:
 
 - A new process can read when the last check was made.
 - A slow drift is measured against the first vectors and not against the latest ones.
@@ -28,7 +29,7 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds from a check to the next one if the check failed, or if it found drift and the action is ``"refuse"``."""
+"""Seconds until the check is repeated after it failed, or after it found drift and the action is ``"refuse"``."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata field that marks the canaries of a drifted space.
@@ -37,12 +38,12 @@ A process that reads this mark uses the next generation of the space.
 """
 
 FRESH_SUFFIX = ".now"
-"""Suffix of the keys of the flights that compute new canary vectors. Nothing is stored under these keys."""
+"""Suffix of the keys for flights that compute new canary vectors. No tier stores an entry under these keys."""
 
 
 @dataclass(slots=True)
 class _SpaceState:
-    """The state of the checks of one vector space."""
+    """The state of the drift checks in one vector space."""
 
     next_check: float = -np.inf
     """Unix time of the next check."""
@@ -68,7 +69,7 @@ class DriftCheckingEngine(Engine):
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
-        # If there were no lower bound, setting the clock back would postpone the next check.
+        # Without the lower bound, setting the clock back would postpone the next check.
         is_early = state.next_check - max(self._guard.every, RETRY_SECONDS) <= self._clock() < state.next_check
         if route.generation == state.generation and not is_early:
             await self._check_for_drift(port, route, state)

@@ -2,8 +2,8 @@
 
 A *flight* is one computation of the vector of one key. Any number of calls may wait for a flight. A flight *lands*
 when its entry is computed. A landed flight stays readable while its background writes are queued or running, and while
-a call that began before the landing has not claimed its keys. Such a call may have read a tier before the entry was
-written, so without the flight it would embed the text again.
+any call that began before the landing has not claimed its keys yet. Such a call may have read a tier before the entry
+was written. Without the flight, this call would embed the text again.
 
 Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
 calls with older tickets to store the erased keys. This applies to computed, promoted and queued entries alike. A flight
@@ -35,7 +35,10 @@ of these calls, because the wait would deadlock."""
 
 
 class Abandoned(Exception):
-    """The call that computed a flight was cancelled, or the call's event loop ended. The followers embed the text."""
+    """The call that computed a flight was cancelled, or the call's event loop ended.
+
+    Each call that waits for the flight then embeds the text itself.
+    """
 
 
 class Flight:
@@ -56,13 +59,13 @@ class Flight:
         self.stored = False
         """Whether the leading call gave the entry to the tiers."""
         self.is_computing = False
-        """Whether the computation has begun. From then on, only the computation lands, fails or abandons the flight."""
+        """Whether the computation has begun. If so, cancelling an async call does not stop the computation."""
         self._future: Future[None] | None = None
 
     def get_future(self) -> Future[None]:
-        """Return the future that followers wait for.
+        """Return the future that other calls wait for.
 
-        The first call creates the future, and must be made while the lock is held.
+        Hold the lock when you use this method for the first time, because the first use creates the future.
         """
         if self._future is None:
             self._future = Future()
@@ -73,10 +76,10 @@ class Flight:
             self._future.set_result(None)
 
     def would_deadlock(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Return whether waiting for this flight here would block the flight's own computation.
+        """Return whether waiting for this flight in this thread would block the flight's own computation.
 
-        This is the case inside the provider call of the flight's leader, and in a blocking call on the leader's thread
-        or on the thread of the leader's event loop.
+        This is the case in code that the leading call's provider runs. It is also the case in a blocking call on the
+        leading call's thread, which may be running an event loop.
         """
         if self.number in calls_in_provider.get():
             return True
@@ -92,7 +95,7 @@ class Claims:
     led: dict[str, Flight] = field(default_factory=dict)
     """New flights, which this call computes."""
     followed: dict[str, Flight] = field(default_factory=dict)
-    """Flights that another call is computing."""
+    """Flights that other calls are computing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -130,8 +133,8 @@ class Ticket:
 
     Several holders may share a ticket. The call ends when the last holder releases the ticket.
 
-    Ctrl-C can interrupt a call between any two lines, even inside a context manager, so that ``__exit__`` never runs.
-    In that case ``__del__`` ends the call.
+    Ctrl-C can interrupt a call between any two lines, even inside a context manager. Then ``__exit__`` may never run,
+    so ``__del__`` ends the call.
     """
 
     __slots__ = ("_holders", "_in_flight", "number")
@@ -184,7 +187,7 @@ class InFlight:
         self._flights: dict[str, Flight] = {}
         self._retired: deque[tuple[int, str, Flight]] = deque()
         self._erasures: deque[Erasure] = deque()  # finished erasures, in the order in which they finished
-        # These dictionaries are indexes, so that checking a key does not take longer when there are more erasures.
+        # Erasures by key and by prefix, so that checking a key does not search through all erasures.
         self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._writing: set[PendingWrite] = set()
@@ -238,7 +241,8 @@ class InFlight:
         Each key that has no flight gets a new flight, which this call leads. The call follows the flights of the other
         keys.
 
-        The caller passes ``claims`` in, so that it knows which flights it leads even if Ctrl-C interrupts this method.
+        This method fills ``claims`` and returns nothing. So the caller knows which flights it leads, even if Ctrl-C
+        interrupts this method.
         """
         with self._lock:
             for key in keys:
@@ -253,7 +257,7 @@ class InFlight:
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
-        """Set the entries of flights and wake their followers. ``stored``: whether the tiers got the entries."""
+        """Set the entries of flights and wake the calls that wait. ``stored``: whether the tiers got the entries."""
         with self._lock:
             for key, flight in flights.items():
                 flight.entry = entries[key]
@@ -263,13 +267,13 @@ class InFlight:
             flight.wake()
 
     def abandon(self, flights: Mapping[str, Flight]) -> None:
-        """Set the error :class:`Abandoned` for those of the flights that have neither landed nor failed."""
+        """Set the error :class:`Abandoned` on each flight that has neither landed nor failed."""
         left = {key: flight for key, flight in flights.items() if flight.entry is None and flight.error is None}
         if left:
             self.fail(left, Abandoned())
 
     def fail(self, flights: Mapping[str, Flight], error: BaseException) -> None:
-        """Set the error of flights, remove them, and wake their followers."""
+        """Set the error of flights, remove these flights, and wake the calls that wait for them."""
         with self._lock:
             for key, flight in flights.items():
                 flight.error = error
@@ -285,7 +289,7 @@ class InFlight:
         return not flight.thread.is_alive() or flight.number not in self._calls
 
     def remove_abandoned(self, key: str, flight: Flight) -> None:
-        """Remove a flight whose leader is gone, so that another call can start a new one."""
+        """Remove a flight whose leading call has ended, so that another call can start a new flight."""
         with self._lock:
             if self._flights.get(key) is flight and flight.entry is None:
                 del self._flights[key]
@@ -347,7 +351,7 @@ class InFlight:
     def queue_write(self, tier: str, number: int, entries: Mapping[str, Entry], *, force: bool) -> tuple[bool, int]:
         """Queue entries for a background write.
 
-        Returns whether the queue had room, and how many entries were dropped. With ``force`` a full queue
+        Return whether the queue had room, and how many entries were dropped. With ``force`` a full queue
         drops its oldest writes to make room.
         """
         dropped = 0
@@ -418,7 +422,9 @@ class InFlight:
 
     @contextlib.contextmanager
     def forbid_stores(self, erasure: Erasure) -> Iterator[Callable[[], list[str]]]:
-        """Forbid older calls to store the erased keys, drop their queued writes, and yield ``list_busy_tiers``.
+        """Forbid calls to store the erased keys, drop queued writes of these keys, and yield ``list_busy_tiers``.
+
+        Calls that begin after the block may store the keys again.
 
         ``list_busy_tiers()`` returns the names of the tiers to which erased keys are being written at that moment.
         """

@@ -4,8 +4,8 @@ A lease is a key that expires, and that a process can store only while the key i
 leases of a whole batch. A lease is never released. The process that holds the lease of a text computes the text's
 vector and writes the vector inline. The other processes poll the tier until the vector is there or the lease expires.
 
-Without leases, results are still correct, but several processes may embed the same text. The same is true while the
-tier fails, because each process then embeds all of its missing texts itself.
+Without leases, results are still correct, but several processes may embed the same text. While the tier fails, no
+process can take a lease. Each process then embeds all of its missing texts itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Each pause is 1.5 times as long as the one before.
 
 
 class Leases:
-    """The leases of one chain, on one of its tiers."""
+    """The leases of one chain. One tier of the chain stores them."""
 
     def __init__(self, tier: LiveTier, seconds: float) -> None:
         self.tier = tier
@@ -61,7 +61,7 @@ class Leases:
     def pauses(self, limit: float) -> Iterator[tuple[float, bool]]:
         """Yield a pair for each poll: the seconds to sleep before the poll, and whether the poll is the last one.
 
-        The last poll is the first one that comes ``limit`` or more seconds after the start.
+        The last poll comes at least ``limit`` seconds after the start.
         """
         end = time.monotonic() + limit
         pause = FIRST_PAUSE

@@ -1,8 +1,8 @@
 """The read-through plan, written once for the blocking and the async methods.
 
-Every method here is ``async`` and awaits only the methods of a port. The cache's blocking methods run the plan to its
-end without an event loop, and its async methods await the plan. :meth:`Engine.fetch` is the plan; the other methods
-are its steps.
+The plan is :meth:`Engine.fetch`, and the other methods are its steps. The steps are coroutines that wait only in the
+methods of a port. The cache's blocking methods run the plan to its end without an event loop. The cache's async methods
+await the plan.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Engine:
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # the texts were counted before the fallback was asked for them
+            if not answer.route.source.fallback:  # a fallback's texts were counted for the provider
                 self.requests.count(requested, answer.hits)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
-        """Return the error that forbids computing in this vector space, or None."""
+        """Return the error that missing texts get instead of vectors in this space, or None if they can be embedded."""
         return None
 
     async def find_current_route(self, port: Port, route: Route) -> Route:
@@ -118,7 +118,7 @@ class Engine:
     def _give_up_flights(self, call: Call, claims: Claims, *, blocking: bool) -> None:
         """Abandon the flights of a call that ends early, so that no other call waits for them.
 
-        On an event loop, a computation that has begun continues in its own asyncio task, which lands its flights.
+        On an event loop, a computation that has begun continues in its own asyncio task, which lands the flights.
         """
         if blocking:
             self.in_flight.abandon(claims.led)
@@ -142,7 +142,7 @@ class Engine:
                 for key, flight in claims.landed.items():
                     if flight.stored:  # keep the earlier entry of this key, which is queued for a background write
                         del fresh[key]
-                # Also store the keys that other calls are computing, because those calls may fail, or store nothing.
+                # Also store entries whose vectors other calls are computing. These calls may fail or may store nothing.
                 await self.store(call, fresh)
             finally:
                 self.in_flight.land(claims.led, {key: entries[key] for key in claims.led}, stored=True)
@@ -185,7 +185,7 @@ class Engine:
     async def _store_in(
         self, call: Call, entries: Mapping[str, Entry], tiers: Sequence[LiveTier], *, wait_for_room: bool
     ) -> None:
-        """Store entries in the tiers that have not failed in this call. If a tier raises, go on with the next one."""
+        """Store entries in the tiers that have not failed in this call. If a tier raises, go on with the next tier."""
         answer = call.answer
         for tier in tiers:
             if tier.name not in answer.failed_tiers:
@@ -247,13 +247,13 @@ class Engine:
             flight.error = flight.error or Abandoned()
 
     async def _compute_flights(self, call: Call, flights: dict[str, Flight], *, leases: Leases | None) -> None:
-        """Compute flights in chunks, store their entries and land them, even if the caller is cancelled meanwhile."""
+        """Compute, store and land flights, chunk by chunk. On an event loop, go on even if the caller is cancelled."""
         if not flights:
             return
         texts = _normalize_texts(call.answer, flights)
         ticket = call.ticket
 
-        # ``done`` also runs after an interrupt and after the end of the loop, so that no follower waits for ever.
+        # ``done`` also runs after an interrupt and after the end of the loop, so that no other call waits for ever.
         def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
@@ -307,7 +307,7 @@ class Engine:
         return failed | await leases.take(call.port, [key for key in keys if key not in failed])
 
     async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
-        """Land the entries that other processes have written by now. Return whether the tier answered."""
+        """Land the flights whose entries other processes have written by now. Return whether the tier answered."""
         answer = call.answer
         try:
             read = await tier.read(
@@ -351,7 +351,7 @@ class Engine:
     async def _compute_entries(
         self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
     ) -> dict[str, Entry]:
-        """Ask the provider for vectors and return the entries. A refused text does not make the other texts fail."""
+        """Ask the provider for vectors and return the entries. If a text is refused, the other texts do not fail."""
         answer = call.answer
         entries: dict[str, Entry] = {}
         todo = [list(flights)]
@@ -369,7 +369,7 @@ class Engine:
                 if rest:
                     todo.append(rest)
                 self._fail_flights(answer, {key: flights[key] for key in refused}, error)
-            except Exception as error:  # noqa: BLE001  (the caller gets every error of a provider, by position)
+            except Exception as error:  # noqa: BLE001  (each text of the chunk gets the error)
                 self._fail_flights(answer, {key: flights[key] for key in part}, error)
             else:
                 for key, entry in zip(part, made, strict=True):
@@ -433,6 +433,6 @@ def copy_error(error: Exception) -> Exception:
     """
     try:
         own = copy(error)
-    except Exception:  # noqa: BLE001  (copying fails if a class needs arguments that its exceptions do not keep)
+    except Exception:  # noqa: BLE001  (an exception class may not support copying)
         return error
     return own if type(own) is type(error) else error

@@ -92,12 +92,12 @@ class Port(Protocol):
 
 
 def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
-    """Make a call in this thread, with a deadline in ``timeout`` seconds.
+    """Make a call in this thread, with a deadline ``timeout`` seconds from now.
 
     Inside the call, ``time_left()`` returns the seconds until the deadline.
 
     The call runs in a copy of the context, because Ctrl-C can interrupt between setting and resetting the deadline.
-    Without the copy, the deadline would stay set in this thread, and all later calls would fail once it has passed.
+    Without the copy, the deadline would stay set in this thread, and all calls after the deadline would fail.
     """
     return copy_context().run(_call_in_this_context, call, timeout)
 

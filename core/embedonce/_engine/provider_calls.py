@@ -20,7 +20,7 @@ def read_tokens(reply: Any) -> int | None:
 
 
 async def call_provider(call: Call, texts: list[str]) -> Any:
-    """Call the provider's ``embed`` or ``aembed``, whichever suits the port better.
+    """Call the provider: ``aembed`` on an event loop, else ``embed``. If only one of the two exists, call that one.
 
     Raises:
         ProviderTimeout: the provider did not answer within its ``timeout``.
@@ -62,7 +62,7 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
     try:
         tokens: int = count_tokens(text)
     except Exception:  # noqa: BLE001  (an error in counting tokens must not make the whole call fail)
-        # With this number of tokens, the text gets a chunk of its own, so if the chunk fails, no other text fails.
+        # This number fills a chunk, so the text gets a chunk of its own. If that chunk fails, no other text fails.
         return max_tokens
     return tokens
 

@@ -191,7 +191,7 @@ class TierReader:
 
 
 def _drop_odd_dimensions(read: ReadResult) -> None:
-    """Drop the entries that do not have the most common dimensions. Call this while the dimensions are unknown."""
+    """Keep only entries with the most common number of dimensions. Call this while the right number is unknown."""
     sizes = read.entries.sizes()
     if len(sizes) > 1:
         usual = sizes.most_common(1)[0][0]

@@ -27,13 +27,13 @@ log = logging.getLogger("embedonce")
 TASKS = ("document", "query")
 ITER_BATCH = 1024
 MOVES = 5
-"""Maximum number of new vector spaces that one call opens for a provider that drifts."""
+"""Maximum number of times that one call moves to a new vector space because the provider has drifted."""
 
 
 class Requests:
     """Serves requests for one provider's vectors from a chain that several caches may share.
 
-    This is a base class of the cache and not one of its attributes, so that a hit needs fewer attribute lookups.
+    The cache inherits from this class, so that a hit needs fewer attribute lookups than with a separate object.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Requests:
     def _read_hot_vector(self, text: str, task: Task) -> Vector | None:
         """Return the text's vector if the first tier is in this process and has the vector, else None.
 
-        A hit must take less than a microsecond, so this uses no coroutine, takes no lock and emits no event.
+        A hit must take less than a microsecond, so this method runs no coroutine, takes no lock and emits no event.
         """
         get, count, routes = self._hot
         if type(text) is not str or type(task) is not str or task not in routes:
@@ -86,8 +86,8 @@ class Requests:
         """Return the ``get`` and the hit counter of the first tier, and the routes by task, for the fast path.
 
         If hits cannot take the fast path, return no routes, so that every call takes the slow path. Hits cannot take
-        the fast path if the first tier is not in this process. They cannot take it either if there are listeners,
-        because the fast path emits no events.
+        the fast path if the first tier is not in this process. Listeners also prevent the fast path, because the fast
+        path emits no events.
         """
         chain = self._chain
         if chain.tiers and not chain.listeners and not self._closed:
@@ -180,7 +180,7 @@ class Requests:
         """Find vectors for all texts in one vector space: the provider's, or the fallback's if the provider fails."""
         if not isinstance(texts, list):
             _require_texts(texts)
-            # The texts may be read again for the fallback, and an iterator can be read only once.
+            # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
             texts = copy_texts(texts)
         answer = await self._answer_in_one_space(port, self._source, texts, task, store=store, metadata=metadata)
         fallback = self._fallback

@@ -16,13 +16,13 @@ from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 from .workers import Workers
 
 MAX_CALLS = 32
-"""Maximum number of simultaneous calls to a blocking provider from event loops, each in a thread."""
+"""Maximum number of calls to one blocking provider that run in threads at the same time."""
 
 MEMO_TEXTS = 4096
 MEMO_CHARACTERS = 10_000_000
-"""Maximum number of texts, and maximum total number of characters, in each of the memo's two generations.
+"""Maximum total number of characters in each of the memo's two generations.
 
-The memo maps recent texts to their keys.
+The memo maps recent texts to their keys. A generation contains at most ``MEMO_TEXTS`` texts.
 """
 
 MEMO_MAX_TEXT = 16_000
@@ -77,7 +77,7 @@ def describe_space(provider: AnyProvider, task: str) -> VectorSpace:
     """Return the provider's vector space for a task.
 
     Raises:
-        SpaceError: the provider does not describe the vector space, and embedonce never guesses one.
+        SpaceError: the provider does not return a ``VectorSpace``.
     """
     space = provider.space(task)
     if not isinstance(space, VectorSpace):
@@ -115,7 +115,7 @@ class Route:
         self.dimensions = self.space.dimensions
         """Number of dimensions. None until the first vector arrives, if the provider does not state the number."""
         self.recent_keys: dict[str, str] = {}
-        """Keys by text: the newer generation of the memo, which avoids hashing a repeated text again."""
+        """Keys by text: the newer generation of the memo. A text in the memo is not hashed again."""
         self._older_keys: dict[str, str] = {}
         self._characters = 0
 

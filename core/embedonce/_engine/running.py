@@ -1,4 +1,4 @@
-"""A running chain: everything that the caches over it share, and what happens when the program exits."""
+"""A running chain, with everything that its caches share, and the steps that close all chains at exit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CacheOverChain(Protocol):
 
 
 class RunningChain:
-    """The tiers of one chain, and everything that the caches over them share: flights, queues, threads, events."""
+    """The tiers of one chain, and everything that the caches of the chain share: flights, queues, threads, events."""
 
     def __init__(
         self,
@@ -131,7 +131,8 @@ class RunningChain:
         self._owner = owner
         with _open_lock:
             _open_chains.add(self)
-        # atexit runs callbacks in reverse order. Register ours last, so that it flushes before a backend closes itself.
+        # atexit runs callbacks in reverse order. Register our callback last, so that it flushes the chain before a
+        # callback of a backend closes the backend.
         _register_close()
 
     def add_cache(self, cache: CacheOverChain) -> None:
@@ -278,9 +279,9 @@ def _register_flush() -> None:
     """Register :func:`_flush_open_chains` to run when this process exits, before thread pools are shut down.
 
     A callback of ``atexit`` would run too late, because the thread pools of ``concurrent.futures`` and asyncio have
-    been shut down by then. A callback of ``threading._register_atexit`` shuts these pools down. Such callbacks run in
-    reverse order of registration. This function registers our callback later, so it runs before the pools are shut
-    down.
+    been shut down by then. So this function uses ``threading._register_atexit``, which also runs its callbacks in
+    reverse order. Importing ``concurrent.futures.thread`` registers the callback that shuts the pools down. Our
+    callback is registered after this import, so it runs before the pools are shut down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)
@@ -312,7 +313,8 @@ def _reset_after_fork() -> None:
     if "multiprocessing.util" in sys.modules:
         from multiprocessing.util import register_after_fork
 
-        # multiprocessing clears its finalizers in the child, and then calls the functions registered here.
+        # In the child, multiprocessing first clears its finalizers and then calls the functions registered here. So the
+        # finalizer that _register_close creates in such a function is not cleared.
         register_after_fork(_open_chains, lambda chains: _register_close())
 
 

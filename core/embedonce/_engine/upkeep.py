@@ -55,7 +55,7 @@ class Upkeep:
         await self._erase(port, Erasure(keys), erase, "forget")
 
     async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
-        """Remove every entry in the scopes that match ``scope`` and ``wanted``.
+        """Remove every entry in the scopes that match ``scope`` and ``wanted``. With ``dry_run``, only count entries.
 
         Raises:
             EraseIncomplete: a tier failed, cannot list or cannot delete. The error names each such tier.
@@ -162,7 +162,7 @@ class Upkeep:
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Return whether each tier answers a read of a key that has no entry."""
+        """Check that each tier answers a read, and that the tier can decrypt its space cards."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()

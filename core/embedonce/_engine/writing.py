@@ -30,7 +30,7 @@ LOG_INTERVAL = 60.0
 """Minimum number of seconds between two log lines about failed writes, so that a failing store cannot flood the log."""
 
 JITTER = 0.05
-"""Maximum share by which an entry's TTL is shortened, so that entries written together expire at different times."""
+"""Maximum fraction by which a TTL is shortened, so that entries written together expire at different times."""
 
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
 """Write mode, by the backend's scope, if the tier sets no write mode."""
@@ -48,7 +48,7 @@ class WriteResult:
     """Number of entries that are too large for the backend."""
     failed: int = 0
     error: Exception | None = None
-    """The error that caused ``failed``."""
+    """The error of the failed entries, or None if no entry failed."""
 
 
 class TierWriter:
@@ -240,7 +240,7 @@ class TierWriter:
         """Write the space card of each scope, unless the card was written less than :data:`CARD_SECONDS` ago.
 
         Cards have no TTL, so they need a backend call of their own. An in-process tier needs no cards, because
-        only this cache writes to it.
+        only this process writes to it.
         """
         if self._calls.capabilities.scope == "process":
             return
@@ -256,7 +256,7 @@ class TierWriter:
             self._cards_written.update(dict.fromkeys(due, now))
 
     def forget_cards(self, scopes: Iterable[str]) -> None:
-        """Forget that these scopes' cards were written, so that the next write of entries writes them again."""
+        """Forget that these scopes' cards were written, so that the next write of entries also writes the cards."""
         for scope in scopes:
             self._cards_written.pop(scope, None)
 

@@ -53,7 +53,7 @@ _KNOWN_WORDS: dict[int, tuple[Dtype, int]] = {
 
 
 def _hash_key(key: str) -> bytes:
-    # Valid keys are ASCII. A faulty backend may return any string, even one with lone surrogates.
+    # Valid keys are ASCII. A faulty backend may return a key with lone surrogates, and hashing must not fail for it.
     return xxh3_128_digest(key.encode("utf-8", "surrogatepass"))
 
 
@@ -141,7 +141,7 @@ class Decoded:
     The cache counts these keys as corrupt and embeds their texts again.
     """
     missed: list[str] = field(default_factory=list)
-    """Keys whose frame is expired, has a different format version, or is coarser than the requested dtype.
+    """Keys whose frame has expired, has a different format version, or has a coarser dtype than the requested one.
 
     A key is also missed if its vector does not fit the requested dtype, because a value is too large for the dtype or
     because all values become zero.
@@ -265,7 +265,7 @@ def _decode_batch(
 
 
 def _read_layout(words: NDArray[np.uint64], size: int, wanted: _Request) -> tuple[Dtype, int] | None:
-    """Return the dtype and the start of the payload that the first header describes.
+    """Return the dtype and the offset of the payload, as the first header describes them.
 
     Return None if frames with this header cannot be decoded as a block.
     """
@@ -291,7 +291,7 @@ def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]
 
 
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
-    """Return which headers are valid.
+    """Return a mask of the valid headers.
 
     A header is valid if it has the layout of the first header, the echo of the frame's own key and valid dates, and if
     the expiry date is in the future.

@@ -60,7 +60,7 @@ def installed_by_embedonce() -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _scan_metadata(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Read the group's entry points from the metadata of all installed packages.
+    """Read the entry points in the group ``embedonce`` from the metadata of all installed packages.
 
     Reading the metadata takes about 10 ms, so the result is cached until ``sys.path`` changes.
     """
@@ -111,10 +111,9 @@ def find_entry_point(name: str) -> EntryPoint:
 
 
 def type_of(point: EntryPoint) -> str:
-    """Return the ``type`` that chooses this plugin in TOML.
+    """Return the ``type`` that chooses this plugin in TOML: its name, or ``distribution:name`` if needed.
 
-    The result is the plugin's name. If this name means a different plugin or is ambiguous, the result is
-    ``distribution:name``.
+    The distribution is needed if the name alone means a different plugin or is ambiguous.
     """
     others = [other for other in _list_matches(point.name) if other is not point and refusal_of(other) is None]
     needs_distribution = others and not _is_own(point)

@@ -193,7 +193,7 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
 
 
 def _call_hook(point: EntryPoint, module: Any, kind: Kind) -> Mapping[str, Any]:
-    """Return what the module's own hook of this kind registers, by name."""
+    """Call the module's hook for this kind, and return the classes or functions that the hook registers, by name."""
     manager, hook = _get_manager(), HOOKS[kind]
     others = [plugin for plugin in manager.get_plugins() if plugin is not module]
     try:
@@ -257,7 +257,7 @@ def _explain_missing_module(point: EntryPoint, error: ModuleNotFoundError) -> st
 
 
 def find_extra(distribution: Distribution, plugin: str, module: str) -> str | None:
-    """Return the extra of the distribution that provides a missing module, or None.
+    """Return the extra to install for a missing module, or None. The extra belongs to the plugin's distribution.
 
     Prefer the extra that has the plugin's name. Otherwise, take an extra that requires a package with the module's
     name. The extras come from the distribution's metadata, so a message never names an extra that does not exist.

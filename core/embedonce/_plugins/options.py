@@ -137,7 +137,7 @@ def _full_name(cls: type[Any]) -> str:
 
 
 def list_annotations(hint: Any) -> list[Any]:
-    """Return the metadata of every ``Annotated`` in a type, at the top or inside a union."""
+    """Return the metadata of every ``Annotated`` in a type, at any depth."""
     found = list(getattr(hint, "__metadata__", ()))
     for part in typing.get_args(hint):
         if typing.get_origin(part) is typing.Annotated or typing.get_args(part):

@@ -58,7 +58,7 @@ def _convert_annotated(hint: Any, metadata: Sequence[Any], value: Any) -> Any:
 
 
 def _is_within(part: Any, value: Any) -> bool:
-    """Return whether a value is within the bound ``part``, or False if only pydantic can check this ``part``."""
+    """Return whether a value meets ``part`` of an ``Annotated``. Return False if only pydantic can check this."""
     if isinstance(part, Doc):
         return True
     if value is None:
