@@ -169,7 +169,8 @@ max_bytes = "2 GiB"
         """\
 [[tiers]]
 type = "memcached"
-# List every node as host:port. All programs that share the nodes must spell each host name alike.
+# List every node as host:port. All programs that share the nodes must spell each host name in the same way, because the
+# spelling determines which node stores a key.
 servers = ["localhost:11211"]
 prefix = "embedonce:"
 # `embedonce purge` cannot list keys in memcached; a ttl limits how long an entry stays.

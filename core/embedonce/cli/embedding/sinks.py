@@ -46,7 +46,7 @@ class Sink(Protocol):
         ...
 
     def finish(self, dimensions: int) -> None:
-        """Move the output into place; ``dimensions`` is used if the output has no rows."""
+        """Move the output into place; an output without rows gets ``dimensions`` as its number of dimensions."""
         ...
 
     def abort(self) -> None:
