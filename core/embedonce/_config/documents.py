@@ -23,7 +23,7 @@ TABLE = ("tool", "embedonce")
 
 CONFIG_VARIABLE = "EMBEDONCE_CONFIG"
 OVERRIDE = "EMBEDONCE__"
-"""Prefix of the environment variables that each override one value."""
+"""Prefix of environment variables. Each variable with this prefix overrides one value of the configuration."""
 
 MAX_DEPTH = 32
 """Maximum depth to which tables and lists may be nested."""

@@ -238,7 +238,7 @@ class _Loader:
         return True
 
     def _add_own_problem(self, section: str, option: str, message: str, where: TomlPath | None = None) -> None:
-        """Add a problem with an option of embedonce's own tables, at the variable or the line that sets the option."""
+        """Report a problem in an option of embedonce's own tables, at the variable or the line that sets the option."""
         variable = self._variables.get(_format_variable((section, option)))
         if variable:
             self._problems.append(Problem(f"{variable[0]}: {message}"))
@@ -381,7 +381,7 @@ class _Loader:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
             return None
-        form = name.replace("-", "_")  # as in environment variables, which must not match two tiers
+        form = name.replace("-", "_")  # a variable spells - as _, so two names must not differ only in - and _
         if form in used_names:
             message = f'another tier is already named "{used_names[form]}"; choose another name: name = "{name}2"'
             self._add_problem((*where, key), message)
@@ -415,7 +415,7 @@ class _Loader:
         table.resolved = dict(table.values)
 
     def _read_option(self, table: _Table, option: Option) -> Any:
-        """Return an option's value, converted to the option's type, or UNUSABLE if it is missing or invalid."""
+        """Return an option's value, converted to the option's type, or UNUSABLE if no valid value is given."""
         override = self._find_override(table, option.name)
         if override is not None:
             return self._read_variable(table, option, *override)
@@ -578,7 +578,7 @@ def _format_doc(option: Option) -> str:
 
 
 def _hide_name(error: PluginError, name: str) -> str:
-    """Return the message of an error without the plugin's name, which came from the environment."""
+    """Remove the plugin's name from the message of an error, because the name came from the environment."""
     message = str(error).replace(quote(name), "of that name")
     return f"a plugin {message}" if message.startswith("of that name") else message
 

@@ -53,7 +53,7 @@ class Places:
 
 
 def find_places(text: str) -> Places:
-    """Return the places in a text that the standard library's parser has accepted."""
+    """Return the places of keys and values in a text. The standard library's parser must have accepted the text."""
     import tree_sitter
     import tree_sitter_toml
 

@@ -123,7 +123,7 @@ class TierTable:
         Gt(0),
         Doc(
             "Let only one of the processes that share this tier embed a missing text. The other processes wait at "
-            "most this long for its vector. Only one tier of a chain can have a lease."
+            "most this long for the vector. Only one tier of a chain can have a lease."
         ),
     ] = None
 

@@ -73,7 +73,7 @@ Examples:
 
 embedonce schema > embedonce.schema.json
 
-Then put the following comment into the first line of embedonce.toml. Some editors read the path of the schema from this
+Then add the following comment as the first line of embedonce.toml. Some editors read the path of the schema from this
 comment: #:schema ./embedonce.schema.json
 """
 

@@ -55,7 +55,7 @@ class Evaluation:
     dimensions: int
     documents: int
     queries: int
-    """Number of queries that were measured; each has a relevant document."""
+    """Number of queries that were measured. Queries without a relevant document are skipped."""
     k: int
     truth: str
     """Source of the relevant documents: ``qrels`` or ``float32``."""

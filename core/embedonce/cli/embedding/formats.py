@@ -1,7 +1,7 @@
 """One reader per format. A reader turns an open file into passages, with a bounded amount of memory.
 
-Each reader decodes the bytes passage by passage, so that an invalid byte breaks only one passage, not
-the whole file.
+Each reader decodes the bytes passage by passage, so that an invalid byte breaks only one passage, not the
+whole file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing results: rows go to a hidden file, which gets the name of the output once it is complete.
+"""Writing results: rows go to a hidden file, which gets the name of the output once the file is complete.
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
 first rename. The index is renamed first, and the matrix right after. If an error or a signal occurs between the two
