@@ -189,7 +189,7 @@ def test_the_summary_for_people(command: Any, corpus: Path) -> None:
 def test_without_a_configuration_it_reports_the_defaults(command: Any, folder: Path) -> None:
     done = command("embed", "-", "--out", "out.npy", input="one text")
     assert done.code == 0
-    assert "No configuration found: using the ngram provider" in done.err
+    assert "No configuration found: using a memory tier" in done.err
     assert "embedonce init" in done.err
 
 

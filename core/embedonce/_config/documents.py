@@ -1,4 +1,4 @@
-"""Find and read a configuration (a file, a dict or the default), and expand the variables in it."""
+"""Find and read a configuration (a file, a dict or the default), and expand its ``${VAR}`` references."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .places import Place, Places, TomlPath, find_places, read_syntax_error
 FILE = "embedonce.toml"
 PYPROJECT = "pyproject.toml"
 TABLE = ("tool", "embedonce")
-"""Path of the configuration's table in a pyproject.toml."""
+"""Names of the nested tables that lead to the configuration in a pyproject.toml."""
 
 CONFIG_VARIABLE = "EMBEDONCE_CONFIG"
 OVERRIDE = "EMBEDONCE__"
-"""Prefix of the environment variables that each override one value."""
+"""Prefix of environment variables. Each variable with this prefix overrides one value of the configuration."""
 
 MAX_DEPTH = 32
-"""Maximum number of nested tables and lists."""
+"""Maximum depth to which tables and lists may be nested."""
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Document:
     file: Path | None = None
     text: str = ""
     prefix: tuple[str, ...] = ()
-    """Path of the configuration's table in the file."""
+    """Names of the nested tables that lead to the configuration in the file; empty except in a pyproject.toml."""
     _places: Places | None = field(default=None, repr=False)
 
     @property
@@ -53,7 +53,7 @@ class Document:
         return Path.cwd() if self.file is None else self.file.parent
 
     def place(self, path: TomlPath, *, key: bool) -> Place | None:
-        """Return the place of a key or of its value, or None if there is no file."""
+        """Return the place of a key or of its value; None if the place is unknown, as in a dict."""
         if self.file is None:
             return None
         if self._places is None:
@@ -133,7 +133,7 @@ def _has_configuration(pyproject: Path) -> bool:
     try:
         return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
     except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # if True, the caller reads the file and reports the error
+        return b"tool.embedonce" in content  # if True, the caller reads the file and reports why it is invalid
 
 
 def _get_table(data: Any) -> Any:
@@ -179,8 +179,8 @@ def read_document(file: Path, origin: str = "") -> Document:
 
 
 def _locate_bad_byte(content: bytes, error: UnicodeDecodeError) -> tuple[int, Place]:
-    """Return the position of the first byte that is not UTF-8, counted from 1, and its line and column."""
-    start = len(content) - len(error.object) + error.start  # the codec may have removed a byte order mark
+    """Return the position (from 1) of the first byte that is not UTF-8, and the line and column of that byte."""
+    start = len(content) - len(error.object) + error.start  # error.start does not count a byte order mark
     before = content[:start].decode("utf-8-sig").split("\n")
     return start + 1, Place(len(before), len(before[-1]) + 1)
 
@@ -220,7 +220,7 @@ class Values:
 
     data: dict[str, Any]
     expanded: set[TomlPath] = field(default_factory=set)
-    """Paths of texts that contained a variable. Such a text may be read as a number."""
+    """Paths of texts that contained a variable. The text is converted to the option's type, such as a number."""
     private: set[TomlPath] = field(default_factory=set)
     """Paths of texts that contain the value of an environment variable. These texts are never shown."""
     variables: dict[TomlPath, dict[str, str]] = field(default_factory=dict)

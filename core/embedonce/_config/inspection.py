@@ -100,7 +100,7 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
 
 
 def _list_class_problems(kind: Kind, cls: Any) -> Iterator[str]:
-    """Yield the problems of a plugin's class that can be found without creating an instance."""
+    """Yield the problems that can be found in a plugin's class without creating an instance of it."""
     from embedonce._plugins.options import merge_options, options_of  # needed only in this function
 
     from .tables import TierTable

@@ -67,7 +67,7 @@ class _Table:
     values: dict[str, Any] = field(default_factory=dict)
     """Valid values by option."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """A copy of ``values`` that stays complete when values are removed from ``values``."""
+    """A copy of ``values``. It keeps the values that are later removed from ``values``."""
     secrets: set[str] = field(default_factory=set)
 
     def override_key(self, option: str) -> str:
@@ -159,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return how a message identifies a tier: by the first of name and type that can be shown, or by its number."""
+        """Return a tier's name for messages. If no name can be shown, return the type; if neither can, the number."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -201,7 +201,7 @@ class _Loader:
         return table.values
 
     def _read_drift(self) -> dict[str, Any] | None:
-        """Return the options of the drift guard, or None if neither a table nor a variable configures it."""
+        """Return the options of the drift guard, or None if no table and no variable configures the guard."""
         is_configured = "drift" in self._values.data or any(name.startswith("drift__") for name in self._variables)
         return self._read_section("drift", DriftGuard) if is_configured else None
 
@@ -238,7 +238,7 @@ class _Loader:
         return True
 
     def _add_own_problem(self, section: str, option: str, message: str, where: TomlPath | None = None) -> None:
-        """Add a problem with an option of embedonce's own tables, at the variable or the line that sets the option."""
+        """Report a problem in an option of embedonce's own tables, at the variable or the line that sets the option."""
         variable = self._variables.get(_format_variable((section, option)))
         if variable:
             self._problems.append(Problem(f"{variable[0]}: {message}"))
@@ -381,7 +381,7 @@ class _Loader:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
             return None
-        form = name.replace("-", "_")  # the form in environment variables; tiers must not share a form
+        form = name.replace("-", "_")  # a variable spells - as _, so two names must not differ only in - and _
         if form in used_names:
             message = f'another tier is already named "{used_names[form]}"; choose another name: name = "{name}2"'
             self._add_problem((*where, key), message)
@@ -415,7 +415,7 @@ class _Loader:
         table.resolved = dict(table.values)
 
     def _read_option(self, table: _Table, option: Option) -> Any:
-        """Return an option's value, converted to the option's type, or UNUSABLE if it is missing or invalid."""
+        """Return an option's value, converted to the option's type, or UNUSABLE if no valid value is given."""
         override = self._find_override(table, option.name)
         if override is not None:
             return self._read_variable(table, option, *override)
@@ -474,9 +474,9 @@ class _Loader:
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
     ) -> None:
-        """Add a problem with a part of an option's value.
+        """Report that a part of an option's value is invalid.
 
-        The place of the problem is the override variable or the line of the part.
+        If a variable overrides the option, the message names the variable. Otherwise, the message has the part's line.
 
         ``where`` is the path from the table to the part. ``shown`` is the text of the part for the message, or None if
         the message must not show it.
@@ -578,7 +578,7 @@ def _format_doc(option: Option) -> str:
 
 
 def _hide_name(error: PluginError, name: str) -> str:
-    """Return the message of an error without the plugin's name, which came from the environment."""
+    """Remove the plugin's name from the message of an error, because the name came from the environment."""
     message = str(error).replace(quote(name), "of that name")
     return f"a plugin {message}" if message.startswith("of that name") else message
 

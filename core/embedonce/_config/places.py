@@ -19,7 +19,7 @@ TomlPath: TypeAlias = tuple[str | int, ...]
 
 
 MAX_KEY_PARTS = 50
-"""Maximum number of names in a dotted key that get a place. No valid configuration has a key with more names."""
+"""In a dotted key, only this many names get a place. No valid configuration has a dotted key with more names."""
 
 
 class Place(NamedTuple):
@@ -53,7 +53,7 @@ class Places:
 
 
 def find_places(text: str) -> Places:
-    """Return the places in a text that the standard library's parser has accepted."""
+    """Return the places of keys and values in a text. The standard library's parser must have accepted the text."""
     import tree_sitter
     import tree_sitter_toml
 
@@ -127,7 +127,7 @@ class _Walk:
 def _list_key_parts(node: Any) -> Iterator[tuple[str, Any]]:
     """Yield each name of a dotted key, without its quotes, and the node of the name."""
     parts = []
-    while node.type == "dotted_key":  # the first child of such a node holds all names except the last
+    while node.type == "dotted_key":  # the first child of a dotted_key holds all names except the last
         node, *last = node.named_children
         parts += last[::-1]
     parts.append(node)

@@ -83,5 +83,5 @@ class Config:
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
 
     def settings(self) -> list[Setting]:
-        """Return every setting, even a default, with its source. Secrets are hidden."""
+        """Return every setting with its source, including settings that have their default. Secrets are hidden."""
         return self._settings()

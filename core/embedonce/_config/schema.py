@@ -178,12 +178,12 @@ class _Schema:
         for model, definition in described.pop("$defs", {}).items():
             self._definitions[f"{title}.{option.name}.{model}"] = definition
         described.pop("description", None)
-        # If pydantic checks a bound in Python, it uses the bound's Python name as the key, which is not JSON schema.
+        # For some bounds, pydantic writes a key such as "gt", which is not a keyword of JSON schema. Drop these keys.
         return {key: part for key, part in _remove_null(described).items() if key not in ("gt", "ge", "lt", "le")}
 
 
 def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Add an option's ``Gt`` bound to the schema of its number, because pydantic omits it for Size and Duration."""
+    """Add an option's ``Gt`` bound to the schema of its number, because pydantic omits the bound."""
     bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind

@@ -47,7 +47,7 @@ class CacheTable:
         ),
     ] = 60.0
     flush_timeout: Annotated[
-        Duration, Ge(0), Doc("In close and at program exit, wait at most this long for queued writes.")
+        Duration, Ge(0), Doc("Wait at most this long for queued writes when the cache is closed or the program exits.")
     ] = 5.0
     max_queued: Annotated[int, Gt(0), Doc("Queue at most this many vectors for writing in the background.")] = 4096
 
@@ -87,8 +87,8 @@ class FallbackTable:
     fetch_only: Annotated[
         bool,
         Doc(
-            "Use the fallback only in fetch. embed and embed_batch then raise an error instead of returning vectors of "
-            "the fallback."
+            "If the main provider fails, only fetch uses the fallback. The methods embed and embed_batch raise an "
+            "error instead of returning vectors of the fallback."
         ),
     ] = False
 
@@ -109,7 +109,7 @@ class TierTable:
     ] = "skip"
     write: Annotated[
         Literal["inline", "background", "none"] | None,
-        Doc('When vectors are written; "none": never. Default: "background" over a network, otherwise "inline".'),
+        Doc('When vectors are written. "none" means never. Default: "background" over a network, otherwise "inline".'),
     ] = None
     encryption: Annotated[
         str | Sequence[str] | None,
@@ -123,7 +123,7 @@ class TierTable:
         Gt(0),
         Doc(
             "Let only one of the processes that share this tier embed a missing text. The other processes wait at "
-            "most this long for its vector. Only one tier of a chain can have a lease."
+            "most this long for the vector. Only one tier of a chain can have a lease."
         ),
     ] = None
 

@@ -39,9 +39,9 @@ embedonce embed questions.jsonl --field question.text --task query --out questio
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
 Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a
-file or a passage cannot be read, or if the provider refuses a passage, the output has no rows for this input. Each such
-failure is reported on standard error, and the exit code is 1. If a run is interrupted, run the same command again. The
-tiers have the vectors that were computed, so these vectors are not computed again.
+file cannot be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. Each
+such failure is reported on standard error, and the exit code is 1. If a run is interrupted, run the same command again.
+Vectors that a disk tier or a network tier has already stored are not computed again.
 """
 
 

@@ -170,7 +170,7 @@ def _embed_texts(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
 def _measure_dtype(
     dtype: Dtype, rows: NDArray[Any], queries: NDArray[Any], k: int
 ) -> tuple[NDArray[Any], int, float, float]:
-    """Write all documents as frames, read them back as a tier does, and search the result.
+    """Write all documents as frames, read them back as a tier does, and search the vectors that were read.
 
     Return four values: the indices of the documents that the search found, with shape (queries, k); the number of bytes
     of a frame; the microseconds to write an entry; and the microseconds to read an entry. The queries are rounded as

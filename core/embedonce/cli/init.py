@@ -94,7 +94,7 @@ def _sort_tiers(names: Sequence[str]) -> list[str]:
 
 def _describe_next_steps(file: Path, extras: Sequence[str], variables: Sequence[str]) -> list[str]:
     """Return the lines that tell the user what to install, what to set and which command to try."""
-    # Add --config if the file does not have the default name, because the command would not find the file without it.
+    # If the file does not have the default name, embedonce check finds the file only with --config.
     check = "embedonce check" if str(file) == FILE else f"embedonce check --config {shlex.quote(str(file))}"
     if not extras and not variables:
         return [f"wrote {file}; now try: {check}"]

@@ -51,7 +51,7 @@ normalize = ["nfc", "strip"]
 """
 
 _TIERS_HEAD = """\
-# A lookup reads the tiers in the order of this file, so the fastest tier comes first. A vector that is found in a
+# A lookup reads the tiers in the order of this file, so list the fastest tier first. A vector that is found in a
 # slower tier is copied to the faster tiers.
 """
 
@@ -169,7 +169,8 @@ max_bytes = "2 GiB"
         """\
 [[tiers]]
 type = "memcached"
-# List every node as host:port. All programs that share the nodes must spell each host name alike.
+# List every node as host:port. All programs that share the nodes must spell each host name in the same way, because the
+# spelling determines which node stores a key.
 servers = ["localhost:11211"]
 prefix = "embedonce:"
 # `embedonce purge` cannot list keys in memcached; a ttl limits how long an entry stays.
@@ -204,8 +205,8 @@ type = "postgres"
 # The URL may contain a password, so set it in the environment: postgresql://user@host:5432/database
 url = "${DATABASE_URL}"
 table = "embedonce"
-# Set this if the role of your programs is not allowed to create tables. Then run `embedonce migrate` once, with a role
-# that is allowed to create tables.
+# Set this if the database role of your programs is not allowed to create tables. Then run `embedonce migrate` once,
+# with a role that is allowed to create tables.
 # create = false
 # Without a ttl, rows are kept until you purge them.
 # ttl = "90d"

@@ -73,15 +73,16 @@ Examples:
 
 embedonce schema > embedonce.schema.json
 
-Then make this the first line of embedonce.toml, for editors that support it: #:schema ./embedonce.schema.json
+Then add the following comment as the first line of embedonce.toml. Some editors read the path of the schema from this
+comment: #:schema ./embedonce.schema.json
 """
 
 CARD = ("provider", "model", "task", "version", "namespace")
-"""The fields of a space card that commands show, in this order."""
+"""Fields of a scope's space card, in the order in which the commands show them."""
 
 
 def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Check the configuration and ask each tier whether it answers."""
+    """Check the configuration, and check that each tier answers."""
     from embedonce.config import warnings
 
     from .opened import load_config, open_cache
@@ -119,7 +120,7 @@ def check(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 @contextmanager
 def _silence_chain_log() -> Iterator[None]:
-    """Keep chain warnings out of the log, because the command shows them itself, with line and column."""
+    """Keep chain warnings out of the log, because the command prints the warnings, with line and column."""
     log = logging.getLogger("embedonce.chain")
     log.addFilter(_drop_record)
     try:
@@ -140,7 +141,10 @@ def _list_installed(allow: Sequence[str] | None) -> list[InstalledPlugin]:
 
 
 def _describe_broken_plugin(plugin: InstalledPlugin) -> str:
-    """Return a plugin's error after its name, distribution and version, unless the error already starts with these."""
+    """Return a plugin's error. Put the plugin's name, distribution and version before the error.
+
+    An error that already starts with the name, distribution and version is returned unchanged.
+    """
     error = str(plugin.error)
     name = f'plugin "{plugin.name}" of {plugin.distribution} {plugin.version}'
     return error if error.startswith(name) else f"{name}: {error}"

@@ -46,7 +46,7 @@ def new(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a package with a working plugin and its tests. Then replace the plugin's code with your own."""
+    """Write a package with a small working plugin and its tests, as a start for your own plugin."""
     _check_name(name)
     target = folder or Path(f"embedonce-{name}")
     try:

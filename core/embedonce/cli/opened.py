@@ -28,8 +28,8 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     loaded = config.load(source, own_provider=not needs_provider)
     if loaded.file is None:
         say(
-            "No configuration found: using the ngram provider, which needs no model and does not understand meaning,\n"
-            "a memory tier, and a disk tier in your cache folder.\n"
+            "No configuration found: using a memory tier, a disk tier in your cache folder, and the ngram provider.\n"
+            "The ngram provider needs no model. Its vectors reflect the spelling of a text, not its meaning.\n"
             "To use a model, write an embedonce.toml with `embedonce init --provider NAME`."
         )
     return loaded

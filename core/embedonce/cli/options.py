@@ -11,7 +11,8 @@ ConfigOption: TypeAlias = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Use this TOML file. Default: EMBEDONCE_CONFIG, then embedonce.toml or pyproject.toml here or above.",
+        help="Use this TOML file. Default: EMBEDONCE_CONFIG, then embedonce.toml or pyproject.toml in this folder "
+        "or a folder above it.",
     ),
 ]
 JsonOption: TypeAlias = Annotated[

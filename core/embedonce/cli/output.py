@@ -107,7 +107,7 @@ def format_value(value: Any) -> str:
 
 
 def say_config_error(error: ConfigError) -> None:
-    """Report every problem of a configuration; on a terminal, also show its line with a caret under the column."""
+    """Report every problem of a configuration. On a terminal, also show the line of each problem, with a caret."""
     for problem in error.problems:
         say(f"error: {problem}")
         say_excerpt(problem)

@@ -33,7 +33,7 @@ def check_plot(file: Path) -> None:
 
 
 def draw_plot(evaluation: Evaluation, file: Path) -> None:
-    """Write the plot, without pyplot, because its windows and global state could disturb the calling program."""
+    """Write the plot. Do not use pyplot, because the windows and global state of pyplot could disturb the caller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -43,7 +43,7 @@ def purge(
     ] = None,
     namespace: Annotated[
         str | None,
-        typer.Option("--namespace", metavar="NAME", help='All scopes of this namespace; "" is the default one.'),
+        typer.Option("--namespace", metavar="NAME", help='All scopes of this namespace; "" is the default namespace.'),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,

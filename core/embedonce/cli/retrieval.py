@@ -37,7 +37,7 @@ class DtypeResult:
     recall: float
     ndcg: float
     same: float
-    """Share of the first k documents of float32 that are also among the first k of this dtype."""
+    """Of the k documents that a search with float32 finds, the share that a search with this dtype also finds."""
     bytes: int
     """Bytes of a frame without metadata."""
     write_us: float
@@ -55,7 +55,7 @@ class Evaluation:
     dimensions: int
     documents: int
     queries: int
-    """Number of queries that were measured; each has a relevant document."""
+    """Number of queries that were measured. Queries without a relevant document are skipped."""
     k: int
     truth: str
     """Source of the relevant documents: ``qrels`` or ``float32``."""

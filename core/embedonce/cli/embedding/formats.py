@@ -1,7 +1,7 @@
-"""One reader per format. A reader turns an open file into passages, and its memory use is bounded.
+"""One reader per format. A reader turns an open file into passages, with a bounded amount of memory.
 
-Each reader decodes the bytes passage by passage, so that an invalid byte breaks only its own passage, not the whole
-file.
+Each reader decodes the bytes passage by passage, so that an invalid byte breaks only one passage, not the
+whole file.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _CsvLines:
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self.number = 0
-        """Number of the last line. ``csv.reader`` also counts lines, but not the lines that are too long."""
+        """Number of the last line that was read. The count of ``csv.reader`` omits lines that are too long."""
 
     def __iter__(self) -> _CsvLines:
         return self

@@ -42,7 +42,7 @@ MERGE_HASHES = 2**20
 class Summary:
     """Result of a run, counted in passages.
 
-    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that the provider refused.
+    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that could not be embedded.
     """
 
     texts: int = 0
@@ -56,7 +56,7 @@ class Summary:
     repeated: int = 0
     """Passages that got the vector of an equal passage in the same window; that vector was computed only once."""
     failed: int = 0
-    """Broken lines, unreadable files, and passages that the provider refused."""
+    """Broken lines, unreadable files, and passages that could not be embedded."""
     rows: int = 0
     """Rows of the output."""
     dimensions: int | None = None
@@ -294,7 +294,7 @@ def split_windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
-"""Errors about a single text. Any other error comes from the provider, and all texts of a chunk fail with it."""
+"""Errors about a single text. Any other error concerns all texts that were sent to the provider together."""
 
 
 def _is_outage(fetched: Fetched) -> bool:

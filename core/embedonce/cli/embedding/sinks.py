@@ -1,4 +1,4 @@
-"""Writing results: rows go to a hidden file, which gets the name of the output once it is complete.
+"""Writing results: rows go to a hidden file, which gets the name of the output once the file is complete.
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
 first rename. The index is renamed first, and the matrix right after. If an error or a signal occurs between the two
@@ -46,7 +46,7 @@ class Sink(Protocol):
         ...
 
     def finish(self, dimensions: int) -> None:
-        """Move the output into place; ``dimensions`` is used if the output has no rows."""
+        """Move the output into place; an output without rows gets ``dimensions`` as its number of dimensions."""
         ...
 
     def abort(self) -> None:

@@ -22,7 +22,7 @@ class _File(NamedTuple):
 
 
 class Reader:
-    """Iterates over the passages of files and folders, in order. Iterate over it only once.
+    """Iterates over the passages of files and folders, in order. Iterate over a reader only once.
 
     The entries of a folder are read in the order of their names, at every level. Hidden files, linked folders and the
     paths in ``leave_out`` are skipped. Binary files in folders are skipped and counted.

@@ -18,7 +18,7 @@ api = 1
 class ExampleBackend:
     """Stores frames (bytes) under keys. Each keyword argument of ``__init__`` is an option in TOML."""
 
-    # Declare only what this class implements, because the conformance tests check each capability.
+    # Declare only what this class implements, because the conformance tests check every declared capability.
     capabilities = Capabilities(scope="host", delete=True, scan=True)
 
     def __init__(self, *, path: Annotated[Path, Doc("Folder for the files.")]) -> None:
@@ -44,7 +44,7 @@ class ExampleBackend:
             os.replace(file.name, target)
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys; a missing key is not an error."""
+        """Remove the keys; ignore missing keys."""
         for key in keys:
             self._file(key).unlink(missing_ok=True)
 
