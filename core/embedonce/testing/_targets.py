@@ -59,7 +59,7 @@ class Target:
         """Convert options from text to their declared types.
 
         Raises:
-            InvalidTarget: options are invalid or missing; the message lists all of them.
+            InvalidTarget: options are invalid or missing; the message lists all problems.
         """
         declared, problems = self.declared, []
         values: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def _hint(name: str, declared: Mapping[str, Option]) -> str:
 
 
 def find_target(written: str, options: Mapping[str, str]) -> Target:
-    """Find the plugin that ``written`` names: ``plugin``, ``distribution:plugin`` or ``module:Class``.
+    """Find a plugin. ``written`` is ``plugin``, ``distribution:plugin`` or ``module:Class``.
 
     Raises:
         InvalidTarget: the plugin cannot be found or imported.
@@ -167,7 +167,7 @@ def detect_kind(plugin: Any, written: str) -> Kind:
 
 
 def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
-    """Find and make a plugin. The contracts call this function in another process, as the ``plugin`` of a ``Recipe``."""
+    """Find and make a plugin. Other processes call this function, because it is the ``plugin`` of a ``Recipe``."""
     return find_target(written, options).make_plugin(options)
 
 

@@ -64,7 +64,9 @@ class Timing:
 
 
 class Conformance:
-    """Tests and times one plugin. On exit, it removes the folders that were created for the plugin's stores.
+    """Runs the standard tests on one plugin, and measures how long the plugin's operations take.
+
+    On exit, it removes the folders that were created for the plugin's stores.
 
     Raises:
         InvalidTarget: the plugin cannot be made from its options, or the options give every test the same store.
@@ -103,7 +105,7 @@ class Conformance:
                 folder.rmdir()
 
     def run_tests(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
-        """Run the standard tests in the order of the contract, and yield the outcome of each.
+        """Run the standard tests in the order of the contract, and yield the outcome of each test.
 
         Raises:
             InvalidTarget: ``only`` names a test that the contract does not have.

@@ -43,7 +43,7 @@ THREAD_TIMEOUT = 60.0
 CHUNK = 2**16
 """Maximum number of bytes that are read and forwarded at a time."""
 RESET = struct.pack("ii", 1, 0)
-"""Value of ``SO_LINGER`` that makes closing a socket send a reset (RST)."""
+"""Value of ``SO_LINGER`` with which a socket sends a reset (RST) when it is closed."""
 CAN_SHARE_PORT = sys.platform == "linux"
 """Whether two sockets can share a port: one that reserves the port, and one that listens."""
 PIECES_PER_SECOND = 50
@@ -55,7 +55,7 @@ class NetworkFault:
     """One network fault between a client and its server.
 
     ==============  =================================================================================
-    ``latency``     each chunk is forwarded ``seconds`` after it arrived
+    ``latency``     each chunk is held back for ``seconds`` and then forwarded
     ``bandwidth``   ``bytes_per_second`` is the maximum rate; below 100, each byte is sent separately
     ``black_hole``  connecting works, but nothing gets through until the fault ends. After the fault,
                     the data that was sent during the fault arrives, as with TCP, which resends lost
@@ -72,8 +72,8 @@ class NetworkFault:
 
     The bytes of replies are counted per connection. Each count starts at 0 when the fault is set or
     when the connection is made, whichever is later. ``direction`` applies to ``latency``, ``bandwidth`` and
-    ``black_hole``: with ``"replies"``, the server gets each request normally, and only the
-    replies are delayed or held back.
+    ``black_hole``. With ``"replies"``, the server gets every request immediately, and only replies are
+    delayed or held back.
     """
 
     kind: NetworkKind
@@ -269,7 +269,7 @@ class _Link:
             self._reset()
 
     def apply_fault(self, fault: NetworkFault | None) -> None:
-        """Apply a new fault: count reply bytes from 0 again. Reset or silence the connection if the fault requires it."""
+        """Apply a new fault: count reply bytes from 0 again, and reset or silence the connection if necessary."""
         self._replied = 0
         if _is_immediate_reset(fault):
             self._reset()

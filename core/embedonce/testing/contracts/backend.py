@@ -61,7 +61,7 @@ class BackendContract(Contract):
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
-    """Numbers of dimensions of the test vectors, for a backend that holds entries."""
+    """The test vectors have these numbers of dimensions. Only a backend that holds entries gets vectors."""
     examples: ClassVar[int | None] = None
     """Number of examples that hypothesis tries in each test; None means the number in hypothesis's profile. If
     :meth:`make` is slow, set a low number."""

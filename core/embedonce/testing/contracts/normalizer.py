@@ -46,7 +46,7 @@ class NormalizerContract(Contract):
     """Number of examples that hypothesis tries; None means the number in hypothesis's profile."""
 
     def make(self) -> Normalizer:
-        """Return the step, as the plugin registers it."""
+        """Return the step that the plugin registers."""
         raise NotImplementedError(f"{type(self).__name__} must define which step to test: def make(self) -> Normalizer")
 
     def recipe(self) -> Recipe | None:
