@@ -1,4 +1,4 @@
-"""Finds the plugin that ``embedonce conformance`` tests, and converts the plugin's options from text."""
+"""Finds the plugin to test with ``embedonce conformance``, and converts the plugin's options from text to values."""
 
 from __future__ import annotations
 

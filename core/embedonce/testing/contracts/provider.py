@@ -314,7 +314,7 @@ class ProviderContract(Contract):
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
         """Require a valid vector, or a TextRefused that has either no positions or only the position of ``text``.
 
-        With a wrong position, the cache would retry the call without a valid text. With ``full``, also try the text at
+        A wrong position would make the cache leave a valid text out of the retry. With ``full``, also try ``text`` at
         the end of a full batch.
         """
         with self._open() as opened:
