@@ -1,7 +1,8 @@
-"""Tools for testing plugins and the code that uses plugins: contracts to subclass, working fakes, injected faults.
+"""Tools for testing plugins and the code that uses plugins: contracts, fakes, injected faults and loopback servers.
 
-The contracts require pytest and hypothesis (``pip install "embedonce[testing]"``); the rest requires only numpy.
-The contracts and the servers are imported on first use.
+A contract is a class of standard tests; a plugin's own test class is a subclass of the contract. The contracts require
+pytest and hypothesis (``pip install "embedonce[testing]"``); the other tools require only numpy. The contracts and the
+servers are imported on first use.
 """
 
 from __future__ import annotations

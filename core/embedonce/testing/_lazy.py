@@ -15,11 +15,11 @@ MODULES = {
 
 
 def load(name: str) -> Any:
-    """Import and return the class ``name``, one of :data:`MODULES`.
+    """Import and return the class ``name``, which must be a key of :data:`MODULES`.
 
     Raises:
-        ImportError: the class requires pytest or hypothesis, which is not installed. The message says how to install
-            the missing package.
+        ImportError: the class requires pytest or hypothesis, and that package is not installed. The message says how to
+            install it.
     """
     try:
         module = import_module(f".{MODULES[name]}", __package__)

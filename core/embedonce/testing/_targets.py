@@ -1,4 +1,4 @@
-"""Targets of ``embedonce conformance``: a plugin's name or an importable class, and options as text."""
+"""Finds the plugin to test with ``embedonce conformance``, and converts the plugin's options from text to values."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from embedonce.options import BadValue
 Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
 
 NEW = "{new}"
-"""Placeholder in an option for a text that is different for every store."""
+"""Placeholder in an option. A text that is different for every store replaces the placeholder."""
 SERVER = "{server}"
-"""Placeholder in an option for the address of the server."""
+"""Placeholder in an option. The address of the server replaces the placeholder."""
 
 
 class InvalidTarget(ValueError):
-    """The plugin does not exist, or it cannot be made from these options; the message says why."""
+    """Raised if the plugin does not exist, or cannot be made or tested as requested. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A plugin to test, and the options for its constructor, both as the user wrote them."""
+    """A plugin to test, and the options for the plugin's constructor, as the text that the user wrote."""
 
     written: str
     kind: Kind
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def secrets(self) -> list[str]:
-        """Secrets in the values of the options. No message is allowed to repeat a secret."""
+        """Secrets that the values of the options contain. A message must not contain any of these secrets."""
         named = (text for name, text in self.options.items() if is_secret((name,)))
         return [
             secret for secret in (*named, *(c for t in self.options.values() for c in find_credentials(t))) if secret
@@ -59,7 +59,7 @@ class Target:
         """Convert options from text to their declared types.
 
         Raises:
-            InvalidTarget: options are invalid or missing; the message lists all of them.
+            InvalidTarget: options are invalid or missing; the message lists all problems.
         """
         declared, problems = self.declared, []
         values: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def _hint(name: str, declared: Mapping[str, Option]) -> str:
 
 
 def find_target(written: str, options: Mapping[str, str]) -> Target:
-    """Find the plugin that ``written`` names: ``plugin``, ``distribution:plugin`` or ``module:Class``.
+    """Find a plugin. ``written`` is ``plugin``, ``distribution:plugin`` or ``module:Class``.
 
     Raises:
         InvalidTarget: the plugin cannot be found or imported.
@@ -129,7 +129,8 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
 
 def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    # A plugin under development is usually in the current folder. `python -m pytest` also adds that folder.
+    # A plugin under development is usually in the current folder. `python -m pytest` also adds the current folder to
+    # sys.path.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -149,10 +150,10 @@ def _import_class(module: str, name: str) -> Any:
 
 
 def detect_kind(plugin: Any, written: str) -> Kind:
-    """Detect the kind of a class or function from its methods.
+    """Return the kind of a plugin. The methods of a class show its kind; a function is a normalisation step.
 
     Raises:
-        InvalidTarget: ``plugin`` is not a backend, a provider or a normalisation step.
+        InvalidTarget: ``plugin`` is neither a backend, nor a provider, nor a normalisation step.
     """
     if isinstance(plugin, type):
         if hasattr(plugin, "get_many") or hasattr(plugin, "set_many"):
@@ -166,7 +167,7 @@ def detect_kind(plugin: Any, written: str) -> Kind:
 
 
 def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
-    """Make a plugin. A ``Recipe`` calls this function in another process."""
+    """Find and make a plugin. Other processes call this function, because it is the ``plugin`` of a ``Recipe``."""
     return find_target(written, options).make_plugin(options)
 
 

@@ -19,7 +19,7 @@ class ManualClock:
     def advance(self, seconds: float) -> float:
         """Advance by ``seconds`` and return the new time."""
         if seconds < 0:
-            raise ValueError(f"seconds must be at least 0, got {seconds:g}; make a new clock to start earlier")
+            raise ValueError(f"seconds must be at least 0, got {seconds:g}; make a new clock to go back in time")
         with self._lock:
             self._now += seconds
             return self._now

@@ -1,4 +1,4 @@
-"""Runs a contract on a plugin without a test file, and times the plugin: ``embedonce conformance``."""
+"""The code behind ``embedonce conformance``: it runs the standard tests on a plugin, and times the plugin."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The time that calls of one operation took, in seconds."""
+    """The measured times of one operation. ``p50`` and ``p99`` are percentiles, in seconds per call."""
 
     operation: str
     batch: int
@@ -64,7 +64,9 @@ class Timing:
 
 
 class Conformance:
-    """Tests and times one plugin. At the end, it removes the folders that it has made for the plugin's stores.
+    """Runs the standard tests on one plugin, and measures how long the plugin's operations take.
+
+    On exit, it removes the folders that were created for the plugin's stores.
 
     Raises:
         InvalidTarget: the plugin cannot be made from its options, or the options give every test the same store.
@@ -103,7 +105,7 @@ class Conformance:
                 folder.rmdir()
 
     def run_tests(self, only: Sequence[str] = ()) -> Iterator[Outcome]:
-        """Run the standard tests in the order of the contract, and yield the outcome of each.
+        """Run the standard tests in the order of the contract, and yield the outcome of each test.
 
         Raises:
             InvalidTarget: ``only`` names a test that the contract does not have.
@@ -131,7 +133,10 @@ class Conformance:
         return Outcome(name, outcome, time.perf_counter() - start, detail)  # type: ignore[arg-type]
 
     def _describe_error(self, error: BaseException) -> str:
-        """Return the message of an error and the place where it was raised. Hide a message that contains a secret."""
+        """Return the message of an error, or hide the message if it contains a secret.
+
+        If the error is not an AssertionError, the result also has the place where the error was raised.
+        """
         notes = "\n".join(getattr(error, "__notes__", ()))
         message = f"{error}\n{notes}".strip()
         if not isinstance(error, AssertionError):
@@ -174,10 +179,10 @@ class Conformance:
         return {**options, **{name: str(folder / new) for name, folder in self._folders.items()}}
 
     def _check_stores(self) -> None:
-        """Check that these options make a separate store for each test, because tests must not share entries.
+        """Check that two backends made with the options have separate stores, because tests must not share entries.
 
         Raises:
-            InvalidTarget: the options give two backends the same store, or the backend cannot be made.
+            InvalidTarget: the two backends share a store, or a backend cannot be made or used.
         """
         made: list[Any] = []
         try:
@@ -194,7 +199,7 @@ class Conformance:
         except InvalidTarget:
             raise
         except (Exception, SystemExit) as error:
-            raise InvalidTarget(f"making and using a first store failed: {self._describe_error(error)}") from error
+            raise InvalidTarget(f"making and using a store failed: {self._describe_error(error)}") from error
         finally:
             for backend in made:
                 with contextlib.suppress(Exception):
@@ -293,7 +298,7 @@ class Conformance:
     # --- timing -------------------------------------------------------------------------------
 
     def _make_values(self, backend: Any, count: int, start: int = 0) -> dict[str, Any]:
-        """Return entries or frames as the engine passes them to the backend, under keys numbered from ``start + 1``."""
+        """Return ``count`` values of the kind that the backend holds, under keys numbered from ``start + 1``."""
         chance = np.random.default_rng(0)
         rows = chance.standard_normal((count, DIMENSIONS)).astype(np.float32)
         entries = {key(start + n): Entry(freeze(row), time.time()) for n, row in enumerate(rows, 1)}

@@ -1,7 +1,8 @@
 """Two fakes for tests of code that calls plugins: a backend that uses a dict, and a provider that counts its calls.
 
-Both raise for calls that the contract forbids: a batch above ``max_batch``, an empty list of texts, or a method that
-the backend does not declare. A test therefore fails if the code under test makes such a call.
+Both fakes raise if a call breaks the rules for plugins: if the batch is larger than ``max_batch``, if the list of texts
+is empty, or if the backend does not declare the method. A test therefore fails if the code under test makes such a
+call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _KINDS: dict[str, tuple[type, ...]] = {"frames": (bytes,), "entries": (Entry,), 
 
 
 class DictBackend:
-    """Holds frames or entries in a dict of this process. It declares every optional method by default.
+    """Holds frames or entries in a dict of this process. By default, it declares every optional method except ``twin``.
 
     ``capabilities`` override these declarations, as in ``DictBackend(delete=False, max_batch=100)``. A method that
     is not declared raises. With ``store``, the backend shares the dict of another backend, like a second client of the
@@ -112,7 +113,7 @@ class DictBackend:
         self._closed = True
 
     def __len__(self) -> int:
-        """Return the number of entries, including expired ones that no call has removed yet."""
+        """Return the number of entries, including expired entries that no call has removed yet."""
         return len(self._store)
 
     def _check_call(self, extra: str | None = None, count: int = 0) -> None:
@@ -242,7 +243,7 @@ class CountingProvider:
 
     @property
     def texts(self) -> int:
-        """Number of texts embedded, including repeated ones."""
+        """Number of texts that were embedded, including repeated texts."""
         return self.count.total()
 
     def _embed(self, texts: Sequence[str], task: Task, /) -> Embedded:

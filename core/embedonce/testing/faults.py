@@ -1,6 +1,6 @@
-"""Fault injection: wrap a real backend or provider, and make its calls fail as stores and services do.
+"""Fault injection: wrappers make the calls of a backend or provider fail as the calls of real services fail.
 
-A :class:`Fault` defines what happens and when; every other call reaches the wrapped object unchanged::
+A :class:`Fault` defines which calls fail and how. All other calls reach the wrapped object unchanged::
 
     backend = FaultyBackend(DictBackend(), [Fault("refuse", on="get", calls=[1, 2])])
     backend = FaultyBackend(DictBackend(), [Fault("corrupt", probability=0.1)], seed=7)
@@ -73,10 +73,10 @@ class Fault:
                        deadline; with ``obey``, it raises at the deadline
     ``slow``           makes the call after ``seconds``
     ``corrupt``        reads: one bit of each frame is flipped, or one value of each entry's vector is NaN
-    ``truncate``       reads: half of each frame is missing, or each vector of an entry is one value short
-    ``partial``        reads leave out some keys; writes store (or delete) only some keys, and then
-                       raise ``error``
-    ``wrong_reply``    reads: each value is returned under the next key, as when replies have shifted
+    ``truncate``       reads: half of each frame is missing, or each entry's vector is one value short
+    ``partial``        reads leave out some keys; writes, deletions and scans handle only some keys,
+                       and then raise ``error``
+    ``wrong_reply``    reads: each value is returned under the next key, like replies in the wrong order
     ``unasked``        reads: a key that was not requested is also returned
     ``none_for_miss``  reads: a missing key is returned as None instead of being absent
     =================  ==============================================================================
@@ -139,7 +139,7 @@ class Gate:
         self._waiting: set[Future[None]] = set()
 
     def _clear_after_fork(self) -> None:
-        """In a forked child, forget the hanging calls of the parent, because their threads do not exist here."""
+        """In a forked child, forget the parent's hanging calls, because the child does not have their threads."""
         if self._process != os.getpid():
             self._clear()
 
@@ -226,8 +226,8 @@ class FaultyBackend:
     """Wraps a backend, records every call, and applies the first of ``faults`` that matches the call.
 
     ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hangs obey the deadline.
-    Set ``blocking=True`` for an in-process backend that hangs or is slow in async calls. Otherwise the cache calls
-    the backend directly on the event loop, and a slow call blocks the whole loop.
+    Set ``blocking=True`` if async code uses an in-process backend with a ``hang`` or ``slow`` fault. Otherwise the
+    cache calls the backend directly on the event loop, and a slow call blocks the whole loop.
 
     A test may change the list ``faults`` at any time; :meth:`heal` empties the list.
     """
@@ -325,7 +325,7 @@ class FaultyBackend:
         self.inner.close()
 
     def _start_call(self, operation: Operation, keys: int) -> Fault | None:
-        """Record the call, choose its fault, and apply the part that comes before the inner call (raise or wait)."""
+        """Record the call and choose its fault. If the fault raises or waits before the inner call, do so now."""
         fault = self._choose_fault(operation, keys)
         if self.capabilities.deadline:
             time_left()
@@ -404,7 +404,7 @@ class FaultyTwin:
     """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
     A read that is cancelled while it hangs leaves its reply unread. The next read gets that reply instead of its
-    own, and assigns the values to its keys by position. From then on, every read gets the reply to the previous
+    own reply, and assigns the values to its keys by position. From then on, every read gets the reply to the previous
     read, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
     """
 
@@ -464,7 +464,7 @@ class FaultyProvider:
         self.inner: Any = inner
         self.faults = list(faults)
         self.count: Counter[str] = Counter()
-        """Number of times that each text was requested, including failed calls."""
+        """Number of times that each text was requested, including requests in failed calls."""
         self.calls: list[tuple[str, tuple[str, ...]]] = []
         """Task and texts of each call, in the order in which the calls started."""
         self.most_at_once = 0

@@ -43,7 +43,7 @@ THREAD_TIMEOUT = 60.0
 CHUNK = 2**16
 """Maximum number of bytes that are read and forwarded at a time."""
 RESET = struct.pack("ii", 1, 0)
-"""Value of ``SO_LINGER`` that makes closing a socket send a reset (RST)."""
+"""Value of ``SO_LINGER`` with which a socket sends a reset (RST) when it is closed."""
 CAN_SHARE_PORT = sys.platform == "linux"
 """Whether two sockets can share a port: one that reserves the port, and one that listens."""
 PIECES_PER_SECOND = 50
@@ -55,15 +55,16 @@ class NetworkFault:
     """One network fault between a client and its server.
 
     ==============  =================================================================================
-    ``latency``     each chunk is forwarded ``seconds`` after it arrived
-    ``bandwidth``   ``bytes_per_second`` is the highest rate; a small number sends one byte at a time
-    ``black_hole``  connecting works, but nothing gets through until the fault ends. Data that was sent
-                    during the fault then arrives, because TCP sends the data again
+    ``latency``     each chunk is held back for ``seconds`` and then forwarded
+    ``bandwidth``   ``bytes_per_second`` is the maximum rate; below 100, each byte is sent separately
+    ``black_hole``  connecting works, but nothing gets through until the fault ends. After the fault,
+                    the data that was sent during the fault arrives, as with TCP, which resends lost
+                    data
     ``refuse``      nothing listens: new connections are refused, and live connections are reset
     ``reset``       live connections are reset immediately, and new connections as soon as they are made.
-                    With ``after``, a connection is reset when that many bytes of its replies were
-                    forwarded
-    ``cut``         a connection is closed when ``after`` bytes of its replies were forwarded
+                    With ``after``, a connection is reset when that many bytes of its replies have
+                    been forwarded
+    ``cut``         a connection is closed when ``after`` bytes of its replies have been forwarded
     ``garbage``     all bytes of replies are random, except the first ``after`` bytes
     ``half_open``   the server's side of each live connection disappears without notice, so that the
                     client never gets a reply. New connections work
@@ -71,7 +72,8 @@ class NetworkFault:
 
     The bytes of replies are counted per connection. Each count starts at 0 when the fault is set or
     when the connection is made, whichever is later. ``direction`` applies to ``latency``, ``bandwidth`` and
-    ``black_hole``: with ``"replies"`` the server executes each request, but the client gets no reply in time.
+    ``black_hole``. With ``"replies"``, the server gets every request immediately, and only replies are
+    delayed or held back.
     """
 
     kind: NetworkKind
@@ -86,10 +88,10 @@ class NetworkFault:
 
 
 class FaultProxy:
-    """Listens on 127.0.0.1 and forwards everything to a server, subject to its ``fault``.
+    """Listens on 127.0.0.1 and connects each client to a server. The active :attr:`fault` disturbs these connections.
 
-    ``host`` may be the path of a Unix socket; ``port`` is then None. If the server is down, the client sees
-    a reset, because the proxy accepts a connection before it connects to the server.
+    ``host`` may be the path of a Unix socket; ``port`` is then None. If the server is down, a client's
+    connection is reset instead of refused, because the proxy accepts the connection before it connects to the server.
 
     Use the proxy as a context manager, or call :meth:`close`. Any thread may set :attr:`fault` at any time.
     """
@@ -170,7 +172,7 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         if self._reserved is None and CAN_SHARE_PORT:
-            # This socket keeps other programs from getting the port. It never listens, so connecting to it is refused.
+            # This socket keeps other programs from getting the port. It never listens, so it accepts no connections.
             self._reserved = socket.socket()
             self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self._reserved.bind(("127.0.0.1", 0))
@@ -184,7 +186,7 @@ class FaultProxy:
     def _accept(self, listening: socket.socket) -> None:
         # This is a callback, not an asyncio task. If a task were cancelled just after accepting a client, nothing would
         # close the client's socket.
-        with contextlib.suppress(OSError):  # the client has gone already
+        with contextlib.suppress(OSError):  # the client is already gone
             client, _ = listening.accept()
             client.setblocking(False)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -261,13 +263,13 @@ class _Link:
         self._is_silent = False
         self.task = asyncio.create_task(self._forward())
         """The asyncio task that forwards in both directions; it ends when both sockets are closed."""
-        # The task may be cancelled before it starts. Then only this callback closes the client's socket.
+        # If the task is cancelled before it starts, only this callback closes the client's socket.
         self.task.add_done_callback(lambda _: client.close())
         if _is_immediate_reset(proxy.fault):
             self._reset()
 
     def apply_fault(self, fault: NetworkFault | None) -> None:
-        """Apply a new fault: restart the count of reply bytes, and reset or silence the connection if required."""
+        """Apply a new fault: count reply bytes from 0 again, and reset or silence the connection if necessary."""
         self._replied = 0
         if _is_immediate_reset(fault):
             self._reset()

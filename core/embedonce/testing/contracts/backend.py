@@ -48,7 +48,7 @@ DAY = 86_400.0
 LONG_LISTING = 1100
 """Number of keys in the test of a long listing."""
 MIN_READS = 5
-"""Minimum number of reads while other threads or processes are writing."""
+"""Minimum number of reads that a test makes while other threads or processes are writing."""
 RECOVERY_CALLS = 10
 """Number of calls after which a client must have dropped the dead connections of its pool."""
 
@@ -61,10 +61,10 @@ class BackendContract(Contract):
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
-    """Numbers of dimensions of the test vectors, for a backend that holds entries."""
+    """The test vectors have these numbers of dimensions. Only a backend that holds entries gets vectors."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None means the number in its profile. Set a lower number if
-    :meth:`make` is slow."""
+    """Number of examples that hypothesis tries in each test; None means the number in hypothesis's profile. If
+    :meth:`make` is slow, set a low number."""
     key = staticmethod(key)
 
     def make(self) -> Backend:
@@ -72,11 +72,11 @@ class BackendContract(Contract):
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
 
     def reopen(self, backend: Any) -> Backend:
-        """Return another client of the store of ``backend``. This must also work after ``backend`` was closed."""
+        """Return another client of the store of ``backend``, even if ``backend`` is already closed."""
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
-        """Return how another process makes a client of the same store, or None if no other process can make one."""
+        """Return a recipe for a client of the same store in another process, or None if that is impossible."""
         return None
 
     def advance(self, seconds: float) -> None:
@@ -88,11 +88,11 @@ class BackendContract(Contract):
         raise NotImplementedError
 
     def server(self) -> tuple[str, int | None]:
-        """Return host and port of the backend's server, or the path of its Unix socket and None."""
+        """Return ``(host, port)`` of the backend's server, or ``(path, None)`` if the server has a Unix socket."""
         raise NotImplementedError
 
     def through(self, backend: Any, host: str, port: int) -> Backend:
-        """Return another client of the store of ``backend``. This client must connect to a proxy at ``host:port``."""
+        """Return another client of the store of ``backend``. The client must connect to the proxy at ``host:port``."""
         raise NotImplementedError
 
     def lose_a_node(self, backend: Any) -> AbstractContextManager[object]:
@@ -472,7 +472,7 @@ class BackendContract(Contract):
     # --- time to live -------------------------------------------------------------------------
 
     def test_any_ttl_is_taken(self) -> None:
-        # The long TTLs are here because a server may read a long TTL as a date, as memcached does above 30 days.
+        # Some TTLs are long, because some servers read a long TTL as a date. memcached does so above 30 days.
         with self._open() as backend:
             values = self._make_values(backend)
             for number, ttl in enumerate((None, 3600, 3600.5, 100 * DAY, 3650 * DAY)):
@@ -505,7 +505,7 @@ class BackendContract(Contract):
             backend.set_many({key(2): values.sample(2)}, 60.0)
             self.advance(61.0)
             found = dict(backend.get_many([key(1), key(2)]))
-            assert found == {}, "a key did not expire: its TTL must count from the last time that it was stored"
+            assert found == {}, "a key did not expire: the TTL must count from the last time that the key was stored"
 
     def test_an_added_key_is_free_again_when_its_ttl_ends(self) -> None:
         with self._open() as backend:
@@ -743,7 +743,8 @@ class BackendContract(Contract):
             def write(value: Any) -> None:
                 turns = 0
                 try:
-                    # Keep writing until both readers have read, because a busy machine may start them late.
+                    # Keep writing until both readers have read enough, because a busy machine may start the readers
+                    # late.
                     while turns < 20 or min(looks) < MIN_READS:
                         backend.set_many(dict.fromkeys(names, value), None)
                         turns += 1
@@ -838,7 +839,7 @@ class BackendContract(Contract):
                 with deadline(0.2):
                     client.get_many([key(1)])
 
-            # The client may notice immediately that the connection is dead, and open a new connection.
+            # The call may succeed, because a client that notices the dead connection may open a new connection.
             with suppress(Exception):
                 call_with_timeout(ask, "get_many on a dead connection")
             self._require_recovery(client)
@@ -948,7 +949,7 @@ class BackendContract(Contract):
     # --- random sequences of calls ------------------------------------------------------------
 
     def test_it_behaves_as_a_dict(self) -> None:
-        """Run random sequences of calls and time steps on the backend and on a dict, and compare the results."""
+        """Make random calls on the backend and the same calls on a dict, let time pass, and compare the results."""
         compare_with_dict(
             self.make,
             reopen=self.reopen if self._overrides("reopen") else None,
@@ -977,7 +978,7 @@ class BackendContract(Contract):
             proxy.heal()
 
     def _require_error(self, call: Callable[[], object], what: str) -> None:
-        """Require that a call raises. The call has a deadline, which a backend obeys if it declares ``deadline``."""
+        """Require that a call raises. The call has a deadline, but only backends that declare ``deadline`` obey it."""
 
         def call_with_deadline() -> None:
             with deadline(2.0):
@@ -999,7 +1000,7 @@ class BackendContract(Contract):
         self._require_stored(client, {key(1): 1, key(2): 2})
 
     def _require_partial_answer(self, call: Callable[[], Any], asked: Mapping[str, int]) -> tuple[Any, frozenset[str]]:
-        """Require that a call raises PartialAnswer; return its answer and its failed keys."""
+        """Require that a call raises PartialAnswer. Return the answer and the failed keys in this error."""
 
         def call_with_deadline() -> Any:
             with deadline(CALL_TIMEOUT / 2):
@@ -1024,7 +1025,7 @@ class BackendContract(Contract):
         assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
 
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that the ``expected`` items are stored. set_many did not report these items as failed."""
+        """Require that all ``expected`` items are stored, because set_many did not report them as failed."""
         try:
             found, away = backend.get_many(list(expected)), frozenset[str]()
         except PartialAnswer as partial:
@@ -1034,7 +1035,7 @@ class BackendContract(Contract):
         self._require_equal(backend, found, expected)
 
     def _require_all_nodes_back(self, backend: Any) -> None:
-        """Require that every key can be stored soon after the node is up again. Clients may skip the node at first."""
+        """Require that all keys can be stored again. Retry, because clients may skip the node for a while."""
         end = time.monotonic() + CALL_TIMEOUT
         while True:
             try:
@@ -1095,11 +1096,11 @@ class BackendContract(Contract):
         backend.set_many({key(number): values.sample(number) for number in numbers}, None)
 
     def _require_stored(self, backend: Any, expected: Mapping[str, int]) -> None:
-        """Require that each key holds the sample of its number."""
+        """Require that the backend returns all samples of ``expected``, which maps keys to the seeds of samples."""
         self._require_equal(backend, backend.get_many(list(expected)), expected)
 
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
-        """Require that ``found`` has exactly the samples of ``expected``. Messages refer to the keys by number."""
+        """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
         values = self._make_values(backend)
         assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
         missing = [place for place, name in enumerate(expected) if name not in found]

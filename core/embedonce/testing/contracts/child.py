@@ -1,9 +1,11 @@
-"""The child process of the contracts: it makes a plugin, uses the plugin and reports. :mod:`.support` starts the child.
+"""The program of the child processes that the contracts use. :mod:`.support` starts each child.
 
-The child reads one line with a JSON object from standard input, and makes the plugin. Then it writes an empty line to
-standard output and waits for an empty line, so that all children begin at the same moment. At the end, it writes a JSON
-object. A child that stores keys until it is killed does not wait for the empty line. After each batch, it writes the
-number of keys that it has stored so far.
+A child reads its request, one line of JSON, from standard input, and makes the plugin. Then the child writes an empty
+line to standard output, and waits for an empty line from the parent. The parent sends these lines when all children are
+ready, so that all children begin at the same moment. At the end, each child writes its answer as JSON.
+
+If the request is to store keys until the child is killed, the child does not wait. After each batch, the child writes
+the number of keys that it has stored so far.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ WRITE_BATCH = 20
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Read the request from standard input, and answer it on standard output."""
     # A plugin may print, and its output must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     request = json.loads(sys.stdin.readline())
@@ -65,7 +67,7 @@ def _handle_request(plugin: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert options to the types that the plugin declares, because JSON has no paths."""
+    """Convert options to the types that the plugin declares, because JSON cannot represent a path."""
     try:
         declared = options_of(made) if isinstance(made, type) else {}
     except PluginError:  # TOML cannot express the arguments of this class, so no argument is converted
@@ -76,7 +78,8 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     """Store batches of samples until the process is killed. After each batch, write the number of keys stored so far.
 
-    The number is written only when the next batch is ready, so that the kill interrupts a call of ``set_many``.
+    The number is written only when the next batch is ready, so that the kill most likely interrupts a call of
+    ``set_many``.
     """
     values = make_values(request["holds"], request["dimensions"])
     for stored in count(0, WRITE_BATCH):

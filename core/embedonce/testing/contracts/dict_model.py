@@ -1,7 +1,7 @@
 """The state machine of the backend contract: after any sequence of calls, a backend must answer as a dict would.
 
-The state machine draws from only a few keys, so that different calls often use the same key. With many keys, two calls
-would rarely use the same key, and the state machine would find nothing.
+The state machine uses only a few keys, so that different calls often use the same key. With many keys, two calls would
+rarely use the same key, and the state machine would find no bugs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .values import make_values
 
 TTLS = (10.0, 100.0)
 STEPS = (7.0, 70.0)
-"""Seconds to advance. No sum of steps equals a TTL, because a read at the exact end of a TTL may hit or miss."""
+"""Seconds to advance. No sum of these steps equals a TTL, so no read happens at the exact end of a TTL. Such a read may
+hit or miss."""
 
 
 def compare_with_dict(
@@ -37,7 +38,7 @@ def compare_with_dict(
     some_items = st.dictionaries(st.sampled_from(keys), st.integers(0, 7), max_size=len(keys))
 
     class DictComparison(RuleBasedStateMachine):
-        """Compares a backend with a dict, which holds the seed and the time of expiry of each sample."""
+        """Compares a backend with a dict. The dict holds the seed and the time of expiry of each stored sample."""
 
         def __init__(self) -> None:
             super().__init__()

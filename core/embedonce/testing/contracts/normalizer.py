@@ -41,12 +41,12 @@ class NormalizerContract(Contract):
     texts: ClassVar[Sequence[str]] = TEXTS
     """Texts whose normalised forms must all differ."""
     same: ClassVar[Sequence[tuple[str, str]]] = ()
-    """Pairs of texts that the step must give the same form."""
+    """Pairs of texts. The step must return the same form for both texts of a pair."""
     examples: ClassVar[int | None] = None
-    """Number of examples that hypothesis tries; None means the number in its profile."""
+    """Number of examples that hypothesis tries; None means the number in hypothesis's profile."""
 
     def make(self) -> Normalizer:
-        """Return the step, as the plugin registers it."""
+        """Return the step that the plugin registers."""
         raise NotImplementedError(f"{type(self).__name__} must define which step to test: def make(self) -> Normalizer")
 
     def recipe(self) -> Recipe | None:
@@ -119,7 +119,7 @@ class NormalizerContract(Contract):
                 place = (number + turn) % len(expected)
                 assert step(self.texts[place]) == expected[place], "a thread got the form of another text"
 
-        run_in_threads(8, work, "a step from eight threads")
+        run_in_threads(8, work, "a step that eight threads call")
 
     def test_another_process_gives_the_same_form(self) -> None:
         recipe = self.recipe()

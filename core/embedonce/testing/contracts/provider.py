@@ -1,6 +1,6 @@
 """Standard tests of every provider: subclass :class:`ProviderContract` and run pytest.
 
-A provider may have ``embed``, ``aembed`` or both; if it has both, they must agree.
+A provider may have ``embed``, ``aembed`` or both. If a provider has both, both must return the same vectors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ProviderContract(Contract):
         )
 
     def recipe(self) -> Recipe | None:
-        """Return how another process makes the same provider, or None if another process cannot make it."""
+        """Return a recipe for the same provider in another process, or None if that is impossible."""
         return None
 
     # --- what the provider declares -----------------------------------------------------------
@@ -312,10 +312,10 @@ class ProviderContract(Contract):
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}; tolerance is {self.tolerance:g}"
 
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
-        """Require a valid vector, or a TextRefused with the position of ``text``.
+        """Require a valid vector, or a TextRefused that has either no positions or only the position of ``text``.
 
-        The cache needs the right position to retry the call without the refused text. With ``full``, also try the text
-        at the end of a full batch.
+        A wrong position would make the cache leave a valid text out of the retry. With ``full``, also try ``text`` at
+        the end of a full batch.
         """
         with self._open() as opened:
             good = self.texts[0]
@@ -323,7 +323,7 @@ class ProviderContract(Contract):
             if opened.provider.limits.max_batch >= 3:
                 self._check_vector_or_refusal(opened, [good, text, good], 1, what)
             if full and (largest := min(self.most, opened.provider.limits.max_batch)) > 3:
-                # The provider may send the batch in parts. The position must still be the position in the whole batch.
+                # A provider that sends the batch in parts must still report the position in the whole batch.
                 self._check_vector_or_refusal(opened, [good] * (largest - 1) + [text], largest - 1, what)
 
     def _check_vector_or_refusal(self, opened: _OpenProvider, texts: list[str], place: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Threads and processes for the contracts. All of them have timeouts, so that a hang fails only one test."""
+"""Functions that run calls in threads and processes, with timeouts, so that a call that hangs fails only one test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ CALL_TIMEOUT = 60.0
 
 
 class Recipe(NamedTuple):
-    """How another process makes the same plugin: an importable class, and keyword options that JSON can represent."""
+    """Tells another process how to make the same plugin: call ``plugin`` with ``options`` as keyword arguments.
+
+    The class or function ``plugin`` must be importable by name, and JSON must be able to represent the options.
+    """
 
     plugin: Callable[..., Any]
     options: Mapping[str, Any] = {}
@@ -109,7 +112,7 @@ def run_in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], 
 
 
 def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no cover  (another process)
-    # The child must never return into the test runner.
+    # The child must exit here: if it returned into the test runner, it would run the remaining tests.
     status = 1
     try:
         work()
@@ -140,7 +143,7 @@ def _read_until_exit(reader: int, child: int, call: Callable[[], None]) -> bytes
 def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **environment: str) -> list[Any]:
     """Send each request to a new Python process that makes the plugin of ``recipe``, and return the answers.
 
-    All processes begin with their requests at the same moment, when the last process has made its plugin.
+    The processes start to handle their requests at the same moment, when all of them have made their plugins.
     :mod:`embedonce.testing.contracts.child` defines the requests.
 
     Raises:
@@ -162,7 +165,7 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Let a new process store batches of samples, kill the process, and return how many keys the process reported.
+    """Start a process that stores batches of samples, and kill it. Return how many stored keys the process reported.
 
     The process reports each batch that it has stored. After ``batches`` reports, this function waits for half the time
     of one batch and then kills the process, so that the kill most likely interrupts the next batch. The process may

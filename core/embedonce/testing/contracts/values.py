@@ -1,4 +1,4 @@
-"""Values for the backend contract: frames for a backend that holds frames, entries for one that holds entries."""
+"""Values for the tests of backends: frames, entries or both, depending on what the backend holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRAME_SIZES = (0, 1, 6 * 1024, MIB)
 
 
 def key(number: int, scope: str = SCOPE) -> str:
-    """Return a key in the format of the engine, different for every number."""
+    """Return a key in the format of the engine's keys. Every number gives a different key."""
     return f"eo1.{scope}.{sha256(b'%d' % number).hexdigest()}"
 
 
@@ -36,12 +36,12 @@ class Values(Protocol):
     def make_edge_values(self, max_bytes: int | None) -> Mapping[str, Any]:
         """Return values that have exposed bugs in stores. The keys of the result describe the values.
 
-        A frame has at most ``max_bytes`` bytes.
+        No frame has more than ``max_bytes`` bytes.
         """
         ...
 
     def is_equal(self, found: object, stored: Any) -> bool:
-        """Return whether ``found`` equals ``stored``, including its type and bits."""
+        """Return whether ``found`` has the same type as ``stored`` and identical content."""
         ...
 
 

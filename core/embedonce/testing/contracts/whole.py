@@ -1,4 +1,4 @@
-"""The base of the contracts: it fails when a subclass replaces or removes a standard test."""
+"""The base class of the contracts. It raises an error if a subclass replaces or removes a standard test."""
 
 from __future__ import annotations
 

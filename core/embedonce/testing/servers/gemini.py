@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("short")
 
-The server requires only numpy. Its replies and errors, and the requests that it accepts, follow Gemini's API reference
-and the requests of google-genai 3.6.
+The server requires only numpy. It accepts the requests that google-genai 3.6 sends, and its replies and errors follow
+Gemini's API reference.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ GeminiMisbehaviour: TypeAlias = Literal[
 PATH = re.compile(r"/v1\w*/models/([^/:]+):(batchEmbedContents|embedContent)")
 
 NOT_IN_SPACE = ("model", "content", "taskType", "outputDimensionality")
-"""Fields of a request for one vector that are not part of ``extra``."""
+"""Fields of a request for one vector that :meth:`GeminiServer.vector_of` does not take as ``extra``."""
 
 
 class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
     """Speaks ``:batchEmbedContents``, which google-genai sends for every call, and ``:embedContent``.
 
-    A content with several parts has one vector, as in the real API. The vector depends on the model,
+    A ``content`` with several parts has one vector, as in the real API. The vector depends on the text, the model,
     the dimensions, the task type and every other field; :meth:`vector_of` returns the same vector. The
     server silently truncates a text of more than ``max_tokens`` tokens, as Gemini does; with ``truncates=False``, the
     server refuses such a text.

@@ -1,4 +1,4 @@
-"""The base of the loopback servers. It serves HTTP in a thread, injects faults, and makes each vector from a hash."""
+"""The base of the loopback servers. It serves HTTP in a thread, injects faults, and makes vectors from hashes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class LoopbackServer(Generic[KindT]):
 
     @property
     def texts(self) -> int:
-        """Number of inputs embedded, including repeated ones."""
+        """Number of inputs that were embedded, including repeated inputs."""
         with self._lock:
             return self.count.total()
 
@@ -127,7 +127,7 @@ class LoopbackServer(Generic[KindT]):
         released.set()
 
     def until_hanging(self) -> None:
-        """Block until another request hangs.
+        """Block until a request hangs; each call waits for a different request.
 
         Raises:
             TimeoutError: no request hangs after 60 seconds.
@@ -289,7 +289,7 @@ def make_vector(about: Any, dimensions: int) -> Vector:
 
 
 def estimate_tokens(text: str) -> int:
-    """Estimate the tokens of a text: its number of words and marks, or a quarter of its bytes if that is more."""
+    """Estimate the tokens of a text: the number of words and punctuation marks, but at least a quarter of the bytes."""
     return max(1, len(re.findall(r"\w+|[^\w\s]", text)), len(text.encode()) // 4)
 
 

@@ -8,8 +8,8 @@
         server.texts  # 2
         server.misbehave("out_of_order")
 
-The server requires only numpy. Its replies and errors, and the requests that it accepts, follow OpenAI's API reference
-and the requests of OpenAI's Python client.
+The server requires only numpy. It accepts the requests that OpenAI's Python client sends, and its replies and errors
+follow OpenAI's API reference.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ OPENAI_PATH = re.compile(r"(?:/openai)?/v1/(embeddings|models)")
 AZURE_PATH = re.compile(r"/openai/deployments/([^/]+)/embeddings")
 
 NOT_IN_SPACE = ("input", "model", "dimensions", "encoding_format", "user")
-"""Fields of the body that are not part of ``extra``."""
+"""Fields of the body that :meth:`OpenAIServer.vector_of` does not take as ``extra``."""
 
 
 class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
@@ -114,13 +114,13 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
     @property
     def base_url(self) -> str:
-        """URL for the client's ``base_url``. Azure's endpoint is ``url``."""
+        """URL for the client's ``base_url``. An Azure client needs ``url`` as its endpoint."""
         return f"{self.url}/v1"
 
     def vector_of(
         self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
     ) -> Vector:
-        """Return the vector of a text or of tokens: shape (dimensions,), unit length. No request is counted."""
+        """Return the vector of a text or of tokens, shape (dimensions,), with unit length. No request is counted."""
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
         return make_vector(about, dimensions or self.dimensions)
 
@@ -227,7 +227,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
 
 
 def _parse_inputs(given: Any) -> list[Any]:
-    """Return the inputs as a list. ``given`` is a text, a list of texts, a list of tokens, or a list of such lists.
+    """Return the inputs as a list. ``given`` is a text, a list of texts, a list of tokens, or a list of token lists.
 
     Raises:
         RequestRefused: ``given`` is something else, or an input is empty.
