@@ -94,8 +94,8 @@ _EXPIRE = (
     "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)"
 )
 _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
-# The keys are read as bytes, because another program may have stored a key that is invalid UTF-8. The unary plus removes
-# the TEXT affinity of CAST. With that affinity, SQLite could convert stored keys to text before it compares them.
+# The keys are read as bytes, because another program may have stored a key that is invalid UTF-8. The unary plus
+# removes the TEXT affinity of CAST. With that affinity, SQLite could convert stored keys before it compares them.
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
@@ -507,8 +507,8 @@ def _release_pages(connection: Connection, max_bytes: int | None) -> None:
     """Give free pages back to the file system.
 
     With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. If
-    ``max_bytes`` is None, this gives back the free pages that exceed a quarter of the file. One call gives back at most 1,000 pages, because SQLite may
-    have to move a used page for each page that it gives back.
+    ``max_bytes`` is None, this gives back the free pages that exceed a quarter of the file. One call gives back at most
+    1,000 pages, because SQLite may have to move a used page for each page that it gives back.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)

@@ -113,7 +113,7 @@ class Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
         return lambda statement, *values: retry_while_locked(lambda: self._connection.execute(statement, *values))
 
     def reset(self, key: str, value: Any = diskcache.ENOVAL, update: bool = True) -> Any:
-        """Store a setting. Settings of pragmas are ignored, because the backend sets all pragmas itself."""
+        """Store a setting, but ignore the settings of pragmas, because the backend sets the pragmas itself."""
         if key.startswith("sqlite_"):
             return value
         return super().reset(key, value, update)

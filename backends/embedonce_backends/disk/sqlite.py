@@ -77,8 +77,8 @@ def get_remaining_seconds() -> float:
 def retry_while_locked(call: Callable[[], T]) -> T:
     """Return ``call()``, retrying it while another connection holds the lock that the call needs.
 
-    SQLite's own busy timeout is not used, because a connection has the same timeout for all calls, and because some
-    statements ignore the timeout.
+    SQLite's own busy timeout is not used, because it is a setting of the connection, but every call has its own
+    deadline. In addition, some statements ignore the busy timeout.
 
     Raises:
         TierTimeout: another connection held the lock until the deadline.
