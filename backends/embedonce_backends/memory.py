@@ -73,9 +73,8 @@ class MemoryBackend:
         policy: Annotated[
             Literal["segmented", "lru"],
             Doc(
-                "Which entry to evict. segmented: new texts cannot push out entries that were read since they were "
-                "stored. "
-                "lru: the least recently used entry."
+                "Which entry to evict. segmented: usually an entry that was never read, so that many new texts do not "
+                "push out the entries in use. lru: the least recently used entry."
             ),
         ] = "segmented",
     ) -> None:
@@ -129,7 +128,7 @@ class MemoryBackend:
     def close(self) -> None:
         """Drop every entry.
 
-        Later calls raise RuntimeError. If they returned no entries instead, texts would silently be embedded again.
+        Later calls raise RuntimeError. If they returned no entries instead, all texts would silently be embedded again.
         """
         with _lock:
             self._held.clear()
@@ -156,7 +155,7 @@ def _metadata_bytes(value: Any) -> int:
 
 
 class _Policy(Protocol):
-    """Entries in the order in which they are evicted. Every method except ``get`` is called under the lock."""
+    """Keeps the entries and evicts some if necessary. The caller of every method except ``get`` holds the lock."""
 
     get: Callable[[str], Entry | None]
 
@@ -201,8 +200,8 @@ class _Queue:
 
     def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # `bytes` becomes wrong if a caller changes an entry's metadata after storing the entry. So `bytes` is set
-            # to 0, which is correct, when the queue is empty.
+            # `bytes` becomes wrong if a caller changes an entry's metadata after storing the entry. To correct this,
+            # `bytes` is set to 0 when the queue is empty.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
     def is_over_limit(self) -> bool:

@@ -432,7 +432,7 @@ class DiskBackend:
         connection.executemany(_STORE, [(key, now, expires, now, value) for key, value in items.items()])
 
     def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
-        """Delete expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
+        """Delete some expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
 
         Returns:
             The number of entries that were evicted before they expired.

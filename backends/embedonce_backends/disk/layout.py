@@ -60,7 +60,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         super().__init__(directory, min_file_size=ALWAYS_INLINE)
 
     def put(self, key: object) -> tuple[str, Literal[True]]:
-        """Return the columns for a key."""
+        """Return the values of the columns ``key`` and ``raw`` for a key."""
         if type(key) is not str:
             raise TypeError(f"key must be a str, got {type(key).__name__}")
         return key, True
@@ -72,7 +72,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         return key
 
     def store(self, value: object, read: bool, key: object = None) -> tuple[Literal[0], Literal[1], None, memoryview]:
-        """Return the columns for a value."""
+        """Return the values of the columns ``size``, ``mode``, ``filename`` and ``value`` for a value."""
         if type(value) is not bytes or read:
             raise TypeError(f"value must be bytes, got {type(value).__name__}")
         return 0, MODE_RAW, None, sqlite3.Binary(value)

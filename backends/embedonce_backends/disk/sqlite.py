@@ -47,7 +47,7 @@ class Lock(Protocol):
 
 
 class Connection(sqlite3.Connection):
-    """A connection with a generation, which shows whether it was opened before the last :meth:`Connections.renew`."""
+    """A connection with a generation number. :meth:`Connections.renew` closes the connections with lower numbers."""
 
     generation = 0
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
@@ -106,7 +106,7 @@ def get_primary_code(error: Exception) -> int:
 def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     """Run one statement, waiting for locks if necessary, and return all of its rows."""
     # If the process forks in the middle of a call, the call continues in the child too. The child must not use the
-    # parent's connection, so this raises an error there.
+    # parent's connection, so this raises an error in the child.
     if _is_stranded:
         raise TierError(FORKED)
     time_left()
@@ -297,8 +297,8 @@ class Connections:
 # long, the fork happens anyway, and the child must not use SQLite at all.
 #
 # A fork holds no lock while it waits, and the wait has a time limit. So a fork always ends, even in a signal handler,
-# in a finalizer, at the same time as another fork, or in the middle of a call. After the fork,
-# the child checks whether a connection was open at the moment of the fork. If so, the child must not use SQLite.
+# in a finalizer, at the same time as another fork, or in the middle of a call. After the fork, the child checks
+# whether a connection was open at the moment of the fork. If so, the child must not use SQLite.
 
 _all: set[ref[Connections]] = set()
 _forking_threads: list[int] = []

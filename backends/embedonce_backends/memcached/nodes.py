@@ -143,7 +143,7 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
 
 
 class Node:
-    """One memcached server, with its connections and the state of its health."""
+    """One memcached server, with its connections and a record of its failures."""
 
     def __init__(self, name: str, *, prefix: str, max_connections: int, is_only_node: bool) -> None:
         self.name = name

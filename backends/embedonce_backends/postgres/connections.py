@@ -175,7 +175,8 @@ AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 def is_usable(connection: AnyConnection) -> bool:
     """Return whether an idle connection is usable.
 
-    An idle connection becomes readable if the server closes it or sends an error. So a readable one is not usable.
+    A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+    connection or sent an error.
     """
     if connection.closed:
         return False
@@ -222,7 +223,7 @@ def cancel_and_close(connection: AnyConnection) -> None:
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # This thread cannot await the cancel_safe of an async connection. So it uses the session in a blocking connection.
+    # This thread cannot await the cancel_safe of an async connection. So wrap the session in a blocking one.
     blocking = psycopg.Connection(connection.pgconn)
     try:
         blocking.cancel_safe(timeout=CANCEL_SECONDS)

@@ -1,8 +1,8 @@
 """Convert entries and frames to parameters in Postgres' binary format, and binary rows to entries and frames.
 
 In Postgres' binary format, an array starts with five numbers: the number of its dimensions, whether it has NULLs (0 or
-1), the id of the elements' type, the number of elements, and the index of the first element. After them come the
-elements, each as its length and its bytes. All numbers are big-endian. In pgvector's format, a vector consists of two
+1), the id of the elements' type, the number of elements, and the index of the first element. The elements
+follow, each as its length and its bytes. All numbers are big-endian. In pgvector's format, a vector consists of two
 16-bit numbers (the number of dimensions and an unused number) and the float32 values.
 """
 

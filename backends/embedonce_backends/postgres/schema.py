@@ -1,4 +1,4 @@
-"""The table of a Postgres tier: how to inspect it and make it, and the SQL statements that use it."""
+"""The table of a Postgres tier: how to inspect and make the table, and the SQL statements that use it."""
 
 from __future__ import annotations
 
@@ -206,8 +206,8 @@ _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
-# Statements that store or delete given keys lock their rows in the order of the keys, so that no two statements
-# deadlock. The sweep of expired rows skips locked rows.
+# Statements that store or delete given keys lock the rows in the order of the keys, so that no two statements
+# deadlock. The statement that deletes expired rows skips locked rows.
 _INSERT = """
 INSERT INTO {table} AS held
     (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})

@@ -84,7 +84,8 @@ class AsyncConnection(redis.asyncio.Connection):
     async def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        An idle connection becomes readable if the server closes it or sends an error. So a readable one is not usable.
+        A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+        connection or sent an error.
         """
         try:
             # Also check the socket, because the event loop may not have read from it yet.

@@ -142,7 +142,8 @@ class RedisBackend:
         """Yield the keys that start with ``prefix``.
 
         The server examines about 1,000 keys per request, and can serve other clients between two requests. A key that
-        exists during the whole listing is listed. It may be listed twice if the server's hash table grows or shrinks.
+        exists during the whole listing is listed. A key may be listed twice if the server's hash table grows or
+        shrinks.
 
         Raises:
             TierError: slots of the cluster moved to another node during the listing, so keys may have been missed.
@@ -160,7 +161,7 @@ class RedisBackend:
     def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:
         skip = len(self._prefix)
         # A cursor is valid only on the server that returned it. After a failover, the connections of the pool could
-        # reach different servers. So all pages use the same new connection.
+        # reach different servers. So all requests of a scan use the same new connection.
         with self._client.open_connection(node) as connection:
             cursor = b"0"
             while True:

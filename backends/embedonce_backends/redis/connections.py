@@ -184,7 +184,8 @@ class Connection(redis.Connection):
     def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        An idle connection becomes readable if the server closes it or sends an error. So a readable one is not usable.
+        A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+        connection or sent an error.
         """
         try:
             return not self.can_read(0)
@@ -381,7 +382,9 @@ class Client:
         return pool
 
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        """Send all trips, then read all replies. If a trip fails, its error takes the place of each of its replies.
+        """Send the commands of all trips, then read all replies.
+
+        If a trip fails, the trip's error takes the place of each of its replies.
 
         Raises:
             Exception: every trip failed; the exception is the first trip's error.
