@@ -1,4 +1,4 @@
-"""Errors of one node in a store that has several."""
+"""Errors that report the failure of one node in a store that has several nodes."""
 
 from embedonce.errors import TierBusy
 

@@ -1,6 +1,6 @@
 """The memory tier: entries in this process, bounded by number and by bytes.
 
-Entries are not copied. ``get`` returns the same object that was stored; its array is read-only.
+Entries are not copied. ``get`` returns the same object that was stored. The array of an entry is read-only.
 ``docs/memory.md`` has the measurements behind the choice of library and of the default policy.
 """
 
@@ -73,8 +73,8 @@ class MemoryBackend:
         policy: Annotated[
             Literal["segmented", "lru"],
             Doc(
-                "Which entry to evict. segmented: a scan of new texts cannot push out entries that were read twice. "
-                "lru: the least recently used entry."
+                "Which entry to evict. segmented: usually an entry that was never read, so that many new texts do not "
+                "push out the entries in use. lru: the least recently used entry."
             ),
         ] = "segmented",
     ) -> None:
@@ -94,7 +94,7 @@ class MemoryBackend:
         return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def set_many(self, items: Mapping[str, Entry], ttl: float | None, /) -> None:
-        """Store the entries. If there is not enough room for all of them, those at the end of ``items`` stay.
+        """Store the entries. If there is not enough room for all of them, the entries at the end of ``items`` stay.
 
         ``ttl`` is ignored, because this backend frees space only by eviction.
 
@@ -128,7 +128,7 @@ class MemoryBackend:
     def close(self) -> None:
         """Drop every entry.
 
-        Later calls raise RuntimeError. If they returned misses instead, texts would be embedded again without notice.
+        Later calls raise RuntimeError. If they returned no entries instead, all texts would silently be embedded again.
         """
         with _lock:
             self._held.clear()
@@ -137,7 +137,7 @@ class MemoryBackend:
 
 
 def entry_bytes(entry: Entry) -> int:
-    """Return the bytes that an entry takes in memory, including its key and its place in the table."""
+    """Return the bytes that an entry takes in memory, including its key and its slot in the queue."""
     metadata = 0 if entry.metadata is None else _metadata_bytes(entry.metadata)
     return ENTRY_BYTES + entry.vector.nbytes + metadata
 
@@ -155,7 +155,7 @@ def _metadata_bytes(value: Any) -> int:
 
 
 class _Policy(Protocol):
-    """Entries in the order in which they are evicted. Every method except ``get`` is called under the lock."""
+    """Keeps the entries and evicts some if necessary. The caller of every method except ``get`` holds the lock."""
 
     get: Callable[[str], Entry | None]
 
@@ -200,8 +200,8 @@ class _Queue:
 
     def _subtract_bytes(self, entry: Entry | None) -> None:
         if entry is not None and self.max_bytes is not None:
-            # The sum is wrong if a caller changed an entry's metadata after storing it. The sum is
-            # corrected when the queue is empty, by setting it to 0.
+            # `bytes` becomes wrong if a caller changes an entry's metadata after storing the entry. To correct this,
+            # `bytes` is set to 0 when the queue is empty.
             self.bytes = self.bytes - entry_bytes(entry) if len(self.entries) else 0
 
     def is_over_limit(self) -> bool:
@@ -209,8 +209,8 @@ class _Queue:
         return len(self.entries) > self.max_entries or (self.max_bytes is not None and self.bytes > self.max_bytes)
 
     def keys(self) -> list[str]:
-        # A hit in another thread does not take our lock, so it could change the order during an iteration, and the
-        # iteration would fail. cachebox's copy() is atomic.
+        # A hit in another thread may change the order without taking `_lock`, and an iteration over `entries` would
+        # then fail. This uses cachebox's copy(), because it is atomic.
         return list(self.entries.copy())
 
     def clear(self) -> None:
@@ -251,7 +251,7 @@ class _Segmented:
         self.get = self._make_get()
 
     def _make_get(self) -> Callable[[str], Entry | None]:
-        # A closure is faster than a method. A hit on a protected entry takes little longer than cachebox's call.
+        # A closure is faster than a method. A hit on a protected entry takes little longer than cachebox's own `get`.
         get_protected = self._protected.get
         get_from_probation = self._get_from_probation
 
@@ -262,9 +262,9 @@ class _Segmented:
         return get
 
     def _get_from_probation(self, key: str) -> Entry | None:
-        # Another thread may have moved the key to the other queue since `get` looked there. So this method takes the
-        # lock and looks into both queues. Otherwise, a stored entry would sometimes be missed, and its text would be
-        # embedded again.
+        # After `get` looked into the protected queue, another thread may have moved the key there. So this method takes
+        # the lock and looks into both queues. Otherwise, a stored entry would sometimes not be found, and its text
+        # would be embedded again.
         with _lock:
             entry = self._probation.get(key)
             if entry is None:
@@ -283,7 +283,7 @@ class _Segmented:
         (protected if key in protected.entries else probation).put(key, entry)
         self._demote()
         while self._is_over_limit():
-            # A new entry is always stored. If no other entry is on probation, a protected one is evicted to make room.
+            # A new entry is always stored. If no other entry is on probation, a protected entry is evicted.
             is_alone = len(probation.entries) <= 1 and len(protected.entries) > 0
             (protected if is_alone else probation).pop_oldest()
 

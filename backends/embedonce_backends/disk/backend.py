@@ -55,7 +55,7 @@ CHUNK_KEYS = 512
 """Maximum number of keys per statement; the deadline is checked between statements."""
 PAGE_BYTES = 8192
 """Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
-pages, SQLite would write more bytes to store a random key."""
+pages, storing an entry would write more bytes, because SQLite writes whole pages."""
 LOG_BYTES = 2**25
 """Size in bytes above which SQLite's log is written back into the file and emptied."""
 # These pragmas have an effect only before the first table is made. Later, setting auto_vacuum would write to the file
@@ -68,7 +68,7 @@ PRAGMAS = (
     "mmap_size = 0",
     f"journal_size_limit = {LOG_BYTES}",
     "temp_store = MEMORY",
-    "secure_delete = ON",  # overwrites a forgotten vector, instead of only marking its space as free
+    "secure_delete = ON",  # deleted data is overwritten, not only marked as free space
     "trusted_schema = OFF",
     "cell_size_check = ON",
 )
@@ -94,8 +94,8 @@ _EXPIRE = (
     "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time <= ? ORDER BY expire_time LIMIT ?)"
 )
 _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY rowid LIMIT ?)"
-# Keys are read as bytes, because a planted key may be invalid UTF-8. Without the unary plus, CAST would change how
-# SQLite compares the keys.
+# The keys are read as bytes, because another program may have stored a key that is invalid UTF-8. The unary plus
+# removes the TEXT affinity of CAST. With that affinity, SQLite could convert stored keys before it compares them.
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
@@ -155,7 +155,7 @@ class _File:
         return connection
 
     def _make_tables(self, connection: Connection) -> None:
-        """Make the tables, unless all of them are as expected.
+        """Make the tables and the settings, unless all of them are already as expected.
 
         If all of them are as expected, nothing is written, so the file can be opened while the disk is full or the
         database is locked.
@@ -344,9 +344,10 @@ class DiskBackend:
         self._call_with_connection(_truncate_log)
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``, in order, including expired ones that still take space.
+        """Yield the keys that start with ``prefix``, in order, including expired keys that have not been deleted yet.
 
-        Nothing stays open between pages. A key that is stored or removed during the scan may or may not be listed.
+        Each page of 512 keys has its own query, so a key that is stored or removed during the scan may or may not be
+        listed.
         """
         start, end = prefix.encode(), _find_prefix_end(prefix)
         while True:
@@ -410,7 +411,7 @@ class DiskBackend:
         return explain_error(error, self._file.path)
 
     def _split_items(self, items: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-        """Split the items into groups with limited number and bytes, so that no transaction is long or large."""
+        """Split the items into groups, each with a limited number of items and bytes, to keep transactions short."""
         chunk: dict[str, bytes] = {}
         size = 0
         max_chunk_bytes = min(self._max_value_bytes, LOG_BYTES // 2)
@@ -431,7 +432,7 @@ class DiskBackend:
         connection.executemany(_STORE, [(key, now, expires, now, value) for key, value in items.items()])
 
     def _make_room(self, connection: Connection, items: Mapping[str, bytes]) -> int:
-        """Delete expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
+        """Delete some expired entries and, if the file would grow above ``max_bytes``, the oldest entries.
 
         Returns:
             The number of entries that were evicted before they expired.
@@ -440,8 +441,8 @@ class DiskBackend:
             OSError: the call has no time left to make enough room. The entries evicted so far stay deleted.
         """
         connection.execute(_EXPIRE, (self.clock(), 2 * len(items) + 64))
-        # At the usual sizes, a row takes 30 to 40 % more than its value, because its key is also in an index and pages
-        # are not full.
+        # At the usual sizes, a row takes 30 to 40 % more space than its value, because the row's key is also in an
+        # index, and because pages are not full.
         need = sum(map(len, items.values())) * 7 // 5 + 300 * len(items)
         until = time.monotonic() + get_remaining_seconds() / 2
         evicted = 0
@@ -466,7 +467,8 @@ class DiskBackend:
     def _limit_log(self) -> None:
         """Empty the log if it is larger than ``LOG_BYTES``.
 
-        SQLite itself empties the log only when no reader is active. If readers always overlap, that never happens.
+        SQLite itself empties the log only when no reader is active. If there is always an active reader, SQLite never
+        empties the log.
         """
         if self._file.get_log_bytes() > LOG_BYTES:
             self._call_with_connection(_truncate_log)
@@ -488,10 +490,10 @@ class DiskBackend:
 
 
 def _truncate_log(connection: Connection) -> None:
-    """Write the log back into the file and empty it.
+    """Write SQLite's log back into the file, and then empty the log.
 
-    This waits up to 0.25 s for the active readers. New readers do not delay it, because they read the main file. If an
-    active reader takes longer, the log stays as it is until the next attempt.
+    This waits up to 0.25 s for the active readers, but not for new readers, because they read the main file. If an
+    active reader takes longer, the log is not emptied until the next attempt.
     """
     wait = int(1000 * min(0.25, get_remaining_seconds() / 2))
     connection.execute(f"PRAGMA busy_timeout = {wait}")
@@ -504,9 +506,9 @@ def _truncate_log(connection: Connection) -> None:
 def _release_pages(connection: Connection, max_bytes: int | None) -> None:
     """Give free pages back to the file system.
 
-    With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. With None, it
-    gives back the free pages beyond a quarter of the file. One call gives back at most 1,000 pages, because SQLite may
-    have to move a used page for each page that it gives back.
+    With ``max_bytes``, this gives back free pages until the file is no longer larger than ``max_bytes``. If
+    ``max_bytes`` is None, this gives back the free pages that exceed a quarter of the file. One call gives back at most
+    1,000 pages, because SQLite may have to move a used page for each page that it gives back.
     """
     ((pages, free, size),) = fetch_rows(connection, _PAGES)
     excess = free - pages // 4 if max_bytes is None else min(free, pages - max_bytes // size)

@@ -1,4 +1,4 @@
-"""diskcache's layout of a folder: its settings, its tables, and the form of its keys and values."""
+"""The layout that diskcache uses in a folder: settings, tables, and the form of keys and values."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SETTINGS: Mapping[str, str | int] = {
     "statistics": 0,
     "tag_index": 0,
     # diskcache must not evict entries, because this backend evicts the oldest entries itself. The backend finds the
-    # oldest entries without an index, because the rowids are in the order in which the entries were stored.
+    # oldest entries without an index, because the rowids are in the order in which the keys were first stored.
     "eviction_policy": "none",
     "cull_limit": 0,
     "sqlite_auto_vacuum": 2,
     "sqlite_cache_size": -16384,
     "sqlite_journal_mode": "wal",
-    # Without mmap, an unreadable page or a truncated file causes an error. With mmap, it would kill the process.
+    # Without mmap, reading a damaged page or a truncated file causes an error. With mmap, the process would be killed.
     "sqlite_mmap_size": 0,
     "sqlite_synchronous": 1,
     "disk_min_file_size": ALWAYS_INLINE,
@@ -60,7 +60,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         super().__init__(directory, min_file_size=ALWAYS_INLINE)
 
     def put(self, key: object) -> tuple[str, Literal[True]]:
-        """Return the columns for a key."""
+        """Return the values of the columns ``key`` and ``raw`` for a key."""
         if type(key) is not str:
             raise TypeError(f"key must be a str, got {type(key).__name__}")
         return key, True
@@ -72,7 +72,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         return key
 
     def store(self, value: object, read: bool, key: object = None) -> tuple[Literal[0], Literal[1], None, memoryview]:
-        """Return the columns for a value."""
+        """Return the values of the columns ``size``, ``mode``, ``filename`` and ``value`` for a value."""
         if type(value) is not bytes or read:
             raise TypeError(f"value must be bytes, got {type(value).__name__}")
         return 0, MODE_RAW, None, sqlite3.Binary(value)
@@ -113,7 +113,7 @@ class Layout(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
         return lambda statement, *values: retry_while_locked(lambda: self._connection.execute(statement, *values))
 
     def reset(self, key: str, value: Any = diskcache.ENOVAL, update: bool = True) -> Any:
-        """Store a setting. Pragmas are ignored, because the backend sets them and never reads them from the table."""
+        """Store a setting, but ignore the settings of pragmas, because the backend sets the pragmas itself."""
         if key.startswith("sqlite_"):
             return value
         return super().reset(key, value, update)

@@ -19,10 +19,10 @@ from embedonce.errors import CacheClosed, TierError, TierTimeout
 T = TypeVar("T")
 
 DEFAULT_SECONDS = 60.0
-"""Seconds that a call without a deadline waits for another process's lock."""
+"""Maximum number of seconds that a call without a deadline waits for a lock."""
 
 FORK_SECONDS = 5.0
-"""Seconds that a fork waits for the calls that are in flight in other threads."""
+"""Maximum number of seconds that a fork waits for calls in other threads to end."""
 
 MAX_IDLE = 4
 """Maximum number of connections that stay open between calls. Each of them keeps a page cache in memory."""
@@ -47,7 +47,7 @@ class Lock(Protocol):
 
 
 class Connection(sqlite3.Connection):
-    """A connection with a generation, so that a connection from before :meth:`Connections.renew` is not used again."""
+    """A connection with a generation number. :meth:`Connections.renew` closes the connections with lower numbers."""
 
     generation = 0
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
@@ -57,8 +57,8 @@ class Connection(sqlite3.Connection):
         if _is_stranded:
             _abandoned.append(self)
             return
-        # The last connection that is closed writes the log back into the file and removes the log. If two connections
-        # were closed at the same time, each would assume that the other one stays open, and neither would write the log
+        # Closing the last connection writes the log back into the file and removes the log. If the last two connections
+        # were closed at the same time, each would find the other connection open, and the log would not be written
         # back.
         with _close_lock:
             super().close()
@@ -77,7 +77,8 @@ def get_remaining_seconds() -> float:
 def retry_while_locked(call: Callable[[], T]) -> T:
     """Return ``call()``, retrying it while another connection holds the lock that the call needs.
 
-    SQLite's own waiting is not used, because its timeout is fixed per connection and some statements ignore it.
+    SQLite's own busy timeout is not used, because it is a setting of the connection, but every call has its own
+    deadline. In addition, some statements ignore the busy timeout.
 
     Raises:
         TierTimeout: another connection held the lock until the deadline.
@@ -97,14 +98,15 @@ def retry_while_locked(call: Callable[[], T]) -> T:
 
 
 def get_primary_code(error: Exception) -> int:
-    """Return SQLite's result code without its extension, or 0 if Python itself raised the error."""
+    """Return SQLite's primary result code, without the extended part, or 0 if Python itself raised the error."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
 
 
 def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     """Run one statement, waiting for locks if necessary, and return all of its rows."""
-    # If the process forks in the middle of a call, the call also continues in the child, with the parent's connection.
+    # If the process forks in the middle of a call, the call continues in the child too. The child must not use the
+    # parent's connection, so this raises an error in the child.
     if _is_stranded:
         raise TierError(FORKED)
     time_left()
@@ -117,7 +119,10 @@ def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, .
 
 
 def explain_error(error: Exception, file: Path) -> Exception:
-    """Return the exception to raise for an error of SQLite; it says what is wrong with ``file`` and what to do."""
+    """Return the exception to raise for an error of SQLite.
+
+    If the disk is full, permissions are missing or the file is damaged, the exception's message says what to do.
+    """
     code = get_primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
         return TierTimeout(f"{file}: timed out ({error})")
@@ -127,9 +132,9 @@ def explain_error(error: Exception, file: Path) -> Exception:
         return OSError(errno.EACCES, f"cannot open for writing ({error}); check its folder and permissions", str(file))
     if code == sqlite3.SQLITE_IOERR:
         return OSError(errno.EIO, f"cannot read or write ({error})", str(file))
-    # SQLite's message may quote a damaged schema; Python may then fail to decode the message.
+    # If the schema is damaged, SQLite's message may quote invalid UTF-8, and Python then raises UnicodeDecodeError.
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
-        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and its texts will be embedded again")
+        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and the texts will be embedded again")
     return error
 
 
@@ -151,7 +156,7 @@ def hold_lock(lock: Lock) -> Iterator[None]:
 class Connections:
     """Lends connections, each to one call at a time.
 
-    No connection belongs to a thread. Each call in flight has its own connection, and ``close`` closes all of them.
+    No connection belongs to a thread, so ``close`` can close the connections of all threads.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
@@ -164,8 +169,7 @@ class Connections:
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        # These are weak references, because a call that Ctrl-C interrupts may lose its connection without giving it
-        # back.
+        # These are weak references, because a call that Ctrl-C interrupts may end without giving its connection back.
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._open_lock = threading.Lock()
@@ -174,11 +178,11 @@ class Connections:
         poll SQLite's own lock, as different processes do."""
 
     def take(self) -> Connection:
-        """Return a connection that only this call uses until :meth:`give`.
+        """Return a connection that no other call uses until :meth:`give`.
 
         Raises:
             CacheClosed: after ``close``.
-            TierError: in a forked child that must not use the file.
+            TierError: this process is a forked child that must not use SQLite.
         """
         while True:
             self._check_usable()
@@ -197,7 +201,7 @@ class Connections:
                 return connection
 
     def _check_usable(self) -> None:
-        """Wait for a fork in another thread, then raise if no connection may be used."""
+        """Wait until no other thread is forking, and raise an error if this process must not use a connection."""
         if _forking_threads:
             end = time.monotonic() + get_remaining_seconds()
             while _forking_threads:
@@ -249,7 +253,8 @@ class Connections:
     def wait_until_unused(self, until: float) -> bool:
         """Wait until no call opens, uses or closes a connection.
 
-        Return False if a call still does so at ``until``, a time of the monotonic clock.
+        ``until`` is a time of the monotonic clock. If a call still opens, uses or closes a connection at that time,
+        return False.
         """
         while self._open_lock.locked() or self._is_lending(until):
             if time.monotonic() >= until:
@@ -258,7 +263,7 @@ class Connections:
         return True
 
     def _is_lending(self, until: float) -> bool:
-        # The timeout keeps a fork from waiting longer than `until` for a thread that holds the lock.
+        # The timeout ends the wait at `until` even if another thread still holds the lock.
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
             return True
         try:
@@ -267,7 +272,10 @@ class Connections:
             self._lock.release()
 
     def has_open(self) -> bool:
-        """Return whether a connection is open or is being opened. In a forked child, this is the state at the fork."""
+        """Return whether a connection is open or is being opened.
+
+        A forked child calls this before :meth:`restart`, to find out whether a connection was open at the fork.
+        """
         return bool(self._lent or self._idle) or self._open_lock.locked()
 
     def restart(self) -> None:
@@ -284,13 +292,13 @@ class Connections:
 # SQLite keeps a table of its POSIX locks in the memory of the process. A forked child inherits the table but not the
 # locks. The child's own connections to the same file would rely on locks that the child does not hold, and writes
 # would be lost. The child also inherits SQLite's mutexes, which are global to the library. A mutex that another thread
-# held during the fork would stay locked in the child forever. To avoid both, every connection of every backend is
-# closed before a fork, and the fork waits for connections that are being opened or closed. If this takes too long, the
-# fork happens anyway, and the child must not use SQLite at all.
+# held during the fork would stay locked in the child forever. To avoid both problems, every connection of every backend
+# is closed before a fork, and the fork waits for connections that are being opened or closed. If the wait takes too
+# long, the fork happens anyway, and the child must not use SQLite at all.
 #
 # A fork holds no lock while it waits, and the wait has a time limit. So a fork always ends, even in a signal handler,
-# in a finalizer, at the same time as another fork, or in the middle of a call. If a connection was open at the moment
-# of the fork, for whatever reason, the child must not use SQLite. The child itself checks this.
+# in a finalizer, at the same time as another fork, or in the middle of a call. After the fork, the child checks
+# whether a connection was open at the moment of the fork. If so, the child must not use SQLite.
 
 _all: set[ref[Connections]] = set()
 _forking_threads: list[int] = []
@@ -310,7 +318,7 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # List the backends after the line above, not before it. Then a backend is either in the list, or was made later and
+    # The line above must come before the line below. Then every backend is either in the list, or is made later and
     # sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):

@@ -34,20 +34,20 @@ R = TypeVar("R")
 MAX_BATCH_KEYS = 512
 """Maximum number of keys per call."""
 MAX_VALUE_BYTES = 2**20 - 512
-"""Largest value that fits into memcached's limit of 1 MiB, which includes the header and the key. In version 1.6, the
-header takes 59 bytes, and the key takes up to 250 bytes."""
+"""Maximum size of a value in bytes. memcached's limit of 1 MiB per item includes a header and the key. In version 1.6,
+the header takes 59 bytes, and the key takes up to 250 bytes."""
 MAX_KEY_LENGTH = 250
 """memcached's limit for a key, in bytes."""
 MAX_OWN_KEY_LENGTH = 119
 """Length of the longest key of embedonce, without the prefix."""
 MAX_RELATIVE_TTL = 30 * 86_400
-"""Longest ttl in seconds; memcached reads a larger number as a date, in seconds since 1970."""
+"""Longest ttl that is sent as a number of seconds. memcached reads a larger number as a date, in seconds since 1970."""
 LAST_DATE = 2**31 - 1
 """Last date that memcached can represent; a later date wraps around into the past."""
 
 
 class _NodeSkipped(NodeDown):
-    """The failure of a node that was not asked, because it had failed shortly before."""
+    """The error for a node that was skipped, because the node had failed shortly before."""
 
 
 class MemcachedBackend:
@@ -156,7 +156,7 @@ class MemcachedBackend:
         """Remove the keys, with one round trip per node. Nodes that seem to be down are not skipped.
 
         Raises:
-            Exception: the error of a node that failed; the other nodes have removed their keys.
+            Exception: at least one node failed, and this is the first error. The other nodes removed their keys.
         """
         parts = self._group_keys(list(dict.fromkeys(keys)))
         _, failures = self._call_nodes(parts, Connection.delete_all, include_down=True)
@@ -240,8 +240,8 @@ class MemcachedBackend:
         """Return the seconds that the next node may take.
 
         ``nodes`` is the number of nodes that still have to be asked, including the next node. The remaining time is
-        divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and can return what the
-        other nodes sent.
+        divided by ``nodes`` + 1. So even if nodes time out, the call ends before its deadline and can return the
+        results of the other nodes.
         """
         left = time_left()
         return left if left is None or len(self._nodes) == 1 else left / (nodes + 1)
@@ -259,8 +259,8 @@ class MemcachedBackend:
         """Raise an exception if a node failed.
 
         Raises:
-            PartialAnswer: some nodes failed; it contains ``answer``, the result from the other nodes.
-            NodeDown: every node that was asked failed, but other nodes are up.
+            PartialAnswer: some nodes failed; the exception contains ``answer``, the result from the other nodes.
+            NodeDown: every node in ``parts`` failed or was skipped, but other nodes are up.
             Exception: no node is up; the exception is the first error.
         """
         if not failures:

@@ -29,11 +29,11 @@ R = TypeVar("R")
 log = logging.getLogger("embedonce.memcached")
 
 RECEIVE_BYTES = 24 * 1024
-"""Maximum number of bytes per read from a socket. Whenever pymemcache parses a value, it copies the rest of what it has
-read. So larger reads make larger copies, and smaller reads (pymemcache's own are 4 KiB) need more calls. This size was
-chosen by measurements with vectors of 384 to 3,072 dimensions."""
+"""Maximum number of bytes per read from a socket. Whenever pymemcache parses a value, it copies all bytes that it
+has read after that value. So larger reads make larger copies. Smaller reads (pymemcache's own are 4 KiB) need more
+calls. This size was chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
-"""Seconds that a call without a deadline waits for a node."""
+"""Maximum number of seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds for which a node is skipped after its first failure, and the maximum. Each further failure doubles the
 time, up to the maximum."""
@@ -57,7 +57,7 @@ def get_remaining_seconds() -> float:
 
 
 class _Socket(socket.socket):
-    """A socket with the deadline of the current call. pymemcache's timeout would start again with every read."""
+    """A socket that enforces the call's deadline. pymemcache's own timeout would start again with every read."""
 
     __slots__ = ()
 
@@ -85,7 +85,7 @@ def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> lis
 
 
 def _call_in_thread(look_up: Callable[[], R]) -> R:
-    """Return the result of ``look_up``. It runs in a thread that is abandoned at the deadline."""
+    """Return the result of ``look_up``, which runs in a thread. At the deadline, that thread is abandoned."""
     future: Future[R] = Future()
 
     def run() -> None:
@@ -107,7 +107,7 @@ _SOCKET_MODULE: Any = SimpleNamespace(**{**vars(socket), "socket": _Socket, "get
 class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
     """One connection. Each method makes one round trip for all of its keys and waits for all replies.
 
-    An error or an unexpected reply closes the connection, so that no later call reads the reply to an earlier one.
+    An error or an unexpected reply closes the connection, so that no later call reads the reply to an earlier call.
     """
 
     def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
@@ -143,7 +143,7 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
 
 
 class Node:
-    """One memcached server, with its connections and the state of its health."""
+    """One memcached server, with its connections and a record of its failures."""
 
     def __init__(self, name: str, *, prefix: str, max_connections: int, is_only_node: bool) -> None:
         self.name = name
@@ -155,7 +155,10 @@ class Node:
         self.reset()
 
     def reset(self) -> None:
-        """Close all connections and forget failures. A forked child must not use its parent's connections."""
+        """Close the idle connections and forget all failures.
+
+        A forked child calls this, because it must not use its parent's connections.
+        """
         idle, self._idle = self._idle, []
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self._max_connections)
@@ -169,8 +172,8 @@ class Node:
     def run(self, call: Callable[[Connection, P], R], part: P, *, may_retry: bool) -> R:
         """Return ``call(connection, part)`` with a connection that only this call uses. An error closes the connection.
 
-        The server may have closed an idle connection, for example in a restart. In that case, if ``may_retry`` is
-        true, the call is made once more with a new connection.
+        The server may have closed an idle connection, for example during a restart. In that case, if ``may_retry`` is
+        true, the call is repeated once with a new connection.
 
         Raises:
             TierBusy: all connections stayed in use until the deadline.

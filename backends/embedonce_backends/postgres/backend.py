@@ -90,7 +90,7 @@ class PostgresBackend:
             text_preview=text_preview,
         )
         self.clock_offset = 0.0
-        """Seconds that are added to the server's clock, which measures each ttl. Tests change it to let time pass."""
+        """Seconds that are added to the server's clock, which measures each ttl. Tests add seconds to let time pass."""
         self._pool = Pool(self._parameters, max_connections)
         self.known_statements: Statements | None = None
         """The statements for the table, or None until the table has been inspected."""
@@ -133,7 +133,10 @@ class PostgresBackend:
             self._run(self.get_statements().delete, (encode_texts(keys),))
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys in order, 5,000 per query, including expired ones that have not been deleted yet."""
+        """Yield the keys that start with ``prefix``, in order.
+
+        Expired keys that have not been deleted yet are included. Each query reads up to 5,000 keys.
+        """
         last = ""
         while True:
             with limit_page_time():
@@ -145,7 +148,7 @@ class PostgresBackend:
                 return
 
     def count(self, prefix: str, /) -> int:
-        """Return how many keys start with ``prefix``, including expired ones that have not been deleted yet."""
+        """Return how many keys start with ``prefix``, including expired keys that have not been deleted yet."""
         ((count,),) = self._run(self.get_statements().count, (prefix, _find_prefix_end(prefix)))
         return int(count)
 
@@ -198,7 +201,7 @@ class PostgresBackend:
         return statements
 
     def check_table_after(self, error: BaseException) -> None:
-        """Make the next call inspect the table again if a change of the table may have caused the error."""
+        """Make the next call inspect the table again if a change to the table may have caused the error."""
         if isinstance(error, psycopg.ProgrammingError):
             self.known_statements = None
 
@@ -249,7 +252,7 @@ class PostgresBackend:
         self._pool.give(connection)
 
     def _sweep(self, statements: Statements) -> None:
-        """Delete some expired rows. A failure is only logged, because the write before it has succeeded."""
+        """Delete some expired rows. A failure is only logged, because the call's own write has already succeeded."""
         self._rows_since_sweep = 0
         try:
             self._run(statements.sweep, (self.clock_offset,))
@@ -284,8 +287,8 @@ class PostgresTwin:
         self._pool.close()
 
     async def _get_statements(self) -> Statements:
-        # The first use inspects the table and may make it. Only the blocking client has code for that, and a thread
-        # runs this code.
+        # The first use inspects the table, and makes the table if it is missing. Only the blocking client has code
+        # for this, so a thread runs that code.
         known = self._backend.known_statements
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 

@@ -1,4 +1,4 @@
-"""Connections to Postgres. Each call ends by its deadline, and a forked child shares no connection.
+"""Connections to Postgres. Each call ends by its deadline. A forked child does not use its parent's connections.
 
 This module has two small pools of its own, because psycopg's pool is not suitable. psycopg's pool connects in threads
 that have no deadline and do not exist in a forked child. It also raises the same ``PoolTimeout`` for a server that is
@@ -51,7 +51,7 @@ IDLE_SECONDS = 300.0
 
 
 class Binary:
-    """A parameter that is already encoded. The statement casts it to its type."""
+    """A parameter that is already encoded. The SQL statement casts the parameter to the right type."""
 
     __slots__ = ("data",)
 
@@ -93,7 +93,7 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the connection parameters of each host of a URL, in the order in which to try the hosts.
 
     Raises:
-        ConfigError: the numbers of hosts and ports differ.
+        ConfigError: the URL has neither one port nor as many ports as hosts.
     """
     lists = {name: str(parameters[name]).split(",") for name in ("host", "hostaddr", "port") if parameters.get(name)}
     count = max(map(len, lists.values()), default=1)
@@ -105,7 +105,7 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     hosts = [{**parameters, **{name: values[index] for name, values in lists.items()}} for index in range(count)]
     if parameters.get("load_balance_hosts") == "random":
         random.shuffle(hosts)
-    if parameters.get("target_session_attrs") == "prefer-standby":  # libpq treats it as "any" for a single host
+    if parameters.get("target_session_attrs") == "prefer-standby":  # for one host, libpq treats this as "any"
         return [{**host, "target_session_attrs": wanted} for wanted in ("standby", "any") for host in hosts]
     return list(hosts)
 
@@ -175,7 +175,8 @@ AnyConnection = TypeVar("AnyConnection", Connection, AsyncConnection)
 def is_usable(connection: AnyConnection) -> bool:
     """Return whether an idle connection is usable.
 
-    A readable connection is not usable, because the server has closed the connection or sent an error.
+    A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+    connection or sent an error.
     """
     if connection.closed:
         return False
@@ -200,7 +201,7 @@ def is_reusable(connection: AnyConnection, error: BaseException) -> bool:
 
 
 def close_connection(connection: AnyConnection) -> None:
-    """Close a connection. In a forked child, only put it aside, because closing it would end the parent's session."""
+    """Close a connection. A forked child only puts it aside, because closing it would end the parent's session."""
     if connection.pid == os.getpid():
         connection.pgconn.finish()
     else:
@@ -222,7 +223,7 @@ def cancel_and_close(connection: AnyConnection) -> None:
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # Only blocking connections have cancel_safe, so wrap the session in a blocking one, even if the session is async.
+    # This thread cannot await the cancel_safe of an async connection. So wrap the session in a blocking one.
     blocking = psycopg.Connection(connection.pgconn)
     try:
         blocking.cancel_safe(timeout=CANCEL_SECONDS)
@@ -291,13 +292,13 @@ class Pool:
         self._connecting_count = 0
 
     def take(self) -> Connection:
-        """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
+        """Return a connection that no other call uses until :meth:`give` or :meth:`drop`.
 
-        This waits for at most half of the call's remaining time, so that enough time is left for the query. Otherwise,
-        the query would time out, and its new connection would have to be closed.
+        This waits for at most half of the call's remaining time, so that enough time is left for the query. If the
+        query timed out, its new connection would have to be closed.
 
         Raises:
-            TierBusy: all connections stayed in use.
+            TierBusy: all connections stayed in use during the wait.
             TierTimeout: no connection was made in time.
             psycopg.Error: the server cannot be reached, or refuses the connection.
         """
@@ -423,7 +424,7 @@ class AsyncPool:
         weakref.finalize(self, close_all, self._idle)
 
     async def take(self) -> AsyncConnection:
-        """Return a connection that only this call uses until :meth:`give` or :meth:`drop`.
+        """Return a connection that no other call uses until :meth:`give` or :meth:`drop`.
 
         This waits for at most half of the call's remaining time, and raises the same errors as :meth:`Pool.take`.
         """

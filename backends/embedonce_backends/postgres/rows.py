@@ -1,8 +1,8 @@
 """Convert entries and frames to parameters in Postgres' binary format, and binary rows to entries and frames.
 
 In Postgres' binary format, an array starts with five numbers: the number of its dimensions, whether it has NULLs (0 or
-1), the id of the elements' type, the number of elements, and the index of the first element. After them come the
-elements, each as its length and its bytes. All numbers are big-endian. In pgvector's format, a vector consists of two
+1), the id of the elements' type, the number of elements, and the index of the first element. The elements
+follow, each as its length and its bytes. All numbers are big-endian. In pgvector's format, a vector consists of two
 16-bit numbers (the number of dimensions and an unused number) and the float32 values.
 """
 
@@ -80,8 +80,8 @@ def encode_numbers(values: Iterable[float | None]) -> Binary:
 def encode_columns(items: Mapping[str, Item], vector_oid: int | None, preview: bool) -> list[Binary]:
     """Return one array per column to write, in the order of the statement's parameters.
 
-    Entries that go into the vector column come first, then the other entries, then the bytes. In this order, a column
-    that is NULL in the last rows needs only a short array.
+    Entries that go into the vector column come first, then the other entries, then the items that are bytes. In this
+    order, a column that is NULL in the last rows needs only a short array.
 
     Raises:
         ValueError: an entry does not fit into a row; the message names its key.
@@ -155,7 +155,7 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
     """Return the entries and frames of the rows, by key.
 
     The vectors are bit for bit identical to those that were stored. Vectors with the same number of dimensions form one
-    block. A frame that cannot be decoded is returned as bytes, so that the tier counts it as corrupt.
+    :class:`Block`. A frame that cannot be decoded is returned as bytes, so that the tier counts it as corrupt.
     """
     entries = Entries()
     frames: dict[str, bytes] = {}
@@ -173,7 +173,7 @@ def decode_rows(rows: Sequence[Row]) -> Mapping[str, Item]:
 def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, Sequence[Row]]]:
     """Group the rows by the number of bytes in the vector column and by dtype; yield both values with each group.
 
-    The number is None for rows that have a frame and no vector.
+    The number of bytes is None for rows that have a frame and no vector.
     """
     kinds = [(None if row[1] is None else len(row[1]), row[3]) for row in rows]
     for kind in dict.fromkeys(kinds):
@@ -182,7 +182,7 @@ def _group_rows(rows: Sequence[Row]) -> Iterable[tuple[int | None, str | None, S
 
 
 def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
-    """Return the block of rows whose vectors have the same number of dimensions."""
+    """Return a block of all rows; their vectors must have the same number of dimensions."""
     keys, embeddings, _, _, created, expires, *more = columns
     words: NDArray[Any] = np.frombuffer(b"".join(embeddings), ">f4").reshape(len(keys), -1)
     return Block(
@@ -212,7 +212,7 @@ def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entr
 def _decode_metadata_columns(
     written: Sequence[str | None], previews: Sequence[str | None]
 ) -> list[dict[str, Any] | None] | None:
-    """Return the metadata of each row, or None if no row has any."""
+    """Return the metadata of each row, or None if no row has metadata."""
     if written.count(None) == previews.count(None) == len(written):
         return None
     return list(map(_decode_metadata, written, previews))

@@ -1,4 +1,4 @@
-"""The table of a Postgres tier: looking it up, making it, and the statements that use it."""
+"""The table of a Postgres tier: how to inspect and make the table, and the SQL statements that use it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SWEEP_ROWS = 1000
 """Maximum number of expired rows that one statement deletes."""
 
 NOW = "extract(epoch FROM statement_timestamp())::float8"
-"""SQL for the server's time in seconds. All hosts use this time, so that they agree on leases even if their own clocks
-differ."""
+"""SQL for the server's time in seconds. All hosts use this time, so that they agree on when a lease ends even if
+their own clocks differ."""
 
 
 class Run(Protocol):
@@ -162,8 +162,8 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
 def _list_create_statements(name: Composable) -> list[Composable]:
     columns = SQL(",\n    ").join(SQL("{} {}").format(Identifier(key), SQL(kind)) for key, kind in COLUMNS.items())
     return [
-        # With this target, Postgres stores a vector of up to 2,000 dimensions inside its row. If Postgres moved the
-        # vector to the TOAST table, reading the vector would take four more reads.
+        # With this toast_tuple_target, Postgres stores a vector of up to 2,000 dimensions inside its row. If Postgres
+        # moved the vector to the TOAST table, reading the vector would take four more reads.
         SQL("CREATE TABLE {} (\n    {}\n) WITH (toast_tuple_target = 8160)").format(name, columns),
         # EXTERNAL turns compression off, because compression would not make vectors smaller.
         SQL("ALTER TABLE {} ALTER COLUMN frame SET STORAGE EXTERNAL").format(name),
@@ -206,7 +206,8 @@ _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
-# Every statement that writes rows locks them in the order of their keys, so that no two statements deadlock.
+# Statements that store or delete given keys lock the rows in the order of the keys, so that no two statements
+# deadlock. The statement that deletes expired rows skips locked rows.
 _INSERT = """
 INSERT INTO {table} AS held
     (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})

@@ -1,4 +1,4 @@
-"""Connections to Redis for an event loop. Each call ends by its deadline, and a forked child shares no connection.
+"""Async connections to Redis. Each call ends by its deadline. A forked child does not use its parent's connections.
 
 The connections are redis-py's, but redis-py's pools are not used; :mod:`.connections` gives the reasons.
 """
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class AsyncConnection(redis.asyncio.Connection):
-    """A connection of an event loop. Cancelling a call ends its I/O."""
+    """A connection that belongs to an event loop. If a call is cancelled, the call's I/O ends."""
 
     idle_since = 0.0
 
@@ -84,7 +84,8 @@ class AsyncConnection(redis.asyncio.Connection):
     async def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        A readable connection is not usable, because the server has closed the connection or sent an error.
+        A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+        connection or sent an error.
         """
         try:
             # Also check the socket, because the event loop may not have read from it yet.
@@ -93,7 +94,7 @@ class AsyncConnection(redis.asyncio.Connection):
             return False
 
     async def drop(self) -> None:
-        """Close the connection immediately, without reading late replies."""
+        """Close the connection, without waiting until its socket is closed."""
         await self.disconnect(nowait=True)
 
 

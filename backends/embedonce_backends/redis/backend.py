@@ -45,13 +45,13 @@ does not serve its other clients."""
 SCAN_PAGE_KEYS = 1000
 """Number of keys that the server examines for one page of a scan."""
 MAX_TTL_MILLISECONDS = 10**15
-"""Longest TTL that is sent, 30,000 years. Redis refuses a TTL that ends after the year 292 million."""
+"""Longest TTL that is sent, about 30,000 years. Redis refuses a TTL that ends after the year 292 million."""
 MAX_VALUE_BYTES: Final = 512 * 2**20
 """Redis' default limit for a value; its setting ``proto-max-bulk-len`` can change it."""
 
 
 class RedisBackend:
-    """Holds frames in Redis. Every process that uses the same servers and prefix shares them."""
+    """Holds frames in Redis. All processes that use the same servers and the same prefix share the frames."""
 
     def __init__(
         self,
@@ -139,10 +139,11 @@ class RedisBackend:
             self._client.run(self._topology.unlink(self._encode_keys(keys[start : start + MAX_BATCH_KEYS])))
 
     def scan(self, prefix: str, /) -> Iterator[str]:
-        """Yield the keys that start with ``prefix``. Between pages, the server can serve other clients.
+        """Yield the keys that start with ``prefix``.
 
-        A key that exists during the whole listing is listed. A key may be listed twice while the server's table
-        grows or shrinks.
+        The server examines about 1,000 keys per request, and can serve other clients between two requests. A key that
+        exists during the whole listing is listed. A key may be listed twice if the server's hash table grows or
+        shrinks.
 
         Raises:
             TierError: slots of the cluster moved to another node during the listing, so keys may have been missed.
@@ -159,8 +160,8 @@ class RedisBackend:
 
     def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:
         skip = len(self._prefix)
-        # A cursor is valid only on the server that returned it. So all pages use the same new connection, because the
-        # connections of the pool could reach different servers after a failover.
+        # A cursor is valid only on the server that returned it. After a failover, the connections of the pool could
+        # reach different servers. So all requests of a scan use the same new connection.
         with self._client.open_connection(node) as connection:
             cursor = b"0"
             while True:
@@ -179,7 +180,7 @@ class RedisBackend:
         return sum(1 for _ in self.scan(prefix))
 
     def twin(self) -> RedisTwin:
-        """Return a native async client of the same servers for the running event loop."""
+        """Return a native async client for the same servers and the running event loop."""
         return RedisTwin(self)
 
     def close(self) -> None:

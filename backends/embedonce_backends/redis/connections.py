@@ -1,4 +1,4 @@
-"""Blocking connections to Redis. Each call ends by its deadline, and a forked child shares no connection.
+"""Blocking connections to Redis. Each call ends by its deadline. A forked child does not use its parent's connections.
 
 The connections are redis-py's. redis-py's pools are not used, because they have no deadlines, and because an exhausted
 pool raises the same error as a server that is down.
@@ -72,8 +72,8 @@ class Settings:
         return {
             **(self._sentinel_login if is_sentinel else self._login),
             "db": 0 if is_sentinel else self.db,
-            # There are no timeouts here, because _Parser enforces the deadline of the whole call. The engine decides
-            # about retries.
+            # redis-py's timeouts are off, because the connections enforce the deadline of the whole call themselves.
+            # redis-py does not retry either, because the engine decides whether to retry.
             "socket_timeout": None,
             "socket_connect_timeout": None,
             # RESP2 needs no HELLO command and returns the same values. ``driver_info: None`` keeps redis-py from
@@ -184,7 +184,8 @@ class Connection(redis.Connection):
     def is_usable(self) -> bool:
         """Return whether the idle connection is usable.
 
-        A readable connection is not usable, because the server has closed the connection or sent an error.
+        A readable connection is not usable. An idle connection becomes readable only if the server has closed the
+        connection or sent an error.
         """
         try:
             return not self.can_read(0)
@@ -199,7 +200,7 @@ def check_role(reply: Reply) -> None:
 
 
 def _resolve(address: Address) -> Sequence[tuple[int, Any]]:
-    """Return the family and the target of each address of a host."""
+    """Return the socket family and the socket address for each address of a host."""
     if not address.port:
         return [(socket.AF_UNIX, address.host)]
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -257,7 +258,7 @@ class Pool:
         self._in_use = 0
 
     def take(self) -> Connection:
-        """Return a connection that only this call uses until :meth:`give`.
+        """Return a connection that no other call uses until :meth:`give`.
 
         Raises:
             TierBusy: all connections stayed in use for half of the call's remaining time.
@@ -381,7 +382,9 @@ class Client:
         return pool
 
     def _exchange_trips(self, trips: Sequence[Trip]) -> Sequence[Sequence[Reply]]:
-        """Send all trips, then read all replies. If a trip fails, its error takes the place of each of its replies.
+        """Send the commands of all trips, then read all replies.
+
+        If a trip fails, the trip's error takes the place of each of its replies.
 
         Raises:
             Exception: every trip failed; the exception is the first trip's error.

@@ -1,10 +1,10 @@
-"""Plans, which decide which commands go to which Redis server. The blocking and the async client carry them out.
+"""Plans for calls to Redis: the commands of a call, and the server that gets each command.
 
-A plan is a generator that does no I/O itself. It yields a list of :class:`Trip` s, one per server. The client sends the
+A plan is a generator that does no I/O itself. The blocking client and the async client carry out plans. A plan yields
+a list of :class:`Trip` s, one per server. The client can make these trips at the same time. The client sends the
 replies of each trip back to the plan, in the same order. If every trip fails, the client throws the error of the first
 trip into the plan. If only some trips fail, the error of a failed trip takes the place of each of its replies. In the
-end, the plan returns the call's result. In this way, the logic exists only once, and a client can make all trips of a
-list at the same time.
+end, the plan returns the call's result.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def raise_first_error(replies: Iterable[Reply]) -> None:
 
 
 class Topology(Protocol):
-    """Knows which server holds which key. Threads and both clients share one instance."""
+    """Knows which server holds which key. All threads and both clients of a backend share one instance."""
 
     def get(self, keys: Sequence[bytes]) -> Plan[Sequence[Reply]]:
         """Return the value of each key, in the order of the keys; a value can be an error."""
@@ -143,7 +143,7 @@ class Topology(Protocol):
         ...
 
     def fetch_slots(self) -> Plan[Slots]:
-        """Ask which server holds which keys now, and return the result."""
+        """Find out which nodes serve which slots now, and return the result."""
         ...
 
 
@@ -282,7 +282,7 @@ class Slots(NamedTuple):
     no cluster."""
 
     def has_same_owners(self, other: Slots) -> bool:
-        """Return whether every slot has the same master here and in ``other``, whatever the order of the nodes is."""
+        """Return whether every slot has the same master here and in ``other``. The order of the nodes is ignored."""
         return set(self.nodes) == set(other.nodes) and self._list_owners() == other._list_owners()
 
     def _list_owners(self) -> list[Node | None]:
@@ -331,8 +331,8 @@ class Cluster:
     ) -> Plan[dict[tuple[Node, bool], list[int]]]:
         """Send the commands of each group, put their replies into ``replies``, and return the groups to redirect.
 
-        The key of a group is a pair: its node, and whether ASKING has to precede each command. The value of a group
-        lists indices of ``commands`` and ``replies``.
+        The key of a group is a pair: the group's node, and whether ASKING has to precede each command. The value of a
+        group lists indices of ``commands`` and ``replies``.
         """
         trips = [_make_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
         try:

@@ -50,7 +50,7 @@ class Place:
     kind: Kind
     tls: bool
     addresses: tuple[Address, ...]
-    """The server itself, or the cluster nodes or sentinels that know the other servers."""
+    """The server, cluster nodes or sentinels that the URL lists."""
     db: int = 0
     service: str = ""
     """The master's name in the sentinels' configuration."""
@@ -112,7 +112,7 @@ def _parse_address(text: str, default_port: int) -> Address:
 
 
 def _split_path(kind: Kind, path: str) -> tuple[str, str]:
-    """Return the sentinels' service (empty for other kinds) and the database."""
+    """Return the service name, which is empty unless the URL lists sentinels, and the database."""
     rest = path.strip("/")
     if kind != "sentinel":
         return "", rest
