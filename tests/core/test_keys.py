@@ -173,7 +173,7 @@ some_policies = st.builds(
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Return whether two values are equal and of the same type, so that they must have the same canonical form."""
+    """Return whether two values are equal and of the same type. Such values must have the same canonical form."""
     if type(a) is not type(b):
         return False
     if isinstance(a, list):
