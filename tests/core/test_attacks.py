@@ -1,4 +1,4 @@
-"""Regression tests for attempts to break the engine. The attempts once caused wrong vectors, hangs and losses."""
+"""Regression tests for attempts to break the engine. Each attempt once caused wrong vectors, lost vectors or a hang."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_ctrl_c_at_any_moment_makes_no_other_call_hang(seed: int, tmp_path: Path
             with ThreadPoolExecutor(1) as pool:
                 matrix = pool.submit(cache.embed_batch, mine).result(LONG_TIMEOUT)
             assert matrix[:, 0].tolist() == [float(len(text)) for text in mine]
-        gc.collect()  # a traceback in a reference cycle may keep a ticket alive
+        gc.collect()  # a traceback in a reference cycle may keep the ticket of an interrupted call alive
         assert not cache._chain.in_flight._calls
 
 
@@ -416,8 +416,8 @@ def test_a_hanging_call_does_not_make_later_stores_slower_with_each_forget() -> 
         forbidden = in_flight._is_forbidden
         in_flight._is_forbidden = lambda ticket, key: looked.append(key) or forbidden(ticket, key)  # type: ignore[method-assign,func-returns-value]
         cache.embed_batch(["a", "b"])
-        assert len(looked) == 2  # one lookup per key, although there are 2000 erasures
-        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two keys per text
+        assert len(looked) == 2  # one check per key, although 2,000 erasures are remembered
+        assert len(in_flight._erased) == 4000 or len(in_flight._erased) == 2000  # one or two keys per erased text
         provider.heal()
         hanging.result(LONG_TIMEOUT)
         assert not in_flight._erased

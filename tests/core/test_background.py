@@ -237,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """A backend without the capability ``fork``: every call in a forked child must raise immediately."""
+    """A backend with ``fork=False``. The contract tests that every call in a forked child raises immediately."""
 
     examples = 10
 
@@ -247,7 +247,7 @@ class TestABackendOnALoop(BackendContract):
 
 @pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python cannot start a thread during exit")
 def test_queued_writes_are_done_at_exit_by_a_client_that_needs_a_thread_pool(tmp_path: Path) -> None:
-    """The writes must be done before the atexit callbacks run, because thread pools refuse new work from then on."""
+    """Python shuts down thread pools before it runs the atexit callbacks, so the writes must be done even earlier."""
     program = f"""
 import asyncio, time
 from pathlib import Path

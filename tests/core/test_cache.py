@@ -805,7 +805,10 @@ def test_limits_of_a_function() -> None:
 
 
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the close at exit waits again for a write in progress, because closing a backend may end the write."""
+    """The flush at exit waits no longer than ``flush_timeout`` for a write that hangs.
+
+    Only the later close waits again for the write, because closing the backend may end the write.
+    """
     from embedonce._engine import running
     from embedonce._engine.writing import TierWriter
 

@@ -49,7 +49,7 @@ HARMS = ("none", "flipped", "echo", "cut", "expired", "expiring", "nan", "metada
 
 
 def make_frame(harm: str, number: int, dtype: Dtype, place: int) -> bytes:
-    """Return a frame for a key, damaged as ``harm`` says."""
+    """Return the frame of key ``number``. ``harm`` says what is wrong with the frame."""
     key = key_of(number)
     row = round_vectors(rows_of(1, 9 if harm == "wide" else 8, number), dtype)[0]
     entry = Entry(freeze(row), MADE, dtype=dtype)
@@ -130,7 +130,7 @@ def test_one_invalid_frame_leaves_the_others_in_one_block(harm: str, at: int) ->
 
 
 def make_mixed_entries() -> tuple[Entries, dict[str, NDArray[np.float32]]]:
-    """Return entries, and all vectors by key. Three of the entries are in neither of the two blocks."""
+    """Return eight entries, and their vectors by key. Five entries are in two blocks, and three are in no block."""
     loose = {key_of(n): Entry(freeze(vector_of(n)), MADE) for n in (3, 7, 11)}
     entries = Entries(loose, [block_of([5, 1, 9]), block_of([2, 0])])
     return entries, {key_of(n): vector_of(n) for n in (0, 1, 2, 3, 5, 7, 9, 11)}
@@ -262,7 +262,7 @@ def test_the_block_of_a_backend_is_rounded(dtype: Dtype) -> None:
 
 
 class BlockBackend:
-    """A backend whose answer is one block. Its keys are not in the order in which they were requested."""
+    """A backend whose answer is one block. The block has the requested keys in reverse order."""
 
     capabilities = Capabilities(holds="entries", scope="host", deadline=True)
 

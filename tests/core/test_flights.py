@@ -21,7 +21,7 @@ from embedonce_backends.memory import MemoryBackend
 
 
 def background(backend: Any | None = None) -> Tier:
-    # With the default of 250 ms, the breaker would open on a busy machine, and texts would be embedded again.
+    # With the default timeout of 250 ms, the breaker would open on a busy machine, and texts would be embedded again.
     return Tier(backend or DictBackend(scope="network"), name="far", write="background", timeout=LONG_TIMEOUT)
 
 

@@ -30,7 +30,7 @@ METADATA = {"source": "notes/ä.md", "chunk": 3}
 
 
 def _load_frame_writer() -> ModuleType:
-    """Return the module that wrote the golden frames. The module follows docs/frames.md, without embedonce."""
+    """Return the module that wrote the golden frames. The module follows docs/frames.md and does not use embedonce."""
     spec = importlib.util.spec_from_file_location("make_frames", HERE / "golden" / "make_frames.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""After Ctrl-C on any line of a call, later calls of the same thread work as if nothing had happened."""
+"""After Ctrl-C at any line of a call, later calls in the same thread work as if nothing had happened."""
 
 from __future__ import annotations
 

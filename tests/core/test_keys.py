@@ -173,7 +173,7 @@ some_policies = st.builds(
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Return whether two values must have the same canonical form: equal and of the same type; -0.0 equals 0.0."""
+    """Return whether two values are equal and of the same type. Such values must have the same canonical form."""
     if type(a) is not type(b):
         return False
     if isinstance(a, list):
@@ -552,7 +552,7 @@ def test_an_invalid_policy_is_refused(options: dict[str, Any]) -> None:
 
 # --- normalisation ----------------------------------------------------------------------------
 
-# Characters that the steps change. Several steps change some of them in different ways.
+# Characters that the steps change. Some characters are changed by several steps, in different ways.
 awkward = st.text(
     st.sampled_from(
         " \t\r\n\x0b\x1c\x85\xa0\u2028\u3000\u200b\ufeff\xa8ßİıſΣςK\u0130\u01f0\u0345\u1fb3ﬁ①Ａé\u0301e\u030cjJ"

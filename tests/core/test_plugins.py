@@ -72,7 +72,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def error_of(name: str) -> str:
-    """Return the error of loading a backend."""
+    """Return the message of the error that is raised when the backend ``name`` is loaded."""
     with pytest.raises(PluginError) as caught:
         plugins.backend(name)
     return str(caught.value)

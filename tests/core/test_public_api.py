@@ -223,7 +223,7 @@ def test_a_vector_that_another_process_computed_during_a_lease_is_a_hit() -> Non
 
 
 def test_the_hit_rate_never_exceeds_1_while_calls_run() -> None:
-    """The texts of a call are counted together at the end of the call, also when a poll of a lease finds them."""
+    """A call counts all its texts at its end, even a text whose vector was found earlier by polling for a lease."""
     store, near = DictBackend(scope="network"), FaultyBackend(DictBackend(), [])
     space = {"model": "m"}
     entered, go = threading.Event(), threading.Event()
@@ -242,7 +242,7 @@ def test_the_hit_rate_never_exceeds_1_while_calls_run() -> None:
         assert entered.wait(LONG_TIMEOUT)
         second = pool.submit(two.embed, "text")
         wait_until(lambda: two.stats().tiers["net"].misses == 1)
-        near.faults.append(Fault("hang", on="set"))  # the promotion of what the poll finds
+        near.faults.append(Fault("hang", on="set"))  # the promotion of the entry that the poll finds will hang
         go.set()
         near.gate.until(1)
         assert (two.stats().requested, two.stats().found) == (0, 0)

@@ -1,4 +1,4 @@
-"""``top_k`` returns the same as search_by_brute_force, which sums every pair exactly."""
+"""``top_k`` returns the same result as search_by_brute_force, which compares every pair and sums exactly."""
 
 from __future__ import annotations
 

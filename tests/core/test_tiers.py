@@ -1,4 +1,4 @@
-"""A tier that is down, slow, faulty or full causes only a bounded delay and errors, and never a wrong vector."""
+"""A tier that is down, slow, faulty or full causes only errors and a bounded delay, and never a wrong vector."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def expected(provider: CountingProvider, texts: list[str]) -> NDArray[np.float32
 
 
 class Clock:
-    """A clock whose Unix time a test moves."""
+    """A clock of Unix time that a test can change."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
@@ -88,7 +88,7 @@ def test_every_fault_still_gives_every_text_its_own_vector(
         start = time.monotonic()
         for _ in range(3):
             if fault.kind == "wrong_reply" and kept == "entries":
-                break  # entries do not contain their key, so the cache cannot detect this fault
+                break  # an entry does not contain its key, so the cache cannot detect a wrong reply
             assert (ask(cache, TEXTS) == expected(provider, TEXTS)).all()
         assert time.monotonic() - start < LONG_TIMEOUT
         faulty.heal()
@@ -126,7 +126,7 @@ def test_one_log_line_and_one_event_per_change_of_state(caplog: pytest.LogCaptur
                 "tier 'far': reads are failing (ConnectionRefusedError); skipping it until a probe succeeds"
             ]
             faulty.heal()
-            # The event comes after the log line.
+            # The log line precedes the event, so the line exists when the second event has arrived.
             wait_until(lambda: cache.embed(f"again {time.monotonic()}") is not None and len(changes_of(events)) == 2)
             assert caplog.records[-1].message == "tier 'far': reads work again"
             assert len(caplog.records) == 2
@@ -165,7 +165,7 @@ def test_a_busy_pool_is_an_error_but_opens_no_breaker() -> None:
 def test_a_probe_that_finds_the_store_busy_closes_the_breaker(
     write: Literal["inline", "background"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An open breaker skips calls until its probe has a result. Without a result, calls would be skipped for 30 s."""
+    """If TierBusy did not end the probe, the breaker would skip calls for 30 s, until the probe counts as lost."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     faults = [Fault("refuse", on="set", calls=[1, 2, 3]), Fault("raise", on="set", error=TierBusy, calls=[1])]
     changes: list[str] = []
@@ -417,7 +417,7 @@ def test_every_key_of_a_read_is_counted_once(
 
 @kept_as
 def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the provider does not state its dimensions, entries with less common dimensions are corrupt."""
+    """If the provider does not state its dimensions, an entry is corrupt if most entries have different dimensions."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:

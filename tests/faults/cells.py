@@ -59,7 +59,7 @@ class StoreFault:
     """A fault of one store, and its effects."""
 
     method: str
-    """How the test injects the fault, for the docs."""
+    """Text for the docs that says how the test injects the fault."""
     causes: frozenset[str]
     """Possible causes of the counted errors; which of them occurs depends on timing. Empty if there are no errors."""
     read: Effect = "fails"
@@ -138,7 +138,10 @@ class Caller:
 
 
 class ProviderWithHook(CountingProvider):
-    """Calls ``before_embed`` once, before the next embedding. The cache has then read the tier, and not yet written."""
+    """Calls ``before_embed`` once, before the next embedding.
+
+    At that moment, the cache has read the tier, but has not written to it.
+    """
 
     before_embed: Callable[[], None] | None = None
 
@@ -189,7 +192,7 @@ class CellRun:
         self.events: list[Event] = []
         self.thread = threading.get_ident()
         self.awaited_events: list[Event] = []
-        """Events that were emitted in the calling thread. A call waited for the operations of these events."""
+        """Events that were emitted in the test's thread. They describe operations for which a call waited."""
         self.numbers = count()
         self.outcome = Outcome()
         self.known = self.make_texts(KNOWN_COUNT)
@@ -217,7 +220,10 @@ class CellRun:
             yield caller
 
     def fetch(self, caller: Caller, texts: Sequence[str]) -> tuple[Fetched, float]:
-        """Fetch texts, and return the answer and the duration. Check every row, and that at most one timeout passed."""
+        """Fetch texts, and return the answer and the duration.
+
+        Check every row, and check that the call waited for at most one timeout.
+        """
         before = self.count_timeouts()
         start = time.perf_counter()
         fetched = caller.fetch(texts)
@@ -295,7 +301,7 @@ class CellRun:
         while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # checked only here, because a probe may write between two later faults
+        if self.effect == "fails":  # before the later calls, because a probe may write between them
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -323,7 +329,7 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that there is at most one timeout per opened breaker, plus one for each separate node but the first."""
+        """Check that at most one call timed out per opened breaker, plus one call per separate node after the first."""
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]

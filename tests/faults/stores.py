@@ -314,7 +314,10 @@ class Cluster(Redis):
 
 
 class Sentinel(Redis):
-    """A master behind a proxy; a sentinel announces the proxy. The fault that kills a master uses a second master."""
+    """A master behind a proxy; a sentinel announces the proxy.
+
+    The fault ``killed and restarted`` uses another master, which has a replica.
+    """
 
     name = "sentinel"
     faults: ClassVar[Mapping[str, StoreFault]] = {

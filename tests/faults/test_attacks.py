@@ -240,7 +240,7 @@ def test_texts_with_junk_under_their_keys_are_embedded_and_stored_again(face: Fa
 
 @faces
 def test_a_key_of_another_type_is_a_miss_and_replaced(face: Face, servers: dict[str, Any]) -> None:
-    """A cluster answers with an error. The error must neither open the breaker nor prevent storing the key."""
+    """A cluster answers a read of such a key with an error, which must not open the breaker or prevent a write."""
     with RedisClusterServers() as cluster:
         for url, call in (
             (servers["redis"].url, servers["redis"].call),

@@ -45,7 +45,7 @@ def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int)
 
 
 def test_the_error_of_the_node_that_fails_last_is_raised() -> None:
-    """If the error came from the node that is already skipped, the breaker of the tier would not open."""
+    """The error of the node that is already skipped would not open the breaker of the tier."""
     store = Memcached()
     backend: Any = store.backend("refused")
     texts = {f"eo1.{number}": b"frame" for number in range(20)}

@@ -63,7 +63,7 @@ def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
     """Return the scale and the steps for float32 values, computed by exact arithmetic."""
     smallest = Fraction(1, 2**126)
     wanted = max((abs(Fraction(value)) for value in vector), default=Fraction(0)) / 127
-    unit = Fraction(1, 2**141)  # the last of 16 significant bits at the smallest scale
+    unit = Fraction(1, 2**141)  # the last of the 16 significant bits of the smallest scale
     while wanted > unit * 2**16:
         unit *= 2
     scale = max(-(-wanted // unit) * unit, smallest)
