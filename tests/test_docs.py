@@ -440,7 +440,7 @@ def test_the_tables_of_methods_and_properties_are_complete() -> None:
 
 
 def test_the_table_of_arguments_is_complete() -> None:
-    rows = _rows("docs/using.md", "Making one", "argument")
+    rows = _rows("docs/using.md", "Making a cache", "argument")
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
     assert named == list(inspect.signature(embedonce.Cache).parameters)
 
