@@ -35,7 +35,7 @@ except ImportError as error:
     raise ImportError("Chroma is not installed: pip install 'embedonce[chroma]'") from error
 
 NOT_IN_SPACE = ("api_key_env_var", "organization_id", "default_headers")
-"""Fields in the configurations of Chroma's embedding functions that do not affect vectors."""
+"""Configuration fields that do not affect the vectors of Chroma's embedding functions."""
 
 
 @register_embedding_function
@@ -44,8 +44,8 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
 
     Args:
         embedding_function: the embedding function to wrap; None to use the ``[provider]`` of ``config``.
-        config: a TOML file, a dict of the same shape, or None to look for a file. Chroma stores this argument with a
-            collection, as JSON.
+        config: a TOML file, a dict of the same shape, or None to look for a file. If nothing is wrapped, Chroma stores
+            this argument with each collection, as JSON.
         space: the vector space of an embedding function whose configuration does not describe it.
 
     Raises:
@@ -134,7 +134,7 @@ def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str,
 
 
 def _sort_answers(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
-    """Return a function that puts the vectors of an OpenAI answer in the order of their ``index``.
+    """Return an embedding function that puts the vectors of an OpenAI answer in the order of their ``index``.
 
     The original function ignores the ``index``.
     """

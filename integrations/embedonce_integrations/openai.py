@@ -42,8 +42,8 @@ except ModuleNotFoundError as error:
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for combinations of model, dimensions and other fields. When another cache is
-needed, all caches are dropped."""
+"""Maximum number of caches that are kept, one per combination of model, dimensions and other fields. If a call needs
+another cache, all of these caches are dropped. Their vectors stay in the tiers."""
 
 MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
@@ -73,8 +73,9 @@ def cached(
         client: a client, blocking or async.
         config: anything that :func:`embedonce.open` accepts; ``[provider]`` is not read. Clients with equal
             configurations share their tiers.
-        models: the model behind each name. Pass this if the endpoint has its own names for models, or the same name for
-            several versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
+        models: a dict from the endpoint's names to models: ``{"my-deployment": "text-embedding-3-small"}``. Pass it if
+            the endpoint has its own names for models, or if it uses the same name for several versions of a model.
+            The argument is required for Azure.
         endpoint_name: name that replaces the client's ``base_url`` in keys, so that hosts with the same model share
             their vectors.
 
@@ -129,10 +130,10 @@ class _Call:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and count its tokens.
+        """Return an answer's vectors in the order of the inputs, and add the answer's tokens to the call's totals.
 
         Raises:
-            ProviderError: the answer does not have one vector for each input, each with its own index.
+            ProviderError: the answer does not have exactly one vector, with the right index, for each input.
         """
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list) or len(data) != inputs:
@@ -158,7 +159,7 @@ class _Call:
         """Return a response like the endpoint's, with the vectors that were fetched.
 
         Raises:
-            Exception: the error of the first input that failed, raised by the client or by the check of its answer.
+            Exception: the error of the first input that failed. The client raised it, or :meth:`read_answer` did.
         """
         if fetched.failed:
             raise fetched.failed[min(fetched.failed)]
@@ -209,7 +210,10 @@ def _encode_floats(row: Vector, index: int) -> Embedding:
 
 
 def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding that holds a string. The class declares only lists, but the client also returns strings."""
+    """Return an embedding whose vector is a base64 string.
+
+    ``Embedding`` declares only lists, but the client returns strings for ``encoding_format="base64"``.
+    """
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
@@ -227,7 +231,8 @@ def _to_lists(given: Any) -> Any:
 def _to_texts(given: Any) -> list[str] | None:
     """Return the inputs as texts, in which tokens are written as digits.
 
-    Return None if ``input`` does not have one of the four valid shapes. The API then decides what to do with it.
+    Return None if ``input`` is not a string, a list of strings, a list of tokens or a list of lists of tokens. The call
+    then goes to the API, which may reject this input.
     """
     if isinstance(given, str):
         return [given]
@@ -287,7 +292,7 @@ def _is_absent(value: Any) -> bool:
 
 
 class _CachedResource:
-    """The common part of both resources, which turns the arguments of ``create`` into a call."""
+    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a call."""
 
     _client: Any
     _shared: _Shared
@@ -295,14 +300,14 @@ class _CachedResource:
 
     @property
     def cache(self) -> Cache:
-        """The cache, for ``stats()`` and ``subscribe``. Use the client to get vectors."""
+        """The cache, for ``stats()`` and ``subscribe``. To get vectors, use the client and not this cache."""
         return self._shared.cache
 
     def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
         """Return the call, or None if it cannot be cached and must go to the API unchanged.
 
         Raises:
-            SpaceError: the model is the name of a deployment, which does not identify a model.
+            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
         """
         texts, body = _to_texts(given), _collect_body(request)
         if texts is None or body is None or RAW_HEADER in (request["extra_headers"] or {}):
@@ -315,7 +320,7 @@ class _CachedResource:
         """Describe a request in the same way as embedonce's openai provider.
 
         Raises:
-            SpaceError: the model is the name of a deployment, which does not identify a model.
+            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
         """
         client, name = self._client, body["model"]
         model = self._shared.models.get(name)
@@ -355,7 +360,7 @@ class _CachedResource:
 
 
 def _make_placeholder() -> WrappedProvider:
-    """Return a provider for a cache that is used only through ``for_provider``."""
+    """Return a provider that computes no vectors, because every call uses a cache from ``for_provider``."""
     return WrappedProvider(space=lambda task: VectorSpace(provider="openai", model="(named by each call)"))
 
 
@@ -393,7 +398,7 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """Like the client's ``create``, but only vectors that the cache does not have are requested.
+        """Like the client's ``create``, but request only the vectors that the cache does not have.
 
         ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
         unchanged.

@@ -82,9 +82,9 @@ def _library_class(module: Any) -> str | None:
 
 
 def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
-    """Return the number of dimensions of the model's vectors, or None if it is not declared.
+    """Return the number of dimensions of the model's vectors, or None if no module declares it.
 
-    The last module that changes the number declares it.
+    The last module that can change the number is the one that declares it.
     """
     for module in reversed(modules):
         kind = _library_class(module)

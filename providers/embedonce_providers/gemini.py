@@ -40,14 +40,14 @@ KNOWN_TASK_TYPES = (
     "QUESTION_ANSWERING",
     "FACT_VERIFICATION",
 )
-"""Gemini's task types. Each of them, in lower case, is also the name of a task."""
+"""Gemini's task types. Each of them, in lower case, can also be passed as a task."""
 
 RETRY_SECONDS = 60.0
 """Longest pause of the client before a retry."""
 
 
 class GeminiProvider:
-    """Calls ``batchEmbedContents``. Documents and queries get different vectors, through Gemini's task types."""
+    """Calls ``batchEmbedContents``. Documents and queries get different vectors, because their task types differ."""
 
     def __init__(
         self,

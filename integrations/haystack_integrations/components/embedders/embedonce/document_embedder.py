@@ -21,7 +21,8 @@ class CachedDocumentEmbedder(CachedEmbedder):
     """Embeds documents whose vector no tier has. Unchanged documents are not embedded again.
 
     A document's key is made from its effective text. Haystack's embedders make this text from the embedded metadata
-    fields and the content, joined by the separator. Prefix and suffix are part of the vector space.
+    fields and the content, joined by the separator. The embedder's prefix and suffix are not in this text,
+    but in the vector space.
 
     Args:
         embedder: any document embedder of Haystack; None to use the ``[provider]`` of the configuration.
@@ -74,7 +75,7 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     def run(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """Return new ``documents`` with embeddings, in order, and the embedder's ``meta`` with ``cache`` added.
+        """Return new ``documents`` with embeddings, in order, and the embedder's ``meta`` with the item ``cache``.
 
         A document that the embedder left without an embedding stays without one. The next run tries to embed it again.
         ``kwargs`` are extra arguments for the embedder's own ``run``.

@@ -14,7 +14,7 @@ from ._cached import CachedEmbedder
 
 @component
 class CachedTextEmbedder(CachedEmbedder):
-    """Embeds a string, such as a query, or takes its vector from a tier that has it.
+    """Returns the vector of a string, such as a query. The embedder is called only if no tier has the vector.
 
     Args:
         embedder: any text embedder of Haystack; None to use the ``[provider]`` of the configuration, with the task
@@ -48,7 +48,7 @@ class CachedTextEmbedder(CachedEmbedder):
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     def run(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """Return the text's ``embedding``, and the embedder's ``meta`` with ``cache`` added.
+        """Return the text's ``embedding``, and the embedder's ``meta`` with the item ``cache``.
 
         ``kwargs`` are extra arguments for the embedder's own ``run``.
 
