@@ -97,7 +97,7 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
         Raises:
             TypeError: a value is not a str.
             ValueError: there are options that affect vectors, but the vectors come from the ``[provider]``.
-            Exception: the client raised it.
+            Exception: the client's own error.
         """
         call = _Call(dict(options or {}))
         token = _current_call.set(call)

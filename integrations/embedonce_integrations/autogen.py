@@ -46,8 +46,8 @@ class CachedMemoryConfig(BaseModel):
 class CachedMemory(Memory, Component[CachedMemoryConfig]):
     """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
-    This process alone holds the chunks, but the tiers of ``config`` also hold the vectors. So after a restart, the same
-    chunks can be added without embedding them again.
+    The chunks exist only in this process, but their vectors are also in the tiers of ``config``. So after a restart,
+    the same chunks can be added without embedding them again.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.
@@ -96,7 +96,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
         Raises:
             ValueError: the content is neither text nor JSON.
-            Exception: the provider raised it.
+            Exception: the provider's own error.
         """
         await self.add_all([content], cancellation_token)
 

@@ -46,7 +46,7 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         embedding_function: the embedding function to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file. If nothing is wrapped, Chroma stores
             this argument with each collection, as JSON.
-        space: the vector space of an embedding function whose configuration does not describe it.
+        space: the vector space; required if the configuration of ``embedding_function`` does not describe its vectors.
 
     Raises:
         ConfigError: the configuration is invalid.

@@ -44,7 +44,7 @@ class CachedEmbeddings(Embeddings):
     Args:
         embeddings: the embeddings to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space (at least the model) of embeddings that do not describe it themselves.
+        space: the vector space, at least the model; required if ``embeddings`` do not describe their vectors.
         symmetric: whether ``embeddings`` treat queries like documents, so that both share their vectors.
 
     Raises:
@@ -322,7 +322,7 @@ def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]
 
 
 def _find_stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
-    """Return the keys for which the tiers hold a different vector."""
+    """Return the keys for which a tier holds a vector that differs from the given one."""
     with np.errstate(over="ignore"):  # no warning, because `put` refuses a number that is too large for float32
         return [
             key

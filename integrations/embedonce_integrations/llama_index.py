@@ -42,7 +42,7 @@ class CachedEmbedding(BaseEmbedding):
     Args:
         embed_model: the embedding model to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space (at least the model) of an embedding model that does not describe it itself.
+        space: the vector space, at least the model; required if ``embed_model`` does not describe its vectors.
         symmetric: whether ``embed_model`` treats queries like texts, so that both share their vectors.
         kwargs: fields of BaseEmbedding. ``embed_batch_size`` is the number of texts per lookup; its default is the
             batch size of ``embed_model``.
@@ -131,7 +131,7 @@ class CachedEmbedding(BaseEmbedding):
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Do not use BaseComponent's method. It calls __init__ with only the fields, which would lose the embedding model.
+        # BaseComponent's method would call __init__ with only the fields, and the embedding model would be lost.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
             state["__dict__"].setdefault(name, default)  # the state lacks a value that could not be pickled
         BaseModel.__setstate__(self, state)

@@ -53,7 +53,8 @@ CLIENT_FIELDS = ("input", "encoding_format")
 one of these fields is not cached."""
 
 RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that ``client.with_raw_response`` and ``with_streaming_response`` set to change what ``create`` returns."""
+"""Header that asks ``create`` for a raw answer. ``embeddings.with_raw_response`` and ``with_streaming_response`` set this
+header."""
 
 
 def cached(
@@ -177,7 +178,10 @@ _current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
 
 @contextmanager
 def _set_current_call(call: _Call) -> Iterator[None]:
-    """Set the call whose arguments go to the endpoint. The engine's threads and asyncio tasks inherit it."""
+    """Set the call whose arguments go to the endpoint.
+
+    The engine's threads and asyncio tasks copy the caller's context, so they see this call.
+    """
     token = _current_call.set(call)
     try:
         yield
@@ -278,7 +282,7 @@ def _are_tokens(given: Any) -> bool:
 
 
 def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields that affect vectors, as they are sent; None if the call cannot be cached."""
+    """Return the fields of the request that may affect vectors, or None if the call cannot be cached."""
     extra = request["extra_body"] or {}
     if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
         return None
@@ -345,7 +349,7 @@ class _CachedResource:
         )
 
     def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
-        """Return the cache of a vector space. The client computes the vectors that the cache does not have."""
+        """Return the cache of a vector space. The client requests the vectors that the cache does not have."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
@@ -370,7 +374,7 @@ def _is_azure(client: Any) -> bool:
 
 
 def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return texts in the form in which ``input`` is sent. With ``tokens``, convert them back to tokens."""
+    """Return texts in the form in which ``input`` is sent. If ``tokens`` is set, convert the texts back."""
     return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 
@@ -404,7 +408,7 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         unchanged.
 
         Raises:
-            openai.OpenAIError: the client raised it.
+            openai.OpenAIError: the client's own error.
             ProviderError: the endpoint's answer is invalid.
         """
         request = {

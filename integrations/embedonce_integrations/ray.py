@@ -73,7 +73,7 @@ class BatchEmbedder:
             KeyError: the batch has no column with the name ``column``.
             TypeError: a value of the column is not a text (the message names the position of the value), or the type of
                 the batch is not supported.
-            Exception: the provider raised it. Vectors that were computed before the exception are stored.
+            Exception: the provider's own error. Vectors that were computed before the exception are stored.
         """
         column, output, sources = (self._arguments[name] for name in ("column", "output", "sources"))
         kind = type(batch).__name__

@@ -79,8 +79,8 @@ MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment"
 
 _lock = threading.Lock()
 _caches: list[tuple[config.Config, weakref.ref[Cache]]] = []
-"""The caches in use, each with its configuration. This is a list, because a configuration cannot
-be hashed and so cannot be the key of a dict."""
+"""The caches in use, each with its configuration. This is a list, because a configuration cannot be
+hashed and so cannot be the key of a dict."""
 
 
 def _renew_lock_in_child() -> None:
@@ -174,7 +174,7 @@ class WrappedSpaces:
         describe: function that takes a task and returns the vector space of the embedder in its present state.
 
     Raises:
-        SpaceError: ``describe`` raised it.
+        SpaceError: the error of ``describe``.
     """
 
     def __init__(self, describe: Callable[[Task], VectorSpace]) -> None:
@@ -300,7 +300,7 @@ HOW_TO_DECLARE = (
 
 
 def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
-    """Return the fields that belong in a vector space, without None, secrets and names in :data:`NOT_IN_SPACE`."""
+    """Return the fields of a vector space. Leave out None, secrets and the names in :data:`NOT_IN_SPACE`."""
     return {
         str(name): _to_plain(item, f"{owner}.{name}")
         for name, item in fields.items()
@@ -312,7 +312,7 @@ def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
 
 
 def _to_plain(item: Any, name: str) -> Value:
-    """Convert a value to one that a vector space can hold.
+    """Convert a value to a type that a vector space can hold.
 
     Raises:
         SpaceError: the value cannot be converted.

@@ -55,8 +55,8 @@ class Clients(Generic[Sync, Async]):
 
     An async client cannot be shared between event loops, because its connections belong to a single loop.
 
-    An async client is closed by :meth:`close`, or when its event loop shuts down async generators, as ``asyncio.run`` does
-    at its end. A forked child makes its own clients. If a child and its parent shared a connection, each of them
+    An async client is closed by :meth:`close`, or when its event loop shuts down async generators (``asyncio.run`` does
+    this at its end). A forked child makes its own clients. If a child and its parent shared a connection, each of them
     could read the answers to the other's requests.
     """
 

@@ -18,8 +18,8 @@ from embedonce.errors import SpaceError
 from ._model_folder import MODULES, TRANSFORMER, is_model
 
 SMALL_FILES: Final = (MODULES, TRANSFORMER, "config_sentence_transformers.json", "*/config.json", "*_config.json")
-"""Patterns of all files that affect vectors, except weights and tokenizer. Every download includes all of them,
-because the library does not report a missing file."""
+"""Patterns of all files that affect vectors, except weights and tokenizer. Every download includes all of them, because
+the library does not report a missing file."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 OWNER: Final = "sentence-transformers"
@@ -43,7 +43,7 @@ def find_snapshot(name: str, revision: str | None) -> tuple[str, Path]:
     """Return the commit of a model's revision, and a folder that has at least the model's small files.
 
     If ``revision`` is a branch or a tag, the local cache may have recorded a commit for it. That commit is used, even
-    if the hub has a newer one. The hub is asked only for a model that is not in the local cache.
+    if the hub has a newer one. The hub is asked only if the local cache does not have the revision.
 
     Raises:
         SpaceError: the model is not in the local cache, and the hub did not answer or does not have the model.

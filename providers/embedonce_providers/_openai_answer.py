@@ -1,5 +1,7 @@
-"""Read the answer of an OpenAI-compatible endpoint, strictly, because a misplaced vector would be stored for the wrong
-text."""
+"""Read the answer of an OpenAI-compatible endpoint.
+
+Each answer is checked strictly, because the cache would store a misplaced vector for the wrong text.
+"""
 
 from __future__ import annotations
 

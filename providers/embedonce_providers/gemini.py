@@ -1,7 +1,8 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client retries failed calls, but only because the provider configures it to do so.
+neither a key nor a network. By default, the client does not retry failed calls, so the provider configures
+retries.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class GeminiProvider:
         Raises:
             TextRefused: a text is empty.
             google.genai.errors.APIError: the client failed.
-            ProviderError: the answer has fewer or more vectors than texts.
+            ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
         with self._clients.borrow() as client:

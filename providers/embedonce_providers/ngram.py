@@ -48,8 +48,8 @@ SPACE: Final = 0x20
 # Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""First code point after U+3000, the ideographic space. This code point and all later ones are neither
-folded nor white space."""
+"""First code point after U+3000, the ideographic space. No code point from here on is folded, and none is
+white space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072

@@ -40,7 +40,7 @@ RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
 FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-"""Error codes that come with status 429, although a retry cannot succeed."""
+"""Error codes for which a retry cannot succeed, although they come with status 429."""
 
 
 class OpenAIProvider:

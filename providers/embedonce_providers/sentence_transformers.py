@@ -178,7 +178,7 @@ class SentenceTransformersProvider:
                 known = ", ".join(sorted(declared.prompts)) or "none"
                 raise SpaceError(f"the model has no prompt named {name!r}; its prompts: {known}")
             return declared.prompts[name]
-        # Choose the same prompt as the library's encode_query and encode_document. They use "" if the model has no
+        # Choose the same prompt as the library's encode_query and encode_document. Both use "" if the model has no
         # prompt with the name of the task.
         return declared.prompts.get(task, "" if task in self._prompts else declared.default_prompt)
 

@@ -35,7 +35,7 @@ returns."""
 
 
 class NotEmbedded(TextRefused):
-    """Raised if the embedder left documents without an embedding. The embedder has logged the reason."""
+    """Raised if the embedder returned no embedding for some texts. The embedder has logged the reason."""
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def _set_current_run(run: Run) -> Iterator[Run]:
 
 
 class CachedEmbedder:
-    """Looks texts up. The embedder, or the configuration's provider, embeds the texts whose vector no tier has."""
+    """Looks up the vectors of texts. The embedder or the ``[provider]`` embeds the texts whose vector no tier has."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
@@ -161,7 +161,7 @@ class CachedEmbedder:
         self._is_warm = False
 
     def _to_dict(self, **more: Any) -> dict[str, Any]:
-        """Serialize the component, including its embedder.
+        """Serialize the component and its embedder.
 
         Raises:
             ConfigError: ``config`` is a dict that holds a secret in plain text.

@@ -54,8 +54,8 @@ def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
     try:
         found = component_to_dict(embedder, name)["init_parameters"]
     except (ValueError, SerializationError) as error:
-        # to_dict fails if a secret does not come from an environment variable. In that case, read
-        # the arguments from the attributes.
+        # to_dict fails if a secret does not come from an environment variable. In that case, read the
+        # arguments from the attributes.
         names = [one for one in inspect.signature(type(embedder).__init__).parameters if one != "self"]
         if not all(hasattr(embedder, one) for one in names):
             raise SpaceError(f"{name} does not expose its arguments ({error}); {HOW_TO_DECLARE}") from error

@@ -21,8 +21,8 @@ class CachedTextEmbedder(CachedEmbedder):
             ``"query"``.
         config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
             configurations share one cache.
-        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
-            describe it.
+        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
+            does not describe its vectors.
     """
 
     _task: ClassVar[Task] = "query"
@@ -54,7 +54,7 @@ class CachedTextEmbedder(CachedEmbedder):
 
         Raises:
             TypeError: ``text`` is not a str.
-            Exception: the embedder raised it.
+            Exception: the embedder's own error.
         """
         _check_text(text)
         return _make_answer(*self._fetch([text], kwargs))
