@@ -221,8 +221,8 @@ async def _run_cancellable(work: Coroutine[Any, Any, T], token: CancellationToke
 
 
 def _text_of(content: str | MemoryContent) -> str:
-    """Return the text to embed for a chunk or a query. JSON is written with sorted keys, so equal objects
-    have the same text.
+    """Return the text to embed for a chunk or a query. JSON is written with sorted keys, so equal
+    objects have the same text.
 
     Raises:
         ValueError: the content is neither text nor JSON.

@@ -2,7 +2,7 @@
 
 Chroma stores the name and configuration of a collection's embedding function. A wrapper reports the name and
 configuration of the function that it wraps. So existing collections can be opened as before, and new ones can be opened
-without embedonce. If nothing is wrapped, the name is ``embedonce``, and the configuration names the provider.
+without embedonce. If nothing is wrapped, the name is ``embedonce``, and the configuration is the argument ``config``.
 """
 
 from __future__ import annotations

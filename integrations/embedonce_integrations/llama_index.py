@@ -123,7 +123,7 @@ class CachedEmbedding(BaseEmbedding):
         """Return the state from which another process rebuilds this model.
 
         Raises:
-            SpaceError: the embedding model would make different vectors in that process.
+            SpaceError: pickling fails, or the embedding model would make different vectors in that process.
         """
         # Check here and not while unpickling, because a multiprocessing pool hangs if a worker cannot unpickle its
         # work.
@@ -191,8 +191,8 @@ class _Handle:
             raise SpaceError(f"cannot pickle the embedding model ({type(error).__name__}: {error})") from error
         if is_changed:
             raise SpaceError(
-                "the embedding model would make different vectors in another process, because pickling the "
-                "model loses a part that is not a field. Construct the model in that process, or remove num_workers"
+                "the embedding model would make different vectors in another process, because pickling the model "
+                "loses a part that is not a field. Construct the model in that process, or remove num_workers"
             )
 
 

@@ -53,8 +53,7 @@ CLIENT_FIELDS = ("input", "encoding_format")
 one of these fields is not cached."""
 
 RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that asks ``create`` for a raw answer. ``embeddings.with_raw_response`` and ``with_streaming_response`` set this
-header."""
+"""Header that asks ``create`` for a raw answer. ``with_raw_response`` and ``with_streaming_response`` set it."""
 
 
 def cached(
@@ -296,7 +295,7 @@ def _is_absent(value: Any) -> bool:
 
 
 class _CachedResource:
-    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a call."""
+    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``_Call``."""
 
     _client: Any
     _shared: _Shared
@@ -364,7 +363,7 @@ class _CachedResource:
 
 
 def _make_placeholder() -> WrappedProvider:
-    """Return a provider that computes no vectors, because every call uses a cache from ``for_provider``."""
+    """Return a provider that never embeds. Each call uses a cache from ``for_provider``, with a different provider."""
     return WrappedProvider(space=lambda task: VectorSpace(provider="openai", model="(named by each call)"))
 
 
@@ -374,7 +373,7 @@ def _is_azure(client: Any) -> bool:
 
 
 def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return texts in the form in which ``input`` is sent. If ``tokens`` is set, convert the texts back."""
+    """Return the texts as a value for ``input``. If ``tokens`` is set, convert the texts back to tokens."""
     return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 

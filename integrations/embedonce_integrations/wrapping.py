@@ -216,10 +216,10 @@ def describe_space(
 ) -> VectorSpace:
     """Return the vector space of a framework's embedder, described by ``fields``.
 
-    Secrets and fields that are None are left out. The fields that ``leave_out`` names are left out too. The fields that
-    :data:`NOT_IN_SPACE` names are left out at every level of nesting. Credentials are removed from URLs. Pass ``task``
-    if the embedder treats documents and queries differently. If ``model`` is a folder, it is identified by a digest of
-    its content. So the vector space stays the same if the folder is moved, and changes if the weights change.
+    Secrets, fields that are None and the fields in ``leave_out`` are left out. The fields in :data:`NOT_IN_SPACE` are
+    left out at every level of nesting. Credentials are removed from URLs. Pass ``task`` if the embedder treats
+    documents and queries differently. If ``model`` is a folder, the digest of the folder's content identifies the
+    model. So the vector space stays the same if the folder is moved, and changes if the weights change.
 
     Raises:
         SpaceError: a field holds an object that cannot be described; or the embedder's class is defined in a script or

@@ -43,7 +43,7 @@ def require_package(package: str) -> None:
 
 @dataclass(slots=True)
 class _SharedClient(Generic[Sync]):
-    """The blocking client, and how many calls use it at this moment."""
+    """The blocking client, and the number of calls that use it at this moment."""
 
     client: Sync
     calls: int = 0

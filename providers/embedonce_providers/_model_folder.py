@@ -84,7 +84,7 @@ def _library_class(module: Any) -> str | None:
 def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
     """Return the number of dimensions of the model's vectors, or None if no module declares it.
 
-    The last module that can change the number is the one that declares it.
+    The last module that can change the number of dimensions declares it.
     """
     for module in reversed(modules):
         kind = _library_class(module)
@@ -109,8 +109,8 @@ def _positive_or_none(value: Any) -> int | None:
 def _has_single_pooling_mode(config: Mapping[str, Any]) -> bool:
     """Return whether a pooling module has only one mode.
 
-    The library concatenates the vectors of several modes, so a module with several modes returns vectors
-    with more dimensions.
+    The library concatenates the vectors of several modes, so a module with several modes returns vectors with
+    more dimensions.
     """
     mode = config.get("pooling_mode")
     if mode is not None:

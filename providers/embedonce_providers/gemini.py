@@ -1,8 +1,7 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. By default, the client does not retry failed calls, so the provider configures
-retries.
+neither a key nor a network. By default, the client does not retry failed calls, so the provider configures retries.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class OpenAIProvider:
             max_batch=batch_size,
             max_tokens=max_tokens,
             concurrency=concurrency,
-            # This limits the whole call. The client's timeout applies to each read, so the client would wait without
+            # This timeout limits the whole call. The client's timeout applies to each read, so the client would wait without
             # limit for an answer that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
@@ -275,7 +275,7 @@ def _translate_too_long(texts: Sequence[str]) -> Iterator[None]:
 def _stop_futile_retries(response: Any) -> None:
     """Keep the client from retrying after an error that waiting does not resolve.
 
-    By default, the client retries after every answer with status 429.
+    By default, the client retries after these errors too, because their status is 429.
     """
     if response.status_code == 429:
         response.read()

@@ -48,7 +48,7 @@ def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
     """Return the arguments that an embedder was constructed with, without secrets.
 
     Raises:
-        SpaceError: neither its ``to_dict`` nor its attributes show the arguments.
+        SpaceError: neither the embedder's ``to_dict`` nor the embedder's attributes show the arguments.
     """
     name = type(embedder).__name__
     try:
