@@ -138,7 +138,7 @@ class CachedEmbedding(BaseEmbedding):
 
 
 REFUSED_FIELDS = {
-    "embeddings_cache": "CachedEmbedding is a cache itself; remove it",
+    "embeddings_cache": "a second cache is not needed; remove it",
     "rate_limiter": "hits need no limit; give the rate limiter to the embedding model, so that only misses wait",
     "vectors": "it is derived from the embedding model; remove it",
 }

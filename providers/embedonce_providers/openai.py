@@ -138,8 +138,8 @@ class OpenAIProvider:
             max_batch=batch_size,
             max_tokens=max_tokens,
             concurrency=concurrency,
-            # This timeout limits the whole call. The client's timeout applies to each read, so the client would wait without
-            # limit for an answer that arrives one byte at a time.
+            # This timeout limits the whole call. The client's timeout applies to each read, so the client would wait
+            # without limit for an answer that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
         self._clients: Clients[openai.OpenAI, openai.AsyncOpenAI] = Clients(
