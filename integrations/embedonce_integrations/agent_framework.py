@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("Microsoft Agent Framework is not installed: pip install 'embedonce[agent-framework]'") from error
 
 NOT_IN_OPTIONS = ("encoding_format", "user")
-"""Options that do not affect the vectors, but only the format of answers or who is billed."""
+"""Options that do not affect the vectors: the format of the answer, and the name of the end user."""
 
 NOT_IN_SPACE = ("additional_properties", "org_id", "type")
 
@@ -32,7 +32,8 @@ MODEL = ("model", "model_id", "deployment_name", "model_deployment_name")
 class _Call:
     """A call of ``get_embeddings``.
 
-    A context variable passes the call to ``_embed``, because ``_embed`` runs in a copy of the caller's context.
+    The cache passes only texts and a task to ``_embed``, so a context variable holds the call. ``_embed`` runs in a
+    copy of the caller's context and reads the variable there.
     """
 
     options: dict[str, Any]
@@ -41,8 +42,8 @@ class _Call:
 
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for different options. Dropping the oldest cache loses no vectors, because the tiers
-hold them."""
+"""Maximum number of caches that are kept, one per combination of options. If a client needs another cache, the oldest
+cache is dropped. Its vectors stay in the tiers."""
 
 _current_call: ContextVar[_Call] = ContextVar("embedonce_agent_framework_call")
 
@@ -53,9 +54,9 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     Args:
         client: the embedding client to wrap; None to use the ``[provider]`` of ``config``.
         config: anything that :func:`embedonce.open` accepts.
-        space: the vector space of ``client``; needed if the client has no ``to_dict`` that names its model.
-        task: the task to embed texts for, because the framework's protocol has no tasks. It matters only for a
-            ``[provider]``, because clients embed texts in the same way for every task.
+        space: the vector space of ``client``; required if the client's ``to_dict`` is missing or names no model.
+        task: the task of all texts. It is set here, because the framework's protocol has no tasks. The task matters
+            only for a ``[provider]``, because clients embed texts in the same way for every task.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -90,13 +91,13 @@ class CachedEmbeddingClient(BaseEmbeddingClient[str, list[float], Any]):
     ) -> GeneratedEmbeddings[list[float], Any]:
         """Return one embedding per value, in order.
 
-        ``usage`` is the client's usage in this call, to which hits add nothing. ``additional_properties["sources"]`` is
-        a list with the source of each vector: a tier's name, or ``"provider"``.
+        ``usage`` is the client's usage in this call. Hits add nothing to it. ``additional_properties["sources"]`` is a
+        list with the source of each vector: a tier's name, or ``"provider"``.
 
         Raises:
             TypeError: a value is not a str.
             ValueError: there are options that affect vectors, but the vectors come from the ``[provider]``.
-            Exception: the client raised it.
+            Exception: the client's own error.
         """
         call = _Call(dict(options or {}))
         token = _current_call.set(call)
@@ -157,7 +158,7 @@ def _describe_client(
         if not model:
             raise SpaceError(f"{name} does not say which model it uses; {HOW_TO_DECLARE}")
         service_url = getattr(client, "service_url", None)
-        if callable(service_url):  # to_dict omits the URL of an SDK client that the caller made
+        if callable(service_url):  # if the caller made the SDK client, to_dict omits the client's URL
             fields["endpoint"] = service_url()
         space = describe_space(client, fields, model=str(model), leave_out=(*NOT_IN_SPACE, *MODEL))
     if not options:

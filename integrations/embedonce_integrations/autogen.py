@@ -46,12 +46,12 @@ class CachedMemoryConfig(BaseModel):
 class CachedMemory(Memory, Component[CachedMemoryConfig]):
     """Holds chunks of text in order, with their vectors. Each vector is computed once across all processes.
 
-    This process alone holds the chunks, but the tiers of ``config`` also hold the vectors. So after a restart, the same
-    chunks can be added without embedding them again.
+    The chunks exist only in this process, but their vectors are also in the tiers of ``config``. So after a restart,
+    the same chunks can be added without embedding them again.
 
     Args:
         config: anything that :func:`embedonce.open` accepts. Its ``[provider]`` computes the vectors.
-        name: name of the memory, to distinguish several of them.
+        name: name of the memory, to tell several memories apart.
         k: maximum number of chunks that a query returns.
         score_threshold: minimum cosine similarity of a chunk that a query returns.
         store_metadata: whether the tiers also store each chunk's metadata (small JSON) beside its vector.
@@ -96,7 +96,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
         Raises:
             ValueError: the content is neither text nor JSON.
-            Exception: the provider raised it.
+            Exception: the provider's own error.
         """
         await self.add_all([content], cancellation_token)
 
@@ -198,7 +198,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
 
 def _copy_chunks(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
-    """Copy chunks, so that they still match their vectors if the caller changes the originals."""
+    """Return copies of the chunks, which still match the vectors after the caller changes the original chunks."""
     wrong = next((item for item in contents if not isinstance(item, MemoryContent)), None)
     if wrong is not None:
         raise TypeError(f"expected MemoryContent, got {type(wrong).__name__}")
@@ -212,7 +212,7 @@ def _add_score(content: MemoryContent, score: float) -> MemoryContent:
 
 
 async def _run_cancellable(work: Coroutine[Any, Any, T], token: CancellationToken | None) -> T:
-    """Await a coroutine that a cancellation token can cancel."""
+    """Await a coroutine, and let the token cancel it."""
     if token is None:
         return await work
     future = asyncio.ensure_future(work)
@@ -221,7 +221,8 @@ async def _run_cancellable(work: Coroutine[Any, Any, T], token: CancellationToke
 
 
 def _text_of(content: str | MemoryContent) -> str:
-    """Return the text to embed for a chunk or a query. JSON is written with sorted keys, so their order is irrelevant.
+    """Return the text to embed for a chunk or a query. JSON is written with sorted keys, so equal
+    objects have the same text.
 
     Raises:
         ValueError: the content is neither text nor JSON.

@@ -2,7 +2,7 @@
 
 Chroma stores the name and configuration of a collection's embedding function. A wrapper reports the name and
 configuration of the function that it wraps. So existing collections can be opened as before, and new ones can be opened
-without embedonce. If nothing is wrapped, the name is ``embedonce``, and the configuration names the provider.
+without embedonce. If nothing is wrapped, the name is ``embedonce``, and the configuration is the argument ``config``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError as error:
     raise ImportError("Chroma is not installed: pip install 'embedonce[chroma]'") from error
 
 NOT_IN_SPACE = ("api_key_env_var", "organization_id", "default_headers")
-"""Fields in the configurations of Chroma's embedding functions that do not affect vectors."""
+"""Configuration fields that do not affect the vectors of Chroma's embedding functions."""
 
 
 @register_embedding_function
@@ -44,9 +44,9 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
 
     Args:
         embedding_function: the embedding function to wrap; None to use the ``[provider]`` of ``config``.
-        config: a TOML file, a dict of the same shape, or None to look for a file. Chroma stores this argument with a
-            collection, as JSON.
-        space: the vector space of an embedding function whose configuration does not describe it.
+        config: a TOML file, a dict of the same shape, or None to look for a file. If nothing is wrapped, Chroma stores
+            this argument with each collection, as JSON.
+        space: the vector space; required if the configuration of ``embedding_function`` does not describe its vectors.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -134,7 +134,7 @@ def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str,
 
 
 def _sort_answers(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
-    """Return a function that puts the vectors of an OpenAI answer in the order of their ``index``.
+    """Return an embedding function that puts the vectors of an OpenAI answer in the order of their ``index``.
 
     The original function ignores the ``index``.
     """

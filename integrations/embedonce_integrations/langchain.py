@@ -1,4 +1,5 @@
-"""LangChain: embeddings that embed each text once, and a store for CacheBackedEmbeddings in a chain of tiers."""
+"""LangChain: an ``Embeddings`` class that embeds each text once, and a byte store for CacheBackedEmbeddings that keeps
+the vectors in a chain of tiers."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from .wrapping import (
 )
 
 try:
-    import orjson  # three times as fast as json for an array
+    import orjson  # writes an array three times as fast as json
     from langchain_core.embeddings import Embeddings
     from langchain_core.stores import ByteStore
 except ImportError as error:
@@ -36,12 +37,14 @@ ASYNC_METHODS = ("aembed_documents", "aembed_query")
 
 
 class CachedEmbeddings(Embeddings):
-    """Embeds documents and queries through a cache. Queries and documents share no vectors unless ``symmetric`` is set.
+    """Embeds documents and queries through a cache.
+
+    If ``embeddings`` are wrapped, queries and documents share no vectors unless ``symmetric`` is set.
 
     Args:
         embeddings: the embeddings to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space (at least the model) of embeddings that do not describe it themselves.
+        space: the vector space, at least the model; required if ``embeddings`` do not describe their vectors.
         symmetric: whether ``embeddings`` treat queries like documents, so that both share their vectors.
 
     Raises:
@@ -145,7 +148,7 @@ class _WrappedEmbeddings:
             return await inner.aembed_documents(texts, **kwargs)
 
         # LangChain's default async methods run the blocking methods in a thread and drop kwargs. If the embeddings have
-        # no other async methods, the provider gets no `aembed`. The cache then runs `embed` in a thread, which keeps
+        # only these default methods, the provider gets no `aembed`. The cache then runs `embed` in a thread and passes
         # kwargs.
         is_async = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
         return WrappedProvider(
@@ -177,7 +180,8 @@ def _describe(embeddings: Any, task: Task | None) -> VectorSpace:
             )
     clients = (getattr(embeddings, name, None) for name in CLIENTS)
     client: Any = next((client for client in clients if is_openai_resource(client)), None)
-    # The client may take its URL from the environment. In that case, the embeddings' own field is empty.
+    # The client may take its URL from the environment. The embeddings' own field is then empty, so read the URL from
+    # the client.
     overrides = {} if client is None else {"openai_api_base": str(client._client.base_url)}
     return describe_by_fields(embeddings, task=task, overrides=overrides)
 
@@ -199,8 +203,8 @@ class VectorByteStore(ByteStore):
     key is stored as metadata beside its vector, so that ``yield_keys`` can list it.
 
     Args:
-        space: what determines the vectors, at least ``{"model": ...}``. This cannot be derived from the keys of
-            CacheBackedEmbeddings.
+        space: what determines the vectors, at least ``{"model": ...}``. It is required, because the keys of
+            CacheBackedEmbeddings do not identify the model.
         config: a TOML file, a dict of the same shape, or None to look for a file. Its ``[provider]`` is not read.
 
     Raises:
@@ -226,13 +230,13 @@ class VectorByteStore(ByteStore):
         return [_dump_vector(row) for row in (await self.cache.alookup(keys)).rows]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        """Store the values, which replace existing ones.
+        """Store the values. A new value replaces the old value of its key.
 
         Raises:
             ValueError: a value is not a JSON list of numbers; nothing was stored.
             ProviderError: a value is not a valid vector (NaN, all zero, empty) or has a different number of
                 dimensions; nothing was stored.
-            EraseIncomplete: a tier cannot delete the old value of a key.
+            EraseIncomplete: a tier failed, or cannot delete the old value of a key.
         """
         vectors = _parse_vectors(key_value_pairs)
         stale = _find_stale(vectors, self.cache.lookup(list(vectors)).rows)
@@ -261,7 +265,7 @@ class VectorByteStore(ByteStore):
         await self.cache.aforget(keys)
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        """Yield the keys of all tiers that start with ``prefix``, in no particular order.
+        """Yield each key that starts with ``prefix`` and is in any tier, in no particular order.
 
         Raises:
             TierError: a tier failed or cannot list its keys.
@@ -297,7 +301,7 @@ def _dump_vector(row: Any) -> bytes | None:
 
 
 def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]:
-    """Return the vector of each key; if a key occurs twice, its last value counts.
+    """Return the vector of each key. If a key occurs twice, its last value is used.
 
     Raises:
         ValueError: a value is not a JSON list of numbers.
@@ -318,8 +322,8 @@ def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]
 
 
 def _find_stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
-    """Return the keys for which the tiers hold a different vector."""
-    with np.errstate(over="ignore"):  # `put` refuses a number that is too large for float32
+    """Return the keys for which a tier holds a vector that differs from the given one."""
+    with np.errstate(over="ignore"):  # no warning, because `put` refuses a number that is too large for float32
         return [
             key
             for (key, vector), row in zip(vectors.items(), rows, strict=True)

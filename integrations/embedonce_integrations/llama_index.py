@@ -1,4 +1,4 @@
-"""LlamaIndex: an embedding model for pipelines, indexes and retrievers that embeds each text once."""
+"""LlamaIndex: an embedding model that embeds each text once, for pipelines, indexes and retrievers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ except ImportError as error:
 TASKS = ("document", "query")
 
 ENGINES = ("_text_engine", "_query_engine")
-"""Attributes of LlamaIndex's OpenAI embeddings that affect the vectors but are not fields."""
+"""Attributes of LlamaIndex's OpenAI embedding models. They affect the vectors, but they are not pydantic fields."""
 
 
 class CachedEmbedding(BaseEmbedding):
-    """Embeds texts and queries through a cache. Queries and texts share no vectors unless ``symmetric`` is set.
+    """Embeds texts and queries through a cache.
+
+    If ``embed_model`` is wrapped, queries and texts share no vectors unless ``symmetric`` is set.
 
     Args:
         embed_model: the embedding model to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
-        space: the vector space (at least the model) of an embedding model that does not describe it itself.
+        space: the vector space, at least the model; required if ``embed_model`` does not describe its vectors.
         symmetric: whether ``embed_model`` treats queries like texts, so that both share their vectors.
         kwargs: fields of BaseEmbedding. ``embed_batch_size`` is the number of texts per lookup; its default is the
             batch size of ``embed_model``.
@@ -52,7 +54,7 @@ class CachedEmbedding(BaseEmbedding):
 
     vectors: dict[str, Any] = Field(
         default_factory=dict,
-        description="Hash of everything that determines the vectors. Different models have different hashes.",
+        description="Hashes and settings that identify the vectors. Models that make different vectors differ here.",
     )
     _handle: _Handle = PrivateAttr()
 
@@ -109,7 +111,10 @@ class CachedEmbedding(BaseEmbedding):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> NoReturn:
-        """Raise TypeError. ``to_dict`` omits the embedding model and the tiers, because they may contain secrets."""
+        """Raise TypeError, because a dict from ``to_dict`` is incomplete.
+
+        ``to_dict`` omits the embedding model and the tiers, because they may contain secrets.
+        """
         raise TypeError(
             "CachedEmbedding cannot be made from a dict; construct it with its embedding model and configuration"
         )
@@ -118,7 +123,7 @@ class CachedEmbedding(BaseEmbedding):
         """Return the state from which another process rebuilds this model.
 
         Raises:
-            SpaceError: the embedding model would make different vectors in that process.
+            SpaceError: pickling fails, or the embedding model would make different vectors in that process.
         """
         # Check here and not while unpickling, because a multiprocessing pool hangs if a worker cannot unpickle its
         # work.
@@ -126,22 +131,21 @@ class CachedEmbedding(BaseEmbedding):
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # BaseComponent's method is not used, because it would call __init__ with only the fields and lose the embedding
-        # model.
+        # BaseComponent's method would call __init__ with only the fields, and the embedding model would be lost.
         for name, default in (("callback_manager", CallbackManager([])), ("rate_limiter", None)):
-            state["__dict__"].setdefault(name, default)  # if the value could not be pickled
+            state["__dict__"].setdefault(name, default)  # the state lacks a value that could not be pickled
         BaseModel.__setstate__(self, state)
 
 
 REFUSED_FIELDS = {
-    "embeddings_cache": "it is a cache itself; remove it",
+    "embeddings_cache": "a second cache is not needed; remove it",
     "rate_limiter": "hits need no limit; give the rate limiter to the embedding model, so that only misses wait",
     "vectors": "it is derived from the embedding model; remove it",
 }
 
 
 class _Handle:
-    """An embedding model and its cache. Another process rebuilds both from their parts."""
+    """An embedding model and its cache. A pickle holds only the arguments, and another process makes a new cache."""
 
     def __init__(
         self,
@@ -173,7 +177,9 @@ class _Handle:
         return _Handle, self._parts
 
     def check_pickling(self) -> None:
-        """Check that pickling does not change the embedding model. LlamaIndex drops parts that it cannot pickle.
+        """Check that pickling does not change the embedding model.
+
+        LlamaIndex leaves out the parts of a model that cannot be pickled.
 
         Raises:
             SpaceError: pickling fails or changes the model.
@@ -185,8 +191,8 @@ class _Handle:
             raise SpaceError(f"cannot pickle the embedding model ({type(error).__name__}: {error})") from error
         if is_changed:
             raise SpaceError(
-                "the embedding model would make different vectors in another process, because pickling loses a part of "
-                "it that is not a field. Construct the model in that process, or remove num_workers"
+                "the embedding model would make different vectors in another process, because pickling the model "
+                "loses a part that is not a field. Construct the model in that process, or remove num_workers"
             )
 
 
@@ -198,7 +204,7 @@ def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, s
     spaces = WrappedSpaces(describe)
     ordered: Any = _sort_answers(inner)
 
-    # After unpickling, `inner` has no such attribute if the rate limiter could not be pickled.
+    # After unpickling, `inner` has no `rate_limiter` if the rate limiter could not be pickled.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:

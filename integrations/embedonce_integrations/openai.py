@@ -42,8 +42,8 @@ except ModuleNotFoundError as error:
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 MAX_CACHES = 64
-"""Maximum number of caches kept for combinations of model, dimensions and other fields. When another cache is
-needed, all caches are dropped."""
+"""Maximum number of caches that are kept, one per combination of model, dimensions and other fields. If a call needs
+another cache, all of these caches are dropped. Their vectors stay in the tiers."""
 
 MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
@@ -53,7 +53,7 @@ CLIENT_FIELDS = ("input", "encoding_format")
 one of these fields is not cached."""
 
 RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that ``client.with_raw_response`` and ``with_streaming_response`` set to change what ``create`` returns."""
+"""Header that asks ``create`` for a raw answer. ``with_raw_response`` and ``with_streaming_response`` set it."""
 
 
 def cached(
@@ -73,8 +73,9 @@ def cached(
         client: a client, blocking or async.
         config: anything that :func:`embedonce.open` accepts; ``[provider]`` is not read. Clients with equal
             configurations share their tiers.
-        models: the model behind each name. Pass this if the endpoint has its own names for models, or the same name for
-            several versions: ``{"my-deployment": "text-embedding-3-small"}``. Azure needs this.
+        models: a dict from the endpoint's names to models: ``{"my-deployment": "text-embedding-3-small"}``. Pass it if
+            the endpoint has its own names for models, or if it uses the same name for several versions of a model.
+            The argument is required for Azure.
         endpoint_name: name that replaces the client's ``base_url`` in keys, so that hosts with the same model share
             their vectors.
 
@@ -129,10 +130,10 @@ class _Call:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and count its tokens.
+        """Return an answer's vectors in the order of the inputs, and add the answer's tokens to the call's totals.
 
         Raises:
-            ProviderError: the answer does not have one vector for each input, each with its own index.
+            ProviderError: the answer does not have exactly one vector, with the right index, for each input.
         """
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list) or len(data) != inputs:
@@ -158,7 +159,7 @@ class _Call:
         """Return a response like the endpoint's, with the vectors that were fetched.
 
         Raises:
-            Exception: the error of the first input that failed, raised by the client or by the check of its answer.
+            Exception: the error of the first input that failed. The client raised it, or :meth:`read_answer` did.
         """
         if fetched.failed:
             raise fetched.failed[min(fetched.failed)]
@@ -176,7 +177,10 @@ _current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
 
 @contextmanager
 def _set_current_call(call: _Call) -> Iterator[None]:
-    """Set the call whose arguments go to the endpoint. The engine's threads and asyncio tasks inherit it."""
+    """Set the call whose arguments go to the endpoint.
+
+    The engine's threads and asyncio tasks copy the caller's context, so they see this call.
+    """
     token = _current_call.set(call)
     try:
         yield
@@ -209,7 +213,10 @@ def _encode_floats(row: Vector, index: int) -> Embedding:
 
 
 def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding that holds a string. The class declares only lists, but the client also returns strings."""
+    """Return an embedding whose vector is a base64 string.
+
+    ``Embedding`` declares only lists, but the client returns strings for ``encoding_format="base64"``.
+    """
     encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
     return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
@@ -227,7 +234,8 @@ def _to_lists(given: Any) -> Any:
 def _to_texts(given: Any) -> list[str] | None:
     """Return the inputs as texts, in which tokens are written as digits.
 
-    Return None if ``input`` does not have one of the four valid shapes. The API then decides what to do with it.
+    Return None if ``input`` is not a string, a list of strings, a list of tokens or a list of lists of tokens. The call
+    then goes to the API, which may reject this input.
     """
     if isinstance(given, str):
         return [given]
@@ -273,7 +281,7 @@ def _are_tokens(given: Any) -> bool:
 
 
 def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields that affect vectors, as they are sent; None if the call cannot be cached."""
+    """Return the fields of the request that may affect vectors, or None if the call cannot be cached."""
     extra = request["extra_body"] or {}
     if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
         return None
@@ -287,7 +295,7 @@ def _is_absent(value: Any) -> bool:
 
 
 class _CachedResource:
-    """The common part of both resources, which turns the arguments of ``create`` into a call."""
+    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``_Call``."""
 
     _client: Any
     _shared: _Shared
@@ -295,14 +303,14 @@ class _CachedResource:
 
     @property
     def cache(self) -> Cache:
-        """The cache, for ``stats()`` and ``subscribe``. Use the client to get vectors."""
+        """The cache, for ``stats()`` and ``subscribe``. To get vectors, use the client and not this cache."""
         return self._shared.cache
 
     def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
         """Return the call, or None if it cannot be cached and must go to the API unchanged.
 
         Raises:
-            SpaceError: the model is the name of a deployment, which does not identify a model.
+            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
         """
         texts, body = _to_texts(given), _collect_body(request)
         if texts is None or body is None or RAW_HEADER in (request["extra_headers"] or {}):
@@ -315,7 +323,7 @@ class _CachedResource:
         """Describe a request in the same way as embedonce's openai provider.
 
         Raises:
-            SpaceError: the model is the name of a deployment, which does not identify a model.
+            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
         """
         client, name = self._client, body["model"]
         model = self._shared.models.get(name)
@@ -340,7 +348,7 @@ class _CachedResource:
         )
 
     def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
-        """Return the cache of a vector space. The client computes the vectors that the cache does not have."""
+        """Return the cache of a vector space. The client requests the vectors that the cache does not have."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
@@ -355,7 +363,7 @@ class _CachedResource:
 
 
 def _make_placeholder() -> WrappedProvider:
-    """Return a provider for a cache that is used only through ``for_provider``."""
+    """Return a provider that never embeds. Each call uses a cache from ``for_provider``, with a different provider."""
     return WrappedProvider(space=lambda task: VectorSpace(provider="openai", model="(named by each call)"))
 
 
@@ -365,7 +373,7 @@ def _is_azure(client: Any) -> bool:
 
 
 def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return texts in the form in which ``input`` is sent. With ``tokens``, convert them back to tokens."""
+    """Return the texts as a value for ``input``. If ``tokens`` is set, convert the texts back to tokens."""
     return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 
@@ -393,13 +401,13 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_body: Any = None,
         timeout: Any = openai.not_given,
     ) -> CreateEmbeddingResponse:
-        """Like the client's ``create``, but only vectors that the cache does not have are requested.
+        """Like the client's ``create``, but request only the vectors that the cache does not have.
 
         ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
         unchanged.
 
         Raises:
-            openai.OpenAIError: the client raised it.
+            openai.OpenAIError: the client's own error.
             ProviderError: the endpoint's answer is invalid.
         """
         request = {

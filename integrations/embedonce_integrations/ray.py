@@ -37,10 +37,10 @@ class BatchEmbedder:
     Args:
         config: anything that :func:`embedonce.open` accepts. A path must be valid on every machine.
         column: name of the column with the texts.
-        output: name of the column for the vectors, which are float32. In numpy, the column has shape (n, d); elsewhere,
-            each value is a list of d numbers.
-        sources: name of a column for the source of each vector, which is a tier's name or ``"provider"``; None for no
-            such column.
+        output: name of the column for the vectors, which are float32. In a dict of numpy arrays, the column has shape
+            (n, d). In a table or a DataFrame, each value of the column holds d numbers.
+        sources: name of a column for the source of each vector (a tier's name or ``"provider"``); None to add no column
+            for the sources.
         task: task that the texts are embedded for.
     """
 
@@ -70,10 +70,10 @@ class BatchEmbedder:
         """Return the batch with its vectors.
 
         Raises:
-            KeyError: the batch has no such column.
-            TypeError: a value of the column is not a text (the message has its position), or the type of the batch is
-                not supported.
-            Exception: the provider raised it. Vectors that were computed before the exception are stored.
+            KeyError: the batch has no column with the name ``column``.
+            TypeError: a value of the column is not a text (the message names the position of the value), or the type of
+                the batch is not supported.
+            Exception: the provider's own error. Vectors that were computed before the exception are stored.
         """
         column, output, sources = (self._arguments[name] for name in ("column", "output", "sources"))
         kind = type(batch).__name__

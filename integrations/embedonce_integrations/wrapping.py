@@ -64,7 +64,7 @@ NOT_IN_SPACE = frozenset(
         "verbose",
     }
 )
-"""Names that the frameworks give to fields of their embedders that do not affect vectors."""
+"""Names of embedder fields that do not affect vectors, collected from all frameworks."""
 
 _SECRET = re.compile(
     r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
@@ -79,7 +79,8 @@ MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment"
 
 _lock = threading.Lock()
 _caches: list[tuple[config.Config, weakref.ref[Cache]]] = []
-"""The caches in use, each with its configuration. This is a list and not a dict, because options cannot be hashed."""
+"""The caches in use, each with its configuration. This is a list, because a configuration cannot be
+hashed and so cannot be the key of a dict."""
 
 
 def _renew_lock_in_child() -> None:
@@ -113,7 +114,7 @@ def open_shared_cache(source: config.Source | config.Config = None, *, provider:
 
 
 def dump_config(source: config.Source) -> str | dict[str, Any] | None:
-    """Return a configuration in a form that a framework may write to a file.
+    """Return a configuration in a form that a framework can write to a file.
 
     Raises:
         ConfigError: ``source`` is a dict that holds a secret in plain text.
@@ -139,9 +140,9 @@ class WrappedProvider:
 
     Args:
         embed: blocking function that takes texts and a task and returns vectors; None if the embedder is only async.
-        aembed: coroutine function that does the same; None if the embedder is only blocking. In that case,
+        aembed: async function that does the same; None if the embedder is only blocking. In that case,
             ``embed`` runs in a thread.
-        space: function that takes a task and returns its vector space.
+        space: function that takes a task and returns the vector space of that task.
         limits: limits for each call of the embedder.
     """
 
@@ -173,7 +174,7 @@ class WrappedSpaces:
         describe: function that takes a task and returns the vector space of the embedder in its present state.
 
     Raises:
-        SpaceError: ``describe`` raised it.
+        SpaceError: the error of ``describe``.
     """
 
     def __init__(self, describe: Callable[[Task], VectorSpace]) -> None:
@@ -184,7 +185,10 @@ class WrappedSpaces:
         return self._spaces["query" if task == "query" else "document"]
 
     def check(self, task: Task) -> None:
-        """Check that the embedder has not changed, because its vectors are stored under its original description.
+        """Check that the embedder has not changed since it was wrapped.
+
+        Its vectors are stored under the description from that time, so the vectors of a changed embedder would be
+        stored under the wrong keys.
 
         Raises:
             SpaceError: a field that may affect vectors has changed.
@@ -210,16 +214,17 @@ def describe_space(
     task: Task | None = None,
     leave_out: Collection[str] = (),
 ) -> VectorSpace:
-    """Return the vector space of a framework's embedder, as its fields describe it.
+    """Return the vector space of a framework's embedder, described by ``fields``.
 
-    The description contains no secrets and no fields that are None. It also omits the fields named in ``leave_out``,
-    and, at any level of nesting, those named in :data:`NOT_IN_SPACE`. Credentials are removed from URLs. Pass
-    ``task`` if the embedder treats documents and queries differently. If ``model`` is a folder, it is identified by a
-    digest of its content. So the vector space stays the same if the folder is moved, and changes if the weights change.
+    Secrets, fields that are None and the fields in ``leave_out`` are left out. The fields in :data:`NOT_IN_SPACE` are
+    left out at every level of nesting. Credentials are removed from URLs. Pass ``task`` if the embedder treats
+    documents and queries differently. If ``model`` is a folder, the digest of the folder's content identifies the
+    model. So the vector space stays the same if the folder is moved, and changes if the weights change.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described, or a different class may have the same name. The
-            message names the field or the class, and says what to do.
+        SpaceError: a field holds an object that cannot be described; or the embedder's class is defined in a script or
+            in a function, so that a different class may have the same name. The message names the field or the class,
+            and says what to do.
     """
     cls = type(embedder)
     if cls.__module__ == "__main__":
@@ -249,7 +254,7 @@ def describe_by_fields(
 ) -> VectorSpace:
     """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
 
-    ``overrides`` are extra values that affect its vectors. They replace fields of the same name.
+    ``overrides`` are extra values that affect the embedder's vectors. They replace fields of the same name.
 
     Raises:
         SpaceError: as for :func:`describe_space`; or the embedder is neither a pydantic model nor a dataclass; or the
@@ -295,7 +300,7 @@ HOW_TO_DECLARE = (
 
 
 def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
-    """Return the fields that belong in a vector space, without None, secrets and names in :data:`NOT_IN_SPACE`."""
+    """Return the fields of a vector space. Leave out None, secrets and the names in :data:`NOT_IN_SPACE`."""
     return {
         str(name): _to_plain(item, f"{owner}.{name}")
         for name, item in fields.items()
@@ -307,7 +312,7 @@ def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
 
 
 def _to_plain(item: Any, name: str) -> Value:
-    """Convert a value to one that a vector space can hold.
+    """Convert a value to a type that a vector space can hold.
 
     Raises:
         SpaceError: the value cannot be converted.
@@ -352,7 +357,7 @@ def _strip_credentials(text: str) -> str:
 
 
 def is_openai_resource(client: object) -> bool:
-    """Return whether this is the ``embeddings`` attribute of an ``openai`` client, blocking or async."""
+    """Return whether ``client`` is the ``embeddings`` attribute of an ``openai`` client, blocking or async."""
     return any(cls.__module__ == "openai.resources.embeddings" for cls in type(client).__mro__)
 
 
@@ -395,7 +400,7 @@ async def _await_and_sort(answer: Awaitable[Any], texts: int) -> Any:
 def _sort_answer(answer: Any, texts: int) -> Any:
     items = list(answer.data or ())
     by_index = {getattr(item, "index", None): item for item in items}
-    if by_index.keys() == {None}:  # a server that sends no index returns the vectors in the order of the input
+    if by_index.keys() == {None}:  # without an index, take the vectors to be in the order of the input
         by_index = dict(enumerate(items))
     if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(

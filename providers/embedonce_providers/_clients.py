@@ -1,4 +1,7 @@
-"""The clients of a vendor's package, made when first needed: one for all threads, and one for each event loop."""
+"""The clients of a vendor's package: one blocking client for all threads, and one async client for each event loop.
+
+Each client is made when it is first needed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Sync = TypeVar("Sync", bound=Closeable)
 Async = TypeVar("Async")
 
 CLOSE_SECONDS = 2.0
-"""Seconds that ``close`` waits for the client of a loop that runs in another thread."""
+"""Maximum number of seconds that ``close`` waits until an event loop in another thread has closed its client."""
 
 
 def require_package(package: str) -> None:
@@ -40,7 +43,7 @@ def require_package(package: str) -> None:
 
 @dataclass(slots=True)
 class _SharedClient(Generic[Sync]):
-    """The blocking client, and how many calls use it at this moment."""
+    """The blocking client, and the number of calls that use it at this moment."""
 
     client: Sync
     calls: int = 0
@@ -52,8 +55,8 @@ class Clients(Generic[Sync, Async]):
 
     An async client cannot be shared between event loops, because its connections belong to a single loop.
 
-    An async client is closed when its loop shuts down its async generators (as ``asyncio.run`` does), or by
-    :meth:`close`. A forked child makes its own clients. If a child and its parent shared a connection, each of them
+    An async client is closed by :meth:`close`, or when its event loop shuts down async generators (``asyncio.run`` does
+    this at its end). A forked child makes its own clients. If a child and its parent shared a connection, each of them
     could read the answers to the other's requests.
     """
 
@@ -84,7 +87,7 @@ class Clients(Generic[Sync, Async]):
     def borrow(self) -> Iterator[Sync]:
         """Lend the blocking client to a call.
 
-        The client stays open until the call ends, even if the cache no longer waits for that call.
+        The client stays open until the call ends, even if :meth:`close` is called before that.
         """
         with self._lock:
             if self._blocking is None:
@@ -114,7 +117,10 @@ class Clients(Generic[Sync, Async]):
         return entry[0]
 
     async def _hold_client(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Async, None]:
-        """Yield a client, and close it later. A loop tracks its async generators and ends them when it shuts down."""
+        """Yield a client, and close it when this generator ends.
+
+        An event loop tracks its async generators and ends them when the loop shuts down.
+        """
         client = self._amake()
         try:
             yield client
@@ -149,7 +155,7 @@ class Clients(Generic[Sync, Async]):
             task.add_done_callback(self._closing.discard)
             return
         future = asyncio.run_coroutine_threadsafe(close_generator(), loop)
-        with suppress(TimeoutError):  # a blocked loop closes the client once it continues
+        with suppress(TimeoutError):  # a blocked loop closes its client later
             future.result(CLOSE_SECONDS)
 
     def after_fork(self) -> None:

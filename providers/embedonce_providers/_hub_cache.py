@@ -1,9 +1,9 @@
-"""Find a model of the Hugging Face hub: its commit, and the folder with its small files.
+"""Find the commit of a model on the Hugging Face hub, and the folder with the model's small files.
 
 This module reads the local cache of ``huggingface_hub`` directly, in its documented layout: ``refs/<revision>`` holds a
 commit, ``snapshots/<commit>`` holds the commit's files, and ``.no_exist/<commit>`` holds the names of files that the
-commit does not have. Importing the client takes 0.4 s, so the client is imported only to download a model that is not
-in the local cache.
+commit does not have. Importing the hub's client takes 0.4 s, so the client is imported only to download a model that
+is not in the local cache.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from embedonce.errors import SpaceError
 from ._model_folder import MODULES, TRANSFORMER, is_model
 
 SMALL_FILES: Final = (MODULES, TRANSFORMER, "config_sentence_transformers.json", "*/config.json", "*_config.json")
-"""Patterns of all files that affect vectors, except weights and tokenizer. All of them are needed, because the library
-does not report a missing file."""
+"""Patterns of all files that affect vectors, except weights and tokenizer. Every download includes all of them, because
+the library does not report a missing file."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 OWNER: Final = "sentence-transformers"
 
 
 def full_name(model: str) -> str:
-    """Return ``owner/name``. The owner is ``sentence-transformers`` if the name has none, as in the library.
+    """Return ``owner/name``. If ``model`` has no owner, the owner is ``sentence-transformers``, as in the library.
 
     Raises:
-        SpaceError: this cannot be the name of a model.
+        SpaceError: ``model`` is not a valid name of a model.
     """
     if not NAME.fullmatch(model) or ".." in model:
         raise SpaceError(
@@ -40,9 +40,10 @@ def full_name(model: str) -> str:
 
 
 def find_snapshot(name: str, revision: str | None) -> tuple[str, Path]:
-    """Return the commit of a model's revision, and a folder that has at least its small files.
+    """Return the commit of a model's revision, and a folder that has at least the model's small files.
 
-    If ``revision`` is a branch or a tag, this is the commit that the local cache has recorded for it.
+    If ``revision`` is a branch or a tag, the local cache may have recorded a commit for it. That commit is used, even
+    if the hub has a newer one. The hub is asked only if the local cache does not have the revision.
 
     Raises:
         SpaceError: the model is not in the local cache, and the hub did not answer or does not have the model.

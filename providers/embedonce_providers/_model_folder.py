@@ -1,4 +1,4 @@
-"""Read what the folder of a sentence-transformers model says about its vectors, without loading the model.
+"""Read what the folder of a sentence-transformers model says about the vectors, without loading the model.
 
 This module reads the same small files as the library: ``modules.json``, ``config_sentence_transformers.json`` and the
 ``config.json`` of each module. A local folder has no commit, so a digest of its content serves as its revision
@@ -74,7 +74,7 @@ def _read_json(folder: Path, name: str, kind: type[Any]) -> Any:
 
 
 def _library_class(module: Any) -> str | None:
-    """Return the class name of a module of the library, or None for custom code, which can do anything."""
+    """Return the class name of a module of the library, or None for custom code, whose effect is unknown."""
     name = module.get("type") if isinstance(module, dict) else None
     if not isinstance(name, str) or not name.startswith("sentence_transformers."):
         return None
@@ -82,9 +82,9 @@ def _library_class(module: Any) -> str | None:
 
 
 def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
-    """Return the number of dimensions of the model's vectors, or None if it is not declared.
+    """Return the number of dimensions of the model's vectors, or None if no module declares it.
 
-    The last module that changes the number declares it.
+    The last module that can change the number of dimensions declares it.
     """
     for module in reversed(modules):
         kind = _library_class(module)
@@ -109,7 +109,8 @@ def _positive_or_none(value: Any) -> int | None:
 def _has_single_pooling_mode(config: Mapping[str, Any]) -> bool:
     """Return whether a pooling module has only one mode.
 
-    The library concatenates the vectors of several modes, so a module with several modes adds dimensions.
+    The library concatenates the vectors of several modes, so a module with several modes returns vectors with
+    more dimensions.
     """
     mode = config.get("pooling_mode")
     if mode is not None:

@@ -1,5 +1,7 @@
-"""Read the answer of an OpenAI-compatible endpoint, strictly, because a misplaced vector would be stored for the wrong
-text."""
+"""Read the answer of an OpenAI-compatible endpoint.
+
+Each answer is checked strictly, because the cache would store a misplaced vector for the wrong text.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
         if isinstance(embedding, str):
             return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
         vector = np.array(embedding)
-    except ValueError:  # not base64, not a multiple of four bytes, lists of different lengths
+    except ValueError:  # invalid base64, bytes that do not fill the last float32, or lists of different lengths
         vector = np.array(None)
     if vector.dtype.kind not in "fi" or vector.ndim != 1:
         raise ProviderError(
@@ -79,7 +81,7 @@ def _read_tokens(usage: Any) -> int | None:
 def find_too_long(status: int, message: str, texts: Sequence[str]) -> Sequence[int] | None:
     """Return the positions of the texts that are too long according to an error message.
 
-    The result is empty if the message does not say which texts are too long, and None if the problem is not the length.
+    The result is empty if the message does not say which texts are too long, and None if the error is not about length.
     """
     if status not in TOO_LONG_STATUS or not TOO_LONG.search(message):
         return None

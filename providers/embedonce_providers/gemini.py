@@ -1,7 +1,7 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client retries failed calls, but only because the provider configures it to do so.
+neither a key nor a network. By default, the client does not retry failed calls, so the provider configures retries.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ KNOWN_TASK_TYPES = (
     "QUESTION_ANSWERING",
     "FACT_VERIFICATION",
 )
-"""Gemini's task types. Each of them, in lower case, is also the name of a task."""
+"""Gemini's task types. Each of them, in lower case, can also be passed as a task."""
 
 RETRY_SECONDS = 60.0
 """Longest pause of the client before a retry."""
 
 
 class GeminiProvider:
-    """Calls ``batchEmbedContents``. Documents and queries get different vectors, through Gemini's task types."""
+    """Calls ``batchEmbedContents``. Documents and queries get different vectors, because their task types differ."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class GeminiProvider:
         Raises:
             TextRefused: a text is empty.
             google.genai.errors.APIError: the client failed.
-            ProviderError: the answer has fewer or more vectors than texts.
+            ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
         with self._clients.borrow() as client:

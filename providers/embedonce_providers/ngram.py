@@ -4,12 +4,12 @@ Two texts have similar vectors if they share most of their short runs of charact
 of the other with different line breaks, a different case, a typo, a changed word or an added sentence. The provider
 knows nothing about meaning.
 
-These steps make a vector from a text. They are complete, so that anyone can compute the same vector:
+These steps make a vector from a text:
 
-1. Latin, Greek, Cyrillic and Armenian letters become lower case, and every run of white space becomes one space. One
-   space is added before the text and one after it, so that n-grams also cover the first and the last word boundary.
+1. Latin, Greek, Cyrillic and Armenian letters become lower case. One space is added before the text and one after it,
+   so that n-grams also cover the first and the last word boundary. Then every run of white space becomes one space.
 2. Every run of 3 and every run of 4 characters is hashed to a bucket and a sign, and the sign is added to that bucket.
-   An empty text has no run, so its first bucket is set to 1.
+   An empty or blank text has no such run, so its first bucket is set to 1.
 3. Component ``i`` is ``sign(c) * sqrt(abs(c) / s)``, where ``c`` is the count of bucket ``i`` and ``s`` the sum of all
    ``abs(c)``. So the vector has unit length, and a run that occurs a hundred times weighs ten times as much as a run
    that occurs once.
@@ -37,9 +37,10 @@ from embedonce.vectors import Matrix
 api = 1
 
 SIZES: Final = (3, 4)
-"""Numbers of characters in a run. They were compared on copies of docstrings in which a fifth of the words were edited.
-Runs of 3 and 4 together find as many copies as runs of 3 alone (F1 0.92) and keep unrelated texts further apart (mean
-cosine 0.12 instead of 0.17). With runs of 5 in addition, the provider takes longer and finds no more copies."""
+"""Numbers of characters in a run. Several choices were compared on copies of docstrings in which a fifth of the words
+were edited. Runs of 3 and 4 together find as many copies as runs of 3 alone (F1 0.92) and keep unrelated texts further
+apart (mean cosine 0.12 instead of 0.17). With runs of 5 in addition, the provider takes longer and finds no additional
+copies."""
 
 SPACE: Final = 0x20
 
@@ -47,12 +48,13 @@ SPACE: Final = 0x20
 # Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
-"""First code point after U+3000, the ideographic space. From here on, no code point is folded or is white space."""
+"""First code point after U+3000, the ideographic space. No code point from here on is folded, and none is
+white space."""
 
 CHARACTERS: Final = 16_384
 BUCKETS: Final = 131_072
 """Maximum numbers of characters and of buckets in a group of texts that is embedded in one step. A group this small
-stays in the processor's cache, so that a docstring of 300 characters takes 7 µs. If the whole batch were one group, the
+stays in the processor's cache, so a docstring of 300 characters takes 7 µs. If the whole batch were one group, the
 docstring would take 11 µs."""
 
 
@@ -126,14 +128,14 @@ def _count_ngrams(texts: list[str], dimensions: int) -> NDArray[np.int64]:
         slots += rows[: len(hashes)][is_in_one_text] * (2 * dimensions)
         counts += np.bincount(slots, minlength=counts.size).reshape(counts.shape)
     signed = counts[:, :, 1] - counts[:, :, 0]
-    # A text of n characters has n runs of 3 and n - 1 runs of 4. The total is an odd number, so the signs never cancel
-    # out completely. Only an empty text has no run, so its first bucket is set to 1.
+    # Between its two spaces, a text of n characters has n runs of 3 and n - 1 runs of 4. The total is an odd number, so
+    # the signs never cancel out completely. Only an empty or blank text has no run, so its first bucket is set to 1.
     signed[~signed.any(axis=1), 0] = 1
     return signed
 
 
 def _join(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
-    """Return the folded characters of all texts and, for each character, its text's index.
+    """Return the folded characters of all texts and, for each character, the index of its text.
 
     Each text has a space before and after it.
     """
@@ -171,8 +173,8 @@ def _folding_table() -> NDArray[np.uint32]:
     return table
 
 
-# This factor is 2**32 divided by the golden ratio. It is odd and its bits have no pattern, so that different runs get
-# different products.
+# This factor is 2**32 divided by the golden ratio. It is odd and its bits have no pattern, so different runs rarely get
+# the same product.
 _FACTOR: Final = np.uint32(0x9E3779B1)
 _13, _16 = np.uint32(13), np.uint32(16)
 

@@ -31,16 +31,16 @@ api = 1
 
 OPENAI_URL = "https://api.openai.com/v1"
 RETRY_SECONDS = 60.0
-"""Longest pause of the client before a retry. The client does not retry if Retry-After is longer."""
+"""Seconds that the time limit of a call allows for the client's pause before each retry."""
 
 BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
-"""Suffixes of host names whose endpoints certainly accept base64."""
+"""Suffixes of host names whose endpoints are known to accept base64."""
 
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
 FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-"""Error codes that come with status 429, although a retry cannot succeed."""
+"""Error codes for which a retry cannot succeed, although they come with status 429."""
 
 
 class OpenAIProvider:
@@ -95,7 +95,7 @@ class OpenAIProvider:
         max_tokens: Annotated[
             int,
             Gt(0),
-            Doc("Maximum number of tokens per call. Each byte of a text counts as one token, the upper limit."),
+            Doc("Maximum number of tokens per call. Each byte of a text counts as one token."),
         ] = 300_000,
         concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
@@ -138,8 +138,8 @@ class OpenAIProvider:
             max_batch=batch_size,
             max_tokens=max_tokens,
             concurrency=concurrency,
-            # This limits the whole call. The client's timeout applies to each read, so it would never end an answer
-            # that arrives one byte at a time.
+            # This timeout limits the whole call. The client's timeout applies to each read, so the client would wait
+            # without limit for an answer that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
         self._clients: Clients[openai.OpenAI, openai.AsyncOpenAI] = Clients(
@@ -167,9 +167,8 @@ class OpenAIProvider:
     def count_tokens(self, text: str) -> int:
         """Return the number of bytes in a text, which is an upper bound for its number of tokens.
 
-        A tokenizer that works on bytes makes at most one token per byte. An exact count would be lower, so that more
-        texts would fit into a call. But OpenAI's tokenizer is not used, because it downloads its tables at its first
-        use.
+        A tokenizer that works on bytes makes at most one token per byte. OpenAI's tokenizer would count fewer tokens,
+        so a call could hold more texts. But that tokenizer downloads its tables at its first use, so it is not used.
         """
         return len(text) if text.isascii() else len(text.encode())
 
@@ -276,7 +275,7 @@ def _translate_too_long(texts: Sequence[str]) -> Iterator[None]:
 def _stop_futile_retries(response: Any) -> None:
     """Keep the client from retrying after an error that waiting does not resolve.
 
-    By default, the client retries after every answer with status 429.
+    By default, the client retries after these errors too, because their status is 429.
     """
     if response.status_code == 429:
         response.read()

@@ -1,7 +1,7 @@
 """The ``sentence-transformers`` provider, whose models run in this process.
 
-The provider reads the vector space from small files (:mod:`._model_folder`, :mod:`._hub_cache`). It loads torch, the
-library and the weights at the first miss.
+The provider reads the vector space from the model's small files (:mod:`._model_folder`, :mod:`._hub_cache`). It
+loads torch, the library and the weights at the first miss.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class SentenceTransformersProvider:
     # --- the vector space ---------------------------------------------------------------------
 
     def space(self, task: Task) -> VectorSpace:
-        """Describe the vectors of a task from the model's small files.
+        """Return the vector space of a task, as the model's small files describe it.
 
         Raises:
-            SpaceError: there is no such model, or no such prompt.
+            SpaceError: the model does not exist, or has no prompt of the configured name.
         """
         source = self._find_source()
         description = source.description
@@ -178,8 +178,8 @@ class SentenceTransformersProvider:
                 known = ", ".join(sorted(declared.prompts)) or "none"
                 raise SpaceError(f"the model has no prompt named {name!r}; its prompts: {known}")
             return declared.prompts[name]
-        # The library's encode_query and encode_document choose the prompt in the same way. If the model has no prompt
-        # with the name of the task, they use "".
+        # Choose the same prompt as the library's encode_query and encode_document. Both use "" if the model has no
+        # prompt with the name of the task.
         return declared.prompts.get(task, "" if task in self._prompts else declared.default_prompt)
 
     # --- vectors ------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class SentenceTransformersProvider:
         """Return an array of shape (n, dimensions). The dtype is the model's, usually float32.
 
         Raises:
-            TextRefused: a text is too long and ``truncate = "error"``, or the model knows none of its words.
+            TextRefused: a text is too long and ``truncate = "error"``, or the model knows no word of a text.
         """
         prompt = self._find_prompt(task)
         # Only one call runs at a time, because torch uses every core for one call, and because threads must not share a
@@ -266,7 +266,7 @@ class _ModelSource:
 
 
 def _import_library() -> tuple[type[SentenceTransformer], str]:
-    """Import the library; return its class, and the name of transformers' option for the weights' dtype.
+    """Import the library. Return ``SentenceTransformer``, and the name of the option for the dtype of the weights.
 
     The import runs in its own thread, so that Ctrl-C does not interrupt it. After an interrupted import, torch could
     not be imported again in the same process.
@@ -299,7 +299,7 @@ def _load_from_hub(
     if has_weights:
         try:
             return cls(source.model, revision=source.revision, local_files_only=True, **options)
-        except OSError:  # another file is missing in the local cache
+        except OSError:  # a file other than the weights is missing in the local cache
             pass
     return cls(source.model, revision=source.revision, **options)
 

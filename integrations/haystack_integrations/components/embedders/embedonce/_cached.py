@@ -30,11 +30,12 @@ from ._described import describe_call
 from ._loaded import drop_stale_models, remember_content
 
 CHUNK = 256
-"""Number of texts per call of the embedder, rounded up to whole batches. Each chunk is stored when it arrives."""
+"""Number of texts per call of the embedder, rounded up to whole batches. The vectors of a call are stored when the call
+returns."""
 
 
 class NotEmbedded(TextRefused):
-    """Raised if the embedder left documents without an embedding. The embedder has logged the reason."""
+    """Raised if the embedder returned no embedding for some texts. The embedder has logged the reason."""
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Run:
     """The arguments of the embedder other than the texts."""
     metas: list[Mapping[str, Any]] = field(default_factory=list)
     vectors: dict[str, Any] = field(default_factory=dict)
-    """Vectors by text. If one text of a call fails, the vectors of its other texts are kept here until the engine asks
+    """Vectors by text. If one text of a call fails, the vectors of the other texts are kept here until the engine asks
     for them again."""
     tokens: int | None = None
 
@@ -72,7 +73,8 @@ class Run:
 
 
 _current_run: ContextVar[Run] = ContextVar("embedonce_haystack_run")
-"""The run for which the engine calls the embedder. The engine's threads and asyncio tasks copy the caller's context."""
+"""The run for which the engine calls the embedder. The engine's threads and asyncio tasks copy the caller's context, so
+they see this run."""
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def _set_current_run(run: Run) -> Iterator[Run]:
 
 
 class CachedEmbedder:
-    """Looks texts up. The embedder, or the configuration's provider, embeds the texts whose vector no tier has."""
+    """Looks up the vectors of texts. The embedder or the ``[provider]`` embeds the texts whose vector no tier has."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
@@ -141,7 +143,7 @@ class CachedEmbedder:
             await asyncio.to_thread(self.warm_up)
 
     def close(self) -> None:
-        """Wait for background writes, and close the embedder if it can be closed. The component can be used again."""
+        """Wait for background writes, and call the embedder's ``close`` if it exists. The component stays usable."""
         if self._cache is not None:
             self._cache.flush()
         if hasattr(self.embedder, "close"):
@@ -159,7 +161,7 @@ class CachedEmbedder:
         self._is_warm = False
 
     def _to_dict(self, **more: Any) -> dict[str, Any]:
-        """Serialize the component, including its embedder.
+        """Serialize the component and its embedder.
 
         Raises:
             ConfigError: ``config`` is a dict that holds a secret in plain text.
@@ -195,7 +197,7 @@ class CachedEmbedder:
         """Return the arguments of the embedder's ``run`` other than the texts, with defaults filled in.
 
         Raises:
-            TypeError: ``run`` has no parameter of that name.
+            TypeError: the embedder's ``run`` does not accept these arguments.
         """
         try:
             bound = inspect.Signature(self._parameters).bind(**given)
@@ -258,7 +260,7 @@ class CachedEmbedder:
         raise NotImplementedError
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the vectors of an answer by text, without those that are None.
+        """Return the vectors of an answer by text. Leave out texts whose vector is None.
 
         Raises:
             ProviderError: the answer does not show which vector belongs to which text.
@@ -281,7 +283,7 @@ class CachedEmbedder:
         if not hasattr(self.embedder, "warm_up_async"):
             await asyncio.to_thread(self._warm_up_embedder)
             return
-        await self.embedder.warm_up_async()  # in every call, because the embedder's clients belong to an event loop
+        await self.embedder.warm_up_async()  # in every call, because each event loop needs its own client
         _sort_answers(self.embedder)
         if not self._is_warm:
             await asyncio.to_thread(self._check_model)
@@ -293,7 +295,7 @@ class CachedEmbedder:
 
 
 def _sort_answers(embedder: Any) -> None:
-    """Sort the answers of an OpenAI client inside an embedder by ``index``, which the embedder ignores."""
+    """Make the OpenAI client inside an embedder sort the answers by ``index``, which the embedder ignores."""
     for name in ("client", "async_client"):
         client: Any = getattr(embedder, name, None)
         if is_openai_resource(getattr(client, "embeddings", None)):
@@ -316,12 +318,14 @@ def _extra_parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:
 
 
 def _make_meta(fetched: Fetched, run: Run) -> dict[str, Any]:
-    """Merge the embedder's ``meta`` of all calls, and add ``cache``: the numbers of hits by tier, of computed
-    vectors and of failed texts."""
+    """Merge the ``meta`` of all calls of the embedder, and add ``cache``.
+
+    ``cache`` counts the hits by tier, the computed vectors and the failed texts.
+    """
     sources = Counter(fetched.sources)
     failed = sources.pop(None, 0)
     sources.pop("provider", None)
-    # Equal texts share one row, because they are embedded only once.
+    # Count distinct rows, because equal texts are embedded only once and share one row.
     computed = {id(row) for row, source in zip(fetched.rows, fetched.sources, strict=True) if source == "provider"}
     meta: dict[str, Any] = {"model": fetched.space.model}
     for answered in run.metas:

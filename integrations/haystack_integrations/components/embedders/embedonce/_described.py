@@ -48,13 +48,14 @@ def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
     """Return the arguments that an embedder was constructed with, without secrets.
 
     Raises:
-        SpaceError: neither its ``to_dict`` nor its attributes show the arguments.
+        SpaceError: neither the embedder's ``to_dict`` nor the embedder's attributes show the arguments.
     """
     name = type(embedder).__name__
     try:
         found = component_to_dict(embedder, name)["init_parameters"]
     except (ValueError, SerializationError) as error:
-        # to_dict fails if a secret is not an environment variable. The arguments can then be read from the attributes.
+        # to_dict fails if a secret does not come from an environment variable. In that case, read the
+        # arguments from the attributes.
         names = [one for one in inspect.signature(type(embedder).__init__).parameters if one != "self"]
         if not all(hasattr(embedder, one) for one in names):
             raise SpaceError(f"{name} does not expose its arguments ({error}); {HOW_TO_DECLARE}") from error
@@ -69,7 +70,7 @@ def _is_secret(value: Any) -> bool:
 def describe_call(
     embedder: Any, run: Mapping[str, Any], *, task: Task, declared: Mapping[str, Any] | None = None
 ) -> VectorSpace:
-    """Return the vector space of an embedder whose ``run`` is called with the extra arguments ``run``.
+    """Return the vector space of an embedder for calls with the extra arguments ``run``.
 
     Raises:
         SpaceError: the embedder cannot be described and was not declared. The message says how to declare it.

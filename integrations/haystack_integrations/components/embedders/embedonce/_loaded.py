@@ -14,11 +14,12 @@ from weakref import WeakKeyDictionary
 from embedonce import SpaceError
 
 _contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""For each loaded model, the digest of its folder's content, which is also the ``revision`` in the vector space."""
+"""For each loaded model, the digest of the folder that it was loaded from. The digest is also the ``revision`` in the
+vector space."""
 
 
 def drop_stale_models(embedder: Any, content: str | None) -> None:
-    """Remove the embedder's model from Haystack's shared models, unless it was loaded from the same content.
+    """Remove the embedder's model from Haystack's shared models, unless it was loaded from ``content``.
 
     After the removal, ``warm_up`` loads the model again.
     """
@@ -43,7 +44,10 @@ def remember_content(embedder: Any, content: str | None) -> None:
 
 
 def _shared_tables(embedder: Any) -> list[dict[str, Any]]:
-    """Return Haystack's tables of loaded models. The modules of its embedders all import them under the same name."""
+    """Return Haystack's tables of loaded models.
+
+    A factory class holds each table. All modules with Haystack's embedders import that class under the same name.
+    """
     modules = [sys.modules.get(cls.__module__) for cls in type(embedder).__mro__]
     factories = [getattr(module, "_SentenceTransformersEmbeddingBackendFactory", None) for module in modules]
     tables = [getattr(factory, "_instances", None) for factory in factories]

@@ -21,16 +21,17 @@ class CachedDocumentEmbedder(CachedEmbedder):
     """Embeds documents whose vector no tier has. Unchanged documents are not embedded again.
 
     A document's key is made from its effective text. Haystack's embedders make this text from the embedded metadata
-    fields and the content, joined by the separator. Prefix and suffix are part of the vector space.
+    fields and the content, joined by the separator. The embedder's prefix and suffix are not in this text, but in the
+    vector space.
 
     Args:
         embedder: any document embedder of Haystack; None to use the ``[provider]`` of the configuration.
         config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
             configurations share one cache.
-        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
-            describe it.
-        meta_fields_to_embed: metadata fields to embed. Pass it only with a ``[provider]``, or if the embedder does not
-            say which fields it embeds. Such an embedder gets the effective text as content, and no metadata.
+        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
+            does not describe its vectors.
+        meta_fields_to_embed: metadata fields to embed. Pass this list only with a ``[provider]``, or if the embedder
+            has no ``meta_fields_to_embed``. Such an embedder gets the effective text as content, and no metadata.
         embedding_separator: separator between ``meta_fields_to_embed`` and the content.
 
     Raises:
@@ -74,14 +75,14 @@ class CachedDocumentEmbedder(CachedEmbedder):
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     def run(self, documents: list[Document], **kwargs: Any) -> dict[str, Any]:
-        """Return new ``documents`` with embeddings, in order, and the embedder's ``meta`` with ``cache`` added.
+        """Return new ``documents`` with embeddings, in order, and the embedder's ``meta`` with the item ``cache``.
 
         A document that the embedder left without an embedding stays without one. The next run tries to embed it again.
         ``kwargs`` are extra arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``documents`` is not a list of Documents.
-            Exception: the embedder raised it. Vectors that were computed before the exception are stored.
+            Exception: the embedder's own error. Vectors that were computed before the exception are stored.
         """
         texts = self._effective_texts(documents)
         return _make_answer(documents, *self._fetch(texts, kwargs))

@@ -14,15 +14,15 @@ from ._cached import CachedEmbedder
 
 @component
 class CachedTextEmbedder(CachedEmbedder):
-    """Embeds a string, such as a query, or takes its vector from a tier that has it.
+    """Returns the vector of a string, such as a query. The embedder is called only if no tier has the vector.
 
     Args:
         embedder: any text embedder of Haystack; None to use the ``[provider]`` of the configuration, with the task
             ``"query"``.
         config: a TOML file, a dict of the same shape, or None to look for an ``embedonce.toml``. Components with equal
             configurations share one cache.
-        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``, if the embedder does not
-            describe it.
+        space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
+            does not describe its vectors.
     """
 
     _task: ClassVar[Task] = "query"
@@ -48,13 +48,13 @@ class CachedTextEmbedder(CachedEmbedder):
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     def run(self, text: str, **kwargs: Any) -> dict[str, Any]:
-        """Return the text's ``embedding``, and the embedder's ``meta`` with ``cache`` added.
+        """Return the text's ``embedding``, and the embedder's ``meta`` with the item ``cache``.
 
         ``kwargs`` are extra arguments for the embedder's own ``run``.
 
         Raises:
             TypeError: ``text`` is not a str.
-            Exception: the embedder raised it.
+            Exception: the embedder's own error.
         """
         _check_text(text)
         return _make_answer(*self._fetch([text], kwargs))
