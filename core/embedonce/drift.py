@@ -40,7 +40,7 @@ class DriftGuard:
     every: Annotated[
         Duration,
         Gt(0),
-        Doc("Time between two checks. After this time, the next text that no tier has starts a check."),
+        Doc("Time between two checks. After this time, a check starts as soon as a text is missing from every tier."),
     ] = 86400.0
     tolerance: Annotated[
         float,

@@ -74,7 +74,7 @@ class CachedEmbedding(BaseEmbedding):
             )
         for name, reason in REFUSED_FIELDS.items():
             if kwargs.get(name) is not None:
-                raise TypeError(f"CachedEmbedding does not accept {name}: {reason}")
+                raise TypeError(f"CachedEmbedding does not accept {name!r}: {reason}")
         handle = _Handle(embed_model, config, space, symmetric)
         defaults = {"model_name": handle.model}
         if embed_model is not None:
@@ -140,7 +140,7 @@ class CachedEmbedding(BaseEmbedding):
 REFUSED_FIELDS = {
     "embeddings_cache": "a second cache is not needed; remove it",
     "rate_limiter": "hits need no limit; give the rate limiter to the embedding model, so that only misses wait",
-    "vectors": "it is derived from the embedding model; remove it",
+    "vectors": "this field is derived from the embedding model; remove it",
 }
 
 

@@ -439,7 +439,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'embedonce.toml:19:1: "type" is missing in [[tiers]] "Bad Name"; set it to the name of a plugin, such as '
         'type = "memory"',
         'embedonce.toml:20:8: "Bad Name" is not a valid tier name: it must start with a letter a-z and contain only '
-        'a-z, 0-9, - and _, such as "bad-name"',
+        'a-z, 0-9, - and _; for example: "bad-name"',
         "embedonce.toml:21:1: unknown table [tire]; did you mean [[tiers]]?",
         "embedonce.toml:22:1: unknown table [other]; valid tables are [cache], [key], [plugins], "
         "[provider], [drift] and [[tiers]]",

@@ -242,7 +242,8 @@ def test_the_hit_rate_never_exceeds_1_while_calls_run() -> None:
         assert entered.wait(LONG_TIMEOUT)
         second = pool.submit(two.embed, "text")
         wait_until(lambda: two.stats().tiers["net"].misses == 1)
-        near.faults.append(Fault("hang", on="set"))  # the promotion of the entry that the poll finds will hang
+        # The poll will find the entry, and then the promotion of this entry will hang.
+        near.faults.append(Fault("hang", on="set"))
         go.set()
         near.gate.until(1)
         assert (two.stats().requested, two.stats().found) == (0, 0)

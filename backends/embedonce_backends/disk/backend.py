@@ -58,8 +58,8 @@ PAGE_BYTES = 8192
 pages, storing an entry would write more bytes, because SQLite writes whole pages."""
 LOG_BYTES = 2**25
 """Size in bytes above which SQLite's log is written back into the file and emptied."""
-# These pragmas have an effect only before the first table is made. Later, setting auto_vacuum would write to the file
-# without changing anything.
+# These pragmas have an effect only before the first table is made. Later, auto_vacuum would have no effect, but setting
+# it would still write to the file.
 NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
 PRAGMAS = (
     "journal_mode = WAL",
@@ -455,7 +455,7 @@ class DiskBackend:
                 connection.execute("COMMIT")
                 raise OSError(
                     errno.ENOSPC,
-                    "the file exceeds max_bytes; the next writes continue to evict",
+                    "the file exceeds max_bytes, and there was no time to evict more; the next writes will",
                     str(self._file.path),
                 )
         return evicted

@@ -80,7 +80,7 @@ def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> lis
         found = socket.getaddrinfo(host, port, family, kind, protocol, socket.AI_NUMERICHOST)
     except socket.gaierror:  # the host is a name, not a number
         found = _call_in_thread(lambda: socket.getaddrinfo(host, port, family, kind, protocol))
-    # pymemcache tries only the first address, and memcached listens on IPv4 by default.
+    # Put IPv4 addresses first: pymemcache tries only the first address, and memcached listens on IPv4 by default.
     return sorted(found, key=lambda info: info[0] != socket.AF_INET)
 
 

@@ -97,7 +97,7 @@ def find_document(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> 
         return _find_default()
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(
-            f"expected a path, a dict or None (which looks for a file) as configuration, got {type(source).__name__}"
+            f"expected a path or a dict as configuration, or None to look for a file, got {type(source).__name__}"
         )
     return read_document(Path(os.fsdecode(source)))
 

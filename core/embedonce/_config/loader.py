@@ -364,7 +364,7 @@ class _Loader:
         )  # fmt: skip
 
     def _read_tier_name(self, where: TomlPath, given: Mapping[str, Any], used_names: dict[str, str]) -> str | None:
-        """Return a tier's name, by default its type, or None if the name is missing or invalid."""
+        """Return a tier's name. The default name is the tier's type. Return None if the name is invalid."""
         key = "name" if given.get("name") is not None else "type"
         name = given.get(key)
         if not isinstance(name, str):
@@ -372,7 +372,7 @@ class _Loader:
         url = strip_credentials(name) if "://" in name else None
         name = entry_points.strip_distribution(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
-            rule = "it must start with a letter a-z and contain only a-z, 0-9, - and _, such as"
+            rule = "it must start with a letter a-z and contain only a-z, 0-9, - and _; for example:"
             reason = f'{rule} "{_suggest_tier_name(url or name)}"'
             if name == "provider":
                 reason = "it is reserved for the provider"

@@ -342,6 +342,8 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        if not fits.all():  # count the key as missed; embedding its text again reports the reason
+        # A vector that does not fit counts as a miss. The text is then embedded again, and if the new vector does not fit
+        # either, the call raises an error that gives the reason.
+        if not fits.all():
             return "missed"
     return freeze(values[0])

@@ -105,7 +105,7 @@ def _view_as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
-    """Return the scale of each row (n,) and the steps (n, d) as int8; a value is its step times the scale of its row.
+    """Return the scales, shape (n,), and the int8 steps, shape (n, d). A value is its step times the scale of its row.
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in

@@ -116,7 +116,7 @@ def _write_file(file: Path, text: str, *, force: bool) -> None:
         try:
             opened.write(text)
             opened.flush()
-        except BaseException:  # for example on a full disk: leave no incomplete file behind
+        except BaseException:  # if writing fails, for example on a full disk, leave no incomplete file behind
             new.unlink()
             raise
     if force:

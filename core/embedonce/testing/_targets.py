@@ -129,8 +129,8 @@ def _find_installed(written: str, options: Mapping[str, str]) -> Target:
 
 def _import_class(module: str, name: str) -> Any:
     here = str(Path.cwd())
-    # A plugin under development is usually in the current folder. `python -m pytest` also adds the current folder to
-    # sys.path.
+    # A plugin under development is usually in the current folder, so add that folder to sys.path, as `python -m pytest`
+    # does.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:

@@ -91,9 +91,9 @@ class CachedEmbedder:
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
-    """Parameter of ``run`` that takes the texts, in this component and in the wrapped one."""
+    """Name of the parameter of ``run`` that takes the texts. The wrapped component's ``run`` uses the same name."""
     _output: ClassVar[str]
-    """Key of the vectors in the answer of both components."""
+    """Key of the vectors in the result of ``run``. The wrapped component's ``run`` uses the same key."""
 
     def __init__(self, embedder: Any, config: Any, space: Mapping[str, Any] | None) -> None:
         if isinstance(embedder, type):
