@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_read(here: Path) -> None:
     assert problems("latin.toml") == ["latin.toml:1:6: cannot be read: byte 6 is not UTF-8"]
     (here / "pyproject.toml").write_text("[project]\n")
     assert problems(Path("pyproject.toml")) == ["pyproject.toml: has no [tool.embedonce]"]
-    assert problems(7) == ["expected a path, a dict or None (which looks for a file) as configuration, got int"]
+    assert problems(7) == ["expected a path or a dict as configuration, or None to look for a file, got int"]
 
 
 def test_a_byte_order_mark_and_windows_lines(here: Path) -> None:

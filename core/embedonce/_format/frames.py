@@ -342,7 +342,7 @@ def _decode_vector(payload: bytes, dtype: Dtype, dimension: int, wanted: Dtype) 
         return "corrupt"
     if wanted != dtype:
         values, fits = round_rows(values, wanted)
-        # A vector that does not fit counts as a miss. The text is then embedded again, and if the new vector does not fit
+        # A vector that does not fit counts as a miss, so the text is embedded again. If the new vector does not fit
         # either, the call raises an error that gives the reason.
         if not fits.all():
             return "missed"

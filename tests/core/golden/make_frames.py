@@ -67,7 +67,7 @@ def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
     while wanted > unit * 2**16:
         unit *= 2
     scale = max(-(-wanted // unit) * unit, smallest)
-    # docs/frames.md says that the quotient is a float64 and that halves are rounded to even. round(Fraction) does that too.
+    # docs/frames.md says that the quotient is a float64 and that halves are rounded to even, as by round(Fraction).
     return float(scale), [round(Fraction(float(Fraction(value) / scale))) for value in vector]
 
 
