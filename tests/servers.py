@@ -748,7 +748,7 @@ class MemcachedServer(Server):
     """One memcached server. ``options`` are its arguments: ``MemcachedServer("-m", "8")``."""
 
     name = "memcached"
-    stop_signal = signal.SIGKILL  # memcached stores nothing on disk, and handles other signals only once a second
+    stop_signal = signal.SIGKILL  # memcached has no data to lose, and would handle SIGTERM up to a second late
 
     def __init__(self, *options: str) -> None:
         super().__init__()

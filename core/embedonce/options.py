@@ -139,7 +139,7 @@ class Parsed:
         return dict(self._schema)
 
 
-_WHOLE_NUMBER = r"[0-9]{1,20}(?:\.0{1,20})?"  # a number of bytes, without a unit or with B, must be whole
+_WHOLE_NUMBER = r"[0-9]{1,20}(?:\.0{1,20})?"  # a size without a unit, or with the unit B, must be a whole number
 _SIZE_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": MAX_BYTES},

@@ -109,7 +109,9 @@ class Clients(Generic[Sync, Async]):
         if self._module not in sys.modules:
             await asyncio.to_thread(import_module, self._module)
         entry = self._by_loop.get(loop)
-        if entry is None:  # no other asyncio task of this loop runs before the entry is stored
+        if entry is None:
+            # The generator reaches its yield without suspending. So no other asyncio task of this loop runs before the
+            # entry is stored.
             generator = self._hold_client(loop)
             entry = await anext(generator), generator
             with self._lock:

@@ -128,8 +128,9 @@ def _count_ngrams(texts: list[str], dimensions: int) -> NDArray[np.int64]:
         slots += rows[: len(hashes)][is_in_one_text] * (2 * dimensions)
         counts += np.bincount(slots, minlength=counts.size).reshape(counts.shape)
     signed = counts[:, :, 1] - counts[:, :, 0]
-    # Between its two spaces, a text of n characters has n runs of 3 and n - 1 runs of 4. The total is an odd number, so
-    # the signs never cancel out completely. Only an empty or blank text has no run, so its first bucket is set to 1.
+    # Each text has a space before and after it. With these spaces, a text of n characters has n runs of 3 and n - 1
+    # runs of 4. The total is an odd number, so the signs never cancel out completely. Only an empty or blank text has
+    # no run, so its first bucket is set to 1.
     signed[~signed.any(axis=1), 0] = 1
     return signed
 

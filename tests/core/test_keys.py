@@ -339,7 +339,8 @@ def test_every_field_of_the_space_changes_fingerprint_scope_and_key(name: str) -
 
 def test_no_value_moves_from_one_field_to_another() -> None:
     optional = [field.name for field in fields(VectorSpace) if field.name not in ("provider", "model")]
-    # All fields get the same value, whatever their types, so that two confused fields would have the same fingerprint.
+    # Every field gets the same value, whatever its type. If the fingerprint did not depend on which field has the
+    # value, two spaces would have the same fingerprint.
     spaces = [VectorSpace(**{"provider": "p", "model": "m", name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="p", model="m", extra={name: "x"}) for name in optional]
     spaces += [VectorSpace(provider="px", model="m"), VectorSpace(provider="p", model="mx"), SPACE]

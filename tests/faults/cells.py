@@ -301,7 +301,7 @@ class CellRun:
         while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # before the later calls, because a probe may write between them
+        if self.effect == "fails":  # checked before the later calls, because a probe may write in one of them
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 
@@ -372,7 +372,8 @@ class CellRun:
             opened = [line for line in messages if f"{operation}s are failing" in line]
             closed = [line for line in messages if f"{operation}s work again" in line]
             assert (len(opened), len(closed)) == (states.count("open"), states.count("closed") - 1), messages
-        # Other messages report a node's changes of state, corrupt values, or (in one line) failed background writes.
+        # Each change of a node's state has its own line. Any other kind of message, such as one about corrupt values or
+        # failed background writes, has at most one line.
         rest = [line for line in messages if line not in {*list_breaker_lines(messages)}]
         nodes = [line for line in rest if NODE.match(line)]
         for node in {NODE.match(line)[1] for line in nodes}:  # type: ignore[index]

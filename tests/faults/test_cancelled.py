@@ -40,7 +40,7 @@ async def test_cancelled_calls_shift_no_reply(store: Any) -> None:
     provider = CountingProvider(model="cancelled", dimensions=16)
     cache = Cache(provider, [Tier(store.backend("slow"), name="far", timeout=60.0, write="inline")])
     await cache.afetch(TEXTS)
-    last_duration = 0.015  # seconds of the last call that completed; a call takes much longer on a busy machine
+    last_duration = 0.015  # seconds that the last completed call took; on a busy machine, calls take much longer
 
     def sample_texts() -> list[str]:
         return chance.sample(TEXTS, chance.randint(1, 20))

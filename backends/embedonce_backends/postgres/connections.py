@@ -223,7 +223,8 @@ def cancel_and_close(connection: AnyConnection) -> None:
 
 
 def _cancel(connection: AnyConnection) -> None:
-    # This thread cannot await the cancel_safe of an async connection. So wrap the session in a blocking one.
+    # This thread cannot await the cancel_safe of an async connection. So make a blocking connection that uses the same
+    # session.
     blocking = psycopg.Connection(connection.pgconn)
     try:
         blocking.cancel_safe(timeout=CANCEL_SECONDS)

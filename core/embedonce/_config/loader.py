@@ -381,7 +381,7 @@ class _Loader:
                 message = f"the value of {key} is not a valid tier name"
             self._add_problem((*where, key), message)
             return None
-        form = name.replace("-", "_")  # a variable spells - as _, so two names must not differ only in - and _
+        form = name.replace("-", "_")  # override variables have "_" for "-", so "a-b" and "a_b" count as one name
         if form in used_names:
             message = f'another tier is already named "{used_names[form]}"; choose another name: name = "{name}2"'
             self._add_problem((*where, key), message)

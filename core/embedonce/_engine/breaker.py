@@ -45,7 +45,7 @@ class Breaker:
                 return "go"
             if now < self._next_probe:
                 return "skip"
-            # Allow no second probe until the probe that starts now counts as lost.
+            # Allow no other probe until this probe has returned or counts as lost.
             self._next_probe = now + max(self.LOST_PROBE, self._wait)
             return "probe"
 

@@ -87,7 +87,7 @@ class Engine:
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # a fallback's texts were counted for the provider
+            if not answer.route.source.fallback:  # for a fallback, the texts have already been counted
                 self.requests.count(requested, answer.hits)
 
     can_change_space = False

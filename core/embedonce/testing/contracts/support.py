@@ -187,7 +187,7 @@ def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, 
             time.sleep((times[-1] - times[-2]) / 2)
         finally:
             child.kill()  # with SIGKILL
-        # Between the last line that was read and the kill, the process may have reported more keys.
+        # Before the process was killed, it may have reported more keys in lines that were not read above.
         reported += [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
         return reported[-1]
 

@@ -89,7 +89,7 @@ def _describe(embedder: Any, task: Task) -> VectorSpace:
             "quantization_ranges"
         )
     if "api_base_url" in fields and fields["api_base_url"] is None:
-        fields["api_base_url"] = os.environ.get("OPENAI_BASE_URL")  # the client then uses this variable
+        fields["api_base_url"] = os.environ.get("OPENAI_BASE_URL")  # the client uses this variable too
     model = next((fields.pop(one) for one in MODEL_FIELDS if isinstance(fields.get(one), str)), None)
     if model is None:
         if not fields.get("api_params"):  # the api_params of Hugging Face's embedders name a model or a server
