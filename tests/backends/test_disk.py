@@ -355,7 +355,7 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
         backend.set_many(items_of(range(3)), None)
         backend._connections.renew()
         shutil.rmtree(folder)
-        with pytest.raises(OSError, match="cannot open for writing"):
+        with pytest.raises(OSError, match="cannot open the file for writing"):
             backend.get(key_of(1))
         assert backend.get(key_of(1)) is None
         backend.set_many(items_of(range(3)), None)
@@ -1000,7 +1000,7 @@ def test_a_file_of_garbage_is_an_error_that_says_what_to_do(tmp_path: Path, garb
     provider = CountingProvider()
     with open_backend(tmp_path) as backend:
         for _ in range(2):
-            with pytest.raises(sqlite3.DatabaseError, match=r"cache\.db: .*remove its folder"):
+            with pytest.raises(sqlite3.DatabaseError, match=r"cache\.db: .*remove the folder of this file"):
                 backend.get_many([key_of(1)])
     with embedonce.Cache(provider, [make_patient_tier(DiskBackend(path=tmp_path))]) as cache:
         assert len(cache.embed_batch(["a", "b"])) == 2

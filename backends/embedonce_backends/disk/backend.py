@@ -455,7 +455,8 @@ class DiskBackend:
                 connection.execute("COMMIT")
                 raise OSError(
                     errno.ENOSPC,
-                    "the file exceeds max_bytes, and there was no time to evict more; the next writes will",
+                    "the file would exceed max_bytes, because there was no time to evict enough entries; "
+                    "the next writes will evict more entries",
                     str(self._file.path),
                 )
         return evicted

@@ -129,12 +129,18 @@ def explain_error(error: Exception, file: Path) -> Exception:
     if code == sqlite3.SQLITE_FULL:
         return OSError(errno.ENOSPC, f"disk full ({error}); free some space or lower max_bytes", str(file))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return OSError(errno.EACCES, f"cannot open for writing ({error}); check its folder and permissions", str(file))
+        return OSError(
+            errno.EACCES,
+            f"cannot open the file for writing ({error}); check the file's folder, and the permissions of both",
+            str(file),
+        )
     if code == sqlite3.SQLITE_IOERR:
         return OSError(errno.EIO, f"cannot read or write ({error})", str(file))
     # If the schema is damaged, SQLite's message may quote invalid UTF-8, and Python then raises UnicodeDecodeError.
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
-        return sqlite3.DatabaseError(f"{file}: {error}; remove its folder, and the texts will be embedded again")
+        return sqlite3.DatabaseError(
+            f"{file}: {error}; remove the folder of this file, and the texts will be embedded again"
+        )
     return error
 
 

@@ -63,7 +63,8 @@ class KeyTable:
     namespace: Annotated[str, Doc("Separates tenants or projects that share a store.")] = ""
     hash: Annotated[Hash, Doc("Hash function of the key's digest.")] = "sha256"
     secret: Annotated[
-        str | None, Doc("Secret for a keyed digest, so that nobody who can read the keys can guess short texts.")
+        str | None,
+        Doc("Secret for a keyed digest. Without the secret, nobody can guess short texts from the stored keys."),
     ] = None
 
 
@@ -122,8 +123,8 @@ class TierTable:
         Duration | None,
         Gt(0),
         Doc(
-            "Let only one of the processes that share this tier embed a missing text. The other processes wait at "
-            "most this long for the vector. Only one tier of a chain can have a lease."
+            "If several processes need the vector of the same new text, let only one process embed the text. The other "
+            "processes wait at most this long for the vector. Only one tier of a chain can have a lease."
         ),
     ] = None
 

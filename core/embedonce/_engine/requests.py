@@ -354,8 +354,8 @@ def _check_dimensions(source: LiveProvider, fallback: LiveProvider) -> None:
         if mine is None or mine != other:
             raise SpaceError(
                 f"the provider's vectors have {mine or 'unknown'} dimensions and the fallback's vectors have "
-                f"{other or 'unknown'}, so the fallback cannot replace the provider; set the same dimensions for "
-                "both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
+                f"{other or 'unknown'} dimensions, so the fallback cannot replace the provider; set the same "
+                "dimensions for both, or set fetch_only = true in [provider.fallback] and read Fetched.space"
             )
 
 

@@ -92,7 +92,9 @@ def _group_by_layout(items: Mapping[str, Entry]) -> dict[tuple[Dtype, int], list
     for key, entry in items.items():
         shape = entry.vector.shape
         if len(shape) != 1 or entry.dtype not in _CODES:
-            raise ValueError(f"{key}: an entry needs a vector of shape (d,) and a dtype of {', '.join(_CODES)}")
+            raise ValueError(
+                f"{key}: an entry needs a vector of shape (d,), and the dtype must be one of {', '.join(_CODES)}"
+            )
         groups.setdefault((entry.dtype, shape[0]), []).append(key)
     return groups
 

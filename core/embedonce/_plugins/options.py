@@ -175,7 +175,9 @@ def _build_adapter(option: Option) -> Any:
     try:
         return TypeAdapter(option.hint)
     except (PydanticSchemaGenerationError, PydanticUserError) as error:
-        raise PluginError(f'"{option.name}" can only be given in Python: TOML has no values of its type') from error
+        raise PluginError(
+            f'"{option.name}" can only be given in Python, because TOML has no values of the option\'s type'
+        ) from error
 
 
 _build_cached = functools.lru_cache(maxsize=1024)(_build_adapter)

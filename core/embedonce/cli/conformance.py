@@ -29,10 +29,10 @@ embedonce conformance mypackage:MyProvider --tolerance 1e-6 --json
 
 embedonce conformance redis --option url=redis://{server}/0 --option prefix={new} --server localhost:6379
 
-Each test uses its own store. If an option is a path, it names a folder. Each test creates its store in this folder, and
-the stores are removed at the end. In any other option, {new} is replaced by a new value for each test. If an option
-contains {server}, also give --server. The network tests then use a proxy that resets connections and garbles replies.
-Tests of a TTL, of a store that stalls and of a node that is down need a test file: see docs/testing.md.
+Each test uses its own store. If an option is a path, the tests create their stores in the folder at this path. At the
+end, the stores are removed. In any other option, {new} is replaced by a new value for each test. If an option contains
+{server}, also give --server. The network tests then use a proxy that resets connections and garbles replies. To test a
+TTL, a store that stalls or a node that is down, write a test file: see docs/testing.md.
 
 The exit code is 1 if a test fails.
 """
@@ -43,7 +43,8 @@ def conformance(
         str,
         typer.Argument(
             metavar="PLUGIN",
-            help="A plugin's name, or module:Class or module:function. The module is installed or in this folder.",
+            help="A plugin's name, or module:Class or module:function. The module must be installed or in the current "
+            "folder.",
         ),
     ],
     option: Annotated[

@@ -29,8 +29,8 @@ embedonce init --provider openai --tier memory --tier redis
 embedonce init production.toml --provider gemini --tier memory --tier disk --tier postgres
 
 The default provider needs no model, no key and no network. The file lists the tiers from the fastest to the slowest,
-even if you name them in a different order. The file contains no secret, only the names of environment variables, and
-the output lists the variables that you must set. Next, run embedonce check.
+even if you name them in a different order. The file contains the names of environment variables instead of secrets. The
+output lists the variables that you must set. Next, run embedonce check.
 """
 
 DEFAULT_TIERS = ("memory", "disk")

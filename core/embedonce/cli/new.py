@@ -23,8 +23,8 @@ embedonce new backend shelf
 
 embedonce new provider my-model
 
-The package is called embedonce-NAME and has a working plugin with one option, its entry point, tests, a README and a CI
-file. Install it with its extra "test" and run pytest.
+The package is called embedonce-NAME. It contains a working plugin, which has one option. It also contains the plugin's
+entry point, tests, a README and a CI file. Install the package with its extra "test", then run pytest.
 """
 
 NAME = r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*"
