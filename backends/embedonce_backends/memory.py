@@ -27,8 +27,8 @@ ENTRY_BYTES = 500
 """Bytes that an entry takes in addition to its payload; ``max_bytes`` includes them.
 
 ``benchmarks/policies.py`` measures them as resident memory (CPython 3.11, Linux). The key takes 144 bytes, the array
-object 128, the slot in the queue 82, the tuple 80, and the allocation of the payload another 48. A ``created`` that
-the entry does not share with other entries takes 32 more bytes.
+object 128, the slot in the queue 82, the tuple 80, and the allocation of the payload another 48. If the entry does
+not share the float object of its ``created`` with other entries, this object takes 32 more bytes.
 """
 
 # This lock guards the bookkeeping of every memory backend. A hit takes the lock only if its entry is on probation (see

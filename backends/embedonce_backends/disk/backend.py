@@ -493,8 +493,8 @@ class DiskBackend:
 def _truncate_log(connection: Connection) -> None:
     """Write SQLite's log back into the file, and then empty the log.
 
-    This waits up to 0.25 s for the active readers, but not for new readers, because they read the main file. If an
-    active reader takes longer, the log is not emptied until the next attempt.
+    This waits up to 0.25 s for readers that still use the log. It does not wait for readers that start later, because
+    those use only the main file. If a reader uses the log for longer, the log is not emptied until the next attempt.
     """
     wait = int(1000 * min(0.25, get_remaining_seconds() / 2))
     connection.execute(f"PRAGMA busy_timeout = {wait}")

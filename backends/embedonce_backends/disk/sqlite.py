@@ -47,13 +47,16 @@ class Lock(Protocol):
 
 
 class Connection(sqlite3.Connection):
-    """A connection with a generation number. :meth:`Connections.renew` closes the connections with lower numbers."""
+    """A connection and its generation.
+
+    :meth:`Connections.renew` begins a new generation, and closes the connections of older generations.
+    """
 
     generation = 0
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
 
     def close(self) -> None:
-        """Close the connection. In a forked child that must not use its parent's connections, only put it aside."""
+        """Close the connection. A forked child that must not use SQLite keeps the connection open instead."""
         if _is_stranded:
             _abandoned.append(self)
             return

@@ -211,8 +211,8 @@ class MemcachedBackend:
     ) -> tuple[list[R], dict[Node, Exception]]:
         """Call each node with its part of the keys or items. Return the results, and the errors by node.
 
-        Nodes that are down are skipped while another node is up. If no node is up, all nodes are called, because the
-        tier's breaker decides in that case whether to make calls at all.
+        Nodes that are down are skipped while another node is up. If no node is up, all nodes are called. They need not
+        be skipped then, because their errors open the tier's breaker, and an open breaker skips the whole tier.
         """
         if self._closed:
             raise CacheClosed("the memcached backend is closed")

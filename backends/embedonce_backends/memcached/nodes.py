@@ -236,7 +236,7 @@ class Node:
     # is the node up?
 
     def admits_call(self) -> bool:
-        """Return whether a call may use the node, because it is up or because it is time for one call to probe it."""
+        """Return whether the node is up. If it is down, return whether it is time for this call to probe the node."""
         if self.is_up:
             return True
         with self._lock:

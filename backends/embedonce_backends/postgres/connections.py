@@ -410,7 +410,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Lends connections within one event loop, like :class:`Pool`. Asyncio tasks make the connections."""
+    """Lends connections within one event loop, as :class:`Pool` does for threads. Connections are made in tasks."""
 
     def __init__(self, parameters: Mapping[str, Any], max_connections: int) -> None:
         self._parameters = parameters

@@ -195,9 +195,10 @@ def _make_vector_block(columns: Sequence[Sequence[Any]]) -> Block:
 
 
 def _decode_frames(columns: Sequence[Sequence[Any]], dtype: Dtype, entries: Entries, frames: dict[str, bytes]) -> None:
-    """Add the decoded frames of the rows to ``entries``, and frames that cannot be decoded to ``frames``.
+    """Decode the frames of the rows and add the results to ``entries``.
 
-    The entries get their metadata from the metadata columns.
+    If a frame cannot be decoded, the frame itself is added to ``frames``. The entries get their metadata from the
+    metadata columns.
     """
     keys, _, written, _, _, _, *more = columns
     found_frames = {key: frame or b"" for key, frame in zip(keys, written, strict=True)}

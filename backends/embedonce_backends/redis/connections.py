@@ -88,7 +88,7 @@ class Settings:
 
 
 class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
-    """Reads until the deadline of the call. A socket's own timeout would start again with every read."""
+    """Ends every read by the deadline of the call. A socket's own timeout would start again with every read."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
         if self._sock is not None:

@@ -1,10 +1,10 @@
 """Plans for calls to Redis: the commands of a call, and the server that gets each command.
 
 A plan is a generator that does no I/O itself. The blocking client and the async client carry out plans. A plan yields
-a list of :class:`Trip` s, one per server. The client can make these trips at the same time. The client sends the
-replies of each trip back to the plan, in the same order. If every trip fails, the client throws the error of the first
-trip into the plan. If only some trips fail, the error of a failed trip takes the place of each of its replies. In the
-end, the plan returns the call's result.
+lists of trips. A list has one :class:`Trip` per server, and the client can make these trips at the same time. The
+client sends the replies of each trip back to the plan, in the same order. If every trip fails, the client throws the
+error of the first trip into the plan. If only some trips fail, the error of a failed trip takes the place of each of
+its replies. In the end, the plan returns the call's result.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _parse_address(text: str, default_port: int) -> Address:
 
 
 def _split_path(kind: Kind, path: str) -> tuple[str, str]:
-    """Return the service name, which is empty unless the URL lists sentinels, and the database."""
+    """Return the service name and the database. The service name is empty unless the URL lists sentinels."""
     rest = path.strip("/")
     if kind != "sentinel":
         return "", rest

@@ -220,7 +220,7 @@ class Values:
 
     data: dict[str, Any]
     expanded: set[TomlPath] = field(default_factory=set)
-    """Paths of texts that contained a variable. The text is converted to the option's type, such as a number."""
+    """Paths of texts that contained a variable. Each of these texts is later converted to the type of its option."""
     private: set[TomlPath] = field(default_factory=set)
     """Paths of texts that contain the value of an environment variable. These texts are never shown."""
     variables: dict[TomlPath, dict[str, str]] = field(default_factory=dict)

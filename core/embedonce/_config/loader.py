@@ -578,7 +578,7 @@ def _format_doc(option: Option) -> str:
 
 
 def _hide_name(error: PluginError, name: str) -> str:
-    """Remove the plugin's name from the message of an error, because the name came from the environment."""
+    """Remove a plugin's name from an error's message. The name is from the environment, so it may be a secret."""
     message = str(error).replace(quote(name), "of that name")
     return f"a plugin {message}" if message.startswith("of that name") else message
 

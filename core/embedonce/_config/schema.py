@@ -183,7 +183,7 @@ class _Schema:
 
 
 def _add_lower_bound(kind: dict[str, Any], option: Option) -> dict[str, Any]:
-    """Add an option's ``Gt`` bound to the schema of its number, because pydantic omits the bound."""
+    """Return the schema ``kind`` with the lower bound that the option's ``Gt`` sets. pydantic omits this bound."""
     bounds = [part.gt for part in list_annotations(option.hint) if isinstance(part, Gt)]
     if not bounds or "minimum" not in kind:
         return kind

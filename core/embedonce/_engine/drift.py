@@ -29,7 +29,8 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds until the check is repeated after it failed, or after it found drift and the action is ``"refuse"``."""
+"""Seconds from a failed check to the next check. With the action ``"refuse"``, this is also the time from a check that
+found drift to the next check."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata field that marks the canaries of a drifted space.
