@@ -163,7 +163,7 @@ class TierCheck:
 
 @dataclass(frozen=True, slots=True)
 class ChainWarning:
-    """Something in a chain of tiers that works but is probably a mistake."""
+    """A probable mistake in a chain of tiers. The chain works in spite of the mistake."""
 
     tier: str
     message: str

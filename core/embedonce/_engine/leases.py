@@ -21,9 +21,9 @@ from .ports import Port
 from .tiers import LiveTier
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-"""First and longest pause, in seconds, between two polls for a vector that another process computes.
+"""The first pause and the longest pause between two polls for a vector that another process computes, in seconds.
 
-Each pause is 1.5 times as long as the one before.
+Each pause is 1.5 times as long as the pause before, up to the longest pause.
 """
 
 

@@ -86,7 +86,7 @@ class TierReader:
     ) -> ReadResult:
         """Read the keys, chunk by chunk, and check the values.
 
-        With ``is_repeat``, misses are not counted, because this call has already counted the same misses.
+        With ``is_repeat``, no misses are counted, because the first read of these keys has already counted them.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.

@@ -43,7 +43,7 @@ _open_lock = threading.RLock()
 
 
 class CacheOverChain(Protocol):
-    """The methods of a cache that its chain calls."""
+    """The methods that a chain calls on each of its caches."""
 
     def _refresh_hot_path(self) -> None:
         """Determine again whether hits can take the fast path."""
@@ -255,9 +255,10 @@ def _close_open_chains() -> None:
 
 
 def _end_open_chains(start: float, end: Callable[[RunningChain, float], object]) -> list[RunningChain]:
-    """Call ``end`` for every open chain with the seconds that the chain has left, and return the chains.
+    """Call ``end`` for every open chain, and return the chains.
 
-    All chains write at the same time, so the total time is at most the longest ``flush_timeout``.
+    The arguments of ``end`` are the chain, and the number of seconds for which the chain may still wait. All
+    chains write at the same time, so the total time is at most the longest ``flush_timeout``.
     """
     with _open_lock:
         chains = list(_open_chains)
@@ -279,9 +280,10 @@ def _register_flush() -> None:
     """Register :func:`_flush_open_chains` to run when this process exits, before thread pools are shut down.
 
     A callback of ``atexit`` would run too late, because the thread pools of ``concurrent.futures`` and asyncio have
-    been shut down by then. So this function uses ``threading._register_atexit``, which also runs its callbacks in
-    reverse order. Importing ``concurrent.futures.thread`` registers the callback that shuts the pools down. Our
-    callback is registered after this import, so it runs before the pools are shut down.
+    been shut down by then. So this function uses ``threading._register_atexit``. Callbacks that are registered there
+    run earlier, and the callback that was registered last runs first. Importing ``concurrent.futures.thread`` registers
+    the callback that shuts the pools down. Our callback is registered after this import, so it runs before the pools
+    are shut down.
     """
     with suppress(RuntimeError):  # this process is exiting already
         import concurrent.futures.thread  # noqa: F401  (registers the callback that shuts the pools down)

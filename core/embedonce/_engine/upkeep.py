@@ -218,7 +218,10 @@ class Upkeep:
     # --- explaining ---------------------------------------------------------------------------
 
     async def explain(self, port: Port, route: Route, text: str, policy: KeyPolicy, dtype: Dtype) -> Explanation:
-        """Return how a text's key is built and what each tier stores under the key. Count and promote nothing."""
+        """Return how a text's key is built and what each tier stores under the key.
+
+        This method counts no hits or misses, and promotes no entries.
+        """
         keyer = route.keyer
         normalized = keyer.normalize(text)
         (key,) = route.keys([text])

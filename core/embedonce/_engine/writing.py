@@ -33,7 +33,7 @@ JITTER = 0.05
 """Maximum fraction by which a TTL is shortened, so that entries written together expire at different times."""
 
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
-"""Write mode, by the backend's scope, if the tier sets no write mode."""
+"""Default write mode of a tier, for each scope that the backend of the tier can have."""
 
 draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""
@@ -320,7 +320,7 @@ class TierWriter:
         return self._in_flight.wait_until_flushed(timeout)
 
     def _write_unattended(self, number: int, entries: Mapping[str, Entry], *, probe: bool) -> None:
-        """Write entries while no caller waits, so a failure is counted and logged instead of raised."""
+        """Write entries in the background. No caller waits for them, so a failure is counted and logged, not raised."""
         start = time.perf_counter()
         try:
             result: WriteResult = run_blocking(

@@ -295,8 +295,8 @@ def _compute_checksums(frames: Sequence[bytes], word: int) -> NDArray[np.uint64]
 def _check_headers(words: NDArray[np.uint64], keys: Sequence[str], now: float) -> NDArray[np.bool_]:
     """Return a mask of the valid headers.
 
-    A header is valid if it has the layout of the first header, the echo of the frame's own key and valid dates, and if
-    the expiry date is in the future.
+    A valid header has the same layout as the first header, and contains the echo of the frame's own key. Its creation
+    date is finite, and its expiry date is in the future.
     """
     echoes = np.frombuffer(_hash_keys(keys), "<u8").reshape(len(keys), 2)
     dates = words[:, 3:5].view("<f8")

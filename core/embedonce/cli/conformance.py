@@ -1,4 +1,4 @@
-"""``embedonce conformance``: run the standard tests on a backend, provider or step without a test file."""
+"""``embedonce conformance``: run the standard tests on a plugin. You need no test file."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
 
 
 def _describe_stored(config: Config, is_temporary: bool = True) -> str:
-    """Return sentences that say what a run that ended early has stored, and what the user must do next.
+    """Return a message for a run that ended early: what was stored, and what the user must do next.
 
     ``is_temporary`` means that the same command may succeed later without a change.
     """
