@@ -49,7 +49,7 @@ class Capabilities:
     """Who shares the entries: one process, one host, or all hosts. The scope determines the default
     timeout and write mode."""
     blocking: bool = True
-    """Whether calls may block. If False, the engine calls the backend on the event loop. A call must therefore end
+    """Whether calls may block. If False, the engine calls the backend on the event loop. Such a call must end
     within microseconds."""
     deadline: bool = False
     """Whether every call ends within :func:`time_left` seconds. If False, the engine runs the backend's calls in a
