@@ -53,8 +53,8 @@ def open(
     ``pyproject.toml`` (with ``[tool.embedonce]``) in the current folder or a folder above it. If there is
     no such file, the cache has the ngram provider, a memory tier, and a disk tier in the user's cache folder.
 
-    Your own ``provider``, or a function together with its ``space``, replaces ``[provider]``. The configuration
-    does not need that table, and the table is ignored if it is there.
+    ``provider`` is your own provider, or a function that you pass together with its ``space``. With ``provider``,
+    the table ``[provider]`` is ignored and may be missing.
 
     Raises:
         ConfigError: the configuration cannot be used; ``problems`` lists everything that is wrong.
@@ -210,7 +210,7 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:
-    """Return a chain's error as a problem. The problem's place is the wrong option, or else the table of the tier."""
+    """Return a chain's error as a problem, at the option that the error names, or else at the table of the tier."""
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 

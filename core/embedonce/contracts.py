@@ -42,15 +42,15 @@ class Capabilities:
     """The values that the backend stores.
 
     ``"frames"``: bytes, in a :class:`FrameBackend`. ``"entries"``: entries, in an :class:`EntryBackend`. ``"either"``:
-    both, in an entry backend that also stores frames if its tier is encrypted. Such a backend returns each value in the
-    form in which the value was stored.
+    frames if the tier is encrypted, otherwise entries. Such a backend is an :class:`EntryBackend`, and returns each
+    value in the form in which the value was stored.
     """
     scope: Literal["process", "host", "network"] = "host"
     """Who shares the entries: one process, one host, or all hosts. The scope determines the default
     timeout and write mode."""
     blocking: bool = True
-    """Whether calls may block. If False, the engine calls the backend on the event loop, so that a call must end within
-    microseconds."""
+    """Whether calls may block. If False, the engine calls the backend on the event loop. Such a call must end
+    within microseconds."""
     deadline: bool = False
     """Whether every call ends within :func:`time_left` seconds. If False, the engine runs the backend's calls in a
     thread, so that it can stop waiting for a hanging call."""

@@ -28,7 +28,7 @@ class Encryption:
     """Encrypts and decrypts the frames of a tier.
 
     Args:
-        keys: One or more keys, each given as 32 bytes, as base64, or as ``"file:PATH"`` for a file with the base64.
+        keys: One or more keys. Each key is 32 bytes, a text in base64, or ``"file:PATH"`` if a file contains this text.
             The first key encrypts, and all keys decrypt. To rotate keys, put the new key before the old key. Remove the
             old key when its frames have expired. If no key can decrypt a frame, its text is embedded again.
 

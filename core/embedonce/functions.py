@@ -150,7 +150,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def _takes_task(function: Callable[..., Any]) -> bool:
     """Return whether the function has a parameter ``task`` after the texts.
 
-    Neither ``**kwargs`` nor a ``task`` that a partial has already set counts as such a parameter.
+    ``**kwargs`` does not count as such a parameter. If the function is a partial with a keyword argument ``task``, its
+    parameter ``task`` does not count either.
     """
     if isinstance(function, functools.partial) and "task" in function.keywords:
         return False

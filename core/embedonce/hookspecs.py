@@ -32,8 +32,8 @@ def hookimpl(function: Any = None, *, specname: str | None = None) -> Any:
 
     Without ``specname``, the function implements the hook that has the same name as the function.
 
-    pluggy's other options are not supported, because these options order and wrap the calls of several plugins, but
-    embedonce calls the hooks of each plugin separately.
+    pluggy's other options are not supported. They determine how pluggy orders and wraps the calls of several plugins,
+    but embedonce calls the hooks of each plugin separately.
     """
     import pluggy
 

@@ -46,7 +46,7 @@ def canonical(value: Value) -> bytes:
     ========  ==========================================================
 
     Raises:
-        SpaceError: a value has a type that is not in this table, is NaN, or is a string with a lone surrogate.
+        SpaceError: a value is NaN, is a string with a lone surrogate, or has a type that is not in this table.
     """
     if value is None:
         return b"n"

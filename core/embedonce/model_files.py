@@ -22,9 +22,9 @@ OTHER_FRAMEWORK_FOLDERS: Final = frozenset({"onnx", "openvino"})
 SMALL: Final = 1 << 20
 """Maximum size, in bytes, of a file that is hashed every time. The digests of larger files are remembered."""
 SETTLED: Final = 10.0
-"""Minimum number of seconds since the last change of a file whose digest is remembered. Two changes within one tick of
-the file system's clock give the file the same times. If the file was hashed between two such changes, a remembered
-digest of the earlier content would be used for the later content."""
+"""The digest of a file is remembered only if the last change of the file is more than this number of seconds ago. Two
+changes within one tick of the file system's clock give the file the same times. If the file was hashed between two such
+changes, a remembered digest of the earlier content would be used for the later content."""
 REMEMBERED: Final = 1000
 """Maximum number of remembered digests; the oldest digests are removed first."""
 

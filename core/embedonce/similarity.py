@@ -30,8 +30,8 @@ def top_k(queries: ArrayLike, matrix: ArrayLike, k: int) -> tuple[NDArray[np.int
         k: Number of rows to return per query, at least 1.
 
     Returns:
-        The indices, int64, and the cosines, float32, both of shape (q, min(k, n)). Rows whose
-        float32 cosines are equal are in the order of their indices. If a row or a query is all zero, its cosine is 0.
+        The indices (int64) and the cosines (float32), both of shape (q, min(k, n)). Rows with equal
+        float32 cosines are in the order of their indices. If a row or a query is all zero, its cosine is 0.
 
     Raises:
         TypeError: an array does not have real numbers, or k is not an integer.

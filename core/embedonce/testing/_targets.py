@@ -20,7 +20,7 @@ from embedonce.options import BadValue
 Kind: TypeAlias = Literal["backend", "provider", "normalizer"]
 
 NEW = "{new}"
-"""Placeholder in an option. A text that is different for every store replaces the placeholder."""
+"""Placeholder in an option. The placeholder is replaced by a text that is different for every store."""
 SERVER = "{server}"
 """Placeholder in an option. The address of the server replaces the placeholder."""
 

@@ -403,7 +403,7 @@ class FaultyBackend:
 class FaultyTwin:
     """The async client of a :class:`FaultyBackend`, with the same faults and counts.
 
-    A read that is cancelled while it hangs leaves its reply unread. The next read gets that reply instead of its
+    If a hanging read is cancelled, the reply to this read stays unread. The next read gets that reply instead of its
     own reply, and assigns the values to its keys by position. From then on, every read gets the reply to the previous
     read, until the twin is closed. A real client behaves like this if it reuses the connection of a cancelled call.
     """

@@ -48,7 +48,7 @@ GeminiMisbehaviour: TypeAlias = Literal[
 PATH = re.compile(r"/v1\w*/models/([^/:]+):(batchEmbedContents|embedContent)")
 
 NOT_IN_SPACE = ("model", "content", "taskType", "outputDimensionality")
-"""Fields of a request for one vector that :meth:`GeminiServer.vector_of` does not take as ``extra``."""
+"""In a request for one vector, all fields except these are the ``extra`` of :meth:`GeminiServer.vector_of`."""
 
 
 class GeminiServer(LoopbackServer[GeminiMisbehaviour]):

@@ -280,7 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def make_vector(about: Any, dimensions: int) -> Vector:
-    """Return a vector of unit length, shape (dimensions,), that differs for every ``about`` (a JSON value)."""
+    """Return a vector of unit length with ``dimensions`` values.
+
+    ``about`` is a JSON value. Every ``about`` gives a different vector.
+    """
     seed = json.dumps([about, dimensions], sort_keys=True).encode()
     # Setting the lowest bit makes every value nonzero.
     integers = np.frombuffer(hashlib.shake_256(seed).digest(4 * dimensions), "<i4") | 1

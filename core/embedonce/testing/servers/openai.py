@@ -52,7 +52,7 @@ OPENAI_PATH = re.compile(r"(?:/openai)?/v1/(embeddings|models)")
 AZURE_PATH = re.compile(r"/openai/deployments/([^/]+)/embeddings")
 
 NOT_IN_SPACE = ("input", "model", "dimensions", "encoding_format", "user")
-"""Fields of the body that :meth:`OpenAIServer.vector_of` does not take as ``extra``."""
+"""In the body of a request, all fields except these are the ``extra`` of :meth:`OpenAIServer.vector_of`."""
 
 
 class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
@@ -120,7 +120,10 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     def vector_of(
         self, text: str | Sequence[int], *, model: str | None = None, dimensions: int | None = None, **extra: Any
     ) -> Vector:
-        """Return the vector of a text or of tokens, shape (dimensions,), with unit length. No request is counted."""
+        """Return the vector of a text or of tokens. This does not count as a request.
+
+        The vector has unit length and the shape (dimensions,).
+        """
         about = ["openai", model or self.model, text if isinstance(text, str) else list(text), extra]
         return make_vector(about, dimensions or self.dimensions)
 
