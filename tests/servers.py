@@ -7,8 +7,8 @@ a server starts its own server: ``with RedisServer() as server``. If the program
 missing, the tests of that server are skipped. If ``CI`` is set, these tests fail instead, except in `make quick`.
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-name servers that already run, for tests that neither stop nor configure a server. The tests delete data on
-these servers.
+are addresses of servers that already run. Tests that neither stop nor configure a server use these servers, and delete
+data on them.
 """
 
 from __future__ import annotations
@@ -510,8 +510,8 @@ class ClusterNode(RedisServer):
 class RedisSentinelServers(ServerGroup):
     """A master, a replica, and sentinels, which promote the replica if the master does not answer.
 
-    Before a call of :meth:`allow_failover`, the sentinels wait for a long time, so that they do not replace a master
-    that merely stalls for a moment.
+    At first, the sentinels replace a master only after a long time. So a master that merely stalls for a moment is not
+    replaced. :meth:`allow_failover` shortens the time.
     """
 
     service = "embeddings"

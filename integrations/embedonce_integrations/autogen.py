@@ -198,7 +198,7 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
 
 
 def _copy_chunks(contents: Sequence[MemoryContent]) -> list[MemoryContent]:
-    """Return copies of the chunks, which still match the vectors after the caller changes the original chunks."""
+    """Copy the chunks, so that the copies match the vectors even if the caller changes the original chunks."""
     wrong = next((item for item in contents if not isinstance(item, MemoryContent)), None)
     if wrong is not None:
         raise TypeError(f"expected MemoryContent, got {type(wrong).__name__}")
@@ -239,7 +239,10 @@ def _text_of(content: str | MemoryContent) -> str:
 
 
 def _message_text(message: LLMMessage) -> str:
-    """Return the text of a message, or "" if the message has no text (such as an image or the result of a tool)."""
+    """Return the text of a message, or "" if the message has no text.
+
+    For example, an image and the result of a tool have no text.
+    """
     content = message.content
     if isinstance(content, str):
         return content

@@ -234,8 +234,8 @@ class VectorByteStore(ByteStore):
 
         Raises:
             ValueError: a value is not a JSON list of numbers; nothing was stored.
-            ProviderError: a value is not a valid vector (NaN, all zero, empty) or has a different number of
-                dimensions; nothing was stored.
+            ProviderError: a value is not a valid vector (NaN, all zero, empty), or the vectors differ in their number
+                of dimensions; nothing was stored.
             EraseIncomplete: a tier failed, or cannot delete the old value of a key.
         """
         vectors = _parse_vectors(key_value_pairs)

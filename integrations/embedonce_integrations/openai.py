@@ -194,7 +194,10 @@ def _read_count(usage: Any, name: str) -> int:
 
 
 def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector of an embedding that is a list of numbers, or base64 of little-endian float32."""
+    """Return the vector of an embedding.
+
+    The embedding is a list of numbers, or a string of little-endian float32 values in base64.
+    """
     try:
         if isinstance(embedding, str):
             return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
@@ -363,7 +366,10 @@ class _CachedResource:
 
 
 def _make_placeholder() -> WrappedProvider:
-    """Return a provider that never embeds. Each call uses a cache from ``for_provider``, with a different provider."""
+    """Return the provider of the shared cache. This provider never embeds.
+
+    The shared cache is there only for its tiers. Each call uses a cache from ``for_provider``, with its own provider.
+    """
     return WrappedProvider(space=lambda task: VectorSpace(provider="openai", model="(named by each call)"))
 
 

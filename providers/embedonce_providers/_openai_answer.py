@@ -29,7 +29,7 @@ POSITION = re.compile(r"\binputs?\[(\d+)\]")
 
 
 def read_answer(content: bytes, texts: int) -> Embedded:
-    """Return the vectors of an answer, sorted by ``index`` into the order of the texts, and its number of tokens.
+    """Return an answer's vectors and number of tokens. The vectors are sorted by ``index``, so they match the texts.
 
     Raises:
         ProviderError: the answer is invalid, or the indexes in it are not exactly the numbers from 0 to ``texts`` - 1.
@@ -57,7 +57,10 @@ def read_answer(content: bytes, texts: int) -> Embedded:
 
 
 def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector of an embedding that is a list of numbers, or base64 of little-endian float32."""
+    """Return the vector of an embedding.
+
+    The embedding is a list of numbers, or a string of little-endian float32 values in base64.
+    """
     try:
         if isinstance(embedding, str):
             return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")

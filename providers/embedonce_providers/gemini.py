@@ -147,7 +147,7 @@ class GeminiProvider:
         self._clients.close()
 
     def _find_task_type(self, task: Task) -> str | None:
-        """Return Gemini's task type for a task, or None if none is sent.
+        """Return Gemini's task type for a task, or None if the request has no task type.
 
         Raises:
             SpaceError: the task has no task type and no prefix.

@@ -31,7 +31,7 @@ api = 1
 
 OPENAI_URL = "https://api.openai.com/v1"
 RETRY_SECONDS = 60.0
-"""Seconds that the time limit of a call allows for the client's pause before each retry."""
+"""Seconds that are added to the time limit of a call for each retry, because the client pauses before it retries."""
 
 BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
 """Suffixes of host names whose endpoints are known to accept base64."""

@@ -237,7 +237,7 @@ class RemoteBackend:
 
 
 class TestABackendOnALoop(BackendContract):
-    """A backend with ``fork=False``. The contract tests that every call in a forked child raises immediately."""
+    """A backend with ``fork=False``. BackendContract checks that every call in a forked child raises immediately."""
 
     examples = 10
 

@@ -805,9 +805,10 @@ def test_limits_of_a_function() -> None:
 
 
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flush at exit waits no longer than ``flush_timeout`` for a write that hangs.
+    """The flush at exit waits for a write that hangs, but no longer than ``flush_timeout``.
 
-    Only the later close waits again for the write, because closing the backend may end the write.
+    The flush does not wait for the write a second time. Only the close that follows the flush waits again, because
+    closing the backend may end the write.
     """
     from embedonce._engine import running
     from embedonce._engine.writing import TierWriter

@@ -134,7 +134,7 @@ def test_closing_the_first_closes_the_others_then_the_tiers_then_its_own_provide
 
 
 def test_a_listener_may_subscribe_while_other_threads_create_caches() -> None:
-    """Without a lock, ``subscribe`` would raise if another thread added a cache to the set over which it iterates."""
+    """If another thread could add a cache while ``subscribe`` iterates over all caches, ``subscribe`` would raise."""
     cache = Cache(CountingProvider(), [DictBackend()])
     others: list[Cache] = []
     interval = sys.getswitchinterval()

@@ -1,4 +1,7 @@
-"""The public API: async twins have the signatures of their methods, types are tested, and values print as one line."""
+"""The public API: signatures, types and printed values.
+
+A method and its async twin have the same signature. The type tests cover every public name. A value prints as one line.
+"""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Outcome:
     causes: set[str] = field(default_factory=set)
     """Causes of the errors that were counted; ``corrupt`` for values that were refused."""
     timeouts: int = 0
-    """Number of calls during the fault that waited until the tier's timeout."""
+    """Number of calls that waited until the tier's timeout during the fault."""
     first_delay: float = 0.0
     """Delay of the first call, compared with a call without the fault."""
     later_delay: float = 0.0
@@ -329,7 +329,10 @@ class CellRun:
     # --- checks of what was counted and logged --------------------------------------------------
 
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
-        """Check that at most one call timed out per opened breaker, plus one call per separate node after the first."""
+        """Check that not too many calls timed out.
+
+        The limit is one call per opened breaker, plus one call per separate node after the first.
+        """
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
         changes = [event for event in during_fault if isinstance(event, TierChanged)]

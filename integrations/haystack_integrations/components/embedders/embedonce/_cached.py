@@ -260,7 +260,7 @@ class CachedEmbedder:
         raise NotImplementedError
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the vectors of an answer by text. Leave out texts whose vector is None.
+        """Return the answer's vectors as a dict from texts to vectors. Leave out texts whose vector is None.
 
         Raises:
             ProviderError: the answer does not show which vector belongs to which text.

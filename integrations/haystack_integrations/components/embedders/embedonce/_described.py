@@ -70,10 +70,14 @@ def _is_secret(value: Any) -> bool:
 def describe_call(
     embedder: Any, run: Mapping[str, Any], *, task: Task, declared: Mapping[str, Any] | None = None
 ) -> VectorSpace:
-    """Return the vector space of an embedder for calls with the extra arguments ``run``.
+    """Return the vector space of an embedder for a call of its ``run``.
+
+    ``run`` holds the arguments of the call other than the texts. ``declared`` is the vector space that the user
+    declared, if any.
 
     Raises:
-        SpaceError: the embedder cannot be described and was not declared. The message says how to declare it.
+        SpaceError: the embedder cannot be described, and the user declared no vector space. The message says how to
+            declare one.
     """
     space = _describe(embedder, task) if declared is None else resolve_declared_space(declared, task=task)
     return add_request(space, run)

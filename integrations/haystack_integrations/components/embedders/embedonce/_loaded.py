@@ -46,7 +46,8 @@ def remember_content(embedder: Any, content: str | None) -> None:
 def _shared_tables(embedder: Any) -> list[dict[str, Any]]:
     """Return Haystack's tables of loaded models.
 
-    A factory class holds each table. All modules with Haystack's embedders import that class under the same name.
+    Each table belongs to a factory class. Every module with an embedder imports its factory class under the same
+    name.
     """
     modules = [sys.modules.get(cls.__module__) for cls in type(embedder).__mro__]
     factories = [getattr(module, "_SentenceTransformersEmbeddingBackendFactory", None) for module in modules]
