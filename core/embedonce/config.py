@@ -132,8 +132,8 @@ def compose(
 
     if provider is None and space is not None:
         raise TypeError(
-            "space= can only be used if provider= is a function; without provider=, the [provider] of the configuration "
-            "describes its own vector space"
+            "space= can only be used if provider= is a function; without provider=, the [provider] of the "
+            "configuration describes its own vector space"
         )
     made: list[Any] = []
     try:

@@ -454,8 +454,10 @@ class BackendContract(Contract):
 
             run_in_threads(8, work, "add_many")
             wrong = sum(len(winners) != 1 for winners in won.values())
-            what = f"eight threads called add_many with the same {len(names)} keys"
-            assert not wrong, f"{what}; {wrong} of these keys were added by no thread or by several threads"
+            assert not wrong, (
+                f"eight threads called add_many with the same {len(names)} keys; "
+                f"{wrong} of these keys were added by no thread or by several threads"
+            )
             self._require_stored(backend, {name: winners[0] for name, winners in won.items()})
 
     def test_an_added_key_has_one_winner_among_processes(self) -> None:

@@ -168,8 +168,8 @@ class ProviderContract(Contract):
                 self._require_near(
                     found,
                     vectors[order],
-                    "the vectors of the same texts, first embedded in one batch and then after a batch that has another "
-                    f"text at position {place},",
+                    "the vectors of the same texts, first embedded in one batch and then after a batch that has "
+                    f"another text at position {place},",
                 )
 
     def test_a_text_twice_has_one_vector(self) -> None:
