@@ -131,7 +131,10 @@ def compose(
     from ._plugins import entry_points
 
     if provider is None and space is not None:
-        raise TypeError("space= requires a function as provider=, because a plugin describes its own vector space")
+        raise TypeError(
+            "space= can only be used if provider= is a function; without provider=, the [provider] of the "
+            "configuration describes its own vector space"
+        )
     made: list[Any] = []
     try:
         with entry_points.restrict_plugins(config.allow):

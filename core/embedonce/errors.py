@@ -142,7 +142,7 @@ class PartialAnswer(TierError):
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:
         if not failed:
-            raise ValueError("failed must contain at least one key")
+            raise ValueError("failed= must contain at least one key")
         super().__init__(message)
         self.answer = answer
         self.failed = frozenset(failed)

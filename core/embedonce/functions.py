@@ -121,8 +121,8 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     if not callable(source):
         raise TypeError(
             f"{type(source).__name__} is neither a provider (space, limits, embed or aembed, close) nor a function. "
-            "Pass a function from a list of texts to their vectors, such as Cache(lambda texts: model.encode(texts), "
-            'space={"model": "my-model-v2"})'
+            "Pass a function that takes a list of texts and returns their vectors, for example "
+            'Cache(lambda texts: model.encode(texts), space={"model": "my-model-v2"})'
         )
     if _is_async(source):
         return AsyncFunctionProvider(cast("Callable[..., Awaitable[Answer]]", source), space, limits)

@@ -66,7 +66,7 @@ def _to_matrix(values: ArrayLike, name: str) -> NDArray[Any]:
     array = np.asanyarray(values)
     if array.ndim != 2:
         hint = "; for one vector v, pass v[None, :]" if array.ndim == 1 else ""
-        raise ValueError(f"{name} must have two dimensions, shape (n, d), got shape {array.shape}{hint}")
+        raise ValueError(f"{name} must have two dimensions: expected shape (n, d), got shape {array.shape}{hint}")
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise TypeError(f"{name} must have real numbers, got {array.dtype}")
     return array

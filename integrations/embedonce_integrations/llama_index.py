@@ -54,7 +54,8 @@ class CachedEmbedding(BaseEmbedding):
 
     vectors: dict[str, Any] = Field(
         default_factory=dict,
-        description="Hashes and settings that identify the vectors. Models that make different vectors differ here.",
+        description="Hashes and settings that identify the vectors. If two models make different vectors, the values "
+        "of this field differ.",
     )
     _handle: _Handle = PrivateAttr()
 

@@ -61,7 +61,7 @@ class GeminiProvider:
         ] = False,
         task_types: Annotated[
             Mapping[str, str] | None,
-            Doc('Gemini\'s task type for each task, in addition to document and query. "" sends no task type.'),
+            Doc('Gemini\'s task type for each task; document and query have a default. "" sends no task type.'),
         ] = None,
         prefixes: Annotated[
             Mapping[str, str] | None, Doc("Text to put before each text, by task, for models without task types.")

@@ -454,7 +454,10 @@ class BackendContract(Contract):
 
             run_in_threads(8, work, "add_many")
             wrong = sum(len(winners) != 1 for winners in won.values())
-            assert not wrong, f"add_many: {wrong} of {len(names)} keys were not added by exactly one of eight threads"
+            assert not wrong, (
+                f"eight threads called add_many with the same {len(names)} keys; "
+                f"{wrong} of these keys were added by no thread or by several threads"
+            )
             self._require_stored(backend, {name: winners[0] for name, winners in won.items()})
 
     def test_an_added_key_has_one_winner_among_processes(self) -> None:
@@ -594,7 +597,7 @@ class BackendContract(Contract):
                 self._require_stored(backend, {key(number): number for number in range(10)})
                 made[0] = min(made[0] + 1, MIN_READS)
 
-            run_in_fork(child, "the test of a backend that was open before the fork", meanwhile=parent)
+            run_in_fork(child, "a backend that was open before the fork", meanwhile=parent)
             self._require_stored(backend, {key(100 + turn): turn for turn in range(20)})
             self._store(backend, [50])
             self._require_stored(backend, {key(number): number for number in (*range(10), 50)})
@@ -629,7 +632,7 @@ class BackendContract(Contract):
                     closed[0] = 1
                 time.sleep(0.001)
 
-            run_in_fork(child, "the test of a backend that the parent closed after the fork", meanwhile=parent)
+            run_in_fork(child, "a backend that the parent closed after the fork", meanwhile=parent)
             with closing(self.reopen(backend)) as again:
                 found = again.get_many([*before, *after])
                 lost = len(after.keys() - set(found))
@@ -655,7 +658,7 @@ class BackendContract(Contract):
                     backend.set_many({key(2): value}, None)
                 backend.close()
 
-            run_in_fork(child, 'the test of a backend without the capability "fork"')
+            run_in_fork(child, 'a backend without the capability "fork"')
             self._require_stored(backend, {key(1): 1})
 
     def test_other_processes_use_the_store(self) -> None:
@@ -767,9 +770,7 @@ class BackendContract(Contract):
                 else:
                     read(number - len(written))
 
-            run_in_threads(
-                len(written) + len(looks), work, "overwriting the same keys from six threads while two threads read"
-            )
+            run_in_threads(len(written) + len(looks), work, "set_many from six threads and get_many from two threads")
             lost = len(set(names) - set(backend.get_many(names)))
             assert not lost, f"every thread stored {len(names)} keys, and {lost} of these keys are missing"
 
@@ -801,7 +802,7 @@ class BackendContract(Contract):
                     backend.get_many([key(1)])
 
             with self.stall(backend), pytest.raises(TimeoutError):
-                call_with_timeout(ask, "get_many while the store does not answer")
+                call_with_timeout(ask, "while the store did not answer, get_many")
             # The reply that arrives too late must not be taken for the reply to the next call.
             self._require_equal(backend, backend.get_many([key(2)]), {key(2): 2})
             self._require_stored(backend, {key(1): 1, key(2): 2, key(3): 3})
@@ -867,7 +868,7 @@ class BackendContract(Contract):
                     self._require_partition(added, failed, new)
                     assert set(added) == new.keys() - failed, "add_many must return exactly the keys that it stored"
                 if backend.capabilities.delete:
-                    self._require_error(lambda: backend.delete_many(list(held)), "delete_many while a node is down")
+                    self._require_error(lambda: backend.delete_many(list(held)), "while a node is down, delete_many")
             self._require_all_nodes_back(backend)
 
     # --- the async twin -----------------------------------------------------------------------
@@ -1008,7 +1009,7 @@ class BackendContract(Contract):
 
         partial = None
         try:
-            call_with_timeout(call_with_deadline, "a call while a node is down")
+            call_with_timeout(call_with_deadline, "while a node was down, a call")
         except PartialAnswer as raised:
             partial = raised
         assert partial is not None, "a call must raise PartialAnswer while a node is down, but it returned normally"

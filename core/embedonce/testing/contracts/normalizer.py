@@ -119,7 +119,7 @@ class NormalizerContract(Contract):
                 place = (number + turn) % len(expected)
                 assert step(self.texts[place]) == expected[place], "a thread got the form of another text"
 
-        run_in_threads(8, work, "a step that eight threads call")
+        run_in_threads(8, work, "the step, called from eight threads,")
 
     def test_another_process_gives_the_same_form(self) -> None:
         recipe = self.recipe()

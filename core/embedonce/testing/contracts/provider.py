@@ -168,7 +168,8 @@ class ProviderContract(Contract):
                 self._require_near(
                     found,
                     vectors[order],
-                    f"the vectors of the same texts, before and after a batch that differs at position {place},",
+                    "the vectors of the same texts, first embedded in one batch and then after a batch that has "
+                    f"another text at position {place},",
                 )
 
     def test_a_text_twice_has_one_vector(self) -> None:
@@ -339,7 +340,8 @@ class ProviderContract(Contract):
             raise AssertionError(f"{what} raised {type(error).__name__}; raise TextRefused instead") from error
         positions = refused.positions if refused is not None else ()
         assert positions in ((), (place,)), (
-            f"{what}: TextRefused.positions must be ({place},), the position in the whole batch, got {positions}"
+            f"{what}: TextRefused.positions must contain the position of this text in the whole batch: "
+            f"expected ({place},), got {positions}"
         )
         assert np.isfinite(vectors).all(), f"{what} has a vector with NaN or infinity; raise TextRefused instead"
         assert vectors.any(axis=1).all(), f"{what} has a vector of zeros; raise TextRefused instead"

@@ -100,15 +100,15 @@ def run_in_fork(work: Callable[[], None], what: str, *, meanwhile: Callable[[], 
         _run_and_exit(work, writer)
     os.close(writer)
     try:
-        output = _read_until_exit(reader, child, lambda: call_with_timeout(meanwhile, f"{what}, in the parent,"))
+        output = _read_until_exit(reader, child, lambda: call_with_timeout(meanwhile, f"{what}: a call in the parent"))
     except BaseException:
         os.kill(child, signal.SIGKILL)
         raise
     finally:
         os.close(reader)
         _, status = os.waitpid(child, 0)
-    assert output is not None, f"{what} did not return within {CALL_TIMEOUT:g} s in a forked child"
-    assert status == 0, f"{what} failed in a forked child:\n{output.decode(errors='replace')}"
+    assert output is not None, f"{what}: the forked child did not exit within {CALL_TIMEOUT:g} s"
+    assert status == 0, f"{what}: the forked child failed:\n{output.decode(errors='replace')}"
 
 
 def _run_and_exit(work: Callable[[], None], writer: int) -> None:  # pragma: no cover  (another process)

@@ -133,7 +133,7 @@ class LoopbackServer(Generic[KindT]):
             TimeoutError: no request hangs after 60 seconds.
         """
         if not self._hanging.acquire(timeout=60):
-            raise TimeoutError("no request hangs after 60 s")
+            raise TimeoutError("expected a hanging request within 60 s, got none")
 
     def close(self) -> None:
         """Stop serving, and release the requests that hang."""

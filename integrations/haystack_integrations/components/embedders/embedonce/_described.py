@@ -88,8 +88,8 @@ def _describe(embedder: Any, task: Task) -> VectorSpace:
     fields = dict(read_init_parameters(embedder))
     if fields.get("precision") in ("int8", "uint8") and fields.get("quantization_ranges") is None:
         raise SpaceError(
-            f"{name} with precision={fields['precision']!r} and no quantization_ranges scales each vector by the range "
-            "of its batch, so the vector of a text depends on the other texts and cannot be cached. Set "
+            f"with precision={fields['precision']!r} and without quantization_ranges, {name} scales each vector by the "
+            "range of its batch, so the vector of a text depends on the other texts and cannot be cached. Set "
             "quantization_ranges"
         )
     if "api_base_url" in fields and fields["api_base_url"] is None:
