@@ -64,7 +64,7 @@ class KeyTable:
     hash: Annotated[Hash, Doc("Hash function of the key's digest.")] = "sha256"
     secret: Annotated[
         str | None,
-        Doc("Secret for a keyed digest. Without the secret, nobody can guess short texts from the stored keys."),
+        Doc("Secret for a keyed digest. Only someone who knows the secret can guess short texts from the stored keys."),
     ] = None
 
 

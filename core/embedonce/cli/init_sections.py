@@ -45,7 +45,7 @@ version = "v1"
 normalize = ["nfc", "strip"]
 # A namespace separates projects or tenants that share a store.
 # namespace = "my-project"
-# Secret for a keyed digest. Without the secret, nobody can guess short texts from the stored keys.
+# Secret for a keyed digest. Only someone who knows the secret can guess short texts from the stored keys.
 # secret = "${EMBEDONCE_SECRET}"
 
 """
