@@ -498,7 +498,7 @@ class RedisClusterServers(ServerGroup):
 class ClusterNode(RedisServer):
     def __init__(self, *, password: str | None) -> None:
         login = ("--masterauth", password) if password else ()
-        # The other nodes must not declare a stalled node down, because then they refuse all commands.
+        # If the other nodes declared a stalled node down, they would refuse all commands.
         timeout = ("--cluster-node-timeout", f"{1000 * START_TIMEOUT:.0f}")
         super().__init__("--cluster-enabled", "yes", *timeout, *login, password=password)
         self.bus = find_free_port()

@@ -34,7 +34,7 @@ def top_k(queries: ArrayLike, matrix: ArrayLike, k: int) -> tuple[NDArray[np.int
         float32 cosines are in the order of their indices. If a row or a query is all zero, its cosine is 0.
 
     Raises:
-        TypeError: an array does not have real numbers, or k is not an integer.
+        TypeError: the values of an array are not real numbers, or k is not an integer.
         ValueError: the shapes do not match, k is less than 1, or a value is NaN or infinite.
     """
     query_rows, rows = _to_matrix(queries, "queries"), _to_matrix(matrix, "matrix")

@@ -132,7 +132,11 @@ class Clients(Generic[Sync, Async]):
             await self._aclose(client)
 
     def close(self) -> None:
-        """Close all clients. If a loop is not running, its client is closed when that loop shuts down."""
+        """Close the clients that are not in use.
+
+        A blocking client that is in use is closed when its last call ends. The async client of an event loop that is
+        not running at the moment is closed when that loop shuts down.
+        """
         with self._lock:
             shared, self._blocking = self._blocking, None
             if shared is not None:

@@ -288,12 +288,12 @@ class CellRun:
         return [*self.known[:5], *new, *self.known[5:]] if self.cell.operation == "read" else new
 
     def run_reads(self, caller: Caller) -> list[float]:
-        """Make all calls during one fault, and return their seconds."""
+        """Make all calls during one fault, and return how many seconds each call took."""
         with self.store.inject(self.cell.fault):
             return [self.fetch(caller, self.make_call_texts())[1] for _ in range(CALLS)]
 
     def run_writes(self, caller: Caller) -> list[float]:
-        """Make calls in which the fault begins after the lookup and before the write; return their seconds."""
+        """Make calls in which the fault begins between the lookup and the write. Return the seconds of each call."""
         if not self.fault.is_repeatable:
             return self.write_during_fault(caller, CALLS - 1)
         seconds = self.write_during_fault(caller, 0)

@@ -122,11 +122,11 @@ class ServerStore:
 # --- Redis --------------------------------------------------------------------------------------
 
 CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
-"""Causes of errors if a connection ends: redis-py or the socket raises, depending on the moment."""
+"""Possible causes of the error after a connection ends, which either redis-py or the socket raises."""
 
 
 def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
-    """Return the faults of Redis. ``ended`` contains the possible causes of errors if a connection ends."""
+    """Return the faults of Redis. ``ended`` contains the possible causes of the error after a connection ends."""
     return {
         # Random bytes may look like the beginning of a reply. Then the client waits for the rest of that reply.
         **make_network_faults(

@@ -126,7 +126,7 @@ def _parse_database(kind: Kind, path: str, query: str) -> int:
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("db", path)
     if options:
-        _refuse('has options after the "?" other than db; set these options in the table of the tier instead')
+        _refuse('has options other than db after the "?"; set these options in the table of the tier instead')
     if not text:
         return 0
     if not re.fullmatch(r"[0-9]{1,9}", text):

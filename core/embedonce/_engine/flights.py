@@ -7,7 +7,8 @@ was written. Without the flight, this call would embed the text again.
 
 Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
 calls with older tickets to store the erased keys. This applies to computed, promoted and queued entries alike. A flight
-or a queued write may outlive its call, so the flight or write keeps the ticket's number and not the ticket.
+or a queued write may outlive its call. It keeps only the ticket's number, because a call counts as running while its
+ticket exists.
 
 One lock guards the dictionaries and queues. A thread that holds the lock awaits nothing and calls no backend or
 provider.

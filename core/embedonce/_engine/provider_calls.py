@@ -62,7 +62,7 @@ def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
     try:
         tokens: int = count_tokens(text)
     except Exception:  # noqa: BLE001  (an error in counting tokens must not make the whole call fail)
-        # This number fills a chunk, so the text gets a chunk of its own. If that chunk fails, no other text fails.
+        # This number fills a chunk, so that the text gets its own chunk. If that chunk fails, no other text fails.
         return max_tokens
     return tokens
 

@@ -58,7 +58,7 @@ class Upkeep:
         """Remove every entry in the scopes that match ``scope`` and ``wanted``. With ``dry_run``, only count entries.
 
         Raises:
-            EraseIncomplete: a tier failed, cannot list or cannot delete. The error names each such tier.
+            EraseIncomplete: a tier failed, or a tier cannot list or delete keys. The error names each such tier.
         """
         failed: dict[str, str] = {}
         scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}

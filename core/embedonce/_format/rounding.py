@@ -109,8 +109,8 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in
-    float32. Rounding a rounded row gives the same scale again, because the largest step of a row is 127. The largest
-    step is smaller than 127 only if the row has the smallest scale, and rounding cannot make that scale smaller.
+    float32. Rounding a rounded row gives the same scale again: the largest step of a row is 127, except in a row that
+    has the smallest scale, and rounding cannot make that scale smaller.
     """
     finite = _find_finite_rows(rows)
     if not finite.all():

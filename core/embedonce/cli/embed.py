@@ -63,7 +63,7 @@ def embed(
         typer.Option(
             "--field",
             metavar="NAME",
-            help="The field or column with the text; meta.title names a field of an inner JSON object.",
+            help="The field or column with the text. In JSON, meta.title is the field title of the inner object meta.",
         ),
     ] = "text",
     format: Annotated[

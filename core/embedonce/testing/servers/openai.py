@@ -59,7 +59,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     """Speaks ``POST /v1/embeddings`` and ``GET /v1/models``, and Azure's variants of both paths.
 
     The vector of an input depends on the model, the dimensions and every other field of the body except
-    ``user`` and ``encoding_format``; :meth:`vector_of` returns the same vector. The server accepts any model.
+    ``user`` and ``encoding_format``. :meth:`vector_of` returns the vector of an input. The server accepts any model.
     ``deployments`` maps the deployment names in Azure's URLs to models. With ``base64=False`` the server always
     sends vectors as lists of floats, as some servers do.
 
