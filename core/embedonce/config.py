@@ -253,7 +253,7 @@ def _contains_secret(error: BaseException | None, secrets: frozenset[str]) -> bo
     if error is None:
         return False
     text = f"{error} {getattr(error, '__notes__', '')}"
-    # A message may contain a secret as repr() or ascii() writes it, with some characters escaped.
+    # A message may contain the repr() or the ascii() of a secret, in which some characters are escaped.
     forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
     return any(form in text for form in forms) or any(
         _contains_secret(earlier, secrets) for earlier in (error.__cause__, error.__context__)

@@ -44,8 +44,8 @@ copies."""
 
 SPACE: Final = 0x20
 
-# Case is folded only in Unicode blocks that are complete. Later versions of Unicode, and with them later versions of
-# Python, may add cased letters to the other blocks, but a text's vector must not depend on the version of Python.
+# Case is folded only in Unicode blocks that are complete. A later version of Python may use a later version of Unicode,
+# which may add cased letters to the other blocks. A text's vector must not depend on the version of Python.
 CASED: Final = (range(0x0000, 0x0590), range(0x1E00, 0x2000))
 TABLE: Final = 0x3001
 """First code point after U+3000, the ideographic space. No code point from here on is folded, and none is

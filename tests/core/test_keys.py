@@ -146,7 +146,7 @@ def test_the_page_names_every_step() -> None:
 
 # --- values for hypothesis --------------------------------------------------------------------
 
-# Short strings of few characters, so that collisions are likely. Digits and tags make a string resemble the encoding.
+# Short strings from a small alphabet make collisions likely. Digits and tags make a string resemble the encoding.
 strings = st.text(st.sampled_from("01:sn\x00é\U0001f375"), max_size=4)
 scalars = st.one_of(
     st.none(),

@@ -518,7 +518,7 @@ def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
 
         for _ in range(40):
             embed_and_count_drops()
-        wait_until(embed_and_count_drops)  # a call whose read times out writes nothing, so more calls may be needed
+        wait_until(embed_and_count_drops)  # a call writes nothing if its read times out, so more calls may be needed
         faulty.heal()
 
 

@@ -306,9 +306,8 @@ def test_a_postgres_that_takes_no_more_clients(face: Face) -> None:
         ExitStack() as others,
         open_checked(PostgresBackend(url=server.url), face) as one,
     ):
-        for _ in range(
-            4
-        ):  # a session that has ended, for example one that ``is_ready`` opened, may keep its slot for a moment
+        # ``is_ready`` may have opened a session. A session may keep its slot for a moment after it has ended.
+        for _ in range(4):
             wait_until(lambda: take_client_slot(server.url, others), "a client slot is free")
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)

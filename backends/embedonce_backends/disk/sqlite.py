@@ -215,7 +215,7 @@ class Connections:
             end = time.monotonic() + get_remaining_seconds()
             while _forking_threads:
                 # The forking thread itself may make a call, for example in a signal handler. That call must not wait
-                # for the fork, because the fork only continues after the call has ended.
+                # for the fork, because the fork continues only after the call has ended.
                 if threading.get_ident() in _forking_threads or time.monotonic() >= end:
                     raise TierTimeout("this process is forking")
                 time.sleep(0.001)
@@ -327,8 +327,8 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # The line above must come before the line below. Then every backend is either in the list, or is made later and
-    # sees that a fork is in progress.
+    # This thread is registered as forking before the backends are listed. So a backend that is made too late for the
+    # list sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:

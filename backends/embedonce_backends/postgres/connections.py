@@ -77,7 +77,8 @@ def parse_url(url: str) -> dict[str, Any]:
         ConfigError: the URL is invalid. The message does not quote the URL, because it may contain a password.
     """
     found: dict[str, Any] | None = None
-    with suppress(psycopg.Error):  # psycopg's error quotes the URL, so it must not become our error's context
+    # psycopg's error quotes the URL. So psycopg's error must not become the context of the ConfigError below.
+    with suppress(psycopg.Error):
         found = dict(conninfo_to_dict(url))
     if found is None:
         raise ConfigError("url is not a Postgres URL; expected one such as postgresql://user@host:5432/database")
@@ -217,7 +218,7 @@ def close_all(idle: list[Any]) -> None:
 def cancel_and_close(connection: AnyConnection) -> None:
     """Close a connection; if its query is still running, a thread first asks the server to cancel the query."""
     is_busy = connection.pid == os.getpid() and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
-    # With libpq before 17, no request is sent, because it would block the whole process until the server answers.
+    # With libpq before 17, a request would block the whole process until the server answers, so no request is sent.
     if not (is_busy and psycopg.capabilities.has_cancel_safe()) or not _start_thread(lambda: _cancel(connection)):
         close_connection(connection)
 

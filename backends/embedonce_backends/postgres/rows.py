@@ -144,7 +144,7 @@ def _encode_metadata(key: str, metadata: Mapping[str, Any] | None) -> tuple[str 
     except (TypeError, ValueError, RecursionError):
         # This uses "from None", because the cause's message may show content of the metadata.
         raise TypeError(f"{key}: metadata cannot be stored as JSON") from None
-    # Postgres' type text cannot contain NUL characters.
+    # In Postgres, a value of type ``text`` cannot contain NUL characters.
     return written, preview.replace("\0", "\ufffd") if isinstance(preview, str) else None
 
 

@@ -206,8 +206,8 @@ _GET = (
     "SELECT key, {read}, frame, dtype, created, expires, metadata::text, text_preview FROM {table}"
     " WHERE key = ANY($2::text[]) AND " + _LIVE
 )
-# Statements that store or delete given keys lock the rows in the order of the keys, so that no two statements
-# deadlock. The statement that deletes expired rows skips locked rows.
+# Two statements that lock the same rows in different orders could deadlock. So a statement that stores or deletes
+# entries locks the rows in the order of the keys. The statement that deletes expired rows skips locked rows instead.
 _INSERT = """
 INSERT INTO {table} AS held
     (key, frame, dtype, dimensions, created, expires, metadata, text_preview, kept_until{embedding})

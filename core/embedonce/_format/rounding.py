@@ -114,7 +114,7 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
     """
     finite = _find_finite_rows(rows)
     if not finite.all():
-        # Set the rows that are not finite to zero, because the caller rejects a row that becomes all zero.
+        # Replace a row that is not finite by zeros, because the caller rejects a row that becomes all zero.
         rows = np.where(finite[:, None], rows, np.float32(0))
     peaks = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
     mantissas, exponents = np.frexp(peaks / 127)

@@ -67,8 +67,8 @@ def int8_steps(vector: list[float]) -> tuple[float, list[int]]:
     while wanted > unit * 2**16:
         unit *= 2
     scale = max(-(-wanted // unit) * unit, smallest)
-    # docs/frames.md says that the quotient is a float64, and that a half is rounded to the even integer. round() does
-    # this with a Fraction.
+    # docs/frames.md says that the quotient is a float64, and that a half is rounded to the nearest even integer.
+    # round() rounds a Fraction in this way.
     return float(scale), [round(Fraction(float(Fraction(value) / scale))) for value in vector]
 
 
