@@ -73,8 +73,8 @@ class MemoryBackend:
         policy: Annotated[
             Literal["segmented", "lru"],
             Doc(
-                "Which entry to evict. segmented: usually an entry that was never read, so that many new texts do not "
-                "push out the entries in use. lru: the least recently used entry."
+                "Which entry to evict. segmented: usually an entry that was never read, so a flood of new texts does "
+                "not push out the entries in use. lru: the least recently used entry."
             ),
         ] = "segmented",
     ) -> None:

@@ -47,7 +47,7 @@ class Fetched:
         if len(rows) < len(self.rows):
             raise Incomplete(
                 f"{len(self.rows) - len(rows)} of {len(self.rows)} texts have no vector; "
-                "see `failed` for the reasons, or use `rows`"
+                "`failed` has the reasons, and `rows` has the vectors of the other texts"
             )
         return matrix(rows, self.dimensions)
 

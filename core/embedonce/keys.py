@@ -327,7 +327,7 @@ class Keyer:
         except UnicodeEncodeError as error:
             raise TextError(
                 f"the text has a lone surrogate at character {error.start}; it is not valid Unicode. "
-                "Read its source with the right encoding, or replace these characters before embedding"
+                "Read its source with the right encoding, or replace every lone surrogate before you embed the text"
             ) from None
 
 

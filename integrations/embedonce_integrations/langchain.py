@@ -286,8 +286,8 @@ def _load_config(source: Source) -> config.Config:
     loaded = config.load(source, own_provider=True)
     if loaded.key.normalize:
         raise ConfigError(
-            "[key] normalize cannot be used here, because a byte store sees keys and never the texts; remove it, or "
-            "use CachedEmbeddings, which passes the normalised texts to its embeddings"
+            "[key] normalize cannot be used here, because a byte store sees keys and never the texts; remove "
+            "normalize, or use CachedEmbeddings, which passes the normalised texts to its embeddings"
         )
     return loaded
 

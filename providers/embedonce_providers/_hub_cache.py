@@ -89,8 +89,8 @@ def _download_small_files(name: str, revision: str) -> Path:
     except Exception as error:
         raise SpaceError(
             f"model {name!r}, revision {revision!r}, is not in the local cache of Hugging Face models "
-            f"({cache_folder()}) and could not be downloaded from the hub ({type(error).__name__}). Check the name, "
-            f"go online and run `hf download {name}`, or set model to a folder that holds the model"
+            f"({cache_folder()}) and could not be downloaded from the hub ({type(error).__name__}). Check the name. "
+            f"Then go online and run `hf download {name}`, or set model to a folder that holds the model"
         ) from error
     if not COMMIT.fullmatch(folder.name) or not is_model(folder):
         raise SpaceError(

@@ -64,7 +64,7 @@ class GeminiProvider:
             Doc('Gemini\'s task type for each task; document and query have a default. "" sends no task type.'),
         ] = None,
         prefixes: Annotated[
-            Mapping[str, str] | None, Doc("Text to put before each text, by task, for models without task types.")
+            Mapping[str, str] | None, Doc("Text to put before each text of a task, for models without task types.")
         ] = None,
         base_url: Annotated[
             str | None, Doc("The endpoint's URL. Default: GOOGLE_GEMINI_BASE_URL, else Google's.")
@@ -74,7 +74,9 @@ class GeminiProvider:
             Doc("Name that replaces base_url in keys, so that hosts with the same model share their vectors."),
         ] = None,
         batch_size: Annotated[int, Ge(1), Le(100), Doc("Maximum number of texts per call.")] = 100,
-        concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
+        concurrency: Annotated[
+            int, Ge(1), Doc("Make at most this many calls at the same time to embed one list of texts.")
+        ] = 4,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:

@@ -73,7 +73,7 @@ class OpenAIProvider:
             Doc("Name that replaces the URL in keys, so that hosts with the same model share their vectors."),
         ] = None,
         prefixes: Annotated[
-            Mapping[str, str] | None, Doc("Text to put before each text, by task: { query = 'query: ' }.")
+            Mapping[str, str] | None, Doc("Text to put before each text of a task: { query = 'query: ' }.")
         ] = None,
         extra_body: Annotated[
             Mapping[str, Any] | None,
@@ -97,7 +97,9 @@ class OpenAIProvider:
             Gt(0),
             Doc("Maximum number of tokens per call. Each byte of a text counts as one token."),
         ] = 300_000,
-        concurrency: Annotated[int, Ge(1), Doc("Maximum number of calls in flight at the same time, per batch.")] = 4,
+        concurrency: Annotated[
+            int, Ge(1), Doc("Make at most this many calls at the same time to embed one list of texts.")
+        ] = 4,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:

@@ -623,7 +623,7 @@ def test_a_role_that_may_not_make_tables_can_use_an_existing_one(
 ) -> None:
     items = {**entries_of(range(5)), key_of(9): b"frame"}
     with open_backend(database.url_of(role), table=backend.table) as limited:
-        with pytest.raises(TierError, match="not allowed to create it: run `embedonce migrate`"):
+        with pytest.raises(TierError, match="lacks the privileges to add what is missing: run `embedonce migrate`"):
             limited.set_many(items, None)
         backend.migrate()
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

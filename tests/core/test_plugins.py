@@ -263,7 +263,10 @@ def test_a_hook_that_exits_the_program_or_reveals_a_password(install: Install, b
     ("body", "wanted"),
     [
         ("{}", "it provides nothing"),
-        ("{'another': Backend}", 'it provides backend "another", but nothing with the name of its entry point, "one"'),
+        (
+            "{'another': Backend}",
+            'its entry point is named "one", but it provides no plugin with this name; it provides backend "another"',
+        ),
         ("{'NAME': Backend, 'more': Backend}", 'backend "more" cannot be used: add an entry point more = "acme_'),
     ],
 )

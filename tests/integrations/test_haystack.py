@@ -756,9 +756,9 @@ def test_a_text_without_embedding_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: CachedTextEmbedder(Embedder()), "whose run takes 'text'"),
-        (lambda: CachedDocumentEmbedder(Texts()), "whose run takes 'documents'"),
-        (lambda: CachedDocumentEmbedder("openai"), "whose run takes 'documents'"),
+        (lambda: CachedTextEmbedder(Embedder()), "with a method run that takes 'text'"),
+        (lambda: CachedDocumentEmbedder(Texts()), "with a method run that takes 'documents'"),
+        (lambda: CachedDocumentEmbedder("openai"), "with a method run that takes 'documents'"),
         (lambda: CachedTextEmbedder(Texts), r"is a class; pass an instance, such as Texts\(...\)"),
         (lambda: CachedTextEmbedder(space={"model": "m"}), "can only be used with an embedder"),
         (lambda: CachedDocumentEmbedder(Embedder(), meta_fields_to_embed=[]), "set it there"),

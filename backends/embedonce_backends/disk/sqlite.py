@@ -134,7 +134,8 @@ def explain_error(error: Exception, file: Path) -> Exception:
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return OSError(
             errno.EACCES,
-            f"cannot open the file for writing ({error}); check the file's folder, and the permissions of both",
+            f"cannot open the file for writing ({error}); check that the file's folder exists, and check the "
+            "permissions of the file and of its folder",
             str(file),
         )
     if code == sqlite3.SQLITE_IOERR:

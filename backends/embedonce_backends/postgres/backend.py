@@ -216,8 +216,8 @@ class PostgresBackend:
             self.migrate()
         except psycopg.errors.InsufficientPrivilege as error:
             raise TierError(
-                f"{missing}, and this role is not allowed to create it: run `embedonce migrate` "
-                "with a role that is allowed to create it"
+                f"{missing}, and this role lacks the privileges to add what is missing: run `embedonce migrate` "
+                "with a role that has these privileges"
             ) from error
         return self._inspect_table()
 

@@ -196,7 +196,7 @@ class Connection(redis.Connection):
 def check_role(reply: Reply) -> None:
     """Raise ConnectionError if the reply to ROLE does not come from a master."""
     if not is_master(reply):
-        raise ConnectionError("the server that the sentinels named is no longer the master")
+        raise ConnectionError("the sentinels named a server that is no longer the master")
 
 
 def _resolve(address: Address) -> Sequence[tuple[int, Any]]:

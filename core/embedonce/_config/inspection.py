@@ -90,7 +90,7 @@ def _list_unreachable(point: EntryPoint, plugin: LoadedPlugin) -> Iterator[str]:
         return
     if point.name not in provided:
         names = join_words(list_registered(plugin))
-        yield f'it provides {names}, but nothing with the name of its entry point, "{point.name}"'
+        yield f'its entry point is named "{point.name}", but it provides no plugin with this name; it provides {names}'
         return
     origin = origin_of(point)
     found_by = {other.name for other in all_entry_points() if origin_of(other) == origin and other.value == point.value}

@@ -75,8 +75,8 @@ class PluginsTable:
     allow: Annotated[
         Sequence[str] | None,
         Doc(
-            "Third-party plugins that may be loaded, by package or by plugin name. embedonce's own plugins are always "
-            "allowed. Without this option, every installed plugin may be loaded."
+            "Names of the third-party plugins that may be loaded, or of their packages. embedonce's own plugins are "
+            "always allowed. Without this option, every installed plugin may be loaded."
         ),
     ] = None
 

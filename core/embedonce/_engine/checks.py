@@ -49,8 +49,8 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
         raise ProviderError(
             f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions} "
             "according to the provider's vector space or to earlier vectors of that space; none was stored. "
-            "If the model has changed, its texts need a new vector space: set the model's revision, or change [key] "
-            "version"
+            "If the model has changed, the vectors of the new model need a new vector space: set the model's "
+            "revision, or change [key] version"
         )
     if not np.isfinite(matrix).all():
         raise ProviderError(f"{who} NaN or infinity; none of the vectors was stored")

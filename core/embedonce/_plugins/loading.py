@@ -278,7 +278,7 @@ def find_extra(distribution: Distribution, plugin: str, module: str) -> str | No
 def _explain_unknown_step(name: str) -> str:
     meant = find_closest(name, [*NORMALIZERS, *names()])
     hint = f'; did you mean "{meant}"?' if meant else "."
-    more = "plugins can add steps; each step needs an entry point with its name"
+    more = "plugins can add steps; an entry point must have the name of the step"
     return f"no normalisation step {quote(name)}{hint} embedonce provides {', '.join(NORMALIZERS)}; {more}"
 
 

@@ -168,8 +168,8 @@ class ProviderContract(Contract):
                 self._require_near(
                     found,
                     vectors[order],
-                    "the vectors of the same texts, embedded in two batches between which another batch was embedded "
-                    f"(the batch before the second one has a different text at position {place}),",
+                    f"two batches in a row differ only in the text at position {place}; the vectors of the second "
+                    "batch, and the vectors of the same texts from an earlier batch,",
                 )
 
     def test_a_text_twice_has_one_vector(self) -> None:

@@ -107,8 +107,8 @@ class CachedEmbedder:
         outputs = getattr(embedder, "__haystack_output__", ())
         if embedder is not None and not (self._input in sockets and self._output in outputs):
             raise TypeError(
-                f"{type(self).__name__} requires a Haystack component whose run takes {self._input!r} and returns "
-                f"{self._output!r}, got {type(embedder).__name__}"
+                f"{type(self).__name__} requires a Haystack component with a method run that takes {self._input!r} "
+                f"and returns {self._output!r}, got {type(embedder).__name__}"
             )
         self.embedder: Any = embedder
         self.config = config
