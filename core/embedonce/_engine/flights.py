@@ -8,7 +8,7 @@ Without the flight, this call would embed the text again.
 Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
 calls with older tickets to store the erased keys. This applies to computed, promoted and queued entries alike. A flight
 or a queued write may outlive its call. So flights and queued writes keep only the number of the ticket. If they kept
-the ticket itself, the call would count as running.
+the ticket itself, the ended call would still count as running.
 
 One lock guards the dictionaries and queues. A thread that holds the lock awaits nothing and calls no backend or
 provider.
