@@ -238,8 +238,8 @@ class _Segmented:
     """Two LRU queues: a new entry is on probation and becomes protected when it is read.
 
     The protected queue takes at most half of the capacity. An entry that no longer fits there goes back on probation.
-    An entry that no longer fits on probation is evicted. Entries that are stored and never read therefore cannot push
-    out protected ones. While no entry is protected, probation has the whole capacity. Segmented LRU comes from:
+    An entry that no longer fits on probation is evicted. Therefore, entries that are stored but never read cannot push
+    out protected entries. While no entry is protected, probation has the whole capacity. Segmented LRU comes from:
     Karedla, Love and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
     """
 

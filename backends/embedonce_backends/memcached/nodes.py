@@ -29,9 +29,9 @@ R = TypeVar("R")
 log = logging.getLogger("embedonce.memcached")
 
 RECEIVE_BYTES = 24 * 1024
-"""Maximum number of bytes per read from a socket. Whenever pymemcache parses a value, it copies all bytes that it
-has read after that value. So larger reads make larger copies. Smaller reads (pymemcache's own are 4 KiB) need more
-calls. This size was chosen by measurements with vectors of 384 to 3,072 dimensions."""
+"""Maximum number of bytes per read from a socket. After pymemcache has parsed a value, it copies the rest of the
+bytes that it has read. The larger the reads, the more bytes it copies. Smaller reads (pymemcache's own are 4 KiB) need
+more calls. This size was chosen by measurements with vectors of 384 to 3,072 dimensions."""
 DEFAULT_SECONDS = 60.0
 """Maximum number of seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0

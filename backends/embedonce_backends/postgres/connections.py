@@ -94,7 +94,7 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the connection parameters of each host of a URL, in the order in which to try the hosts.
 
     Raises:
-        ConfigError: the URL has neither one port nor as many ports as hosts.
+        ConfigError: the URL lists several hosts and several ports, but not one port per host.
     """
     lists = {name: str(parameters[name]).split(",") for name in ("host", "hostaddr", "port") if parameters.get(name)}
     count = max(map(len, lists.values()), default=1)

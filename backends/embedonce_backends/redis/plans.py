@@ -278,8 +278,8 @@ class Slots(NamedTuple):
 
     nodes: tuple[Node, ...]
     owners: tuple[int | None, ...]
-    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot. Empty if there is
-    no cluster."""
+    """For each slot, the index of its master in ``nodes``, or None if no node serves the slot. The tuple is empty if
+    there is no cluster."""
 
     def has_same_owners(self, other: Slots) -> bool:
         """Return whether every slot has the same master here and in ``other``. The order of the nodes is ignored."""

@@ -53,7 +53,7 @@ class Document:
         return Path.cwd() if self.file is None else self.file.parent
 
     def place(self, path: TomlPath, *, key: bool) -> Place | None:
-        """Return the place of a key or of its value; None if the place is unknown, as in a dict."""
+        """Return the place of a key or of its value; None if unknown, for example because there is no file."""
         if self.file is None:
             return None
         if self._places is None:

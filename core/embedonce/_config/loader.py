@@ -159,7 +159,7 @@ class _Loader:
         return self._document.table(*(str(part) for part in where))
 
     def _format_tier(self, index: int) -> str:
-        """Return a tier's name for messages. If no name can be shown, return the type; if neither can, the number."""
+        """Return a tier's label for messages: the first of name, type and number that can be shown."""
         tiers = self._values.data["tiers"]
         given = tiers[index] if isinstance(tiers, list) and isinstance(tiers[index], Mapping) else {}
         for key in ("name", "type"):
@@ -478,8 +478,8 @@ class _Loader:
 
         If a variable overrides the option, the message names the variable. Otherwise, the message has the part's line.
 
-        ``where`` is the path from the table to the part. ``shown`` is the text of the part for the message, or None if
-        the message must not show it.
+        ``where`` is the path from the table to the part. ``shown`` is the part's value as text, or None if the message
+        must not show the value.
         """
         if variable is not None:
             self._problems.append(Problem(f"{variable}: {message}"))

@@ -24,9 +24,9 @@ WriteMode: TypeAlias = Literal["inline", "background", "none"]
 class Tier:
     """One backend in a chain, and how the chain uses it.
 
-    The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process gets no timeout
-    and inline writes. A backend on this host gets a timeout of 2 s and inline writes. A backend on the network gets a
-    timeout of 250 ms and background writes.
+    The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process gets inline
+    writes and no timeout. A backend on this host gets inline writes and a timeout of 2 s. A backend on the network gets
+    background writes and a timeout of 250 ms.
     """
 
     backend: Backend
@@ -147,7 +147,7 @@ def _find_lease_problems(
 
 
 _LOGGED: set[str] = set()
-"""Warnings that this process has logged, so that many caches of one configuration log each warning only once."""
+"""Warnings that this process has logged. They are not logged again, even if another cache has the same chain."""
 
 _SLOWNESS = {"process": 0, "host": 1, "network": 2}
 _WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}

@@ -29,8 +29,8 @@ from .routes import Route
 log = logging.getLogger("embedonce")
 
 RETRY_SECONDS = 60.0
-"""Seconds from a failed check to the next check. With the action ``"refuse"``, this is also the time from a check that
-found drift to the next check."""
+"""Seconds that must pass after a failed check before the next check. With the action ``"refuse"``, the same time must
+pass after a check that found drift."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata field that marks the canaries of a drifted space.

@@ -1,14 +1,14 @@
 """The computations, writes and erasures that are in flight in one chain.
 
 A *flight* is one computation of the vector of one key. Any number of calls may wait for a flight. A flight *lands*
-when its entry is computed. A landed flight stays readable while its background writes are queued or running, and while
-any call that began before the landing has not claimed its keys yet. Such a call may have read a tier before the entry
-was written. Without the flight, this call would embed the text again.
+when its entry is computed. A landed flight stays readable until its background writes have ended, and until every call
+that began before the landing has claimed its keys. Such a call may have read a tier before the entry was written.
+Without the flight, this call would embed the text again.
 
 Every call has a numbered *ticket*, and later calls have higher numbers. An erasure (``forget``, ``purge``) forbids
 calls with older tickets to store the erased keys. This applies to computed, promoted and queued entries alike. A flight
-or a queued write may outlive its call. It keeps only the ticket's number, because a call counts as running while its
-ticket exists.
+or a queued write may outlive its call. So flights and queued writes keep only the number of the ticket. If they kept
+the ticket itself, the ended call would still count as running.
 
 One lock guards the dictionaries and queues. A thread that holds the lock awaits nothing and calls no backend or
 provider.
