@@ -29,7 +29,7 @@ def format_count(number: int, noun: str, plural: str = "") -> str:
 
 
 def join_words(words: Iterable[str], last: str = "and") -> str:
-    """Join words to text such as ``a, b and c``."""
+    """Join words into a list in a sentence: ``a, b and c``."""
     *front, end = list(words) or ["nothing"]
     return f"{', '.join(front)} {last} {end}" if front else end
 

@@ -85,7 +85,7 @@ class Fetched:
 class Explanation:
     """How a text's key is built, what each tier has for the key, and possible reasons for a miss.
 
-    It contains no text.
+    The explanation does not contain the text itself.
     """
 
     key: str

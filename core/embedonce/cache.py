@@ -159,7 +159,9 @@ class Cache(Requests):
     ) -> Fetched:
         """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
-        With ``store=False``, the call writes no vector to any tier, not even one that it found in a slower tier.
+        With ``store=False``, the call writes no vectors to the tiers. It neither stores the vectors that it computes
+        nor copies vectors from a slower tier to a faster tier.
+
         ``metadata`` (one small JSON object or None per text) is stored with vectors that this call computes. An entry
         that is already stored keeps its own metadata.
         """

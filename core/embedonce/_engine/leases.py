@@ -21,7 +21,7 @@ from .ports import Port
 from .tiers import LiveTier
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-"""The first pause and the longest pause between two polls for a vector that another process computes, in seconds.
+"""Seconds of the first pause and of the longest pause between two polls for a vector that another process computes.
 
 Each pause is 1.5 times as long as the pause before, up to the longest pause.
 """

@@ -94,7 +94,7 @@ class Engine:
     """Whether :meth:`find_current_route` may return a route to another vector space."""
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
-        """Return the error that missing texts get instead of vectors in this space, or None if they can be embedded."""
+        """Return None if missing texts can be embedded in this space, else the error that each missing text gets."""
         return None
 
     async def find_current_route(self, port: Port, route: Route) -> Route:
@@ -299,7 +299,7 @@ class Engine:
                 return
 
     async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Take leases, and return the keys whose leases we get, or all keys if the tier has failed in this call."""
+        """Take leases. Return the keys whose leases we get, and the keys for which the tier failed in this call."""
         tier = leases.tier.name
         if tier in call.answer.failed_tiers:
             return set(keys)

@@ -97,7 +97,8 @@ def call_with_deadline(call: Callable[[], T], timeout: float | None) -> T:
     Inside the call, ``time_left()`` returns the seconds until the deadline.
 
     The call runs in a copy of the context, because Ctrl-C can end the call before the deadline is reset. Without the
-    copy, the deadline would then stay set in this thread. All calls after the deadline would fail.
+    copy, the deadline would then stay set in this thread. Once the deadline has passed, every later call in this
+    thread would fail.
     """
     return copy_context().run(_call_in_this_context, call, timeout)
 

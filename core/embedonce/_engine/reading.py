@@ -1,4 +1,4 @@
-"""Reads from a tier, with a read breaker and its probes, checks of the returned values, and counters."""
+"""Reading from a tier. The reader checks and counts the values that the tier returns, and has a breaker with probes."""
 
 from __future__ import annotations
 

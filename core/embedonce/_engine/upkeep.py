@@ -208,7 +208,7 @@ class Upkeep:
         return f"{len(corrupt)} of {len(values)} scopes are encrypted with a different key" if corrupt else ""
 
     async def migrate(self, port: Port) -> dict[str, str]:
-        """Migrate the layout of every store that supports it, and return what was done, by tier.
+        """Migrate the layout of every store that can be migrated. For each tier, return what was done.
 
         Raises:
             TierError: a store could not be migrated.

@@ -212,7 +212,7 @@ class TierWriter:
         return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
 
     def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
-        """Report the outcome of a write to the breaker and the counters. Return why some entries were not stored."""
+        """Tell the breaker and the counters the result of a write. Return why some entries were not stored, or None."""
         if result.error is None:
             self.breaker.record_success()
             cause = "too large" if result.refused else None
@@ -239,8 +239,8 @@ class TierWriter:
     def _write_cards(self, keys: Iterable[str]) -> None:
         """Write the space card of each scope, unless the card was written less than :data:`CARD_SECONDS` ago.
 
-        Cards have no TTL, so they need a backend call of their own. An in-process tier needs no cards, because
-        only this process writes to it.
+        Cards have no TTL. All values of one backend call get the same TTL, so cards need a backend call of their own.
+        An in-process tier stores no cards, because this process knows the cards of all entries that it writes.
         """
         if self._calls.capabilities.scope == "process":
             return

@@ -222,7 +222,7 @@ class Entries(MutableMapping[str, Entry]):
         return {key: self[key] for key in self._by_key}
 
     def sizes(self) -> Counter[int]:
-        """Return how many entries have each number of dimensions."""
+        """Count the entries by the number of dimensions of their vectors."""
         sizes = Counter(entry.vector.size for entry in self.loose().values())
         for block in self._blocks:
             sizes[block.values.shape[1]] += len(block.keys)

@@ -109,8 +109,11 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
 
     The scale is the row's largest absolute value / 127, rounded up to 16 significant bits, and at least the
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in
-    float32. Rounding a rounded row gives the same scale again: the largest step of a row is 127, except in a row that
-    has the smallest scale, and rounding cannot make that scale smaller.
+    float32.
+
+    Rounding a rounded row gives the same scale again. The largest step of a rounded row is 127, so the row's largest
+    absolute value / 127 is the scale itself. Only in a row with the smallest scale can the largest step be less than
+    127. Such a row gets the smallest scale again.
     """
     finite = _find_finite_rows(rows)
     if not finite.all():

@@ -28,7 +28,7 @@ class Failed(Exception):
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return the operating system's reason for an error, after the name of the file if the error has one."""
+    """Return the operating system's reason for an error. If the error names a file, put the file's name first."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 

@@ -383,7 +383,7 @@ def _describe_passage(passage: Passage, with_text: bool) -> dict[str, Any]:
 
 
 def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
-    """Return the number of dimensions of ``vectors``, which must be ``dimensions`` unless ``dimensions`` is None."""
+    """Return the number of dimensions of ``vectors``. If ``dimensions`` is given, refuse any other number."""
     found = int(vectors.shape[1])
     if dimensions not in (None, found):
         raise SinkError(f"one output cannot have vectors of {dimensions} and of {found} dimensions")
