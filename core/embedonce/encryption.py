@@ -28,9 +28,10 @@ class Encryption:
     """Encrypts and decrypts the frames of a tier.
 
     Args:
-        keys: One or more keys. Each key is 32 bytes, a text in base64, or ``"file:PATH"`` if a file contains this text.
-            The first key encrypts, and all keys decrypt. To rotate keys, put the new key before the old key. Remove the
-            old key when its frames have expired. If no key can decrypt a frame, its text is embedded again.
+        keys: One or more keys. A key is 32 bytes. Pass it as bytes, as a str in base64, or as ``"file:PATH"``. The file
+            contains the key in base64. The first key encrypts, and all keys decrypt. To rotate keys, put the new key
+            before the old key. Remove the old key when its frames have expired. If no key can decrypt a frame, its text
+            is embedded again.
 
     Raises:
         ConfigError: a key is invalid or missing, or the package ``cryptography`` is not installed.
@@ -61,7 +62,10 @@ class Encryption:
         return [f"{key:016x}" for key in self._ciphers]
 
     def encrypt(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Encrypt frames with the first key. An encrypted frame can be decrypted only under its own storage key."""
+        """Encrypt frames with the first encryption key.
+
+        Each frame is bound to its storage key: a copy of the frame under another storage key cannot be decrypted.
+        """
         cipher = self._ciphers[self._first]
         sealed = {}
         for key, frame in frames.items():

@@ -135,9 +135,9 @@ class PartialAnswer(TierError):
 
     Raise this error ``from`` the error of the failed node. The failed keys are counted under that error, and the tier's
     breaker reacts as if the backend had raised that error. A backend may skip a failed node for some time, so
-    that no call waits for the node. During that time, raise this error ``from`` a :class:`TierBusy`, which does not
-    affect the breaker, so that the other nodes stay in use. If no node answered, raise the error of a node instead of a
-    ``PartialAnswer``.
+    that no call waits for the node. During that time, raise this error ``from`` a :class:`TierBusy`. The breaker
+    ignores a :class:`TierBusy`, so the other nodes stay in use. If no node answered, raise the error of a node instead
+    of a ``PartialAnswer``.
     """
 
     def __init__(self, message: str, *, answer: Any = None, failed: Collection[str]) -> None:

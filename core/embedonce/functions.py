@@ -105,8 +105,8 @@ def wrap(source: AnyProvider | Function, space: Space | None = None, limits: Lim
     """Return ``source`` if it is a provider, else a provider that calls ``source``.
 
     Raises:
-        SpaceError: ``source`` is a function and no space was given, or ``source`` is a provider and a space or limits
-            were given.
+        SpaceError: ``source`` is a function, but no space was given. Or a space or limits were given, but ``source``
+            is a provider, which has its own space and limits.
         TypeError: ``source`` is neither a provider nor a function.
     """
     if isinstance(source, type):

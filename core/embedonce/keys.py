@@ -278,7 +278,10 @@ class KeyPolicy:
         return hmac.digest(b"embedonce/secret-id/1", self._secret_bytes(), "sha256")[:16]
 
     def scope(self, space: VectorSpace) -> str:
-        """Return 16 hex digits that identify this policy and ``space``. Entries are listed and purged by scope."""
+        """Return the scope of this policy and ``space``, as 16 hex digits.
+
+        All keys of this policy and space contain the scope. Entries are listed and purged by scope.
+        """
         parts = {
             "namespace": self.namespace,
             "version": self.version,
@@ -353,7 +356,7 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card of a scope, by which ``stats`` and ``purge`` identify the scope. A card has no text."""
+    """Return the space card, which describes a scope for ``stats`` and ``purge``. A card contains no embedded text."""
     described = space.described()
     return {
         "provider": described.get("provider"),

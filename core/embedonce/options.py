@@ -122,7 +122,7 @@ def _parse_duration_text(text: str) -> float:
 
 
 class Parsed:
-    """Marks an option that TOML may write as text, and gives pydantic its parser and JSON schema."""
+    """Marks an option that may be text in TOML, and gives pydantic its parser and JSON schema."""
 
     __slots__ = ("_schema", "parse")
 

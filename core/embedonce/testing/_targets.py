@@ -167,7 +167,7 @@ def detect_kind(plugin: Any, written: str) -> Kind:
 
 
 def make_from_recipe(*, written: str, options: Mapping[str, str]) -> Any:
-    """Find and make a plugin. Other processes call this function, because it is the ``plugin`` of a ``Recipe``."""
+    """Find and make a plugin. A ``Recipe`` has this function as its ``plugin``, so that other processes can call it."""
     return find_target(written, options).make_plugin(options)
 
 

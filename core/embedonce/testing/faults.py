@@ -1,4 +1,4 @@
-"""Fault injection: wrappers make the calls of a backend or provider fail as the calls of real services fail.
+"""Fault injection: wrappers that make a backend or a provider fail in the ways in which real services fail.
 
 A :class:`Fault` defines which calls fail and how. All other calls reach the wrapped object unchanged::
 
@@ -225,7 +225,7 @@ class _FaultChooser:
 class FaultyBackend:
     """Wraps a backend, records every call, and applies the first of ``faults`` that matches the call.
 
-    ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hangs obey the deadline.
+    ``capabilities`` override what the inner backend declares. Set ``deadline=True`` if hanging calls obey the deadline.
     Set ``blocking=True`` if async code uses an in-process backend with a ``hang`` or ``slow`` fault. Otherwise the
     cache calls the backend directly on the event loop, and a slow call blocks the whole loop.
 
@@ -378,7 +378,7 @@ class FaultyBackend:
         return found
 
     def _shift_values(self, keys: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
-        """Return each value under the next key. With fewer than two values, return a value of a different key."""
+        """Return each value under the next key. If at most one value was found, use a recent value of another key."""
         if len(found) > 1:
             values = list(found.values())
             return dict(zip(found, [values[-1], *values[:-1]], strict=True))

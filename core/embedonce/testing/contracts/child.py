@@ -1,11 +1,11 @@
 """The program of the child processes that the contracts use. :mod:`.support` starts each child.
 
 A child reads its request, one line of JSON, from standard input, and makes the plugin. Then the child writes an empty
-line to standard output, and waits for an empty line from the parent. The parent sends these lines when all children are
-ready, so that all children begin at the same moment. At the end, each child writes its answer as JSON.
+line to standard output, and waits. When all children are ready, the parent sends an empty line to each child, so that
+all children begin at the same moment. At the end, each child writes its answer as JSON.
 
-If the request is to store keys until the child is killed, the child does not wait. After each batch, the child writes
-the number of keys that it has stored so far.
+There is one exception: a request with a ``scope`` asks the child to store keys until it is killed. The child then does
+not wait. After each batch, it writes the number of keys that it has stored so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions that run calls in threads and processes, with timeouts, so that a call that hangs fails only one test."""
+"""Functions that run calls in threads and processes, with timeouts. A hanging call then makes only one test fail."""
 
 from __future__ import annotations
 

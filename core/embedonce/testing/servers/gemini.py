@@ -48,7 +48,7 @@ GeminiMisbehaviour: TypeAlias = Literal[
 PATH = re.compile(r"/v1\w*/models/([^/:]+):(batchEmbedContents|embedContent)")
 
 NOT_IN_SPACE = ("model", "content", "taskType", "outputDimensionality")
-"""In a request for one vector, all fields except these are the ``extra`` of :meth:`GeminiServer.vector_of`."""
+"""Fields of a request for one vector. All other fields are passed to :meth:`GeminiServer.vector_of` as ``extra``."""
 
 
 class GeminiServer(LoopbackServer[GeminiMisbehaviour]):

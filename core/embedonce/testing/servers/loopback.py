@@ -127,7 +127,7 @@ class LoopbackServer(Generic[KindT]):
         released.set()
 
     def until_hanging(self) -> None:
-        """Block until a request hangs; each call waits for a different request.
+        """Block until a request hangs. The next call of this method waits until another request hangs.
 
         Raises:
             TimeoutError: no request hangs after 60 seconds.

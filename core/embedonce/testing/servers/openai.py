@@ -52,7 +52,7 @@ OPENAI_PATH = re.compile(r"(?:/openai)?/v1/(embeddings|models)")
 AZURE_PATH = re.compile(r"/openai/deployments/([^/]+)/embeddings")
 
 NOT_IN_SPACE = ("input", "model", "dimensions", "encoding_format", "user")
-"""In the body of a request, all fields except these are the ``extra`` of :meth:`OpenAIServer.vector_of`."""
+"""Fields of a request's body. All other fields are passed to :meth:`OpenAIServer.vector_of` as ``extra``."""
 
 
 class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
