@@ -781,7 +781,7 @@ def send_memcached_line(address: str, line: str) -> str:
 
 
 class ExternalServer:
-    """A server that an environment variable names. It has a URL, and tests must not stop the server."""
+    """A server that an environment variable names. A test that uses more than the server's URL is skipped."""
 
     def __init__(self, url: str) -> None:
         self.url = url

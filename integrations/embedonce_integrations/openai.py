@@ -177,7 +177,7 @@ _current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
 
 @contextmanager
 def _set_current_call(call: _Call) -> Iterator[None]:
-    """Set the call whose arguments go to the endpoint.
+    """Inside the ``with`` block, make ``call`` the current call. Its arguments go to the endpoint.
 
     The engine's threads and asyncio tasks copy the caller's context, so they see this call.
     """

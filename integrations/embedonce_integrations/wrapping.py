@@ -187,8 +187,8 @@ class WrappedSpaces:
     def check(self, task: Task) -> None:
         """Check that the embedder has not changed since it was wrapped.
 
-        Its vectors are stored under the description from that time, so the vectors of a changed embedder would be
-        stored under the wrong keys.
+        The keys are made from the description that the embedder had when it was wrapped. If the embedder has changed
+        since then, its vectors would be stored under the wrong keys.
 
         Raises:
             SpaceError: a field that may affect vectors has changed.

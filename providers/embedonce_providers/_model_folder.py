@@ -82,9 +82,9 @@ def _library_class(module: Any) -> str | None:
 
 
 def _find_dimensions(folder: Path, modules: list[Any]) -> int | None:
-    """Return the number of dimensions of the model's vectors, or None if no module declares it.
+    """Return the number of dimensions of the model's vectors, or None if the files do not declare the number.
 
-    The last module that can change the number of dimensions declares it.
+    Only the last module that can change the number of dimensions is read, because that module decides the number.
     """
     for module in reversed(modules):
         kind = _library_class(module)

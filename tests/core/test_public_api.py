@@ -226,7 +226,7 @@ def test_a_vector_that_another_process_computed_during_a_lease_is_a_hit() -> Non
 
 
 def test_the_hit_rate_never_exceeds_1_while_calls_run() -> None:
-    """A call counts all its texts at its end, even a text whose vector was found earlier by polling for a lease."""
+    """A call counts its texts only when it ends. A text whose vector was found by polling is not counted earlier."""
     store, near = DictBackend(scope="network"), FaultyBackend(DictBackend(), [])
     space = {"model": "m"}
     entered, go = threading.Event(), threading.Event()

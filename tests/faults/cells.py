@@ -86,7 +86,7 @@ class Store(Protocol):
     not_applicable: Mapping[str, str]
     """For each fault that does not apply to this store, the reason."""
     separate_nodes: int
-    """Number of nodes that the backend skips separately, each after one call has waited for the timeout."""
+    """Number of nodes that the backend skips separately. Before it skips a node, one call waits until the timeout."""
 
     def backend(self, fault: str) -> Backend: ...
 
@@ -313,7 +313,7 @@ class CellRun:
             return seconds
 
     def wait_for_closed_breakers(self, caller: Caller) -> None:
-        """Wait until both breakers are closed and all writes are done, so that every line has been logged."""
+        """Wait until the breakers of reads and writes are closed and all writes are done. Then all lines are logged."""
         end = time.monotonic() + RECOVERY_TIMEOUT
         while self.is_a_breaker_open():
             self.fetch(caller, self.make_call_texts())
@@ -331,7 +331,8 @@ class CellRun:
     def check_timeouts(self, during_fault: Sequence[Event]) -> None:
         """Check that not too many calls timed out.
 
-        The limit is one call per opened breaker, plus one call per separate node after the first.
+        The limit is the number of times that the breaker opened, plus ``separate_nodes`` - 1. Reads and writes are
+        checked separately.
         """
         if self.cell.fault in ("black hole", "slow") and self.effect == "fails":
             assert self.outcome.timeouts
@@ -341,7 +342,7 @@ class CellRun:
             assert self.count_timeouts(operation) <= opened + self.store.separate_nodes - 1, during_fault
 
     def check_counts(self, during_fault: Sequence[Event]) -> None:
-        """Check that errors are counted as errors under one of the fault's causes, and never as hits or misses."""
+        """Check that errors are never counted as hits or misses, and that each error has one of the fault's causes."""
         found: Counter[str] = Counter()
         kind = KINDS[self.cell.operation]
         for event in during_fault:

@@ -58,7 +58,11 @@ NO_CAUSES = causes()
 def make_network_faults(
     *, ended: frozenset[str], silent: frozenset[str], garbled: frozenset[str]
 ) -> dict[str, StoreFault]:
-    """Return the network faults. The arguments are the causes of errors for ended, silent and garbled connections."""
+    """Return the network faults.
+
+    Each argument holds the possible causes of the errors on one kind of connection. For example, ``ended`` holds the
+    causes for a connection that has ended.
+    """
     causes_by_fault = (ended, silent, silent, ended, garbled)
     return {
         fault: StoreFault(method, of)

@@ -87,7 +87,7 @@ def _set_current_run(run: Run) -> Iterator[Run]:
 
 
 class CachedEmbedder:
-    """Looks up the vectors of texts. The embedder or the ``[provider]`` embeds the texts whose vector no tier has."""
+    """Looks up the vectors of texts. If a text has no vector in the tiers, the embedder or ``[provider]`` embeds it."""
 
     _task: ClassVar[Task]
     _input: ClassVar[str]
@@ -256,7 +256,7 @@ class CachedEmbedder:
         return run.take_vectors(texts)
 
     def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        """Return, for each call of the embedder's ``run``, its texts and the argument that holds them."""
+        """Return one pair per call of the embedder's ``run``: the texts, and the argument that holds these texts."""
         raise NotImplementedError
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def _is_secret(value: Any) -> bool:
 def describe_call(
     embedder: Any, run: Mapping[str, Any], *, task: Task, declared: Mapping[str, Any] | None = None
 ) -> VectorSpace:
-    """Return the vector space of an embedder for a call of its ``run``.
+    """Return the vector space of the vectors that one call of an embedder makes.
 
-    ``run`` holds the arguments of the call other than the texts. ``declared`` is the vector space that the user
-    declared, if any.
+    ``run`` has all arguments of that call except the texts. ``declared`` is the vector space that the user declared,
+    if any.
 
     Raises:
         SpaceError: the embedder cannot be described, and the user declared no vector space. The message says how to

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @component
 class CachedDocumentEmbedder(CachedEmbedder):
-    """Embeds documents whose vector no tier has. Unchanged documents are not embedded again.
+    """Gives each document its vector. Only documents that have no vector in the tiers are embedded.
 
     A document's key is made from its effective text. Haystack's embedders make this text from the embedded metadata
     fields and the content, joined by the separator. The embedder's prefix and suffix are not in this text, but in the
@@ -30,8 +30,9 @@ class CachedDocumentEmbedder(CachedEmbedder):
             configurations share one cache.
         space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
             does not describe its vectors.
-        meta_fields_to_embed: metadata fields to embed. Pass this list only with a ``[provider]``, or if the embedder
-            has no ``meta_fields_to_embed``. Such an embedder gets the effective text as content, and no metadata.
+        meta_fields_to_embed: metadata fields to embed. Pass this list only if ``embedder`` is None or has no
+            ``meta_fields_to_embed``. An embedder without ``meta_fields_to_embed`` gets the effective text as content,
+            and no metadata.
         embedding_separator: separator between ``meta_fields_to_embed`` and the content.
 
     Raises:
