@@ -160,9 +160,9 @@ class _WrappedEmbeddings:
 
 
 def _sort_answers(embeddings: Any) -> Any:
-    """Return embeddings that put the vectors of an OpenAI answer in the order of their ``index``.
+    """Return a LangChain ``Embeddings`` object that puts the vectors of an OpenAI answer in the order of ``index``.
 
-    The original embeddings ignore the ``index``.
+    The original object ignores the ``index``.
     """
     clients = {name: getattr(embeddings, name, None) for name in CLIENTS}
     ordered = {name: OrderedEmbeddings(client) for name, client in clients.items() if is_openai_resource(client)}

@@ -139,7 +139,7 @@ class _Part:
             if not _try_lock(file):
                 file.close()
                 raise SinkError(f"--out: another run is writing {self.final}")
-            # Between opening and locking, the run that held the lock may have renamed or removed the file.
+            # Before this run locked the file, the run that held the lock may have renamed or removed it.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                     return file
@@ -191,10 +191,10 @@ class _Part:
         """Remove the file, then release its lock, so that no other run opens a file that is about to be removed."""
         if self.file.closed:
             return
-        is_renamed = self.is_renamed  # if so, another run may already use the .part name
+        is_renamed = self.is_renamed
         if sys.platform == "win32":
             self.file.close()
-        if not is_renamed:
+        if not is_renamed:  # after the rename, the .part name may belong to another run
             self.path.unlink(missing_ok=True)
         with suppress(OSError):  # on a full disk, writing the rest of the buffer fails again
             self.file.close()

@@ -826,7 +826,7 @@ class BackendContract(Contract):
             for kind in ("cut", "reset", "garbage"):
                 for after in (0, 3):
                     proxy.fault = NetworkFault(kind, after=after)
-                    what = f"get_many whose reply is {kind} after {after} bytes"
+                    what = f"get_many, with the fault {kind!r} after {after} bytes of the reply,"
                     self._require_error(lambda: client.get_many([key(1), key(2)]), what)
                     proxy.heal()
                     self._require_recovery(client)
