@@ -88,7 +88,7 @@ class FallbackTable:
     fetch_only: Annotated[
         bool,
         Doc(
-            "If the main provider fails, only the method fetch uses the fallback. The methods embed and embed_batch raise an "
+            "If the main provider fails, only the method fetch uses the fallback. embed and embed_batch then raise an "
             "error instead of returning vectors of the fallback."
         ),
     ] = False
