@@ -557,7 +557,8 @@ class RedisSentinelServers(ServerGroup):
             ),
             "the replica becomes the master",
         )
-        self.allow_failover(START_TIMEOUT)  # the new master may stall for a moment, and must not be replaced
+        # Make the sentinels wait longer again, so that they do not replace the new master if it stalls for a moment.
+        self.allow_failover(START_TIMEOUT)
 
     def _list_running(self) -> list[SentinelServer]:
         return [sentinel for sentinel in self.sentinels if sentinel.process is not None]

@@ -118,9 +118,10 @@ class TierTimeout(TierError, TimeoutError):
 
 
 class TierBusy(TierError):
-    """All connections or threads to a tier are in use. This counts as an error but does not open the breaker.
+    """All connections to a tier, or all of its threads, are in use.
 
-    Backends raise this error when their connection pool is exhausted.
+    This counts as an error but does not open the breaker. Backends raise this error when their connection pool is
+    exhausted.
     """
 
 

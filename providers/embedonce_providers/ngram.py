@@ -174,8 +174,8 @@ def _folding_table() -> NDArray[np.uint32]:
     return table
 
 
-# This factor is 2**32 divided by the golden ratio. It is odd and its bits have no pattern, so different runs rarely get
-# the same product.
+# This factor is 2**32 divided by the golden ratio. It is odd and its bits have no pattern, so two different runs of
+# characters rarely get the same hash.
 _FACTOR: Final = np.uint32(0x9E3779B1)
 _13, _16 = np.uint32(13), np.uint32(16)
 

@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "haystack_ingestion"
 COUNT = 16
 DAY = 24 * 3600
 
-# Each process imports torch, which takes long on a busy machine.
+# Each process imports torch, which takes a long time on a busy machine.
 pytestmark = pytest.mark.timeout(600)
 
 

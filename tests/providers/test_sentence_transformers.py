@@ -30,7 +30,7 @@ from embedonce_providers.sentence_transformers import SentenceTransformersProvid
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 TOLERANCE = 1e-6
-# The first test and each started process import torch, which takes long on a busy machine.
+# The first test and each started process import torch, which takes a long time on a busy machine.
 pytestmark = pytest.mark.timeout(300)
 starts_a_process = pytest.mark.timeout(500)
 TEXTS = ["Open a file.", "Close it again, and say whether that went well. " * 40, "", "Öffne die Datei."]

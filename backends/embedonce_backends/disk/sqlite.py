@@ -202,8 +202,10 @@ class Connections:
                     self._lent.add(connection)
                     return self._idle.pop()
                 generation = self._generation
+            # A fork waits for this lock, so no fork happens while a file is being opened. If a fork began before this
+            # thread got the lock, wait for the end of the fork.
             with hold_lock(self._open_lock):
-                if _forking_threads:  # a fork waits for this lock, so no fork happens while a file is being opened
+                if _forking_threads:
                     continue
                 connection = self._connect()
                 connection.generation = generation

@@ -106,7 +106,9 @@ def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     hosts = [{**parameters, **{name: values[index] for name, values in lists.items()}} for index in range(count)]
     if parameters.get("load_balance_hosts") == "random":
         random.shuffle(hosts)
-    if parameters.get("target_session_attrs") == "prefer-standby":  # for one host, libpq treats this as "any"
+    # Each host is tried alone, and for a single host, libpq treats "prefer-standby" as "any". So try every host as a
+    # standby first.
+    if parameters.get("target_session_attrs") == "prefer-standby":
         return [{**host, "target_session_attrs": wanted} for wanted in ("standby", "any") for host in hosts]
     return list(hosts)
 

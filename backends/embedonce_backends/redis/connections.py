@@ -98,7 +98,7 @@ class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
 
 
 class Connection(redis.Connection):
-    """A blocking connection whose connecting, sending and reading end by the deadline of the call."""
+    """A blocking connection. It stops connecting, sending or reading at the deadline of the call."""
 
     idle_since = 0.0
 

@@ -434,7 +434,7 @@ class _Loader:
     def _read_variable(self, table: _Table, option: Option, variable: str, text: str) -> Any:
         table.secrets.update(find_secrets(text))
         if not is_unicode(text):
-            self._problems.append(Problem(f"{variable}: is not valid Unicode"))
+            self._problems.append(Problem(f"{variable}: the value is not valid Unicode"))
             return UNUSABLE
         return self._check_value(option, read_text(option, text), variable=variable, table=table)
 

@@ -83,7 +83,7 @@ def _confirm_purge(preview: Purged) -> bool:
     except typer.Abort as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        return False  # end of input counts as no
+        return False  # the end of the input counts as the answer "no"
 
 
 def describe_purge(purged: Purged, verb: str) -> Iterator[str]:

@@ -49,7 +49,7 @@ class Bar:
         self._passages += passages
 
     def handle_event(self, event: Event) -> None:
-        """Advance the bar within the window, because a slow provider may take long to embed a whole window."""
+        """Advance the bar after each part of a window. A slow provider may take a long time for a whole window."""
         if isinstance(event, Computed) and self._window_size:
             self._completed += (self._window_end - self._completed) * min(event.texts / self._window_size, 1)
             self._update()
