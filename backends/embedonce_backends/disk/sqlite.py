@@ -330,8 +330,8 @@ def _list_alive() -> list[Connections]:
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
     _forking_threads.append(threading.get_ident())
-    # This thread is registered as forking before the backends are listed. So a backend that is made too late for the
-    # list sees that a fork is in progress.
+    # This thread is registered as forking before the backends are listed. So if a backend is made after the listing,
+    # the backend sees that a fork is in progress.
     everyone = _list_alive()
     if all(connections.wait_until_unused(until) for connections in everyone):
         for connections in everyone:

@@ -140,7 +140,9 @@ class Engine:
             try:
                 self.in_flight.claim(ticket, missing, port.loop, claims)
                 for key, flight in claims.landed.items():
-                    if flight.stored:  # keep the earlier entry of this key, which is queued for a background write
+                    # Another call has given the tiers an entry of this key. Do not replace that entry, which may
+                    # still be queued for a background write.
+                    if flight.stored:
                         del fresh[key]
                 # Also store entries whose vectors other calls are computing. These calls may fail or may store nothing.
                 await self.store(call, fresh)

@@ -235,8 +235,8 @@ def _decode_batch(
     if size < HEADER:
         return zip(keys, frames, strict=True)
     buffer = b"".join(frames)
-    # A header has eight words: the first word, the checksum, one word with the dimension and the length of the
-    # metadata, created, expires, two words of echo, and the key ID.
+    # The eight words of a header are: 0 the first word, 1 the checksum, 2 the dimension and the length of the metadata
+    # (in one word), 3 created, 4 expires, 5 and 6 the echo of the key, 7 the key ID.
     words = np.ndarray((count, 8), np.dtype("<u8"), buffer, strides=(size, 8)).copy()
     layout = _read_layout(words, size, wanted)
     if layout is None:
