@@ -105,7 +105,7 @@ def _cycle_own_ports(pid: int) -> Iterator[int]:
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
-    # The start comes from SystemRandom, because hypothesis seeds the shared random generator with the same number in
+    # SystemRandom chooses the first port, because hypothesis seeds the shared random generator with the same number in
     # every process.
     start = random.SystemRandom().randrange(len(share))
     return itertools.cycle([*share[start:], *share[:start]])

@@ -129,7 +129,8 @@ def dump_config(source: config.Source) -> str | dict[str, Any] | None:
             f"{', '.join(found)}: a secret would be written to a file in plain text; use ${{NAME}} to take it from "
             "the environment variable NAME, or pass the path of a TOML file as config"
         )
-    return deepcopy(dict(source))  # copied, because a YAML writer writes a reference if an object occurs twice
+    # If two components shared one dict, a YAML writer would write the dict once, and then a reference to it.
+    return deepcopy(dict(source))
 
 
 # --- an embedder as a provider ----------------------------------------------------------------
@@ -400,7 +401,7 @@ async def _await_and_sort(answer: Awaitable[Any], texts: int) -> Any:
 def _sort_answer(answer: Any, texts: int) -> Any:
     items = list(answer.data or ())
     by_index = {getattr(item, "index", None): item for item in items}
-    if by_index.keys() == {None}:  # without an index, take the vectors to be in the order of the input
+    if by_index.keys() == {None}:  # without indexes, assume that the vectors are in the order of the texts
         by_index = dict(enumerate(items))
     if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(

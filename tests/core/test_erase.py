@@ -155,7 +155,8 @@ def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
     provider = CountingProvider(delay=0.004, max_batch=7, asynchronous=bool(seed % 2))
     write = chance.choice(["inline", "background"])
     with Cache(provider, [near, Tier(slow, name="far", timeout=LONG_TIMEOUT, write=write)]) as cache:
-        cache.embed_batch(chance.sample(texts, 5))  # these five texts are hits in the second tier, and are promoted
+        cache.embed_batch(chance.sample(texts, 5))
+        # Only the second tier keeps these five texts, so the calls below promote them.
         near.delete_many(list(near.scan("")))
         with ThreadPoolExecutor(4) as pool:
             began = threading.Barrier(5)

@@ -139,7 +139,8 @@ class _Part:
             if not _try_lock(file):
                 file.close()
                 raise SinkError(f"--out: another run is writing {self.final}")
-            # Before this run locked the file, the run that held the lock may have renamed or removed it.
+            # Another run may have renamed or removed this file before it released the lock. Then the path leads to a
+            # different file or to none, so try again.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                     return file
