@@ -269,9 +269,9 @@ class _Attempt:
         self.hosts_left = hosts
         """Number of hosts that may still answer."""
         self.next_host_due = threading.Event()
-        """Event that is set when a host has failed or answered, so that the thread that tries the hosts stops waiting.
+        """Event that is set when a host has failed or answered. It ends the wait between two hosts.
 
-        If the host failed, the next host is then tried immediately. If the host answered, no other host is tried.
+        If a host failed, the next host is tried immediately. If a host answered, no other host is tried.
         """
 
 
