@@ -169,7 +169,9 @@ class _Policy(Protocol):
 
 
 class _Queue:
-    """Entries in the order of their last use, least recently used first, and their total number and bytes.
+    """Entries in the order of their last use. The least recently used entry is the first.
+
+    ``bytes`` is the size of all entries together. It is not counted, and stays 0, if ``max_bytes`` is None.
 
     cachebox's own limit is off (0), because cachebox limits either the number or the size, but not both, and does not
     report what it evicted. ``get`` is cachebox's method, which moves the key to the end under cachebox's own lock.

@@ -334,8 +334,8 @@ class DiskBackend:
     def delete_many(self, keys: Sequence[str], /) -> None:
         """Remove the keys and overwrite their data in the file.
 
-        Afterwards, this also empties the log, because the log may contain the data. An active reader can keep the log
-        from being emptied.
+        Afterwards, this also empties the log, because the log may contain the data. If a reader is still using the
+        log then, the log keeps the data until a later call empties the log.
         """
         for start in range(0, len(keys), CHUNK_KEYS):
             with self._open_transaction() as connection:

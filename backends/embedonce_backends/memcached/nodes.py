@@ -35,8 +35,8 @@ more calls. This size was chosen by measurements with vectors of 384 to 3,072 di
 DEFAULT_SECONDS = 60.0
 """Maximum number of seconds that a call without a deadline waits for a node."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds for which a node is skipped after its first failure, and the maximum. Each further failure doubles the
-time, up to the maximum."""
+"""Seconds for which a node is skipped: ``FIRST_WAIT`` after its first failure, and twice as long after each further
+failure, up to ``LONGEST_WAIT``."""
 PROBE_SECONDS = 30.0
 """Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 

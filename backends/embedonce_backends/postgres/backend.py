@@ -90,7 +90,8 @@ class PostgresBackend:
             text_preview=text_preview,
         )
         self.clock_offset = 0.0
-        """Seconds that are added to the server's clock, which measures each ttl. Tests add seconds to let time pass."""
+        """Seconds that are added to the server's clock, which measures each ttl. Tests increase this number to make
+        entries expire."""
         self._pool = Pool(self._parameters, max_connections)
         self.known_statements: Statements | None = None
         """The statements for the table, or None until the table has been inspected."""
@@ -165,7 +166,7 @@ class PostgresBackend:
     def migrate(self) -> str:
         """Make the table and everything else that is missing, and return a description of what was done.
 
-        If several processes do this at the same time, a lock makes them wait for each other.
+        A lock ensures that only one process at a time does this. The other processes wait.
 
         Raises:
             psycopg.Error: an error of the server, for example because the role is not allowed to make tables.

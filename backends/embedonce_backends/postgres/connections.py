@@ -269,7 +269,10 @@ class _Attempt:
         self.hosts_left = hosts
         """Number of hosts that may still answer."""
         self.next_host_due = threading.Event()
-        """Event that is set when a host has failed or answered, so that the next host is tried immediately."""
+        """Event that is set when a host has failed or answered. It ends the wait between two hosts.
+
+        If a host failed, the next host is tried immediately. If a host answered, no other host is tried.
+        """
 
 
 class Pool:

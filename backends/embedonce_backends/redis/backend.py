@@ -261,7 +261,7 @@ def _check_prefix(prefix: str) -> str:
 
 
 def _choose_login(name: str, url_value: str | None, option_value: str | None) -> str | None:
-    """Return the user or password from the URL or from the option, whichever is set."""
+    """Return a user or a password, which may be set in the URL or as an option, but not in both ways."""
     if url_value is not None and option_value is not None:
         raise ConfigError(f"{name} is set both in url and as an option; remove one of the two")
     return option_value if url_value is None else url_value

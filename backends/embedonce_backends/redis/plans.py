@@ -331,8 +331,9 @@ class Cluster:
     ) -> Plan[dict[tuple[Node, bool], list[int]]]:
         """Send the commands of each group, put their replies into ``replies``, and return the groups to redirect.
 
-        The key of a group is a pair: the group's node, and whether ASKING has to precede each command. The value of a
-        group lists indices of ``commands`` and ``replies``.
+        A group has the commands that go to one node in the same way. In ``groups`` and in the result, a group is stored
+        under a pair: the node, and whether ASKING has to precede each command. The group itself is a list of indices
+        into ``commands`` and ``replies``.
         """
         trips = [_make_trip(node, asking, places, commands, check) for (node, asking), places in groups.items()]
         try:

@@ -34,7 +34,7 @@ _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<name>[^\s:/?#@\[\]]+))(?
 
 
 class Address(NamedTuple):
-    """A server: host and port, or the path of a Unix socket with port 0."""
+    """A server: a host and a port. For a Unix socket, ``host`` is the path of the socket and ``port`` is 0."""
 
     host: str
     port: int

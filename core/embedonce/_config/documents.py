@@ -315,7 +315,10 @@ def is_unicode(text: str) -> bool:
 
 
 def list_overrides() -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield the name of each environment variable that overrides a value, the parts of the name, and the value."""
+    """Yield three items for each environment variable that overrides a value of the configuration.
+
+    The items are the variable's name, the parts of the name after the prefix, and the variable's text.
+    """
     for variable, text in sorted(os.environ.items()):
         if variable.upper().startswith(OVERRIDE):
             yield variable, tuple(variable[len(OVERRIDE) :].lower().split("__")), text

@@ -72,7 +72,7 @@ class Config:
     cache: CacheTable
     key: KeyPolicy
     allow: Sequence[str] | None
-    """Third-party plugins that may be loaded, by distribution or by name; None allows every plugin."""
+    """Names of the third-party plugins that may be loaded, or of their distributions; None allows every plugin."""
     provider: Plugged | None
     """The provider; None if the configuration was loaded for a caller's own provider."""
     fallback: Plugged | None

@@ -35,7 +35,7 @@ def secrets_in(value: Any, where: TomlPath = ()) -> list[str]:
 
 
 def display(where: TomlPath, value: Any) -> str | None:
-    """Return a value in TOML syntax, shortened, or None if the value is secret."""
+    """Return a value in TOML syntax; shorten long text. Return None if the value is secret."""
     if is_secret(where[1:]):
         return None
     if isinstance(value, bool):

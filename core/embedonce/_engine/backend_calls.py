@@ -33,7 +33,7 @@ A larger request is split into several calls, and each call has its own deadline
 """
 
 DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
-"""Maximum number of seconds per call, by the backend's scope, if the tier sets no timeout."""
+"""Timeout of a call in seconds, for each scope of a backend. A tier's own timeout takes precedence."""
 
 
 class BackendCalls:

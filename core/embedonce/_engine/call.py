@@ -58,7 +58,7 @@ class Answer:
         return self.route.dimensions
 
     def preview(self, key: str) -> str:
-        """Return the beginning of a key's text, as the caller passed it."""
+        """Return the beginning of the text of a key. This text is not normalized."""
         return self.texts_by_key()[key][:PREVIEW]
 
     def texts_by_key(self) -> dict[str, str]:

@@ -258,7 +258,7 @@ class InFlight:
             self._end_reading(ticket.number)
 
     def land(self, flights: Mapping[str, Flight], entries: Mapping[str, Entry], *, stored: bool) -> None:
-        """Set the entries of flights and wake the calls that wait. ``stored``: whether the tiers got the entries."""
+        """Set the entries of flights and wake the waiting calls. ``stored`` says whether the tiers got the entries."""
         with self._lock:
             for key, flight in flights.items():
                 flight.entry = entries[key]
