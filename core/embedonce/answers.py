@@ -100,7 +100,7 @@ class Explanation:
     """Per tier: ``"hit"``, ``"miss"``, ``"expired"``, ``"coarser"`` (the entry has less precision than ``dtype``),
     ``"corrupt"``, ``"skipped"`` (the tier's breaker is open), or the error."""
     reasons: Sequence[str] = ()
-    """For a miss: one sentence for each scope that a tier has and that is similar to the text's scope. Two scopes are
+    """For a miss: one sentence per tier and scope, for the scopes that are similar to the text's scope. Two scopes are
     similar if their space cards differ in only one or two parts, such as the version."""
 
     @property

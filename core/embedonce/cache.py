@@ -33,7 +33,8 @@ class Cache(Requests):
     tiers, flights and counters. Threads and asyncio tasks may use one cache at the same time.
 
     Args:
-        provider: a provider, or any function ``list[str] -> vectors`` together with ``space``.
+        provider: a provider, or a function that takes a list of texts and returns their vectors. If you pass a
+            function, ``space`` is required.
         tiers: backends, fastest first. Use :class:`Tier` to give a backend a TTL, a timeout or a name.
             Without tiers nothing is stored, but batches are de-duplicated and vectors are checked.
         space: the vector space of a function, such as ``{"model": "my-model", "revision": "2"}``.

@@ -85,9 +85,8 @@ class Requests:
     def _find_hot_tier(self) -> tuple[Callable[[str], Entry | None], Callable[[], int], dict[str, Route]]:
         """Return the ``get`` and the hit counter of the first tier, and the routes by task, for the fast path.
 
-        If hits cannot take the fast path, return no routes, so that every call takes the slow path. Hits cannot take
-        the fast path if the first tier is not in this process. Listeners also prevent the fast path, because the fast
-        path emits no events.
+        If the first tier is not in this process, return no routes. Every call then takes the slow path. If there are
+        listeners, do the same, because the fast path emits no events.
         """
         chain = self._chain
         if chain.tiers and not chain.listeners and not self._closed:

@@ -120,7 +120,7 @@ class Route:
         self._characters = 0
 
     def with_generation(self, generation: int) -> Route:
-        """Return a route for the same provider and task. Its vector space is the space after ``generation`` drifts."""
+        """Return a route for the same provider and task, after the provider has drifted ``generation`` times."""
         return Route(self.source, self.task, self._policy, self._steps, generation=generation)
 
     def settle_dimensions(self, dimensions: int) -> int:

@@ -191,9 +191,9 @@ class Upkeep:
             raise
 
     async def _find_key_mismatch(self, port: Port, tier: LiveTier) -> str:
-        """Return a message if space cards of a tier are encrypted with a key that the tier does not have, else "".
+        """Return a message if the tier cannot decrypt some of the space cards that it stores, else "".
 
-        In an encrypted tier that can list its keys, all cards are checked. In other tiers, only the cards of this
+        All cards are checked if the tier is encrypted and can list what it stores. Otherwise, only the cards of this
         cache are checked.
         """
         if tier.capabilities.scope == "process":

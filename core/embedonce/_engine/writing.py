@@ -33,7 +33,7 @@ JITTER = 0.05
 """Maximum fraction by which a TTL is shortened, so that entries written together expire at different times."""
 
 DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
-"""Default write mode of a tier, for each scope that the backend of the tier can have."""
+"""Default write mode of a tier, by the ``Capabilities.scope`` of its backend."""
 
 draining_writers: set[TierWriter] = set()
 """Writers with background writes in flight. This set keeps a writer alive after its cache is garbage-collected."""

@@ -111,9 +111,9 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
     smallest normal float32. A step has 7 bits, so the product of step and scale has at most 23 bits and is exact in
     float32.
 
-    Rounding a rounded row gives the same scale again. The largest step of a rounded row is 127, so the row's largest
-    absolute value / 127 is the scale itself. Only in a row with the smallest scale can the largest step be less than
-    127. Such a row gets the smallest scale again.
+    Rounding a rounded row gives the same scale again. If the scale is the smallest scale, the row gets the smallest
+    scale again. With any larger scale, the largest step of the row is 127, so the row's largest absolute value / 127
+    is the scale itself.
     """
     finite = _find_finite_rows(rows)
     if not finite.all():

@@ -1,4 +1,4 @@
-"""``embedonce evaluate``: measure how vectors with fewer bits change retrieval quality and the bytes per entry."""
+"""``embedonce evaluate``: compare the retrieval quality and the size of float32, float16 and int8 vectors."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ _SECRETS = ("password", "passphrase", "secret", "token", "apikey", "credential",
 def _may_hold_secret(lines: Sequence[str], number: int) -> bool:
     """Return whether a line may hold a secret, judged by the words in the line, the key and the table header.
 
-    A value may span several lines, so all words since the line with its key are checked as well. The words are compared
+    A value may span several lines. Then the lines from the key to this line are checked as well. The words are compared
     without parsing the file, which may not be valid TOML. Similar words count too, because a key may be misspelled. A
     false positive is harmless, because its only effect is that the line is not shown.
     """

@@ -73,7 +73,7 @@ class Summary:
     causes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of errors and dropped writes by tier and cause. Tiers that have none are left out."""
     unstored: list[str] = field(default_factory=list)
-    """Tiers that outlive the process and stored none of the computed vectors, but had errors or dropped writes."""
+    """Tiers that outlive the process, had errors or dropped writes, and stored no vector at all."""
     bytes: int = 0
     seconds: float = 0.0
     out: str | None = None
@@ -98,10 +98,9 @@ class Stopped(Exception):
 class DistinctTexts:
     """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
 
-    The counter keeps the hash of every distinct text. The hashes of new texts are first collected in a separate list.
-    They are merged when they take more than 8 MiB and more memory than the hashes merged so far. Two texts with the
-    same hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a
-    million.
+    The counter keeps the hash of every distinct text. New hashes are first collected in a list. The list is merged
+    into the known hashes when it takes more than 8 MiB and more memory than the known hashes. Two texts with the same
+    hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a million.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ renames, the earlier index is restored. Only a ``kill -9`` between the renames c
 earlier matrix. The earlier matrix is never removed before the new matrix is in place.
 
 =========  ==================================================================================
-.npy       float32, shape (rows, dimensions); ``NAME.index.jsonl`` beside it has line i for row i
+.npy       float32, shape (rows, dimensions); line i of ``NAME.index.jsonl`` describes row i
 .jsonl     one object per row: ``source``, ``line``, ``vector``
 .parquet   columns ``source``, ``line``, ``vector`` (a fixed-size list of float32)
 =========  ==================================================================================
@@ -287,7 +287,7 @@ def _back_up(file: Path) -> Iterator[Path | None]:
 
 
 def make_npy_header(shape: tuple[int, int]) -> bytes:
-    """Return the first :data:`HEADER` bytes of a .npy file, version 1.0 of numpy's format, float32, C order."""
+    """Return the .npy header of a float32 matrix in C order: format version 1.0, :data:`HEADER` bytes."""
     described = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     padded = described.ljust(HEADER - 11) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded
