@@ -213,7 +213,10 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:
-    """Return a problem for a chain's error. Its place is the option that the error names, or else the tier's table."""
+    """Return a problem for a chain's error.
+
+    The place of the problem is the option that the error names, or else the table of the tier.
+    """
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 

@@ -193,7 +193,7 @@ def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, 
 
 
 def _write_line(child: subprocess.Popen[bytes], line: bytes) -> None:
-    """Write a line to a child. Ignore a broken pipe: the caller reads the answer next, and finds out why it failed."""
+    """Write a line to a child. Ignore a broken pipe: the next read from the child raises an error with the reason."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(line)
