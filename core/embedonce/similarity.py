@@ -136,7 +136,7 @@ class _BestRows:
         return self.scores[:, -1]
 
     def add(self, query: NDArray[np.intp], index: NDArray[np.intp], score: NDArray[np.float32]) -> None:
-        """Offer rows: row ``index[i]`` has the cosine ``score[i]`` with query ``query[i]``. ``query`` is ascending."""
+        """Offer rows: row ``index[i]`` has the cosine ``score[i]`` with query ``query[i]``. ``query`` is sorted."""
         touched, group = np.unique(query, return_inverse=True)
         owner = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
         indices = np.concatenate([self.indices[touched].ravel(), index])

@@ -325,7 +325,7 @@ class FaultyBackend:
         self.inner.close()
 
     def _start_call(self, operation: Operation, keys: int) -> Fault | None:
-        """Record the call and choose its fault. A fault that raises or waits before the inner call takes effect here."""
+        """Record the call and choose its fault. A fault that raises or waits before the inner call does so here."""
         fault = self._choose_fault(operation, keys)
         if self.capabilities.deadline:
             time_left()

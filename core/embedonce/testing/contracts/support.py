@@ -165,7 +165,7 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Start a process that stores batches of samples, and kill it. Return the number of keys that it reported as stored.
+    """Start a process that stores batches of samples, and kill it. Return how many keys it reported as stored.
 
     The process reports each batch that it has stored. After ``batches`` reports, this function waits for half the time
     of one batch and then kills the process, so that the kill most likely interrupts the next batch. The process may
