@@ -120,8 +120,8 @@ def compose(
 ) -> Cache:
     """Create the provider and the backends of a configuration, and a cache that uses them.
 
-    ``provider``, with a ``space`` if it is a function, replaces the configuration's provider. Without any provider, the
-    cache computes nothing; it only reads, stores and removes entries of the tiers.
+    ``provider`` replaces the configuration's provider. If ``provider`` is a function, pass its ``space`` too. Without
+    any provider, the cache computes nothing; it only reads, stores and removes entries of the tiers.
 
     Raises:
         ConfigError: a plugin refused its options, or the parts do not fit together. Parts that were already
@@ -213,7 +213,10 @@ def _compose_parts(config: Config, made: list[Any], own: Any, space: VectorSpace
 
 
 def _locate_chain_error(config: Config, error: ChainError) -> Problem:
-    """Return a chain's error as a problem, at the option that the error names, or else at the table of the tier."""
+    """Return a problem for a chain's error.
+
+    The place of the problem is the option that the error names, or else the table of the tier.
+    """
     tier = config.tiers[error.place]
     return config.document.problem((*tier.path, error.option) if error.option else tier.path, str(error), key=True)
 

@@ -165,7 +165,7 @@ class Extras(Protocol):
 
         If several callers add the same key, only one of their calls returns the key.
 
-        The values are the few bytes of a lease, even if the backend stores entries.
+        Every value is a lease. A lease is a few bytes, even if the backend otherwise stores entries.
         """
         ...
 

@@ -148,7 +148,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _takes_task(function: Callable[..., Any]) -> bool:
-    """Return whether the function has a parameter ``task`` after the texts.
+    """Return whether the function has a parameter ``task`` besides its first parameter, which gets the texts.
 
     ``**kwargs`` does not count as such a parameter. If the function is a partial with a keyword argument ``task``, its
     parameter ``task`` does not count either.

@@ -104,10 +104,10 @@ def _find_nearest(
 
 
 def _scale_rows(rows: NDArray[Any], name: str, first: int) -> tuple[Rows, NDArray[np.float64]]:
-    """Return the rows as float64, and their norms.
+    """Return the rows, scaled and as float64, and the norms of the scaled rows.
 
-    The rows are scaled by powers of two, so that no square overflows or underflows. The norms are those of the
-    scaled rows. ``first`` is the index of the first row, for the error message.
+    Each row is scaled by a power of two, so that its norm does not overflow or underflow. ``first`` is the index of
+    the first row, for the error message.
     """
     wide = np.array(rows, np.float64, order="C", subok=False)
     largest = np.abs(wide).max(axis=1, initial=0.0)
@@ -136,7 +136,7 @@ class _BestRows:
         return self.scores[:, -1]
 
     def add(self, query: NDArray[np.intp], index: NDArray[np.intp], score: NDArray[np.float32]) -> None:
-        """Add one row per item of the three arrays; the items of ``query`` must be in ascending order."""
+        """Offer rows: row ``index[i]`` has the cosine ``score[i]`` with query ``query[i]``. ``query`` is sorted."""
         touched, group = np.unique(query, return_inverse=True)
         owner = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
         indices = np.concatenate([self.indices[touched].ravel(), index])

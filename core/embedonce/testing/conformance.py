@@ -82,7 +82,8 @@ class Conformance:
         self._run = f"{os.getpid()}-{time.time_ns():x}"
         self._folders: dict[str, Path] = {}
         self._parents: list[Path] = []
-        """Parent folders that this run has created. At the end, the run removes the empty ones."""
+        """Folders that did not exist, so this run created them to put its stores into. ``__exit__`` removes each of
+        these folders if it is empty by then."""
         if target.kind != "normalizer":
             target.read(self._add_missing_paths(target.fill_placeholders(new="0", server=server)))
 

@@ -325,7 +325,7 @@ class FaultyBackend:
         self.inner.close()
 
     def _start_call(self, operation: Operation, keys: int) -> Fault | None:
-        """Record the call and choose its fault. If the fault raises or waits before the inner call, do so now."""
+        """Record the call and choose its fault. A fault that raises or waits before the inner call does so here."""
         fault = self._choose_fault(operation, keys)
         if self.capabilities.deadline:
             time_left()

@@ -58,8 +58,7 @@ class NetworkFault:
     ``latency``     each chunk is held back for ``seconds`` and then forwarded
     ``bandwidth``   ``bytes_per_second`` is the maximum rate; below 100, each byte is sent separately
     ``black_hole``  connecting works, but nothing gets through until the fault ends. After the fault,
-                    the data that was sent during the fault arrives, as with TCP, which resends lost
-                    data
+                    the data that was sent during the fault arrives, as if TCP had resent the data
     ``refuse``      nothing listens: new connections are refused, and live connections are reset
     ``reset``       live connections are reset immediately, and new connections as soon as they are made.
                     With ``after``, a connection is reset when that many bytes of its replies have

@@ -78,8 +78,8 @@ def _convert_options(made: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _write_until_killed(backend: Any, request: dict[str, Any], answers: TextIO) -> NoReturn:
     """Store batches of samples until the process is killed. After each batch, write the number of keys stored so far.
 
-    The number is written only when the next batch is ready, so that the kill most likely interrupts a call of
-    ``set_many``.
+    The number is written after the samples of the next batch are made, and directly before they are stored. So the kill
+    most likely interrupts a call of ``set_many``.
     """
     values = make_values(request["holds"], request["dimensions"])
     for stored in count(0, WRITE_BATCH):

@@ -19,8 +19,8 @@ from .values import make_values
 
 TTLS = (10.0, 100.0)
 STEPS = (7.0, 70.0)
-"""Seconds to advance. No sum of these steps equals a TTL, so no read happens at the exact end of a TTL. Such a read may
-hit or miss."""
+"""Seconds to advance. At the exact end of a TTL, a read may hit or miss. No sum of these steps equals a TTL, so the
+test never reads at that moment."""
 
 
 def compare_with_dict(

@@ -165,7 +165,7 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
-    """Start a process that stores batches of samples, and kill it. Return how many stored keys the process reported.
+    """Start a process that stores batches of samples, and kill it. Return how many keys it reported as stored.
 
     The process reports each batch that it has stored. After ``batches`` reports, this function waits for half the time
     of one batch and then kills the process, so that the kill most likely interrupts the next batch. The process may
@@ -193,7 +193,7 @@ def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, 
 
 
 def _write_line(child: subprocess.Popen[bytes], line: bytes) -> None:
-    """Write a line to a child. Ignore a broken pipe, because reading the answer reports why the child failed."""
+    """Write a line to a child. Ignore a broken pipe: the next read from the child raises an error with the reason."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(line)
