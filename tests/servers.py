@@ -7,8 +7,8 @@ a server starts its own server: ``with RedisServer() as server``. If the program
 missing, the tests of that server are skipped. If ``CI`` is set, these tests fail instead, except in `make quick`.
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-are addresses of servers that are already running. Tests that neither stop nor configure a server use these servers, and delete
-data on them.
+are addresses of servers that are already running. Tests that neither stop nor configure a server use these servers,
+and delete data on them.
 """
 
 from __future__ import annotations
@@ -548,7 +548,7 @@ class RedisSentinelServers(ServerGroup):
             sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
 
     def wait_for_failover(self) -> None:
-        """After the master is killed: wait until the replica is the master and all sentinels report the replica's port."""
+        """After the master is killed, wait until all sentinels report the replica's port and the replica is the master."""
         self.allow_failover()
         wait_until(
             lambda: (
