@@ -548,7 +548,7 @@ class RedisSentinelServers(ServerGroup):
             sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
 
     def wait_for_failover(self) -> None:
-        """After the master is killed, wait until all sentinels report the replica's port and the replica is the master."""
+        """After the master is killed, wait until the replica is the master and all sentinels report the new port."""
         self.allow_failover()
         wait_until(
             lambda: (

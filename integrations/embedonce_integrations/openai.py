@@ -65,9 +65,9 @@ def cached(
 ) -> Client:
     """Return a copy of ``client`` that uses the same connections and has a cache in its ``embeddings.create``.
 
-    The copy has the class of ``client`` (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``). If the
-    methods ``copy`` and ``with_options`` of this copy are called, they return clients with the same cache. The cache is
-    at ``embeddings.cache``. ``client`` itself does not change.
+    The copy has the class of ``client`` (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``). The
+    methods ``copy`` and ``with_options`` of the new client return clients with the same cache. The cache is at
+    ``embeddings.cache``. ``client`` itself does not change.
 
     Args:
         client: a client, blocking or async.
