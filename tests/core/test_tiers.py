@@ -207,7 +207,7 @@ class TwoNodes(DictBackend):
 
 
 def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the probe asked a healthy node instead, the breaker would close, and calls would wait for the node that hangs."""
+    """If the probe asked a healthy node instead, the breaker would close, and calls would wait for the other node."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []

@@ -45,7 +45,7 @@ def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int)
 
 
 def test_the_error_of_the_node_that_fails_last_is_raised() -> None:
-    """The node that failed first is skipped with a NodeDown. If this error were raised, the breaker would stay closed."""
+    """The node that failed first is skipped with a NodeDown. If it were raised, the breaker would stay closed."""
     store = Memcached()
     backend: Any = store.backend("refused")
     texts = {f"eo1.{number}": b"frame" for number in range(20)}
