@@ -7,8 +7,8 @@ a server starts its own server: ``with RedisServer() as server``. If the program
 missing, the tests of that server are skipped. If ``CI`` is set, these tests fail instead, except in `make quick`.
 
 ``EMBEDONCE_TEST_REDIS_URL``, ``EMBEDONCE_TEST_POSTGRES_URL`` and ``EMBEDONCE_TEST_MEMCACHED`` (``host:port,host:port``)
-are addresses of servers that already run. Tests that neither stop nor configure a server use these servers, and delete
-data on them.
+are addresses of servers that are already running. Tests that neither stop nor configure a server use these servers,
+and delete data on them.
 """
 
 from __future__ import annotations
@@ -548,7 +548,7 @@ class RedisSentinelServers(ServerGroup):
             sentinel.call("SENTINEL", "SET", self.service, "down-after-milliseconds", milliseconds)
 
     def wait_for_failover(self) -> None:
-        """Wait, after the master was killed, until the replica is the master and all sentinels report its port."""
+        """After the master is killed, wait until the replica is the master and all sentinels report the new port."""
         self.allow_failover()
         wait_until(
             lambda: (
@@ -615,7 +615,7 @@ class PostgresServer(Server):
         return f"postgresql://postgres@{self.address}/{database}"
 
     def command(self) -> Sequence[str]:
-        """Create the database cluster if it is missing; return a command that turns fsync off."""
+        """Create the database cluster if it is missing. Return a command that starts the server without fsync."""
         if not self.data.exists():
             self._initialise()
         settings = {"listen_addresses": HOST, "unix_socket_directories": str(self.folder), "fsync": "off"}

@@ -42,8 +42,8 @@ class _Call:
 
 
 MAX_CACHES = 64
-"""Maximum number of caches that are kept, one per combination of options. If a client needs another cache, the oldest
-cache is dropped. Its vectors stay in the tiers."""
+"""Maximum number of caches that are kept, one per combination of options. If a call needs one cache more than this,
+the oldest cache is dropped. Its vectors stay in the tiers."""
 
 _current_call: ContextVar[_Call] = ContextVar("embedonce_agent_framework_call")
 

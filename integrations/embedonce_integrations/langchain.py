@@ -1,5 +1,5 @@
-"""LangChain: an ``Embeddings`` class that embeds each text once, and a byte store for CacheBackedEmbeddings that keeps
-the vectors in a chain of tiers."""
+"""LangChain: an ``Embeddings`` class that embeds each text once, and a byte store for CacheBackedEmbeddings. The byte
+store keeps the vectors in a chain of tiers."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
 MAX_CACHES = 64
 """Maximum number of caches that are kept, one per combination of model, dimensions and other fields. If a call needs
-another cache, all of these caches are dropped. Their vectors stay in the tiers."""
+one cache more than this, all older caches are dropped. Their vectors stay in the tiers."""
 
 MAX_INPUTS = 2048
 """Maximum number of inputs in a call to OpenAI."""
@@ -65,9 +65,9 @@ def cached(
 ) -> Client:
     """Return a copy of ``client`` that uses the same connections and has a cache in its ``embeddings.create``.
 
-    The copy has the same class (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``), and its own
-    ``copy`` and ``with_options`` return clients with the same cache. The cache is at ``embeddings.cache``. ``client``
-    itself does not change.
+    The copy has the class of ``client`` (``OpenAI``, ``AsyncOpenAI``, ``AzureOpenAI`` or ``AsyncAzureOpenAI``). The
+    methods ``copy`` and ``with_options`` of the new client return clients with the same cache. The cache is at
+    ``embeddings.cache``. ``client`` itself does not change.
 
     Args:
         client: a client, blocking or async.

@@ -70,7 +70,7 @@ class BatchEmbedder:
         """Return the batch with its vectors.
 
         Raises:
-            KeyError: the batch has no column with the name ``column``.
+            KeyError: the batch has no column with the name that the argument ``column`` gives.
             TypeError: a value of the column is not a text (the message names the position of the value), or the type of
                 the batch is not supported.
             Exception: the provider's own error. Vectors that were computed before the exception are stored.

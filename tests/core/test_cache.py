@@ -805,9 +805,9 @@ def test_limits_of_a_function() -> None:
 
 
 def test_at_exit_an_open_cache_has_only_its_flush_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flush at exit waits only once for a write that hangs, and no longer than ``flush_timeout``.
+    """If a write hangs at exit, ``_flush_open_chains`` waits for it once, for at most ``flush_timeout``.
 
-    After the flush, the close waits for this write again, because closing the backend may end the write.
+    After that, ``_close_open_chains`` waits for the same write, because closing the backend may end the write.
     """
     from embedonce._engine import running
     from embedonce._engine.writing import TierWriter

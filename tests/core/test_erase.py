@@ -147,7 +147,7 @@ def test_after_a_forget_the_text_is_embedded_and_stored_again() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_call_that_began_before_a_forget_stores_after_it(seed: int) -> None:
-    """The forget happens at a random moment between the first read and the last write of four calls."""
+    """``forget`` is called at a random moment between the first read and the last write of four calls."""
     chance = random.Random(seed)
     near, far = MemoryBackend(), DictBackend(scope="network")
     slow = FaultyBackend(far, [Fault("slow", seconds=0.002, probability=0.5)], seed=seed)

@@ -207,7 +207,7 @@ class TwoNodes(DictBackend):
 
 
 def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a probe read only from the healthy node, the breaker would close, and calls would wait for the other node."""
+    """If the probe asked a healthy node instead, the breaker would close, and calls would wait for the other node."""
     monkeypatch.setattr(Breaker, "FIRST_WAIT", 1e-9)
     monkeypatch.setattr(Breaker, "LOST_PROBE", 1e-9)
     changes: list[str] = []
@@ -417,7 +417,7 @@ def test_every_key_of_a_read_is_counted_once(
 
 @kept_as
 def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_hits(kept: Any) -> None:
-    """If the provider does not state its dimensions, an entry is corrupt if most entries have different dimensions."""
+    """If the provider does not state its dimensions, every entry must have the most common number of dimensions."""
     store, seen = DictBackend(scope="host", holds=kept), list[Event]()
 
     def open_cache(dimensions: int, **options: Any) -> Cache:

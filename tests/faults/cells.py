@@ -313,7 +313,7 @@ class CellRun:
             return seconds
 
     def wait_for_closed_breakers(self, caller: Caller) -> None:
-        """Wait until the breakers of reads and writes are closed and all writes are done. Then all lines are logged."""
+        """Wait until both breakers are closed and all writes are done. After that, no line of the log is missing."""
         end = time.monotonic() + RECOVERY_TIMEOUT
         while self.is_a_breaker_open():
             self.fetch(caller, self.make_call_texts())

@@ -126,7 +126,7 @@ class ServerStore:
 # --- Redis --------------------------------------------------------------------------------------
 
 CONNECTION_ENDED = causes("ConnectionError", "ConnectionResetError")
-"""Possible causes of the error after a connection ends, which either redis-py or the socket raises."""
+"""Possible causes of the error after a connection ends. Either redis-py or the socket raises this error."""
 
 
 def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:

@@ -1,4 +1,4 @@
-"""Attacks on shared tiers that the fault matrix does not cover: by the network, by a server, or by another client."""
+"""Attacks that the fault matrix does not cover: the network, a server or another client attacks a shared tier."""
 
 from __future__ import annotations
 

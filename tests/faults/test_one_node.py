@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("node", [0, 1, 2])
 def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int) -> None:
-    """If a probe read only from healthy nodes, the breaker would close, and the next call would wait again."""
+    """If the probe asked other nodes instead, the breaker would close, and the next call would wait again."""
     run = CellRun(cluster, Cell("cluster", "black hole", "read", "sync"))
     with capture_log() as lines, run.open_cache() as caller:
         run.fetch_until_served(caller, run.known)
@@ -45,7 +45,7 @@ def test_calls_wait_only_once_for_a_node_that_hangs(cluster: Cluster, node: int)
 
 
 def test_the_error_of_the_node_that_fails_last_is_raised() -> None:
-    """The other node is skipped. If its error, a NodeDown, were raised, the breaker of the tier would not open."""
+    """The node that failed first is skipped with a NodeDown. If it were raised, the breaker would stay closed."""
     store = Memcached()
     backend: Any = store.backend("refused")
     texts = {f"eo1.{number}": b"frame" for number in range(20)}

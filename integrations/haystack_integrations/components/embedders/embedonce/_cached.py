@@ -40,7 +40,7 @@ class NotEmbedded(TextRefused):
 
 @dataclass(slots=True)
 class Run:
-    """One call of ``run``, with the extra arguments for the embedder and the embedder's answers."""
+    """One call of ``run``: the extra arguments for the embedder, and what the embedder has answered so far."""
 
     extra: Mapping[str, Any]
     """The arguments of the embedder other than the texts."""
@@ -295,7 +295,7 @@ class CachedEmbedder:
 
 
 def _sort_answers(embedder: Any) -> None:
-    """Make the OpenAI client inside an embedder sort the answers by ``index``, which the embedder ignores."""
+    """Let the OpenAI client of an embedder sort each answer by ``index``, because the embedder ignores ``index``."""
     for name in ("client", "async_client"):
         client: Any = getattr(embedder, name, None)
         if is_openai_resource(getattr(client, "embeddings", None)):

@@ -45,7 +45,7 @@ embedded, and the key is made from that text.
 
 
 def read_init_parameters(embedder: Any) -> Mapping[str, Any]:
-    """Return the arguments that an embedder was constructed with, without secrets.
+    """Return the arguments with which an embedder was constructed. Secrets are left out.
 
     Raises:
         SpaceError: neither the embedder's ``to_dict`` nor the embedder's attributes show the arguments.
