@@ -46,7 +46,7 @@ class Fetched:
         rows = [row for row in self.rows if row is not None]
         if len(rows) < len(self.rows):
             raise Incomplete(
-                f"{len(self.rows) - len(rows)} of {len(self.rows)} texts have no vector; "
+                f"no vector for {len(self.rows) - len(rows)} of {format_count(len(self.rows), 'text')}; "
                 "`failed` has the reasons, and `rows` has the vectors of the other texts"
             )
         return matrix(rows, self.dimensions)

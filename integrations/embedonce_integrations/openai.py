@@ -137,8 +137,10 @@ class _Call:
         """
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list) or len(data) != inputs:
-            count = len(data) if isinstance(data, list) else "no"
-            raise ProviderError(f"the endpoint returned {count} vectors for {inputs} inputs; nothing was stored")
+            count = len(data) if isinstance(data, list) else "none"
+            raise ProviderError(
+                f"expected one vector per input; inputs: {inputs}, vectors received: {count}; nothing was stored"
+            )
         vectors: dict[int, NDArray[Any]] = {}
         for item in data:
             index = getattr(item, "index", None)

@@ -405,8 +405,8 @@ def _sort_answer(answer: Any, texts: int) -> Any:
         by_index = dict(enumerate(items))
     if len(items) != texts or by_index.keys() != set(range(texts)):
         raise ProviderError(
-            f"the endpoint returned {len(items)} vectors for {texts} inputs, and their indexes do not say which vector "
-            "belongs to which input; nothing was stored"
+            f"the indexes in the endpoint's answer do not say which vector belongs to which input; inputs: {texts}, "
+            f"vectors: {len(items)}; nothing was stored"
         )
     answer.data = [by_index[index] for index in range(texts)]
     return answer

@@ -57,7 +57,7 @@ def find_snapshot(name: str, revision: str | None) -> tuple[str, Path]:
 
 
 def cache_folder() -> Path:
-    """Return the folder in which the library keeps models of the hub."""
+    """Return the folder in which the library keeps models from the hub."""
     from huggingface_hub import constants
 
     return Path(os.environ.get("SENTENCE_TRANSFORMERS_HOME") or constants.HF_HUB_CACHE).expanduser()

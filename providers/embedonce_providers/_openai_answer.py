@@ -43,7 +43,9 @@ def read_answer(content: bytes, texts: int) -> Embedded:
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
         raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored")
     if len(data) != texts:
-        raise ProviderError(f"the endpoint returned {len(data)} vectors for {texts} texts; nothing was stored")
+        raise ProviderError(
+            f"expected one vector per text; texts: {texts}, vectors received: {len(data)}; nothing was stored"
+        )
     vectors: list[NDArray[Any] | None] = [None] * texts
     for item in data:
         index = item.get("index") if isinstance(item, dict) else None

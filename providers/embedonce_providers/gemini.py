@@ -185,7 +185,9 @@ class GeminiProvider:
         """Return the vectors of an answer. They have no indexes, so only their number can be checked."""
         embeddings = answer.embeddings or []
         if len(embeddings) != texts:
-            raise ProviderError(f"Gemini returned {len(embeddings)} vectors for {texts} texts; nothing was stored")
+            raise ProviderError(
+                f"expected one vector per text; texts: {texts}, vectors received: {len(embeddings)}; nothing was stored"
+            )
         vectors = [np.array(item.values or []) for item in embeddings]
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.

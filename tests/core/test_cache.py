@@ -447,7 +447,7 @@ def test_put_checks_vectors_like_a_providers_answer() -> None:
                 cache.put(["a", "b"], wrong)
         with pytest.raises(ValueError, match="metadata must have one item per text: got 1 for 2 texts"):
             cache.put(["a", "b"], [[1, 2], [3, 4]], metadata=[None])
-        with pytest.raises(ProviderError, match="1 vectors for 0 texts"):
+        with pytest.raises(ProviderError, match="1 vector for 0 texts"):
             cache.put([], [[1.0, 2.0]])
         with pytest.raises(TypeError, match="expected a list of texts, got NoneType"):
             cache.embed_batch(None)  # type: ignore[arg-type]

@@ -301,7 +301,8 @@ class CellRun:
         while not any(isinstance(event, Stored) for event in self.events):
             self.wait_for_closed_breakers(caller)
             seconds = self.write_during_fault(caller, 0)
-        if self.effect == "fails":  # checked before the later calls, because a probe may write in one of them
+        # Check this before the later calls, because a probe may succeed during one of them and write an entry.
+        if self.effect == "fails":
             assert not [event for event in self.events if isinstance(event, Stored) and event.stored]
         return [*seconds, *(self.write_during_fault(caller, 0)[0] for _ in range(1, CALLS))]
 

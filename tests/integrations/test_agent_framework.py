@@ -181,7 +181,7 @@ async def test_a_client_that_cannot_be_described_is_refused_with_advice() -> Non
         CachedEmbeddingClient(Nameless(), config=MEMORY)
     cached = CachedEmbeddingClient(Nameless(), config=MEMORY, space={"model": "nameless-v1"})
     assert rows(await cached.get_embeddings(["four"])).tolist() == [[4.0, 1.0]]
-    with pytest.raises(ProviderError, match="1 vectors for 2 texts"):
+    with pytest.raises(ProviderError, match="1 vector for 2 texts"):
         await cached.get_embeddings(["a", "bb"])
     with pytest.raises(TypeError, match="item 0"):
         await cached.get_embeddings([5])

@@ -288,5 +288,5 @@ class Short(TwoSided):
 
 def test_too_few_vectors_are_not_shifted() -> None:
     function = CachedEmbeddingFunction(Short(), config={"tiers": [{"type": "memory"}]})
-    with pytest.raises(ProviderError, match="1 vectors for 2 texts"):
+    with pytest.raises(ProviderError, match="1 vector for 2 texts"):
         function(["a", "bb"])

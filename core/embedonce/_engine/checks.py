@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from embedonce._messages import format_count
 from embedonce.contracts import Embedded
 from embedonce.errors import ProviderError
 from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, Matrix, freeze, round_vectors
@@ -32,7 +33,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
     except TypeError:
         raise ProviderError(f"{who} {type(vectors).__name__}; expected one vector per text") from None
     if count != texts:
-        raise ProviderError(f"{who} {count} vectors for {texts} texts; none was stored")
+        raise ProviderError(f"{who} {format_count(count, 'vector')} for {format_count(texts, 'text')}; none was stored")
     try:
         raw = np.asarray(vectors)
         if raw.dtype.kind not in "fiu":
@@ -47,7 +48,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
         raise ProviderError(f"{who} an array of shape {matrix.shape}; expected ({texts}, d); none was stored")
     if dimensions is not None and matrix.shape[1] != dimensions:
         raise ProviderError(
-            f"{who} vectors of {matrix.shape[1]} dimensions; expected {dimensions} "
+            f"{who} vectors of {format_count(matrix.shape[1], 'dimension')}; expected {dimensions} "
             "according to the provider's vector space or to earlier vectors of that space; none was stored. "
             "If the model has changed, the vectors of the new model need a new vector space: set the model's "
             "revision, or change [key] version"

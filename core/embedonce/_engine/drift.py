@@ -132,7 +132,7 @@ class DriftCheckingEngine(Engine):
                 state.next_check = now + RETRY_SECONDS
                 return
             if state.next_check != due or state.generation != route.generation:
-                return  # another call checked at the same time and has handled the result
+                return  # another call shared this check and has handled its result
             new = {key.removesuffix(FRESH_SUFFIX): entry for key, entry in fresh.entries.items()}
             cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
             worst = min(cosines, default=1.0)

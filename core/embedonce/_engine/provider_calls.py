@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded
 from embedonce.errors import ProviderError, ProviderTimeout
 
@@ -53,7 +54,9 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # this is the provider's own error
-        raise ProviderTimeout(f"provider {source.name!r} did not embed {count} texts within {timeout} s") from error
+        raise ProviderTimeout(
+            f"provider {source.name!r} did not embed {format_count(count, 'text')} within {timeout} s"
+        ) from error
 
 
 def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:

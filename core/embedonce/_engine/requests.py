@@ -8,6 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from itertools import islice
 from typing import Any
 
+from embedonce._messages import format_count
 from embedonce.answers import Explanation, Fetched, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, SpaceError, TextRefused
@@ -370,7 +371,9 @@ def _map_metadata(keys: Sequence[str], metadata: Sequence[Metadata | None] | Non
     if metadata is None:
         return {}
     if len(metadata) != len(keys):
-        raise ValueError(f"metadata must have one item per text: got {len(metadata)} for {len(keys)} texts")
+        raise ValueError(
+            f"metadata must have one item per text: got {len(metadata)} for {format_count(len(keys), 'text')}"
+        )
     by_key: dict[str, Metadata] = {}
     for key, item in zip(keys, metadata, strict=True):
         if item is not None and key not in by_key:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
+from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
 from embedonce.events import Event
@@ -177,7 +178,9 @@ class RunningChain:
         """Flush before closing, and log a warning if some writes were not done in time."""
         if not self.flush(timeout):
             queued = {tier.name: n for tier in self.tiers if (n := self.in_flight.count_queued(tier.name))}
-            unfinished = ", ".join(f"tier {name!r}: {n} entries queued" for name, n in queued.items())
+            unfinished = ", ".join(
+                f"tier {name!r}: {format_count(n, 'entry', 'entries')} queued" for name, n in queued.items()
+            )
             log.warning("closing before background writes are done (%s)", unfinished or "a write is still in progress")
 
     def close(self, timeout: float) -> None:

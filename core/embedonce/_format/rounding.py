@@ -127,8 +127,8 @@ def _quantize(rows: Matrix) -> tuple[Matrix, NDArray[np.int8]]:
 
 def _dequantize(scales: NDArray[np.float32], steps: NDArray[np.int8]) -> tuple[Matrix, NDArray[np.bool_]]:
     values = steps.astype(np.float32) * scales.astype(np.float32, copy=False)[:, None]
-    # Accept only rows that _quantize can return. Their scale has 16 significant bits, and their largest step is 127
-    # unless the scale is the smallest. Any other row would change when it is rounded again.
+    # Accept only rows that _quantize can return. Their scale has 16 significant bits. Their largest absolute step
+    # is 127, or less if the scale is _SMALLEST_SCALE. Any other row would change when it is rounded again.
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     peaks = np.maximum(steps.max(axis=1, initial=0), -steps.min(axis=1, initial=0).astype(np.int16))
     sound = (bits & 0xFF == 0) & (scales >= _SMALLEST_SCALE) & _find_finite_rows(values)

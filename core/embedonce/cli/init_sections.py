@@ -80,7 +80,7 @@ dimensions = 256
         """\
 [provider]
 type = "sentence-transformers"
-# A model of the Hugging Face hub, or a folder. The first run downloads a model of the hub.
+# A model on the Hugging Face hub, or a folder. The first run downloads the model if it is on the hub.
 model = "sentence-transformers/all-MiniLM-L6-v2"
 # Branch, tag or commit on the hub.
 # revision = "main"
