@@ -179,8 +179,8 @@ class Connections:
 
     def _reset_locks(self) -> None:
         self._pid = os.getpid()
-        # A fork waits until this set is empty. The references are weak, because a call that Ctrl-C has interrupted may end
-        # without giving its connection back.
+        # A fork waits until this set is empty. The references are weak, because a call that Ctrl-C has interrupted may
+        # end without giving its connection back.
         self._lent: WeakSet[Connection] = WeakSet()
         self._lock = threading.RLock()
         self._open_lock = threading.Lock()
