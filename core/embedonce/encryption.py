@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._messages import format_count
 from .errors import ConfigError
 from .vectors import SealedFrame, is_plain_frame, open_frame, seal_frame
 
@@ -54,7 +55,7 @@ class Encryption:
         self._first = key_id(decoded[0])
 
     def __repr__(self) -> str:
-        return f"<Encryption with {len(self._ciphers)} keys>"
+        return f"<Encryption with {format_count(len(self._ciphers), 'key')}>"
 
     @property
     def key_ids(self) -> Sequence[str]:

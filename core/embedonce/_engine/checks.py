@@ -48,7 +48,7 @@ def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -
         raise ProviderError(f"{who} an array of shape {matrix.shape}; expected ({texts}, d); none was stored")
     if dimensions is not None and matrix.shape[1] != dimensions:
         raise ProviderError(
-            f"{who} vectors of {format_count(matrix.shape[1], 'dimension')}; expected {dimensions} "
+            f"{who} vectors of {format_count(matrix.shape[1], 'dimension')}; expected {dimensions:,} "
             "according to the provider's vector space or to earlier vectors of that space; none was stored. "
             "If the model has changed, the vectors of the new model need a new vector space: set the model's "
             "revision, or change [key] version"

@@ -278,4 +278,4 @@ class Entries(MutableMapping[str, Entry]):
         return len(self._by_key)
 
     def __repr__(self) -> str:
-        return f"<Entries of {len(self)} keys, {len(self._blocks)} blocks>"
+        return f"<Entries of {format_count(len(self), 'key')}, {format_count(len(self._blocks), 'block')}>"

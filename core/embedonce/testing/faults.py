@@ -545,7 +545,7 @@ class FaultyProvider:
         if fault.kind == "refuse":
             positions = [position for position, text in enumerate(texts) if fault.refused(text)]
             if positions:
-                raise TextRefused(f"{len(positions)} texts are refused", positions if fault.positions else ())
+                raise TextRefused(f"number of refused texts: {len(positions)}", positions if fault.positions else ())
         return fault
 
     def _damage_answer(self, fault: ProviderFault | None, answer: Any) -> Any:

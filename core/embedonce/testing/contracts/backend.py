@@ -378,7 +378,7 @@ class BackendContract(Contract):
                     f"scan({prefix!r}) yielded {len(found - names)} wrong keys and missed {len(names - found)}"
                     f" of the {len(names)} keys that are stored"
                 )
-                assert len(listed) == len(found), f"scan({prefix!r}) yielded {len(listed) - len(found)} keys twice"
+                assert len(listed) == len(found), f"scan({prefix!r}) yielded keys twice: {len(listed) - len(found)}"
 
     def test_a_long_scan_leaves_nothing_out(self) -> None:
         # Many stores list at most 1000 keys per page, so this listing needs a second page.
@@ -390,7 +390,7 @@ class BackendContract(Contract):
                 backend.set_many(dict.fromkeys(batch, values.sample(0)), None)
             found = list(backend.scan(f"eo1.{SCOPE}."))
             assert set(found) == set(names), f"scan yielded {len(set(found))} of {LONG_LISTING} keys"
-            assert len(found) == LONG_LISTING, f"scan yielded {len(found) - LONG_LISTING} of {LONG_LISTING} keys twice"
+            assert len(found) == LONG_LISTING, f"of {LONG_LISTING} keys, scan yielded {len(found) - LONG_LISTING} twice"
             if backend.capabilities.count:
                 counted = backend.count(f"eo1.{SCOPE}.")
                 assert counted == LONG_LISTING, f"count returned {counted}, but {LONG_LISTING} keys are stored"
@@ -1014,7 +1014,7 @@ class BackendContract(Contract):
             partial = raised
         assert partial is not None, "a call must raise PartialAnswer while a node is down, but it returned normally"
         others = len(partial.failed - asked.keys())
-        assert not others, f"PartialAnswer.failed has {others} keys that were not in the call"
+        assert not others, f"PartialAnswer.failed has keys that were not in the call: {others}"
         assert partial.failed != asked.keys(), "PartialAnswer.failed contains all keys, but only one node is down"
         return partial.answer, partial.failed
 

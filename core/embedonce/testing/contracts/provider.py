@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded, Limits
 from embedonce.errors import TextRefused
 from embedonce.keys import VectorSpace
@@ -124,7 +125,7 @@ class ProviderContract(Contract):
             for count in sorted({1, min(2, largest), largest}):
                 texts = [f"{self.texts[number % len(self.texts)]} {number}" for number in range(count)]
                 vectors = opened.embed(texts)
-                assert len(vectors) == count, f"the provider returned {len(vectors)} vectors for {count} texts"
+                assert len(vectors) == count
 
     def test_vectors_are_finite_floats(self) -> None:
         with self._open() as opened:
@@ -383,7 +384,9 @@ def _check_array(answer: Any, count: int) -> NDArray[Any]:
     vectors = np.asarray(_get_vectors(answer))
     assert vectors.ndim == 2, f"vectors must have shape (n, d), got {vectors.shape}"
     assert np.issubdtype(vectors.dtype, np.floating), f"vectors must have a floating dtype, got {vectors.dtype}"
-    assert len(vectors) == count, f"the provider returned {len(vectors)} vectors for {count} texts"
+    assert len(vectors) == count, (
+        f"the provider returned {format_count(len(vectors), 'vector')} for {format_count(count, 'text')}"
+    )
     return vectors
 
 
