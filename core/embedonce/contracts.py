@@ -265,16 +265,33 @@ class Limits:
     """Maximum number of simultaneous calls for one batch."""
     timeout: float | None = None
     """Maximum duration of one call, in seconds. With None, only the provider's own client limits the duration."""
+    requests_per_minute: float | None = None
+    """Maximum number of calls that begin within a minute. None means no limit."""
+    tokens_per_minute: float | None = None
+    """Maximum number of tokens sent within a minute, as counted by the provider's ``count_tokens``; None means no
+    limit. A provider without ``count_tokens`` is charged a token for each byte of UTF-8."""
+    max_retries: int = 0
+    """How many times a call is repeated whose error has the status 429 (too many requests). All calls of the provider
+    pause first, for as long as the error asks. Keep 0 if the provider's own client repeats such calls."""
+    lease: bool = True
+    """Whether the chain takes its default lease for this provider's texts. Set this to False if computing a vector
+    costs less than a round trip to a shared tier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A provider's answer: the vectors, and the number of tokens charged for them."""
+    """A provider's answer: the vectors, the number of tokens charged for them, and the model that made them."""
 
-    vectors: Vectors
-    """Shape (n, d), row i for text i."""
+    vectors: Vectors | Sequence[Sequence[float] | NDArray[np.floating[Any]] | None]
+    """Shape (n, d), row i for text i. A row that is None has no vector: its text fails, and the others are stored."""
     tokens: int | None = None
     """Tokens charged for the call; None if the provider does not report them."""
+    model: str | None = None
+    """The name of the model according to the answer; None if the answer does not name it.
+
+    The first name is kept in the space card. If a later answer names another model, its vectors are not stored, unless
+    the provider's ``answers_as`` or the drift guard says otherwise.
+    """
 
     def __repr__(self) -> str:
         tokens = "" if self.tokens is None else f", tokens={self.tokens}"
@@ -287,8 +304,13 @@ class Embedded:
 class Provider(Protocol):
     """Computes vectors with blocking calls. Several threads may call it at the same time.
 
-    A provider may also have ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a
-    cache then call ``aembed``.
+    A provider may also have these attributes:
+
+    - ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a cache then call it.
+    - ``count_tokens(text)``, which returns the number of tokens of a text. ``max_tokens`` and ``tokens_per_minute``
+      of the limits use it.
+    - ``answers_as``, a sequence of names of the model. They count as the same model if an answer names one of them
+      (see :attr:`Embedded.model`).
     """
 
     @property

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from ._reprs import make_html_table, shorten
+from .batch_settings import refuse_batch_settings
 from .errors import ConfigError, SpaceError, TextError
 
 KEY_PREFIX = "eo1."
@@ -129,13 +130,15 @@ class VectorSpace:
     normalize: bool | None = None
     """Whether vectors are scaled to unit length."""
     extra: Mapping[str, Value] | None = None
-    """Other request fields that are passed to the model."""
+    """Other request fields that are passed to the model. A field that makes a vector depend on the other texts of its
+    batch raises :class:`~embedonce.errors.SpaceError` (see :mod:`embedonce.batch_settings`)."""
     space_version: int | str | None = None
     """Version that a plugin increases when its vectors change although no other field changes."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.provider, str) or not self.provider or not isinstance(self.model, str):
             raise SpaceError("a vector space must name its provider and its model")
+        refuse_batch_settings(self.extra)
 
     @classmethod
     def of(cls, value: VectorSpace | Mapping[str, Any]) -> VectorSpace:
