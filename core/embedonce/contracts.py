@@ -296,9 +296,10 @@ class Embedded:
     def __repr__(self) -> str:
         tokens = "" if self.tokens is None else f", tokens={self.tokens}"
         # An invalid answer must be printable too, because the developer of a provider prints it to find the error.
-        if not hasattr(self.vectors, "__len__") or np.ndim(self.vectors) == 0:
-            return f"<Embedded vectors of type {type(self.vectors).__name__}{tokens}>"
-        return f"<Embedded {format_count(len(self.vectors), 'vector')}{tokens}>"
+        rows: Any = self.vectors
+        if not hasattr(rows, "__len__") or (isinstance(rows, np.ndarray) and rows.ndim == 0):
+            return f"<Embedded vectors of type {type(rows).__name__}{tokens}>"
+        return f"<Embedded {format_count(len(rows), 'vector')}{tokens}>"
 
 
 class Provider(Protocol):
