@@ -324,7 +324,7 @@ class Description:
         if isinstance(item, np.generic):
             return self._describe(item.item(), name, where)
         if isinstance(item, np.ndarray) and item.dtype.kind in "biufc":
-            content = hashlib.sha256(np.ascontiguousarray(item)).hexdigest()
+            content = hashlib.sha256(np.ascontiguousarray(item).tobytes()).hexdigest()
             return {"array": content, "dtype": str(item.dtype), "shape": list(item.shape)}
         if isinstance(
             item, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType | functools.partial

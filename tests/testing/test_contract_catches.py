@@ -1058,6 +1058,13 @@ class OwesTokens(Changes):
         return Embedded(vectors, tokens=-1)
 
 
+class NamesEachCall(Changes):
+    """Names a different model in each answer."""
+
+    def change(self, vectors, texts):
+        return Embedded(vectors, model=f"model-{len(self.calls)}")
+
+
 class TwoFaces(CountingProvider):
     """Uses different models in `embed` and `aembed`."""
 
@@ -1148,6 +1155,7 @@ BROKEN_PROVIDERS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_later_call_leaves_earlier_vectors_alone", UsesOneBuffer),
     ("test_what_is_handed_in_is_left_alone", StripsTheList),
     ("test_tokens_are_a_number_or_none", OwesTokens),
+    ("test_the_model_has_one_name", NamesEachCall),
     ("test_sync_and_async_agree", TwoFaces),
     ("test_an_empty_text_is_embedded_or_refused", NothingIsZero),
     ("test_an_empty_text_is_embedded_or_refused", RefusesByThePart),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from embedonce_nodes import TwoNodesBackend
 from embedonce_shelf import ShelfBackend
 from embedonce_wire import Server, WireBackend
 
+from embedonce import Embedded
 from embedonce.contracts import Normalizer
 from embedonce.keys import NORMALIZERS
 from embedonce.testing import (
@@ -197,3 +198,20 @@ class BothFaces(CountingProvider):
 class TestWrappedProvider(ProviderContract):
     def make(self) -> FaultyProvider:
         return FaultyProvider(BothFaces())
+
+
+class LeavesRowsOut(CountingProvider):
+    """Answers None for an empty text."""
+
+    def embed_with_gaps(self, texts: Sequence[str], task: str) -> Embedded:
+        rows = [row if text else None for text, row in zip(texts, self._embed(texts, task).vectors, strict=True)]
+        return Embedded(rows, model="counting")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = self.embed_with_gaps
+
+
+class TestProviderThatLeavesRowsOut(ProviderContract):
+    def make(self) -> LeavesRowsOut:
+        return LeavesRowsOut()

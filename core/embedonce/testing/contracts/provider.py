@@ -74,6 +74,10 @@ class ProviderContract(Contract):
             if max_tokens is not None:
                 counts = callable(getattr(opened.provider, "count_tokens", None))
                 assert counts, "limits.max_tokens requires a method count_tokens"
+            for name in ("requests_per_minute", "tokens_per_minute"):
+                rate = getattr(limits, name)
+                assert rate is None or rate > 0, f"limits.{name} must be None or above 0, got {rate}"
+            assert limits.max_retries >= 0, f"limits.max_retries must be at least 0, got {limits.max_retries}"
             assert opened.provider.limits == limits, "limits must not change"
 
     def test_the_space_is_described_and_stays(self) -> None:
@@ -210,6 +214,19 @@ class ProviderContract(Contract):
                 is_valid = tokens is None or (isinstance(tokens, int) and tokens >= 0)
                 assert is_valid, f"Embedded.tokens must be None or an int of at least 0, got {tokens!r}"
 
+    def test_the_model_has_one_name(self) -> None:
+        with self._open() as opened:
+            answers = [opened.answer(texts) for texts in (self.texts[:1], self.texts[1:3])]
+            names = {answer.model for answer in answers if isinstance(answer, Embedded)}
+            assert all(name is None or (isinstance(name, str) and name) for name in names), (
+                "Embedded.model must be None or the name of the model"
+            )
+            aliases = getattr(opened.provider, "answers_as", ())
+            assert not isinstance(aliases, str), "answers_as must be a sequence of names, not one str"
+            assert len(names.difference(aliases)) <= 1, (
+                f"Embedded.model must be the same in every answer, or be in answers_as; got {sorted(map(str, names))}"
+            )
+
     def test_sync_and_async_agree(self) -> None:
         with self._open() as opened:
             if not (hasattr(opened.provider, "embed") and hasattr(opened.provider, "aembed")):
@@ -313,7 +330,9 @@ class ProviderContract(Contract):
         assert off <= self.tolerance, f"{what} differ by up to {off:.2g}; tolerance is {self.tolerance:g}"
 
     def _require_vector_or_refusal(self, text: str, what: str, *, full: bool = False) -> None:
-        """Require a valid vector, or a TextRefused that has either no positions or only the position of ``text``.
+        """Require a valid vector, a row that is None for ``text``, or a TextRefused.
+
+        The TextRefused must have either no positions or only the position of ``text``.
 
         A wrong position would make the cache leave a valid text out of the retry. With ``full``, also try ``text`` at
         the end of a full batch.
@@ -331,7 +350,12 @@ class ProviderContract(Contract):
         refused: TextRefused | None = None
         vectors = np.ones((1, 1))
         try:
-            vectors = opened.embed(texts)
+            answer = opened.answer(texts)
+            if isinstance(answer, Embedded) and any(row is None for row in answer.vectors):
+                without = [number for number, row in enumerate(answer.vectors) if row is None]
+                assert without == [place], f"{what}: only the row of this text may be None, got rows {without}"
+                return
+            vectors = _check_array(answer, len(texts))
         except TextRefused as error:
             refused = error
         except AssertionError:
