@@ -77,10 +77,13 @@ else:
 
 EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
-        ["short", "long", "empty", "nan", "infinity", "zeros", "dimension", "ragged", "no_values"], (ProviderError,)
+        ["short", "long", "empty", "nan", "infinity", "zeros", "dimension", "ragged", "no_values", "null"],
+        (ProviderError,),
     ),
-    "rate_limit": (errors.ClientError,),
-    "quota": (errors.ClientError,),
+    **dict.fromkeys(
+        ["rate_limit", "rate_limit_message", "rate_limit_no_hint", "rate_limit_info", "quota", "bad_request"],
+        (errors.ClientError,),
+    ),
     "server_error": (errors.ServerError,),
     "unauthorized": (errors.ClientError,),
     "not_json": (json.JSONDecodeError,),
@@ -90,6 +93,10 @@ EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
     "hang": (httpx2.TimeoutException, TimeoutError),
     "drip": (httpx2.TimeoutException, TimeoutError),
 }
+
+
+INVALID_ROW = ("nan", "infinity", "zeros", "ragged", "no_values", "null")
+"""Faults of one vector in an answer. The other vectors may be stored."""
 
 
 def test_every_fault_is_tested() -> None:
@@ -109,7 +116,8 @@ def test_hits_and_misses_during_each_fault(server: GeminiServer, tmp_path: Path,
         heal=server.heal,
         vector_of=lambda text: server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"),
     )
-    assert {MIXED[place] for place in failed} == set(FRESH)
+    texts = {MIXED[place] for place in failed}
+    assert texts == set(FRESH) or (kind in INVALID_ROW and texts and texts < set(FRESH))
     assert all(isinstance(error, EXPECTED_ERRORS[kind]) for error in failed.values())
     assert not any(text in str(error) for error in failed.values() for text in MIXED)
 
