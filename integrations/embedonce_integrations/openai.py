@@ -11,31 +11,24 @@ rest of the client is unchanged.
 
 from __future__ import annotations
 
-import base64
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
-from embedonce import Cache, Embedded, Fetched, Limits, ProviderError, SpaceError, VectorSpace, config
+from embedonce import Cache, Embedded, Limits, SpaceError, VectorSpace, config
+from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
-from embedonce.vectors import Vector
 
+from .openai_responses import Call, current_call, set_current_call
 from .wrapping import WrappedProvider, open_shared_cache
 
 try:
     import openai
     from openai.resources.embeddings import AsyncEmbeddings, Embeddings
-    from openai.types import CreateEmbeddingResponse, Embedding
-    from openai.types.create_embedding_response import Usage
 except ModuleNotFoundError as error:
     raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
 
@@ -52,8 +45,14 @@ CLIENT_FIELDS = ("input", "encoding_format")
 """Fields that override the client's own arguments if ``extra_body`` contains them. A call whose ``extra_body`` contains
 one of these fields is not cached."""
 
+OPTIONAL = ("dimensions", "encoding_format", "user")
+"""Arguments of ``create`` for which None means that the argument is absent."""
+
 RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that asks ``create`` for a raw answer. ``with_raw_response`` and ``with_streaming_response`` set it."""
+"""Header that asks ``create`` for a raw answer. ``with_raw_response`` sets it to "true", and ``with_streaming_response``
+to "stream"."""
+
+log = logging.getLogger(__name__)
 
 
 def cached(
@@ -96,6 +95,8 @@ class _Shared:
     cache: Cache
     models: Mapping[str, str]
     endpoint_name: str | None
+    reasons: set[str] = field(default_factory=set)
+    """The reasons, already logged, why calls did not use the cache."""
 
 
 def _install_cache(client: Client, shared: _Shared) -> Client:
@@ -110,120 +111,6 @@ def _install_cache(client: Client, shared: _Shared) -> Client:
         client.__dict__["embeddings"] = AsyncCachedEmbeddings(client, shared)
     client.__dict__.update(copy=copy, with_options=copy)
     return client
-
-
-# --- one call ---------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call of ``create``, with its arguments and the number of tokens that the endpoint charged."""
-
-    cache: Cache
-    texts: list[str]
-    """The inputs as texts, from which the keys are made."""
-    request: dict[str, Any]
-    """The arguments other than ``input``."""
-    model: str
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and add the answer's tokens to the call's totals.
-
-        Raises:
-            ProviderError: the answer does not have exactly one vector, with the right index, for each input.
-        """
-        data: Any = getattr(answer, "data", None)
-        if not isinstance(data, list) or len(data) != inputs:
-            count = len(data) if isinstance(data, list) else "none"
-            raise ProviderError(
-                f"expected one vector per input; inputs: {inputs}, vectors received: {count}; nothing was stored"
-            )
-        vectors: dict[int, NDArray[Any]] = {}
-        for item in data:
-            index = getattr(item, "index", None)
-            if type(index) is not int or not 0 <= index < inputs or index in vectors:
-                raise ProviderError(
-                    f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {inputs - 1}; "
-                    "nothing was stored"
-                )
-            vectors[index] = _read_vector(item.embedding)
-        prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
-        with self.lock:
-            self.prompt_tokens += prompt
-            self.total_tokens += total
-            self.model = answer.model
-        return Embedded([vectors[index] for index in range(inputs)], total)
-
-    def make_response(self, fetched: Fetched) -> CreateEmbeddingResponse:
-        """Return a response like the endpoint's, with the vectors that were fetched.
-
-        Raises:
-            Exception: the error of the first input that failed. The client raised it, or :meth:`read_answer` did.
-        """
-        if fetched.failed:
-            raise fetched.failed[min(fetched.failed)]
-        encode = _encode_base64 if self.request["encoding_format"] == "base64" else _encode_floats
-        return CreateEmbeddingResponse(
-            data=[encode(row, index) for index, row in enumerate(fetched.vectors)],
-            model=self.model,
-            object="list",
-            usage=Usage(prompt_tokens=self.prompt_tokens, total_tokens=self.total_tokens),
-        )
-
-
-_current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
-
-
-@contextmanager
-def _set_current_call(call: _Call) -> Iterator[None]:
-    """Inside the ``with`` block, make ``call`` the current call. Its arguments go to the endpoint.
-
-    The engine's threads and asyncio tasks copy the caller's context, so they see this call.
-    """
-    token = _current_call.set(call)
-    try:
-        yield
-    finally:
-        _current_call.reset(token)
-
-
-def _read_count(usage: Any, name: str) -> int:
-    value = getattr(usage, name, None)
-    return value if type(value) is int and value >= 0 else 0
-
-
-def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector of an embedding.
-
-    The embedding is a list of numbers, or a string of little-endian float32 values in base64.
-    """
-    try:
-        if isinstance(embedding, str):
-            return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
-        vector = np.array(embedding)
-    except ValueError:
-        vector = np.array(None)
-    if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise ProviderError(
-            "the endpoint returned an embedding that is neither a list of numbers nor base64; nothing was stored"
-        )
-    return vector
-
-
-def _encode_floats(row: Vector, index: int) -> Embedding:
-    return Embedding(embedding=row.tolist(), index=index, object="embedding")
-
-
-def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding whose vector is a base64 string.
-
-    ``Embedding`` declares only lists, but the client returns strings for ``encoding_format="base64"``.
-    """
-    encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
-    return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
 
 # --- inputs, as texts and as tokens -------------------------------------------------------------
@@ -285,22 +172,40 @@ def _are_tokens(given: Any) -> bool:
     return isinstance(given, list) and not isinstance(given[0], str)
 
 
-def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields of the request that may affect vectors, or None if the call cannot be cached."""
+def _read_body(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the request that may affect vectors.
+
+    Raises:
+        _NotCacheable: the call cannot be cached.
+    """
     extra = request["extra_body"] or {}
-    if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
-        return None
-    given = {name: request[name] for name in ("model", "dimensions") if not _is_absent(request[name])}
-    body = {**given, **extra}
-    return body if isinstance(body.get("model"), str) and type(body.get("dimensions", 1)) is int else None
+    if not isinstance(extra, Mapping):
+        raise _NotCacheable("extra_body is not a mapping")
+    for name in CLIENT_FIELDS:
+        if name in extra:
+            raise _NotCacheable(f"extra_body replaces the argument {name}; pass {name} as an argument")
+    body = {name: request[name] for name in ("model", "dimensions") if not _is_absent(request[name])}
+    body |= extra
+    for name in ("dimensions", "user"):
+        if body.get(name, ...) is None:
+            del body[name]
+    if not isinstance(body.get("model"), str):
+        raise _NotCacheable("model is not a str")
+    if type(body.get("dimensions", 1)) is not int:
+        raise _NotCacheable("dimensions is not an int")
+    return body
 
 
 def _is_absent(value: Any) -> bool:
-    return isinstance(value, openai.Omit | openai.NotGiven)
+    return value is None or isinstance(value, openai.Omit | openai.NotGiven)
+
+
+class _NotCacheable(Exception):
+    """The reason why a call cannot be cached. The call then goes to the endpoint unchanged."""
 
 
 class _CachedResource:
-    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``_Call``."""
+    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``Call``."""
 
     _client: Any
     _shared: _Shared
@@ -311,18 +216,42 @@ class _CachedResource:
         """The cache, for ``stats()`` and ``subscribe``. To get vectors, use the client and not this cache."""
         return self._shared.cache
 
-    def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
+    def _prepare_call(self, given: Any, request: dict[str, Any]) -> Call | None:
         """Return the call, or None if it cannot be cached and must go to the API unchanged.
 
+        A call that cannot be cached is counted, and the reason is logged once.
+
         Raises:
-            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
+            SpaceError: a setting makes the vector of a text depend on the other texts; or on Azure, ``model`` names a
+                deployment, and ``models`` has no entry for the deployment.
         """
-        texts, body = _to_texts(given), _collect_body(request)
-        if texts is None or body is None or RAW_HEADER in (request["extra_headers"] or {}):
+        try:
+            return self._read_call(given, request)
+        except _NotCacheable as reason:
+            self._shared.cache.count_passed_by()
+            if str(reason) not in self._shared.reasons:
+                self._shared.reasons.add(str(reason))
+                log.warning(
+                    "a call of embeddings.create does not use the cache: %s; further calls of this kind are not "
+                    "logged, but counted in embeddings.cache.stats().passed_by",
+                    reason,
+                )
             return None
+
+    def _read_call(self, given: Any, request: dict[str, Any]) -> Call:
+        if (request["extra_headers"] or {}).get(RAW_HEADER, "true") != "true":
+            raise _NotCacheable("with_streaming_response reads the answer from the endpoint; use with_raw_response")
+        texts = _to_texts(given)
+        if texts is None:
+            raise _NotCacheable("input is neither a text, nor a list of texts, nor one or more lists of tokens")
+        body = _read_body(request)
         tokens = _are_tokens(given)
-        space = self._describe(body, request["extra_query"] or {}, tokens=tokens)
-        return _Call(self._cache_for(space, tokens=tokens), texts, request, body["model"])
+        query = {**self._client.default_query, **(request["extra_query"] or {})}
+        refuse_batch_settings(request["extra_body"], "extra_body")
+        refuse_batch_settings(query, "extra_query")
+        space = self._describe(body, query, tokens=tokens)
+        request = {name: openai.omit if name in OPTIONAL and value is None else value for name, value in request.items()}
+        return Call(self._cache_for(space, tokens=tokens), texts, request, body["model"], self._client)
 
     def _describe(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
         """Describe a request in the same way as embedonce's openai provider.
@@ -337,7 +266,7 @@ class _CachedResource:
                 "the name of a deployment does not say which model it runs; pass the model of each deployment: "
                 'cached(client, models={"my-deployment": "text-embedding-3-small"})'
             )
-        query = {key: value for key, value in {**client.default_query, **query}.items() if key != "api-version"}
+        query = {key: value for key, value in query.items() if key != "api-version"}
         extra = {key: value for key, value in body.items() if key not in ("model", "dimensions", "user")}
         if query:
             extra["query"] = query
@@ -408,15 +337,18 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_query: Any = None,
         extra_body: Any = None,
         timeout: Any = openai.not_given,
-    ) -> CreateEmbeddingResponse:
+    ) -> Any:
         """Like the client's ``create``, but request only the vectors that the cache does not have.
 
-        ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
-        unchanged.
+        ``usage`` counts only the inputs sent to the endpoint. ``with_raw_response`` uses the cache too; the headers of
+        its response say how many vectors were found (see :meth:`Call.make_raw_response`). A call that cannot be cached
+        goes to the endpoint unchanged; ``cache.stats().passed_by`` counts such calls, and the reason is logged once.
 
         Raises:
             openai.OpenAIError: the client's own error.
             ProviderError: the endpoint's answer is invalid.
+            SpaceError: a setting makes the vector of a text depend on the other texts of the call; or the client is for
+                Azure, and ``models`` has no entry for the deployment.
         """
         request = {
             "model": model,
@@ -432,27 +364,17 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         call = self._prepare_call(input, request)
         if call is None:
             return super().create(input=input, **request)
-        with _set_current_call(call):
+        with set_current_call(call):
             return call.make_response(call.cache.fetch(call.texts))
 
     def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
         create = super().create
 
         def embed(texts: list[str], task: Task) -> Embedded:
-            call = _current_call.get()
+            call = current_call.get()
             return call.read_answer(create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
 
         return WrappedProvider(embed=embed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
-
-    @property
-    def with_raw_response(self) -> Any:
-        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
-        return Embeddings(self._client).with_raw_response
-
-    @property
-    def with_streaming_response(self) -> Any:
-        """The client's own resource for raw answers as streams. It does not use the cache."""
-        return Embeddings(self._client).with_streaming_response
 
 
 class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
@@ -475,7 +397,7 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
         extra_query: Any = None,
         extra_body: Any = None,
         timeout: Any = openai.not_given,
-    ) -> CreateEmbeddingResponse:
+    ) -> Any:
         """Async twin of :meth:`CachedEmbeddings.create`."""
         request = {
             "model": model,
@@ -491,24 +413,14 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
         call = self._prepare_call(input, request)
         if call is None:
             return await super().create(input=input, **request)
-        with _set_current_call(call):
+        with set_current_call(call):
             return call.make_response(await call.cache.afetch(call.texts))
 
     def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
         create = super().create
 
         async def aembed(texts: list[str], task: Task) -> Embedded:
-            call = _current_call.get()
+            call = current_call.get()
             return call.read_answer(await create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
 
         return WrappedProvider(aembed=aembed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
-
-    @property
-    def with_raw_response(self) -> Any:
-        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
-        return AsyncEmbeddings(self._client).with_raw_response
-
-    @property
-    def with_streaming_response(self) -> Any:
-        """The client's own resource for raw answers as streams. It does not use the cache."""
-        return AsyncEmbeddings(self._client).with_streaming_response
