@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedonce import Embedded, ProviderError
+from embedonce.answer_order import order_by_index
 
 TOO_LONG = re.compile(
     r"context length|input length|sequence length|token limit|maximum number of tokens|max(?:imum)? (?:input )?tokens"
@@ -42,20 +43,10 @@ def read_answer(content: bytes, texts: int) -> Embedded:
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
         raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored")
-    if len(data) != texts:
-        raise ProviderError(
-            f"expected one vector per text; texts: {texts}, vectors received: {len(data)}; nothing was stored"
-        )
-    vectors: list[NDArray[Any] | None] = [None] * texts
-    for item in data:
-        index = item.get("index") if isinstance(item, dict) else None
-        if type(index) is not int or not 0 <= index < texts or vectors[index] is not None:
-            raise ProviderError(
-                f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {texts - 1}; "
-                "nothing was stored"
-            )
-        vectors[index] = _read_vector(item.get("embedding"))
-    return Embedded([vector for vector in vectors if vector is not None], _read_tokens(answer.get("usage")))
+    items = [item if isinstance(item, dict) else {} for item in data]
+    order = order_by_index([item.get("index") for item in items], texts)
+    vectors = [_read_vector(items[position].get("embedding")) for position in order]
+    return Embedded(vectors, _read_tokens(answer.get("usage")))
 
 
 def _read_vector(embedding: Any) -> NDArray[Any]:
