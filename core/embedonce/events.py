@@ -127,13 +127,11 @@ class Stats:
         )
         computed = sum(provider.texts for provider in self.providers.values())
         failed = sum(provider.failed for provider in self.providers.values())
+        passed_by = f", {format_count(self.passed_by, 'call')} passed by" if self.passed_by else ""
         return (
             f"<Stats hit rate {format_percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
-            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{self._format_passed_by()}>"
+            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}>"
         )
-
-    def _format_passed_by(self) -> str:
-        return f", {format_count(self.passed_by, 'call')} passed by" if self.passed_by else ""
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each tier and provider, for notebooks."""
@@ -152,7 +150,8 @@ class Stats:
             f"{name}: {provider.texts:,} computed, {provider.failed:,} failed, {provider.seconds:.3f} s"
             for name, provider in self.providers.items()
         )
-        parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared{self._format_passed_by()}"]
+        parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared"]
+        parts += [f"{format_count(self.passed_by, 'call')} passed by"] if self.passed_by else []
         title = "Stats: " + "; ".join(part for part in parts if part)
         head = ("tier", "hit rate", "hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped", "seconds")
         return make_html_table(title, head, rows)

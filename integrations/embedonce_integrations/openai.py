@@ -12,9 +12,9 @@ rest of the client is unchanged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from zlib import crc32
 
@@ -23,14 +23,15 @@ from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
 
-from .openai_responses import Call, current_call, set_current_call
-from .wrapping import WrappedProvider, open_shared_cache
-
 try:
     import openai
     from openai.resources.embeddings import AsyncEmbeddings, Embeddings
+    from openai.types import CreateEmbeddingResponse
 except ModuleNotFoundError as error:
     raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
+
+from .openai_responses import RAW_HEADER, Call, current_call, set_current_call
+from .wrapping import WrappedProvider, open_shared_cache
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
@@ -48,9 +49,8 @@ one of these fields is not cached."""
 OPTIONAL = ("dimensions", "encoding_format", "user")
 """Arguments of ``create`` for which None means that the argument is absent."""
 
-RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that asks ``create`` for a raw answer. ``with_raw_response`` sets it to "true", and ``with_streaming_response``
-to "stream"."""
+NOT_IN_SPACE = ("encoding_format", "user")
+"""Fields of a request that do not affect vectors: the encoding of the answer, and the name of the end user."""
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +105,9 @@ def _install_cache(client: Client, shared: _Shared) -> Client:
     def copy(**options: Any) -> Client:
         return _install_cache(type(client).copy(client, **options), shared)
 
-    if isinstance(client, openai.OpenAI):
-        client.__dict__["embeddings"] = CachedEmbeddings(client, shared)
-    else:
-        client.__dict__["embeddings"] = AsyncCachedEmbeddings(client, shared)
-    client.__dict__.update(copy=copy, with_options=copy)
+    is_blocking = isinstance(client, openai.OpenAI)
+    embeddings: Any = CachedEmbeddings(client, shared) if is_blocking else AsyncCachedEmbeddings(client, shared)
+    client.__dict__.update(embeddings=embeddings, post=embeddings.post, copy=copy, with_options=copy)
     return client
 
 
@@ -172,40 +170,70 @@ def _are_tokens(given: Any) -> bool:
     return isinstance(given, list) and not isinstance(given[0], str)
 
 
-def _read_body(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the request that may affect vectors.
-
-    Raises:
-        _NotCacheable: the call cannot be cached.
-    """
-    extra = request["extra_body"] or {}
-    if not isinstance(extra, Mapping):
-        raise _NotCacheable("extra_body is not a mapping")
-    for name in CLIENT_FIELDS:
-        if name in extra:
-            raise _NotCacheable(f"extra_body replaces the argument {name}; pass {name} as an argument")
-    body = {name: request[name] for name in ("model", "dimensions") if not _is_absent(request[name])}
-    body |= extra
-    for name in ("dimensions", "user"):
-        if body.get(name, ...) is None:
-            del body[name]
-    if not isinstance(body.get("model"), str):
-        raise _NotCacheable("model is not a str")
-    if type(body.get("dimensions", 1)) is not int:
-        raise _NotCacheable("dimensions is not an int")
-    return body
-
-
-def _is_absent(value: Any) -> bool:
-    return value is None or isinstance(value, openai.Omit | openai.NotGiven)
-
-
 class _NotCacheable(Exception):
     """The reason why a call cannot be cached. The call then goes to the endpoint unchanged."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The arguments of one call, in the same form for ``create`` and for ``client.post``."""
+
+    input: Any
+    fields: Mapping[str, Any]
+    """The fields of the body, other than ``input``, that are arguments. Fields that are absent are left out."""
+    extra_body: Any
+    extra_query: Any
+    headers: Mapping[str, str] | None
+    default_format: Literal["base64", "float"]
+    """How the endpoint encodes vectors if ``fields`` has no ``encoding_format``."""
+    send: Callable[[list[Any]], Any]
+    """Send inputs to the endpoint, with these arguments."""
+    post_parser: Callable[[Any], Any] | None = None
+
+    def read_texts(self) -> list[str]:
+        """Return the inputs as texts.
+
+        Raises:
+            _NotCacheable: ``input`` has a form that is not known.
+        """
+        texts = _to_texts(self.input)
+        if texts is None:
+            raise _NotCacheable("input is neither a text, nor a list of texts, nor one or more lists of tokens")
+        return texts
+
+    def read_body(self) -> dict[str, Any]:
+        """Return the fields that may affect vectors.
+
+        Raises:
+            _NotCacheable: the call cannot be cached.
+        """
+        extra = self.extra_body or {}
+        if not isinstance(extra, Mapping):
+            raise _NotCacheable("extra_body is not a mapping")
+        for name in CLIENT_FIELDS:
+            if name in extra:
+                raise _NotCacheable(f"extra_body replaces the argument {name}; pass {name} as an argument")
+        body = {**self.fields, **extra}
+        body = {name: value for name, value in body.items() if name not in OPTIONAL or value is not None}
+        if not isinstance(body.get("model"), str):
+            raise _NotCacheable("model is not a str")
+        if type(body.get("dimensions", 1)) is not int:
+            raise _NotCacheable("dimensions is not an int")
+        return {name: value for name, value in body.items() if name not in NOT_IN_SPACE}
+
+    def refuse_batch_settings(self, query: Mapping[str, Any]) -> None:
+        """Refuse settings that make a vector depend on the other inputs of the call.
+
+        Raises:
+            SpaceError: there is such a setting.
+        """
+        refuse_batch_settings(self.fields, "body")
+        refuse_batch_settings(self.extra_body, "extra_body")
+        refuse_batch_settings(query, "extra_query")
+
+
 class _CachedResource:
-    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``Call``."""
+    """The common base of the blocking and the async resource. It turns the arguments of a call into a ``Call``."""
 
     _client: Any
     _shared: _Shared
@@ -216,42 +244,99 @@ class _CachedResource:
         """The cache, for ``stats()`` and ``subscribe``. To get vectors, use the client and not this cache."""
         return self._shared.cache
 
-    def _prepare_call(self, given: Any, request: dict[str, Any]) -> Call | None:
-        """Return the call, or None if it cannot be cached and must go to the API unchanged.
+    def _prepare_create(self, arguments: dict[str, Any], create: Callable[..., Any]) -> Call | None:
+        """Return the call for the arguments of ``create``, or None if they must go to ``create`` unchanged.
 
-        A call that cannot be cached is counted, and the reason is logged once.
+        Raises:
+            SpaceError: as for :meth:`_read_call`.
+        """
+        arguments["input"] = _to_lists(arguments["input"])
+        fields = {name: arguments[name] for name in ("model", *OPTIONAL) if not _is_absent(arguments[name])}
+        absent = dict.fromkeys((name for name in OPTIONAL if name not in fields), openai.omit)
+        return self._prepare_call(
+            _Request(
+                input=arguments["input"],
+                fields=fields,
+                extra_body=arguments["extra_body"],
+                extra_query=arguments["extra_query"],
+                headers=arguments["extra_headers"],
+                default_format="base64",
+                send=lambda inputs: create(**{**arguments, **absent, "input": inputs}),
+            )
+        )
+
+    def _prepare_post(self, path: str, arguments: dict[str, Any], post: Callable[..., Any]) -> Call | None:
+        """Return the call for the arguments of ``client.post``, or None if they must go to ``post`` unchanged.
+
+        Raises:
+            SpaceError: as for :meth:`_read_call`.
+        """
+        body, options = arguments.get("body"), arguments.get("options") or {}
+        if path.strip("/") != "embeddings" or not isinstance(body, Mapping) or "input" not in body:
+            return None
+        inputs = _to_lists(body["input"])
+        arguments["body"] = {**body, "input": inputs}
+        if arguments.get("cast_to") is not CreateEmbeddingResponse or arguments.get("stream"):
+            self._pass_by("client.post asks for an answer that is not a CreateEmbeddingResponse")
+            return None
+        return self._prepare_call(
+            _Request(
+                input=inputs,
+                fields={name: value for name, value in body.items() if name != "input"},
+                extra_body=options.get("extra_json"),
+                extra_query=options.get("params"),
+                headers=options.get("headers"),
+                default_format="float",
+                send=lambda inputs: post(path, **{**arguments, "body": {**body, "input": inputs}}),
+                post_parser=options.get("post_parser"),
+            )
+        )
+
+    def _prepare_call(self, request: _Request) -> Call | None:
+        try:
+            return self._read_call(request)
+        except _NotCacheable as reason:
+            self._pass_by(str(reason))
+            return None
+
+    def _pass_by(self, reason: str) -> None:
+        """Count a call that does not use the cache, and log each reason once."""
+        self._shared.cache.count_passed_by()
+        if reason not in self._shared.reasons:
+            self._shared.reasons.add(reason)
+            log.warning(
+                "a call of embeddings.create does not use the cache: %s; further calls of this kind are not logged, "
+                "but counted in embeddings.cache.stats().passed_by",
+                reason,
+            )
+
+    def _read_call(self, request: _Request) -> Call:
+        """Return the call.
 
         Raises:
             SpaceError: a setting makes the vector of a text depend on the other texts; or on Azure, ``model`` names a
                 deployment, and ``models`` has no entry for the deployment.
+            _NotCacheable: the call cannot be cached.
         """
-        try:
-            return self._read_call(given, request)
-        except _NotCacheable as reason:
-            self._shared.cache.count_passed_by()
-            if str(reason) not in self._shared.reasons:
-                self._shared.reasons.add(str(reason))
-                log.warning(
-                    "a call of embeddings.create does not use the cache: %s; further calls of this kind are not "
-                    "logged, but counted in embeddings.cache.stats().passed_by",
-                    reason,
-                )
-            return None
-
-    def _read_call(self, given: Any, request: dict[str, Any]) -> Call:
-        if (request["extra_headers"] or {}).get(RAW_HEADER, "true") != "true":
+        raw = (request.headers or {}).get(RAW_HEADER)
+        if raw not in (None, "true"):
             raise _NotCacheable("with_streaming_response reads the answer from the endpoint; use with_raw_response")
-        texts = _to_texts(given)
-        if texts is None:
-            raise _NotCacheable("input is neither a text, nor a list of texts, nor one or more lists of tokens")
-        body = _read_body(request)
-        tokens = _are_tokens(given)
-        query = {**self._client.default_query, **(request["extra_query"] or {})}
-        refuse_batch_settings(request["extra_body"], "extra_body")
-        refuse_batch_settings(query, "extra_query")
-        space = self._describe(body, query, tokens=tokens)
-        request = {name: openai.omit if name in OPTIONAL and value is None else value for name, value in request.items()}
-        return Call(self._cache_for(space, tokens=tokens), texts, request, body["model"], self._client)
+        texts, body = request.read_texts(), request.read_body()
+        query = {**self._client.default_query, **(request.extra_query or {})}
+        request.refuse_batch_settings(query)
+        tokens = _are_tokens(request.input)
+        given_format = request.fields.get("encoding_format")
+        return Call(
+            cache=self._cache_for(self._describe(body, query, tokens=tokens)),
+            client=self._client,
+            texts=texts,
+            model=body["model"],
+            send=lambda texts: request.send([_text_to_tokens(text) for text in texts] if tokens else texts),
+            returns_base64=given_format == "base64",
+            sends_base64=(given_format or request.default_format) == "base64",
+            is_raw=raw is not None,
+            post_parser=request.post_parser,
+        )
 
     def _describe(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
         """Describe a request in the same way as embedonce's openai provider.
@@ -267,7 +352,7 @@ class _CachedResource:
                 'cached(client, models={"my-deployment": "text-embedding-3-small"})'
             )
         query = {key: value for key, value in query.items() if key != "api-version"}
-        extra = {key: value for key, value in body.items() if key not in ("model", "dimensions", "user")}
+        extra = {key: value for key, value in body.items() if key not in ("model", "dimensions")}
         if query:
             extra["query"] = query
         if tokens:
@@ -281,19 +366,22 @@ class _CachedResource:
             extra=extra or None,
         )
 
-    def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
+    def _cache_for(self, space: VectorSpace) -> Cache:
         """Return the cache of a vector space. The client requests the vectors that the cache does not have."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
             if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
-            provider = self._make_provider(space, tokens=tokens)
-            cache = self._caches[fingerprint] = self._shared.cache.for_provider(provider)
+            cache = self._caches[fingerprint] = self._shared.cache.for_provider(self._make_provider(space))
         return cache
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         raise NotImplementedError
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or isinstance(value, openai.Omit | openai.NotGiven)
 
 
 def _make_placeholder() -> WrappedProvider:
@@ -307,11 +395,6 @@ def _make_placeholder() -> WrappedProvider:
 def _is_azure(client: Any) -> bool:
     host = urlsplit(str(client.base_url)).hostname or ""
     return isinstance(client, openai.AzureOpenAI | openai.AsyncAzureOpenAI) or host.endswith(".azure.com")
-
-
-def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return the texts as a value for ``input``. If ``tokens`` is set, convert the texts back to tokens."""
-    return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 
 # --- the resources ----------------------------------------------------------------------------
@@ -350,7 +433,8 @@ class CachedEmbeddings(_CachedResource, Embeddings):
             SpaceError: a setting makes the vector of a text depend on the other texts of the call; or the client is for
                 Azure, and ``models`` has no entry for the deployment.
         """
-        request = {
+        arguments = {
+            "input": input,
             "model": model,
             "dimensions": dimensions,
             "encoding_format": encoding_format,
@@ -360,19 +444,28 @@ class CachedEmbeddings(_CachedResource, Embeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _to_lists(input)
-        call = self._prepare_call(input, request)
+        call = self._prepare_create(arguments, super().create)
         if call is None:
-            return super().create(input=input, **request)
+            return super().create(**arguments)
         with set_current_call(call):
             return call.make_response(call.cache.fetch(call.texts))
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
-        create = super().create
+    def post(self, path: str, **arguments: Any) -> Any:
+        """Like the client's ``post``, but use the cache for a request to ``/embeddings``. LiteLLM sends such requests.
 
+        Raises:
+            Exception: as for :meth:`create`.
+        """
+        call = self._prepare_post(path, arguments, self._post)
+        if call is None:
+            return self._post(path, **arguments)
+        with set_current_call(call):
+            return call.make_response(call.cache.fetch(call.texts))
+
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         def embed(texts: list[str], task: Task) -> Embedded:
             call = current_call.get()
-            return call.read_answer(create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
+            return call.read_answer(call.send(texts), len(texts))
 
         return WrappedProvider(embed=embed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
 
@@ -399,7 +492,8 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
         timeout: Any = openai.not_given,
     ) -> Any:
         """Async twin of :meth:`CachedEmbeddings.create`."""
-        request = {
+        arguments = {
+            "input": input,
             "model": model,
             "dimensions": dimensions,
             "encoding_format": encoding_format,
@@ -409,18 +503,23 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _to_lists(input)
-        call = self._prepare_call(input, request)
+        call = self._prepare_create(arguments, super().create)
         if call is None:
-            return await super().create(input=input, **request)
+            return await super().create(**arguments)
         with set_current_call(call):
             return call.make_response(await call.cache.afetch(call.texts))
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
-        create = super().create
+    async def post(self, path: str, **arguments: Any) -> Any:
+        """Async twin of :meth:`CachedEmbeddings.post`."""
+        call = self._prepare_post(path, arguments, self._post)
+        if call is None:
+            return await self._post(path, **arguments)
+        with set_current_call(call):
+            return call.make_response(await call.cache.afetch(call.texts))
 
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         async def aembed(texts: list[str], task: Task) -> Embedded:
             call = current_call.get()
-            return call.read_answer(await create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
+            return call.read_answer(await call.send(texts), len(texts))
 
         return WrappedProvider(aembed=aembed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))

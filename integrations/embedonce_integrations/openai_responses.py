@@ -6,7 +6,7 @@ import base64
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,28 +21,36 @@ from openai.types import CreateEmbeddingResponse, Embedding
 from openai.types.create_embedding_response import Usage
 
 from embedonce import Cache, Embedded, Fetched, ProviderError
+from embedonce.answer_order import order_by_index
 from embedonce.vectors import Vector
 
 RAW_HEADER: Final = "X-Stainless-Raw-Response"
-"""Header that asks ``create`` for a raw answer. ``with_raw_response`` sets it to "true", and ``with_streaming_response``
-to "stream"."""
+"""Header that asks ``create`` for a raw answer. ``with_raw_response`` sets it to "true", ``with_streaming_response`` to
+"stream"."""
 
 BODY_HEADERS: Final = ("content-encoding", "content-length", "content-type", "transfer-encoding")
 """Headers that describe the body of one HTTP response. They do not fit the body that is made from the cache."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Call:
-    """A call of ``create``, with its arguments and what the endpoint has answered so far."""
+    """A call of ``create`` or ``client.post``, and what the endpoint has answered so far."""
 
     cache: Cache
+    client: Any
     texts: list[str]
     """The inputs as texts, from which the keys are made."""
-    request: dict[str, Any]
-    """The arguments other than ``input``."""
     model: str
     """The model as the call named it; after a request to the endpoint, as the endpoint named it."""
-    client: Any
+    send: Callable[[list[str]], Any]
+    """Send inputs to the endpoint. Returns the answer, or a coroutine if the client is async."""
+    returns_base64: bool
+    """Whether the response has base64 strings in place of lists of numbers."""
+    sends_base64: bool
+    """Whether the endpoint sends base64 strings. By default, the client decodes them."""
+    is_raw: bool
+    post_parser: Callable[[Any], Any] | None = None
+    """A function that the response goes through, as in the client."""
     prompt_tokens: int = 0
     total_tokens: int = 0
     raw: LegacyAPIResponse[CreateEmbeddingResponse] | None = None
@@ -59,20 +67,10 @@ class Call:
         if isinstance(answer, LegacyAPIResponse):
             raw, answer = answer, answer.parse()
         data: Any = getattr(answer, "data", None)
-        if not isinstance(data, list) or len(data) != inputs:
-            count = len(data) if isinstance(data, list) else "none"
-            raise ProviderError(
-                f"expected one vector per input; inputs: {inputs}, vectors received: {count}; nothing was stored"
-            )
-        vectors: dict[int, NDArray[Any] | None] = {}
-        for item in data:
-            index = getattr(item, "index", None)
-            if type(index) is not int or not 0 <= index < inputs or index in vectors:
-                raise ProviderError(
-                    f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {inputs - 1}; "
-                    "nothing was stored"
-                )
-            vectors[index] = _read_vector(item.embedding)
+        if not isinstance(data, list):
+            raise ProviderError("the endpoint's answer contains no list of vectors; nothing was stored")
+        order = order_by_index([getattr(item, "index", None) for item in data], inputs)
+        vectors = [_read_vector(getattr(data[position], "embedding", None)) for position in order]
         model = answer.model if isinstance(answer.model, str) and answer.model else None
         prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
         with self.lock:
@@ -80,7 +78,7 @@ class Call:
             self.total_tokens += total
             self.model = model or self.model
             self.raw = raw or self.raw
-        return Embedded([vectors[index] for index in range(inputs)], total, model)
+        return Embedded(vectors, total, model)
 
     def make_response(self, fetched: Fetched) -> Any:
         """Return a response like the endpoint's, with the vectors that were fetched; raw if the call asked for that.
@@ -90,17 +88,16 @@ class Call:
         """
         if fetched.failed:
             raise fetched.failed[min(fetched.failed)]
-        encode = _encode_base64 if self.request["encoding_format"] == "base64" else _encode_floats
+        encode = _encode_base64 if self.returns_base64 else _encode_floats
         response = CreateEmbeddingResponse(
             data=[encode(row, index) for index, row in enumerate(fetched.vectors)],
             model=self.model,
             object="list",
             usage=Usage(prompt_tokens=self.prompt_tokens, total_tokens=self.total_tokens),
         )
-        return self._make_raw_response(response, fetched) if self._is_raw() else response
-
-    def _is_raw(self) -> bool:
-        return RAW_HEADER in (self.request["extra_headers"] or {})
+        if self.post_parser is not None:
+            response = self.post_parser(response)
+        return self._make_raw_response(response, fetched) if self.is_raw else response
 
     def _make_raw_response(
         self, response: CreateEmbeddingResponse, fetched: Fetched
@@ -132,9 +129,12 @@ class Call:
             request=request if sent is None else sent.request,
         )
         made.elapsed = timedelta() if sent is None else sent.elapsed
-        options = FinalRequestOptions.construct(method="post", url="/embeddings")
-        # ``parse()`` returns the response itself: it need not be made a second time from the body.
-        options.post_parser = lambda parsed: response if isinstance(parsed, CreateEmbeddingResponse) else parsed
+        options = FinalRequestOptions(
+            method="post",
+            url="/embeddings",
+            # ``parse()`` returns the finished response, because the body has its vectors in the form of the wire.
+            post_parser=lambda parsed: response if isinstance(parsed, CreateEmbeddingResponse) else parsed,
+        )
         return LegacyAPIResponse(
             raw=made,
             cast_to=CreateEmbeddingResponse,
@@ -146,14 +146,13 @@ class Call:
         )
 
     def _make_body(self, response: CreateEmbeddingResponse, fetched: Fetched) -> dict[str, Any]:
-        """Return the body that the endpoint would have sent. The client asks for base64 unless it is told otherwise."""
-        in_base64 = self.request["encoding_format"] != "float"
-        rows = fetched.vectors
+        """Return the body that the endpoint would have sent."""
+        encode: Any = _to_base64 if self.sends_base64 else np.ndarray.tolist
         return {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": _to_base64(row) if in_base64 else row.tolist()}
-                for index, row in enumerate(rows)
+                {"object": "embedding", "index": index, "embedding": encode(row)}
+                for index, row in enumerate(fetched.vectors)
             ],
             "model": response.model,
             "usage": {"prompt_tokens": self.prompt_tokens, "total_tokens": self.total_tokens},
