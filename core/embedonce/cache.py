@@ -392,7 +392,7 @@ class Cache(Requests):
         The counts of a tier are numbers of texts.
         """
         sources = [self._source, *([self._fallback] if self._fallback else [])]
-        requested, found, shared = self._chain.engine.requests.read()
+        requested, found, shared, passed_by = self._chain.engine.requests.read()
         fast_hits = self._chain.tiers[0].counters.single_hits.value() if self._chain.tiers else 0
         return Stats(
             tiers={tier.name: tier.counters.stats() for tier in self._chain.tiers},
@@ -400,7 +400,15 @@ class Cache(Requests):
             shared=shared,
             requested=requested + fast_hits,
             found=found + fast_hits,
+            passed_by=passed_by,
         )
+
+    def count_passed_by(self) -> None:
+        """Count a call that did not use the cache, because its answer cannot be cached. Wrappers of clients call this.
+
+        The count is in ``stats().passed_by``.
+        """
+        self._chain.engine.requests.count_passed_by()
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event from now on.

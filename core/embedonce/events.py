@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ._messages import quote_toml_key
+from ._messages import format_count, quote_toml_key
 from ._reprs import format_percent, make_html_table
 
 
@@ -113,6 +113,8 @@ class Stats:
     """Number of texts that calls requested. Equal texts in one call count once."""
     found: int = 0
     """Number of requested texts that some tier had."""
+    passed_by: int = 0
+    """Number of calls of a wrapped client that did not use the cache, because their answers cannot be cached."""
 
     @property
     def hit_rate(self) -> float | None:
@@ -125,9 +127,10 @@ class Stats:
         )
         computed = sum(provider.texts for provider in self.providers.values())
         failed = sum(provider.failed for provider in self.providers.values())
+        passed_by = f", {format_count(self.passed_by, 'call')} passed by" if self.passed_by else ""
         return (
             f"<Stats hit rate {format_percent(self.hit_rate)}{f' ({rates})' if rates else ''}, "
-            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared>"
+            f"{computed:,} computed, {failed:,} failed, {self.shared:,} shared{passed_by}>"
         )
 
     def _repr_html_(self) -> str:
@@ -148,6 +151,7 @@ class Stats:
             for name, provider in self.providers.items()
         )
         parts = [f"hit rate {format_percent(self.hit_rate)}", providers, f"{self.shared:,} shared"]
+        parts += [f"{format_count(self.passed_by, 'call')} passed by"] if self.passed_by else []
         title = "Stats: " + "; ".join(part for part in parts if part)
         head = ("tier", "hit rate", "hits", "misses", "errors", "corrupt", "skipped", "stored", "dropped", "seconds")
         return make_html_table(title, head, rows)

@@ -42,6 +42,7 @@ class CacheCollector(Collector):
     ``embed_cache_dropped_total``          ``tier``, ``cause`` entries not written
     ``embed_cache_tier_seconds_total``     ``tier``            seconds spent in calls to the tier
     ``embed_cache_shared_total``                               texts whose vector another call was computing
+    ``embed_cache_passed_by_total``                            calls of a wrapped client that did not use the cache
     ``embed_cache_provider_texts_total``   ``provider``        texts embedded
     ``embed_cache_provider_failed_total``  ``provider``        texts that failed
     ``embed_cache_provider_tokens_total``  ``provider``        tokens charged
@@ -79,6 +80,9 @@ class CacheCollector(Collector):
         yield _sum_samples("misses", "Texts embedded by a provider.", [], [((), _count_computed(s)) for s in stats])
         yield _sum_samples(
             "shared", "Texts whose vector another call was already computing.", [], [((), s.shared) for s in stats]
+        )
+        yield _sum_samples(
+            "passed_by", "Calls of a wrapped client that did not use the cache.", [], [((), s.passed_by) for s in stats]
         )
         for count, about in {
             "texts": "Texts embedded.",

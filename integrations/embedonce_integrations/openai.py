@@ -11,33 +11,27 @@ rest of the client is unchanged.
 
 from __future__ import annotations
 
-import base64
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
-from embedonce import Cache, Embedded, Fetched, Limits, ProviderError, SpaceError, VectorSpace, config
+from embedonce import Cache, Embedded, Limits, SpaceError, VectorSpace, config
+from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
-from embedonce.vectors import Vector
-
-from .wrapping import WrappedProvider, open_shared_cache
 
 try:
     import openai
     from openai.resources.embeddings import AsyncEmbeddings, Embeddings
-    from openai.types import CreateEmbeddingResponse, Embedding
-    from openai.types.create_embedding_response import Usage
+    from openai.types import CreateEmbeddingResponse
 except ModuleNotFoundError as error:
     raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
+
+from .openai_responses import RAW_HEADER, Call, current_call, set_current_call
+from .wrapping import WrappedProvider, open_shared_cache
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)
 
@@ -52,8 +46,13 @@ CLIENT_FIELDS = ("input", "encoding_format")
 """Fields that override the client's own arguments if ``extra_body`` contains them. A call whose ``extra_body`` contains
 one of these fields is not cached."""
 
-RAW_HEADER = "X-Stainless-Raw-Response"
-"""Header that asks ``create`` for a raw answer. ``with_raw_response`` and ``with_streaming_response`` set it."""
+OPTIONAL = ("dimensions", "encoding_format", "user")
+"""Arguments of ``create`` for which None means that the argument is absent."""
+
+NOT_IN_SPACE = ("encoding_format", "user")
+"""Fields of a request that do not affect vectors: the encoding of the answer, and the name of the end user."""
+
+log = logging.getLogger(__name__)
 
 
 def cached(
@@ -96,6 +95,8 @@ class _Shared:
     cache: Cache
     models: Mapping[str, str]
     endpoint_name: str | None
+    reasons: set[str] = field(default_factory=set)
+    """The reasons, already logged, why calls did not use the cache."""
 
 
 def _install_cache(client: Client, shared: _Shared) -> Client:
@@ -104,126 +105,10 @@ def _install_cache(client: Client, shared: _Shared) -> Client:
     def copy(**options: Any) -> Client:
         return _install_cache(type(client).copy(client, **options), shared)
 
-    if isinstance(client, openai.OpenAI):
-        client.__dict__["embeddings"] = CachedEmbeddings(client, shared)
-    else:
-        client.__dict__["embeddings"] = AsyncCachedEmbeddings(client, shared)
-    client.__dict__.update(copy=copy, with_options=copy)
+    is_blocking = isinstance(client, openai.OpenAI)
+    embeddings: Any = CachedEmbeddings(client, shared) if is_blocking else AsyncCachedEmbeddings(client, shared)
+    client.__dict__.update(embeddings=embeddings, post=embeddings.post, copy=copy, with_options=copy)
     return client
-
-
-# --- one call ---------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call of ``create``, with its arguments and the number of tokens that the endpoint charged."""
-
-    cache: Cache
-    texts: list[str]
-    """The inputs as texts, from which the keys are made."""
-    request: dict[str, Any]
-    """The arguments other than ``input``."""
-    model: str
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def read_answer(self, answer: CreateEmbeddingResponse, inputs: int) -> Embedded:
-        """Return an answer's vectors in the order of the inputs, and add the answer's tokens to the call's totals.
-
-        Raises:
-            ProviderError: the answer does not have exactly one vector, with the right index, for each input.
-        """
-        data: Any = getattr(answer, "data", None)
-        if not isinstance(data, list) or len(data) != inputs:
-            count = len(data) if isinstance(data, list) else "none"
-            raise ProviderError(
-                f"expected one vector per input; inputs: {inputs}, vectors received: {count}; nothing was stored"
-            )
-        vectors: dict[int, NDArray[Any]] = {}
-        for item in data:
-            index = getattr(item, "index", None)
-            if type(index) is not int or not 0 <= index < inputs or index in vectors:
-                raise ProviderError(
-                    f"the indexes in the endpoint's answer are not exactly the numbers from 0 to {inputs - 1}; "
-                    "nothing was stored"
-                )
-            vectors[index] = _read_vector(item.embedding)
-        prompt, total = (_read_count(answer.usage, name) for name in ("prompt_tokens", "total_tokens"))
-        with self.lock:
-            self.prompt_tokens += prompt
-            self.total_tokens += total
-            self.model = answer.model
-        return Embedded([vectors[index] for index in range(inputs)], total)
-
-    def make_response(self, fetched: Fetched) -> CreateEmbeddingResponse:
-        """Return a response like the endpoint's, with the vectors that were fetched.
-
-        Raises:
-            Exception: the error of the first input that failed. The client raised it, or :meth:`read_answer` did.
-        """
-        if fetched.failed:
-            raise fetched.failed[min(fetched.failed)]
-        encode = _encode_base64 if self.request["encoding_format"] == "base64" else _encode_floats
-        return CreateEmbeddingResponse(
-            data=[encode(row, index) for index, row in enumerate(fetched.vectors)],
-            model=self.model,
-            object="list",
-            usage=Usage(prompt_tokens=self.prompt_tokens, total_tokens=self.total_tokens),
-        )
-
-
-_current_call: ContextVar[_Call] = ContextVar("embedonce_openai_call")
-
-
-@contextmanager
-def _set_current_call(call: _Call) -> Iterator[None]:
-    """Inside the ``with`` block, make ``call`` the current call. Its arguments go to the endpoint.
-
-    The engine's threads and asyncio tasks copy the caller's context, so they see this call.
-    """
-    token = _current_call.set(call)
-    try:
-        yield
-    finally:
-        _current_call.reset(token)
-
-
-def _read_count(usage: Any, name: str) -> int:
-    value = getattr(usage, name, None)
-    return value if type(value) is int and value >= 0 else 0
-
-
-def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector of an embedding.
-
-    The embedding is a list of numbers, or a string of little-endian float32 values in base64.
-    """
-    try:
-        if isinstance(embedding, str):
-            return np.frombuffer(base64.b64decode(embedding, validate=True), "<f4")
-        vector = np.array(embedding)
-    except ValueError:
-        vector = np.array(None)
-    if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise ProviderError(
-            "the endpoint returned an embedding that is neither a list of numbers nor base64; nothing was stored"
-        )
-    return vector
-
-
-def _encode_floats(row: Vector, index: int) -> Embedding:
-    return Embedding(embedding=row.tolist(), index=index, object="embedding")
-
-
-def _encode_base64(row: Vector, index: int) -> Embedding:
-    """Return an embedding whose vector is a base64 string.
-
-    ``Embedding`` declares only lists, but the client returns strings for ``encoding_format="base64"``.
-    """
-    encoded: Any = base64.b64encode(row.astype("<f4").tobytes()).decode()
-    return Embedding.construct(embedding=encoded, index=index, object="embedding")
 
 
 # --- inputs, as texts and as tokens -------------------------------------------------------------
@@ -285,22 +170,70 @@ def _are_tokens(given: Any) -> bool:
     return isinstance(given, list) and not isinstance(given[0], str)
 
 
-def _collect_body(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields of the request that may affect vectors, or None if the call cannot be cached."""
-    extra = request["extra_body"] or {}
-    if not isinstance(extra, Mapping) or any(name in extra for name in CLIENT_FIELDS):
-        return None
-    given = {name: request[name] for name in ("model", "dimensions") if not _is_absent(request[name])}
-    body = {**given, **extra}
-    return body if isinstance(body.get("model"), str) and type(body.get("dimensions", 1)) is int else None
+class _NotCacheable(Exception):
+    """The reason why a call cannot be cached. The call then goes to the endpoint unchanged."""
 
 
-def _is_absent(value: Any) -> bool:
-    return isinstance(value, openai.Omit | openai.NotGiven)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The arguments of one call, in the same form for ``create`` and for ``client.post``."""
+
+    input: Any
+    fields: Mapping[str, Any]
+    """The fields of the body, other than ``input``, that are arguments. Fields that are absent are left out."""
+    extra_body: Any
+    extra_query: Any
+    headers: Mapping[str, str] | None
+    default_format: Literal["base64", "float"]
+    """How the endpoint encodes vectors if ``fields`` has no ``encoding_format``."""
+    send: Callable[[list[Any]], Any]
+    """Send inputs to the endpoint, with these arguments."""
+    post_parser: Callable[[Any], Any] | None = None
+
+    def read_texts(self) -> list[str]:
+        """Return the inputs as texts.
+
+        Raises:
+            _NotCacheable: ``input`` has a form that is not known.
+        """
+        texts = _to_texts(self.input)
+        if texts is None:
+            raise _NotCacheable("input is neither a text, nor a list of texts, nor one or more lists of tokens")
+        return texts
+
+    def read_body(self) -> dict[str, Any]:
+        """Return the fields that may affect vectors.
+
+        Raises:
+            _NotCacheable: the call cannot be cached.
+        """
+        extra = self.extra_body or {}
+        if not isinstance(extra, Mapping):
+            raise _NotCacheable("extra_body is not a mapping")
+        for name in CLIENT_FIELDS:
+            if name in extra:
+                raise _NotCacheable(f"extra_body replaces the argument {name}; pass {name} as an argument")
+        body = {**self.fields, **extra}
+        body = {name: value for name, value in body.items() if name not in OPTIONAL or value is not None}
+        if not isinstance(body.get("model"), str):
+            raise _NotCacheable("model is not a str")
+        if type(body.get("dimensions", 1)) is not int:
+            raise _NotCacheable("dimensions is not an int")
+        return {name: value for name, value in body.items() if name not in NOT_IN_SPACE}
+
+    def refuse_batch_settings(self, query: Mapping[str, Any]) -> None:
+        """Refuse settings that make a vector depend on the other inputs of the call.
+
+        Raises:
+            SpaceError: there is such a setting.
+        """
+        refuse_batch_settings(self.fields, "body")
+        refuse_batch_settings(self.extra_body, "extra_body")
+        refuse_batch_settings(query, "extra_query")
 
 
 class _CachedResource:
-    """The common base of the blocking and the async resource. It turns the arguments of ``create`` into a ``_Call``."""
+    """The common base of the blocking and the async resource. It turns the arguments of a call into a ``Call``."""
 
     _client: Any
     _shared: _Shared
@@ -311,18 +244,99 @@ class _CachedResource:
         """The cache, for ``stats()`` and ``subscribe``. To get vectors, use the client and not this cache."""
         return self._shared.cache
 
-    def _prepare_call(self, given: Any, request: dict[str, Any]) -> _Call | None:
-        """Return the call, or None if it cannot be cached and must go to the API unchanged.
+    def _prepare_create(self, arguments: dict[str, Any], create: Callable[..., Any]) -> Call | None:
+        """Return the call for the arguments of ``create``, or None if they must go to ``create`` unchanged.
 
         Raises:
-            SpaceError: on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
+            SpaceError: as for :meth:`_read_call`.
         """
-        texts, body = _to_texts(given), _collect_body(request)
-        if texts is None or body is None or RAW_HEADER in (request["extra_headers"] or {}):
+        arguments["input"] = _to_lists(arguments["input"])
+        fields = {name: arguments[name] for name in ("model", *OPTIONAL) if not _is_absent(arguments[name])}
+        absent = dict.fromkeys((name for name in OPTIONAL if name not in fields), openai.omit)
+        return self._prepare_call(
+            _Request(
+                input=arguments["input"],
+                fields=fields,
+                extra_body=arguments["extra_body"],
+                extra_query=arguments["extra_query"],
+                headers=arguments["extra_headers"],
+                default_format="base64",
+                send=lambda inputs: create(**{**arguments, **absent, "input": inputs}),
+            )
+        )
+
+    def _prepare_post(self, path: str, arguments: dict[str, Any], post: Callable[..., Any]) -> Call | None:
+        """Return the call for the arguments of ``client.post``, or None if they must go to ``post`` unchanged.
+
+        Raises:
+            SpaceError: as for :meth:`_read_call`.
+        """
+        body, options = arguments.get("body"), arguments.get("options") or {}
+        if path.strip("/") != "embeddings" or not isinstance(body, Mapping) or "input" not in body:
             return None
-        tokens = _are_tokens(given)
-        space = self._describe(body, request["extra_query"] or {}, tokens=tokens)
-        return _Call(self._cache_for(space, tokens=tokens), texts, request, body["model"])
+        inputs = _to_lists(body["input"])
+        arguments["body"] = {**body, "input": inputs}
+        if arguments.get("cast_to") is not CreateEmbeddingResponse or arguments.get("stream"):
+            self._pass_by("client.post asks for an answer that is not a CreateEmbeddingResponse")
+            return None
+        return self._prepare_call(
+            _Request(
+                input=inputs,
+                fields={name: value for name, value in body.items() if name != "input"},
+                extra_body=options.get("extra_json"),
+                extra_query=options.get("params"),
+                headers=options.get("headers"),
+                default_format="float",
+                send=lambda inputs: post(path, **{**arguments, "body": {**body, "input": inputs}}),
+                post_parser=options.get("post_parser"),
+            )
+        )
+
+    def _prepare_call(self, request: _Request) -> Call | None:
+        try:
+            return self._read_call(request)
+        except _NotCacheable as reason:
+            self._pass_by(str(reason))
+            return None
+
+    def _pass_by(self, reason: str) -> None:
+        """Count a call that does not use the cache, and log each reason once."""
+        self._shared.cache.count_passed_by()
+        if reason not in self._shared.reasons:
+            self._shared.reasons.add(reason)
+            log.warning(
+                "a call of embeddings.create does not use the cache: %s; further calls of this kind are not logged, "
+                "but counted in embeddings.cache.stats().passed_by",
+                reason,
+            )
+
+    def _read_call(self, request: _Request) -> Call:
+        """Return the call.
+
+        Raises:
+            SpaceError: a setting makes the vector of a text depend on the other texts; or on Azure, ``model`` names a
+                deployment, and ``models`` has no entry for the deployment.
+            _NotCacheable: the call cannot be cached.
+        """
+        raw = (request.headers or {}).get(RAW_HEADER)
+        if raw not in (None, "true"):
+            raise _NotCacheable("with_streaming_response reads the answer from the endpoint; use with_raw_response")
+        texts, body = request.read_texts(), request.read_body()
+        query = {**self._client.default_query, **(request.extra_query or {})}
+        request.refuse_batch_settings(query)
+        tokens = _are_tokens(request.input)
+        given_format = request.fields.get("encoding_format")
+        return Call(
+            cache=self._cache_for(self._describe(body, query, tokens=tokens)),
+            client=self._client,
+            texts=texts,
+            model=body["model"],
+            send=lambda texts: request.send([_text_to_tokens(text) for text in texts] if tokens else texts),
+            returns_base64=given_format == "base64",
+            sends_base64=(given_format or request.default_format) == "base64",
+            is_raw=raw is not None,
+            post_parser=request.post_parser,
+        )
 
     def _describe(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
         """Describe a request in the same way as embedonce's openai provider.
@@ -337,8 +351,8 @@ class _CachedResource:
                 "the name of a deployment does not say which model it runs; pass the model of each deployment: "
                 'cached(client, models={"my-deployment": "text-embedding-3-small"})'
             )
-        query = {key: value for key, value in {**client.default_query, **query}.items() if key != "api-version"}
-        extra = {key: value for key, value in body.items() if key not in ("model", "dimensions", "user")}
+        query = {key: value for key, value in query.items() if key != "api-version"}
+        extra = {key: value for key, value in body.items() if key not in ("model", "dimensions")}
         if query:
             extra["query"] = query
         if tokens:
@@ -352,19 +366,22 @@ class _CachedResource:
             extra=extra or None,
         )
 
-    def _cache_for(self, space: VectorSpace, *, tokens: bool) -> Cache:
+    def _cache_for(self, space: VectorSpace) -> Cache:
         """Return the cache of a vector space. The client requests the vectors that the cache does not have."""
         fingerprint = space.fingerprint()
         cache = self._caches.get(fingerprint)
         if cache is None:
             if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
-            provider = self._make_provider(space, tokens=tokens)
-            cache = self._caches[fingerprint] = self._shared.cache.for_provider(provider)
+            cache = self._caches[fingerprint] = self._shared.cache.for_provider(self._make_provider(space))
         return cache
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         raise NotImplementedError
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or isinstance(value, openai.Omit | openai.NotGiven)
 
 
 def _make_placeholder() -> WrappedProvider:
@@ -378,11 +395,6 @@ def _make_placeholder() -> WrappedProvider:
 def _is_azure(client: Any) -> bool:
     host = urlsplit(str(client.base_url)).hostname or ""
     return isinstance(client, openai.AzureOpenAI | openai.AsyncAzureOpenAI) or host.endswith(".azure.com")
-
-
-def _to_input(texts: Sequence[str], *, tokens: bool) -> list[Any]:
-    """Return the texts as a value for ``input``. If ``tokens`` is set, convert the texts back to tokens."""
-    return [_text_to_tokens(text) for text in texts] if tokens else list(texts)
 
 
 # --- the resources ----------------------------------------------------------------------------
@@ -408,17 +420,21 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         extra_query: Any = None,
         extra_body: Any = None,
         timeout: Any = openai.not_given,
-    ) -> CreateEmbeddingResponse:
+    ) -> Any:
         """Like the client's ``create``, but request only the vectors that the cache does not have.
 
-        ``usage`` counts only the inputs sent to the endpoint. A call that cannot be cached goes to the endpoint
-        unchanged.
+        ``usage`` counts only the inputs sent to the endpoint. ``with_raw_response`` uses the cache too; the headers of
+        its response say how many vectors were found (see :meth:`Call.make_raw_response`). A call that cannot be cached
+        goes to the endpoint unchanged; ``cache.stats().passed_by`` counts such calls, and the reason is logged once.
 
         Raises:
             openai.OpenAIError: the client's own error.
             ProviderError: the endpoint's answer is invalid.
+            SpaceError: a setting makes the vector of a text depend on the other texts of the call; or the client is for
+                Azure, and ``models`` has no entry for the deployment.
         """
-        request = {
+        arguments = {
+            "input": input,
             "model": model,
             "dimensions": dimensions,
             "encoding_format": encoding_format,
@@ -428,31 +444,30 @@ class CachedEmbeddings(_CachedResource, Embeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _to_lists(input)
-        call = self._prepare_call(input, request)
+        call = self._prepare_create(arguments, super().create)
         if call is None:
-            return super().create(input=input, **request)
-        with _set_current_call(call):
+            return super().create(**arguments)
+        with set_current_call(call):
             return call.make_response(call.cache.fetch(call.texts))
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
-        create = super().create
+    def post(self, path: str, **arguments: Any) -> Any:
+        """Like the client's ``post``, but use the cache for a request to ``/embeddings``. LiteLLM sends such requests.
 
+        Raises:
+            Exception: as for :meth:`create`.
+        """
+        call = self._prepare_post(path, arguments, self._post)
+        if call is None:
+            return self._post(path, **arguments)
+        with set_current_call(call):
+            return call.make_response(call.cache.fetch(call.texts))
+
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         def embed(texts: list[str], task: Task) -> Embedded:
-            call = _current_call.get()
-            return call.read_answer(create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
+            call = current_call.get()
+            return call.read_answer(call.send(texts), len(texts))
 
         return WrappedProvider(embed=embed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
-
-    @property
-    def with_raw_response(self) -> Any:
-        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
-        return Embeddings(self._client).with_raw_response
-
-    @property
-    def with_streaming_response(self) -> Any:
-        """The client's own resource for raw answers as streams. It does not use the cache."""
-        return Embeddings(self._client).with_streaming_response
 
 
 class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
@@ -475,9 +490,10 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
         extra_query: Any = None,
         extra_body: Any = None,
         timeout: Any = openai.not_given,
-    ) -> CreateEmbeddingResponse:
+    ) -> Any:
         """Async twin of :meth:`CachedEmbeddings.create`."""
-        request = {
+        arguments = {
+            "input": input,
             "model": model,
             "dimensions": dimensions,
             "encoding_format": encoding_format,
@@ -487,28 +503,23 @@ class AsyncCachedEmbeddings(_CachedResource, AsyncEmbeddings):
             "extra_body": extra_body,
             "timeout": timeout,
         }
-        input = _to_lists(input)
-        call = self._prepare_call(input, request)
+        call = self._prepare_create(arguments, super().create)
         if call is None:
-            return await super().create(input=input, **request)
-        with _set_current_call(call):
+            return await super().create(**arguments)
+        with set_current_call(call):
             return call.make_response(await call.cache.afetch(call.texts))
 
-    def _make_provider(self, space: VectorSpace, *, tokens: bool) -> WrappedProvider:
-        create = super().create
+    async def post(self, path: str, **arguments: Any) -> Any:
+        """Async twin of :meth:`CachedEmbeddings.post`."""
+        call = self._prepare_post(path, arguments, self._post)
+        if call is None:
+            return await self._post(path, **arguments)
+        with set_current_call(call):
+            return call.make_response(await call.cache.afetch(call.texts))
 
+    def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         async def aembed(texts: list[str], task: Task) -> Embedded:
-            call = _current_call.get()
-            return call.read_answer(await create(input=_to_input(texts, tokens=tokens), **call.request), len(texts))
+            call = current_call.get()
+            return call.read_answer(await call.send(texts), len(texts))
 
         return WrappedProvider(aembed=aembed, space=lambda task: space, limits=Limits(max_batch=MAX_INPUTS))
-
-    @property
-    def with_raw_response(self) -> Any:
-        """The client's own resource for raw answers. It does not use the cache, because a hit has no raw answer."""
-        return AsyncEmbeddings(self._client).with_raw_response
-
-    @property
-    def with_streaming_response(self) -> Any:
-        """The client's own resource for raw answers as streams. It does not use the cache."""
-        return AsyncEmbeddings(self._client).with_streaming_response

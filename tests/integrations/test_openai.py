@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import json
 import os
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +20,12 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types import CreateEmbeddingResponse
 
 import embedonce
 from embedonce import ProviderError, SpaceError, keys
 from embedonce.testing import OpenAIServer
+from embedonce.testing.servers.loopback import Reply
 from embedonce_integrations.openai import AsyncCachedEmbeddings, CachedEmbeddings, cached
 from embedonce_providers.openai import OpenAIProvider
 
@@ -68,7 +75,7 @@ class Program:
             client = cached(plain, **wrap) if wrap else plain
             for call in calls:
                 try:
-                    answers.append(client.embeddings.create(**call))
+                    answers.append(_send(client, call))
                 except Exception as error:
                     answers.append(error)
         return answers
@@ -79,10 +86,17 @@ class Program:
             client = cached(plain, **wrap) if wrap else plain
             for call in calls:
                 try:
-                    answers.append(await client.embeddings.create(**call))
+                    answers.append(await _send(client, call))
                 except Exception as error:
                     answers.append(error)
         return answers
+
+
+def _send(client: Any, call: dict[str, Any]) -> Any:
+    if "post" in call:
+        return client.post(**call["post"])
+    embeddings = client.embeddings.with_raw_response if call.get("raw") else client.embeddings
+    return embeddings.create(**{name: value for name, value in call.items() if name != "raw"})
 
 
 def vectors(answer: Any) -> list[list[float]]:
@@ -266,7 +280,7 @@ def test_hits_and_misses_during_each_fault(server: OpenAIServer, tiers: dict[str
     server.heal()
     expected = [server.vector_of(text).tolist() for text in MIXED]
     assert vectors(known) == [server.vector_of(text).tolist() for text in KNOWN]
-    if kind in ("out_of_order", "drip"):
+    if kind in ("out_of_order", "no_index", "drip"):
         assert vectors(mixed) == expected
     else:
         assert isinstance(mixed, CLIENT_ERRORS.get(kind, ProviderError))
@@ -301,14 +315,239 @@ def test_what_the_api_refuses_is_refused_with_the_cache_too(
     assert ours.body == plain.body
 
 
-def test_a_call_that_cannot_be_cached_is_passed_on(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
-    calls = [
-        {"model": MODEL, "input": "one", "extra_body": {"encoding_format": "float"}},
-        {"model": MODEL, "input": "one", "extra_body": {"input": "two"}},
-    ]
-    answers = Program(server, face)(*calls, *calls, config=tiers)
-    assert len(server.requests) == 4
-    assert vectors(answers[1]) == [server.vector_of("two").tolist()]
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"extra_body": {"encoding_format": "float"}}, "extra_body replaces the argument encoding_format"),
+        ({"extra_body": {"input": "two"}}, "extra_body replaces the argument input"),
+        ({"extra_body": {"model": 7}}, "model is not a str"),
+        ({"dimensions": "8"}, "dimensions is not an int"),
+        ({"input": {"one": 1}}, "input is neither a text, nor a list of texts"),
+    ],
+    ids=str,
+)
+def test_a_call_that_cannot_be_cached_is_passed_on_counted_and_warned_of_once(
+    server: OpenAIServer, tiers: dict[str, Any], call: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        for number in range(1, 4):
+            ours, theirs = (_try(one, {"model": MODEL, "input": "one", **call}) for one in (client, plain))
+            assert ours == theirs
+            assert client.embeddings.cache.stats().passed_by == number
+        assert f"{number} calls passed by" in repr(client.embeddings.cache.stats())
+    assert len(server.requests) == 6
+    (record,) = caplog.records
+    assert reason in record.getMessage()
+    assert "stats().passed_by" in record.getMessage()
+    assert record.name.startswith("embedonce")
+
+
+def _try(client: openai.OpenAI, call: dict[str, Any]) -> Any:
+    try:
+        return client.embeddings.create(**call).model_dump()
+    except openai.APIStatusError as error:
+        return error.status_code, error.body
+
+
+def test_calls_that_use_the_cache_are_not_passed_by(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        client.embeddings.create(model=MODEL, input="one")
+        stats = client.embeddings.cache.stats()
+    assert stats.passed_by == 0
+    assert "passed by" not in repr(stats)
+
+
+# --- None and raw responses, as LiteLLM uses them -----------------------------------------------
+
+NONE: dict[str, Any] = {
+    "dimensions": None,
+    "encoding_format": None,
+    "user": None,
+    "extra_headers": None,
+    "extra_query": None,
+    "extra_body": None,
+}
+
+
+@pytest.mark.parametrize("name", [*NONE, "all"])
+def test_an_optional_argument_that_is_none_is_absent(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, name: str
+) -> None:
+    absent = NONE if name == "all" else {name: None}
+    first, second, third = Program(server, face)(
+        {"model": MODEL, "input": "one", **absent},
+        {"model": MODEL, "input": "one"},
+        {"model": MODEL, "input": "one", "extra_body": {"dimensions": None, "user": None}},
+        config=tiers,
+    )
+    assert vectors(first) == vectors(second) == vectors(third) == [server.vector_of("one").tolist()]
+    (request,) = server.requests
+    assert request.body == {"model": MODEL, "input": ["one"], "encoding_format": "base64"}
+
+
+@pytest.mark.parametrize("form", [openai.omit, None, "float", "base64"], ids=["unset", "None", "float", "base64"])
+def test_a_raw_response_is_served_from_the_cache(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, form: Any
+) -> None:
+    def ask(raw: bool, *texts: str) -> dict[str, Any]:
+        return {"model": MODEL, "input": list(texts), "encoding_format": form, "raw": raw}
+
+    program = Program(server, face)
+    (expected,) = program({**ask(False, "one", "two"), "encoding_format": form or openai.omit})
+    before = len(server.requests)
+    answers = program(ask(True, "one"), ask(True, "two", "one"), ask(True, "one", "two"), config=tiers)
+    assert [request.body["input"] for request in server.requests[before:]] == [["one"], ["two"]]
+    assert [raw.headers["x-embedonce-cache"] for raw in answers] == ["miss", "partial", "hit"]
+    assert [raw.headers["x-embedonce-hits"] for raw in answers] == ["0", "1", "2"]
+    assert [raw.headers["x-embedonce-computed"] for raw in answers] == ["1", "1", "0"]
+    raw = answers[-1]
+    parsed = raw.parse()
+    assert type(parsed) is type(expected)
+    assert parsed is raw.parse()
+    assert [item.embedding for item in parsed.data] == [item.embedding for item in expected.data]
+    assert [item.index for item in parsed.data] == [0, 1]
+    assert (parsed.model, parsed.usage.total_tokens) == (MODEL, 0)
+
+
+def test_a_raw_response_has_everything_that_the_clients_own_has(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face
+) -> None:
+    call = {"model": MODEL, "input": ["one", "two"], "raw": True}
+    program = Program(server, face)
+    (plain,) = program(call)
+    for ours in program(call, call, config=tiers):
+        assert type(ours) is type(plain)
+        assert type(ours.http_response) is type(plain.http_response)
+        for name in ("status_code", "url", "method", "http_version", "is_closed", "retries_taken", "request_id"):
+            assert getattr(ours, name) == getattr(plain, name), name
+        body = json.loads(ours.text)
+        assert body["data"] == json.loads(plain.text)["data"]
+        assert json.loads(ours.content) == ours.http_response.json() == body
+        assert dict(ours.headers)["content-type"] == "application/json"
+        assert int(ours.headers["content-length"]) == len(ours.content)
+        assert ours.elapsed >= timedelta()
+
+
+def test_a_raw_response_has_the_headers_of_the_endpoint_if_it_was_asked(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face
+) -> None:
+    call = {"model": MODEL, "input": ["one"], "raw": True}
+    program = Program(server, face)
+    (plain,), (cold, warm) = program(call), program(call, call, config=tiers)
+    own = {name for name in plain.headers if name not in ("content-type", "content-length")}
+    assert own
+    assert all(cold.headers[name] for name in own)
+    assert own.isdisjoint(warm.headers)
+
+
+@pytest.mark.parametrize("form", [None, "float", "base64"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_request_that_litellm_posts_is_served_from_the_cache(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, raw: bool, form: str | None
+) -> None:
+    """LiteLLM posts its requests itself, without ``embeddings.create``, unless it is told an encoding."""
+    texts = ["one", "two"]
+    body = {"model": MODEL, "input": texts, **({} if form is None else {"encoding_format": form})}
+    options = {"headers": {"X-Stainless-Raw-Response": "true"} if raw else {}, "timeout": 30.0}
+    post = {"path": "/embeddings", "body": body, "options": options, "cast_to": CreateEmbeddingResponse}
+    program = Program(server, face)
+    (plain,) = program({"post": post})
+    cold, warm, created = program(
+        {"post": post}, {"post": post}, {"model": MODEL, "input": "two", "user": "me"}, config=tiers
+    )
+    assert len(server.requests) == 2
+    assert server.requests[0].body == server.requests[1].body == body
+    assert created.data[0].embedding == server.vector_of("two").tolist()
+    for answer in (cold, warm):
+        assert type(answer) is type(plain)
+        ours, theirs = (one.parse() if raw else one for one in (answer, plain))
+        assert ours.data == theirs.data
+        assert ours.model == theirs.model
+        if raw:
+            assert json.loads(answer.text)["data"] == json.loads(plain.text)["data"]
+
+
+def test_other_requests_that_are_posted_are_passed_on(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        body = {"model": MODEL, "input": ["one"]}
+        assert client.post("/embeddings", body=body, cast_to=object)["object"] == "list"  # type: ignore[index]
+        assert client.embeddings.cache.stats().passed_by == 1
+        with pytest.raises(openai.NotFoundError):
+            client.post("/responses", body=body, cast_to=object)
+        assert client.embeddings.cache.stats().passed_by == 1
+        with pytest.raises(SpaceError, match="late_chunking"):
+            client.post("/embeddings", body={**body, "late_chunking": True}, cast_to=CreateEmbeddingResponse)
+
+
+def test_a_raw_call_raises_the_clients_errors(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    server.misbehave("server_error", times=None)
+    (error,) = Program(server, face)({"model": MODEL, "input": "one", "raw": True}, config=tiers)
+    assert isinstance(error, openai.InternalServerError)
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def test_one_index_that_is_left_out_is_the_free_one(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:
+    texts = ["one", "two", "three"]
+    call = {"model": MODEL, "input": texts}
+    with answering(server, lambda body: {**body, "data": [_without_index_0(item) for item in reversed(body["data"])]}):
+        answers = Program(server, face)(call, call, config=tiers)
+    for answer in answers:
+        assert vectors(answer) == [server.vector_of(text).tolist() for text in texts]
+
+
+def _without_index_0(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name != "index" or value != 0}
+
+
+def test_the_model_is_named_as_the_endpoint_names_it_and_on_a_hit_as_the_call_does(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face
+) -> None:
+    call = {"model": MODEL, "input": "one"}
+    with answering(server, lambda body: {**body, "model": f"{MODEL}-001"}):
+        cold, warm = Program(server, face)(call, call, config=tiers)
+    assert cold.model == f"{MODEL}-001"
+    assert warm.model == MODEL
+
+
+@contextmanager
+def answering(server: OpenAIServer, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Change the body of each answer of the server."""
+    embed = server.embed
+
+    def changed(request: Any, kind: str | None) -> Any:
+        reply = embed(request, kind)
+        return Reply(reply.status, change(reply.content))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "embed", changed)
+        yield
+
+
+# --- settings that concern the other texts of a call ---------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["extra_body", "extra_query"])
+@pytest.mark.parametrize("settings", [{"late_chunking": True}, {"task": {"lateChunking": "true"}}], ids=str)
+def test_settings_that_tie_a_text_to_its_batch_are_refused(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, place: str, settings: dict[str, Any]
+) -> None:
+    call = {"model": MODEL, "input": "one", place: settings}
+    refused, off = Program(server, face)(call, {"model": MODEL, "input": "one"}, config=tiers)
+    assert isinstance(refused, SpaceError)
+    assert f"{place}." in str(refused)
+    assert vectors(off) == [server.vector_of("one").tolist()]
+    assert server.texts == 1
+
+
+def test_such_a_setting_of_the_client_itself_is_refused(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    client = openai.OpenAI(base_url=server.base_url, api_key="any", default_query={"late_chunking": "true"})
+    with client, pytest.raises(SpaceError, match="late_chunking"):
+        cached(client, config=tiers).embeddings.create(model=MODEL, input="one")
 
 
 # --- the rest of the client -------------------------------------------------------------------
@@ -335,20 +574,23 @@ def test_the_rest_of_the_client_is_unchanged(server: OpenAIServer, tiers: dict[s
         before = len(server.requests)
         raw = client.embeddings.with_raw_response.create(**call)
         assert raw.parse().data[0].embedding == server.vector_of("one").tolist()
-        assert client.with_raw_response.embeddings.create(**call).parse().usage.total_tokens > 0
+        assert client.with_raw_response.embeddings.create(**call).parse().usage.total_tokens == 0
         with client.embeddings.with_streaming_response.create(**call) as stream:
             assert stream.status_code == 200
         with client.with_streaming_response.embeddings.create(**call) as stream:
             assert stream.status_code == 200
         plain.embeddings.create(**call)
-        assert len(server.requests) == before + 5
+        assert len(server.requests) == before + 3
+        assert client.embeddings.cache.stats().passed_by == 2
         for other in (client.with_options(timeout=7), client.copy(), client.with_options().with_options()):
             assert other.embeddings.create(**call).usage.total_tokens == 0
         assert client.with_options(timeout=7).timeout == 7
-        assert client.embeddings.cache.stats().tiers["memory"].hits == 3
+        assert client.embeddings.cache.stats().tiers["memory"].hits == 5
 
 
-async def test_raw_responses_of_an_async_client_are_not_cached(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+async def test_raw_responses_of_an_async_client_are_cached_and_streams_are_not(
+    server: OpenAIServer, tiers: dict[str, Any]
+) -> None:
     async with openai.AsyncOpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
         client = cached(plain, config=tiers)
         call: Any = {"model": MODEL, "input": "one"}
@@ -358,7 +600,23 @@ async def test_raw_responses_of_an_async_client_are_not_cached(server: OpenAISer
             assert raw.parse().data[0].embedding == server.vector_of("one").tolist()
         async with client.with_streaming_response.embeddings.create(**call) as stream:
             assert stream.status_code == 200
-        assert len(server.requests) == 4
+        assert len(server.requests) == 2
+        assert client.embeddings.cache.stats().passed_by == 1
+
+
+def test_a_cached_client_can_be_copied_as_a_plain_one_can(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        client.embeddings.create(model=MODEL, input="one")
+        for other in (copy.copy(client), copy.copy(client).with_options(timeout=7)):
+            assert vectors(other.embeddings.create(model=MODEL, input="one")) == [server.vector_of("one").tolist()]
+        assert len(server.requests) == 1
+        errors = []
+        for one in (plain, client):
+            with pytest.raises(TypeError) as caught:
+                pickle.dumps(one)
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
 
 
 def test_the_drift_guard_of_a_configuration_works(server: OpenAIServer, tiers: dict[str, Any], face: Face) -> None:

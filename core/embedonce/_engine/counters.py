@@ -28,7 +28,7 @@ class Tally:
 
 
 class RequestCounters:
-    """Counts the requested texts, the texts that a tier had, and the texts that another call was already embedding."""
+    """Counts the requested texts, and how each was answered. Also counts the calls that did not use the cache."""
 
     def __init__(self) -> None:
         self.requested = 0
@@ -37,6 +37,8 @@ class RequestCounters:
         """Number of requested texts that a tier had."""
         self.shared = 0
         """Number of requested texts whose vector another call was already computing."""
+        self.passed_by = 0
+        """Number of calls of a wrapped client that did not use the cache."""
         self.renew_locks()
 
     def renew_locks(self) -> None:
@@ -51,14 +53,21 @@ class RequestCounters:
             self.requested += requested
             self.found += found
 
-    def read(self) -> tuple[int, int, int]:
-        """Return ``requested``, ``found`` and ``shared``. The lock ensures that ``found`` is at most ``requested``."""
+    def read(self) -> tuple[int, int, int, int]:
+        """Return ``requested``, ``found``, ``shared`` and ``passed_by``.
+
+        The lock ensures that ``found`` is at most ``requested``.
+        """
         with self._lock:
-            return self.requested, self.found, self.shared
+            return self.requested, self.found, self.shared, self.passed_by
 
     def count_shared(self, shared: int) -> None:
         with self._lock:
             self.shared += shared
+
+    def count_passed_by(self) -> None:
+        with self._lock:
+            self.passed_by += 1
 
 
 class Counters:
