@@ -20,7 +20,7 @@ from haystack.utils import Secret
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai import OpenAIEmbedding
 
-from embedonce import DriftError, SpaceError, TextError
+from embedonce import ConfigError, DriftError, SpaceError, TextError
 from embedonce.testing import OpenAIServer
 from embedonce.vectors import Matrix
 from embedonce_integrations.agent_framework import CachedEmbeddingClient
@@ -34,6 +34,7 @@ from embedonce_integrations.wrapping import open_shared_cache
 from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder
 
 Ask: TypeAlias = Callable[[list[str]], Matrix]
+CLIENTS = ("client", "_client", "_aclient", "async_client")
 MODEL = "text-embedding-3-small"
 KEY = "sk-0123456789-do-not-tell"
 TEXTS = [f"A sentence about tea, number {number}." for number in range(20)]
@@ -60,18 +61,26 @@ class Frameworks:
         self.config: dict[str, Any] = {"provider": provider, **self.tiers}
         self.client = openai.OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0)
         self.async_client = openai.AsyncOpenAI(base_url=server.base_url, api_key=KEY, max_retries=0)
-        self.kept: list[Any] = []
+        self.caches: list[Any] = []
+        """Caches whose async clients belong to the runner."""
+        self.made: list[Any] = []
+        """Embedders that have an OpenAI client in one of the attributes in CLIENTS."""
 
     def close(self) -> None:
-        self.client.close()
-        self.runner.run(self.async_client.close())
+        for cache in self.caches:
+            self.runner.run(cache.aclose())
+        clients = [getattr(embedder, name, None) for embedder in self.made for name in CLIENTS]
+        for client in [self.client, self.async_client, *clients]:
+            closing = client.close() if client is not None else None
+            if closing is not None:
+                self.runner.run(closing)
 
     def provider(self) -> Ask:
         return open_shared_cache(self.config).embed_batch
 
     def provider_on_a_loop(self) -> Ask:
         cache = open_shared_cache(self.config)
-        self.kept.append(cache)
+        self.caches.append(cache)
         return lambda texts: self.runner.run(cache.aembed_batch(texts))
 
     def openai_client(self) -> Ask:
@@ -86,16 +95,21 @@ class Frameworks:
         inner = OpenAIEmbeddings(
             model=MODEL, base_url=self.server.base_url, api_key=KEY, max_retries=0, check_embedding_ctx_length=False
         )
+        self.made += [inner, inner.client, inner.async_client]
         embeddings = CachedEmbeddings(inner, config=self.tiers)
         return lambda texts: np.array(embeddings.embed_documents(texts), np.float32)
 
     def llama_index(self) -> Ask:
         inner = OpenAIEmbedding(model_name=MODEL, api_base=self.server.base_url, api_key=KEY, max_retries=0)
+        self.made.append(inner)
         model = CachedEmbedding(inner, config=self.tiers)
         return lambda texts: np.array(model.get_text_embedding_batch(texts), np.float32)
 
     def chroma(self) -> Ask:
-        inner = OpenAIEmbeddingFunction(model_name=MODEL, api_base=self.server.base_url, api_key=KEY)
+        inner = OpenAIEmbeddingFunction(
+            model_name=MODEL, api_base=self.server.base_url, api_key_env_var="OPENAI_API_KEY"
+        )
+        self.made.append(inner)
         inner.client = inner.client.with_options(max_retries=0)
         function = CachedEmbeddingFunction(inner, config=self.tiers)
         return lambda texts: np.array(function(texts), np.float32)
@@ -109,6 +123,7 @@ class Frameworks:
             raise_on_failure=True,
             progress_bar=False,
         )
+        self.made.append(inner)
         embedder = CachedDocumentEmbedder(inner, config=self.tiers)
 
         def ask(texts: list[str]) -> Matrix:
@@ -119,7 +134,7 @@ class Frameworks:
 
     def autogen(self) -> Ask:
         cache = open_shared_cache(self.config)
-        self.kept.append(cache)
+        self.caches.append(cache)
 
         def ask(texts: list[str]) -> Matrix:
             chunks = [MemoryContent(content=text, mime_type=MemoryMimeType.TEXT) for text in texts]
@@ -151,12 +166,11 @@ NAMES = [name for name in vars(Frameworks) if not name.startswith("_") and name 
 
 
 @pytest.fixture
-def frameworks(server: OpenAIServer, tmp_path: Path) -> Iterator[Frameworks]:
+def frameworks(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Frameworks]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with asyncio.Runner() as runner:
         made = Frameworks(server, tmp_path, runner)
         yield made
-        for cache in made.kept:
-            runner.run(cache.aclose())
         made.close()
 
 
@@ -199,9 +213,12 @@ def test_one_row_without_a_vector_fails_alone(server: OpenAIServer, ask: Ask, ki
 
 
 def test_one_lone_surrogate_fails_alone(server: OpenAIServer, ask: Ask) -> None:
-    broken = ["\ud800" if text == BAD else text for text in TEXTS]
-    with pytest.raises(TextError, match="surrogates"):
-        ask(broken)
+    try:
+        ask(["\ud800" if text == BAD else text for text in TEXTS])
+    except Exception as error:
+        # pytest cannot report a text with a lone surrogate, so compare only the name of the class.
+        found = type(error).__name__
+    assert found == TextError.__name__
     check_that_the_others_are_stored(server, ask)
 
 
@@ -235,7 +252,7 @@ def test_another_served_model_is_noticed(server: OpenAIServer, ask: Ask) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_that_tie_a_text_to_its_batch_are_refused(frameworks: Frameworks, name: str) -> None:
     body = {"late_chunking": True}
-    with pytest.raises(SpaceError, match="late_chunking"):
+    with pytest.raises((SpaceError, ConfigError), match="late_chunking"):
         match name:
             case "langchain":
                 inner = OpenAIEmbeddings(model=MODEL, api_key=KEY, model_kwargs={"extra_body": body})
@@ -257,7 +274,9 @@ def test_settings_that_tie_a_text_to_its_batch_are_refused(frameworks: Framework
                 )
                 frameworks.runner.run(created)
             case "chroma" | "haystack":
-                pytest.skip("its OpenAI embedder sends no other fields; tests/integrations/test_chroma.py, test_haystack.py")
+                pytest.skip(
+                    "its OpenAI embedder sends no other fields; tests/integrations/test_chroma.py, test_haystack.py"
+                )
             case _:
                 frameworks.config["provider"]["extra_body"] = body
                 getattr(frameworks, name)()(TEXTS)
