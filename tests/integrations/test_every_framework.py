@@ -277,9 +277,9 @@ def test_a_request_that_ties_a_text_to_its_batch_is_refused(frameworks: Framewor
     client, async_client = (
         cached(one, config=frameworks.tiers) for one in (frameworks.client, frameworks.async_client)
     )
-    with pytest.raises(SpaceError, match="extra_body.late_chunking"):
+    with pytest.raises(SpaceError, match=r"extra_body\.late_chunking"):
         client.embeddings.create(model=MODEL, input=TEXTS, extra_body=LATE)
-    with pytest.raises(SpaceError, match="extra_body.late_chunking"):
+    with pytest.raises(SpaceError, match=r"extra_body\.late_chunking"):
         frameworks.runner.run(async_client.embeddings.create(model=MODEL, input=TEXTS, extra_body=LATE))
     inner = OpenAIEmbeddingClient(model=MODEL, async_client=frameworks.async_client)
     wrapped: Any = CachedEmbeddingClient(inner, config=frameworks.tiers)
