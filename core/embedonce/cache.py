@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._engine.chain import Tier
 from ._engine.ports import run_blocking
-from ._engine.requests import ITER_BATCH, TASKS, Requests, read_windows, read_windows_async
+from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .events import Event, Stats
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
+from .tasks import TASKS
 from .vectors import Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The check of a task's name: a provider refuses tasks that it does not know, and a misspelled name gets a suggestion."""
+"""The check of a task's name: a provider refuses tasks that it does not know, and suggests a task that it knows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ TASKS: Final = ("document", "query")
 """The tasks that every provider accepts."""
 
 LIKENESS = 0.8
-"""How similar a name must be to a known task to count as misspelled, from 0 to 1. ``qurey`` and ``query`` have 0.8. Names
-that providers really use have less: ``search_document`` has 0.7, and ``queries`` has 0.67."""
+"""How similar a name must be to a known task to count as misspelled, from 0 to 1.
+
+The likeness of ``qurey`` and ``query`` is 0.8. Names that providers use have less: ``search_document`` has 0.7, and
+``queries`` has 0.67.
+"""
 
 
 def require_task(task: Any) -> None:
@@ -33,8 +36,8 @@ def check_task(
     """Check that a provider knows a task. A provider calls this in ``space``, so that nothing is computed or stored.
 
     ``what`` is the subject of the message, such as ``"provider 'openai'"``. With ``accepts_others``, the provider
-    accepts every task, so only a task that looks like a misspelled name in ``known`` is refused. ``advice`` is a sentence
-    that ends the message; it says how to make the task known.
+    accepts every task, so only a task that looks like a misspelled name in ``known`` is refused. ``advice`` is a
+    sentence that ends the message; it says how to make the task known.
 
     Raises:
         SpaceError: the task is unknown. The message suggests the most similar known task.
@@ -54,6 +57,6 @@ def check_task(
 
 
 def _names_a_known_task(task: str, known: Collection[str]) -> bool:
-    """Return whether a task is named after a known task, such as ``query_en`` or ``document2``: it is not misspelled."""
+    """Return whether a task is named after a known task, such as ``query_en`` or ``document2``."""
     words = re.findall(r"[^\W\d_]+|\d+", task)
     return len(words) > 1 and not set(words).isdisjoint(known)

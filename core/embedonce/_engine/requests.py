@@ -14,6 +14,7 @@ from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, SpaceError, TextRefused
 from embedonce.functions import NoProvider
 from embedonce.keys import card
+from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
 
 from .call import Answer
@@ -25,7 +26,6 @@ from .running import RunningChain, close_part
 
 log = logging.getLogger("embedonce")
 
-TASKS = ("document", "query")
 ITER_BATCH = 1024
 MOVES = 5
 """Maximum number of times that one call moves to a new vector space because the provider has drifted."""
@@ -108,8 +108,7 @@ class Requests:
             raise CacheClosed("this cache is closed; open a new one")
 
     def _get_route(self, source: LiveProvider, task: Task) -> Route:
-        if not isinstance(task, str) or not task:
-            raise TypeError(f'task must be a str such as "document" or "query", got {task!r}')
+        require_task(task)
         route = self._routes.get((source, task))
         if route is None:
             chain = self._chain
