@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._engine.chain import Tier
 from ._engine.ports import run_blocking
-from ._engine.requests import ITER_BATCH, TASKS, Requests, read_windows, read_windows_async
+from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
 from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .events import Event, Stats
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
+from .tasks import TASKS
 from .vectors import Dtype, Matrix, Metadata, Vector
 
 if TYPE_CHECKING:
@@ -141,12 +142,18 @@ class Cache(Requests):
         return run_blocking(self._embed_matrix(self._chain.ports.blocking, texts, task))
 
     def embed_iter(self, texts: Iterable[str], task: Task = "document", *, batch: int = ITER_BATCH) -> Iterator[Vector]:
-        """Yield each text's vector in order. Only ``batch`` texts are read at a time, so memory stays bounded."""
+        """Yield each text's vector in order. Only ``batch`` texts are read at a time, so memory stays bounded.
+
+        Raises:
+            Exception: as in :meth:`embed_batch`. A position in an error counts from the first text of ``texts``.
+        """
         self._check_iter(texts, batch)
 
         def rows() -> Iterator[Vector]:
+            first = 0
             for window in read_windows(texts, batch):
-                yield from run_blocking(self._embed_rows(self._chain.ports.blocking, window, task))
+                yield from run_blocking(self._embed_rows(self._chain.ports.blocking, window, task, first))
+                first += len(window)
 
         return rows()
 
@@ -160,6 +167,8 @@ class Cache(Requests):
     ) -> Fetched:
         """Return the vectors and the source of each vector. Report failures by position instead of raising them.
 
+        A text that is not valid Unicode also fails alone, with a :class:`~embedonce.errors.TextError`.
+
         With ``store=False``, the call writes no vectors to the tiers. It neither stores the vectors that it computes
         nor copies vectors from a slower tier to a faster tier.
 
@@ -169,7 +178,7 @@ class Cache(Requests):
         return run_blocking(self._fetch(self._chain.ports.blocking, texts, task, store=store, metadata=metadata))
 
     def lookup(self, texts: Sequence[str], task: Task = "document") -> Fetched:
-        """Return the vectors that the tiers have; compute nothing."""
+        """Return the vectors that the tiers have; compute nothing. An invalid text is in ``failed``."""
         return run_blocking(self._lookup(self._chain.ports.blocking, texts, task))
 
     def put(
@@ -183,6 +192,7 @@ class Cache(Requests):
         """Store vectors that you already have. A text that is already in a tier keeps its entry.
 
         Raises:
+            TextError: a text has a lone surrogate. Nothing is stored.
             ProviderError: the vectors have the wrong shape, or one of them has NaN, infinity or only zeros.
         """
         run_blocking(self._put(self._chain.ports.blocking, texts, vectors, task, metadata))
@@ -294,9 +304,11 @@ class Cache(Requests):
         self._check_iter(texts, batch)
 
         async def rows() -> AsyncIterator[Vector]:
+            first = 0
             async for window in read_windows_async(texts, batch):
-                for row in await self._embed_rows(self._chain.ports.get_loop_port(), window, task):
+                for row in await self._embed_rows(self._chain.ports.get_loop_port(), window, task, first):
                     yield row
+                first += len(window)
 
         return rows()
 

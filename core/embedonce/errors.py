@@ -78,9 +78,11 @@ class ProviderTimeout(ProviderError, TimeoutError):
 
 
 class DriftError(ProviderError):
-    """The provider no longer returns the vectors that are stored in its vector space. No text was embedded.
+    """The provider no longer returns the vectors that are stored in its vector space. Nothing was stored.
 
-    Raised if the drift guard's ``action`` is ``"refuse"``. Change ``[key] version``, or go back to the previous model.
+    Raised if the vectors of the canary texts have changed and the drift guard's ``action`` is ``"refuse"``. Also raised
+    if an answer names a different model than earlier answers of the same vector space, unless the ``action`` is
+    ``"warn"`` or ``"new-space"``. Change ``[key] version``, or go back to the previous model.
     """
 
 

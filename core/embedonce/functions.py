@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeAlias, Union, cast, get_args, get_origin
 
 from .contracts import AnyProvider, Embedded, Limits, Task, Vectors
 from .errors import ProviderError, SpaceError
 from .keys import VectorSpace
+from .tasks import TASKS, check_task
 
 Answer: TypeAlias = Vectors | Embedded
 Function: TypeAlias = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
-"""A sync or async function ``list[str] -> vectors``. A function with a parameter ``task`` also gets the task."""
+"""A sync or async function ``list[str] -> vectors``. A function with a parameter ``task`` also gets the task.
+
+If this parameter is annotated with ``Literal["document", "query", …]``, the function knows only these tasks. Otherwise,
+it gets any task, except one that looks like a misspelled "document" or "query".
+"""
 Space: TypeAlias = VectorSpace | Mapping[str, Any]
 
 
 class _FunctionBase:
-    """Base of both function providers: the declared space, the limits, and whether the function takes the task."""
+    """Base of both function providers: the declared space, the limits, and the tasks that the function takes."""
 
     def __init__(self, function: Callable[..., Any], space: Space | None, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self._takes_task = _takes_task(function)
+        parameter = _find_task_parameter(function)
+        self._takes_task = parameter is not None
+        names, self._accepts_others = ((), True) if parameter is None else _read_known_tasks(parameter.annotation)
+        self._known_tasks: Collection[str] = names or TASKS
         self._space = _require_space(space)
         if self._takes_task and self._space.task is not None:
             raise SpaceError(
@@ -31,8 +40,24 @@ class _FunctionBase:
             )
 
     def space(self, task: Task) -> VectorSpace:
-        """Return the declared space; it includes the task if the function takes the task."""
+        """Return the declared space; it includes the task if the function takes the task.
+
+        Raises:
+            SpaceError: the function does not know the task.
+        """
+        # A cache describes the space of each default task, even if no text is embedded for it.
+        if task not in TASKS:
+            self._check_task(task)
         return replace(self._space, task=task) if self._takes_task else self._space
+
+    def _check_task(self, task: Task) -> None:
+        check_task(
+            task,
+            self._known_tasks,
+            what="the function",
+            accepts_others=self._accepts_others,
+            advice="To name the tasks that the function knows, annotate its parameter: task: Literal[...]",
+        )
 
     def close(self) -> None:
         """Do nothing, because a function needs no closing."""
@@ -52,8 +77,10 @@ class FunctionProvider(_FunctionBase):
         """Return the function's answer for the texts. The engine checks the answer.
 
         Raises:
+            SpaceError: the function does not know the task.
             TypeError: the function returned a coroutine, although it is not declared with ``async def``.
         """
+        self._check_task(task)
         answer = self._function(list(texts), task=task) if self._takes_task else self._function(list(texts))
         if inspect.isawaitable(answer):
             if inspect.iscoroutine(answer):
@@ -74,7 +101,12 @@ class AsyncFunctionProvider(_FunctionBase):
         self._function = function
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Answer:
-        """Return the function's answer for the texts. The engine checks the answer."""
+        """Return the function's answer for the texts. The engine checks the answer.
+
+        Raises:
+            SpaceError: the function does not know the task.
+        """
+        self._check_task(task)
         return await (self._function(list(texts), task=task) if self._takes_task else self._function(list(texts)))
 
 
@@ -147,16 +179,39 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _takes_task(function: Callable[..., Any]) -> bool:
-    """Return whether the function has a parameter ``task`` besides its first parameter, which gets the texts.
+def _find_task_parameter(function: Callable[..., Any]) -> inspect.Parameter | None:
+    """Return the function's parameter ``task``. The first parameter does not count, because it gets the texts.
 
     ``**kwargs`` does not count as such a parameter. If the function is a partial with a keyword argument ``task``, its
     parameter ``task`` does not count either.
     """
     if isinstance(function, functools.partial) and "task" in function.keywords:
-        return False
+        return None
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = list(_read_signature(function).parameters.values())
     except (TypeError, ValueError):  # a C function may have no signature
-        return False
-    return any(p.name == "task" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters[1:])
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return next((p for p in parameters[1:] if p.name == "task" and p.kind in kinds), None)
+
+
+def _read_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a function with its annotations evaluated, or as strings if they cannot be evaluated."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception:  # noqa: BLE001  (an annotation may name something that is imported only for type checkers)
+        return inspect.signature(function)
+
+
+def _read_known_tasks(annotation: Any) -> tuple[Sequence[str], bool]:
+    """Return the tasks that an annotation of the parameter ``task`` names, and whether it allows other tasks too."""
+    annotation = getattr(annotation, "__value__", annotation)  # the right side of a ``type`` statement
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return [name for name in args if isinstance(name, str)], False
+    if origin is Annotated:
+        return _read_known_tasks(args[0])
+    if origin in (Union, UnionType):
+        parts = [_read_known_tasks(part) for part in args if part is not type(None)]
+        return [name for names, _ in parts for name in names], any(others for _, others in parts)
+    return [], True

@@ -26,6 +26,9 @@ KEY_PREFIX = "eo1."
 CARD_PREFIX = "eo1.card."
 """First characters of the keys of space cards. The key of an entry has 16 hex digits in the place of ``card``."""
 
+SERVED_MODEL = "served_model"
+"""Part of a space card: the name of the model according to the first answer of the provider that named one."""
+
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
 
@@ -216,6 +219,15 @@ def _newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # In UTF-16, a pair of surrogates is the same two units as the character that it stands for.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "nfc": _nfc,
     "nfkc": _nfkc,
@@ -223,6 +235,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "collapse-whitespace": _collapse_whitespace,
     "casefold": str.casefold,
     "newlines": _newlines,
+    "surrogates": _surrogates,
 }
 """The normalisation steps that come with embedonce, by their name in TOML."""
 
@@ -333,7 +346,8 @@ class Keyer:
         except UnicodeEncodeError as error:
             raise TextError(
                 f"the text has a lone surrogate at character {error.start}; it is not valid Unicode. "
-                "Read its source with the right encoding, or replace every lone surrogate before you embed the text"
+                'Read its source with the right encoding, or add "surrogates" to [key] normalize to replace every lone '
+                "surrogate"
             ) from None
 
 
@@ -359,7 +373,10 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card, which describes a scope for ``stats`` and ``purge``. A card contains no embedded text."""
+    """Return the space card, which describes a scope for ``stats`` and ``purge``. A card contains no embedded text.
+
+    The engine adds :data:`SERVED_MODEL` as soon as an answer names its model.
+    """
     described = space.described()
     return {
         "provider": described.get("provider"),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, Fetched, Limits, SpaceError, VectorSpace, config
 from embedonce.config import Source
 from embedonce.contracts import Task
 from embedonce.vectors import Matrix, Vector
@@ -239,7 +239,7 @@ class VectorByteStore(ByteStore):
             EraseIncomplete: a tier failed, or cannot delete the old value of a key.
         """
         vectors = _parse_vectors(key_value_pairs)
-        stale = _find_stale(vectors, self.cache.lookup(list(vectors)).rows)
+        stale = _find_stale(vectors, self.cache.lookup(list(vectors)))
         if stale:
             self.cache.forget(stale)
         self.cache.put(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
@@ -247,7 +247,7 @@ class VectorByteStore(ByteStore):
     async def amset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
         """Async twin of :meth:`mset`."""
         vectors = _parse_vectors(key_value_pairs)
-        stale = _find_stale(vectors, (await self.cache.alookup(list(vectors))).rows)
+        stale = _find_stale(vectors, await self.cache.alookup(list(vectors)))
         if stale:
             await self.cache.aforget(stale)
         await self.cache.aput(list(vectors), list(vectors.values()), metadata=_make_metadata(vectors))
@@ -321,12 +321,18 @@ def _parse_vectors(pairs: Sequence[tuple[str, bytes]]) -> dict[str, list[float]]
     return vectors
 
 
-def _find_stale(vectors: Mapping[str, list[float]], rows: Sequence[Any]) -> list[str]:
-    """Return the keys for which a tier holds a vector that differs from the given one."""
+def _find_stale(vectors: Mapping[str, list[float]], found: Fetched) -> list[str]:
+    """Return the keys for which a tier holds a vector that differs from the given one.
+
+    Raises:
+        TextError: a key is not valid Unicode.
+    """
+    for error in found.failed.values():
+        raise error
     with np.errstate(over="ignore"):  # no warning, because `put` refuses a number that is too large for float32
         return [
             key
-            for (key, vector), row in zip(vectors.items(), rows, strict=True)
+            for (key, vector), row in zip(vectors.items(), found.rows, strict=True)
             if row is not None and not np.array_equal(np.asarray(vector, np.float32), row)
         ]
 

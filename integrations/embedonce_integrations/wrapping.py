@@ -20,6 +20,7 @@ from embedonce import Cache, ConfigError, Limits, ProviderError, SpaceError, Vec
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
 from embedonce.keys import Value
 from embedonce.model_files import digest
+from embedonce.tasks import check_task
 
 Answer: TypeAlias = Vectors | Embedded
 
@@ -161,7 +162,12 @@ class WrappedProvider:
         self._space = space
 
     def space(self, task: Task) -> VectorSpace:
-        """Return the embedder's vector space for a task."""
+        """Return the embedder's vector space for a task.
+
+        Raises:
+            SpaceError: the task is neither "document" nor "query", the only ones that embedders distinguish.
+        """
+        check_task(task, what="a framework's embedder")
         return self._space(task)
 
     def close(self) -> None:

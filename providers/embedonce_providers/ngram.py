@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from embedonce import Limits, VectorSpace, hookimpl
 from embedonce.contracts import Task
 from embedonce.options import Doc
+from embedonce.tasks import check_task
 from embedonce.vectors import Matrix
 
 api = 1
@@ -83,7 +84,12 @@ class NgramProvider:
         )
 
     def space(self, task: Task) -> VectorSpace:
-        """Return the space of this provider, which is the same for every task."""
+        """Return the space of this provider, which is the same for every task.
+
+        Raises:
+            SpaceError: the task looks like a misspelled "document" or "query".
+        """
+        check_task(task, what="provider 'ngram'", accepts_others=True)
         return self._space
 
     def embed(self, texts: Sequence[str], task: Task) -> Matrix:

@@ -376,7 +376,7 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
         "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines; plugins can add steps; an entry point must have the name of the step",
+        "collapse-whitespace, casefold, newlines, surrogates; plugins can add steps; an entry point must have the name of the step",
         "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because the tier keeps its entries in "
         'this process and its calls do not wait; remove "timeout"',
         "the environment variable EMBEDONCE__ overrides nothing",
@@ -422,7 +422,7 @@ def test_all_problems_are_reported_together_each_with_its_place() -> None:
         'did you mean "float32"?',
         "embedonce.toml:4:14: max_queued = true in [cache]: must be a whole number",
         'embedonce.toml:6:21: normalize in [key]: no normalisation step "stripp"; did you mean "strip"? embedonce '
-        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines; plugins can add steps; an "
+        "provides nfc, nfkc, strip, collapse-whitespace, casefold, newlines, surrogates; plugins can add steps; an "
         "entry point must have the name of the step",
         "embedonce.toml:6:31: normalize[2] = 3 in [key]: must be text",
         'embedonce.toml:7:1: unknown key "secrt" in [key]; did you mean "secret"?',

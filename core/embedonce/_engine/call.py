@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from embedonce.answers import Fetched
-from embedonce.errors import TierError
+from embedonce.errors import TextRefused, TierError
 from embedonce.vectors import Entries, Matrix, Metadata
 
 from .flights import Ticket
@@ -32,6 +32,10 @@ class Answer:
     store: bool
     """Whether to write computed entries and to promote entries that were found."""
     metadata: Mapping[str, Metadata] = field(default_factory=dict)
+    invalid: Mapping[str, Exception] = field(default_factory=dict)
+    """Errors of texts that have no key, by the placeholder that stands for the key."""
+    first: int = 0
+    """The position of the first text in the caller's stream of texts."""
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
@@ -50,6 +54,9 @@ class Answer:
     store_error: TierError | None = None
     """An error of a tier with ``on_error = "raise"``. The call raises this error after writing to the other tiers."""
     _texts_by_key: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.failed.update(self.invalid)
 
     @property
     def dimensions(self) -> int | None:
@@ -79,19 +86,30 @@ class Answer:
         Raises:
             Exception: the error of the first text that failed.
         """
-        self._check()
+        self._raise_first_error()
         entries = self.entries.as_dict()
         return [entries[key].vector for key in self.keys]
 
     def matrix(self) -> Matrix:
         """Return every row in order, as a matrix (n, d). The errors are those of :meth:`rows`."""
-        self._check()
+        self._raise_first_error()
         return self.entries.matrix(self.keys, self.route.dimensions)
 
-    def _check(self) -> None:
+    def _raise_first_error(self) -> None:
         if self.failed:
             for key in self.entries.lacking(self.keys):
-                raise self.failed[key]
+                error = self.failed[key]
+                if isinstance(error, TextRefused):
+                    refused = [i for i, other in self._list_failed() if isinstance(other, TextRefused)]
+                    error = _set_positions(error, [self.first + i for i in refused])
+                raise error
+
+    def _list_failed(self) -> list[tuple[int, Exception]]:
+        return [(i, self.failed[key]) for i, key in enumerate(self.keys) if key in self.failed]
+
+    def has_failed_provider(self) -> bool:
+        """Return whether a text failed for another reason than the text itself, so that a fallback may help."""
+        return any(not isinstance(error, TextRefused) and key not in self.invalid for key, error in self.failed.items())
 
     def to_fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)
@@ -102,7 +120,10 @@ class Answer:
         return Fetched(
             rows=[None if entry is None else entry.vector for entry in entries],
             sources=[sources.get(key) for key in self.keys],
-            failed={i: self.failed[key] for i, key in enumerate(self.keys) if key in self.failed},
+            failed={
+                i: _set_positions(error, [i]) if isinstance(error, TextRefused) else error
+                for i, error in self._list_failed()
+            },
             # Copy the metadata, so that a caller who changes the result does not change the cached entry.
             metadata=[
                 None if entry is None or entry.metadata is None else deepcopy(entry.metadata) for entry in entries
@@ -120,3 +141,28 @@ class Call(NamedTuple):
     port: Port
     ticket: Ticket
     answer: Answer
+
+
+def _set_positions(error: TextRefused, positions: Sequence[int]) -> Exception:
+    """Return a copy of an error with the positions of its texts in the caller's batch.
+
+    The provider's positions count within one chunk, which the caller does not know.
+    """
+    own = copy_error(error)
+    if own is not error and isinstance(own, TextRefused):
+        own.positions = tuple(positions)
+        own.__cause__ = error.__cause__
+        own.__traceback__ = error.__traceback__
+    return own
+
+
+def copy_error(error: Exception) -> Exception:
+    """Return a copy of an error for one caller.
+
+    Each caller needs its own copy. One exception object would collect the tracebacks of all callers that raise it.
+    """
+    try:
+        own = copy(error)
+    except Exception:  # noqa: BLE001  (an exception class may not support copying)
+        return error
+    return own if type(own) is type(error) else error

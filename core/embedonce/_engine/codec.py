@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from embedonce.contracts import Capabilities
+from embedonce.keys import CARD_PREFIX, SERVED_MODEL
 from embedonce.vectors import Decoded, Dtype, Entries, Entry, decode_frames, encode_frames
 
 from .checks import check_entries
@@ -68,6 +69,15 @@ class Codec:
         decoded.corrupt.extend(corrupt)
         decoded.missed.extend(unencrypted)
         return decoded
+
+    def read_served_models(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return, by scope, the names of models in the space cards that the backend returned. Skip other cards."""
+        found = {}
+        for key, card in self.decode(values, dtype="int8", dimensions=None).entries.items():
+            name = (card.metadata or {}).get(SERVED_MODEL)
+            if isinstance(name, str) and name:
+                found[key.removeprefix(CARD_PREFIX)] = name
+        return found
 
     def add_previews(self, entries: Mapping[str, Entry], preview_of: Callable[[str], str]) -> Mapping[str, Entry]:
         """Return the entries to store. In a tier with previews, each entry's metadata gets the start of the text."""

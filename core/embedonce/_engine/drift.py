@@ -21,8 +21,8 @@ from embedonce.drift import DriftGuard
 from embedonce.errors import DriftError
 from embedonce.vectors import Entry
 
-from .call import Answer, Call
-from .plan import Engine, copy_error
+from .call import Answer, Call, copy_error
+from .plan import Engine
 from .ports import Port
 from .routes import Route
 
@@ -67,6 +67,8 @@ class DriftCheckingEngine(Engine):
         self._guard = guard
         self.can_change_space = guard.action == "new-space"
         self._states: dict[bytes, _SpaceState] = {}
+        self._warned: set[str] = set()
+        """Messages about other models that were logged. Each is logged only once."""
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
@@ -127,12 +129,13 @@ class DriftCheckingEngine(Engine):
                 return
             # Calls that check at the same time share one computation.
             await self._compute_or_follow(Call(port, ticket, fresh), fresh.keys, leases=None, is_last_try=True)
+            if state.next_check != due or state.generation != route.generation:
+                # Another call shared this check and has handled its result, or the answer named a different model.
+                return
             if not fresh.entries:
                 # The provider failed. The call that embeds the requested texts will report why.
                 state.next_check = now + RETRY_SECONDS
                 return
-            if state.next_check != due or state.generation != route.generation:
-                return  # another call shared this check and has handled its result
             new = {key.removesuffix(FRESH_SUFFIX): entry for key, entry in fresh.entries.items()}
             cosines = [_cosine(entry, new[key]) for key, entry in stored.entries.items() if key in new]
             worst = min(cosines, default=1.0)
@@ -144,11 +147,40 @@ class DriftCheckingEngine(Engine):
                 return
             self._handle_drift(route, state, worst, now)
             if self.can_change_space:
-                marked = {
-                    key: entry._replace(expires=None, metadata={DRIFTED_MARK: True})
-                    for key, entry in stored.entries.items()
-                }
-                await self.store(call, marked)
+                await self._mark_as_drifted(call)
+
+    async def _mark_as_drifted(self, call: Call) -> None:
+        """Mark the canaries that a call has read, so that other processes use the next generation of the space too."""
+        marked = {
+            key: entry._replace(expires=None, metadata={DRIFTED_MARK: True})
+            for key, entry in call.answer.entries.items()
+        }
+        await self.store(call, marked)
+
+    async def handle_other_model(self, call: Call, error: DriftError) -> None:
+        """Do what the guard's action says when an answer names a different model than earlier answers.
+
+        Raises:
+            DriftError: the action is ``"refuse"``; or it is ``"new-space"``, and the texts belong in a new space.
+        """
+        if self._guard.action == "refuse":
+            raise error
+        message = str(error)
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)
+        if not self.can_change_space:
+            return
+        route = call.answer.route
+        state = self._get_state(route)
+        if state.generation == route.generation:
+            self._open_next_space(route, state)
+            canaries = self._new_canary_answer(route)
+            with self.in_flight.new_ticket() as ticket:
+                reading = Call(call.port, ticket, canaries)
+                await self._read_tiers(reading, canaries.keys)
+                await self._mark_as_drifted(reading)
+        raise SpaceLeft("the provider answers with another model; texts are now embedded in a new vector space")
 
     def _handle_drift(self, route: Route, state: _SpaceState, worst: float, now: float) -> None:
         error = DriftError(
@@ -162,14 +194,17 @@ class DriftCheckingEngine(Engine):
         elif self._guard.action == "warn":
             state.next_check = now + self._guard.every
         else:
-            state.next_check, state.generation = -np.inf, route.generation + 1
-            log.warning(
-                "opening a new vector space, in which every text is embedded again; "
-                "provider %r, model %r, has now drifted %d time(s)",
-                route.source.name,
-                route.space.model,
-                state.generation,
-            )
+            self._open_next_space(route, state)
+
+    def _open_next_space(self, route: Route, state: _SpaceState) -> None:
+        state.next_check, state.generation = -np.inf, route.generation + 1
+        log.warning(
+            "opening a new vector space, in which every text is embedded again; "
+            "provider %r, model %r, has now drifted %d time(s)",
+            route.source.name,
+            route.space.model,
+            state.generation,
+        )
 
 
 def _is_marked(canaries: Answer) -> bool:

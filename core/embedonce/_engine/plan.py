@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
 from functools import partial
+from typing import Any
 
-from embedonce.errors import ReplayMiss, TextRefused, TierError
+from embedonce.errors import DriftError, ReplayMiss, TextRefused, TierError
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
 
-from .call import PROVIDER, Answer, Call
+from .call import PROVIDER, Answer, Call, copy_error
 from .checks import check_matrix, round_matrix
 from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight
@@ -24,6 +24,7 @@ from .leases import Leases
 from .ports import Port
 from .provider_calls import call_provider, cut_chunks, read_tokens
 from .routes import Route
+from .served import ServedModels, read_served_model
 from .tiers import LiveTier
 
 
@@ -35,6 +36,7 @@ class Engine:
         tiers: Sequence[LiveTier],
         in_flight: InFlight,
         *,
+        served: ServedModels,
         dtype: Dtype,
         replay: bool,
         max_wait: float,
@@ -44,6 +46,7 @@ class Engine:
         self.tiers = tiers
         self.in_flight = in_flight
         self.dtype: Dtype = dtype
+        self._served = served
         self.requests = RequestCounters()
         self._replay = replay
         self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
@@ -396,6 +399,7 @@ class Engine:
         try:
             reply = await call_provider(call, list(texts))
             tokens = read_tokens(reply)
+            await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
             matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
             matrix = round_matrix(matrix, self.dtype, who)
@@ -421,20 +425,19 @@ class Engine:
         created = self._clock()
         return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
 
+    async def _check_served_model(self, call: Call, reply: Any) -> None:
+        name = read_served_model(reply)
+        if name is not None:
+            error = await self._served.find_other_model(call, name)
+            if error is not None:
+                await self.handle_other_model(call, error)
+
+    async def handle_other_model(self, call: Call, error: DriftError) -> None:
+        """Raise ``error``, because an answer names a different model than earlier answers in the same space."""
+        raise error
+
 
 def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:
     normalize = answer.route.keyer.normalize
     texts = answer.texts_by_key()
     return {key: normalize(texts[key]) for key in keys}
-
-
-def copy_error(error: Exception) -> Exception:
-    """Return a copy of an error for one caller.
-
-    Each caller needs its own copy. One exception object would collect the tracebacks of all callers that raise it.
-    """
-    try:
-        own = copy(error)
-    except Exception:  # noqa: BLE001  (an exception class may not support copying)
-        return error
-    return own if type(own) is type(error) else error

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from embedonce._messages import format_count
 from embedonce.answers import Explanation, Fetched, Purged
 from embedonce.contracts import Task, Vectors
-from embedonce.errors import CacheClosed, SpaceError, TextRefused
+from embedonce.errors import CacheClosed, SpaceError
 from embedonce.functions import NoProvider
 from embedonce.keys import card
+from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
 
 from .call import Answer
@@ -25,7 +27,6 @@ from .running import RunningChain, close_part
 
 log = logging.getLogger("embedonce")
 
-TASKS = ("document", "query")
 ITER_BATCH = 1024
 MOVES = 5
 """Maximum number of times that one call moves to a new vector space because the provider has drifted."""
@@ -108,15 +109,14 @@ class Requests:
             raise CacheClosed("this cache is closed; open a new one")
 
     def _get_route(self, source: LiveProvider, task: Task) -> Route:
-        if not isinstance(task, str) or not task:
-            raise TypeError(f'task must be a str such as "document" or "query", got {task!r}')
+        require_task(task)
         route = self._routes.get((source, task))
         if route is None:
             chain = self._chain
             with self._lock:
                 route = self._routes.setdefault((source, task), Route(source, task, chain.policy, chain.steps))
                 if not isinstance(source.provider, NoProvider):
-                    chain.cards[route.keyer.scope] = card(chain.policy, route.space)
+                    chain.cards.setdefault(route.keyer.scope, card(chain.policy, route.space))
             if hasattr(self, "_hot"):
                 self._refresh_hot_path()
         return route
@@ -133,14 +133,14 @@ class Requests:
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
                         self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
-                chain.cards[current.keyer.scope] = card(chain.policy, current.space)
+                chain.cards.setdefault(current.keyer.scope, card(chain.policy, current.space))
             self._refresh_hot_path()
         return self._get_route(source, task)
 
     # --- embedding ----------------------------------------------------------------------------
 
-    async def _embed_rows(self, port: Port, texts: Sequence[str], task: Task) -> list[Any]:
-        answer = await self._answer_texts(port, texts, task, rows_only=True)
+    async def _embed_rows(self, port: Port, texts: Sequence[str], task: Task, first: int = 0) -> list[Any]:
+        answer = await self._answer_texts(port, texts, task, rows_only=True, first=first)
         return answer.rows()
 
     async def _embed_matrix(self, port: Port, texts: Sequence[str], task: Task) -> Matrix:
@@ -176,33 +176,41 @@ class Requests:
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
         rows_only: bool = False,
+        first: int = 0,
     ) -> Answer:
-        """Find vectors for all texts in one vector space: the provider's, or the fallback's if the provider fails."""
+        """Find vectors for all texts in one vector space: the provider's, or the fallback's if the provider fails.
+
+        ``first`` is the position of the first text in the caller's stream; errors name positions in that stream.
+        """
         if not isinstance(texts, list):
             _require_texts(texts)
             # Copy the texts, because an iterator can be read only once, and the fallback may need the texts again.
-            texts = copy_texts(texts)
-        answer = await self._answer_in_one_space(port, self._source, texts, task, store=store, metadata=metadata)
+            texts = copy_texts(texts, first)
+        answer_in = partial(
+            self._answer_in_one_space, port, texts=texts, task=task, store=store, metadata=metadata, first=first
+        )
+        answer = await answer_in(source=self._source)
         fallback = self._fallback
         if fallback is None or self._chain.replays:
             return answer
-        down = any(not isinstance(error, TextRefused) for error in answer.failed.values())
+        down = answer.has_failed_provider()
         if not down or (rows_only and self._fetch_only):
             self._log_fallback_change(fallback, down=False if not down else self._uses_fallback)
             return answer
         self._log_fallback_change(fallback, down=True)
-        other = await self._answer_in_one_space(port, fallback, texts, task, store=store, metadata=metadata)
-        return answer if any(not isinstance(error, TextRefused) for error in other.failed.values()) else other
+        other = await answer_in(source=fallback)
+        return answer if other.has_failed_provider() else other
 
     async def _answer_in_one_space(
         self,
         port: Port,
+        *,
         source: LiveProvider,
         texts: Sequence[str],
         task: Task,
-        *,
         store: bool,
         metadata: Sequence[Metadata | None] | None,
+        first: int,
     ) -> Answer:
         """Find vectors in one vector space. If the provider drifts meanwhile, start again in the new vector space."""
         engine = self._chain.engine
@@ -210,7 +218,7 @@ class Requests:
         while True:
             if engine.can_change_space:
                 await self._find_current_route(port, source, task)
-            answer = self._new_answer(source, texts, task, store=store, metadata=metadata)
+            answer = self._new_answer(source, texts, task, store=store, metadata=metadata, first=first)
             await engine.fetch(port, answer)
             moved = any(isinstance(error, SpaceLeft) for error in answer.failed.values())
             if not moved or moves == MOVES:
@@ -235,14 +243,15 @@ class Requests:
         *,
         store: bool = True,
         metadata: Sequence[Metadata | None] | None = None,
+        first: int = 0,
     ) -> Answer:
-        """Return an answer that has the keys of these texts but no vectors yet."""
+        """Return an answer that has the keys of these texts but no vectors yet. Texts without a key have failed."""
         self._check_open()
         _require_texts(texts)
-        texts = copy_texts(texts)
+        texts = copy_texts(texts, first)
         route = self._get_route(source, task)
-        keys = route.keys(texts)
-        return Answer(route, keys, texts, store, _map_metadata(keys, metadata))
+        keys, invalid = route.find_keys(texts, first)
+        return Answer(route, keys, texts, store, _map_metadata(keys, metadata), invalid, first)
 
     # --- storing and erasing ------------------------------------------------------------------
 
@@ -258,6 +267,8 @@ class Requests:
         if engine.can_change_space:
             await self._find_current_route(port, self._source, task)
         answer = self._new_answer(self._source, texts, task, metadata=metadata)
+        for error in answer.invalid.values():
+            raise error
         who = "put was given"
         if not answer.keys and len(vectors) == 0:
             return

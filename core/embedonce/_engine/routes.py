@@ -25,6 +25,9 @@ MEMO_CHARACTERS = 10_000_000
 The memo maps recent texts to their keys. A generation contains at most ``MEMO_TEXTS`` texts.
 """
 
+NO_KEY = "none."
+"""First characters of the placeholder that stands for the key of a text without a key. No tier sees a placeholder."""
+
 MEMO_MAX_TEXT = 16_000
 """Maximum number of characters of a text in the memo. A longer text is hashed again in each call."""
 
@@ -135,11 +138,30 @@ class Route:
 
         Raises:
             TextError: a text has a lone surrogate; the message names the text's position.
+            Exception: a normalisation step failed for a text.
+        """
+        keys, errors = self.find_keys(texts)
+        for error in errors.values():
+            raise error
+        return keys
+
+    def find_keys(self, texts: Sequence[str], first: int = 0) -> tuple[list[str], dict[str, Exception]]:
+        """Return the key of each text, and the errors of the texts that have none. ``first`` is the first position.
+
+        A text without a key gets a placeholder, which no other text has. The errors are those of :meth:`keys`, by
+        placeholder.
         """
         keys = list(map(self.recent_keys.get, texts))
-        if None not in keys:
-            return keys  # type: ignore[return-value]
-        return [key or self.key(text, i) for i, (key, text) in enumerate(zip(keys, texts, strict=True))]
+        errors: dict[str, Exception] = {}
+        if None in keys:
+            for i, (key, text) in enumerate(zip(keys, texts, strict=True)):
+                if key is None:
+                    try:
+                        keys[i] = self.key(text, first + i)
+                    except Exception as error:  # noqa: BLE001  (a plugin's normalisation step may raise anything)
+                        keys[i] = placeholder = f"{NO_KEY}{i}"
+                        errors[placeholder] = error
+        return keys, errors  # type: ignore[return-value]
 
     def key(self, text: str, position: int = 0) -> str:
         """Return the key of one text that is not in ``recent_keys``. The errors are those of :meth:`keys`."""
@@ -164,11 +186,12 @@ class Route:
                 memo.pop(text, None)
 
 
-def copy_texts(texts: Iterable[Any]) -> list[str]:
+def copy_texts(texts: Iterable[Any], first: int = 0) -> list[str]:
     """Return the texts as a new list of plain ``str``.
 
     The list is copied, because the caller may change it during the call. Instances of subclasses of ``str`` are
     converted, because they may compare equal to different texts, or look different when a provider formats them.
+    ``first`` is the position of the first item.
 
     Raises:
         TypeError: an item is not a str; the message names the item's position.
@@ -178,6 +201,6 @@ def copy_texts(texts: Iterable[Any]) -> list[str]:
         return plain
     for i, text in enumerate(plain):
         if not isinstance(text, str):
-            raise TypeError(f"item {i} must be a str, got {type(text).__name__}")
+            raise TypeError(f"item {first + i} must be a str, got {type(text).__name__}")
         plain[i] = str.__str__(text)
     return plain

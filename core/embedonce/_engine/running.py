@@ -27,6 +27,7 @@ from .drift import DriftCheckingEngine
 from .flights import InFlight
 from .plan import Engine
 from .ports import Port, Ports
+from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
 from .writing import TierWriter, draining_writers
@@ -110,10 +111,12 @@ class RunningChain:
             )
             for name, tier in chain
         ]
+        self.served = ServedModels(self.tiers, self.cards)
         engine = Engine if drift is None else partial(DriftCheckingEngine, guard=drift)
         self.engine: Engine = engine(
             self.tiers,
             self.in_flight,
+            served=self.served,
             dtype=dtype,
             replay=self.replays,
             max_wait=max_wait,
@@ -121,7 +124,7 @@ class RunningChain:
             clock=clock,
         )
         busy_timeout = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
-        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, busy_timeout=busy_timeout)
+        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout)
 
     def close_at_exit(self, owner: CacheOverChain) -> None:
         """Register this chain to be flushed and closed when the process exits.
@@ -210,6 +213,7 @@ class RunningChain:
         self._lock = threading.RLock()
         self.ports.reset()
         self.in_flight.reset()
+        self.served.reset()
         for cache in self._list_caches():
             cache._reset_after_fork()
         for tier in self.tiers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class LiveTier:
         *,
         in_flight: InFlight,
         ports: Ports,
-        cards: Mapping[str, Mapping[str, Value]],
+        cards: MutableMapping[str, dict[str, Value]],
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
         clock: Callable[[], float],

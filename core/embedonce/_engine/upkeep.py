@@ -10,13 +10,14 @@ from typing import Any
 
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from embedonce.keys import CARD_PREFIX, KEY_PREFIX, KeyPolicy, Value
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, KeyPolicy, Value
 from embedonce.vectors import Dtype, Metadata, open_frame
 
 from .flights import Erasure, InFlight
 from .leases import lease_keys
 from .ports import Port
 from .routes import Route
+from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier
 
 Card = Mapping[str, Value]
@@ -32,12 +33,14 @@ class Upkeep:
         tiers: Sequence[LiveTier],
         in_flight: InFlight,
         cards: Mapping[str, Card],
+        served: ServedModels,
         *,
         busy_timeout: float,
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cards = cards
+        self._served = served
         self._busy_timeout = busy_timeout
 
     # --- erasing ------------------------------------------------------------------------------
@@ -93,7 +96,10 @@ class Upkeep:
             removed[tier.name] = len(keys)
 
         prefixes = [f"{KEY_PREFIX}{name}." for name in scopes]
-        await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
+        try:
+            await self._erase(port, Erasure(prefixes=prefixes), erase, "purge")
+        finally:
+            self._served.forget(scopes)
         return Purged(scopes, removed)
 
     async def _list_keys(self, port: Port, tier: LiveTier, scopes: Iterable[str]) -> list[str]:
@@ -274,7 +280,7 @@ class Upkeep:
             return []  # the outcome of this tier already has the error
         reasons = []
         for name, card in sorted(cards.items()):
-            differing = [part for part in own_card if card.get(part) != own_card[part]]
+            differing = [part for part in own_card if part != SERVED_MODEL and card.get(part) != own_card[part]]
             if name == scope or not 0 < len(differing) <= 2 or name in self._cards:
                 continue
             differences = ", ".join(f"{part} {card.get(part)!r} instead of {own_card[part]!r}" for part in differing)

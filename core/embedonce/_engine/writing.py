@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from embedonce.errors import PartialAnswer, TierBusy
 from embedonce.events import Event, Stored
-from embedonce.keys import CARD_PREFIX, Value
+from embedonce.keys import CARD_PREFIX, SERVED_MODEL, Value
 from embedonce.vectors import Entry, freeze
 
 from .backend_calls import BackendCalls, split_partial
@@ -63,7 +63,7 @@ class TierWriter:
         *,
         in_flight: InFlight,
         ports: Ports,
-        cards: Mapping[str, Mapping[str, Value]],
+        cards: MutableMapping[str, dict[str, Value]],
         on_change: BreakerChange,
         emit: Callable[[Event], None],
         has_listeners: Callable[[], bool],
@@ -241,19 +241,29 @@ class TierWriter:
 
         Cards have no TTL. All values of one backend call get the same TTL, so cards need a backend call of their own.
         An in-process tier stores no cards, because this process knows the cards of all entries that it writes.
+
+        A card that is stored keeps the name of its model. Another process has written the name, so it is the older one.
         """
         if self._calls.capabilities.scope == "process":
             return
         now = time.monotonic()
         scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
         due = {scope for scope in scopes if now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
+        if not due:
+            return
+        keys = [CARD_PREFIX + scope for scope in due]
+        try:
+            names = self._codec.read_served_models(self._calls.backend.get_many(keys))
+        except Exception:  # noqa: BLE001  (a backend may raise anything; the next write retries the card)
+            return
+        for scope in due & names.keys():
+            self._cards[scope] = {**self._cards[scope], SERVED_MODEL: names[scope]}
         cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
-        if cards:
-            try:
-                self._calls.backend.set_many(self._codec.encode(cards), None)
-            except (PartialAnswer, TierBusy):  # the entries are stored; the next write retries the card
-                return
-            self._cards_written.update(dict.fromkeys(due, now))
+        try:
+            self._calls.backend.set_many(self._codec.encode(cards), None)
+        except (PartialAnswer, TierBusy):  # the entries are stored; the next write retries the card
+            return
+        self._cards_written.update(dict.fromkeys(due, now))
 
     def forget_cards(self, scopes: Iterable[str]) -> None:
         """Forget that these scopes' cards were written, so that the next write of entries also writes the cards."""

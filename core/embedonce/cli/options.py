@@ -18,6 +18,20 @@ ConfigOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output; messages go to standard error.")
 ]
+
+
+def _check_task_option(task: str) -> str:
+    if not task:
+        raise typer.BadParameter('must not be empty; use "document" or "query"')
+    return task
+
+
 TaskOption: TypeAlias = Annotated[
-    str, typer.Option("--task", metavar="TASK", help='What the text is embedded for: "document" or "query".')
+    str,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        callback=_check_task_option,
+        help='What the text is embedded for: "document" or "query".',
+    ),
 ]

@@ -176,10 +176,8 @@ def _check_text(value: Any, source: str, line: int, field: str) -> ReadItem:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         return Broken(source, line, f'field "{field}" is {kind}, not a string')
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        return Broken(source, line, f'field "{field}" is not valid Unicode: it has a lone surrogate')
+    # An escape such as \ud800 is a lone surrogate. The key policy decides whether to refuse or to replace it.
+    size = len(value.encode(errors="surrogatepass"))
     return Broken(source, line, TOO_LONG) if size > MAX_PASSAGE else Passage(value, source, line)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedonce.errors import ReplayMiss, TextError, TextRefused
+from embedonce.keys import NORMALIZERS
 
 from .passages import Passage, ReadItem, format_place
 
@@ -110,7 +111,7 @@ class DistinctTexts:
         self._new_count = 0
 
     def add(self, texts: Sequence[str]) -> None:
-        hashes = b"".join([blake2b(text.encode(), digest_size=8).digest() for text in texts])
+        hashes = b"".join([blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts])
         self._new.append(np.frombuffer(hashes, np.uint64))
         self._new_count += len(texts)
         # Every merge processes all hashes, which is slow. Therefore merge only when the number of hashes has doubled.
@@ -192,7 +193,7 @@ class Run:
             self._report_failures(window, fetched)
         if good:
             rows: list[Any] = [fetched.rows[position] for position in good]
-            self._sink.write([window[position] for position in good], np.stack(rows))
+            self._sink.write([_replace_surrogates(window[position]) for position in good], np.stack(rows))
             self.summary.rows += len(good)
             self.summary.dimensions = len(rows[0])
 
@@ -298,8 +299,15 @@ TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
 
 def _is_outage(fetched: Fetched) -> bool:
     """Return whether the provider was called and returned no vector at all."""
-    has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in fetched.failed.values())
-    return bool(fetched.failed) and not has_text_errors and "provider" not in fetched.sources
+    # An invalid text is found before the provider is called.
+    errors = [error for error in fetched.failed.values() if not isinstance(error, TextError)]
+    has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in errors)
+    return bool(errors) and not has_text_errors and "provider" not in fetched.sources
+
+
+def _replace_surrogates(passage: Passage) -> Passage:
+    """Return a passage whose text can be written, as the normalisation step ``surrogates`` changes it."""
+    return passage._replace(text=NORMALIZERS["surrogates"](passage.text))
 
 
 def describe_failures(failed: Sequence[tuple[Passage, Exception | None]]) -> Iterator[str]:
@@ -333,6 +341,8 @@ def describe_error(error: Exception | None, text: str) -> str:
     if error is None:
         return "the provider returned no vector"
     name, message = type(error).__name__, " ".join(str(error).split())[:300]
+    if isinstance(error, TextError):  # the position counts within a window; the reader of the message sees the line
+        message = message.removeprefix(f"item {error.position}: ")
     beginning = " ".join(text.split())[:20]
     is_quoted = beginning and (beginning in message or ascii(beginning)[1:-1] in message)
     return name if is_quoted or not message else f"{name}: {message}"
