@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,61 @@ from embedonce.errors import ProviderError
 from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, Matrix, freeze, round_vectors
 
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
+
+
+def check_rows(
+    answer: Any, texts: int, *, dimensions: int | None, dtype: Dtype, who: str
+) -> tuple[Matrix, dict[int, ProviderError]]:
+    """Return the valid vectors of an answer, rounded to ``dtype``, and the errors of the other rows by position.
+
+    The matrix is float32, of shape (valid rows, d). A row is invalid alone if it is None, if its dimensions are not
+    the expected ones or those of most rows, if a value is not a number or not finite, if all values are zero, or if the
+    row cannot be rounded.
+
+    Raises:
+        ProviderError: there is not exactly one vector per text, or no vector is valid.
+    """
+    if not isinstance(answer, np.ndarray):
+        # An iterator is read once, because its rows may be read again.
+        vectors = answer.vectors if isinstance(answer, Embedded) else answer
+        answer = list(vectors) if hasattr(vectors, "__next__") else vectors
+    try:
+        return round_matrix(check_matrix(answer, texts, dimensions=dimensions, who=who), dtype, who), {}
+    except ProviderError as error:
+        whole = error
+    if not hasattr(answer, "__len__") or len(answer) != texts or texts < 2:
+        raise whole
+    rows = [_read_row(row) for row in answer]
+    sizes = Counter(row.size for row in rows if isinstance(row, np.ndarray))
+    size, votes = max(sizes.items(), key=lambda item: item[1], default=(0, 0))
+    expected = dimensions or (size if 2 * votes > sum(sizes.values()) else None)
+    good: list[Matrix] = []
+    bad: dict[int, ProviderError] = {}
+    for i, row in enumerate(rows):
+        try:
+            good.append(_check_row(row, expected, dtype, who))
+        except ProviderError as error:
+            bad[i] = error
+    if not good or expected is None:
+        raise whole
+    return np.concatenate(good), bad
+
+
+def _read_row(row: Any) -> Any:
+    """Return a row of numbers as an array of shape (d,); return anything else as it is."""
+    try:
+        array = np.asarray(row)
+    except (ValueError, TypeError, RuntimeError):
+        return row
+    return array if array.dtype.kind in "fiu" and array.ndim == 1 and array.size else row
+
+
+def _check_row(row: Any, dimensions: int | None, dtype: Dtype, who: str) -> Matrix:
+    if row is None:
+        raise ProviderError(f"{who} no vector for this text")
+    if not isinstance(row, np.ndarray) or row.ndim != 1 or row.dtype.kind not in "fiu":
+        raise ProviderError(f"{who} values that are not numbers for this text")
+    return round_matrix(check_matrix(row[None, :], 1, dimensions=dimensions, who=who), dtype, who)
 
 
 def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> Matrix:

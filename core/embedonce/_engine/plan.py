@@ -8,21 +8,22 @@ await the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from embedonce.errors import DriftError, ReplayMiss, TextRefused, TierError
+from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused, TierError
 from embedonce.events import Computed, Event
 from embedonce.vectors import Dtype, Entries, Entry, freeze_rows
 
 from .call import PROVIDER, Answer, Call, copy_error
-from .checks import check_matrix, round_matrix
+from .checks import check_matrix, check_rows
 from .counters import RequestCounters
 from .flights import Abandoned, Claims, Flight, InFlight
+from .isolation import Patience, embed_chunk
 from .leases import Leases
 from .ports import Port
-from .provider_calls import call_provider, cut_chunks, read_tokens
+from .provider_calls import call_at_rate, call_provider, cut_chunks, log_batch_limit, read_tokens
 from .routes import Route
 from .served import ServedModels, read_served_model
 from .tiers import LiveTier
@@ -272,12 +273,13 @@ class Engine:
             await call.port.run_shielded(partial(self._compute_with_leases, call, flights, texts, leases), done)
 
     async def _compute_chunks(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
-        provider = call.answer.route.source.provider
+        source = call.answer.route.source
+        patience = Patience(len(flights))
         jobs = [
-            partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts)
-            for chunk in cut_chunks(provider, {key: texts[key] for key in flights})
+            partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts, patience)
+            for chunk in cut_chunks(source, {key: texts[key] for key in flights})
         ]
-        await call.port.run_all(jobs, provider.limits.concurrency)
+        await call.port.run_all(jobs, source.provider.limits.concurrency)
 
     async def _compute_with_leases(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
@@ -339,12 +341,44 @@ class Engine:
 
     # --- the provider -------------------------------------------------------------------------
 
-    async def _compute_chunk(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
-        """Compute the entries of one chunk, store them, and land their flights."""
+    async def _compute_chunk(
+        self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience
+    ) -> None:
+        """Compute the entries of one chunk, store them, and land their flights. A text that is refused fails alone."""
+        source = call.answer.route.source
+
+        async def request(keys: list[str]) -> Exception | None:
+            try:
+                made = await call_at_rate(call, [texts[key] for key in keys], self._embed)
+            except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
+                return error
+            await self._take_made(call, dict(zip(keys, made, strict=True)), flights)
+            return None
+
+        failed = await embed_chunk(
+            {key: texts[key] for key in flights},
+            request,
+            batches=source.batches,
+            patience=patience,
+            is_retried=source.provider.limits.max_retries > 0,
+        )
+        for key, error in failed.items():
+            self._fail_flights(call.answer, {key: flights[key]}, error)
+        if source.batches.has_limit:
+            log_batch_limit(source)
+
+    async def _take_made(
+        self, call: Call, made: Mapping[str, Entry | ProviderError], flights: Mapping[str, Flight]
+    ) -> None:
+        """Store the entries of one request and land their flights. Fail the flights of invalid vectors."""
         answer = call.answer
-        entries = await self._compute_entries(call, texts, flights)
-        if not entries:
-            return
+        entries: dict[str, Entry] = {}
+        for key, entry in made.items():
+            if isinstance(entry, ProviderError):
+                self._fail_flights(answer, {key: flights[key]}, entry)
+            else:
+                metadata = answer.metadata.get(key)
+                entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
         answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:
@@ -353,43 +387,14 @@ class Engine:
         finally:
             self.in_flight.land(landed, entries, stored=answer.store)
 
-    async def _compute_entries(
-        self, call: Call, texts: Mapping[str, str], flights: Mapping[str, Flight]
-    ) -> dict[str, Entry]:
-        """Ask the provider for vectors and return the entries. If a text is refused, the other texts do not fail."""
-        answer = call.answer
-        entries: dict[str, Entry] = {}
-        todo = [list(flights)]
-        while todo:
-            part = todo.pop()
-            try:
-                made = await self._embed(call, [texts[key] for key in part])
-            except TextRefused as error:
-                refused = {part[i] for i in error.positions if type(i) is int and 0 <= i < len(part)}
-                if not refused and len(part) > 1:
-                    todo += [part[len(part) // 2 :], part[: len(part) // 2]]
-                    continue
-                refused = refused or set(part)
-                rest = [key for key in part if key not in refused]
-                if rest:
-                    todo.append(rest)
-                self._fail_flights(answer, {key: flights[key] for key in refused}, error)
-            except Exception as error:  # noqa: BLE001  (each text of the chunk gets the error)
-                self._fail_flights(answer, {key: flights[key] for key in part}, error)
-            else:
-                for key, entry in zip(part, made, strict=True):
-                    metadata = answer.metadata.get(key)
-                    entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
-        return entries
-
     def _fail_flights(self, answer: Answer, flights: Mapping[str, Flight], error: Exception) -> None:
         answer.failed.update(dict.fromkeys(flights, error))
         source = answer.route.source
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
         self.in_flight.fail(flights, error)
 
-    async def _embed(self, call: Call, texts: list[str]) -> list[Entry]:
-        """Make one call to the provider and check its answer."""
+    async def _embed(self, call: Call, texts: list[str]) -> list[Entry | ProviderError]:
+        """Make one call to the provider and check its answer. Return an entry, or its error, for each text."""
         answer = call.answer
         route = answer.route
         source = route.source
@@ -401,12 +406,11 @@ class Engine:
             tokens = read_tokens(reply)
             await self._check_served_model(call, reply)
             who = f"provider {source.name!r} returned"
-            matrix = check_matrix(reply, len(texts), dimensions=answer.dimensions, who=who)
-            matrix = round_matrix(matrix, self.dtype, who)
+            matrix, bad = check_rows(reply, len(texts), dimensions=answer.dimensions, dtype=self.dtype, who=who)
             # A concurrent call may have set different dimensions.
             if route.settle_dimensions(matrix.shape[1]) != matrix.shape[1]:
-                check_matrix(matrix, len(texts), dimensions=route.dimensions, who=who)
-            made = len(texts)
+                check_matrix(matrix, len(matrix), dimensions=route.dimensions, who=who)
+            made = len(matrix)
         finally:
             seconds = time.perf_counter() - start
             answer.seconds[PROVIDER] += seconds
@@ -423,7 +427,10 @@ class Engine:
                 )
             )
         created = self._clock()
-        return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)]
+        entries: Iterator[Entry] = (Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix))
+        if not bad:
+            return list(entries)
+        return [bad[i] if i in bad else next(entries) for i in range(len(texts))]
 
     async def _check_served_model(self, call: Call, reply: Any) -> None:
         name = read_served_model(reply)

@@ -1,17 +1,27 @@
-"""Cuts texts into chunks that a provider accepts, and calls the provider within its timeout."""
+"""Cuts texts into chunks that a provider accepts, and calls the provider within its timeout and its limits."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded
 from embedonce.errors import ProviderError, ProviderTimeout
 
+from .batch_sizes import count_bytes
 from .call import Call
 from .flights import calls_in_provider
+from .ports import Port
+from .rate import MAX_PAUSE, guess_pause
+from .refusals import find_cause, is_final, read_wait
+from .routes import LiveProvider
+
+T = TypeVar("T")
+
+log = logging.getLogger("embedonce")
 
 
 def read_tokens(reply: Any) -> int | None:
@@ -59,35 +69,113 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
         ) from error
 
 
-def _count_tokens(count_tokens: Any, text: str, max_tokens: int | None) -> int:
-    if count_tokens is None or max_tokens is None:
-        return 0
+async def call_at_rate(call: Call, texts: list[str], send: Callable[[Call, list[str]], Awaitable[T]]) -> T:
+    """Send texts when the provider's rate allows it. After a status 429, pause all of its calls, and send them again.
+
+    Raises:
+        Exception: the error of ``send``; for a status 429, after ``max_retries`` repetitions.
+    """
+    source = call.answer.route.source
+    retries = 0
+    while True:
+        await _wait_for_turn(call.port, source, texts)
+        try:
+            return await send(call, texts)
+        except Exception as error:
+            if find_cause(error) != "rate" or not _pause_calls(source, error, retries):
+                raise
+        retries += 1
+
+
+async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:
+    rate = source.rate
+    if rate.is_open():
+        return
+    turn = rate.reserve(_count_all_tokens(source.provider, texts) if rate.counts_tokens else 0)
     try:
-        tokens: int = count_tokens(text)
+        while (seconds := rate.time_left(turn)) > 0:
+            await port.sleep(seconds)
+    except BaseException:
+        rate.give_back(turn)
+        raise
+
+
+def _pause_calls(source: LiveProvider, error: Exception, retries: int) -> bool:
+    """Pause the provider's calls for as long as the error asks. Return whether the failed call is repeated."""
+    is_repeated = retries < source.provider.limits.max_retries
+    seconds = read_wait(error)
+    if is_final(error) or (seconds is None and not is_repeated):
+        return False
+    if seconds is None:
+        seconds = guess_pause(retries)
+    if seconds > MAX_PAUSE:
+        return False
+    if source.rate.pause(seconds):
+        log.warning("provider %r is rate-limited; its calls pause for %g s", source.name, round(seconds, 1))
+    return is_repeated
+
+
+def _count_all_tokens(provider: AnyProvider, texts: Sequence[str]) -> float:
+    count_tokens: Any = getattr(provider, "count_tokens", None)
+    return sum(_count_tokens(count_tokens, text, count_bytes(text)) for text in texts)
+
+
+def _count_tokens(count_tokens: Any, text: str, unknown: float) -> float:
+    """Return the tokens that a provider counts in a text, or ``unknown`` if the provider cannot count them."""
+    if count_tokens is None:
+        return unknown
+    try:
+        tokens: float = count_tokens(text)
     except Exception:  # noqa: BLE001  (an error in counting tokens must not make the whole call fail)
-        # This number fills a chunk, so that the text gets its own chunk. If that chunk fails, no other text fails.
-        return max_tokens
+        return unknown
     return tokens
 
 
-def cut_chunks(provider: AnyProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
+def cut_chunks(source: LiveProvider, texts: Mapping[str, str]) -> Iterator[list[str]]:
     """Yield the keys of texts in chunks that are within the provider's limits.
 
-    The number of texts is always limited. The number of tokens is limited only if the provider can count tokens.
+    The number of texts is always limited. The number of tokens is limited by ``max_tokens``, if the provider can count
+    tokens, and by ``tokens_per_minute``.
     """
+    provider = source.provider
     limits = provider.limits
-    count_tokens: Any = getattr(provider, "count_tokens", None) if limits.max_tokens is not None else None
+    count_tokens: Any = getattr(provider, "count_tokens", None)
+    most = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
+    most += [] if limits.tokens_per_minute is None else [limits.tokens_per_minute]
+    max_tokens = min(most, default=None)
     chunk: list[str] = []
-    tokens = 0
+    tokens = more = 0.0
     for key, text in texts.items():
-        more = _count_tokens(count_tokens, text, limits.max_tokens)
-        full = len(chunk) >= limits.max_batch or (
-            limits.max_tokens is not None and bool(chunk) and tokens + more > limits.max_tokens
-        )
+        more = 0 if max_tokens is None else _count_tokens(count_tokens, text)
+        full = len(chunk) >= limits.max_batch or (max_tokens is not None and bool(chunk) and tokens + more > max_tokens)
         if full:
             yield chunk
-            chunk, tokens = [], 0
+            chunk, tokens = [], 0.0
         chunk.append(key)
         tokens += more
     if chunk:
         yield chunk
+
+
+def log_batch_limit(source: LiveProvider) -> None:
+    """Log once that the provider accepts less in one call than its limits say, and which setting to change."""
+    batches = source.batches
+    if batches.is_reported:
+        return
+    batches.is_reported = True
+    number = batches.max_texts
+    if number is None:
+        log.warning(
+            "provider %r refuses calls with many long texts; its calls are now smaller. To avoid refused calls, lower "
+            "batch_size or max_tokens in [provider] (in Python, Limits.max_batch or Limits.max_tokens)",
+            source.name,
+        )
+    else:
+        log.warning(
+            "provider %r refuses large calls; its calls now have at most %s. To avoid refused calls, set "
+            "batch_size = %d in [provider] (in Python, Limits(max_batch=%d))",
+            source.name,
+            format_count(number, "text"),
+            number,
+            number,
+        )

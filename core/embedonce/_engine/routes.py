@@ -13,6 +13,8 @@ from embedonce.errors import ConfigError, SpaceError, TextError
 from embedonce.events import ProviderStats
 from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 
+from .batch_sizes import BatchSizes
+from .rate import CallRate
 from .workers import Workers
 
 MAX_CALLS = 32
@@ -33,7 +35,7 @@ MEMO_MAX_TEXT = 16_000
 
 
 class LiveProvider:
-    """A provider of a running cache, with its name, its threads and its counters."""
+    """A provider of a running cache, with its name, its threads, its counters, and the rate and size of its calls."""
 
     def __init__(self, provider: AnyProvider, *, fallback: bool) -> None:
         self.provider = provider
@@ -46,12 +48,14 @@ class LiveProvider:
         self._seconds = 0.0
 
     def reset(self) -> None:
-        """Create the lock and the threads. A forked child calls this too.
+        """Create the locks and the threads. A forked child calls this too.
 
-        The lock is re-entrant, because a signal handler may use the cache.
+        The locks are re-entrant, because a signal handler may use the cache.
         """
         self.lock = threading.RLock()
         self.workers = Workers(MAX_CALLS)
+        self.rate = CallRate(self.provider.limits)
+        self.batches = BatchSizes()
 
     def count(self, *, texts: int, failed: int, tokens: int, seconds: float) -> None:
         with self.lock:
@@ -74,6 +78,16 @@ def _check_limits(limits: Limits, name: str) -> None:
         raise ConfigError(
             f"provider {name!r}: limits.timeout must be None or a number of seconds above 0, got {limits.timeout!r}"
         )
+    for what in ("requests_per_minute", "tokens_per_minute"):
+        number = getattr(limits, what)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if number is not None and not (is_number and 0 < number < float("inf")):
+            raise ConfigError(f"provider {name!r}: limits.{what} must be None or a number above 0, got {number!r}")
+    retries = limits.max_retries
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        raise ConfigError(f"provider {name!r}: limits.max_retries must be an int of at least 0, got {retries!r}")
+    if not isinstance(limits.lease, bool):
+        raise ConfigError(f"provider {name!r}: limits.lease must be True or False, got {limits.lease!r}")
 
 
 def describe_space(provider: AnyProvider, task: str) -> VectorSpace:

@@ -1,0 +1,269 @@
+"""Finds the texts that make a request fail, so that the other texts of the request do not fail.
+
+A failed request is halved until a single text fails alone. A text is never given up on a conclusion: it is always sent
+alone first, because the failure of a larger request may have been a passing one. A bad text costs at most
+``2 * ceil(log2(n))`` requests in a request of n texts:
+
+- each halving costs one request. If the first half works, the second half must have the bad text. Only at the first
+  such conclusion is the second half sent as a whole: if it works too, then no text was bad, and the request was too
+  large;
+- the last text costs one request, unless it has just failed alone;
+- the parts that were set aside are sent together, in one request. If no request of the search has worked, the smallest
+  of them is sent alone before, because a provider that refuses many texts in a row must show that it works at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from itertools import chain
+
+from embedonce.errors import TextRefused
+
+from .batch_sizes import BatchSizes, count_bytes
+from .refusals import find_cause, is_refusal, read_batch_limit, speaks_of_size
+
+Request = Callable[[list[str]], Awaitable[Exception | None]]
+"""Sends the texts of some keys to the provider, and returns the error of the request, or None if it worked."""
+
+FEW = 3
+"""Number of failed requests in a row after which an overloaded provider is left alone."""
+
+
+def count_halvings(texts: int) -> int:
+    """Return ``ceil(log2(texts))``, and 1 for a single text."""
+    return max(1, (texts - 1).bit_length())
+
+
+class Patience:
+    """The failed requests of one call since the last one that worked, over all its chunks.
+
+    Several threads may use it at the same time. If a call fails as a whole, it makes few requests, however many chunks
+    it has.
+    """
+
+    def __init__(self, texts: int) -> None:
+        self._lock = threading.Lock()
+        self._most = 4 * count_halvings(texts)
+        self._failures = 0
+        self._overloads = 0
+        self.is_search_futile = False
+        """Whether a chunk ended without any success, and no request has worked since."""
+        self.final_error: Exception | None = None
+        """If not None, the error of all texts that have not been sent yet."""
+
+    def note_success(self) -> None:
+        with self._lock:
+            self._failures = self._overloads = 0
+            self.is_search_futile = False
+
+    def note_failure(self, error: Exception) -> None:
+        with self._lock:
+            self._failures += 1
+            if self._failures >= self._most:
+                self.final_error = error
+
+    def note_rate_limit(self, error: Exception, *, is_retried: bool) -> None:
+        """Note a status 429. If the request was repeated in vain, or after a few of them, the call ends."""
+        with self._lock:
+            self._overloads += 1
+            if is_retried or self._overloads >= FEW:
+                self.final_error = error
+
+
+class _Stop(Exception):
+    """All remaining texts of the chunk get ``error``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+async def embed_chunk(
+    texts: Mapping[str, str],
+    request: Request,
+    *,
+    batches: BatchSizes,
+    patience: Patience,
+    is_retried: bool = False,
+) -> dict[str, Exception]:
+    """Send texts in as few requests as the provider accepts, and return the errors of the texts that it refuses.
+
+    ``is_retried`` says whether ``request`` repeats a request that is answered with status 429.
+    """
+    search = _Search(texts, request, batches, patience, is_retried)
+    try:
+        await search.send_all()
+    except _Stop as stop:
+        search.failed.update(dict.fromkeys(search.pending, stop.error))
+    return search.failed
+
+
+class _Search:
+    def __init__(
+        self, texts: Mapping[str, str], request: Request, batches: BatchSizes, patience: Patience, is_retried: bool
+    ) -> None:
+        self.failed: dict[str, Exception] = {}
+        self.pending = dict.fromkeys(texts)
+        """The keys of texts that have neither worked nor failed yet, in order."""
+        self._texts = texts
+        self._request = request
+        self._batches = batches
+        self._patience = patience
+        self._is_retried = is_retried
+        self._most_failures = 4 * count_halvings(len(texts))
+        self._failures = 0
+        self._overloads = 0
+        self._successes = 0
+
+    async def send_all(self) -> None:
+        """Send all texts. Search each part that fails.
+
+        Raises:
+            _Stop: the provider fails, whatever is sent to it.
+        """
+        todo = [list(self.pending)]
+        while todo:
+            parts = self._cut(self._select_pending(todo.pop()))
+            if not parts:
+                continue
+            part, *rest = parts
+            if rest:
+                todo.append(list(chain.from_iterable(rest)))
+            error = await self._send(part)
+            if error is not None:
+                if self._patience.is_search_futile:
+                    raise _Stop(error)
+                todo += await self._find_bad_text(self._select_pending(part), error)
+
+    async def _find_bad_text(self, suspects: list[str], error: Exception) -> list[list[str]]:
+        """Find one text that fails alone in a part that failed. Return the parts to send next, the last one first.
+
+        If all texts of the part work after all, the part was too large.
+        """
+        refused, refusal, worked = suspects, error, list[str]()
+        aside: list[list[str]] = []
+        has_just_failed, was_other_sent = True, False
+        while len(suspects) > 1:
+            named = read_batch_limit(error, len(suspects)) if has_just_failed else None
+            middle = named or len(suspects) // 2
+            first, other = suspects[:middle], suspects[middle:]
+            problem = await self._send(first)
+            if problem is None and named:
+                self._batches.learn_number(named)
+                return [*_merge(aside), other]
+            if problem is None:
+                worked = max(worked, first, key=len)
+                suspects, has_just_failed = other, False
+                if not was_other_sent:
+                    was_other_sent = True
+                    problem = await self._send(other)
+                    if problem is None:
+                        self._note_too_large(refused, refusal, max(worked, other, key=len))
+                        return _merge(aside)
+            else:
+                suspects = first
+                aside.append(other)
+            if problem is not None:
+                suspects = self._select_pending(suspects)
+                refused, refusal, error, has_just_failed = suspects, problem, problem, True
+        if suspects and not has_just_failed:
+            problem = await self._send(suspects)
+            if problem is None:
+                self._note_too_large(refused, refusal, worked or suspects)
+                return _merge(aside)
+            error = problem
+        for key in suspects:
+            self._fail([key], error)
+        return _merge(aside) if worked else [*_merge(aside[:-1]), *aside[-1:]]
+
+    async def _send(self, part: list[str]) -> Exception | None:
+        """Send one request. If the provider says which texts it refuses, send the others again.
+
+        Raises:
+            _Stop: the error is not about a text, or the provider has failed too often in a row.
+        """
+        while True:
+            if self._patience.final_error is not None:
+                raise _Stop(self._patience.final_error)
+            error = await self._request(part)
+            if error is None:
+                self._note_success(part)
+                return None
+            refused = _read_positions(error, len(part))
+            if not refused:
+                self._note_failure(error)
+                return error
+            self._fail([part[i] for i in refused], error)
+            part = self._select_pending(part)
+            if not part:
+                return None
+
+    def _note_success(self, part: Sequence[str]) -> None:
+        self._successes += 1
+        self._failures = self._overloads = 0
+        self._patience.note_success()
+        for key in part:
+            self.pending.pop(key, None)
+        if self._batches.has_limit:
+            self._batches.note_success([self._texts[key] for key in part])
+
+    def _note_failure(self, error: Exception) -> None:
+        cause = find_cause(error)
+        if cause == "rate":
+            self._patience.note_rate_limit(error, is_retried=self._is_retried)
+        if cause in ("rate", "call"):
+            raise _Stop(error)
+        if len(self._texts) == 1:
+            return  # there is nothing to search, so the request is not an extra one
+        self._patience.note_failure(error)
+        self._failures += 1
+        self._overloads = self._overloads + 1 if cause == "overload" else 0
+        if self._failures >= self._most_failures or self._overloads >= FEW:
+            self._patience.is_search_futile = True
+            raise _Stop(error)
+
+    def _note_too_large(self, refused: Sequence[str], error: Exception, worked: Sequence[str]) -> None:
+        self._batches.learn(
+            [self._texts[key] for key in refused],
+            [self._texts[key] for key in worked],
+            is_sure=is_refusal(error),
+            by_size=speaks_of_size(error),
+        )
+
+    def _fail(self, keys: Iterable[str], error: Exception) -> None:
+        for key in keys:
+            self.failed[key] = error
+            self.pending.pop(key, None)
+
+    def _select_pending(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if key in self.pending]
+
+    def _cut(self, keys: list[str]) -> list[list[str]]:
+        """Cut keys into parts that the provider is known to accept."""
+        if not self._batches.has_limit or len(keys) < 2:
+            return [keys] if keys else []
+        is_accepted = self._batches.get_test()
+        parts: list[list[str]] = []
+        total = 0
+        for key in keys:
+            size = count_bytes(self._texts[key])
+            if parts and is_accepted(len(parts[-1]) + 1, total + size):
+                parts[-1].append(key)
+                total += size
+            else:
+                parts.append([key])
+                total = size
+        return parts
+
+
+def _merge(parts: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Join parts into one part; return no part if they have no texts."""
+    merged = list(chain.from_iterable(parts))
+    return [merged] if merged else []
+
+
+def _read_positions(error: Exception, texts: int) -> list[int]:
+    if not isinstance(error, TextRefused):
+        return []
+    return sorted({i for i in error.positions if type(i) is int and 0 <= i < texts})
