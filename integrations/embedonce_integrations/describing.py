@@ -7,167 +7,64 @@ cannot change a vector. An object that the walk cannot read is refused, because 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import os
 import re
-import struct
+import sys
 import types
 from collections import deque
-from collections.abc import Collection, Mapping
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from enum import Enum
-from fractions import Fraction
-from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
-from uuid import UUID
 
 import numpy as np
 
-from embedonce import SpaceError, VectorSpace
+from embedonce import Cache, SpaceError, VectorSpace
+from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import Value
-from embedonce.model_files import digest
 
-NOT_IN_SPACE: Final = frozenset(
-    {
-        # connections, credentials and accounts
-        "additional_headers",
-        "api_key",
-        "api_key_env_var",
-        "api_token",
-        "api_version",
-        "async_client_kwargs",
-        "azure_ad_async_token_provider",
-        "azure_ad_token",
-        "azure_ad_token_provider",
-        "boto3_config",
-        "client_args",
-        "client_kwargs",
-        "cookies",
-        "default_headers",
-        "extra_headers",
-        "headers",
-        "http_client_kwargs",
-        "keep_alive",
-        "openai_api_version",
-        "openai_organization",
-        "openai_proxy",
-        "org_id",
-        "organization",
-        "organization_id",
-        "proxies",
-        "proxy",
-        "reuse_client",
-        "sync_client_kwargs",
-        "token",
-        "use_async_client",
-        "user",
-        "user_agent",
-        "validate_base_url",
-        "validate_model_on_init",
-        "verify_ssl",
-        # how many texts a call holds, how many calls run at the same time, and what happens if a call fails
-        "batch_size",
-        "chunk_size",
-        "concurrency",
-        "embed_batch_size",
-        "max_batch_size",
-        "max_concurrency",
-        "max_concurrent_requests",
-        "max_retries",
-        "max_workers",
-        "multi_process",
-        "num_thread",
-        "num_threads",
-        "num_workers",
-        "parallel",
-        "raise_on_failure",
-        "rate_limiter",
-        "request_timeout",
-        "requests_per_minute",
-        "requests_per_second",
-        "retries",
-        "retry_exponential_base",
-        "retry_max_seconds",
-        "retry_min_seconds",
-        "threads",
-        "timeout",
-        "tokens_per_minute",
-        "wait_time",
-        # the machine
-        "cache_dir",
-        "cache_folder",
-        "device",
-        "local_files_only",
-        "num_gpu",
-        # what an embedder fills in at its first call
-        "embedding_backend",
-        "last_inputs",
-        "last_response",
-        # caches, logs and progress
-        "callback_manager",
-        "callbacks",
-        "document_embedding_store",
-        "embeddings_cache",
-        "progress_bar",
-        "query_embedding_store",
-        "show_progress",
-        "show_progress_bar",
-        "usage_telemetry_enabled",
-        "verbose",
-        # how the answer is encoded on its way
-        "encoding_format",
-    }
+from .embedder_fields import (
+    CLIENT_PACKAGES,
+    CLIENT_SETTINGS,
+    MACHINERY,
+    MODEL_FIELDS,
+    MODEL_PACKAGES,
+    NO_MODEL,
+    SENTENCE_TRANSFORMER,
+    decides_nothing,
+    holds_phrases,
+    is_secret,
 )
-"""Names of settings that cannot change a vector. Leading underscores do not count: ``_timeout`` is ``timeout``."""
-
-MODEL_FIELDS: Final = (
-    "model",
-    "model_name",
-    "model_id",
-    "repo_id",
-    "azure_deployment",
-    "deployment",
-    "deployment_name",
-    "model_deployment_name",
-    "MODEL_NAME",
+from .openai_answers import watch_client
+from .plain_values import (
+    BY_REPR,
+    NOTHING,
+    PLAIN,
+    describe_array,
+    describe_plain,
+    find_name,
+    identify_model,
+    is_builtin,
+    is_connection,
+    is_model_folder,
+    is_secret_object,
+    is_value,
+    keeps_hidden_state,
+    package_of,
+    strip_credentials,
+    to_unicode,
 )
-"""Names of the fields in which embedders keep the name of their model."""
-
-CLIENT_PACKAGES: Final = frozenset(
-    {"aiobotocore", "aiohttp", "anthropic", "azure", "boto3", "botocore", "cohere", "google", "grpc", "httpcore"}
-    | {"httpx", "httpx2", "huggingface_hub", "mistralai", "ollama", "openai", "requests", "urllib3", "voyageai"}
-)
-"""Packages whose objects, except values such as a request's options, are connections to a service."""
-
-MACHINERY: Final = frozenset(
-    {"_asyncio", "_contextvars", "_io", "_queue", "_random", "_thread", "_weakref", "asyncio", "concurrent"}
-    | {"contextvars", "logging", "loguru", "multiprocessing", "opentelemetry", "prometheus_client", "queue", "random"}
-    | {"rich", "socket", "ssl", "structlog", "tenacity", "threading", "tqdm", "weakref"}
-)
-"""Packages whose objects hold no setting: locks, loggers, executors, queues, retry policies, progress bars."""
-
-MODEL_PACKAGES: Final = frozenset(
-    {"fastembed", "flax", "jax", "keras", "llama_cpp", "model2vec", "onnxruntime", "optimum", "sentence_transformers"}
-    | {"sentencepiece", "tensorflow", "tiktoken", "tokenizers", "torch", "transformers"}
-)
-"""Packages whose objects are loaded models and tokenizers. The name of the model stands for them."""
 
 HOW_TO_DECLARE: Final = (
     'declare what determines its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
     "(dimensions, prompt, ...)"
 )
 
-_SECRET = re.compile(
-    r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
-    r"|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
-)
-_PHRASES = re.compile(r"prompt|prefix|suffix|instruction|template|word|vocab|map|weights", re.IGNORECASE)
-"""Names of mappings from tasks or words to values. Their keys are not names of settings."""
+CLIENT: Final = "client"
+"""The end of the name under which the settings of a connection are described: ``_client.client``."""
 
 
 def check_class(cls: type[Any]) -> None:
@@ -188,33 +85,15 @@ def check_class(cls: type[Any]) -> None:
         )
 
 
-def read_state(item: object) -> dict[str, Any]:
-    """Return everything that an object holds, by name: ``__dict__``, pydantic's private and extra fields, and slots."""
-    state: dict[str, Any] = {}
-    for cls in reversed(type(item).__mro__):
-        for name, member in vars(cls).items():
-            if isinstance(member, types.MemberDescriptorType) and not name.startswith("__"):
-                with_value = getattr(item, name, _UNSET)
-                if with_value is not _UNSET:
-                    state[name] = with_value
-    for more in ("__dict__", "__pydantic_extra__", "__pydantic_private__"):
-        held = getattr(item, more, None)
-        if isinstance(held, Mapping):
-            state |= {name: value for name, value in held.items() if not str(name).startswith("__")}
-    return state
-
-
-_UNSET: Final = object()
-
-
 def describe_embedder(
     embedder: object, *, task: Task | None = None, ignore: Collection[str] = (), more: Mapping[str, Any] | None = None
 ) -> VectorSpace:
     """Return the vector space of a framework's embedder: its class and everything plain that it holds.
 
-    The description contains no secrets, no fields that are None, and no settings named in :data:`NOT_IN_SPACE` or in
-    ``ignore``. Credentials are removed from URLs. If the model is a folder, its content identifies it: the space stays
-    the same if the folder is moved, and changes if the weights change.
+    The description contains no secrets, no fields that are None, and no settings named in
+    :data:`~embedonce_integrations.embedder_fields.NOT_IN_SPACE` or in ``ignore``. Credentials are removed from URLs. If
+    the model is a folder, its content identifies it: the space stays the same if the folder is moved, and changes if
+    the weights change.
 
     Args:
         embedder: the embedder; it is not called.
@@ -224,88 +103,249 @@ def describe_embedder(
         more: values that affect the vectors and that the embedder does not hold. They replace fields of the same name.
 
     Raises:
-        SpaceError: a field holds an object that cannot be described, or another class may have the same name. The
+        SpaceError: a field holds an object that cannot be described, a setting makes a vector depend on the other texts
+            of its batch, another class may have the same name, or ``ignore`` names a field that does not exist. The
             message names the field or the class, and says what to do.
     """
     cls = type(embedder)
     check_class(cls)
-    state = {**read_state(embedder), **(more or {})}
-    if all(value is None for value in state.values()):
+    fields = {**read_state(embedder), **(more or {})}
+    described = Description(embedder, ignore).describe_fields(fields)
+    model = find_model(fields) or getattr(cls, "MODEL_NAME", None)
+    if model is None and all(name.strip("_") in MODEL_FIELDS for name in described):
         raise SpaceError(f"{cls.__name__} does not say what determines its vectors; {HOW_TO_DECLARE}")
-    model = find_model(state) or getattr(cls, "MODEL_NAME", None) or cls.__name__
-    name, content = identify_model(model)
+    name, content = identify_model(model or cls.__name__)
     return VectorSpace(
         provider=f"{cls.__module__}.{cls.__qualname__}",
         model=name,
         revision=content,
         task=task,
-        extra=Description(embedder, ignore).describe_fields(state) or None,
+        extra=described or None,
     )
 
 
-class Description:
-    """One walk over an embedder's settings; see :func:`describe_embedder`."""
+def refuse_tied_settings(embedder: object, ignore: Collection[str] = ()) -> None:
+    """Refuse an embedder with a setting that makes a vector depend on the other texts of its batch.
 
-    def __init__(self, embedder: object, ignore: Collection[str] = ()) -> None:
-        self._owner = type(embedder).__name__
+    This is all that is checked of an embedder whose vector space the user has declared. Objects that cannot be
+    described are skipped. ``ignore`` names settings as in :func:`describe_embedder`.
+
+    Raises:
+        SpaceError: there is such a setting, or ``ignore`` names a field that does not exist.
+    """
+    Description(embedder, ignore, refuses=False).describe_fields(read_state(embedder))
+
+
+def describe_request(request: Mapping[str, Any]) -> dict[str, Value]:
+    """Return the arguments of a call that may affect its vectors.
+
+    Raises:
+        SpaceError: an argument cannot be described, or makes a vector depend on the other texts of its batch.
+    """
+    return Description(None).describe_fields(request)
+
+
+def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the paths of the fields that differ between two descriptions of an embedder, with both values.
+
+    A value that is absent is None. A connection that is only in ``now`` is no difference, because embedders make their
+    connections at the first call.
+    """
+    return list(_compare(then, now, ""))
+
+
+def _compare(then: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in sorted({*then, *now}):
+            where = f"{path}.{name}" if path else name
+            if name in then or not (name == CLIENT or name.endswith(f".{CLIENT}")):
+                yield from _compare(then.get(name), now.get(name), where)
+    elif type(then) is not type(now) or then != now:
+        yield path, then, now
+
+
+# --- what an object holds ---------------------------------------------------------------------
+
+
+def read_state(item: object) -> dict[str, Any]:
+    """Return everything that an object holds, by name: ``__dict__``, pydantic's private and extra fields, and slots.
+
+    What a ``cached_property`` keeps is left out, because it follows from the rest.
+    """
+    state: dict[str, Any] = {}
+    derived = set()
+    for cls in reversed(type(item).__mro__):
+        for name, member in vars(cls).items():
+            if isinstance(member, functools.cached_property):
+                derived.add(name)
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    state[name] = member.__get__(item, type(item))
+                except AttributeError:
+                    continue  # the slot is empty
+    for more in ("__dict__", "__pydantic_extra__", "__pydantic_private__"):
+        try:
+            held = object.__getattribute__(item, more)
+        except AttributeError:
+            continue
+        if isinstance(held, Mapping):
+            state |= held
+    return {name: value for name, value in state.items() if name not in derived and not _is_internal(name)}
+
+
+def _is_internal(name: object) -> bool:
+    """Return whether a framework, such as pydantic or Haystack, keeps something of its own under this name."""
+    return str(name).startswith("__") and str(name).endswith("__")
+
+
+def find_model(fields: Mapping[Any, Any]) -> str | None:
+    """Return the name of the model among an embedder's fields, or None if no field names one."""
+    plain = {str(name).strip("_"): value for name, value in fields.items()}
+    names = (plain.get(name) for name in MODEL_FIELDS)
+    return next((name for name in names if isinstance(name, str) and name not in NO_MODEL), None)
+
+
+_URLS: Final = (
+    ("base_url",),
+    ("_base_url",),
+    ("_client", "base_url"),
+    ("_endpoint",),
+    ("meta", "endpoint_url"),
+    ("_api_client", "_http_options", "base_url"),
+    ("sdk_configuration", "server_url"),
+)
+"""Where the clients of services keep the URL of their endpoint."""
+
+_DEFAULT_URL: Final = "https://api.openai.com/v1"
+"""A client that sends its requests there needs no URL in its description."""
+
+
+def find_url(client: object) -> str | None:
+    """Return the URL to which a client sends its requests, without credentials, or None if it does not show one."""
+    for path in _URLS:
+        found: Any = client
+        for name in path:
+            found = getattr(found, name, None)
+        text = str(found or "")
+        if "://" in text and text.rstrip("/") != _DEFAULT_URL:
+            return strip_credentials(text)
+    return None
+
+
+# --- the walk ---------------------------------------------------------------------------------
+
+_NAMED: Final = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType),
+    *(types.WrapperDescriptorType, functools.partial, np.ufunc),
+)
+"""Types of classes and functions, which are described by their name."""
+
+
+class Description:
+    """One walk over an embedder's settings; see :func:`describe_embedder`.
+
+    Args:
+        embedder: the embedder, or None if the settings are those of a call.
+        ignore: names of fields that are left out.
+        refuses: whether to refuse what cannot be described. Otherwise it is left out.
+    """
+
+    def __init__(self, embedder: object, ignore: Collection[str] = (), *, refuses: bool = True) -> None:
+        if isinstance(ignore, str):
+            raise TypeError(f'ignore must be a list of names, such as ["{ignore}"]')
+        self._owner = "the call's" if embedder is None else type(embedder).__name__
         self._ignore = frozenset(ignore)
-        self._open = [id(embedder)]
+        self._refuses = refuses
+        self._open = [] if embedder is None else [id(embedder)]
         self._has_model = hasattr(type(embedder), "MODEL_NAME")
+        self._names: set[str] = set()
 
     def describe_fields(self, fields: Mapping[Any, Any]) -> dict[str, Value]:
         """Return the fields that belong in a vector space.
 
         Raises:
-            SpaceError: a field holds an object that cannot be described. The message names the field.
+            SpaceError: a field holds an object that cannot be described, a setting makes a vector depend on the other
+                texts of its batch, or ``ignore`` names a field that does not exist.
         """
-        self._has_model = self._has_model or find_model(fields) is not None
-        return self._describe_fields(fields, "")
+        try:
+            described = self._describe_fields(fields, "")
+        except RecursionError:
+            raise SpaceError(
+                f"the settings of {self._owner} are nested too deeply to be described; {HOW_TO_DECLARE}"
+            ) from None
+        self._check_ignored_names()
+        refuse_batch_settings(described)
+        return described
+
+    def _check_ignored_names(self) -> None:
+        for name in sorted(self._ignore - self._names):
+            close = get_close_matches(name, self._names, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else "remove it"
+            raise SpaceError(f'ignore: {self._owner} has no field "{name}"; {hint}')
 
     # --- names --------------------------------------------------------------------------------
 
     def _describe_fields(self, fields: Mapping[Any, Any], path: str) -> dict[str, Value]:
-        urls = {text.rstrip("/") for text in fields.values() if isinstance(text, str)}
-        described: dict[str, Value] = {}
+        has_model, self._has_model = self._has_model, self._has_model or find_model(fields) is not None
+        urls = [
+            strip_credentials(text).rstrip("/") for text in fields.values() if isinstance(text, str) and "://" in text
+        ]
+        # The keys of such a mapping are tasks or words, so none of them is the name of a secret or of a timeout.
+        are_names = not holds_phrases(path.rpartition(".")[2])
+        described: dict[str, Any] = {}
+        others: list[Any] = []
         for name, item in fields.items():
-            name = name if isinstance(name, str) else repr(name)
-            where = f"{path}.{name}" if path else name
-            if item is None or self._is_left_out(name, where, listed=not _PHRASES.search(path)):
+            if not isinstance(name, str):
+                others += self._describe_pair(name, item, path)
                 continue
-            if _is_secret_object(item):
+            name = str(name.value) if isinstance(name, Enum) else str(name)
+            where = f"{path}.{name}" if path else name
+            if is_connection(item):
+                watch_client(item)  # even if its name is on the list
+            if self._is_left_out(name, where, are_names=are_names) or item is None:
                 continue
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):
                 continue  # the space's revision identifies its content
-            value = self._describe(item, name, where)
-            if value is _NOTHING:
-                url = find_url(item)
-                if url and url.rstrip("/") not in urls:
-                    described[f"{name}.base_url"] = _strip_credentials(url)
+            if is_connection(item):
+                settings = self._describe_connection(item, where, urls)
+                described |= {f"{name}.{CLIENT}": settings} if settings else {}
                 continue
-            described[name] = value
+            value = self._describe(item, name, where)
+            if value is not NOTHING:
+                described[to_unicode(name)] = value
+        if others:
+            described["keys of other types"] = sorted(others, key=repr)
+        self._has_model = has_model
         return described
 
-    def _is_left_out(self, name: str, where: str, *, listed: bool) -> bool:
+    def _describe_pair(self, key: Any, item: Any, path: str) -> list[list[Any]]:
+        where = f"{path}[{key if isinstance(key, int | float) else type(key).__name__}]"
+        value = self._describe(item, "", where)
+        return [] if value is NOTHING or item is None else [[self._describe_item(key, where), value]]
+
+    def _is_left_out(self, name: str, where: str, *, are_names: bool) -> bool:
         plain = name.strip("_")
-        if not self._ignore.isdisjoint((name, plain, where)) or is_secret(plain):
+        self._names |= {name, plain, where}
+        if not self._ignore.isdisjoint((name, plain, where)):
             return True
-        return listed and plain in NOT_IN_SPACE
+        return are_names and (decides_nothing(name) or is_secret(name))
 
     # --- values -------------------------------------------------------------------------------
 
     def _describe(self, item: Any, name: str, where: str) -> Any:
-        """Return a value that a vector space can hold, or :data:`_NOTHING` if the item holds no setting.
+        """Return a value that a vector space can hold, or :data:`NOTHING` if the item holds no setting.
 
         Raises:
             SpaceError: the item cannot be described.
         """
-        if isinstance(item, Enum):
-            return self._describe(item.value, name, where)
-        if isinstance(item, str):
-            return _describe_text(str(item), name)
-        if item is None or isinstance(item, bool | int | float | bytes):
+        if item is None or isinstance(item, bool):
             return item
-        if isinstance(item, os.PathLike):
-            return _describe_text(os.fspath(item), name)
+        if isinstance(item, Enum):
+            return self._describe_enum(item, name, where)
+        if type(item) in PLAIN:
+            return describe_plain(item, name)
+        if is_secret_object(item):
+            return NOTHING
         if id(item) in self._open:
             return {"same object as": self._open.index(id(item))}
         self._open.append(id(item))
@@ -314,7 +354,39 @@ class Description:
         finally:
             self._open.pop()
 
+    def _describe_item(self, item: Any, where: str) -> Any:
+        value = self._describe(item, "", where)
+        return None if value is NOTHING else value
+
+    def _describe_enum(self, item: Enum, name: str, where: str) -> Any:
+        if type(item.value) in PLAIN:
+            return self._describe(item.value, name, where)
+        check_class(type(item))
+        return f"{type(item).__module__}.{type(item).__qualname__}.{item.name}"
+
     def _describe_object(self, item: Any, name: str, where: str) -> Any:
+        cls = type(item)
+        if package_of(cls) in MACHINERY:
+            return NOTHING
+        if is_connection(item):
+            return self._describe_connection(item, where, ()) or NOTHING
+        if isinstance(item, _NAMED):
+            return self._describe_callable(item, where)
+        value = self._describe_value(item, name, where)
+        if value is NOTHING:
+            return self._describe_instance(item, where)
+        own = {} if is_builtin(cls) else self._describe_fields(read_state(item), where)
+        return {"value": value, "attributes": own} if own else value
+
+    def _describe_value(self, item: Any, name: str, where: str) -> Any:
+        """Describe a collection or another value of a well-known type, but not the attributes that it may have."""
+        plain = next((kind for kind in PLAIN if isinstance(item, kind)), None)
+        if plain is not None:
+            return describe_plain(str.__str__(item) if plain is str else plain(item), name)
+        if isinstance(item, os.PathLike):
+            return describe_plain(os.fspath(item), name)
+        if isinstance(item, os._Environ):
+            return self._refuse(item, where)
         if isinstance(item, Mapping):
             return self._describe_fields(item, where)
         if isinstance(item, list | tuple | deque):
@@ -322,145 +394,93 @@ class Description:
         if isinstance(item, set | frozenset):
             return sorted((self._describe_item(value, where) for value in item), key=repr)
         if isinstance(item, np.generic):
-            return self._describe(item.item(), name, where)
-        if isinstance(item, np.ndarray) and item.dtype.kind in "biufc":
-            content = hashlib.sha256(np.ascontiguousarray(item).tobytes()).hexdigest()
-            return {"array": content, "dtype": str(item.dtype), "shape": list(item.shape)}
-        if isinstance(
-            item, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType | functools.partial
-        ):
-            return self._describe_callable(item, where)
-        return self._describe_instance(item, where)
-
-    def _describe_item(self, item: Any, where: str) -> Any:
-        value = self._describe(item, "", where)
-        return None if value is _NOTHING else value
+            return (
+                describe_array(np.asarray(item)) if item.dtype.kind == "V" else self._describe_item(item.item(), where)
+            )
+        if type(item) in (np.ndarray, np.memmap):
+            return [self._describe_item(item.tolist(), where)] if item.dtype.hasobject else describe_array(item)
+        if isinstance(item, re.Pattern):
+            return {"pattern": self._describe_item(item.pattern, where), "flags": item.flags}
+        if isinstance(item, BY_REPR) or type(item).__module__ == "typing":
+            return f"{type(item).__qualname__} {item!r}"
+        if isinstance(item, types.ModuleType):
+            return item.__name__
+        return NOTHING
 
     def _describe_callable(self, item: Any, where: str) -> Any:
         if isinstance(item, functools.partial):
             parts = {"function": item.func, "arguments": item.args, "keywords": item.keywords}
             return {part: self._describe_item(value, f"{where}.{part}") for part, value in parts.items()}
-        if isinstance(item, types.MethodType):
-            return {"method": item.__func__.__qualname__, "of": self._describe_item(item.__self__, where)}
-        if (isinstance(item, types.FunctionType) and item.__closure__) or "<" in item.__qualname__:
-            self._refuse(item, where)
-        if getattr(item, "__module__", None) == "__main__":
-            self._refuse(item, where)
-        return f"{item.__module__}.{item.__qualname__}"
+        owner = getattr(item, "__self__", None)
+        if isinstance(item, types.MethodType | types.BuiltinFunctionType) and not (
+            owner is None or isinstance(owner, types.ModuleType)
+        ):
+            return {"method": item.__name__, "of": self._describe_item(owner, where)}
+        name = find_name(item)
+        return self._refuse(item, where) if name is None else name
 
     def _describe_instance(self, item: Any, where: str) -> Any:
         cls = type(item)
-        packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
-        is_value = dataclasses.is_dataclass(cls) or hasattr(cls, "model_fields")
-        if cls.__module__ == "torch" and cls.__name__ == "dtype":
-            return str(item)
-        if cls.__module__.startswith("sentence_transformers") and hasattr(item, "max_seq_length"):
-            return self._describe_fields({one: getattr(item, one, None) for one in _SENTENCE_TRANSFORMER}, where)
-        if isinstance(item, types.ModuleType) or packages & MACHINERY:
-            return _NOTHING
-        if packages & CLIENT_PACKAGES and not is_value:
-            return _NOTHING
-        if cls.__module__.partition(".")[0] in MODEL_PACKAGES and not is_value and self._has_model:
-            return _NOTHING
-        if cls is object or _keeps_hidden_state(cls):
-            self._refuse(item, where)
+        name = find_name(item)
+        if name is not None:  # a function of a type of its own, such as numpy's
+            return name
+        if isinstance(getattr(item, "cache", None), Cache):
+            return self._describe_cache(item.cache)
+        if package_of(cls) == "torch":
+            return self._describe_torch(item, where)
+        if package_of(cls) in MODEL_PACKAGES and not is_value(cls):
+            return self._describe_model(item, where)
+        if cls is object or keeps_hidden_state(cls):
+            return self._refuse(item, where)
+        if not self._refuses:
+            return self._describe_fields(read_state(item), where)
         check_class(cls)
         return {"class": f"{cls.__module__}.{cls.__qualname__}", **self._describe_fields(read_state(item), where)}
 
-    def _refuse(self, item: Any, where: str) -> None:
+    def _describe_cache(self, cache: Cache) -> dict[str, Any]:
+        return {task: cache.provider.space(task).described() for task in ("document", "query")}
+
+    def _describe_torch(self, item: Any, where: str) -> Any:
+        cls = type(item)
+        if cls.__name__ == "device":
+            return NOTHING
+        if cls.__name__ in ("dtype", "Size", "layout", "memory_format"):
+            return str(item)
+        if hasattr(item, "untyped_storage"):
+            torch = sys.modules["torch"]
+            flat = item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            content = hashlib.sha256(flat).hexdigest()
+            return {"array": content, "dtype": str(item.dtype), "shape": list(item.shape)}
+        if hasattr(item, "_parameters"):
+            fields = {name: value for name, value in read_state(item).items() if not name.endswith("_hooks")}
+            return {"class": f"{cls.__module__}.{cls.__qualname__}", **self._describe_fields(fields, where)}
+        return self._refuse(item, where)
+
+    def _describe_model(self, item: Any, where: str) -> Any:
+        """Describe a loaded model or tokenizer. Refuse it unless a field beside it, or further out, names the model."""
+        if not self._has_model:
+            return self._refuse(item, where)
+        if package_of(type(item)) == "sentence_transformers" and hasattr(item, "max_seq_length"):
+            return self._describe_fields({name: getattr(item, name, None) for name in SENTENCE_TRANSFORMER}, where)
+        return NOTHING
+
+    def _describe_connection(self, item: Any, where: str, urls: Collection[str]) -> dict[str, Any]:
+        """Describe where a client sends its requests, unless the fields beside it say so, and what it adds to them."""
+        watch_client(item)
+        state = {**read_state(getattr(item, "_client", None)), **read_state(item)}
+        settings = {name: value for name, value in state.items() if name.strip("_") in CLIENT_SETTINGS}
+        described = {name: value for name, value in self._describe_fields(settings, where).items() if value != {}}
+        if package_of(type(item)) not in CLIENT_PACKAGES:
+            described["class"] = f"{type(item).__module__}.{type(item).__qualname__}"
+        url = find_url(item)
+        is_known = url is not None and any(f"{url.rstrip('/')}/".startswith(f"{known}/") for known in urls)
+        return described if url is None or is_known else {**described, "base_url": url}
+
+    def _refuse(self, item: Any, where: str) -> Any:
+        if not self._refuses:
+            return NOTHING
+        dot = " " if self._owner.endswith("'s") else "."
         raise SpaceError(
-            f"embedonce cannot tell whether {self._owner}.{where} (of type {type(item).__name__}) changes the vectors; "
-            f'if it does not, pass ignore=["{where}"]; else {HOW_TO_DECLARE}'
+            f"embedonce cannot tell whether {self._owner}{dot}{where} (of type {type(item).__name__}) changes the "
+            f'vectors; if it does not, pass ignore=["{where}"]; otherwise {HOW_TO_DECLARE}'
         )
-
-
-_NOTHING: Final = object()
-_PLAIN: Final = (complex, range, datetime, date, time, timedelta, Decimal, Fraction, UUID, re.Pattern)
-_CALLABLES: Final = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-_SENTENCE_TRANSFORMER: Final = ("max_seq_length", "prompts", "default_prompt_name", "truncate_dim")
-_URLS: Final = (
-    ("base_url",),
-    ("_base_url",),
-    ("_client", "base_url"),
-    ("meta", "endpoint_url"),
-    ("_api_client", "_http_options", "base_url"),
-)
-"""Where the clients of services keep the URL of their endpoint."""
-
-
-def find_url(client: object) -> str | None:
-    """Return the URL to which a client sends its requests, or None if the client does not show it."""
-    for path in _URLS:
-        found: Any = client
-        for name in path:
-            found = getattr(found, name, None)
-        text = str(found or "")
-        if "://" in text and text.rstrip("/") != "https://api.openai.com/v1":
-            return text
-    return None
-
-
-def find_model(fields: Mapping[Any, Any]) -> str | None:
-    """Return the name of the model among an embedder's fields, or None if no field names one."""
-    plain = {str(name).strip("_"): value for name, value in fields.items()}
-    names = (plain.get(name) for name in MODEL_FIELDS)
-    return next((name for name in names if isinstance(name, str) and name not in ("", "unknown")), None)
-
-
-def identify_model(name: str) -> tuple[str, str | None]:
-    """Return a model's name and None; for a folder, a name made from its content and the digest of its content.
-
-    The description of a folder stays the same if the folder is moved, and changes if the weights change.
-    """
-    if not is_model_folder(name):
-        return name, None
-    content = digest(Path(name).expanduser())
-    return f"folder:{content[:12]}", content
-
-
-def is_model_folder(name: str) -> bool:
-    """Return whether a model's name is the path of a folder with a model."""
-    folder = Path(name).expanduser()
-    return any((folder / file).is_file() for file in ("config.json", "modules.json"))
-
-
-def is_secret(name: str) -> bool:
-    """Return whether a field of this name holds a secret."""
-    return _SECRET.search(name.lower().replace("-", "_")) is not None
-
-
-def _is_secret_object(item: object) -> bool:
-    return hasattr(item, "get_secret_value") or (hasattr(item, "resolve_value") and not isinstance(item, type))
-
-
-def _describe_text(text: str, name: str) -> str:
-    if name.strip("_") in MODEL_FIELDS:
-        text = identify_model(text)[1] or text
-    return _strip_credentials(text)
-
-
-def _strip_credentials(text: str) -> str:
-    if "://" not in text or not ("@" in text or "?" in text):
-        return text
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return text
-    query = "&".join(part for part in parts.query.split("&") if not is_secret(part.partition("=")[0]))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
-
-
-_POINTER: Final = struct.calcsize("P")
-
-
-def _keeps_hidden_state(cls: type[Any]) -> bool:
-    """Return whether instances have memory beside their attributes, as those of a class written in C may have.
-
-    The size of an instance is that of an object, plus one pointer for each slot, for ``__dict__`` and for weak
-    references. (``object.__reduce_ex__`` makes the same comparison to find out what it cannot pickle.)
-    """
-    slots = sum(
-        isinstance(member, types.MemberDescriptorType) for base in cls.__mro__ for member in vars(base).values()
-    )
-    pointers = slots + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
-    return cls.__itemsize__ != 0 or cls.__basicsize__ > object.__basicsize__ + pointers * _POINTER

@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
-import re
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from enum import Enum
-from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
 
-from embedonce import Cache, ConfigError, Limits, ProviderError, SpaceError, VectorSpace, config
+from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
-from embedonce.keys import Value
-from embedonce.model_files import digest
 from embedonce.tasks import check_task
 
+from .describing import describe_embedder, describe_request, list_differences, refuse_tied_settings
+from .openai_answers import AnswersRead, reading_answers
+
 Answer: TypeAlias = Vectors | Embedded
-
-NOT_IN_SPACE = frozenset(
-    {
-        "api_key",
-        "api_token",
-        "async_client",
-        "batch_size",
-        "cache_folder",
-        "callback_manager",
-        "callbacks",
-        "chunk_size",
-        "client",
-        "cookies",
-        "default_headers",
-        "device",
-        "embed_batch_size",
-        "embeddings_cache",
-        "encoding_format",
-        "extra_headers",
-        "headers",
-        "http_async_client",
-        "http_client",
-        "http_client_kwargs",
-        "max_retries",
-        "num_workers",
-        "openai_organization",
-        "openai_proxy",
-        "organization",
-        "progress_bar",
-        "rate_limiter",
-        "request_timeout",
-        "reuse_client",
-        "retry_max_seconds",
-        "retry_min_seconds",
-        "show_progress",
-        "show_progress_bar",
-        "timeout",
-        "token",
-        "user",
-        "verbose",
-    }
-)
-"""Names of embedder fields that do not affect vectors, collected from all frameworks."""
-
-_SECRET = re.compile(
-    r"(^|_)((api|access|account|private|subscription)_?key|secret|password|credentials?|authorization|bearer"
-    r"|(api|access|auth|ad|ad_async|hf|session)_token)(_|$)"
-)
-
-MODEL_FIELDS = ("model", "model_name", "model_id", "repo_id", "azure_deployment", "deployment")
-"""Names of the fields in which embedders keep the name of their model."""
-
 
 # --- the cache of a configuration -------------------------------------------------------------
 
@@ -187,9 +131,12 @@ class WrappedSpaces:
     def __init__(self, describe: Callable[[Task], VectorSpace]) -> None:
         self._describe = describe
         self._spaces = {task: describe(task) for task in _TASKS}
+        self._known = {task: _extra_of(space) for task, space in self._spaces.items()}
+        self._running = 0
+        self._lock = threading.Lock()
 
     def __call__(self, task: Task) -> VectorSpace:
-        return self._spaces["query" if task == "query" else "document"]
+        return self._spaces[_side(task)]
 
     def check(self, task: Task) -> None:
         """Check that the embedder has not changed since it was wrapped.
@@ -200,97 +147,118 @@ class WrappedSpaces:
         Raises:
             SpaceError: a field that may affect vectors has changed.
         """
-        then = self(task)
-        now = self._describe("query" if task == "query" else "document")
-        # Model and revision are not compared, because the embedder reads its weights only once. A later change on disk
-        # does not affect its vectors.
-        if (now.provider, now.extra) != (then.provider, then.extra):
-            before, after = dict(then.extra or {}), dict(now.extra or {})
-            names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-            raise SpaceError(f"{then.provider} was changed after it was wrapped ({', '.join(names)}); wrap it again")
+        self._check(_side(task), is_calling=False)
+
+    @contextmanager
+    def calling(self, task: Task) -> Iterator[AnswersRead]:
+        """Check the embedder before and after it is called in the ``with`` block, and read the answers that it receives.
+
+        An embedder may write down what it does, such as the number of its calls. So a number or a collection that has
+        grown by the end of the block is no change. Everything else is, and then the vectors must not be stored.
+
+        Raises:
+            SpaceError: a field that may affect vectors has changed.
+            ProviderError: an answer of an OpenAI client does not say which vector belongs to which text.
+        """
+        side = _side(task)
+        self._check(side, is_calling=False)
+        with self._lock:
+            self._running += 1
+        try:
+            with reading_answers() as read:
+                yield read
+            self._check(side, is_calling=True)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _check(self, side: Task, *, is_calling: bool) -> None:
+        now = self._describe(side)
+        with self._lock:
+            may_grow = is_calling or self._running > 0
+            # Model and revision are not compared, because the embedder reads its weights only once. A later change on
+            # disk does not affect its vectors.
+            changes = list_differences(self._known[side], _extra_of(now))
+            names = [name for name, then, now in changes if not (may_grow and _is_record(then, now))]
+            if not names:
+                if changes:
+                    self._known = {task: _extra_of(self._describe(task)) for task in _TASKS}
+                return
+        what = f"{now.provider} was changed after it was wrapped"
+        if is_calling:
+            what = f"{now.provider} changed while it computed vectors, so nothing was stored"
+        raise SpaceError(
+            f"{what} ({', '.join(names)}); wrap it again, or pass ignore=[...] with these names if they do not affect "
+            "the vectors"
+        )
 
 
 _TASKS: tuple[Task, ...] = ("document", "query")
 
 
-def describe_space(
+def _side(task: Task) -> Task:
+    return "query" if task == "query" else "document"
+
+
+def _extra_of(space: VectorSpace) -> dict[str, Any]:
+    return dict(space.extra or {})
+
+
+def _is_record(before: Any, after: Any) -> bool:
+    """Return whether a value has grown: a larger number, a longer list, or a mapping with more keys or larger values.
+
+    Nothing can grow into a number or a collection, but not into a text, because a text may be the name of a model.
+    """
+    if isinstance(before, str | bool) or isinstance(after, str | bool):
+        return before == after
+    if before is None:
+        return after is not None
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        return after >= before
+    if isinstance(before, list) and isinstance(after, list):
+        return len(after) >= len(before) and all(map(_is_record, before, after))
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
+    return type(before) is type(after) and before == after
+
+
+def make_describer(
     embedder: object,
-    fields: Mapping[str, Any],
     *,
-    model: str,
-    task: Task | None = None,
-    leave_out: Collection[str] = (),
-) -> VectorSpace:
-    """Return the vector space of a framework's embedder, described by ``fields``.
+    space: VectorSpace | Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+    has_tasks: bool = True,
+    more: Callable[[], Mapping[str, Any]] = dict,
+) -> Callable[[Task], VectorSpace]:
+    """Return a function that takes a task and returns the vector space of an embedder in its present state.
 
-    Secrets, fields that are None and the fields in ``leave_out`` are left out. The fields in :data:`NOT_IN_SPACE` are
-    left out at every level of nesting. Credentials are removed from URLs. Pass ``task`` if the embedder treats
-    documents and queries differently. If ``model`` is a folder, the digest of the folder's content identifies the
-    model. So the vector space stays the same if the folder is moved, and changes if the weights change.
-
-    Raises:
-        SpaceError: a field holds an object that cannot be described; or the embedder's class is defined in a script or
-            in a function, so that a different class may have the same name. The message names the field or the class,
-            and says what to do.
+    Args:
+        embedder: the embedder.
+        space: the vector space that the user has declared; None if the embedder describes itself. Settings that make a
+            vector depend on the other texts of its batch are refused in both cases.
+        ignore: names of the embedder's fields that the user knows to be irrelevant.
+        has_tasks: whether the embedder treats documents and queries differently.
+        more: function that returns values that affect the vectors and that the embedder does not hold.
     """
-    cls = type(embedder)
-    if cls.__module__ == "__main__":
-        raise SpaceError(
-            f"{cls.__name__} is defined in the script that runs, and another script may define a different class of "
-            f"the same name; move the class to a module, or {HOW_TO_DECLARE}"
-        )
-    if "<locals>" in cls.__qualname__:
-        raise SpaceError(
-            f"{cls.__name__} is defined in a function, which may define a different class of the same name each time "
-            f"it runs; move the class out of the function, or {HOW_TO_DECLARE}"
-        )
-    kept = {name: item for name, item in fields.items() if name not in leave_out}
-    folder = Path(model).expanduser()
-    content = digest(folder) if any((folder / name).is_file() for name in ("config.json", "modules.json")) else None
-    return VectorSpace(
-        provider=f"{cls.__module__}.{cls.__qualname__}",
-        model=model if content is None else f"folder:{content[:12]}",
-        revision=content,
-        task=task,
-        extra=_to_plain_fields(kept, cls.__name__) or None,
-    )
 
+    def describe(task: Task) -> VectorSpace:
+        space_task = task if has_tasks else None
+        if space is None:
+            return describe_embedder(embedder, task=space_task, ignore=ignore, more=more())
+        refuse_tied_settings(embedder, ignore)
+        return resolve_declared_space(space, task=space_task)
 
-def describe_by_fields(
-    embedder: object, *, task: Task | None = None, overrides: Mapping[str, Any] | None = None
-) -> VectorSpace:
-    """Return the vector space of an embedder that is a pydantic model or a dataclass, as its fields describe it.
-
-    ``overrides`` are extra values that affect the embedder's vectors. They replace fields of the same name.
-
-    Raises:
-        SpaceError: as for :func:`describe_space`; or the embedder is neither a pydantic model nor a dataclass; or the
-            embedder names no model and has private attributes, which may affect its vectors.
-    """
-    cls = type(embedder)
-    names = getattr(cls, "model_fields", None)
-    if names is None:
-        if not dataclasses.is_dataclass(embedder):
-            raise SpaceError(f"{cls.__name__} does not say what determines its vectors; {HOW_TO_DECLARE}")
-        names = [field.name for field in dataclasses.fields(embedder)]
-    fields = {name: getattr(embedder, name, None) for name in names}
-    fields |= {**(getattr(embedder, "model_extra", None) or {}), **(overrides or {})}
-    found = {name: fields[name] for name in MODEL_FIELDS if isinstance(fields.get(name), str)}
-    model = next((name for name in found.values() if name not in ("", "unknown")), None)
-    if model is None and getattr(cls, "__private_attributes__", None):
-        raise SpaceError(
-            f"{cls.__name__} names no model and has private attributes, which may affect its vectors; {HOW_TO_DECLARE}"
-        )
-    return describe_space(embedder, fields, model=model or cls.__name__, task=task)
+    return describe
 
 
 def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:
     """Return a vector space with the extra arguments of a call added, because they may change the vectors.
 
     Raises:
-        SpaceError: ``request`` holds an object that cannot be described.
+        SpaceError: ``request`` holds an object that cannot be described, or a setting that makes a vector depend on the
+            other texts of its batch.
     """
-    described = _to_plain_fields(request, "the call's")
+    described = describe_request(request)
     return replace(space, extra={**(space.extra or {}), "request": described}) if described else space
 
 
@@ -298,121 +266,3 @@ def resolve_declared_space(space: VectorSpace | Mapping[str, Any], *, task: Task
     """Return a vector space that a user declared. ``task`` is added unless the space already has a task."""
     declared = VectorSpace.of(space)
     return declared if task is None or declared.task is not None else replace(declared, task=task)
-
-
-HOW_TO_DECLARE = (
-    'declare what determines its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
-    "(dimensions, prompt, ...)"
-)
-
-
-def _to_plain_fields(fields: Mapping[Any, Any], owner: str) -> dict[str, Value]:
-    """Return the fields of a vector space. Leave out None, secrets and the names in :data:`NOT_IN_SPACE`."""
-    return {
-        str(name): _to_plain(item, f"{owner}.{name}")
-        for name, item in fields.items()
-        if item is not None
-        and name not in NOT_IN_SPACE
-        and not _is_secret(str(name))
-        and not hasattr(item, "get_secret_value")
-    }
-
-
-def _to_plain(item: Any, name: str) -> Value:
-    """Convert a value to a type that a vector space can hold.
-
-    Raises:
-        SpaceError: the value cannot be converted.
-    """
-    if isinstance(item, Enum):
-        return _to_plain(item.value, name)
-    if isinstance(item, os.PathLike):
-        return str(os.fspath(item))
-    if type(item).__module__ == "torch" and type(item).__name__ == "dtype":
-        return str(item)
-    if isinstance(item, str):
-        return _strip_credentials(item)
-    if item is None or isinstance(item, bool | int | float | bytes):
-        return item
-    if isinstance(item, Mapping):
-        return _to_plain_fields(item, name)
-    if isinstance(item, list | tuple):
-        return [_to_plain(value, f"{name}[{index}]") for index, value in enumerate(item)]
-    if isinstance(item, set | frozenset) and all(isinstance(value, str) for value in item):
-        return sorted(item)
-    raise SpaceError(
-        f"embedonce cannot tell whether {name} (of type {type(item).__name__}) changes the vectors; {HOW_TO_DECLARE}"
-    )
-
-
-def _is_secret(name: str) -> bool:
-    return _SECRET.search(name.lower().replace("-", "_")) is not None
-
-
-def _strip_credentials(text: str) -> str:
-    if "://" not in text or not ("@" in text or "?" in text):
-        return text
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return text
-    query = "&".join(part for part in parts.query.split("&") if not _is_secret(part.partition("=")[0]))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
-
-
-# --- an OpenAI client inside an embedder ------------------------------------------------------
-
-
-def is_openai_resource(client: object) -> bool:
-    """Return whether ``client`` is the ``embeddings`` attribute of an ``openai`` client, blocking or async."""
-    return any(cls.__module__ == "openai.resources.embeddings" for cls in type(client).__mro__)
-
-
-class OrderedEmbeddings:
-    """The ``embeddings`` of an OpenAI client. Each answer is sorted into the order of the input.
-
-    Frameworks take the items of an answer as they come and ignore their ``index``. If a vector were missing,
-    superfluous or out of order, the cache would store vectors for the wrong texts.
-    """
-
-    def __init__(self, resource: Any) -> None:
-        self._resource = resource
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._resource, name)
-
-    def create(self, **request: Any) -> Any:
-        """Like the client's ``create``, but with a sorted answer. Returns a coroutine if the client's ``create`` does.
-
-        Raises:
-            ProviderError: the answer does not say which vector belongs to which input.
-        """
-        given = request["input"]
-        texts = 1 if isinstance(given, str) or (given and isinstance(given[0], int)) else len(given)
-        answer = self._resource.create(**request)
-        return _await_and_sort(answer, texts) if inspect.isawaitable(answer) else _sort_answer(answer, texts)
-
-
-class OrderedClient:
-    """The part of an OpenAI client that embedders use: its ``embeddings``, wrapped in :class:`OrderedEmbeddings`."""
-
-    def __init__(self, client: Any) -> None:
-        self.embeddings = OrderedEmbeddings(client.embeddings)
-
-
-async def _await_and_sort(answer: Awaitable[Any], texts: int) -> Any:
-    return _sort_answer(await answer, texts)
-
-
-def _sort_answer(answer: Any, texts: int) -> Any:
-    items = list(answer.data or ())
-    by_index = {getattr(item, "index", None): item for item in items}
-    if by_index.keys() == {None}:  # without indexes, assume that the vectors are in the order of the texts
-        by_index = dict(enumerate(items))
-    if len(items) != texts or by_index.keys() != set(range(texts)):
-        raise ProviderError(
-            f"the indexes in the endpoint's answer do not say which vector belongs to which input; inputs: {texts}, "
-            f"vectors: {len(items)}; nothing was stored"
-        )
-    answer.data = [by_index[index] for index in range(texts)]
-    return answer
