@@ -56,7 +56,9 @@ _PROGRAM_ERRORS = (
 )
 _RATE_NAME = re.compile(r"RateLimit|TooManyRequests|Throttl|ResourceExhausted")
 _ACCESS_NAME = re.compile(r"Authenticat|Unauthorized|PermissionDenied|Forbidden|InvalidApiKey|ModelNotFound")
-_CONNECTION_NAME = re.compile(r"Connect(ion|or|)(Error|Timeout|Exception)|Timeout|TransportError|NetworkError|Disconnect")
+_CONNECTION_NAME = re.compile(
+    r"Connect(ion|or|)(Error|Timeout|Exception)|Timeout|TransportError|NetworkError|Disconnect"
+)
 _ACCESS_TEXT = re.compile(
     r"\bapi[ _-]?keys?\b|\b(unauthori[sz]ed|authentication|credentials?)\b"
     r"|\b(model|deployment)\b.{0,80}?\b(not found|not exist|does not exist|doesn't exist|no such|not supported"
