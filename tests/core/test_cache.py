@@ -204,7 +204,7 @@ def test_invalid_options_are_refused(options: Any) -> None:
 
 # --- provider answers -------------------------------------------------------------------------
 
-KINDS = ["short", "long", "nan", "infinity", "zeros", "dimension", "empty"]
+KINDS = ["short", "long", "dimension", "empty"]
 
 
 @faces
@@ -227,6 +227,23 @@ def test_a_wrong_answer_raises_an_error_and_none_of_it_is_stored(asynchronous: b
             face.embed_batch(["good", "a"])
         provider.heal()
         assert (face.embed_batch(["a", "good"]) == [inner.vector_of("a"), good]).all()
+
+
+@faces
+@pytest.mark.parametrize("kind", ["nan", "infinity", "zeros"])
+@pytest.mark.parametrize("tells", [True, False], ids=["dimensions stated", "dimensions not stated"])
+def test_a_wrong_vector_fails_its_text_and_the_others_are_stored(asynchronous: bool, kind: Any, tells: bool) -> None:
+    provider = FaultyProvider(CountingProvider(tells_dimensions=tells), [ProviderFault(kind)])
+    with Cache(provider, [MemoryBackend()]) as cache:
+        face = Face(cache, asynchronous)
+        fetched = face.fetch(list("abcd"))
+        (bad,) = fetched.failed
+        assert isinstance(fetched.failed[bad], ProviderError)
+        assert fetched.sources == [None if i == bad else "provider" for i in range(4)]
+        assert len(provider.calls) == 1
+        assert cache.lookup(list("abcd")).sources == [None if i == bad else "memory" for i in range(4)]
+        with pytest.raises(ProviderError):  # the only vector of this call is wrong
+            face.embed("abcd"[bad])
 
 
 @pytest.mark.parametrize(
@@ -291,11 +308,12 @@ def test_a_providers_exception_reaches_the_caller_and_does_not_affect_hits(async
 
 @faces
 def test_a_batch_that_fails_half_way_keeps_the_first_half(asynchronous: bool) -> None:
-    provider = FaultyProvider(CountingProvider(max_batch=10), [ProviderFault("raise", calls={6, 7, 8, 9, 10})])
+    fault = ProviderFault("raise", calls={6, 7, 8, 9, 10}, error=ConnectionError)
+    provider = FaultyProvider(CountingProvider(max_batch=10), [fault])
     texts = [str(i) for i in range(100)]
     with Cache(provider, [DictBackend()]) as cache:
         face = Face(cache, asynchronous)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ConnectionError):
             face.embed_batch(texts)
         assert cache.lookup(texts).sources == ["dict"] * 50 + [None] * 50
         provider.heal()

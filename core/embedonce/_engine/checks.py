@@ -68,7 +68,17 @@ def _check_row(row: Any, dimensions: int | None, dtype: Dtype, who: str) -> Matr
         raise ProviderError(f"{who} no vector for this text")
     if not isinstance(row, np.ndarray) or row.ndim != 1 or row.dtype.kind not in "fiu":
         raise ProviderError(f"{who} values that are not numbers for this text")
-    return round_matrix(check_matrix(row[None, :], 1, dimensions=dimensions, who=who), dtype, who)
+    if dimensions is not None and row.size != dimensions:
+        raise ProviderError(
+            f"{who} a vector of {format_count(row.size, 'dimension')} for this text; expected {dimensions:,}"
+        )
+    with np.errstate(over="ignore"):
+        matrix = row[None, :].astype(np.float32)
+    if not np.isfinite(matrix).all():
+        raise ProviderError(f"{who} NaN or infinity for this text")
+    if not matrix.any():
+        raise ProviderError(f"{who} a vector of zeros for this text")
+    return round_matrix(matrix, dtype, who)
 
 
 def check_matrix(answer: Any, texts: int, *, dimensions: int | None, who: str) -> Matrix:

@@ -146,7 +146,9 @@ def cut_chunks(source: LiveProvider, texts: Mapping[str, str]) -> Iterator[list[
     chunk: list[str] = []
     tokens = more = 0.0
     for key, text in texts.items():
-        more = 0 if max_tokens is None else _count_tokens(count_tokens, text)
+        if max_tokens is not None:
+            # If the provider fails to count a text, the text gets its own chunk. If that fails, no other text fails.
+            more = _count_tokens(count_tokens, text, count_bytes(text) if count_tokens is None else max_tokens)
         full = len(chunk) >= limits.max_batch or (max_tokens is not None and bool(chunk) and tokens + more > max_tokens)
         if full:
             yield chunk
