@@ -148,7 +148,7 @@ def test_hits_and_misses_during_each_fault(
         assert not any(text in str(error) for error in failed.values() for text in MIXED)
 
 
-@pytest.mark.parametrize("kind", ["rate_limit", "server_error", "disconnect"])
+@pytest.mark.parametrize("kind", ["server_error", "disconnect"])
 def test_the_client_retries(server: OpenAIServer, kind: Any) -> None:
     server.misbehave(kind, seconds=0.01)
     with Cache(make_provider(server, max_retries=1)) as cache:
@@ -189,13 +189,13 @@ def test_an_exhausted_quota_is_not_retried(server: OpenAIServer, face: Face) -> 
 )
 def test_an_invalid_answer_is_an_error(answer: bytes) -> None:
     with pytest.raises(ProviderError, match=r"was stored|not JSON"):
-        read_answer(answer, 1)
+        read_answer(answer, ["text"])
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": "7"}, {"total_tokens": True}, {"total_tokens": -1}, 7])
 def test_invalid_usage_is_ignored(usage: Any) -> None:
     answer = {"data": [{"index": 0, "embedding": [1, 2]}], "usage": usage}
-    assert read_answer(json.dumps(answer).encode(), 1).tokens is None
+    assert read_answer(json.dumps(answer).encode(), ["text"]).tokens is None
 
 
 # --- texts ------------------------------------------------------------------------------------
@@ -292,12 +292,25 @@ def test_tokens_are_counted_for_misses_only(server: OpenAIServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "sent"), [(None, "float"), ("base64", "base64"), ("float", "float")], ids=["default", "base64", "float"]
+    ("given", "sent"),
+    [(None, {"encoding_format": "float"}), ("base64", {"encoding_format": "base64"}), ("none", {})],
+    ids=["default", "base64", "none"],
 )
-def test_the_request_always_has_a_format(server: OpenAIServer, given: Any, sent: str) -> None:
-    with Cache(make_provider(server, encoding_format=given)) as cache:
-        cache.embed("a")
-    assert server.requests[0].body["encoding_format"] == sent
+@pytest.mark.parametrize("face", ["blocking", "async"])
+def test_the_format_in_the_request(server: OpenAIServer, given: Any, sent: Any, face: Face) -> None:
+    found = ask(Cache(make_provider(server, encoding_format=given)), face, ["a"])
+    assert np.array_equal(found.rows[0], server.vector_of("a"))
+    assert server.requests[0].body == {"model": MODEL, "input": ["a"], **sent}
+    assert "x-stainless-raw-response" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize("encoding_format", ["base64", "none"])
+def test_an_endpoint_that_refuses_float(encoding_format: str) -> None:
+    with OpenAIServer(encoding_formats=("base64",)) as server:
+        with Cache(make_provider(server, encoding_format=encoding_format)) as cache:
+            assert np.array_equal(cache.embed("a"), server.vector_of("a"))
+        with Cache(make_provider(server, encoding_format="float")) as cache, pytest.raises(openai.BadRequestError):
+            cache.embed("b")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +363,9 @@ def test_options_that_change_the_space(options: dict[str, Any]) -> None:
         {"api_key": "k"},
         {"deployment": "mine"},
         {"encoding_format": "float"},
+        {"encoding_format": "none"},
+        {"headers": {"X-Gateway-Key": "k"}, "answers_as": ["other"], "token_provider": lambda: "token"},
+        {"requests_per_minute": 3, "tokens_per_minute": 1000},
         {"batch_size": 3, "max_tokens": 7, "concurrency": 9, "max_retries": 9, "timeout": 9.0},
         {"extra_body": {"user": "me"}},
         {"base_url": "https://api.openai.com/v1/"},
