@@ -113,7 +113,7 @@ class AsyncFunctionProvider(_FunctionBase):
 class NoProvider:
     """A placeholder that computes nothing. Use it to inspect or purge tiers, or to call :meth:`Cache.for_provider`."""
 
-    limits = Limits()
+    limits = Limits(lease=False)
 
     def space(self, task: Task) -> VectorSpace:
         """Return a space that has no vectors."""

@@ -62,7 +62,7 @@ docstring would take 11 µs."""
 class NgramProvider:
     """Embeds texts by hashing their character n-grams. It is deterministic, runs locally, and ignores the task."""
 
-    limits = Limits(max_batch=1024)
+    limits = Limits(max_batch=1024, lease=False)
 
     def __init__(
         self,

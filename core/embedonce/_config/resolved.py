@@ -56,7 +56,7 @@ class TierConfig(Plugged):
     on_error: Literal["skip", "raise"] = "skip"
     write: Literal["inline", "background", "none"] | None = None
     encryption: str | Sequence[str] | None = field(default=None, repr=False)
-    lease: float | None = None
+    lease: float | Literal["off"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

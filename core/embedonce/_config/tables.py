@@ -120,11 +120,11 @@ class TierTable:
         ),
     ] = None
     lease: Annotated[
-        Duration | None,
-        Gt(0),
+        Annotated[Duration, Gt(0)] | Literal["off"] | None,
         Doc(
-            "If several processes need the vector of the same new text, let only one process embed the text. The other "
-            "processes wait at most this long for the vector. Only one tier of a chain can have a lease."
+            "If several processes need the vector of the same new text, only one process embeds the text. If that "
+            "process dies, another one embeds the text after this long. Only one tier of a chain can have a lease. "
+            'Default: 2.5s in the last tier that most processes share. "off": no lease in this tier.'
         ),
     ] = None
 

@@ -39,6 +39,8 @@ class Answer:
     entries: Entries = field(default_factory=Entries)
     found: list[tuple[str, Collection[str]]] = field(default_factory=list)
     """One item per read of a tier: the tier's name, and the keys of the entries that the tier returned."""
+    read_at: float = 0.0
+    """Monotonic time at which the call began to read the tiers."""
     hits: int = 0
     """Number of texts that the tiers had."""
     failed: dict[str, Exception] = field(default_factory=dict)

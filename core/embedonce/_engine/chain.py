@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from embedonce._messages import join_words
 from embedonce.answers import ChainWarning
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 chain_log = logging.getLogger("embedonce.chain")
 
+DEFAULT_LEASE_SECONDS = 2.5
+"""Seconds that a default lease lasts unless it is renewed.
+
+If a process is killed, others wait this long, until the end of their pause between two polls, and no longer than 3 s in
+all. A process that is suspended for less than this time keeps its leases.
+"""
+
 WriteMode: TypeAlias = Literal["inline", "background", "none"]
 
 
@@ -26,7 +33,7 @@ class Tier:
 
     The defaults of ``timeout`` and ``write`` depend on the backend's scope. A backend in this process gets inline
     writes and no timeout. A backend on this host gets inline writes and a timeout of 2 s. A backend on the network gets
-    background writes and a timeout of 250 ms.
+    background writes and a timeout of 250 ms. A tier with leases always gets inline writes.
     """
 
     backend: Backend
@@ -39,10 +46,15 @@ class Tier:
     write: WriteMode | None = field(default=None, kw_only=True)
     encryption: Encryption | None = field(default=None, kw_only=True)
     """Encryption of the frames, applied before the backend sees them."""
-    lease: float | None = field(default=None, kw_only=True)
-    """Seconds for which only one process embeds a missing text, while other processes wait for the vector.
+    lease: float | Literal["off"] | None = field(default=None, kw_only=True)
+    """Seconds that a lease in this tier lasts.
 
-    With None, several processes that share the tier may embed the same text at the same time.
+    The process that has the lease of a missing text embeds the text, while other processes wait for the vector. The
+    process renews the lease while it computes, so other processes wait this long only if the process has died.
+
+    If no tier of a chain sets ``lease``, one tier has leases of :data:`DEFAULT_LEASE_SECONDS`: of the tiers that are
+    shared most widely, the last one. A tier cannot have leases if its backend has no ``add_many``, or if its ``write``
+    is ``"background"`` or ``"none"``. With ``"off"``, this tier does not get the default.
     """
 
 
@@ -114,7 +126,7 @@ def _find_problems(
             + ("encryption" if tier.encryption is not None else "the [key] secret")
             + " is meant to hide; remove one of these two options",
         )
-    if tier.lease is not None:
+    if _get_lease(tier) is not None:
         yield from (("lease", message) for message in _find_lease_problems(name, tier, caps, earlier))
     for option, values in (("on_error", ("skip", "raise")), ("write", ("inline", "background", "none", None))):
         if getattr(tier, option) not in values:
@@ -122,8 +134,10 @@ def _find_problems(
             yield option, f'tier {name!r}: "{option}" must be {wanted}, got {getattr(tier, option)!r}'
     for option in ("ttl", "timeout", "lease"):
         value = getattr(tier, option)
-        if value is not None and not 0 < value < float("inf"):
-            yield option, f'tier {name!r}: "{option}" must be a finite number of seconds above 0, got {value!r}'
+        is_off = option == "lease" and value == "off"
+        if value is not None and not is_off and (isinstance(value, str) or not 0 < value < float("inf")):
+            or_off = ' or "off"' if option == "lease" else ""
+            yield option, f'tier {name!r}: "{option}" must be a finite number of seconds above 0{or_off}, got {value!r}'
 
 
 def _find_lease_problems(
@@ -141,9 +155,47 @@ def _find_lease_problems(
             f'tier {name!r}: "lease" requires write = "inline", because other processes wait for the vectors '
             f'that this tier stores; got "{tier.write}"'
         )
-    other = next((other for other, one in earlier if one.lease is not None), None)
+    other = next((other for other, one in earlier if _get_lease(one) is not None), None)
     if other is not None:
         yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have a lease"
+
+
+def _get_lease(tier: Tier) -> float | None:
+    """Return the seconds that a tier's own ``lease`` says, or None if it says none."""
+    return None if isinstance(tier.lease, str) else tier.lease
+
+
+class ChainLease(NamedTuple):
+    """The leases of a chain."""
+
+    tier: str
+    """Name of the tier that stores the leases."""
+    seconds: float
+    is_default: bool
+    """Whether no tier sets ``lease``."""
+
+
+def choose_lease(chain: Sequence[tuple[str, Tier]], *, allow_default: bool = True) -> ChainLease | None:
+    """Return which tier stores leases, and how long they last; None if no tier does.
+
+    Without a tier that sets ``lease``, this is the last tier of the widest scope that can store leases.
+    """
+    for name, tier in chain:
+        seconds = _get_lease(tier)
+        if seconds is not None:
+            return ChainLease(name, seconds, is_default=False)
+    able = [(_SLOWNESS[tier.backend.capabilities.scope], name) for name, tier in chain if _can_have_default_lease(tier)]
+    if not able or not allow_default:
+        return None
+    widest = max(scope for scope, _ in able)
+    return ChainLease([name for scope, name in able if scope == widest][-1], DEFAULT_LEASE_SECONDS, is_default=True)
+
+
+def _can_have_default_lease(tier: Tier) -> bool:
+    caps = tier.backend.capabilities
+    # Without `ttl`, the backend may keep the lease of a process that has died.
+    is_able = caps.scope != "process" and caps.add and caps.ttl
+    return is_able and tier.lease is None and tier.write in (None, "inline")
 
 
 _LOGGED: set[str] = set()

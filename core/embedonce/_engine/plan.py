@@ -8,9 +8,9 @@ await the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from embedonce.errors import DriftError, ProviderError, ReplayMiss, TextRefused, TierError
 from embedonce.events import Computed, Event
@@ -28,6 +28,9 @@ from .routes import Route
 from .served import ServedModels, read_served_model
 from .tiers import LiveTier
 
+ComputeChunk: TypeAlias = Callable[[Call, dict[str, Flight], Mapping[str, str], Patience], Coroutine[Any, Any, None]]
+"""A step that computes one chunk. Its arguments: a call, some of its flights, the texts by key, the call's patience."""
+
 
 class Engine:
     """Reads entries from the tiers. Computes each missing entry once, and stores it."""
@@ -38,6 +41,7 @@ class Engine:
         in_flight: InFlight,
         *,
         served: ServedModels,
+        leases: Leases | None,
         dtype: Dtype,
         replay: bool,
         max_wait: float,
@@ -50,7 +54,7 @@ class Engine:
         self._served = served
         self.requests = RequestCounters()
         self._replay = replay
-        self.leases = next((Leases(tier, tier.lease) for tier in tiers if tier.lease is not None), None)
+        self.leases = leases
         self._max_wait = max_wait
         self._emit = emit
         self._clock = clock
@@ -77,7 +81,7 @@ class Engine:
                         if refusal is not None:
                             answer.failed.update(dict.fromkeys(missing, refusal))
                             break
-                        leases = self.leases if answer.store else None
+                        leases = self._choose_leases(answer)
                         await self._compute_or_follow(call, missing, leases=leases, is_last_try=is_retry)
                     elif missing:
                         await self._take_flights(call, self.in_flight.find_landed(missing))
@@ -160,6 +164,7 @@ class Engine:
     async def _read_tiers(self, call: Call, keys: list[str]) -> list[str]:
         """Read the keys from one tier after the other, promote found entries, and return the keys that no tier has."""
         answer = call.answer
+        answer.read_at = time.monotonic()
         for depth, tier in enumerate(self.tiers):
             if not keys:
                 break
@@ -263,55 +268,109 @@ class Engine:
         def done() -> None:
             self.in_flight.abandon(flights)
             ticket.release()
+            if leases is not None:
+                leases.end(flights)
 
         ticket.hold()
         for flight in flights.values():
             flight.is_computing = True
         if leases is None:
-            await call.port.run_shielded(partial(self._compute_chunks, call, flights, texts), done)
+            await call.port.run_shielded(partial(self._compute_chunks, call, flights, texts, self._compute_chunk), done)
         else:
             await call.port.run_shielded(partial(self._compute_with_leases, call, flights, texts, leases), done)
 
-    async def _compute_chunks(self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str]) -> None:
+    async def _compute_chunks(
+        self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], compute: ComputeChunk
+    ) -> None:
+        """Cut the flights into chunks for the provider, and compute them, several at the same time."""
         source = call.answer.route.source
         patience = Patience(len(flights))
         jobs = [
-            partial(self._compute_chunk, call, {key: flights[key] for key in chunk}, texts, patience)
+            partial(compute, call, {key: flights[key] for key in chunk}, texts, patience)
             for chunk in cut_chunks(source, {key: texts[key] for key in flights})
         ]
         await call.port.run_all(jobs, source.provider.limits.concurrency)
 
+    # --- leases -------------------------------------------------------------------------------
+
+    def _choose_leases(self, answer: Answer) -> Leases | None:
+        """Return the leases that a call takes, or None. A call that stores nothing takes none."""
+        leases = self.leases
+        if leases is None or not answer.store:
+            return None
+        return leases if answer.route.source.provider.limits.lease or not leases.is_default else None
+
     async def _compute_with_leases(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], leases: Leases
     ) -> None:
-        """Compute the vectors whose leases we get. Then poll for the other vectors, and take over expired leases."""
-        ours = await self._take_leases(call, list(flights), leases)
-        await self._compute_chunks(call, {key: flights[key] for key in flights if key in ours}, texts)
-        theirs = {key: flight for key, flight in flights.items() if key not in ours}
-        if not theirs:
-            return
+        """Compute the vectors whose leases we get. Then poll for the other vectors, and take over free leases."""
+        answer = call.answer
+        theirs: dict[str, Flight] = {}
+        first = len(answer.found)
+        try:
+            # Each chunk takes its leases when its turn comes. So a call with many texts holds few leases, and several
+            # processes that embed the same texts share the work.
+            compute_free = partial(self._compute_free_texts, leases=leases, theirs=theirs)
+            await self._compute_chunks(call, flights, texts, compute_free)
+            if theirs:
+                await self._poll(call, theirs, texts, leases)
+        finally:
+            answer.hits += sum(len(keys) for _, keys in answer.found[first:])
+
+    async def _compute_free_texts(
+        self,
+        call: Call,
+        flights: dict[str, Flight],
+        texts: Mapping[str, str],
+        patience: Patience,
+        *,
+        leases: Leases,
+        theirs: dict[str, Flight],
+    ) -> None:
+        """Compute the vectors of a chunk whose leases we get, and add the other flights to ``theirs``."""
+        ours = await self._take_leases(call, flights, leases, call.answer.read_at)
+        theirs.update({key: flight for key, flight in flights.items() if key not in ours and flight.entry is None})
+        if ours:
+            await self._compute_leased(call, ours, texts, patience, leases=leases)
+
+    async def _compute_leased(
+        self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience, *, leases: Leases
+    ) -> None:
+        """Compute a chunk whose leases we have. If texts fail, other processes get their leases at once."""
+        await self._compute_chunk(call, flights, texts, patience)
+        leases.end(flights)
+
+    async def _poll(self, call: Call, theirs: dict[str, Flight], texts: Mapping[str, str], leases: Leases) -> None:
+        """Wait for vectors that other processes compute. Compute those whose leases become free."""
         for pause, is_last_look in leases.pauses(self._max_wait):
             await call.port.sleep(pause)
+            read_at = time.monotonic()
             answered = await self._read_written(call, theirs, leases.tier)
-            theirs = {key: flight for key, flight in theirs.items() if key not in call.answer.entries}
-            if theirs:
-                ours = (
-                    await self._take_leases(call, list(theirs), leases)
-                    if answered and not is_last_look
-                    else set(theirs)
-                )
-                await self._compute_chunks(call, {key: theirs[key] for key in theirs if key in ours}, texts)
-                theirs = {key: flight for key, flight in theirs.items() if key not in ours}
+            ours = theirs = _list_unlanded(theirs)
+            if theirs and answered and not is_last_look:
+                ours = await self._take_leases(call, theirs, leases, read_at)
+            await self._compute_chunks(call, ours, texts, partial(self._compute_leased, leases=leases))
+            theirs = _list_unlanded({key: flight for key, flight in theirs.items() if key not in ours})
             if not theirs:
                 return
 
-    async def _take_leases(self, call: Call, keys: Sequence[str], leases: Leases) -> set[str]:
-        """Take leases. Return the keys whose leases we get, and the keys for which the tier failed in this call."""
+    async def _take_leases(
+        self, call: Call, flights: dict[str, Flight], leases: Leases, read_at: float
+    ) -> dict[str, Flight]:
+        """Take leases. Return the flights to compute: those whose leases we get, and those for which the tier failed.
+
+        ``read_at`` is the time at which the tier did not have the entries.
+        """
         tier = leases.tier.name
         if tier in call.answer.failed_tiers:
-            return set(keys)
-        failed = call.answer.failed_keys.get(tier, set()).intersection(keys)
-        return failed | await leases.take(call.port, [key for key in keys if key not in failed])
+            return flights
+        failed = call.answer.failed_keys.get(tier, set()).intersection(flights)
+        taken = await leases.take(call.port, {key: flight for key, flight in flights.items() if key not in failed})
+        ours = {key: flight for key, flight in flights.items() if key in taken or key in failed}
+        if taken and leases.is_stale(read_at):
+            await self._read_written(call, ours, leases.tier)
+            leases.end({key: flight for key, flight in ours.items() if flight.entry is not None})
+        return _list_unlanded(ours)
 
     async def _read_written(self, call: Call, flights: Mapping[str, Flight], tier: LiveTier) -> bool:
         """Land the flights whose entries other processes have written by now. Return whether the tier answered."""
@@ -334,7 +393,6 @@ class Engine:
         if read.entries:
             answer.entries.add(read.entries)
             answer.found.append((tier.name, read.entries))
-            answer.hits += len(read.entries)
             await self._promote(call, read.entries, [other for other in self.tiers if other is not tier])
             self.in_flight.land({key: flights[key] for key in read.entries}, read.entries, stored=True)
         return not read.failed
@@ -442,6 +500,10 @@ class Engine:
     async def handle_other_model(self, call: Call, error: DriftError) -> None:
         """Raise ``error``, because an answer names a different model than earlier answers in the same space."""
         raise error
+
+
+def _list_unlanded(flights: Mapping[str, Flight]) -> dict[str, Flight]:
+    return {key: flight for key, flight in flights.items() if flight.entry is None}
 
 
 def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:

@@ -22,9 +22,10 @@ from embedonce.events import Event
 from embedonce.keys import KeyPolicy, Value
 from embedonce.vectors import Dtype
 
-from .chain import Tier, compose_chain, find_chain_warnings, log_once
+from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
 from .drift import DriftCheckingEngine
 from .flights import InFlight
+from .leases import Leases
 from .plan import Engine
 from .ports import Port, Ports
 from .served import ServedModels
@@ -96,12 +97,14 @@ class RunningChain:
         chain = compose_chain(tiers, keyed=policy.secret is not None)
         self.warnings = tuple(find_chain_warnings(chain))
         log_once(self.warnings)
+        lease = choose_lease(chain, allow_default=not self.replays)
         self.ports = Ports()
         self.in_flight = InFlight(max_queued)
         self.tiers = [
             LiveTier(
                 tier,
                 name,
+                lease=lease.seconds if lease is not None and lease.tier == name else None,
                 in_flight=self.in_flight,
                 ports=self.ports,
                 cards=self.cards,
@@ -112,11 +115,20 @@ class RunningChain:
             for name, tier in chain
         ]
         self.served = ServedModels(self.tiers, self.cards)
+        leases = next(
+            (
+                Leases(tier, tier.lease, self.in_flight, is_default=lease.is_default)
+                for tier in self.tiers
+                if lease is not None and tier.lease is not None
+            ),
+            None,
+        )
         engine = Engine if drift is None else partial(DriftCheckingEngine, guard=drift)
         self.engine: Engine = engine(
             self.tiers,
             self.in_flight,
             served=self.served,
+            leases=leases,
             dtype=dtype,
             replay=self.replays,
             max_wait=max_wait,
@@ -198,6 +210,8 @@ class RunningChain:
         for cache in self._list_caches():
             if cache._mark_closed():
                 cache._close_providers()
+        if self.engine.leases is not None:
+            self.engine.leases.finish()
         for tier in self.tiers:
             close_part(tier.backend)
         owner._close_providers()

@@ -34,6 +34,7 @@ class LiveTier:
         tier: Tier,
         name: str,
         *,
+        lease: float | None,
         in_flight: InFlight,
         ports: Ports,
         cards: MutableMapping[str, dict[str, Value]],
@@ -42,7 +43,8 @@ class LiveTier:
         clock: Callable[[], float],
     ) -> None:
         self.name = name
-        self.lease = tier.lease
+        self.lease = lease
+        """Seconds that a lease in this tier lasts; None if this tier stores no leases."""
         self._emit = emit
         self.counters = Counters()
         self.calls = BackendCalls(tier, name, ports)
@@ -60,6 +62,7 @@ class LiveTier:
             self.calls,
             self.codec,
             self.counters,
+            lease=lease,
             in_flight=in_flight,
             ports=ports,
             cards=cards,

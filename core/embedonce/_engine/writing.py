@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from embedonce.errors import PartialAnswer, TierBusy
 from embedonce.events import Event, Stored
@@ -61,6 +62,7 @@ class TierWriter:
         codec: Codec,
         counters: Counters,
         *,
+        lease: float | None,
         in_flight: InFlight,
         ports: Ports,
         cards: MutableMapping[str, dict[str, Value]],
@@ -74,7 +76,7 @@ class TierWriter:
         # While this process holds the lease of a text, other processes wait for the text's vector. So a tier with
         # leases is always written inline.
         self.mode: WriteMode = (
-            "inline" if tier.lease is not None else tier.write or DEFAULT_WRITE_MODES[calls.capabilities.scope]
+            "inline" if lease is not None else tier.write or DEFAULT_WRITE_MODES[calls.capabilities.scope]
         )
         self._calls = calls
         self._codec = codec
@@ -159,31 +161,66 @@ class TierWriter:
         if result.error is not None and self._calls.on_error == "raise":
             raise self._calls.make_error(result.error) from result.error
 
-    async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> set[str] | None:
+    # --- leases -------------------------------------------------------------------------------
+
+    async def add(self, port: Port, items: Mapping[str, bytes], ttl: float) -> tuple[set[str], set[str]]:
         """Store the items whose keys are absent.
 
-        Return the keys that were absent. If a part of the tier failed, also return the keys in that part. Return
-        None if the whole tier failed or its breaker is open.
+        Return the keys that were absent, and the keys for which the tier failed. After a call that failed as a whole,
+        and while the breaker is open, the tier is not called, and the remaining keys count as failed.
         """
         backend = self._calls.backend
         added: set[str] = set()
+        failed: set[str] = set()
         for chunk in self._calls.split_into_chunks(list(items)):
             if self.breaker.is_open:
-                return None
+                break
             part = {key: items[key] for key in chunk}
             start = time.perf_counter()
             try:
                 added |= await self._calls.call(port, lambda part=part: backend.add_many(part, ttl))  # type: ignore[misc]
             except Exception as error:  # noqa: BLE001  (a backend may raise anything)
-                failed, others = split_partial(list(part), error, Set)
+                lost, others = split_partial(list(part), error, Set)
                 cause = self._calls.note_failure(self.breaker, error)
-                self._count(0, errors=len(failed), cause=cause, start=start)
-                if len(failed) == len(part):
-                    return None
-                added.update(failed, others)
+                self._count(0, errors=len(lost), cause=cause, start=start)
+                added.update(others)
+                failed.update(lost)
+                if len(lost) == len(part):
+                    break
             else:
                 self.breaker.record_success()
-        return added
+        else:
+            return added, failed
+        return added, items.keys() - added
+
+    def replace(self, items: Mapping[str, bytes], ttl: float) -> Set[str]:
+        """Store the items, whether or not their keys are absent, and return the keys that were stored.
+
+        ``items`` must fit into one call. No caller waits for a renewal, so a failure is neither raised nor counted.
+        """
+        if self.breaker.is_open:
+            return set()
+        try:
+            self._call_blocking(lambda: self._calls.backend.set_many(items, ttl))
+        except Exception as error:  # noqa: BLE001  (a backend may raise anything)
+            lost, _ = split_partial(list(items), error, object)
+            return items.keys() - lost
+        return items.keys()
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove keys if the backend can. A failure is neither raised nor counted, because the items expire anyway."""
+        if not self._calls.capabilities.delete:
+            return
+        for chunk in self._calls.split_into_chunks(keys):
+            try:
+                self._call_blocking(lambda chunk=chunk: self._calls.backend.delete_many(chunk))  # type: ignore[misc]
+            except Exception:  # noqa: BLE001  (a backend may raise anything)
+                return
+
+    def _call_blocking(self, call: Callable[[], Any]) -> Any:
+        return run_blocking(self._calls.call(self._ports.blocking, call))
+
+    # --- one write ----------------------------------------------------------------------------
 
     def _write(self, number: int, entries: Mapping[str, Entry]) -> WriteResult:
         """Write the entries, except those that were erased after the call with this ticket number began."""
@@ -333,9 +370,7 @@ class TierWriter:
         """Write entries in the background. No caller waits for them, so a failure is counted and logged, not raised."""
         start = time.perf_counter()
         try:
-            result: WriteResult = run_blocking(
-                self._calls.call(self._ports.blocking, lambda: self._write(number, entries))
-            )
+            result: WriteResult = self._call_blocking(lambda: self._write(number, entries))
         except Exception as error:  # noqa: BLE001  (a backend may raise anything)
             result = WriteResult(failed=len(entries), error=error)
         cause = self._record(result, start, probe=probe)
