@@ -30,7 +30,9 @@ def test_the_message_is_found_in_each_form_of_a_body(body: Any) -> None:
     assert describe_reason(body, texts=[TEXT]) == ": the batch is full"
 
 
-@pytest.mark.parametrize("body", [None, "", {}, {"code": 7}, {"error": None}, [], 7, {"error": {"message": " "}}], ids=str)
+@pytest.mark.parametrize(
+    "body", [None, "", {}, {"code": 7}, {"error": None}, [], 7, {"error": {"message": " "}}], ids=str
+)
 def test_a_body_without_a_message_gives_no_reason(body: Any) -> None:
     assert describe_reason(body, texts=[TEXT]) == ""
 
