@@ -50,7 +50,7 @@ ALLOWED_AT_TOP = {
 }
 
 # Modules that all integrations share.
-SHARED = {"describing", "embedder_fields", "openai_answers", "plain_values", "wrapping"}
+SHARED = {"composite_texts", "describing", "embedder_fields", "openai_answers", "plain_values", "wrapping"}
 
 # Distributions that another distribution installs in the version that it requires.
 PART_OF = {"pydantic-core": "pydantic"}

@@ -216,6 +216,12 @@ class Cache(Requests):
         """
         return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
 
+    def normalize(self, text: str) -> str:
+        """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
+        for step in self._chain.steps:
+            text = step(text)
+        return text
+
     def explain(self, text: str, task: Task = "document") -> Explanation:
         """Return how the text's key is built, what each tier has for the key, and possible reasons for a miss."""
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))

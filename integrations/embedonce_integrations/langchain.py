@@ -3,23 +3,25 @@ store keeps the vectors in a chain of tiers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 
 from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
-from embedonce.config import Source
+from embedonce.config import Source, load
 from embedonce.contracts import Task
 from embedonce.vectors import Matrix, Vector
 
+from .composite_texts import join_keywords, split_all, split_keywords
 from .wrapping import (
-    OrderedEmbeddings,
+    Rebuilt,
     WrappedProvider,
     WrappedSpaces,
     add_request,
-    describe_by_fields,
-    is_openai_resource,
+    keep_source,
+    make_describer,
     open_shared_cache,
     resolve_declared_space,
 )
@@ -31,12 +33,10 @@ try:
 except ImportError as error:
     raise ImportError("LangChain is not installed: pip install 'embedonce[langchain]'") from error
 
-CLIENTS = ("client", "async_client")
-"""Names of the fields in which LangChain's OpenAI embeddings keep their clients."""
 ASYNC_METHODS = ("aembed_documents", "aembed_query")
 
 
-class CachedEmbeddings(Embeddings):
+class CachedEmbeddings(Rebuilt, Embeddings):
     """Embeds documents and queries through a cache.
 
     If ``embeddings`` are wrapped, queries and documents share no vectors unless ``symmetric`` is set.
@@ -45,6 +45,8 @@ class CachedEmbeddings(Embeddings):
         embeddings: the embeddings to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
         space: the vector space, at least the model; required if ``embeddings`` do not describe their vectors.
+        ignore: names of fields of ``embeddings`` that do not affect the vectors, at any depth: ``["name"]``, or
+            ``["inner.name"]`` for a field of one inner object.
         symmetric: whether ``embeddings`` treat queries like documents, so that both share their vectors.
 
     Raises:
@@ -58,30 +60,44 @@ class CachedEmbeddings(Embeddings):
         *,
         config: Source = None,
         space: VectorSpace | Mapping[str, Any] | None = None,
+        ignore: Collection[str] = (),
         symmetric: bool = False,
     ) -> None:
         if embeddings is None:
-            if space is not None or symmetric:
+            if space is not None or ignore or symmetric:
                 raise SpaceError(
-                    "space= and symmetric= can only be used with embeddings; without embeddings, the [provider] of the "
-                    "configuration describes its own vector space"
+                    "space=, ignore= and symmetric= can only be used with embeddings; without embeddings, the "
+                    "[provider] of the configuration describes its own vector space"
                 )
-            self._inner = None
-            self.cache = open_shared_cache(config)
-            return
-        if not isinstance(embeddings, Embeddings):
+        elif not isinstance(embeddings, Embeddings):
             raise TypeError(
                 f"expected LangChain embeddings, got {type(embeddings).__name__}; to pass a configuration, use config="
             )
-        self._inner = _WrappedEmbeddings(embeddings, space, symmetric)
-        self.cache = open_shared_cache(config, provider=self._inner.make_provider({}))
+        loaded = load(config, own_provider=embeddings is not None)
+        self._embedder = embeddings
+        self._arguments = {
+            "config": keep_source(config, loaded),
+            "space": space,
+            "ignore": ignore,
+            "symmetric": symmetric,
+        }
+        self._inner = None
+        if embeddings is not None:
+            self._inner = _WrappedEmbeddings(embeddings, WrappedSpaces(self._describe_spaces(embeddings)))
+        self.cache = open_shared_cache(loaded, provider=self._inner and self._inner.make_provider({}))
 
     def embed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
         """Return one vector per document, in order. Raises whatever the embeddings raise.
 
-        ``kwargs`` are passed to the embeddings. Vectors made with different ``kwargs`` have different keys.
+        ``kwargs`` are passed to the embeddings. Vectors made with different ``kwargs`` have different keys. ``titles``
+        has one value per text. Each value is a part of its text's key, and goes to the embeddings with its text.
+
+        Raises:
+            SpaceError: another keyword has as many values as there are texts, so they may belong to one text each.
+            ValueError: ``titles`` has not as many values as there are texts.
         """
-        return _to_lists(self._cache_for(kwargs).embed_batch(texts))
+        cache, composed = self._prepare_batch(texts, kwargs)
+        return _to_lists(cache.embed_batch(composed))
 
     def embed_query(self, text: str, **kwargs: Any) -> list[float]:
         """Return the vector of a query."""
@@ -89,7 +105,8 @@ class CachedEmbeddings(Embeddings):
 
     async def aembed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
         """Async twin of :meth:`embed_documents`."""
-        return _to_lists(await self._cache_for(kwargs).aembed_batch(texts))
+        cache, composed = self._prepare_batch(texts, kwargs)
+        return _to_lists(await cache.aembed_batch(composed))
 
     async def aembed_query(self, text: str, **kwargs: Any) -> list[float]:
         """Async twin of :meth:`embed_query`."""
@@ -97,6 +114,21 @@ class CachedEmbeddings(Embeddings):
 
     def __repr__(self) -> str:
         return f"CachedEmbeddings({self.cache!r})"
+
+    def _describe_spaces(self, embedder: Any) -> Callable[[Task], VectorSpace]:
+        space, ignore, symmetric = (self._arguments[name] for name in ("space", "ignore", "symmetric"))
+        return make_describer(embedder, space=space, ignore=ignore, has_tasks=not symmetric)
+
+    def _prepare_batch(self, texts: list[str], kwargs: Mapping[str, Any]) -> tuple[Cache, list[str]]:
+        """Return the cache for a batch, and the batch's texts, joined with the keywords that each text has."""
+        if not kwargs or self._inner is None:
+            return self._cache_for(kwargs), texts
+        texts = list(texts)
+        per_text, request = split_keywords(kwargs, texts)
+        if not per_text:
+            return self._cache_for(request), texts
+        cache = self.cache.for_provider(self._inner.make_provider(request, per_text))
+        return cache, join_keywords(texts, per_text, cache.normalize)
 
     def _cache_for(self, kwargs: Mapping[str, Any]) -> Cache:
         if not kwargs:
@@ -112,22 +144,17 @@ class CachedEmbeddings(Embeddings):
 class _WrappedEmbeddings:
     """LangChain embeddings, and their vector spaces by task."""
 
-    def __init__(self, embeddings: Embeddings, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> None:
-        self._embeddings = _sort_answers(embeddings)
-
-        def describe(task: Task) -> VectorSpace:
-            space_task = None if symmetric else task
-            if space is None:
-                return _describe(embeddings, space_task)
-            return resolve_declared_space(space, task=space_task)
-
-        self._spaces = WrappedSpaces(describe)
+    def __init__(self, embeddings: Embeddings, spaces: WrappedSpaces) -> None:
+        self._embeddings = embeddings
+        self._spaces = spaces
         sizes = (getattr(embeddings, name, None) for name in ("chunk_size", "batch_size"))
         size = next((size for size in sizes if type(size) is int and size > 0), None)
         self._limits = Limits() if size is None else Limits(max_batch=size)
 
-    def make_provider(self, kwargs: Mapping[str, Any]) -> WrappedProvider:
+    def make_provider(self, kwargs: Mapping[str, Any], per_text: Collection[str] = ()) -> WrappedProvider:
         """Return the embeddings as a provider that passes ``kwargs`` with every call.
+
+        ``per_text`` are the names of the keywords that are joined with each text.
 
         Raises:
             SpaceError: ``kwargs`` hold an object that cannot be described.
@@ -135,55 +162,39 @@ class _WrappedEmbeddings:
         inner: Any = self._embeddings
         spaces = self._spaces
 
+        def split_texts(texts: list[str]) -> tuple[list[str], dict[str, Any]]:
+            plain, values = split_all(texts) if per_text else (texts, {})
+            return plain, {**kwargs, **values}
+
         def embed(texts: list[str], task: Task) -> Any:
-            spaces.check(task)
-            if task == "query":
-                return [inner.embed_query(text, **kwargs) for text in texts]
-            return inner.embed_documents(texts, **kwargs)
+            plain, request = split_texts(texts)
+            with spaces.calling(task) as read:
+                if task == "query":
+                    vectors = [inner.embed_query(text, **request) for text in plain]
+                else:
+                    vectors = inner.embed_documents(plain, **request)
+            return read.make_answer(vectors)
 
         async def aembed(texts: list[str], task: Task) -> Any:
-            spaces.check(task)
-            if task == "query":
-                return [await inner.aembed_query(text, **kwargs) for text in texts]
-            return await inner.aembed_documents(texts, **kwargs)
+            plain, request = split_texts(texts)
+            with spaces.calling(task) as read:
+                if task == "query":
+                    vectors = [await inner.aembed_query(text, **request) for text in plain]
+                else:
+                    vectors = await inner.aembed_documents(plain, **request)
+            return read.make_answer(vectors)
 
         # LangChain's default async methods run the blocking methods in a thread and drop kwargs. If the embeddings have
         # only these default methods, the provider gets no `aembed`. The cache then runs `embed` in a thread and passes
         # kwargs.
         is_async = any(getattr(type(inner), name) is not getattr(Embeddings, name) for name in ASYNC_METHODS)
+        request = {**kwargs, "one value per text": sorted(per_text)} if per_text else kwargs
         return WrappedProvider(
             embed=embed,
             aembed=aembed if is_async else None,
-            space=lambda task: add_request(spaces(task), kwargs),
+            space=lambda task: add_request(spaces(task), request),
             limits=self._limits,
         )
-
-
-def _sort_answers(embeddings: Any) -> Any:
-    """Return a LangChain ``Embeddings`` object that puts the vectors of an OpenAI answer in the order of ``index``.
-
-    The original object ignores the ``index``.
-    """
-    clients = {name: getattr(embeddings, name, None) for name in CLIENTS}
-    ordered = {name: OrderedEmbeddings(client) for name, client in clients.items() if is_openai_resource(client)}
-    return embeddings.model_copy(update=ordered) if ordered else embeddings
-
-
-def _describe(embeddings: Any, task: Task | None) -> VectorSpace:
-    for name in ("encode_kwargs", "query_encode_kwargs"):
-        options = getattr(embeddings, name, None)
-        if isinstance(options, Mapping) and options.get("precision") in ("int8", "uint8"):
-            raise SpaceError(
-                f"{type(embeddings).__name__} with precision={options['precision']!r} scales each vector by the range "
-                "of its batch, so the vector of a text depends on the other texts and cannot be cached. Remove "
-                'precision; to store vectors as bytes, set dtype = "int8" in [cache]'
-            )
-    clients = (getattr(embeddings, name, None) for name in CLIENTS)
-    client: Any = next((client for client in clients if is_openai_resource(client)), None)
-    # The client may take its URL from the environment. The embeddings' own field is then empty, so read the URL from
-    # the client.
-    overrides = {} if client is None else {"openai_api_base": str(client._client.base_url)}
-    return describe_by_fields(embeddings, task=task, overrides=overrides)
 
 
 def _to_floats(vector: Vector) -> list[float]:
@@ -215,8 +226,12 @@ class VectorByteStore(ByteStore):
     def __init__(self, *, space: VectorSpace | Mapping[str, Any], config: Source = None) -> None:
         loaded = _load_config(config)
         declared = resolve_declared_space(space)
+        self._arguments = {"space": declared, "config": keep_source(config, loaded)}
         provider = WrappedProvider(embed=_refuse_to_embed, space=lambda _: declared)
         self.cache = open_shared_cache(loaded, provider=provider)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._arguments), ()  # copies and other processes make a cache of their own
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the value of each key, in order.

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
-from embedonce import ProviderError
+from embedonce import Embedded, ProviderError
 from embedonce.answer_order import order_by_index
 
 
@@ -41,6 +41,10 @@ class AnswersRead:
     def fail(self, error: ProviderError) -> None:
         """Add an answer that does not say which vector belongs to which text."""
         self._error = error
+
+    def make_answer(self, vectors: Any) -> Embedded:
+        """Return an embedder's vectors as a provider's answer, with what the endpoint's answers say about them."""
+        return Embedded(vectors, self.tokens, self.model)
 
     def raise_error(self) -> None:
         """Raise the error of an invalid answer, in case the embedder has caught the error and gone on.

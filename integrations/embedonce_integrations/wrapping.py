@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, config
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
@@ -55,6 +56,14 @@ def open_shared_cache(source: config.Source | config.Config = None, *, provider:
             cache = config.compose(loaded)
             _caches.append((loaded, weakref.ref(cache)))
     return cache if provider is None else cache.for_provider(provider)
+
+
+def keep_source(source: config.Source, loaded: config.Config) -> config.Source:
+    """Return a configuration in a form from which a copy or another process can load the same configuration.
+
+    The path of the file that was found is kept, because another process may look for the file in a different folder.
+    """
+    return loaded.file or (deepcopy(dict(source)) if isinstance(source, Mapping) else source)
 
 
 def dump_config(source: config.Source) -> str | dict[str, Any] | None:
@@ -243,6 +252,70 @@ def make_describer(
         return resolve_declared_space(space, task=space_task)
 
     return describe
+
+
+class Rebuilt:
+    """A wrapper that is copied and pickled as its embedder and its arguments. Each process makes a cache of its own."""
+
+    _embedder: Any
+    """The embedder; None if the ``[provider]`` computes the vectors."""
+    _arguments: dict[str, Any]
+    """The arguments besides the embedder."""
+
+    def _describe_spaces(self, embedder: Any) -> Callable[[Task], VectorSpace]:
+        """Return the result of :func:`make_describer` for the wrapper's arguments and an embedder."""
+        raise NotImplementedError
+
+    def __copy__(self) -> Self:
+        return type(self)(self._embedder, **self._arguments)  # type: ignore[call-arg]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        try:
+            embedder = deepcopy(self._embedder, memo)
+        except Exception:  # noqa: BLE001  (many embedders hold connections, which cannot be copied, so they are shared)
+            embedder = self._embedder
+        return type(self)(embedder, **deepcopy(self._arguments, memo))  # type: ignore[call-arg]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what another process rebuilds the wrapper from.
+
+        Raises:
+            SpaceError: the embedder cannot be pickled, or would make different vectors in that process.
+        """
+        if self._embedder is not None:
+            check_pickling(self._embedder, self._describe_spaces)
+        return _rebuild, (type(self), self._embedder, self._arguments)
+
+
+def _rebuild(cls: type[Any], embedder: Any, arguments: dict[str, Any]) -> Any:
+    return cls(embedder, **arguments)
+
+
+def check_pickling(embedder: Any, describe_spaces: Callable[[Any], Callable[[Task], VectorSpace]]) -> None:
+    """Check that an embedder can be pickled, and that pickling loses nothing that determines its vectors.
+
+    The check is made while pickling and not while unpickling, because a multiprocessing pool hangs if a worker cannot
+    unpickle its work.
+
+    Args:
+        embedder: the embedder.
+        describe_spaces: function that returns the result of :func:`make_describer` for an embedder.
+
+    Raises:
+        SpaceError: pickling fails or changes the embedder.
+    """
+    name = type(embedder).__name__
+    try:
+        copy = pickle.loads(pickle.dumps(embedder))
+    except Exception as error:
+        raise SpaceError(
+            f"cannot pickle {name} ({type(error).__name__}); construct it, and its cache, in the process that uses it"
+        ) from error
+    if any(describe_spaces(copy)(task) != describe_spaces(embedder)(task) for task in _TASKS):
+        raise SpaceError(
+            f"{name} would make different vectors in another process, because pickling loses a part of it; construct "
+            "it, and its cache, in the process that uses it"
+        )
 
 
 def add_request(space: VectorSpace, request: Mapping[str, Any]) -> VectorSpace:

@@ -111,6 +111,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.forget(texts, task="query"), None)
     assert_type(cache.purge(scope="0123456789abcdef", version="v1", namespace=""), Purged)
     assert_type(cache.explain("text", "query"), Explanation)
+    assert_type(cache.normalize("text"), str)
     assert_type(cache.contents(), list[Held])
     assert_type(cache.list_metadata("query"), list[Metadata])
     assert_type(cache.check(), list[TierCheck])
