@@ -35,7 +35,10 @@ def _find_problems(item: object, where: str) -> Iterator[tuple[str, str]]:
             # sentence-transformers: without given ranges, each dimension is scaled by the range that it has in the
             # batch (``quantize_embeddings``). "binary" and "ubinary" look at the sign only.
             if letters == "precision" and value in ("int8", "uint8") and not _has_ranges(item):
-                yield f"{path} = {value!r}", "each dimension is scaled by its range in the batch"
+                yield (
+                    f"{path} = {value!r}",
+                    "without quantization_ranges, each dimension is scaled by its range in the batch",
+                )
             yield from _find_problems(value, path)
     elif isinstance(item, Sequence) and not isinstance(item, str | bytes | bytearray):
         for index, value in enumerate(item):

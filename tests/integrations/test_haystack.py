@@ -440,7 +440,7 @@ def test_further_arguments_of_run_are_passed_on_and_part_of_the_space() -> None:
 def test_documents_in_another_order_keep_their_vectors() -> None:
     inner = Embedder()
     inner.spoil = lambda embedded: embedded[::-1]
-    output = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "order"}}).run(
+    output = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": "order"}}, ignore=["spoil"]).run(
         documents=documents("a", "b", "c")
     )
     assert embeddings(output) == [vector_of(text, "m") for text in "abc"]
@@ -456,7 +456,7 @@ def test_a_document_without_an_embedding_is_tried_again_in_the_next_run(
 ) -> None:
     inner = Embedder()
     config = {**MEMORY, "key": {"namespace": f"failed {spoil(documents('1', '2', '3'))[1].content}"}}
-    embedder = CachedDocumentEmbedder(inner, config=config)
+    embedder = CachedDocumentEmbedder(inner, config=config, ignore=["spoil"])
     given_documents = [replace(one, embedding=[1.0]) for one in documents("a", "b", "c", "b")]
     inner.spoil = spoil
     output = embedder.run(documents=given_documents)
@@ -489,7 +489,7 @@ async def test_an_invalid_answer_is_an_error_and_nothing_of_it_is_stored(
     spoil: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
     inner = Embedder()
-    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": request.node.name}})
+    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": request.node.name}}, ignore=["spoil"])
     embedder.run(documents=documents("a", "b"))
     inner.spoil = spoil
     with pytest.raises(ProviderError):
@@ -786,7 +786,7 @@ def test_sparse_embeddings_are_refused() -> None:
     sparse = SparseEmbedding(indices=[0], values=[1.0])
     inner.spoil = lambda found: [replace(one, embedding=None, sparse_embedding=sparse) for one in found]
     with pytest.raises(ProviderError, match="sparse"):
-        CachedDocumentEmbedder(inner, config=MEMORY).run(documents=documents("a"))
+        CachedDocumentEmbedder(inner, config=MEMORY, ignore=["spoil"]).run(documents=documents("a"))
     with pytest.raises(TypeError, match="returns 'embedding'"):
         CachedTextEmbedder(SentenceTransformersSparseTextEmbedder(), config=MEMORY)
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -16,17 +16,20 @@ from typing import Any, ClassVar
 from haystack import component, default_from_dict, default_to_dict
 from haystack.core.serialization import component_to_dict
 
-from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused, VectorSpace
+from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused
 from embedonce.contracts import Task
 from embedonce_integrations.wrapping import (
-    OrderedEmbeddings,
     WrappedProvider,
+    WrappedSpaces,
+    add_request,
     dump_config,
-    is_openai_resource,
     open_shared_cache,
 )
 
-from ._described import describe_call
+from embedonce_integrations.composite_texts import join_keywords, split_all, split_keywords
+
+from ._copying import copy_embedder, pack_embedder, unpack_embedder
+from ._described import describe_component
 from ._loaded import drop_stale_models, remember_content
 
 CHUNK = 256
@@ -43,18 +46,24 @@ class Run:
     """One call of ``run``: the extra arguments for the embedder, and what the embedder has answered so far."""
 
     extra: Mapping[str, Any]
-    """The arguments of the embedder other than the texts."""
+    """The arguments of the embedder other than the texts, without those that have one value per text."""
+    per_text: Collection[str] = ()
+    """Names of the arguments that have one value per text. Their values are joined with the texts."""
     metas: list[Mapping[str, Any]] = field(default_factory=list)
     vectors: dict[str, Any] = field(default_factory=dict)
     """Vectors by text. If one text of a call fails, the vectors of the other texts are kept here until the engine asks
     for them again."""
     tokens: int | None = None
+    model: str | None = None
+    """The model that the last answer named."""
 
-    def add_answer(self, answer: Mapping[str, Any], vectors: Mapping[str, Any]) -> None:
-        """Record an answer of the embedder and its vectors."""
+    def add_answer(self, answer: Mapping[str, Any], vectors: Mapping[str, Any], model: str | None) -> None:
+        """Record an answer of the embedder, its vectors, and the name of the model that the endpoint sent."""
         self.vectors.update(vectors)
         meta = answer.get("meta") or {}
         self.metas.append(meta)
+        named = model or meta.get("model")
+        self.model = named if isinstance(named, str) and named else None
         tokens = (meta.get("usage") or {}).get("total_tokens")
         if isinstance(tokens, int):
             self.tokens = (self.tokens or 0) + tokens
@@ -69,7 +78,7 @@ class Run:
         if failed:
             raise NotEmbedded(f"the embedder returned no embedding for {len(failed)} of {len(texts)} texts", failed)
         tokens, self.tokens = self.tokens, None
-        return Embedded([self.vectors.pop(text) for text in texts], tokens)
+        return Embedded([self.vectors.pop(text) for text in texts], tokens, self.model)
 
 
 _current_run: ContextVar[Run] = ContextVar("embedonce_haystack_run")
@@ -95,14 +104,19 @@ class CachedEmbedder:
     _output: ClassVar[str]
     """Key of the vectors in the result of ``run``. The wrapped component's ``run`` uses the same key."""
 
-    def __init__(self, embedder: Any, config: Any, space: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, embedder: Any, config: Any, space: Mapping[str, Any] | None, ignore: Collection[str] | None
+    ) -> None:
         if isinstance(embedder, type):
             raise TypeError(f"{embedder.__name__} is a class; pass an instance, such as {embedder.__name__}(...)")
-        if embedder is None and space is not None:
-            raise TypeError(
-                "space= can only be used with an embedder; without one, the [provider] of the configuration describes "
-                "its own vector space"
-            )
+        for name, value in (("space", space), ("ignore", ignore)):
+            if embedder is None and value is not None:
+                raise TypeError(
+                    f"{name}= can only be used with an embedder; without one, the [provider] of the configuration "
+                    "describes its own vector space"
+                )
+        if isinstance(ignore, str):
+            raise TypeError(f'ignore must be a list of names, such as ["{ignore}"]')
         sockets: Any = getattr(embedder, "__haystack_input__", ())
         outputs = getattr(embedder, "__haystack_output__", ())
         if embedder is not None and not (self._input in sockets and self._output in outputs):
@@ -113,15 +127,60 @@ class CachedEmbedder:
         self.embedder: Any = embedder
         self.config = config
         self.space = space
-        self._lock = threading.Lock()
-        self._cache: Cache | None = None
-        self._model: tuple[str, str | None] = ("", None)
-        self._is_warm = False
+        self.ignore = None if ignore is None else list(ignore)
+        self._reset()
         self._parameters = [] if embedder is None else _extra_parameters(embedder, self._input)
         for parameter in self._parameters:
             socket = sockets.get(parameter.name)
             if socket is not None:
                 component.set_input_type(self, socket.name, socket.type, socket.default_value)  # type: ignore[arg-type]
+
+    def _reset(self) -> None:
+        """Set what belongs to this process and not to the configuration."""
+        self._lock = threading.Lock()
+        self._cache: Cache | None = None
+        self._spaces: WrappedSpaces | None = None
+        self._is_warm = False
+
+    # --- copies -------------------------------------------------------------------------------
+
+    def __copy__(self) -> Any:
+        """Return a component with the same embedder. It opens the cache by itself."""
+        return self._rebuild(self._read_state())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a component with a copy of the embedder. It opens the cache by itself.
+
+        Raises:
+            TypeError: the embedder can be neither copied nor made again from its ``to_dict``.
+        """
+        state = self._read_state()
+        embedder = copy_embedder(state.pop("embedder"), memo)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__({**deepcopy(state, memo), "embedder": embedder})
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state from which another process rebuilds this component.
+
+        Raises:
+            TypeError: the embedder can be neither pickled nor made again from its ``to_dict``.
+        """
+        state = self._read_state()
+        return {**state, "embedder": pack_embedder(state["embedder"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, embedder=unpack_embedder(state["embedder"]))
+        self._reset()
+
+    def _read_state(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_PROCESS}
+
+    def _rebuild(self, state: dict[str, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(state)
+        return copied
 
     # --- the component's life -----------------------------------------------------------------
 
@@ -168,7 +227,12 @@ class CachedEmbedder:
         """
         embedder = None if self.embedder is None else component_to_dict(self.embedder, "embedder")
         return default_to_dict(
-            self, embedder=embedder, config=dump_config(self.config), space=deepcopy(self.space), **more
+            self,
+            embedder=embedder,
+            config=dump_config(self.config),
+            space=deepcopy(self.space),
+            ignore=None if self.ignore is None else list(self.ignore),
+            **more,
         )
 
     @classmethod
@@ -180,18 +244,34 @@ class CachedEmbedder:
 
     def _fetch(self, texts: list[str], given: Mapping[str, Any]) -> tuple[Fetched, dict[str, Any]]:
         """Return the vectors of texts, and the ``meta`` of the answer."""
-        extra = self._bind_arguments(given)
+        self._bind_arguments(given)
         self.warm_up()
-        with _set_current_run(Run(extra)) as run:
-            fetched = self._cache_for(extra).fetch(texts, self._task)
+        cache, texts, run = self._prepare_run(texts, given)
+        with _set_current_run(run):
+            fetched = cache.fetch(texts, self._task)
         return fetched, _make_meta(fetched, run)
 
     async def _afetch(self, texts: list[str], given: Mapping[str, Any]) -> tuple[Fetched, dict[str, Any]]:
-        extra = self._bind_arguments(given)
+        self._bind_arguments(given)
         await self.warm_up_async()
-        with _set_current_run(Run(extra)) as run:
-            fetched = await self._cache_for(extra).afetch(texts, self._task)
+        cache, texts, run = self._prepare_run(texts, given)
+        with _set_current_run(run):
+            fetched = await cache.afetch(texts, self._task)
         return fetched, _make_meta(fetched, run)
+
+    def _prepare_run(self, texts: list[str], given: Mapping[str, Any]) -> tuple[Cache, list[str], Run]:
+        """Return the cache for a run, the texts, joined with the arguments that each text has, and the run.
+
+        Raises:
+            SpaceError: an argument has as many values as there are texts, so they may belong to one text each.
+            ValueError: an argument that has one value per text has not as many values as there are texts.
+        """
+        per_text, _ = split_keywords(given, texts)
+        extra = {name: value for name, value in self._bind_arguments(given).items() if name not in per_text}
+        cache = self._cache_for(extra, per_text)
+        if per_text:
+            texts = join_keywords(texts, per_text, cache.normalize)
+        return cache, texts, Run(extra, tuple(per_text))
 
     def _bind_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the embedder's ``run`` other than the texts, with defaults filled in.
@@ -206,12 +286,12 @@ class CachedEmbedder:
         bound.apply_defaults()
         return dict(bound.kwargs)
 
-    def _cache_for(self, extra: Mapping[str, Any]) -> Cache:
+    def _cache_for(self, extra: Mapping[str, Any], per_text: Collection[str]) -> Cache:
         """Return the cache for a run. The embedder's extra arguments are part of the vector space."""
         assert self._cache is not None
-        if extra == self._default_arguments():
+        if not per_text and extra == self._default_arguments():
             return self._cache
-        return self._cache.for_provider(self._make_provider(extra))
+        return self._cache.for_provider(self._make_provider(extra, per_text))
 
     def _default_arguments(self) -> dict[str, Any]:
         return {one.name: one.default for one in self._parameters if one.default is not one.empty}
@@ -219,14 +299,16 @@ class CachedEmbedder:
     def _open_cache(self) -> Cache:
         if self.embedder is None:
             return open_shared_cache(self.config)
-        provider = self._make_provider(self._default_arguments())
-        self._model = _model_and_revision(provider.space(self._task))
-        return open_shared_cache(self.config, provider=provider)
+        describe = describe_component(self.embedder, space=self.space, ignore=self.ignore or ())
+        self._spaces = WrappedSpaces(describe)
+        return open_shared_cache(self.config, provider=self._make_provider(self._default_arguments()))
 
     # --- the embedder as a provider -----------------------------------------------------------
 
-    def _make_provider(self, extra: Mapping[str, Any]) -> WrappedProvider:
-        space = self._describe(extra)
+    def _make_provider(self, extra: Mapping[str, Any], per_text: Collection[str] = ()) -> WrappedProvider:
+        assert self._spaces is not None
+        request = {**extra, "one value per text": sorted(per_text)} if per_text else extra
+        space = add_request(self._spaces(self._task), request)
         size = getattr(self.embedder, "batch_size", None)
         size = size if isinstance(size, int) and size > 0 else CHUNK
         return WrappedProvider(
@@ -236,27 +318,51 @@ class CachedEmbedder:
             limits=Limits(max_batch=-(-CHUNK // size) * size),  # whole batches
         )
 
-    def _describe(self, extra: Mapping[str, Any]) -> VectorSpace:
-        return describe_call(self.embedder, extra, task=self._task, declared=self.space)
-
     def _embed(self, texts: list[str], task: Task) -> Embedded:
+        assert self._spaces is not None
         run = _current_run.get()
-        for part, argument in self._split_into_calls([text for text in texts if text not in run.vectors]):
-            self._warm_up_embedder()
-            answer = self.embedder.run(**{self._input: argument}, **run.extra)
-            run.add_answer(answer, self._read_vectors(part, answer))
+        for part, arguments in self._split_into_calls(run, texts):
+            with self._spaces.calling(self._task) as answers:
+                self._warm_up_embedder()
+                answer = self.embedder.run(**arguments)
+            run.add_answer(answer, self._read_vectors(part, answer), answers.model)
         return run.take_vectors(texts)
 
     async def _aembed(self, texts: list[str], task: Task) -> Embedded:
+        assert self._spaces is not None
         run = _current_run.get()
-        for part, argument in self._split_into_calls([text for text in texts if text not in run.vectors]):
-            await self._warm_up_embedder_async()
-            answer = await self.embedder.run_async(**{self._input: argument}, **run.extra)
-            run.add_answer(answer, self._read_vectors(part, answer))
+        for part, arguments in self._split_into_calls(run, texts):
+            with self._spaces.calling(self._task) as answers:
+                await self._warm_up_embedder_async()
+                answer = await self.embedder.run_async(**arguments)
+            run.add_answer(answer, self._read_vectors(part, answer), answers.model)
         return run.take_vectors(texts)
 
-    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        """Return one pair per call of the embedder's ``run``: the texts, and the argument that holds these texts."""
+    def _split_into_calls(self, run: Run, texts: list[str]) -> list[tuple[list[str], dict[str, Any]]]:
+        """Return one pair per call of the embedder's ``run``: the texts as the cache has them, and the arguments.
+
+        Texts whose vector has already been computed in this run are left out.
+        """
+        todo = [text for text in texts if text not in run.vectors]
+        plain, values = split_all(todo) if run.per_text else (todo, {})
+        return [
+            (
+                todo[part],
+                {
+                    self._input: self._make_input(plain[part]),
+                    **run.extra,
+                    **{name: value[part] for name, value in values.items()},
+                },
+            )
+            for part in self._cut(len(todo))
+        ]
+
+    def _cut(self, texts: int) -> list[slice]:
+        """Return the texts of each call of the embedder's ``run``, as slices of all texts."""
+        raise NotImplementedError
+
+    def _make_input(self, texts: list[str]) -> Any:
+        """Return the argument of the embedder's ``run`` that holds the texts of one call."""
         raise NotImplementedError
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,11 +376,10 @@ class CachedEmbedder:
     def _warm_up_embedder(self) -> None:
         with self._lock:
             if not self._is_warm:
-                _, content = self._model
+                content = self._find_content()
                 if hasattr(self.embedder, "warm_up"):
                     drop_stale_models(self.embedder, content)
                     self.embedder.warm_up()
-                _sort_answers(self.embedder)
                 self._check_model()
                 remember_content(self.embedder, content)
                 self._is_warm = True
@@ -284,26 +389,25 @@ class CachedEmbedder:
             await asyncio.to_thread(self._warm_up_embedder)
             return
         await self.embedder.warm_up_async()  # in every call, because each event loop needs its own client
-        _sort_answers(self.embedder)
         if not self._is_warm:
             await asyncio.to_thread(self._check_model)
             self._is_warm = True
 
+    def _find_content(self) -> str | None:
+        """Return the digest of the model's folder when the cache was opened, or None if the model is not a folder."""
+        assert self._spaces is not None
+        return self._spaces(self._task).revision if self.space is None else None
+
     def _check_model(self) -> None:
-        if _model_and_revision(self._describe(self._default_arguments())) != self._model:
+        assert self._spaces is not None
+        then = self._spaces(self._task)
+        now = describe_component(self.embedder, space=self.space, ignore=self.ignore or ())(self._task)
+        if (then.model, then.revision) != (now.model, now.revision):
             raise SpaceError("the embedder's model has changed since the cache was opened; make a new component")
 
 
-def _sort_answers(embedder: Any) -> None:
-    """Let the OpenAI client of an embedder sort each answer by ``index``, because the embedder ignores ``index``."""
-    for name in ("client", "async_client"):
-        client: Any = getattr(embedder, name, None)
-        if is_openai_resource(getattr(client, "embeddings", None)):
-            client.embeddings = OrderedEmbeddings(client.embeddings)
-
-
-def _model_and_revision(space: VectorSpace) -> tuple[str, str | None]:
-    return space.model, space.revision
+_OF_PROCESS = ("_lock", "_cache", "_spaces", "_is_warm")
+"""Attributes of a component that are not copied or pickled."""
 
 
 def _extra_parameters(embedder: Any, texts: str) -> list[inspect.Parameter]:

@@ -30,6 +30,8 @@ class CachedDocumentEmbedder(CachedEmbedder):
             configurations share one cache.
         space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
             does not describe its vectors.
+        ignore: names of the embedder's attributes that do not affect its vectors, such as ``["log_file"]``. They are
+            left out of the description.
         meta_fields_to_embed: metadata fields to embed. Pass this list only if ``embedder`` is None or has no
             ``meta_fields_to_embed``. An embedder without ``meta_fields_to_embed`` gets the effective text as content,
             and no metadata.
@@ -49,10 +51,11 @@ class CachedDocumentEmbedder(CachedEmbedder):
         *,
         config: str | os.PathLike[str] | dict[str, Any] | None = None,
         space: dict[str, Any] | None = None,
+        ignore: list[str] | None = None,
         meta_fields_to_embed: list[str] | None = None,
         embedding_separator: str = "\n",
     ) -> None:
-        CachedEmbedder.__init__(self, embedder, config, space)
+        CachedEmbedder.__init__(self, embedder, config, space, ignore)
         has_fields = hasattr(embedder, "meta_fields_to_embed")
         if has_fields and meta_fields_to_embed is not None:
             raise TypeError(f"{type(embedder).__name__} has its own meta_fields_to_embed; set it there")
@@ -111,10 +114,12 @@ class CachedDocumentEmbedder(CachedEmbedder):
             texts.append(separator.join([*values, document.content or ""]))
         return texts
 
-    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
+    def _cut(self, texts: int) -> list[slice]:
+        return [slice(texts)] if texts else []
+
+    def _make_input(self, texts: list[str]) -> list[Document]:
         # The ids are positions, because the ids that Haystack makes from the content are equal for "" and "None".
-        documents = [Document(id=str(position), content=text) for position, text in enumerate(texts)]
-        return [(texts, documents)] if texts else []
+        return [Document(id=str(position), content=text) for position, text in enumerate(texts)]
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
         waiting = {str(position): text for position, text in enumerate(texts)}

@@ -23,6 +23,8 @@ class CachedTextEmbedder(CachedEmbedder):
             configurations share one cache.
         space: what determines the embedder's vectors, such as ``{"model": "my-model-v2"}``; required if the embedder
             does not describe its vectors.
+        ignore: names of the embedder's attributes that do not affect its vectors, such as ``["log_file"]``. They are
+            left out of the description.
     """
 
     _task: ClassVar[Task] = "query"
@@ -35,8 +37,9 @@ class CachedTextEmbedder(CachedEmbedder):
         *,
         config: str | os.PathLike[str] | dict[str, Any] | None = None,
         space: dict[str, Any] | None = None,
+        ignore: list[str] | None = None,
     ) -> None:
-        CachedEmbedder.__init__(self, embedder, config, space)
+        CachedEmbedder.__init__(self, embedder, config, space, ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the component and its embedder, for YAML.
@@ -65,8 +68,11 @@ class CachedTextEmbedder(CachedEmbedder):
         _check_text(text)
         return _make_answer(*await self._afetch([text], kwargs))
 
-    def _split_into_calls(self, texts: list[str]) -> list[tuple[list[str], Any]]:
-        return [([text], text) for text in texts]
+    def _cut(self, texts: int) -> list[slice]:
+        return [slice(position, position + 1) for position in range(texts)]
+
+    def _make_input(self, texts: list[str]) -> str:
+        return texts[0]
 
     def _read_vectors(self, texts: list[str], answer: Mapping[str, Any]) -> dict[str, Any]:
         vector = answer["embedding"]
