@@ -67,9 +67,10 @@ class TextError(EmbedonceError, ValueError):
 
 
 class ProviderError(EmbedonceError):
-    """The engine refused a provider's answer, and stored none of its vectors.
+    """The engine refused a provider's answer, or single vectors of it.
 
-    The answer has the wrong number of vectors or of dimensions, or a vector with NaN, infinity or only zeros.
+    If the answer has the wrong number of vectors or of dimensions, none of its vectors is stored. If single rows are
+    missing, or have NaN, infinity, only zeros or a different length, only the texts of these rows get this error.
     """
 
 
@@ -91,7 +92,7 @@ class TextRefused(ProviderError, ValueError):
 
     Providers raise this error. ``positions`` are the indexes of the refused texts in the chunk. A provider that cannot
     tell which texts it refuses leaves ``positions`` empty. The engine then halves the chunk until it has found the
-    refused texts.
+    refused texts. It does the same for most other exceptions, so a provider need not translate its client's errors.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:

@@ -140,7 +140,7 @@ def cut_chunks(source: LiveProvider, texts: Mapping[str, str]) -> Iterator[list[
     provider = source.provider
     limits = provider.limits
     count_tokens: Any = getattr(provider, "count_tokens", None)
-    most = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
+    most: list[float] = [] if limits.max_tokens is None or count_tokens is None else [limits.max_tokens]
     most += [] if limits.tokens_per_minute is None else [limits.tokens_per_minute]
     max_tokens = min(most, default=None)
     chunk: list[str] = []
