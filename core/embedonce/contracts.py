@@ -271,8 +271,11 @@ class Limits:
     """Maximum number of tokens sent within a minute, as counted by the provider's ``count_tokens``; None means no
     limit. A provider without ``count_tokens`` is charged a token for each byte of UTF-8."""
     max_retries: int = 0
-    """How many times a call is repeated whose error has the status 429 (too many requests). All calls of the provider
-    pause first, for as long as the error asks. Keep 0 if the provider's own client repeats such calls."""
+    """How many times a call is repeated after an error with the status 429 (too many requests), or, for a single text,
+    with a status that says that the server failed, such as 503.
+
+    After a 429, all calls of the provider pause, for as long as the error asks. Keep 0 if the provider's own client
+    repeats such calls."""
     lease: bool = True
     """Whether the chain takes its default lease for this provider's texts. Set this to False if computing a vector
     costs less than a round trip to a shared tier."""

@@ -255,7 +255,70 @@ def test_an_overloaded_server_is_asked_a_few_times_only(status: int) -> None:
     server = PickyServer(make_error=lambda: StatusError("busy", status))
     with open_cache(server) as cache:
         assert len(cache.fetch(make_texts(256, set(range(256)))).failed) == 256
-    assert len(server.requests) == 3
+    assert len(server.requests) == 1 + 8 + 1, "as many as the search for the first text of the batch takes"
+
+
+@faces
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504, 507])
+@pytest.mark.parametrize("bad", [0, 13, 19])
+def test_a_text_that_overloads_the_server_fails_alone(asynchronous: bool, status: int, bad: int) -> None:
+    server = PickyServer(make_error=lambda: StatusError("busy", status))
+    with open_cache(server, asynchronous) as cache:
+        fetched = fetch(cache, make_texts(20, {bad}), asynchronous)
+        assert set(fetched.failed) == {bad}
+    assert len(server.requests) <= 1 + 2 * count_halvings(20)
+
+
+def test_passing_overloads_limit_no_batch() -> None:
+    class Busy(PickyServer):
+        def embed(self, texts: Sequence[str]) -> list[list[float]]:
+            if len(texts) == 100:
+                self.requests.append(list(texts))
+                raise StatusError("busy", 503)
+            return super().embed(texts)
+
+    server = Busy()
+    with open_cache(server) as cache:
+        for round in range(3):
+            assert not cache.fetch([f"{round} {i}" for i in range(100)]).failed
+    assert [len(request) for request in server.requests] == [100, 50, 50] * 3
+
+
+def test_two_passing_failures_with_a_success_between_them_limit_no_batch() -> None:
+    class Flaky(PickyServer):
+        def embed(self, texts: Sequence[str]) -> list[list[float]]:
+            if len(self.requests) in (0, 4):
+                self.requests.append(list(texts))
+                raise StatusError("internal error", 500)
+            return super().embed(texts)
+
+    server = Flaky()
+    with open_cache(server) as cache:
+        for round in range(4):
+            assert not cache.fetch([f"{round} {i}" for i in range(100)]).failed
+    assert [len(request) for request in server.requests] == [100, 50, 50, 100, 100, 50, 50, 100]
+
+
+@pytest.mark.parametrize("row", [None, [float("nan"), 1.0]])
+def test_a_text_that_fails_alone_does_not_bring_in_the_fallback(row: Any) -> None:
+    calls: list[list[str]] = []
+
+    def embed_second(texts: list[str]) -> list[list[float]]:
+        calls.append(texts)
+        return [[1.0, 2.0] for _ in texts]
+
+    def embed_first(texts: list[str]) -> Embedded:
+        if row is None and any(text.startswith("bad") for text in texts):
+            raise StatusError("refused", 500)
+        return Embedded([row if text.startswith("bad") else [1.0, 1.0] for text in texts])
+
+    dimensions = {**SPACE, "dimensions": 2}
+    first, second = wrap(embed_first, dimensions), wrap(embed_second, {**dimensions, "model": "second"})
+    with Cache(first, [MemoryBackend()], fallback=second) as cache:
+        assert set(cache.fetch(make_texts(20, {13})).failed) == {13}
+        assert calls == []
+        assert cache.fetch(["bad alone"]).sources == ["provider"]
+        assert calls == [["bad alone"]], "nothing shows that the first provider works"
 
 
 def test_an_unrelated_exception_that_was_being_handled_says_nothing_about_the_error() -> None:

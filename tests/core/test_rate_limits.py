@@ -216,6 +216,47 @@ def test_a_call_is_repeated_after_the_time_that_the_server_names(
     ] * 2
 
 
+class ServerFailure(Exception):
+    """A vendor's exception with a status that says that the server failed."""
+
+    def __init__(self, status: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__("busy")
+        self.response = SimpleNamespace(headers=headers or {}, status_code=status)
+
+
+@faces
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504])
+def test_a_failure_of_the_server_is_repeated_for_a_single_text(asynchronous: bool, status: int, clock: Clock) -> None:
+    server = LimitedServer(clock, lambda: ServerFailure(status), failures=2)
+    with open_cache(server, asynchronous, max_retries=2) as cache:
+        assert not fetch(cache, ["one"], asynchronous).failed
+    first, second = (later - start for start, later in itertools.pairwise(server.starts))
+    assert 0.3 < first <= 0.6
+    assert 0.7 < second <= 1.1
+
+
+def test_a_failure_of_the_server_is_repeated_when_the_server_says(clock: Clock) -> None:
+    server = LimitedServer(clock, lambda: ServerFailure(503, {"retry-after": "7"}), failures=1)
+    with open_cache(server, max_retries=1) as cache:
+        assert not cache.fetch(["one"]).failed
+    assert clock.sleeps == [7.0]
+
+
+def test_a_failure_of_the_server_is_repeated_so_often_only(clock: Clock) -> None:
+    server = LimitedServer(clock, lambda: ServerFailure(503), failures=10**6)
+    with open_cache(server, max_retries=2) as cache, pytest.raises(ServerFailure):
+        cache.embed("one")
+    assert len(server.starts) == 3
+
+
+def test_the_parts_of_a_batch_are_sent_with_pauses_when_the_server_is_busy(clock: Clock) -> None:
+    server = LimitedServer(clock, lambda: ServerFailure(503), failures=2)
+    with open_cache(server, max_retries=4) as cache:
+        assert not cache.fetch([f"text {i}" for i in range(8)]).failed
+    assert server.sizes[:3] == [8, 4, 2]
+    assert [0.3 < clock.sleeps[0] <= 0.5, 0.7 < clock.sleeps[1] <= 1.0, len(clock.sleeps)] == [True, True, 2]
+
+
 @faces
 def test_the_vendors_exception_is_raised_when_repeating_did_not_help(asynchronous: bool, clock: Clock) -> None:
     server = LimitedServer(clock, failures=10**6)

@@ -41,7 +41,8 @@ class BatchSizes:
         self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._texts = _Bounds()
         self._bytes = _Bounds()
-        self._doubts = 0
+        self._doubtful: int | None = None
+        """Number of texts of the request that failed and may have been too large."""
         self.has_limit = False
         self.is_reported = False
         """Whether the limit has been logged."""
@@ -50,13 +51,14 @@ class BatchSizes:
         """Note a request that failed although all of its parts worked, and the largest of these parts.
 
         ``is_sure``: the server refused the request, so it would fail again. Otherwise the failure may have been a
-        passing one, and only the second such failure counts. ``by_size``: the error speaks of the size of the texts.
+        passing one. It counts only if there was an earlier one, and no request of that size has worked since.
+        ``by_size``: the error speaks of the size of the texts.
         """
         with self._lock:
-            if not is_sure:
-                self._doubts += 1
-                if self._doubts < 2:
-                    return
+            if not is_sure and self._doubtful is None:
+                self._doubtful = len(refused)
+                return
+            self._doubtful = None
             texts = _Bounds(len(refused) if by_size else len(worked), len(refused))
             size = _Bounds(_count_bytes(worked), _count_bytes(refused))
             self._texts, self._bytes = self._texts.merge(texts), self._bytes.merge(size)
@@ -71,9 +73,18 @@ class BatchSizes:
             self._bytes = _Bounds(1, 1)
             self.has_limit = True
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether a request that works may contradict what is known."""
+        return self.has_limit or self._doubtful is not None
+
     def note_success(self, texts: Sequence[str]) -> None:
-        """Note a request that worked. Call this only if ``has_limit``, because counting bytes takes time."""
+        """Note a request that worked. Call this only if ``is_in_doubt``, because counting bytes takes time."""
         with self._lock:
+            if self._doubtful is not None and len(texts) >= self._doubtful:
+                self._doubtful = None
+            if not self.has_limit:
+                return
             self._texts.worked = max(self._texts.worked, len(texts))
             self._bytes.worked = max(self._bytes.worked, _count_bytes(texts))
             if not (self._texts.is_consistent or self._bytes.is_consistent):

@@ -45,6 +45,11 @@ class Answer:
     """Number of texts that the tiers had."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Errors of texts, by key."""
+    failed_alone: set[str] = field(default_factory=set)
+    """Keys of texts that the provider did not embed although it was asked for each of them alone, and of invalid rows.
+    """
+    has_made_entries: bool = False
+    """Whether the provider has embedded any text of this call."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds spent in calls, by the name of the tier or ``"provider"``."""
     errors: dict[str, str] = field(default_factory=dict)
@@ -110,8 +115,12 @@ class Answer:
         return [(i, self.failed[key]) for i, key in enumerate(self.keys) if key in self.failed]
 
     def has_failed_provider(self) -> bool:
-        """Return whether a text failed for another reason than the text itself, so that a fallback may help."""
-        return any(not isinstance(error, TextRefused) and key not in self.invalid for key, error in self.failed.items())
+        """Return whether a text failed for another reason than the text itself, so that a fallback may help.
+
+        If the provider embeds other texts of the call, a text that fails alone is the reason itself.
+        """
+        texts_alone = {*self.invalid, *(self.failed_alone if self.has_made_entries else ())}
+        return any(not isinstance(error, TextRefused) and key not in texts_alone for key, error in self.failed.items())
 
     def to_fetched(self) -> Fetched:
         sources = dict.fromkeys(self.entries, PROVIDER)

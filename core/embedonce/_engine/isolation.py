@@ -26,8 +26,12 @@ from .refusals import find_cause, is_refusal, read_batch_limit, speaks_of_size
 Request = Callable[[list[str]], Awaitable[Exception | None]]
 """Sends the texts of some keys to the provider, and returns the error of the request, or None if it worked."""
 
+Pause = Callable[[Exception, int], Awaitable[None]]
+"""Waits after a request that failed because the provider has too much to do. The number counts such requests in a row,
+from 0."""
+
 FEW = 3
-"""Number of failed requests in a row after which an overloaded provider is left alone."""
+"""Number of requests in a row with status 429 after which a call ends, if the engine does not repeat such requests."""
 
 
 def count_halvings(texts: int) -> int:
@@ -83,35 +87,47 @@ async def embed_chunk(
     texts: Mapping[str, str],
     request: Request,
     *,
+    pause: Pause,
     batches: BatchSizes,
     patience: Patience,
     is_retried: bool = False,
-) -> dict[str, Exception]:
-    """Send texts in as few requests as the provider accepts, and return the errors of the texts that it refuses.
+) -> tuple[dict[str, Exception], dict[str, Exception]]:
+    """Send texts in as few requests as the provider accepts.
+
+    Return the errors of the texts that failed alone, and the error of the texts that were given up together.
 
     ``is_retried`` says whether ``request`` repeats a request that is answered with status 429.
     """
-    search = _Search(texts, request, batches, patience, is_retried)
+    search = _Search(texts, request, pause, batches, patience, is_retried)
     try:
         await search.send_all()
     except _Stop as stop:
-        search.failed.update(dict.fromkeys(search.pending, stop.error))
-    return search.failed
+        return search.failed, dict.fromkeys(search.pending, stop.error)
+    return search.failed, {}
 
 
 class _Search:
     def __init__(
-        self, texts: Mapping[str, str], request: Request, batches: BatchSizes, patience: Patience, is_retried: bool
+        self,
+        texts: Mapping[str, str],
+        request: Request,
+        pause: Pause,
+        batches: BatchSizes,
+        patience: Patience,
+        is_retried: bool,
     ) -> None:
         self.failed: dict[str, Exception] = {}
         self.pending = dict.fromkeys(texts)
         """The keys of texts that have neither worked nor failed yet, in order."""
         self._texts = texts
         self._request = request
+        self._pause = pause
         self._batches = batches
         self._patience = patience
         self._is_retried = is_retried
         self._most_failures = 4 * count_halvings(len(texts))
+        # The search for one text that fails takes this many requests, if it is the first text of its chunk.
+        self._most_overloads = count_halvings(len(texts)) + 1
         self._failures = 0
         self._overloads = 0
         self._successes = 0
@@ -192,7 +208,7 @@ class _Search:
                 return None
             refused = _read_positions(error, len(part))
             if not refused:
-                self._note_failure(error)
+                await self._take_failure(error)
                 return error
             self._fail([part[i] for i in refused], error)
             part = self._select_pending(part)
@@ -205,10 +221,10 @@ class _Search:
         self._patience.note_success()
         for key in part:
             self.pending.pop(key, None)
-        if self._batches.has_limit:
+        if self._batches.is_in_doubt:
             self._batches.note_success([self._texts[key] for key in part])
 
-    def _note_failure(self, error: Exception) -> None:
+    async def _take_failure(self, error: Exception) -> None:
         cause = find_cause(error)
         if cause == "rate":
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
@@ -219,11 +235,15 @@ class _Search:
         self._patience.note_failure(error)
         self._failures += 1
         self._overloads = self._overloads + 1 if cause == "overload" else 0
-        if self._failures >= self._most_failures or self._overloads >= FEW:
+        if self._failures >= self._most_failures or self._overloads > self._most_overloads:
             self._patience.is_search_futile = True
             raise _Stop(error)
+        if self._overloads:
+            await self._pause(error, self._overloads - 1)
 
     def _note_too_large(self, refused: Sequence[str], error: Exception, worked: Sequence[str]) -> None:
+        if find_cause(error) == "overload":
+            return  # the failure was a passing one
         self._batches.learn(
             [self._texts[key] for key in refused],
             [self._texts[key] for key in worked],

@@ -23,7 +23,7 @@ from .flights import Abandoned, Claims, Flight, InFlight
 from .isolation import Patience, embed_chunk
 from .leases import Leases
 from .ports import Port
-from .provider_calls import call_at_rate, call_provider, cut_chunks, log_batch_limit, read_tokens
+from .provider_calls import call_at_rate, call_provider, cut_chunks, log_batch_limit, pause_after_failure, read_tokens
 from .routes import Route
 from .served import ServedModels, read_served_model
 from .tiers import LiveTier
@@ -406,21 +406,28 @@ class Engine:
         source = call.answer.route.source
 
         async def request(keys: list[str]) -> Exception | None:
+            chunk = [texts[key] for key in keys]
             try:
-                made = await call_at_rate(call, [texts[key] for key in keys], self._embed)
+                # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
+                made = await call_at_rate(call, chunk, self._embed, repeats_failures=len(flights) == 1)
             except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
                 return error
             await self._take_made(call, dict(zip(keys, made, strict=True)), flights)
             return None
 
-        failed = await embed_chunk(
+        async def pause(error: Exception, failures: int) -> None:
+            await pause_after_failure(call, error, failures)
+
+        alone, together = await embed_chunk(
             {key: texts[key] for key in flights},
             request,
+            pause=pause,
             batches=source.batches,
             patience=patience,
             is_retried=source.provider.limits.max_retries > 0,
         )
-        for key, error in failed.items():
+        call.answer.failed_alone.update(alone)
+        for key, error in {**alone, **together}.items():
             self._fail_flights(call.answer, {key: flights[key]}, error)
         if source.batches.has_limit:
             log_batch_limit(source)
@@ -433,10 +440,12 @@ class Engine:
         entries: dict[str, Entry] = {}
         for key, entry in made.items():
             if isinstance(entry, ProviderError):
+                answer.failed_alone.add(key)
                 self._fail_flights(answer, {key: flights[key]}, entry)
             else:
                 metadata = answer.metadata.get(key)
                 entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
+        answer.has_made_entries = answer.has_made_entries or bool(entries)
         answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:

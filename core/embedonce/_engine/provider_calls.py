@@ -15,8 +15,8 @@ from .batch_sizes import count_bytes
 from .call import Call
 from .flights import calls_in_provider
 from .ports import Port
-from .rate import MAX_PAUSE, guess_pause
-from .refusals import find_cause, is_final, read_wait
+from .rate import MAX_PAUSE, guess_backoff, guess_pause
+from .refusals import find_cause, is_final, is_server_failure, read_wait
 from .routes import LiveProvider
 
 T = TypeVar("T")
@@ -69,11 +69,16 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
         ) from error
 
 
-async def call_at_rate(call: Call, texts: list[str], send: Callable[[Call, list[str]], Awaitable[T]]) -> T:
-    """Send texts when the provider's rate allows it. After a status 429, pause all of its calls, and send them again.
+async def call_at_rate(
+    call: Call, texts: list[str], send: Callable[[Call, list[str]], Awaitable[T]], *, repeats_failures: bool
+) -> T:
+    """Send texts when the provider's rate allows it.
+
+    After a status 429, all calls of the provider pause, and the texts are sent again. With ``repeats_failures``, they
+    are also sent again after a failure of the server, such as status 503.
 
     Raises:
-        Exception: the error of ``send``; for a status 429, after ``max_retries`` repetitions.
+        Exception: the error of ``send``, after ``max_retries`` repetitions.
     """
     source = call.answer.route.source
     retries = 0
@@ -82,9 +87,29 @@ async def call_at_rate(call: Call, texts: list[str], send: Callable[[Call, list[
         try:
             return await send(call, texts)
         except Exception as error:
-            if find_cause(error) != "rate" or not _pause_calls(source, error, retries):
+            if find_cause(error) == "rate":
+                is_repeated = _pause_calls(source, error, retries)
+            else:
+                is_repeated = repeats_failures and is_server_failure(error)
+                is_repeated = is_repeated and await pause_after_failure(call, error, retries)
+            if not is_repeated:
                 raise
         retries += 1
+
+
+async def pause_after_failure(call: Call, error: Exception, failures: int) -> bool:
+    """Wait before the next request, after ``failures`` + 1 failures of the server in a row.
+
+    Return False, without waiting, if the provider's own client repeats such requests, or if the error asks for too long
+    a pause.
+    """
+    seconds = read_wait(error)
+    if seconds is None:
+        seconds = guess_backoff(failures)
+    if failures >= call.answer.route.source.provider.limits.max_retries or seconds > MAX_PAUSE:
+        return False
+    await call.port.sleep(seconds)
+    return True
 
 
 async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:

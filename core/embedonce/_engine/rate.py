@@ -37,6 +37,14 @@ def guess_pause(retries: int) -> float:
     return min(MAX_GUESSED_PAUSE, 2.0 ** min(retries, 6) * random.uniform(1.0, 1.25))
 
 
+def guess_backoff(retries: int) -> float:
+    """Return the seconds to wait after a failure of the server that names no time: 0.5, 1, 2, 4 and 8, and a bit less.
+
+    The random part keeps processes that met the same failure from returning at the same moment.
+    """
+    return min(8.0, 0.5 * 2.0 ** min(retries, 4)) * random.uniform(0.75, 1.0)
+
+
 @dataclass(slots=True, eq=False)
 class Turn:
     """The time at which a call begins, on the clock ``time.monotonic``, and the number of tokens that it sends."""

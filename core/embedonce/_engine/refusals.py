@@ -121,6 +121,12 @@ def find_cause(error: Exception) -> Cause:
     return "call" if is_connection or isinstance(error, _PROGRAM_ERRORS) else "text"
 
 
+def is_server_failure(error: Exception) -> bool:
+    """Return whether the server itself failed, or met a conflict, so that the same request may work later."""
+    status = read_status(error)
+    return status is not None and (status >= 500 or status in (408, 409)) and status not in (501, 505)
+
+
 def read_status(error: Exception) -> int | None:
     """Return the HTTP status that an exception, or an exception that it wraps, has; None if it has none."""
     for wrapped in _unwrap(error):

@@ -18,6 +18,7 @@ from haystack.core.serialization import component_to_dict
 
 from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused
 from embedonce.contracts import Task
+from embedonce_integrations.composite_texts import join_keywords, split_all, split_keywords
 from embedonce_integrations.wrapping import (
     WrappedProvider,
     WrappedSpaces,
@@ -25,8 +26,6 @@ from embedonce_integrations.wrapping import (
     dump_config,
     open_shared_cache,
 )
-
-from embedonce_integrations.composite_texts import join_keywords, split_all, split_keywords
 
 from ._copying import copy_embedder, pack_embedder, unpack_embedder
 from ._described import describe_component
