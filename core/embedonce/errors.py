@@ -56,9 +56,10 @@ class SpaceError(EmbedonceError, ValueError):
 
 
 class TextError(EmbedonceError, ValueError):
-    """A text cannot be encoded, because it has a lone surrogate. Nothing was sent or stored.
+    """A text cannot be encoded, because it has a lone surrogate. It was not sent to the provider.
 
-    ``position`` is the text's index in the batch.
+    ``position`` is the text's index in the batch, or in the iterable that ``embed_iter`` reads. Read the source of the
+    text with the right encoding, or add ``"surrogates"`` to ``[key] normalize``.
     """
 
     def __init__(self, message: str, position: int = 0) -> None:
@@ -93,6 +94,9 @@ class TextRefused(ProviderError, ValueError):
     Providers raise this error. ``positions`` are the indexes of the refused texts in the chunk. A provider that cannot
     tell which texts it refuses leaves ``positions`` empty. The engine then halves the chunk until it has found the
     refused texts. It does the same for most other exceptions, so a provider need not translate its client's errors.
+
+    In the error that the cache raises or reports, ``positions`` are the indexes in the caller's batch, or in the
+    iterable that ``embed_iter`` reads.
     """
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:

@@ -52,7 +52,7 @@ def check_task(
     if closest is None and accepts_others:
         return
     names = join_words(map(quote, known))
-    reason = f"did you mean {quote(closest)}?" if closest is not None else f"it knows {names}"
+    reason = f"did you mean {quote(closest)}?" if closest is not None else f"it knows {names}{'.' if advice else ''}"
     raise SpaceError(f"{what} does not know the task {quote(task)}; {reason}{f' {advice}' if advice else ''}")
 
 

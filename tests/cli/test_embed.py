@@ -150,6 +150,47 @@ def test_tasks_share_vectors_if_the_provider_is_symmetric(command: Any, corpus: 
     assert command("embed", "docs", "--out", "out.npy", "--task", "query", "--json").json["computed"] == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("qurey", 'the task "qurey"; did you mean "query"?'), ("Document", 'did you mean "document"?'), ("", "empty")],
+)
+def test_an_unknown_task_is_refused_and_no_output_is_written(
+    command: Any, corpus: Path, task: str, message: str
+) -> None:
+    for arguments in (["embed", "docs", "--out", "out.npy"], ["explain", "a text"]):
+        done = command(*arguments, "--task", task)
+        assert done.code == 2
+        assert message in " ".join(done.err.split())
+    assert not Path("out.npy").exists()
+
+
+INVALID_LINES = '{"text": "first"}\n{"text": "tea \\ud83c"}\n{"text": "tea \\ud83c\\udf75"}\n{"text": "last"}\n'
+
+
+def test_an_invalid_passage_fails_alone_and_is_named_by_its_line(command: Any, corpus: Path) -> None:
+    done = command(
+        "embed", "-", "--format", "jsonl", "--out", "out.jsonl", "--with-text", "--json", input=INVALID_LINES
+    )
+    assert (done.code, done.json["rows"], done.json["failed"]) == (1, 3, 1)
+    assert "-:2: TextError: the text has a lone surrogate at character 4" in done.err.replace("<stdin>", "-")
+    assert [json.loads(line)["line"] for line in Path("out.jsonl").read_text().splitlines()] == [1, 3, 4]
+    done = command("embed", "-", "--format", "jsonl", "--out", "out.jsonl", "--strict", input=INVALID_LINES)
+    assert done.code == 1
+    assert "--strict" in done.err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "npy"])
+def test_the_step_surrogates_embeds_an_invalid_passage(command: Any, corpus: Path, suffix: str) -> None:
+    file = Path("embedonce.toml")
+    file.write_text(file.read_text() + '\n[key]\nnormalize = ["surrogates"]\n')
+    out = f"out.{suffix}"
+    done = command("embed", "-", "--format", "jsonl", "--out", out, "--with-text", "--json", input=INVALID_LINES)
+    assert (done.code, done.json["rows"], done.json["failed"]) == (0, 4, 0)
+    written = Path("out.jsonl" if suffix == "jsonl" else "out.index.jsonl").read_text()
+    texts = [json.loads(line)["text"] for line in written.splitlines()]
+    assert texts == ["first", "tea \ufffd", "tea \U0001f375", "last"]
+
+
 @pytest.mark.parametrize("content", ["", "\n\n \n", "\ufeff"])
 def test_empty_input_makes_a_matrix_without_rows(command: Any, corpus: Path, content: str) -> None:
     done = command("embed", "-", "--out", "out.npy", "--json", input=content)

@@ -137,7 +137,6 @@ def test_json_lines_by_field(tmp_path: Path) -> None:
         (b"{}", 'no field "text"'),
         (b'{"text": null}', 'field "text" is null, not a string'),
         (b'{"text": 1}', 'field "text" is int, not a string'),
-        (b'{"text": "\\ud800"}', 'field "text" is not valid Unicode: it has a lone surrogate'),
         (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
         (b'{"text": "a\x00b"}', "not JSON: Invalid control character at at character 12"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not readable as JSON: ValueError"),

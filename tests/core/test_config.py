@@ -376,7 +376,8 @@ def test_an_invalid_override_names_its_variable(monkeypatch: pytest.MonkeyPatch)
     assert problems({"provider": {"type": "ngram"}, "tiers": [{"type": "memory"}]}) == [
         'EMBEDONCE__CACHE__DTYPE: must be "float32", "float16" or "int8"',
         "EMBEDONCE__KEY__NORMALIZE: no normalisation step of that name. embedonce provides nfc, nfkc, strip, "
-        "collapse-whitespace, casefold, newlines, surrogates; plugins can add steps; an entry point must have the name of the step",
+        "collapse-whitespace, casefold, newlines, surrogates; plugins can add steps; an entry point must have the name "
+        "of the step",
         "EMBEDONCE__TIERS__MEMORY__TIMEOUT: the tier does not support a timeout, because the tier keeps its entries in "
         'this process and its calls do not wait; remove "timeout"',
         "the environment variable EMBEDONCE__ overrides nothing",

@@ -594,6 +594,11 @@ def test_every_step_is_idempotent_for_every_character(name: str) -> None:
         ("collapse-whitespace", " a \r\n\n b\xa0c ", "a b c"),
         ("casefold", "Straße ΣΣς", "strasse σσσ"),
         ("newlines", "a\r\nb\rc\nd\r\r\n", "a\nb\nc\nd\n\n"),
+        ("surrogates", "\ud83d\ude00", "\U0001f600"),
+        ("surrogates", "a\ud83db", "a\ufffdb"),
+        ("surrogates", "\ude00\ud83d", "\ufffd\ufffd"),
+        ("surrogates", "\ud83d\ud83d\ude00\ude00", "\ufffd\U0001f600\ufffd"),
+        ("surrogates", "\ufeffa\x00é\U0001f600\ufffe", "\ufeffa\x00é\U0001f600\ufffe"),
     ],
 )
 def test_what_each_step_does(name: str, text: str, normalized: str) -> None:
@@ -622,6 +627,21 @@ def test_the_order_of_steps_matters(first: str, second: str, text: str) -> None:
 
 def test_casefold_after_nfc_leaves_text_that_is_not_nfc() -> None:
     assert not unicodedata.is_normalized("NFC", normalize_with(["nfc", "casefold"], "\u01f0"))
+
+
+@given(st.text(st.characters(categories=["Cs", "Lu", "So"]) | st.sampled_from("\ud83d\ude00\ufeff\x00")))
+def test_surrogates_makes_any_text_valid_and_changes_no_valid_text(text: str) -> None:
+    once = NORMALIZERS["surrogates"](text)
+    once.encode()
+    assert NORMALIZERS["surrogates"](once) == once
+    joined = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: join_surrogates(pair[0]), text)
+    assert once == re.sub("[\ud800-\udfff]", "\ufffd", joined)
+    if not re.search("[\ud800-\udfff]", text):
+        assert once == text
+
+
+def join_surrogates(pair: str) -> str:
+    return chr(0x10000 + (ord(pair[0]) - 0xD800) * 0x400 + ord(pair[1]) - 0xDC00)
 
 
 @given(awkward)

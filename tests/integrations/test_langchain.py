@@ -30,7 +30,7 @@ from langchain_tests.unit_tests import EmbeddingsUnitTests
 from patience import wait_until_collected
 from pydantic import BaseModel, PrivateAttr
 
-from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
+from embedonce import Cache, ConfigError, ProviderError, SpaceError, TextError, TierError
 from embedonce.testing import DictBackend, OpenAIServer
 from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
 
@@ -605,6 +605,16 @@ def test_a_byte_store_holds_only_vectors() -> None:
         VectorByteStore(space={"model": "m"}, config=memory_config(normalize=["strip"]))
     with pytest.raises(TypeError, match="cannot compute them"):
         store.cache.embed("a")
+
+
+def test_an_invalid_key_stores_and_removes_nothing() -> None:
+    store = VectorByteStore(space={"model": "m"}, config=memory_config())
+    store.mset([("good", b"[1.0]")])
+    with pytest.raises(TextError):
+        store.mset([("good", b"[2.0]"), ("\ud800", b"[1.0]")])
+    with pytest.raises(TextError):
+        asyncio.run(store.amset([("good", b"[2.0]"), ("\ud800", b"[1.0]")]))
+    assert store.mget(["good", "\ud800"]) == [b"[1.0]", None]
 
 
 def test_a_byte_store_works_on_a_tier_that_fails_or_cannot_list(face: Face) -> None:

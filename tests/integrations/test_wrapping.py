@@ -328,3 +328,13 @@ def test_a_secret_in_plain_text_is_named_and_not_dumped(config: dict[str, Any], 
 def test_a_child_forked_while_a_cache_is_made_can_make_one() -> None:
     with hold_lock(wrapping._lock):
         run_in_fork(lambda: open_shared_cache(NGRAM).embed("a text"), "a shared cache")
+
+
+def test_a_wrapped_embedder_knows_only_documents_and_queries() -> None:
+    space = VectorSpace(provider="p", model="m")
+    provider = wrapping.WrappedProvider(embed=lambda texts, task: [[1.0, 2.0]] * len(texts), space=lambda _: space)
+    with Cache(provider) as cache:
+        cache.embed("a", "query")
+        for task, message in (("qurey", 'did you mean "query"'), ("code", 'it knows "document" and "query"')):
+            with pytest.raises(SpaceError, match=message):
+                cache.embed("a", task)

@@ -41,7 +41,7 @@ dtype = "float32"
 # Change the version to stop using all old vectors. Then remove the old vectors with `embedonce purge --version v1`.
 version = "v1"
 # Steps that normalise a text before it is embedded. Other steps: "nfkc", "collapse-whitespace", "casefold",
-# "newlines". With an empty list, texts are embedded as they are.
+# "newlines", "surrogates". With an empty list, texts are embedded as they are.
 normalize = ["nfc", "strip"]
 # A namespace separates projects or tenants that share a store.
 # namespace = "my-project"
