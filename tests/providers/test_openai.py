@@ -364,7 +364,7 @@ def test_options_that_change_the_space(options: dict[str, Any]) -> None:
         {"deployment": "mine"},
         {"encoding_format": "float"},
         {"encoding_format": "none"},
-        {"headers": {"X-Gateway-Key": "k"}, "answers_as": ["other"], "token_provider": lambda: "token"},
+        {"headers": {"X-Gateway-Key": "k"}, "answers_as": ["other"], "token_provider": "os:getcwd"},
         {"requests_per_minute": 3, "tokens_per_minute": 1000},
         {"batch_size": 3, "max_tokens": 7, "concurrency": 9, "max_retries": 9, "timeout": 9.0},
         {"extra_body": {"user": "me"}},

@@ -30,7 +30,9 @@ def test_the_message_is_found_in_each_form_of_a_body(body: Any) -> None:
     assert describe_reason(body, texts=[TEXT]) == ": the batch is full"
 
 
-@pytest.mark.parametrize("body", [None, "", {}, {"code": 7}, {"error": None}, [], 7, {"error": {"message": " "}}], ids=str)
+@pytest.mark.parametrize(
+    "body", [None, "", {}, {"code": 7}, {"error": None}, [], 7, {"error": {"message": " "}}], ids=str
+)
 def test_a_body_without_a_message_gives_no_reason(body: Any) -> None:
     assert describe_reason(body, texts=[TEXT]) == ""
 
@@ -81,6 +83,11 @@ def test_no_secret_is_in_a_reason(secret: str) -> None:
 def test_credentials_of_a_url_are_removed() -> None:
     reason = describe_reason("cannot reach http://me:pw@host/v1?key=abc&n=1 now", texts=[])
     assert reason == ": cannot reach http://…host/v1?…&n=1 now"
+
+
+def test_many_texts_give_no_reason() -> None:
+    assert describe_reason("the batch is full", texts=["word " * 100] * 500) == ": the batch is full"
+    assert describe_reason("the batch is full", texts=["word " * 100] * 5000) == ""
 
 
 def test_a_reason_is_short() -> None:
