@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from typer.testing import CliRunner
 
 import embedonce
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, TextRefused
+from embedonce.cli.commands import app
 from embedonce.testing import OpenAIServer
 from embedonce_providers.openai import OpenAIProvider
 
@@ -137,6 +139,17 @@ def test_headers_in_toml_are_secrets(server: OpenAIServer, tmp_path: Path, monke
     assert server.requests[0].headers["x-gateway-key"] == SECRET
     assert SECRET not in shown
     assert "plain-secret" not in shown
+
+
+def test_no_command_shows_headers(server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", SECRET)
+    monkeypatch.chdir(tmp_path)
+    write_configuration(tmp_path, server, 'headers = { X-Gateway-Key = "${GATEWAY_KEY}", X-Team = "plain-secret" }')
+    for command in (["check"], ["check", "--json"], ["config"], ["config", "--json"], ["explain", "a"]):
+        done = CliRunner().invoke(app, command)
+        assert done.output
+        assert SECRET not in done.output, command
+        assert "plain-secret" not in done.output, command
 
 
 # --- tokens -----------------------------------------------------------------------------------
@@ -297,6 +310,31 @@ def test_a_bad_row_leaves_the_others_as_they_are(server: OpenAIServer, face: Fac
     for place, text in ((0, "a"), (2, "c")):
         assert np.array_equal(np.float32(found[place]), server.vector_of(text))
     assert (found[1] is None) == (kind == "null")
+
+
+VOYAGE = "https://api.voyageai.com/v1"
+
+
+def test_the_documented_example_for_voyage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Voyage accepts no ``encoding_format``, null or ``base64``."""
+    page = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
+    (example,) = [block for block in page.split("```") if VOYAGE in block]
+    monkeypatch.setenv("VOYAGE_API_KEY", "voyage-key")
+    path = tmp_path / "embedonce.toml"
+    with OpenAIServer(model="voyage-3.5", encoding_formats=("base64",), api_key="voyage-key") as server:
+        path.write_text(example.removeprefix("toml").replace(VOYAGE, server.base_url))
+        with embedonce.open(path) as cache:
+            found = cache.embed("a", task="query")
+        assert np.array_equal(found, server.vector_of("a", input_type="query"))
+
+
+@faces
+@pytest.mark.parametrize("kind", ["no_zero_index", "no_index"])
+@pytest.mark.parametrize("texts", ["a", "abc"])
+def test_an_answer_with_missing_indexes(server: OpenAIServer, face: Face, kind: Any, texts: str) -> None:
+    server.misbehave(kind)
+    found = embed(make_provider(server), face, *texts).vectors
+    assert np.array_equal(np.float32(found), [server.vector_of(text) for text in texts])
 
 
 # --- messages ---------------------------------------------------------------------------------
