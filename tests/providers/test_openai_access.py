@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import embedonce
 from embedonce import Cache, ConfigError, ProviderError, SpaceError, TextRefused
-from embedonce.cli.commands import app
+from embedonce.cli import app
 from embedonce.testing import OpenAIServer
 from embedonce_providers.openai import OpenAIProvider
 
