@@ -9,11 +9,15 @@ from typing import Any
 
 MAX_CHARACTERS = 200
 MAX_READ = 400
-"""Only this much of a message is read, because comparing it with many long texts takes time."""
+"""Number of characters of a message that are read, because comparing them with many long texts takes time."""
+
+MAX_TEXTS = 300_000
+"""Number of characters of all texts above which no reason is given. Such a batch is halved in any case, and the error
+that reaches the caller is about fewer texts."""
 
 TEXT_RUN = 12
 """Characters of a text that are removed if they stand in a message in the same order."""
-SECRET_RUN = 6
+SECRET_RUN = 8
 
 HIDDEN = "…"
 
@@ -35,10 +39,20 @@ def describe_reason(body: Any, *, texts: Iterable[str], secrets: Iterable[str | 
     written plainly or escaped, no text as a whole word, no secret, and no credentials of a URL. Escaped characters of
     the message are written as characters.
     """
+    texts = list(texts)
+    if sum(map(len, texts)) > MAX_TEXTS:
+        return ""
     message = " ".join(_unescape(next(_find_messages(body), "")[:MAX_READ]).split())
-    message = CREDENTIALS.sub(HIDDEN, message)
-    message = _hide(message, [secret for secret in secrets if secret], SECRET_RUN)
-    message = _hide(message, texts, TEXT_RUN)
+    # All parts are found before any is replaced, so that what is left of one part still shows where another begins.
+    covered = bytearray(len(message))
+    for found in CREDENTIALS.finditer(message):
+        _cover(covered, *found.span())
+    _cover_runs(covered, message, [secret for secret in secrets if secret], SECRET_RUN)
+    _cover_runs(covered, message, texts, TEXT_RUN)
+    message = "".join(
+        HIDDEN if found.group()[0] else message[found.start() : found.end()]
+        for found in re.finditer(rb"\x01+|\x00+", bytes(covered))
+    )
     if len(message) > MAX_CHARACTERS:
         message = message[: MAX_CHARACTERS - 1].rstrip() + "…"
     return f": {message}" if re.search(r"\w", message) else ""
@@ -66,9 +80,11 @@ def _unescape(message: str) -> str:
     return html.unescape(html.unescape(message)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _hide(message: str, hidden: Iterable[str], run: int) -> str:
-    """Replace every part of ``message`` that stands in one of the ``hidden`` texts."""
-    covered = bytearray(len(message))
+def _cover_runs(covered: bytearray, message: str, hidden: Iterable[str], run: int) -> None:
+    """Cover every part of ``message``, at least ``run`` characters long, that stands in one of the ``hidden`` texts.
+
+    A shorter text is covered where it stands as a whole word.
+    """
     hidden = [" ".join(text.split()) for text in hidden]
     # Characters other than letters and digits may be escaped in many ways, so the second pass ignores them.
     for ignored in ("", r"[\W_]+"):
@@ -78,15 +94,14 @@ def _hide(message: str, hidden: Iterable[str], run: int) -> str:
             form = _simplify(re.sub(ignored, "", text) if ignored else text)
             for start in range(len(plain) - run + 1):
                 if plain[start : start + run] in form:
-                    first, last = places[start], places[start + run - 1]
-                    covered[first : last + 1] = b"\1" * (last + 1 - first)
+                    _cover(covered, places[start], places[start + run - 1] + 1)
     for text in hidden:
         for found in re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", message, re.IGNORECASE) if text else ():
-            covered[found.start() : found.end()] = b"\1" * len(found.group())
-    return "".join(
-        HIDDEN if found.group()[0] else message[found.start() : found.end()]
-        for found in re.finditer(rb"\x01+|\x00+", bytes(covered))
-    )
+            _cover(covered, *found.span())
+
+
+def _cover(covered: bytearray, start: int, end: int) -> None:
+    covered[start:end] = b"\1" * (end - start)
 
 
 def _simplify(text: str) -> str:

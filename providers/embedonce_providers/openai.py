@@ -47,7 +47,8 @@ RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
 RAW_RESPONSE = {"X-Stainless-Raw-Response": "true"}
-"""Makes the client return the answer as it was received. The client does not send this header."""
+"""Makes the client return the answer as it was received, as ``embeddings.with_raw_response`` does. That method cannot
+leave out ``encoding_format``."""
 
 
 class OpenAIProvider:

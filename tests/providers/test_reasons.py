@@ -85,6 +85,11 @@ def test_credentials_of_a_url_are_removed() -> None:
     assert reason == ": cannot reach http://…host/v1?…&n=1 now"
 
 
+def test_many_texts_give_no_reason() -> None:
+    assert describe_reason("the batch is full", texts=["word " * 100] * 500) == ": the batch is full"
+    assert describe_reason("the batch is full", texts=["word " * 100] * 5000) == ""
+
+
 def test_a_reason_is_short() -> None:
     reason = describe_reason("word " * 500, texts=[])
     assert len(reason) == MAX_CHARACTERS + 2
