@@ -46,6 +46,7 @@ from run import (
 )
 
 import embedonce
+from embedonce._messages import format_count
 from embedonce.vectors import Entry, encode_frames, freeze_rows
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
@@ -502,6 +503,53 @@ def measure_misses(repeats: int) -> None:
                 assert stats.errors == stats.dropped == 0, stats
 
 
+def measure_leases(repeats: int) -> None:
+    """Embed new texts with and without the default lease, over a provider that costs nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        disk = type("Disk", (OverDisk,), {"folder": Path(folder)})
+        _measure_leases("disk", disk.backend(disk), repeats)
+    for kind, _, classes in iterate_servers():
+        cls = [cls for cls in classes if is_embedonce(cls)][-1]
+        _measure_leases(kind, cls.backend(cls), repeats)
+
+
+def _measure_leases(kind: str, backend: Any, repeats: int) -> None:
+    matrix = make_vectors(CHUNK, 384)
+    texts, rounds = make_texts(TEXTS), count()
+    space = {"model": "benchmark-leases", "dimensions": 384}
+    tiers = {
+        "lease = off, write = inline": embedonce.Tier(backend, lease="off", write="inline", timeout=CALL_TIMEOUT),
+        "**the default lease**": embedonce.Tier(backend, timeout=CALL_TIMEOUT),
+    }
+    if backend.capabilities.scope == "network":
+        tiers["lease = off, write = background"] = embedonce.Tier(backend, lease="off", timeout=CALL_TIMEOUT)
+    with ExitStack() as stack:
+        caches = [
+            stack.enter_context(embedonce.Cache(lambda some: matrix[: len(some)], [tier], space=space))
+            for tier in tiers.values()
+        ]
+
+        def before() -> None:
+            for cache in caches:
+                assert cache.flush(CALL_TIMEOUT)
+            gc.collect()
+
+        def embed(cache: Any, size: int, total: int) -> Iterator[object]:
+            prefix = f"lease {next(rounds)} "
+            for start in range(0, total, size):
+                yield cache.embed_batch([prefix + text for text in texts[start : start + size]])
+
+        for size, total in ((CHUNK, TEXTS), (1, SINGLE_TEXTS)):
+            calls: Calls = {
+                name: (lambda cache=cache, size=size, total=total: embed(cache, size, total))
+                for name, cache in zip(tiers, caches, strict=True)
+            }
+            times = measure(calls, repeats, before)
+            spent = measure_cpu(calls, repeats, before)
+            notes = {name: f"CPU of both sides {seconds / total * 1e6:.1f} µs" for name, seconds in spent.items()}
+            print_table(f"{kind}: all misses, {format_count(size, 'text')} a call", times, total, notes)
+
+
 def measure_writes(repeats: int) -> None:
     """Store 2,000 new vectors in chunks of 256."""
     texts, rounds = make_texts(TEXTS), count()
@@ -699,6 +747,7 @@ def _measure_disk_bytes(peer: Any) -> float:
 SECTIONS: dict[str, Callable[[int], None]] = {
     "hits": measure_hits,
     "misses": measure_misses,
+    "leases": measure_leases,
     "writes": measure_writes,
     "promotion": measure_promotion,
     "threads": measure_threads,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedonce import Cache, Tier, config
+from embedonce.contracts import Embedded
 from embedonce.testing.fakes import CountingProvider
 from embedonce.testing.faults import Fault, FaultyBackend
 from embedonce_backends.disk import DiskBackend
-from embedonce_backends.memory import MemoryBackend
 
 LONG_TIMEOUT = 60.0
 COLD_TEXTS = [f"text {i}" for i in range(1000)]
@@ -26,29 +30,47 @@ def write_in_background(folder: str) -> None:
     cache.embed_batch([str(i) for i in range(10)])
 
 
-def embed_all_texts(table: dict[str, Any], prefix: str, seed: int, barrier: Any) -> tuple[int, int]:
-    """Embed the :data:`COLD_TEXTS` texts in a random order, through a memory tier and a tier with leases.
+class LoggingProvider(CountingProvider):
+    """A provider that appends each text that it embeds as a line to a file, so that several processes can be counted.
 
-    Returns the number of texts that this process's provider embedded, and the number of errors of the second tier.
+    The provider embeds ``hang``, if given, only after a long time.
     """
-    provider = CountingProvider(delay=0.002, max_batch=32)
-    (made,) = config.load({"provider": {"type": "ngram"}, "tiers": [table]}).tiers
-    tier = Tier(made.cls(**made.options), name="shared", lease=made.lease, timeout=made.timeout)
+
+    def __init__(self, log: str, hang: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._hang = hang
+
+    def _answer(self, texts: Sequence[str], task: str) -> Embedded:
+        os.write(self._file, "".join(f"{text}\n" for text in texts).encode())
+        if self._hang in texts:
+            time.sleep(LONG_TIMEOUT)
+        return super()._answer(texts, task)
+
+
+def embed_cold_texts(tiers: list[dict[str, Any]], log: str, seed: int, barrier: Any, face: str) -> dict[str, int]:
+    """Embed the :data:`COLD_TEXTS` texts in a random order. Return the causes of the last tier's errors."""
     order = np.random.default_rng(seed).permutation(len(COLD_TEXTS))
-    with Cache(provider, [MemoryBackend(), tier], max_wait=LONG_TIMEOUT) as cache:
-        # Wait until all processes have started. The timeout is shorter than pytest's timeout for a test.
+    texts = [COLD_TEXTS[i] for i in order]
+    provider = LoggingProvider(log, delay=0.003, max_batch=32, asynchronous=face == "async")
+    with config.open({"tiers": tiers}, provider=provider) as cache:
+        cache.lookup([f"opens a connection {seed}"])
         barrier.wait(LONG_TIMEOUT + 40)
-        for start in range(0, len(COLD_TEXTS), 100):
-            mine = [f"{prefix} {COLD_TEXTS[i]}" for i in order[start : start + 100]]
-            matrix = cache.embed_batch(mine)
-            assert all((row == provider.vector_of(text)).all() for text, row in zip(mine, matrix, strict=True))
-        return provider.texts, cache.stats().tiers["shared"].errors
+        matrix = asyncio.run(cache.aembed_batch(texts)) if face == "async" else cache.embed_batch(texts)
+        assert all((row == provider.vector_of(text)).all() for text, row in zip(texts, matrix, strict=True))
+        return dict(list(cache.stats().tiers.values())[-1].causes)
 
 
-def run_eight_processes(table: dict[str, Any], prefix: str) -> list[tuple[int, int]]:
-    """Run :func:`embed_all_texts` in eight parallel processes, and return their results."""
+def embed_cold_texts_in_eight_processes(tiers: list[dict[str, Any]], log: Path, face: str) -> list[dict[str, int]]:
+    """Run :func:`embed_cold_texts` in eight parallel processes, and return their results."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         barrier = manager.Barrier(8)
         with context.Pool(8) as pool:
-            return pool.starmap(embed_all_texts, [(table, prefix, seed, barrier) for seed in range(8)])
+            return pool.starmap(embed_cold_texts, [(tiers, str(log), seed, barrier, face) for seed in range(8)])
+
+
+def embed_and_hang(tiers: list[dict[str, Any]], log: str) -> None:
+    """Embed the text "a" with a provider that logs the text and then hangs."""
+    with config.open({"tiers": tiers}, provider=LoggingProvider(log, hang="a")) as cache:
+        cache.embed("a")

@@ -165,7 +165,8 @@ class Extras(Protocol):
 
         If several callers add the same key, only one of their calls returns the key.
 
-        Every value is a lease. A lease is a few bytes, even if the backend otherwise stores entries.
+        Every value is a lease. A lease is a few bytes, even if the backend otherwise stores entries. ``set_many`` also
+        gets leases, to renew them, and ``delete_many`` removes them.
         """
         ...
 

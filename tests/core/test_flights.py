@@ -364,3 +364,18 @@ def test_chunks_run_concurrently_up_to_the_providers_concurrency(asynchronous: b
         provider.heal()
         assert all_correct(inner, texts, matrix.result(LONG_TIMEOUT))
     assert provider.most_at_once == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_the_leases_of_its_parent_alone() -> None:
+    provider = FaultyProvider(CountingProvider(), [ProviderFault("hang", calls={1})])
+    with Cache(provider, [Tier(DictBackend(scope="host"), name="host", timeout=LONG_TIMEOUT)]) as cache:
+        leader = threading.Thread(target=cache.embed, args=("text",), daemon=True)
+        leader.start()
+        provider.gate.until(1)
+        leases = cache._chain.engine.leases
+        assert leases is not None
+        run_in_fork(lambda: not leases._active and not leases._held and not leases._has_thread)
+        assert leases._active
+        provider.release()
+        leader.join(LONG_TIMEOUT)

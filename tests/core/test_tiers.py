@@ -230,7 +230,7 @@ def test_a_probe_reads_the_keys_that_failed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_many_failed_background_writes_give_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("raise", on="set", error=TierBusy)])
-    with Cache(CountingProvider(), [Tier(faulty, name="far")]) as cache:
+    with Cache(CountingProvider(), [Tier(faulty, name="far", write="background")]) as cache:
         for i in range(10):
             cache.embed(f"{i}")
             assert cache.flush(LONG_TIMEOUT)
@@ -422,7 +422,8 @@ def test_entries_with_different_dimensions_are_counted_as_corrupt_and_never_as_h
 
     def open_cache(dimensions: int, **options: Any) -> Cache:
         provider = CountingProvider(dimensions=dimensions, tells_dimensions=False)
-        return Cache(provider, [Tier(DictBackend(scope="host", holds=kept, store=store), name="host")], **options)
+        backend = DictBackend(scope="host", holds=kept, store=store)
+        return Cache(provider, [Tier(backend, name="host", lease="off")], **options)
 
     for dimensions, texts in ((4, TEXTS[:3]), (5, TEXTS[3:4])):
         with open_cache(dimensions) as cache:
@@ -498,7 +499,8 @@ def test_ttl_is_jittered_by_the_digest_and_never_longer_than_configured() -> Non
 def test_background_writes_survive_the_end_of_the_cache() -> None:
     backend = DictBackend(scope="network")
     slow = FaultyBackend(backend, [Fault("slow", on="set", seconds=0.05)])
-    cache = Cache(CountingProvider(), [Tier(slow, name="far", timeout=LONG_TIMEOUT)], flush_timeout=LONG_TIMEOUT)
+    tier = Tier(slow, name="far", timeout=LONG_TIMEOUT, write="background")
+    cache = Cache(CountingProvider(), [tier], flush_timeout=LONG_TIMEOUT)
     cache.embed_batch(TEXTS)
     cache.close()
     assert len(backend) == len(TEXTS) + 1  # the additional entry is the space card
@@ -506,7 +508,7 @@ def test_background_writes_survive_the_end_of_the_cache() -> None:
 
 def test_a_full_queue_waits_then_drops_the_oldest_and_counts() -> None:
     faulty = FaultyBackend(DictBackend(scope="network"), [Fault("hang", on="set")])
-    tier = Tier(faulty, name="far", timeout=0.3)
+    tier = Tier(faulty, name="far", timeout=0.3, write="background")
     with Cache(CountingProvider(), [tier], max_queued=10, flush_timeout=0.2) as cache:
         texts = itertools.count()
 

@@ -86,7 +86,8 @@ class TierReader:
     ) -> ReadResult:
         """Read the keys, chunk by chunk, and check the values.
 
-        With ``is_repeat``, no misses are counted, because the first read of these keys has already counted them.
+        With ``is_repeat``, no misses and no corrupt entries are counted, because the first read of these keys has
+        already counted them.
 
         Raises:
             TierError: the tier failed and its ``on_error`` is ``"raise"``.
@@ -169,7 +170,7 @@ class TierReader:
             "hits": hits,
             "misses": 0 if is_repeat else read.answered - hits - read.corrupt,
             "errors": read.errors,
-            "corrupt": read.corrupt,
+            "corrupt": 0 if is_repeat else read.corrupt,
             "skipped": read.skipped,
         }
         self._counters.count(seconds=read.seconds, cause=read.cause, **counts)

@@ -168,6 +168,8 @@ class TierWriter:
 
         Return the keys that were absent, and the keys for which the tier failed. After a call that failed as a whole,
         and while the breaker is open, the tier is not called, and the remaining keys count as failed.
+
+        A success does not reset the breaker, because a store that is nearly full may still accept such small items.
         """
         backend = self._calls.backend
         added: set[str] = set()
@@ -187,8 +189,6 @@ class TierWriter:
                 failed.update(lost)
                 if len(lost) == len(part):
                     break
-            else:
-                self.breaker.record_success()
         else:
             return added, failed
         return added, items.keys() - added

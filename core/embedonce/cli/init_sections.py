@@ -56,9 +56,9 @@ _TIERS_HEAD = """\
 """
 
 _LEASE = """\
-# If several processes need the vector of the same new text, only one process embeds the text. The other
-# processes wait. Only one tier can have a lease.
-# lease = "30s"
+# If several processes need the vector of the same new text, only one process embeds the text, and the others wait.
+# If that process dies, another one takes over after this long. "off": every process embeds the text.
+# lease = "2.5s"
 """
 
 PROVIDERS: Mapping[str, Section] = {

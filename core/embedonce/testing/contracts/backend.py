@@ -523,6 +523,11 @@ class BackendContract(Contract):
             self.advance(11.0)
             added = set(backend.add_many({key(1): values.sample(3)}, 60.0))
             assert added == {key(1)}, "add_many did not add a key whose TTL had ended"
+            self.advance(50.0)
+            backend.set_many({key(1): values.sample(3)}, 60.0)
+            self.advance(50.0)
+            added = set(backend.add_many({key(1): values.sample(4)}, 60.0))
+            assert added == set(), "set_many did not renew the TTL of a key that add_many had added"
             self._require_stored(backend, {key(1): 3})
 
     # --- close, reopen, fork and other processes ----------------------------------------------
