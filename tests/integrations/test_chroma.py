@@ -219,7 +219,7 @@ class Bare(EmbeddingFunction[Documents]):
 
 def test_a_function_that_cannot_be_described_is_refused_with_advice() -> None:
     tiers = {"tiers": [{"type": "memory"}]}
-    with pytest.raises(SpaceError, match=r"Bare has no get_config.*space="):
+    with pytest.raises(SpaceError, match=r"Bare does not say.*space="):
         CachedEmbeddingFunction(Bare(), config=tiers)
     function = CachedEmbeddingFunction(Bare(), config=tiers, space={"model": "bare-v1"})
     assert function(["four"])[0].tolist() == [4.0, 1.0]

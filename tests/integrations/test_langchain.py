@@ -356,7 +356,8 @@ class Opaque(Embeddings):
 
 
 class Nameless(BaseModel, Opaque):
-    _weights: Any = PrivateAttr(default=1)
+    batch_size: int = 1
+    _count: int = PrivateAttr(default=1)
 
 
 class Nested(BaseModel, Opaque):
@@ -371,7 +372,7 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for embeddings, message in (
         (Opaque(), "Opaque does not say"),
-        (Nameless(), "names no model and has private attributes"),
+        (Nameless(), "Nameless does not say"),
         (Nested(base=object()), r"Nested\.base .of type object"),
         (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
@@ -402,8 +403,14 @@ class Quantized(Letters):
 
 
 def test_vectors_that_depend_on_the_batch_are_refused() -> None:
-    with pytest.raises(SpaceError, match="depends on the other texts"):
-        CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory_config())
+    tied = Quantized(encode_kwargs={"precision": "int8"})
+    for declared in (None, {"model": "mine"}):
+        with pytest.raises(SpaceError, match="depends on the other texts"):
+            CachedEmbeddings(tied, config=memory_config(), space=declared)
+        CachedEmbeddings(tied, config=memory_config(), space=declared, ignore=["encode_kwargs.precision"])
+        plain = CachedEmbeddings(Letters(), config=memory_config(), space=declared)
+        with pytest.raises(SpaceError, match="depends on the other texts"):
+            plain.embed_documents(["a", "b"], late_chunking=True)
     CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory_config())
 
 
@@ -422,8 +429,8 @@ def test_kwargs_are_passed_on_and_change_the_space(server: OpenAIServer, openai:
     assert server.texts == 3
     assert face.documents(cached, ["a"], chunk_size=7, user="me") == plain
     assert server.texts == 3, "neither decides the vectors"
-    with pytest.raises(SpaceError, match=r"the call's\.hook"):
-        face.documents(cached, ["a"], hook=print)
+    with pytest.raises(SpaceError, match=r"the call's hook"):
+        face.documents(cached, ["a"], hook=lambda text: text)
     inner = Letters()
     declared = CachedEmbeddings(inner, config=memory_config(), space={"model": "mine"})
     assert not equal_as_float32(face.query(declared, "a"), face.query(declared, "a", tone="kind"))

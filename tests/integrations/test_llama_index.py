@@ -244,7 +244,6 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI) -> None
     for options in (
         {"model": "text-embedding-3-large"},
         {"dimensions": 8},
-        {"api_version": "2026-01-01"},
         {"additional_kwargs": {"truncate": True}},
     ):
         assert vectors_of(openai(**options)) != plain, options
@@ -256,6 +255,7 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI) -> None
         {"default_headers": {"x": "y"}},
         {"reuse_client": False},
         {"num_workers": 4},
+        {"api_version": "2026-01-01"},
         {"additional_kwargs": {"user": "me", "encoding_format": "float"}},
     ):
         assert vectors_of(openai(**options)) == plain, options
@@ -275,6 +275,18 @@ def test_queries_and_texts_share_vectors_only_if_symmetric() -> None:
     assert declared["document"] != declared["query"]
 
 
+class Wordless(BaseEmbedding):
+    """Has no field of its own."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return vector(text)
+
+    _get_query_embedding = _get_text_embedding
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return vector(query)
+
+
 class Holding(Letters):
     model: Any = None
 
@@ -285,7 +297,7 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for model, message in (
-        (Letters(model_name="unknown"), "names no model and has private attributes"),
+        (Wordless(), "Wordless does not say"),
         (Holding(model=object()), r"Holding\.model .of type object"),
         (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
