@@ -13,10 +13,14 @@ import openai as openai_client
 import pytest
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings
 from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction, register_embedding_function
+from hypothesis import given, settings
 
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.chroma import CachedEmbeddingFunction
+
+from .embedder_settings import Pair, attach, pairs
+from .embedders import memory_config
 
 MODEL = "text-embedding-3-small"
 DOCUMENTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered.", "Oolong is between."]
@@ -225,6 +229,16 @@ def test_a_function_that_cannot_be_described_is_refused_with_advice() -> None:
     assert function(["four"])[0].tolist() == [4.0, 1.0]
     with pytest.raises(SpaceError, match="provider"):
         CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [
+        CachedEmbeddingFunction(attach(TwoSided(), mix), config=config).cache.explain("a").key for mix in pair.mixes
+    ]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_the_endpoint_is_in_the_space_wherever_it_comes_from(

@@ -34,6 +34,7 @@ from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
 from embedonce.testing import DictBackend, OpenAIServer
 from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
 
+from .embedder_settings import Pair, attach, pairs
 from .embedders import (
     MIXED,
     NGRAM,
@@ -355,6 +356,11 @@ class Opaque(Embeddings):
         return vector(text)
 
 
+class Named(Opaque):
+    def __init__(self) -> None:
+        self.model = "m"
+
+
 class Nameless(BaseModel, Opaque):
     batch_size: int = 1
     _count: int = PrivateAttr(default=1)
@@ -381,6 +387,14 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
             CachedEmbeddings(embeddings, config=memory_config())
         cached = CachedEmbeddings(embeddings, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.embed_documents(["a"]), [vector("a")])
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [CachedEmbeddings(attach(Named(), mix), config=config).cache.explain("a").key for mix in pair.mixes]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_changed_embeddings_are_refused(openai: OpenAI, face: Face) -> None:

@@ -39,6 +39,7 @@ from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.llama_index import CachedEmbedding
 
+from .embedder_settings import Pair, attach, pairs
 from .embedders import (
     MIXED,
     NGRAM,
@@ -307,6 +308,17 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
         cached = CachedEmbedding(model, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.get_text_embedding("a"), vector("a"))
         assert cached.model_name == "mine"
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [
+        CachedEmbedding(attach(Wordless(model_name="m"), mix), config=config).cache.explain("a").key
+        for mix in pair.mixes
+    ]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_a_changed_model_is_refused() -> None:
