@@ -243,7 +243,7 @@ def find_url(client: object) -> str | None:
 
 _NAMED: Final = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType),
-    *(types.WrapperDescriptorType, functools.partial, np.ufunc),
+    *(types.WrapperDescriptorType, types.MethodWrapperType, functools.partial, np.ufunc),
 )
 """Types of classes and functions, which are described by their name."""
 
@@ -381,7 +381,7 @@ class Description:
         value = self._describe_value(item, name, where)
         if value is NOTHING:
             return self._describe_instance(item, where)
-        own = {} if is_builtin(cls) else self._describe_fields(read_state(item), where)
+        own = {} if is_builtin(cls) else self._describe_fields(getattr(item, "__dict__", {}), where)
         return {"value": value, "attributes": own} if own else value
 
     def _describe_value(self, item: Any, name: str, where: str) -> Any:
@@ -418,7 +418,7 @@ class Description:
             parts = {"function": item.func, "arguments": item.args, "keywords": item.keywords}
             return {part: self._describe_item(value, f"{where}.{part}") for part, value in parts.items()}
         owner = getattr(item, "__self__", None)
-        if isinstance(item, types.MethodType | types.BuiltinFunctionType) and not (
+        if isinstance(item, types.MethodType | types.BuiltinFunctionType | types.MethodWrapperType) and not (
             owner is None or isinstance(owner, types.ModuleType)
         ):
             return {"method": item.__name__, "of": self._describe_item(owner, where)}

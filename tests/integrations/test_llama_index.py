@@ -349,6 +349,14 @@ def test_unsupported_arguments_are_refused_with_advice() -> None:
         CachedEmbedding.from_dict(cached.to_dict())
 
 
+def test_the_description_is_the_same_before_and_after_the_first_calls(openai: OpenAI, face: Face) -> None:
+    for inner in (openai(), openai(reuse_client=False), Letters()):
+        before = vectors_of(inner)
+        face.texts(inner, ["a", "b"])
+        face.query(inner, "c")
+        assert vectors_of(inner) == before
+
+
 def test_the_model_gets_the_normalised_text() -> None:
     inner = Letters()
     cached = CachedEmbedding(inner, config=memory_config(normalize=["strip"]))

@@ -108,7 +108,7 @@ class Swallowing(Lazy):
     def embed_documents(self, texts: list[str]) -> list[Any]:
         try:
             return super().embed_documents(texts)
-        except Exception:  # noqa: BLE001
+        except Exception:
             return [[1.0, 2.0] for _ in texts]
 
 
@@ -125,7 +125,8 @@ class InChunks(Asking):
                 answer = await client.embeddings.create(model=self.model, input=part)
                 return [item.embedding for item in answer.data]
 
-            return sum(await asyncio.gather(ask(texts[:2]), ask(texts[2:])), [])
+            parts = await asyncio.gather(*(ask(texts[at : at + 2]) for at in range(0, len(texts), 2)))
+            return [row for part in parts for row in part]
 
 
 KINDS = [Held, Lazy, PerCall, Raw, Streaming, Iterating, InThreads, InChunks]
