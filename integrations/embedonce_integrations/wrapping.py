@@ -228,7 +228,8 @@ def _is_record(before: Any, after: Any) -> bool:
         return len(after) >= len(before) and all(map(_is_record, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
-    return bool(type(before) is type(after) and before == after)
+    is_equal: bool = before == after
+    return is_equal and type(before) is type(after)
 
 
 def make_describer(
