@@ -489,7 +489,9 @@ async def test_an_invalid_answer_is_an_error_and_nothing_of_it_is_stored(
     spoil: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
     inner = Embedder()
-    embedder = CachedDocumentEmbedder(inner, config={**MEMORY, "key": {"namespace": request.node.name}}, ignore=["spoil"])
+    embedder = CachedDocumentEmbedder(
+        inner, config={**MEMORY, "key": {"namespace": request.node.name}}, ignore=["spoil"]
+    )
     embedder.run(documents=documents("a", "b"))
     inner.spoil = spoil
     with pytest.raises(ProviderError):

@@ -18,6 +18,7 @@ from haystack.core.serialization import component_to_dict
 
 from embedonce import Cache, Embedded, Fetched, Limits, SpaceError, TextRefused
 from embedonce.contracts import Task
+from embedonce_integrations.composite_texts import join_keywords, split_all, split_keywords
 from embedonce_integrations.wrapping import (
     WrappedProvider,
     WrappedSpaces,
@@ -25,8 +26,6 @@ from embedonce_integrations.wrapping import (
     dump_config,
     open_shared_cache,
 )
-
-from embedonce_integrations.composite_texts import join_keywords, split_all, split_keywords
 
 from ._copying import copy_embedder, pack_embedder, unpack_embedder
 from ._described import describe_component
@@ -149,11 +148,7 @@ class CachedEmbedder:
         return self._rebuild(self._read_state())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return a component with a copy of the embedder. It opens the cache by itself.
-
-        Raises:
-            TypeError: the embedder can be neither copied nor made again from its ``to_dict``.
-        """
+        """Return a component with a copy of the embedder, or the same embedder if it cannot be copied."""
         state = self._read_state()
         embedder = copy_embedder(state.pop("embedder"), memo)
         copied = type(self).__new__(type(self))

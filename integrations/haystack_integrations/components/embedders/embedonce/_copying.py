@@ -1,7 +1,7 @@
 """Copy and pickle the embedder inside a component.
 
-A warm embedder holds connections and locks, which can be neither copied nor pickled. Such an embedder is made again from
-its ``to_dict``, and warms up at the first miss.
+A warm embedder holds connections and locks, which can be neither copied nor pickled. Such an embedder is made again
+from its ``to_dict``, and warms up at the first miss.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ class Packed(NamedTuple):
 
 
 def copy_embedder(embedder: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy of an embedder, or an embedder that was made again from its ``to_dict``.
-
-    Raises:
-        TypeError: neither is possible.
-    """
+    """Return a deep copy of an embedder; else an embedder made again from its ``to_dict``; else the embedder itself."""
     if id(embedder) not in memo:
         try:
             # A copy that fails leaves unfinished objects in the memo, so it has a memo of its own.
             memo[id(embedder)] = deepcopy(embedder, dict(memo))
         except Exception as error:  # noqa: BLE001  (an embedder may hold anything)
-            memo[id(embedder)] = _build(_dump(embedder, "copied", error))
+            memo[id(embedder)] = _rebuild(embedder, error)
     return memo[id(embedder)]
+
+
+def _rebuild(embedder: Any, reason: Exception) -> Any:
+    try:
+        return _build(_dump(embedder, reason))
+    except TypeError:
+        return embedder
 
 
 def pack_embedder(embedder: Any) -> Any:
@@ -48,7 +51,7 @@ def pack_embedder(embedder: Any) -> Any:
     try:
         pickle.dumps(embedder)
     except Exception as error:  # noqa: BLE001  (an embedder may hold anything)
-        return _dump(embedder, "pickled", error)
+        return _dump(embedder, error)
     return embedder
 
 
@@ -61,20 +64,20 @@ def _build(packed: Packed) -> Any:
     return component_from_dict(packed.cls, packed.data, "embedder")
 
 
-def _dump(embedder: Any, what: str, reason: Exception) -> Packed:
+def _dump(embedder: Any, reason: Exception) -> Packed:
     cls = type(embedder)
     try:
         packed = Packed(cls, component_to_dict(embedder, "embedder"))
         again = _build(packed)
     except Exception as error:
         raise TypeError(
-            f"{cls.__name__} cannot be {what} ({reason}) or made again from its to_dict ({type(error).__name__}); copy "
-            "the component before its first run, or make a new one from the same arguments"
+            f"{cls.__name__} can be neither pickled ({reason}) nor made again from its to_dict "
+            f"({type(error).__name__}); pickle the component before its first run, or make a new one"
         ) from error
     if _describe(embedder) != _describe(again):
         raise TypeError(
-            f"{cls.__name__} cannot be {what} ({reason}), and its to_dict does not contain everything that affects its "
-            "vectors; make a new component from the same arguments"
+            f"{cls.__name__} cannot be pickled ({reason}), and its to_dict does not contain everything that affects "
+            "its vectors; pickle the component before its first run, or make a new one"
         )
     return packed
 
