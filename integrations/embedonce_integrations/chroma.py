@@ -8,24 +8,22 @@ without embedonce. If nothing is wrapped, the name is ``embedonce``, and the con
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from copy import copy
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
 
 from embedonce import SpaceError, VectorSpace
-from embedonce.config import Source
+from embedonce.config import Source, load
 from embedonce.contracts import Task
 
 from .wrapping import (
-    HOW_TO_DECLARE,
-    OrderedClient,
+    Rebuilt,
     WrappedProvider,
     WrappedSpaces,
-    describe_space,
     dump_config,
-    is_openai_resource,
+    keep_source,
+    make_describer,
     open_shared_cache,
-    resolve_declared_space,
 )
 
 try:
@@ -34,19 +32,18 @@ try:
 except ImportError as error:
     raise ImportError("Chroma is not installed: pip install 'embedonce[chroma]'") from error
 
-NOT_IN_SPACE = ("api_key_env_var", "organization_id", "default_headers")
-"""Configuration fields that do not affect the vectors of Chroma's embedding functions."""
-
 
 @register_embedding_function
-class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
+class CachedEmbeddingFunction(Rebuilt, EmbeddingFunction[Documents]):
     """Embeds documents and queries through a cache.
 
     Args:
         embedding_function: the embedding function to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file. If nothing is wrapped, Chroma stores
             this argument with each collection, as JSON.
-        space: the vector space; required if the configuration of ``embedding_function`` does not describe its vectors.
+        space: the vector space; required if ``embedding_function`` does not describe its vectors.
+        ignore: names of fields of ``embedding_function`` that do not affect the vectors, at any depth: ``["name"]``, or
+            ``["inner.name"]`` for a field of one inner object.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -59,15 +56,19 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
         *,
         config: Source = None,
         space: VectorSpace | Mapping[str, Any] | None = None,
+        ignore: Collection[str] = (),
     ) -> None:
         self._config = os.fspath(config) if isinstance(config, os.PathLike) else config
+        loaded = load(config, own_provider=embedding_function is not None)
+        self._embedder = embedding_function
+        self._arguments = {"config": keep_source(config, loaded), "space": space, "ignore": ignore}
         if embedding_function is None:
-            if space is not None:
+            if space is not None or ignore:
                 raise SpaceError(
-                    "space= can only be used with an embedding function; without one, the [provider] of the "
-                    "configuration describes its own vector space"
+                    "space= and ignore= can only be used with an embedding function; without one, the [provider] of "
+                    "the configuration describes its own vector space"
                 )
-            self.cache = open_shared_cache(config)
+            self.cache = open_shared_cache(loaded)
             return
         if isinstance(embedding_function, type) or not hasattr(embedding_function, "embed_query"):
             raise TypeError(
@@ -75,13 +76,23 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
                 f"{embedding_function if isinstance(embedding_function, type) else type(embedding_function).__name__}; "
                 "to pass a configuration, use config="
             )
-        self.cache = open_shared_cache(config, provider=_wrap(embedding_function, space))
+        describe = self._describe_spaces(embedding_function)
+        self.cache = open_shared_cache(loaded, provider=_wrap(embedding_function, WrappedSpaces(describe)))
         # Chroma reads these attributes from the instance, so the instance gets the attributes of the wrapped function.
         # The class keeps its own attributes, because Chroma's registry needs them.
         for name in ("name", "get_config", "build_from_config", "validate_config", "validate_config_update"):
             setattr(self, name, getattr(embedding_function, name))
         for name in ("default_space", "supported_spaces", "is_legacy"):
             setattr(self, name, getattr(embedding_function, name))
+
+    def _describe_spaces(self, embedder: EmbeddingFunction[Documents]) -> Callable[[Task], VectorSpace]:
+        return make_describer(
+            embedder,
+            space=self._arguments["space"],
+            ignore=self._arguments["ignore"],
+            has_tasks=_is_asymmetric(embedder),
+            more=partial(_read_config, embedder),
+        )
 
     def __call__(self, input: Documents) -> Embeddings:
         """Return one float32 array of shape (d,) per document. Raises whatever the embedding function raises."""
@@ -121,42 +132,23 @@ class CachedEmbeddingFunction(EmbeddingFunction[Documents]):
             raise ValueError("the new configuration makes different vectors; use a new collection for it")
 
 
-def _wrap(inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str, Any] | None) -> WrappedProvider:
-    function = _sort_answers(inner)
-    is_asymmetric = type(inner).embed_query is not EmbeddingFunction.embed_query
-    spaces = WrappedSpaces(lambda task: _describe(inner, space, task if is_asymmetric else None))
+def _wrap(inner: EmbeddingFunction[Documents], spaces: WrappedSpaces) -> WrappedProvider:
+    is_asymmetric = _is_asymmetric(inner)
 
     def embed(texts: list[str], task: Task) -> Any:
-        spaces.check(task)
-        return function.embed_query(texts) if is_asymmetric and task == "query" else function(texts)
+        with spaces.calling(task) as read:
+            vectors = inner.embed_query(texts) if is_asymmetric and task == "query" else inner(texts)
+        return read.make_answer(vectors)
 
     return WrappedProvider(embed=embed, space=spaces)
 
 
-def _sort_answers(inner: EmbeddingFunction[Documents]) -> EmbeddingFunction[Documents]:
-    """Return an embedding function that puts the vectors of an OpenAI answer in the order of their ``index``.
-
-    The original function ignores the ``index``.
-    """
-    client = getattr(inner, "client", None)
-    if not is_openai_resource(getattr(client, "embeddings", None)):
-        return inner
-    ordered: Any = copy(inner)
-    ordered.client = OrderedClient(client)
-    return cast("EmbeddingFunction[Documents]", ordered)
+def _is_asymmetric(inner: EmbeddingFunction[Documents]) -> bool:
+    return type(inner).embed_query is not EmbeddingFunction.embed_query
 
 
-def _describe(
-    inner: EmbeddingFunction[Documents], space: VectorSpace | Mapping[str, Any] | None, task: Task | None
-) -> VectorSpace:
-    if space is not None:
-        return resolve_declared_space(space, task=task)
-    name = type(inner).__name__
+def _read_config(inner: EmbeddingFunction[Documents]) -> dict[str, Any]:
+    """Return what a function says about itself: its configuration, and the name under which Chroma knows it."""
     if type(inner).get_config is EmbeddingFunction.get_config:
-        raise SpaceError(f"{name} has no get_config to describe its vectors; {HOW_TO_DECLARE}")
-    fields = dict(inner.get_config())
-    client = getattr(inner, "client", None)
-    if is_openai_resource(getattr(client, "embeddings", None)):
-        fields["api_base"] = str(client.base_url)  # type: ignore[union-attr]  # may come from the environment
-    model = next((fields[key] for key in ("model_name", "model", "model_id") if fields.get(key)), name)
-    return describe_space(inner, fields, model=str(model), task=task, leave_out=NOT_IN_SPACE)
+        return {}
+    return {"function": inner.name(), **inner.get_config()}

@@ -44,8 +44,8 @@ def split_keywords(
         per_text[name] = list(value)
     for path in _find_parallel(others, texts, ""):
         raise SpaceError(
-            f"{path} has as many values as there are texts, and embedonce cannot tell whether each value belongs to one "
-            "text; embed each text in a call of its own with its own value, or embed such batches without the cache"
+            f"{path} has as many values as there are texts, and embedonce cannot tell whether each value belongs to "
+            "one text; embed each text in a call of its own with its own value, or embed such batches without the cache"
         )
     return per_text, others
 

@@ -257,7 +257,7 @@ _PHRASES = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|tem
 
 
 def to_plain_name(name: str) -> str:
-    """Return a name in the form of these lists: ``batch_size`` for ``_batch_size``, ``batchSize`` and ``batch-size``."""
+    """Return a name as these lists spell it: ``batch_size`` for ``_batch_size``, ``batchSize`` and ``batch-size``."""
     return _CAMEL.sub("_", name).lower().replace("-", "_").replace(" ", "_").strip("_")
 
 

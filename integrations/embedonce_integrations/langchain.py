@@ -82,9 +82,11 @@ class CachedEmbeddings(Rebuilt, Embeddings):
             "symmetric": symmetric,
         }
         self._inner = None
+        provider = None
         if embeddings is not None:
             self._inner = _WrappedEmbeddings(embeddings, WrappedSpaces(self._describe_spaces(embeddings)))
-        self.cache = open_shared_cache(loaded, provider=self._inner and self._inner.make_provider({}))
+            provider = self._inner.make_provider({})
+        self.cache = open_shared_cache(loaded, provider=provider)
 
     def embed_documents(self, texts: list[str], **kwargs: Any) -> list[list[float]]:
         """Return one vector per document, in order. Raises whatever the embeddings raise.
@@ -226,7 +228,7 @@ class VectorByteStore(ByteStore):
     def __init__(self, *, space: VectorSpace | Mapping[str, Any], config: Source = None) -> None:
         loaded = _load_config(config)
         declared = resolve_declared_space(space)
-        self._arguments = {"space": declared, "config": keep_source(config, loaded)}
+        self._arguments: dict[str, Any] = {"space": declared, "config": keep_source(config, loaded)}
         provider = WrappedProvider(embed=_refuse_to_embed, space=lambda _: declared)
         self.cache = open_shared_cache(loaded, provider=provider)
 

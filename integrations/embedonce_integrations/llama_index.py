@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from embedonce import Cache, Limits, SpaceError, VectorSpace, config
@@ -13,12 +11,12 @@ from embedonce.contracts import Task
 from embedonce.vectors import Matrix, Vector
 
 from .wrapping import (
-    OrderedClient,
     WrappedProvider,
     WrappedSpaces,
-    describe_by_fields,
+    check_pickling,
+    keep_source,
+    make_describer,
     open_shared_cache,
-    resolve_declared_space,
 )
 
 try:
@@ -30,9 +28,6 @@ except ImportError as error:
 
 TASKS = ("document", "query")
 
-ENGINES = ("_text_engine", "_query_engine")
-"""Attributes of LlamaIndex's OpenAI embedding models. They affect the vectors, but they are not pydantic fields."""
-
 
 class CachedEmbedding(BaseEmbedding):
     """Embeds texts and queries through a cache.
@@ -43,6 +38,8 @@ class CachedEmbedding(BaseEmbedding):
         embed_model: the embedding model to wrap; None to use the ``[provider]`` of ``config``.
         config: a TOML file, a dict of the same shape, or None to look for a file.
         space: the vector space, at least the model; required if ``embed_model`` does not describe its vectors.
+        ignore: names of fields of ``embed_model`` that do not affect the vectors, at any depth: ``["name"]``, or
+            ``["inner.name"]`` for a field of one inner object.
         symmetric: whether ``embed_model`` treats queries like texts, so that both share their vectors.
         kwargs: fields of BaseEmbedding. ``embed_batch_size`` is the number of texts per lookup; its default is the
             batch size of ``embed_model``.
@@ -65,6 +62,7 @@ class CachedEmbedding(BaseEmbedding):
         *,
         config: Source = None,
         space: VectorSpace | Mapping[str, Any] | None = None,
+        ignore: Collection[str] = (),
         symmetric: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -76,7 +74,7 @@ class CachedEmbedding(BaseEmbedding):
         for name, reason in REFUSED_FIELDS.items():
             if kwargs.get(name) is not None:
                 raise TypeError(f"CachedEmbedding does not accept {name!r}: {reason}")
-        handle = _Handle(embed_model, config, space, symmetric)
+        handle = _Handle(embed_model, config, space, ignore, symmetric)
         defaults = {"model_name": handle.model}
         if embed_model is not None:
             defaults |= {name: getattr(embed_model, name) for name in ("embed_batch_size", "num_workers")}
@@ -153,18 +151,17 @@ class _Handle:
         embed_model: BaseEmbedding | None,
         source: Source,
         space: VectorSpace | Mapping[str, Any] | None,
+        ignore: Collection[str],
         symmetric: bool,
     ) -> None:
-        if embed_model is None and (space is not None or symmetric):
+        if embed_model is None and (space is not None or ignore or symmetric):
             raise SpaceError(
-                "space= and symmetric= can only be used with an embedding model; without one, the [provider] of the "
-                "configuration describes its own vector space"
+                "space=, ignore= and symmetric= can only be used with an embedding model; without one, the [provider] "
+                "of the configuration describes its own vector space"
             )
         loaded = config.load(source, own_provider=embed_model is not None)
-        # Keep the path that was found, because another process may look for the file in a different folder.
-        source = loaded.file or (deepcopy(dict(source)) if isinstance(source, Mapping) else source)
-        self._parts = (embed_model, source, space, symmetric)
-        provider = None if embed_model is None else _wrap(embed_model, space, symmetric)
+        self._parts = (embed_model, keep_source(source, loaded), space, ignore, symmetric)
+        provider = None if embed_model is None else _wrap(embed_model, self._describe_spaces(embed_model))
         self.cache = open_shared_cache(loaded, provider=provider)
         spaces = {task: self.cache.provider.space(task) for task in TASKS}
         self.model = spaces["document"].model
@@ -185,44 +182,39 @@ class _Handle:
         Raises:
             SpaceError: pickling fails or changes the model.
         """
-        try:
-            copy = pickle.loads(pickle.dumps(self))
-            is_changed = copy.vectors != self.vectors
-        except Exception as error:
-            raise SpaceError(f"cannot pickle the embedding model ({type(error).__name__}: {error})") from error
-        if is_changed:
-            raise SpaceError(
-                "the embedding model would make different vectors in another process, because pickling the model "
-                "loses a part that is not a field. Construct the model in that process, or remove num_workers"
-            )
+        if self._parts[0] is not None:
+            check_pickling(self._parts[0], self._describe_spaces)
+
+    def _describe_spaces(self, embed_model: BaseEmbedding) -> Callable[[Task], VectorSpace]:
+        _, _, space, ignore, symmetric = self._parts
+        return make_describer(embed_model, space=space, ignore=ignore, has_tasks=not symmetric)
 
 
-def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, symmetric: bool) -> WrappedProvider:
-    def describe(task: Task) -> VectorSpace:
-        space_task = None if symmetric else task
-        return _describe(inner, space_task) if space is None else resolve_declared_space(space, task=space_task)
-
+def _wrap(inner: Any, describe: Callable[[Task], VectorSpace]) -> WrappedProvider:
     spaces = WrappedSpaces(describe)
-    ordered: Any = _sort_answers(inner)
 
     # After unpickling, `inner` has no `rate_limiter` if the rate limiter could not be pickled.
     limiter = getattr(inner, "rate_limiter", None)
 
     def embed(texts: list[str], task: Task) -> Any:
-        spaces.check(task)
-        if limiter is not None:
-            limiter.acquire()
-        if task == "query":
-            return [_vector_of(ordered._get_query_embedding(text)) for text in texts]
-        return [_vector_of(answer) for answer in ordered._get_text_embeddings(texts)]
+        with spaces.calling(task) as read:
+            if limiter is not None:
+                limiter.acquire()
+            if task == "query":
+                answers = [inner._get_query_embedding(text) for text in texts]
+            else:
+                answers = inner._get_text_embeddings(texts)
+        return read.make_answer([_vector_of(answer) for answer in answers])
 
     async def aembed(texts: list[str], task: Task) -> Any:
-        spaces.check(task)
-        if limiter is not None:
-            await limiter.async_acquire()
-        if task == "query":
-            return [_vector_of(await ordered._aget_query_embedding(text)) for text in texts]
-        return [_vector_of(answer) for answer in await ordered._aget_text_embeddings(texts)]
+        with spaces.calling(task) as read:
+            if limiter is not None:
+                await limiter.async_acquire()
+            if task == "query":
+                answers = [await inner._aget_query_embedding(text) for text in texts]
+            else:
+                answers = await inner._aget_text_embeddings(texts)
+        return read.make_answer([_vector_of(answer) for answer in answers])
 
     return WrappedProvider(
         embed=embed,
@@ -230,11 +222,6 @@ def _wrap(inner: BaseEmbedding, space: VectorSpace | Mapping[str, Any] | None, s
         space=spaces,
         limits=Limits(max_batch=inner.embed_batch_size),
     )
-
-
-def _describe(inner: BaseEmbedding, task: Task | None) -> VectorSpace:
-    engines = {name.strip("_"): getattr(inner, name, None) for name in ENGINES}
-    return describe_by_fields(inner, task=task, overrides=engines)
 
 
 def _vector_of(answer: Any) -> Any:
@@ -250,17 +237,3 @@ def _to_floats(vector: Vector) -> list[float]:
 def _to_lists(vectors: Matrix) -> list[list[float]]:
     lists: list[list[float]] = vectors.tolist()
     return lists
-
-
-def _sort_answers(inner: BaseEmbedding) -> BaseEmbedding:
-    """Return an embedding model that puts the vectors of an OpenAI answer in the order of their ``index``.
-
-    The original model ignores the ``index``.
-    """
-    if not any(cls.__module__.startswith("llama_index.embeddings.openai.") for cls in type(inner).__mro__):
-        return inner
-    ordered = inner.model_copy()
-    for name in ("_get_client", "_get_aclient"):
-        make = getattr(inner, name)
-        object.__setattr__(ordered, name, lambda make=make: OrderedClient(make()))
-    return ordered

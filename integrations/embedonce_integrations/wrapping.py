@@ -154,7 +154,7 @@ class WrappedSpaces:
 
     @contextmanager
     def calling(self, task: Task) -> Iterator[AnswersRead]:
-        """Check the embedder before and after it is called in the ``with`` block, and read the answers that it receives.
+        """Check the embedder before and after it is called in the ``with`` block, and read the answers that it gets.
 
         An embedder may write down what it does, such as the number of its calls. So a number or a collection that has
         grown by the end of the block is no change. Everything else is, and then the vectors must not be stored.
@@ -222,7 +222,7 @@ def _is_record(before: Any, after: Any) -> bool:
         return len(after) >= len(before) and all(map(_is_record, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
-    return type(before) is type(after) and before == after
+    return bool(type(before) is type(after) and before == after)
 
 
 def make_describer(
