@@ -160,7 +160,7 @@ class CachedEmbedder:
         """Return the state from which another process rebuilds this component.
 
         Raises:
-            TypeError: the embedder can be neither pickled nor made again from its ``to_dict``.
+            SpaceError: the embedder can be neither pickled nor made again from its ``to_dict``.
         """
         state = self._read_state()
         return {**state, "embedder": pack_embedder(state["embedder"])}

@@ -38,7 +38,7 @@ def copy_embedder(embedder: Any, memo: dict[int, Any]) -> Any:
 def _rebuild(embedder: Any, reason: Exception) -> Any:
     try:
         return _build(_dump(embedder, reason))
-    except TypeError:
+    except SpaceError:
         return embedder
 
 
@@ -46,7 +46,7 @@ def pack_embedder(embedder: Any) -> Any:
     """Return an embedder if it can be pickled, and otherwise its ``to_dict`` as a :class:`Packed`.
 
     Raises:
-        TypeError: it has no ``to_dict`` that describes it.
+        SpaceError: it has no ``to_dict`` that describes it.
     """
     try:
         pickle.dumps(embedder)
@@ -70,12 +70,12 @@ def _dump(embedder: Any, reason: Exception) -> Packed:
         packed = Packed(cls, component_to_dict(embedder, "embedder"))
         again = _build(packed)
     except Exception as error:
-        raise TypeError(
+        raise SpaceError(
             f"{cls.__name__} can be neither pickled ({reason}) nor made again from its to_dict "
             f"({type(error).__name__}); pickle the component before its first run, or make a new one"
         ) from error
     if _describe(embedder) != _describe(again):
-        raise TypeError(
+        raise SpaceError(
             f"{cls.__name__} cannot be pickled ({reason}), and its to_dict does not contain everything that affects "
             "its vectors; pickle the component before its first run, or make a new one"
         )
