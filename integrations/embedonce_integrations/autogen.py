@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
 
+from embedonce.config import load
 from embedonce.similarity import top_k
 from embedonce.vectors import Matrix, Vector
 
-from .wrapping import dump_config, open_shared_cache
+from .wrapping import dump_config, keep_source, open_shared_cache
 
 try:
     from autogen_core import CancellationToken, Component
@@ -75,8 +77,10 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
             raise TypeError(f"k must be an integer, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        self.cache = open_shared_cache(config)
+        loaded = load(config)
+        self.cache = open_shared_cache(loaded)
         self._config = config
+        self._source = keep_source(config, loaded)
         self._name = name
         self._k = k
         self._score_threshold = score_threshold
@@ -174,6 +178,18 @@ class CachedMemory(Memory, Component[CachedMemoryConfig]):
             for place, score in zip(places[0].tolist(), scores[0].tolist(), strict=True)
             if threshold is None or score >= threshold
         ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or a memory in another process, opens the cache by itself and finds the vectors there.
+        arguments: dict[str, Any] = {
+            "config": self._source,
+            "name": self._name,
+            "k": self._k,
+            "score_threshold": self._score_threshold,
+            "store_metadata": self._store_metadata,
+            "memory_contents": [*self._contents, *self._not_embedded],
+        }
+        return partial(type(self), **arguments), ()
 
     def _to_config(self) -> CachedMemoryConfig:
         return CachedMemoryConfig(

@@ -118,7 +118,8 @@ def describe_embedder(
     fields = {**read_state(embedder), **(more or {})}
     described = Description(embedder, ignore).describe_fields(fields)
     model = find_model(fields) or getattr(cls, "MODEL_NAME", None)
-    if model is None and all(name.strip("_") in MODEL_FIELDS for name in described):
+    told = [name for name, value in described.items() if value not in ("", [], {})]
+    if model is None and all(name.strip("_") in MODEL_FIELDS for name in told):
         raise SpaceError(f"{cls.__name__} does not say what determines its vectors; {HOW_TO_DECLARE}")
     name, content = identify_model(model or cls.__name__)
     return VectorSpace(

@@ -30,6 +30,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
 
+from .composite_texts import join_keywords, split_all, split_keywords
 from .openai_responses import RAW_HEADER, Call, current_call, set_current_call
 from .wrapping import WrappedProvider, open_shared_cache
 
@@ -105,8 +106,8 @@ def _install_cache(client: Client, shared: _Shared) -> Client:
     def copy(**options: Any) -> Client:
         return _install_cache(type(client).copy(client, **options), shared)
 
-    is_blocking = isinstance(client, openai.OpenAI)
-    embeddings: Any = CachedEmbeddings(client, shared) if is_blocking else AsyncCachedEmbeddings(client, shared)
+    cls: Any = CachedEmbeddings if isinstance(client, openai.OpenAI) else AsyncCachedEmbeddings
+    embeddings = cls(client, shared)
     client.__dict__.update(embeddings=embeddings, post=embeddings.post, copy=copy, with_options=copy)
     return client
 
@@ -186,8 +187,8 @@ class _Request:
     headers: Mapping[str, str] | None
     default_format: Literal["base64", "float"]
     """How the endpoint encodes vectors if ``fields`` has no ``encoding_format``."""
-    send: Callable[[list[Any]], Any]
-    """Send inputs to the endpoint, with these arguments."""
+    send: Callable[[list[Any], Mapping[str, Any]], Any]
+    """Send inputs to the endpoint, with these arguments and with the fields that have one value per input."""
     post_parser: Callable[[Any], Any] | None = None
 
     def read_texts(self) -> list[str]:
@@ -261,7 +262,9 @@ class _CachedResource:
                 extra_query=arguments["extra_query"],
                 headers=arguments["extra_headers"],
                 default_format="base64",
-                send=lambda inputs: create(**{**arguments, **absent, "input": inputs}),
+                send=lambda inputs, values: create(
+                    **{**arguments, **absent, "input": inputs, "extra_body": _replace(arguments["extra_body"], values)}
+                ),
             )
         )
 
@@ -287,7 +290,14 @@ class _CachedResource:
                 extra_query=options.get("params"),
                 headers=options.get("headers"),
                 default_format="float",
-                send=lambda inputs: post(path, **{**arguments, "body": {**body, "input": inputs}}),
+                send=lambda inputs, values: post(
+                    path,
+                    **{
+                        **arguments,
+                        "body": {**body, "input": inputs, **values},
+                        "options": {**options, "extra_json": _replace(options.get("extra_json"), values)},
+                    },
+                ),
                 post_parser=options.get("post_parser"),
             )
         )
@@ -314,8 +324,9 @@ class _CachedResource:
         """Return the call.
 
         Raises:
-            SpaceError: a setting makes the vector of a text depend on the other texts; or on Azure, ``model`` names a
-                deployment, and ``models`` has no entry for the deployment.
+            SpaceError: a setting makes the vector of a text depend on the other texts, or has as many values as there
+                are inputs; or on Azure, ``model`` names a deployment, and ``models`` has no entry for the deployment.
+            ValueError: ``titles`` in ``extra_body`` has not as many values as there are inputs.
             _NotCacheable: the call cannot be cached.
         """
         raw = (request.headers or {}).get(RAW_HEADER)
@@ -324,21 +335,31 @@ class _CachedResource:
         texts, body = request.read_texts(), request.read_body()
         query = {**self._client.default_query, **(request.extra_query or {})}
         request.refuse_batch_settings(query)
+        split_keywords({"extra_query": query}, texts)
+        per_text, body = split_keywords(body, texts)
         tokens = _are_tokens(request.input)
+        cache = self._cache_for(self._describe(body, query, tokens=tokens, per_text=sorted(per_text)))
         given_format = request.fields.get("encoding_format")
+
+        def send(texts: list[str]) -> Any:
+            plain, values = split_all(texts) if per_text else (texts, {})
+            return request.send([_text_to_tokens(text) for text in plain] if tokens else plain, values)
+
         return Call(
-            cache=self._cache_for(self._describe(body, query, tokens=tokens)),
+            cache=cache,
             client=self._client,
-            texts=texts,
+            texts=join_keywords(texts, per_text, cache.normalize) if per_text else texts,
             model=body["model"],
-            send=lambda texts: request.send([_text_to_tokens(text) for text in texts] if tokens else texts),
+            send=send,
             returns_base64=given_format == "base64",
             sends_base64=(given_format or request.default_format) == "base64",
             is_raw=raw is not None,
             post_parser=request.post_parser,
         )
 
-    def _describe(self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool) -> VectorSpace:
+    def _describe(
+        self, body: Mapping[str, Any], query: Mapping[str, Any], *, tokens: bool, per_text: list[str]
+    ) -> VectorSpace:
         """Describe a request in the same way as embedonce's openai provider.
 
         Raises:
@@ -357,6 +378,8 @@ class _CachedResource:
             extra["query"] = query
         if tokens:
             extra["input"] = "tokens"
+        if per_text:
+            extra["one value per text"] = per_text
         return VectorSpace(
             provider="openai",
             model=model or name,
@@ -378,6 +401,10 @@ class _CachedResource:
 
     def _make_provider(self, space: VectorSpace) -> WrappedProvider:
         raise NotImplementedError
+
+
+def _replace(extra_body: Any, values: Mapping[str, Any]) -> Any:
+    return {**(extra_body or {}), **values} if values else extra_body
 
 
 def _is_absent(value: Any) -> bool:
@@ -430,8 +457,9 @@ class CachedEmbeddings(_CachedResource, Embeddings):
         Raises:
             openai.OpenAIError: the client's own error.
             ProviderError: the endpoint's answer is invalid.
-            SpaceError: a setting makes the vector of a text depend on the other texts of the call; or the client is for
-                Azure, and ``models`` has no entry for the deployment.
+            SpaceError: a setting makes the vector of a text depend on the other texts of the call, or has as many
+                values as there are inputs; or the client is for Azure, and ``models`` has no entry for the deployment.
+            ValueError: ``titles`` in ``extra_body``, which has one value per input, has another number of values.
         """
         arguments = {
             "input": input,

@@ -174,5 +174,8 @@ def _sort(answer: Any, count: int, read: AnswersRead | None) -> None:
             read.fail(error)
         raise
     answer.data = [items[position] for position in order]
+    for index, item in enumerate(answer.data):
+        if getattr(item, "index", None) is None:
+            item.index = index  # an embedder may sort by it
     if read is not None:
         read.add(answer)

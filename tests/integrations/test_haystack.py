@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import shutil
 import threading
 from collections import Counter
@@ -16,7 +18,12 @@ import haystack
 import numpy as np
 import pytest
 from haystack import Document, Pipeline, component
-from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
+from haystack.components.embedders import (
+    AzureOpenAITextEmbedder,
+    MockTextEmbedder,
+    OpenAIDocumentEmbedder,
+    OpenAITextEmbedder,
+)
 from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
 from haystack.components.writers import DocumentWriter
 from haystack.dataclasses import SparseEmbedding
@@ -37,6 +44,7 @@ from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.wrapping import open_shared_cache
 from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
+from haystack_integrations.components.embedders.embedonce._described import describe_component
 
 AsyncPipeline: Any = getattr(haystack, "AsyncPipeline", Pipeline)  # Haystack 3 has one class for both
 NGRAM: dict[str, Any] = {"provider": {"type": "ngram", "dimensions": 64}}
@@ -885,3 +893,203 @@ async def test_a_provider_embeds_documents_and_queries() -> None:
     answer = await CachedTextEmbedder(config=config).run_async(text="green\ntea")
     assert answer["meta"]["cache"]["hits"] == {"memory": 1}
     assert answer["embedding"] == output["documents"][0].embedding
+
+
+# --- what the walk finds ----------------------------------------------------------------------
+
+
+@component
+class Private(Texts):
+    """Keeps its settings in private attributes and in an object inside it."""
+
+    def __init__(self, model: str = "texts", task: str = "a", inner: Any = None, timeout: float = 1) -> None:
+        self.model = model
+        self._task = task
+        self._inner = inner
+        self._timeout = timeout
+        self.count: Counter[str] = Counter()
+
+    @component.output_types(embedding=list[float])
+    def run(self, text: str) -> dict[str, Any]:
+        self.count[text] += 1
+        return {"embedding": vector_of(text, f"{self._task} {self._inner}")}
+
+
+def computed(embedder: Any, config: dict[str, Any], **options: Any) -> int:
+    return int(CachedTextEmbedder(embedder, config=config, **options).run(text="tea")["meta"]["cache"]["computed"])
+
+
+def test_private_and_nested_settings_are_in_the_space(disk: dict[str, Any]) -> None:
+    for options in ({}, {"task": "b"}, {"inner": {"dimensions": 3}}, {"inner": {"dimensions": 4}}):
+        assert computed(Private(**options), disk) == 1
+        assert computed(Private(**options, timeout=5), disk) == 0
+    assert computed(Private(inner=1.5), disk, ignore=["inner"]) == 0, "as without the setting"
+
+
+def test_settings_that_decide_nothing_are_not_in_the_space(
+    server: OpenAIServer, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(server, "deployments", {"mine": "text-embedding-3-small"})
+    for number, version in enumerate(["2024-02-01", "2024-10-21"]):
+        inner = AzureOpenAITextEmbedder(azure_endpoint=server.url, azure_deployment="mine", api_version=version)
+        assert computed(inner, disk) == 1 - number
+        close(inner)
+    assert server.texts == 1
+
+
+def test_a_setting_that_cannot_be_described_is_refused_until_it_is_ignored(disk: dict[str, Any]) -> None:
+    hidden = Private(inner=lambda text: text)
+    with pytest.raises(SpaceError, match=r'Private\._inner.*ignore=\["_inner"\]'):
+        computed(hidden, disk)
+    assert computed(hidden, disk, ignore=["_inner"]) == 1
+    with pytest.raises(SpaceError, match='did you mean "_inner"'):
+        computed(Private(), disk, ignore=["_iner"])
+    with pytest.raises(TypeError, match=r'such as \["_inner"\]'):
+        CachedTextEmbedder(hidden, ignore="_inner")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="ignore= can only be used with an embedder"):
+        CachedTextEmbedder(ignore=["_inner"])
+
+
+def test_an_embedder_that_was_changed_is_not_asked(disk: dict[str, Any]) -> None:
+    inner = Embedder()
+    embedder = CachedDocumentEmbedder(inner, config=disk)
+    embedder.run(documents=documents("a"))
+    inner.prefix = "changed: "
+    with pytest.raises(SpaceError, match=r"was changed after it was wrapped \(prefix\)"):
+        embedder.run(documents=documents("b"))
+    assert embeddings(embedder.run(documents=documents("a"))) == [vector_of("a", "m")]
+
+
+@pytest.mark.parametrize("space", [None, {"model": "declared"}])
+@pytest.mark.parametrize("inner", [{"late_chunking": True}, {"precision": "uint8"}], ids=str)
+def test_settings_that_tie_a_text_to_its_batch_are_refused_also_with_a_declared_space(
+    inner: dict[str, Any], space: dict[str, Any] | None
+) -> None:
+    with pytest.raises(SpaceError, match="depends on the other texts of its batch"):
+        CachedTextEmbedder(Private(inner=inner), config=MEMORY, space=space).warm_up()
+
+
+def test_the_description_is_the_same_before_and_after_the_first_run(
+    server: OpenAIServer, openai: dict[str, Any], minilm: dict[str, Any], disk: dict[str, Any]
+) -> None:
+    for embedder in (
+        OpenAITextEmbedder(**openai),
+        SentenceTransformersTextEmbedder(**minilm),
+        MockTextEmbedder(model="mock"),
+    ):
+        describe = describe_component(embedder, space=None, ignore=())
+        before = describe("query")
+        assert computed(embedder, disk) == 1
+        assert describe("query") == before
+        assert computed(embedder, disk) == 0
+        close(embedder)
+
+
+# --- arguments with one value per text ---------------------------------------------------------
+
+
+@component
+class Titled:
+    """Embeds documents with a title for each, and with arguments for all."""
+
+    def __init__(self, model: str = "titled") -> None:
+        self.model = model
+        self.meta_fields_to_embed: list[str] = []
+        self.calls: list[Any] = []
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self, documents: list[Document], titles: list[str] | None = None, stop: Any = None, late_chunking: bool = False
+    ) -> dict[str, Any]:
+        titles = titles or [""] * len(documents)
+        self.calls.append([one.content for one in documents])
+        embedded = [
+            replace(one, embedding=vector_of(f"{title}: {one.content}"))
+            for one, title in zip(documents, titles, strict=True)
+        ]
+        return {"documents": embedded}
+
+
+async def test_an_argument_with_one_value_per_text_is_cut_with_the_texts(disk: dict[str, Any]) -> None:
+    inner = Titled()
+    embedder = CachedDocumentEmbedder(inner, config={**disk, "key": {"normalize": ["strip"]}})
+    runs = [
+        (["Intro", "It is steamed."], ["Tea book", "Chapter 2"]),
+        (["Intro", "It is oxidised. "], ["Tea book", "Chapter 2"]),
+        (["Intro", "Intro", "Intro"], ["Tea book", "Coffee book", "Tea book"]),
+    ]
+    for contents, titles in runs:
+        expected = [vector_of(f"{title}: {text.strip()}") for text, title in zip(contents, titles, strict=True)]
+        assert embeddings(embedder.run(documents=documents(*contents), titles=titles)) == expected
+        assert embeddings(await embedder.run_async(documents=documents(*contents), titles=titles)) == expected
+    assert inner.calls == [["Intro", "It is steamed."], ["It is oxidised."], ["Intro"]]
+    assert embeddings(embedder.run(documents=documents("Intro"))) == [vector_of(": Intro")]
+    with pytest.raises(ValueError, match="titles must have one value per text"):
+        embedder.run(documents=documents("a", "b"), titles=["one"])
+
+
+def test_another_list_as_long_as_the_batch_is_refused(disk: dict[str, Any]) -> None:
+    embedder = CachedDocumentEmbedder(Titled(), config=disk)
+    for stop in (["a", "b"], ("a", "b"), np.array([1, 2]), {"words": ["a", "b"]}):
+        with pytest.raises(SpaceError, match=r"stop.* has as many values as there are texts"):
+            embedder.run(documents=documents("a", "b"), stop=stop)
+    embedder.run(documents=documents("a", "b"), stop=["a"])
+    with pytest.raises(SpaceError, match="late_chunking"):
+        embedder.run(documents=documents("a", "b"), late_chunking=True)
+
+
+# --- copies and pickles -------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda item: pickle.loads(pickle.dumps(item)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_components_and_pipelines_can_be_copied_and_pickled(
+    server: OpenAIServer, openai: dict[str, Any], disk: dict[str, Any], how: str, is_warm: bool
+) -> None:
+    inner = OpenAITextEmbedder(**openai, prefix="p: ")
+    component = CachedTextEmbedder(inner, config=disk, ignore=["suffix"])
+    pipeline = Pipeline()
+    pipeline.add_component("embedder", component)
+    if is_warm:
+        component.run(text="one")
+    other = COPIES[how](component)
+    assert (other.config, other.ignore) == (disk, ["suffix"])
+    assert (other.embedder is inner) == (how == "copy")
+    assert other.run(text="one")["embedding"] == np.float32(server.vector_of("p: one")).tolist()
+    again = COPIES[how](pipeline)
+    made = again.run({"embedder": {"text": "two"}})["embedder"]
+    assert made["embedding"] == np.float32(server.vector_of("p: two")).tolist()
+    assert component.run(text="two")["meta"]["cache"]["computed"] == 0
+    assert server.texts == 2
+    close(inner, other.embedder, again.get_component("embedder").embedder)
+
+
+def test_a_component_of_a_provider_can_be_copied_and_pickled() -> None:
+    component = CachedDocumentEmbedder(config={**MEMORY, **NGRAM}, meta_fields_to_embed=["title"])
+    expected = embeddings(component.run(documents=documents("tea")))
+    for how in COPIES.values():
+        other = how(component)
+        assert other.meta_fields_to_embed == ["title"]
+        assert embeddings(other.run(documents=documents("tea"))) == expected
+
+
+def test_an_embedder_that_cannot_be_pickled_is_named_and_a_copy_shares_it() -> None:
+    inner = Private(inner=(text for text in ()))
+    component = CachedTextEmbedder(inner, config=MEMORY, ignore=["_inner"])
+    with pytest.raises(SpaceError, match="Private"):
+        pickle.dumps(component)
+    assert copy.deepcopy(component).embedder is inner
+
+
+def test_ignore_survives_serialisation() -> None:
+    pipeline = Pipeline()
+    component = CachedTextEmbedder(MockTextEmbedder(model="mock"), config=MEMORY, ignore=["dimension"])
+    pipeline.add_component("embedder", component)
+    assert Pipeline.loads(pipeline.dumps()).get_component("embedder").ignore == ["dimension"]

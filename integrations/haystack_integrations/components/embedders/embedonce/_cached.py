@@ -148,11 +148,7 @@ class CachedEmbedder:
         return self._rebuild(self._read_state())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return a component with a copy of the embedder. It opens the cache by itself.
-
-        Raises:
-            TypeError: the embedder can be neither copied nor made again from its ``to_dict``.
-        """
+        """Return a component with a copy of the embedder, or the same embedder if it cannot be copied."""
         state = self._read_state()
         embedder = copy_embedder(state.pop("embedder"), memo)
         copied = type(self).__new__(type(self))
@@ -164,7 +160,7 @@ class CachedEmbedder:
         """Return the state from which another process rebuilds this component.
 
         Raises:
-            TypeError: the embedder can be neither pickled nor made again from its ``to_dict``.
+            SpaceError: the embedder can be neither pickled nor made again from its ``to_dict``.
         """
         state = self._read_state()
         return {**state, "embedder": pack_embedder(state["embedder"])}

@@ -1,7 +1,8 @@
 """Copy and pickle the embedder inside a component.
 
-A warm embedder holds connections and locks, which can be neither copied nor pickled. Such an embedder is made again from
-its ``to_dict``, and warms up at the first miss.
+A warm embedder holds connections, locks and weights, which cannot be copied or need not be. So an embedder is made
+again from its ``to_dict``, and warms up at the first miss. Only if that would lose something that affects its vectors
+is the embedder itself copied or pickled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from haystack.core.serialization import component_from_dict, component_to_dict
 
-from embedonce import SpaceError
+from embedonce import SpaceError, VectorSpace
 
 from ._described import describe_component
 
@@ -25,30 +26,33 @@ class Packed(NamedTuple):
 
 
 def copy_embedder(embedder: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy of an embedder, or an embedder that was made again from its ``to_dict``.
-
-    Raises:
-        TypeError: neither is possible.
-    """
-    if id(embedder) not in memo:
+    """Return an embedder made again from the ``to_dict`` of another; else a deep copy; else the embedder itself."""
+    if embedder is not None and id(embedder) not in memo:
+        packed = _pack(embedder)
         try:
             # A copy that fails leaves unfinished objects in the memo, so it has a memo of its own.
-            memo[id(embedder)] = deepcopy(embedder, dict(memo))
-        except Exception as error:  # noqa: BLE001  (an embedder may hold anything)
-            memo[id(embedder)] = _build(_dump(embedder, "copied", error))
-    return memo[id(embedder)]
+            memo[id(embedder)] = _build(packed) if packed is not None else deepcopy(embedder, dict(memo))
+        except Exception:  # noqa: BLE001  (an embedder may hold anything; what cannot be copied is shared)
+            memo[id(embedder)] = embedder
+    return None if embedder is None else memo[id(embedder)]
 
 
 def pack_embedder(embedder: Any) -> Any:
-    """Return an embedder if it can be pickled, and otherwise its ``to_dict`` as a :class:`Packed`.
+    """Return an embedder's ``to_dict`` as a :class:`Packed`, or the embedder itself if it can only be pickled as it is.
 
     Raises:
-        TypeError: it has no ``to_dict`` that describes it.
+        SpaceError: the embedder can be neither pickled nor made again from its ``to_dict``.
     """
+    packed = None if embedder is None else _pack(embedder)
+    if packed is not None:
+        return packed
     try:
         pickle.dumps(embedder)
-    except Exception as error:  # noqa: BLE001  (an embedder may hold anything)
-        return _dump(embedder, "pickled", error)
+    except Exception as error:
+        raise SpaceError(
+            f"{type(embedder).__name__} can be neither pickled ({type(error).__name__}) nor made again from its "
+            "to_dict with the same vectors; construct it, and its component, in the process that uses it"
+        ) from error
     return embedder
 
 
@@ -57,29 +61,24 @@ def unpack_embedder(packed: Any) -> Any:
     return _build(packed) if isinstance(packed, Packed) else packed
 
 
+def _pack(embedder: Any) -> Packed | None:
+    """Return an embedder's ``to_dict``, or None if an embedder that is made from it may make different vectors."""
+    described = _describe(embedder)
+    if described is None:
+        return None
+    try:
+        packed = Packed(type(embedder), component_to_dict(embedder, "embedder"))
+        again = _build(packed)
+    except Exception:  # noqa: BLE001  (an embedder may be unable to serialise itself)
+        return None
+    return packed if _describe(again) == described else None
+
+
 def _build(packed: Packed) -> Any:
     return component_from_dict(packed.cls, packed.data, "embedder")
 
 
-def _dump(embedder: Any, what: str, reason: Exception) -> Packed:
-    cls = type(embedder)
-    try:
-        packed = Packed(cls, component_to_dict(embedder, "embedder"))
-        again = _build(packed)
-    except Exception as error:
-        raise TypeError(
-            f"{cls.__name__} cannot be {what} ({reason}) or made again from its to_dict ({type(error).__name__}); copy "
-            "the component before its first run, or make a new one from the same arguments"
-        ) from error
-    if _describe(embedder) != _describe(again):
-        raise TypeError(
-            f"{cls.__name__} cannot be {what} ({reason}), and its to_dict does not contain everything that affects its "
-            "vectors; make a new component from the same arguments"
-        )
-    return packed
-
-
-def _describe(embedder: Any) -> Any:
+def _describe(embedder: Any) -> VectorSpace | None:
     try:
         return describe_component(embedder, space=None, ignore=())("document")
     except SpaceError:

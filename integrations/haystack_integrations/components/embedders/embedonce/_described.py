@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from haystack.core.serialization import component_to_dict
 
-from embedonce import SpaceError, VectorSpace
+from embedonce import VectorSpace
 from embedonce.contracts import Task
-from embedonce_integrations.describing import HOW_TO_DECLARE, find_model, read_state
+from embedonce_integrations.describing import read_state
 from embedonce_integrations.wrapping import make_describer
 
 TEXT_FIELDS: Final = ("meta_fields_to_embed", "embedding_separator")
@@ -28,16 +28,7 @@ def describe_component(
     Raises:
         SpaceError: the embedder does not say what determines its vectors. The message says how to declare it.
     """
-    describe = make_describer(embedder, space=space, ignore=ignore, more=lambda: _read_more(embedder))
-
-    def describe_unless_empty(task: Task) -> VectorSpace:
-        described = describe(task)
-        names_model = find_model({**read_state(embedder), **_read_more(embedder)}) is not None
-        if space is None and not names_model and not any((described.extra or {}).values()):
-            raise SpaceError(f"{type(embedder).__name__} does not say what determines its vectors; {HOW_TO_DECLARE}")
-        return described
-
-    return describe_unless_empty
+    return make_describer(embedder, space=space, ignore=ignore, more=lambda: _read_more(embedder))
 
 
 def _read_more(embedder: Any) -> dict[str, Any]:
