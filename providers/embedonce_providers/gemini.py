@@ -1,15 +1,14 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. By default, the client does not repeat failed calls, so the provider configures retries.
-The engine repeats calls that fail with status 429 (too many requests), because all calls of the provider must wait.
+neither a key nor a network. The client repeats a request that could not be connected. The engine repeats a
+request that was answered with an error status, as a whole or in parts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from embedonce.tasks import check_task
 
 from ._access import check_headers
 from ._clients import Clients, require_package
-from ._retries import RetryLimits
 
 if TYPE_CHECKING:
     from google import genai
@@ -49,11 +47,11 @@ KNOWN_TASK_TYPES = (
 
 ADVICE = "Add the task to task_types to use it."
 
-RETRIED = (408, 502, 503, 504)
-"""Statuses after which the client repeats a request. It also repeats a request of one text after status 500."""
+NO_STATUS = 0
+"""A status that no answer has. For an empty list of statuses, the client would use a list of its own."""
 
-RETRY_SECONDS = 60.0
-"""Longest pause of the client before a retry."""
+RETRY_SECONDS = 8.0
+"""Longest pause of the client before it repeats a request after a failed connection."""
 
 
 class GeminiProvider:
@@ -109,7 +107,6 @@ class GeminiProvider:
         self._base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
         self._headers = check_headers(headers)
         self._max_retries = max_retries
-        self._retry_limits = RetryLimits(max_retries)
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
             "provider": "gemini",
@@ -156,7 +153,7 @@ class GeminiProvider:
             ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
-        with self._clients.borrow() as client, self._note_failures(contents):
+        with self._clients.borrow() as client:
             answer = client.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
@@ -164,24 +161,12 @@ class GeminiProvider:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
         contents = self._add_prefix(texts, task)
         client = await self._clients.aget()
-        with self._note_failures(contents):
-            answer = await client.aio.models.embed_content(**self._build_request(contents, task))
+        answer = await client.aio.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
     def close(self) -> None:
         """Close the clients and their connections."""
         self._clients.close()
-
-    @contextmanager
-    def _note_failures(self, texts: Sequence[str]) -> Iterator[None]:
-        from google.genai import errors
-
-        try:
-            yield
-        except errors.APIError as error:
-            if error.code == 500:
-                self._retry_limits.note_failure(texts)
-            raise
 
     def _find_task_type(self, task: Task) -> str | None:
         """Return Gemini's task type for a task, or None if the request has no task type.
@@ -210,17 +195,7 @@ class GeminiProvider:
     def _build_request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
         from google.genai import types
 
-        retries = self._retry_limits.count_retries(texts)
-        retry = types.HttpRetryOptions(
-            attempts=(retries if len(texts) == 1 else self._max_retries) + 1,
-            max_delay=RETRY_SECONDS,
-            http_status_codes=[*RETRIED, 500] if retries else list(RETRIED),
-        )
-        config = types.EmbedContentConfig(
-            task_type=self._find_task_type(task),
-            output_dimensionality=self._dimensions,
-            http_options=types.HttpOptions(retry_options=retry),
-        )
+        config = types.EmbedContentConfig(task_type=self._find_task_type(task), output_dimensionality=self._dimensions)
         # Make one Content per text, because for some models, the client turns a list of strings into a single Content.
         contents = [types.Content(parts=[types.Part(text=text)]) for text in texts]
         return {"model": self._model, "contents": contents, "config": config}
@@ -249,7 +224,12 @@ class GeminiProvider:
             api_key=key or ("none" if is_replaced or "x-goog-api-key" in self._headers else None),
             vertexai=False,
             http_options=types.HttpOptions(
-                base_url=self._base_url, headers=self._headers, timeout=max(1, round(self._timeout * 1000))
+                base_url=self._base_url,
+                headers=self._headers,
+                timeout=max(1, round(self._timeout * 1000)),
+                retry_options=types.HttpRetryOptions(
+                    attempts=self._max_retries + 1, max_delay=RETRY_SECONDS, http_status_codes=[NO_STATUS]
+                ),
             ),
         )
         if is_replaced:  # the client requires a key, and would send it beside the header

@@ -1,13 +1,12 @@
 """Embeddings of OpenAI, Azure, and any endpoint that speaks OpenAI's protocol, through the openai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client repeats calls that fail, except calls that fail with status 429 (too many
-requests): the engine repeats those, because all calls of the provider must wait.
+neither a key nor a network. The client repeats a request whose connection failed. The engine repeats a
+request that was answered with an error status, as a whole or in parts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from ._access import FunctionName, check_headers, load_token_provider, make_asyn
 from ._clients import Clients, require_package
 from ._openai_answer import find_too_long, read_answer
 from ._reasons import describe_reason
-from ._retries import RetryLimits
 
 if TYPE_CHECKING:
     import openai
@@ -37,8 +35,8 @@ require_package("openai")
 api = 1
 
 OPENAI_URL = "https://api.openai.com/v1"
-RETRY_SECONDS = 120.0
-"""Longest pause of the client before a retry. Only an answer with ``Retry-After`` causes a pause above 8 seconds."""
+RETRY_SECONDS = 8.0
+"""Longest pause of the client before it repeats a request after a failed connection or a timeout."""
 
 BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
 """Suffixes of host names whose endpoints are known to accept base64."""
@@ -163,7 +161,6 @@ class OpenAIProvider:
         self._host = host
         self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if knows_base64 else "float")
         self._max_retries = max_retries
-        self._retry_limits = RetryLimits(max_retries)
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
             "provider": "openai",
@@ -304,7 +301,7 @@ class OpenAIProvider:
     def _make_client(self) -> openai.OpenAI:
         import openai
 
-        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [self._limit_retries]}
+        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [_stop_retries]}
         options = {**self._client_options(), "http_client": openai.DefaultHttpxClient(event_hooks=hooks)}
         if self._azure_endpoint is None:
             return openai.OpenAI(**options if self._get_token is None else {**options, "api_key": self._get_token})
@@ -318,10 +315,10 @@ class OpenAIProvider:
         async def set_headers(request: Any) -> None:
             self._set_headers(request)
 
-        async def limit_retries(response: Any) -> None:
-            self._limit_retries(response)
+        async def stop_retries(response: Any) -> None:
+            _stop_retries(response)
 
-        hooks: dict[str, Any] = {"request": [set_headers], "response": [limit_retries]}
+        hooks: dict[str, Any] = {"request": [set_headers], "response": [stop_retries]}
         options = {**self._client_options(), "http_client": openai.DefaultAsyncHttpxClient(event_hooks=hooks)}
         get_token = None if self._get_token is None else make_async(self._get_token)
         if self._azure_endpoint is None:
@@ -340,22 +337,16 @@ class OpenAIProvider:
             request.headers.pop("api-key", None)
         request.headers.update(self._headers)
 
-    def _limit_retries(self, response: Any) -> None:
-        """Keep the client from repeating a request that the engine repeats, as a whole or in halves."""
-        if response.status_code == 429:
-            response.headers["x-should-retry"] = "false"
-        elif response.status_code == 500:
-            texts = json.loads(response.request.content)["input"]
-            if int(response.request.headers.get("x-stainless-retry-count", 0)) >= self._retry_limits.count_retries(
-                texts
-            ):
-                response.headers["x-should-retry"] = "false"
-            self._retry_limits.note_failure(texts)
-
 
 @hookimpl
 def embedonce_providers() -> Mapping[str, type[OpenAIProvider]]:
     return {"openai": OpenAIProvider}
+
+
+def _stop_retries(response: Any) -> None:
+    """Keep the client from repeating a request after an error status. The engine does it, as a whole or in parts."""
+    if response.status_code >= 400:
+        response.headers["x-should-retry"] = "false"
 
 
 def _check_body(body: Mapping[str, Any], option: str) -> None:

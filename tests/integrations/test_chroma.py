@@ -14,7 +14,11 @@ import numpy as np
 import openai as openai_client
 import pytest
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings
-from chromadb.utils.embedding_functions import JinaEmbeddingFunction, OpenAIEmbeddingFunction, register_embedding_function
+from chromadb.utils.embedding_functions import (
+    JinaEmbeddingFunction,
+    OpenAIEmbeddingFunction,
+    register_embedding_function,
+)
 from hypothesis import given, settings
 
 from embedonce import ConfigError, ProviderError, SpaceError

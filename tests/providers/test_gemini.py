@@ -124,7 +124,8 @@ def test_hits_and_misses_during_each_fault(server: GeminiServer, tmp_path: Path,
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The client's first pause is one second by default.
+    # The first pause of the client is one second, and that of the engine half a second.
+    monkeypatch.setattr("embedonce._engine.provider_calls.guess_backoff", lambda retries: 0.001)
     monkeypatch.setattr("google.genai._api_client._RETRY_INITIAL_DELAY", 0.001)
     monkeypatch.setattr("google.genai._api_client._RETRY_JITTER", 0.0)
 
@@ -152,7 +153,7 @@ def embed(provider: GeminiProvider, face: Face, *texts: str) -> Any:
 
 @faces
 @pytest.mark.usefixtures("short_pauses")
-def test_the_client_repeats_calls(server: GeminiServer, face: Face) -> None:
+def test_a_failed_call_is_repeated(server: GeminiServer, face: Face) -> None:
     server.misbehave("server_error", times=2)
     with Cache(make_provider(server, max_retries=2)) as cache:
         found = cache.embed("a") if face == "blocking" else asyncio.run(cache.aembed("a"))
@@ -161,20 +162,15 @@ def test_the_client_repeats_calls(server: GeminiServer, face: Face) -> None:
 
 
 @faces
-@pytest.mark.usefixtures("short_pauses")
-def test_only_a_call_of_one_text_is_repeated_after_status_500(server: GeminiServer, face: Face) -> None:
-    server.misbehave("server_error", times=None, where=lambda text: text == "bad")
-    for sent in (["good", "bad"], ["bad"]):
-        provider = make_provider(server, max_retries=2)
-        with pytest.raises(errors.ServerError):
-            embed(provider, face, *sent)
-    assert len(server.requests) == 1 + 3
-    provider = make_provider(server, max_retries=2)
-    for sent in (["good", "bad"], ["bad"]):
-        with pytest.raises(errors.ServerError):
-            provider.embed(sent, "document")
-    assert len(server.requests) == 4 + 2
-    provider.close()
+@pytest.mark.parametrize("texts", [["a"], ["a", "b"]])
+@pytest.mark.parametrize("kind", ["server_error", "bad_request"])
+def test_the_client_does_not_repeat_a_call_after_an_error_status(
+    server: GeminiServer, face: Face, kind: Any, texts: list[str]
+) -> None:
+    server.misbehave(kind, times=None)
+    with pytest.raises(errors.APIError):
+        embed(make_provider(server, max_retries=4), face, *texts)
+    assert len(server.requests) == 1
 
 
 @faces

@@ -149,7 +149,7 @@ def test_hits_and_misses_during_each_fault(
 
 
 @pytest.mark.parametrize("kind", ["server_error", "disconnect"])
-def test_the_client_retries(server: OpenAIServer, kind: Any) -> None:
+def test_a_failed_call_is_repeated(server: OpenAIServer, kind: Any) -> None:
     server.misbehave(kind, seconds=0.01)
     with Cache(make_provider(server, max_retries=1)) as cache:
         assert np.array_equal(cache.embed("a"), server.vector_of("a"))
@@ -256,8 +256,16 @@ def test_which_errors_are_about_the_length_of_a_text(status: int, message: str, 
     assert find_too_long(status, message, ["text"] * 5) == expected
 
 
-def test_other_errors_reach_the_caller_at_once(server: OpenAIServer) -> None:
+def test_an_error_about_every_text_reaches_the_caller_after_a_bounded_search(server: OpenAIServer) -> None:
     with Cache(make_provider(server, dimensions=1000)) as cache, pytest.raises(openai.BadRequestError):
+        cache.embed_batch(["a", "b", "c", "d"])
+    assert len(server.requests) <= 1 + 4 * 2
+
+
+@pytest.mark.parametrize("kind", ["unauthorized", "quota"])
+def test_an_error_about_the_account_reaches_the_caller_at_once(server: OpenAIServer, kind: Any) -> None:
+    server.misbehave(kind, times=None)
+    with Cache(make_provider(server, max_retries=2)) as cache, pytest.raises(openai.APIStatusError):
         cache.embed_batch(["a", "b", "c", "d"])
     assert len(server.requests) == 1
 

@@ -6,6 +6,7 @@ because each vendor, and each framework around it, has exceptions of its own.
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -216,12 +217,20 @@ def _get(place: Any, name: str) -> Any:
         return None
 
 
+def _call(value: Any) -> Any:
+    """Return what a method without arguments returns, or None if it fails. Return any other value as it is."""
+    if not callable(value) or isinstance(value, type):
+        return value
+    if inspect.iscoroutinefunction(value):  # aiohttp
+        return None
+    try:
+        return value()
+    except Exception:  # noqa: BLE001  (it may need arguments, or a body that has not been read)
+        return None
+
+
 def _to_status(value: Any) -> int | None:
-    if callable(value) and not isinstance(value, type):  # grpc
-        try:
-            value = value()
-        except Exception:  # noqa: BLE001  (it is not a method without arguments)
-            return None
+    value = _call(value)  # grpc has methods
     if isinstance(value, bool):
         return None
     if not isinstance(value, int | str):
@@ -241,9 +250,10 @@ def _read_text(error: Exception) -> str:
         response = _get(wrapped, "response")
         values.append(response if isinstance(response, Mapping) else _get(response, "text"))
         for value in values:
+            value = _call(value)
             try:
-                text = "" if value is None else str(value() if callable(value) else value)
-            except Exception:  # noqa: BLE001  (the body may not have been read, or the class may be broken)
+                text = "" if value is None else str(value)
+            except Exception:  # noqa: BLE001  (the class may be broken)
                 continue
             if text and text[:MAX_CHARACTERS] not in parts:
                 parts.append(text[:MAX_CHARACTERS])
