@@ -8,7 +8,7 @@ request that was answered with an error status, as a whole or in parts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -158,7 +158,8 @@ class OpenAIProvider:
         self._is_default_endpoint = endpoint == OPENAI_URL
         host = urlsplit(endpoint).hostname or ""
         knows_base64 = self._is_default_endpoint or azure_endpoint is not None or host.endswith(BASE64_HOSTS)
-        self._host = host
+        self._host: str | None = None
+        """The endpoint's host, as the client writes it; None as long as there is no client."""
         self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if knows_base64 else "float")
         self._max_retries = max_retries
         self._timeout = timeout
@@ -284,13 +285,17 @@ class OpenAIProvider:
 
     # --- clients ------------------------------------------------------------------------------
 
-    def _client_options(self) -> dict[str, Any]:
+    def _client_options(self, get_token: Callable[[], str | Awaitable[str]] | None) -> dict[str, Any]:
         options: dict[str, Any] = {"max_retries": self._max_retries, "timeout": self._timeout}
         key = self._api_key
         if self._azure_endpoint is not None:
             options |= {"azure_endpoint": self._azure_endpoint, "api_version": self._api_version}
+            if get_token is not None:
+                return {**options, "azure_ad_token_provider": get_token}
         else:
             options |= {"base_url": self._base_url}
+            if get_token is not None:
+                return {**options, "api_key": get_token}
             key = key or os.environ.get("OPENAI_API_KEY")
             if not key and not self._is_default_endpoint:
                 key = "none"  # a local server needs no key, but the client requires one
@@ -302,12 +307,11 @@ class OpenAIProvider:
         import openai
 
         hooks: dict[str, Any] = {"request": [self._set_headers], "response": [_stop_retries]}
-        options = {**self._client_options(), "http_client": openai.DefaultHttpxClient(event_hooks=hooks)}
-        if self._azure_endpoint is None:
-            return openai.OpenAI(**options if self._get_token is None else {**options, "api_key": self._get_token})
-        if self._get_token is not None:
-            options |= {"api_key": None, "azure_ad_token_provider": self._get_token}
-        return openai.AzureOpenAI(**options)
+        options = self._client_options(self._get_token)
+        options["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
+        client = openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
+        self._host = client.base_url.host
+        return client
 
     def _make_async_client(self) -> openai.AsyncOpenAI:
         import openai
@@ -319,13 +323,11 @@ class OpenAIProvider:
             _stop_retries(response)
 
         hooks: dict[str, Any] = {"request": [set_headers], "response": [stop_retries]}
-        options = {**self._client_options(), "http_client": openai.DefaultAsyncHttpxClient(event_hooks=hooks)}
-        get_token = None if self._get_token is None else make_async(self._get_token)
-        if self._azure_endpoint is None:
-            return openai.AsyncOpenAI(**options if get_token is None else {**options, "api_key": get_token})
-        if get_token is not None:
-            options |= {"api_key": None, "azure_ad_token_provider": get_token}
-        return openai.AsyncAzureOpenAI(**options)
+        options = self._client_options(None if self._get_token is None else make_async(self._get_token))
+        options["http_client"] = openai.DefaultAsyncHttpxClient(event_hooks=hooks)
+        client = openai.AsyncOpenAI(**options) if self._azure_endpoint is None else openai.AsyncAzureOpenAI(**options)
+        self._host = client.base_url.host
+        return client
 
     def _set_headers(self, request: Any) -> None:
         """Add the headers to a request. A redirect to another host gets neither them nor the key."""
