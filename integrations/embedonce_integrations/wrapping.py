@@ -219,7 +219,7 @@ def _is_record(before: Any, after: Any) -> bool:
     Nothing can grow into a number or a collection, but not into a text, because a text may be the name of a model.
     """
     if isinstance(before, str | bool) or isinstance(after, str | bool):
-        return before == after
+        return bool(before == after)
     if before is None:
         return after is not None
     if isinstance(before, int | float) and isinstance(after, int | float):
@@ -228,8 +228,8 @@ def _is_record(before: Any, after: Any) -> bool:
         return len(after) >= len(before) and all(map(_is_record, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
-    is_equal: bool = before == after
-    return is_equal and type(before) is type(after)
+    is_equal = bool(before == after)
+    return type(before) is type(after) and is_equal
 
 
 def make_describer(
@@ -277,11 +277,8 @@ class Rebuilt:
         return type(self)(self._embedder, **self._arguments)  # type: ignore[call-arg]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        try:
-            embedder = deepcopy(self._embedder, memo)
-        except Exception:  # noqa: BLE001  (many embedders hold connections, which cannot be copied, so they are shared)
-            embedder = self._embedder
-        return type(self)(embedder, **deepcopy(self._arguments, memo))  # type: ignore[call-arg]
+        # Copies share the embedder, as they share the tiers, because connections cannot be copied.
+        return type(self)(self._embedder, **deepcopy(self._arguments, memo))  # type: ignore[call-arg]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what another process rebuilds the wrapper from.

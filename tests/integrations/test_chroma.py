@@ -271,12 +271,14 @@ def test_the_description_is_the_same_before_and_after_the_first_calls(openai: Ca
         assert CachedEmbeddingFunction(inner, config=config).cache.explain("a").key == before
 
 
-def test_late_chunking_is_refused_even_with_a_declared_space() -> None:
-    function = JinaEmbeddingFunction(api_key="any", late_chunking=True)
+def test_late_chunking_is_refused_even_with_a_declared_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMA_JINA_API_KEY", "any")
+    function = JinaEmbeddingFunction(api_key_env_var="CHROMA_JINA_API_KEY", late_chunking=True)
     for space in (None, {"model": "mine"}):
         with pytest.raises(SpaceError, match="with late_chunking, the vector of a text depends on the other texts"):
             CachedEmbeddingFunction(function, config=memory_config(), space=space)
-    CachedEmbeddingFunction(JinaEmbeddingFunction(api_key="any"), config=memory_config())
+    plain = JinaEmbeddingFunction(api_key_env_var="CHROMA_JINA_API_KEY")
+    CachedEmbeddingFunction(plain, config=memory_config())
 
 
 def test_functions_can_be_copied_and_pickled(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_unsupported_arguments_are_refused_with_advice() -> None:
 
 
 def test_the_description_is_the_same_before_and_after_the_first_calls(openai: OpenAI, face: Face) -> None:
-    for inner in (openai(), openai(reuse_client=False), Letters()):
+    for inner in (openai(), Letters()):
         before = vectors_of(inner)
         face.texts(inner, ["a", "b"])
         face.query(inner, "c")
