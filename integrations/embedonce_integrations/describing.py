@@ -29,6 +29,7 @@ from embedonce.keys import Value
 from .embedder_fields import (
     CLIENT_PACKAGES,
     CLIENT_SETTINGS,
+    ENDPOINT_FIELDS,
     MACHINERY,
     MODEL_FIELDS,
     MODEL_PACKAGES,
@@ -37,6 +38,7 @@ from .embedder_fields import (
     decides_nothing,
     holds_phrases,
     is_secret,
+    to_plain_name,
 )
 from .openai_answers import watch_client
 from .plain_values import (
@@ -65,6 +67,10 @@ HOW_TO_DECLARE: Final = (
 
 CLIENT: Final = "client"
 """The end of the name under which the settings of a connection are described: ``_client.client``."""
+
+
+ENDPOINT: Final = "URL of the endpoint"
+"""The name under which the URL of an embedder's endpoint is described."""
 
 
 def check_class(cls: type[Any]) -> None:
@@ -158,9 +164,10 @@ def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tu
 def _compare(then: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted({*then, *now}):
-            where = f"{path}.{name}" if path else name
-            if name in then or not (name == CLIENT or name.endswith(f".{CLIENT}")):
-                yield from _compare(then.get(name), now.get(name), where)
+            is_new_client = name not in then and name.endswith(f".{CLIENT}")
+            if is_new_client or (name == ENDPOINT and {*then.get(name, ())} <= {*now.get(name, ())}):
+                continue
+            yield from _compare(then.get(name), now.get(name), f"{path}.{name}" if path else name)
     elif type(then) is not type(now) or then != now:
         yield path, then, now
 
@@ -237,7 +244,7 @@ def find_url(client: object) -> str | None:
 
 _NAMED: Final = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType),
-    *(types.WrapperDescriptorType, functools.partial, np.ufunc),
+    *(types.WrapperDescriptorType, types.MethodWrapperType, functools.partial, np.ufunc),
 )
 """Types of classes and functions, which are described by their name."""
 
@@ -288,13 +295,11 @@ class Description:
 
     def _describe_fields(self, fields: Mapping[Any, Any], path: str) -> dict[str, Value]:
         has_model, self._has_model = self._has_model, self._has_model or find_model(fields) is not None
-        urls = [
-            strip_credentials(text).rstrip("/") for text in fields.values() if isinstance(text, str) and "://" in text
-        ]
         # The keys of such a mapping are tasks or words, so none of them is the name of a secret or of a timeout.
         are_names = not holds_phrases(path.rpartition(".")[2])
         described: dict[str, Any] = {}
         others: list[Any] = []
+        clients: list[Any] = []
         for name, item in fields.items():
             if not isinstance(name, str):
                 others += self._describe_pair(name, item, path)
@@ -308,7 +313,8 @@ class Description:
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):
                 continue  # the space's revision identifies its content
             if is_connection(item):
-                settings = self._describe_connection(item, where, urls)
+                clients.append(item)
+                settings = self._describe_connection(item, where)
                 described |= {f"{name}.{CLIENT}": settings} if settings else {}
                 continue
             value = self._describe(item, name, where)
@@ -317,7 +323,7 @@ class Description:
         if others:
             described["keys of other types"] = sorted(others, key=repr)
         self._has_model = has_model
-        return described
+        return _join_endpoints(described, [find_url(client) for client in clients])
 
     def _describe_pair(self, key: Any, item: Any, path: str) -> list[list[Any]]:
         where = f"{path}[{key if isinstance(key, int | float) else type(key).__name__}]"
@@ -370,13 +376,13 @@ class Description:
         if package_of(cls) in MACHINERY:
             return NOTHING
         if is_connection(item):
-            return self._describe_connection(item, where, ()) or NOTHING
+            return _join_endpoints(self._describe_connection(item, where), [find_url(item)]) or NOTHING
         if isinstance(item, _NAMED):
             return self._describe_callable(item, where)
         value = self._describe_value(item, name, where)
         if value is NOTHING:
             return self._describe_instance(item, where)
-        own = {} if is_builtin(cls) else self._describe_fields(read_state(item), where)
+        own = {} if is_builtin(cls) else self._describe_fields(getattr(item, "__dict__", {}), where)
         return {"value": value, "attributes": own} if own else value
 
     def _describe_value(self, item: Any, name: str, where: str) -> Any:
@@ -413,7 +419,7 @@ class Description:
             parts = {"function": item.func, "arguments": item.args, "keywords": item.keywords}
             return {part: self._describe_item(value, f"{where}.{part}") for part, value in parts.items()}
         owner = getattr(item, "__self__", None)
-        if isinstance(item, types.MethodType | types.BuiltinFunctionType) and not (
+        if isinstance(item, types.MethodType | types.BuiltinFunctionType | types.MethodWrapperType) and not (
             owner is None or isinstance(owner, types.ModuleType)
         ):
             return {"method": item.__name__, "of": self._describe_item(owner, where)}
@@ -465,17 +471,15 @@ class Description:
             return self._describe_fields({name: getattr(item, name, None) for name in SENTENCE_TRANSFORMER}, where)
         return NOTHING
 
-    def _describe_connection(self, item: Any, where: str, urls: Collection[str]) -> dict[str, Any]:
-        """Describe where a client sends its requests, unless the fields beside it say so, and what it adds to them."""
+    def _describe_connection(self, item: Any, where: str) -> dict[str, Any]:
+        """Describe what a client adds to the requests of its embedder."""
         watch_client(item)
         state = {**read_state(getattr(item, "_client", None)), **read_state(item)}
         settings = {name: value for name, value in state.items() if name.strip("_") in CLIENT_SETTINGS}
         described = {name: value for name, value in self._describe_fields(settings, where).items() if value != {}}
         if package_of(type(item)) not in CLIENT_PACKAGES:
             described["class"] = f"{type(item).__module__}.{type(item).__qualname__}"
-        url = find_url(item)
-        is_known = url is not None and any(f"{url.rstrip('/')}/".startswith(f"{known}/") for known in urls)
-        return described if url is None or is_known else {**described, "base_url": url}
+        return described
 
     def _refuse(self, item: Any, where: str) -> Any:
         if not self._refuses:
@@ -485,3 +489,27 @@ class Description:
             f"embedonce cannot tell whether {self._owner}{dot}{where} (of type {type(item).__name__}) changes the "
             f'vectors; if it does not, pass ignore=["{where}"]; otherwise {HOW_TO_DECLARE}'
         )
+
+
+def _join_endpoints(described: dict[str, Any], of_clients: Collection[str | None]) -> dict[str, Any]:
+    """Describe the URL of an endpoint in the same way, whether a field holds it or only a client knows it.
+
+    An embedder may make its client at the first call. So if there is a field with the URL, the client's URL, which
+    begins with it, adds nothing.
+    """
+    fields = {
+        name: value.rstrip("/")
+        for name, value in described.items()
+        if to_plain_name(name) in ENDPOINT_FIELDS and isinstance(value, str) and "://" in value
+    }
+    in_fields = set(fields.values())
+    unknown = {
+        url.rstrip("/")
+        for url in of_clients
+        if url is not None and not any(f"{url.rstrip('/')}/".startswith(f"{known}/") for known in in_fields)
+    }
+    if len(in_fields) == 1:
+        described = {name: value for name, value in described.items() if name not in fields}
+        unknown |= in_fields
+    # Two different endpoints keep the names of their fields, because they may have different purposes.
+    return {**described, ENDPOINT: sorted(unknown)} if unknown else described

@@ -217,6 +217,12 @@ MODEL_FIELDS: Final = (
 NO_MODEL: Final = ("", "unknown")
 """Values of such a field that name no model."""
 
+ENDPOINT_FIELDS: Final = frozenset(
+    {"api_base", "api_base_url", "api_endpoint", "api_url", "azure_endpoint", "base_url", "endpoint", "endpoint_url"}
+    | {"openai_api_base", "url"}
+)
+"""Names of the fields in which embedders keep the URL of their endpoint."""
+
 CLIENT_PACKAGES: Final = frozenset(
     {"aiobotocore", "aiohttp", "anthropic", "azure", "boto3", "botocore", "cohere", "google", "grpc", "httpcore"}
     | {"httpcore2", "httpx", "httpx2", "huggingface_hub", "mistralai", "ollama", "openai", "requests", "urllib3"}

@@ -10,6 +10,7 @@ have in common, ``create`` of their ``embeddings``. The replacement does nothing
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 import threading
@@ -84,7 +85,7 @@ def reading_answers() -> Iterator[AnswersRead]:
     Raises:
         ProviderError: an answer does not say which vector belongs to which text.
     """
-    _replace_create()
+    is_ready = _replace_create()
     read = AnswersRead()
     token = _current.set(read)
     try:
@@ -92,6 +93,11 @@ def reading_answers() -> Iterator[AnswersRead]:
     finally:
         _current.reset(token)
     read.raise_error()
+    if not is_ready and _replace_create():
+        raise ProviderError(
+            "the embedder has imported openai during its call, so the order of the answers was not checked and nothing "
+            "was stored; call it again, or import openai earlier"
+        )
 
 
 def watch_client(item: object) -> None:
@@ -102,14 +108,20 @@ def watch_client(item: object) -> None:
             _watched.add(getattr(item, "_client", item) if hasattr(item, "create") else item)
 
 
-def _replace_create() -> None:
-    """Replace ``create`` of ``openai``'s resources, once. If nothing has imported ``openai`` yet, do nothing."""
-    module = sys.modules.get("openai.resources.embeddings")
+def _replace_create() -> bool:
+    """Replace ``create`` of ``openai``'s resources, once. Return False if nothing has imported ``openai`` yet."""
+    if "openai" not in sys.modules:
+        return False
+    try:
+        module = importlib.import_module("openai.resources.embeddings")  # openai itself imports it at the first call
+    except ImportError:
+        return True  # a stand-in or another version, which has no such clients
     for name in ("Embeddings", "AsyncEmbeddings"):
         cls = getattr(module, name, None)
         with _lock:
             if cls is not None and not hasattr(cls.create, "__embedonce_original__"):
                 cls.create = _sorting(cls.create)
+    return True
 
 
 def _sorting(create: Callable[..., Any]) -> Callable[..., Any]:

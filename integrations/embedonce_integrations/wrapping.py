@@ -222,7 +222,8 @@ def _is_record(before: Any, after: Any) -> bool:
         return len(after) >= len(before) and all(map(_is_record, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
-    return bool(type(before) is type(after) and before == after)
+    is_equal: bool = before == after
+    return is_equal and type(before) is type(after)
 
 
 def make_describer(
@@ -270,11 +271,8 @@ class Rebuilt:
         return type(self)(self._embedder, **self._arguments)  # type: ignore[call-arg]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        try:
-            embedder = deepcopy(self._embedder, memo)
-        except Exception:  # noqa: BLE001  (many embedders hold connections, which cannot be copied, so they are shared)
-            embedder = self._embedder
-        return type(self)(embedder, **deepcopy(self._arguments, memo))  # type: ignore[call-arg]
+        # Copies share the embedder, as they share the tiers, because connections cannot be copied.
+        return type(self)(self._embedder, **deepcopy(self._arguments, memo))  # type: ignore[call-arg]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what another process rebuilds the wrapper from.

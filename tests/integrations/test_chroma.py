@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,19 @@ import numpy as np
 import openai as openai_client
 import pytest
 from chromadb.api.types import Documents, EmbeddingFunction, Embeddings
-from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction, register_embedding_function
+from chromadb.utils.embedding_functions import (
+    JinaEmbeddingFunction,
+    OpenAIEmbeddingFunction,
+    register_embedding_function,
+)
+from hypothesis import given, settings
 
 from embedonce import ConfigError, ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.chroma import CachedEmbeddingFunction
+
+from .embedder_settings import Pair, attach, pairs
+from .embedders import memory_config
 
 MODEL = "text-embedding-3-small"
 DOCUMENTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered.", "Oolong is between."]
@@ -219,12 +229,22 @@ class Bare(EmbeddingFunction[Documents]):
 
 def test_a_function_that_cannot_be_described_is_refused_with_advice() -> None:
     tiers = {"tiers": [{"type": "memory"}]}
-    with pytest.raises(SpaceError, match=r"Bare has no get_config.*space="):
+    with pytest.raises(SpaceError, match=r"Bare does not say.*space="):
         CachedEmbeddingFunction(Bare(), config=tiers)
     function = CachedEmbeddingFunction(Bare(), config=tiers, space={"model": "bare-v1"})
     assert function(["four"])[0].tolist() == [4.0, 1.0]
     with pytest.raises(SpaceError, match="provider"):
         CachedEmbeddingFunction(config=NGRAM, space={"model": "bare-v1"})
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [
+        CachedEmbeddingFunction(attach(TwoSided(), mix), config=config).cache.explain("a").key for mix in pair.mixes
+    ]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_the_endpoint_is_in_the_space_wherever_it_comes_from(
@@ -240,6 +260,39 @@ def test_the_endpoint_is_in_the_space_wherever_it_comes_from(
         functions.append(CachedEmbeddingFunction(openai(api_base=other.base_url), config=tiers))
         functions[-1](["text"])
         assert (server.texts, other.texts) == (1, 1)
+
+
+def test_the_description_is_the_same_before_and_after_the_first_calls(openai: Callable[..., Any]) -> None:
+    config = memory_config()
+    for inner in (openai(), TwoSided()):
+        before = CachedEmbeddingFunction(inner, config=config).cache.explain("a").key
+        inner(["a"])
+        inner.embed_query(["b"])
+        assert CachedEmbeddingFunction(inner, config=config).cache.explain("a").key == before
+
+
+def test_late_chunking_is_refused_even_with_a_declared_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMA_JINA_API_KEY", "any")
+    function = JinaEmbeddingFunction(api_key_env_var="CHROMA_JINA_API_KEY", late_chunking=True)
+    for space in (None, {"model": "mine"}):
+        with pytest.raises(SpaceError, match="with late_chunking, the vector of a text depends on the other texts"):
+            CachedEmbeddingFunction(function, config=memory_config(), space=space)
+    plain = JinaEmbeddingFunction(api_key_env_var="CHROMA_JINA_API_KEY")
+    CachedEmbeddingFunction(plain, config=memory_config())
+
+
+def test_functions_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    for function in (
+        CachedEmbeddingFunction(TwoSided(), config=memory_config()),
+        CachedEmbeddingFunction(TwoSided(), config=memory_config(), space={"model": "mine"}),
+        CachedEmbeddingFunction(config=NGRAM),
+    ):
+        rows = function(DOCUMENTS)
+        for again in (copy.copy(function), copy.deepcopy(function), pickle.loads(pickle.dumps(function))):
+            assert again is not function
+            assert np.array_equal(again(DOCUMENTS), rows)
+            assert again.name() == function.name()
+            assert again.cache.lookup(DOCUMENTS).sources == ["memory"] * len(DOCUMENTS)
 
 
 def test_a_changed_function_is_refused(server: OpenAIServer, openai: Callable[..., OpenAIEmbeddingFunction]) -> None:

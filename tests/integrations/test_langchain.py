@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -34,6 +36,7 @@ from embedonce import Cache, ConfigError, ProviderError, SpaceError, TierError
 from embedonce.testing import DictBackend, OpenAIServer
 from embedonce_integrations.langchain import CachedEmbeddings, VectorByteStore
 
+from .embedder_settings import Pair, attach, pairs
 from .embedders import (
     MIXED,
     NGRAM,
@@ -355,8 +358,14 @@ class Opaque(Embeddings):
         return vector(text)
 
 
+class Named(Opaque):
+    def __init__(self) -> None:
+        self.model = "m"
+
+
 class Nameless(BaseModel, Opaque):
-    _weights: Any = PrivateAttr(default=1)
+    batch_size: int = 1
+    _count: int = PrivateAttr(default=1)
 
 
 class Nested(BaseModel, Opaque):
@@ -371,7 +380,7 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for embeddings, message in (
         (Opaque(), "Opaque does not say"),
-        (Nameless(), "names no model and has private attributes"),
+        (Nameless(), "Nameless does not say"),
         (Nested(base=object()), r"Nested\.base .of type object"),
         (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
@@ -380,6 +389,14 @@ def test_embeddings_without_a_description_are_refused_until_declared() -> None:
             CachedEmbeddings(embeddings, config=memory_config())
         cached = CachedEmbeddings(embeddings, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.embed_documents(["a"]), [vector("a")])
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [CachedEmbeddings(attach(Named(), mix), config=config).cache.explain("a").key for mix in pair.mixes]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_changed_embeddings_are_refused(openai: OpenAI, face: Face) -> None:
@@ -402,8 +419,14 @@ class Quantized(Letters):
 
 
 def test_vectors_that_depend_on_the_batch_are_refused() -> None:
-    with pytest.raises(SpaceError, match="depends on the other texts"):
-        CachedEmbeddings(Quantized(encode_kwargs={"precision": "int8"}), config=memory_config())
+    tied = Quantized(encode_kwargs={"precision": "int8"})
+    for declared in (None, {"model": "mine"}):
+        with pytest.raises(SpaceError, match="depends on the other texts"):
+            CachedEmbeddings(tied, config=memory_config(), space=declared)
+        CachedEmbeddings(tied, config=memory_config(), space=declared, ignore=["encode_kwargs.precision"])
+        plain = CachedEmbeddings(Letters(), config=memory_config(), space=declared)
+        with pytest.raises(SpaceError, match="depends on the other texts"):
+            plain.embed_documents(["a", "b"], late_chunking=True)
     CachedEmbeddings(Quantized(encode_kwargs={"precision": "float32"}), config=memory_config())
 
 
@@ -422,12 +445,85 @@ def test_kwargs_are_passed_on_and_change_the_space(server: OpenAIServer, openai:
     assert server.texts == 3
     assert face.documents(cached, ["a"], chunk_size=7, user="me") == plain
     assert server.texts == 3, "neither decides the vectors"
-    with pytest.raises(SpaceError, match=r"the call's\.hook"):
-        face.documents(cached, ["a"], hook=print)
+    with pytest.raises(SpaceError, match=r"the call's hook"):
+        face.documents(cached, ["a"], hook=lambda text: text)
     inner = Letters()
     declared = CachedEmbeddings(inner, config=memory_config(), space={"model": "mine"})
     assert not equal_as_float32(face.query(declared, "a"), face.query(declared, "a", tone="kind"))
     assert len(inner._calls) == 2
+
+
+class Titled(Embeddings):
+    """Embeds each text with its title, as Google's embeddings do."""
+
+    def __init__(self) -> None:
+        self.model = "titled"
+        self.calls: list[Any] = []
+
+    def embed_documents(self, texts: list[str], *, titles: Any = None, batch_size: int = 1) -> list[list[float]]:
+        self.calls.append((texts, titles))
+        return [vector(f"{title} {text}") for text, title in zip(texts, titles or [""] * len(texts), strict=True)]
+
+    def embed_query(self, text: str) -> list[float]:
+        return vector(text)
+
+
+def test_each_title_goes_with_its_text(face: Face) -> None:
+    inner = Titled()
+    cached = CachedEmbeddings(inner, config=memory_config(normalize=["strip", "casefold"]))
+
+    def ask(texts: list[str], titles: Any) -> None:
+        rows = face.documents(cached, texts, titles=titles, batch_size=1)
+        assert equal_as_float32(
+            rows, [vector(f"{title} {text.strip().lower()}") for text, title in zip(texts, titles, strict=True)]
+        )
+
+    ask(["Intro ", "It is steamed."], ["Tea Book", "Chapter 2"])
+    ask(["intro", "It is oxidised."], ["Tea Book", "Chapter 2"])
+    assert inner.calls[1:] == [(["it is oxidised."], ["Chapter 2"])]
+    ask(["Intro", "Intro"], ["Coffee Book", None])
+    ask(["Intro", "Intro"], ("Tea Book", "Coffee Book"))
+    assert len(inner.calls) == 3
+    assert equal_as_float32(face.documents(cached, ["Intro"]), [vector(" intro")]), "a text without a title is another"
+
+
+def test_keywords_that_may_belong_to_single_texts_are_refused(face: Face) -> None:
+    inner = Titled()
+    for declared in (None, {"model": "mine"}):
+        cached = CachedEmbeddings(inner, config=memory_config(), space=declared)
+        with pytest.raises(SpaceError, match="headings has as many values as there are texts"):
+            face.documents(cached, ["a", "b"], headings=["x", "y"])
+        with pytest.raises(ValueError, match="titles must have one value per text; texts: 2, values: 1"):
+            face.documents(cached, ["a", "b"], titles=["x"])
+    assert inner.calls == []
+
+
+def test_wrappers_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    file = tmp_path / "embedonce.toml"
+    file.write_text('[key]\nversion = "copies"\n[[tiers]]\ntype = "memory"\n')
+    for cached in (
+        CachedEmbeddings(Letters(), config=file, symmetric=True, ignore=["size"]),
+        CachedEmbeddings(Letters(), config=memory_config(), space={"model": "mine"}),
+        CachedEmbeddings(config=NGRAM),
+    ):
+        rows = cached.embed_documents(MIXED)
+        for again in (copy.copy(cached), copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
+            assert again is not cached
+            assert again.embed_documents(MIXED) == rows
+            assert again.cache.lookup(MIXED).sources == ["memory"] * len(MIXED)
+    store = VectorByteStore(space={"model": "m"}, config=memory_config())
+    store.mset([("a", b"[1.0]")])
+    for other in (copy.copy(store), copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        assert other.mget(["a"]) == [b"[1.0]"]
+
+
+def test_embeddings_with_connections_are_shared_by_copies_and_cannot_be_pickled(openai: OpenAI) -> None:
+    cached = CachedEmbeddings(openai(), config=memory_config())
+    rows = cached.embed_documents(MIXED)
+    assert copy.deepcopy(cached).embed_documents(MIXED) == rows
+    with pytest.raises(SpaceError, match="cannot pickle OpenAIEmbeddings") as raised:
+        pickle.dumps(cached)
+    assert SECRET not in str(raised.value)
 
 
 def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
@@ -435,6 +531,14 @@ def test_secrets_are_shown_nowhere(openai: OpenAI) -> None:
     cached = CachedEmbeddings(inner, config=memory_config(secret=SECRET))
     shown = f"{cached!r} {cached.cache!r} {cached.cache.explain('a')} {cached.cache.provider.space('query')}"
     assert SECRET not in shown
+
+
+def test_the_description_is_the_same_before_and_after_the_first_calls(openai: OpenAI, face: Face) -> None:
+    for inner in (openai(), openai(tokens=False, model="m"), Letters(), CacheBackedEmbeddings(Letters(), None)):
+        before = describe(inner)
+        face.documents(inner, ["a", "b"]) if not isinstance(inner, CacheBackedEmbeddings) else face.query(inner, "a")
+        face.query(inner, "c")
+        assert describe(inner) == before
 
 
 def test_embeddings_get_the_normalised_text() -> None:

@@ -39,6 +39,7 @@ from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.llama_index import CachedEmbedding
 
+from .embedder_settings import Pair, attach, pairs
 from .embedders import (
     MIXED,
     NGRAM,
@@ -244,7 +245,6 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI) -> None
     for options in (
         {"model": "text-embedding-3-large"},
         {"dimensions": 8},
-        {"api_version": "2026-01-01"},
         {"additional_kwargs": {"truncate": True}},
     ):
         assert vectors_of(openai(**options)) != plain, options
@@ -256,6 +256,7 @@ def test_everything_that_decides_vectors_is_in_the_space(openai: OpenAI) -> None
         {"default_headers": {"x": "y"}},
         {"reuse_client": False},
         {"num_workers": 4},
+        {"api_version": "2026-01-01"},
         {"additional_kwargs": {"user": "me", "encoding_format": "float"}},
     ):
         assert vectors_of(openai(**options)) == plain, options
@@ -275,6 +276,18 @@ def test_queries_and_texts_share_vectors_only_if_symmetric() -> None:
     assert declared["document"] != declared["query"]
 
 
+class Wordless(BaseEmbedding):
+    """Has no field of its own."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return vector(text)
+
+    _get_query_embedding = _get_text_embedding
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return vector(query)
+
+
 class Holding(Letters):
     model: Any = None
 
@@ -285,7 +298,7 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
 
     script = type("Letters", (Letters,), {"__module__": "__main__"})
     for model, message in (
-        (Letters(model_name="unknown"), "names no model and has private attributes"),
+        (Wordless(), "Wordless does not say"),
         (Holding(model=object()), r"Holding\.model .of type object"),
         (script(), "another script may define a different class"),
         (Local(), "defined in a function"),
@@ -295,6 +308,17 @@ def test_a_model_without_a_description_is_refused_until_declared() -> None:
         cached = CachedEmbedding(model, config=memory_config(), space={"model": "mine"})
         assert equal_as_float32(cached.get_text_embedding("a"), vector("a"))
         assert cached.model_name == "mine"
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    config = memory_config()
+    keys = [
+        CachedEmbedding(attach(Wordless(model_name="m"), mix), config=config).cache.explain("a").key
+        for mix in pair.mixes
+    ]
+    assert (keys[0] == keys[1]) is pair.are_equal
 
 
 def test_a_changed_model_is_refused() -> None:
@@ -323,6 +347,14 @@ def test_unsupported_arguments_are_refused_with_advice() -> None:
     cached = CachedEmbedding(Letters(), config=memory_config())
     with pytest.raises(TypeError, match="made from a dict"):
         CachedEmbedding.from_dict(cached.to_dict())
+
+
+def test_the_description_is_the_same_before_and_after_the_first_calls(openai: OpenAI, face: Face) -> None:
+    for inner in (openai(), Letters()):
+        before = vectors_of(inner)
+        face.texts(inner, ["a", "b"])
+        face.query(inner, "c")
+        assert vectors_of(inner) == before
 
 
 def test_the_model_gets_the_normalised_text() -> None:

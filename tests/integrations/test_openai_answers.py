@@ -1,0 +1,233 @@
+"""Tests for the answers of OpenAI clients inside embedders, wherever the embedder keeps or makes its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from langchain_core.embeddings import Embeddings
+
+from embedonce import ProviderError
+from embedonce.testing import OpenAIServer
+from embedonce_integrations.langchain import CachedEmbeddings
+from embedonce_integrations.openai_answers import AnswersRead, reading_answers, watch_client
+
+from .embedders import equal_as_float32, memory_config
+
+MODEL = "text-embedding-3-small"
+TEXTS = ["Green tea", "Black tea", "White tea"]
+
+
+class Holder:
+    """Holds a client, so that the embeddings only hold an object that holds it."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+
+class Asking(Embeddings):
+    """Asks an OpenAI client and takes the vectors as they come."""
+
+    def __init__(self, server: OpenAIServer) -> None:
+        self.base_url = server.base_url
+        self.model = MODEL
+
+    def make_client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.base_url, api_key="any", max_retries=0)
+
+    def get_client(self) -> openai.OpenAI:
+        raise NotImplementedError
+
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        return [item.embedding for item in client.embeddings.create(model=self.model, input=texts).data]
+
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        return self.ask(self.get_client(), texts)
+
+    def embed_query(self, text: str) -> Any:
+        return self.embed_documents([text])[0]
+
+
+class Held(Asking):
+    def __init__(self, server: OpenAIServer) -> None:
+        super().__init__(server)
+        self._inner = [Holder(self.make_client())]
+
+    def get_client(self) -> openai.OpenAI:
+        client: openai.OpenAI = self._inner[0].client
+        return client
+
+
+class Lazy(Asking):
+    _client: openai.OpenAI | None = None
+
+    def get_client(self) -> openai.OpenAI:
+        self._client = self._client or self.make_client()
+        return self._client
+
+
+class PerCall(Asking):
+    def get_client(self) -> openai.OpenAI:
+        return self.make_client()
+
+
+class Raw(Lazy):
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        answer = client.embeddings.with_raw_response.create(model=self.model, input=texts)
+        return [item.embedding for item in answer.parse().data]
+
+
+class Streaming(Lazy):
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        with client.embeddings.with_streaming_response.create(model=self.model, input=texts) as answer:
+            return [item.embedding for item in answer.parse().data]
+
+
+class Iterating(Lazy):
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        return super().ask(client, texts) if len(texts) < 2 else super().ask(client, list(iter(texts)))
+
+
+class InThreads(Held):
+    """Calls its client in threads that do not copy the caller's context."""
+
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.ask, self.get_client(), texts).result()
+
+
+class Swallowing(Lazy):
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        try:
+            return super().embed_documents(texts)
+        except Exception:
+            return [[1.0, 2.0] for _ in texts]
+
+
+class InChunks(Asking):
+    """Sends several requests at the same time, with an async client that it makes in each call."""
+
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        return asyncio.run(self.aembed_documents(texts))
+
+    async def aembed_documents(self, texts: list[str]) -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=self.base_url, api_key="any", max_retries=0) as client:
+
+            async def ask(part: list[str]) -> list[Any]:
+                answer = await client.embeddings.create(model=self.model, input=part)
+                return [item.embedding for item in answer.data]
+
+            parts = await asyncio.gather(*(ask(texts[at : at + 2]) for at in range(0, len(texts), 2)))
+            return [row for part in parts for row in part]
+
+
+KINDS = [Held, Lazy, PerCall, Raw, Streaming, Iterating, InThreads, InChunks]
+
+
+@pytest.fixture
+def plain(server: OpenAIServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def right(server: OpenAIServer, texts: list[str]) -> list[Any]:
+    return [server.vector_of(text, model=MODEL) for text in texts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_text_gets_its_own_vector(server: OpenAIServer, kind: Callable[[OpenAIServer], Asking]) -> None:
+    cached = CachedEmbeddings(kind(server), config=memory_config())
+    server.misbehave("out_of_order")
+    for _ in range(2):
+        assert equal_as_float32(cached.embed_documents(TEXTS), right(server, TEXTS))
+    assert equal_as_float32(cached.embed_documents([*TEXTS[::-1], "Oolong"])[:3], right(server, TEXTS[::-1]))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Swallowing])
+def test_an_answer_that_does_not_say_which_vector_is_whose_is_an_error(
+    server: OpenAIServer, kind: Callable[[OpenAIServer], Asking]
+) -> None:
+    cached = CachedEmbeddings(kind(server), config=memory_config())
+    server.misbehave("duplicate_index")
+    with pytest.raises(ProviderError, match="index"):
+        cached.embed_documents(TEXTS)
+    assert cached.cache.lookup(TEXTS).sources == [None] * 3
+    server.heal()
+    assert equal_as_float32(cached.embed_documents(TEXTS), right(server, TEXTS))
+
+
+async def test_async_clients_are_read_in_the_callers_event_loop(server: OpenAIServer) -> None:
+    cached = CachedEmbeddings(InChunks(server), config=memory_config())
+    server.misbehave("out_of_order")
+    assert equal_as_float32(await cached.aembed_documents([*TEXTS, "Oolong"]), right(server, [*TEXTS, "Oolong"]))
+
+
+def test_other_clients_see_the_answers_as_they_are(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    embedder = Held(server)
+    CachedEmbeddings(embedder, config=memory_config()).embed_documents(TEXTS)
+    server.misbehave("out_of_order")
+    answer = plain.embeddings.create(model=MODEL, input=TEXTS)
+    assert [item.index for item in answer.data] != [0, 1, 2]
+    server.misbehave("short")
+    assert len(plain.embeddings.create(model=MODEL, input=TEXTS).data) == 2
+    server.misbehave("out_of_order")
+    with reading_answers() as read:
+        contextvars.Context().run(plain.embeddings.create, model=MODEL, input=TEXTS)
+    assert read.model is None, "a call in another context is not read"
+
+
+def test_what_the_answers_say_goes_to_the_cache(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    with reading_answers() as read:
+        plain.embeddings.create(model=MODEL, input=TEXTS)
+        plain.embeddings.create(model=MODEL, input="one")
+    answer = read.make_answer(np.ones((4, 2)))
+    assert answer.model == MODEL
+    assert answer.tokens is not None
+    assert answer.tokens > 0
+    read.add(SimpleNamespace(model="other", usage=None))
+    assert read.model == f"other + {MODEL}", "an embedder that joins two models has a name of its own"
+    assert read.tokens is None
+    read.add(SimpleNamespace(model=None))
+    assert read.model is None
+
+
+def test_an_embedder_without_a_client_has_no_model_and_no_tokens() -> None:
+    read = AnswersRead()
+    assert (read.model, read.tokens) == (None, None)
+
+
+@pytest.mark.parametrize("given", ["text", [1, 2, 3], ["text"], [[1, 2]], ("text",), np.array([1, 2])])
+def test_one_input_has_one_vector(plain: openai.OpenAI, server: OpenAIServer, given: Any) -> None:
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    with reading_answers():
+        assert len(plain.embeddings.create(model=MODEL, input=given).data) == 1
+    server.misbehave("long")
+    with pytest.raises(ProviderError, match="one vector per text"), reading_answers():
+        plain.embeddings.create(model=MODEL, input=given)
+
+
+def test_a_client_is_watched_by_itself_or_its_embeddings(server: OpenAIServer) -> None:
+    clients = [openai.OpenAI(base_url=server.base_url, api_key="any") for _ in range(2)]
+    watch_client(clients[0])
+    watch_client(clients[1].embeddings)
+    watch_client(object())
+    server.misbehave("out_of_order")
+    for client in clients:
+        assert [item.index for item in client.embeddings.create(model=MODEL, input=TEXTS).data] == [0, 1, 2]
+        client.close()
+
+
+def test_the_method_keeps_its_name_and_can_be_pickled() -> None:
+    with reading_answers():
+        create = openai.resources.embeddings.Embeddings.create
+    assert (create.__name__, create.__module__) == ("create", "openai.resources.embeddings")
+    assert pickle.loads(pickle.dumps(create)) is create
