@@ -14,10 +14,13 @@ import openai
 import pytest
 from agent_framework import BaseEmbeddingClient, Embedding, GeneratedEmbeddings, SupportsGetEmbeddings
 from agent_framework.openai import OpenAIEmbeddingClient
+from hypothesis import given, settings
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.agent_framework import MAX_CACHES, CachedEmbeddingClient
+
+from .embedder_settings import Pair, attach, pairs
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -306,3 +309,10 @@ async def test_a_cached_client_can_be_copied_and_pickled(tiers: dict[str, Any], 
 async def test_a_client_that_cannot_be_pickled_is_named(client: OpenAIEmbeddingClient, tiers: dict[str, Any]) -> None:
     with pytest.raises(SpaceError, match="OpenAIEmbeddingClient"):
         pickle.dumps(CachedEmbeddingClient(client, config=tiers))
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_clients_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    keys = [CachedEmbeddingClient(attach(Private(), mix), config=MEMORY).cache.explain("a").key for mix in pair.mixes]
+    assert (keys[0] == keys[1]) is pair.are_equal
