@@ -30,8 +30,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("openai is not installed: pip install 'embedonce[openai]'") from error
 
+from ._openai_responses import RAW_HEADER, Call, current_call, set_current_call
 from .composite_texts import join_keywords, split_all, split_keywords
-from .openai_responses import RAW_HEADER, Call, current_call, set_current_call
 from .wrapping import WrappedProvider, open_shared_cache
 
 Client = TypeVar("Client", openai.OpenAI, openai.AsyncOpenAI)

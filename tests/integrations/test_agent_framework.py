@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import openai
 import pytest
 from agent_framework import BaseEmbeddingClient, Embedding, GeneratedEmbeddings, SupportsGetEmbeddings
 from agent_framework.openai import OpenAIEmbeddingClient
+from hypothesis import given, settings
 
 from embedonce import ProviderError, SpaceError
 from embedonce.testing import OpenAIServer
 from embedonce_integrations.agent_framework import MAX_CACHES, CachedEmbeddingClient
+
+from .embedder_settings import Pair, attach, pairs
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea is steamed.", "Black tea is oxidised.", "White tea is withered."]
@@ -187,3 +192,127 @@ async def test_a_client_that_cannot_be_described_is_refused_with_advice() -> Non
         await cached.get_embeddings([5])
     with pytest.raises(SpaceError, match="provider"):
         CachedEmbeddingClient(config=MEMORY, space={"model": "nameless-v1"})
+
+
+# --- what the walk finds ----------------------------------------------------------------------
+
+
+class Private(BaseEmbeddingClient[str, list[float], Any]):
+    """Keeps its settings in private attributes, and records its calls."""
+
+    def __init__(self, model: str = "m", task: Any = "a", timeout: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self._task = task
+        self._timeout = timeout
+        self.calls: list[Any] = []
+
+    async def get_embeddings(self, values: Any, *, options: Any = None) -> GeneratedEmbeddings[list[float], Any]:
+        self.calls.append((list(values), options))
+        titles = (options or {}).get("titles", [""] * len(values))
+        return GeneratedEmbeddings(
+            [
+                Embedding(vector=[float(len(title)), float(len(text)), 1.0])
+                for title, text in zip(titles, values, strict=True)
+            ]
+        )
+
+
+async def sources_of(client: Any, config: dict[str, Any], **options: Any) -> list[str]:
+    made = await CachedEmbeddingClient(client, config=config, **options).get_embeddings(["one"])
+    return list(made.additional_properties["sources"])
+
+
+async def test_private_settings_are_in_the_space_and_a_timeout_is_not(tiers: dict[str, Any]) -> None:
+    kept = CachedEmbeddingClient(Private(), config=tiers)  # keeps the memory tier alive
+    for task in ("a", {"dimensions": 3}, {"dimensions": 4}):
+        assert await sources_of(Private(task=task), tiers) == ["provider"]
+        assert await sources_of(Private(task=task, timeout=9.0), tiers) == ["memory"]
+    assert await sources_of(Private(task=1.5), tiers, ignore=["_task"]) == ["provider"]
+    assert await sources_of(Private(task=2.5), tiers, ignore=["_task"]) == ["memory"]
+    with pytest.raises(SpaceError, match=r'Private\._task.*ignore=\["_task"\]'):
+        CachedEmbeddingClient(Private(task=lambda text: text), config=tiers)
+    with pytest.raises(SpaceError, match="ignore="):
+        CachedEmbeddingClient(config=tiers, ignore=["_task"])
+    assert kept.cache.stats().tiers
+
+
+async def test_a_client_that_was_changed_is_not_asked(tiers: dict[str, Any]) -> None:
+    client = Private()
+    cached = CachedEmbeddingClient(client, config=tiers)
+    await cached.get_embeddings(["one"])
+    client._task = "b"
+    with pytest.raises(SpaceError, match="_task"):
+        await cached.get_embeddings(["two"])
+
+
+@pytest.mark.parametrize("space", [None, {"model": "declared"}])
+def test_settings_that_tie_a_text_to_its_batch_are_refused(space: dict[str, Any] | None) -> None:
+    with pytest.raises(SpaceError, match="late_chunking"):
+        CachedEmbeddingClient(Private(task={"late_chunking": True}), config=MEMORY, space=space)
+
+
+async def test_options_with_one_value_per_text_are_cut_and_other_lists_refused(tiers: dict[str, Any]) -> None:
+    client = Private()
+    cached = CachedEmbeddingClient(client, config=tiers)
+    await cached.get_embeddings(["one", "two"], options={"titles": ["a", "bb"], "user": "me"})
+    made = await cached.get_embeddings(["one", "three", "one"], options={"titles": ["a", "bb", "ccc"]})
+    assert rows(made).tolist() == [[1, 3, 1], [2, 5, 1], [3, 3, 1]]
+    assert client.calls[1] == (["three", "one"], {"titles": ["bb", "ccc"]})
+    for options in ({"stop": ["a", "b"]}, {"extra_body": {"stop": ("a", "b")}}):
+        with pytest.raises(SpaceError, match=r"stop.* has as many values as there are texts"):
+            await cached.get_embeddings(["one", "two"], options=options)
+    with pytest.raises(SpaceError, match="late_chunking"):
+        await cached.get_embeddings(["one"], options={"extra_body": {"late_chunking": True}})
+    with pytest.raises(ValueError, match="titles must have one value per text"):
+        await cached.get_embeddings(["one"], options={"titles": []})
+    assert len(client.calls) == 2
+
+
+async def test_an_index_of_0_that_is_left_out_is_the_free_place(
+    server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = server.embed
+
+    def embed_without_index_0(request: Any, kind: str | None) -> Any:
+        reply = embed(request, kind)
+        for item in reply.content["data"]:
+            if item["index"] == 0:
+                del item["index"]
+        reply.content["data"].reverse()
+        return reply
+
+    monkeypatch.setattr(server, "embed", embed_without_index_0)
+    made = await CachedEmbeddingClient(client, config=tiers).get_embeddings(TEXTS)
+    for text, row in zip(TEXTS, rows(made), strict=True):
+        assert (row == server.vector_of(text, model=MODEL)).all()
+
+
+async def test_the_description_is_the_same_before_and_after_the_first_call(
+    server: OpenAIServer, client: OpenAIEmbeddingClient, tiers: dict[str, Any]
+) -> None:
+    before = CachedEmbeddingClient(client, config=tiers)
+    await before.get_embeddings(TEXTS)
+    after = CachedEmbeddingClient(client, config=tiers)
+    assert after.cache.provider.space("document") == before.cache.provider.space("document")
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+async def test_a_cached_client_can_be_copied_and_pickled(tiers: dict[str, Any], how: Any) -> None:
+    cached = CachedEmbeddingClient(Private(), config=tiers, task="query", additional_properties={"team": "search"})
+    await cached.get_embeddings(["one"])
+    other = how(cached)
+    assert other.additional_properties == {"team": "search"}
+    assert (await other.get_embeddings(["one"])).additional_properties["sources"] == ["memory"]
+
+
+async def test_a_client_that_cannot_be_pickled_is_named(client: OpenAIEmbeddingClient, tiers: dict[str, Any]) -> None:
+    with pytest.raises(SpaceError, match="OpenAIEmbeddingClient"):
+        pickle.dumps(CachedEmbeddingClient(client, config=tiers))
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_clients_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    keys = [CachedEmbeddingClient(attach(Private(), mix), config=MEMORY).cache.explain("a").key for mix in pair.mixes]
+    assert (keys[0] == keys[1]) is pair.are_equal

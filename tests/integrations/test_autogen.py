@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +286,21 @@ async def test_autogens_chroma_memory_uses_the_embedding_function(
         assert texts(await memory.query(TEA[1])) == [TEA[1]]
         await memory.close()
     assert server.texts == 3
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+async def test_a_memory_can_be_copied_and_pickled(server: OpenAIServer, config: dict[str, Any], how: Any) -> None:
+    memory = CachedMemory(config, name="tea", k=1)
+    await memory.add_all([chunk(text, page=number) for number, text in enumerate(TEA)])
+    other = how(memory)
+    await other.add(chunk("Coffee is roasted."))
+    assert other.name == "tea"
+    assert texts(await other.query(TEA[1])) == [TEA[1]]
+    assert server.count[TEA[1]] == 1, "the vectors of the copied chunks are in the tiers"
+    assert len(memory.dump_component().config["memory_contents"]) == 3, "the original is unchanged"
+
+
+def test_a_provider_that_ties_a_text_to_its_batch_is_refused(config: dict[str, Any]) -> None:
+    provider = {**config["provider"], "extra_body": {"late_chunking": True}}
+    with pytest.raises(ConfigError, match="late_chunking"):
+        CachedMemory({**config, "provider": provider})

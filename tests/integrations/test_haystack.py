@@ -35,7 +35,7 @@ from haystack_integrations.components.embedders.sentence_transformers import (
     SentenceTransformersSparseTextEmbedder,
     SentenceTransformersTextEmbedder,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -45,6 +45,8 @@ from embedonce.testing import OpenAIServer
 from embedonce_integrations.wrapping import open_shared_cache
 from haystack_integrations.components.embedders.embedonce import CachedDocumentEmbedder, CachedTextEmbedder
 from haystack_integrations.components.embedders.embedonce._described import describe_component
+
+from .embedder_settings import Pair, attach, pairs
 
 AsyncPipeline: Any = getattr(haystack, "AsyncPipeline", Pipeline)  # Haystack 3 has one class for both
 NGRAM: dict[str, Any] = {"provider": {"type": "ngram", "dimensions": 64}}
@@ -1093,3 +1095,14 @@ def test_ignore_survives_serialisation() -> None:
     component = CachedTextEmbedder(MockTextEmbedder(model="mock"), config=MEMORY, ignore=["dimension"])
     pipeline.add_component("embedder", component)
     assert Pipeline.loads(pipeline.dumps()).get_component("embedder").ignore == ["dimension"]
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_embedders_share_a_key_only_if_their_settings_make_the_same_vectors(pair: Pair) -> None:
+    keys = []
+    for mix in pair.mixes:
+        embedder = CachedTextEmbedder(attach(Private(), mix), config=MEMORY)
+        embedder.warm_up()
+        keys.append(embedder._cache.explain("a", "query").key)
+    assert (keys[0] == keys[1]) is pair.are_equal

@@ -544,6 +544,41 @@ def test_settings_that_tie_a_text_to_its_batch_are_refused(
     assert server.texts == 1
 
 
+@pytest.mark.parametrize("given", [["one", "two"], [[1, 2], [3]]], ids=["texts", "tokens"])
+def test_a_field_with_one_value_per_input_is_cut_with_the_inputs(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, given: list[Any]
+) -> None:
+    def ask(inputs: list[Any], titles: list[str]) -> dict[str, Any]:
+        return {"model": MODEL, "input": inputs, "extra_body": {"titles": titles, "truncate": "END"}}
+
+    third: Any = "three" if isinstance(given[0], str) else [4]
+    program = Program(server, face)
+    program(ask(given, ["a", "b"]), ask([given[0], third], ["a", "b"]), ask([given[0]], ["c"]), config=tiers)
+    sent = [(request.body["input"], request.body["titles"]) for request in server.requests]
+    assert sent == [(given, ["a", "b"]), ([third], ["b"]), ([given[0]], ["c"])]
+    assert all(request.body["truncate"] == "END" for request in server.requests)
+    (wrong,) = program(ask(given, ["a"]), config=tiers)
+    assert isinstance(wrong, ValueError)
+    assert "titles must have one value per text" in str(wrong)
+
+
+@pytest.mark.parametrize("place", ["extra_body", "extra_query"])
+def test_another_list_as_long_as_the_input_is_refused(
+    server: OpenAIServer, tiers: dict[str, Any], face: Face, place: str
+) -> None:
+    refused, nested, allowed = Program(server, face)(
+        {"model": MODEL, "input": ["one", "two"], place: {"tags": ["a", "b"]}},
+        {"model": MODEL, "input": ["one", "two"], place: {"options": {"titles": ("a", "b")}}},
+        {"model": MODEL, "input": ["one", "two"], place: {"tags": ["a", "b", "c"]}},
+        config=tiers,
+    )
+    assert isinstance(refused, SpaceError)
+    assert "tags has as many values as there are texts" in str(refused)
+    assert isinstance(nested, SpaceError)
+    assert len(allowed.data) == 2
+    assert len(server.requests) == 1
+
+
 def test_such_a_setting_of_the_client_itself_is_refused(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     client = openai.OpenAI(base_url=server.base_url, api_key="any", default_query={"late_chunking": "true"})
     with client, pytest.raises(SpaceError, match="late_chunking"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from embedonce import TextError
+from embedonce import ConfigError, TextError
 from embedonce_integrations.ray import BatchEmbedder
 from embedonce_providers.ngram import NgramProvider
 
@@ -98,3 +99,18 @@ def test_dask_can_map_partitions_with_it(config: dict[str, Any]) -> None:
     meta = pd.DataFrame({"text": pd.Series(dtype=object), "embedding": pd.Series(dtype=object)})
     made = frame.map_partitions(BatchEmbedder(config), meta=meta).compute(scheduler="threads")
     assert (np.stack(list(made["embedding"])) == np.tile(EXPECTED, (4, 1))).all()
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+def test_a_batch_embedder_that_has_been_used_can_be_copied(config: dict[str, Any], how: Any) -> None:
+    embed = BatchEmbedder(config, sources="source")
+    embed({"text": np.array(TEXTS, object)})
+    again = how(embed)({"text": np.array(TEXTS, object)})
+    assert (again["embedding"] == EXPECTED).all()
+    assert set(again["source"]) == {"memory"}
+
+
+def test_a_provider_that_ties_a_text_to_its_batch_is_refused(config: dict[str, Any]) -> None:
+    provider = {"type": "openai", "model": "m", "api_key": "any", "extra_body": {"late_chunking": True}}
+    with pytest.raises(ConfigError, match="late_chunking"):
+        BatchEmbedder({**config, "provider": provider})({"text": np.array(TEXTS, object)})
