@@ -223,7 +223,9 @@ def wrap_error(error: Exception) -> Exception:
         lambda: StatusError("The model `bge-x` does not exist", 400),
         lambda: StatusError("API key not valid. Please pass a valid API key.", 400),
         lambda: StatusError("", None, response=SimpleNamespace(status=401)),
-        lambda: StatusError("", None, status="PERMISSION_DENIED"),
+        lambda: StatusError(
+            "", None, grpc_status_code="unknown", code=lambda: SimpleNamespace(name="PERMISSION_DENIED")
+        ),
         lambda: wrap_error(StatusError("no", 403)),
         lambda: wrap_error(ConnectionResetError()),
         ConnectionError,

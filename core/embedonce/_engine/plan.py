@@ -8,7 +8,7 @@ await the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 
@@ -346,14 +346,19 @@ class Engine:
 
         async def request(keys: list[str]) -> Exception | None:
             try:
-                made = await call_at_rate(call, [texts[key] for key in keys], self._embed)
+                entries, bad = await call_at_rate(call, [texts[key] for key in keys], self._embed)
             except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
                 return error
-            await self._take_made(call, dict(zip(keys, made, strict=True)), flights)
+            if bad:
+                for i, error in bad.items():
+                    self._fail_flights(call.answer, {keys[i]: flights[keys[i]]}, error)
+                keys = [key for i, key in enumerate(keys) if i not in bad]
+            await self._take_entries(call, dict(zip(keys, entries, strict=True)), flights)
             return None
 
         failed = await embed_chunk(
-            {key: texts[key] for key in flights},
+            list(flights),
+            texts,
             request,
             batches=source.batches,
             patience=patience,
@@ -364,18 +369,11 @@ class Engine:
         if source.batches.has_limit:
             log_batch_limit(source)
 
-    async def _take_made(
-        self, call: Call, made: Mapping[str, Entry | ProviderError], flights: Mapping[str, Flight]
-    ) -> None:
-        """Store the entries of one request and land their flights. Fail the flights of invalid vectors."""
+    async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
+        """Store the entries of one request and land their flights."""
         answer = call.answer
-        entries: dict[str, Entry] = {}
-        for key, entry in made.items():
-            if isinstance(entry, ProviderError):
-                self._fail_flights(answer, {key: flights[key]}, entry)
-            else:
-                metadata = answer.metadata.get(key)
-                entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
+        for key in answer.metadata.keys() & entries.keys():
+            entries[key] = entries[key]._replace(metadata=answer.metadata[key])
         answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:
@@ -390,8 +388,11 @@ class Engine:
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
         self.in_flight.fail(flights, error)
 
-    async def _embed(self, call: Call, texts: list[str]) -> list[Entry | ProviderError]:
-        """Make one call to the provider and check its answer. Return an entry, or its error, for each text."""
+    async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
+        """Make one call to the provider and check its answer.
+
+        Return the entries of the valid vectors in order, and the errors of the other texts by position.
+        """
         answer = call.answer
         route = answer.route
         source = route.source
@@ -423,10 +424,7 @@ class Engine:
                 )
             )
         created = self._clock()
-        entries: Iterator[Entry] = (Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix))
-        if not bad:
-            return list(entries)
-        return [bad[i] if i in bad else next(entries) for i in range(len(texts))]
+        return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)], bad
 
 
 def _normalize_texts(answer: Answer, keys: Iterable[str]) -> dict[str, str]:

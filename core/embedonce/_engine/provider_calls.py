@@ -78,7 +78,8 @@ async def call_at_rate(call: Call, texts: list[str], send: Callable[[Call, list[
     source = call.answer.route.source
     retries = 0
     while True:
-        await _wait_for_turn(call.port, source, texts)
+        if not source.rate.is_open():
+            await _wait_for_turn(call.port, source, texts)
         try:
             return await send(call, texts)
         except Exception as error:
@@ -89,8 +90,6 @@ async def call_at_rate(call: Call, texts: list[str], send: Callable[[Call, list[
 
 async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:
     rate = source.rate
-    if rate.is_open():
-        return
     turn = rate.reserve(_count_all_tokens(source.provider, texts) if rate.counts_tokens else 0)
     try:
         while (seconds := rate.time_left(turn)) > 0:
