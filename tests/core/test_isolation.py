@@ -372,7 +372,7 @@ def test_a_row_that_is_no_vector_fails_its_text(asynchronous: bool, known: bool,
 
     def embed(texts: Sequence[str]) -> Any:
         calls.append(len(texts))
-        return Embedded([bad if text == "bad" else GOOD for text in texts], 7)  # type: ignore[list-item]
+        return Embedded([bad if text == "bad" else GOOD for text in texts], 7)
 
     async def aembed(texts: Sequence[str]) -> Any:
         return embed(texts)

@@ -350,8 +350,8 @@ class Engine:
             except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
                 return error
             if bad:
-                for i, error in bad.items():
-                    self._fail_flights(call.answer, {keys[i]: flights[keys[i]]}, error)
+                for i, problem in bad.items():
+                    self._fail_flights(call.answer, {keys[i]: flights[keys[i]]}, problem)
                 keys = [key for i, key in enumerate(keys) if i not in bad]
             await self._take_entries(call, dict(zip(keys, entries, strict=True)), flights)
             return None
