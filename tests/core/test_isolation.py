@@ -271,6 +271,16 @@ def test_an_unrelated_exception_that_was_being_handled_says_nothing_about_the_er
         assert set(cache.fetch(make_texts(20, {3})).failed) == {3}
 
 
+def test_a_response_whose_body_is_read_by_a_coroutine_is_left_alone() -> None:
+    class AioResponse:
+        async def text(self) -> str:
+            return "the model was not found"
+
+    server = PickyServer(make_error=lambda: StatusError("refused", 400, response=AioResponse()))
+    with open_cache(server) as cache:
+        assert set(cache.fetch(make_texts(20, {3})).failed) == {3}
+
+
 def test_an_interrupt_ends_the_search() -> None:
     class Interrupting(PickyServer):
         def embed(self, texts: Sequence[str]) -> list[list[float]]:

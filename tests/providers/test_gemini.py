@@ -92,6 +92,9 @@ EXPECTED_ERRORS: dict[str, tuple[type[Exception], ...]] = {
 }
 
 
+ONE_INVALID_ROW = ("nan", "infinity", "zeros", "ragged", "no_values")
+
+
 def test_every_fault_is_tested() -> None:
     assert set(EXPECTED_ERRORS) == set(GeminiServer.KINDS)
 
@@ -109,7 +112,8 @@ def test_hits_and_misses_during_each_fault(server: GeminiServer, tmp_path: Path,
         heal=server.heal,
         vector_of=lambda text: server.vector_of(text, task_type="RETRIEVAL_DOCUMENT"),
     )
-    assert {MIXED[place] for place in failed} == set(FRESH)
+    texts = {MIXED[place] for place in failed}
+    assert len(texts) == 1 if kind in ONE_INVALID_ROW else texts == set(FRESH)
     assert all(isinstance(error, EXPECTED_ERRORS[kind]) for error in failed.values())
     assert not any(text in str(error) for error in failed.values() for text in MIXED)
 

@@ -108,6 +108,7 @@ def test_every_fault_is_tested() -> None:
     assert {*EXPECTED_ERRORS, "out_of_order"} == set(OpenAIServer.KINDS)
 
 
+ONE_INVALID_ROW = ("nan", "infinity", "zeros", "ragged", "no_values")
 INVALID_VALUES = ("nan", "infinity", "zeros", "dimension", "ragged", "no_values")
 
 
@@ -133,7 +134,8 @@ def test_hits_and_misses_during_each_fault(
     if kind == "out_of_order":
         assert not failed
     else:
-        assert {MIXED[place] for place in failed} == set(FRESH)
+        texts = {MIXED[place] for place in failed}
+        assert len(texts) == 1 if kind in ONE_INVALID_ROW else texts == set(FRESH)
         assert all(isinstance(error, EXPECTED_ERRORS[kind]) for error in failed.values())
         assert not any(text in str(error) for error in failed.values() for text in MIXED)
 

@@ -6,6 +6,7 @@ because each vendor, and each framework around it, has exceptions of its own.
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -210,12 +211,20 @@ def _get(place: Any, name: str) -> Any:
         return None
 
 
+def _call_if_method(value: Any) -> Any:
+    """Return the result of a method without arguments, as gRPC has them; return None for any other callable."""
+    if not callable(value):
+        return value
+    if isinstance(value, type) or inspect.iscoroutinefunction(value):
+        return None
+    try:
+        return value()
+    except Exception:  # noqa: BLE001  (it is a method of another kind)
+        return None
+
+
 def _to_status(value: Any) -> int | None:
-    if callable(value) and not isinstance(value, type):  # grpc
-        try:
-            value = value()
-        except Exception:  # noqa: BLE001  (it is not a method without arguments)
-            return None
+    value = _call_if_method(value)
     if isinstance(value, bool):
         return None
     if not isinstance(value, int | str):
@@ -236,7 +245,8 @@ def _read_text(error: Exception) -> str:
         values.append(response if isinstance(response, Mapping) else _get(response, "text"))
         for value in values:
             try:
-                text = "" if value is None else str(value() if callable(value) else value)
+                found = _call_if_method(value)
+                text = "" if found is None else str(found)
             except Exception:  # noqa: BLE001  (the body may not have been read, or the class may be broken)
                 continue
             if text and text[:MAX_CHARACTERS] not in parts:
