@@ -223,7 +223,9 @@ def wrap_error(error: Exception) -> Exception:
         lambda: StatusError("The model `bge-x` does not exist", 400),
         lambda: StatusError("API key not valid. Please pass a valid API key.", 400),
         lambda: StatusError("", None, response=SimpleNamespace(status=401)),
-        lambda: StatusError("", None, status="PERMISSION_DENIED"),
+        lambda: StatusError(
+            "", None, grpc_status_code="unknown", code=lambda: SimpleNamespace(name="PERMISSION_DENIED")
+        ),
         lambda: wrap_error(StatusError("no", 403)),
         lambda: wrap_error(ConnectionResetError()),
         ConnectionError,
@@ -332,6 +334,16 @@ def test_an_unrelated_exception_that_was_being_handled_says_nothing_about_the_er
         assert set(cache.fetch(make_texts(20, {3})).failed) == {3}
 
 
+def test_a_response_whose_body_is_read_by_a_coroutine_is_left_alone() -> None:
+    class AioResponse:
+        async def text(self) -> str:
+            return "the model was not found"
+
+    server = PickyServer(make_error=lambda: StatusError("refused", 400, response=AioResponse()))
+    with open_cache(server) as cache:
+        assert set(cache.fetch(make_texts(20, {3})).failed) == {3}
+
+
 def test_an_interrupt_ends_the_search() -> None:
     class Interrupting(PickyServer):
         def embed(self, texts: Sequence[str]) -> list[list[float]]:
@@ -433,7 +445,7 @@ def test_a_row_that_is_no_vector_fails_its_text(asynchronous: bool, known: bool,
 
     def embed(texts: Sequence[str]) -> Any:
         calls.append(len(texts))
-        return Embedded([bad if text == "bad" else GOOD for text in texts], 7)  # type: ignore[list-item]
+        return Embedded([bad if text == "bad" else GOOD for text in texts], 7)
 
     async def aembed(texts: Sequence[str]) -> Any:
         return embed(texts)

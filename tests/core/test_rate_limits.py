@@ -272,7 +272,7 @@ def test_the_vendors_exception_is_raised_when_repeating_did_not_help(asynchronou
 @pytest.mark.parametrize("code", ["insufficient_quota", "billing_hard_limit_reached", "billing_not_active"])
 @pytest.mark.parametrize("place", ["code", "type", "body"])
 def test_an_account_without_credit_is_final(code: str, place: str, clock: Clock) -> None:
-    fields = {place: {"error": {"code": code}} if place == "body" else code}
+    fields: dict[str, Any] = {place: {"error": {"code": code}} if place == "body" else code}
     server = LimitedServer(clock, lambda: RateLimitError("try again in 5s", **fields), failures=10)
     with open_cache(server, max_retries=4) as cache, pytest.raises(RateLimitError):
         cache.embed("a")

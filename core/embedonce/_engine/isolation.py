@@ -57,6 +57,8 @@ class Patience:
         """If not None, the error of all texts that have not been sent yet."""
 
     def note_success(self) -> None:
+        if not (self._failures or self._overloads or self.is_search_futile):
+            return
         with self._lock:
             self._failures = self._overloads = 0
             self.is_search_futile = False
@@ -84,6 +86,7 @@ class _Stop(Exception):
 
 
 async def embed_chunk(
+    keys: list[str],
     texts: Mapping[str, str],
     request: Request,
     *,
@@ -92,23 +95,32 @@ async def embed_chunk(
     patience: Patience,
     is_retried: bool = False,
 ) -> tuple[dict[str, Exception], dict[str, Exception]]:
-    """Send texts in as few requests as the provider accepts.
+    """Send the texts of a chunk in as few requests as the provider accepts.
 
     Return the errors of the texts that failed alone, and the error of the texts that were given up together.
 
     ``is_retried`` says whether ``request`` repeats a request that is answered with status 429.
     """
-    search = _Search(texts, request, pause, batches, patience, is_retried)
+    error: Exception | None = None
+    if patience.final_error is None and not batches.is_in_doubt:
+        error = await request(keys)
+        if error is None:
+            patience.note_success()
+            return {}, {}
+    search = _Search(keys, texts, request, pause, batches, patience, is_retried)
     try:
-        await search.send_all()
+        await search.send_all(error)
     except _Stop as stop:
         return search.failed, dict.fromkeys(search.pending, stop.error)
     return search.failed, {}
 
 
 class _Search:
+    """The texts of one chunk, and the requests that were made to find those that fail."""
+
     def __init__(
         self,
+        keys: list[str],
         texts: Mapping[str, str],
         request: Request,
         pause: Pause,
@@ -117,7 +129,7 @@ class _Search:
         is_retried: bool,
     ) -> None:
         self.failed: dict[str, Exception] = {}
-        self.pending = dict.fromkeys(texts)
+        self.pending = dict.fromkeys(keys)
         """The keys of texts that have neither worked nor failed yet, in order."""
         self._texts = texts
         self._request = request
@@ -125,15 +137,15 @@ class _Search:
         self._batches = batches
         self._patience = patience
         self._is_retried = is_retried
-        self._most_failures = 4 * count_halvings(len(texts))
+        self._is_single = len(keys) == 1
+        self._most_failures = 4 * count_halvings(len(keys))
         # The search for one text that fails takes this many requests, if it is the first text of its chunk.
-        self._most_overloads = count_halvings(len(texts)) + 1
+        self._most_overloads = count_halvings(len(keys)) + 1
         self._failures = 0
         self._overloads = 0
-        self._successes = 0
 
-    async def send_all(self) -> None:
-        """Send all texts. Search each part that fails.
+    async def send_all(self, error: Exception | None) -> None:
+        """Send all texts. Search each part that fails. ``error`` is that of all texts, if they have been sent together.
 
         Raises:
             _Stop: the provider fails, whatever is sent to it.
@@ -146,11 +158,13 @@ class _Search:
             part, *rest = parts
             if rest:
                 todo.append(list(chain.from_iterable(rest)))
-            error = await self._send(part)
+            # Another chunk may have found a limit since all texts were sent together. Then the error says nothing.
+            error = await self._send(part, None if rest else error)
             if error is not None:
                 if self._patience.is_search_futile:
                     raise _Stop(error)
                 todo += await self._find_bad_text(self._select_pending(part), error)
+                error = None
 
     async def _find_bad_text(self, suspects: list[str], error: Exception) -> list[list[str]]:
         """Find one text that fails alone in a part that failed. Return the parts to send next, the last one first.
@@ -193,16 +207,19 @@ class _Search:
             self._fail([key], error)
         return _merge(aside) if worked else [*_merge(aside[:-1]), *aside[-1:]]
 
-    async def _send(self, part: list[str]) -> Exception | None:
+    async def _send(self, part: list[str], error: Exception | None = None) -> Exception | None:
         """Send one request. If the provider says which texts it refuses, send the others again.
+
+        ``error`` is the error of the request if it has been sent already.
 
         Raises:
             _Stop: the error is not about a text, or the provider has failed too often in a row.
         """
         while True:
-            if self._patience.final_error is not None:
-                raise _Stop(self._patience.final_error)
-            error = await self._request(part)
+            if error is None:
+                if self._patience.final_error is not None:
+                    raise _Stop(self._patience.final_error)
+                error = await self._request(part)
             if error is None:
                 self._note_success(part)
                 return None
@@ -211,12 +228,11 @@ class _Search:
                 await self._take_failure(error)
                 return error
             self._fail([part[i] for i in refused], error)
-            part = self._select_pending(part)
+            part, error = self._select_pending(part), None
             if not part:
                 return None
 
     def _note_success(self, part: Sequence[str]) -> None:
-        self._successes += 1
         self._failures = self._overloads = 0
         self._patience.note_success()
         for key in part:
@@ -230,7 +246,7 @@ class _Search:
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
         if cause in ("rate", "call"):
             raise _Stop(error)
-        if len(self._texts) == 1:
+        if self._is_single:
             return  # there is nothing to search, so the request is not an extra one
         self._patience.note_failure(error)
         self._failures += 1

@@ -8,7 +8,7 @@ await the plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -409,17 +409,23 @@ class Engine:
             chunk = [texts[key] for key in keys]
             try:
                 # The parts of a larger chunk that failed are sent one by one, which repeats the request often enough.
-                made = await call_at_rate(call, chunk, self._embed, repeats_failures=len(flights) == 1)
+                entries, bad = await call_at_rate(call, chunk, self._embed, repeats_failures=len(flights) == 1)
             except Exception as error:  # noqa: BLE001  (the error belongs to the texts, not to the call)
                 return error
-            await self._take_made(call, dict(zip(keys, made, strict=True)), flights)
+            if bad:
+                for i, problem in bad.items():
+                    call.answer.failed_alone.add(keys[i])
+                    self._fail_flights(call.answer, {keys[i]: flights[keys[i]]}, problem)
+                keys = [key for i, key in enumerate(keys) if i not in bad]
+            await self._take_entries(call, dict(zip(keys, entries, strict=True)), flights)
             return None
 
         async def pause(error: Exception, failures: int) -> None:
             await pause_after_failure(call, error, failures)
 
         alone, together = await embed_chunk(
-            {key: texts[key] for key in flights},
+            list(flights),
+            texts,
             request,
             pause=pause,
             batches=source.batches,
@@ -432,20 +438,12 @@ class Engine:
         if source.batches.has_limit:
             log_batch_limit(source)
 
-    async def _take_made(
-        self, call: Call, made: Mapping[str, Entry | ProviderError], flights: Mapping[str, Flight]
-    ) -> None:
-        """Store the entries of one request and land their flights. Fail the flights of invalid vectors."""
+    async def _take_entries(self, call: Call, entries: dict[str, Entry], flights: Mapping[str, Flight]) -> None:
+        """Store the entries of one request and land their flights."""
         answer = call.answer
-        entries: dict[str, Entry] = {}
-        for key, entry in made.items():
-            if isinstance(entry, ProviderError):
-                answer.failed_alone.add(key)
-                self._fail_flights(answer, {key: flights[key]}, entry)
-            else:
-                metadata = answer.metadata.get(key)
-                entries[key] = entry if metadata is None else entry._replace(metadata=metadata)
         answer.has_made_entries = answer.has_made_entries or bool(entries)
+        for key in answer.metadata.keys() & entries.keys():
+            entries[key] = entries[key]._replace(metadata=answer.metadata[key])
         answer.entries.add(entries)
         landed = {key: flights[key] for key in entries}
         try:
@@ -460,8 +458,11 @@ class Engine:
         source.count(texts=0, failed=len(flights), tokens=0, seconds=0.0)
         self.in_flight.fail(flights, error)
 
-    async def _embed(self, call: Call, texts: list[str]) -> list[Entry | ProviderError]:
-        """Make one call to the provider and check its answer. Return an entry, or its error, for each text."""
+    async def _embed(self, call: Call, texts: list[str]) -> tuple[list[Entry], dict[int, ProviderError]]:
+        """Make one call to the provider and check its answer.
+
+        Return the entries of the valid vectors in order, and the errors of the other texts by position.
+        """
         answer = call.answer
         route = answer.route
         source = route.source
@@ -494,10 +495,7 @@ class Engine:
                 )
             )
         created = self._clock()
-        entries: Iterator[Entry] = (Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix))
-        if not bad:
-            return list(entries)
-        return [bad[i] if i in bad else next(entries) for i in range(len(texts))]
+        return [Entry(row, created, None, None, self.dtype) for row in freeze_rows(matrix)], bad
 
     async def _check_served_model(self, call: Call, reply: Any) -> None:
         name = read_served_model(reply)

@@ -83,7 +83,8 @@ async def call_at_rate(
     source = call.answer.route.source
     retries = 0
     while True:
-        await _wait_for_turn(call.port, source, texts)
+        if not source.rate.is_open():
+            await _wait_for_turn(call.port, source, texts)
         try:
             return await send(call, texts)
         except Exception as error:
@@ -114,8 +115,6 @@ async def pause_after_failure(call: Call, error: Exception, failures: int) -> bo
 
 async def _wait_for_turn(port: Port, source: LiveProvider, texts: Sequence[str]) -> None:
     rate = source.rate
-    if rate.is_open():
-        return
     turn = rate.reserve(_count_all_tokens(source.provider, texts) if rate.counts_tokens else 0)
     try:
         while (seconds := rate.time_left(turn)) > 0:

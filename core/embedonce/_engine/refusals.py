@@ -217,20 +217,20 @@ def _get(place: Any, name: str) -> Any:
         return None
 
 
-def _call(value: Any) -> Any:
-    """Return what a method without arguments returns, or None if it fails. Return any other value as it is."""
-    if not callable(value) or isinstance(value, type):
+def _call_if_method(value: Any) -> Any:
+    """Return the result of a method without arguments, as gRPC has them; return None for any other callable."""
+    if not callable(value):
         return value
-    if inspect.iscoroutinefunction(value):  # aiohttp
+    if isinstance(value, type) or inspect.iscoroutinefunction(value):
         return None
     try:
         return value()
-    except Exception:  # noqa: BLE001  (it may need arguments, or a body that has not been read)
+    except Exception:  # noqa: BLE001  (it is a method of another kind)
         return None
 
 
 def _to_status(value: Any) -> int | None:
-    value = _call(value)  # grpc has methods
+    value = _call_if_method(value)
     if isinstance(value, bool):
         return None
     if not isinstance(value, int | str):
@@ -252,8 +252,9 @@ def _read_text(error: Exception) -> str:
         for value in values:
             value = _call(value)
             try:
-                text = "" if value is None else str(value)
-            except Exception:  # noqa: BLE001  (the class may be broken)
+                found = _call_if_method(value)
+                text = "" if found is None else str(found)
+            except Exception:  # noqa: BLE001  (the body may not have been read, or the class may be broken)
                 continue
             if text and text[:MAX_CHARACTERS] not in parts:
                 parts.append(text[:MAX_CHARACTERS])
