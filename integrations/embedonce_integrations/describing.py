@@ -56,6 +56,7 @@ from .plain_values import (
     is_value,
     keeps_hidden_state,
     package_of,
+    remove_class,
     strip_credentials,
     to_unicode,
 )
@@ -387,9 +388,8 @@ class Description:
 
     def _describe_value(self, item: Any, name: str, where: str) -> Any:
         """Describe a collection or another value of a well-known type, but not the attributes that it may have."""
-        plain = next((kind for kind in PLAIN if isinstance(item, kind)), None)
-        if plain is not None:
-            return describe_plain(str.__str__(item) if plain is str else plain(item), name)
+        if isinstance(item, PLAIN):
+            return describe_plain(remove_class(item), name)
         if isinstance(item, os.PathLike):
             return describe_plain(os.fspath(item), name)
         if isinstance(item, os._Environ):

@@ -39,6 +39,14 @@ BY_REPR: Final = (
 PLAIN: Final = (bool, int, float, str, bytes, bytearray, memoryview)
 
 
+def remove_class(item: Any) -> Any:
+    """Return the value of an instance of a subclass of :data:`PLAIN`, without what the subclass adds."""
+    if isinstance(item, str):
+        return str.__str__(item)  # the subclass may have a ``__str__`` of its own
+    kind: Any = next(kind for kind in PLAIN if isinstance(item, kind))
+    return kind(item)
+
+
 def describe_plain(item: Any, name: str) -> Any:
     """Describe a text, a number or bytes that an embedder keeps in the field ``name``."""
     if isinstance(item, str):

@@ -213,7 +213,7 @@ def _is_record(before: Any, after: Any) -> bool:
     Nothing can grow into a number or a collection, but not into a text, because a text may be the name of a model.
     """
     if isinstance(before, str | bool) or isinstance(after, str | bool):
-        return before == after
+        return bool(before == after)
     if before is None:
         return after is not None
     if isinstance(before, int | float) and isinstance(after, int | float):
@@ -222,8 +222,8 @@ def _is_record(before: Any, after: Any) -> bool:
         return len(after) >= len(before) and all(map(_is_record, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
-    is_equal: bool = before == after
-    return is_equal and type(before) is type(after)
+    is_equal = bool(before == after)
+    return type(before) is type(after) and is_equal
 
 
 def make_describer(
