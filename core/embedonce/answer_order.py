@@ -14,7 +14,7 @@ def order_by_index(indexes: Sequence[object], count: int) -> list[int]:
 
     Every index from 0 to ``count`` - 1 must occur exactly once, with two exceptions. Servers that encode their answers
     with protobuf leave out an ``index`` of 0, so an item without ``index`` takes the only place that is free. If no
-    item has an ``index``, the server does not number its vectors, and the order of the answer is the order of the texts.
+    item has an ``index``, the server does not number its vectors, and they are in the order of the texts.
 
     >>> order_by_index([2, 0, 1], 3)
     [1, 2, 0]
@@ -22,7 +22,8 @@ def order_by_index(indexes: Sequence[object], count: int) -> list[int]:
     [1, 2, 0]
 
     Raises:
-        ProviderError: the number of items is not ``count``, or the indexes do not show which item belongs to which text.
+        ProviderError: the number of items is not ``count``, or the indexes do not show which item belongs to which
+            text.
     """
     if len(indexes) != count:
         raise ProviderError(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
 
-__all__ = ["BadValue", "Doc", "Duration", "Size", "parse_duration", "parse_size"]
+__all__ = ["BadValue", "Doc", "Duration", "FolderOrName", "NotAFolder", "Size", "parse_duration", "parse_size"]
 
 # Units are case-insensitive, so "Mb" means megabytes; there are no units for bits. A plain "M" is refused, because
 # "M" may mean 1000 * 1000 or 1024 * 1024. This module has its own parser of sizes, because pydantic's ByteSize accepts
@@ -158,3 +158,25 @@ Size: TypeAlias = Annotated[int, Parsed(parse_size, _SIZE_SCHEMA)]
 
 Duration: TypeAlias = Annotated[float, Parsed(parse_duration, _DURATION_SCHEMA)]
 """Seconds: a number, in TOML also ``"250ms"``, ``"1h"`` or ``"1h30m"``. Zero is allowed."""
+
+
+class NotAFolder(str):
+    """The value of a :data:`FolderOrName` in a configuration if no such folder exists beside the configuration.
+
+    The plugin takes it as a name, even if the working directory has a folder of that name. Otherwise the same
+    configuration would mean something else in another working directory.
+    """
+
+    __slots__ = ()
+
+
+class IsFolderOrName:
+    """Marks an option that is a folder if the folder exists, and otherwise a name."""
+
+    def __repr__(self) -> str:
+        return "IsFolderOrName()"
+
+
+FolderOrName: TypeAlias = Annotated[str, IsFolderOrName()]
+"""A folder, or the name of something else, such as a model on a hub. In TOML, a relative folder starts at the folder of
+the file. A value that begins with ``./``, ``../``, ``~`` or ``/`` is always a folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from embedonce import Embedded, ProviderError
 from embedonce.answer_order import order_by_index
+
+from ._reasons import describe_reason
 
 TOO_LONG = re.compile(
     r"context length|input length|sequence length|token limit|maximum number of tokens|max(?:imum)? (?:input )?tokens"
@@ -29,28 +31,37 @@ TOO_LONG_STATUS = (400, 413, 422)
 POSITION = re.compile(r"\binputs?\[(\d+)\]")
 
 
-def read_answer(content: bytes, texts: int) -> Embedded:
-    """Return an answer's vectors and number of tokens. The vectors are sorted by ``index``, so they match the texts.
+def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | None] = ()) -> Embedded:
+    """Return an answer's vectors in the order of the texts, its number of tokens, and the model that it names.
+
+    A text has None in place of a vector if the endpoint returned null or an embedding that cannot be read.
 
     Raises:
-        ProviderError: the answer is invalid, or the indexes in it are not exactly the numbers from 0 to ``texts`` - 1.
+        ProviderError: the answer is invalid, it does not show which vector belongs to which text, or none of its
+            embeddings can be read. The message contains no text and none of the ``secrets``.
     """
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ProviderError("the endpoint's answer is not JSON; check base_url") from None
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
-        raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored")
+        reason = describe_reason(answer, texts=texts, secrets=secrets)
+        raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}")
     items = [item if isinstance(item, dict) else {} for item in data]
-    order = order_by_index([item.get("index") for item in items], texts)
+    order = order_by_index([item.get("index") for item in items], len(texts))
     vectors = [_read_vector(items[position].get("embedding")) for position in order]
-    return Embedded(vectors, _read_tokens(answer.get("usage")))
+    if texts and all(vector is None for vector in vectors):
+        raise ProviderError(
+            "the endpoint returned only embeddings that are neither lists of numbers nor base64; nothing was stored"
+        )
+    model = answer.get("model")
+    return Embedded(vectors, _read_tokens(answer.get("usage")), model if isinstance(model, str) and model else None)
 
 
-def _read_vector(embedding: Any) -> NDArray[Any]:
-    """Return the vector of an embedding.
+def _read_vector(embedding: Any) -> NDArray[Any] | None:
+    """Return the vector of an embedding, or None if the embedding cannot be read.
 
     The embedding is a list of numbers, or a string of little-endian float32 values in base64.
     """
@@ -59,12 +70,8 @@ def _read_vector(embedding: Any) -> NDArray[Any]:
             return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
         vector = np.array(embedding)
     except ValueError:  # invalid base64, bytes that do not fill the last float32, or lists of different lengths
-        vector = np.array(None)
-    if vector.dtype.kind not in "fi" or vector.ndim != 1:
-        raise ProviderError(
-            "the endpoint returned an embedding that is neither a list of numbers nor base64; nothing was stored"
-        )
-    return vector
+        return None
+    return vector if vector.dtype.kind in "fi" and vector.ndim == 1 else None
 
 
 def _read_tokens(usage: Any) -> int | None:

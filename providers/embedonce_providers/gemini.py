@@ -1,24 +1,29 @@
 """Embeddings of Google's Gemini API, through the google-genai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. By default, the client does not retry failed calls, so the provider configures retries.
+neither a key nor a network. By default, the client does not repeat failed calls, so the provider configures retries.
+The engine repeats calls that fail with status 429 (too many requests), because all calls of the provider must wait.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen
 
-from embedonce import Embedded, Limits, ProviderError, SpaceError, TextRefused, VectorSpace, hookimpl
+from embedonce import Embedded, Limits, ProviderError, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
+from embedonce.tasks import check_task
 
+from ._access import check_headers
 from ._clients import Clients, require_package
+from ._retries import RetryLimits
 
 if TYPE_CHECKING:
     from google import genai
@@ -41,6 +46,11 @@ KNOWN_TASK_TYPES = (
     "FACT_VERIFICATION",
 )
 """Gemini's task types. Each of them, in lower case, can also be passed as a task."""
+
+ADVICE = "Add the task to task_types to use it."
+
+RETRIED = (408, 502, 503, 504)
+"""Statuses after which the client repeats a request. It also repeats a request of one text after status 500."""
 
 RETRY_SECONDS = 60.0
 """Longest pause of the client before a retry."""
@@ -73,10 +83,18 @@ class GeminiProvider:
             str | None,
             Doc("Name that replaces base_url in keys, so that hosts with the same model share their vectors."),
         ] = None,
+        headers: Annotated[
+            Mapping[str, str] | None,
+            Doc("Extra headers of each request. They are not part of the keys, so they must not change vectors."),
+        ] = None,
         batch_size: Annotated[int, Ge(1), Le(100), Doc("Maximum number of texts per call.")] = 100,
         concurrency: Annotated[
             int, Ge(1), Doc("Make at most this many calls at the same time to embed one list of texts.")
         ] = 4,
+        requests_per_minute: Annotated[float | None, Gt(0), Doc("Maximum number of calls per minute.")] = None,
+        tokens_per_minute: Annotated[
+            float | None, Gt(0), Doc("Maximum number of tokens per minute. Each byte of a text counts as one token.")
+        ] = None,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:
@@ -89,7 +107,9 @@ class GeminiProvider:
         self._task_types = {**TASK_TYPES, **(task_types or {})}
         self._prefixes = dict(prefixes or {})
         self._base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
+        self._headers = check_headers(headers)
         self._max_retries = max_retries
+        self._retry_limits = RetryLimits(max_retries)
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
             "provider": "gemini",
@@ -102,6 +122,9 @@ class GeminiProvider:
         self.limits = Limits(
             max_batch=batch_size,
             concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            max_retries=max_retries,
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
         self._clients: Clients[genai.Client, genai.Client] = Clients(
@@ -133,7 +156,7 @@ class GeminiProvider:
             ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
-        with self._clients.borrow() as client:
+        with self._clients.borrow() as client, self._note_failures(contents):
             answer = client.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
@@ -141,12 +164,24 @@ class GeminiProvider:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
         contents = self._add_prefix(texts, task)
         client = await self._clients.aget()
-        answer = await client.aio.models.embed_content(**self._build_request(contents, task))
+        with self._note_failures(contents):
+            answer = await client.aio.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
     def close(self) -> None:
         """Close the clients and their connections."""
         self._clients.close()
+
+    @contextmanager
+    def _note_failures(self, texts: Sequence[str]) -> Iterator[None]:
+        from google.genai import errors
+
+        try:
+            yield
+        except errors.APIError as error:
+            if error.code == 500:
+                self._retry_limits.note_failure(texts)
+            raise
 
     def _find_task_type(self, task: Task) -> str | None:
         """Return Gemini's task type for a task, or None if the request has no task type.
@@ -160,10 +195,9 @@ class GeminiProvider:
             return task.upper()
         if task in self._prefixes:
             return None
-        raise SpaceError(
-            f"Gemini has no task type for the task {task!r}; add one to task_types, or use one of the tasks "
-            f"{', '.join(name.lower() for name in KNOWN_TASK_TYPES)}"
-        )
+        known = [*self._task_types, *self._prefixes, *(name.lower() for name in KNOWN_TASK_TYPES)]
+        check_task(task, list(dict.fromkeys(known)), what="provider 'gemini'", advice=ADVICE)
+        return None
 
     def _add_prefix(self, texts: Sequence[str], task: Task) -> list[str]:
         prefix = self._prefixes.get(task, "")
@@ -176,7 +210,17 @@ class GeminiProvider:
     def _build_request(self, texts: Sequence[str], task: Task) -> dict[str, Any]:
         from google.genai import types
 
-        config = types.EmbedContentConfig(task_type=self._find_task_type(task), output_dimensionality=self._dimensions)
+        retries = self._retry_limits.count_retries(texts)
+        retry = types.HttpRetryOptions(
+            attempts=(retries if len(texts) == 1 else self._max_retries) + 1,
+            max_delay=RETRY_SECONDS,
+            http_status_codes=[*RETRIED, 500] if retries else list(RETRIED),
+        )
+        config = types.EmbedContentConfig(
+            task_type=self._find_task_type(task),
+            output_dimensionality=self._dimensions,
+            http_options=types.HttpOptions(retry_options=retry),
+        )
         # Make one Content per text, because for some models, the client turns a list of strings into a single Content.
         contents = [types.Content(parts=[types.Part(text=text)]) for text in texts]
         return {"model": self._model, "contents": contents, "config": config}
@@ -188,10 +232,10 @@ class GeminiProvider:
             raise ProviderError(
                 f"expected one vector per text; texts: {texts}, vectors received: {len(embeddings)}; nothing was stored"
             )
-        vectors = [np.array(item.values or []) for item in embeddings]
+        vectors = [np.array(item.values) if item.values else None for item in embeddings]
         if self._normalize:
             # A zero vector cannot be scaled. It stays as it is, and the engine's check of the answer refuses it.
-            vectors = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
+            vectors = [None if vector is None else vector / (np.linalg.norm(vector) or 1.0) for vector in vectors]
         usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has no usage_metadata
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
@@ -199,15 +243,20 @@ class GeminiProvider:
         from google import genai
         from google.genai import types
 
-        return genai.Client(
-            api_key=self._api_key or os.environ.get("GEMINI_API_KEY"),
+        key = self._api_key or os.environ.get("GEMINI_API_KEY")
+        is_replaced = "authorization" in self._headers
+        client = genai.Client(
+            api_key=key or ("none" if is_replaced or "x-goog-api-key" in self._headers else None),
             vertexai=False,
             http_options=types.HttpOptions(
-                base_url=self._base_url,
-                timeout=max(1, round(self._timeout * 1000)),
-                retry_options=types.HttpRetryOptions(attempts=self._max_retries + 1, max_delay=RETRY_SECONDS),
+                base_url=self._base_url, headers=self._headers, timeout=max(1, round(self._timeout * 1000))
             ),
         )
+        if is_replaced:  # the client requires a key, and would send it beside the header
+            sent = client._api_client._http_options.headers
+            if sent is not None and "x-goog-api-key" not in self._headers:
+                sent.pop("x-goog-api-key", None)
+        return client
 
 
 @hookimpl

@@ -1,26 +1,33 @@
 """Embeddings of OpenAI, Azure, and any endpoint that speaks OpenAI's protocol, through the openai package.
 
 The provider imports the package and makes a client at the first miss, so a run in which every text is a hit needs
-neither a key nor a network. The client handles retries and rate limits.
+neither a key nor a network. The client repeats calls that fail, except calls that fail with status 429 (too many
+requests): the engine repeats those, because all calls of the provider must wait.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from embedonce import Embedded, Limits, SpaceError, TextRefused, VectorSpace, hookimpl
+from embedonce import Embedded, Limits, TextRefused, VectorSpace, hookimpl
+from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
+from embedonce.tasks import TASKS, check_task
 
+from ._access import FunctionName, check_headers, load_token_provider, make_async
 from ._clients import Clients, require_package
 from ._openai_answer import find_too_long, read_answer
+from ._reasons import describe_reason
+from ._retries import RetryLimits
 
 if TYPE_CHECKING:
     import openai
@@ -30,8 +37,8 @@ require_package("openai")
 api = 1
 
 OPENAI_URL = "https://api.openai.com/v1"
-RETRY_SECONDS = 60.0
-"""Seconds that are added to the time limit of a call for each retry, because the client pauses before it retries."""
+RETRY_SECONDS = 120.0
+"""Longest pause of the client before a retry. Only an answer with ``Retry-After`` causes a pause above 8 seconds."""
 
 BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
 """Suffixes of host names whose endpoints are known to accept base64."""
@@ -39,8 +46,9 @@ BASE64_HOSTS = (".api.openai.com", ".openai.azure.com")
 RESERVED_FIELDS = ("input", "model", "dimensions", "encoding_format")
 """Fields of a request that extra_body and task_body must not set."""
 
-FINAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-"""Error codes for which a retry cannot succeed, although they come with status 429."""
+RAW_RESPONSE = {"X-Stainless-Raw-Response": "true"}
+"""Makes the client return the answer as it was received, as ``embeddings.with_raw_response`` does. That method cannot
+leave out ``encoding_format``."""
 
 
 class OpenAIProvider:
@@ -68,6 +76,17 @@ class OpenAIProvider:
         ] = None,
         azure_endpoint: Annotated[str | None, Doc("Azure's endpoint, in place of base_url.")] = None,
         api_version: Annotated[str | None, Doc("Azure's api-version. Default: OPENAI_API_VERSION.")] = None,
+        token_provider: Annotated[
+            FunctionName,
+            Doc('Function that returns a token for each call, in place of api_key: "module:function". It is imported.'),
+        ] = None,
+        headers: Annotated[
+            Mapping[str, str] | None,
+            Doc("Extra headers of each request. They are not part of the keys, so they must not change vectors."),
+        ] = None,
+        answers_as: Annotated[
+            Sequence[str] | None, Doc("Other names under which the endpoint's answers may name the same model.")
+        ] = None,
         endpoint_name: Annotated[
             str | None,
             Doc("Name that replaces the URL in keys, so that hosts with the same model share their vectors."),
@@ -88,8 +107,11 @@ class OpenAIProvider:
             Doc('How the endpoint treats a text that is too long: "error" refuses it, "provider" truncates it.'),
         ] = "error",
         encoding_format: Annotated[
-            Literal["float", "base64"] | None,
-            Doc("Format of vectors in answers. Default: base64 for OpenAI and Azure, float for other endpoints."),
+            Literal["float", "base64", "none"] | None,
+            Doc(
+                "Format of vectors in answers. Default: base64 for OpenAI and Azure, float for other endpoints. "
+                '"none" leaves the field out of requests.'
+            ),
         ] = None,
         batch_size: Annotated[int, Ge(1), Le(2048), Doc("Maximum number of texts per call.")] = 256,
         max_tokens: Annotated[
@@ -100,6 +122,10 @@ class OpenAIProvider:
         concurrency: Annotated[
             int, Ge(1), Doc("Make at most this many calls at the same time to embed one list of texts.")
         ] = 4,
+        requests_per_minute: Annotated[float | None, Gt(0), Doc("Maximum number of calls per minute.")] = None,
+        tokens_per_minute: Annotated[
+            float | None, Gt(0), Doc("Maximum number of tokens per minute. Each byte of a text counts as one token.")
+        ] = None,
         max_retries: Annotated[int, Ge(0), Doc("Maximum number of retries of a failed call.")] = 4,
         timeout: Annotated[Duration, Gt(0), Doc("Time limit of each attempt.")] = 60.0,
     ) -> None:
@@ -109,6 +135,14 @@ class OpenAIProvider:
             raise ValueError("azure_endpoint and base_url cannot be used together; remove one of them")
         if api_version is not None and azure_endpoint is None:
             raise ValueError("api_version requires azure_endpoint: set azure_endpoint, or remove api_version")
+        if isinstance(answers_as, str):
+            raise ValueError("answers_as must be a list of names; write it in brackets")
+        self._headers = check_headers(headers)
+        if token_provider is not None and (api_key is not None or "authorization" in self._headers):
+            other = "headers.Authorization" if api_key is None else "api_key"
+            raise ValueError(f"token_provider and {other} cannot be used together; remove one of them")
+        self._get_token = load_token_provider(token_provider)
+        self.answers_as = tuple(answers_as or ())
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         self._azure_endpoint = azure_endpoint
         self._api_version = api_version
@@ -119,14 +153,18 @@ class OpenAIProvider:
         self._prefixes = dict(prefixes or {})
         self._bodies = {task: dict(body) for task, body in (task_body or {}).items()}
         self._extra_body = dict(extra_body or {})
-        for body in (self._extra_body, *self._bodies.values()):
-            _check_body(body)
+        _check_body(self._extra_body, "extra_body")
+        for task, body in self._bodies.items():
+            _check_body(body, f"task_body.{task}")
         endpoint = canonical_url(azure_endpoint or self._base_url)
         self._is_default_endpoint = endpoint == OPENAI_URL
         host = urlsplit(endpoint).hostname or ""
         knows_base64 = self._is_default_endpoint or azure_endpoint is not None or host.endswith(BASE64_HOSTS)
-        self._format: Literal["float", "base64"] = encoding_format or ("base64" if knows_base64 else "float")
+        self._host: str | None = None
+        """The endpoint's host, as the client writes it; None as long as there is no client."""
+        self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if knows_base64 else "float")
         self._max_retries = max_retries
+        self._retry_limits = RetryLimits(max_retries)
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
             "provider": "openai",
@@ -140,6 +178,9 @@ class OpenAIProvider:
             max_batch=batch_size,
             max_tokens=max_tokens,
             concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            max_retries=max_retries,
             # This timeout limits the whole call. The client's timeout applies to each read, so the client would wait
             # without limit for an answer that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
@@ -152,11 +193,17 @@ class OpenAIProvider:
         """Describe the request in which a text of this task is sent.
 
         Raises:
-            SpaceError: ``prefixes`` or ``task_body`` distinguish tasks, and neither of them names this task.
+            SpaceError: ``prefixes`` or ``task_body`` distinguish tasks, and neither of them names this task. If they
+                do not distinguish tasks, only a misspelled task is refused.
         """
-        named_tasks = self._prefixes.keys() | self._bodies.keys()
-        if named_tasks and task not in {"document", "query", *named_tasks}:
-            raise SpaceError(f"neither prefixes nor task_body has the task {task!r}; add it to one of them")
+        named_tasks = dict.fromkeys([*self._prefixes, *self._bodies])
+        check_task(
+            task,
+            list(dict.fromkeys([*TASKS, *named_tasks])),
+            what="provider 'openai'",
+            accepts_others=not named_tasks,
+            advice="Add the task to prefixes or task_body to use it." if named_tasks else "",
+        )
         body = {name: value for name, value in self._merge_body(task).items() if name != "user"}
         is_symmetric = self._task_parts("document") == self._task_parts("query") == self._task_parts(task)
         return VectorSpace(
@@ -183,17 +230,19 @@ class OpenAIProvider:
             ProviderError: the endpoint's answer is invalid.
         """
         request = self._build_request(texts, task)
-        with self._clients.borrow() as client, _translate_too_long(request["input"]):
-            answer = client.embeddings.with_raw_response.create(**request)
-        return read_answer(answer.content, len(texts))
+        with self._clients.borrow() as client, self._translate_too_long(request["input"]):
+            answer: Any = client.post("/embeddings", body=request, cast_to=object, options={"headers": RAW_RESPONSE})
+        return read_answer(answer.content, request["input"], self._list_secrets())
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
         request = self._build_request(texts, task)
         client = await self._clients.aget()
-        with _translate_too_long(request["input"]):
-            answer = await client.embeddings.with_raw_response.create(**request)
-        return read_answer(answer.content, len(texts))
+        with self._translate_too_long(request["input"]):
+            answer: Any = await client.post(
+                "/embeddings", body=request, cast_to=object, options={"headers": RAW_RESPONSE}
+            )
+        return read_answer(answer.content, request["input"], self._list_secrets())
 
     def close(self) -> None:
         """Close the clients and their connections."""
@@ -211,41 +260,99 @@ class OpenAIProvider:
         empty = [position for position, text in enumerate(sent) if not text]
         if empty:  # the API would refuse the whole call without saying which text is empty
             raise TextRefused("an empty text has no embedding", empty)
-        request: dict[str, Any] = {"model": self._sent_model, "input": sent, "encoding_format": self._format}
+        request: dict[str, Any] = {"model": self._sent_model, "input": sent}
+        if self._format != "none":
+            request["encoding_format"] = self._format
         if self._dimensions is not None:
             request["dimensions"] = self._dimensions
-        if body := self._merge_body(task):
-            request["extra_body"] = body
-        return request
+        return {**request, **self._merge_body(task)}
 
-    def _client_options(self) -> dict[str, Any]:
+    def _list_secrets(self) -> list[str | None]:
+        """Return the secrets that an endpoint may repeat in a message."""
+        keys = [os.environ.get(name) for name in ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN")]
+        return [self._api_key, *keys, *self._headers.values()]
+
+    @contextmanager
+    def _translate_too_long(self, texts: Sequence[str]) -> Iterator[None]:
+        """Raise TextRefused in place of an endpoint's error about the length of a text."""
+        import openai
+
+        try:
+            yield
+        except openai.APIStatusError as error:
+            positions = find_too_long(error.status_code, f"{error} {error.body}", texts)
+            if positions is None:
+                raise
+            reason = describe_reason(error.body or error.message, texts=texts, secrets=self._list_secrets())
+            raise TextRefused(f"a text has more tokens than the endpoint accepts{reason}", positions) from error
+
+    # --- clients ------------------------------------------------------------------------------
+
+    def _client_options(self, get_token: Callable[[], str | Awaitable[str]] | None) -> dict[str, Any]:
         options: dict[str, Any] = {"max_retries": self._max_retries, "timeout": self._timeout}
+        key = self._api_key
         if self._azure_endpoint is not None:
-            return {
-                **options,
-                "azure_endpoint": self._azure_endpoint,
-                "api_version": self._api_version,
-                "api_key": self._api_key,
-            }
-        key = self._api_key or os.environ.get("OPENAI_API_KEY")
-        if not key and not self._is_default_endpoint:
-            key = "none"  # a local server needs no key, but the client requires one
-        return {**options, "base_url": self._base_url, "api_key": key}
+            options |= {"azure_endpoint": self._azure_endpoint, "api_version": self._api_version}
+            if get_token is not None:
+                return {**options, "azure_ad_token_provider": get_token}
+        else:
+            options |= {"base_url": self._base_url}
+            if get_token is not None:
+                return {**options, "api_key": get_token}
+            key = key or os.environ.get("OPENAI_API_KEY")
+            if not key and not self._is_default_endpoint:
+                key = "none"  # a local server needs no key, but the client requires one
+        if not key and "authorization" in self._headers:
+            key = "none"  # replaced by the header, but the client requires one
+        return {**options, "api_key": key}
 
     def _make_client(self) -> openai.OpenAI:
         import openai
 
-        kind = openai.OpenAI if self._azure_endpoint is None else openai.AzureOpenAI
-        options = self._client_options()
-        return kind(**options, http_client=openai.DefaultHttpxClient(event_hooks={"response": [_stop_futile_retries]}))
+        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [self._limit_retries]}
+        options = self._client_options(self._get_token)
+        options["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
+        client = openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
+        self._host = client.base_url.host
+        return client
 
     def _make_async_client(self) -> openai.AsyncOpenAI:
         import openai
 
-        kind = openai.AsyncOpenAI if self._azure_endpoint is None else openai.AsyncAzureOpenAI
-        options = self._client_options()
-        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [_astop_futile_retries]})
-        return kind(**options, http_client=http_client)
+        async def set_headers(request: Any) -> None:
+            self._set_headers(request)
+
+        async def limit_retries(response: Any) -> None:
+            self._limit_retries(response)
+
+        hooks: dict[str, Any] = {"request": [set_headers], "response": [limit_retries]}
+        options = self._client_options(None if self._get_token is None else make_async(self._get_token))
+        options["http_client"] = openai.DefaultAsyncHttpxClient(event_hooks=hooks)
+        client = openai.AsyncOpenAI(**options) if self._azure_endpoint is None else openai.AsyncAzureOpenAI(**options)
+        self._host = client.base_url.host
+        return client
+
+    def _set_headers(self, request: Any) -> None:
+        """Add the headers to a request. A redirect to another host gets neither them nor the key."""
+        if request.url.host != self._host:
+            for name in ("authorization", "api-key", *self._headers):
+                request.headers.pop(name, None)
+            return
+        if "authorization" in self._headers:
+            request.headers.pop("api-key", None)
+        request.headers.update(self._headers)
+
+    def _limit_retries(self, response: Any) -> None:
+        """Keep the client from repeating a request that the engine repeats, as a whole or in halves."""
+        if response.status_code == 429:
+            response.headers["x-should-retry"] = "false"
+        elif response.status_code == 500:
+            texts = json.loads(response.request.content)["input"]
+            if int(response.request.headers.get("x-stainless-retry-count", 0)) >= self._retry_limits.count_retries(
+                texts
+            ):
+                response.headers["x-should-retry"] = "false"
+            self._retry_limits.note_failure(texts)
 
 
 @hookimpl
@@ -253,49 +360,14 @@ def embedonce_providers() -> Mapping[str, type[OpenAIProvider]]:
     return {"openai": OpenAIProvider}
 
 
-def _check_body(body: Mapping[str, Any]) -> None:
+def _check_body(body: Mapping[str, Any], option: str) -> None:
+    """Refuse fields that the provider sets itself, and fields that make a vector depend on other texts.
+
+    Raises:
+        ValueError: there is such a field.
+    """
     for name in RESERVED_FIELDS:
         if name in body:
             advice = "the provider sends the texts itself" if name == "input" else f"use the option {name} instead"
-            raise ValueError(f"extra_body and task_body must not set {name}: {advice}")
-
-
-@contextmanager
-def _translate_too_long(texts: Sequence[str]) -> Iterator[None]:
-    """Raise TextRefused in place of an endpoint's error about the length of a text."""
-    import openai
-
-    try:
-        yield
-    except openai.APIStatusError as error:
-        positions = find_too_long(error.status_code, f"{error} {error.body}", texts)
-        if positions is None:
-            raise
-        raise TextRefused("a text has more tokens than the endpoint accepts", positions) from error
-
-
-def _stop_futile_retries(response: Any) -> None:
-    """Keep the client from retrying after an error that waiting does not resolve.
-
-    By default, the client retries after these errors too, because their status is 429.
-    """
-    if response.status_code == 429:
-        response.read()
-        _mark_final(response)
-
-
-async def _astop_futile_retries(response: Any) -> None:
-    """Async twin of :func:`_stop_futile_retries`."""
-    if response.status_code == 429:
-        await response.aread()
-        _mark_final(response)
-
-
-def _mark_final(response: Any) -> None:
-    try:
-        error = response.json()["error"]
-        is_final = error.get("code") in FINAL_CODES or error.get("type") in FINAL_CODES
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return  # the body does not have OpenAI's form
-    if is_final:
-        response.headers["x-should-retry"] = "false"
+            raise ValueError(f"{option} must not set {name}: {advice}")
+    refuse_batch_settings(body, option)

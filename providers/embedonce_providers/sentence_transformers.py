@@ -25,7 +25,8 @@ from embedonce import Limits, TextRefused, VectorSpace, hookimpl
 from embedonce.contracts import Task
 from embedonce.errors import ConfigError, SpaceError
 from embedonce.model_files import digest
-from embedonce.options import Doc
+from embedonce.options import Doc, FolderOrName, NotAFolder
+from embedonce.tasks import TASKS, check_task
 
 from ._hub_cache import find_snapshot, full_name
 from ._model_folder import ModelDescription, is_model, read_description
@@ -49,7 +50,9 @@ class SentenceTransformersProvider:
     def __init__(
         self,
         *,
-        model: Annotated[str, MinLen(1), Doc("A folder, or the name of a model on the Hugging Face hub: owner/name.")],
+        model: Annotated[
+            FolderOrName, MinLen(1), Doc("A folder, or the name of a model on the Hugging Face hub: owner/name.")
+        ],
         revision: Annotated[
             str | None, Doc("Branch, tag or commit on the hub. For a branch, the commit in the local cache is used.")
         ] = None,
@@ -118,10 +121,17 @@ class SentenceTransformersProvider:
         """Return the vector space of a task, as the model's small files describe it.
 
         Raises:
-            SpaceError: the model does not exist, or has no prompt of the configured name.
+            SpaceError: the model does not exist, or has no prompt of the configured name. Or the model has prompts,
+                but neither one for this task nor a default one. Otherwise, only a misspelled task is refused.
         """
         source = self._find_source()
         description = source.description
+        check_task(
+            task,
+            list(dict.fromkeys([*TASKS, *description.prompts])),
+            what=f"model {source.model!r}",
+            accepts_others=not description.prompts or bool(description.default_prompt),
+        )
         dimensions, truncate_dim = description.dimensions, self._truncate_dim or description.truncate_dim
         if dimensions is not None and truncate_dim is not None:
             dimensions, truncate_dim = min(dimensions, truncate_dim), None
@@ -147,7 +157,7 @@ class SentenceTransformersProvider:
 
     def _read_source(self) -> _ModelSource:
         folder = Path(self._model_name).expanduser()
-        if not folder.is_dir():
+        if isinstance(self._model_name, NotAFolder) or not folder.is_dir():
             name = full_name(self._model_name)
             commit, folder = find_snapshot(name, self._revision)
             return _ModelSource(name, commit, folder, is_on_hub=True, description=read_description(folder))
@@ -179,7 +189,7 @@ class SentenceTransformersProvider:
                 raise SpaceError(f"the model has no prompt named {name!r}; its prompts: {known}")
             return declared.prompts[name]
         # Choose the same prompt as the library's encode_query and encode_document. Both use "" if the model has no
-        # prompt with the name of the task.
+        # prompt with the name of the task. For another task, the library uses the model's default prompt.
         return declared.prompts.get(task, "" if task in self._prompts else declared.default_prompt)
 
     # --- vectors ------------------------------------------------------------------------------

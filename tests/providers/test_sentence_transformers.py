@@ -317,6 +317,68 @@ def test_the_prompts_of_the_model_are_used(minilm_path: Path, tmp_path: Path) ->
         unknown.space("query")
 
 
+def test_a_misspelled_task_is_refused(minilm_path: Path, tmp_path: Path) -> None:
+    plain = SentenceTransformersProvider(model=str(minilm_path))
+    assert plain.space("classification") == plain.space("document")
+    prompted = copy_small_files(minilm_path, tmp_path / "model", prompts={"query": "Q: ", "clustering": "C: "})
+    with pytest.raises(SpaceError, match='did you mean "query"'):
+        plain.space("qurey")
+    with pytest.raises(SpaceError, match='did you mean "clustering"'):
+        SentenceTransformersProvider(model=str(prompted)).space("clusterng")
+    with pytest.raises(SpaceError, match="does not know the task"):
+        SentenceTransformersProvider(model=str(prompted)).space("else")
+
+
+# --- folders of a configuration ---------------------------------------------------------------
+
+
+def write_configuration(folder: Path, model: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "embedonce.toml"
+    path.write_text(f'[provider]\ntype = "sentence-transformers"\nmodel = "{model}"\n[[tiers]]\ntype = "memory"\n')
+    return path
+
+
+@pytest.mark.parametrize("model", ["mymodel", "./mymodel", "models/mymodel", "../outside"])
+def test_a_relative_folder_is_relative_to_the_file(
+    minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    path = write_configuration(tmp_path / "project", model)
+    folder = copy_small_files(minilm_path, path.parent / model)
+    expected = SentenceTransformersProvider(model=str(folder)).space("document")
+    (path.parent / "sub").mkdir()
+    for place in (path.parent / "sub", tmp_path):
+        monkeypatch.chdir(place)
+        with embedonce.open(path) as cache:
+            assert cache.provider is not None
+            assert cache.provider.space("document") == expected
+
+
+@pytest.mark.parametrize("model", ["mymodel", "owner/mymodel"])
+def test_a_folder_of_the_working_directory_is_not_used_for_a_file(
+    minilm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = write_configuration(tmp_path / "project", model)
+    copy_small_files(minilm_path, tmp_path / "elsewhere" / model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert SentenceTransformersProvider(model=model).space("query").model.startswith("folder:")
+    with pytest.raises(embedonce.EmbedonceError, match="mymodel") as caught, embedonce.open(path) as cache:
+        cache.explain("a")
+    assert "hub" in str(caught.value).lower()
+
+
+def test_a_missing_folder_is_named_with_its_path(tmp_path: Path) -> None:
+    path = write_configuration(tmp_path / "project", "./mymodel")
+    with (
+        pytest.raises(embedonce.EmbedonceError, match="neither a folder that exists") as caught,
+        embedonce.open(path) as cache,
+    ):
+        cache.explain("a")
+    assert str(tmp_path / "project" / "mymodel") in str(caught.value)
+
+
 def test_prompts_are_chosen_like_in_the_library(minilm_path: Path, tmp_path: Path) -> None:
     """The expected vectors come from the library itself, with the same files."""
     from sentence_transformers import SentenceTransformer

@@ -128,8 +128,11 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
 
 FAILURES = {
     "rate_limit": openai.RateLimitError,
+    "rate_limit_message": openai.RateLimitError,
+    "rate_limit_no_hint": openai.RateLimitError,
     "quota": openai.RateLimitError,
     "server_error": openai.InternalServerError,
+    "bad_request": openai.BadRequestError,
     "unauthorized": openai.AuthenticationError,
     "truncated": openai.APIConnectionError,
     "disconnect": openai.APIConnectionError,
@@ -172,6 +175,7 @@ DAMAGED = {
     "dimension": ([0, 1, 2], "???"),
     "ragged": ([0, 1, 2], "?bc"),
     "no_values": ([0, 1, 2], "?bc"),
+    "null": ([0, 1, 2], "-bc"),
 }
 
 
@@ -185,12 +189,86 @@ def test_a_fault_damages_the_answer_as_its_name_says(api: OpenAIServer, kind: An
     def raw(embedding: Any) -> bytes:
         return b64decode(embedding) if form == "base64" else np.float32(embedding).tobytes()
 
-    found = "".join(known.get(raw(item["embedding"]), "?") for item in data)
+    found = "".join("-" if one is None else known.get(raw(one), "?") for one in (item["embedding"] for item in data))
     assert ([item["index"] for item in data], found) == DAMAGED[kind]
     if kind in ("nan", "infinity"):
         values = np.frombuffer(raw(data[0]["embedding"]), np.float32)
         assert np.isnan(values).sum() == (kind == "nan")
         assert np.isinf(values).sum() == (kind == "infinity")
+
+
+def test_one_missing_index(api: OpenAIServer) -> None:
+    api.misbehave("no_zero_index")
+    data = json.loads(request_embeddings(api.url))["data"]
+    assert [item.get("index") for item in data] == [None, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["nan", "zeros", "null", "ragged"])
+def test_a_fault_damages_the_vectors_of_matching_texts(api: OpenAIServer, kind: Any) -> None:
+    api.misbehave(kind, times=None, where=lambda text: text in ("a", "c"))
+    data = json.loads(request_embeddings(api.url))["data"]
+    right = [
+        item["embedding"] == api.vector_of(text, model="m").tolist() for item, text in zip(data, "abc", strict=True)
+    ]
+    assert right == [False, True, False]
+    data = json.loads(request_embeddings(api.url, input=["b", "d"]))["data"]
+    assert [item["embedding"] for item in data] == [api.vector_of(text, model="m").tolist() for text in "bd"]
+
+
+def test_several_faults_for_different_texts(api: OpenAIServer, client: openai.OpenAI) -> None:
+    api.misbehave("server_error", times=None, where=lambda text: text == "a", message="cannot embed {text}")
+    api.misbehave("bad_request", where=lambda text: text == "b", message="invalid: {text!r}")
+    with pytest.raises(openai.BadRequestError, match=r"invalid: 'b'"):
+        client.embeddings.create(model="m", input=["b", "c"])
+    assert client.embeddings.create(model="m", input=["b", "c"]).data
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError, match="cannot embed a"):
+            client.embeddings.create(model="m", input=["b", "a"])
+    api.heal()
+    assert client.embeddings.create(model="m", input=["b", "a"]).data
+
+
+def test_a_rate_of_requests(api: OpenAIServer, client: openai.OpenAI) -> None:
+    now = [100.0]
+    api.limit_rate(2, 60, kind="rate_limit_message", clock=lambda: now[0])
+    for text in "ab":
+        client.embeddings.create(model="m", input=text)
+    now[0] += 45
+    with pytest.raises(openai.RateLimitError, match=r"try again in 15s"):
+        client.embeddings.create(model="m", input="c")
+    now[0] += 15
+    assert client.embeddings.create(model="m", input="c").data
+    api.limit_rate(0, 60)
+    with pytest.raises(openai.RateLimitError):
+        client.embeddings.create(model="m", input="c")
+    api.heal()
+    assert client.embeddings.create(model="m", input="c").data
+
+
+def test_a_rate_limit_without_a_hint(api: OpenAIServer, client: openai.OpenAI) -> None:
+    api.misbehave("rate_limit_no_hint", seconds=7)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.embeddings.create(model="m", input="a")
+    assert "retry-after" not in caught.value.response.headers
+    assert "7" not in str(caught.value)
+
+
+def test_a_batch_that_is_too_large(client: openai.OpenAI) -> None:
+    message = "batch size is invalid, it should not be larger than {limit}"
+    with OpenAIServer(max_inputs=10, batch_status=422, batch_message=message) as api:
+        client = client.with_options(base_url=api.base_url)
+        with pytest.raises(openai.UnprocessableEntityError, match="larger than 10"):
+            client.embeddings.create(model="m", input=["a"] * 11)
+        assert client.embeddings.create(model="m", input=["a"] * 10).data
+
+
+def test_a_format_that_the_server_refuses(client: openai.OpenAI) -> None:
+    with OpenAIServer(encoding_formats=("base64",), served_model="e5-base") as api:
+        client = client.with_options(base_url=api.base_url)
+        with pytest.raises(openai.BadRequestError, match="encoding_format"):
+            client.embeddings.create(model="m", input="a", encoding_format="float")
+        assert client.embeddings.create(model="m", input="a").model == "e5-base"
+        assert isinstance(json.loads(request_embeddings(api.url))["data"][0]["embedding"], list)
 
 
 def test_answers_without_usable_vectors(api: OpenAIServer) -> None:
@@ -306,6 +384,10 @@ def test_gemini_truncates_or_refuses_a_text_that_is_too_long() -> None:
     ("kind", "error"),
     [
         ("rate_limit", errors.ClientError),
+        ("rate_limit_message", errors.ClientError),
+        ("rate_limit_no_hint", errors.ClientError),
+        ("rate_limit_info", errors.ClientError),
+        ("bad_request", errors.ClientError),
         ("quota", errors.ClientError),
         ("server_error", errors.ServerError),
         ("unauthorized", errors.ClientError),
@@ -323,6 +405,23 @@ def test_gemini_fails_on_demand(
     assert genai_client.models.embed_content(model=gemini.model, contents=make_contents("a")).embeddings
 
 
+def test_gemini_names_the_time_to_wait(gemini: GeminiServer, genai_client: genai.Client) -> None:
+    gemini.misbehave("rate_limit_info", seconds=32)
+    with pytest.raises(errors.ClientError) as caught:
+        genai_client.models.embed_content(model=gemini.model, contents=make_contents("a"))
+    assert caught.value.details["error"]["details"][0]["retryDelay"] == "32s"
+    gemini.misbehave("rate_limit_message", seconds=32)
+    with pytest.raises(errors.ClientError, match="retry in 32s"):
+        genai_client.models.embed_content(model=gemini.model, contents=make_contents("a"))
+
+
+def test_a_gemini_fault_for_one_text(gemini: GeminiServer, genai_client: genai.Client) -> None:
+    gemini.misbehave("server_error", times=None, where=lambda text: text == "b", message="cannot embed {text}")
+    assert genai_client.models.embed_content(model=gemini.model, contents=make_contents("a", "c")).embeddings
+    with pytest.raises(errors.ServerError, match="cannot embed b"):
+        genai_client.models.embed_content(model=gemini.model, contents=make_contents("a", "b"))
+
+
 @pytest.mark.parametrize("kind", sorted(DAMAGED.keys() - {"out_of_order", "duplicate_index"}))
 def test_a_gemini_fault_damages_the_answer_as_its_name_says(
     gemini: GeminiServer, genai_client: genai.Client, kind: Any
@@ -330,5 +429,6 @@ def test_a_gemini_fault_damages_the_answer_as_its_name_says(
     gemini.misbehave(kind)
     answer = genai_client.models.embed_content(model=gemini.model, contents=make_contents("a", "b", "c"))
     known = {gemini.vector_of(text).tobytes(): text for text in "abc"}
-    found = [known.get(np.float32(item.values).tobytes(), "?") for item in answer.embeddings or []]
+    rows = [item.values for item in answer.embeddings or []]
+    found = ["-" if row is None else known.get(np.float32(row).tobytes(), "?") for row in rows]
     assert "".join(found) == DAMAGED[kind][1]

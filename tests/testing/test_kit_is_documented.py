@@ -64,9 +64,10 @@ def test_every_fault_is_listed() -> None:
     assert find_table_names(backend) == set(get_args(faults.Kind))
     assert find_table_names(provider) == set(get_args(faults.ProviderKind))
     assert find_table_names(find_section("What happens when the network is bad?")) == set(get_args(proxy.NetworkKind))
-    assert find_table_names(find_section("What happens when an API misbehaves?")) == set(
-        get_args(openai.OpenAIMisbehaviour)
-    )
+    assert find_table_names(find_section("What happens when an API misbehaves?")) == {
+        *get_args(openai.OpenAIMisbehaviour),
+        *get_args(gemini.GeminiMisbehaviour),
+    }
 
 
 @pytest.mark.parametrize(

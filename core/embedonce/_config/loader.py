@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from embedonce._messages import find_closest, join_words, quote, strip_credentials
@@ -459,7 +458,7 @@ class _Loader:
         try:
             if value == "" and option.is_path:
                 raise BadValue('must not be empty; write "." for the folder of the configuration')
-            return self._resolve_path(option, option.check(value))
+            return option.resolve_path(option.check(value), self._document.folder)
         except Refused as refused:
             for part in list_invalid_parts(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (option.name, *part.where)
@@ -500,13 +499,6 @@ class _Loader:
             self._problems.append(Problem(f"{override[0]}: {message}"))
         else:
             self._add_problem((*table.where, option), f"{option} in {table.label}: {message}", key=key)
-
-    def _resolve_path(self, option: Option, value: Any) -> Any:
-        """Make a path absolute. A relative path starts at the folder of the configuration."""
-        if not option.is_path or not isinstance(value, str | Path):
-            return value
-        path = self._document.folder / Path(value).expanduser()
-        return path if isinstance(value, Path) else str(path)
 
     # --- variables ---
 

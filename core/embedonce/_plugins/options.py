@@ -20,7 +20,7 @@ from typing import Any
 
 from embedonce._messages import find_closest, join_words
 from embedonce.errors import PluginError
-from embedonce.options import BadValue
+from embedonce.options import BadValue, IsFolderOrName, NotAFolder
 
 from .plain_values import UNSURE, convert_plain_value
 
@@ -61,6 +61,22 @@ class Option:
             isinstance(part, type) and (issubclass(part, Path) or part is os.PathLike)
             for part in _list_members(self.hint)
         )
+
+    def resolve_path(self, value: Any, folder: Path) -> Any:
+        """Make a path absolute. A relative path starts at ``folder``, the folder of the configuration.
+
+        A name that may be a folder becomes an absolute path if there is such a folder, and otherwise a
+        :class:`NotAFolder`.
+        """
+        if not isinstance(value, str | Path):
+            return value
+        path = folder / Path(value).expanduser()
+        if self.is_path:
+            return path if isinstance(value, Path) else str(path)
+        if not any(isinstance(part, IsFolderOrName) for part in list_annotations(self.hint)):
+            return value
+        is_folder = path.is_dir() or str(value).startswith(("./", "../", "~", "/")) or str(value) in (".", "..")
+        return str(path) if is_folder else NotAFolder(value)
 
     @property
     def is_choice(self) -> bool:

@@ -16,13 +16,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from embedonce.vectors import Vector
 
-from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
+from .loopback import (
+    ActiveFault,
+    LoopbackServer,
+    Reply,
+    Request,
+    RequestRefused,
+    damage_items,
+    estimate_tokens,
+    make_vector,
+)
 
 GeminiMisbehaviour: TypeAlias = Literal[
     "short",
@@ -34,9 +44,14 @@ GeminiMisbehaviour: TypeAlias = Literal[
     "dimension",
     "ragged",
     "no_values",
+    "null",
     "rate_limit",
+    "rate_limit_message",
+    "rate_limit_no_hint",
+    "rate_limit_info",
     "quota",
     "server_error",
+    "bad_request",
     "unauthorized",
     "not_json",
     "truncated",
@@ -61,26 +76,31 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
 
     :meth:`misbehave` takes:
 
-    ================  =============================================================================
-    ``short``         the first vector is missing, and the other vectors have moved up
-    ``long``          there is one vector too many, at the front
-    ``empty``         there are no vectors
-    ``nan``           one value is NaN
-    ``infinity``      one value is infinite
-    ``zeros``         one vector has only zeros
-    ``dimension``     every vector is one value short
-    ``ragged``        one vector is one value short
-    ``no_values``     one vector has no values
-    ``rate_limit``    status 429, ``RESOURCE_EXHAUSTED``, with ``Retry-After``
-    ``quota``         status 429, ``RESOURCE_EXHAUSTED``, because the daily quota is used up
-    ``server_error``  status 500
-    ``unauthorized``  status 400, ``API_KEY_INVALID``
-    ``not_json``      status 200 with a page of HTML
-    ``truncated``     the body ends half-way
-    ``drip``          the body arrives one byte at a time
-    ``hang``          there is no reply until ``heal()``
-    ``disconnect``    the connection is closed without a reply
-    ================  =============================================================================
+    ======================  ======================================================================
+    ``short``               the first vector is missing, and the other vectors have moved up
+    ``long``                there is one vector too many, at the front
+    ``empty``               there are no vectors
+    ``nan``                 one value is NaN
+    ``infinity``            one value is infinite
+    ``zeros``               one vector has only zeros
+    ``dimension``           every vector is one value short
+    ``ragged``              one vector is one value short
+    ``no_values``           one vector has no values
+    ``null``                the values of one vector are null
+    ``rate_limit``          status 429, ``RESOURCE_EXHAUSTED``, with ``Retry-After``
+    ``rate_limit_message``  status 429; only the message names the time to wait
+    ``rate_limit_no_hint``  status 429 without a time to wait
+    ``rate_limit_info``     status 429 with the time to wait in ``RetryInfo``
+    ``quota``               status 429, ``RESOURCE_EXHAUSTED``, because the daily quota is used up
+    ``server_error``        status 500
+    ``bad_request``         status 400, ``INVALID_ARGUMENT``
+    ``unauthorized``        status 400, ``API_KEY_INVALID``
+    ``not_json``            status 200 with a page of HTML
+    ``truncated``           the body ends half-way
+    ``drip``                the body arrives one byte at a time
+    ``hang``                there is no reply until ``heal()``
+    ``disconnect``          the connection is closed without a reply
+    ======================  ======================================================================
     """
 
     KINDS = get_args(GeminiMisbehaviour)
@@ -131,18 +151,21 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         """Implement the method of the base class."""
         key = request.headers.get("x-goog-api-key", request.query.get("key"))
         if self.api_key is not None and key != self.api_key:
-            return self.failure("unauthorized", 0)
+            return self.failure(ActiveFault("unauthorized"), [])
         if request.method == "POST" and PATH.fullmatch(request.path):
             return None
         return _make_error(404, "NOT_FOUND", f"Requested entity was not found: {request.path}")
 
-    def embed(self, request: Request, kind: str | None) -> Reply:
+    def inputs_of(self, request: Request) -> list[Any]:
         """Implement the method of the base class."""
-        found = PATH.fullmatch(request.path)
-        assert found is not None
-        model, method = found.groups()
-        batch = method == "batchEmbedContents"
-        asked = request.body.get("requests") if batch else [request.body]
+        try:
+            return [_join_parts(asked) for asked in _list_asked(request)[2]]
+        except (AttributeError, TypeError):
+            return []
+
+    def embed(self, request: Request, fault: ActiveFault | None) -> Reply:
+        """Implement the method of the base class."""
+        model, batch, asked = _list_asked(request)
         if not isinstance(asked, list) or not asked:
             raise _make_refusal("BatchEmbedContentsRequest.requests: at least one request is required")
         if len(asked) > self.max_inputs:
@@ -150,40 +173,60 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
         texts = [self._get_text(one, f"models/{model}") for one in asked]
         vectors = [self._make_vector(one, text, model) for one, text in zip(asked, texts, strict=True)]
         self.count_inputs(texts)
-        items = damage_items([Item(index, vector) for index, vector in enumerate(vectors)], kind)
-        embeddings = [{"values": [float(value) for value in item.vector]} for item in items]
+        items = damage_items(vectors, fault, texts)
+        embeddings = [{"values": None if item.vector is None else item.vector.tolist()} for item in items]
         usage = {"usageMetadata": {"promptTokenCount": sum(map(self.tokens_of, texts))}}
         if batch:
             return Reply(200, {"embeddings": embeddings, **usage})
         return Reply(200, {**({"embedding": embeddings[0]} if embeddings else {}), **usage})
 
-    def failure(self, kind: str, seconds: float) -> Reply | None:
+    def failure(self, fault: ActiveFault, inputs: Sequence[Any]) -> Reply | None:
         """Implement the method of the base class."""
-        match kind:
+        write = partial(fault.write_message, inputs=inputs)
+        exhausted = "Resource has been exhausted (e.g. check quota)."
+        match fault.kind:
             case "rate_limit":
-                reply = _make_error(429, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota).")
-                return Reply(reply.status, reply.content, {"Retry-After": f"{seconds:g}"})
+                reply = _make_error(429, "RESOURCE_EXHAUSTED", write(exhausted))
+                return Reply(reply.status, reply.content, {"Retry-After": f"{fault.seconds:g}"})
+            case "rate_limit_message":
+                message = write(f"{exhausted} Please retry in {fault.seconds:g}s.")
+                return _make_error(429, "RESOURCE_EXHAUSTED", message)
+            case "rate_limit_no_hint":
+                return _make_error(429, "RESOURCE_EXHAUSTED", write(exhausted))
+            case "rate_limit_info":
+                detail: dict[str, Any] = {
+                    "@type": "type.googleapis.com/google.rpc.RetryInfo",
+                    "retryDelay": f"{fault.seconds:g}s",
+                }
+                return _make_error(429, "RESOURCE_EXHAUSTED", write(exhausted), [detail])
             case "quota":
                 detail = {
                     "@type": "type.googleapis.com/google.rpc.QuotaFailure",
                     "violations": [{"quotaId": "EmbedContentRequestsPerDayPerUserPerProjectPerModel-FreeTier"}],
                 }
-                return _make_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota.", [detail])
+                return _make_error(429, "RESOURCE_EXHAUSTED", write("You exceeded your current quota."), [detail])
             case "server_error":
-                return _make_error(500, "INTERNAL", "An internal error has occurred.")
+                return _make_error(500, "INTERNAL", write("An internal error has occurred."))
+            case "bad_request":
+                return _make_error(400, "INVALID_ARGUMENT", write("Request contains an invalid argument."))
             case "unauthorized":
                 detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
-                return _make_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", [detail])
+                message = write("API key not valid. Please pass a valid API key.")
+                return _make_error(400, "INVALID_ARGUMENT", message, [detail])
             case "not_json":
                 return Reply(200, b"<html><body>Please log in.</body></html>", {"Content-Type": "text/html"})
             case _:
                 return None
 
     def _get_text(self, asked: Any, model: str) -> str:
-        """Return the text of a request for one vector, with its parts joined."""
+        """Return the text of a request for one vector.
+
+        Raises:
+            RequestRefused: the text is empty, or the server refuses it because it is too long.
+        """
         if asked.get("model", model) != model:
             raise _make_refusal("the model of a request in the batch differs from the model of the batch")
-        text = "".join(part.get("text", "") for part in asked.get("content", {}).get("parts", []))
+        text = _join_parts(asked)
         if not text:
             raise _make_refusal("EmbedContentRequest.content contains an empty Part.")
         if not self.truncates and self.tokens_of(text) > self.max_tokens:
@@ -198,6 +241,20 @@ class GeminiServer(LoopbackServer[GeminiMisbehaviour]):
             raise _make_refusal(f"outputDimensionality must be in [1, {self.dimensions}]")
         extra = {name: value for name, value in asked.items() if name not in NOT_IN_SPACE}
         return self.vector_of(text, model=model, dimensions=dimensions, task_type=asked.get("taskType"), **extra)
+
+
+def _list_asked(request: Request) -> tuple[str, bool, Any]:
+    """Return the model, whether the request is a batch, and the requests for one vector."""
+    found = PATH.fullmatch(request.path)
+    assert found is not None
+    model, method = found.groups()
+    is_batch = method == "batchEmbedContents"
+    return model, is_batch, request.body.get("requests") if is_batch else [request.body]
+
+
+def _join_parts(asked: Any) -> str:
+    """Return the text of a request for one vector, with its parts joined."""
+    return "".join(part.get("text", "") for part in asked.get("content", {}).get("parts", []))
 
 
 def _make_refusal(message: str) -> RequestRefused:

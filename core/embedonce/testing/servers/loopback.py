@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -60,14 +62,52 @@ class Item:
     """A vector of an answer, and its index in the answer."""
 
     index: int
-    vector: Vector
+    vector: Vector | None
+    """The vector, or None for a row that is null."""
 
 
 @dataclass(slots=True)
-class _Fault:
+class ActiveFault:
+    """A fault that :meth:`LoopbackServer.misbehave` started."""
+
     kind: str
-    times: int | None
+    times: int | None = 1
+    seconds: float = 0.05
+    message: str | None = None
+    where: Callable[[Any], bool] | None = None
+
+    def find_struck(self, inputs: Sequence[Any]) -> list[int]:
+        """Return the positions of the inputs that the fault strikes: those that match ``where``, or the first one."""
+        return [place for place, one in enumerate(inputs) if (not place if self.where is None else self.where(one))]
+
+    def write_message(self, default: str, inputs: Sequence[Any]) -> str:
+        """Return the message of an error reply, with the first input that the fault strikes in place of ``{text}``.
+
+        ``{text!r}`` becomes the input as Python writes it.
+        """
+        struck = self.find_struck(inputs)
+        text = inputs[struck[0]] if struck else ""
+        return (self.message or default).replace("{text}", str(text)).replace("{text!r}", repr(text))
+
+
+@dataclass(slots=True)
+class _RateLimit:
+    """The number of requests that are allowed in a window. A window begins with its first request."""
+
+    requests: int
     seconds: float
+    kind: str
+    clock: Callable[[], float]
+    begun: float = -math.inf
+    used: int = 0
+
+    def take(self) -> ActiveFault | None:
+        """Count a request. Return the fault to answer with if the window has no room for the request."""
+        now = self.clock()
+        if now - self.begun >= self.seconds:
+            self.begun, self.used = now, 0
+        self.used += 1
+        return ActiveFault(self.kind, seconds=self.begun + self.seconds - now) if self.used > self.requests else None
 
 
 class LoopbackServer(Generic[KindT]):
@@ -86,7 +126,8 @@ class LoopbackServer(Generic[KindT]):
         """Every request, in order of arrival."""
         self.count: Counter[Any] = Counter()
         """Number of times that each input (a text or a tuple of tokens) was embedded."""
-        self._faults: deque[_Fault] = deque()
+        self._faults: deque[ActiveFault] = deque()
+        self._rate_limit: _RateLimit | None = None
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._hanging = threading.Semaphore(0)
@@ -108,21 +149,55 @@ class LoopbackServer(Generic[KindT]):
         with self._lock:
             return self.count.total()
 
-    def misbehave(self, kind: KindT, *, times: int | None = 1, seconds: float = 0.05) -> None:
+    def misbehave(
+        self,
+        kind: KindT,
+        *,
+        times: int | None = 1,
+        seconds: float = 0.05,
+        where: Callable[[Any], bool] | None = None,
+        message: str | None = None,
+    ) -> None:
         """Misbehave in the next ``times`` requests for vectors; None means every request until :meth:`heal`.
 
-        If an earlier fault is still active, the new fault begins when the earlier fault ends. ``seconds`` is the
-        value of ``Retry-After`` and, for the kind ``drip``, the time between two bytes of the body.
+        ``where`` limits the fault to requests with a matching input (a text or a list of tokens). A fault that damages
+        one vector then damages the vector of each matching input. Otherwise it damages the first vector.
+
+        If several faults apply to a request, the fault that was set first is used. ``seconds`` is the time to wait
+        that a rate limit names and, for the kind ``drip``, the time between two bytes of the body. ``message``
+        replaces the message of an error reply; ``{text}`` in it becomes the first matching input, and ``{text!r}`` the
+        input as Python writes it.
         """
+        self._check_kind(kind)
+        with self._lock:
+            self._faults.append(ActiveFault(kind, times, seconds, message, where))
+
+    def limit_rate(
+        self,
+        requests: int,
+        seconds: float,
+        *,
+        kind: str = "rate_limit",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Answer at most this many requests for vectors in a window of ``seconds``, until :meth:`heal`.
+
+        A window begins with its first request. Further requests get the reply of ``kind``, which names the rest of the
+        window if it names a time. ``clock`` returns the time in seconds.
+        """
+        self._check_kind(kind)
+        with self._lock:
+            self._rate_limit = _RateLimit(requests, seconds, kind, clock)
+
+    def _check_kind(self, kind: str) -> None:
         if kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)}, got {kind!r}")
-        with self._lock:
-            self._faults.append(_Fault(kind, times, seconds))
 
     def heal(self) -> None:
-        """End all faults, answer the requests that hang, and send the rest of unfinished replies."""
+        """End all faults and the rate limit, answer the requests that hang, and send the rest of unfinished replies."""
         with self._lock:
             self._faults.clear()
+            self._rate_limit = None
             released, self._released = self._released, threading.Event()
         released.set()
 
@@ -155,16 +230,20 @@ class LoopbackServer(Generic[KindT]):
         """Return the reply to a request, or None if the request is for vectors."""
         raise NotImplementedError
 
-    def embed(self, request: Request, kind: str | None) -> Reply:
-        """Return the vectors, damaged according to ``kind``.
+    def inputs_of(self, request: Request) -> list[Any]:
+        """Return the inputs of a request for vectors, or an empty list if the request is invalid."""
+        raise NotImplementedError
+
+    def embed(self, request: Request, fault: ActiveFault | None) -> Reply:
+        """Return the vectors, damaged by the fault.
 
         Raises:
             RequestRefused: the API would refuse the request.
         """
         raise NotImplementedError
 
-    def failure(self, kind: str, seconds: float) -> Reply | None:
-        """Return the error reply of ``kind``, or None if ``kind`` is not an error reply."""
+    def failure(self, fault: ActiveFault, inputs: Sequence[Any]) -> Reply | None:
+        """Return the error reply of a fault, or None if its kind is not an error reply."""
         raise NotImplementedError
 
     # --- one request --------------------------------------------------------------------------
@@ -177,8 +256,9 @@ class LoopbackServer(Generic[KindT]):
         if reply is not None:
             handler.send(reply)
             return
+        inputs = self.inputs_of(request)
         with self._lock:
-            fault = self._take_fault()
+            fault = self._take_fault(inputs)
             released = self._released
         kind = None if fault is None else fault.kind
         if kind == "hang":
@@ -188,8 +268,8 @@ class LoopbackServer(Generic[KindT]):
             handler.hang_up()
             return
         try:
-            failure = None if fault is None else self.failure(fault.kind, fault.seconds)
-            reply = failure or self.embed(request, kind)
+            failure = None if fault is None else self.failure(fault, inputs)
+            reply = failure or self.embed(request, fault)
         except RequestRefused as refused:
             reply = refused.reply
         if fault is not None and kind == "drip":
@@ -197,14 +277,16 @@ class LoopbackServer(Generic[KindT]):
         else:
             handler.send(reply, truncated=kind == "truncated")
 
-    def _take_fault(self) -> _Fault | None:
-        if not self._faults:
-            return None
-        fault = self._faults[0]
-        if fault.times is not None:
+    def _take_fault(self, inputs: Sequence[Any]) -> ActiveFault | None:
+        """Return the first fault that applies to a request with these inputs."""
+        limited = self._rate_limit and self._rate_limit.take()
+        if limited:
+            return limited
+        fault = next((one for one in self._faults if one.where is None or one.find_struck(inputs)), None)
+        if fault is not None and fault.times is not None:
             fault.times -= 1
             if fault.times <= 0:
-                self._faults.popleft()
+                self._faults.remove(fault)
         return fault
 
     def count_inputs(self, inputs: Sequence[Any]) -> None:
@@ -296,38 +378,49 @@ def estimate_tokens(text: str) -> int:
     return max(1, len(re.findall(r"\w+|[^\w\s]", text)), len(text.encode()) // 4)
 
 
-def damage_items(items: Sequence[Item], kind: str | None) -> list[Item]:
-    """Return the items of an answer, damaged according to ``kind``; some kinds do not change the items."""
-    first, *others = items
-    count = len(items)
-    match kind:
+def damage_items(vectors: Sequence[Vector], fault: ActiveFault | None, inputs: Sequence[Any]) -> list[Item]:
+    """Return the items of an answer, damaged by a fault; some kinds of faults do not change the items."""
+    items = [Item(index, vector) for index, vector in enumerate(vectors)]
+    if fault is None:
+        return items
+    match fault.kind:
         case "short":  # a client that relies on the order gives each text the vector of the next text
-            return [Item(item.index - 1, item.vector) for item in others]
+            return [Item(item.index - 1, item.vector) for item in items[1:]]
         case "long":
-            return [Item(0, -first.vector), *(Item(item.index + 1, item.vector) for item in items)]
+            return [Item(0, -vectors[0]), *(Item(item.index + 1, item.vector) for item in items)]
         case "empty":
             return []
-        case "nan":
-            return [_replace_middle_value(first, np.nan), *others]
-        case "infinity":
-            return [_replace_middle_value(first, np.inf), *others]
-        case "zeros":
-            return [replace(first, vector=np.zeros_like(first.vector)), *others]
         case "dimension":
-            return [replace(item, vector=item.vector[:-1]) for item in items]
-        case "ragged":
-            return [replace(first, vector=first.vector[:-1]), *others]
-        case "no_values":
-            return [replace(first, vector=first.vector[:0]), *others]
+            return [Item(index, vector[:-1]) for index, vector in enumerate(vectors)]
         case "out_of_order":
             return list(reversed(items))
         case "duplicate_index":
-            return [*items[:-1], Item(count % max(count, 2), items[-1].vector)]
+            return [*items[:-1], Item(len(items) % max(len(items), 2), items[-1].vector)]
+        case kind:
+            for place in fault.find_struck(inputs):
+                items[place] = Item(place, _damage_vector(vectors[place], kind))
+            return items
+
+
+def _damage_vector(vector: Vector, kind: str) -> Vector | None:
+    match kind:
+        case "null":
+            return None
+        case "nan":
+            return _replace_middle_value(vector, np.nan)
+        case "infinity":
+            return _replace_middle_value(vector, np.inf)
+        case "zeros":
+            return np.zeros_like(vector)
+        case "ragged":
+            return vector[:-1]
+        case "no_values":
+            return vector[:0]
         case _:
-            return list(items)
+            return vector
 
 
-def _replace_middle_value(item: Item, value: float) -> Item:
-    vector = item.vector.copy()
-    vector[len(vector) // 2] = value
-    return replace(item, vector=vector)
+def _replace_middle_value(vector: Vector, value: float) -> Vector:
+    damaged = vector.copy()
+    damaged[len(damaged) // 2] = value
+    return damaged

@@ -17,16 +17,27 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 from embedonce.vectors import Vector
 
-from .loopback import Item, LoopbackServer, Reply, Request, RequestRefused, damage_items, estimate_tokens, make_vector
+from .loopback import (
+    ActiveFault,
+    LoopbackServer,
+    Reply,
+    Request,
+    RequestRefused,
+    damage_items,
+    estimate_tokens,
+    make_vector,
+)
 
 OpenAIMisbehaviour: TypeAlias = Literal[
     "out_of_order",
     "duplicate_index",
     "no_index",
+    "no_zero_index",
     "short",
     "long",
     "empty",
@@ -36,9 +47,13 @@ OpenAIMisbehaviour: TypeAlias = Literal[
     "dimension",
     "ragged",
     "no_values",
+    "null",
     "rate_limit",
+    "rate_limit_message",
+    "rate_limit_no_hint",
     "quota",
     "server_error",
+    "bad_request",
     "unauthorized",
     "error_as_200",
     "not_json",
@@ -63,32 +78,42 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     ``deployments`` maps the deployment names in Azure's URLs to models. With ``base64=False`` the server always
     sends vectors as lists of floats, as some servers do.
 
+    A request with more than ``max_inputs`` inputs gets ``batch_status`` and ``batch_message``, in which ``{limit}``
+    becomes ``max_inputs``. ``encoding_formats`` are the values of ``encoding_format`` that the server accepts; it
+    always accepts a request without the field. ``served_model`` is the model that answers name, in place of the model
+    of the request.
+
     :meth:`misbehave` takes:
 
-    ===================  ==========================================================================
-    ``out_of_order``     the items come in reverse order, each with its correct ``index``
-    ``duplicate_index``  the last item has the first item's ``index``; a single item has ``index`` 1
-    ``no_index``         the items have no ``index``
-    ``short``            the first vector is missing, and the other vectors have moved up
-    ``long``             there is one vector too many, at the front
-    ``empty``            there are no vectors
-    ``nan``              one value is NaN (as JSON, ``NaN``)
-    ``infinity``         one value is infinite
-    ``zeros``            one vector has only zeros
-    ``dimension``        every vector is one value short
-    ``ragged``           one vector is one value short
-    ``no_values``        one vector has no values
-    ``rate_limit``       status 429 with ``Retry-After``
-    ``quota``            status 429, ``insufficient_quota``
-    ``server_error``     status 500
-    ``unauthorized``     status 401
-    ``error_as_200``     status 200 with an error in place of the data
-    ``not_json``         status 200 with a page of HTML
-    ``truncated``        the body ends half-way
-    ``drip``             the body arrives one byte at a time
-    ``hang``             there is no reply until ``heal()``
-    ``disconnect``       the connection is closed without a reply
-    ===================  ==========================================================================
+    ======================  ===============================================================================
+    ``out_of_order``        the items come in reverse order, each with its correct ``index``
+    ``duplicate_index``     the last item has the first item's ``index``; a single item has ``index`` 1
+    ``no_index``            the items have no ``index``
+    ``no_zero_index``       an item whose ``index`` is 0 has no ``index``, as in answers made with protobuf
+    ``short``               the first vector is missing, and the other vectors have moved up
+    ``long``                there is one vector too many, at the front
+    ``empty``               there are no vectors
+    ``nan``                 one value is NaN (as JSON, ``NaN``)
+    ``infinity``            one value is infinite
+    ``zeros``               one vector has only zeros
+    ``dimension``           every vector is one value short
+    ``ragged``              one vector is one value short
+    ``no_values``           one vector has no values
+    ``null``                one vector is null
+    ``rate_limit``          status 429 with ``Retry-After``
+    ``rate_limit_message``  status 429; only the message names the time to wait
+    ``rate_limit_no_hint``  status 429 without a time to wait
+    ``quota``               status 429, ``insufficient_quota``
+    ``server_error``        status 500
+    ``bad_request``         status 400
+    ``unauthorized``        status 401
+    ``error_as_200``        status 200 with an error in place of the data
+    ``not_json``            status 200 with a page of HTML
+    ``truncated``           the body ends half-way
+    ``drip``                the body arrives one byte at a time
+    ``hang``                there is no reply until ``heal()``
+    ``disconnect``          the connection is closed without a reply
+    ======================  ===============================================================================
     """
 
     KINDS = get_args(OpenAIMisbehaviour)
@@ -101,13 +126,21 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
         max_inputs: int = 2048,
         max_tokens: int = 8192,
         max_total_tokens: int = 300_000,
+        batch_status: int = 400,
+        batch_message: str = "Invalid 'input': array too long. Expected at most {limit} items.",
+        encoding_formats: Sequence[str] = ("float", "base64"),
         base64: bool = True,
+        served_model: str | None = None,
         deployments: Mapping[str, str] | None = None,
         api_key: str | None = None,
     ) -> None:
         self.max_inputs = max_inputs
         self.max_tokens = max_tokens
         self.max_total_tokens = max_total_tokens
+        self.batch_status = batch_status
+        self.batch_message = batch_message
+        self.encoding_formats = tuple(encoding_formats)
+        self.served_model = served_model
         self.base64 = base64
         self.deployments = dict(deployments or {})
         super().__init__(model=model, dimensions=dimensions, api_key=api_key)
@@ -135,7 +168,7 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
         """Implement the method of the base class."""
         openai, azure = OPENAI_PATH.fullmatch(request.path), AZURE_PATH.fullmatch(request.path)
         if not self._is_allowed(request.headers):
-            return self.failure("unauthorized", 0)
+            return self.failure(ActiveFault("unauthorized"), [])
         if request.method == "POST" and (azure or (openai and openai[1] == "embeddings")):
             return None
         if request.method == "GET" and openai and openai[1] == "models":
@@ -143,7 +176,14 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
             return Reply(200, {"object": "list", "data": models})
         return _make_error(404, f"Invalid URL ({request.method} {request.path})")
 
-    def embed(self, request: Request, kind: str | None) -> Reply:
+    def inputs_of(self, request: Request) -> list[Any]:
+        """Implement the method of the base class."""
+        try:
+            return _parse_inputs(request.body.get("input"))
+        except (RequestRefused, AttributeError):
+            return []
+
+    def embed(self, request: Request, fault: ActiveFault | None) -> Reply:
         """Implement the method of the base class."""
         body = request.body
         if not isinstance(body, dict):
@@ -156,39 +196,52 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
             raise RequestRefused(
                 _make_error(400, f"Invalid value for 'dimensions': {dimensions!r}.", param="dimensions")
             )
-        form = body.get("encoding_format", "float")
-        if form not in ("float", "base64"):
-            raise RequestRefused(
-                _make_error(400, f"Invalid value for 'encoding_format': {form!r}.", param="encoding_format")
-            )
+        form = body.get("encoding_format")
+        if form is not None and form not in self.encoding_formats:
+            message = f"Invalid value for 'encoding_format': {form!r}. Use {' or '.join(self.encoding_formats)}."
+            raise RequestRefused(_make_error(400, message, param="encoding_format"))
         extra = {name: value for name, value in body.items() if name not in NOT_IN_SPACE}
         self.count_inputs([text if isinstance(text, str) else tuple(text) for text in inputs])
         vectors = [self.vector_of(text, model=model, dimensions=dimensions, **extra) for text in inputs]
-        items = damage_items([Item(index, vector) for index, vector in enumerate(vectors)], kind)
+        items = damage_items(vectors, fault, inputs)
         encode = _encode_base64 if form == "base64" and self.base64 else _encode_floats
-        data = [{"object": "embedding", "index": item.index, "embedding": encode(item.vector)} for item in items]
-        if kind == "no_index":
-            data = [{name: value for name, value in item.items() if name != "index"} for item in data]
+        data = [
+            {
+                "object": "embedding",
+                "index": item.index,
+                "embedding": None if item.vector is None else encode(item.vector),
+            }
+            for item in items
+        ]
+        for item in data:
+            if fault and (fault.kind == "no_index" or (fault.kind == "no_zero_index" and item["index"] == 0)):
+                del item["index"]
         usage = {"prompt_tokens": total, "total_tokens": total}
-        return Reply(200, {"object": "list", "data": data, "model": model, "usage": usage})
+        return Reply(200, {"object": "list", "data": data, "model": self.served_model or model, "usage": usage})
 
-    def failure(self, kind: str, seconds: float) -> Reply | None:
+    def failure(self, fault: ActiveFault, inputs: Sequence[Any]) -> Reply | None:
         """Implement the method of the base class."""
-        match kind:
+        write = partial(fault.write_message, inputs=inputs)
+        match fault.kind:
             case "rate_limit":
-                reply = _make_error(
-                    429, "Rate limit reached for requests.", type="requests", code="rate_limit_exceeded"
-                )
-                return Reply(reply.status, reply.content, {"Retry-After": f"{seconds:g}"})
+                reply = _make_rate_limit(write("Rate limit reached for requests."))
+                return Reply(reply.status, reply.content, {"Retry-After": f"{fault.seconds:g}"})
+            case "rate_limit_message":
+                return _make_rate_limit(write(f"Rate limit reached. Please try again in {fault.seconds:g}s."))
+            case "rate_limit_no_hint":
+                return _make_rate_limit(write("Too many requests."))
             case "quota":
-                message = "You exceeded your current quota, please check your plan and billing details."
+                message = write("You exceeded your current quota, please check your plan and billing details.")
                 return _make_error(429, message, type="insufficient_quota", code="insufficient_quota")
             case "server_error":
-                return _make_error(500, "The server had an error while processing your request.", type="server_error")
+                message = write("The server had an error while processing your request.")
+                return _make_error(500, message, type="server_error")
+            case "bad_request":
+                return _make_error(400, write("The input is invalid."))
             case "unauthorized":
-                return _make_error(401, "Incorrect API key provided.", code="invalid_api_key")
+                return _make_error(401, write("Incorrect API key provided."), code="invalid_api_key")
             case "error_as_200":
-                return Reply(200, {"error": {"message": "Provider returned an error.", "code": 502}})
+                return Reply(200, {"error": {"message": write("Provider returned an error."), "code": 502}})
             case "not_json":
                 return Reply(200, b"<html><body>Please log in.</body></html>", {"Content-Type": "text/html"})
             case _:
@@ -215,8 +268,8 @@ class OpenAIServer(LoopbackServer[OpenAIMisbehaviour]):
     def _check_lengths(self, inputs: Sequence[Any]) -> int:
         """Return the total number of tokens, after checking each input against the limits of the API."""
         if len(inputs) > self.max_inputs:
-            message = f"Invalid 'input': array too long. Expected at most {self.max_inputs}, got {len(inputs)}."
-            raise RequestRefused(_make_error(400, message, param="input", code="array_above_max_length"))
+            message = self.batch_message.replace("{limit}", str(self.max_inputs))
+            raise RequestRefused(_make_error(self.batch_status, message, param="input", code="array_above_max_length"))
         lengths = [self.tokens_of(text) for text in inputs]
         for position, length in enumerate(lengths):
             if length > self.max_tokens:
@@ -252,6 +305,10 @@ def _encode_floats(vector: Vector) -> list[float]:
 
 def _encode_base64(vector: Vector) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _make_rate_limit(message: str) -> Reply:
+    return _make_error(429, message, type="requests", code="rate_limit_exceeded")
 
 
 def _make_error(
