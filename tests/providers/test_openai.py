@@ -123,7 +123,7 @@ INVALID_VALUES = ("nan", "infinity", "zeros", "dimension", "ragged", "no_values"
 @pytest.mark.parametrize("face", ["blocking", "async"])
 @pytest.mark.parametrize(
     ("kind", "encoding_format"),
-    [*((kind, "float") for kind in OpenAIServer.KINDS), *((kind, "base64") for kind in (*INVALID_ROW, "dimension"))],
+    [*((kind, "float") for kind in OpenAIServer.KINDS), *((kind, "base64") for kind in INVALID_VALUES)],
 )
 def test_hits_and_misses_during_each_fault(
     server: OpenAIServer, tmp_path: Path, kind: Any, face: Face, encoding_format: str

@@ -250,7 +250,6 @@ def _read_text(error: Exception) -> str:
         response = _get(wrapped, "response")
         values.append(response if isinstance(response, Mapping) else _get(response, "text"))
         for value in values:
-            value = _call(value)
             try:
                 found = _call_if_method(value)
                 text = "" if found is None else str(found)
