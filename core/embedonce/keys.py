@@ -29,6 +29,9 @@ CARD_PREFIX = "eo1.card."
 SERVED_MODEL = "served_model"
 """Part of a space card: the name of the model according to the first answer of the provider that named one."""
 
+SETTINGS = "settings"
+"""The part of a space card that has a digest of each other setting of the space, by name."""
+
 LEASE_PREFIX = "eo1.lease."
 """First characters of the keys of leases: ``eo1.lease.<scope>.<digest>``."""
 
@@ -373,7 +376,7 @@ def _make_digest(policy: KeyPolicy, prefix: bytes) -> Callable[[bytes], str]:
 
 
 def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
-    """Return the space card, which describes a scope for ``stats`` and ``purge``. A card contains no embedded text.
+    """Return the space card, which describes a scope for ``stats``, ``purge`` and ``explain``. It contains no text.
 
     The engine adds :data:`SERVED_MODEL` as soon as an answer names its model.
     """
@@ -385,4 +388,24 @@ def card(policy: KeyPolicy, space: VectorSpace) -> dict[str, Any]:
         "dimensions": described.get("dimensions"),
         "version": policy.version,
         "namespace": policy.namespace,
+        SETTINGS: _digest_settings(policy, described),
+    }
+
+
+def _digest_settings(policy: KeyPolicy, described: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a short digest of each setting of a vector space that has no part of its own in the card.
+
+    With the digests, ``explain`` can name the settings in which two spaces differ. The values themselves do not belong
+    in a card, because they may be long. With a secret in the policy, only someone who knows it can guess them.
+    """
+    start = b"embedonce/setting/1" + (policy.secret_id() or b"")
+    settings = {name: value for name, value in described.items() if name not in ("provider", "model", "task", "extra")}
+    extra = described.get("extra")
+    for name, value in (extra if isinstance(extra, Mapping) else {}).items():
+        inner = value if isinstance(value, Mapping) and value else {"": value}
+        settings |= {f"{name}.{key}" if key else name: item for key, item in inner.items()}
+    return {
+        name: hashlib.sha256(start + canonical(value)).hexdigest()[:8]
+        for name, value in settings.items()
+        if name != "dimensions"
     }

@@ -535,6 +535,42 @@ def test_explain_shows_the_parts_of_the_key_and_the_reason_of_a_miss(asynchronou
         assert new.stats().tiers["disk"].misses == 0  # explain() is not counted as a lookup
 
 
+@faces
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ({"endpoint": "https://a.example"}, {"endpoint": "https://b.example"}, "another endpoint"),
+        ({"prompt": "a: "}, {}, "another prompt"),
+        ({"api_version": "1", "kwargs": {"x": 1, "y": 2}}, {"api_version": "2", "kwargs": {"x": 1, "y": 3}}, None),
+        (
+            {f"s{i}": 1 for i in range(7)},
+            {f"s{i}": 2 for i in range(7)},
+            "another s0, s1, s2, s3, s4 and 2 more settings",
+        ),
+        (
+            {"model": "m-1", "prompt": "a"},
+            {"model": "m-2", "prompt": "b"},
+            "model 'm-1' instead of 'm-2', another prompt",
+        ),
+        ({"model": "m-1", "a": 1, "version": 1}, {"model": "m-2", "revision": "2", "dimensions": 2}, ""),
+    ],
+)
+def test_explain_names_the_settings_in_which_another_space_differs(
+    asynchronous: bool, old: dict[str, Any], new: dict[str, Any], reason: str | None
+) -> None:
+    store = DictBackend()
+
+    def open_(space: dict[str, Any]) -> Cache:
+        tier = Tier(DictBackend(store=store, scope="host"), name="disk")
+        return Cache(lambda texts: [[1.0, 2.0] for _ in texts], [tier], space={"model": "m", **space})
+
+    expected = "another api_version, kwargs.y" if reason is None else reason
+    with open_(old) as first, open_(new) as second:
+        first.embed("text")
+        reasons = Face(second, asynchronous).explain("text").reasons
+    assert reasons == ([f"tier 'disk' holds entries with {expected}"] if expected else [])
+
+
 def test_repr_and_messages_contain_no_text_and_no_secret() -> None:
     policy = KeyPolicy(secret="hunter2-hunter2")
     provider = FaultyProvider(CountingProvider(), [ProviderFault("short")])

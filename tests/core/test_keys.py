@@ -515,7 +515,9 @@ def test_a_lone_surrogate_is_refused_without_showing_the_text(text: str, steps: 
 def test_the_card_names_the_scope_and_holds_no_text() -> None:
     space = VectorSpace(provider="p", model="m", task="query", dimensions=3, prompt="a private prompt")
     policy = KeyPolicy(version="v2", namespace="n", secret="s")
-    assert card(policy, space) == {
+    made = card(policy, space)
+    settings = made.pop("settings")
+    assert made == {
         "provider": "p",
         "model": "m",
         "task": "query",
@@ -523,6 +525,9 @@ def test_the_card_names_the_scope_and_holds_no_text() -> None:
         "version": "v2",
         "namespace": "n",
     }
+    assert settings.keys() == {"prompt"}
+    assert re.fullmatch("[0-9a-f]{8}", settings["prompt"])
+    assert card(replace(policy, secret="other"), space)["settings"] != settings
     keyer = Keyer(policy, space)
     assert keyer.card_key == CARD_PREFIX + keyer.scope
     assert re.fullmatch(r"eo1\.card\.[0-9a-f]{16}", keyer.card_key)

@@ -10,7 +10,7 @@ from typing import Any
 
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, KeyPolicy, Value
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy, Value
 from embedonce.vectors import Dtype, Metadata, open_frame
 
 from .flights import Erasure, InFlight
@@ -21,6 +21,9 @@ from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier
 
 Card = Mapping[str, Value]
+MOST_NAMED = 5
+"""Maximum number of settings that one reason for a miss names."""
+
 ENTRIES_PER_READ = 1024
 """Maximum number of entries in memory at the same time while a whole tier is read."""
 
@@ -280,12 +283,24 @@ class Upkeep:
             return []  # the outcome of this tier already has the error
         reasons = []
         for name, card in sorted(cards.items()):
-            differing = [part for part in own_card if part != SERVED_MODEL and card.get(part) != own_card[part]]
-            if name == scope or not 0 < len(differing) <= 2 or name in self._cards:
-                continue
-            differences = ", ".join(f"{part} {card.get(part)!r} instead of {own_card[part]!r}" for part in differing)
-            reasons.append(f"tier {tier.name!r} holds entries with {differences}")
+            differences = _compare_cards(own_card, card)
+            is_other_task = name in self._cards and card.get("task") != own_card.get("task")
+            if name != scope and 0 < len(differences) <= 2 and not is_other_task:
+                reasons.append(f"tier {tier.name!r} holds entries with {', '.join(differences)}")
         return reasons
+
+
+def _compare_cards(own: Card, other: Card) -> list[str]:
+    """Return a phrase for each part in which another scope's card differs from the own card."""
+    parts = [part for part in own if part not in (SERVED_MODEL, SETTINGS) and other.get(part) != own[part]]
+    differences = [f"{part} {other.get(part)!r} instead of {own[part]!r}" for part in parts]
+    mine, theirs = own.get(SETTINGS), other.get(SETTINGS)
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        more = f" and {len(names) - MOST_NAMED} more settings" if len(names) > MOST_NAMED else ""
+        if names:
+            differences.append(f"another {', '.join(names[:MOST_NAMED])}{more}")
+    return differences
 
 
 def _describe(error: TierError) -> str:
