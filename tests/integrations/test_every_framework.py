@@ -67,8 +67,9 @@ class Frameworks:
         """Embedders that have an OpenAI client in one of the attributes in CLIENTS."""
 
     def close(self) -> None:
-        for cache in self.caches:
+        for cache in [*self.caches, open_shared_cache(self.config)]:
             self.runner.run(cache.aclose())
+            cache.close()
         clients = [getattr(embedder, name, None) for embedder in self.made for name in CLIENTS]
         for client in [self.client, self.async_client, *clients]:
             close = getattr(client, "close", None)
@@ -128,7 +129,7 @@ class Frameworks:
         embedder = CachedDocumentEmbedder(inner, config=self.tiers)
 
         def ask(texts: list[str]) -> Matrix:
-            made = embedder.run([Document(content=text) for text in texts])["documents"]
+            made = embedder.run([Document(id=str(i), content=text) for i, text in enumerate(texts)])["documents"]
             return np.array([document.embedding for document in made], np.float32)
 
         return ask

@@ -46,15 +46,8 @@ _NAMED_STATUSES = {
     "deadline_exceeded": 504,
     "internal": 500,
 }
-_PROGRAM_ERRORS = (
-    TypeError,
-    AttributeError,
-    NameError,
-    ImportError,
-    NotImplementedError,
-    AssertionError,
-    MemoryError,
-)
+_PROGRAM_ERRORS = (NameError, ImportError, NotImplementedError)
+"""Errors that any text would meet. Others, such as TypeError, may come from a client that cannot read one vector."""
 _RATE_NAME = re.compile(r"RateLimit|TooManyRequests|Throttl|ResourceExhausted")
 _ACCESS_NAME = re.compile(r"Authenticat|Unauthorized|PermissionDenied|Forbidden|InvalidApiKey|ModelNotFound")
 _CONNECTION_NAME = re.compile(
