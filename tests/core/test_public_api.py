@@ -28,7 +28,7 @@ from embedonce.testing.faults import Fault, FaultyBackend, FaultyProvider, Provi
 from embedonce_backends.memory import MemoryBackend
 
 TYPED = Path(__file__).parents[1] / "typing" / "public_api.py"
-WITHOUT_IO = {"for_provider", "stats", "subscribe"}
+WITHOUT_IO = {"count_passed_by", "for_provider", "normalize", "stats", "subscribe"}
 
 METHODS = [name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")]
 TWINS = [name for name in METHODS if f"a{name}" in METHODS]

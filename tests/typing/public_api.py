@@ -119,6 +119,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.flush(), bool)
     assert_type(cache.stats(), Stats)
     assert_type(cache.subscribe(print_event), None)
+    assert_type(cache.count_passed_by(), None)
     assert_type(cache.tiers, Sequence[str])
     assert_type(cache.warnings, Sequence[ChainWarning])
     assert_type(cache.provider, AnyProvider)
