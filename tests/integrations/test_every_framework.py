@@ -204,8 +204,9 @@ def check_that_the_others_are_stored(server: OpenAIServer, ask: Ask) -> None:
     assert len(server.requests) == sent + 1, "only the bad text is sent"
 
 
-@pytest.mark.parametrize("kind", ["server_error", "bad_request"])
-@pytest.mark.parametrize("message", [None, "json: unsupported value: NaN", "increase the physical batch size"])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("server_error", "json: unsupported value: NaN"), ("bad_request", None)], ids=["500", "400"]
+)
 def test_one_refused_text_fails_alone(server: OpenAIServer, ask: Ask, kind: Any, message: str | None) -> None:
     server.misbehave(kind, times=None, where=BAD.__eq__, message=message)
     assert KEY not in str(catch_error(ask, TEXTS))
@@ -213,7 +214,7 @@ def test_one_refused_text_fails_alone(server: OpenAIServer, ask: Ask, kind: Any,
     check_that_the_others_are_stored(server, ask)
 
 
-@pytest.mark.parametrize("kind", ["null", "nan", "zeros"])
+@pytest.mark.parametrize("kind", ["null", "zeros"])
 def test_one_row_without_a_vector_fails_alone(server: OpenAIServer, ask: Ask, kind: Any) -> None:
     server.misbehave(kind, times=None, where=BAD.__eq__)
     catch_error(ask, TEXTS)
