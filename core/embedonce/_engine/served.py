@@ -112,6 +112,6 @@ def _make_error(route: Route, kept: str, name: str) -> DriftError:
     return DriftError(
         f"provider {route.source.name!r}, model {route.space.model!r}: the answer is from model {quote(name)}, but the "
         f"stored vectors of this vector space are from model {quote(kept)}. If both names stand for the same model, "
-        f"add {quote(name)} to answers_as in [provider]. If the model has changed, change [key] version to embed all texts "
-        'again, or set action = "new-space" in [drift]'
+        f"add {quote(name)} to answers_as in [provider]. If the model has changed, change [key] version to embed all "
+        'texts again, or set action = "new-space" in [drift]'
     )
