@@ -68,7 +68,9 @@ class Call:
             raw, answer = answer, answer.parse()
         data: Any = getattr(answer, "data", None)
         if not isinstance(data, list):
-            raise ProviderError("the endpoint's answer contains no list of vectors; nothing was stored")
+            raise ProviderError(
+                "the endpoint's answer contains no list of vectors, so nothing was stored; check base_url and the model"
+            )
         order = order_by_index([getattr(item, "index", None) for item in data], inputs)
         vectors = [_read_vector(getattr(data[position], "embedding", None)) for position in order]
         model = answer.model if isinstance(answer.model, str) and answer.model else None

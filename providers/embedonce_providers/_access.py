@@ -71,6 +71,9 @@ def load_token_provider(given: str | Callable[[], str] | None) -> Callable[[], s
         if not isinstance(token, str) or not token:
             got = "an empty str" if token == "" else f"a {type(token).__name__}"
             raise TypeError(f"token_provider must return a str that is not empty, got {got}")
+        token = token.strip()  # a token that was read from a file ends with a line end
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError("token_provider returned a token with characters that a header cannot have")
         return token
 
     return get_token

@@ -14,6 +14,15 @@ from embedonce.batch_settings import refuse_batch_settings
         ({"body": {"use_late-chunking": 1}}, "body.use_late-chunking"),
         ({"calls": [{"late_chunking": True}]}, "calls[0].late_chunking"),
         ({"precision": "int8"}, "precision"),
+        ({"precision": "INT8", "other_ranges": [1.0]}, "precision"),
+        ({"embedding_precision": "uint8"}, "embedding_precision"),
+        ({"chunking": "late"}, "chunking"),
+        ({"chunking_strategy": "Late"}, "chunking_strategy"),
+        ({"late_pooling": True}, "late_pooling"),
+        ({"mode": "late_chunking"}, "mode"),
+        ({"features": ["late_chunking"]}, "features[0]"),
+        ({"options": [["late_chunking", True]]}, "options[0].late_chunking"),
+        ({"options": '{"late_chunking": true}'}, "options"),
         ({"encode_kwargs": {"precision": "uint8", "quantization_ranges": None}}, "encode_kwargs.precision"),
     ],
 )
@@ -34,7 +43,10 @@ def test_a_setting_that_ties_a_text_to_its_batch_is_refused(settings, name):
         {"precision": "float32"},
         {"precision": "binary"},
         {"precision": "int8", "quantization_ranges": [[-1.0], [1.0]]},
-        {"texts": ["late_chunking"]},
+        {"precision": "int8", "ranges": [[-1.0], [1.0]]},
+        {"options": '{"late_chunking": false}'},
+        {"chunking": "fixed", "prompt": "Explain late_chunking to a child: "},
+        {"options": [["late_chunking", False]]},
     ],
 )
 def test_a_setting_that_does_not_is_accepted(settings):

@@ -93,7 +93,9 @@ def test_a_chain_error_names_its_place_in_the_file(tmp_path: Path) -> None:
         embedonce.open(file)
     (problem,) = caught.value.problems
     assert (problem.line, problem.column) == (11, 1)
-    assert problem.message == "tiers 'disk' and 'second' both have a lease; only one tier of a chain may have a lease"
+    assert problem.message == (
+        "tiers 'disk' and 'second' both have a lease; only one tier of a chain may have a lease, so remove one"
+    )
 
 
 @pytest.mark.parametrize("capability", EXTRAS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -185,6 +186,9 @@ def test_chunks_after_a_chunk_of_bad_texts_are_still_embedded() -> None:
         lambda: StatusError("input cannot be an empty string", 400),
         lambda: StatusError("input is too large to process. increase the physical batch size", 500),
         lambda: StatusError("Unprocessable", 422),
+        lambda: StatusError("Cannot embed 'bad 13': unauthorized entry is prohibited", 400),
+        lambda: StatusError("this input has words about authentication and credentials", 400),
+        lambda: StatusError("model vocab not found for this input", 400),
         lambda: StatusError("", None, response=SimpleNamespace(status_code=400)),
         lambda: StatusError("", None, code=SimpleNamespace(value=500)),
         lambda: ValueError("a local model cannot tokenize this"),
@@ -222,7 +226,8 @@ def wrap_error(error: Exception) -> Exception:
     [
         *(lambda status=status: StatusError("no", status) for status in (401, 402, 403, 404, 407, 429)),
         lambda: StatusError("The model `bge-x` does not exist", 400),
-        lambda: StatusError("API key not valid. Please pass a valid API key.", 400),
+        lambda: StatusError("API key not valid.", 400, body={"error": {"details": [{"reason": "API_KEY_INVALID"}]}}),
+        lambda: StatusError("The model does not exist", 400, body={"error": {"code": "model_not_found"}}),
         lambda: StatusError("", None, response=SimpleNamespace(status=401)),
         lambda: StatusError(
             "", None, grpc_status_code="unknown", code=lambda: SimpleNamespace(name="PERMISSION_DENIED")
@@ -318,6 +323,20 @@ def test_a_text_that_fails_alone_does_not_bring_in_the_fallback(row: Any) -> Non
         assert calls == []
         assert cache.fetch(["bad alone"]).sources == ["provider"]
         assert calls == [["bad alone"]], "nothing shows that the first provider works"
+
+
+@pytest.mark.parametrize("quote", [str, repr, json.dumps])
+def test_the_words_of_a_text_in_a_message_are_not_read(quote: Callable[[str], str]) -> None:
+    text = 'bad: "API key not valid", says this model, which does not exist'
+
+    class Echoing(PickyServer):
+        def embed(self, texts: Sequence[str]) -> list[list[float]]:
+            if text in texts:
+                raise StatusError(f"Cannot embed {quote(text)}", 400)
+            return super().embed(texts)
+
+    with open_cache(Echoing()) as cache:
+        assert set(cache.fetch(["good 1", text, "good 2", "good 3"]).failed) == {1}
 
 
 def test_an_unrelated_exception_that_was_being_handled_says_nothing_about_the_error() -> None:

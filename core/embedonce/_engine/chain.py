@@ -149,7 +149,7 @@ def _find_lease_problems(
             'private to the process; remove "lease"'
         )
     if not caps.add:
-        yield f'tier {name!r}: "lease" requires a backend with add_many'
+        yield f'tier {name!r}: "lease" requires a backend with add_many; remove "lease"'
     if tier.write in ("background", "none"):
         yield (
             f'tier {name!r}: "lease" requires write = "inline", because other processes wait for the vectors '
@@ -157,7 +157,9 @@ def _find_lease_problems(
         )
     other = next((other for other, one in earlier if _get_lease(one) is not None), None)
     if other is not None:
-        yield f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have a lease"
+        yield (
+            f"tiers {other!r} and {name!r} both have a lease; only one tier of a chain may have a lease, so remove one"
+        )
 
 
 def _get_lease(tier: Tier) -> float | None:

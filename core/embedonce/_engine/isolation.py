@@ -225,7 +225,7 @@ class _Search:
                 return None
             refused = _read_positions(error, len(part))
             if not refused:
-                await self._take_failure(error)
+                await self._take_failure(error, part)
                 return error
             self._fail([part[i] for i in refused], error)
             part, error = self._select_pending(part), None
@@ -240,8 +240,8 @@ class _Search:
         if self._batches.is_in_doubt:
             self._batches.note_success([self._texts[key] for key in part])
 
-    async def _take_failure(self, error: Exception) -> None:
-        cause = find_cause(error)
+    async def _take_failure(self, error: Exception, part: Sequence[str]) -> None:
+        cause = find_cause(error, [self._texts[key] for key in part])
         if cause == "rate":
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
         if cause in ("rate", "call"):

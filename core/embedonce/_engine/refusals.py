@@ -7,9 +7,10 @@ because each vendor, and each framework around it, has exceptions of its own.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from embedonce.errors import EmbedonceError, ReplayMiss, TextError, TextRefused
@@ -53,19 +54,25 @@ _ACCESS_NAME = re.compile(r"Authenticat|Unauthorized|PermissionDenied|Forbidden|
 _CONNECTION_NAME = re.compile(
     r"Connect(ion|or|)(Error|Timeout|Exception)|Timeout|TransportError|NetworkError|Disconnect"
 )
+_ACCESS_CODE = re.compile(
+    r"\b(API_KEY_INVALID|invalid_api_key|incorrect_api_key|authentication_error|permission_error|permission_denied"
+    r"|model_not_found|MODEL_NOT_FOUND|DeploymentNotFound|deployment_not_found|model_not_available|invalid_model"
+    r"|AccessDeniedException|UnrecognizedClientException|ResourceNotFoundException)\b"
+)
 _ACCESS_TEXT = re.compile(
-    r"\bapi[ _-]?keys?\b|\b(unauthori[sz]ed|authentication|credentials?)\b"
-    r"|\b(model|deployment)\b.{0,80}?\b(not found|not exist|does not exist|doesn't exist|no such|not supported"
-    r"|not available|is unknown|not loaded|not a valid)"
-    r"|\b(no such|unknown|invalid|unsupported|not a valid)\W+(model|deployment)\b",
+    r"\bapi[ _-]?key\b.{0,20}\b(not valid|invalid|incorrect|missing|required)|\b(invalid|incorrect|missing|no) api[ _-]?key\b"
+    r"|\b(the|this|your) (model|deployment)\b.{0,80}?\b(not found|not exist|does not exist|doesn't exist|not supported)"
+    r"|\b(no such|unknown|unsupported) (model|deployment)\b(?! token)",
     re.IGNORECASE | re.DOTALL,
 )
+
 _FINAL_TEXT = re.compile(r"insufficient_quota|billing_hard_limit_reached|billing_not_active")
 
 _UNITS = r"(?!\s*(?:k?tokens?|char|byte|[kmg]i?b\b|dim|s\b|ms\b|sec|min|words?))"
 _LIMIT_TEXT = re.compile(
     r"(?:(?:larger|greater|more|fewer|less|longer) than(?: or equal to)?|at most|up to|no more than|exceeds?|only"
-    r"|max(?:imum)?|limit(?:ed)?|<=?|>=?|between \d+ and)[^\d\n]{0,40}?\b(\d{1,6})\b(?!\.\d)" + _UNITS,
+    r"|max(?:imum)?|limit(?:ed)?|<=?|>=?|between \d+ and)[^\d\n]{0,40}?"
+    r"\b(\d{1,3}(?:[,\u00a0\u202f ]\d{3})+|\d{1,6})\b(?!\.\d)" + _UNITS,
     re.IGNORECASE,
 )
 _BATCH_TEXT = re.compile(
@@ -91,8 +98,11 @@ _RETRY_TEXT = re.compile(
 )
 
 
-def find_cause(error: Exception) -> Cause:
-    """Return the likely cause of a failed request. An error that says nothing may be about a text."""
+def find_cause(error: Exception, texts: Iterable[str] = ()) -> Cause:
+    """Return the likely cause of a failed request. An error that says nothing may be about a text.
+
+    ``texts`` are those of the request. A server may repeat a text in its message, where it must not be read.
+    """
     if isinstance(error, TextRefused | TextError | ReplayMiss):
         return "text"
     if isinstance(error, EmbedonceError):
@@ -105,14 +115,24 @@ def find_cause(error: Exception) -> Cause:
         return "call"
     if status in _OVERLOAD_STATUSES:
         return "overload"
-    if status in (None, 400) and (any(map(_ACCESS_NAME.search, names)) or _ACCESS_TEXT.search(_read_text(error))):
-        return "call"
+    if status in (None, 400):
+        words = _remove_texts(_read_text(error), texts)
+        if any(map(_ACCESS_NAME.search, names)) or _ACCESS_CODE.search(words) or _ACCESS_TEXT.search(words):
+            return "call"
     if status is not None:
         return "text"
     is_connection = any(isinstance(wrapped, OSError) for wrapped in _unwrap(error)) or any(
         map(_CONNECTION_NAME.search, names)
     )
     return "call" if is_connection or isinstance(error, _PROGRAM_ERRORS) else "text"
+
+
+def _remove_texts(message: str, texts: Iterable[str]) -> str:
+    for text in texts:
+        for written in (text, repr(text)[1:-1], json.dumps(text)[1:-1]):
+            if written and written in message:
+                message = message.replace(written, " ")
+    return message
 
 
 def is_server_failure(error: Exception) -> bool:
@@ -167,7 +187,7 @@ def read_batch_limit(error: Exception, texts: int) -> int | None:
     if not _BATCH_TEXT.search(text):
         return None
     status = read_status(error)
-    named = (int(found[1]) for found in _LIMIT_TEXT.finditer(text))
+    named = (int(re.sub(r"\D", "", found[1])) for found in _LIMIT_TEXT.finditer(text))
     return max((number for number in named if 0 < number < texts and number != status), default=None)
 
 
@@ -319,6 +339,8 @@ def _read_reset(headers: Mapping[str, str]) -> float | None:
         seconds = parse_duration(value) if number is None else number
         if seconds is None:
             continue
+        if seconds > 1e11:  # milliseconds
+            seconds /= 1000
         if seconds > 1e9:  # a date in seconds since 1970
             seconds -= time.time()
         left = headers.get(name.replace("reset", "remaining"))

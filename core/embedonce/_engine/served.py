@@ -111,7 +111,7 @@ def _is_alias(route: Route, kept: str, name: str) -> bool:
 def _make_error(route: Route, kept: str, name: str) -> DriftError:
     return DriftError(
         f"provider {route.source.name!r}, model {route.space.model!r}: the answer is from model {quote(name)}, but the "
-        f"vectors of this vector space are from model {quote(kept)}; nothing of this answer was stored. If both names "
-        f"stand for the same model, add {quote(name)} to answers_as in [provider]. If the model has changed, change "
-        '[key] version to embed all texts again, or set action = "new-space" in [drift]'
+        f"stored vectors of this vector space are from model {quote(kept)}. If both names stand for the same model, "
+        f"add {quote(name)} to answers_as in [provider]. If the model has changed, change [key] version to embed all "
+        'texts again, or set action = "new-space" in [drift]'
     )
