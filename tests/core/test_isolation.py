@@ -577,6 +577,14 @@ def test_a_batch_size_that_is_refused_is_halved_until_it_works(
         assert max(len(request) for request in server.requests[-10:]) == 10
 
 
+@pytest.mark.parametrize("number", ["1,000", "1000", "1 000"])
+def test_a_number_with_thousands_is_read(number: str) -> None:
+    server = PickyServer(limit=1000, make_limit_error=lambda: StatusError(f"at most {number} inputs are allowed", 400))
+    with open_cache(server, max_batch=2048) as cache:
+        assert not cache.fetch([f"text {i}" for i in range(1500)]).failed
+    assert [len(request) for request in server.requests] == [1500, 1000, 500]
+
+
 def test_a_limit_on_the_size_of_a_request_does_not_limit_the_number_of_short_texts() -> None:
     server = PickyServer(max_characters=1000, make_limit_error=lambda: StatusError("bad request", 400))
     with open_cache(server) as cache:

@@ -287,7 +287,9 @@ def test_hits_and_misses_during_each_fault(server: OpenAIServer, tiers: dict[str
         assert not any(text in str(mixed) for text in MIXED)
         (again,) = program({"model": MODEL, "input": MIXED}, config=tiers)
         assert vectors(again) == expected
-        assert server.requests[-1].body["input"] == FRESH
+        # The vectors of the other texts have been stored if only the first one is invalid.
+        is_one_row = kind in ("nan", "infinity", "zeros", "ragged", "no_values", "null")
+        assert server.requests[-1].body["input"] == (FRESH[:1] if is_one_row else FRESH)
 
 
 @pytest.mark.parametrize(

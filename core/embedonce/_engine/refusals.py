@@ -60,7 +60,8 @@ _ACCESS_CODE = re.compile(
     r"|AccessDeniedException|UnrecognizedClientException|ResourceNotFoundException)\b"
 )
 _ACCESS_TEXT = re.compile(
-    r"\bapi[ _-]?key\b.{0,20}\b(not valid|invalid|incorrect|missing|required)|\b(invalid|incorrect|missing|no) api[ _-]?key\b"
+    r"\bapi[ _-]?key\b.{0,20}\b(not valid|invalid|incorrect|missing|required)"
+    r"|\b(invalid|incorrect|missing|no) api[ _-]?key\b"
     r"|\b(the|this|your) (model|deployment)\b.{0,80}?\b(not found|not exist|does not exist|doesn't exist|not supported)"
     r"|\b(no such|unknown|unsupported) (model|deployment)\b(?! token)",
     re.IGNORECASE | re.DOTALL,
