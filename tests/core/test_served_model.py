@@ -77,13 +77,22 @@ def test_a_different_name_fails_every_text_of_the_answer_and_nothing_of_it_is_st
         for position in (2, 3):
             error = fetched.failed[position]
             assert type(error) is DriftError
-            for part in ('model "e5"', 'model "bge"', 'add "e5" to answers_as', "[key] version", "[drift]"):
+            for part in ('model "e5"', 'model "bge"', 'set action = "warn" in [drift]', "[key] version"):
                 assert part in str(error)
         assert cache.lookup(["c", "d"]).sources == [None, None]
         with pytest.raises(DriftError):
             cache.embed("c")
         provider.answers = "bge"
         assert fetch(cache, asynchronous, ["c"]).sources == ["provider"]
+
+
+def test_the_message_names_the_option_of_a_provider_that_has_it() -> None:
+    provider = Aliased("bge", ())
+    with Cache(provider, [MemoryBackend()]) as cache:
+        cache.embed("a")
+        provider.answers = "e5"
+        with pytest.raises(DriftError, match=r'add "e5" to answers_as in \[provider\]'):
+            cache.embed("b")
 
 
 @faces

@@ -109,9 +109,11 @@ def _is_alias(route: Route, kept: str, name: str) -> bool:
 
 
 def _make_error(route: Route, kept: str, name: str) -> DriftError:
+    has_option = hasattr(route.source.provider, "answers_as")
+    accept = f"add {quote(name)} to answers_as in [provider]" if has_option else 'set action = "warn" in [drift]'
     return DriftError(
         f"provider {route.source.name!r}, model {route.space.model!r}: the answer is from model {quote(name)}, but the "
         f"stored vectors of this vector space are from model {quote(kept)}. If both names stand for the same model, "
-        f"add {quote(name)} to answers_as in [provider]. If the model has changed, change [key] version to embed all "
+        f"{accept}. If the model has changed, change [key] version to embed all "
         'texts again, or set action = "new-space" in [drift]'
     )
