@@ -261,7 +261,7 @@ _SECRET = re.compile(
 )
 _SECRET_NAMES: Final = frozenset({"key", "token"})
 _SECRET_TEXT = re.compile(
-    r"(Basic|Bearer) .{8,}|(sk|pk)[-_][\w-]{16,}|(hf|jina|ghp|gsk)_\w{16,}|(nvapi|xai|pa)-[\w-]{16,}|AIza[\w-]{30,}"
+    r"(Basic|Bearer) \S{8,}|(sk|pk)[-_][\w-]{16,}|(hf|jina|ghp|gsk)_\w{16,}|(nvapi|xai|pa)-[\w-]{16,}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{10,}\.[\w.-]+"
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")

@@ -155,6 +155,7 @@ VALUES: list[tuple[Any, Any]] = [
     (float("nan"), 1.0),
     (10**6000, 10**6000 + 1),
     ("\ud800", "\ud801"),
+    ("Basic text about tea: ", "Basic text about beer: "),
     ("\ud800", "\\ud800"),
     ({1: "a"}, {"1": "a"}),
     ({(1, 2): "a"}, {(1, 3): "a"}),
