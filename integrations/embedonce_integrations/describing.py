@@ -37,6 +37,7 @@ from .embedder_fields import (
     SENTENCE_TRANSFORMER,
     decides_nothing,
     holds_phrases,
+    holds_settings,
     is_secret,
     to_plain_name,
 )
@@ -52,6 +53,7 @@ from .plain_values import (
     is_builtin,
     is_connection,
     is_model_folder,
+    is_replaceable,
     is_secret_object,
     is_value,
     keeps_hidden_state,
@@ -294,10 +296,15 @@ class Description:
 
     # --- names --------------------------------------------------------------------------------
 
-    def _describe_fields(self, fields: Mapping[Any, Any], path: str) -> dict[str, Value]:
+    def _describe_fields(
+        self, fields: Mapping[Any, Any], path: str, *, are_names: bool = True, phrases: str = ""
+    ) -> dict[str, Value]:
+        """Describe an object's fields or a mapping.
+
+        ``are_names`` says whether the keys are names of settings; the keys of a user's data are not. ``phrases`` is
+        the name of a mapping with prompts, which counts for each of its values.
+        """
         has_model, self._has_model = self._has_model, self._has_model or find_model(fields) is not None
-        # The keys of such a mapping are tasks or words, so none of them is the name of a secret or of a timeout.
-        are_names = not holds_phrases(path.rpartition(".")[2])
         described: dict[str, Any] = {}
         others: list[Any] = []
         clients: list[Any] = []
@@ -309,7 +316,9 @@ class Description:
             where = f"{path}.{name}" if path else name
             if is_connection(item):
                 watch_client(item)  # even if its name is on the list
-            if self._is_left_out(name, where, are_names=are_names) or item is None:
+            if self._is_ignored(name, where) or item is None:
+                continue
+            if are_names and (is_secret(name) or (decides_nothing(name) and is_replaceable(item))):
                 continue
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):
                 continue  # the space's revision identifies its content
@@ -318,7 +327,7 @@ class Description:
                 settings = self._describe_connection(item, where)
                 described |= {f"{name}.{CLIENT}": settings} if settings else {}
                 continue
-            value = self._describe(item, name, where)
+            value = self._describe(item, phrases or name, where)
             if value is not NOTHING:
                 described[to_unicode(name)] = value
         if others:
@@ -331,12 +340,10 @@ class Description:
         value = self._describe(item, "", where)
         return [] if value is NOTHING or item is None else [[self._describe_item(key, where), value]]
 
-    def _is_left_out(self, name: str, where: str, *, are_names: bool) -> bool:
-        plain = name.strip("_")
-        self._names |= {name, plain, where}
-        if not self._ignore.isdisjoint((name, plain, where)):
-            return True
-        return are_names and (decides_nothing(name) or is_secret(name))
+    def _is_ignored(self, name: str, where: str) -> bool:
+        names = {name, name.strip("_"), where}
+        self._names |= names
+        return not self._ignore.isdisjoint(names)
 
     # --- values -------------------------------------------------------------------------------
 
@@ -362,8 +369,8 @@ class Description:
         finally:
             self._open.pop()
 
-    def _describe_item(self, item: Any, where: str) -> Any:
-        value = self._describe(item, "", where)
+    def _describe_item(self, item: Any, where: str, name: str = "") -> Any:
+        value = self._describe(item, name, where)
         return None if value is NOTHING else value
 
     def _describe_enum(self, item: Enum, name: str, where: str) -> Any:
@@ -395,11 +402,13 @@ class Description:
         if isinstance(item, os._Environ):
             return self._refuse(item, where)
         if isinstance(item, Mapping):
-            return self._describe_fields(item, where)
+            return self._describe_fields(
+                item, where, are_names=holds_settings(name), phrases=name if holds_phrases(name) else ""
+            )
         if isinstance(item, list | tuple | deque):
-            return [self._describe_item(value, f"{where}[{index}]") for index, value in enumerate(item)]
+            return [self._describe_item(value, f"{where}[{index}]", name) for index, value in enumerate(item)]
         if isinstance(item, set | frozenset):
-            return sorted((self._describe_item(value, where) for value in item), key=repr)
+            return sorted((self._describe_item(value, where, name) for value in item), key=repr)
         if isinstance(item, np.generic):
             return (
                 describe_array(np.asarray(item)) if item.dtype.kind == "V" else self._describe_item(item.item(), where)
@@ -416,8 +425,11 @@ class Description:
 
     def _describe_callable(self, item: Any, where: str) -> Any:
         if isinstance(item, functools.partial):
-            parts = {"function": item.func, "arguments": item.args, "keywords": item.keywords}
-            return {part: self._describe_item(value, f"{where}.{part}") for part, value in parts.items()}
+            return {
+                "function": self._describe_item(item.func, f"{where}.function"),
+                "arguments": self._describe_item(item.args, f"{where}.arguments"),
+                "keywords": self._describe_fields(item.keywords, f"{where}.keywords"),
+            }
         owner = getattr(item, "__self__", None)
         if isinstance(item, types.MethodType | types.BuiltinFunctionType | types.MethodWrapperType) and not (
             owner is None or isinstance(owner, types.ModuleType)

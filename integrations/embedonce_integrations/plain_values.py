@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import struct
 import sys
 import types
+from collections import deque
 from collections.abc import Mapping
 from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
@@ -22,7 +24,7 @@ import numpy as np
 
 from embedonce.model_files import digest
 
-from .embedder_fields import CLIENT_PACKAGES, MODEL_FIELDS, is_secret, looks_secret
+from .embedder_fields import CLIENT_PACKAGES, MACHINERY, MODEL_FIELDS, TOOLS, is_secret, looks_secret
 
 NOTHING: Final = object()
 """Says that an item holds no setting."""
@@ -108,6 +110,34 @@ def is_connection(item: object) -> bool:
     if isinstance(item, type) or is_value(cls) or isinstance(item, Exception | Enum | str | Mapping):
         return False
     return any(package_of(base) in CLIENT_PACKAGES for base in cls.__mro__)
+
+
+def is_replaceable(item: object) -> bool:
+    """Return whether an item holds only plain values, connections and machinery.
+
+    Only such an item is left out because of its name. Any other object, such as a model, may change a vector.
+    """
+    try:
+        return _is_replaceable(item)
+    except RecursionError:
+        return False
+
+
+def _is_replaceable(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return all(_is_replaceable(part) for pair in item.items() for part in pair)
+    if isinstance(item, list | tuple | set | frozenset | deque):
+        return all(map(_is_replaceable, item))
+    if item is None or isinstance(item, (*PLAIN, *BY_REPR, Enum, os.PathLike, np.generic)) or is_secret_object(item):
+        return True
+    named = isinstance(item, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType)
+    modules = [str(item.__module__)] if named else [cls.__module__ for cls in type(item).__mro__]
+    return any(
+        module.partition(".")[0] in CLIENT_PACKAGES | MACHINERY or f"{module}.".startswith(_TOOLS) for module in modules
+    )
+
+
+_TOOLS: Final = tuple(f"{module}." for module in TOOLS)
 
 
 def is_value(cls: type[Any]) -> bool:

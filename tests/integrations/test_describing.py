@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -112,13 +113,34 @@ def test_fields_that_decide_vectors_change_the_space() -> None:
 def test_fields_that_decide_nothing_do_not_change_the_space(name: str) -> None:
     camel = re.sub("_(.)", lambda letter: letter[1].upper(), name)
     for spelled in (name, f"_{name}", f"__{name}_", camel, name.replace("_", "-")):
-        assert fingerprint(**{spelled: object()}) == fingerprint(), spelled
-        assert fingerprint(options={spelled: object()}) == fingerprint(options={}), spelled
+        for value in (3, {"a": [1.5, "b", None]}, threading.Lock(), httpx.Timeout(3), SecretStr("a")):
+            assert fingerprint(**{spelled: value}) == fingerprint(), spelled
+        assert fingerprint(options={spelled: 3}) == fingerprint(options={}), spelled
+        assert fingerprint(replacements={spelled: 3}) != fingerprint(replacements={spelled: 4}), spelled
+        if not is_secret(name):
+            with pytest.raises(SpaceError, match="ignore="):
+                fingerprint(**{spelled: object()})
+
+
+def test_an_object_is_not_left_out_because_of_its_name() -> None:
+    for name in ("session", "embedding_backend", "cache"):
+        for one, other in ((Part(a=1), Part(a=2)), ([Embedder(a=1)], [Embedder(a=2)]), (len, max)):
+            assert fingerprint(**{name: one}) != fingerprint(**{name: other}), name
+
+
+def test_the_settings_of_a_client_are_settings() -> None:
+    for name in ("client_kwargs", "client_args", "async_client_kwargs", "sync_client_kwargs", "http_client_kwargs"):
+        one, same, other = (
+            fingerprint(**{name: {"params": {"task": task}, "timeout": timeout, "headers": {"a": timeout}}})
+            for task, timeout in (("a", 1), ("a", 2), ("b", 1))
+        )
+        assert one == same != other
 
 
 def test_names_of_prompts_are_not_names_of_settings() -> None:
-    for name in ("user", "count", "token", "password"):
-        assert fingerprint(prompts={name: "a: "}) != fingerprint(prompts={name: "b: "}), name
+    for name in ("user", "count", "token", "password", "key"):
+        for field in ("prompts", "replacements", "weights", "options_by_word"):
+            assert fingerprint(**{field: {name: "a: "}}) != fingerprint(**{field: {name: "b: "}}), name
 
 
 @pytest.mark.parametrize(
@@ -134,7 +156,9 @@ def test_secrets_are_in_no_space(name: str) -> None:
     assert SECRET not in repr(extra_of(**{name: SECRET}, options={name: SECRET}))
 
 
-@pytest.mark.parametrize("name", ["query_token", "max_tokens", "tokenizer_name", "keywords", "author", "passage"])
+@pytest.mark.parametrize(
+    "name", ["query_token", "max_tokens", "tokenizer_name", "keywords", "author", "passage", "secret_prompt"]
+)
 def test_settings_whose_names_resemble_secrets_are_in_the_space(name: str) -> None:
     assert fingerprint(**{name: "a"}) != fingerprint(**{name: "b"})
 
