@@ -270,6 +270,10 @@ _SECRET_TEXT = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PHRASE = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|templates?)$")
 _SETTINGS = re.compile(r"(kwargs|args|params|parameters|options|config|settings|body|query|headers)$")
+_RECORD = re.compile(
+    r"counts?|counters?|calls|num_calls|totals?(_.*)?|usage|tokens_used|used|seen|history|logs?|records?|stats"
+    r"|statistics|requests|hits|misses|spent|elapsed|timings?|costs?|metrics|.*_(count|total|calls)"
+)
 
 
 def to_plain_name(name: str) -> str:
@@ -301,3 +305,8 @@ def holds_phrases(name: str) -> bool:
 def holds_settings(name: str) -> bool:
     """Return whether the keys of a mapping of this name are names of settings. Otherwise they are a user's data."""
     return _SETTINGS.search(to_plain_name(name)) is not None
+
+
+def is_record(name: str) -> bool:
+    """Return whether an embedder writes down under this name what it does, such as the number of its calls."""
+    return _RECORD.fullmatch(to_plain_name(name)) is not None
