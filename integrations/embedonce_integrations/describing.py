@@ -272,6 +272,26 @@ def find_url(client: object) -> str | None:
     return None
 
 
+def find_query(client: object) -> dict[str, Any]:
+    """Return the query parameters that a client, or the HTTP client inside it, adds to every request."""
+    found: dict[str, Any] = {}
+    inner: Any = client
+    for _ in range(3):  # ``embeddings``, then the client of a package, then the HTTP client
+        params = getattr(inner, "params", None) or ()
+        multiple = getattr(params, "multi_items", None)
+        if callable(multiple):  # httpx
+            params = multiple()
+        elif isinstance(params, Mapping):
+            params = list(params.items())
+        if isinstance(params, list | tuple):
+            pairs = [pair for pair in params if isinstance(pair, tuple) and len(pair) == 2]
+            for name in dict.fromkeys(name for name, _ in pairs):
+                values = [value for key, value in pairs if key == name]
+                found[name] = values[0] if len(values) == 1 else values
+        inner = getattr(inner, "_client", None)
+    return found
+
+
 # --- the walk ---------------------------------------------------------------------------------
 
 _NAMED: Final = (
@@ -348,6 +368,7 @@ class Description:
             if self._is_ignored(name, where) or item is None:
                 continue
             if are_names and (is_secret(name) or (decides_nothing(name) and is_replaceable(item))):
+                described |= self._describe_query_below(item, name, where)
                 continue
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):
                 continue  # the space's revision identifies its content
@@ -517,10 +538,17 @@ class Description:
         watch_client(item)
         state = {**read_state(getattr(item, "_client", None)), **read_state(item)}
         settings = {name: value for name, value in state.items() if name.strip("_") in CLIENT_SETTINGS}
+        settings["params"] = find_query(item)
         described = {name: value for name, value in self._describe_fields(settings, where).items() if value != {}}
         if package_of(type(item)) not in CLIENT_PACKAGES:
             described["class"] = f"{type(item).__module__}.{type(item).__qualname__}"
         return described
+
+    def _describe_query_below(self, item: Any, name: str, where: str) -> dict[str, Any]:
+        """Describe only the query parameters of a client that is left out because of its name."""
+        query = find_query(item) if is_connection(item) else {}
+        described = self._describe_fields(query, f"{where}.params") if query else {}
+        return {f"{name}.{CLIENT}": {"params": described}} if described else {}
 
     def _refuse(self, item: Any, where: str) -> Any:
         if not self._refuses:

@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import requests
 from pydantic import SecretStr
 
 from embedonce import Cache, SpaceError
@@ -319,6 +320,28 @@ def test_a_client_is_described_by_where_it_sends_requests_and_what_it_adds() -> 
     assert (
         fingerprint(api_base="http://one/v1") == one == fingerprint(api_base="http://one/v1", _c=make("http://one/v1"))
     )
+
+
+def test_the_query_parameters_of_a_client_are_in_the_space() -> None:
+    def make_httpx(**params: Any) -> httpx.Client:
+        return httpx.Client(params=params)
+
+    def make_openai(**params: Any) -> Any:
+        return openai.OpenAI(base_url="http://one/v1", api_key=SECRET, http_client=make_httpx(**params))
+
+    def make_session(**params: Any) -> requests.Session:
+        session = requests.Session()
+        session.params = params
+        return session
+
+    for make in (make_httpx, make_openai, lambda **params: make_openai(**params).embeddings, make_session):
+        for name in ("_client", "http_client", "session"):
+            one = fingerprint(**{name: make(task="a")})
+            assert one == fingerprint(**{name: make(task="a", token=SECRET)})
+            assert len({one, fingerprint(**{name: make(task=["a", "b"])}), fingerprint(**{name: make()})}) == 3
+            with pytest.raises(SpaceError, match="depends on the other texts"):
+                fingerprint(**{name: make(late_chunking="true")})
+    assert fingerprint(http_client=make_httpx()) == fingerprint()
 
 
 def test_two_endpoints_keep_their_names() -> None:
