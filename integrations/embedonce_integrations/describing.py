@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
+import random
 import re
 import sys
+import threading
 import types
-from collections import deque
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -48,6 +53,8 @@ from .plain_values import (
     NOTHING,
     PLAIN,
     describe_array,
+    describe_generator,
+    describe_memory,
     describe_plain,
     find_name,
     identify_model,
@@ -59,6 +66,7 @@ from .plain_values import (
     is_value,
     keeps_hidden_state,
     package_of,
+    read_local_values,
     remove_class,
     strip_credentials,
     to_unicode,
@@ -119,7 +127,7 @@ def describe_embedder(
     """
     cls = type(embedder)
     check_class(cls)
-    fields = {**read_state(embedder), **(more or {})}
+    fields = {**_read_embedder(embedder), **(more or {})}
     described = Description(embedder, ignore).describe_fields(fields)
     model = find_model(fields) or getattr(cls, "MODEL_NAME", None)
     told = [name for name, value in described.items() if value not in ("", [], {})]
@@ -144,7 +152,7 @@ def refuse_tied_settings(embedder: object, ignore: Collection[str] = ()) -> None
     Raises:
         SpaceError: there is such a setting, or ``ignore`` names a field that does not exist.
     """
-    Description(embedder, ignore, refuses=False).describe_fields(read_state(embedder))
+    Description(embedder, ignore, refuses=False).describe_fields(_read_embedder(embedder))
 
 
 def describe_request(request: Mapping[str, Any]) -> dict[str, Value]:
@@ -231,6 +239,16 @@ def read_state(item: object) -> dict[str, Any]:
         if isinstance(held, Mapping):
             state |= held
     return {name: value for name, value in state.items() if name not in derived and not _is_internal(name)}
+
+
+def _read_embedder(embedder: object) -> dict[str, Any]:
+    """Return everything that an embedder holds, and the items of one that is a collection."""
+    state = read_state(embedder)
+    if isinstance(embedder, Mapping):
+        state["settings"] = dict(embedder)
+    elif isinstance(embedder, list | tuple | deque | set | frozenset):
+        state["items"] = list(embedder)
+    return state
 
 
 def _is_internal(name: object) -> bool:
@@ -381,7 +399,9 @@ class Description:
             if value is not NOTHING:
                 described[to_unicode(name)] = value
         if others:
-            described["keys of other types"] = sorted(others, key=repr)
+            described["keys of other types"] = others if isinstance(fields, OrderedDict) else sorted(others, key=repr)
+        if isinstance(fields, OrderedDict) and len(described) > 1:
+            described["order of the keys"] = list(described)
         self._has_model = has_model
         return _join_endpoints(described, [find_url(client) for client in clients])
 
@@ -431,6 +451,19 @@ class Description:
 
     def _describe_object(self, item: Any, name: str, where: str) -> Any:
         cls = type(item)
+        if isinstance(item, weakref.ref):
+            return self._describe(item(), name, where) if item() is not None else NOTHING
+        if isinstance(item, random.Random):
+            return describe_generator(item)
+        if isinstance(item, io.StringIO | io.BytesIO):
+            return describe_memory(item)
+        if isinstance(item, threading.local | ContextVar):
+            # Other threads may see other values. Connections and machinery are the same for all of them.
+            if all(is_connection(value) or package_of(type(value)) in MACHINERY for value in read_local_values(item)):
+                return NOTHING
+            return self._refuse(item, where)
+        if cls in weakref.ProxyTypes:
+            return self._refuse(item, where)
         if package_of(cls) in MACHINERY:
             return NOTHING
         if is_connection(item):
@@ -440,7 +473,9 @@ class Description:
         value = self._describe_value(item, name, where)
         if value is NOTHING:
             return self._describe_instance(item, where)
-        own = {} if is_builtin(cls) else self._describe_fields(getattr(item, "__dict__", {}), where)
+        has_slots = isinstance(item, (*PLAIN, dict, list, tuple, set, frozenset, deque))
+        held = read_state(item) if has_slots else getattr(item, "__dict__", {})
+        own = {} if is_builtin(cls) else self._describe_fields(held, where)
         return {"value": value, "attributes": own} if own else value
 
     def _describe_value(self, item: Any, name: str, where: str) -> Any:

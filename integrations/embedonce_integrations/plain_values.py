@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 import os
+import random
 import struct
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from enum import Enum
@@ -24,7 +28,7 @@ import numpy as np
 
 from embedonce.model_files import digest
 
-from .embedder_fields import CLIENT_PACKAGES, MACHINERY, MODEL_FIELDS, TOOLS, is_secret, looks_secret
+from .embedder_fields import CLIENT_PACKAGES, MACHINERY, MODEL_FIELDS, TOOLS, holds_phrases, is_secret, looks_secret
 
 NOTHING: Final = object()
 """Says that an item holds no setting."""
@@ -65,7 +69,7 @@ def describe_plain(item: Any, name: str) -> Any:
 def _describe_text(text: str, name: str) -> Any:
     if name.strip("_") in MODEL_FIELDS:
         text = identify_model(text)[1] or text
-    stripped = strip_credentials(text)
+    stripped = text if holds_phrases(name) else strip_credentials(text)
     unicode = to_unicode(stripped)
     return stripped if unicode == stripped else {"text with surrogates": unicode}
 
@@ -73,6 +77,35 @@ def _describe_text(text: str, name: str) -> Any:
 def to_unicode(text: str) -> str:
     """Write lone surrogates, which UTF-8 cannot encode, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def describe_generator(item: random.Random) -> Any:
+    """Describe a random generator by the SHA-256 of its state. The system's generator has no state."""
+    try:
+        state = repr(item.getstate())
+    except NotImplementedError:
+        return NOTHING
+    return {"random state": hashlib.sha256(state.encode()).hexdigest()}
+
+
+def describe_memory(item: io.StringIO | io.BytesIO) -> Any:
+    """Describe a file in memory by the SHA-256 of its content, and its position."""
+    if item.closed:
+        return NOTHING
+    value = item.getvalue()
+    content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return {"content": hashlib.sha256(content).hexdigest(), "position": item.tell()}
+
+
+def read_local_values(item: threading.local | ContextVar[Any]) -> list[Any]:
+    """Return the values that a thread-local object or a context variable has at present."""
+    if isinstance(item, ContextVar):
+        try:
+            value = item.get()
+        except LookupError:
+            return []
+        return [] if value is None else [value]
+    return [value for value in vars(item).values() if value is not None]
 
 
 def describe_array(array: Any) -> dict[str, Any]:
@@ -196,7 +229,7 @@ def is_model_folder(name: str) -> bool:
 
 def strip_credentials(text: str) -> str:
     """Return a URL without user, password and query parameters that hold secrets. Return other texts unchanged."""
-    if "://" not in text or not ("@" in text or "?" in text):
+    if "://" not in text or not ("@" in text or "?" in text) or any(map(str.isspace, text)):
         return text
     try:
         parts = urlsplit(text)

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import ChainMap, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -176,6 +177,8 @@ def test_credentials_are_removed_from_urls() -> None:
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1/")
 
 
+REFERRED = Part(a=1), Part(a=2)
+
 VALUES: list[tuple[Any, Any]] = [
     (float("nan"), 1.0),
     (10**6000, 10**6000 + 1),
@@ -188,6 +191,14 @@ VALUES: list[tuple[Any, Any]] = [
     (bytearray(b"a"), bytearray(b"b")),
     (memoryview(b"a"), memoryview(b"b")),
     (OrderedDict(a=1), OrderedDict(a=2)),
+    (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
+    (OrderedDict({1: 1, 2: 2}), OrderedDict({2: 2, 1: 1})),
+    (weakref.ref(REFERRED[0]), weakref.ref(REFERRED[1])),
+    (random.Random(1), random.Random(2)),
+    (io.StringIO("a"), io.StringIO("b")),
+    (io.BytesIO(b"a"), io.BytesIO(b"b")),
+    ("As in http://x ?\nquery: ", "As in http://x ?query: "),
+    ("see http://x/?token=a b ", "see http://x/?token=c d "),
     (defaultdict(int, a=1), defaultdict(int, a=2)),
     (Pair(1, 2), Pair(2, 1)),
     (MappingProxyType({"a": 1}), MappingProxyType({"a": 2})),
@@ -267,12 +278,38 @@ def test_what_cannot_be_described_is_refused_with_advice(make: Callable[[], Any]
 
 
 def test_machinery_has_no_setting() -> None:
-    part = Part()
     for item in (
-        *(threading.Lock(), logging.getLogger("a"), random.Random(1), io.StringIO(), weakref.ref(part)),
+        *(threading.Lock(), logging.getLogger("a"), random.SystemRandom(), ContextVar("empty")),
         *(weakref.WeakValueDictionary(), threading.local()),
     ):
         assert fingerprint(item=item) == fingerprint(), type(item)
+
+
+def test_values_of_one_thread_or_context_are_refused() -> None:
+    local = threading.local()
+    local.client = httpx.Client()
+    assert fingerprint(item=local) == fingerprint()
+    local.task = "a"
+    for item in (local, ContextVar("task", default="a"), weakref.proxy(REFERRED[0])):
+        with pytest.raises(SpaceError, match="ignore="):
+            fingerprint(item=item)
+
+
+class Items(dict[str, Any]):
+    """An embedder that is a dict."""
+
+
+def test_the_items_of_an_embedder_are_a_part_of_its_state() -> None:
+    one, same, other = (
+        describe_embedder(Items(prefix=prefix, api_key=key)) for prefix, key in (("a", "x"), ("a", "y"), ("b", "x"))
+    )
+    assert one == same != other
+
+
+def test_a_prompt_is_no_url() -> None:
+    for name in ("instruction", "query_prefix"):
+        assert fingerprint(**{name: "http://alice@tea"}) != fingerprint(**{name: "http://bob@tea"})
+    assert fingerprint(prompts={"a": "http://alice@tea"}) != fingerprint(prompts={"a": "http://bob@tea"})
 
 
 def test_cycles_end() -> None:
