@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
+import random
 import re
 import sys
+import threading
 import types
-from collections import deque
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -37,6 +42,8 @@ from .embedder_fields import (
     SENTENCE_TRANSFORMER,
     decides_nothing,
     holds_phrases,
+    holds_settings,
+    is_record,
     is_secret,
     to_plain_name,
 )
@@ -46,16 +53,20 @@ from .plain_values import (
     NOTHING,
     PLAIN,
     describe_array,
+    describe_generator,
+    describe_memory,
     describe_plain,
     find_name,
     identify_model,
     is_builtin,
     is_connection,
     is_model_folder,
+    is_replaceable,
     is_secret_object,
     is_value,
     keeps_hidden_state,
     package_of,
+    read_local_values,
     remove_class,
     strip_credentials,
     to_unicode,
@@ -116,7 +127,7 @@ def describe_embedder(
     """
     cls = type(embedder)
     check_class(cls)
-    fields = {**read_state(embedder), **(more or {})}
+    fields = {**_read_embedder(embedder), **(more or {})}
     described = Description(embedder, ignore).describe_fields(fields)
     model = find_model(fields) or getattr(cls, "MODEL_NAME", None)
     told = [name for name, value in described.items() if value not in ("", [], {})]
@@ -141,7 +152,7 @@ def refuse_tied_settings(embedder: object, ignore: Collection[str] = ()) -> None
     Raises:
         SpaceError: there is such a setting, or ``ignore`` names a field that does not exist.
     """
-    Description(embedder, ignore, refuses=False).describe_fields(read_state(embedder))
+    Description(embedder, ignore, refuses=False).describe_fields(_read_embedder(embedder))
 
 
 def describe_request(request: Mapping[str, Any]) -> dict[str, Value]:
@@ -153,24 +164,52 @@ def describe_request(request: Mapping[str, Any]) -> dict[str, Value]:
     return Description(None).describe_fields(request)
 
 
-def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the paths of the fields that differ between two descriptions of an embedder, with both values.
+class Difference(NamedTuple):
+    """A difference between two descriptions of an embedder. A value that is absent is None."""
 
-    A value that is absent is None. A connection that is only in ``now`` is no difference, because embedders make their
-    connections at the first call.
+    path: str
+    then: Any
+    now: Any
+    may_grow: bool
+    """Whether the embedder may have written down what it does, or made a part of itself at the first call."""
+
+
+def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Return the fields that differ between two descriptions of an embedder.
+
+    A connection that is only in ``now`` is no difference, because embedders make their connections at the first call.
     """
-    return list(_compare(then, now, ""))
+    return list(_compare(then, now, "", is_object=True, in_record=False))
 
 
-def _compare(then: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _compare(then: Any, now: Any, path: str, *, is_object: bool, in_record: bool) -> Iterator[Difference]:
+    """Yield the differences below ``path``, which an object's field or an item of a collection holds."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
+        is_object = not path or "class" in then or "class" in now
+        in_record = in_record and not is_object
         for name in sorted({*then, *now}):
             is_new_client = name not in then and name.endswith(f".{CLIENT}")
             if is_new_client or (name == ENDPOINT and {*then.get(name, ())} <= {*now.get(name, ())}):
                 continue
-            yield from _compare(then.get(name), now.get(name), f"{path}.{name}" if path else name)
+            yield from _compare(
+                *(then.get(name), now.get(name), f"{path}.{name}" if path else name),
+                is_object=is_object,
+                in_record=in_record or is_record(name),
+            )
+    elif _are_lists_of_objects(then, now):
+        for index, (one, other) in enumerate(zip(then, now, strict=True)):
+            yield from _compare(one, other, f"{path}[{index}]", is_object=False, in_record=in_record)
     elif type(then) is not type(now) or then != now:
-        yield path, then, now
+        yield Difference(path, then, now, in_record or (then is None and is_object))
+
+
+def _are_lists_of_objects(then: Any, now: Any) -> bool:
+    return (
+        isinstance(then, list)
+        and isinstance(now, list)
+        and len(then) == len(now)
+        and any(isinstance(item, Mapping) for item in then)
+    )
 
 
 # --- what an object holds ---------------------------------------------------------------------
@@ -200,6 +239,16 @@ def read_state(item: object) -> dict[str, Any]:
         if isinstance(held, Mapping):
             state |= held
     return {name: value for name, value in state.items() if name not in derived and not _is_internal(name)}
+
+
+def _read_embedder(embedder: object) -> dict[str, Any]:
+    """Return everything that an embedder holds, and the items of one that is a collection."""
+    state = read_state(embedder)
+    if isinstance(embedder, Mapping):
+        state["settings"] = dict(embedder)
+    elif isinstance(embedder, list | tuple | deque | set | frozenset):
+        state["items"] = list(embedder)
+    return state
 
 
 def _is_internal(name: object) -> bool:
@@ -239,6 +288,26 @@ def find_url(client: object) -> str | None:
         if "://" in text and text.rstrip("/") != _DEFAULT_URL:
             return strip_credentials(text)
     return None
+
+
+def find_query(client: object) -> dict[str, Any]:
+    """Return the query parameters that a client, or the HTTP client inside it, adds to every request."""
+    found: dict[str, Any] = {}
+    inner: Any = client
+    for _ in range(3):  # ``embeddings``, then the client of a package, then the HTTP client
+        params = getattr(inner, "params", None) or ()
+        multiple = getattr(params, "multi_items", None)
+        if callable(multiple):  # httpx
+            params = multiple()
+        elif isinstance(params, Mapping):
+            params = list(params.items())
+        if isinstance(params, list | tuple):
+            pairs = [pair for pair in params if isinstance(pair, tuple) and len(pair) == 2]
+            for name in dict.fromkeys(name for name, _ in pairs):
+                values = [value for key, value in pairs if key == name]
+                found[name] = values[0] if len(values) == 1 else values
+        inner = getattr(inner, "_client", None)
+    return found
 
 
 # --- the walk ---------------------------------------------------------------------------------
@@ -294,10 +363,15 @@ class Description:
 
     # --- names --------------------------------------------------------------------------------
 
-    def _describe_fields(self, fields: Mapping[Any, Any], path: str) -> dict[str, Value]:
+    def _describe_fields(
+        self, fields: Mapping[Any, Any], path: str, *, are_names: bool = True, phrases: str = ""
+    ) -> dict[str, Value]:
+        """Describe an object's fields or a mapping.
+
+        ``are_names`` says whether the keys are names of settings; the keys of a user's data are not. ``phrases`` is
+        the name of a mapping with prompts, which counts for each of its values.
+        """
         has_model, self._has_model = self._has_model, self._has_model or find_model(fields) is not None
-        # The keys of such a mapping are tasks or words, so none of them is the name of a secret or of a timeout.
-        are_names = not holds_phrases(path.rpartition(".")[2])
         described: dict[str, Any] = {}
         others: list[Any] = []
         clients: list[Any] = []
@@ -309,7 +383,10 @@ class Description:
             where = f"{path}.{name}" if path else name
             if is_connection(item):
                 watch_client(item)  # even if its name is on the list
-            if self._is_left_out(name, where, are_names=are_names) or item is None:
+            if self._is_ignored(name, where) or item is None:
+                continue
+            if are_names and (is_secret(name) or (decides_nothing(name) and is_replaceable(item))):
+                described |= self._describe_query_below(item, name, where)
                 continue
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):
                 continue  # the space's revision identifies its content
@@ -318,11 +395,13 @@ class Description:
                 settings = self._describe_connection(item, where)
                 described |= {f"{name}.{CLIENT}": settings} if settings else {}
                 continue
-            value = self._describe(item, name, where)
+            value = self._describe(item, phrases or name, where)
             if value is not NOTHING:
                 described[to_unicode(name)] = value
         if others:
-            described["keys of other types"] = sorted(others, key=repr)
+            described["keys of other types"] = others if isinstance(fields, OrderedDict) else sorted(others, key=repr)
+        if isinstance(fields, OrderedDict) and len(described) > 1:
+            described["order of the keys"] = list(described)
         self._has_model = has_model
         return _join_endpoints(described, [find_url(client) for client in clients])
 
@@ -331,12 +410,10 @@ class Description:
         value = self._describe(item, "", where)
         return [] if value is NOTHING or item is None else [[self._describe_item(key, where), value]]
 
-    def _is_left_out(self, name: str, where: str, *, are_names: bool) -> bool:
-        plain = name.strip("_")
-        self._names |= {name, plain, where}
-        if not self._ignore.isdisjoint((name, plain, where)):
-            return True
-        return are_names and (decides_nothing(name) or is_secret(name))
+    def _is_ignored(self, name: str, where: str) -> bool:
+        names = {name, name.strip("_"), where}
+        self._names |= names
+        return not self._ignore.isdisjoint(names)
 
     # --- values -------------------------------------------------------------------------------
 
@@ -362,8 +439,8 @@ class Description:
         finally:
             self._open.pop()
 
-    def _describe_item(self, item: Any, where: str) -> Any:
-        value = self._describe(item, "", where)
+    def _describe_item(self, item: Any, where: str, name: str = "") -> Any:
+        value = self._describe(item, name, where)
         return None if value is NOTHING else value
 
     def _describe_enum(self, item: Enum, name: str, where: str) -> Any:
@@ -374,6 +451,19 @@ class Description:
 
     def _describe_object(self, item: Any, name: str, where: str) -> Any:
         cls = type(item)
+        if isinstance(item, weakref.ref):
+            return self._describe(item(), name, where) if item() is not None else NOTHING
+        if isinstance(item, random.Random):
+            return describe_generator(item)
+        if isinstance(item, io.StringIO | io.BytesIO):
+            return describe_memory(item)
+        if isinstance(item, threading.local | ContextVar):
+            # Other threads may see other values. Connections and machinery are the same for all of them.
+            if all(is_connection(value) or package_of(type(value)) in MACHINERY for value in read_local_values(item)):
+                return NOTHING
+            return self._refuse(item, where)
+        if cls in weakref.ProxyTypes:
+            return self._refuse(item, where)
         if package_of(cls) in MACHINERY:
             return NOTHING
         if is_connection(item):
@@ -383,7 +473,9 @@ class Description:
         value = self._describe_value(item, name, where)
         if value is NOTHING:
             return self._describe_instance(item, where)
-        own = {} if is_builtin(cls) else self._describe_fields(getattr(item, "__dict__", {}), where)
+        has_slots = isinstance(item, (*PLAIN, dict, list, tuple, set, frozenset, deque))
+        held = read_state(item) if has_slots else getattr(item, "__dict__", {})
+        own = {} if is_builtin(cls) else self._describe_fields(held, where)
         return {"value": value, "attributes": own} if own else value
 
     def _describe_value(self, item: Any, name: str, where: str) -> Any:
@@ -395,11 +487,13 @@ class Description:
         if isinstance(item, os._Environ):
             return self._refuse(item, where)
         if isinstance(item, Mapping):
-            return self._describe_fields(item, where)
+            return self._describe_fields(
+                item, where, are_names=holds_settings(name), phrases=name if holds_phrases(name) else ""
+            )
         if isinstance(item, list | tuple | deque):
-            return [self._describe_item(value, f"{where}[{index}]") for index, value in enumerate(item)]
+            return [self._describe_item(value, f"{where}[{index}]", name) for index, value in enumerate(item)]
         if isinstance(item, set | frozenset):
-            return sorted((self._describe_item(value, where) for value in item), key=repr)
+            return sorted((self._describe_item(value, where, name) for value in item), key=repr)
         if isinstance(item, np.generic):
             return (
                 describe_array(np.asarray(item)) if item.dtype.kind == "V" else self._describe_item(item.item(), where)
@@ -416,8 +510,11 @@ class Description:
 
     def _describe_callable(self, item: Any, where: str) -> Any:
         if isinstance(item, functools.partial):
-            parts = {"function": item.func, "arguments": item.args, "keywords": item.keywords}
-            return {part: self._describe_item(value, f"{where}.{part}") for part, value in parts.items()}
+            return {
+                "function": self._describe_item(item.func, f"{where}.function"),
+                "arguments": self._describe_item(item.args, f"{where}.arguments"),
+                "keywords": self._describe_fields(item.keywords, f"{where}.keywords"),
+            }
         owner = getattr(item, "__self__", None)
         if isinstance(item, types.MethodType | types.BuiltinFunctionType | types.MethodWrapperType) and not (
             owner is None or isinstance(owner, types.ModuleType)
@@ -476,10 +573,17 @@ class Description:
         watch_client(item)
         state = {**read_state(getattr(item, "_client", None)), **read_state(item)}
         settings = {name: value for name, value in state.items() if name.strip("_") in CLIENT_SETTINGS}
+        settings["params"] = find_query(item)
         described = {name: value for name, value in self._describe_fields(settings, where).items() if value != {}}
         if package_of(type(item)) not in CLIENT_PACKAGES:
             described["class"] = f"{type(item).__module__}.{type(item).__qualname__}"
         return described
+
+    def _describe_query_below(self, item: Any, name: str, where: str) -> dict[str, Any]:
+        """Describe only the query parameters of a client that is left out because of its name."""
+        query = find_query(item) if is_connection(item) else {}
+        described = self._describe_fields(query, f"{where}.params") if query else {}
+        return {f"{name}.{CLIENT}": {"params": described}} if described else {}
 
     def _refuse(self, item: Any, where: str) -> Any:
         if not self._refuses:

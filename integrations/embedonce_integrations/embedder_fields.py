@@ -16,7 +16,6 @@ NOT_IN_SPACE: Final = frozenset(
         "api_key_env_var",
         "api_key_env_variable",
         "api_version",
-        "async_client_kwargs",
         "async_http_client",
         "aws_region",
         "aws_region_name",
@@ -24,8 +23,6 @@ NOT_IN_SPACE: Final = frozenset(
         "boto_config",
         "botocore_config",
         "botocore_session",
-        "client_args",
-        "client_kwargs",
         "client_name",
         "client_options",
         "connection_timeout",
@@ -37,7 +34,6 @@ NOT_IN_SPACE: Final = frozenset(
         "headers_tmpl",
         "http_async_client",
         "http_client",
-        "http_client_kwargs",
         "http_headers",
         "httpx_async_client",
         "httpx_client",
@@ -59,7 +55,6 @@ NOT_IN_SPACE: Final = frozenset(
         "reuse_client",
         "session",
         "ssl_verify",
-        "sync_client_kwargs",
         "trust_env",
         "use_async_client",
         "user",
@@ -244,6 +239,14 @@ MACHINERY: Final = frozenset(
 )
 """Packages whose objects hold no setting: locks, loggers, files, executors, queues, retry policies, progress bars."""
 
+TOOLS: Final = (
+    *("langchain_core.callbacks", "langchain_core.caches", "langchain_core.rate_limiters", "langchain_core.stores"),
+    *("langchain_core.tracers", "llama_index.core.callbacks", "llama_index.core.rate_limiter"),
+    *("llama_index.core.storage", "llama_index.core.instrumentation", "haystack.components.embedders.backends"),
+    *("haystack.tracing", "haystack.utils.auth", "itertools", "aioboto3"),
+)
+"""Modules of frameworks whose objects, under a name in :data:`NOT_IN_SPACE`, cannot change a vector."""
+
 MODEL_PACKAGES: Final = frozenset(
     {"fastembed", "flax", "jax", "keras", "llama_cpp", "model2vec", "onnxruntime", "optimum", "sentence_transformers"}
     | {"sentencepiece", "tensorflow", "tiktoken", "tokenizers", "transformers", "transformers_modules"}
@@ -261,11 +264,16 @@ _SECRET = re.compile(
 )
 _SECRET_NAMES: Final = frozenset({"key", "token"})
 _SECRET_TEXT = re.compile(
-    r"(Basic|Bearer) .{8,}|(sk|pk)[-_][\w-]{16,}|(hf|jina|ghp|gsk)_\w{16,}|(nvapi|xai|pa)-[\w-]{16,}|AIza[\w-]{30,}"
+    r"(Basic|Bearer) \S{8,}|(sk|pk)[-_][\w-]{16,}|(hf|jina|ghp|gsk)_\w{16,}|(nvapi|xai|pa)-[\w-]{16,}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{10,}\.[\w.-]+"
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_PHRASES = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|templates?|words?|vocab(ulary)?|weights)$")
+_PHRASE = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|templates?)$")
+_SETTINGS = re.compile(r"(kwargs|args|params|parameters|options|config|settings|body|query|headers)$")
+_RECORD = re.compile(
+    r"counts?|counters?|calls|num_calls|totals?(_.*)?|usage|tokens_used|used|seen|history|logs?|records?|stats"
+    r"|statistics|requests|hits|misses|spent|elapsed|timings?|costs?|metrics|.*_(count|total|calls)"
+)
 
 
 def to_plain_name(name: str) -> str:
@@ -281,7 +289,7 @@ def decides_nothing(name: str) -> bool:
 def is_secret(name: str) -> bool:
     """Return whether a field of this name holds a secret: ``api_key``, ``openaiApiKey``, ``x-api-key``, ``_token``."""
     plain = to_plain_name(name)
-    return plain in _SECRET_NAMES or _SECRET.search(plain) is not None
+    return plain in _SECRET_NAMES or (_SECRET.search(plain) is not None and not holds_phrases(name))
 
 
 def looks_secret(text: str) -> bool:
@@ -290,5 +298,15 @@ def looks_secret(text: str) -> bool:
 
 
 def holds_phrases(name: str) -> bool:
-    """Return whether a mapping of this name has tasks or words as its keys, and not names of settings."""
-    return _PHRASES.search(name.lower()) is not None
+    """Return whether a field of this name holds texts that go to the model: prompts, prefixes, instructions."""
+    return _PHRASE.search(to_plain_name(name)) is not None
+
+
+def holds_settings(name: str) -> bool:
+    """Return whether the keys of a mapping of this name are names of settings. Otherwise they are a user's data."""
+    return _SETTINGS.search(to_plain_name(name)) is not None
+
+
+def is_record(name: str) -> bool:
+    """Return whether an embedder writes down under this name what it does, such as the number of its calls."""
+    return _RECORD.fullmatch(to_plain_name(name)) is not None

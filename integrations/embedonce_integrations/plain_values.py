@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
+import os
+import random
 import struct
 import sys
+import threading
 import types
+from collections import deque
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from enum import Enum
@@ -22,7 +28,7 @@ import numpy as np
 
 from embedonce.model_files import digest
 
-from .embedder_fields import CLIENT_PACKAGES, MODEL_FIELDS, is_secret, looks_secret
+from .embedder_fields import CLIENT_PACKAGES, MACHINERY, MODEL_FIELDS, TOOLS, holds_phrases, is_secret, looks_secret
 
 NOTHING: Final = object()
 """Says that an item holds no setting."""
@@ -63,7 +69,7 @@ def describe_plain(item: Any, name: str) -> Any:
 def _describe_text(text: str, name: str) -> Any:
     if name.strip("_") in MODEL_FIELDS:
         text = identify_model(text)[1] or text
-    stripped = strip_credentials(text)
+    stripped = text if holds_phrases(name) else strip_credentials(text)
     unicode = to_unicode(stripped)
     return stripped if unicode == stripped else {"text with surrogates": unicode}
 
@@ -71,6 +77,35 @@ def _describe_text(text: str, name: str) -> Any:
 def to_unicode(text: str) -> str:
     """Write lone surrogates, which UTF-8 cannot encode, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def describe_generator(item: random.Random) -> Any:
+    """Describe a random generator by the SHA-256 of its state. The system's generator has no state."""
+    try:
+        state = repr(item.getstate())
+    except NotImplementedError:
+        return NOTHING
+    return {"random state": hashlib.sha256(state.encode()).hexdigest()}
+
+
+def describe_memory(item: io.StringIO | io.BytesIO) -> Any:
+    """Describe a file in memory by the SHA-256 of its content, and its position."""
+    if item.closed:
+        return NOTHING
+    value = item.getvalue()
+    content = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return {"content": hashlib.sha256(content).hexdigest(), "position": item.tell()}
+
+
+def read_local_values(item: threading.local | ContextVar[Any]) -> list[Any]:
+    """Return the values that a thread-local object or a context variable has at present."""
+    if isinstance(item, ContextVar):
+        try:
+            value = item.get()
+        except LookupError:
+            return []
+        return [] if value is None else [value]
+    return [value for value in vars(item).values() if value is not None]
 
 
 def describe_array(array: Any) -> dict[str, Any]:
@@ -108,6 +143,34 @@ def is_connection(item: object) -> bool:
     if isinstance(item, type) or is_value(cls) or isinstance(item, Exception | Enum | str | Mapping):
         return False
     return any(package_of(base) in CLIENT_PACKAGES for base in cls.__mro__)
+
+
+def is_replaceable(item: object) -> bool:
+    """Return whether an item holds only plain values, connections and machinery.
+
+    Only such an item is left out because of its name. Any other object, such as a model, may change a vector.
+    """
+    try:
+        return _is_replaceable(item)
+    except RecursionError:
+        return False
+
+
+def _is_replaceable(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return all(_is_replaceable(part) for pair in item.items() for part in pair)
+    if isinstance(item, list | tuple | set | frozenset | deque):
+        return all(map(_is_replaceable, item))
+    if item is None or isinstance(item, (*PLAIN, *BY_REPR, Enum, os.PathLike, np.generic)) or is_secret_object(item):
+        return True
+    named = isinstance(item, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType)
+    modules = [str(item.__module__)] if named else [cls.__module__ for cls in type(item).__mro__]
+    return any(
+        module.partition(".")[0] in CLIENT_PACKAGES | MACHINERY or f"{module}.".startswith(_TOOLS) for module in modules
+    )
+
+
+_TOOLS: Final = tuple(f"{module}." for module in TOOLS)
 
 
 def is_value(cls: type[Any]) -> bool:
@@ -166,7 +229,7 @@ def is_model_folder(name: str) -> bool:
 
 def strip_credentials(text: str) -> str:
     """Return a URL without user, password and query parameters that hold secrets. Return other texts unchanged."""
-    if "://" not in text or not ("@" in text or "?" in text):
+    if "://" not in text or not ("@" in text or "?" in text) or any(map(str.isspace, text)):
         return text
     try:
         parts = urlsplit(text)

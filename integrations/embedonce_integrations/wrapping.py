@@ -162,8 +162,9 @@ class WrappedSpaces:
     def calling(self, task: Task) -> Iterator[AnswersRead]:
         """Check the embedder before and after it is called in the ``with`` block, and read the answers that it gets.
 
-        An embedder may write down what it does, such as the number of its calls. So a number or a collection that has
-        grown by the end of the block is no change. Everything else is, and then the vectors must not be stored.
+        An embedder may write down what it does. So a number or a collection that has grown by the end of the block is
+        no change if its name says that it is a record, such as ``calls`` or ``usage``. A field that was None may be
+        filled with anything except a text. Everything else is a change, and then the vectors must not be stored.
 
         Raises:
             SpaceError: a field that may affect vectors has changed.
@@ -188,7 +189,11 @@ class WrappedSpaces:
             # Model and revision are not compared, because the embedder reads its weights only once. A later change on
             # disk does not affect its vectors.
             changes = list_differences(self._known[side], _extra_of(now))
-            names = [name for name, then, now in changes if not (may_grow and _is_record(then, now))]
+            names = [
+                change.path
+                for change in changes
+                if not (may_grow and change.may_grow and _has_grown(change.then, change.now))
+            ]
             if not names:
                 if changes:
                     self._known = {task: _extra_of(self._describe(task)) for task in _TASKS}
@@ -213,7 +218,7 @@ def _extra_of(space: VectorSpace) -> dict[str, Any]:
     return dict(space.extra or {})
 
 
-def _is_record(before: Any, after: Any) -> bool:
+def _has_grown(before: Any, after: Any) -> bool:
     """Return whether a value has grown: a larger number, a longer list, or a mapping with more keys or larger values.
 
     Nothing can grow into a number or a collection, but not into a text, because a text may be the name of a model.
@@ -225,9 +230,9 @@ def _is_record(before: Any, after: Any) -> bool:
     if isinstance(before, int | float) and isinstance(after, int | float):
         return after >= before
     if isinstance(before, list) and isinstance(after, list):
-        return len(after) >= len(before) and all(map(_is_record, before, after))
+        return len(after) >= len(before) and all(map(_has_grown, before, after))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
-        return before.keys() <= after.keys() and all(_is_record(value, after[name]) for name, value in before.items())
+        return before.keys() <= after.keys() and all(_has_grown(value, after[name]) for name, value in before.items())
     is_equal = bool(before == after)
     return type(before) is type(after) and is_equal
 

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import ChainMap, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -19,9 +20,11 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
+import requests
 from pydantic import SecretStr
 
 from embedonce import Cache, SpaceError
@@ -112,13 +115,34 @@ def test_fields_that_decide_vectors_change_the_space() -> None:
 def test_fields_that_decide_nothing_do_not_change_the_space(name: str) -> None:
     camel = re.sub("_(.)", lambda letter: letter[1].upper(), name)
     for spelled in (name, f"_{name}", f"__{name}_", camel, name.replace("_", "-")):
-        assert fingerprint(**{spelled: object()}) == fingerprint(), spelled
-        assert fingerprint(options={spelled: object()}) == fingerprint(options={}), spelled
+        for value in (3, {"a": [1.5, "b", None]}, threading.Lock(), httpx.Timeout(3), SecretStr("a")):
+            assert fingerprint(**{spelled: value}) == fingerprint(), spelled
+        assert fingerprint(options={spelled: 3}) == fingerprint(options={}), spelled
+        assert fingerprint(replacements={spelled: 3}) != fingerprint(replacements={spelled: 4}), spelled
+        if not is_secret(name):
+            with pytest.raises(SpaceError, match="ignore="):
+                fingerprint(**{spelled: object()})
+
+
+def test_an_object_is_not_left_out_because_of_its_name() -> None:
+    for name in ("session", "embedding_backend", "cache"):
+        for one, other in ((Part(a=1), Part(a=2)), ([Embedder(a=1)], [Embedder(a=2)]), (len, max)):
+            assert fingerprint(**{name: one}) != fingerprint(**{name: other}), name
+
+
+def test_the_settings_of_a_client_are_settings() -> None:
+    for name in ("client_kwargs", "client_args", "async_client_kwargs", "sync_client_kwargs", "http_client_kwargs"):
+        one, same, other = (
+            fingerprint(**{name: {"params": {"task": task}, "timeout": timeout, "headers": {"a": timeout}}})
+            for task, timeout in (("a", 1), ("a", 2), ("b", 1))
+        )
+        assert one == same != other
 
 
 def test_names_of_prompts_are_not_names_of_settings() -> None:
-    for name in ("user", "count", "token", "password"):
-        assert fingerprint(prompts={name: "a: "}) != fingerprint(prompts={name: "b: "}), name
+    for name in ("user", "count", "token", "password", "key"):
+        for field in ("prompts", "replacements", "weights", "options_by_word"):
+            assert fingerprint(**{field: {name: "a: "}}) != fingerprint(**{field: {name: "b: "}}), name
 
 
 @pytest.mark.parametrize(
@@ -134,7 +158,9 @@ def test_secrets_are_in_no_space(name: str) -> None:
     assert SECRET not in repr(extra_of(**{name: SECRET}, options={name: SECRET}))
 
 
-@pytest.mark.parametrize("name", ["query_token", "max_tokens", "tokenizer_name", "keywords", "author", "passage"])
+@pytest.mark.parametrize(
+    "name", ["query_token", "max_tokens", "tokenizer_name", "keywords", "author", "passage", "secret_prompt"]
+)
 def test_settings_whose_names_resemble_secrets_are_in_the_space(name: str) -> None:
     assert fingerprint(**{name: "a"}) != fingerprint(**{name: "b"})
 
@@ -151,10 +177,13 @@ def test_credentials_are_removed_from_urls() -> None:
     assert fingerprint(base_url="https://a:b@host/v1") == fingerprint(base_url="https://host/v1/")
 
 
+REFERRED = Part(a=1), Part(a=2)
+
 VALUES: list[tuple[Any, Any]] = [
     (float("nan"), 1.0),
     (10**6000, 10**6000 + 1),
     ("\ud800", "\ud801"),
+    ("Basic text about tea: ", "Basic text about beer: "),
     ("\ud800", "\\ud800"),
     ({1: "a"}, {"1": "a"}),
     ({(1, 2): "a"}, {(1, 3): "a"}),
@@ -162,6 +191,14 @@ VALUES: list[tuple[Any, Any]] = [
     (bytearray(b"a"), bytearray(b"b")),
     (memoryview(b"a"), memoryview(b"b")),
     (OrderedDict(a=1), OrderedDict(a=2)),
+    (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
+    (OrderedDict({1: 1, 2: 2}), OrderedDict({2: 2, 1: 1})),
+    (weakref.ref(REFERRED[0]), weakref.ref(REFERRED[1])),
+    (random.Random(1), random.Random(2)),
+    (io.StringIO("a"), io.StringIO("b")),
+    (io.BytesIO(b"a"), io.BytesIO(b"b")),
+    ("As in http://x ?\nquery: ", "As in http://x ?query: "),
+    ("see http://x/?token=a b ", "see http://x/?token=c d "),
     (defaultdict(int, a=1), defaultdict(int, a=2)),
     (Pair(1, 2), Pair(2, 1)),
     (MappingProxyType({"a": 1}), MappingProxyType({"a": 2})),
@@ -241,12 +278,38 @@ def test_what_cannot_be_described_is_refused_with_advice(make: Callable[[], Any]
 
 
 def test_machinery_has_no_setting() -> None:
-    part = Part()
     for item in (
-        *(threading.Lock(), logging.getLogger("a"), random.Random(1), io.StringIO(), weakref.ref(part)),
+        *(threading.Lock(), logging.getLogger("a"), random.SystemRandom(), ContextVar("empty")),
         *(weakref.WeakValueDictionary(), threading.local()),
     ):
         assert fingerprint(item=item) == fingerprint(), type(item)
+
+
+def test_values_of_one_thread_or_context_are_refused() -> None:
+    local = threading.local()
+    local.client = httpx.Client()
+    assert fingerprint(item=local) == fingerprint()
+    local.task = "a"
+    for item in (local, ContextVar("task", default="a"), weakref.proxy(REFERRED[0])):
+        with pytest.raises(SpaceError, match="ignore="):
+            fingerprint(item=item)
+
+
+class Items(dict[str, Any]):
+    """An embedder that is a dict."""
+
+
+def test_the_items_of_an_embedder_are_a_part_of_its_state() -> None:
+    one, same, other = (
+        describe_embedder(Items(prefix=prefix, api_key=key)) for prefix, key in (("a", "x"), ("a", "y"), ("b", "x"))
+    )
+    assert one == same != other
+
+
+def test_a_prompt_is_no_url() -> None:
+    for name in ("instruction", "query_prefix"):
+        assert fingerprint(**{name: "http://alice@tea"}) != fingerprint(**{name: "http://bob@tea"})
+    assert fingerprint(prompts={"a": "http://alice@tea"}) != fingerprint(prompts={"a": "http://bob@tea"})
 
 
 def test_cycles_end() -> None:
@@ -294,6 +357,28 @@ def test_a_client_is_described_by_where_it_sends_requests_and_what_it_adds() -> 
     assert (
         fingerprint(api_base="http://one/v1") == one == fingerprint(api_base="http://one/v1", _c=make("http://one/v1"))
     )
+
+
+def test_the_query_parameters_of_a_client_are_in_the_space() -> None:
+    def make_httpx(**params: Any) -> httpx.Client:
+        return httpx.Client(params=params)
+
+    def make_openai(**params: Any) -> Any:
+        return openai.OpenAI(base_url="http://one/v1", api_key=SECRET, http_client=make_httpx(**params))
+
+    def make_session(**params: Any) -> requests.Session:
+        session = requests.Session()
+        session.params = params
+        return session
+
+    for make in (make_httpx, make_openai, lambda **params: make_openai(**params).embeddings, make_session):
+        for name in ("_client", "http_client", "session"):
+            one = fingerprint(**{name: make(task="a")})
+            assert one == fingerprint(**{name: make(task="a", token=SECRET)})
+            assert len({one, fingerprint(**{name: make(task=["a", "b"])}), fingerprint(**{name: make()})}) == 3
+            with pytest.raises(SpaceError, match="depends on the other texts"):
+                fingerprint(**{name: make(late_chunking="true")})
+    assert fingerprint(http_client=make_httpx()) == fingerprint()
 
 
 def test_two_endpoints_keep_their_names() -> None:
@@ -365,7 +450,7 @@ def test_settings_that_tie_a_text_to_its_batch_are_refused() -> None:
 
 def test_differences_have_a_path_and_both_values() -> None:
     then = {"a": 1, "b": {"c": [1]}, "d": 1}
-    assert list_differences(then, {"a": True, "b": {"c": [2]}, "x.client": {}}) == [
+    assert [change[:3] for change in list_differences(then, {"a": True, "b": {"c": [2]}, "x.client": {}})] == [
         ("a", 1, True),
         ("b.c", [1], [2]),
         ("d", 1, None),

@@ -130,6 +130,30 @@ def test_a_setting_that_an_embedder_changes_during_its_call_is_an_error(value: A
             embedder.seen = value
 
 
+@pytest.mark.parametrize("name", ["max_length", "dimensions", "steps", "weights", "vocabulary", "part"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), ([1], [1, 2]), ({"a": 1}, {"a": 2}), ({}, {"a": 1})])
+def test_only_a_record_may_grow(name: str, before: Any, after: Any) -> None:
+    embedder = Described()
+    setattr(embedder, name, before)
+    spaces = describe_spaces(embedder)
+    with pytest.raises(SpaceError, match=f"{name}.*ignore="):  # noqa: SIM117
+        with spaces.calling("document"):
+            setattr(embedder, name, after)
+
+
+@pytest.mark.parametrize("name", ["_calls", "tokensUsed", "total_cost", "error_count", "hits"])
+def test_an_object_inside_may_keep_records(name: str) -> None:
+    inner, outer = Described(), Described()
+    setattr(inner, name, 1)
+    outer.seen = [inner]
+    spaces = describe_spaces(outer)
+    with spaces.calling("document"):
+        setattr(inner, name, 2)
+    with pytest.raises(SpaceError, match=r"seen\[0\]\.prompt"):  # noqa: SIM117
+        with spaces.calling("document"):
+            inner.prompt = "x"
+
+
 def test_a_change_that_a_call_makes_while_another_one_runs_is_no_change() -> None:
     embedder = Described()
     spaces = describe_spaces(embedder)
