@@ -18,8 +18,9 @@ from zlib import crc32
 
 from embedonce import SpaceError
 
-from .describing import is_connection, read_state
+from .describing import read_state
 from .embedder_fields import decides_nothing
+from .plain_values import is_connection
 
 PER_TEXT: Final = frozenset({"titles"})
 """Names of keywords that have one value per text, wherever a framework accepts them."""
