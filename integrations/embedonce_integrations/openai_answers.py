@@ -170,7 +170,8 @@ def _sorting_create(create: Callable[..., Any]) -> Callable[..., Any]:
         if reader is None or "input" not in request:
             return create(self, *args, **request)
         request["input"] = _keep_items(request["input"])
-        return reader.call(functools.partial(create, self, *args, **request), request["input"])
+        given = _find_input(request, request.get("extra_body"))
+        return reader.call(functools.partial(create, self, *args, **request), given)
 
     return sorting
 
@@ -178,15 +179,23 @@ def _sorting_create(create: Callable[..., Any]) -> Callable[..., Any]:
 def _sorting_post(post: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(post)
     def sorting(self: Any, path: Any, *args: Any, **request: Any) -> Any:
-        body = request.get("body")
-        is_ours = str(path).strip("/") == "embeddings" and isinstance(body, Mapping) and "input" in body
-        reader = _find_reader(self) if is_ours and not request.get("stream") and not _is_inside.get() else None
-        if reader is None or body is None:
+        body, extra = request.get("body"), (request.get("options") or {}).get("extra_json")
+        is_ours = str(path).strip("/").rpartition("/")[2] == "embeddings" and not request.get("stream")
+        reader = _find_reader(self) if is_ours and not _is_inside.get() else None
+        if isinstance(body, Mapping) and "input" in body and reader is not None:
+            request["body"] = body = {**body, "input": _keep_items(body["input"])}
+        given = _find_input(body, extra)
+        if reader is None or given is None:
             return post(self, path, *args, **request)
-        request["body"] = {**body, "input": _keep_items(body["input"])}
-        return reader.call(functools.partial(post, self, path, *args, **request), request["body"]["input"])
+        return reader.call(functools.partial(post, self, path, *args, **request), given)
 
     return sorting
+
+
+def _find_input(body: Any, extra: Any) -> Any:
+    """Return the inputs of a request; None if it has no inputs. ``extra`` replaces fields of the body."""
+    inputs = [fields["input"] for fields in (extra, body) if isinstance(fields, Mapping) and "input" in fields]
+    return inputs[0] if inputs else None
 
 
 def _keep_items(given: Any) -> Any:
@@ -263,6 +272,8 @@ class _Reader:
             answer.http_response = self._sort(answer.http_response, count)
         elif hasattr(answer, "status_code"):
             return self._sort_response(answer, count)
+        elif isinstance(answer, str):
+            return self._sort_body(answer, count) or answer
         else:
             items, changed = _sort_items(answer, count)
             if isinstance(answer, dict):
@@ -274,27 +285,32 @@ class _Reader:
 
     def _sort_response(self, response: Any, count: int) -> Any:
         """Return an HTTP response with the items in order, however its reader decodes it."""
-        try:
-            answer = json.loads(response.read())
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise ProviderError("the endpoint's answer is not a JSON object; nothing was stored")
-        items, changed = _sort_items(answer, count)
-        self._add(answer)
-        if not changed:
+        body = self._sort_body(response.read(), count)
+        if body is None:
             return response
         headers = [pair for pair in response.headers.multi_items() if pair[0].lower() not in _BODY_HEADERS]
         sorted_response = type(response)(
             response.status_code,
             headers=headers,
-            content=json.dumps({**answer, "data": items}).encode(),
+            content=body.encode(),
             request=response.request,
             extensions=response.extensions,
             history=response.history,
         )
         sorted_response.elapsed = response.elapsed
         return sorted_response
+
+    def _sort_body(self, body: str | bytes, count: int) -> str | None:
+        """Return the body of a response with the items in order; None if they are in order already."""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ProviderError("the endpoint's answer is not a JSON object; nothing was stored")
+        items, changed = _sort_items(answer, count)
+        self._add(answer)
+        return json.dumps({**answer, "data": items}) if changed else None
 
     def _add(self, answer: Any) -> None:
         if self._is_known:

@@ -19,6 +19,7 @@ from langchain_core.embeddings import Embeddings
 
 from embedonce import ProviderError
 from embedonce.testing import OpenAIServer
+from embedonce_integrations import openai_answers
 from embedonce_integrations.langchain import CachedEmbeddings
 from embedonce_integrations.openai_answers import AnswersRead, reading_answers, watch_client
 
@@ -351,6 +352,51 @@ def test_a_request_is_counted_once(server: OpenAIServer, plain: openai.OpenAI) -
     assert counts == [read.tokens, read.tokens]
     assert read.tokens is not None
     assert answer.headers["content-type"].startswith("application/json"), "a sorted response keeps its headers"
+
+
+@pytest.mark.parametrize("path", ["/embeddings", "embeddings", "{base_url}/embeddings"])
+@pytest.mark.parametrize("place", ["body", "extra_json"])
+def test_the_answer_to_a_posted_request_is_sorted(
+    server: OpenAIServer, plain: openai.OpenAI, path: str, place: str
+) -> None:
+    server.misbehave("out_of_order")
+    body, extra = {"model": MODEL, "input": iter(TEXTS)}, {}
+    if place == "extra_json":
+        body, extra = {"model": MODEL, "input": "other"}, {"input": TEXTS}
+    with reading_answers():
+        answer = plain.post(
+            path.format(base_url=server.base_url),
+            body=body,
+            options={"extra_json": extra},
+            cast_to=openai.types.CreateEmbeddingResponse,
+        )
+    assert [item.index for item in answer.data] == [0, 1, 2]
+
+
+def test_a_posted_request_may_return_a_text_or_a_response(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    body = {"model": MODEL, "input": TEXTS}
+    server.misbehave("out_of_order", times=None)
+    with reading_answers():
+        text = plain.post("/embeddings", body=body, cast_to=str)
+        response = plain.post("/embeddings", body=body, cast_to=type(_get_response(plain)))
+    for decoded in (json.loads(text), response.json()):
+        assert [item["index"] for item in decoded["data"]] == [0, 1, 2]
+
+
+def _get_response(client: openai.OpenAI) -> Any:
+    """Return a response of the HTTP library that the client uses: httpx or its successor."""
+    return client.embeddings.with_raw_response.create(model=MODEL, input=TEXTS).http_response
+
+
+def test_a_body_that_is_not_json_is_an_error(plain: openai.OpenAI) -> None:
+    reader = openai_answers._find_reader(plain)
+    assert reader is None
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(ProviderError, match="not a JSON object"))
+        stack.enter_context(reading_answers())
+        reader = openai_answers._find_reader(plain)
+        assert reader is not None
+        reader.call(lambda: "<html>", TEXTS)
 
 
 def test_other_requests_are_left_alone(plain: openai.OpenAI) -> None:
