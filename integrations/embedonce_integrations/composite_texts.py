@@ -8,13 +8,19 @@ the embedder is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any, Final
 from zlib import crc32
 
 from embedonce import SpaceError
 
+from .describing import read_state
 from .embedder_fields import decides_nothing
+from .plain_values import is_connection
 
 PER_TEXT: Final = frozenset({"titles"})
 """Names of keywords that have one value per text, wherever a framework accepts them."""
@@ -50,34 +56,68 @@ def split_keywords(
     return per_text, others
 
 
-def _find_parallel(item: Any, texts: Sequence[str], path: str) -> Iterator[str]:
-    """Yield the path of each collection whose values may belong to the texts, at any depth."""
+def _find_parallel(item: Any, texts: Sequence[str], path: str, around: tuple[Any, ...] = ()) -> Iterator[str]:
+    """Yield the path of each collection whose values may belong to the texts, at any depth.
+
+    A call with one text is searched less deeply, because lists with one item are common. ``around`` holds the objects
+    that contain the item.
+    """
+    if any(item is outer for outer in around):
+        return
+    around = (*around, item)
     if isinstance(item, Mapping):
-        keys = set(item)
-        if path and keys and (keys == set(range(len(texts))) or keys == set(texts)):
+        if path and item and _are_positions(item, texts):
             yield path
         for name, value in item.items():
             if isinstance(name, str) and decides_nothing(name):
                 continue  # such as `callbacks`
-            yield from _find_parallel(value, texts, f"{path}.{name}" if path else str(name))
+            yield from _find_parallel(value, texts, f"{path}.{name}" if path else str(name), around)
+    elif len(texts) > 1 and len(texts) in _read_shape(item):
+        yield path  # an array or a table, along any axis
     elif _is_sequence(item):
         if len(item) == len(texts):
             yield path
         elif isinstance(item, list | tuple):
             for index, value in enumerate(item):
-                if isinstance(value, Mapping):
-                    yield from _find_parallel(value, texts, f"{path}[{index}]")
+                if len(texts) > 1 or isinstance(value, Mapping):
+                    yield from _find_parallel(value, texts, f"{path}[{index}]", around)
+    elif len(texts) > 1 and _is_record(item):
+        yield from _find_parallel(read_state(item), texts, path, around)
+
+
+def _are_positions(item: Mapping[Any, Any], texts: Sequence[str]) -> bool:
+    """Return whether the keys of a mapping are the texts, or may be their positions."""
+    keys = set(item)
+    if keys == set(range(len(texts))) or keys == set(texts):
+        return True
+    are_numbers = all(isinstance(key, int | float) or (isinstance(key, str) and key.strip().isdigit()) for key in keys)
+    return len(texts) > 1 and len(keys) == len(texts) and are_numbers
+
+
+def _read_shape(item: Any) -> tuple[Any, ...]:
+    """Return the lengths of an array's axes; nothing if the item is no array."""
+    shape = getattr(item, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) else ()
+
+
+def _is_record(item: Any) -> bool:
+    """Return whether an object is a record of settings: a dataclass, a namespace, or an object of a user's class."""
+    cls = type(item)
+    if isinstance(item, type | Enum) or callable(item) or is_connection(item):
+        return False
+    is_own = hasattr(item, "__dict__") and cls.__module__.partition(".")[0] not in sys.stdlib_module_names
+    return is_own or is_dataclass(item) or isinstance(item, SimpleNamespace)
 
 
 def _is_sequence(value: Any) -> bool:
-    """Return whether a value has items in an order: a list, a tuple, an array, a column of a table."""
+    """Return whether a value has items in an order: a list, a tuple, an array, a column of a table, a dict's values."""
     if isinstance(value, str | bytes | bytearray | Mapping | set | frozenset):
         return False
     try:
         len(value)
     except TypeError:
         return False
-    return hasattr(value, "__getitem__")
+    return hasattr(value, "__getitem__") or isinstance(value, MappingView)
 
 
 def join_keywords(

@@ -333,6 +333,8 @@ class _CachedResource:
         if raw not in (None, "true"):
             raise _NotCacheable("with_streaming_response reads the answer from the endpoint; use with_raw_response")
         texts, body = request.read_texts(), request.read_body()
+        if not isinstance(request.extra_query or {}, Mapping):
+            raise _NotCacheable("extra_query is not a mapping")
         query = {**self._client.default_query, **(request.extra_query or {})}
         request.refuse_batch_settings(query)
         split_keywords({"extra_query": query}, texts)

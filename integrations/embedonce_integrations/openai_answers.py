@@ -2,9 +2,15 @@
 
 Frameworks take the items of an answer as they come and ignore their ``index``. If a vector were missing, superfluous
 or out of order, the cache would store vectors for the wrong texts. A wrapper cannot reach every client: an embedder may
-make its client at the first call, or a new client for each call. So this module replaces the method that all clients
-have in common, ``create`` of their ``embeddings``. The replacement does nothing unless an embedder is called inside
-:func:`reading_answers`, or the client was found in a wrapped embedder.
+make its client at the first call, or a new client for each call, and may call it in threads of its own. So this module
+replaces the methods that all clients have in common: ``create`` of their ``embeddings``, and ``post`` of the clients
+themselves. The replacements do nothing unless an embedder is called inside :func:`reading_answers`, or the client was
+found in a wrapped embedder.
+
+A thread that does not copy the context of the embedder's call cannot be told from a thread that has nothing to do with
+the embedder. So while a call runs, the answers in all threads are sorted. This is harmless for other clients, because
+each item keeps its ``index``. If an answer cannot be sorted, its client gets it as it is, and all calls that are
+running fail, because the answer may belong to any of them.
 """
 
 from __future__ import annotations
@@ -12,12 +18,14 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
+import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 from weakref import WeakSet
 
 from embedonce import Embedded, ProviderError
@@ -34,8 +42,8 @@ class AnswersRead:
 
     def add(self, answer: Any) -> None:
         """Add one answer of the endpoint."""
-        model = getattr(answer, "model", None)
-        tokens = getattr(getattr(answer, "usage", None), "total_tokens", None)
+        model = _get(answer, "model")
+        tokens = _get(_get(answer, "usage"), "total_tokens")
         self._models.append(model if isinstance(model, str) and model else None)
         self._tokens.append(tokens if type(tokens) is int and tokens >= 0 else None)
 
@@ -74,26 +82,44 @@ class AnswersRead:
 
 
 _current: ContextVar[AnswersRead | None] = ContextVar("embedonce_openai_answers", default=None)
+_is_inside: ContextVar[bool] = ContextVar("embedonce_is_inside_create", default=False)
+"""Whether ``create`` is running, which reads the answer that it gets from ``post``."""
 _watched: WeakSet[Any] = WeakSet()
+_running: list[AnswersRead] = []
+"""The calls of embedders that are running in this process."""
 _lock = threading.Lock()
+
+
+def _forget_calls_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread that exists only in the parent may hold the old lock
+    _running[:] = [read for read in (_current.get(),) if read is not None]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_calls_in_child)
 
 
 @contextmanager
 def reading_answers() -> Iterator[AnswersRead]:
-    """Sort the answers of all OpenAI clients that are called in this context, and collect what else they say.
+    """Sort the answers of all OpenAI clients that are called in the ``with`` block, and collect what else they say.
 
     Raises:
         ProviderError: an answer does not say which vector belongs to which text.
     """
-    is_ready = _replace_create()
+    is_ready = _replace_methods()
     read = AnswersRead()
     token = _current.set(read)
+    with _lock:
+        _running.append(read)
     try:
         yield read
     finally:
+        with _lock:
+            _running[:] = [other for other in _running if other is not read]
         _current.reset(token)
     read.raise_error()
-    if not is_ready and _replace_create():
+    if not is_ready and _replace_methods():
         raise ProviderError(
             "the embedder has imported openai during its call, so the order of the answers was not checked and nothing "
             "was stored; call it again, or import openai earlier"
@@ -103,13 +129,16 @@ def reading_answers() -> Iterator[AnswersRead]:
 def watch_client(item: object) -> None:
     """Sort the answers of a client, or of its ``embeddings``, even if an embedder calls it in a thread of its own."""
     if any(cls.__module__.partition(".")[0] == "openai" for cls in type(item).__mro__):
-        _replace_create()
+        _replace_methods()
         with _lock:
             _watched.add(getattr(item, "_client", item) if hasattr(item, "create") else item)
 
 
-def _replace_create() -> bool:
-    """Replace ``create`` of ``openai``'s resources, once. Return False if nothing has imported ``openai`` yet."""
+# --- the methods of openai -------------------------------------------------------------------
+
+
+def _replace_methods() -> bool:
+    """Replace ``create`` and ``post`` of ``openai``, once. Return False if nothing has imported ``openai`` yet."""
     if "openai" not in sys.modules:
         return False
     try:
@@ -117,29 +146,61 @@ def _replace_create() -> bool:
     except ImportError:
         return True  # a stand-in or another version, which has no such clients
     for name in ("Embeddings", "AsyncEmbeddings"):
-        cls = getattr(module, name, None)
-        with _lock:
-            if cls is not None and not hasattr(cls.create, "__embedonce_original__"):
-                cls.create = _sorting(cls.create)
+        _replace(getattr(module, name, None), "create", _sorting_create)
+    for name in ("OpenAI", "AsyncOpenAI"):
+        _replace(getattr(sys.modules["openai"], name, None), "post", _sorting_post)
     return True
 
 
-def _sorting(create: Callable[..., Any]) -> Callable[..., Any]:
+def _replace(cls: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    with _lock:
+        original = getattr(cls, name, None)
+        if original is None or hasattr(original, "__embedonce_original__"):
+            return
+        method: Any = make(original)
+        method.__embedonce_original__ = original
+        method.__module__, method.__qualname__ = cls.__module__, f"{cls.__qualname__}.{name}"  # for pickle
+        setattr(cls, name, method)
+
+
+def _sorting_create(create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create)
     def sorting(self: Any, *args: Any, **request: Any) -> Any:
-        read = _current.get()
-        if (read is None and self._client not in _watched) or "input" not in request:
+        reader = _find_reader(self._client)
+        if reader is None or "input" not in request:
             return create(self, *args, **request)
-        given = request["input"]
-        if isinstance(given, Iterable) and not isinstance(given, Sized):
-            request["input"] = given = list(given)  # an iterator can be read only once, and its items are counted
-        answer = create(self, *args, **request)
-        if inspect.isawaitable(answer):
-            return _await_and_read(answer, _count_inputs(given), read)
-        return _read(answer, _count_inputs(given), read)
+        request["input"] = _keep_items(request["input"])
+        given = _find_input(request, request.get("extra_body"))
+        return reader.call(functools.partial(create, self, *args, **request), given)
 
-    sorting.__embedonce_original__ = create  # type: ignore[attr-defined]
     return sorting
+
+
+def _sorting_post(post: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(post)
+    def sorting(self: Any, path: Any, *args: Any, **request: Any) -> Any:
+        body, extra = request.get("body"), (request.get("options") or {}).get("extra_json")
+        is_ours = str(path).strip("/").rpartition("/")[2] == "embeddings" and not request.get("stream")
+        reader = _find_reader(self) if is_ours and not _is_inside.get() else None
+        if isinstance(body, Mapping) and "input" in body and reader is not None:
+            request["body"] = body = {**body, "input": _keep_items(body["input"])}
+        given = _find_input(body, extra)
+        if reader is None or given is None:
+            return post(self, path, *args, **request)
+        return reader.call(functools.partial(post, self, path, *args, **request), given)
+
+    return sorting
+
+
+def _find_input(body: Any, extra: Any) -> Any:
+    """Return the inputs of a request; None if it has no inputs. ``extra`` replaces fields of the body."""
+    inputs = [fields["input"] for fields in (extra, body) if isinstance(fields, Mapping) and "input" in fields]
+    return inputs[0] if inputs else None
+
+
+def _keep_items(given: Any) -> Any:
+    """Return ``input`` with an iterator as a list: an iterator can be read only once, and its items are counted."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Sized) else given
 
 
 def _count_inputs(given: Any) -> int:
@@ -150,32 +211,136 @@ def _count_inputs(given: Any) -> int:
     return 1 if hasattr(first, "__index__") else len(given)
 
 
-async def _await_and_read(awaitable: Awaitable[Any], count: int, read: AnswersRead | None) -> Any:
-    answer = await awaitable
-    parsed = getattr(answer, "parse", None)
-    if inspect.iscoroutinefunction(parsed):  # a streamed response: its parsed answer is kept, as below
-        _sort(await parsed(), count, read)
-        return answer
-    return _read(answer, count, read)
+# --- an answer -------------------------------------------------------------------------------
 
 
-def _read(answer: Any, count: int, read: AnswersRead | None) -> Any:
-    # ``with_raw_response`` returns an object that parses the answer when it is asked to, and then keeps it.
-    _sort(answer.parse() if hasattr(answer, "http_response") else answer, count, read)
-    return answer
-
-
-def _sort(answer: Any, count: int, read: AnswersRead | None) -> None:
-    try:
-        items = list(getattr(answer, "data", None) or ())
-        order = order_by_index([getattr(item, "index", None) for item in items], count)
-    except ProviderError as error:
-        if read is not None:
-            read.fail(error)
-        raise
-    answer.data = [items[position] for position in order]
-    for index, item in enumerate(answer.data):
-        if getattr(item, "index", None) is None:
-            item.index = index  # an embedder may sort by it
+def _find_reader(client: Any) -> _Reader | None:
+    """Return what reads the answer to a request that a client sends now; None if the answer is of no concern."""
+    read = _current.get()
     if read is not None:
-        read.add(answer)
+        return _Reader([read], is_known=True)
+    with _lock:
+        running, is_watched = list(_running), client in _watched
+    return _Reader(running, is_known=is_watched) if running or is_watched else None
+
+
+class _Reader:
+    """Reads the answer to one request.
+
+    Args:
+        calls: the calls of embedders that the answer may belong to.
+        is_known: whether the client is called by an embedder, or was found in one.
+    """
+
+    def __init__(self, calls: list[AnswersRead], *, is_known: bool) -> None:
+        self._calls = calls
+        self._is_known = is_known
+
+    def call(self, send: Callable[[], Any], given: Any) -> Any:
+        """Send a request with these inputs, and return its sorted answer, or a coroutine that returns it."""
+        count = _count_inputs(given)
+        token = _is_inside.set(True)
+        try:
+            answer = send()
+        finally:
+            _is_inside.reset(token)
+        return self._await_and_read(answer, count) if inspect.isawaitable(answer) else self._read(answer, count)
+
+    async def _await_and_read(self, awaitable: Awaitable[Any], count: int) -> Any:
+        token = _is_inside.set(True)
+        try:
+            answer = await awaitable
+        finally:
+            _is_inside.reset(token)
+        if inspect.iscoroutinefunction(getattr(answer, "parse", None)):
+            await answer.read()  # a streamed response; it keeps what it has read
+        return self._read(answer, count)
+
+    def _read(self, answer: Any, count: int) -> Any:
+        try:
+            return self._sort(answer, count)
+        except ProviderError as error:
+            for call in self._calls:
+                call.fail(error)
+            if self._is_known:
+                raise
+            return answer
+
+    def _sort(self, answer: Any, count: int) -> Any:
+        """Return an answer of any form with its items in the order of the inputs."""
+        if hasattr(answer, "http_response"):  # of ``with_raw_response`` or ``with_streaming_response``
+            answer.http_response = self._sort(answer.http_response, count)
+        elif hasattr(answer, "status_code"):
+            return self._sort_response(answer, count)
+        elif isinstance(answer, str):
+            return self._sort_body(answer, count) or answer
+        else:
+            items, changed = _sort_items(answer, count)
+            if isinstance(answer, dict):
+                answer["data"] = items
+            elif changed:
+                answer.data = items
+            self._add(answer)
+        return answer
+
+    def _sort_response(self, response: Any, count: int) -> Any:
+        """Return an HTTP response with the items in order, however its reader decodes it."""
+        body = self._sort_body(response.read(), count)
+        if body is None:
+            return response
+        headers = [pair for pair in response.headers.multi_items() if pair[0].lower() not in _BODY_HEADERS]
+        sorted_response = type(response)(
+            response.status_code,
+            headers=headers,
+            content=body.encode(),
+            request=response.request,
+            extensions=response.extensions,
+            history=response.history,
+        )
+        sorted_response.elapsed = response.elapsed
+        return sorted_response
+
+    def _sort_body(self, body: str | bytes, count: int) -> str | None:
+        """Return the body of a response with the items in order; None if they are in order already."""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ProviderError("the endpoint's answer is not a JSON object; nothing was stored")
+        items, changed = _sort_items(answer, count)
+        self._add(answer)
+        return json.dumps({**answer, "data": items}) if changed else None
+
+    def _add(self, answer: Any) -> None:
+        if self._is_known:
+            for call in self._calls:
+                call.add(answer if len(self._calls) == 1 else None)  # it is not known whose answer it is
+
+
+_BODY_HEADERS: Final = ("content-encoding", "content-length", "transfer-encoding")
+
+
+def _sort_items(answer: Any, count: int) -> tuple[list[Any], bool]:
+    """Return the items of an answer in the order of the inputs, and whether they have changed.
+
+    Raises:
+        ProviderError: the items do not say which vector belongs to which text.
+    """
+    data = _get(answer, "data")
+    items = list(data) if isinstance(data, list | tuple) else []
+    order = order_by_index([_get(item, "index") for item in items], count)
+    changed = order != list(range(count))
+    items = [items[position] for position in order]
+    for index, item in enumerate(items):
+        if _get(item, "index") is None:  # an embedder may sort by it
+            changed = True
+            if isinstance(item, dict):
+                item["index"] = index
+            elif item is not None:
+                item.index = index
+    return items, changed
+
+
+def _get(item: Any, name: str) -> Any:
+    return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,21 @@ from embedonce.keys import NORMALIZERS
 from embedonce_integrations.composite_texts import join, join_keywords, split, split_all, split_keywords
 
 TEXTS = ["one", "two", "three"]
+
+
+@dataclass
+class Options:
+    titles: Any
+
+
+@dataclass(slots=True)
+class Slotted:
+    titles: Any
+
+
+class Plain:
+    def __init__(self, titles: Any) -> None:
+        self.titles = titles
 
 
 @given(st.text(), st.one_of(st.none(), st.text(), st.integers(), st.booleans()))
@@ -79,6 +97,19 @@ def test_titles_of_another_number_are_an_error() -> None:
         {"headings": [1, 2, 3]},
         [{"headings": [1, 2, 3]}],
         {"a": {"b": ["x", "y", "z"]}},
+        [["x", "y", "z"]],
+        {"a": [[["x", "y", "z"]]]},
+        ([1, 2], [1, 2, 3]),
+        np.zeros((1, 3)),
+        [np.zeros((2, 1, 3))],
+        {"0": "a", "1": "b", "2": "c"},
+        {1: "a", 2: "b", 3: "c"},
+        {"a": 1, "b": 2, "c": 3}.values(),
+        SimpleNamespace(titles=["x", "y", "z"]),
+        [SimpleNamespace(titles=[("x", "y", "z")])],
+        Options(["x", "y", "z"]),
+        Slotted(["x", "y", "z"]),
+        Plain(["x", "y", "z"]),
     ],
 )
 def test_another_keyword_with_a_value_per_text_is_refused(value: Any) -> None:
@@ -91,7 +122,32 @@ def test_one_value_may_belong_to_one_text() -> None:
         split_keywords({"headings": ["x"]}, ["one"])
 
 
-@pytest.mark.parametrize("value", [[1, 2], "abc", b"abc", {"a": 1, "b": 2, "c": 3}, {"x", "y", "z"}, 3, None])
+@pytest.mark.parametrize("value", [{"7": "x"}, np.zeros((2, 1)), [[["x"], 1], 2], Options(["x"])])
+def test_one_text_is_not_searched_for_at_every_depth(value: Any) -> None:
+    assert split_keywords({"headings": value}, ["one"]) == ({}, {"headings": value})
+
+
+def test_an_object_that_contains_itself_is_searched_once() -> None:
+    options = Options(None)
+    options.titles = [options, {"again": options}]
+    assert split_keywords({"options": options}, TEXTS)[1]["options"] is options
+    options.titles.append(["x", "y", "z"])
+    with pytest.raises(SpaceError, match=r"options\.titles has as many"):
+        split_keywords({"options": options}, TEXTS)
+
+
+class Side(Enum):
+    LEFT = (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([1, 2], "abc", b"abc", {"a": 1, "b": 2, "c": 3}, {"x", "y", "z"}, 3, None),
+        *(["abc", ["abc"]], {"1": 1, "b": 2, "c": 3}, {"1": 1, "2": 2}, Side.LEFT, len, Options, np.float32(3)),
+        *(PurePosixPath("/a/b"), SimpleNamespace(callbacks=[1, 2, 3]), Options([1, 2])),
+    ],
+)
 def test_another_value_is_a_setting_of_the_call(value: Any) -> None:
     assert split_keywords({"stop": value}, TEXTS) == ({}, {"stop": value})
 

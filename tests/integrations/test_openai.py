@@ -352,6 +352,19 @@ def _try(client: openai.OpenAI, call: dict[str, Any]) -> Any:
         return error.status_code, error.body
 
 
+def test_an_invalid_query_gives_the_error_of_the_client(server: OpenAIServer, tiers: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"model": MODEL, "input": "one", "extra_query": [("tenant", "t")]}
+    with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
+        client = cached(plain, config=tiers)
+        errors = []
+        for one in (client, plain):
+            with pytest.raises(TypeError) as caught:
+                one.embeddings.create(**call)
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
+        assert client.embeddings.cache.stats().passed_by == 1
+
+
 def test_calls_that_use_the_cache_are_not_passed_by(server: OpenAIServer, tiers: dict[str, Any]) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0) as plain:
         client = cached(plain, config=tiers)
@@ -568,15 +581,17 @@ def test_a_field_with_one_value_per_input_is_cut_with_the_inputs(
 def test_another_list_as_long_as_the_input_is_refused(
     server: OpenAIServer, tiers: dict[str, Any], face: Face, place: str
 ) -> None:
-    refused, nested, allowed = Program(server, face)(
+    refused, nested, numbered, allowed = Program(server, face)(
         {"model": MODEL, "input": ["one", "two"], place: {"tags": ["a", "b"]}},
-        {"model": MODEL, "input": ["one", "two"], place: {"options": {"titles": ("a", "b")}}},
+        {"model": MODEL, "input": ["one", "two"], place: {"options": {"titles": [("a", "b"), "c", "d"]}}},
+        {"model": MODEL, "input": ["one", "two"], place: {"titles": {"0": "a", "1": "b"}}},
         {"model": MODEL, "input": ["one", "two"], place: {"tags": ["a", "b", "c"]}},
         config=tiers,
     )
     assert isinstance(refused, SpaceError)
     assert "tags has as many values as there are texts" in str(refused)
     assert isinstance(nested, SpaceError)
+    assert isinstance(numbered, SpaceError)
     assert len(allowed.data) == 2
     assert len(server.requests) == 1
 

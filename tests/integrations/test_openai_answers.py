@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from langchain_core.embeddings import Embeddings
 
 from embedonce import ProviderError
 from embedonce.testing import OpenAIServer
+from embedonce_integrations import openai_answers
 from embedonce_integrations.langchain import CachedEmbeddings
 from embedonce_integrations.openai_answers import AnswersRead, reading_answers, watch_client
 
@@ -24,6 +27,16 @@ from .embedders import equal_as_float32, memory_config
 
 MODEL = "text-embedding-3-small"
 TEXTS = ["Green tea", "Black tea", "White tea"]
+
+
+_clients: list[openai.OpenAI] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    yield
+    while _clients:
+        _clients.pop().close()
 
 
 class Holder:
@@ -41,7 +54,8 @@ class Asking(Embeddings):
         self.model = MODEL
 
     def make_client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key="any", max_retries=0)
+        _clients.append(openai.OpenAI(base_url=self.base_url, api_key="any", max_retries=0))
+        return _clients[-1]
 
     def get_client(self) -> openai.OpenAI:
         raise NotImplementedError
@@ -129,7 +143,105 @@ class InChunks(Asking):
             return [row for part in parts for row in part]
 
 
-KINDS = [Held, Lazy, PerCall, Raw, Streaming, Iterating, InThreads, InChunks]
+class LazyInThreads(Lazy):
+    """Makes its client in a thread that does not copy the caller's context."""
+
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super().embed_documents, texts).result()
+
+
+class PerCallInThreads(PerCall):
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        with ThreadPoolExecutor(2) as pool:
+            parts = pool.map(super().embed_documents, [texts[:2], texts[2:]] if len(texts) > 2 else [texts])
+            return [row for part in parts for row in part]
+
+
+class InAnotherLoop(InChunks):
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super().embed_documents, texts).result()
+
+
+class Posting(Lazy):
+    """Sends its requests as LiteLLM does."""
+
+    cast_to: Any = openai.types.CreateEmbeddingResponse
+
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        body = {"model": self.model, "input": texts, "encoding_format": "float"}
+        return self.read(client.post("/embeddings", body=body, cast_to=self.cast_to))
+
+    def read(self, answer: Any) -> list[Any]:
+        return [item.embedding for item in answer.data]
+
+
+class PostingForADict(Posting):
+    cast_to = object
+
+    def read(self, answer: Any) -> list[Any]:
+        return [item["embedding"] for item in answer["data"]]
+
+
+class PostingAsync(Posting):
+    def embed_documents(self, texts: list[str]) -> list[Any]:
+        return asyncio.run(self.aembed_documents(texts))
+
+    async def aembed_documents(self, texts: list[str]) -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=self.base_url, api_key="any", max_retries=0) as client:
+            body = {"model": self.model, "input": texts, "encoding_format": "float"}
+            return self.read(await client.post("/embeddings", body=body, cast_to=self.cast_to))
+
+
+class ReadingTheBody(Lazy):
+    """Decodes the body of the response by itself."""
+
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        answer = client.embeddings.with_raw_response.create(model=self.model, input=texts, encoding_format="float")
+        decoded = [json.loads(answer.text), json.loads(answer.content), answer.http_response.json()]
+        assert decoded[0] == decoded[1] == decoded[2]
+        assert [item.embedding for item in answer.parse().data] == [item["embedding"] for item in decoded[0]["data"]]
+        return [item["embedding"] for item in decoded[0]["data"]]
+
+
+class ReadingTheStream(Lazy):
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        with client.embeddings.with_streaming_response.create(
+            model=self.model, input=texts, encoding_format="float"
+        ) as answer:
+            return [item["embedding"] for item in json.loads(b"".join(answer.iter_bytes()))["data"]]
+
+
+class ReadingTheStreamAsync(InChunks):
+    async def aembed_documents(self, texts: list[str]) -> list[Any]:
+        async with (
+            openai.AsyncOpenAI(base_url=self.base_url, api_key="any", max_retries=0) as client,
+            client.embeddings.with_streaming_response.create(
+                model=self.model, input=texts, encoding_format="float"
+            ) as answer,
+        ):
+            return [item["embedding"] for item in (await answer.json())["data"]]
+
+
+class Original(Lazy):
+    """Calls the method that it took from the class before this package replaced it."""
+
+    def ask(self, client: openai.OpenAI, texts: list[str]) -> list[Any]:
+        with reading_answers():
+            create: Any = openai.resources.embeddings.Embeddings.create
+        return [
+            item.embedding
+            for item in create.__embedonce_original__(client.embeddings, model=self.model, input=texts).data
+        ]
+
+
+KINDS = [
+    *(Held, Lazy, PerCall, Raw, Streaming, Iterating, InThreads, InChunks),
+    *(LazyInThreads, PerCallInThreads, InAnotherLoop, Original),
+    *(Posting, PostingForADict, PostingAsync),
+    *(ReadingTheBody, ReadingTheStream, ReadingTheStreamAsync),
+]
 
 
 @pytest.fixture
@@ -145,7 +257,7 @@ def right(server: OpenAIServer, texts: list[str]) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_text_gets_its_own_vector(server: OpenAIServer, kind: Callable[[OpenAIServer], Asking]) -> None:
     cached = CachedEmbeddings(kind(server), config=memory_config())
-    server.misbehave("out_of_order")
+    server.misbehave("out_of_order", times=None)
     for _ in range(2):
         assert equal_as_float32(cached.embed_documents(TEXTS), right(server, TEXTS))
     assert equal_as_float32(cached.embed_documents([*TEXTS[::-1], "Oolong"])[:3], right(server, TEXTS[::-1]))
@@ -178,10 +290,119 @@ def test_other_clients_see_the_answers_as_they_are(server: OpenAIServer, plain: 
     assert [item.index for item in answer.data] != [0, 1, 2]
     server.misbehave("short")
     assert len(plain.embeddings.create(model=MODEL, input=TEXTS).data) == 2
-    server.misbehave("out_of_order")
+    server.heal()
     with reading_answers() as read:
-        contextvars.Context().run(plain.embeddings.create, model=MODEL, input=TEXTS)
-    assert read.model is None, "a call in another context is not read"
+        ask_elsewhere(plain)
+    assert read.model is None, "the model of an unknown client is not read"
+
+
+def ask_elsewhere(client: openai.OpenAI) -> Any:
+    """Call a client in a context of its own."""
+    return contextvars.Context().run(client.embeddings.create, model=MODEL, input=TEXTS)
+
+
+def test_an_answer_in_another_context_is_sorted_while_a_call_runs(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    server.misbehave("out_of_order", times=None)
+    with reading_answers():
+        answer = ask_elsewhere(plain)
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert [item.index for item in ask_elsewhere(plain).data] != [0, 1, 2]
+
+
+def test_an_answer_in_another_context_that_cannot_be_sorted_fails_all_calls(
+    server: OpenAIServer, plain: openai.OpenAI
+) -> None:
+    server.misbehave("short")
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(pytest.raises(ProviderError, match="one vector per text"))
+            stack.enter_context(reading_answers())
+        assert len(ask_elsewhere(plain).data) == 2, "its caller gets the answer as it is"
+
+
+def test_the_error_of_an_embedder_hides_the_error_of_an_answer(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    server.misbehave("short")
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(KeyError))
+        stack.enter_context(reading_answers())
+        ask_elsewhere(plain)
+        raise KeyError
+
+
+def test_the_model_of_a_watched_client_is_known_if_one_call_runs(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    watch_client(plain)
+    with reading_answers() as read:
+        ask_elsewhere(plain)
+        assert read.model == MODEL
+        assert read.tokens is not None
+        with reading_answers() as other:
+            ask_elsewhere(plain)
+    assert (read.model, other.model) == (None, None), "the answer belongs to one of two calls"
+
+
+def test_a_request_is_counted_once(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    server.misbehave("out_of_order")
+    counts = []
+    for method in (plain.embeddings.create, plain.embeddings.with_raw_response.create):
+        with reading_answers() as read:
+            answer = method(model=MODEL, input=TEXTS)
+        counts.append(read.tokens)
+    with reading_answers() as read:
+        plain.post("/embeddings", body={"model": MODEL, "input": TEXTS}, cast_to=openai.types.CreateEmbeddingResponse)
+    assert counts == [read.tokens, read.tokens]
+    assert read.tokens is not None
+    assert answer.headers["content-type"].startswith("application/json"), "a sorted response keeps its headers"
+
+
+@pytest.mark.parametrize("path", ["/embeddings", "embeddings", "{base_url}/embeddings"])
+@pytest.mark.parametrize("place", ["body", "extra_json"])
+def test_the_answer_to_a_posted_request_is_sorted(
+    server: OpenAIServer, plain: openai.OpenAI, path: str, place: str
+) -> None:
+    server.misbehave("out_of_order")
+    body, extra = {"model": MODEL, "input": iter(TEXTS)}, {}
+    if place == "extra_json":
+        body, extra = {"model": MODEL, "input": "other"}, {"input": TEXTS}
+    with reading_answers():
+        answer = plain.post(
+            path.format(base_url=server.base_url),
+            body=body,
+            options={"extra_json": extra},
+            cast_to=openai.types.CreateEmbeddingResponse,
+        )
+    assert [item.index for item in answer.data] == [0, 1, 2]
+
+
+def test_a_posted_request_may_return_a_text_or_a_response(server: OpenAIServer, plain: openai.OpenAI) -> None:
+    body = {"model": MODEL, "input": TEXTS}
+    server.misbehave("out_of_order", times=None)
+    with reading_answers():
+        text = plain.post("/embeddings", body=body, cast_to=str)
+        response = plain.post("/embeddings", body=body, cast_to=type(_get_response(plain)))
+    for decoded in (json.loads(text), response.json()):
+        assert [item["index"] for item in decoded["data"]] == [0, 1, 2]
+
+
+def _get_response(client: openai.OpenAI) -> Any:
+    """Return a response of the HTTP library that the client uses: httpx or its successor."""
+    return client.embeddings.with_raw_response.create(model=MODEL, input=TEXTS).http_response
+
+
+def test_a_body_that_is_not_json_is_an_error(plain: openai.OpenAI) -> None:
+    reader = openai_answers._find_reader(plain)
+    assert reader is None
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(ProviderError, match="not a JSON object"))
+        stack.enter_context(reading_answers())
+        reader = openai_answers._find_reader(plain)
+        assert reader is not None
+        reader.call(lambda: "<html>", TEXTS)
+
+
+def test_other_requests_are_left_alone(plain: openai.OpenAI) -> None:
+    with reading_answers() as read, pytest.raises(openai.NotFoundError):
+        plain.post("/other", body={"model": MODEL, "input": TEXTS}, cast_to=object)
+    assert read.model is None
 
 
 def test_what_the_answers_say_goes_to_the_cache(server: OpenAIServer, plain: openai.OpenAI) -> None:
@@ -226,8 +447,11 @@ def test_a_client_is_watched_by_itself_or_its_embeddings(server: OpenAIServer) -
         client.close()
 
 
-def test_the_method_keeps_its_name_and_can_be_pickled() -> None:
+@pytest.mark.parametrize(
+    ("names", "module"), [(("Embeddings", "create"), openai.resources.embeddings), (("OpenAI", "post"), openai)]
+)
+def test_the_methods_keep_their_names_and_can_be_pickled(names: tuple[str, str], module: Any) -> None:
     with reading_answers():
-        create = openai.resources.embeddings.Embeddings.create
-    assert (create.__name__, create.__module__) == ("create", "openai.resources.embeddings")
-    assert pickle.loads(pickle.dumps(create)) is create
+        method = getattr(getattr(module, names[0]), names[1])
+    assert method.__name__ == names[1]
+    assert pickle.loads(pickle.dumps(method)) is method
