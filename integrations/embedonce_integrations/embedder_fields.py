@@ -243,7 +243,7 @@ TOOLS: Final = (
     *("langchain_core.callbacks", "langchain_core.caches", "langchain_core.rate_limiters", "langchain_core.stores"),
     *("langchain_core.tracers", "llama_index.core.callbacks", "llama_index.core.rate_limiter"),
     *("llama_index.core.storage", "llama_index.core.instrumentation", "haystack.components.embedders.backends"),
-    *("haystack.tracing", "haystack.utils.auth", "itertools", "aioboto3"),
+    *("haystack_integrations.components.embedders", "haystack.tracing", "haystack.utils.auth", "itertools", "aioboto3"),
 )
 """Modules of frameworks whose objects, under a name in :data:`NOT_IN_SPACE`, cannot change a vector."""
 

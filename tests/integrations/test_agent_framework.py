@@ -149,7 +149,7 @@ async def test_a_mixed_batch_during_a_fault_gets_no_wrong_vector(
 ) -> None:
     cached = CachedEmbeddingClient(client, config=tiers)
     await cached.get_embeddings(TEXTS[:1])
-    server.misbehave(how)
+    server.misbehave(how, times=None)
     mixed = cached.get_embeddings([TEXTS[2], TEXTS[0], TEXTS[1]])
     if how == "out_of_order":
         assert (rows(await mixed)[0] == server.vector_of(TEXTS[2], model=MODEL)).all()
@@ -157,6 +157,7 @@ async def test_a_mixed_batch_during_a_fault_gets_no_wrong_vector(
         with pytest.raises((ProviderError, openai.OpenAIError, ValueError)) as failed:
             await mixed
         assert not any(text in str(failed.value) for text in TEXTS)
+    server.heal()
     after = await cached.get_embeddings(TEXTS)
     for text, row in zip(TEXTS, rows(after), strict=True):
         assert (row == server.vector_of(text, model=MODEL)).all()
