@@ -18,11 +18,11 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import Value
 
+from .description_changes import CLIENT, ENDPOINT
 from .embedder_fields import (
     CLIENT_PACKAGES,
     CLIENT_SETTINGS,
@@ -43,7 +44,6 @@ from .embedder_fields import (
     decides_nothing,
     holds_phrases,
     holds_settings,
-    is_record,
     is_secret,
     to_plain_name,
 )
@@ -76,13 +76,6 @@ HOW_TO_DECLARE: Final = (
     'declare what determines its vectors: space={"model": "my-model-v2"}, plus anything else that changes them '
     "(dimensions, prompt, ...)"
 )
-
-CLIENT: Final = "client"
-"""The end of the name under which the settings of a connection are described: ``_client.client``."""
-
-
-ENDPOINT: Final = "URL of the endpoint"
-"""The name under which the URL of an embedder's endpoint is described."""
 
 
 def check_class(cls: type[Any]) -> None:
@@ -162,54 +155,6 @@ def describe_request(request: Mapping[str, Any]) -> dict[str, Value]:
         SpaceError: an argument cannot be described, or makes a vector depend on the other texts of its batch.
     """
     return Description(None).describe_fields(request)
-
-
-class Difference(NamedTuple):
-    """A difference between two descriptions of an embedder. A value that is absent is None."""
-
-    path: str
-    then: Any
-    now: Any
-    may_grow: bool
-    """Whether the embedder may have written down what it does, or made a part of itself at the first call."""
-
-
-def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Return the fields that differ between two descriptions of an embedder.
-
-    A connection that is only in ``now`` is no difference, because embedders make their connections at the first call.
-    """
-    return list(_compare(then, now, "", is_object=True, in_record=False))
-
-
-def _compare(then: Any, now: Any, path: str, *, is_object: bool, in_record: bool) -> Iterator[Difference]:
-    """Yield the differences below ``path``, which an object's field or an item of a collection holds."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        is_object = not path or "class" in then or "class" in now
-        in_record = in_record and not is_object
-        for name in sorted({*then, *now}):
-            is_new_client = name not in then and name.endswith(f".{CLIENT}")
-            if is_new_client or (name == ENDPOINT and {*then.get(name, ())} <= {*now.get(name, ())}):
-                continue
-            yield from _compare(
-                *(then.get(name), now.get(name), f"{path}.{name}" if path else name),
-                is_object=is_object,
-                in_record=in_record or is_record(name),
-            )
-    elif _are_lists_of_objects(then, now):
-        for index, (one, other) in enumerate(zip(then, now, strict=True)):
-            yield from _compare(one, other, f"{path}[{index}]", is_object=False, in_record=in_record)
-    elif type(then) is not type(now) or then != now:
-        yield Difference(path, then, now, in_record or (then is None and is_object))
-
-
-def _are_lists_of_objects(then: Any, now: Any) -> bool:
-    return (
-        isinstance(then, list)
-        and isinstance(now, list)
-        and len(then) == len(now)
-        and any(isinstance(item, Mapping) for item in then)
-    )
 
 
 # --- what an object holds ---------------------------------------------------------------------
