@@ -31,7 +31,7 @@ from embedonce.batch_settings import refuse_batch_settings
 from embedonce.contracts import Task
 from embedonce.keys import Value
 
-from .description_changes import CLIENT, ENDPOINT
+from ._description_changes import CLIENT, ENDPOINT
 from .embedder_fields import (
     CLIENT_PACKAGES,
     CLIENT_SETTINGS,

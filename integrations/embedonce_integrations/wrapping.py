@@ -16,8 +16,8 @@ from embedonce import Cache, ConfigError, Limits, SpaceError, VectorSpace, confi
 from embedonce.contracts import AnyProvider, Embedded, Task, Vectors
 from embedonce.tasks import check_task
 
+from ._description_changes import list_differences
 from .describing import describe_embedder, describe_request, refuse_tied_settings
-from .description_changes import list_differences
 from .openai_answers import AnswersRead, reading_answers
 
 Answer: TypeAlias = Vectors | Embedded

@@ -29,10 +29,10 @@ from pydantic import SecretStr
 
 from embedonce import Cache, SpaceError
 from embedonce.testing.fakes import CountingProvider
+from embedonce_integrations._description_changes import list_differences
 from embedonce_integrations.describing import (
     describe_embedder,
     find_model,
-    list_differences,
     read_state,
     refuse_tied_settings,
 )
