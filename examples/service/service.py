@@ -54,13 +54,11 @@ async def embed(request: Request) -> Response:
         return JSONResponse({"error": f"texts must be a list of at most {MAX_TEXTS} strings"}, 400)
     if task not in ("document", "query"):
         return JSONResponse({"error": 'task must be "document" or "query"'}, 400)
-    try:
-        fetched = await request.app.state.cache.afetch(texts, task)
-    except embedonce.TextError:
-        return JSONResponse({"error": "a text is not valid Unicode"}, 400)
+    fetched = await request.app.state.cache.afetch(texts, task)
     if fetched.failed:
         failed = {position: type(error).__name__ for position, error in fetched.failed.items()}
-        return JSONResponse({"error": "some texts have no vector", "failed": failed}, 502)
+        is_invalid = all(isinstance(error, embedonce.TextError) for error in fetched.failed.values())
+        return JSONResponse({"error": "some texts have no vector", "failed": failed}, 400 if is_invalid else 502)
     seconds = sum(fetched.seconds.values())
     return JSONResponse(
         {"vectors": fetched.vectors.tolist(), "sources": fetched.sources},

@@ -45,6 +45,7 @@ from .embedder_fields import (
     holds_phrases,
     holds_settings,
     is_secret,
+    is_unmistakable,
     to_plain_name,
 )
 from .openai_answers import watch_client
@@ -313,7 +314,7 @@ class Description:
     ) -> dict[str, Value]:
         """Describe an object's fields or a mapping.
 
-        ``are_names`` says whether the keys are names of settings; the keys of a user's data are not. ``phrases`` is
+        ``are_names`` says whether the keys are names of settings; the keys of a user's data may not be. ``phrases`` is
         the name of a mapping with prompts, which counts for each of its values.
         """
         has_model, self._has_model = self._has_model, self._has_model or find_model(fields) is not None
@@ -330,7 +331,8 @@ class Description:
                 watch_client(item)  # even if its name is on the list
             if self._is_ignored(name, where) or item is None:
                 continue
-            if are_names and (is_secret(name) or (decides_nothing(name) and is_replaceable(item))):
+            is_name = are_names or (not phrases and is_unmistakable(name))
+            if is_name and (is_secret(name) or (decides_nothing(name) and is_replaceable(item))):
                 described |= self._describe_query_below(item, name, where)
                 continue
             if not path and name.strip("_") in MODEL_FIELDS and isinstance(item, str) and is_model_folder(item):

@@ -270,6 +270,7 @@ _SECRET_TEXT = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PHRASE = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|templates?)$")
 _SETTINGS = re.compile(r"(kwargs|args|params|parameters|options|config|settings|body|query|headers)$")
+_UNMISTAKABLE = frozenset({"callbacks", "cookies", "headers", "password", "proxies", "retries", "timeout", "verbose"})
 _RECORD = re.compile(
     r"counts?|counters?|calls|num_calls|totals?(_.*)?|usage|tokens_used|used|seen|history|logs?|records?|stats"
     r"|statistics|requests|hits|misses|spent|elapsed|timings?|costs?|metrics|.*_(count|total|calls)"
@@ -305,6 +306,15 @@ def holds_phrases(name: str) -> bool:
 def holds_settings(name: str) -> bool:
     """Return whether the keys of a mapping of this name are names of settings. Otherwise they are a user's data."""
     return _SETTINGS.search(to_plain_name(name)) is not None
+
+
+def is_unmistakable(name: str) -> bool:
+    """Return whether a listed name is the name of a setting even as a key of a user's data, as ``max_retries`` is.
+
+    A single word, such as ``user``, may be one of the user's own words.
+    """
+    plain = to_plain_name(name)
+    return "_" in plain or plain in _UNMISTAKABLE
 
 
 def is_record(name: str) -> bool:

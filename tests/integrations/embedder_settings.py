@@ -19,6 +19,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePosixPath
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from embedonce_integrations.embedder_fields import (
     NOT_IN_SPACE,
     decides_nothing,
     is_secret,
+    is_unmistakable,
 )
 
 T = TypeVar("T")
@@ -114,6 +116,10 @@ PLACES: tuple[Callable[[Any, str, Any], None], ...] = (
     set_in_model,
     set_in_private_part_of_a_model,
 )
+
+
+MAPPINGS = (set_in_slots, set_in_list, set_in_private_part_of_a_model)
+"""Places where the name of a setting is a key of a mapping."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,9 @@ def pairs(draw: st.DrawFn) -> Pair:
         name, first, second = draw(FREE_NAMES), draw(kind), draw(st.none() | kind)
         are_equal = _shown(first) == _shown(second)
     else:
-        name, first, second = draw(st.sampled_from(IRRELEVANT)), draw(TEXT), draw(st.none() | TEXT | st.builds(object))
+        # A single word may be a word of the user's own in a mapping that does not say what it is.
+        names = [name for name in IRRELEVANT if place not in MAPPINGS or is_unmistakable(name)]
+        name, first, second = draw(st.sampled_from(names)), draw(TEXT), draw(st.none() | TEXT | st.builds(Lock))
         are_equal = True
     mixes = tuple([*mix[:at], Setting(place, name, value), *mix[at:]] for value in (first, second))
     return Pair((mixes[0], mixes[1]), are_equal)

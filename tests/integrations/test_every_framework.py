@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,7 +68,9 @@ class Frameworks:
         """Embedders that have an OpenAI client in one of the attributes in CLIENTS."""
 
     def close(self) -> None:
-        for cache in [*self.caches, open_shared_cache(self.config)]:
+        with suppress(ConfigError):  # a test has made the configuration invalid
+            self.caches.append(open_shared_cache(self.config))
+        for cache in self.caches:
             self.runner.run(cache.aclose())
             cache.close()
         clients = [getattr(embedder, name, None) for embedder in self.made for name in CLIENTS]

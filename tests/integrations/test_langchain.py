@@ -565,8 +565,8 @@ def test_vectors_computed_before_a_failure_are_kept(server: OpenAIServer, openai
     texts = [f"text {i}" for i in range(9)]
     cached = CachedEmbeddings(openai(chunk_size=3), config=memory_config())
     cached.embed_documents(texts[:3])
-    server.misbehave("server_error")
-    with pytest.raises(Exception, match="error while processing"):
+    server.misbehave("unauthorized")
+    with pytest.raises(Exception, match="401"):
         cached.embed_documents(texts)
     before = server.texts
     assert before == 6
