@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from embedonce import Cache, Tier
 from embedonce._engine import ports
 from embedonce.contracts import deadline, time_left
+from embedonce_backends import memory
 from embedonce_backends.disk import DiskBackend
 from embedonce_backends.memory import MemoryBackend
 
@@ -60,7 +62,10 @@ def test_ctrl_c_leaves_no_deadline_in_the_thread() -> None:
 # Python warns when it collects a coroutine that was never awaited. An interrupt may leave such a coroutine behind.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
-def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path) -> None:
+def test_ctrl_c_on_any_line_of_a_batch_leaves_no_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A trace function can raise where a signal handler cannot: before a ``with`` statement releases its lock. So this
+    # test uses a lock of its own, because all memory tiers share one.
+    monkeypatch.setattr(memory, "_lock", threading.RLock())
     for line in itertools.count():
         tiers = [MemoryBackend(), Tier(DiskBackend(path=tmp_path / str(line)), timeout=60.0)]
         with Cache(lengths, tiers, space={"model": "m"}) as cache:
