@@ -201,6 +201,7 @@ async def test_store_metadata_stores_metadata_in_the_tiers(config: dict[str, Any
         memory = CachedMemory({**config, "key": {"namespace": str(store)}}, store_metadata=store)
         await memory.add(chunk(TEA[0], source="a.md", chunk=3))
         assert memory.cache.lookup([TEA[0]]).metadata == [expected]
+        await memory.cache.aclose()  # else its connections end with the loop, which is a warning
 
 
 async def test_the_order_of_keys_in_json_does_not_matter() -> None:
