@@ -270,7 +270,7 @@ _SECRET_TEXT = re.compile(
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PHRASE = re.compile(r"(^|_)(prompts?|prefix(es)?|suffix(es)?|instructions?|templates?)$")
 _SETTINGS = re.compile(r"(kwargs|args|params|parameters|options|config|settings|body|query|headers)$")
-_UNMISTAKABLE = frozenset({"callbacks", "cookies", "headers", "password", "proxies", "retries", "timeout", "verbose"})
+_UNMISTAKABLE = frozenset({"callbacks", "cookies", "headers", "proxies", "retries", "timeout", "verbose"})
 _RECORD = re.compile(
     r"counts?|counters?|calls|num_calls|totals?(_.*)?|usage|tokens_used|used|seen|history|logs?|records?|stats"
     r"|statistics|requests|hits|misses|spent|elapsed|timings?|costs?|metrics|.*_(count|total|calls)"
