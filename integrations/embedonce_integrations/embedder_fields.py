@@ -7,9 +7,9 @@ from typing import Final
 
 NOT_IN_SPACE: Final = frozenset(
     {
-        # Connections and accounts. The same model answers whoever asks. Not listed are `location` and `project` of
-        # Vertex AI and `project_id` of watsonx: a deployment or a tuned model may have the same name in two of them.
-        # An AWS region is listed, because the model ids of Bedrock contain the version of the model.
+        # Connections and accounts. A model returns the same vectors to every account. This list does not contain
+        # `location` and `project` of Vertex AI or `project_id` of watsonx, because two projects may use one name for
+        # different models. It contains the AWS region, because a model id of Bedrock includes the model's version.
         "additional_headers",
         "aiosession",
         "api_key_env",

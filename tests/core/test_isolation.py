@@ -339,6 +339,24 @@ def test_the_words_of_a_text_in_a_message_are_not_read(quote: Callable[[str], st
         assert set(cache.fetch(["good 1", text, "good 2", "good 3"]).failed) == {1}
 
 
+def test_a_number_in_a_text_that_a_message_repeats_is_no_batch_limit() -> None:
+    text = "bad: a batch has at most 2 inputs"
+
+    class Echoing(PickyServer):
+        def embed(self, texts: Sequence[str]) -> list[list[float]]:
+            if text in texts:
+                self.requests.append(list(texts))
+                raise StatusError(f"Cannot embed {text!r}", 400)
+            return super().embed(texts)
+
+    server = Echoing()
+    with open_cache(server) as cache:
+        assert set(cache.fetch([*make_texts(20, set()), text]).failed) == {20}
+        server.requests.clear()
+        cache.embed_batch([f"more {i}" for i in range(20)])
+    assert len(server.requests) == 1, "no batch limit was learned"
+
+
 def test_an_unrelated_exception_that_was_being_handled_says_nothing_about_the_error() -> None:
     def make_error() -> Exception:
         error = ValueError("a text")

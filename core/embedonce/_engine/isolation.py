@@ -175,7 +175,7 @@ class _Search:
         aside: list[list[str]] = []
         has_just_failed, was_other_sent = True, False
         while len(suspects) > 1:
-            named = read_batch_limit(error, len(suspects)) if has_just_failed else None
+            named = read_batch_limit(error, self._list_texts(suspects)) if has_just_failed else None
             middle = named or len(suspects) // 2
             first, other = suspects[:middle], suspects[middle:]
             problem = await self._send(first)
@@ -203,8 +203,7 @@ class _Search:
                 self._note_too_large(refused, refusal, worked or suspects)
                 return _merge(aside)
             error = problem
-        for key in suspects:
-            self._fail([key], error)
+        self._fail(suspects, error)
         return _merge(aside) if worked else [*_merge(aside[:-1]), *aside[-1:]]
 
     async def _send(self, part: list[str], error: Exception | None = None) -> Exception | None:
@@ -238,10 +237,10 @@ class _Search:
         for key in part:
             self.pending.pop(key, None)
         if self._batches.is_in_doubt:
-            self._batches.note_success([self._texts[key] for key in part])
+            self._batches.note_success(self._list_texts(part))
 
     async def _take_failure(self, error: Exception, part: Sequence[str]) -> None:
-        cause = find_cause(error, [self._texts[key] for key in part])
+        cause = find_cause(error, self._list_texts(part))
         if cause == "rate":
             self._patience.note_rate_limit(error, is_retried=self._is_retried)
         if cause in ("rate", "call"):
@@ -260,12 +259,16 @@ class _Search:
     def _note_too_large(self, refused: Sequence[str], error: Exception, worked: Sequence[str]) -> None:
         if find_cause(error) == "overload":
             return  # the failure was a passing one
+        texts = self._list_texts(refused)
         self._batches.learn(
-            [self._texts[key] for key in refused],
-            [self._texts[key] for key in worked],
-            is_sure=is_refusal(error),
-            by_size=speaks_of_size(error),
+            texts,
+            self._list_texts(worked),
+            is_sure=is_refusal(error, texts),
+            by_size=speaks_of_size(error, texts),
         )
+
+    def _list_texts(self, keys: Iterable[str]) -> list[str]:
+        return [self._texts[key] for key in keys]
 
     def _fail(self, keys: Iterable[str], error: Exception) -> None:
         for key in keys:

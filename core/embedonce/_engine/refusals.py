@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from embedonce.errors import EmbedonceError, ReplayMiss, TextError, TextRefused
@@ -117,7 +117,7 @@ def find_cause(error: Exception, texts: Iterable[str] = ()) -> Cause:
     if status in _OVERLOAD_STATUSES:
         return "overload"
     if status in (None, 400):
-        words = _remove_texts(_read_text(error), texts)
+        words = _read_text(error, texts)
         if any(map(_ACCESS_NAME.search, names)) or _ACCESS_CODE.search(words) or _ACCESS_TEXT.search(words):
             return "call"
     if status is not None:
@@ -182,23 +182,23 @@ def read_wait(error: Exception) -> float | None:
     return None
 
 
-def read_batch_limit(error: Exception, texts: int) -> int | None:
-    """Return the number of texts that an error names as the most of one request, if it is below ``texts``."""
-    text = _read_text(error)
+def read_batch_limit(error: Exception, texts: Sequence[str]) -> int | None:
+    """Return the number of texts that an error names as the most of one request, if the request had more ``texts``."""
+    text = _read_text(error, texts)
     if not _BATCH_TEXT.search(text):
         return None
     status = read_status(error)
     named = (int(re.sub(r"\D", "", found[1])) for found in _LIMIT_TEXT.finditer(text))
-    return max((number for number in named if 0 < number < texts and number != status), default=None)
+    return max((number for number in named if 0 < number < len(texts) and number != status), default=None)
 
 
-def speaks_of_size(error: Exception) -> bool:
+def speaks_of_size(error: Exception, texts: Iterable[str]) -> bool:
     """Return whether an error is about the length of the texts, and names no number of texts."""
-    text = _read_text(error)
+    text = _read_text(error, texts)
     return bool(_SIZE_TEXT.search(text)) or (read_status(error) == 413 and not _BATCH_TEXT.search(text))
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception, texts: Iterable[str]) -> bool:
     """Return whether the request was refused for what it contains, so that the same request would fail again.
 
     Any other failure may have been a passing one.
@@ -206,7 +206,7 @@ def is_refusal(error: Exception) -> bool:
     status = read_status(error)
     if isinstance(error, TextRefused) or status in (400, 413, 422):
         return True
-    text = _read_text(error)
+    text = _read_text(error, texts)
     return status not in _OVERLOAD_STATUSES and bool(_BATCH_TEXT.search(text) or _SIZE_TEXT.search(text))
 
 
@@ -255,8 +255,8 @@ def _to_status(value: Any) -> int | None:
     return int(value) if isinstance(value, int) and 400 <= value < 600 else None
 
 
-def _read_text(error: Exception) -> str:
-    """Return the messages and bodies of an exception and of those that it wraps."""
+def _read_text(error: Exception, texts: Iterable[str] = ()) -> str:
+    """Return the messages and bodies of an exception and of the exceptions that it wraps, without the ``texts``."""
     parts: list[str] = []
     for wrapped in _unwrap(error):
         values: list[Any] = [wrapped]
@@ -271,7 +271,7 @@ def _read_text(error: Exception) -> str:
                 continue
             if text and text[:MAX_CHARACTERS] not in parts:
                 parts.append(text[:MAX_CHARACTERS])
-    return "\n".join(parts)
+    return _remove_texts("\n".join(parts), texts)
 
 
 def _read_headers(error: Exception) -> dict[str, str]:
