@@ -209,7 +209,14 @@ Backend: TypeAlias = FrameBackend | EntryBackend
 
 # --- deadline of the current call -------------------------------------------------------------
 
-_deadline: ContextVar[float | None] = ContextVar("embedonce_deadline", default=None)
+
+class Deadline(Protocol):
+    """The end of a call. :mod:`embedonce.event_loops` has the deadline of a coroutine."""
+
+    def compute_seconds_left(self) -> float: ...
+
+
+current_deadline: ContextVar[Deadline | None] = ContextVar("embedonce_deadline", default=None)
 
 
 def time_left() -> float | None:
@@ -221,13 +228,8 @@ def time_left() -> float | None:
     Raises:
         TierTimeout: the deadline has passed.
     """
-    at = _deadline.get()
-    if at is None:
-        return None
-    left = at - time.monotonic()
-    if left <= 0:
-        raise TierTimeout("the tier's timeout has passed")
-    return left
+    current = current_deadline.get()
+    return None if current is None else current.compute_seconds_left()
 
 
 class deadline:
@@ -237,18 +239,26 @@ class deadline:
     then finish the generator later, and so reset the deadline in an unrelated context.
     """
 
-    __slots__ = ("_seconds", "_tokens")
+    __slots__ = ("_end", "_seconds", "_tokens")
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._tokens: list[Token[float | None]] = []
+        self._end = 0.0
+        self._tokens: list[Token[Deadline | None]] = []
 
     def __enter__(self) -> None:
-        at = None if self._seconds is None else time.monotonic() + self._seconds
-        self._tokens.append(_deadline.set(at))
+        if self._seconds is not None:
+            self._end = time.monotonic() + self._seconds
+        self._tokens.append(current_deadline.set(None if self._seconds is None else self))
 
     def __exit__(self, *_: object) -> None:
-        _deadline.reset(self._tokens.pop())
+        current_deadline.reset(self._tokens.pop())
+
+    def compute_seconds_left(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TierTimeout("the tier's timeout has passed")
+        return left
 
 
 # --- providers --------------------------------------------------------------------------------

@@ -124,6 +124,20 @@ class TierTimeout(TierError, TimeoutError):
     """A tier did not answer within its ``timeout``."""
 
 
+class LoopBusy(TierTimeout):
+    """A call on an event loop did not end in time, and other tasks blocked the loop meanwhile.
+
+    This counts as an error with the cause ``busy_loop``. It opens the breaker only if it happens three times in a row.
+    Run the work that blocks the loop in a thread, for example with ``asyncio.to_thread``.
+
+    ``started`` is the time on ``time.monotonic`` at which the call began.
+    """
+
+    def __init__(self, started: float) -> None:
+        super().__init__("the event loop was blocked, so the reply could not be read in time")
+        self.started = started
+
+
 class TierBusy(TierError):
     """All connections to a tier, or all of its threads, are in use.
 

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, time_left
 from embedonce.errors import ConfigError, TierError
+from embedonce.event_loops import async_deadline
 from embedonce.options import Doc
 from embedonce_backends._pages import limit_page_time
 
@@ -294,7 +295,7 @@ class PostgresTwin:
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 
     async def _run(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        async with asyncio.timeout(time_left()):
+        async with async_deadline(time_left()):
             connection = await self._pool.take()
             try:
                 cursor = await connection.execute(statement, values, binary=True)

@@ -28,7 +28,8 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Format, TransactionStatus
 
 from embedonce.contracts import time_left
-from embedonce.errors import CacheClosed, ConfigError, TierBusy, TierTimeout
+from embedonce.errors import CacheClosed, ConfigError, LoopBusy, TierBusy, TierTimeout
+from embedonce.event_loops import async_deadline
 
 T = TypeVar("T")
 
@@ -440,9 +441,11 @@ class AsyncPool:
         left = time_left()
         has_slot = False
         try:
-            async with asyncio.timeout(None if left is None else left / 2):
+            async with async_deadline(None if left is None else left / 2):
                 has_slot = await self._slots.acquire()
                 return self._pop_idle() or await self._make_connection()
+        except LoopBusy:
+            raise
         except TimeoutError:
             if has_slot or self._connecting:
                 raise TierTimeout(SLOW) from None

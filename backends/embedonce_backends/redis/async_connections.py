@@ -18,7 +18,8 @@ import redis.asyncio
 from redis.exceptions import InvalidResponse, ResponseError
 
 from embedonce.contracts import time_left
-from embedonce.errors import CacheClosed, TierBusy
+from embedonce.errors import CacheClosed, LoopBusy, TierBusy
+from embedonce.event_loops import async_deadline
 
 from .connections import (
     BUSY,
@@ -143,8 +144,10 @@ class AsyncPool:
             return
         left = time_left()
         try:
-            async with asyncio.timeout(None if left is None else left / 2):
+            async with async_deadline(None if left is None else left / 2):
                 await self._slots.acquire()
+        except LoopBusy:
+            raise
         except TimeoutError:
             raise TierBusy(BUSY.format(self._settings.max_connections)) from None
 
@@ -184,7 +187,7 @@ class AsyncClient:
 
     async def run(self, plan: Plan[T]) -> T:
         """Carry out a plan and return its result. This raises the same errors as :meth:`.connections.Client.run`."""
-        async with asyncio.timeout(time_left()):
+        async with async_deadline(time_left()):
             try:
                 trips = next(plan)
                 while True:
@@ -210,7 +213,7 @@ class AsyncClient:
         pools = [self._get_pool(trip.node) for trip in trips]
 
         async def ask(pool: AsyncPool, trip: Trip) -> list[Reply]:
-            async with asyncio.timeout(get_trip_time(len(trips))):
+            async with async_deadline(get_trip_time(len(trips))):
                 return await pool.ask(trip)
 
         # Cancelling the gather cancels all trips and waits until they have closed their connections.

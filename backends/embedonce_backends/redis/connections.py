@@ -448,7 +448,9 @@ def insert_errors(
 
 def translate_error(error: BaseException) -> BaseException:
     """Return a TierTimeout for a timeout of redis-py or the standard library, and any other error unchanged."""
-    if isinstance(error, redis.TimeoutError) or (isinstance(error, TimeoutError) and type(error) is not TierTimeout):
+    if isinstance(error, redis.TimeoutError) or (
+        isinstance(error, TimeoutError) and not isinstance(error, TierTimeout)
+    ):
         translated = TierTimeout(SLOW)
         translated.__cause__ = error
         return translated

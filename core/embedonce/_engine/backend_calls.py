@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from embedonce.contracts import Capabilities, deadline
-from embedonce.errors import PartialAnswer, TierBusy, TierError, TierTimeout
+from embedonce.contracts import Capabilities
+from embedonce.errors import LoopBusy, PartialAnswer, TierBusy, TierError, TierTimeout
 
 from .breaker import Breaker
 from .chain import Tier
@@ -99,13 +99,7 @@ class BackendCalls:
             found: Mapping[str, Any] = await self.call(port, lambda: self.backend.get_many(keys))
             return found
         twin = await self._get_twin(loop)
-
-        async def get() -> Mapping[str, Any]:
-            with deadline(self.timeout):
-                answer: Mapping[str, Any] = await twin.get_many(keys)
-                return answer
-
-        return await port.run_coroutine(get, self.timeout)
+        return await port.run_coroutine(lambda: twin.get_many(keys), self.timeout)
 
     def split_into_chunks(self, keys: Sequence[str]) -> Iterator[Sequence[str]]:
         """Yield the keys in chunks, one for each backend call."""
@@ -140,14 +134,14 @@ class BackendCalls:
 
         An event loop that shuts down closes its async generators. So the loop closes the twin, too.
         """
-        import asyncio
+        from embedonce.event_loops import async_deadline
 
         twin = self.backend.twin()
         try:
             yield twin
         finally:
             try:
-                async with asyncio.timeout(self.timeout):
+                async with async_deadline(self.timeout):
                     await twin.close()
             except Exception as error:  # noqa: BLE001  (the async clients of other tiers must be closed too)
                 log.warning("tier %r: cannot close its async client (%s)", self.name, type(error).__name__)
@@ -165,6 +159,8 @@ class BackendCalls:
         """Report a failed call to the breaker, and return the cause of the failure."""
         if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
             error = error.__cause__
+        if isinstance(error, LoopBusy) and not breaker.record_busy_loop(error.started):
+            return "busy_loop"
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
             breaker.record_failure(cause)

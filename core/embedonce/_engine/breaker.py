@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -22,6 +23,9 @@ class Breaker:
 
     FAILURES = 3
     """Number of failures in a row that open the breaker."""
+    BUSY_LOOPS = 3
+    """Number of calls in a row, one after the other, that a blocked event loop kept from ending. They count as one
+    timeout, because the store may hang as well."""
     FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
     """Seconds before the first probe, and the longest wait between two probes."""
     LOST_PROBE = 30.0
@@ -31,6 +35,9 @@ class Breaker:
         self._on_change = on_change
         self._lock = threading.RLock()
         self._failures = 0
+        self._busy_loops = 0
+        self._last_busy_loop = -math.inf
+        """Time on ``time.monotonic`` when the last busy loop was counted."""
         self._wait = 0.0
         self._next_probe = 0.0
         self.is_open = False
@@ -51,13 +58,28 @@ class Breaker:
 
     def record_success(self) -> None:
         """Close the breaker if it is open, and forget earlier failures."""
-        if not self._failures and not self.is_open:
+        if not (self._failures or self._busy_loops or self.is_open):
             return
         with self._lock:
             was_open, self.is_open = self.is_open, False
-            self._failures, self._wait = 0, 0.0
+            self._failures, self._busy_loops, self._wait = 0, 0, 0.0
         if was_open:
             self._on_change("closed", None)
+
+    def record_busy_loop(self, started: float) -> bool:
+        """Count a call that began at ``started`` and could not end because the event loop was blocked.
+
+        Calls that overlap in time count once. Return True after :attr:`BUSY_LOOPS` of them in a row; the caller then
+        records a timeout.
+        """
+        with self._lock:
+            if started > self._last_busy_loop:
+                self._busy_loops += 1
+                self._last_busy_loop = time.monotonic()
+            if self._busy_loops < self.BUSY_LOOPS:
+                return False
+            self._busy_loops = 0
+            return True
 
     def record_failure(self, cause: str) -> None:
         """Count a failure. Open the breaker after :attr:`FAILURES` failures in a row, or after one timeout.

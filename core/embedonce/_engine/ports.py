@@ -19,12 +19,14 @@ from weakref import WeakKeyDictionary
 
 from embedonce.background import BackgroundLoop
 from embedonce.contracts import deadline
-from embedonce.errors import TierBusy
+from embedonce.errors import LoopBusy, TierBusy
 
 from .workers import Workers
 
 if TYPE_CHECKING:
     import asyncio
+
+    from embedonce.event_loops import Period
 
 T = TypeVar("T")
 CHECK_SECONDS = 0.25
@@ -64,8 +66,16 @@ class Port(Protocol):
         """
         ...
 
-    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        """Run a coroutine of a provider or an async backend, on this event loop or on the background loop."""
+    async def run_coroutine(
+        self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None, *, graces: int = 1
+    ) -> T:
+        """Run a coroutine of a provider or an async backend, on this event loop or on the background loop.
+
+        While other tasks block this event loop, the coroutine gets up to ``graces`` more periods of ``timeout``.
+
+        Raises:
+            TimeoutError: the coroutine did not end in time; a LoopBusy if other tasks blocked this event loop.
+        """
         ...
 
     async def wait(
@@ -121,14 +131,18 @@ class _TimedCall:
     def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self._call = call
         self._timeout = timeout
-        self._started = time.monotonic()
+        self.started = time.monotonic()
 
     def __call__(self) -> Any:
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         return call_with_deadline(self._call, self._timeout)
 
     def time_left(self) -> float | None:
-        return None if self._timeout is None else max(0.0, self._started + self._timeout - time.monotonic())
+        return None if self._timeout is None else max(0.0, self.started + self._timeout - time.monotonic())
+
+    def restart(self) -> None:
+        """Wait for another ``timeout`` seconds."""
+        self.started = time.monotonic()
 
     def give_up_if_late(self, future: Future[Any]) -> None:
         """Stop waiting for the call if its timeout has passed.
@@ -142,11 +156,14 @@ class _TimedCall:
             raise TimeoutError
 
 
-async def _await_call(port: Port, timed_call: _TimedCall, future: Future[T]) -> T:
+async def _await_call(port: Port, timed_call: _TimedCall, future: Future[T], period: Period | None = None) -> T:
     """Wait for a call and return its result. If the caller is cancelled, a call that has not started never runs."""
     try:
         while not await port.wait(future, timed_call.time_left()):
-            timed_call.give_up_if_late(future)
+            if period is not None and period.renew():
+                timed_call.restart()
+            else:
+                timed_call.give_up_if_late(future)
     except BaseException:
         future.cancel()
         raise
@@ -178,7 +195,9 @@ class BlockingPort:
             return call_with_deadline(call, timeout)
         return await _await_call(self, timed_call, future)
 
-    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
+    async def run_coroutine(
+        self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None, *, graces: int = 1
+    ) -> T:
         return self._background.run(start, timeout)
 
     async def wait(
@@ -249,12 +268,26 @@ class LoopPort:
             return call()
         timed_call = _TimedCall(call, timeout)
         future: Future[T] = workers.submit(timed_call)
-        return await _await_call(self, timed_call, future)
+        if timeout is None:
+            return await _await_call(self, timed_call, future)
+        from embedonce.event_loops import Period
 
-    async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
-        import asyncio
+        # A task that blocks the loop may also keep other threads from running, because it holds Python's lock.
+        with Period(timeout) as period:
+            try:
+                return await _await_call(self, timed_call, future, period)
+            except TimeoutError as error:
+                if period.was_blocked():
+                    raise LoopBusy(timed_call.started) from error
+                raise
 
-        return await asyncio.wait_for(start(), timeout)
+    async def run_coroutine(
+        self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None, *, graces: int = 1
+    ) -> T:
+        from embedonce.event_loops import async_deadline
+
+        async with async_deadline(timeout, graces=graces):
+            return await start()
 
     async def wait(
         self, future: Future[Any], timeout: float | None, keep_waiting: Callable[[], bool] | None = None

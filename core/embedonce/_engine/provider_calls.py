@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from embedonce._messages import format_count
 from embedonce.contracts import AnyProvider, Embedded
-from embedonce.errors import ProviderError, ProviderTimeout
+from embedonce.errors import LoopBusy, ProviderError, ProviderTimeout
 
 from .batch_sizes import count_bytes
 from .call import Call
@@ -22,6 +22,9 @@ from .routes import LiveProvider
 T = TypeVar("T")
 
 log = logging.getLogger("embedonce")
+
+PROVIDER_GRACES = 2
+"""How often a call gets its timeout again because the event loop was blocked. Giving a call up costs a paid answer."""
 
 
 def read_tokens(reply: Any) -> int | None:
@@ -59,13 +62,14 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
 
     try:
         if aembed is not None and (port.loop is not None or embed is None):
-            return await port.run_coroutine(embed_async, timeout)
+            return await port.run_coroutine(embed_async, timeout, graces=PROVIDER_GRACES)
         return await port.call(embed_blocking, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
         if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # this is the provider's own error
+        hint = "; other tasks blocked the event loop, run them in threads" if isinstance(error, LoopBusy) else ""
         raise ProviderTimeout(
-            f"provider {source.name!r} did not embed {format_count(count, 'text')} within {timeout} s"
+            f"provider {source.name!r} did not embed {format_count(count, 'text')} within {timeout} s{hint}"
         ) from error
 
 
