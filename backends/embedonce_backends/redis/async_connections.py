@@ -36,6 +36,8 @@ from .connections import (
 from .plans import ROLE, Node, Plan, Reply, Trip
 
 T = TypeVar("T")
+CONNECT_GRACES = 20
+"""How often connecting gets its time again because other tasks blocked the event loop."""
 
 
 class AsyncConnection(redis.asyncio.Connection):
@@ -119,24 +121,59 @@ class AsyncPool:
         self._settings = settings
         self._slots = asyncio.Semaphore(settings.max_connections)
         self._idle: list[AsyncConnection] = []
+        self._late: set[asyncio.Task[AsyncConnection]] = set()
+        """The tasks that connect although their call has ended."""
         self._closed = False
 
     async def ask(self, trip: Trip) -> list[Reply]:
         """Carry out one trip; if it fails, close its connection."""
-        await self._acquire_slot()
+        connection = await self._take()
         try:
-            connection = await self._pop_idle() or AsyncConnection(self._node, self._settings)
-            try:
-                if not connection.is_connected:
-                    await connection.open()
-                replies = await connection.ask(trip)
-            except BaseException:
-                await connection.drop()
-                raise
-            await self._keep_idle(connection)
-            return replies
-        finally:
+            replies = await connection.ask(trip)
+        except BaseException:
+            await connection.drop()
             self._slots.release()
+            raise
+        await self._give(connection)
+        return replies
+
+    async def _take(self) -> AsyncConnection:
+        """Return a connection that no other call uses until :meth:`_give`."""
+        await self._acquire_slot()
+        task: asyncio.Task[AsyncConnection] | None = None
+        try:
+            connection = await self._pop_idle()
+            if connection is None:
+                task = asyncio.create_task(self._connect())
+                connection = await asyncio.shield(task)
+            return connection
+        except BaseException as error:
+            if task is not None and isinstance(error, asyncio.CancelledError):
+                self._late.add(task)
+                task.add_done_callback(self._keep_late_connection)
+            else:
+                self._slots.release()
+            raise
+
+    async def _connect(self) -> AsyncConnection:
+        connection = AsyncConnection(self._node, self._settings)
+        try:
+            # Connecting takes several turns of the loop. If other tasks block the loop so much that the call ends
+            # first, the connection is kept for the next call, which could not make it in time either.
+            async with async_deadline(time_left(), graces=CONNECT_GRACES):
+                await connection.open()
+        except BaseException:
+            await connection.drop()
+            raise
+        return connection
+
+    def _keep_late_connection(self, task: asyncio.Task[AsyncConnection]) -> None:
+        self._late.discard(task)
+        if not task.cancelled() and task.exception() is None and not self._closed:
+            connection = task.result()
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        self._slots.release()
 
     async def _acquire_slot(self) -> None:
         if not self._slots.locked():
@@ -162,16 +199,21 @@ class AsyncPool:
             await connection.drop()
         return None
 
-    async def _keep_idle(self, connection: AsyncConnection) -> None:
-        if self._closed:
-            await connection.drop()
-            return
-        connection.idle_since = time.monotonic()
-        self._idle.append(connection)
+    async def _give(self, connection: AsyncConnection) -> None:
+        try:
+            if self._closed:
+                await connection.drop()
+                return
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        finally:
+            self._slots.release()
 
     async def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
         self._closed = True
+        for task in self._late:
+            task.cancel()
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.disconnect()
