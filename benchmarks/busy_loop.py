@@ -38,7 +38,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="hits and timeouts under a blocked event loop")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each row (default: 60)")
     seconds = parser.parse_args().seconds
-    head = ("store", "hits", "misses", "timeouts", "busy loop", "other errors", "skipped", "computed", "longest call, s")
+    head = (
+        "store",
+        "hits",
+        "misses",
+        "timeouts",
+        "busy loop",
+        "other errors",
+        "skipped",
+        "computed",
+        "longest call, s",
+    )
     print(f"\n### blocked event loop, {seconds:g} s each\n\n| {' | '.join(head)} |\n| --- |{' ---: |' * 8}")
     for name, start, backend in (
         ("Redis", servers.RedisServer, RedisBackend),
@@ -71,7 +81,7 @@ async def serve(make_backend: Callable[[], Any], seconds: float) -> list[object]
 
     async def block() -> None:
         while time.monotonic() < end:
-            time.sleep(rng.uniform(SHORTEST, LONGEST))  # noqa: ASYNC251  (the benchmark measures what this does)
+            time.sleep(rng.uniform(SHORTEST, LONGEST))
             await asyncio.sleep(rng.uniform(0.0, LONGEST))
 
     async with Cache(CountingProvider(), [Tier(make_backend(), name="store", lease="off")]) as cache:

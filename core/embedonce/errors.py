@@ -133,8 +133,9 @@ class LoopBusy(TierTimeout):
     ``started`` is the time on ``time.monotonic`` at which the call began.
     """
 
-    def __init__(self, started: float) -> None:
-        super().__init__("the event loop was blocked, so the reply could not be read in time")
+    def __init__(self, started: float, tier: str = "") -> None:
+        message = "other tasks blocked the event loop, so an answer could not be read in time"
+        super().__init__(f"tier {tier!r}: {message}" if tier else message, tier)
         self.started = started
 
 

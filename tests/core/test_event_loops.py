@@ -6,17 +6,18 @@ import asyncio
 import itertools
 import selectors
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedonce import Cache, Capabilities, Tier, event_loops
-from embedonce._engine.breaker import Breaker
+from embedonce import Cache, Tier, event_loops
+from embedonce._engine import breaker
 from embedonce.contracts import Embedded, Limits, VectorSpace, deadline, time_left
 from embedonce.errors import LoopBusy, ProviderTimeout, TierTimeout
 from embedonce.event_loops import async_deadline
@@ -62,6 +63,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(event_loops, "monotonic", lambda: made.now)
+    monkeypatch.setattr(breaker, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made
 
 
@@ -76,6 +78,14 @@ async def wait_steps(steps: int) -> str:
     for _ in range(steps):
         await asyncio.sleep(0)
     return "reply"
+
+
+async def hang(seconds: float, *, blocked: float = 0.0, clock: Clock | None = None) -> None:
+    """Block the loop for ``blocked`` seconds in a call that never ends and has a deadline of ``seconds``."""
+    async with async_deadline(seconds):
+        if clock is not None:
+            clock.block(blocked)
+        await asyncio.Event().wait()
 
 
 async def run_beside(busy: Awaitable[None], call: Awaitable[Any]) -> Any:
@@ -98,8 +108,7 @@ def test_a_call_that_hangs_while_the_loop_runs_ends_at_its_deadline(clock: Clock
     async def call() -> float:
         start = clock.now
         with pytest.raises(TimeoutError) as caught:
-            async with async_deadline(0.25):
-                await asyncio.Event().wait()
+            await hang(0.25)
         assert not isinstance(caught.value, LoopBusy)
         return clock.now - start
 
@@ -110,9 +119,7 @@ def test_a_call_that_hangs_after_the_loop_was_blocked_is_a_timeout_after_one_mor
     async def call() -> float:
         clock_start = clock.now
         with pytest.raises(TimeoutError) as caught:
-            async with async_deadline(0.25):
-                clock.block(0.4)
-                await asyncio.Event().wait()
+            await hang(0.25, blocked=0.4, clock=clock)
         assert not isinstance(caught.value, LoopBusy)
         return clock.now - clock_start
 
@@ -124,8 +131,7 @@ def test_a_loop_that_is_always_blocked_is_named(clock: Clock, seconds: float) ->
     async def call() -> float:
         start = clock.now
         with pytest.raises(LoopBusy) as caught:
-            async with async_deadline(0.25):
-                await asyncio.Event().wait()
+            await hang(0.25)
         assert caught.value.started == start
         return clock.now - start
 
@@ -136,9 +142,7 @@ def test_a_loop_that_is_always_blocked_is_named(clock: Clock, seconds: float) ->
 def test_a_short_block_excuses_nothing(clock: Clock) -> None:
     async def call() -> None:
         with pytest.raises(TimeoutError) as caught:
-            async with async_deadline(1.0):
-                clock.block(0.1)
-                await asyncio.Event().wait()
+            await hang(1.0, blocked=0.1, clock=clock)
         assert not isinstance(caught.value, LoopBusy)
 
     clock.run(call())
@@ -172,21 +176,21 @@ def test_time_left_follows_the_period(clock: Clock) -> None:
             clock.block(0.2)  # the deadline has passed, but the timer could not say so
             assert time_left() == pytest.approx(0.25)
             await asyncio.sleep(0.2)
-            with pytest.raises(TimeoutError):
-                await asyncio.sleep(0.2)
-                pytest.fail("the block goes on after its deadline")
+            assert time_left() == pytest.approx(0.05)
         assert time_left() is None
 
-    with pytest.raises(TimeoutError):
-        clock.run(call())
+    clock.run(call())
 
 
 def test_a_deadline_that_a_task_notices_itself_cancels_nothing_later(clock: Clock) -> None:
+    async def notice() -> None:
+        async with async_deadline(0.25, graces=0):
+            clock.block(0.3)
+            time_left()
+
     async def call() -> str:
         with pytest.raises(TimeoutError):
-            async with async_deadline(0.25, graces=0):
-                clock.block(0.3)
-                time_left()
+            await notice()
         return await wait_steps(3)
 
     assert clock.run(call()) == "reply"
@@ -300,3 +304,211 @@ def test_a_call_ends_once_and_a_hang_always_ends(blocks: list[float], timeout: f
         except TimeoutError:
             assert hangs or any(seconds > 0.0 for seconds in blocks)
         assert clock.now - start <= 2 * timeout + sum(blocks) + 0.1
+
+
+# --- tiers and providers ----------------------------------------------------------------------
+
+
+class TurnsBackend(DictBackend):
+    """A backend whose async twin needs some turns of the event loop for a reply, or never replies."""
+
+    def __init__(self, turns: int | None = 3) -> None:
+        super().__init__(scope="network", twin=True)
+        self.turns = turns
+        self.closed_twins = 0
+
+    def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
+        if self.turns is None:
+            raise TimeoutError
+        return super().get_many(keys)
+
+    def twin(self) -> Twin:
+        return Twin(self)
+
+
+class Twin:
+    def __init__(self, backend: TurnsBackend) -> None:
+        self._backend = backend
+
+    async def get_many(self, keys: Sequence[str], /) -> Mapping[str, Any]:
+        if self._backend.turns is None:
+            await asyncio.Event().wait()
+        await wait_steps(self._backend.turns or 0)
+        return self._backend.get_many(keys)
+
+    async def set_many(self, items: Mapping[str, Any], ttl: float | None, /) -> None:
+        self._backend.set_many(items, ttl)
+
+    async def close(self) -> None:
+        await wait_steps(3)
+        self._backend.closed_twins += 1
+
+
+def make_cache(
+    backend: TurnsBackend, provider: Any = None, *, listeners: Sequence[Any] = (), on_error: Any = "skip"
+) -> Cache:
+    tier = Tier(backend, name="far", timeout=0.25, write="inline", lease="off", on_error=on_error)
+    return Cache(provider or CountingProvider(), [tier], listeners=listeners)
+
+
+def store(backend: TurnsBackend, texts: Sequence[str]) -> None:
+    stored = DictBackend(store=backend)
+    with Cache(CountingProvider(), [Tier(stored)]) as cache:
+        cache.embed_batch(texts)
+
+
+TEXTS = [f"text {number}" for number in range(40)]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 2.0])
+def test_a_healthy_tier_answers_beside_tasks_that_block_the_loop(clock: Clock, seconds: float) -> None:
+    backend = TurnsBackend()
+    store(backend, TEXTS)
+    provider = CountingProvider()
+
+    async def serve() -> None:
+        cache = make_cache(backend, provider)
+        for text in TEXTS:
+            await asyncio.gather(cache.aembed(text), block_repeatedly(clock, seconds, times=1))
+        tier = cache.stats().tiers["far"]
+        assert (tier.hits, tier.errors, tier.skipped) == (len(TEXTS), 0, 0)
+        await cache.aclose()
+
+    clock.run(serve())
+    assert provider.texts == 0
+
+
+def test_a_hanging_tier_is_left_out_although_the_loop_is_always_blocked(clock: Clock) -> None:
+    backend = TurnsBackend(turns=None)
+    events: list[Any] = []
+
+    async def serve() -> None:
+        cache = make_cache(backend, listeners=[events.append])
+        await run_beside(block_repeatedly(clock, 0.3), ask(cache))
+        tier = cache.stats().tiers["far"]
+        assert tier.causes == {"busy_loop": 2, "timeout": 1}
+        assert tier.skipped == len(TEXTS) - 3
+        await cache.aclose()
+
+    async def ask(cache: Cache) -> None:
+        for text in TEXTS:
+            await cache.aembed(text)
+
+    clock.run(serve())
+    assert [event.cause for event in events if getattr(event, "state", None) == "open"] == ["timeout"]
+
+
+def test_calls_that_hang_together_count_as_one_busy_loop(clock: Clock) -> None:
+    backend = TurnsBackend(turns=None)
+
+    async def serve() -> None:
+        cache = make_cache(backend)
+        await run_beside(block_repeatedly(clock, 0.3), asyncio.gather(*map(cache.aembed, TEXTS)))
+        tier = cache.stats().tiers["far"]
+        assert (tier.causes, tier.skipped) == ({"busy_loop": len(TEXTS)}, 0)
+        await cache.aclose()
+
+    clock.run(serve())
+
+
+def test_an_answer_resets_the_count_of_busy_loops() -> None:
+    opened: list[Any] = []
+    one = breaker.Breaker(lambda *change: opened.append(change))
+    for _ in range(5):
+        assert not one.record_busy_loop(float("inf"))
+        assert not one.record_busy_loop(float("inf"))
+        one.record_success()
+    assert opened == []
+
+
+def test_a_strict_tier_says_that_the_loop_was_blocked(clock: Clock) -> None:
+    backend = TurnsBackend(turns=None)
+
+    async def serve() -> None:
+        cache = make_cache(backend, on_error="raise")
+        with pytest.raises(LoopBusy, match=r"tier 'far': .*event loop") as caught:
+            await run_beside(block_repeatedly(clock, 0.3), cache.aembed("text"))
+        assert caught.value.tier == "far"
+        await cache.aclose()
+
+    clock.run(serve())
+
+
+def test_closing_beside_a_task_that_blocks_the_loop_warns_about_nothing(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = TurnsBackend()
+
+    async def serve() -> None:
+        cache = make_cache(backend)
+        await cache.aembed("text")
+        await run_beside(block_repeatedly(clock, 0.3, times=2), cache.aclose())
+
+    clock.run(serve())
+    assert backend.closed_twins == 1
+    assert caplog.messages == []
+
+
+class TurnsProvider:
+    """An async provider that needs some turns of the event loop, or never answers."""
+
+    limits = Limits(timeout=1.0)
+
+    def __init__(self, turns: int | None) -> None:
+        self.turns = turns
+
+    def space(self, task: str) -> VectorSpace:
+        return VectorSpace(provider="turns", model="turns", dimensions=2)
+
+    async def aembed(self, texts: list[str], task: str) -> Embedded:
+        if self.turns is None:
+            await asyncio.Event().wait()
+        await wait_steps(self.turns or 0)
+        return Embedded([[1.0, 2.0]] * len(texts))
+
+
+def test_a_paid_answer_is_read_beside_tasks_that_block_the_loop(clock: Clock) -> None:
+    async def serve() -> None:
+        cache = Cache(TurnsProvider(4), [])
+        assert (await run_beside(block_repeatedly(clock, 0.7), cache.aembed("text"))).tolist() == [1.0, 2.0]
+        await cache.aclose()
+
+    clock.run(serve())
+
+
+def test_a_provider_that_hangs_beside_tasks_that_block_the_loop_times_out(clock: Clock) -> None:
+    async def serve() -> None:
+        cache = Cache(TurnsProvider(None), [])
+        with pytest.raises(ProviderTimeout, match=r"within 1\.0 s; other tasks blocked the event loop"):
+            await run_beside(block_repeatedly(clock, 0.7), cache.aembed("text"))
+        await cache.aclose()
+
+    clock.run(serve())
+
+
+def test_a_call_in_a_thread_that_could_not_run_gets_one_more_period() -> None:
+    """A task that blocks the loop may hold Python's lock, so that the thread of a call cannot run either."""
+    may_answer = threading.Event()
+
+    class SlowBackend(DictBackend):
+        def get_many(self, keys: Sequence[str], /) -> dict[str, Any]:
+            assert may_answer.wait(60)
+            return super().get_many(keys)
+
+    backend = SlowBackend(scope="network", deadline=False)
+    with Cache(CountingProvider(), [Tier(DictBackend(store=backend))]) as cache:
+        cache.embed("text")
+
+    async def block() -> None:
+        await asyncio.sleep(0.1)
+        started = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < started + 3.5:
+            pass
+        may_answer.set()
+
+    async def serve() -> None:
+        async with Cache(CountingProvider(), [Tier(backend, name="far", timeout=3.0, lease="off")]) as cache:
+            await asyncio.gather(cache.aembed("text"), block())
+            assert cache.stats().tiers["far"].hits == 1
+
+    asyncio.run(serve())

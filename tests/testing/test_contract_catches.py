@@ -600,6 +600,23 @@ class TwinThatLeavesTheReply(DictBackend):
         return Leaves(self)
 
 
+class TwinWithATimerOfItsOwn(DictBackend):
+    """Limits an async call with `asyncio.timeout`, which also ends a call whose reply the blocked loop could not read."""
+
+    def __init__(self):
+        super().__init__(twin=True)
+
+    def twin(self):
+        class Timed(Twin):
+            async def get_many(self, keys):
+                async with asyncio.timeout(time_left()):
+                    for _ in range(3):
+                        await asyncio.sleep(0)
+                    return await super().get_many(keys)
+
+        return Timed(self)
+
+
 class TwinThatNeverCloses(DictBackend):
     """Has an async twin that continues to work after `close`."""
 
@@ -814,6 +831,7 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_every_loop_has_its_own_twin", OneTwinForAllLoops),
     ("test_the_twin_answers_many_at_once", TwinWithOnePlaceForKeys),
     ("test_a_cancelled_twin_call_shifts_no_reply", TwinThatLeavesTheReply),
+    ("test_a_blocked_loop_is_no_timeout_of_the_twin", TwinWithATimerOfItsOwn),
     ("test_use_of_a_closed_twin_raises", TwinThatNeverCloses),
     ("test_it_behaves_as_a_dict", CannotAddWhatWasDeleted),
 ]

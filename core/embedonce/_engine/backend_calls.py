@@ -171,6 +171,8 @@ class BackendCalls:
     def make_error(self, error: Exception) -> TierError:
         """Return the error to raise when a backend fails and the tier has ``on_error = "raise"``."""
         cause = type(error).__name__
+        if isinstance(error, LoopBusy):
+            return LoopBusy(error.started, self.name)
         if isinstance(error, TimeoutError):
             return TierTimeout(f"tier {self.name!r} did not answer within {self.timeout} s", self.name)
         return TierError(f"tier {self.name!r} failed ({cause})", self.name)

@@ -65,9 +65,11 @@ async def call_provider(call: Call, texts: list[str]) -> Any:
             return await port.run_coroutine(embed_async, timeout, graces=PROVIDER_GRACES)
         return await port.call(embed_blocking, timeout, source.workers, inline=False, quick=False)
     except TimeoutError as error:
-        if timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
+        hint = ""
+        if isinstance(error, LoopBusy):
+            hint = "; other tasks blocked the event loop, run them in threads"
+        elif timeout is None or time.monotonic() - start < timeout or isinstance(error, ProviderError):
             raise  # this is the provider's own error
-        hint = "; other tasks blocked the event loop, run them in threads" if isinstance(error, LoopBusy) else ""
         raise ProviderTimeout(
             f"provider {source.name!r} did not embed {format_count(count, 'text')} within {timeout} s{hint}"
         ) from error

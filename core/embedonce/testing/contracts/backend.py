@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
 from embedonce.errors import PartialAnswer
+from embedonce.event_loops import async_deadline
 from embedonce.keys import CARD_PREFIX
 from embedonce.testing.proxy import FaultProxy, NetworkFault
 
@@ -934,6 +935,33 @@ class BackendContract(Contract):
                     call.cancel()
                     await asyncio.gather(call, return_exceptions=True)
                     self._require_equal(backend, await twin.get_many([key(turn + 1)]), {key(turn + 1): turn + 1})
+
+            self._run_with_twin(backend, use)
+
+    def test_a_blocked_loop_is_no_timeout_of_the_twin(self) -> None:
+        with self._open() as backend:
+            self._skip_without(backend, "twin")
+            self._store(backend, [1])
+
+            async def use(twin: Any) -> None:
+                await twin.get_many([key(1)])
+
+                async def read() -> Mapping[str, Any]:
+                    async with async_deadline(1.0):
+                        found: Mapping[str, Any] = await twin.get_many([key(1)])
+                        return found
+
+                call = asyncio.ensure_future(read())
+                await asyncio.sleep(0)
+                time.sleep(1.5)
+                try:
+                    found = await call
+                except TimeoutError:
+                    pytest.fail(
+                        "the twin took a blocked event loop for a timeout: "
+                        "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
+                    )
+                self._require_equal(backend, found, {key(1): 1})
 
             self._run_with_twin(backend, use)
 
