@@ -20,10 +20,12 @@ QUICK_TESTS := tests/core tests/cli tests/test_architecture.py tests/test_develo
 # More arguments for pytest and for the benchmarks: make test PYTEST="-k frames"; make bench BENCH="--quick"
 PYTEST ?=
 BENCH ?=
+# More arguments for the soak test: make soak SOAK="--minutes 1"
+SOAK ?=
 # Two workers per core, because a test spends half of its time waiting for servers and timeouts.
 WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked clean
+.PHONY: help install demo quick test lint types format wheel servers pytest bench bench-networked soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +38,7 @@ help:
 	@echo "make format  format and fix the sources with ruff"
 	@echo "make bench   print the tables of benchmarks"
 	@echo "make bench-networked  start Redis, Postgres and memcached on loopback, and print their tables"
+	@echo "make soak    use a chain for ten minutes while processes and servers fail, and check every answer"
 	@echo "make clean   remove the files that these commands have created"
 
 install:
@@ -89,6 +92,10 @@ bench:
 bench-networked:
 	@$(INSTALL) $(BENCH_VENV) --editable '.[memcached,postgres,redis]' --group bench
 	@$(BENCH_VENV)/bin/python benchmarks/networked.py $(BENCH)
+
+soak:
+	@$(INSTALL) $(BENCH_VENV) --editable '.[memcached,postgres,redis]' --group bench
+	@$(BENCH_VENV)/bin/python benchmarks/soak.py $(SOAK)
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) $(LINT_VENV) .venv-quick* $(BENCH_VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

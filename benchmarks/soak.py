@@ -23,16 +23,17 @@ import argparse
 import asyncio
 import contextlib
 import json
-import multiprocessing
+import logging
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ KILL_SECONDS, FAULT_SECONDS = 9.0, 7.0
 
 
 def make_cache(addresses: dict[str, str], *, namespace: str = "", memory: bool = True) -> Cache:
-    tiers = [Tier(MemoryBackend(max_bytes="8MB"))] if memory else []
+    tiers = [Tier(MemoryBackend(max_bytes=8 * 2**20))] if memory else []
     tiers += [
-        Tier(DiskBackend(path=Path(addresses["disk"]), max_bytes="256MB"), timeout=5.0),
+        Tier(DiskBackend(path=Path(addresses["disk"]), max_bytes=256 * 2**20), timeout=5.0),
         Tier(RedisBackend(url=addresses["redis"])),
         Tier(MemcachedBackend(servers=[addresses["memcached"]])),
         Tier(PostgresBackend(url=addresses["postgres"])),
     ]
-    return Cache(CountingProvider(dimensions=DIMENSIONS), tiers, keys=KeyPolicy(namespace=namespace))
+    return Cache(CountingProvider(dimensions=DIMENSIONS), tiers, key=KeyPolicy(namespace=namespace))
 
 
 # --- a worker -------------------------------------------------------------------------------------
@@ -79,12 +80,13 @@ def make_cache(addresses: dict[str, str], *, namespace: str = "", memory: bool =
 class Worker:
     """One process: its threads and tasks make random calls and check every answer."""
 
-    def __init__(self, number: int, addresses: dict[str, str], seed: int, out: Any, stop: Any) -> None:
+    def __init__(self, number: int, addresses: dict[str, str], seed: int, stop: str, report: str) -> None:
         self.number = number
         self.addresses = addresses
         self.seed = seed
-        self.out = out
-        self.stop = stop
+        self.stop = Path(stop)
+        """The workers end when this file exists."""
+        self.report_file = os.open(report, os.O_WRONLY | os.O_APPEND)
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.serial = 0
@@ -98,8 +100,8 @@ class Worker:
             threads.append(threading.Thread(target=lambda: asyncio.run(self.work_async()), daemon=True))
             for thread in threads:
                 thread.start()
-            while not self.stop.is_set():
-                self.stop.wait(SAMPLE_SECONDS)
+            while not self.stop.exists():
+                time.sleep(SAMPLE_SECONDS)
                 self.report()
             for thread in threads:
                 thread.join(60)
@@ -110,14 +112,17 @@ class Worker:
     def report(self) -> None:
         with self.lock:
             counts, self.counts = dict(self.counts), Counter()
-        self.out.put({"worker": self.number, "counts": counts, **read_resources()})
+        self.write({"worker": self.number, "counts": counts, **read_resources()})
 
     def count(self, **counts: int) -> None:
         with self.lock:
             self.counts.update(counts)
 
     def fault(self, message: str) -> None:
-        self.out.put({"worker": self.number, "fault": message})
+        self.write({"fault": message})
+
+    def write(self, line: dict[str, Any]) -> None:
+        os.write(self.report_file, json.dumps(line).encode() + b"\n")
 
     def check(self, texts: list[str], vectors: Any, what: str) -> None:
         expected = compute_vectors(texts)
@@ -136,11 +141,11 @@ class Worker:
             (1, self.purge),
         ]
         weights, functions = zip(*calls, strict=True)
-        while not self.stop.is_set():
+        while not self.stop.exists():
             call = rng.choices(functions, weights)[0]
             try:
                 call(rng)
-            except Exception as error:  # noqa: BLE001  (each error is a fault of the run)
+            except Exception as error:
                 self.fault(f"{call.__name__}: {type(error).__name__}: {error}")
 
     def embed_batch(self, rng: random.Random) -> None:
@@ -196,16 +201,16 @@ class Worker:
 
             async def work(seed: int) -> None:
                 rng = random.Random(seed)
-                while not self.stop.is_set():
+                while not self.stop.exists():
                     texts = pick_texts(rng)
                     try:
                         if rng.random() < 0.1:
-                            time.sleep(rng.uniform(0.05, 0.5))  # noqa: ASYNC251  (services block their loop, too)
+                            time.sleep(rng.uniform(0.05, 0.5))
                         if rng.random() < 0.1:
                             await self._cancel_call(cache, texts, rng)
                             continue
                         self.check(texts, await cache.aembed_batch(texts), "aembed_batch")
-                    except Exception as error:  # noqa: BLE001  (each error is a fault of the run)
+                    except Exception as error:
                         self.fault(f"aembed_batch: {type(error).__name__}: {error}")
 
             await asyncio.gather(*(work(self.seed * 1000 + 500 + n) for n in range(TASKS)))
@@ -217,12 +222,6 @@ class Worker:
         with contextlib.suppress(asyncio.CancelledError):
             self.check(texts, await call, "aembed_batch")
         self.count(cancelled=1)
-
-
-def run_worker(number: int, addresses: dict[str, str], seed: int, out: Any, stop: Any) -> None:
-    Worker(number, addresses, seed, out, stop).run()
-    out.close()
-    out.join_thread()
 
 
 def pick_texts(rng: random.Random) -> list[str]:
@@ -245,77 +244,177 @@ def read_resources() -> dict[str, int]:
 
 
 class Soak:
-    def __init__(self, minutes: float, seed: int) -> None:
-        self.seconds = minutes * 60
+    """The workers and servers of a run, what they report, and what is wrong."""
+
+    def __init__(self, seconds: float, seed: int, folder: Path) -> None:
+        self.seconds = seconds
         self.rng = random.Random(seed)
-        self.seed = seed
+        self.seed = seed * 1_000_000
+        self.folder = folder
+        self.stop = folder / "stop"
         self.faults: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.samples: list[dict[str, int]] = []
-        """Resources of the worker that lives to the end."""
+        """Resources of worker 0, which lives to the end."""
+        self._reports: dict[Path, Any] = {}
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
 
-    def run(self) -> bool:
-        context = multiprocessing.get_context("spawn")
-        self.context, self.out = context, context.Queue()
+    def run(self) -> None:
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            self.servers = [
-                stack.enter_context(server)
-                for server in (servers.RedisServer(), servers.PostgresServer(), servers.MemcachedServer())
-            ]
+            made = (servers.RedisServer(), servers.PostgresServer(), servers.MemcachedServer())
+            self.servers = [stack.enter_context(server) for server in made]
             redis, postgres, memcached = self.servers
             self.addresses = {
-                "disk": str(Path(folder, "cache")),
+                "disk": str(self.folder / "cache"),
                 "redis": redis.url,
                 "postgres": postgres.url,
                 "memcached": memcached.address,
             }
-            self._check_durability("before")
-            self._work()
-            self._check_durability("after")
-        return self._print_results()
+            kept = [f"kept {number}" for number in range(1000)]
+            with make_cache(self.addresses) as cache:
+                cache.embed_batch(kept)
+            stack.callback(self._end_workers)
+            self._disturb()
+            self._end_workers()
+            with make_cache(self.addresses, memory=False) as cache:
+                lost = sum(row is None for row in cache.lookup(kept).rows)
+                if lost:
+                    self.faults["a text that was stored before the run was lost"] += lost
 
-    def _work(self) -> None:
+    def _disturb(self) -> None:
+        """Kill workers and disturb servers until the time is over."""
         end = time.monotonic() + self.seconds
-        next_kill, next_fault = self._draw(KILL_SECONDS), self._draw(FAULT_SECONDS)
-        next_line = time.monotonic() + 30
-        faults = _run_faults(self)
-        workers = {number: self._start(number) for number in range(WORKERS)}
+        next_kill, next_fault, next_line = self._draw(KILL_SECONDS), self._draw(FAULT_SECONDS), time.monotonic() + 30
+        disturbed: Any = None
+        for number in range(WORKERS):
+            self._start(number)
         while time.monotonic() < end:
-            self._receive()
-            for number, (process, _) in workers.items():
-                if not process.is_alive():
-                    self.faults[f"a worker ended with exit code {process.exitcode}"] += 1
-                    workers[number] = self._start(number)
+            time.sleep(0.2)
+            self._read_reports()
+            for number, worker in list(self._workers.items()):
+                if worker.poll() is not None:
+                    self.faults[f"a worker ended with exit code {worker.returncode}"] += 1
+                    self._start(number)
             if time.monotonic() > next_kill:
-                number = self.rng.randrange(1, WORKERS)
-                workers[number][0].kill()
-                workers[number][0].join()
-                self.counts["killed"] += 1
-                workers[number] = self._start(number)
+                self._kill(self.rng.randrange(1, WORKERS))
                 next_kill = self._draw(KILL_SECONDS)
             if time.monotonic() > next_fault:
-                next(faults)
+                disturbed = self._disturb_server(disturbed)
                 next_fault = self._draw(FAULT_SECONDS)
             if time.monotonic() > next_line:
                 next_line += 30
-                print(f"{end - time.monotonic():4.0f} s left: {self._describe()}", file=sys.stderr, flush=True)
-        faults.close()
-        for process, stop in workers.values():
-            stop.set()
-        for process, _ in workers.values():
-            self._join(process)
-        self._receive()
+                print(f"{end - time.monotonic():4.0f} s left: {self.describe()}", file=sys.stderr, flush=True)
+        if disturbed is not None:
+            self._disturb_server(disturbed)
 
     def _draw(self, mean: float) -> float:
         return time.monotonic() + self.rng.uniform(0.5, 1.5) * mean
 
-    def _start(self, number: int) -> Any:
-        # Each worker has its own event, because a process that is killed while it reads an event leaves the event locked.
-        stop = self.context.Event()
+    def _disturb_server(self, disturbed: Any) -> Any:
+        """Pause or kill a server and return it; if one is disturbed already, let it work again and return None."""
+        if disturbed is not None:
+            server, is_killed = disturbed
+            if is_killed:
+                server.restart()
+            else:
+                server.resume()
+            return None
+        server, is_killed = self.rng.choice(self.servers), self.rng.random() < 0.5
+        if is_killed:
+            server.kill()
+        else:
+            server.pause()
+        self.counts["server faults"] += 1
+        return server, is_killed
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def _start(self, number: int) -> None:
         self.seed += 1
-        process = self.context.Process(
-            target=run_worker, args=(number, self.addresses, self.seed, self._open_queue(), stop), daemon=True
-        )
-        process.start()
-        return process, stop
+        report = self.folder / f"report-{self.seed}"
+        report.touch()
+        self._reports[report] = report.open()
+        options = {"number": number, "addresses": self.addresses, "seed": self.seed, "stop": str(self.stop)}
+        command = [sys.executable, __file__, "--worker", json.dumps({**options, "report": str(report)})]
+        self._workers[number] = subprocess.Popen(command)
+
+    def _kill(self, number: int) -> None:
+        self._workers[number].kill()
+        self._workers[number].wait()
+        self.counts["kills"] += 1
+        self._start(number)
+
+    def _end_workers(self) -> None:
+        self.stop.touch()
+        for worker in self._workers.values():
+            try:
+                code = worker.wait(120)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+                code = None
+            if code != 0:
+                self.faults["a worker did not end" if code is None else f"a worker ended with exit code {code}"] += 1
+        self._workers.clear()
+        self._read_reports()
+
+    def _read_reports(self) -> None:
+        for file in self._reports.values():
+            while (line := file.readline()).endswith("\n"):  # a killed worker may leave half a line
+                report = json.loads(line)
+                if "fault" in report:
+                    self.faults[report["fault"]] += 1
+                    continue
+                self.counts.update(report["counts"])
+                if report["worker"] == 0:
+                    self.samples.append({name: report[name] for name in RESOURCES})
+
+    # --- results ------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        counts = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
+        return f"{counts}; {self.faults.total():,} faults"
+
+    def measure_growth(self) -> dict[str, tuple[float, float]]:
+        """Return for each resource its median in the second and in the last quarter of the run."""
+        quarter = len(self.samples) // 4
+        if not quarter:
+            return {}
+        growth = {}
+        for name in RESOURCES:
+            values = [sample[name] for sample in self.samples]
+            growth[name] = (statistics.median(values[quarter : 2 * quarter]), statistics.median(values[-quarter:]))
+        return growth
+
+
+RESOURCES = {"bytes": 24 * 2**20, "descriptors": 12, "threads": 8}
+"""The resources of a worker, and the growth from the second to the last quarter of the run that is not yet a fault."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="soak test of a whole chain with real servers")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the run (default: 10)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random calls (default: 1)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        logging.getLogger("embedonce").setLevel(logging.ERROR)  # the faults that the run makes are warnings
+        Worker(**json.loads(options.worker)).run()
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(options.minutes * 60, options.seed, Path(folder))
+        soak.run()
+    print(f"\n{options.minutes:g} minutes, seed {options.seed}: {soak.describe()}")
+    print("\n| worker 0 | second quarter | last quarter |\n| --- | ---: | ---: |")
+    for name, (before, after) in soak.measure_growth().items():
+        print(f"| {name} | {before:,.0f} | {after:,.0f} |")
+        if after - before > RESOURCES[name]:
+            soak.faults[f"the {name} of a worker grew from {before:,.0f} to {after:,.0f}"] += 1
+    for fault, count in soak.faults.most_common():
+        print(f"FAULT, {count:,} times: {fault}")
+    print("nothing is wrong" if not soak.faults else "the run found faults")
+    return 1 if soak.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

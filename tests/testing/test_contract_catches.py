@@ -601,7 +601,7 @@ class TwinThatLeavesTheReply(DictBackend):
 
 
 class TwinWithATimerOfItsOwn(DictBackend):
-    """Limits an async call with `asyncio.timeout`, which also ends a call whose reply the blocked loop could not read."""
+    """Limits an async call with `asyncio.timeout`, which also ends a call whose reply a busy loop could not read."""
 
     def __init__(self):
         super().__init__(twin=True)
