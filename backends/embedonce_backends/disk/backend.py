@@ -219,11 +219,8 @@ class DiskBackend:
         """Describe the sizes of the file and its log, and whether the file is read-only."""
         is_read_only = self._call_with_connection(lambda connection: connection.stamp is not None)
         is_read_only = is_read_only or not os.access(self._file.path, os.W_OK)
-        file = os.stat(self._file.path).st_size
-        words = f"{file / MIB:.1f} MiB, log {self._file.log.get_bytes() / MIB:.1f} MiB"
-        if is_read_only:
-            return f"{words}, read-only"
-        return words if self._file.log.get_bytes() <= 2 * LOG_BYTES else f"{words}, which a reader keeps from shrinking"
+        size = os.stat(self._file.path).st_size / MIB
+        return f"file {size:.1f} MiB, {self._file.log.describe()}{', read-only' if is_read_only else ''}"
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, in order, including expired keys that have not been deleted yet.

@@ -35,9 +35,8 @@ def find_permission_problem(folder: Path, owner: int, mode: int, user: int) -> s
         # A shared folder, such as /tmp or a volume that Kubernetes mounts, must stay as it is. A folder that is made
         # inside it belongs to this user, and is checked again whenever the file is opened.
         inside = f"path = {json.dumps(str(folder / 'embedonce'), ensure_ascii=False)}"
-        if user != owner or mode & stat.S_ISVTX:
-            return f"is writable by every user; give the disk tier a folder inside it: {inside}"
-        return f"is writable by every user; run `chmod o-w` on it, or give the disk tier a folder inside it: {inside}"
+        chmod = "run `chmod o-w` on it, or " if user in (0, owner) else ""
+        return f"is writable by every user; {chmod}give the disk tier a folder inside it: {inside}"
     # Root may use any user's folder, because in a container, root often gets folders that belong to users of the host.
     if user not in (0, owner) and owner != 0:
         return f"belongs to another user (uid {owner}); give the disk tier a path of your own"

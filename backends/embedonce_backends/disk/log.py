@@ -56,6 +56,12 @@ class Log:
         except FileNotFoundError:
             return 0
 
+    def describe(self) -> str:
+        """Describe the size of the log, and whether a reader keeps it from being emptied."""
+        size = self.get_bytes()
+        reason = " because a reader still uses it" if size > 2 * LOG_BYTES else ""
+        return f"log {size / MIB:.1f} MiB{reason}"
+
     def is_due(self) -> bool:
         """Return whether the log should be emptied, because it is large or contains removed data."""
         return self._is_overdue or self.get_bytes() > LOG_BYTES
