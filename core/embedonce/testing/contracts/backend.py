@@ -57,7 +57,9 @@ class BackendContract(Contract):
     """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest.
 
     The other methods are optional: tests that need a missing method are skipped. The exception is :meth:`reopen`,
-    which is required for a backend whose scope is ``host`` or ``network``.
+    which is required for a backend whose scope is ``single``, ``host`` or ``network``.
+
+    No test opens the store of a backend with the scope ``single`` twice at the same time.
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
@@ -72,7 +74,10 @@ class BackendContract(Contract):
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
 
     def reopen(self, backend: Any) -> Backend:
-        """Return another client of the store of ``backend``, even if ``backend`` is already closed."""
+        """Return another client of the store of ``backend``, even if ``backend`` is already closed.
+
+        If the scope is ``single``, ``backend`` is always closed.
+        """
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
@@ -114,8 +119,8 @@ class BackendContract(Contract):
             assert declared.holds in ("frames", "entries", "either"), (
                 f'capabilities.holds must be "frames", "entries" or "either", got {declared.holds!r}'
             )
-            assert declared.scope in ("process", "host", "network"), (
-                f'capabilities.scope must be "process", "host" or "network", got {declared.scope!r}'
+            assert declared.scope in ("process", "single", "host", "network"), (
+                f'capabilities.scope must be "process", "single", "host" or "network", got {declared.scope!r}'
             )
             for name in ("max_batch", "max_value_bytes"):
                 limit = getattr(declared, name)
@@ -549,7 +554,7 @@ class BackendContract(Contract):
     def test_what_was_stored_is_there_when_opened_again(self) -> None:
         backend: Any = self.make()
         try:
-            self._skip_without_sharing(backend)
+            self._skip_without_lasting(backend)
             self._store(backend, range(20))
         finally:
             backend.close()
@@ -681,16 +686,39 @@ class BackendContract(Contract):
             for store in stores:
                 self._require_stored(backend, store)
 
+    def test_processes_use_the_store_one_after_another(self) -> None:
+        backend: Any = self.make()
+        try:
+            self._skip_without_lasting(backend)
+            recipe = self._get_recipe_or_skip(backend)
+            self._store(backend, range(10))
+        finally:
+            backend.close()
+        expected = {key(number): number for number in range(10)}
+        values = {"holds": backend.capabilities.holds, "dimensions": list(self.dimensions)}
+        for child in (1, 2):
+            store = {key(100 * child + n): n for n in range(10)}
+            (answer,) = run_in_processes([{"store": store, "expect": expected, **values}], recipe)
+            wrong = len(answer["wrong"])
+            assert not wrong, f"a later process did not see {wrong} of {len(expected)} keys that earlier ones stored"
+            expected |= store
+        with closing(self.reopen(backend)) as again:
+            self._require_stored(again, expected)
+
     def test_a_writer_that_is_killed_leaves_whole_values(self) -> None:
         if not hasattr(signal, "SIGKILL"):
             pytest.skip("this platform has no kill -9")
-        with self._open() as backend:
-            self._skip_without_sharing(backend)
+        backend: Any = self.make()
+        try:
+            self._skip_without_lasting(backend)
             recipe = self._get_recipe_or_skip(backend)
             self._store(backend, [1])
             for turn, batches in enumerate((2, 5)):
                 # Each round uses a different scope, so that its keys are new.
                 scope = f"{turn:016x}"
+                is_exclusive = backend.capabilities.scope == "single"
+                if is_exclusive:
+                    backend.close()
                 stored = kill_while_writing(
                     recipe,
                     scope=scope,
@@ -698,6 +726,8 @@ class BackendContract(Contract):
                     holds=backend.capabilities.holds,
                     dimensions=list(self.dimensions),
                 )
+                if is_exclusive:
+                    backend = self.reopen(backend)
                 # On a busy machine the writer is killed late, and may have stored more keys than max_batch. The keys
                 # are therefore read in batches.
                 size = self._get_batch_size(backend)
@@ -713,6 +743,8 @@ class BackendContract(Contract):
                     assert not left, f"after a writer was killed, scan yielded {left} names that are not keys"
                 backend.set_many({key(0, scope): self._make_values(backend).sample(2)}, None)
                 self._require_stored(backend, {key(0, scope): 2, key(1): 1})
+        finally:
+            backend.close()
 
     # --- threads and time ---------------------------------------------------------------------
 
@@ -1071,11 +1103,20 @@ class BackendContract(Contract):
         if not self._overrides("advance"):
             pytest.skip("requires advance(), which lets time pass for the backend")
 
-    def _skip_without_sharing(self, backend: Any) -> None:
+    def _skip_without_lasting(self, backend: Any) -> None:
         scope = backend.capabilities.scope
         if scope == "process":
-            pytest.skip('requires the scope "host" or "network"; a backend with the scope "process" shares nothing')
+            pytest.skip(
+                'requires the scope "single", "host" or "network"; a backend with the scope "process" is private'
+            )
         assert self._overrides("reopen"), f'the scope "{scope}" requires reopen(), which returns another client'
+
+    def _skip_without_sharing(self, backend: Any) -> None:
+        self._skip_without_lasting(backend)
+        if backend.capabilities.scope == "single":
+            pytest.skip(
+                'requires the scope "host" or "network"; one process at a time has a store of the scope "single"'
+            )
 
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)
