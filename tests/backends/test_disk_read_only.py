@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_a_read_only_copy_with_its_log_is_served_only_with_the_content_of_the_lo
                 assert gone not in backend.get_many(list(ITEMS))
                 assert len(backend.get_many(list(ITEMS))) == 99
             else:
-                with pytest.raises(ReadOnlyFile, match="was not closed properly"):
+                with pytest.raises(ReadOnlyFile, match="its log has content"):
                     backend.get_many(list(ITEMS))
 
     run_as_other_user(lambda: use("served"))
@@ -335,6 +336,33 @@ print(*names)
 
 def test_a_full_disk_is_named_and_used_again_once_it_has_space(tmp_path: Path) -> None:
     assert run_in_mount(f"mount -t tmpfs -o size=8m none {tmp_path}", FULL, tmp_path) == "DiskFull\n"
+
+
+def test_a_process_without_file_descriptors_is_told_so_and_goes_on_when_it_has_some(tmp_path: Path) -> None:
+    with closing(DiskBackend(path=tmp_path)) as backend:
+        backend.set_many(ITEMS, None)
+
+    def use() -> None:
+        import resource
+
+        with closing(DiskBackend(path=tmp_path)) as backend:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            for spare in (0, 1, 2):
+                taken = []
+                with suppress(OSError):
+                    while True:
+                        taken.append(os.open(os.devnull, os.O_RDONLY))
+                for _ in range(spare):
+                    os.close(taken.pop())
+                with pytest.raises(OSError, match=r"no file descriptors left|Too many open files") as caught:
+                    backend.get_many(list(ITEMS))
+                assert caught.value.errno == errno.EMFILE
+                for descriptor in taken:
+                    os.close(descriptor)
+            backend.set_many(make_items(1000, 1), None)
+            assert backend.get_many(list(ITEMS)) == ITEMS
+
+    run_in_fork(use, "a process without file descriptors")
 
 
 # --- folders of several users -----------------------------------------------------------------

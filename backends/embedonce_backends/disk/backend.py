@@ -25,7 +25,7 @@ from embedonce.contracts import Capabilities
 from embedonce.errors import ConfigError, EmbedonceError
 from embedonce.options import Doc, Size
 
-from .errors import DiskFull, explain_error, get_primary_code
+from .errors import DiskFull, explain_error, get_primary_code, is_writable
 from .file import DatabaseFile
 from .folder import check_folder
 from .layout import MODE_RAW
@@ -218,7 +218,7 @@ class DiskBackend:
     def describe(self) -> str:
         """Describe the sizes of the file and its log, and whether the file is read-only."""
         is_read_only = self._call_with_connection(lambda connection: connection.stamp is not None)
-        is_read_only = is_read_only or not os.access(self._file.path, os.W_OK)
+        is_read_only = is_read_only or not is_writable(self._file.path)
         size = os.stat(self._file.path).st_size / MIB
         return f"file {size:.1f} MiB, {self._file.log.describe()}{', read-only' if is_read_only else ''}"
 

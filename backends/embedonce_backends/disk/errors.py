@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def explain_error(error: Exception, file: Path) -> Exception:
             'served. If this is intended, set write = "none" for this tier',
             str(file),
         )
+    # SQLite does not say which error of the system it got. If the file can be accessed, descriptors were missing for
+    # its log or index.
+    if code == sqlite3.SQLITE_CANTOPEN and (_has_no_descriptors() or is_writable(file)):
+        return OSError(
+            errno.EMFILE,
+            f"cannot open the file, probably because this process has no file descriptors left ({error}); close files "
+            "and connections, or raise the limit (ulimit -n)",
+            str(file),
+        )
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return OSError(
             errno.EACCES,
@@ -69,3 +79,18 @@ def explain_error(error: Exception, file: Path) -> Exception:
             f"{file}: {error}; remove the folder of this file, and the texts will be embedded again"
         )
     return error
+
+
+def is_writable(file: Path) -> bool:
+    """Return whether this user may write to a file and to its folder."""
+    effective = os.access in os.supports_effective_ids
+    return all(os.access(path, os.W_OK, effective_ids=effective) for path in (file, file.parent))
+
+
+def _has_no_descriptors() -> bool:
+    """Return whether this process cannot open any file at the moment."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import diskcache  # type: ignore[import-untyped]
 
-from .errors import ReadOnlyFile, get_primary_code
+from .errors import ReadOnlyFile, get_primary_code, is_writable
 from .folder import check_folder, make_file, make_folder
 from .layout import COUNTERS, SCHEMA_OBJECTS, SETTINGS, Layout
 from .log import LOG_BYTES, Log
@@ -119,13 +119,15 @@ class DatabaseFile:
             ReadOnlyFile: the log has content, but cannot be used.
         """
         stamp = self._read_stamp()
-        if stamp is None or not os.access(self.path, os.R_OK):
+        # If the file is writable, the problem is another one. For example, this process has no file descriptors left.
+        if stamp is None or not os.access(self.path, os.R_OK) or is_writable(self.path):
             raise problem
         if self.log.get_bytes():
             raise ReadOnlyFile(
                 errno.EROFS,
-                "the file is read-only and was not closed properly: its log has content that is not in the file. Open "
-                "the folder once where it can be written, for example with `embedonce stats`, and copy it afterwards",
+                "the file is read-only, and its log has content that is not in the file, because the cache is still in "
+                "use or was not closed properly. Open the folder once where it can be written, for example with "
+                "`embedonce stats`, and copy it afterwards",
                 str(self.path),
             ) from problem
         connection = self._open("mode=ro&immutable=1", READ_PRAGMAS)
