@@ -24,6 +24,7 @@ class SingleBackend:
 
     def __init__(self, *, path: Path) -> None:
         self.path = path
+        path.mkdir(parents=True, exist_ok=True)
         self.clock: Callable[[], float] = time.time
         self._pid = os.getpid()
         self._lock = threading.RLock()
