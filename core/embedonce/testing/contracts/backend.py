@@ -10,7 +10,7 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
@@ -37,8 +37,9 @@ from .support import (
     run_in_fork,
     run_in_processes,
     run_in_threads,
+    run_with_twin,
 )
-from .values import SCOPE, Values, key, make_values
+from .values import SCOPE, Values, key, make_values, require_partition, require_samples
 from .whole import Contract, register_standard_tests
 
 T = TypeVar("T")
@@ -892,7 +893,7 @@ class BackendContract(Contract):
                 held = {key(number): number for number in range(100)}
                 found, failed = self._require_partial_answer(lambda: backend.get_many(list(held)), held)
                 assert isinstance(found, Mapping), f"PartialAnswer.answer must be a mapping, got {type(found).__name__}"
-                self._require_partition(found, failed, held)
+                require_partition(found, failed, held)
                 self._require_equal(backend, found, {name: seed for name, seed in held.items() if name not in failed})
                 new = {key(number): number for number in range(100, 200)}
                 items = {name: values.sample(seed) for name, seed in new.items()}
@@ -902,7 +903,7 @@ class BackendContract(Contract):
                     new = {key(number): number for number in range(200, 300)}
                     items = {name: values.sample(seed) for name, seed in new.items()}
                     added, failed = self._require_partial_answer(lambda: backend.add_many(items, None), new)
-                    self._require_partition(added, failed, new)
+                    require_partition(added, failed, new)
                     assert set(added) == new.keys() - failed, "add_many must return exactly the keys that it stored"
                 if backend.capabilities.delete:
                     self._require_error(lambda: backend.delete_many(list(held)), "while a node is down, delete_many")
@@ -926,7 +927,7 @@ class BackendContract(Contract):
                 await twin.set_many({key(2): values.sample(2), key(1): values.sample(11)}, 3600.0)
                 self._require_equal(backend, await twin.get_many([key(1), key(2)]), {key(1): 11, key(2): 2})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
             self._require_stored(backend, {key(1): 11, key(2): 2})
 
     def test_every_loop_has_its_own_twin(self) -> None:
@@ -938,8 +939,8 @@ class BackendContract(Contract):
                 self._require_equal(backend, await twin.get_many([key(1)]), {key(1): 1})
 
             for _ in range(2):
-                self._run_with_twin(backend, use)
-            run_in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three event loops")
+                run_with_twin(backend, use)
+            run_in_threads(3, lambda _: run_with_twin(backend, use), "twins in three event loops")
 
     def test_the_twin_answers_many_at_once(self) -> None:
         with self._open() as backend:
@@ -951,7 +952,7 @@ class BackendContract(Contract):
                 for number, answer in enumerate(answers):
                     self._require_equal(backend, answer, {key(number): number, key(number + 1): number + 1})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
 
     def test_a_cancelled_twin_call_shifts_no_reply(self) -> None:
         with self._open() as backend:
@@ -967,7 +968,7 @@ class BackendContract(Contract):
                     await asyncio.gather(call, return_exceptions=True)
                     self._require_equal(backend, await twin.get_many([key(turn + 1)]), {key(turn + 1): turn + 1})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
 
     def test_use_of_a_closed_twin_raises(self) -> None:
         with self._open() as backend:
@@ -981,7 +982,7 @@ class BackendContract(Contract):
                 with pytest.raises(Exception):  # noqa: B017, PT011  (any error is fine)
                     await twin.get_many([key(1)])
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
             self._require_stored(backend, {key(1): 1})
 
     # --- random sequences of calls ------------------------------------------------------------
@@ -1054,13 +1055,6 @@ class BackendContract(Contract):
         assert not others, f"PartialAnswer.failed has keys that were not in the call: {others}"
         assert partial.failed != asked.keys(), "PartialAnswer.failed contains all keys, but only one node is down"
         return partial.answer, partial.failed
-
-    def _require_partition(self, answer: Collection[str], failed: frozenset[str], asked: Mapping[str, int]) -> None:
-        """Require that each key is either in the answer or in ``failed``, and not in both."""
-        both = len(failed & set(answer))
-        assert not both, f"{both} keys are both in PartialAnswer.failed and in PartialAnswer.answer"
-        neither = len(asked.keys() - failed - set(answer))
-        assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
 
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
         """Require that all ``expected`` items are stored, because set_many did not report them as failed."""
@@ -1148,36 +1142,7 @@ class BackendContract(Contract):
 
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
         """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
-        values = self._make_values(backend)
-        assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
-        missing = [place for place, name in enumerate(expected) if name not in found]
-        assert not missing, f"get_many did not return {len(missing)} of {len(expected)} keys that are stored"
-        assert len(found) == len(expected), f"get_many returned {len(found) - len(expected)} unexpected keys"
-        for place, (name, seed) in enumerate(expected.items()):
-            stored = values.sample(seed)
-            about = _describe_difference(found[name], stored)
-            assert values.is_equal(found[name], stored), (
-                f"get_many returned {about} for key {place} of {len(expected)}, not the stored value"
-            )
-
-    def _run_with_twin(self, backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
-        async def main() -> None:
-            twin = backend.twin()
-            try:
-                async with asyncio.timeout(CALL_TIMEOUT):
-                    await use(twin)
-            finally:
-                await twin.close()
-
-        asyncio.run(main())
-
-
-def _describe_difference(value: object, stored: object) -> str:
-    if value is None:
-        return "None"
-    if type(value) is not type(stored):
-        return f"a {type(value).__name__} instead of a {type(stored).__name__}"
-    return f"{len(value)} different bytes" if isinstance(value, bytes) else f"a different {type(value).__name__}"
+        require_samples(self._make_values(backend), found, expected)
 
 
 register_standard_tests(BackendContract)
