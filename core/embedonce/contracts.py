@@ -45,9 +45,16 @@ class Capabilities:
     frames if the tier is encrypted, otherwise entries. Such a backend is an :class:`EntryBackend`, and returns each
     value in the form in which the value was stored.
     """
-    scope: Literal["process", "host", "network"] = "host"
-    """Who shares the entries: one process, one host, or all hosts. The scope determines the default
-    timeout and write mode."""
+    scope: Literal["process", "single", "host", "network"] = "host"
+    """Who shares the entries. The scope determines the default timeout and write mode.
+
+    ``"process"``: this process alone; the entries end with it. ``"single"``: one process at a time; the entries last,
+    but while one process has the store open, no other process can open it (DuckDB, for example). ``"host"``: all
+    processes of one host. ``"network"``: all hosts.
+
+    A store of the scope ``"single"`` has no leases, even if it has ``add_many``. A forked child must not use the store
+    of its parent, so declare ``fork=False``, and raise an error in the child.
+    """
     blocking: bool = True
     """Whether calls may block. If False, the engine calls the backend on the event loop. Such a call must end
     within microseconds."""

@@ -30,7 +30,8 @@ from embedonce.errors import CacheClosed, ConfigError, TierError, TierTimeout
 from embedonce.testing import BackendContract, CountingProvider, ManualClock, Recipe
 from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce_backends.disk import BytesDisk, DiskBackend, sqlite
-from embedonce_backends.disk import backend as disk_backend
+from embedonce_backends.disk import file as disk_file
+from embedonce_backends.disk.folder import find_permission_problem
 
 MIB = 2**20
 PATIENT = 60.0
@@ -330,7 +331,7 @@ def test_a_folder_that_every_user_may_write_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_is_safe_by_its_owner_and_mode(owner: int, mode: int, user: int, safe: bool) -> None:
-    assert (disk_backend._find_permission_problem(owner, mode, user) is None) is safe
+    assert (find_permission_problem(Path("/cache"), owner, mode, user) is None) is safe
 
 
 def test_max_bytes_has_a_minimum(tmp_path: Path) -> None:
@@ -423,6 +424,46 @@ def test_expired_entries_are_deleted_before_others_are_evicted(tmp_path: Path) -
             backend.set_many(items_of(range(start, start + 60)), None)
         assert len(backend.get_many(list(items_of(range(300))))) == 300
         assert backend.count("") == 540, "the expired entries' space is free"
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0 * 365], ids=["back", "forward"])
+def test_a_clock_that_jumps_keeps_no_entry_beyond_its_ttl(tmp_path: Path, jump: float) -> None:
+    now = [1_700_000_000.0]
+    with open_backend(tmp_path) as backend:
+        backend.clock = lambda: now[0]
+        backend.set_many(items_of(range(10)), 3600.0)
+        backend.set_many(items_of(range(10, 20)), None)
+        assert backend.add_many({"eo1.x.lease": b"token"}, 60.0) == {"eo1.x.lease"}
+        now[0] += jump
+        assert backend.get_many(list(items_of(range(20)))) == items_of(range(10, 20))
+        assert [backend.get(key_of(number)) for number in range(10)] == [None] * 10
+        assert backend.add_many({"eo1.x.lease": b"other"}, 60.0) == {"eo1.x.lease"}, "the lease of a dead process ends"
+        backend.set_many(items_of(range(5)), 3600.0)
+        assert backend.get_many(list(items_of(range(20)))) == items_of(range(5)) | items_of(range(10, 20))
+        now[0] += 3500.0
+        assert backend.get(key_of(0)) == value_of(0)
+        now[0] += 200.0
+        assert backend.get(key_of(0)) is None
+
+
+def test_a_small_correction_of_the_clock_expires_nothing(tmp_path: Path) -> None:
+    now = [1_700_000_000.0]
+    with open_backend(tmp_path) as backend:
+        backend.clock = lambda: now[0]
+        backend.set_many(items_of(range(10)), 3600.0)
+        now[0] += -0.5
+        assert backend.get_many(list(items_of(range(10)))) == items_of(range(10))
+
+
+def test_the_first_stored_entry_is_evicted_whatever_the_clock_says(tmp_path: Path) -> None:
+    now = [1_700_000_000.0]
+    with open_backend(tmp_path, max_bytes=MIB) as backend:
+        backend.clock = lambda: now[0]
+        for turn in range(20):
+            backend.set_many(items_of(range(100 * turn, 100 * turn + 100)), None)
+            now[0] += -86_400.0 if turn % 2 else 43_200.0
+        assert backend.get(key_of(0)) is None
+        assert backend.get_many(list(items_of(range(1900, 2000)))) == items_of(range(1900, 2000))
 
 
 def test_removing_entries_shrinks_the_file(tmp_path: Path) -> None:
@@ -876,7 +917,7 @@ def test_a_fork_waits_for_connections_that_are_being_closed(tmp_path: Path, monk
         release.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk_backend, "Connection", make_connection_class(close))
+        patch.setattr(disk_file, "Connection", make_connection_class(close))
         backend = DiskBackend(path=tmp_path)
         backend.set_many(items_of(range(2)), None)
     threads = [threading.Thread(target=call) for call in (backend.close, allow_closing)]
@@ -937,7 +978,7 @@ def test_a_fork_and_a_call_inside_a_fork_end(tmp_path: Path, monkeypatch: pytest
     def child() -> None:
         assert backend.get(key_of(1)) == value_of(1)
 
-    monkeypatch.setattr(disk_backend, "Connection", make_connection_class(close))
+    monkeypatch.setattr(disk_file, "Connection", make_connection_class(close))
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(2)), None)
         run_in_threads(1, lambda _: run_in_fork(child, "the outer fork"), "a fork inside a fork")
@@ -952,7 +993,7 @@ def test_a_full_disk_is_an_error_and_stored_entries_stay(tmp_path: Path, monkeyp
     with open_backend(tmp_path) as backend:
         backend.set_many(items_of(range(100)), None)
     with monkeypatch.context() as patch:
-        patch.setattr(disk_backend, "PRAGMAS", (*disk_backend.PRAGMAS, "max_page_count = 60"))
+        patch.setattr(disk_file, "WRITE_PRAGMAS", (*disk_file.WRITE_PRAGMAS, "max_page_count = 60"))
         with open_backend(tmp_path) as backend:
             for _ in range(3):
                 with pytest.raises(OSError, match="disk full") as caught:

@@ -26,6 +26,7 @@ from embedonce_shelf import (
     WritesAtItsEndShelfBackend,
     WritesInPlaceShelfBackend,
 )
+from embedonce_single import CommitsRarelyBackend, ForgetsWhenClosedBackend, KeepsItsLockBackend, SingleBackend
 from embedonce_wire import EndsTheConnectionOfItsChild, Server, SharesItsConnectionAfterAFork, WireBackend
 
 from embedonce.contracts import Capabilities, Embedded, Limits, time_left
@@ -422,6 +423,13 @@ class OnlyInThisProcess(DictBackend):
         super().__init__(scope="host", **options)
 
 
+class OnlyInThisProcessToo(DictBackend):
+    """Declares scope `single`, but keeps its entries in a dict of the process."""
+
+    def __init__(self, **options):
+        super().__init__(scope="single", **options)
+
+
 class LosesWhatWasLast(ShelfBackend):
     """Writes each batch only in the next call, and not in `close`."""
 
@@ -802,6 +810,9 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_use_after_close_raises", AnswersAfterClose),
     ("test_what_was_stored_is_there_when_opened_again", OnlyInThisProcess),
     ("test_what_was_stored_is_there_when_opened_again", LosesWhatWasLast),
+    ("test_what_was_stored_is_there_when_opened_again", OnlyInThisProcessToo),
+    ("test_what_was_stored_is_there_when_opened_again", ForgetsWhenClosedBackend),
+    ("test_what_was_stored_is_there_when_opened_again", KeepsItsLockBackend),
     ("test_two_clients_see_one_store", KeepsACopyInMemory),
     ("test_a_forked_child_uses_the_store", OnlyInThisProcess),
     ("test_a_forked_child_is_refused", AnswersInAForkedChild),
@@ -810,6 +821,10 @@ BROKEN_BACKENDS: list[tuple[str, Callable[[], Any]]] = [
     ("test_a_forked_child_goes_on_without_its_parent", OneConnectionShelfBackend),
     ("test_other_processes_use_the_store", HashingShelfBackend),
     ("test_other_processes_use_the_store", OneFileShelfBackend),
+    ("test_processes_use_the_store_one_after_another", HashingShelfBackend),
+    ("test_processes_use_the_store_one_after_another", ForgetsWhenClosedBackend),
+    ("test_processes_use_the_store_one_after_another", KeepsItsLockBackend),
+    ("test_a_writer_that_is_killed_leaves_whole_values", CommitsRarelyBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesInPlaceShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", WritesAtItsEndShelfBackend),
     ("test_a_writer_that_is_killed_leaves_whole_values", ListsWhatIsUnfinishedShelfBackend),
@@ -849,8 +864,8 @@ class BackendContractRun(BackendContract):
     def make(self) -> Any:
         if self.wire is not None:
             return self.through(None, *self.server())
-        if issubclass(self.broken, ShelfBackend):
-            return self.broken(path=str(self.folder))
+        if issubclass(self.broken, ShelfBackend | SingleBackend):
+            return self.broken(path=self.folder if issubclass(self.broken, SingleBackend) else str(self.folder))
         backend = self.broken()
         backend.clock = self.clock
         return backend

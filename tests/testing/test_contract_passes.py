@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from embedonce_nodes import TwoNodesBackend
 from embedonce_shelf import ShelfBackend
+from embedonce_single import SingleBackend
 from embedonce_wire import Server, WireBackend
 
 from embedonce import Embedded
@@ -98,6 +99,36 @@ class TestFilesInAFolder(BackendContract):
 
     def recipe(self, backend: ShelfBackend) -> Recipe:
         return Recipe(ShelfBackend, {"path": backend.path})
+
+
+class TestAStoreForOneProcessAtATime(BackendContract):
+    examples = 10
+
+    @pytest.fixture(autouse=True)
+    def in_a_folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.clock = ManualClock()
+        self.made = 0
+
+    def make(self) -> SingleBackend:
+        self.made += 1
+        path = self.folder / str(self.made)
+        path.mkdir()
+        return self._make_at(path)
+
+    def reopen(self, backend: SingleBackend) -> SingleBackend:
+        return self._make_at(backend.path)
+
+    def recipe(self, backend: SingleBackend) -> Recipe:
+        return Recipe(SingleBackend, {"path": str(backend.path)})
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    def _make_at(self, path: Path) -> SingleBackend:
+        backend = SingleBackend(path=path)
+        backend.clock = self.clock
+        return backend
 
 
 class TestEitherInADict(OnAClock):

@@ -11,36 +11,26 @@ import json
 import logging
 import os
 import sqlite3
-import stat
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import diskcache  # type: ignore[import-untyped]
 from annotated_types import Ge
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities
-from embedonce.errors import ConfigError
+from embedonce.errors import ConfigError, EmbedonceError
 from embedonce.options import Doc, Size
 
-from .layout import COUNTERS, MODE_RAW, SCHEMA_OBJECTS, SETTINGS, Layout
-from .sqlite import (
-    PROGRESS_STEPS,
-    Connection,
-    Connections,
-    explain_error,
-    fetch_rows,
-    get_primary_code,
-    get_remaining_seconds,
-    hold_lock,
-    is_out_of_time,
-    retry_while_locked,
-)
+from .errors import DiskFull, explain_error, get_primary_code, is_writable
+from .file import DatabaseFile
+from .folder import check_folder
+from .layout import MODE_RAW
+from .log import LOG_BYTES
+from .sqlite import Connection, Connections, fetch_rows, get_remaining_seconds, hold_lock, retry_while_locked
 
 api = 1
 
@@ -48,37 +38,29 @@ T = TypeVar("T")
 
 log = logging.getLogger("embedonce.disk")
 
+MIB = 2**20
 GIB = 2**30
 MIN_FILE_BYTES = 2**20
 """Smallest ``max_bytes`` that is accepted."""
 CHUNK_KEYS = 512
 """Maximum number of keys per statement; the deadline is checked between statements."""
-PAGE_BYTES = 8192
-"""Page size of the file in bytes. With frames of 1.6 kB (384 dimensions), smaller pages would waste space. With larger
-pages, storing an entry would write more bytes, because SQLite writes whole pages."""
-LOG_BYTES = 2**25
-"""Size in bytes above which SQLite's log is written back into the file and emptied."""
-# These pragmas have an effect only before the first table is made. Later, auto_vacuum would have no effect, but setting
-# it would still write to the file.
-NEW_FILE_PRAGMAS = (f"page_size = {PAGE_BYTES}", "auto_vacuum = INCREMENTAL")
-PRAGMAS = (
-    "journal_mode = WAL",
-    "synchronous = NORMAL",
-    "cache_size = -16384",
-    "mmap_size = 0",
-    f"journal_size_limit = {LOG_BYTES}",
-    "temp_store = MEMORY",
-    "secure_delete = ON",  # deleted data is overwritten, not only marked as free space
-    "trusted_schema = OFF",
-    "cell_size_check = ON",
-)
+SMALL_BYTES = 64
+"""Values of fewer bytes are leases. They contain no vector, so removing them does not empty the log each time."""
+CLOCK_SECONDS = 1.0
+"""If an entry with a TTL seems to have been stored further in the future, the clock has been set back since then. The
+entry has expired, because its true age is unknown."""
 
+# The first parameter is the time now, and the second one is the latest time at which an entry may have been stored.
+_IS_ALIVE = "(expire_time IS NULL OR (expire_time > ? AND store_time <= ?))"
 _GET_MANY = (
     "SELECT wanted.key, Cache.value FROM json_each(?) AS wanted"
-    " CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1"
-    " WHERE Cache.expire_time IS NULL OR Cache.expire_time > ?"
+    f" CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1 WHERE {_IS_ALIVE}"
 )
-_GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
+_GET = f"SELECT value FROM Cache WHERE key = ? AND raw = 1 AND {_IS_ALIVE}"
+_COUNT_LARGE = (
+    "SELECT COUNT(*), COUNT(CASE WHEN LENGTH(Cache.value) < ? THEN 1 END) FROM json_each(?) AS wanted"
+    " CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1"
+)
 _DELETE = (
     "DELETE FROM Cache WHERE rowid IN (SELECT Cache.rowid FROM json_each(?) AS wanted"
     " CROSS JOIN Cache ON Cache.key = wanted.value AND Cache.raw = 1)"
@@ -99,129 +81,6 @@ _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY row
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
-
-
-class _File:
-    """The folder and its database. Both are made when first used, so that a broken disk does not prevent startup."""
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
-        self.path = folder / diskcache.core.DBNAME
-        self.max_bytes = max_bytes
-        self.is_made = False
-
-    def connect(self) -> Connection:
-        """Open a connection. The first call also makes the folder and the tables if they are missing."""
-        if not self.is_made:
-            _check_folder(self.folder)
-            _make_folder(self.folder)
-            _make_file(self.path)
-        connection = self._open()
-        try:
-            if not self.is_made:
-                self._make_tables(connection)
-        except BaseException:
-            connection.close()
-            raise
-        self.is_made = True
-        return connection
-
-    def get_log_bytes(self) -> int:
-        """Return the size of SQLite's log in bytes, or 0 if there is no log."""
-        try:
-            return os.stat(f"{self.path}-wal").st_size
-        except FileNotFoundError:
-            return 0
-
-    def _open(self) -> Connection:
-        # With mode=rw, opening a removed file raises an error, and the next call makes the file again with its tables.
-        # The default mode would make an empty file without tables.
-        connection = sqlite3.connect(
-            self.path.as_uri() + "?mode=rw",
-            uri=True,
-            timeout=0,
-            isolation_level=None,
-            check_same_thread=False,
-            factory=Connection,
-        )
-        try:
-            is_new = fetch_rows(connection, "PRAGMA page_count") == [(0,)]
-            for pragma in (*NEW_FILE_PRAGMAS, *PRAGMAS) if is_new else PRAGMAS:
-                fetch_rows(connection, f"PRAGMA {pragma}")
-        except BaseException:
-            connection.close()
-            raise
-        connection.set_progress_handler(is_out_of_time, PROGRESS_STEPS)
-        return connection
-
-    def _make_tables(self, connection: Connection) -> None:
-        """Make the tables and the settings, unless all of them are already as expected.
-
-        If all of them are as expected, nothing is written, so the file can be opened while the disk is full or the
-        database is locked.
-        """
-        settings = {**SETTINGS, "size_limit": self.max_bytes}
-        existing = {name for (name,) in fetch_rows(connection, "SELECT name FROM sqlite_master")}
-        if "Settings" in existing:
-            found = dict(fetch_rows(connection, "SELECT key, value FROM Settings"))
-            if existing >= SCHEMA_OBJECTS and {key: found[key] for key in found if key not in COUNTERS} == settings:
-                return
-            known = (*settings, *COUNTERS)
-            marks = ", ".join("?" * len(known))
-            fetch_rows(connection, f"DELETE FROM Settings WHERE key NOT IN ({marks})", known)
-        Layout(self.folder, connection, settings)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder in which other users can plant or replace files.
-
-    Raises:
-        ConfigError: the folder is unsafe or not a folder; the message says what to do.
-    """
-    try:
-        found = folder.stat()
-    except OSError:  # missing or inaccessible; making the folder will report the problem
-        return
-    if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"{folder} is not a folder; set the disk tier's path to a folder of its own")
-    if sys.platform == "win32":
-        return
-    if problem := _find_permission_problem(found.st_uid, found.st_mode, os.geteuid()):
-        raise ConfigError(f"{folder} {problem}")
-
-
-def _find_permission_problem(owner: int, mode: int, user: int) -> str | None:
-    """Return why a folder is unsafe for ``user``, or None if it is safe."""
-    if mode & stat.S_IWOTH:
-        return "is writable by every user; run `chmod o-w` on it, or give the disk tier another path"
-    # Root may use any user's folder, because in a container, root often gets folders that belong to users of the host.
-    if user not in (0, owner) and owner != 0:
-        return f"belongs to another user (uid {owner}); give the disk tier a path of your own"
-    return None
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, accessible to this user only, whatever the umask is."""
-    missing = [folder]
-    missing.extend(parent for parent in folder.parents if not parent.exists())
-    for path in reversed(missing):
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            continue
-        path.chmod(0o700)
-
-
-def _make_file(path: Path) -> None:
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    except FileExistsError:
-        return
-    try:
-        if sys.platform != "win32":
-            os.fchmod(handle, 0o600)  # SQLite gives its log and index the same mode
-    finally:
-        os.close(handle)
 
 
 class DiskBackend:
@@ -251,7 +110,7 @@ class DiskBackend:
             folder = Path(path).expanduser().absolute()
         except RuntimeError as error:
             raise ConfigError(f"cannot expand ~ in path: {error}") from error
-        _check_folder(folder)
+        check_folder(folder)
         self.path = folder
         self.max_bytes = max_bytes
         self._max_value_bytes = min(max_bytes // 16, 2**28)
@@ -269,7 +128,7 @@ class DiskBackend:
         )
         self.clock: Callable[[], float] = time.time
         """Function that returns the Unix time in seconds. The backend uses this clock to tell when an entry expires."""
-        self._file = _File(folder, max_bytes)
+        self._file = DatabaseFile(folder, max_bytes)
         self._connections = Connections(self._file.connect)
         self._has_warned = False
         weakref.finalize(self, self._connections.close)
@@ -284,16 +143,16 @@ class DiskBackend:
             value = self.get(keys[0])
             return {} if value is None else {keys[0]: value}
         found: dict[str, bytes] = {}
-        now = self.clock()
+        times = self._get_times()
         for start in range(0, len(keys), CHUNK_KEYS):
             chunk = list(keys[start : start + CHUNK_KEYS])
-            for index, value in self._read(_GET_MANY, (json.dumps(chunk), now)):
+            for index, value in self._read(_GET_MANY, (json.dumps(chunk), *times)):
                 found[chunk[index]] = value if type(value) is bytes else b""
         return found
 
     def get(self, key: str, /) -> bytes | None:
         """Return the frame of one key, or None."""
-        found = self._read(_GET, (key, self.clock()))
+        found = self._read(_GET, (key, *self._get_times()))
         if not found:
             return None
         value = found[0][0]
@@ -305,14 +164,14 @@ class DiskBackend:
         After this has returned, no item is lost even if the process is killed.
 
         Raises:
-            OSError: the disk is full or read-only.
+            DiskFull, ReadOnlyFile: as their names say.
+            LogTooLarge: a reader that does not end keeps SQLite's log from being emptied.
         """
         for chunk in self._split_items(items):
             with self._open_transaction() as connection:
                 evicted = self._make_room(connection, chunk)
                 self._store(connection, chunk, ttl)
-            self._handle_eviction(evicted)
-        self._limit_log()
+            self._tidy(evicted)
 
     def add_many(self, items: Mapping[str, bytes], ttl: float | None, /) -> set[str]:
         """Store the items whose key is missing or expired, and return those keys.
@@ -323,25 +182,45 @@ class DiskBackend:
         for chunk in self._split_items(items):
             with self._open_transaction() as connection:
                 keys = list(chunk)
-                held = {keys[index] for index, _ in fetch_rows(connection, _GET_MANY, (json.dumps(keys), self.clock()))}
+                found = fetch_rows(connection, _GET_MANY, (json.dumps(keys), *self._get_times()))
+                held = {keys[index] for index, _ in found}
                 new = {key: value for key, value in chunk.items() if key not in held}
                 evicted = self._make_room(connection, new)
                 self._store(connection, new, ttl)
-            self._handle_eviction(evicted)
+            self._tidy(evicted)
             added.update(new)
         return added
 
     def delete_many(self, keys: Sequence[str], /) -> None:
-        """Remove the keys and overwrite their data in the file.
+        """Remove the keys, and overwrite their data in every file of the folder.
 
-        Afterwards, this also empties the log, because the log may contain the data. If a reader is still using the
-        log then, the log keeps the data until a later call empties the log.
+        The data is also in SQLite's log, so this empties the log. A reader that uses the log may prevent that.
+
+        Raises:
+            DataNotOverwritten: the keys are removed, but a reader still uses the log. The next write after the reader
+                has ended overwrites the data. Another call with the same keys also does, or raises this error again.
+            LogTooLarge: the log is twice as large as it may be, so that not even removing keys is possible.
         """
+        is_overwrite_needed = False
         for start in range(0, len(keys), CHUNK_KEYS):
-            with self._open_transaction() as connection:
-                fetch_rows(connection, _DELETE, (json.dumps(list(keys[start : start + CHUNK_KEYS])),))
-            self._call_with_connection(lambda connection: _release_pages(connection, None))
-        self._call_with_connection(_truncate_log)
+            chunk = json.dumps(list(keys[start : start + CHUNK_KEYS]))
+            size = min(CHUNK_KEYS, len(keys) - start)
+            with self._open_transaction(2 * self._file.log.limit) as connection:
+                # If a key is missing, an earlier call may have removed it without overwriting its data.
+                are_small = fetch_rows(connection, _COUNT_LARGE, (SMALL_BYTES, chunk)) == [(size, size)]
+                is_overwrite_needed = is_overwrite_needed or not are_small
+                fetch_rows(connection, _DELETE, (chunk,))
+            self._call_for_upkeep(lambda connection: _release_pages(connection, None))
+        if is_overwrite_needed:
+            with hold_lock(self._connections.write_lock):
+                self._call_with_connection(self._file.log.overwrite_removed_data)
+
+    def describe(self) -> str:
+        """Describe the sizes of the file and its log, and whether the file is read-only."""
+        is_read_only = self._call_with_connection(lambda connection: connection.stamp is not None)
+        is_read_only = is_read_only or not is_writable(self._file.path)
+        size = os.stat(self._file.path).st_size / MIB
+        return f"file {size:.1f} MiB, {self._file.log.describe()}{', read-only' if is_read_only else ''}"
 
     def scan(self, prefix: str, /) -> Iterator[str]:
         """Yield the keys that start with ``prefix``, in order, including expired keys that have not been deleted yet.
@@ -369,6 +248,11 @@ class DiskBackend:
 
     # --- one call ---
 
+    def _get_times(self) -> tuple[float, float]:
+        """Return the time now and the latest time at which an entry with a TTL may have been stored."""
+        now = self.clock()
+        return now, now + CLOCK_SECONDS
+
     def _read(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         return self._call_with_connection(lambda connection: fetch_rows(connection, sql, values))
 
@@ -376,7 +260,7 @@ class DiskBackend:
         connection: Connection | None = None
         is_reusable = False
         try:
-            connection = self._connections.take()
+            connection = self._take_connection()
             result = call(connection)
             is_reusable = True
             return result
@@ -386,12 +270,25 @@ class DiskBackend:
             if connection is not None:
                 self._connections.give(connection, is_reusable)
 
+    def _take_connection(self) -> Connection:
+        connection = self._connections.take()
+        while self._file.is_outdated(connection):
+            self._connections.give(connection, is_reusable=False)
+            connection = self._connections.take()
+        return connection
+
+    def _call_for_upkeep(self, call: Callable[[Connection], object]) -> None:
+        """Make a call that frees space after a write has succeeded. The next write repeats it, so it may fail."""
+        with suppress(OSError, sqlite3.Error, EmbedonceError), hold_lock(self._connections.write_lock):
+            self._call_with_connection(call)
+
     @contextmanager
-    def _open_transaction(self) -> Iterator[Connection]:
+    def _open_transaction(self, max_log_bytes: int | None = None) -> Iterator[Connection]:
         with hold_lock(self._connections.write_lock):
             connection: Connection | None = None
             try:
-                connection = self._connections.take()
+                connection = self._take_connection()
+                self._file.log.make_room(connection, max_log_bytes or self._file.log.limit)
                 fetch_rows(connection, "BEGIN IMMEDIATE")
                 yield connection
                 fetch_rows(connection, "COMMIT")
@@ -453,7 +350,7 @@ class DiskBackend:
                 break
             if time.monotonic() > until:
                 connection.execute("COMMIT")
-                raise OSError(
+                raise DiskFull(
                     errno.ENOSPC,
                     "the file would exceed max_bytes, because there was no time to evict enough entries; "
                     "the next writes will evict more entries",
@@ -465,20 +362,15 @@ class DiskBackend:
         ((pages, free, size),) = connection.execute(_PAGES).fetchall()
         return int((pages - free) * size)
 
-    def _limit_log(self) -> None:
-        """Empty the log if it is larger than ``LOG_BYTES``.
+    def _tidy(self, evicted: int) -> None:
+        """After a write, limit the log. If entries were evicted, also give free pages back to the file system."""
+        if evicted:
+            self._call_for_upkeep(lambda connection: _release_pages(connection, self.max_bytes))
+            self._warn_of_eviction()
+        if self._file.log.is_due():
+            self._call_for_upkeep(self._file.log.limit_size)
 
-        SQLite itself empties the log only when no reader is active. If there is always an active reader, SQLite never
-        empties the log.
-        """
-        if self._file.get_log_bytes() > LOG_BYTES:
-            self._call_with_connection(_truncate_log)
-
-    def _handle_eviction(self, count: int) -> None:
-        """If entries were evicted, give free pages back to the file system. The first time, also log a warning."""
-        if not count:
-            return
-        self._call_with_connection(lambda connection: _release_pages(connection, self.max_bytes))
+    def _warn_of_eviction(self) -> None:
         if self._has_warned:
             return
         self._has_warned = True
@@ -488,20 +380,6 @@ class DiskBackend:
             self.path,
             self.max_bytes,
         )
-
-
-def _truncate_log(connection: Connection) -> None:
-    """Write SQLite's log back into the file, and then empty the log.
-
-    This waits up to 0.25 s for readers that still use the log. It does not wait for readers that start later, because
-    those use only the main file. If a reader uses the log for longer, the log is not emptied until the next attempt.
-    """
-    wait = int(1000 * min(0.25, get_remaining_seconds() / 2))
-    connection.execute(f"PRAGMA busy_timeout = {wait}")
-    try:
-        fetch_rows(connection, "PRAGMA wal_checkpoint(TRUNCATE)")
-    finally:
-        connection.execute("PRAGMA busy_timeout = 0")
 
 
 def _release_pages(connection: Connection, max_bytes: int | None) -> None:

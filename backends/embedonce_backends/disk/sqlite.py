@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet, ref
 
 from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, TierError, TierTimeout
 
+from .errors import get_primary_code
+
 T = TypeVar("T")
+
+Stamp: TypeAlias = tuple[int, int, int, int]
+"""Inode, time of the last change in nanoseconds and size in bytes of a file, and the size of its log."""
 
 DEFAULT_SECONDS = 60.0
 """Maximum number of seconds that a call without a deadline waits for a lock."""
@@ -54,6 +57,8 @@ class Connection(sqlite3.Connection):
 
     generation = 0
     """Number of :meth:`Connections.renew` calls before this connection was opened."""
+    stamp: Stamp | None = None
+    """State of the file when this connection opened it as immutable; None if SQLite itself notices changes."""
 
     def close(self) -> None:
         """Close the connection. A forked child that must not use SQLite keeps the connection open instead."""
@@ -100,12 +105,6 @@ def retry_while_locked(call: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.005)
 
 
-def get_primary_code(error: Exception) -> int:
-    """Return SQLite's primary result code, without the extended part, or 0 if Python itself raised the error."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF
-
-
 def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     """Run one statement, waiting for locks if necessary, and return all of its rows."""
     # If the process forks in the middle of a call, the call continues in the child too. The child must not use the
@@ -119,33 +118,6 @@ def fetch_rows(connection: sqlite3.Connection, sql: str, values: tuple[object, .
         if get_primary_code(error) != sqlite3.SQLITE_BUSY:
             raise
     return retry_while_locked(lambda: connection.execute(sql, values).fetchall())
-
-
-def explain_error(error: Exception, file: Path) -> Exception:
-    """Return the exception to raise for an error of SQLite.
-
-    If the disk is full, permissions are missing or the file is damaged, the exception's message says what to do.
-    """
-    code = get_primary_code(error)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
-        return TierTimeout(f"{file}: timed out ({error})")
-    if code == sqlite3.SQLITE_FULL:
-        return OSError(errno.ENOSPC, f"disk full ({error}); free some space or lower max_bytes", str(file))
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return OSError(
-            errno.EACCES,
-            f"cannot open the file for writing ({error}); check that the file's folder exists, and check the "
-            "permissions of the file and of its folder",
-            str(file),
-        )
-    if code == sqlite3.SQLITE_IOERR:
-        return OSError(errno.EIO, f"cannot read or write ({error})", str(file))
-    # If the schema is damaged, SQLite's message may quote invalid UTF-8, and Python then raises UnicodeDecodeError.
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, UnicodeDecodeError):
-        return sqlite3.DatabaseError(
-            f"{file}: {error}; remove the folder of this file, and the texts will be embedded again"
-        )
-    return error
 
 
 @contextmanager

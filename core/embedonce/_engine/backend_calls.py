@@ -32,7 +32,7 @@ CHUNK_SIZE = 1024
 A larger request is split into several calls, and each call has its own deadline.
 """
 
-DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "host": 2.0, "network": 0.25}
+DEFAULT_TIMEOUTS: Mapping[str, float | None] = {"process": None, "single": 2.0, "host": 2.0, "network": 0.25}
 """Timeout of a call in seconds, for each scope of a backend. A tier's own timeout takes precedence."""
 
 

@@ -148,6 +148,11 @@ def _find_lease_problems(
             f'tier {name!r}: "lease" requires a backend that several processes share, but the backend of this tier is '
             'private to the process; remove "lease"'
         )
+    if caps.scope == "single":
+        yield (
+            f'tier {name!r}: "lease" requires a backend that several processes share at the same time, but only one '
+            'process at a time can use the backend of this tier; remove "lease"'
+        )
     if not caps.add:
         yield f'tier {name!r}: "lease" requires a backend with add_many; remove "lease"'
     if tier.write in ("background", "none"):
@@ -196,15 +201,15 @@ def choose_lease(chain: Sequence[tuple[str, Tier]], *, allow_default: bool = Tru
 def _can_have_default_lease(tier: Tier) -> bool:
     caps = tier.backend.capabilities
     # Without `ttl`, the backend may keep the lease of a process that has died.
-    is_able = caps.scope != "process" and caps.add and caps.ttl
+    is_able = caps.scope not in ("process", "single") and caps.add and caps.ttl
     return is_able and tier.lease is None and tier.write in (None, "inline")
 
 
 _LOGGED: set[str] = set()
 """Warnings that this process has logged. They are not logged again, even if another cache has the same chain."""
 
-_SLOWNESS = {"process": 0, "host": 1, "network": 2}
-_WHERE = {"process": "in this process", "host": "on this host", "network": "on the network"}
+_SLOWNESS = {"process": 0, "single": 1, "host": 1, "network": 2}
+_WHERE = {"process": "in this process", "single": "on this host", "host": "on this host", "network": "on the network"}
 
 
 def find_chain_warnings(chain: Sequence[tuple[str, Tier]]) -> list[ChainWarning]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from embedonce.errors import TierError
+from embedonce.errors import TierError, TierTimeout
 from embedonce.events import Event, TierChanged
 from embedonce.keys import KEY_PREFIX, Value
 
@@ -111,12 +111,20 @@ class LiveTier:
         """Remove keys from the tier.
 
         Raises:
-            TierError: the backend has no ``delete_many``, or it failed.
+            TierError: the backend has no ``delete_many``, or it failed. Unless a call timed out, all keys were tried.
         """
         if not self.capabilities.delete:
             raise TierError("it cannot delete", self.name)
+        problem: TierError | None = None
         for chunk in self.calls.split_into_chunks(keys):
-            await self.calls.call_strictly(port, partial(self.backend.delete_many, chunk))
+            try:
+                await self.calls.call_strictly(port, partial(self.backend.delete_many, chunk))
+            except TierTimeout:
+                raise
+            except TierError as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
 
     async def scan(self, port: Port, prefix: str) -> list[str]:
         """Return the keys that start with ``prefix``.

@@ -33,7 +33,12 @@ LOG_INTERVAL = 60.0
 JITTER = 0.05
 """Maximum fraction by which a TTL is shortened, so that entries written together expire at different times."""
 
-DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {"process": "inline", "host": "inline", "network": "background"}
+DEFAULT_WRITE_MODES: Mapping[str, WriteMode] = {
+    "process": "inline",
+    "single": "inline",
+    "host": "inline",
+    "network": "background",
+}
 """Default write mode of a tier, by the ``Capabilities.scope`` of its backend."""
 
 draining_writers: set[TierWriter] = set()

@@ -39,7 +39,7 @@ class DictBackend:
         self,
         *,
         holds: Literal["frames", "entries", "either"] = "frames",
-        scope: Literal["process", "host", "network"] = "process",
+        scope: Literal["process", "single", "host", "network"] = "process",
         clock: Callable[[], float] = time.time,
         store: DictBackend | None = None,
         **capabilities: Any,

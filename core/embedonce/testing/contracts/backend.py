@@ -10,7 +10,7 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
@@ -38,8 +38,9 @@ from .support import (
     run_in_fork,
     run_in_processes,
     run_in_threads,
+    run_with_twin,
 )
-from .values import SCOPE, Values, key, make_values
+from .values import SCOPE, Values, key, make_values, require_partition, require_samples
 from .whole import Contract, register_standard_tests
 
 T = TypeVar("T")
@@ -58,7 +59,9 @@ class BackendContract(Contract):
     """Subclass this class as ``Test…`` and write :meth:`make`; pytest does the rest.
 
     The other methods are optional: tests that need a missing method are skipped. The exception is :meth:`reopen`,
-    which is required for a backend whose scope is ``host`` or ``network``.
+    which is required for a backend whose scope is ``single``, ``host`` or ``network``.
+
+    No test opens the store of a backend with the scope ``single`` twice at the same time.
     """
 
     dimensions: ClassVar[Sequence[int]] = (8, 1, 384, 3072)
@@ -73,7 +76,10 @@ class BackendContract(Contract):
         raise NotImplementedError(f"{type(self).__name__} must define how to make a backend: def make(self) -> Backend")
 
     def reopen(self, backend: Any) -> Backend:
-        """Return another client of the store of ``backend``, even if ``backend`` is already closed."""
+        """Return another client of the store of ``backend``, even if ``backend`` is already closed.
+
+        If the scope is ``single``, ``backend`` is always closed.
+        """
         raise NotImplementedError
 
     def recipe(self, backend: Any) -> Recipe | None:
@@ -115,8 +121,8 @@ class BackendContract(Contract):
             assert declared.holds in ("frames", "entries", "either"), (
                 f'capabilities.holds must be "frames", "entries" or "either", got {declared.holds!r}'
             )
-            assert declared.scope in ("process", "host", "network"), (
-                f'capabilities.scope must be "process", "host" or "network", got {declared.scope!r}'
+            assert declared.scope in ("process", "single", "host", "network"), (
+                f'capabilities.scope must be "process", "single", "host" or "network", got {declared.scope!r}'
             )
             for name in ("max_batch", "max_value_bytes"):
                 limit = getattr(declared, name)
@@ -550,7 +556,7 @@ class BackendContract(Contract):
     def test_what_was_stored_is_there_when_opened_again(self) -> None:
         backend: Any = self.make()
         try:
-            self._skip_without_sharing(backend)
+            self._skip_without_lasting(backend)
             self._store(backend, range(20))
         finally:
             backend.close()
@@ -682,16 +688,39 @@ class BackendContract(Contract):
             for store in stores:
                 self._require_stored(backend, store)
 
+    def test_processes_use_the_store_one_after_another(self) -> None:
+        backend: Any = self.make()
+        try:
+            self._skip_without_lasting(backend)
+            recipe = self._get_recipe_or_skip(backend)
+            self._store(backend, range(10))
+        finally:
+            backend.close()
+        expected = {key(number): number for number in range(10)}
+        values = {"holds": backend.capabilities.holds, "dimensions": list(self.dimensions)}
+        for child in (1, 2):
+            store = {key(100 * child + n): n for n in range(10)}
+            (answer,) = run_in_processes([{"store": store, "expect": expected, **values}], recipe)
+            wrong = len(answer["wrong"])
+            assert not wrong, f"a later process did not see {wrong} of {len(expected)} keys that earlier ones stored"
+            expected |= store
+        with closing(self.reopen(backend)) as again:
+            self._require_stored(again, expected)
+
     def test_a_writer_that_is_killed_leaves_whole_values(self) -> None:
         if not hasattr(signal, "SIGKILL"):
             pytest.skip("this platform has no kill -9")
-        with self._open() as backend:
-            self._skip_without_sharing(backend)
+        backend: Any = self.make()
+        try:
+            self._skip_without_lasting(backend)
             recipe = self._get_recipe_or_skip(backend)
             self._store(backend, [1])
             for turn, batches in enumerate((2, 5)):
                 # Each round uses a different scope, so that its keys are new.
                 scope = f"{turn:016x}"
+                is_exclusive = backend.capabilities.scope == "single"
+                if is_exclusive:
+                    backend.close()
                 stored = kill_while_writing(
                     recipe,
                     scope=scope,
@@ -699,6 +728,8 @@ class BackendContract(Contract):
                     holds=backend.capabilities.holds,
                     dimensions=list(self.dimensions),
                 )
+                if is_exclusive:
+                    backend = self.reopen(backend)
                 # On a busy machine the writer is killed late, and may have stored more keys than max_batch. The keys
                 # are therefore read in batches.
                 size = self._get_batch_size(backend)
@@ -714,6 +745,8 @@ class BackendContract(Contract):
                     assert not left, f"after a writer was killed, scan yielded {left} names that are not keys"
                 backend.set_many({key(0, scope): self._make_values(backend).sample(2)}, None)
                 self._require_stored(backend, {key(0, scope): 2, key(1): 1})
+        finally:
+            backend.close()
 
     # --- threads and time ---------------------------------------------------------------------
 
@@ -861,7 +894,7 @@ class BackendContract(Contract):
                 held = {key(number): number for number in range(100)}
                 found, failed = self._require_partial_answer(lambda: backend.get_many(list(held)), held)
                 assert isinstance(found, Mapping), f"PartialAnswer.answer must be a mapping, got {type(found).__name__}"
-                self._require_partition(found, failed, held)
+                require_partition(found, failed, held)
                 self._require_equal(backend, found, {name: seed for name, seed in held.items() if name not in failed})
                 new = {key(number): number for number in range(100, 200)}
                 items = {name: values.sample(seed) for name, seed in new.items()}
@@ -871,7 +904,7 @@ class BackendContract(Contract):
                     new = {key(number): number for number in range(200, 300)}
                     items = {name: values.sample(seed) for name, seed in new.items()}
                     added, failed = self._require_partial_answer(lambda: backend.add_many(items, None), new)
-                    self._require_partition(added, failed, new)
+                    require_partition(added, failed, new)
                     assert set(added) == new.keys() - failed, "add_many must return exactly the keys that it stored"
                 if backend.capabilities.delete:
                     self._require_error(lambda: backend.delete_many(list(held)), "while a node is down, delete_many")
@@ -895,7 +928,7 @@ class BackendContract(Contract):
                 await twin.set_many({key(2): values.sample(2), key(1): values.sample(11)}, 3600.0)
                 self._require_equal(backend, await twin.get_many([key(1), key(2)]), {key(1): 11, key(2): 2})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
             self._require_stored(backend, {key(1): 11, key(2): 2})
 
     def test_every_loop_has_its_own_twin(self) -> None:
@@ -907,8 +940,8 @@ class BackendContract(Contract):
                 self._require_equal(backend, await twin.get_many([key(1)]), {key(1): 1})
 
             for _ in range(2):
-                self._run_with_twin(backend, use)
-            run_in_threads(3, lambda _: self._run_with_twin(backend, use), "twins in three event loops")
+                run_with_twin(backend, use)
+            run_in_threads(3, lambda _: run_with_twin(backend, use), "twins in three event loops")
 
     def test_the_twin_answers_many_at_once(self) -> None:
         with self._open() as backend:
@@ -920,7 +953,7 @@ class BackendContract(Contract):
                 for number, answer in enumerate(answers):
                     self._require_equal(backend, answer, {key(number): number, key(number + 1): number + 1})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
 
     def test_a_cancelled_twin_call_shifts_no_reply(self) -> None:
         with self._open() as backend:
@@ -936,7 +969,7 @@ class BackendContract(Contract):
                     await asyncio.gather(call, return_exceptions=True)
                     self._require_equal(backend, await twin.get_many([key(turn + 1)]), {key(turn + 1): turn + 1})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
 
     def test_a_blocked_loop_is_no_timeout_of_the_twin(self) -> None:
         with self._open() as backend:
@@ -977,7 +1010,7 @@ class BackendContract(Contract):
                 with pytest.raises(Exception):  # noqa: B017, PT011  (any error is fine)
                     await twin.get_many([key(1)])
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
             self._require_stored(backend, {key(1): 1})
 
     # --- random sequences of calls ------------------------------------------------------------
@@ -1051,13 +1084,6 @@ class BackendContract(Contract):
         assert partial.failed != asked.keys(), "PartialAnswer.failed contains all keys, but only one node is down"
         return partial.answer, partial.failed
 
-    def _require_partition(self, answer: Collection[str], failed: frozenset[str], asked: Mapping[str, int]) -> None:
-        """Require that each key is either in the answer or in ``failed``, and not in both."""
-        both = len(failed & set(answer))
-        assert not both, f"{both} keys are both in PartialAnswer.failed and in PartialAnswer.answer"
-        neither = len(asked.keys() - failed - set(answer))
-        assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
-
     def _require_written(self, backend: Any, expected: Mapping[str, int]) -> None:
         """Require that all ``expected`` items are stored, because set_many did not report them as failed."""
         try:
@@ -1099,11 +1125,20 @@ class BackendContract(Contract):
         if not self._overrides("advance"):
             pytest.skip("requires advance(), which lets time pass for the backend")
 
-    def _skip_without_sharing(self, backend: Any) -> None:
+    def _skip_without_lasting(self, backend: Any) -> None:
         scope = backend.capabilities.scope
         if scope == "process":
-            pytest.skip('requires the scope "host" or "network"; a backend with the scope "process" shares nothing')
+            pytest.skip(
+                'requires the scope "single", "host" or "network"; a backend with the scope "process" is private'
+            )
         assert self._overrides("reopen"), f'the scope "{scope}" requires reopen(), which returns another client'
+
+    def _skip_without_sharing(self, backend: Any) -> None:
+        self._skip_without_lasting(backend)
+        if backend.capabilities.scope == "single":
+            pytest.skip(
+                'requires the scope "host" or "network"; one process at a time has a store of the scope "single"'
+            )
 
     def _get_recipe_or_skip(self, backend: Any) -> Recipe:
         recipe = self.recipe(backend)
@@ -1135,36 +1170,7 @@ class BackendContract(Contract):
 
     def _require_equal(self, backend: Any, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
         """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
-        values = self._make_values(backend)
-        assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
-        missing = [place for place, name in enumerate(expected) if name not in found]
-        assert not missing, f"get_many did not return {len(missing)} of {len(expected)} keys that are stored"
-        assert len(found) == len(expected), f"get_many returned {len(found) - len(expected)} unexpected keys"
-        for place, (name, seed) in enumerate(expected.items()):
-            stored = values.sample(seed)
-            about = _describe_difference(found[name], stored)
-            assert values.is_equal(found[name], stored), (
-                f"get_many returned {about} for key {place} of {len(expected)}, not the stored value"
-            )
-
-    def _run_with_twin(self, backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
-        async def main() -> None:
-            twin = backend.twin()
-            try:
-                async with asyncio.timeout(CALL_TIMEOUT):
-                    await use(twin)
-            finally:
-                await twin.close()
-
-        asyncio.run(main())
-
-
-def _describe_difference(value: object, stored: object) -> str:
-    if value is None:
-        return "None"
-    if type(value) is not type(stored):
-        return f"a {type(value).__name__} instead of a {type(stored).__name__}"
-    return f"{len(value)} different bytes" if isinstance(value, bytes) else f"a different {type(value).__name__}"
+        require_samples(self._make_values(backend), found, expected)
 
 
 register_standard_tests(BackendContract)

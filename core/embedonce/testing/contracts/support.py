@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, NamedTuple, TypeVar
 
@@ -162,6 +163,24 @@ def run_in_processes(requests: Sequence[Mapping[str, Any]], recipe: Recipe, **en
         for child in children:
             child.kill()
             child.communicate()
+
+
+def run_with_twin(backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
+    """Run ``use`` with an async client of a backend on a new event loop, and close the client afterwards.
+
+    Raises:
+        TimeoutError: ``use`` did not end in time.
+    """
+
+    async def main() -> None:
+        twin = backend.twin()
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                await use(twin)
+        finally:
+            await twin.close()
+
+    asyncio.run(main())
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -146,3 +146,33 @@ def _vector(dimension: int, seed: int, dtype: Dtype = "float32") -> Any:
     chance = random.Random(seed)
     row = np.array([[chance.uniform(-1.0, 1.0) for _ in range(dimension)]], np.float32)
     return freeze(round_vectors(row, dtype)[0])
+
+
+def require_samples(values: Values, found: Mapping[str, Any], expected: Mapping[str, int]) -> None:
+    """Require that ``found`` has exactly the samples of ``expected``, which maps keys to the seeds of samples."""
+    assert isinstance(found, Mapping), f"get_many must return a mapping, got {type(found).__name__}"
+    missing = [place for place, name in enumerate(expected) if name not in found]
+    assert not missing, f"get_many did not return {len(missing)} of {len(expected)} keys that are stored"
+    assert len(found) == len(expected), f"get_many returned {len(found) - len(expected)} unexpected keys"
+    for place, (name, seed) in enumerate(expected.items()):
+        stored = values.sample(seed)
+        about = _describe_difference(found[name], stored)
+        assert values.is_equal(found[name], stored), (
+            f"get_many returned {about} for key {place} of {len(expected)}, not the stored value"
+        )
+
+
+def require_partition(answer: Collection[str], failed: frozenset[str], asked: Mapping[str, int]) -> None:
+    """Require that each key is either in the answer of a PartialAnswer or in ``failed``, and not in both."""
+    both = len(failed & set(answer))
+    assert not both, f"{both} keys are both in PartialAnswer.failed and in PartialAnswer.answer"
+    neither = len(asked.keys() - failed - set(answer))
+    assert not neither, f"{neither} keys are neither in PartialAnswer.failed nor in PartialAnswer.answer"
+
+
+def _describe_difference(value: object, stored: object) -> str:
+    if value is None:
+        return "None"
+    if type(value) is not type(stored):
+        return f"a {type(value).__name__} instead of a {type(stored).__name__}"
+    return f"{len(value)} different bytes" if isinstance(value, bytes) else f"a different {type(value).__name__}"

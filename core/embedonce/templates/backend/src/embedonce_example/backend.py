@@ -19,6 +19,7 @@ class ExampleBackend:
     """Stores frames (bytes) under keys. Each keyword argument of ``__init__`` is an option in TOML."""
 
     # Declare only what this class implements, because the conformance tests check every declared capability.
+    # The scope says who shares the entries: "process", "single" (one process at a time), "host" or "network".
     capabilities = Capabilities(scope="host", delete=True, scan=True)
 
     def __init__(self, *, path: Annotated[Path, Doc("Folder for the files.")]) -> None:
