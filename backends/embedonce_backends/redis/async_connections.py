@@ -30,8 +30,8 @@ from .connections import (
     check_role,
     get_trip_time,
     insert_errors,
-    translate_error,
 )
+from .errors import AsyncParser, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip
 
 T = TypeVar("T")
@@ -45,7 +45,12 @@ class AsyncConnection(redis.asyncio.Connection):
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._tls = settings.tls
-        super().__init__(host=node.address.host, port=node.address.port, **settings.make_options(node))
+        super().__init__(
+            host=node.address.host,
+            port=node.address.port,
+            parser_class=AsyncParser,
+            **settings.make_options(node),
+        )
         _connections.add(self)
 
     def _connection_arguments(self) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ its replies. In the end, the plan returns the call's result.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -30,6 +29,7 @@ from redis.exceptions import (
 from embedonce.errors import PartialAnswer
 from embedonce_backends._nodes import NodeDown
 
+from .errors import explain_cluster_reply, explain_one_server_reply, explain_sentinel_reply
 from .url import Address, Place
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -
     if len(failed) == len(keys):
         raise problem
     raise PartialAnswer(
-        f"{len(failed)} of {len(keys)} keys failed", answer=answer, failed=[key for key, _ in failed]
+        f"{len(failed)} of {len(keys)} keys failed ({type(problem).__name__})", answer=answer, failed=[key for key, _ in failed]
     ) from problem
 
 
@@ -192,7 +192,15 @@ class OneServer:
 
     def _send_to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
         node = yield from self._find_master()
-        (replies,) = yield [Trip(node, commands, check)]
+        try:
+            (replies,) = yield [Trip(node, commands, check)]
+        except ResponseError as error:  # a reply to the login
+            explain_one_server_reply(error)
+            raise
+        # This is not the server that the URL promises. Other keys of the same call may have succeeded by chance.
+        for reply in replies:
+            if explain_one_server_reply(reply):
+                raise reply
         return replies
 
 
@@ -203,25 +211,23 @@ class Candidates:
     """
 
     def __init__(self, addresses: Iterable[Address]) -> None:
-        self._lock = threading.Lock()
-        self._addresses = list(addresses)
+        # Every change replaces the tuple. There is no lock, because a forked child could inherit it while another
+        # thread of the parent holds it. If two threads make changes at the same time, one change may be lost. The
+        # next failure or the next list of nodes then makes this change again.
+        self._addresses = tuple(dict.fromkeys(addresses))
 
-    def list_in_order(self) -> list[Address]:
+    def list_in_order(self) -> tuple[Address, ...]:
         """Return the addresses in the order in which to try them."""
-        with self._lock:
-            return list(self._addresses)
+        return self._addresses
 
     def move_to_end(self, address: Address) -> None:
         """Try this server last from now on, because it failed."""
-        with self._lock:
-            if address in self._addresses:
-                self._addresses.remove(address)
-                self._addresses.append(address)
+        others = tuple(other for other in self._addresses if other != address)
+        self._addresses = (*others, address)
 
     def add_missing(self, addresses: Iterable[Address]) -> None:
         """Add the addresses that are not in the list yet."""
-        with self._lock:
-            self._addresses.extend(address for address in addresses if address not in self._addresses)
+        self._addresses = tuple(dict.fromkeys((*self._addresses, *addresses)))
 
 
 class SentinelMaster(OneServer):
@@ -257,6 +263,7 @@ class SentinelMaster(OneServer):
                 ]
                 raise_first_error([reply])
             except BaseException as error:
+                explain_sentinel_reply(error)
                 self._sentinels.move_to_end(address)
                 if not _can_try_next(error):
                     raise
@@ -389,6 +396,7 @@ class Cluster:
                 raise_first_error([reply])
                 slots = _parse_slots(reply, address)
             except BaseException as error:
+                explain_cluster_reply(error)
                 self._nodes.move_to_end(address)
                 if not _can_try_next(error) or isinstance(error, ResponseError):
                     raise  # this is not a cluster, or the user is not allowed to run CLUSTER SLOTS
@@ -402,7 +410,7 @@ class Cluster:
 
 
 def _is_wrong_type(error: ResponseError) -> bool:
-    return str(error).startswith("WRONGTYPE")
+    return type(error).__name__ == "WRONGTYPE"
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:

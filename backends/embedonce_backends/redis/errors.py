@@ -1,0 +1,146 @@
+"""Errors of Redis. The name of their class is the cause that the engine counts and logs.
+
+If the server replies with an error, the name is the first word of the reply, such as ``MISCONF``. If a connection
+fails for a reason in this process or in TLS, the name is that reason, such as ``EMFILE``. Every class derives from the
+class that redis-py uses for the same error. Only the names in this module are used, because names are labels of metrics
+and a server can send any word.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from functools import cache
+from typing import TypeVar
+
+import redis
+from redis.asyncio.connection import DefaultParser as AsyncDefaultParser
+from redis.connection import DefaultParser
+from redis.exceptions import ConnectionError, ResponseError
+
+from embedonce.errors import TierTimeout
+
+SLOW = "Redis did not answer in time"
+
+WORDS = frozenset(
+    "ASK BUSY CLUSTERDOWN CROSSSLOT DENIED EXECABORT INPROG IOERR LOADING MASTERDOWN MISCONF MOVED NOAUTH NOPERM "
+    "NOREPLICAS OOM READONLY TRYAGAIN UNKILLABLE WRONGPASS WRONGTYPE".split()
+)
+"""First words of error replies that become names. ``ERR`` is missing, because it says nothing about the error."""
+LOCAL_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""Errors of the system that say that this process or host lacks something. The server may be healthy."""
+
+CLUSTER_NODE = "this server is a node of a cluster: write the URL as redis+cluster://host:port"
+SENTINEL = (
+    "the server does not know a command of embedonce: if it is a sentinel, write the URL as "
+    "redis+sentinel://host:port/service"
+)
+NOT_A_SENTINEL = "this server is not a sentinel: write the URL as redis://host:port, or redis+cluster://host:port"
+NOT_A_CLUSTER = "this server is not a node of a cluster: write the URL as redis://host:port"
+
+E = TypeVar("E", bound=BaseException)
+
+
+@cache
+def _make_class(name: str, base: type[BaseException]) -> type[BaseException]:
+    return type(name, (base,), {"__module__": __name__})
+
+
+def rename_error(error: E, name: str) -> E:
+    """Replace the error's class by one with this name that derives from the error's own class; return the error."""
+    if type(error).__module__ != __name__:
+        error.__class__ = _make_class(name, type(error))  # type: ignore[assignment]
+    return error
+
+
+class _NamedReplies:
+    """Names the error replies that a parser of redis-py reads, including the replies to a login."""
+
+    def parse_error(self, response: str) -> Exception:
+        error: Exception = super().parse_error(response)  # type: ignore[misc]
+        word = response.partition(" ")[0]
+        return rename_error(error, word) if word in WORDS else error
+
+
+class Parser(_NamedReplies, DefaultParser):  # type: ignore[misc, valid-type]
+    """redis-py's parser for blocking connections, with named errors."""
+
+
+class AsyncParser(_NamedReplies, AsyncDefaultParser):  # type: ignore[misc, valid-type]
+    """redis-py's parser for async connections, with named errors."""
+
+
+def translate_error(error: BaseException) -> BaseException:
+    """Return a TierTimeout for a timeout of redis-py or the standard library, and name other connection errors."""
+    if isinstance(error, redis.TimeoutError) or (isinstance(error, TimeoutError) and type(error) is not TierTimeout):
+        if type(error.__context__) is TierTimeout:  # redis-py has replaced our own error by a TimeoutError
+            return error.__context__
+        translated = TierTimeout(SLOW)
+        translated.__cause__ = error
+        return translated
+    return _name_connection_error(error)
+
+
+def _name_connection_error(error: BaseException) -> BaseException:
+    """Name a connection error for its reason if the reason is TLS, the host name, or something missing on this host."""
+    reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    if not isinstance(error, ConnectionError | OSError) or not isinstance(reason, OSError):
+        return error
+    if isinstance(reason, socket.gaierror):
+        missing = _find_local_error()
+        if missing is not None:
+            error.args = (f"cannot look up the host name: {missing.strerror}",)
+        reason = missing or reason
+    if reason.errno in LOCAL_ERRORS:
+        named = ConnectionError(*error.args) if isinstance(error, OSError) else error
+        named.__cause__ = reason
+        return rename_error(named, errno.errorcode[reason.errno])
+    if isinstance(reason, ssl.SSLError | socket.gaierror) and error is not reason:
+        return rename_error(error, type(reason).__name__)
+    return error
+
+
+def _find_local_error() -> OSError | None:
+    """Return the reason why this process cannot open a socket, or None if it can.
+
+    Without free descriptors, a name lookup fails with a reason that misleads, such as "temporary failure in name
+    resolution".
+    """
+    try:
+        socket.socket().close()
+    except OSError as error:
+        return error
+    return None
+
+
+# --- the wrong kind of server ---------------------------------------------------------------------
+
+
+def explain_one_server_reply(error: BaseException) -> bool:
+    """Say in the message if a URL for one server leads to a node of a cluster or to a sentinel.
+
+    Return whether the message has changed.
+    """
+    if not isinstance(error, ResponseError):
+        return False
+    text = str(error)
+    name = type(error).__name__
+    if name in ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN") or "not allowed in cluster mode" in text:
+        error.args = (CLUSTER_NODE,)
+    elif text.startswith("unknown command"):
+        error.args = (SENTINEL,)
+    return str(error) != text
+
+
+def explain_sentinel_reply(error: BaseException) -> None:
+    """Say in the message if a server that the URL lists as a sentinel is none."""
+    if isinstance(error, ResponseError) and str(error).startswith("unknown command"):
+        error.args = (NOT_A_SENTINEL,)
+
+
+def explain_cluster_reply(error: BaseException) -> None:
+    """Say in the message if a server that the URL lists as a node of a cluster is none."""
+    text = str(error)
+    if isinstance(error, ResponseError) and ("cluster support disabled" in text or text.startswith("unknown command")):
+        error.args = (f"{NOT_A_CLUSTER} (cluster support disabled)" if "disabled" in text else NOT_A_CLUSTER,)
