@@ -23,7 +23,7 @@ from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
 from embedonce_backends._pages import limit_page_time
 
-from .errors import Parser, translate_error
+from .errors import Parser, explain_end, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip, is_master
 from .url import Address, Place
 
@@ -35,9 +35,6 @@ T = TypeVar("T")
 CLOSED = "the redis backend is closed"
 BUSY = "all connections to Redis are in use (max_connections = {})"
 UNEXPECTED_REPLY = "the server sent a reply of an unexpected type"
-NO_FIRST_REPLY = (
-    "the server closed a new connection without a reply; if this port expects TLS, write rediss instead of redis in url"
-)
 NO_HANDSHAKE = "the TLS handshake did not end in time; if this port has no TLS, write redis instead of rediss in url"
 
 IDLE_SECONDS = 300.0
@@ -107,6 +104,7 @@ class Connection(redis.Connection):
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._tls = settings.tls
+        self._has_answered = False
         super().__init__(
             host=node.address.host,
             port=node.address.port,
@@ -160,12 +158,19 @@ class Connection(redis.Connection):
 
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
-        replies = []
+        replies: list[Reply] = []
         # Use the parser directly. redis-py's read_response does additional work that is not needed here and takes
         # longer than parsing the reply itself.
         read, check = self._parser.read_response, trip.check
         for _ in trip.commands:
-            reply = read()
+            try:
+                reply = read()
+            except (ConnectionError, OSError) as error:
+                explained = explain_end(error, has_answered=self._has_answered, tls=self._tls)
+                if explained is None:
+                    raise
+                raise explained from error
+            self._has_answered = True
             if not check(reply) and not isinstance(reply, ResponseError):
                 raise InvalidResponse(UNEXPECTED_REPLY)
             replies.append(reply)

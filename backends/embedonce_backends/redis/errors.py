@@ -9,6 +9,7 @@ and a server can send any word.
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 from functools import cache
@@ -22,15 +23,20 @@ from redis.exceptions import ConnectionError, ResponseError
 from embedonce.errors import TierTimeout
 
 SLOW = "Redis did not answer in time"
+CLOSED_BY_SERVER = "Connection closed by server."
+"""Message of redis-py's error for a connection that the server has closed."""
 
-WORDS = frozenset(
-    "ASK BUSY CLUSTERDOWN CROSSSLOT DENIED EXECABORT INPROG IOERR LOADING MASTERDOWN MISCONF MOVED NOAUTH NOPERM "
-    "NOREPLICAS OOM READONLY TRYAGAIN UNKILLABLE WRONGPASS WRONGTYPE".split()
+WORDS = re.compile(
+    "ASK|BUSY|CLUSTERDOWN|CROSSSLOT|DENIED|EXECABORT|INPROG|IOERR|LOADING|MASTERDOWN|MISCONF|MOVED|NOAUTH|NOPERM|"
+    "NOREPLICAS|OOM|READONLY|TRYAGAIN|UNKILLABLE|WRONGPASS|WRONGTYPE"
 )
 """First words of error replies that become names. ``ERR`` is missing, because it says nothing about the error."""
 LOCAL_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """Errors of the system that say that this process or host lacks something. The server may be healthy."""
 
+NO_FIRST_REPLY = (
+    "the server closed a new connection without a reply; if this port expects TLS, write rediss instead of redis in url"
+)
 CLUSTER_NODE = "this server is a node of a cluster: write the URL as redis+cluster://host:port"
 SENTINEL = (
     "the server does not know a command of embedonce: if it is a sentinel, write the URL as "
@@ -60,7 +66,7 @@ class _NamedReplies:
     def parse_error(self, response: str) -> Exception:
         error: Exception = super().parse_error(response)  # type: ignore[misc]
         word = response.partition(" ")[0]
-        return rename_error(error, word) if word in WORDS else error
+        return rename_error(error, word) if WORDS.fullmatch(word) else error
 
 
 class Parser(_NamedReplies, DefaultParser):  # type: ignore[misc, valid-type]
@@ -99,6 +105,14 @@ def _name_connection_error(error: BaseException) -> BaseException:
     if isinstance(reason, ssl.SSLError | socket.gaierror) and error is not reason:
         return rename_error(error, type(reason).__name__)
     return error
+
+
+def explain_end(error: Exception, *, has_answered: bool, tls: object) -> Exception | None:
+    """Return an error that mentions TLS if the server closed a new connection without TLS; otherwise return None."""
+    was_closed = isinstance(error, OSError) or isinstance(error.__context__, OSError) or str(error) == CLOSED_BY_SERVER
+    if has_answered or tls is not None or not was_closed or isinstance(error, TimeoutError | redis.TimeoutError):
+        return None
+    return ConnectionError(NO_FIRST_REPLY)
 
 
 def _find_local_error() -> OSError | None:

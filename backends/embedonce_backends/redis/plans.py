@@ -9,6 +9,7 @@ its replies. In the end, the plan returns the call's result.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -89,6 +90,11 @@ def is_number(reply: Reply) -> bool:
     return type(reply) is int
 
 
+def is_text(reply: Reply) -> bool:
+    """Return whether ``reply`` may be a reply to CLUSTER NODES."""
+    return type(reply) is bytes
+
+
 def is_list(reply: Reply) -> bool:
     """Return whether ``reply`` may be a reply to CLUSTER SLOTS or SENTINEL.
 
@@ -146,6 +152,10 @@ class Topology(Protocol):
         """Find out which nodes serve which slots now, and return the result."""
         ...
 
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        """Return whether a slot is moving from one of these nodes to another. False if the user may not ask."""
+        ...
+
 
 def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -> None:
     """Raise an exception if the reply of any key is an error.
@@ -161,7 +171,9 @@ def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -
     if len(failed) == len(keys):
         raise problem
     raise PartialAnswer(
-        f"{len(failed)} of {len(keys)} keys failed ({type(problem).__name__})", answer=answer, failed=[key for key, _ in failed]
+        f"{len(failed)} of {len(keys)} keys failed ({type(problem).__name__})",
+        answer=answer,
+        failed=[key for key, _ in failed],
     ) from problem
 
 
@@ -186,6 +198,10 @@ class OneServer:
     def fetch_slots(self) -> Plan[Slots]:
         return Slots(((yield from self._find_master()),), ())
 
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        return False
+        yield  # makes this function a generator, which a plan has to be
+
     def _find_master(self) -> Plan[Node]:
         return self._node
         yield  # makes this function a generator, which a plan has to be
@@ -202,6 +218,10 @@ class OneServer:
             if explain_one_server_reply(reply):
                 raise reply
         return replies
+
+
+_MOVING_SLOT = re.compile(rb"\[\d+-[<>]-")
+"""A slot in the reply to CLUSTER NODES that the node is giving to another node, or taking from one."""
 
 
 class Candidates:
@@ -328,6 +348,13 @@ class Cluster:
     def fetch_slots(self) -> Plan[Slots]:
         self._known_slots = None
         return (yield from self._get_slots())
+
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        replies = yield [Trip(node, [("CLUSTER", "NODES")], is_text) for node in slots.nodes]
+        for (reply,) in replies:
+            if isinstance(reply, Exception) and not isinstance(reply, NoPermissionError):
+                raise reply
+        return any(type(reply) is bytes and _MOVING_SLOT.search(reply) is not None for (reply,) in replies)
 
     def _send_groups(
         self,
