@@ -137,9 +137,7 @@ def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
             ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended
         ),
         "killed and restarted": StoreFault("kill -9, then started again, empty", ended, is_repeatable=False),
-        "out of memory or disk full": StoreFault(
-            "`maxmemory 1` without eviction", causes("OOM"), read="serves"
-        ),
+        "out of memory or disk full": StoreFault("`maxmemory 1` without eviction", causes("OOM"), read="serves"),
         "read-only": StoreFault("the server is made a replica", causes("READONLY"), read="serves"),
         "wrong password": StoreFault(
             "the password is changed and connections are ended", ended | causes("WRONGPASS", "NOAUTH")
@@ -279,9 +277,7 @@ class Cluster(Redis):
             write="partly",
             is_repeatable=False,
         ),
-        "read-only": StoreFault(
-            "an ACL takes away the permission to write", causes("NOPERM"), read="serves"
-        ),
+        "read-only": StoreFault("an ACL takes away the permission to write", causes("NOPERM"), read="serves"),
     }
 
     def start(self) -> None:

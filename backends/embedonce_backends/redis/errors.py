@@ -2,8 +2,7 @@
 
 If the server replies with an error, the name is the first word of the reply, such as ``MISCONF``. If a connection
 fails for a reason in this process or in TLS, the name is that reason, such as ``EMFILE``. Every class derives from the
-class that redis-py uses for the same error. Only the names in this module are used, because names are labels of metrics
-and a server can send any word.
+class that redis-py uses for the same error.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import errno
 import re
 import socket
 import ssl
-from functools import cache
-from typing import TypeVar
 
 import redis
 from redis.asyncio.connection import DefaultParser as AsyncDefaultParser
@@ -21,6 +18,7 @@ from redis.connection import DefaultParser
 from redis.exceptions import ConnectionError, ResponseError
 
 from embedonce.errors import TierTimeout
+from embedonce_backends._error_names import LOCAL_ERRORS, find_local_error, rename_error
 
 SLOW = "Redis did not answer in time"
 CLOSED_BY_SERVER = "Connection closed by server."
@@ -31,9 +29,6 @@ WORDS = re.compile(
     "NOREPLICAS|OOM|READONLY|TRYAGAIN|UNKILLABLE|WRONGPASS|WRONGTYPE"
 )
 """First words of error replies that become names. ``ERR`` is missing, because it says nothing about the error."""
-LOCAL_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
-"""Errors of the system that say that this process or host lacks something. The server may be healthy."""
-
 NO_FIRST_REPLY = (
     "the server closed a new connection without a reply; if this port expects TLS, write rediss instead of redis in url"
 )
@@ -44,20 +39,6 @@ SENTINEL = (
 )
 NOT_A_SENTINEL = "this server is not a sentinel: write the URL as redis://host:port, or redis+cluster://host:port"
 NOT_A_CLUSTER = "this server is not a node of a cluster: write the URL as redis://host:port"
-
-E = TypeVar("E", bound=BaseException)
-
-
-@cache
-def _make_class(name: str, base: type[BaseException]) -> type[BaseException]:
-    return type(name, (base,), {"__module__": __name__})
-
-
-def rename_error(error: E, name: str) -> E:
-    """Replace the error's class by one with this name that derives from the error's own class; return the error."""
-    if type(error).__module__ != __name__:
-        error.__class__ = _make_class(name, type(error))  # type: ignore[assignment]
-    return error
 
 
 class _NamedReplies:
@@ -94,7 +75,7 @@ def _name_connection_error(error: BaseException) -> BaseException:
     if not isinstance(error, ConnectionError | OSError) or not isinstance(reason, OSError):
         return error
     if isinstance(reason, socket.gaierror):
-        missing = _find_local_error()
+        missing = find_local_error()
         if missing is not None:
             error.args = (f"cannot look up the host name: {missing.strerror}",)
         reason = missing or reason
@@ -113,19 +94,6 @@ def explain_end(error: Exception, *, has_answered: bool, tls: object) -> Excepti
     if has_answered or tls is not None or not was_closed or isinstance(error, TimeoutError | redis.TimeoutError):
         return None
     return ConnectionError(NO_FIRST_REPLY)
-
-
-def _find_local_error() -> OSError | None:
-    """Return the reason why this process cannot open a socket, or None if it can.
-
-    Without free descriptors, a name lookup fails with a reason that misleads, such as "temporary failure in name
-    resolution".
-    """
-    try:
-        socket.socket().close()
-    except OSError as error:
-        return error
-    return None
 
 
 # --- the wrong kind of server ---------------------------------------------------------------------
