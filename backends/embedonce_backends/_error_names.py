@@ -7,6 +7,7 @@ from the library's class. Pass only names from a fixed list, because names are l
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from functools import cache
 from typing import TypeVar
@@ -27,6 +28,14 @@ def rename_error(error: E, name: str) -> E:
 @cache
 def _make_class(name: str, base: type[BaseException]) -> type[BaseException]:
     return type(name, (base,), {"__module__": __name__})
+
+
+def name_local_error(error: OSError) -> OSError:
+    """Return an error of the same kind whose class has the symbol of its number, such as ``EMFILE``."""
+    number = error.errno or 0
+    named = _make_class(errno.errorcode[number], OSError)(number, os.strerror(number))
+    assert isinstance(named, OSError)
+    return named
 
 
 def find_local_error() -> OSError | None:

@@ -385,7 +385,7 @@ class Postgres(ServerStore):
             "`default_transaction_read_only` is set", causes("ReadOnlySqlTransaction"), read="serves"
         ),
         "wrong password": StoreFault(
-            "the password is changed and sessions are ended", causes("AdminShutdown", "OperationalError")
+            "the password is changed and sessions are ended", causes("AdminShutdown", "InvalidPassword")
         ),
     }
     not_applicable: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; it deletes only expired rows"}
@@ -473,7 +473,7 @@ class Memcached(ServerStore):
         ),
         "out of memory or disk full": StoreFault(
             "both nodes are full and were started with `-M`",
-            causes("MemcacheServerError"),
+            causes("OutOfMemory"),
             read="serves",
             is_repeatable=False,
         ),

@@ -311,7 +311,7 @@ def test_a_postgres_that_takes_no_more_clients(face: Face) -> None:
             wait_until(lambda: take_client_slot(server.url, others), "a client slot is free")
         for _ in range(4):
             assert one.fetch() == ["provider"] * len(TEXTS)
-        assert one.causes.keys() == {"OperationalError"}
+        assert one.causes.keys() == {"TooManyConnections"}
         others.close()
         one.wait_until_served()
 

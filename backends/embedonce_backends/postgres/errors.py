@@ -45,12 +45,12 @@ def name_connection_error(error: BaseException) -> BaseException:
     if type(error) is not psycopg.OperationalError:
         return error
     text = str(error)
-    if "failed to resolve host" in text:
-        missing = find_local_error()
-        if missing is None:
-            return rename_error(error, "gaierror")
-        error.args = (f"cannot look up the host name: {missing.strerror}",)
+    missing = find_local_error()
+    if missing is not None and "FATAL" not in text:
+        error.args = (f"cannot connect: {missing.strerror}",)
         return rename_error(error, errno.errorcode[missing.errno or 0])
+    if "failed to resolve host" in text:
+        return rename_error(error, "gaierror")
     for number in LOCAL_ERRORS:
         if os.strerror(number) in text:
             return rename_error(error, errno.errorcode[number])

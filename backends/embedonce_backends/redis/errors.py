@@ -77,7 +77,7 @@ def _name_connection_error(error: BaseException) -> BaseException:
     if isinstance(reason, socket.gaierror):
         missing = find_local_error()
         if missing is not None:
-            error.args = (f"cannot look up the host name: {missing.strerror}",)
+            error.args = (f"cannot connect: {missing.strerror}",)
         reason = missing or reason
     if reason.errno in LOCAL_ERRORS:
         named = ConnectionError(*error.args) if isinstance(error, OSError) else error
