@@ -20,8 +20,9 @@ LOCAL_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOME
 
 def rename_error(error: E, name: str) -> E:
     """Replace the error's class by one with this name that derives from the error's own class; return the error."""
-    if type(error).__module__ != __name__:
-        error.__class__ = _make_class(name, type(error))  # type: ignore[assignment]
+    kind: type[BaseException] = type(error)
+    if kind.__module__ != __name__:
+        error.__class__ = _make_class(name, kind)  # type: ignore[assignment]
     return error
 
 

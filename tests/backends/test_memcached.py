@@ -337,7 +337,7 @@ def test_a_name_with_several_addresses_is_refused(
     with Cache(CountingProvider(), [Tier(backend, name="far", write="inline", timeout=PATIENT)]) as cache:
         cache.embed("one text")
         assert set(cache.stats().tiers["far"].causes) == {"SeveralAddresses"}
-        with pytest.raises(EraseIncomplete, match="'several.test' has . addresses.* write every address into servers"):
+        with pytest.raises(EraseIncomplete, match=r"has \d addresses.* write every address into servers"):
             cache.forget(["one text"])
         (check,) = cache.check()
         assert not check.ok or "write every address" in check.detail
@@ -365,18 +365,18 @@ def test_the_addresses_of_both_kinds_of_one_name_are_one_node(
 # --- the cause of a failure -------------------------------------------------------------------
 
 
-def test_the_cause_of_a_refused_write_says_why(memcached_servers: list[str]) -> None:
+def test_a_full_server_is_the_cause() -> None:
     with MemcachedServer("-m", "8", "-M") as server:
-        backend = MemcachedBackend(servers=[server.address], max_value_bytes=2**24)
-        with Cache(
-            CountingProvider(dimensions=384), [Tier(backend, name="far", write="inline", timeout=PATIENT)]
-        ) as cache:
+        tier = Tier(MemcachedBackend(servers=[server.address]), name="far", write="inline", timeout=PATIENT)
+        with Cache(CountingProvider(dimensions=384), [tier]) as cache:
             for start in range(0, 8000, 1000):
                 cache.embed_batch([f"text {number}" for number in range(start, start + 1000)])
             assert set(cache.stats().tiers["far"].causes) == {"OutOfMemory"}
-    with open_backend(memcached_servers[:1]) as backend:
-        with pytest.raises(ValueTooLarge, match="object too large for cache"):
-            backend.set_many({key_of(0): b"x" * (2**20 + 1)}, None)
+
+
+def test_a_value_that_is_too_large_is_the_cause(memcached_servers: list[str]) -> None:
+    with open_backend(memcached_servers[:1]) as backend, pytest.raises(ValueTooLarge, match="object too large"):
+        backend.set_many({key_of(0): b"x" * (2**20 + 1)}, None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

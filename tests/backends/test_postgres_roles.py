@@ -28,6 +28,7 @@ from embedonce.testing import CountingProvider
 from embedonce.vectors import Entry
 from embedonce_backends.postgres import PostgresBackend
 from embedonce_backends.postgres import backend as postgres_backend
+from embedonce_backends.postgres.errors import name_connection_error
 
 PATIENT = 60.0
 """Seconds within which a healthy server answers on any machine."""
@@ -391,6 +392,29 @@ def test_the_name_of_a_connection_error_says_why(place: Place) -> None:
     assert {type(error).__name__ for error in catch_each_face(place.url)} == {"TooManyConnections"}
     place.run("ALTER ROLE {role} CONNECTION LIMIT -1", "ALTER ROLE {role} NOLOGIN")
     assert {type(error).__name__ for error in catch_each_face(place.url)} == {"InvalidAuthorizationSpecification"}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("FATAL:  the database system is starting up", "CannotConnectNow"),
+        ("FATAL:  the database system is shutting down", "CannotConnectNow"),
+        ("FATAL:  sorry, too many clients already", "TooManyConnections"),
+        (
+            "FATAL:  remaining connection slots are reserved",
+            "TooManyConnections",
+        ),
+        ('FATAL:  password authentication failed for user "app"', "InvalidPassword"),
+        ('FATAL:  no pg_hba.conf entry for host "10.0.0.1"', "InvalidAuthorizationSpecification"),
+        ("No buffer space available", "ENOBUFS"),
+        ("root certificate file does not exist", "SSLError"),
+        ("Connection refused", "OperationalError"),
+    ],
+)
+def test_the_message_of_libpq_gives_the_name(words: str, name: str) -> None:
+    error = psycopg.OperationalError(f'connection to server at "10.0.0.1", port 5432 failed: {words}')
+    assert type(name_connection_error(error)).__name__ == name
+    assert isinstance(error, psycopg.OperationalError)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
