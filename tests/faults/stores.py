@@ -139,9 +139,7 @@ def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
         "killed and restarted": StoreFault("kill -9, then started again, empty", ended, is_repeatable=False),
         "out of memory or disk full": StoreFault("`maxmemory 1` without eviction", causes("OOM"), read="serves"),
         "read-only": StoreFault("the server is made a replica", causes("READONLY"), read="serves"),
-        "wrong password": StoreFault(
-            "the password is changed and connections are ended", ended | causes("WRONGPASS", "NOAUTH")
-        ),
+        "wrong password": StoreFault("the password is changed and connections are ended", ended | causes("WRONGPASS")),
         "evicting": StoreFault(
             "`maxmemory` with `allkeys-random`, and other clients write", NO_CAUSES, read="forgets", write="serves"
         ),

@@ -460,4 +460,4 @@ def test_a_cluster_that_redirects_in_circles(face: Face) -> None:
     ):
         for _ in range(5):
             assert one.fetch() == ["provider"] * len(TEXTS)
-        assert one.causes == {"MovedError": 3 * len(TEXTS)}
+        assert one.causes == {"MOVED": 3 * len(TEXTS)}

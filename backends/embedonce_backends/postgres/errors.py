@@ -34,7 +34,7 @@ _CONNECTION_ERRORS = {
     "database .* does not exist": "InvalidCatalogName",
     "permission denied for database": "InsufficientPrivilege",
     "starting up|shutting down|not yet accepting|recovery": "CannotConnectNow",
-    "SSL|certificate": "SSLError",
+    "does not support SSL|SSL error|certificate": "SSLError",
 }
 """Patterns in the message of a failed connection, and the name of the error. libpq does not report the SQLSTATE of such
 an error, so the message is all that there is. The names are those that psycopg uses for these SQLSTATEs."""
