@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
@@ -20,7 +20,7 @@ LOCAL_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOME
 
 def rename_error(error: E, name: str) -> E:
     """Replace the error's class by one with this name that derives from the error's own class; return the error."""
-    kind: type[BaseException] = type(error)
+    kind: Any = type(error)
     if kind.__module__ != __name__:
         error.__class__ = _make_class(name, kind)  # type: ignore[assignment]
     return error
