@@ -195,6 +195,13 @@ class Extras(Protocol):
         """
         ...
 
+    def list_grants(self) -> Sequence[str]:
+        """Return the statements that let another role use the store; ``embedonce migrate`` shows them.
+
+        The backend declares no capability for this method. It is called after :meth:`migrate`.
+        """
+        ...
+
 
 class AsyncBackend(Protocol):
     """The native async client of a backend: the same calls as coroutines, for one event loop.

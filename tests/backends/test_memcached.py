@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any
@@ -25,12 +25,15 @@ from servers import MemcachedServer, find_program, send_memcached_line, wait_unt
 import embedonce
 from embedonce import Cache, Tier
 from embedonce.contracts import deadline
-from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy
+from embedonce.errors import CacheClosed, ConfigError, EraseIncomplete, TierBusy, TierError
 from embedonce.testing import BackendContract, CountingProvider, FaultProxy, NetworkFault, Recipe
 from embedonce.testing.contracts.support import run_in_fork, run_in_threads
 from embedonce_backends.memcached import MemcachedBackend, nodes
 from embedonce_backends.memcached.backend import MAX_VALUE_BYTES
+from embedonce_backends.memcached.nodes import ValueTooLarge
 
+PATIENT = 60.0
+"""Seconds within which a healthy server answers on any machine."""
 DAY = 86_400
 _numbers = itertools.count()
 
@@ -134,6 +137,22 @@ def test_invalid_servers_are_refused(servers: Any) -> None:
     with pytest.raises(ConfigError, match="servers") as raised:
         MemcachedBackend(servers=servers)
     assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ("memcached://h:11211", "without a scheme"),
+        ("memcacheds://h:11211", "no TLS"),
+        ("user:hush@h:11211", "no login"),
+        ("h:11211?timeout=1", "in the table of the tier"),
+        ("h1:11211,h2:11211", "each node as an item"),
+    ],
+)
+def test_an_address_of_another_client_is_explained(server: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        MemcachedBackend(servers=[server])
+    assert "hush" not in str(raised.value)
 
 
 def test_the_same_node_twice_is_refused() -> None:
@@ -291,6 +310,95 @@ def test_prefixes_keep_stores_apart(memcached_servers: list[str]) -> None:
         assert one.get_many([key_of(0), key_of(1)]) == items_of(range(2))
 
 
+# --- names with several addresses -------------------------------------------------------------
+
+
+def resolve_name(monkeypatch: pytest.MonkeyPatch, addresses: Sequence[str], port: int) -> None:
+    """Let every name have these addresses."""
+    look_up = socket.getaddrinfo
+
+    def answer(host: str, _: int, *more: Any) -> list[Any]:
+        if host == "several.test":
+            if more[-1] == socket.AI_NUMERICHOST:
+                raise socket.gaierror(socket.EAI_NONAME, "not a number")
+            return [info for address in addresses for info in look_up(address, port, 0, socket.SOCK_STREAM)]
+        return look_up(host, _, *more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+
+@pytest.mark.parametrize("addresses", [("127.0.0.1", "127.0.0.2"), ("127.0.0.1", "::1", "127.0.0.3"), ("::1", "::2")])
+def test_a_name_with_several_addresses_is_refused(
+    memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch, addresses: Sequence[str]
+) -> None:
+    """Each process could otherwise use another address, and ``forget`` would leave entries on the others."""
+    resolve_name(monkeypatch, addresses, int(memcached_servers[0].rpartition(":")[2]))
+    backend = MemcachedBackend(servers=["several.test:11211"])
+    with Cache(CountingProvider(), [Tier(backend, name="far", write="inline", timeout=PATIENT)]) as cache:
+        cache.embed("one text")
+        assert set(cache.stats().tiers["far"].causes) == {"SeveralAddresses"}
+        with pytest.raises(EraseIncomplete, match=r"has \d addresses.* write every address into servers"):
+            cache.forget(["one text"])
+        (check,) = cache.check()
+        assert not check.ok or "write every address" in check.detail
+
+
+def test_a_name_with_several_addresses_is_named_beside_other_nodes(
+    memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_name(monkeypatch, ["127.0.0.1", "127.0.0.2"], 1)
+    with open_backend([memcached_servers[0], "several.test:11211"]) as backend:
+        assert "write every address into servers" in backend.describe()
+        with pytest.raises(TierError, match="write every address into servers"):
+            backend.delete_many([key_of(number) for number in range(50)])
+
+
+def test_the_addresses_of_both_kinds_of_one_name_are_one_node(
+    memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_name(monkeypatch, ["::1", "127.0.0.1", "127.0.0.1"], int(memcached_servers[0].rpartition(":")[2]))
+    with open_backend(["several.test:11211"]) as backend:
+        backend.set_many({key_of(0): b"x"}, None)
+        assert backend.get_many([key_of(0)]) == {key_of(0): b"x"}
+
+
+# --- the cause of a failure -------------------------------------------------------------------
+
+
+def test_a_full_server_is_the_cause() -> None:
+    with MemcachedServer("-m", "8", "-M") as server:
+        tier = Tier(MemcachedBackend(servers=[server.address]), name="far", write="inline", timeout=PATIENT)
+        with Cache(CountingProvider(dimensions=384), [tier]) as cache:
+            for start in range(0, 8000, 1000):
+                cache.embed_batch([f"text {number}" for number in range(start, start + 1000)])
+            assert set(cache.stats().tiers["far"].causes) == {"OutOfMemory"}
+
+
+def test_a_value_that_is_too_large_is_the_cause(memcached_servers: list[str]) -> None:
+    with open_backend(memcached_servers[:1]) as backend, pytest.raises(ValueTooLarge, match="object too large"):
+        backend.set_many({key_of(0): b"x" * (2**20 + 1)}, None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_missing_descriptors_are_the_cause(memcached_servers: list[str], host: str) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used: list[int] = []
+    with open_backend([f"{host}:{memcached_servers[0].rpartition(':')[2]}"]) as backend:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    used.append(os.open(os.devnull, os.O_RDONLY))
+            with pytest.raises(OSError, match="Too many open files") as caught:
+                backend.get_many([key_of(0)])
+        finally:
+            for descriptor in used:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert type(caught.value).__name__ == "EMFILE"
+
+
 # --- time to live -----------------------------------------------------------------------------
 
 
@@ -322,6 +430,20 @@ def test_an_entry_has_the_ttl_that_was_given(
             return  # the entry has expired
         assert found.startswith("HD t"), found
         assert least - gone * (least > 0) <= int(found[4:]) <= most
+
+
+@pytest.mark.parametrize("error", [-400 * DAY, 400 * DAY])
+def test_a_wrong_clock_of_this_host_does_not_change_a_ttl(
+    memcached_servers: list[str], monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + error)
+    prefix = make_prefix()
+    with open_backend(memcached_servers[:1], prefix=prefix) as backend:
+        for ttl in (3600, 60 * DAY):
+            backend.set_many({key_of(0): b"x"}, ttl)
+            found = send_memcached_line(memcached_servers[0], f"mg {prefix}{key_of(0)} t")
+            assert ttl - 120 <= int(found.removeprefix("HD t")) <= ttl + 5
 
 
 # --- memory -----------------------------------------------------------------------------------

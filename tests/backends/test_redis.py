@@ -6,11 +6,12 @@ import asyncio
 import gc
 import itertools
 import os
+import re
 import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -36,6 +37,7 @@ from embedonce.testing import BackendContract, CountingProvider, FaultProxy, Net
 from embedonce.testing.contracts.backend import key
 from embedonce_backends._nodes import NodeDown
 from embedonce_backends.redis import RedisBackend
+from embedonce_backends.redis.errors import Parser
 
 PATIENT = 60.0
 """Seconds within which a healthy server answers on any machine."""
@@ -266,7 +268,17 @@ def test_a_cache_from_toml(server: RedisServer, monkeypatch: pytest.MonkeyPatch)
         ("redis://host:0", "port"),
         ("redis://host:70000", "port"),
         ("redis://host/x", "database"),
-        ("redis://host?socket_timeout=1", "options"),
+        ("redis://host?socket_timeout=1", "option socket_timeout .* set timeout in the table"),
+        ("rediss://host?ssl_cert_reqs=none", "option ssl_cert_reqs .* set ca_file .* check_hostname = false"),
+        ("rediss://host?ssl_ca_certs=/pass.pem", "set ca_file in the table"),
+        ("rediss://host?ssl_certfile=/pass.pem", "set cert_file in the table"),
+        ("rediss://host?ssl_keyfile=/pass.pem", "set key_file in the table"),
+        ("redis://host?ssl=true", "write rediss instead of redis"),
+        ("redis://host?max_connections=3", "set max_connections in the table"),
+        ("redis://host?password=pass", "set password in the table"),
+        ("redis://host?decode_responses=true", "remove it"),
+        ("redis://host?pass=pass&x=y", "set password in the table"),
+        ("redis://host?my-pass=1", "options other than db"),
         ("redis+cluster://host/3", "only database 0"),
         ("redis+sentinel://host:26379", "service"),
         ("unix://", "socket"),
@@ -278,7 +290,7 @@ def test_a_cache_from_toml(server: RedisServer, monkeypatch: pytest.MonkeyPatch)
 def test_an_invalid_url_is_explained_and_not_repeated(url: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         RedisBackend(url=url)
-    assert "pass" not in str(caught.value).replace("password", "")
+    assert "pass" not in str(caught.value).replace("password", "").replace("option pass ", "")
 
 
 def test_hosts_with_colons_and_sockets_can_be_named(server: RedisServer, backends: Any) -> None:
@@ -312,6 +324,141 @@ def test_contradicting_or_unusable_options_are_refused() -> None:
         RedisBackend(url="redis://host", ca_file=Path("x"))
     with pytest.raises(ConfigError, match="cannot load ca_file"):
         RedisBackend(url="rediss://host", ca_file=Path("/does/not/exist"))
+
+
+# --- the cause of a failure ---------------------------------------------------------------------------
+
+
+def make_snapshots_fail(server: RedisServer) -> None:
+    """Make Redis refuse writes with MISCONF: its snapshots fail, because a folder is where the file has to be."""
+    (server.folder / "dump.rdb").mkdir()
+    server.call("CONFIG", "SET", "save", "3600 1")
+    server.call("BGSAVE")
+    wait_until(lambda: server.call("INFO", "persistence")["rdb_last_bgsave_status"] == "err", "the snapshot failed")
+
+
+WRITE_FAULTS: dict[str, Callable[[RedisServer], object]] = {
+    "MISCONF": make_snapshots_fail,
+    "OOM": lambda server: server.call("CONFIG", "SET", "maxmemory", "1"),
+    "NOREPLICAS": lambda server: server.call("CONFIG", "SET", "min-replicas-to-write", "1"),
+    "NOPERM": lambda server: server.call("ACL", "SETUSER", "default", "-set"),
+    "READONLY": lambda server: server.call("REPLICAOF", "127.0.0.1", "1"),
+}
+LOGIN_FAULTS = {"NOAUTH": "redis://{}", "WRONGPASS": "redis://:wrong@{}"}
+
+
+@pytest.mark.parametrize("word", WRITE_FAULTS)
+def test_the_cause_of_a_refused_write_is_the_first_word_of_the_reply(
+    word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer() as server:
+        tier = Tier(RedisBackend(url=server.url), name="far", write="inline", timeout=PATIENT)
+        with Cache(CountingProvider(), [tier]) as cache:
+            WRITE_FAULTS[word](server)
+            for number in range(3):
+                cache.embed_batch([f"text {number}"])
+            causes = cache.stats().tiers["far"].causes
+            assert set(causes) == {word}
+        assert word in caplog.text
+
+
+@pytest.mark.parametrize("face", ["blocking", "async"])
+@pytest.mark.parametrize("word", LOGIN_FAULTS)
+def test_the_cause_of_a_refused_login_is_the_first_word_of_the_reply(word: str, face: str, backends: Any) -> None:
+    with RedisServer(password="right") as server:
+        backend = backends(url=LOGIN_FAULTS[word].format(server.address))
+        with pytest.raises(redis.AuthenticationError) as caught:
+            asyncio.run(_read_by_twin(backend)) if face == "async" else backend.get_many(list(items(3)))
+        assert type(caught.value).__name__ == word
+
+
+def test_a_word_that_redis_does_not_have_is_not_a_cause(server: RedisServer, backends: Any) -> None:
+    error = Parser(64).parse_error("HOSTILE_1 anything")
+    assert type(error) is redis.ResponseError
+
+
+def test_a_partial_answer_names_the_cause(redis_cluster: RedisClusterServers, backends: Any) -> None:
+    backend = backends(url=redis_cluster.url)
+    redis_cluster.members[0].call("CONFIG", "SET", "maxmemory", "1")
+    try:
+        with pytest.raises(PartialAnswer, match=r"of 60 keys failed \(OOM\)"):
+            backend.set_many(items(60), None)
+    finally:
+        redis_cluster.members[0].call("CONFIG", "SET", "maxmemory", "0")
+
+
+def call_each_face(backend: RedisBackend) -> Iterator[Exception]:
+    """Yield the error of a read by each face."""
+    for call in (lambda: backend.get_many(list(items(6))), lambda: asyncio.run(_read_by_twin(backend, 6))):
+        with deadline(PATIENT), pytest.raises(Exception) as caught:  # noqa: PT011  (each test checks the error)
+            call()
+        yield caught.value
+
+
+def test_a_url_for_another_kind_of_server_is_explained(
+    redis_server: RedisServer, redis_cluster: RedisClusterServers, redis_sentinel: RedisSentinelServers, backends: Any
+) -> None:
+    node, sentinel = redis_cluster.members[0].address, redis_sentinel.sentinels[0].address
+    single = redis_server.url.removeprefix("redis://").removesuffix("/0")
+    cases = {
+        f"redis://{node}": "node of a cluster: write the URL as redis\\+cluster://",
+        f"redis://{node}/1": "node of a cluster: write the URL as redis\\+cluster://",
+        f"redis://{sentinel}": "if it is a sentinel, write the URL as redis\\+sentinel://",
+        f"redis://{sentinel}/1": "if it is a sentinel, write the URL as redis\\+sentinel://",
+        f"redis+cluster://{sentinel}": "not a node of a cluster",
+        f"redis+sentinel://{single}/service": "not a sentinel: write the URL as redis://",
+        f"redis+sentinel://{node}/service": "not a sentinel",
+    }
+    for url, words in cases.items():
+        for error in call_each_face(backends(url=url)):
+            assert re.search(words, str(error)), (url, error)
+            assert key(0) not in str(error)
+
+
+def test_errors_of_tls_are_explained(tmp_path: Path, backends: Any) -> None:
+    with RedisServer(tls=Certificates(tmp_path)) as server:
+        for error in call_each_face(backends(url=f"redis://127.0.0.1:{server.tls_port}")):
+            assert "if this port expects TLS, write rediss" in str(error)
+        for error in call_each_face(backends(url=f"rediss://127.0.0.1:{server.tls_port}")):
+            assert type(error).__name__ == "SSLCertVerificationError"
+        with pytest.raises(TierTimeout, match="if this port has no TLS, write redis instead"), deadline(0.2):
+            backends(url=f"rediss://127.0.0.1:{server.port}").get_many(["a"])
+
+
+@contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Use up the descriptors that this process may open."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                used.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in used:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
+async def test_missing_descriptors_are_the_cause(server: RedisServer, backends: Any, host: str) -> None:
+    backend = backends(url=f"redis://{host}:{server.port}")
+    twin: Any = backend.twin()
+    with without_descriptors(), deadline(PATIENT):
+        with pytest.raises(redis.ConnectionError, match="Too many open files") as caught:
+            backend.get_many(["a"])
+        with pytest.raises(redis.ConnectionError, match="Too many open files") as caught_async:
+            await twin.get_many(["a"])
+    assert {type(caught.value).__name__, type(caught_async.value).__name__} == {"EMFILE"}
+    await twin.close()
+
+
+def test_a_host_name_that_does_not_exist_is_the_cause(backends: Any) -> None:
+    for error in call_each_face(backends(url="redis://no-such-host.invalid")):
+        assert type(error).__name__ == "gaierror"
 
 
 # --- users and permissions -----------------------------------------------------------------------------
@@ -646,6 +793,19 @@ def test_a_listing_during_which_a_slot_moves_is_an_error(backends: Any) -> None:
             node.call("CLUSTER", "SETSLOT", slot, "NODE", ids[first])
         with pytest.raises(TierError, match="slots of the cluster moved during the listing"):
             list(listing)
+
+
+def test_a_slot_that_still_moves_at_the_end_of_a_listing_is_an_error(backends: Any) -> None:
+    with RedisClusterServers() as servers:
+        backend = backends(url=servers.url, prefix="")
+        backend.set_many({key(number): b"v" for number in range(30)}, None)
+        source, target = servers.members[0], servers.members[1]
+        slot = source.call("CLUSTER", "KEYSLOT", source.call("RANDOMKEY").decode())
+        source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", target.call("CLUSTER", "MYID").decode())
+        with pytest.raises(TierError, match="slots of the cluster moved during the listing"):
+            list(backend.scan("eo1."))
+        source.call("CLUSTER", "SETSLOT", slot, "STABLE")
+        assert len(list(backend.scan("eo1."))) == 30
 
 
 @contextmanager

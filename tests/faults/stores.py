@@ -137,13 +137,9 @@ def make_redis_faults(ended: frozenset[str]) -> dict[str, StoreFault]:
             ended=ended, silent=causes("timeout"), garbled=causes("InvalidResponse", "timeout") | ended
         ),
         "killed and restarted": StoreFault("kill -9, then started again, empty", ended, is_repeatable=False),
-        "out of memory or disk full": StoreFault(
-            "`maxmemory 1` without eviction", causes("OutOfMemoryError"), read="serves"
-        ),
-        "read-only": StoreFault("the server is made a replica", causes("ReadOnlyError"), read="serves"),
-        "wrong password": StoreFault(
-            "the password is changed and connections are ended", ended | causes("AuthenticationError")
-        ),
+        "out of memory or disk full": StoreFault("`maxmemory 1` without eviction", causes("OOM"), read="serves"),
+        "read-only": StoreFault("the server is made a replica", causes("READONLY"), read="serves"),
+        "wrong password": StoreFault("the password is changed and connections are ended", ended | causes("WRONGPASS")),
         "evicting": StoreFault(
             "`maxmemory` with `allkeys-random`, and other clients write", NO_CAUSES, read="forgets", write="serves"
         ),
@@ -279,9 +275,7 @@ class Cluster(Redis):
             write="partly",
             is_repeatable=False,
         ),
-        "read-only": StoreFault(
-            "an ACL takes away the permission to write", causes("NoPermissionError"), read="serves"
-        ),
+        "read-only": StoreFault("an ACL takes away the permission to write", causes("NOPERM"), read="serves"),
     }
 
     def start(self) -> None:
@@ -389,7 +383,7 @@ class Postgres(ServerStore):
             "`default_transaction_read_only` is set", causes("ReadOnlySqlTransaction"), read="serves"
         ),
         "wrong password": StoreFault(
-            "the password is changed and sessions are ended", causes("AdminShutdown", "OperationalError")
+            "the password is changed and sessions are ended", causes("AdminShutdown", "InvalidPassword")
         ),
     }
     not_applicable: ClassVar[Mapping[str, str]] = {"evicting": "Postgres evicts nothing; it deletes only expired rows"}
@@ -477,7 +471,7 @@ class Memcached(ServerStore):
         ),
         "out of memory or disk full": StoreFault(
             "both nodes are full and were started with `-M`",
-            causes("MemcacheServerError"),
+            causes("OutOfMemory"),
             read="serves",
             is_repeatable=False,
         ),

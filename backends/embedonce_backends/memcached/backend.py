@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -24,7 +22,7 @@ from embedonce.errors import CacheClosed, ConfigError, PartialAnswer
 from embedonce.options import Doc, Size
 from embedonce_backends._nodes import NodeDown, NodeTimeout
 
-from .nodes import Connection, Node, is_node_failure
+from .nodes import Connection, Node, SeveralAddresses, is_node_failure
 
 api = 1
 
@@ -40,10 +38,6 @@ MAX_KEY_LENGTH = 250
 """memcached's limit for a key, in bytes."""
 MAX_OWN_KEY_LENGTH = 119
 """Length of the longest key of embedonce, without the prefix."""
-MAX_RELATIVE_TTL = 30 * 86_400
-"""Longest ttl that is sent as a number of seconds. memcached reads a larger number as a date, in seconds since 1970."""
-LAST_DATE = 2**31 - 1
-"""Last date that memcached can represent; a later date wraps around into the past."""
 
 
 class _NodeSkipped(NodeDown):
@@ -86,9 +80,6 @@ class MemcachedBackend:
             add=True,
             bounded=True,
         )
-        self.clock: Callable[[], float] = time.time
-        """Function that returns the Unix time in seconds. It is called only to turn a ttl of more than thirty days into
-        a date."""
         self._nodes = {
             name: Node(name, prefix=prefix, max_connections=max_connections, is_only_node=len(names) == 1)
             for name in names
@@ -122,9 +113,8 @@ class MemcachedBackend:
             PartialAnswer: some values were refused, or some nodes did not answer; the other values are stored.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
         """
-        expire = self._make_exptime(ttl)
         parts = self._group_items(items)
-        answers, failures = self._call_nodes(parts, lambda connection, part: connection.set_all(part, expire))
+        answers, failures = self._call_nodes(parts, lambda connection, part: connection.set_all(part, ttl))
         refused = [key for answer in answers for key in answer]
         self._raise_failures(failures, parts, None, refused)
         if refused:
@@ -140,12 +130,11 @@ class MemcachedBackend:
             PartialAnswer: some nodes did not answer; ``answer`` has the keys that the other nodes stored.
             NodeDown: none of the nodes of these keys answered, but other nodes are up.
         """
-        expire = self._make_exptime(ttl)
         parts = self._group_items(items)
         # There is no retry. If only the reply was lost, the key is already stored, and a retry would report that
         # another caller stored it.
         answers, failures = self._call_nodes(
-            parts, lambda connection, part: connection.add_all(part, expire), may_retry=False
+            parts, lambda connection, part: connection.add_all(part, ttl), may_retry=False
         )
         added: set[str] = set()
         added.update(*answers)
@@ -167,7 +156,7 @@ class MemcachedBackend:
         """Ask all nodes, and return a text that says how many there are and which of them do not answer."""
         nodes = dict.fromkeys(self._nodes.values())
         _, failures = self._call_nodes(nodes, lambda connection, _: connection.version(), include_down=True)
-        silent = "".join(f"; {node.name} does not answer ({type(e).__name__})" for node, e in failures.items())
+        silent = "".join(f"; {node.name} does not answer ({_describe_error(e)})" for node, e in failures.items())
         return f"frames on {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}{silent}"
 
     def close(self) -> None:
@@ -176,15 +165,6 @@ class MemcachedBackend:
         _close_nodes(self._nodes.values())
 
     # --- helpers ------------------------------------------------------------------------------
-
-    def _make_exptime(self, ttl: float | None) -> int:
-        """Return memcached's ``exptime``: seconds up to thirty days, a date for a longer ttl, or 0 for no expiry."""
-        if ttl is None:
-            return 0
-        if ttl <= MAX_RELATIVE_TTL:
-            return max(1, math.ceil(ttl))
-        date = math.ceil(self.clock() + ttl)
-        return date if date <= LAST_DATE else 0
 
     def _group_keys(self, keys: Sequence[str]) -> dict[Node, Sequence[str]]:
         if not keys:
@@ -279,7 +259,13 @@ class MemcachedBackend:
             if node.is_up:
                 return error
         kind = NodeTimeout if any(isinstance(error, TimeoutError) for error in asked) else NodeDown
-        return kind(f"memcached {', '.join(node.name for node in failures)}: no answer; other nodes are up")
+        reasons = dict.fromkeys(_describe_error(error) for error in asked)
+        reason = f" ({'; '.join(reasons)})" if reasons else ""
+        return kind(f"memcached {', '.join(node.name for node in failures)}: no answer{reason}; other nodes are up")
+
+
+def _describe_error(error: Exception) -> str:
+    return str(error) if isinstance(error, SeveralAddresses) else type(error).__name__
 
 
 _HOST = re.compile(r"([\w.-]+|\[[\w:.%]+\])(?::([0-9]{1,5}))?")
@@ -297,8 +283,26 @@ def _normalize_server(server: object, index: int) -> str:
         return server.removeprefix("unix:")
     match = _HOST.fullmatch(server) if isinstance(server, str) else None
     if match is None or not 0 < int(match[2] or 11211) < 2**16:
-        raise ConfigError(f'servers[{index}] must be "host:port", "[IPv6 address]:port" or the path of a socket')
+        advice = _advise(server) if isinstance(server, str) else ""
+        raise ConfigError(
+            f'servers[{index}] must be "host:port", "[IPv6 address]:port" or the path of a socket{advice}'
+        )
     return f"{match[1]}:{match[2] or 11211}"
+
+
+def _advise(server: str) -> str:
+    """Return what is wrong with an invalid node, without quoting it, because it may contain a password."""
+    if "@" in server:
+        return "; this tier has no login"
+    if re.match("(memcacheds|tls|ssl)://", server):
+        return "; this tier has no TLS"
+    if "?" in server:
+        return '; set max_connections and timeout in the table of the tier, not after a "?"'
+    if "://" in server:
+        return ", without a scheme such as memcached://"
+    if "," in server:
+        return "; write each node as an item of the list"
+    return ""
 
 
 def _hash_key(text: str, seed: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import socket
 import threading
@@ -17,11 +18,13 @@ from pymemcache.exceptions import (  # type: ignore[import-untyped]
     MemcacheClientError,
     MemcacheServerError,
     MemcacheUnexpectedCloseError,
+    MemcacheUnknownCommandError,
     MemcacheUnknownError,
 )
 
 from embedonce.contracts import time_left
-from embedonce.errors import TierBusy
+from embedonce.errors import TierBusy, TierError
+from embedonce_backends._error_names import LOCAL_ERRORS, find_local_error, name_local_error
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -40,7 +43,51 @@ failure, up to ``LONGEST_WAIT``."""
 PROBE_SECONDS = 30.0
 """Seconds after which the probe of a failed node counts as lost, so that another call may probe the node."""
 
+MAX_RELATIVE_TTL = 30 * 86_400
+"""Longest ttl that is sent as a number of seconds. memcached reads a larger number as a date, in seconds since 1970."""
+LAST_DATE = 2**31 - 1
+"""Last date that memcached can represent; a later date wraps around into the past."""
+CLOCK_SECONDS = 600.0
+"""Seconds after which a connection reads the server's time again."""
+
 _now = time.monotonic
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+class SeveralAddresses(TierError):
+    """Raised if the name of a node has several addresses.
+
+    If each connection chose an address by itself, the servers would hold different keys at different times, and
+    ``forget`` would not reach all of them.
+    """
+
+
+class OutOfMemory(MemcacheServerError):  # type: ignore[misc]
+    """The server is full, and it does not evict, or it has no memory for values of this size."""
+
+
+class ValueTooLarge(MemcacheServerError):  # type: ignore[misc]
+    """A value is larger than the server's limit for an item."""
+
+
+_REFUSALS: Mapping[bytes, type[Exception]] = {b"out of memory": OutOfMemory, b"object too large": ValueTooLarge}
+
+
+def name_error(error: BaseException) -> BaseException:
+    """Return an error whose class says what is wrong, or ``error`` itself if nothing better is known."""
+    if isinstance(error, socket.gaierror):
+        missing = find_local_error()
+        return error if missing is None else name_local_error(missing)
+    if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
+        return name_local_error(error)
+    if type(error) is MemcacheServerError and error.args and isinstance(error.args[0], bytes):
+        words = error.args[0]
+        for start, kind in _REFUSALS.items():
+            if words.startswith(start):
+                return kind(words.decode("utf-8", "replace"))
+    return error
 
 
 # --- sockets ----------------------------------------------------------------------------------
@@ -75,13 +122,26 @@ class _Socket(socket.socket):
 
 
 def _resolve(host: str, port: int, family: int, kind: int, protocol: int) -> list[Any]:
-    """Return the result of ``socket.getaddrinfo`` with IPv4 addresses first. A name lookup ends by the deadline."""
+    """Return the address of a host, in the form of ``socket.getaddrinfo``. A name lookup ends by the deadline.
+
+    If a name has addresses of both kinds, only the IPv4 address is returned, because memcached listens on IPv4 by
+    default, and both addresses usually lead to the same server.
+
+    Raises:
+        SeveralAddresses: the name has several IPv4 addresses, or no IPv4 address and several IPv6 addresses.
+    """
     try:
         found = socket.getaddrinfo(host, port, family, kind, protocol, socket.AI_NUMERICHOST)
     except socket.gaierror:  # the host is a name, not a number
         found = _call_in_thread(lambda: socket.getaddrinfo(host, port, family, kind, protocol))
-    # Put IPv4 addresses first: pymemcache tries only the first address, and memcached listens on IPv4 by default.
-    return sorted(found, key=lambda info: info[0] != socket.AF_INET)
+    preferred = [info for info in found if info[0] == socket.AF_INET] or found
+    addresses = {info[4] for info in preferred}
+    if len(addresses) > 1:
+        raise SeveralAddresses(
+            f"the name {host!r} has {len(addresses)} addresses, and each may be a different server; "
+            "write every address into servers"
+        )
+    return preferred[:1]
 
 
 def _call_in_thread(look_up: Callable[[], R]) -> R:
@@ -110,25 +170,52 @@ class Connection(Client):  # type: ignore[misc]  # pymemcache has no types
     An error or an unexpected reply closes the connection, so that no later call reads the reply to an earlier call.
     """
 
+    _clock_offset = 0.0
+    """Seconds that the server's time is ahead of this process's monotonic clock."""
+    _clock_read_again = -math.inf
+
     def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Return the values that are stored under ``keys``."""
         found: Any = self.get_many(keys)
         return found  # type: ignore[no-any-return]
 
-    def set_all(self, items: Mapping[str, bytes], expire: int) -> Sequence[str]:
+    def set_all(self, items: Mapping[str, bytes], ttl: float | None) -> Sequence[str]:
         """Store the items, and return the keys of the items that the server refused."""
         values: Any = items
-        refused: Any = self.set_many(values, expire, noreply=False)
+        refused: Any = self.set_many(values, self._make_exptime(ttl), noreply=False)
         return refused  # type: ignore[no-any-return]
 
-    def add_all(self, items: Mapping[str, bytes], expire: int) -> set[str]:
+    def add_all(self, items: Mapping[str, bytes], ttl: float | None) -> set[str]:
         """Store the items whose key is missing and return those keys.
 
         This does not use pymemcache's ``add``, which takes only one key.
         """
         values: Any = items
-        stored: Any = self._store_cmd(b"add", values, expire, False)
+        stored: Any = self._store_cmd(b"add", values, self._make_exptime(ttl), False)
         return {key for key in items if stored[key]}
+
+    def _make_exptime(self, ttl: float | None) -> int:
+        """Return memcached's ``exptime``: seconds up to thirty days, a date for a longer ttl, or 0 for no expiry."""
+        if ttl is None:
+            return 0
+        if ttl <= MAX_RELATIVE_TTL:
+            return max(1, math.ceil(ttl))
+        date = math.ceil(self._read_server_time() + ttl)
+        return date if date <= LAST_DATE else 0
+
+    def _read_server_time(self) -> float:
+        """Return the server's time. The clock of this host may be wrong, and would then give a wrong date.
+
+        A server that does not tell its time is assumed to have this host's time.
+        """
+        now = _now()
+        if now >= self._clock_read_again:
+            try:
+                offset = int(self.stats()[b"time"]) - now
+            except (MemcacheUnknownCommandError, MemcacheClientError, MemcacheServerError, KeyError, ValueError):
+                offset = time.time() - now
+            self._clock_offset, self._clock_read_again = offset, now + CLOCK_SECONDS
+        return now + self._clock_offset
 
     def delete_all(self, keys: Iterable[str]) -> None:
         """Remove the keys. This does not use pymemcache's ``delete_many``, which accepts any reply as a success."""
@@ -195,9 +282,12 @@ class Node:
                     self._drop_idle()
                     connection.close()
                     answer = call(connection, part)
-            except BaseException:
+            except BaseException as error:
                 connection.close()
-                raise
+                named = name_error(error)
+                if named is error:
+                    raise
+                raise named from error
             self._give(connection)
             return answer
         finally:

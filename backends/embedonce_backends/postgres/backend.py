@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import psycopg
 from annotated_types import Ge
+from psycopg.pq import TransactionStatus
 
 from embedonce import hookimpl
 from embedonce.contracts import Capabilities, time_left
@@ -22,9 +24,10 @@ from embedonce.event_loops import async_deadline
 from embedonce.options import Doc
 from embedonce_backends._pages import limit_page_time
 
-from .connections import AsyncPool, Connection, Pool, has_rows, is_reusable, parse_url
+from .connections import AsyncConnection, AsyncPool, Connection, Pool, has_rows, is_reusable, parse_url
+from .errors import CONFLICTS, Repetition, shorten_message
 from .rows import Item, decode_rows, encode_columns, encode_texts
-from .schema import Column, Run, Statements, TableState, inspect_table, make_statements, make_table
+from .schema import Column, Run, Statements, TableState, inspect_table, list_grants, make_statements, make_table
 
 api = 1
 
@@ -35,6 +38,10 @@ SCAN_PAGE_KEYS = 5000
 SWEEP_EVERY = 1000
 """Number of written rows after which expired rows are deleted. The first write of a backend also deletes some
 expired rows."""
+SWEEP_FAILED = "could not delete expired rows (%s); retrying after later writes"
+BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED"
+"""Starts a transaction whose statements each see what other transactions have committed. The statements of this backend
+rely on that, and a database or role may have another default."""
 MAX_NAME_BYTES = 63
 """Maximum length of a table's or schema's name in bytes; Postgres truncates longer names."""
 
@@ -114,8 +121,7 @@ class PostgresBackend:
         statements = self.get_statements()
         values = encode_columns(items, statements.vector_oid, self.keeps_preview)
         self._run(statements.set, (self.clock_offset, ttl, *values))
-        self._rows_since_sweep += len(items)
-        if self._rows_since_sweep >= SWEEP_EVERY:
+        if self.is_sweep_due(len(items)):
             self._sweep(statements)
 
     def add_many(self, items: Mapping[str, Item], ttl: float | None, /) -> set[str]:
@@ -182,15 +188,24 @@ class PostgresBackend:
         found = self._inspect_table()
         if not found.table:
             return "no table yet"
-        if found.has_vectors and self._column != "bytea":
+        if found.has_vectors and found.may_use_vectors and self._column != "bytea":
             return f"pgvector {found.extension}: float32 vectors in a vector column, all others in bytea"
         if self._column == "bytea":
             return 'bytea (column = "bytea")'
+        if found.extension is not None and not found.may_use_vectors:
+            return f"bytea: this role may not use pgvector ({self._make_vector_grant(found)})"
         if found.extension is not None:
             return "bytea: the table was made without pgvector; run `embedonce migrate` to add the vector column"
         if found.available is not None:
             return "bytea: pgvector is not installed in this database (CREATE EXTENSION vector)"
         return "bytea: the server has no pgvector"
+
+    def list_grants(self) -> list[str]:
+        """Return the statements that let another role use the table, for ``embedonce migrate``."""
+        return list_grants(self._inspect_table(), self.schema, self.table, self._column)
+
+    def _make_vector_grant(self, found: TableState) -> str:
+        return f'GRANT USAGE ON SCHEMA "{found.extension_schema}" TO this role'
 
     def get_statements(self) -> Statements:
         """Return the statements for the table. The first call inspects the table, and makes it if it is missing."""
@@ -199,6 +214,8 @@ class PostgresBackend:
         found = self._inspect_table()
         if not found.table or (self._column == "vector" and not found.has_vectors):
             found = self._make_table()
+        if self._column == "vector" and not found.may_use_vectors:
+            raise TierError(f'column = "vector": this role may not use pgvector; run {self._make_vector_grant(found)}')
         statements = self.known_statements = make_statements(found, self.schema, self.table, self._column)
         return statements
 
@@ -226,26 +243,43 @@ class PostgresBackend:
     # --- statements ---------------------------------------------------------------------------
 
     def _run(self, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement in its own transaction, and return its rows."""
+        """Run one statement in its own transaction, and return its rows. Repeat it after a conflict."""
+        repetition = Repetition()
+        while True:
+            try:
+                return self._run_once(statement, values)
+            except CONFLICTS as error:
+                time.sleep(repetition.choose_pause(error))
+
+    def _run_once(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         connection = self._pool.take()
         try:
-            rows = _execute(connection, statement, values)
+            rows = (_execute_isolated if self.is_isolated else _execute)(connection, statement, values)
         except BaseException as error:
             self.check_table_after(error)
             if is_reusable(connection, error):
                 self._pool.give(connection)
             else:
                 self._pool.drop(connection)
+            shorten_message(error)
             raise
         self._pool.give(connection)
         return rows
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether each statement needs a transaction that sets its isolation level."""
+        return self.known_statements is not None and self.known_statements.is_isolated
 
     @contextmanager
     def _open_transaction(self) -> Iterator[Run]:
         """Yield a function that runs statements inside one transaction; an exception rolls the transaction back."""
         connection = self._pool.take()
         try:
-            _execute(connection, b"BEGIN")
+            _execute(connection, BEGIN)
+            # Making the table may wait for another process that makes it.
+            _execute(connection, b"SET LOCAL lock_timeout = 0")
+            _execute(connection, b"SET LOCAL statement_timeout = 0")
             yield partial(_execute, connection)
             _execute(connection, b"COMMIT")
         except BaseException:
@@ -253,13 +287,20 @@ class PostgresBackend:
             raise
         self._pool.give(connection)
 
+    def is_sweep_due(self, rows: int) -> bool:
+        """Count written rows, and return whether it is time to delete expired rows."""
+        self._rows_since_sweep += rows
+        if self._rows_since_sweep < SWEEP_EVERY:
+            return False
+        self._rows_since_sweep = 0
+        return True
+
     def _sweep(self, statements: Statements) -> None:
         """Delete some expired rows. A failure is only logged, because the call's own write has already succeeded."""
-        self._rows_since_sweep = 0
         try:
             self._run(statements.sweep, (self.clock_offset,))
         except (psycopg.Error, TierError) as error:
-            log.warning("could not delete expired rows (%s); retrying after later writes", type(error).__name__)
+            log.warning(SWEEP_FAILED, type(error).__name__)
 
 
 class PostgresTwin:
@@ -283,6 +324,11 @@ class PostgresTwin:
         statements = await self._get_statements()
         values = encode_columns(items, statements.vector_oid, self._backend.keeps_preview)
         await self._run(statements.set, (self._backend.clock_offset, ttl, *values))
+        if self._backend.is_sweep_due(len(items)):
+            try:
+                await self._run(statements.sweep, (self._backend.clock_offset,))
+            except (psycopg.Error, TierError) as error:
+                log.warning(SWEEP_FAILED, type(error).__name__)
 
     async def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""
@@ -295,17 +341,28 @@ class PostgresTwin:
         return await asyncio.to_thread(self._backend.get_statements) if known is None else known
 
     async def _run(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        repetition = Repetition()
+        while True:
+            try:
+                return await self._run_once(statement, values)
+            except CONFLICTS as error:
+                await asyncio.sleep(repetition.choose_pause(error))
+
+    async def _run_once(self, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         async with async_deadline(time_left()):
             connection = await self._pool.take()
             try:
-                cursor = await connection.execute(statement, values, binary=True)
-                rows = await cursor.fetchall() if has_rows(cursor) else []
+                if self._backend.is_isolated:
+                    rows = await _execute_isolated_async(connection, statement, values)
+                else:
+                    rows = await _execute_async(connection, statement, values)
             except BaseException as error:
                 self._backend.check_table_after(error)
                 if is_reusable(connection, error):
                     self._pool.give(connection)
                 else:
                     self._pool.drop(connection)
+                shorten_message(error)
                 raise
             self._pool.give(connection)
             return rows
@@ -314,6 +371,40 @@ class PostgresTwin:
 def _execute(connection: Connection, statement: bytes, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     cursor = connection.execute(statement, values, binary=True)
     return cursor.fetchall() if has_rows(cursor) else []
+
+
+def _execute_isolated(connection: Connection, statement: bytes, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Run a statement in a transaction whose isolation level is read committed."""
+    _execute(connection, BEGIN)
+    try:
+        rows = _execute(connection, statement, values)
+    except psycopg.Error:
+        if connection.pgconn.transaction_status == TransactionStatus.INERROR:
+            _execute(connection, b"ROLLBACK")
+        raise
+    _execute(connection, b"COMMIT")
+    return rows
+
+
+async def _execute_async(
+    connection: AsyncConnection, statement: bytes, values: Sequence[Any] = ()
+) -> list[tuple[Any, ...]]:
+    cursor = await connection.execute(statement, values, binary=True)
+    return await cursor.fetchall() if has_rows(cursor) else []
+
+
+async def _execute_isolated_async(
+    connection: AsyncConnection, statement: bytes, values: Sequence[Any]
+) -> list[tuple[Any, ...]]:
+    await _execute_async(connection, BEGIN)
+    try:
+        rows = await _execute_async(connection, statement, values)
+    except psycopg.Error:
+        if connection.pgconn.transaction_status == TransactionStatus.INERROR:
+            await _execute_async(connection, b"ROLLBACK")
+        raise
+    await _execute_async(connection, b"COMMIT")
+    return rows
 
 
 def _find_prefix_end(prefix: str) -> str | None:

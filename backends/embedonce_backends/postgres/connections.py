@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import select
 import threading
 import time
@@ -30,6 +31,8 @@ from psycopg.pq import Format, TransactionStatus
 from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, ConfigError, LoopBusy, TierBusy, TierTimeout
 from embedonce.event_loops import async_deadline
+
+from .errors import name_connection_error
 
 T = TypeVar("T")
 
@@ -71,6 +74,22 @@ ADAPTERS = AdaptersMap(psycopg.adapters)
 ADAPTERS.register_dumper(Binary, _BinaryDumper)
 
 
+OTHER_OPTIONS: Mapping[str, str] = {
+    "ssl": "write sslmode=require, or sslmode=verify-full with sslrootcert",
+    "schema|search_path|currentSchema": "set schema in the table of the tier",
+    "(connection_limit|pool_?size|max_?pool_?size|pool_max_conns|max_overflow|maxPoolSize)": (
+        "set max_connections in the table of the tier"
+    ),
+    "(socket_|pool_|command_|statement_|query_)?timeout|socketTimeout|connectTimeout|loginTimeout|pool_timeout": (
+        "set timeout in the table of the tier"
+    ),
+    "pgbouncer|(prepared_)?statement_cache\\w*|prepare_?threshold|autocommit|server_settings|pool_\\w+|charset": (
+        "remove it; embedonce sets this by itself"
+    ),
+}
+"""Patterns of options that URLs for other clients of Postgres have, and what to do instead."""
+
+
 def parse_url(url: str) -> dict[str, Any]:
     """Return libpq's connection parameters for a URL.
 
@@ -82,13 +101,28 @@ def parse_url(url: str) -> dict[str, Any]:
     with suppress(psycopg.Error):
         found = dict(conninfo_to_dict(url))
     if found is None:
-        raise ConfigError("url is not a Postgres URL; expected one such as postgresql://user@host:5432/database")
+        raise ConfigError(_explain_url(url))
     if "PGCONNECT_TIMEOUT" not in os.environ:
         found.setdefault("connect_timeout", CONNECT_SECONDS)
     found.setdefault("fallback_application_name", "embedonce")
     found["client_encoding"] = "UTF8"
     split_hosts(found)
     return found
+
+
+def _explain_url(url: str) -> str:
+    """Return a message for a URL that libpq refuses. It repeats only well-known words of the URL."""
+    match = re.match(r"(postgres|postgresql)\+(psycopg2?|psycopg_async|asyncpg|pg8000|psycopg2cffi)://", url.strip())
+    if match is not None:
+        return f"url must begin with postgresql://, without +{match[2]}"
+    for name in re.findall(r"[?&]([A-Za-z_]+)=", url):
+        for pattern, advice in OTHER_OPTIONS.items():
+            if re.fullmatch(pattern, name, re.IGNORECASE):
+                return f"url has the option {name}, which libpq does not have: {advice}"
+    return (
+        "url is not a Postgres URL, or has an option that libpq does not have; expected a URL such as "
+        "postgresql://user@host:5432/database"
+    )
 
 
 def split_hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -395,7 +429,7 @@ class Pool:
         except psycopg.errors.ConnectionTimeout:
             problem = TierTimeout(SLOW)
         except BaseException as error:  # noqa: BLE001  (the call that waits for the connection raises it)
-            problem = error
+            problem = name_connection_error(error)
         with self._changed:
             attempt.hosts_left -= 1
             attempt.next_host_due.set()
@@ -532,6 +566,9 @@ async def _connect(host: Mapping[str, Any]) -> AsyncConnection:
         return await AsyncConnection.connect(**host, **_OPTIONS, cursor_factory=AsyncRawCursor)
     except psycopg.errors.ConnectionTimeout:
         raise TierTimeout(SLOW) from None
+    except psycopg.OperationalError as error:
+        name_connection_error(error)
+        raise
 
 
 def _close_late_connection(task: asyncio.Task[AsyncConnection]) -> None:

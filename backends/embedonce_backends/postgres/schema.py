@@ -43,12 +43,17 @@ SELECT
     e.extversion,
     e.nspname::text,
     e.oid,
-    (SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'vector')
+    e.usable,
+    (SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'vector'),
+    pg_catalog.current_setting('transaction_isolation')
 FROM (SELECT) AS one
 LEFT JOIN (SELECT pg_class.oid FROM pg_catalog.pg_class
            JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
            WHERE nspname = $1::text AND relname = $2::text AND relkind IN ('r', 'p')) AS c ON true
-LEFT JOIN (SELECT pg_type.oid, extversion, nspname FROM pg_catalog.pg_extension
+LEFT JOIN (SELECT pg_type.oid, extversion, nspname,
+               pg_catalog.has_schema_privilege(pg_namespace.oid, 'USAGE')
+                   AND pg_catalog.has_type_privilege(pg_type.oid, 'USAGE') AS usable
+           FROM pg_catalog.pg_extension
            JOIN pg_catalog.pg_namespace ON pg_namespace.oid = extnamespace
            JOIN pg_catalog.pg_type ON typnamespace = extnamespace AND typname = 'vector'
            WHERE extname = 'vector') AS e ON true
@@ -81,8 +86,12 @@ class TableState:
     """pgvector's version if it is installed in this database."""
     extension_schema: str
     vector_oid: int | None
+    may_use_vectors: bool
+    """Whether this role has the privilege to use pgvector's type, and USAGE on the schema that contains it."""
     available: str | None
     """pgvector's version if the server offers it for installation."""
+    isolation: str
+    """Default isolation level of transactions, such as ``"read committed"``."""
 
     @property
     def has_vectors(self) -> bool:
@@ -96,9 +105,8 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
     Raises:
         TierError: a later version of embedonce made the table, or another program made it.
     """
-    ((namespace, oid, comment, columns, extension, extension_schema, vector_oid, available),) = run(
-        _LOOK, (schema, table)
-    )
+    (row,) = run(_LOOK, (schema, table))
+    namespace, oid, comment, columns, extension, extension_schema, vector_oid, usable, available, isolation = row
     version = None
     if comment is not None and comment.startswith(COMMENT) and comment.removeprefix(COMMENT).isdecimal():
         version = int(comment.removeprefix(COMMENT))
@@ -120,7 +128,9 @@ def inspect_table(run: Run, schema: str, table: str) -> TableState:
         extension,
         extension_schema or "",
         vector_oid,
+        bool(usable),
         available,
+        isolation,
     )
 
 
@@ -150,13 +160,25 @@ def make_table(run: Run, schema: str, table: str, column: Column) -> str:
         for statement in _list_create_statements(name):
             run(_to_bytes(statement))
         done.append(f"made the table {table!r}")
-    if found.vector_oid is not None and column != "bytea" and "embedding" not in found.columns:
+    wants_vectors = column == "vector" or (column == "auto" and found.may_use_vectors)
+    if found.vector_oid is not None and wants_vectors and "embedding" not in found.columns:
         kind = Identifier(found.extension_schema, "vector")
         run(_to_bytes(SQL("ALTER TABLE {} ADD COLUMN embedding {}").format(name, kind)))
         done.append("added the vector column")
     if found.table and found.version is None:
         run(_to_bytes(_make_comment_statement(name)))
     return ", ".join(done) or f"the table {table!r} is up to date (schema {VERSION})"
+
+
+def list_grants(found: TableState, schema: str, table: str, column: Column) -> list[str]:
+    """Return the statements that let another role use the table. ``ROLE`` stands for the name of that role."""
+    grants = [
+        SQL("GRANT USAGE ON SCHEMA {} TO ROLE").format(Identifier(schema)),
+        SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO ROLE").format(Identifier(schema, table)),
+    ]
+    if found.has_vectors and column != "bytea" and found.extension_schema != schema:
+        grants.append(SQL("GRANT USAGE ON SCHEMA {} TO ROLE").format(Identifier(found.extension_schema)))
+    return [_to_bytes(grant).decode() for grant in grants]
 
 
 def _list_create_statements(name: Composable) -> list[Composable]:
@@ -194,6 +216,8 @@ class Statements:
     scan: bytes
     count: bytes
     sweep: bytes
+    is_isolated: bool
+    """Whether each statement needs a transaction that sets the isolation level to read committed."""
     vector_oid: int | None
     """Id of pgvector's type if new rows use the vector column, or None if they store frames."""
 
@@ -245,7 +269,7 @@ DELETE FROM {table} WHERE key = ANY(ARRAY(
 
 def make_statements(found: TableState, schema: str, table: str, column: Column) -> Statements:
     """Return the statements for a table."""
-    writes_vectors = found.has_vectors and column != "bytea"
+    writes_vectors = found.has_vectors and found.may_use_vectors and column != "bytea"
     space = found.extension_schema
     parts: dict[str, Composable] = dict.fromkeys(("embedding", "vectors", "set_embedding", "or_embedding"), SQL(""))
     if writes_vectors:
@@ -253,6 +277,8 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         parts["vectors"] = SQL(", $11::{}[]").format(Identifier(space, "vector"))
     if found.has_vectors:  # even if new rows have no vector, older rows may have one
         parts["set_embedding"] = SQL(", embedding = excluded.embedding")
+        parts["or_embedding"] = SQL(" OR held.embedding IS NOT NULL")
+    if writes_vectors:
         # This compares bytes, because -0.0 and 0.0 are equal as numbers but have different bytes.
         differs = SQL(" OR {0}(held.embedding) IS DISTINCT FROM {0}(excluded.embedding)")
         parts["or_embedding"] = differs.format(Identifier(space, "vector_send"))
@@ -270,5 +296,6 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         scan=fill(_SCAN),
         count=fill(_COUNT),
         sweep=fill(_SWEEP),
+        is_isolated=found.isolation != "read committed",
         vector_oid=found.vector_oid if writes_vectors else None,
     )

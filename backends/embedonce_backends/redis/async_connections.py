@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import redis
 import redis.asyncio
-from redis.exceptions import InvalidResponse, ResponseError
+from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import time_left
 from embedonce.errors import CacheClosed, LoopBusy, TierBusy
@@ -31,8 +31,8 @@ from .connections import (
     check_role,
     get_trip_time,
     insert_errors,
-    translate_error,
 )
+from .errors import AsyncParser, explain_end, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip
 
 T = TypeVar("T")
@@ -48,7 +48,13 @@ class AsyncConnection(redis.asyncio.Connection):
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._tls = settings.tls
-        super().__init__(host=node.address.host, port=node.address.port, **settings.make_options(node))
+        self._has_answered = False
+        super().__init__(
+            host=node.address.host,
+            port=node.address.port,
+            parser_class=AsyncParser,
+            **settings.make_options(node),
+        )
         _connections.add(self)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
@@ -78,7 +84,13 @@ class AsyncConnection(redis.asyncio.Connection):
                 reply = await self.read_response()
             except ResponseError as error:
                 reply = error
+            except (ConnectionError, OSError) as error:
+                explained = explain_end(error, has_answered=self._has_answered, tls=self._tls)
+                if explained is None:
+                    raise
+                raise explained from error
             else:
+                self._has_answered = True
                 if not trip.check(reply):
                     raise InvalidResponse(UNEXPECTED_REPLY)
             replies.append(reply)

@@ -146,16 +146,20 @@ class RedisBackend:
         shrinks.
 
         Raises:
-            TierError: slots of the cluster moved to another node during the listing, so keys may have been missed.
+            TierError: slots of the cluster moved to another node during the listing, or are still moving when it ends.
+                Keys may have been missed.
         """
         with limit_page_time():
             slots = self._client.run(self._topology.fetch_slots())
         pattern = _escape_pattern(self._prefix + prefix) + "*"
         for node in slots.nodes:
             yield from self._scan_node(node, pattern)
+        # Look for moving slots first. If such a move ends before the owners are read, its slot has another owner.
+        with limit_page_time():
+            is_moving = self._client.run(self._topology.has_moving_slots(slots))
         with limit_page_time():
             slots_at_end = self._client.run(self._topology.fetch_slots())
-        if not slots.has_same_owners(slots_at_end):
+        if is_moving or not slots.has_same_owners(slots_at_end):
             raise TierError("slots of the cluster moved during the listing, so it may have missed keys; try again")
 
     def _scan_node(self, node: Node, pattern: str) -> Iterator[str]:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import redis
-import redis.asyncio
-from redis.connection import DefaultParser
 from redis.exceptions import ConnectionError, InvalidResponse, ResponseError
 
 from embedonce.contracts import deadline, time_left
 from embedonce.errors import CacheClosed, TierBusy, TierTimeout
 from embedonce_backends._pages import limit_page_time
 
+from .errors import Parser, explain_end, translate_error
 from .plans import ROLE, Node, Plan, Reply, Trip, is_master
 from .url import Address, Place
 
@@ -35,8 +34,8 @@ T = TypeVar("T")
 
 CLOSED = "the redis backend is closed"
 BUSY = "all connections to Redis are in use (max_connections = {})"
-SLOW = "Redis did not answer in time"
 UNEXPECTED_REPLY = "the server sent a reply of an unexpected type"
+NO_HANDSHAKE = "the TLS handshake did not end in time; if this port has no TLS, write redis instead of rediss in url"
 
 IDLE_SECONDS = 300.0
 """Seconds after which an idle connection is not used again, because load balancers silently drop idle connections."""
@@ -87,7 +86,7 @@ class Settings:
 # --- one connection, blocking ---------------------------------------------------------------------
 
 
-class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
+class _Parser(Parser):
     """Ends every read by the deadline of the call. A socket's own timeout would start again with every read."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
@@ -105,6 +104,7 @@ class Connection(redis.Connection):
     def __init__(self, node: Node, settings: Settings) -> None:
         self._node = node
         self._tls = settings.tls
+        self._has_answered = False
         super().__init__(
             host=node.address.host,
             port=node.address.port,
@@ -132,12 +132,18 @@ class Connection(redis.Connection):
             opened.settimeout(time_left())
             opened.connect(target)
             if self._tls is not None:
-                opened.settimeout(time_left())
-                opened = self._tls.wrap_socket(opened, server_hostname=self._node.address.host)
+                opened = self._start_tls(opened, self._tls)
         except BaseException:
             opened.close()
             raise
         return opened
+
+    def _start_tls(self, opened: socket.socket, tls: SSLContext) -> socket.socket:
+        opened.settimeout(time_left())
+        try:
+            return tls.wrap_socket(opened, server_hostname=self._node.address.host)
+        except TimeoutError:
+            raise TierTimeout(NO_HANDSHAKE) from None
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Send an encoded command by the deadline of the call. redis-py itself uses this method to log in."""
@@ -152,12 +158,19 @@ class Connection(redis.Connection):
 
     def read(self, trip: Trip) -> list[Reply]:
         """Return one reply per command; a reply can be an error. If this raises, the connection must be closed."""
-        replies = []
+        replies: list[Reply] = []
         # Use the parser directly. redis-py's read_response does additional work that is not needed here and takes
         # longer than parsing the reply itself.
         read, check = self._parser.read_response, trip.check
         for _ in trip.commands:
-            reply = read()
+            try:
+                reply = read()
+            except (ConnectionError, OSError) as error:
+                explained = explain_end(error, has_answered=self._has_answered, tls=self._tls)
+                if explained is None:
+                    raise
+                raise explained from error
+            self._has_answered = True
             if not check(reply) and not isinstance(reply, ResponseError):
                 raise InvalidResponse(UNEXPECTED_REPLY)
             replies.append(reply)
@@ -444,17 +457,6 @@ def insert_errors(
         [translated[index]] * len(trip.commands) if index in translated else replies[index]
         for index, trip in enumerate(trips)
     ]
-
-
-def translate_error(error: BaseException) -> BaseException:
-    """Return a TierTimeout for a timeout of redis-py or the standard library, and any other error unchanged."""
-    if isinstance(error, redis.TimeoutError) or (
-        isinstance(error, TimeoutError) and not isinstance(error, TierTimeout)
-    ):
-        translated = TierTimeout(SLOW)
-        translated.__cause__ = error
-        return translated
-    return error
 
 
 def _close_all(pools: Mapping[Any, Any]) -> None:

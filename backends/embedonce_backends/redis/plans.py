@@ -9,7 +9,7 @@ its replies. In the end, the plan returns the call's result.
 
 from __future__ import annotations
 
-import threading
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -30,6 +30,7 @@ from redis.exceptions import (
 from embedonce.errors import PartialAnswer
 from embedonce_backends._nodes import NodeDown
 
+from .errors import explain_cluster_reply, explain_one_server_reply, explain_sentinel_reply
 from .url import Address, Place
 
 T = TypeVar("T")
@@ -89,6 +90,11 @@ def is_number(reply: Reply) -> bool:
     return type(reply) is int
 
 
+def is_text(reply: Reply) -> bool:
+    """Return whether ``reply`` may be a reply to CLUSTER NODES."""
+    return type(reply) is bytes
+
+
 def is_list(reply: Reply) -> bool:
     """Return whether ``reply`` may be a reply to CLUSTER SLOTS or SENTINEL.
 
@@ -146,6 +152,10 @@ class Topology(Protocol):
         """Find out which nodes serve which slots now, and return the result."""
         ...
 
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        """Return whether a slot is moving from one of these nodes to another. False if the user may not ask."""
+        ...
+
 
 def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -> None:
     """Raise an exception if the reply of any key is an error.
@@ -161,7 +171,9 @@ def raise_failures(keys: Sequence[str], replies: Sequence[Reply], answer: Any) -
     if len(failed) == len(keys):
         raise problem
     raise PartialAnswer(
-        f"{len(failed)} of {len(keys)} keys failed", answer=answer, failed=[key for key, _ in failed]
+        f"{len(failed)} of {len(keys)} keys failed ({type(problem).__name__})",
+        answer=answer,
+        failed=[key for key, _ in failed],
     ) from problem
 
 
@@ -186,14 +198,30 @@ class OneServer:
     def fetch_slots(self) -> Plan[Slots]:
         return Slots(((yield from self._find_master()),), ())
 
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        return False
+        yield  # makes this function a generator, which a plan has to be
+
     def _find_master(self) -> Plan[Node]:
         return self._node
         yield  # makes this function a generator, which a plan has to be
 
     def _send_to_master(self, commands: Sequence[Command], check: Check) -> Plan[Sequence[Reply]]:
         node = yield from self._find_master()
-        (replies,) = yield [Trip(node, commands, check)]
+        try:
+            (replies,) = yield [Trip(node, commands, check)]
+        except ResponseError as error:  # a reply to the login
+            explain_one_server_reply(error)
+            raise
+        # This is not the server that the URL promises. Other keys of the same call may have succeeded by chance.
+        for reply in replies:
+            if explain_one_server_reply(reply):
+                raise reply
         return replies
+
+
+_MOVING_SLOT = re.compile(rb"\[\d+-[<>]-")
+"""A slot in the reply to CLUSTER NODES that the node is giving to another node, or taking from one."""
 
 
 class Candidates:
@@ -203,25 +231,23 @@ class Candidates:
     """
 
     def __init__(self, addresses: Iterable[Address]) -> None:
-        self._lock = threading.Lock()
-        self._addresses = list(addresses)
+        # Every change replaces the tuple. There is no lock, because a forked child could inherit it while another
+        # thread of the parent holds it. If two threads make changes at the same time, one change may be lost. The
+        # next failure or the next list of nodes then makes this change again.
+        self._addresses = tuple(dict.fromkeys(addresses))
 
-    def list_in_order(self) -> list[Address]:
+    def list_in_order(self) -> tuple[Address, ...]:
         """Return the addresses in the order in which to try them."""
-        with self._lock:
-            return list(self._addresses)
+        return self._addresses
 
     def move_to_end(self, address: Address) -> None:
         """Try this server last from now on, because it failed."""
-        with self._lock:
-            if address in self._addresses:
-                self._addresses.remove(address)
-                self._addresses.append(address)
+        others = tuple(other for other in self._addresses if other != address)
+        self._addresses = (*others, address)
 
     def add_missing(self, addresses: Iterable[Address]) -> None:
         """Add the addresses that are not in the list yet."""
-        with self._lock:
-            self._addresses.extend(address for address in addresses if address not in self._addresses)
+        self._addresses = tuple(dict.fromkeys((*self._addresses, *addresses)))
 
 
 class SentinelMaster(OneServer):
@@ -257,6 +283,7 @@ class SentinelMaster(OneServer):
                 ]
                 raise_first_error([reply])
             except BaseException as error:
+                explain_sentinel_reply(error)
                 self._sentinels.move_to_end(address)
                 if not _can_try_next(error):
                     raise
@@ -321,6 +348,13 @@ class Cluster:
     def fetch_slots(self) -> Plan[Slots]:
         self._known_slots = None
         return (yield from self._get_slots())
+
+    def has_moving_slots(self, slots: Slots) -> Plan[bool]:
+        replies = yield [Trip(node, [("CLUSTER", "NODES")], is_text) for node in slots.nodes]
+        for (reply,) in replies:
+            if isinstance(reply, Exception) and not isinstance(reply, NoPermissionError):
+                raise reply
+        return any(type(reply) is bytes and _MOVING_SLOT.search(reply) is not None for (reply,) in replies)
 
     def _send_groups(
         self,
@@ -389,6 +423,7 @@ class Cluster:
                 raise_first_error([reply])
                 slots = _parse_slots(reply, address)
             except BaseException as error:
+                explain_cluster_reply(error)
                 self._nodes.move_to_end(address)
                 if not _can_try_next(error) or isinstance(error, ResponseError):
                     raise  # this is not a cluster, or the user is not allowed to run CLUSTER SLOTS
@@ -402,7 +437,7 @@ class Cluster:
 
 
 def _is_wrong_type(error: ResponseError) -> bool:
-    return str(error).startswith("WRONGTYPE")
+    return type(error).__name__ == "WRONGTYPE"
 
 
 def _has_failed(answer: Sequence[Reply]) -> bool:

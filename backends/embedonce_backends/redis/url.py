@@ -6,6 +6,7 @@ No error message quotes the URL, because it may contain a password.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -29,6 +30,32 @@ SHAPES = (
 )
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
+
+OTHER_OPTIONS: dict[str, str] = {
+    "ssl_ca_(certs|path|data)|ca_?certs?|ca_?file|sslrootcert|tls_ca_cert_file": "set ca_file in the table of the tier",
+    "(ssl_|tls_)?cert_?(file)?|sslcert": "set cert_file in the table of the tier",
+    "(ssl_|tls_)?key_?(file)?|sslkey": "set key_file in the table of the tier",
+    "ssl_check_hostname": "set check_hostname in the table of the tier",
+    "ssl_cert_reqs|ssl_validate|skip_?verify|insecure|tls_?insecure": (
+        "the server's certificate is always checked; set ca_file to the file of the authority that signed it, and "
+        "check_hostname = false if it is for another host name"
+    ),
+    "ssl|tls|use_?(ssl|tls)|sslmode|ssl_\\w+": "for TLS, write rediss instead of redis in url",
+    "(socket_|connect_|dial_|read_|write_)*(connect_)?timeout(_ms)?": "set timeout in the table of the tier",
+    "(blocking_)?(max_?connections|pool_?size|max_?pool_?size)": "set max_connections in the table of the tier",
+    "user(name)?": "set username in the table of the tier, or write it before the host",
+    "pass(word)?|auth": "set password in the table of the tier, or write it before the host",
+    "virtual_host|database": "write the database after the host, as in redis://host:6379/0",
+    "(sentinel_)?(master_?name|service_?name|master_?set|sentinel_?master_?id)": (
+        "write redis+sentinel://host:26379/service"
+    ),
+    "protocol|decode_responses|encoding(_errors)?|charset|health_check_interval|client_name|lib_name|lib_version"
+    "|retry\\w*|socket_keepalive\\w*|socket_read_size|socket_type|single_connection_client|address_remapping|family"
+    "|cache\\w*|min_?retry\\w*|max_?retr\\w*|timeout_seconds|read_from_replicas|global_keyprefix": (
+        "remove it; embedonce sets this by itself"
+    ),
+}
+"""Patterns of options that URLs for other clients of Redis have, and what to do instead."""
 
 _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<name>[^\s:/?#@\[\]]+))(?::(?P<port>[0-9]{1,5}))?")
 
@@ -126,7 +153,7 @@ def _parse_database(kind: Kind, path: str, query: str) -> int:
     options = dict(parse_qsl(query, keep_blank_values=True))
     text = options.pop("db", path)
     if options:
-        _refuse('has options other than db after the "?"; set these options in the table of the tier instead')
+        _refuse_options(options)
     if not text:
         return 0
     if not re.fullmatch(r"[0-9]{1,9}", text):
@@ -134,6 +161,15 @@ def _parse_database(kind: Kind, path: str, query: str) -> int:
     if kind == "cluster" and int(text):
         _refuse("names a database, but a cluster has only database 0")
     return int(text)
+
+
+def _refuse_options(names: Iterable[str]) -> NoReturn:
+    """Refuse the options after the "?". Only well-known names are repeated, because any other text may be a secret."""
+    for name in names:
+        for pattern, advice in OTHER_OPTIONS.items():
+            if re.fullmatch(pattern, name, re.IGNORECASE):
+                raise ConfigError(f'url has the option {name} after the "?", which is not supported: {advice}')
+    _refuse('has options other than db after the "?"; set these options in the table of the tier instead')
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -147,6 +147,9 @@ class LiveTier:
     async def migrate(self, port: Port) -> str:
         """Migrate the store's layout to the current version, without a timeout, and return what was done."""
         done: str = await self.calls.call_strictly(port, self.backend.migrate, listing=True)
+        if hasattr(self.backend, "list_grants"):
+            grants = await self.calls.call_strictly(port, self.backend.list_grants)
+            done = f"{done}; a role that only uses it needs: {'; '.join(grants)}"
         return done
 
     async def peek(self, port: Port, keys: Sequence[str]) -> Mapping[str, Any]:

@@ -13,7 +13,8 @@ embedonce migrate
 embedonce migrate --config production.toml
 
 Run this command once with a database role that is allowed to create tables, before you start programs with a role that
-is not allowed to create tables. Running this command again changes nothing.
+is not allowed to create tables. The output ends with the grants that such a role needs. Running this command again
+changes nothing.
 """
 
 
