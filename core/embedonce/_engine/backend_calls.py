@@ -129,8 +129,10 @@ class BackendCalls:
         if entry is None:
             # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops the
             # loop's entry, and the connections of the twin would leak.
-            for closed in [other for other in list(self._twins) if other.is_closed()]:
-                self._twins.pop(closed, None)
+            for ref in self._twins.keyrefs():  # iterating over the dictionary fails if another loop adds its twin
+                other = ref()
+                if other is not None and other.is_closed():
+                    self._twins.pop(other, None)
             generator = self._open_twin()
             entry = self._twins[loop] = await anext(generator), generator
         return entry[0]

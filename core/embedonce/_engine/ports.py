@@ -337,8 +337,10 @@ class Ports:
         port = self._loops.get(loop)
         if port is None:
             # A port's unfinished asyncio tasks keep its closed loop alive, so drop the ports of closed loops here.
-            for ended in [other for other in list(self._loops) if other.is_closed()]:
-                self._loops.pop(ended, None)
+            for ref in self._loops.keyrefs():  # iterating over the dictionary fails if another loop adds its port
+                other = ref()
+                if other is not None and other.is_closed():
+                    self._loops.pop(other, None)
             port = self._loops[loop] = LoopPort(self.workers)
         return port
 

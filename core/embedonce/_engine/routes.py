@@ -196,8 +196,11 @@ class Route:
     def discard_texts(self, keys: Collection[str]) -> None:
         """Remove from the memo every text that has one of the keys."""
         for memo in (self.recent_keys, self._older_keys):
-            for text in [text for text, key in list(memo.items()) if key in keys]:
-                memo.pop(text, None)
+            # Other threads add texts meanwhile. Making a list of a dict's keys is one step for them. A list of its
+            # items is not, because Python 3.11 may collect garbage, and so change threads, at each new tuple.
+            for text in list(memo):
+                if memo.get(text) in keys:
+                    memo.pop(text, None)
 
 
 def copy_texts(texts: Iterable[Any], first: int = 0) -> list[str]:

@@ -19,7 +19,7 @@ from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
 from embedonce.events import Event
-from embedonce.keys import KeyPolicy, Value
+from embedonce.keys import KEY_PREFIX, KeyPolicy, Value
 from embedonce.vectors import Dtype
 
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
@@ -40,6 +40,9 @@ Mode: TypeAlias = Literal["read-through", "replay"]
 EXIT_FLUSH_SECONDS = 5.0
 """Maximum number of seconds to wait, at exit, for writes of caches that have been garbage-collected."""
 
+MAX_CARDS = 1024
+"""Number of space cards above which the cards that nothing uses are dropped."""
+
 _open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
 """Guards ``_open_chains``, because iterating over the set fails if another thread adds a chain to the set."""
@@ -56,6 +59,10 @@ class CacheOverChain(Protocol):
         ...
 
     def _close_providers(self) -> None: ...
+
+    def _list_scopes(self) -> set[str]:
+        """Return the scopes whose keys the cache can make at this moment."""
+        ...
 
     def _reset_after_fork(self) -> None:
         """Replace locks and threads in a forked child."""
@@ -86,7 +93,8 @@ class RunningChain:
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
-        """The space card of each scope. A card is stored beside its scope's entries."""
+        """The space card of each scope. A card is stored beside its scope's entries. Copy the dict before a loop."""
+        self._max_cards = MAX_CARDS
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
         """Guards ``_caches``, because one thread may create a cache while another thread iterates over the set."""
@@ -159,6 +167,36 @@ class RunningChain:
     def _list_caches(self) -> list[CacheOverChain]:
         with self._lock:
             return list(self._caches)
+
+    def add_card(self, scope: str, card: dict[str, Value]) -> None:
+        """Keep the space card of a scope, as long as a cache, a queued write or an in-process tier uses the scope."""
+        if scope in self.cards:
+            return
+        with self._lock:
+            self.cards.setdefault(scope, card)
+            if len(self.cards) <= self._max_cards:
+                return
+            used = self._list_used_scopes() | {scope}
+            unused = [other for other in self.cards if other not in used]
+            for other in unused:
+                del self.cards[other]
+            self._max_cards = max(MAX_CARDS, 2 * len(self.cards))
+        self.served.drop(unused)
+        for tier in self.tiers:
+            tier.writer.forget_cards(unused)
+
+    def _list_used_scopes(self) -> set[str]:
+        """Return the scopes whose cards are needed. If an in-process tier cannot be listed, return all scopes."""
+        used = {scope for cache in self._list_caches() for scope in cache._list_scopes()}
+        keys = self.in_flight.list_unwritten()
+        for tier in self.tiers:
+            # Other tiers store cards beside their entries. An in-process tier has only the cards of this chain.
+            if tier.capabilities.scope == "process" and tier.capabilities.scan:
+                try:
+                    keys += tier.backend.scan(KEY_PREFIX)
+                except Exception:  # noqa: BLE001  (a backend may raise anything)
+                    return set(self.cards)
+        return used | {key.split(".", 2)[1] for key in keys if key.count(".") == 2}
 
     # --- events -------------------------------------------------------------------------------
 

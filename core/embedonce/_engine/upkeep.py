@@ -208,7 +208,7 @@ class Upkeep:
         if tier.capabilities.scope == "process":
             return ""
         can_list = tier.codec.is_encrypted and tier.capabilities.scan
-        cards = await tier.scan(port, CARD_PREFIX) if can_list else [CARD_PREFIX + scope for scope in self._cards]
+        cards = await tier.scan(port, CARD_PREFIX) if can_list else [CARD_PREFIX + scope for scope in list(self._cards)]
         values = await self._read_available(port, tier, cards) if cards else {}
         if not tier.codec.is_encrypted:
             sealed = sum(open_frame(value) is not None for value in values.values())

@@ -284,8 +284,12 @@ class TierWriter:
         if self._calls.capabilities.scope == "process":
             return
         now = time.monotonic()
-        scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
-        due = {scope for scope in scopes if now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
+        known = {scope: self._cards.get(scope) for scope in {key.split(".", 2)[1] for key in keys}}
+        due = {
+            scope: card
+            for scope, card in known.items()
+            if card is not None and now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS
+        }
         if not due:
             return
         keys = [CARD_PREFIX + scope for scope in due]
@@ -293,9 +297,9 @@ class TierWriter:
             names = self._codec.read_served_models(self._calls.backend.get_many(keys))
         except Exception:  # noqa: BLE001  (a backend may raise anything; the next write retries the card)
             return
-        for scope in due & names.keys():
-            self._cards[scope] = {**self._cards[scope], SERVED_MODEL: names[scope]}
-        cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
+        for scope in due.keys() & names.keys():
+            due[scope] = self._cards[scope] = {**self._cards.get(scope, due[scope]), SERVED_MODEL: names[scope]}
+        cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=card) for scope, card in due.items()}
         try:
             self._calls.backend.set_many(self._codec.encode(cards), None)
         except (PartialAnswer, TierBusy):  # the entries are stored; the next write retries the card
