@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -24,8 +23,6 @@ from .drift import SpaceLeft
 from .ports import Port
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
-
-log = logging.getLogger("embedonce")
 
 ITER_BATCH = 1024
 MAX_ROUTES = 256
@@ -51,6 +48,7 @@ class Requests:
         self._fetch_only = fetch_only
         self._dtype: Dtype = chain.dtype
         self._clock = chain.clock
+        self._longest_life = chain.tiers[0].codec.longest_life if chain.tiers else 0.0
         self._routes: dict[tuple[LiveProvider, str], Route] = {}
         """Changed with the lock held. Other threads may change it at any time, so copy it before a loop."""
         self._other_tasks: dict[str, None] = {}
@@ -85,7 +83,7 @@ class Requests:
             if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
                 return None
             expires = entry.expires
-            if expires is not None and expires <= self._clock():
+            if expires is not None and not 0 < expires - self._clock() <= self._longest_life:
                 return None
         except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
@@ -223,7 +221,8 @@ class Requests:
             return answer
         down = answer.has_failed_provider()
         if not down or (rows_only and self._fetch_only):
-            self._log_fallback_change(fallback, down=False if not down else self._uses_fallback)
+            if not down and answer.has_made_entries:  # hits do not show that the provider works
+                self._log_fallback_change(fallback, down=False)
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await answer_in(source=fallback)
@@ -254,14 +253,17 @@ class Requests:
             moves += 1
 
     def _log_fallback_change(self, fallback: LiveProvider, *, down: bool) -> None:
-        if down != self._uses_fallback:
+        """Log that the fallback is used now, or no longer. If that changes often, the line comes up to a minute late."""
+        if down == self._uses_fallback:
+            return
+        warn, name = self._source.warnings.warn, self._source.name
+        if down:
+            message = "provider %r is failing; using %r, which has its own vector space"
+            is_logged = warn("failing", message, name, fallback.name)
+        else:
+            is_logged = warn("working", "provider %r is working again", name)
+        if is_logged:
             self._uses_fallback = down
-            if down:
-                log.warning(
-                    "provider %r is failing; using %r, which has its own vector space", self._source.name, fallback.name
-                )
-            else:
-                log.warning("provider %r is working again", self._source.name)
 
     def _new_answer(
         self,

@@ -28,6 +28,7 @@ from .flights import InFlight
 from .leases import Leases
 from .plan import Engine
 from .ports import Port, Ports
+from .repeated_warnings import RepeatedWarnings
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -42,6 +43,8 @@ EXIT_FLUSH_SECONDS = 5.0
 
 MAX_CARDS = 1024
 """Number of space cards above which the cards that nothing uses are dropped."""
+
+_closing_warnings = RepeatedWarnings()
 
 _open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
@@ -106,6 +109,8 @@ class RunningChain:
         self.warnings = tuple(find_chain_warnings(chain))
         log_once(self.warnings)
         lease = choose_lease(chain, allow_default=not self.replays)
+        # A tier without a TTL may hold entries of a tier that has one.
+        longest_ttl = max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
         self.ports = Ports()
         self.in_flight = InFlight(max_queued)
         self.tiers = [
@@ -113,6 +118,7 @@ class RunningChain:
                 tier,
                 name,
                 lease=lease.seconds if lease is not None and lease.tier == name else None,
+                longest_ttl=longest_ttl,
                 in_flight=self.in_flight,
                 ports=self.ports,
                 cards=self.cards,
@@ -283,7 +289,8 @@ def close_part(part: Any) -> None:
     try:
         close()
     except Exception as error:  # noqa: BLE001  (the other parts must still be closed)
-        log.warning("closing %s failed (%s)", type(part).__name__, type(error).__name__)
+        kind = type(part).__name__
+        _closing_warnings.warn(kind, "closing %s failed (%s)", kind, type(error).__name__)
 
 
 # --- exit of the program --------------------------------------------------------------------------
@@ -368,6 +375,7 @@ def _register_close() -> None:
 def _reset_after_fork() -> None:
     global _open_lock
     _open_lock = threading.RLock()  # a thread of the parent may have held the old lock during the fork
+    _closing_warnings.renew_lock()
     draining_writers.clear()
     for chain in list(_open_chains):
         chain.reset()
