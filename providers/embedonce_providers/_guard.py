@@ -20,7 +20,7 @@ from ._reasons import CREDENTIALS, HIDDEN
 
 BASE_BYTES = 64 * 1024
 """Bytes of an answer that are always accepted."""
-BYTES_PER_NUMBER = 48
+BYTES_PER_NUMBER = 64
 """Bytes of an answer that are accepted for each number of each vector. JSON with indentation needs the most."""
 MAX_DIMENSIONS = 16_384
 """Number of dimensions that is assumed if the configuration does not say it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -238,7 +237,8 @@ class GeminiProvider:
         from google import genai
         from google.genai import types
 
-        http = import_module("httpx" if find_spec("httpx") else "httpx2")
+        package = import_module("google.genai._api_client")
+        http = getattr(package, "httpx2", None) or package.httpx
         common = {"auth": self._login, "follow_redirects": False, "timeout": self._timeout}
         key = self._api_key or read_key_variable("GEMINI_API_KEY", "GOOGLE_API_KEY")
         is_replaced = "authorization" in self._headers

@@ -185,7 +185,9 @@ def test_a_block_with_bad_metadata_keeps_its_other_rows() -> None:
             dates = np.ones(len(found))
             return Entries(blocks=[Block(list(found), rows, dates, dates * np.inf, metadata)])
 
-    with Cache(CountingProvider(), [MemoryBackend(), Tier(Blocks(holds="entries", scope="host"), name="blocks")]) as cache:
+    with Cache(
+        CountingProvider(), [MemoryBackend(), Tier(Blocks(holds="entries", scope="host"), name="blocks")]
+    ) as cache:
         cache.embed_batch(["one", "two", "three"])
         cache._chain.tiers[0].backend.delete_many(list(cache._chain.tiers[0].backend.scan("")))
         assert cache.lookup(["one", "two", "three"]).sources == [None, "blocks", "blocks"]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from openai._models import FinalRequestOptions
 from typer.testing import CliRunner
 
 import embedonce

@@ -174,7 +174,7 @@ class BlockingPort:
         timed_call = _TimedCall(call, timeout)
         try:
             future: Future[T] = workers.submit(timed_call)
-        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+        except RuntimeError:  # no thread can be started, so the call is made here, and nothing can end it early
             return call_with_deadline(call, timeout)
         return await _await_call(self, timed_call, future)
 
@@ -212,8 +212,13 @@ class BlockingPort:
                     return
                 run_blocking(job())
 
-        futures = [self._workers.submit(work) for _ in range(min(limit, len(jobs)))]
+        futures: list[Future[None]] = []
         try:
+            # This thread works too, so that the jobs are done even if no other thread can be started.
+            with contextlib.suppress(RuntimeError):
+                for _ in range(min(limit, len(jobs)) - 1):
+                    futures.append(self._workers.submit(work))
+            work()
             for future in futures:
                 future.result()
         finally:
@@ -248,7 +253,10 @@ class LoopPort:
         if quick:
             return call()
         timed_call = _TimedCall(call, timeout)
-        future: Future[T] = workers.submit(timed_call)
+        try:
+            future: Future[T] = workers.submit(timed_call)
+        except RuntimeError:  # no thread can be started; blocking the loop is better than losing what was paid for
+            return timed_call()  # type: ignore[no-any-return]
         return await _await_call(self, timed_call, future)
 
     async def run_coroutine(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float | None) -> T:
