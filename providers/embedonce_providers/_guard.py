@@ -209,6 +209,6 @@ def _explain_redirect(response: Any) -> str:
     host = "".join(c for c in target.hostname or "another place" if c.isprintable())[:100]
     return (
         f"the endpoint answered with status {response.status_code}, a redirect to {target.scheme[:20]}://{host}{port}. "
-        "embedonce does not follow it, because texts and keys would go to a place that the configuration does not name; "
-        "set base_url to the right URL"
+        "embedonce does not follow it, because texts and keys would go to a place that the configuration does not "
+        "name; set base_url to the right URL"
     )

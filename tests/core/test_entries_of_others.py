@@ -1,4 +1,4 @@
-"""Entries that a store returns and that the cache did not write so: deep metadata, wrong dates, cards that are too long.
+"""Entries that a store returns and that the cache did not write: deep metadata, wrong dates, long cards.
 
 Such an entry fails alone. The other entries of its batch are returned and promoted.
 """

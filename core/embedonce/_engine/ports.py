@@ -217,7 +217,7 @@ class BlockingPort:
             # This thread works too, so that the jobs are done even if no other thread can be started.
             with contextlib.suppress(RuntimeError):
                 for _ in range(min(limit, len(jobs)) - 1):
-                    futures.append(self._workers.submit(work))
+                    futures.append(self._workers.submit(work))  # noqa: PERF401  (keep the ones before an error)
             work()
             for future in futures:
                 future.result()

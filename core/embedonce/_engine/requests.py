@@ -253,7 +253,7 @@ class Requests:
             moves += 1
 
     def _log_fallback_change(self, fallback: LiveProvider, *, down: bool) -> None:
-        """Log that the fallback is used now, or no longer. If that changes often, the line comes up to a minute late."""
+        """Log that the fallback is used now, or no longer. After many changes, the line comes up to a minute late."""
         if down == self._uses_fallback:
             return
         warn, name = self._source.warnings.warn, self._source.name
@@ -333,8 +333,8 @@ class Requests:
                 route.discard_texts(keys)
         if task is None and not self._knows_all_tasks:
             raise EraseIncomplete(
-                f"forget is incomplete, because texts were embedded for more than {MAX_TASKS:,} tasks, and the names of "
-                "some tasks are not known any more. Call it again with each task",
+                f"forget is incomplete, because texts were embedded for more than {MAX_TASKS:,} tasks, and the names "
+                "of some tasks are not known any more. Call it again with each task",
                 {},
             )
 
