@@ -144,6 +144,12 @@ class _SharedLoop:
         thread = threading.Thread(target=self._work, args=(loop,), name=f"embedonce: {self._what}", daemon=True)
         try:
             thread.start()
+        except RuntimeError:
+            loop.close()
+            raise RuntimeError(
+                f"{self._what} requires a thread, but no thread can be started; raise the limit of processes (pids.max "
+                "or ulimit -u), or use fewer threads"
+            ) from None
         except BaseException:
             loop.close()
             raise

@@ -5,11 +5,12 @@
 
 from ._format.entries import Block, Dtype, Entries, Entry, Matrix, Metadata, Vector, freeze, freeze_rows, matrix
 from ._format.frames import Decoded, decode_frames, encode_frames
-from ._format.metadata import MAX_METADATA, plain_metadata
+from ._format.metadata import MAX_DEPTH, MAX_METADATA, is_valid_metadata, plain_metadata
 from ._format.rounding import round_vectors
 from ._format.sealing import SealedFrame, is_plain_frame, open_frame, seal_frame
 
 __all__ = [
+    "MAX_DEPTH",
     "MAX_METADATA",
     "Block",
     "Decoded",
@@ -25,6 +26,7 @@ __all__ = [
     "freeze",
     "freeze_rows",
     "is_plain_frame",
+    "is_valid_metadata",
     "matrix",
     "open_frame",
     "plain_metadata",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import import_module
 from typing import Annotated, Any, TypeAlias
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from embedonce.options import BadValue, Parsed
+from embedonce.options import BadValue, Parsed, check_secret
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
@@ -49,6 +51,45 @@ def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(f"headers has {name} twice, with different capital letters; remove one of them")
         checked[name.lower()] = value
     return checked
+
+
+def check_key(key: str | None, name: str) -> None:
+    """Check a key that is sent in a header. A client would repeat an invalid one in its error and in its log.
+
+    Raises:
+        ValueError: the key has a character that a header cannot have. The message contains ``name`` and not the key.
+    """
+    if key is None:
+        return
+    try:
+        check_secret(key)
+    except BadValue as error:
+        raise ValueError(f"{name} {error}") from None
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{name} has white space or a character that is not ASCII; remove it, or copy the key again")
+
+
+def read_key_variable(*names: str) -> str | None:
+    """Return the key in the first of these environment variables that is set, or None.
+
+    Raises:
+        ValueError: the key is invalid; see :func:`check_key`.
+    """
+    for name in names:
+        key = os.environ.get(name)
+        if key:
+            check_key(key, f"the environment variable {name}")
+            return key
+    return None
+
+
+def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
+    """Return a URL without its user and password, and these two. A client writes its URL into its log."""
+    parts = urlsplit(url)
+    if parts.username is None and parts.password is None:
+        return url, None
+    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return plain, (unquote(parts.username or ""), unquote(parts.password or ""))
 
 
 def load_token_provider(given: str | Callable[[], str] | None) -> Callable[[], str] | None:

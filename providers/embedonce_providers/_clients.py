@@ -67,11 +67,13 @@ class Clients(Generic[Sync, Async]):
         make: Callable[[], Sync],
         amake: Callable[[], Async],
         aclose: Callable[[Async], Awaitable[Any]],
+        close: Callable[[Sync], object] | None = None,
     ) -> None:
         self._module = module
         self._make = make
         self._amake = amake
         self._aclose = aclose
+        self._close = close or (lambda client: client.close())
         self._inherited: list[Any] = []
         self._reset()
         _all_clients.add(self)
@@ -101,7 +103,7 @@ class Clients(Generic[Sync, Async]):
                 shared.calls -= 1
                 close_now = shared.closed and not shared.calls
             if close_now:
-                shared.client.close()
+                self._close(shared.client)
 
     async def aget(self) -> Async:
         """Return the async client of the running loop."""
@@ -145,7 +147,7 @@ class Clients(Generic[Sync, Async]):
             generators = [(loop, generator) for loop, (_, generator) in self._by_loop.items()]
             self._by_loop.clear()
         if shared is not None and is_idle:
-            shared.client.close()
+            self._close(shared.client)
         for loop, generator in generators:
             self._close_in_loop(loop, generator)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import check_task
 
-from ._access import check_headers
+from ._access import check_headers, check_key, read_key_variable, split_credentials
 from ._clients import Clients, require_package
+from ._guard import ACCEPT_ENCODING, Guard, expect_vectors
 
 if TYPE_CHECKING:
     from google import genai
@@ -104,8 +106,14 @@ class GeminiProvider:
         self._normalize = normalize
         self._task_types = {**TASK_TYPES, **(task_types or {})}
         self._prefixes = dict(prefixes or {})
-        self._base_url = base_url or os.environ.get("GOOGLE_GEMINI_BASE_URL")
+        self._base_url = base_url or read_key_variable("GOOGLE_GEMINI_BASE_URL")
+        self._login: tuple[str, str] | None = None
+        if self._base_url:
+            self._base_url, self._login = split_credentials(self._base_url)
         self._headers = check_headers(headers)
+        check_key(api_key, "api_key")
+        if api_key is None and not {"authorization", "x-goog-api-key"} & self._headers.keys():
+            read_key_variable("GEMINI_API_KEY", "GOOGLE_API_KEY")
         self._max_retries = max_retries
         self._timeout = timeout
         self._space_fields: dict[str, Any] = {
@@ -124,8 +132,13 @@ class GeminiProvider:
             max_retries=max_retries,
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
+        self._guard = Guard(dimensions=dimensions, timeout=timeout, list_secrets=self._list_secrets, raises=True)
         self._clients: Clients[genai.Client, genai.Client] = Clients(
-            "google.genai", make=self._make_client, amake=self._make_client, aclose=_close_client
+            "google.genai",
+            make=self._make_client,
+            amake=self._make_client,
+            aclose=_close_client,
+            close=_close_blocking,
         )
 
     def space(self, task: Task) -> VectorSpace:
@@ -153,7 +166,7 @@ class GeminiProvider:
             ProviderError: the number of vectors in the answer is not the number of texts.
         """
         contents = self._add_prefix(texts, task)
-        with self._clients.borrow() as client:
+        with self._clients.borrow() as client, expect_vectors(len(texts)):
             answer = client.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
@@ -161,7 +174,8 @@ class GeminiProvider:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
         contents = self._add_prefix(texts, task)
         client = await self._clients.aget()
-        answer = await client.aio.models.embed_content(**self._build_request(contents, task))
+        with expect_vectors(len(texts)):
+            answer = await client.aio.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
 
     def close(self) -> None:
@@ -214,18 +228,28 @@ class GeminiProvider:
         usage = getattr(answer, "usage_metadata", None)  # google-genai 2 has no usage_metadata
         return Embedded(vectors, None if usage is None else usage.prompt_token_count)
 
+    def _list_secrets(self) -> list[str | None]:
+        """Return the secrets that an endpoint may repeat in a message."""
+        keys = [os.environ.get(name) for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY")]
+        return [self._api_key, *keys, *self._headers.values()]
+
     def _make_client(self) -> genai.Client:
         from google import genai
         from google.genai import types
 
-        key = self._api_key or os.environ.get("GEMINI_API_KEY")
+        package = import_module("google.genai._api_client")
+        http = getattr(package, "httpx2", None) or package.httpx
+        common = {"auth": self._login, "follow_redirects": False, "timeout": self._timeout}
+        key = self._api_key or read_key_variable("GEMINI_API_KEY", "GOOGLE_API_KEY")
         is_replaced = "authorization" in self._headers
         client = genai.Client(
             api_key=key or ("none" if is_replaced or "x-goog-api-key" in self._headers else None),
             vertexai=False,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
-                headers=self._headers,
+                headers={"accept-encoding": ACCEPT_ENCODING, **self._headers},
+                httpx_client=http.Client(event_hooks={"response": [self._guard.read]}, **common),
+                httpx_async_client=http.AsyncClient(event_hooks={"response": [self._guard.aread]}, **common),
                 timeout=max(1, round(self._timeout * 1000)),
                 retry_options=types.HttpRetryOptions(
                     attempts=self._max_retries + 1, max_delay=RETRY_SECONDS, http_status_codes=[NO_STATUS]
@@ -244,6 +268,12 @@ def embedonce_providers() -> Mapping[str, type[GeminiProvider]]:
     return {"gemini": GeminiProvider}
 
 
+def _close_blocking(client: genai.Client) -> None:
+    client.close()
+    client._api_client._http_options.httpx_client.close()  # the client closes only what it has made itself
+
+
 async def _close_client(client: genai.Client) -> None:
     await client.aio.aclose()
-    client.close()
+    await client._api_client._http_options.httpx_async_client.aclose()
+    _close_blocking(client)

@@ -8,8 +8,7 @@ request that was answered with an error status, as a whole or in parts.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -22,8 +21,17 @@ from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import TASKS, check_task
 
-from ._access import FunctionName, check_headers, load_token_provider, make_async
+from ._access import (
+    FunctionName,
+    check_headers,
+    check_key,
+    load_token_provider,
+    make_async,
+    read_key_variable,
+    split_credentials,
+)
 from ._clients import Clients, require_package
+from ._guard import ACCEPT_ENCODING, Guard, expect_vectors, find_error
 from ._openai_answer import find_too_long, read_answer
 from ._reasons import describe_reason
 
@@ -141,8 +149,11 @@ class OpenAIProvider:
             raise ValueError(f"token_provider and {other} cannot be used together; remove one of them")
         self._get_token = load_token_provider(token_provider)
         self.answers_as = tuple(answers_as or ())
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        self._base_url = base_url or read_key_variable("OPENAI_BASE_URL") or OPENAI_URL
+        self._base_url, self._login = split_credentials(self._base_url)
         self._azure_endpoint = azure_endpoint
+        if azure_endpoint is not None:
+            self._azure_endpoint, self._login = split_credentials(azure_endpoint)
         self._api_version = api_version
         self._api_key = api_key
         self._model = model
@@ -158,8 +169,6 @@ class OpenAIProvider:
         self._is_default_endpoint = endpoint == OPENAI_URL
         host = urlsplit(endpoint).hostname or ""
         knows_base64 = self._is_default_endpoint or azure_endpoint is not None or host.endswith(BASE64_HOSTS)
-        self._host: str | None = None
-        """The endpoint's host, as the client writes it; None as long as there is no client."""
         self._format: Literal["float", "base64", "none"] = encoding_format or ("base64" if knows_base64 else "float")
         self._max_retries = max_retries
         self._timeout = timeout
@@ -182,6 +191,8 @@ class OpenAIProvider:
             # without limit for an answer that arrives one byte at a time.
             timeout=(max_retries + 1) * timeout + max_retries * RETRY_SECONDS,
         )
+        self._guard = Guard(dimensions=dimensions, timeout=timeout, list_secrets=self._list_secrets, raises=False)
+        self._check_access()
         self._clients: Clients[openai.OpenAI, openai.AsyncOpenAI] = Clients(
             "openai", make=self._make_client, amake=self._make_async_client, aclose=lambda client: client.close()
         )
@@ -227,19 +238,29 @@ class OpenAIProvider:
             ProviderError: the endpoint's answer is invalid.
         """
         request = self._build_request(texts, task)
-        with self._clients.borrow() as client, self._translate_too_long(request["input"]):
-            answer: Any = client.post("/embeddings", body=request, cast_to=object, options={"headers": RAW_RESPONSE})
-        return read_answer(answer.content, request["input"], self._list_secrets())
+        with self._clients.borrow() as client, expect_vectors(len(texts)):
+            import openai
+
+            answer, failure = None, None
+            try:
+                answer = client.post("/embeddings", **_wrap_request(request))
+            except openai.APIStatusError as error:
+                failure = error
+        return self._read(answer, failure, request["input"])
 
     async def aembed(self, texts: Sequence[str], task: Task) -> Embedded:
         """Async twin of :meth:`embed`, with the async client of the running event loop."""
         request = self._build_request(texts, task)
         client = await self._clients.aget()
-        with self._translate_too_long(request["input"]):
-            answer: Any = await client.post(
-                "/embeddings", body=request, cast_to=object, options={"headers": RAW_RESPONSE}
-            )
-        return read_answer(answer.content, request["input"], self._list_secrets())
+        with expect_vectors(len(texts)):
+            import openai
+
+            answer, failure = None, None
+            try:
+                answer = await client.post("/embeddings", **_wrap_request(request))
+            except openai.APIStatusError as error:
+                failure = error
+        return self._read(answer, failure, request["input"])
 
     def close(self) -> None:
         """Close the clients and their connections."""
@@ -269,19 +290,26 @@ class OpenAIProvider:
         keys = [os.environ.get(name) for name in ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN")]
         return [self._api_key, *keys, *self._headers.values()]
 
-    @contextmanager
-    def _translate_too_long(self, texts: Sequence[str]) -> Iterator[None]:
-        """Raise TextRefused in place of an endpoint's error about the length of a text."""
-        import openai
+    def _read(self, answer: Any, failure: openai.APIStatusError | None, texts: Sequence[str]) -> Embedded:
+        """Return the vectors of an answer. The caller is outside of its ``except`` block by now.
 
-        try:
-            yield
-        except openai.APIStatusError as error:
-            positions = find_too_long(error.status_code, f"{error} {error.body}", texts)
-            if positions is None:
-                raise
-            reason = describe_reason(error.body or error.message, texts=texts, secrets=self._list_secrets())
-            raise TextRefused(f"a text has more tokens than the endpoint accepts{reason}", positions) from error
+        Therefore an error of the guard has no context: the client's exception would show where a redirect points.
+
+        Raises:
+            TextRefused: the endpoint says that a text is too long.
+            openai.APIStatusError: the endpoint answered with another error.
+            ProviderError: the answer is invalid.
+        """
+        error = find_error(answer.http_response if failure is None else failure.response)
+        if error is not None:
+            raise error
+        if failure is None:
+            return read_answer(answer.content, texts, self._list_secrets())
+        positions = find_too_long(failure.status_code, f"{failure} {failure.body}", texts)
+        if positions is None:
+            raise failure
+        reason = describe_reason(failure.body or failure.message, texts=texts, secrets=self._list_secrets())
+        raise TextRefused(f"a text has more tokens than the endpoint accepts{reason}", positions) from failure
 
     # --- clients ------------------------------------------------------------------------------
 
@@ -296,22 +324,40 @@ class OpenAIProvider:
             options |= {"base_url": self._base_url}
             if get_token is not None:
                 return {**options, "api_key": get_token}
-            key = key or os.environ.get("OPENAI_API_KEY")
+            key = key or read_key_variable("OPENAI_API_KEY")
             if not key and not self._is_default_endpoint:
                 key = "none"  # a local server needs no key, but the client requires one
         if not key and "authorization" in self._headers:
             key = "none"  # replaced by the header, but the client requires one
+        elif not key and self._azure_endpoint is not None:
+            key = read_key_variable("AZURE_OPENAI_API_KEY")
+            read_key_variable("AZURE_OPENAI_AD_TOKEN")
         return {**options, "api_key": key}
+
+    def _check_access(self) -> None:
+        """Check the keys that are known before the first call.
+
+        Raises:
+            ValueError: a key has a character that a header cannot have.
+        """
+        check_key(self._api_key, "api_key")
+        if self._api_key is None and self._get_token is None and "authorization" not in self._headers:
+            azure = ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN")
+            for name in ("OPENAI_API_KEY",) if self._azure_endpoint is None else azure:
+                read_key_variable(name)
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # the client sends them in headers
+            read_key_variable(name)
+
+    def _make_http_client(self, make: Any, hooks: Mapping[str, Any]) -> Any:
+        return make(event_hooks=hooks, auth=self._login, follow_redirects=False)
 
     def _make_client(self) -> openai.OpenAI:
         import openai
 
-        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [_stop_retries]}
+        hooks: dict[str, Any] = {"request": [self._set_headers], "response": [self._guard.read, _stop_retries]}
         options = self._client_options(self._get_token)
-        options["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
-        client = openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
-        self._host = client.base_url.host
-        return client
+        options["http_client"] = self._make_http_client(openai.DefaultHttpxClient, hooks)
+        return openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
 
     def _make_async_client(self) -> openai.AsyncOpenAI:
         import openai
@@ -322,19 +368,14 @@ class OpenAIProvider:
         async def stop_retries(response: Any) -> None:
             _stop_retries(response)
 
-        hooks: dict[str, Any] = {"request": [set_headers], "response": [stop_retries]}
+        hooks: dict[str, Any] = {"request": [set_headers], "response": [self._guard.aread, stop_retries]}
         options = self._client_options(None if self._get_token is None else make_async(self._get_token))
-        options["http_client"] = openai.DefaultAsyncHttpxClient(event_hooks=hooks)
-        client = openai.AsyncOpenAI(**options) if self._azure_endpoint is None else openai.AsyncAzureOpenAI(**options)
-        self._host = client.base_url.host
-        return client
+        options["http_client"] = self._make_http_client(openai.DefaultAsyncHttpxClient, hooks)
+        return openai.AsyncOpenAI(**options) if self._azure_endpoint is None else openai.AsyncAzureOpenAI(**options)
 
     def _set_headers(self, request: Any) -> None:
-        """Add the headers to a request. A redirect to another host gets neither them nor the key."""
-        if request.url.host != self._host:
-            for name in ("authorization", "api-key", *self._headers):
-                request.headers.pop(name, None)
-            return
+        """Add the headers to a request."""
+        request.headers["accept-encoding"] = ACCEPT_ENCODING
         if "authorization" in self._headers:
             request.headers.pop("api-key", None)
         request.headers.update(self._headers)
@@ -343,6 +384,10 @@ class OpenAIProvider:
 @hookimpl
 def embedonce_providers() -> Mapping[str, type[OpenAIProvider]]:
     return {"openai": OpenAIProvider}
+
+
+def _wrap_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {"body": request, "cast_to": object, "options": {"headers": RAW_RESPONSE}}
 
 
 def _stop_retries(response: Any) -> None:

@@ -213,7 +213,7 @@ def test_a_call_is_repeated_after_the_time_that_the_server_names(
     assert [round(b - a, 1) for a, b in zip(server.starts, server.starts[1:], strict=False)] == [14.9, 14.9]
     assert [record.message for record in caplog.records] == [
         "provider 'limited' is rate-limited; its calls pause for 14.9 s"
-    ] * 2
+    ]
 
 
 class ServerFailure(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,12 +12,11 @@ from embedonce.errors import LoopBusy, PartialAnswer, TierBusy, TierError, TierT
 from .breaker import Breaker
 from .chain import Tier
 from .ports import Port, Ports, call_with_deadline
+from .repeated_warnings import RepeatedWarnings
 from .workers import Workers
 
 if TYPE_CHECKING:
     import asyncio
-
-log = logging.getLogger("embedonce")
 
 MAX_CALLS = 32
 """Maximum number of calls to one backend that run in threads at the same time.
@@ -45,6 +43,7 @@ class BackendCalls:
         self.capabilities: Capabilities = tier.backend.capabilities
         self.timeout = tier.timeout if tier.timeout is not None else DEFAULT_TIMEOUTS[self.capabilities.scope]
         self.on_error = tier.on_error
+        self.warnings = RepeatedWarnings()
         self._ports = ports
         self._twins: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[Any, None]]]
         self._twins = WeakKeyDictionary()
@@ -54,6 +53,7 @@ class BackendCalls:
 
     def reset(self) -> None:
         """Start over in a forked child, without closing the parent's twins."""
+        self.warnings.renew_lock()
         self._workers = Workers(MAX_CALLS)
         self._inherited += self._twins.values()
         self._twins = WeakKeyDictionary()
@@ -123,8 +123,10 @@ class BackendCalls:
         if entry is None:
             # Remove the twins of closed loops here. A twin refers to its loop, so the weak dictionary never drops the
             # loop's entry, and the connections of the twin would leak.
-            for closed in [other for other in list(self._twins) if other.is_closed()]:
-                self._twins.pop(closed, None)
+            for ref in self._twins.keyrefs():  # iterating over the dictionary fails if another loop adds its twin
+                other = ref()
+                if other is not None and other.is_closed():
+                    self._twins.pop(other, None)
             generator = self._open_twin()
             entry = self._twins[loop] = await anext(generator), generator
         return entry[0]
@@ -144,7 +146,9 @@ class BackendCalls:
                 async with async_deadline(self.timeout):
                     await twin.close()
             except Exception as error:  # noqa: BLE001  (the async clients of other tiers must be closed too)
-                log.warning("tier %r: cannot close its async client (%s)", self.name, type(error).__name__)
+                self.warnings.warn(
+                    "closing", "tier %r: cannot close its async client (%s)", self.name, type(error).__name__
+                )
 
     async def close_twin(self, port: Port) -> None:
         """Close the async twin of the running loop, if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -205,7 +206,7 @@ def _can_have_default_lease(tier: Tier) -> bool:
     return is_able and tier.lease is None and tier.write in (None, "inline")
 
 
-_LOGGED: set[str] = set()
+_LOGGED: deque[str] = deque(maxlen=1000)
 """Warnings that this process has logged. They are not logged again, even if another cache has the same chain."""
 
 _SLOWNESS = {"process": 0, "single": 1, "host": 1, "network": 2}
@@ -243,7 +244,7 @@ def log_once(warnings: Iterable[ChainWarning]) -> None:
     """Log the warnings that this process has not logged before."""
     for warning in warnings:
         if warning.message not in _LOGGED:
-            _LOGGED.add(warning.message)
+            _LOGGED.append(warning.message)
             chain_log.warning("%s", warning.message)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,17 @@ import numpy as np
 from embedonce._messages import format_count
 from embedonce.contracts import Embedded
 from embedonce.errors import ProviderError
-from embedonce.vectors import Block, Decoded, Dtype, Entries, Entry, Matrix, freeze, round_vectors
+from embedonce.vectors import (
+    Block,
+    Decoded,
+    Dtype,
+    Entries,
+    Entry,
+    Matrix,
+    freeze,
+    is_valid_metadata,
+    round_vectors,
+)
 
 _FINENESS: Mapping[Dtype, int] = {"int8": 0, "float16": 1, "float32": 2}
 
@@ -185,7 +196,8 @@ def _is_valid_block(block: Block, now: float, dimensions: int | None) -> bool:
         rows.dtype == np.float32
         and rows.ndim == 2
         and (dimensions is None or rows.shape[1] == dimensions)
-        and bool(np.isfinite(rows).all() and (block.expires > now).all())
+        and bool(np.isfinite(rows).all() and np.isfinite(block.created).all() and (block.expires > now).all())
+        and (block.metadata is None or all(map(is_valid_metadata, block.metadata)))
     )
 
 
@@ -213,7 +225,14 @@ def _is_valid_entry(entry: Any, dimensions: int | None) -> bool:
         and vector.ndim == 1
         and (dimensions is None or vector.size == dimensions)
         and not vector.flags.writeable
+        and _is_date(entry.created)
+        and (entry.expires is None or _is_date(entry.expires))
+        and is_valid_metadata(entry.metadata)
     )
+
+
+def _is_date(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _are_all_finite(entries: Iterable[Any]) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from embedonce.contracts import Capabilities
 from embedonce.keys import CARD_PREFIX, SERVED_MODEL
@@ -14,6 +18,9 @@ from .checks import check_entries
 if TYPE_CHECKING:
     from embedonce.encryption import Encryption
 
+MAX_CLOCK_DIFFERENCE = 60.0
+"""Maximum number of seconds by which the clocks of two hosts may differ. For short TTLs, a tenth of the TTL."""
+
 TEXT_PREVIEW = "text_preview"
 """Name of the metadata field for the start of a text. Only tiers that store previews have this field."""
 
@@ -22,8 +29,18 @@ class Codec:
     """Converts entries to the values that one backend stores, and back."""
 
     def __init__(
-        self, capabilities: Capabilities, encryption: Encryption | None, *, clock: Callable[[], float]
+        self,
+        capabilities: Capabilities,
+        encryption: Encryption | None,
+        *,
+        longest_ttl: float | None,
+        clock: Callable[[], float],
     ) -> None:
+        self.longest_life = _add_tolerance(longest_ttl)
+        """Maximum number of seconds from now until an entry with an expiry date expires.
+
+        An entry that expires later has expired already: the clock was set back after the entry was written.
+        """
         self._holds = capabilities.holds
         self._is_trusted = capabilities.scope == "process"
         self._keeps_previews = capabilities.text_preview
@@ -35,16 +52,26 @@ class Codec:
         return self._encryption is not None
 
     def encode(self, entries: Mapping[str, Entry]) -> Mapping[str, Any]:
-        """Return the values that the backend stores for these entries."""
+        """Return the values that the backend stores for these entries.
+
+        An entry that does not fit into a frame is left out. For example, its metadata may become too large because a
+        preview is added.
+        """
         if self._encryption is not None:
-            return self._encryption.encrypt(encode_frames(entries))
-        return encode_frames(entries) if self._holds == "frames" else entries
+            return self._encryption.encrypt(_encode_valid(entries))
+        return _encode_valid(entries) if self._holds == "frames" else entries
 
     def decode(
         self, values: Mapping[str, Any], *, dtype: Dtype, dimensions: int | None, now: float | None = None
     ) -> Decoded:
         """Check the frames or entries that the backend returned. In an encrypted tier, decrypt the frames first."""
         now = self._clock() if now is None else now
+        decoded = self._decode(values, dtype, dimensions, now)
+        if self.longest_life < math.inf and math.isfinite(now):
+            _drop_late(decoded, now + self.longest_life)
+        return decoded
+
+    def _decode(self, values: Mapping[str, Any], dtype: Dtype, dimensions: int | None, now: float) -> Decoded:
         if self._holds == "entries":
             return check_entries(values, now=now, dtype=dtype, dimensions=dimensions, trusted=self._is_trusted)
         if self._holds == "frames" or not (entries := _select_entries(values)):
@@ -97,6 +124,34 @@ class Codec:
                 rest = {name: value for name, value in entry.metadata.items() if name != TEXT_PREVIEW}
                 entries[key] = entry._replace(metadata=rest or None)
         return entries
+
+
+def _add_tolerance(ttl: float | None) -> float:
+    """Return a TTL plus the difference that the clocks of two hosts may have."""
+    return math.inf if ttl is None else ttl + min(MAX_CLOCK_DIFFERENCE, ttl / 10)
+
+
+def _drop_late(decoded: Decoded, latest: float) -> None:
+    """Move the entries that expire after ``latest`` to the missed ones. Entries that never expire stay."""
+    entries = decoded.entries
+    late = [key for key, entry in entries.loose().items() if entry.expires is not None and entry.expires > latest]
+    for block in entries.blocks:
+        is_late = (block.expires > latest) & np.isfinite(block.expires)
+        late += [block.keys[row] for row in np.flatnonzero(is_late).tolist()]
+    for key in late:
+        del entries[key]
+    decoded.missed.extend(late)
+
+
+def _encode_valid(entries: Mapping[str, Entry]) -> dict[str, bytes]:
+    try:
+        return encode_frames(entries)
+    except (TypeError, ValueError):
+        frames: dict[str, bytes] = {}
+        for key, entry in entries.items():
+            with suppress(TypeError, ValueError):
+                frames |= encode_frames({key: entry})
+        return frames
 
 
 def _select_entries(values: Mapping[str, Any]) -> Mapping[str, Entry]:

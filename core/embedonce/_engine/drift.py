@@ -24,6 +24,7 @@ from embedonce.vectors import Entry
 from .call import Answer, Call, copy_error
 from .plan import Engine
 from .ports import Port
+from .repeated_warnings import RepeatedWarnings
 from .routes import Route
 
 log = logging.getLogger("embedonce")
@@ -31,6 +32,9 @@ log = logging.getLogger("embedonce")
 RETRY_SECONDS = 60.0
 """Seconds that must pass after a failed check before the next check. With the action ``"refuse"``, the same time must
 pass after a check that found drift."""
+
+MAX_SPACES = 1000
+"""Maximum number of vector spaces whose state is remembered."""
 
 DRIFTED_MARK = "embedonce_drifted"
 """Metadata field that marks the canaries of a drifted space.
@@ -67,8 +71,8 @@ class DriftCheckingEngine(Engine):
         self._guard = guard
         self.can_change_space = guard.action == "new-space"
         self._states: dict[bytes, _SpaceState] = {}
-        self._warned: set[str] = set()
-        """Messages about other models that were logged. Each is logged only once."""
+        """By fingerprint. The oldest states are dropped: the tiers hold what is needed to make them again."""
+        self._warnings = RepeatedWarnings()
 
     async def find_refusal(self, port: Port, route: Route) -> Exception | None:
         state = self._get_state(route)
@@ -91,7 +95,12 @@ class DriftCheckingEngine(Engine):
         return route if route.generation == state.generation else route.with_generation(state.generation)
 
     def _get_state(self, route: Route) -> _SpaceState:
-        return self._states.setdefault(route.origin, _SpaceState())
+        state = self._states.get(route.origin)
+        if state is None:
+            state = self._states.setdefault(route.origin, _SpaceState())
+            for oldest in list(self._states)[:-MAX_SPACES]:
+                self._states.pop(oldest, None)
+        return state
 
     async def _find_generation(self, port: Port, route: Route, state: _SpaceState) -> bool:
         """Find the first generation whose canaries are not marked as drifted. Return whether every tier answered."""
@@ -165,10 +174,7 @@ class DriftCheckingEngine(Engine):
         """
         if self._guard.action == "refuse":
             raise error
-        message = str(error)
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning("%s", message)
+        self._warnings.warn(call.answer.route.origin.hex(), "%s", error)
         if not self.can_change_space:
             return
         route = call.answer.route

@@ -30,6 +30,11 @@ from embedonce.vectors import Entry
 if TYPE_CHECKING:
     import asyncio
 
+MAX_ERASED = 100_000
+"""Maximum number of erased keys and prefixes that are kept while calls that began before the erasures are running.
+
+If there are more, the oldest erasures are dropped, and the calls that began before them store nothing any more."""
+
 calls_in_provider: ContextVar[frozenset[int]] = ContextVar("embedonce_calls_in_provider", default=frozenset())
 """Ticket numbers of the calls whose provider is running in this context. Code in this context must not wait for flights
 of these calls, because the wait would deadlock."""
@@ -116,6 +121,7 @@ class Erasure:
     def __init__(self, keys: Iterable[str] = (), prefixes: Sequence[str] = ()) -> None:
         self.keys = frozenset(keys)
         self.prefixes = tuple(dict.fromkeys(prefixes))
+        self.size = len(self.keys) + len(self.prefixes)
         self.until: int | None = None
         """Calls with tickets up to this number must not store the keys.
 
@@ -191,6 +197,8 @@ class InFlight:
         # Erasures by key and by prefix, so that checking a key does not search through all erasures.
         self._erased: dict[str, tuple[Erasure, ...]] = {}
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
+        self._erased_size = 0  # keys and prefixes of finished erasures
+        self._may_not_store = 0  # calls with tickets up to this number store nothing, see MAX_ERASED
         self._writing: set[PendingWrite] = set()
         self._queues: dict[str, deque[PendingWrite]] = {}
         self._queued: dict[str, int] = {}
@@ -213,7 +221,7 @@ class InFlight:
             self._calls.pop(number, None)
             oldest = next(iter(self._calls), None)
             while self._erasures and (oldest is None or not self._erasures[0].forbids(oldest)):
-                self._drop_erasure(self._erasures.popleft())
+                self._drop_oldest_erasure()
 
     def _end_reading(self, number: int) -> None:
         if self._reading.pop(number, self) is self:
@@ -319,6 +327,8 @@ class InFlight:
                 self._changed.notify_all()
 
     def _select_permitted(self, number: int, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        if number <= self._may_not_store:
+            return {}
         if not self._erased and not self._erased_prefixes:
             return dict(entries)
         return {key: entry for key, entry in entries.items() if not self._is_forbidden(number, key)}
@@ -340,6 +350,12 @@ class InFlight:
     def _add_erasure(self, erasure: Erasure) -> None:
         for index, name in self._list_indexes(erasure):
             index[name] = (*index.get(name, ()), erasure)
+
+    def _drop_oldest_erasure(self) -> Erasure:
+        erasure = self._erasures.popleft()
+        self._erased_size -= erasure.size
+        self._drop_erasure(erasure)
+        return erasure
 
     def _drop_erasure(self, erasure: Erasure) -> None:
         for index, name in self._list_indexes(erasure):
@@ -385,6 +401,9 @@ class InFlight:
                 return None
             write = waiting.popleft()
             self._queued[tier] -= len(write.entries)
+            # Erasures up to now have removed their keys from the queue, so only later ones may forbid this write.
+            self._number += 1
+            write.number = self._number
             self._writing.add(write)
             return write
 
@@ -409,6 +428,12 @@ class InFlight:
             if flight := write.flights.pop(key, None):
                 flight.pending_writes -= 1
         return len(erased)
+
+    def list_unwritten(self) -> list[str]:
+        """Return the keys of the entries that are queued or being written."""
+        with self._lock:
+            writes = [*self._writing, *(write for waiting in self._queues.values() for write in waiting)]
+            return [key for write in writes for key in write.entries]
 
     def count_queued(self, tier: str) -> int:
         with self._lock:
@@ -450,5 +475,8 @@ class InFlight:
                 erasure.until = self._number
                 if self._calls:
                     self._erasures.append(erasure)
+                    self._erased_size += erasure.size
+                    while self._erased_size > MAX_ERASED:
+                        self._may_not_store = self._drop_oldest_erasure().until or self._may_not_store
                 else:
                     self._drop_erasure(erasure)

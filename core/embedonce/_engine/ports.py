@@ -191,7 +191,7 @@ class BlockingPort:
         timed_call = _TimedCall(call, timeout)
         try:
             future: Future[T] = workers.submit(timed_call)
-        except RuntimeError:  # the interpreter is shutting down and starts no threads any more
+        except RuntimeError:  # no thread can be started, so the call is made here, and nothing can end it early
             return call_with_deadline(call, timeout)
         return await _await_call(self, timed_call, future)
 
@@ -231,8 +231,13 @@ class BlockingPort:
                     return
                 run_blocking(job())
 
-        futures = [self._workers.submit(work) for _ in range(min(limit, len(jobs)))]
+        futures: list[Future[None]] = []
         try:
+            # This thread works too, so that the jobs are done even if no other thread can be started.
+            with contextlib.suppress(RuntimeError):
+                for _ in range(min(limit, len(jobs)) - 1):
+                    futures.append(self._workers.submit(work))  # noqa: PERF401  (keep the ones before an error)
+            work()
             for future in futures:
                 future.result()
         finally:
@@ -267,7 +272,10 @@ class LoopPort:
         if quick:
             return call()
         timed_call = _TimedCall(call, timeout)
-        future: Future[T] = workers.submit(timed_call)
+        try:
+            future: Future[T] = workers.submit(timed_call)
+        except RuntimeError:  # no thread can be started; blocking the loop is better than losing what was paid for
+            return timed_call()  # type: ignore[no-any-return]
         if timeout is None:
             return await _await_call(self, timed_call, future)
         from embedonce.event_loops import Period
@@ -370,8 +378,10 @@ class Ports:
         port = self._loops.get(loop)
         if port is None:
             # A port's unfinished asyncio tasks keep its closed loop alive, so drop the ports of closed loops here.
-            for ended in [other for other in list(self._loops) if other.is_closed()]:
-                self._loops.pop(ended, None)
+            for ref in self._loops.keyrefs():  # iterating over the dictionary fails if another loop adds its port
+                other = ref()
+                if other is not None and other.is_closed():
+                    self._loops.pop(other, None)
             port = self._loops[loop] = LoopPort(self.workers)
         return port
 

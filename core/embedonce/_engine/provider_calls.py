@@ -141,7 +141,9 @@ def _pause_calls(source: LiveProvider, error: Exception, retries: int) -> bool:
     if seconds > MAX_PAUSE:
         return False
     if source.rate.pause(seconds):
-        log.warning("provider %r is rate-limited; its calls pause for %g s", source.name, round(seconds, 1))
+        source.warnings.warn(
+            "rate", "provider %r is rate-limited; its calls pause for %g s", source.name, round(seconds, 1)
+        )
     return is_repeated
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from .breaker import Breaker, BreakerChange
 from .codec import Codec
 from .counters import Counters
 from .ports import Port
-
-log = logging.getLogger("embedonce")
 
 MAX_PROBE_KEYS = 64
 """Maximum number of keys in a probe.
@@ -65,7 +62,6 @@ class TierReader:
         self._on_change = on_change
         self._emit = emit
         self._has_listeners = has_listeners
-        self._last_was_corrupt = False
         self.reset()
 
     def reset(self) -> None:
@@ -154,13 +150,13 @@ class TierReader:
                 del decoded.entries[key]
             decoded.corrupt.extend(empty)
         entries.add(self._codec.remove_previews(decoded.entries))
-        if decoded.corrupt and not self._last_was_corrupt:
-            log.warning(
-                "tier %r: ignoring %d corrupt entries; their vectors are recomputed",
+        if decoded.corrupt:
+            self._calls.warnings.warn(
+                "corrupt",
+                "tier %r: ignoring {count} corrupt entries; their vectors are recomputed",
                 self._calls.name,
-                len(decoded.corrupt),
+                count=len(decoded.corrupt),
             )
-        self._last_was_corrupt = bool(decoded.corrupt)
         return len(decoded.corrupt)
 
     def _count(self, read: ReadResult, task: str, start: float, *, is_repeat: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 from embedonce._messages import format_count
 from embedonce.answers import Explanation, Fetched, Purged
 from embedonce.contracts import Task, Vectors
-from embedonce.errors import CacheClosed, SpaceError
+from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
 from embedonce.keys import card
 from embedonce.tasks import TASKS, require_task
@@ -25,9 +24,11 @@ from .ports import Port
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 
-log = logging.getLogger("embedonce")
-
 ITER_BATCH = 1024
+MAX_ROUTES = 256
+"""Maximum number of routes that a cache keeps. The oldest route is dropped, and is made again when it is needed."""
+MAX_TASKS = 10_000
+"""Maximum number of names of tasks with a vector space of their own that a cache keeps, to erase texts in all tasks."""
 MOVES = 5
 """Maximum number of times that one call moves to a new vector space because the provider has drifted."""
 
@@ -47,7 +48,12 @@ class Requests:
         self._fetch_only = fetch_only
         self._dtype: Dtype = chain.dtype
         self._clock = chain.clock
+        self._longest_life = chain.tiers[0].codec.longest_life if chain.tiers else 0.0
         self._routes: dict[tuple[LiveProvider, str], Route] = {}
+        """Changed with the lock held. Other threads may change it at any time, so copy it before a loop."""
+        self._other_tasks: dict[str, None] = {}
+        """Names of the tasks whose vector space is neither that of documents nor that of queries."""
+        self._knows_all_tasks = True
         self._lock = threading.RLock()
         self._closed = False
         self._uses_fallback = False
@@ -77,7 +83,7 @@ class Requests:
             if entry is None or entry.dtype != self._dtype or entry.vector.size != route.dimensions:
                 return None
             expires = entry.expires
-            if expires is not None and expires <= self._clock():
+            if expires is not None and not 0 < expires - self._clock() <= self._longest_life:
                 return None
         except Exception:  # noqa: BLE001  (the slow path counts the error, or raises CacheClosed)
             return None
@@ -95,7 +101,8 @@ class Requests:
             first = chain.tiers[0]
             caps = first.capabilities
             if caps.scope == "process" and caps.holds == "entries" and caps.get and not caps.blocking:
-                routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
+                with self._lock:
+                    routes = {task: route for (source, task), route in self._routes.items() if source is self._source}
                 return first.backend.get, first.counters.single_hits.add, routes
         return (lambda key: None), (lambda: 0), {}
 
@@ -114,12 +121,31 @@ class Requests:
         if route is None:
             chain = self._chain
             with self._lock:
-                route = self._routes.setdefault((source, task), Route(source, task, chain.policy, chain.steps))
-                if not isinstance(source.provider, NoProvider):
-                    chain.cards.setdefault(route.keyer.scope, card(chain.policy, route.space))
+                route = self._routes.get((source, task))
+                if route is None:
+                    route = self._routes[source, task] = Route(source, task, chain.policy, chain.steps)
+                    self._limit_routes(source, task, route)
+            if not isinstance(source.provider, NoProvider):
+                chain.add_card(route.keyer.scope, card(chain.policy, route.space))
             if hasattr(self, "_hot"):
                 self._refresh_hot_path()
         return route
+
+    def _limit_routes(self, source: LiveProvider, task: str, route: Route) -> None:
+        """Note the task of a new route, and drop the oldest route if there are too many. Hold the lock."""
+        usual = [self._routes[source, name] for name in TASKS if (source, name) in self._routes]
+        if task not in TASKS and all(route.origin != other.origin for other in usual):
+            if len(self._other_tasks) < MAX_TASKS:
+                self._other_tasks[task] = None
+            elif task not in self._other_tasks:
+                self._knows_all_tasks = False
+        if len(self._routes) > MAX_ROUTES:
+            del self._routes[next(place for place in self._routes if place[1] not in TASKS)]
+
+    def _list_scopes(self) -> set[str]:
+        """Return the scopes of the routes that this cache keeps."""
+        with self._lock:
+            return {route.keyer.scope for route in self._routes.values()}
 
     async def _find_current_route(self, port: Port, source: LiveProvider, task: Task) -> Route:
         """Return the route to a task's current vector space, which changes when the provider drifts."""
@@ -133,7 +159,7 @@ class Requests:
                 for place, other in list(self._routes.items()):
                     if place[0] is source and other.origin == current.origin and other.generation != current.generation:
                         self._routes[place] = current if place[1] == task else other.with_generation(current.generation)
-                chain.cards.setdefault(current.keyer.scope, card(chain.policy, current.space))
+            chain.add_card(current.keyer.scope, card(chain.policy, current.space))
             self._refresh_hot_path()
         return self._get_route(source, task)
 
@@ -195,7 +221,8 @@ class Requests:
             return answer
         down = answer.has_failed_provider()
         if not down or (rows_only and self._fetch_only):
-            self._log_fallback_change(fallback, down=False if not down else self._uses_fallback)
+            if not down and answer.has_made_entries:  # hits do not show that the provider works
+                self._log_fallback_change(fallback, down=False)
             return answer
         self._log_fallback_change(fallback, down=True)
         other = await answer_in(source=fallback)
@@ -226,14 +253,17 @@ class Requests:
             moves += 1
 
     def _log_fallback_change(self, fallback: LiveProvider, *, down: bool) -> None:
-        if down != self._uses_fallback:
+        """Log that the fallback is used now, or no longer. After many changes, the line comes up to a minute late."""
+        if down == self._uses_fallback:
+            return
+        warn, name = self._source.warnings.warn, self._source.name
+        if down:
+            message = "provider %r is failing; using %r, which has its own vector space"
+            is_logged = warn("failing", message, name, fallback.name)
+        else:
+            is_logged = warn("working", "provider %r is working again", name)
+        if is_logged:
             self._uses_fallback = down
-            if down:
-                log.warning(
-                    "provider %r is failing; using %r, which has its own vector space", self._source.name, fallback.name
-                )
-            else:
-                log.warning("provider %r is working again", self._source.name)
 
     def _new_answer(
         self,
@@ -290,15 +320,23 @@ class Requests:
         _require_texts(texts)
         texts = copy_texts(texts)
         sources = [self._source, *([self._fallback] if self._fallback else [])]
-        tasks = {*TASKS, *(known for _, known in self._routes)} if task is None else {task}
+        tasks = {*TASKS, *list(self._other_tasks)} if task is None else {task}
         current = [await self._find_current_route(port, source, name) for source in sources for name in sorted(tasks)]
         routes = [*current, *(route.with_generation(older) for route in current for older in range(route.generation))]
         keys = dict.fromkeys(key for route in routes for key in route.keys(texts))
         try:
             await self._chain.upkeep.forget(port, list(keys))
         finally:
+            with self._lock:
+                routes += self._routes.values()
             for route in routes:
                 route.discard_texts(keys)
+        if task is None and not self._knows_all_tasks:
+            raise EraseIncomplete(
+                f"forget is incomplete, because texts were embedded for more than {MAX_TASKS:,} tasks, and the names "
+                "of some tasks are not known any more. Call it again with each task",
+                {},
+            )
 
     async def _purge(
         self,

@@ -15,6 +15,7 @@ from embedonce.keys import Keyer, KeyPolicy, VectorSpace
 
 from .batch_sizes import BatchSizes
 from .rate import CallRate
+from .repeated_warnings import RepeatedWarnings
 from .workers import Workers
 
 MAX_CALLS = 32
@@ -43,6 +44,7 @@ class LiveProvider:
         space = describe_space(provider, "document")
         self.name = f"fallback:{space.provider}" if fallback else space.provider
         _check_limits(provider.limits, self.name)
+        self.warnings = RepeatedWarnings()
         self.reset()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -53,6 +55,7 @@ class LiveProvider:
         The locks are re-entrant, because a signal handler may use the cache.
         """
         self.lock = threading.RLock()
+        self.warnings.renew_lock()
         self.workers = Workers(MAX_CALLS)
         self.rate = CallRate(self.provider.limits)
         self.batches = BatchSizes()
@@ -196,8 +199,11 @@ class Route:
     def discard_texts(self, keys: Collection[str]) -> None:
         """Remove from the memo every text that has one of the keys."""
         for memo in (self.recent_keys, self._older_keys):
-            for text in [text for text, key in list(memo.items()) if key in keys]:
-                memo.pop(text, None)
+            # Other threads add texts meanwhile. Making a list of a dict's keys is one step for them. A list of its
+            # items is not, because Python 3.11 may collect garbage, and so change threads, at each new tuple.
+            for text in list(memo):
+                if memo.get(text) in keys:
+                    memo.pop(text, None)
 
 
 def copy_texts(texts: Iterable[Any], first: int = 0) -> list[str]:

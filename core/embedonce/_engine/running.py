@@ -19,7 +19,7 @@ from embedonce._messages import format_count
 from embedonce.contracts import Backend, Normalizer
 from embedonce.drift import DriftGuard
 from embedonce.events import Event
-from embedonce.keys import KeyPolicy, Value
+from embedonce.keys import KEY_PREFIX, KeyPolicy, Value
 from embedonce.vectors import Dtype
 
 from .chain import Tier, choose_lease, compose_chain, find_chain_warnings, log_once
@@ -28,6 +28,7 @@ from .flights import InFlight
 from .leases import Leases
 from .plan import Engine
 from .ports import Port, Ports
+from .repeated_warnings import RepeatedWarnings
 from .served import ServedModels
 from .tiers import LiveTier
 from .upkeep import Upkeep
@@ -39,6 +40,11 @@ Mode: TypeAlias = Literal["read-through", "replay"]
 
 EXIT_FLUSH_SECONDS = 5.0
 """Maximum number of seconds to wait, at exit, for writes of caches that have been garbage-collected."""
+
+MAX_CARDS = 1024
+"""Number of space cards above which the cards that nothing uses are dropped."""
+
+_closing_warnings = RepeatedWarnings()
 
 _open_chains: WeakSet[RunningChain] = WeakSet()
 _open_lock = threading.RLock()
@@ -56,6 +62,10 @@ class CacheOverChain(Protocol):
         ...
 
     def _close_providers(self) -> None: ...
+
+    def _list_scopes(self) -> set[str]:
+        """Return the scopes whose keys the cache can make at this moment."""
+        ...
 
     def _reset_after_fork(self) -> None:
         """Replace locks and threads in a forked child."""
@@ -86,7 +96,8 @@ class RunningChain:
         self.flush_timeout = flush_timeout
         self.clock = clock
         self.cards: dict[str, dict[str, Value]] = {}
-        """The space card of each scope. A card is stored beside its scope's entries."""
+        """The space card of each scope. A card is stored beside its scope's entries. Copy the dict before a loop."""
+        self._max_cards = MAX_CARDS
         self._caches: WeakSet[CacheOverChain] = WeakSet()
         self._lock = threading.RLock()
         """Guards ``_caches``, because one thread may create a cache while another thread iterates over the set."""
@@ -98,6 +109,8 @@ class RunningChain:
         self.warnings = tuple(find_chain_warnings(chain))
         log_once(self.warnings)
         lease = choose_lease(chain, allow_default=not self.replays)
+        # A tier without a TTL may hold entries of a tier that has one.
+        longest_ttl = max((tier.ttl for _, tier in chain if tier.ttl is not None), default=None)
         self.ports = Ports()
         self.in_flight = InFlight(max_queued)
         self.tiers = [
@@ -105,6 +118,7 @@ class RunningChain:
                 tier,
                 name,
                 lease=lease.seconds if lease is not None and lease.tier == name else None,
+                longest_ttl=longest_ttl,
                 in_flight=self.in_flight,
                 ports=self.ports,
                 cards=self.cards,
@@ -159,6 +173,36 @@ class RunningChain:
     def _list_caches(self) -> list[CacheOverChain]:
         with self._lock:
             return list(self._caches)
+
+    def add_card(self, scope: str, card: dict[str, Value]) -> None:
+        """Keep the space card of a scope, as long as a cache, a queued write or an in-process tier uses the scope."""
+        if scope in self.cards:
+            return
+        with self._lock:
+            self.cards.setdefault(scope, card)
+            if len(self.cards) <= self._max_cards:
+                return
+            used = self._list_used_scopes() | {scope}
+            unused = [other for other in self.cards if other not in used]
+            for other in unused:
+                del self.cards[other]
+            self._max_cards = max(MAX_CARDS, 2 * len(self.cards))
+        self.served.drop(unused)
+        for tier in self.tiers:
+            tier.writer.forget_cards(unused)
+
+    def _list_used_scopes(self) -> set[str]:
+        """Return the scopes whose cards are needed. If an in-process tier cannot be listed, return all scopes."""
+        used = {scope for cache in self._list_caches() for scope in cache._list_scopes()}
+        keys = self.in_flight.list_unwritten()
+        for tier in self.tiers:
+            # Other tiers store cards beside their entries. An in-process tier has only the cards of this chain.
+            if tier.capabilities.scope == "process" and tier.capabilities.scan:
+                try:
+                    keys += tier.backend.scan(KEY_PREFIX)
+                except Exception:  # noqa: BLE001  (a backend may raise anything)
+                    return set(self.cards)
+        return used | {key.split(".", 2)[1] for key in keys if key.count(".") == 2}
 
     # --- events -------------------------------------------------------------------------------
 
@@ -245,7 +289,8 @@ def close_part(part: Any) -> None:
     try:
         close()
     except Exception as error:  # noqa: BLE001  (the other parts must still be closed)
-        log.warning("closing %s failed (%s)", type(part).__name__, type(error).__name__)
+        kind = type(part).__name__
+        _closing_warnings.warn(kind, "closing %s failed (%s)", kind, type(error).__name__)
 
 
 # --- exit of the program --------------------------------------------------------------------------
@@ -330,6 +375,7 @@ def _register_close() -> None:
 def _reset_after_fork() -> None:
     global _open_lock
     _open_lock = threading.RLock()  # a thread of the parent may have held the old lock during the fork
+    _closing_warnings.renew_lock()
     draining_writers.clear()
     for chain in list(_open_chains):
         chain.reset()

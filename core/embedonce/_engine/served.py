@@ -63,6 +63,12 @@ class ServedModels:
             return None
         return _make_error(call.answer.route, str(kept), name)
 
+    def drop(self, scopes: Iterable[str]) -> None:
+        """Drop what is known about scopes that nothing uses any more. Their cards are read again if that changes."""
+        with self._lock:
+            for scope in scopes:
+                self._unread.pop(scope, None)
+
     def forget(self, scopes: Iterable[str]) -> None:
         """Forget the names of these scopes, whose entries were purged."""
         with self._lock:

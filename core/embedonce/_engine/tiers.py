@@ -35,6 +35,7 @@ class LiveTier:
         name: str,
         *,
         lease: float | None,
+        longest_ttl: float | None,
         in_flight: InFlight,
         ports: Ports,
         cards: MutableMapping[str, dict[str, Value]],
@@ -48,7 +49,12 @@ class LiveTier:
         self._emit = emit
         self.counters = Counters()
         self.calls = BackendCalls(tier, name, ports)
-        self.codec = Codec(self.calls.capabilities, tier.encryption, clock=clock)
+        self.codec = Codec(
+            self.calls.capabilities,
+            tier.encryption,
+            longest_ttl=longest_ttl if tier.ttl is None else tier.ttl,
+            clock=clock,
+        )
         self.reader = TierReader(
             self.calls,
             self.codec,

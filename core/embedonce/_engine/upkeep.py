@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from embedonce._reprs import shorten
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
 from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy, Value
@@ -293,7 +294,8 @@ class Upkeep:
 def _compare_cards(own: Card, other: Card) -> list[str]:
     """Return a phrase for each part in which another scope's card differs from the own card."""
     parts = [part for part in own if part not in (SERVED_MODEL, SETTINGS) and other.get(part) != own[part]]
-    differences = [f"{part} {other.get(part)!r} instead of {own[part]!r}" for part in parts]
+    # Another program may have written the other card, so its values may be long.
+    differences = [f"{part} {shorten(other.get(part))} instead of {own[part]!r}" for part in parts]
     mine, theirs = own.get(SETTINGS), other.get(SETTINGS)
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))

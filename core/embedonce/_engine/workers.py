@@ -32,8 +32,10 @@ class Workers:
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run ``call`` in a thread, in a copy of the caller's context. If all threads are busy, the call is queued.
 
+        If no thread can be started, because the system allows no more, the call is queued for a thread that runs.
+
         Raises:
-            RuntimeError: the interpreter is shutting down and starts no threads any more.
+            RuntimeError: no thread can be started and none is running, or the interpreter is shutting down.
         """
         future: Future[T] = Future()
         context = copy_context()
@@ -56,8 +58,13 @@ class Workers:
             if self._free:
                 self._free -= 1
             elif self._max_threads is None or self._threads < self._max_threads:
-                threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
-                self._threads += 1
+                try:
+                    threading.Thread(target=self._work, name="embedonce-worker", daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:
+                    if not self._threads:
+                        raise
+                    self._backlog += 1
             else:
                 self._backlog += 1
             self._jobs.put(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
@@ -22,13 +21,8 @@ from .counters import Counters
 from .flights import InFlight, Ticket
 from .ports import Port, Ports, run_blocking
 
-log = logging.getLogger("embedonce")
-
 CARD_SECONDS = 600.0
 """Seconds after which a space card is written again, because it may have been evicted or purged."""
-
-LOG_INTERVAL = 60.0
-"""Minimum number of seconds between two log lines about failed writes, so that a failing store cannot flood the log."""
 
 JITTER = 0.05
 """Maximum fraction by which a TTL is shortened, so that entries written together expire at different times."""
@@ -99,7 +93,6 @@ class TierWriter:
         """Start over in a forked child."""
         self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
         self._is_draining = False
-        self._next_log = 0.0
         self._cards_written: dict[str, float] = {}
         """By scope, the monotonic time at which this process last wrote the space card."""
         self.breaker = Breaker(self._on_change)
@@ -289,8 +282,12 @@ class TierWriter:
         if self._calls.capabilities.scope == "process":
             return
         now = time.monotonic()
-        scopes = {key.split(".", 2)[1] for key in keys} & self._cards.keys()
-        due = {scope for scope in scopes if now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS}
+        known = {scope: self._cards.get(scope) for scope in {key.split(".", 2)[1] for key in keys}}
+        due = {
+            scope: card
+            for scope, card in known.items()
+            if card is not None and now - self._cards_written.get(scope, -CARD_SECONDS) >= CARD_SECONDS
+        }
         if not due:
             return
         keys = [CARD_PREFIX + scope for scope in due]
@@ -298,9 +295,9 @@ class TierWriter:
             names = self._codec.read_served_models(self._calls.backend.get_many(keys))
         except Exception:  # noqa: BLE001  (a backend may raise anything; the next write retries the card)
             return
-        for scope in due & names.keys():
-            self._cards[scope] = {**self._cards[scope], SERVED_MODEL: names[scope]}
-        cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=self._cards[scope]) for scope in due}
+        for scope in due.keys() & names.keys():
+            due[scope] = self._cards[scope] = {**self._cards.get(scope, due[scope]), SERVED_MODEL: names[scope]}
+        cards = {CARD_PREFIX + scope: Entry(freeze(()), self._clock(), metadata=card) for scope, card in due.items()}
         try:
             self._calls.backend.set_many(self._codec.encode(cards), None)
         except (PartialAnswer, TierBusy):  # the entries are stored; the next write retries the card
@@ -379,7 +376,11 @@ class TierWriter:
         except Exception as error:  # noqa: BLE001  (a backend may raise anything)
             result = WriteResult(failed=len(entries), error=error)
         cause = self._record(result, start, probe=probe)
-        now = time.monotonic()
-        if result.error is not None and not self.breaker.is_open and now >= self._next_log:
-            self._next_log = now + LOG_INTERVAL
-            log.warning("tier %r: background write failed for %d entries (%s)", self.name, result.failed, cause)
+        if result.error is not None and not self.breaker.is_open:
+            self._calls.warnings.warn(
+                "writing",
+                "tier %r: background write failed for {count} entries (%s)",
+                self.name,
+                cause,
+                count=result.failed,
+            )

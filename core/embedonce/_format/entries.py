@@ -213,18 +213,19 @@ class Entries(MutableMapping[str, Entry]):
             return dict(self._by_key)  # type: ignore[arg-type]
         if len(self._blocks) == 1 and len(self._blocks[0].keys) == len(self._by_key):
             return {}
-        return {key: item for key, item in self._by_key.items() if type(item) is not Block}  # type: ignore[misc]
+        # Several threads may fill the answer of one call. Copying a dict is one step for them, a loop is not.
+        return {key: item for key, item in dict(self._by_key).items() if type(item) is not Block}  # type: ignore[misc]
 
     def as_dict(self) -> dict[str, Entry]:
         """Return all entries as a dict. Entry objects are created for the entries that are still in blocks."""
         if not self._blocks:
             return dict(self._by_key)  # type: ignore[arg-type]
-        return {key: self[key] for key in self._by_key}
+        return {key: self[key] for key in list(self._by_key)}
 
     def sizes(self) -> Counter[int]:
         """Count the entries by the number of dimensions of their vectors."""
         sizes = Counter(entry.vector.size for entry in self.loose().values())
-        for block in self._blocks:
+        for block in list(self._blocks):
             sizes[block.values.shape[1]] += len(block.keys)
         return sizes
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from .entries import Metadata
 
 MAX_METADATA = 64 * 1024
 """Maximum size of an entry's metadata as compact JSON, in bytes."""
+
+MAX_DEPTH = 32
+"""Maximum number of objects and lists of an entry's metadata that are inside each other.
+
+Copying or comparing metadata that is nested hundreds of levels deep would raise RecursionError."""
 
 
 def _reject_constant(name: str) -> NoReturn:
@@ -34,7 +39,7 @@ def plain_metadata(metadata: Metadata) -> dict[str, Any]:
     """Return a copy of the metadata as it will be read from a frame. For example, a tuple becomes a list.
 
     Raises:
-        TypeError: the metadata is not a JSON object.
+        TypeError: the metadata is not a JSON object, or has more than :data:`MAX_DEPTH` levels.
         ValueError: the metadata has more than 64 KiB.
     """
     copy: dict[str, Any] = json.loads(write_metadata("an entry", metadata))
@@ -42,13 +47,20 @@ def plain_metadata(metadata: Metadata) -> dict[str, Any]:
 
 
 def write_metadata(key: str, metadata: Metadata) -> bytes:
+    """Return the metadata as compact JSON. The errors are those of :func:`plain_metadata`."""
+    depth = _measure_depth(metadata)
+    if depth is None:
+        raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got more")
     try:
-        if not isinstance(metadata, Mapping) or not _has_plain_keys(metadata):
-            raise TypeError("a key is not a string")
+        if not isinstance(metadata, Mapping) or depth > MAX_DEPTH or not _has_plain_keys(metadata):
+            raise TypeError("the metadata is no such object")
         written = _TO_JSON.encode(dict(metadata)).encode()
     except (TypeError, ValueError, RecursionError):
         # Raise the error without its cause, because the message of the cause may show the metadata.
-        raise TypeError(f"{key}: metadata is not a JSON object whose keys are strings") from None
+        raise TypeError(
+            f"{key}: metadata is not a JSON object whose keys are strings, with at most {MAX_DEPTH} objects and lists "
+            "inside each other"
+        ) from None
     if len(written) > MAX_METADATA:
         raise ValueError(f"{key}: metadata must have at most {MAX_METADATA} bytes, got {len(written)}")
     return written
@@ -61,12 +73,48 @@ def _has_plain_keys(value: Any) -> bool:
     return not isinstance(value, (list, tuple)) or all(map(_has_plain_keys, value))
 
 
+def _measure_depth(value: Any) -> int | None:
+    """Return how many objects and lists are inside each other, or ``MAX_DEPTH + 1`` if there are more.
+
+    Return None if there are so many in all that the value is too large. This function does not recurse.
+    """
+    level, depth, total = _list_containers([value]), 0, 0
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        total += len(level)
+        if total > MAX_METADATA:  # each of them takes two bytes
+            return None
+        level = _list_containers(
+            part for item in level for part in (item.values() if isinstance(item, Mapping) else item)
+        )
+    return depth
+
+
+def _list_containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (dict, list, tuple, Mapping))]
+
+
+def is_valid_metadata(metadata: Any) -> bool:
+    """Return whether a value that a store returned can be the metadata of an entry."""
+    if metadata is None:
+        return True
+    try:
+        write_metadata("an entry", metadata)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def read_metadata(written: bytes) -> dict[str, Any] | None:
-    """Return the metadata, or None if ``written`` is not a JSON object that could be written again."""
+    """Return the metadata, or None if ``written`` is not a JSON object that :func:`write_metadata` accepts."""
     try:
         metadata = _FROM_JSON.decode(written.decode())
         if b"\\u" in written:  # an escape may be a lone surrogate, which cannot be written again
             _TO_JSON.encode(metadata).encode()
     except (ValueError, RecursionError):
         return None
+    if written.count(b"{") + written.count(b"[") > MAX_DEPTH:
+        depth = _measure_depth(metadata)
+        if depth is None or depth > MAX_DEPTH:
+            return None
     return metadata if isinstance(metadata, dict) else None
