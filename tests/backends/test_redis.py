@@ -421,7 +421,7 @@ def test_errors_of_tls_are_explained(tmp_path: Path, backends: Any) -> None:
             assert "if this port expects TLS, write rediss" in str(error)
         for error in call_each_face(backends(url=f"rediss://127.0.0.1:{server.tls_port}")):
             assert type(error).__name__ == "SSLCertVerificationError"
-        with pytest.raises(TierTimeout, match="if this port has no TLS, write redis instead"), deadline(0.2):
+        with pytest.raises(TierTimeout, match="if this port has no TLS, write redis instead"), deadline(3.0):
             backends(url=f"rediss://127.0.0.1:{server.port}").get_many(["a"])
 
 
