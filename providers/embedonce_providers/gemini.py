@@ -270,10 +270,12 @@ def embedonce_providers() -> Mapping[str, type[GeminiProvider]]:
 
 def _close_blocking(client: genai.Client) -> None:
     client.close()
-    client._api_client._http_options.httpx_client.close()  # the client closes only what it has made itself
+    own: Any = client._api_client._http_options.httpx_client
+    own.close()  # the client closes only what it has made itself
 
 
 async def _close_client(client: genai.Client) -> None:
     await client.aio.aclose()
-    await client._api_client._http_options.httpx_async_client.aclose()
+    own: Any = client._api_client._http_options.httpx_async_client
+    await own.aclose()
     _close_blocking(client)

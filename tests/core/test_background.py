@@ -203,7 +203,7 @@ def test_the_next_call_tries_again_to_start_the_thread(monkeypatch: pytest.Monke
     loop = BackgroundLoop("the remote backend")
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(RuntimeError, match="can't start"):
+        with pytest.raises(RuntimeError, match="no thread can be started; raise the limit"):
             loop.run(get_thread_id, LONG_TIMEOUT)
     assert loop.run(get_thread_id, LONG_TIMEOUT)
     loop.close()

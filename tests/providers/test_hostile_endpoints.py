@@ -259,7 +259,7 @@ VARIABLES = {
 @makers
 @pytest.mark.parametrize("key", BAD_KEYS, ids=ascii)
 def test_a_key_that_no_header_can_have_is_refused_at_once(endpoint: Endpoint, make: Any, key: str) -> None:
-    with pytest.raises(ValueError, match="^api_key ") as caught:
+    with pytest.raises(ValueError, match=r"^api_key ") as caught:
         make(endpoint.url, api_key=key)
     assert KEY not in show(caught.value)
 
