@@ -13,7 +13,9 @@ imports ``pydantic_core`` only when pydantic asks for the schema of an option.
 from __future__ import annotations
 
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -23,7 +25,18 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
 
-__all__ = ["BadValue", "Doc", "Duration", "FolderOrName", "NotAFolder", "Size", "parse_duration", "parse_size"]
+__all__ = [
+    "BadValue",
+    "Doc",
+    "Duration",
+    "FolderOrName",
+    "NotAFolder",
+    "Size",
+    "check_secret",
+    "parse_duration",
+    "parse_size",
+    "read_secret_variable",
+]
 
 # Units are case-insensitive, so "Mb" means megabytes; there are no units for bits. A plain "M" is refused, because
 # "M" may mean 1000 * 1000 or 1024 * 1024. This module has its own parser of sizes, because pydantic's ByteSize accepts
@@ -180,3 +193,64 @@ class IsFolderOrName:
 FolderOrName: TypeAlias = Annotated[str, IsFolderOrName()]
 """A folder, or the name of something else, such as a model on a hub. In TOML, a relative folder starts at the folder of
 the file. A value that begins with ``./``, ``../``, ``~`` or ``/`` is always a folder."""
+
+
+# --- secrets and URLs -------------------------------------------------------------------------
+
+_CHARACTERS: Mapping[str, str] = {
+    **dict.fromkeys("\n\r\v\f\x85\u2028\u2029", "a line end"),
+    "\t": "a tab",
+    "\0": "a NUL character",
+    "\ufeff": "a byte order mark",
+}
+_INVISIBLE = {"Zs": "a space", "Zl": "a line end", "Zp": "a line end", "Cc": "a control character"}
+"""Names of characters that cannot be seen, by their Unicode category."""
+_DOCUMENTS = ("-----BEGIN ", "{")
+"""Beginnings of secrets that are whole documents (PEM, JSON), which may end with a line end."""
+
+
+def check_secret(text: str) -> None:
+    """Check a secret or a URL that was read from a variable or a file: nothing invisible may be around it.
+
+    A server would refuse such a secret, and its client may write the secret into the error or the log. The check covers
+    white space, control characters, byte order marks and zero-width characters at both ends, and NUL anywhere. A PEM or
+    JSON document may end with white space.
+
+    Raises:
+        BadValue: the text has such a character. The message never repeats the text.
+    """
+    if "\0" in text:
+        raise BadValue("contains a NUL character; remove it")
+    for position, verb in ((-1, "ends"), (0, "starts")):
+        name = _name_invisible(text[position]) if text else None
+        if name is None or (position == -1 and text.startswith(_DOCUMENTS)):
+            continue
+        advice = " (`echo` adds a line end to a Kubernetes secret, `echo -n` adds none)" if name == "a line end" else ""
+        raise BadValue(f"{verb} with {name}; remove it{advice}")
+
+
+def read_secret_variable(name: str) -> str | None:
+    """Return the secret or the URL in an environment variable, checked by :func:`check_secret`.
+
+    The result is None if the variable is not set or is empty. A provider uses this function for a variable that it
+    reads by itself, such as the default of ``api_key``.
+
+    Raises:
+        BadValue: an invisible character is around the value. The message names the variable, and never its value.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        check_secret(text)
+    except BadValue as error:
+        raise BadValue(f"the environment variable {name} {error}") from None
+    return text
+
+
+def _name_invisible(character: str) -> str | None:
+    """Return the name of a character that cannot be seen, or None for any other character."""
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return _CHARACTERS.get(character, "a zero-width character")
+    return _CHARACTERS.get(character) or _INVISIBLE.get(category)

@@ -14,12 +14,8 @@ from typing import Any
 from embedonce._messages import quote_toml_key
 from embedonce.errors import ConfigError, Problem
 
+from .found_files import PYPROJECT, TABLE, find_file, get_table
 from .places import Place, Places, TomlPath, find_places, read_syntax_error
-
-FILE = "embedonce.toml"
-PYPROJECT = "pyproject.toml"
-TABLE = ("tool", "embedonce")
-"""Names of the nested tables that lead to the configuration in a pyproject.toml."""
 
 CONFIG_VARIABLE = "EMBEDONCE_CONFIG"
 OVERRIDE = "EMBEDONCE__"
@@ -40,6 +36,8 @@ class Document:
     text: str = ""
     prefix: tuple[str, ...] = ()
     """Names of the nested tables that lead to the configuration in the file; empty except in a pyproject.toml."""
+    is_found: bool = False
+    """Whether the file was found in the current folder or above it, and not named."""
     _places: Places | None = field(default=None, repr=False)
 
     @property
@@ -113,33 +111,10 @@ def _find_default() -> Document:
         found = read_document(Path(path), origin=f" ({CONFIG_VARIABLE})")
         found.source = f"{CONFIG_VARIABLE}={path}"
         return found
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if os.path.lexists(folder / FILE):  # also True for a broken link; ignoring the link would hide a mistake
-            return read_document(folder / FILE)
-        if _has_configuration(folder / PYPROJECT):
-            return read_document(folder / PYPROJECT)
+    nearest = find_file()
+    if nearest is not None:
+        return _parse_document(nearest.path, nearest.content, is_found=True)
     return _make_default()
-
-
-def _has_configuration(pyproject: Path) -> bool:
-    """Return whether a pyproject.toml contains a configuration. Errors in an unrelated pyproject.toml are ignored."""
-    try:
-        content = pyproject.read_bytes()
-    except OSError:
-        return False
-    if b"embedonce" not in content:
-        return False
-    try:
-        return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
-    except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # if True, the caller reads the file and reports why it is invalid
-
-
-def _get_table(data: Any) -> Any:
-    for name in TABLE:
-        data = data.get(name) if isinstance(data, dict) else None
-    return data
 
 
 def _make_default() -> Document:
@@ -166,13 +141,18 @@ def read_document(file: Path, origin: str = "") -> Document:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(f"cannot be read{origin}: {reason}", name)]) from error
+    return _parse_document(file, content)
+
+
+def _parse_document(file: Path, content: bytes, *, is_found: bool = False) -> Document:
+    name = relative_name(file)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte, place = _locate_bad_byte(content, error)
         raise ConfigError([Problem(f"cannot be read: byte {byte} is not UTF-8", name, *place)]) from error
     data = _parse_toml(text, name)
-    found = Document(data, name, Path(os.path.abspath(file)), text)
+    found = Document(data, name, Path(os.path.abspath(file)), text, is_found=is_found)
     if file.name == PYPROJECT:
         _narrow_to_table(found)
     return found
@@ -199,7 +179,7 @@ def _parse_toml(text: str, name: str) -> dict[str, Any]:
 
 
 def _narrow_to_table(found: Document) -> None:
-    inner = _get_table(found.data)
+    inner = get_table(found.data)
     if inner is None:
         raise ConfigError([Problem("has no [tool.embedonce]", found.relative_name)])
     if not isinstance(inner, dict):

@@ -16,9 +16,20 @@ from embedonce.keys import KeyPolicy
 from embedonce.options import BadValue, Doc
 
 from .documents import OVERRIDE, UNUSABLE, Document, Values, expand_values, is_unicode, list_overrides
+from .hints import format_doc, hide_name, suggest_key, suggest_tier_name
 from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
-from .secrets import HIDDEN, display, find_credentials, find_secrets, find_texts, format_path, is_secret, mask
+from .secrets import (
+    HIDDEN,
+    display,
+    find_credentials,
+    find_invisible,
+    find_secrets,
+    find_texts,
+    format_path,
+    is_secret,
+    mask,
+)
 from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
@@ -232,7 +243,7 @@ class _Loader:
         except PluginError as error:
             is_overridden = _format_variable(("key", "normalize")) in self._variables
             hidden = is_overridden or _is_any_inside(where[:2], self._values.private)
-            self._add_own_problem("key", "normalize", _hide_name(error, step) if hidden else str(error), where)
+            self._add_own_problem("key", "normalize", hide_name(error, step) if hidden else str(error), where)
             return False
         return True
 
@@ -289,7 +300,7 @@ class _Loader:
             options = merge_options(cls, own, {"type", *table.tables})
         except PluginError as error:
             hidden = self._find_override(table, "type") or _is_any_inside((*table.where, "type"), self._values.private)
-            self._add_option_problem(table, "type", _hide_name(error, kind) if hidden else str(error))
+            self._add_option_problem(table, "type", hide_name(error, kind) if hidden else str(error))
             self._read_own_options(table, own)
             return None
         table.options = {**table.options, **options}
@@ -372,7 +383,7 @@ class _Loader:
         name = entry_points.strip_distribution(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             rule = "it must start with a letter a-z and contain only a-z, 0-9, - and _; for example:"
-            reason = f'{rule} "{_suggest_tier_name(url or name)}"'
+            reason = f'{rule} "{suggest_tier_name(url or name)}"'
             if name == "provider":
                 reason = "it is reserved for the provider"
             message = f"{quote(url or name)} is not a valid tier name: {reason}"
@@ -405,7 +416,7 @@ class _Loader:
         for key in table.given:
             if key not in names:
                 home = next((name for name, cls in _OWN_TABLES.items() if key in options_of(cls)), None)
-                hint = f"; it belongs in {self._document.table(home)}" if home else _suggest_key(key, names)
+                hint = f"; it belongs in {self._document.table(home)}" if home else suggest_key(key, names)
                 self._add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
             value = self._read_option(table, option)
@@ -421,7 +432,7 @@ class _Loader:
         if option.name not in table.given:
             if option.required:
                 self._add_problem(
-                    table.where, f"{quote(option.name)} is missing in {table.label}{_format_doc(option)}", key=True
+                    table.where, f"{quote(option.name)} is missing in {table.label}{format_doc(option)}", key=True
                 )
             return UNUSABLE
         return self._read_value(table, option, table.given[option.name])
@@ -458,7 +469,11 @@ class _Loader:
         try:
             if value == "" and option.is_path:
                 raise BadValue('must not be empty; write "." for the folder of the configuration')
-            return option.resolve_path(option.check(value), self._document.folder)
+            invisible = list(find_invisible((option.name,), value, self._list_variables(table, option)))
+            for where, message in invisible:
+                self._add_value_problem(table, where, None, message, variable)
+            if not invisible:
+                return option.resolve_path(option.check(value), self._document.folder)
         except Refused as refused:
             for part in list_invalid_parts(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (option.name, *part.where)
@@ -469,6 +484,15 @@ class _Loader:
             message = str(error) if isinstance(error, PluginError | BadValue) or not hidden else "is invalid"
             self._add_value_problem(table, (option.name,), None, message, variable)
         return UNUSABLE
+
+    def _list_variables(self, table: _Table, option: Option) -> dict[TomlPath, dict[str, str]]:
+        """Return the environment variables in an option's value, by the path that starts with the option's name."""
+        depth, where = len(table.where), (*table.where, option.name)
+        return {
+            place[depth:]: found
+            for place, found in self._values.variables.items()
+            if place[: len(where)] == where
+        }
 
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
@@ -556,27 +580,6 @@ def _sort_key(problem: Problem) -> tuple[bool, int, int]:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
-
-
-def _suggest_key(key: str, names: Sequence[str]) -> str:
-    meant = find_closest(key, names)
-    if meant:
-        return f'; did you mean "{meant}"?'
-    return f"; valid keys are {join_words(names)}" if names else "; no key is valid here"
-
-
-def _format_doc(option: Option) -> str:
-    return f"; {option.doc}" if option.doc else ""
-
-
-def _hide_name(error: PluginError, name: str) -> str:
-    """Remove a plugin's name from an error's message. The name is from the environment, so it may be a secret."""
-    message = str(error).replace(quote(name), "of that name")
-    return f"a plugin {message}" if message.startswith("of that name") else message
-
-
-def _suggest_tier_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
 
 
 def _is_any_inside(where: TomlPath, places: Iterable[TomlPath]) -> bool:
