@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -11,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedonce._cache_folder import NoCacheFolder, find_cache_path
 from embedonce._messages import quote_toml_key
 from embedonce.errors import ConfigError, Problem
 
-from .found_files import PYPROJECT, TABLE, find_file, get_table
+from .found_files import PYPROJECT, TABLE, find_file, get_table, relative_name
 from .places import Place, Places, TomlPath, find_places, read_syntax_error
+
+log = logging.getLogger("embedonce")
 
 CONFIG_VARIABLE = "EMBEDONCE_CONFIG"
 OVERRIDE = "EMBEDONCE__"
@@ -72,14 +76,6 @@ class Document:
         return f"[[{name}]]" if array else f"[{name}]"
 
 
-def relative_name(file: Path) -> str:
-    """Return a file's path, relative to the current folder if the file is in or below that folder."""
-    try:
-        return str(file.relative_to(Path.cwd()))
-    except (ValueError, OSError):  # OSError: the current folder was removed
-        return str(file)
-
-
 # --- finding ----------------------------------------------------------------------------------
 
 
@@ -118,11 +114,27 @@ def _find_default() -> Document:
 
 
 def _make_default() -> Document:
-    import platformdirs
+    """Return the default: the ngram provider, a memory tier, and a disk tier if there is a place for it."""
+    tiers = [{"type": "memory"}]
+    source = "defaults, since no configuration was found"
+    try:
+        tiers.append({"type": "disk", "path": str(find_cache_path("vectors"))})
+    except NoCacheFolder as error:
+        source += f"; memory alone, because {error}"
+        _warn_once(
+            f"no disk tier: {error}, so vectors are kept in memory alone, until the program ends; to keep them, set "
+            "HOME or XDG_CACHE_HOME to a folder that can be written to, or write a configuration"
+        )
+    return Document({"provider": {"type": "ngram"}, "tiers": tiers}, source)
 
-    folder = platformdirs.user_cache_path("embedonce", appauthor=False) / "vectors"
-    tiers = [{"type": "memory"}, {"type": "disk", "path": str(folder)}]
-    return Document({"provider": {"type": "ngram"}, "tiers": tiers}, "defaults, since no configuration was found")
+
+_WARNED: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _WARNED:
+        _WARNED.add(message)
+        log.warning("%s", message)
 
 
 def read_document(file: Path, origin: str = "") -> Document:
@@ -218,6 +230,15 @@ def expand_values(data: Mapping[str, Any]) -> Values:
 
 UNUSABLE = object()
 """Replaces a value that is listed in ``Values.errors``."""
+
+
+def contains_unusable(value: Any) -> bool:
+    """Return whether a value, at any depth, contains a part that cannot be used."""
+    if isinstance(value, Mapping):
+        return any(contains_unusable(item) for item in value.values())
+    if isinstance(value, list):
+        return any(contains_unusable(item) for item in value)
+    return value is UNUSABLE
 
 
 def _expand_value(value: Any, path: TomlPath, found: Values) -> Any:

@@ -1,12 +1,15 @@
 """Find the nearest configuration, and read it only if nobody else can have written it.
 
-A configuration says where texts and secrets are sent. A file that is found, and not named, may belong to anybody who can
-write to a folder above the current folder. So its owner and its folders are checked first, as git checks a repository.
+A configuration says where texts and secrets are sent. A file that is found, and not named, may belong to anybody who
+can write to a folder above the current folder. So its owner and its folders are checked first, as git checks a
+repository.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -16,6 +19,8 @@ from typing import Any
 
 from embedonce.errors import ConfigError, Problem
 
+from .places import TomlPath
+
 FILE = "embedonce.toml"
 PYPROJECT = "pyproject.toml"
 TABLE = ("tool", "embedonce")
@@ -23,6 +28,8 @@ TABLE = ("tool", "embedonce")
 
 MAX_BYTES = 4 << 20
 """Maximum size of a file that is found. No configuration is that large."""
+
+ONLY_NAMED = "it works only in a file that you name: by --config FILE, by EMBEDONCE_CONFIG, or as an argument in Python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,23 @@ def get_table(data: Any) -> Any:
     for name in TABLE:
         data = data.get(name) if isinstance(data, dict) else None
     return data
+
+
+def relative_name(file: Path) -> str:
+    """Return a file's path, relative to the current folder if the file is in or below that folder."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # OSError: the current folder was removed
+        return str(file)
+
+
+def find_remote_code(value: Any, where: TomlPath = ()) -> Iterator[TomlPath]:
+    """Yield the path of each ``trust_remote_code`` that is not false. A file that is only found must not set it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, item in items:
+        if step == "trust_remote_code" and item not in (False, None, "", "false"):
+            yield (*where, step)
+        yield from find_remote_code(item, (*where, step))
 
 
 def _list_folders() -> Iterator[Path]:
@@ -107,20 +131,21 @@ def _read_trusted(file: Path) -> bytes:
         reason = _find_distrust(file, opened)
     except FileNotFoundError:
         word = "is a broken symbolic link" if file.is_symlink() else "was removed while it was read"
-        raise ConfigError([Problem(word, str(file))]) from None
+        raise ConfigError([Problem(word, relative_name(file))]) from None
     except OSError as error:
-        raise ConfigError([Problem(f"cannot be read: {error.strerror or error}", str(file))]) from error
+        raise ConfigError([Problem(f"cannot be read: {error.strerror or error}", relative_name(file))]) from error
     if reason:
         raise _refuse(file, reason)
     return content
 
 
 def _refuse(file: Path, reason: str) -> ConfigError:
+    name = shlex.quote(str(file))
     message = (
         f"is not used, because it was found and not named, and {reason}. A configuration says where texts and secrets "
-        f"are sent. If you trust the file, name it: --config {file}, or EMBEDONCE_CONFIG={file}"
+        f"are sent. If you trust this file, name it: --config {name}, or EMBEDONCE_CONFIG={name}"
     )
-    return ConfigError([Problem(message, str(file))])
+    return ConfigError([Problem(message, relative_name(file))])
 
 
 def _read_regular(file: Path) -> tuple[bytes, os.stat_result]:
@@ -140,14 +165,18 @@ def _read_regular(file: Path) -> tuple[bytes, os.stat_result]:
         _require_regular(file, opened)
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise ConfigError([Problem(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a configuration", str(file))])
+        raise ConfigError(
+            [Problem(f"is larger than {MAX_BYTES >> 20} MiB, so it is not a configuration", relative_name(file))]
+        )
     return content, opened
 
 
 def _require_regular(file: Path, status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode):
         return
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
     raise _refuse(file, f"it is not a regular file but {kind}")
 
@@ -170,11 +199,8 @@ def _find_distrust(file: Path, opened: os.stat_result) -> str:
     reason = _find_link_distrust(file)
     if reason:
         return reason
-    target = Path(os.path.realpath(file))
-    folders = dict.fromkeys(Path(os.path.realpath(file.parent)) / name for name in (file.name,))
-    folders[target] = None
-    for path in folders:
-        reason = _find_folder_distrust(path.parent, opened)
+    for folder in dict.fromkeys((Path(os.path.realpath(file.parent)), Path(os.path.realpath(file)).parent)):
+        reason = _find_folder_distrust(folder, opened)
         if reason:
             return reason
     return ""
@@ -199,8 +225,8 @@ def _find_link_distrust(file: Path) -> str:
 def _find_folder_distrust(folder: Path, opened: os.stat_result | None) -> str:
     """Return the reason why somebody else may have put a file into a folder, or "".
 
-    A sticky folder such as /tmp does not keep others from adding a file. It does keep them from renaming a folder of this
-    user, so a folder below /tmp is fine.
+    A sticky folder such as /tmp does not keep others from adding a file. It does keep them from renaming a folder of
+    this user, so a folder below /tmp is fine.
     """
     status = os.stat(folder)
     if status.st_mode & stat.S_IWOTH:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from embedonce._messages import find_closest, join_words, quote
 from embedonce._plugins.options import Option
@@ -32,3 +33,8 @@ def hide_name(error: PluginError, name: str) -> str:
 def suggest_tier_name(name: str) -> str:
     """Return a valid tier name that resembles an invalid one."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a table or a list of tables."""
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))

@@ -15,8 +15,18 @@ from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy
 from embedonce.options import BadValue, Doc
 
-from .documents import OVERRIDE, UNUSABLE, Document, Values, expand_values, is_unicode, list_overrides
-from .hints import format_doc, hide_name, suggest_key, suggest_tier_name
+from .documents import (
+    OVERRIDE,
+    UNUSABLE,
+    Document,
+    Values,
+    contains_unusable,
+    expand_values,
+    is_unicode,
+    list_overrides,
+)
+from .found_files import ONLY_NAMED, find_remote_code
+from .hints import format_doc, hide_name, is_table, suggest_key, suggest_tier_name
 from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
 from .secrets import (
@@ -116,6 +126,8 @@ class _Loader:
 
     def load(self) -> Config:
         self._problems += [problem for _, problem in self._list_unusable()]
+        if self._document.is_found:
+            self._refuse_remote_code()
         self._check_names()
         cache = self._read_section("cache", CacheTable)
         is_given = "plugins" in self._values.data or _format_variable(("plugins", "allow")) in self._variables
@@ -156,6 +168,12 @@ class _Loader:
             name = format_path(rest) + (f" in {self._format_label(head)}" if head else "")
             yield where, self._document.problem(where, f"{name} {message}", key=False)
 
+    def _refuse_remote_code(self) -> None:
+        for where in find_remote_code(self._values.data):
+            head, rest = self._split_path(where)
+            name = f"{format_path(rest)} in {self._format_label(head)}"
+            self._add_problem(where, f"{name} runs code of others, so {ONLY_NAMED}")
+
     def _split_path(self, where: TomlPath) -> tuple[TomlPath, TomlPath]:
         """Split the path of a value into the path of its table and the rest."""
         depth = 2 if where[:1] == ("tiers",) or where[:2] == ("provider", "fallback") else 1
@@ -183,8 +201,8 @@ class _Loader:
                 continue
             home = next((table for table, cls in _OWN_TABLES.items() if name in options_of(cls)), None)
             meant = find_closest(name, TABLES)
-            unknown = f"table {self._document.table(name)}" if _is_table(given) else f"key {quote(name)}"
-            if home and not _is_table(given):
+            unknown = f"table {self._document.table(name)}" if is_table(given) else f"key {quote(name)}"
+            if home and not is_table(given):
                 hint = f"; it belongs in {self._document.table(home)}"
             elif meant:
                 hint = f"; did you mean {self._document.table(meant, array=meant == 'tiers')}?"
@@ -450,7 +468,7 @@ class _Loader:
 
     def _read_value(self, table: _Table, option: Option, value: Any) -> Any:
         where = (*table.where, option.name)
-        if _contains_unusable(value):
+        if contains_unusable(value):
             return UNUSABLE
         private = _is_any_inside(where, self._values.private)
         for text in find_texts(value):
@@ -488,11 +506,7 @@ class _Loader:
     def _list_variables(self, table: _Table, option: Option) -> dict[TomlPath, dict[str, str]]:
         """Return the environment variables in an option's value, by the path that starts with the option's name."""
         depth, where = len(table.where), (*table.where, option.name)
-        return {
-            place[depth:]: found
-            for place, found in self._values.variables.items()
-            if place[: len(where)] == where
-        }
+        return {place[depth:]: found for place, found in self._values.variables.items() if place[: len(where)] == where}
 
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
@@ -578,18 +592,6 @@ def _sort_key(problem: Problem) -> tuple[bool, int, int]:
     return problem.line is None, problem.line or 0, problem.column or 0
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
-
-
 def _is_any_inside(where: TomlPath, places: Iterable[TomlPath]) -> bool:
     """Return whether any of ``places`` is at or below the path ``where``."""
     return any(place[: len(where)] == where for place in places)
-
-
-def _contains_unusable(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_contains_unusable(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_contains_unusable(item) for item in value)
-    return value is UNUSABLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedonce.errors import TierError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
-    """Read the configuration, and tell the user if no configuration was found.
+    """Read the configuration, and tell the user if none was found, or if it was found above the current folder.
 
     A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
 
@@ -28,11 +29,17 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     loaded = config.load(source, own_provider=not needs_provider)
     if loaded.file is None:
         say(
-            "No configuration found: using a memory tier, a disk tier in your cache folder, and the ngram provider.\n"
+            f"No configuration found: using {_describe_default_tiers(loaded)} and the ngram provider.\n"
             "The ngram provider needs no model. Its vectors reflect the spelling of a text, not its meaning.\n"
             "To use a model, write an embedonce.toml with `embedonce init --provider NAME`."
         )
+    elif loaded.document.is_found and loaded.file.parent != Path.cwd():
+        say(f"using the configuration {loaded.file}")
     return loaded
+
+
+def _describe_default_tiers(loaded: Config) -> str:
+    return "a memory tier, a disk tier in your cache folder," if len(loaded.tiers) > 1 else "a memory tier"
 
 
 @contextmanager
