@@ -14,7 +14,8 @@ def find_cache_path(name: str) -> Path:
     """Return the absolute path of a file or folder of embedonce in the user's cache folder. It may not exist yet.
 
     Raises:
-        NoCacheFolder: no home folder is known, or the folder cannot be created or written to, and ``name`` does not exist in it.
+        NoCacheFolder: no home folder is known. Or ``name`` does not exist, and its folder cannot be created or
+            written to.
     """
     import platformdirs
 

@@ -152,13 +152,31 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class TierCheck:
-    """The result of checking whether a tier answers."""
+    """The result of checking whether a tier answers and stores what is written to it."""
 
     tier: str
     type: str
     ok: bool
     seconds: float
     detail: str = ""
+    writes: bool | None = None
+    """Whether a probe was written, read and deleted. None if this was not tried, for example because the tier's
+    ``write`` is ``"none"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderCheck:
+    """The result of checking a provider."""
+
+    provider: str
+    ok: bool
+    seconds: float
+    dimensions: int | None = None
+    """Number of dimensions of the vector that the provider returned; None if it was not called or failed."""
+    model: str | None = None
+    """The name of the model according to the provider's answer; None if the answer does not name it."""
+    detail: str = ""
+    """The error if ``ok`` is False."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
-from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
+from .answers import ChainWarning, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import ConfigError
@@ -81,6 +81,7 @@ class Cache(Requests):
         clock: Callable[[], float] = time.time,
     ) -> None:
         _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
+        listeners = _check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
         steps = [_find_normalizer(name) for name in policy.normalize]
         source = LiveProvider(wrap(provider, space), fallback=False)
@@ -253,9 +254,21 @@ class Cache(Requests):
         return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
 
     def check(self) -> list[TierCheck]:
-        """Return whether each tier answers."""
+        """Return whether each tier answers, and whether it stores, returns and deletes a probe.
+
+        A probe is not listed, counted or kept, and evicts nothing in this process. A tier whose ``write`` is
+        ``"none"`` and a tier that cannot delete get no probe.
+        """
         self._check_open()
         return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
+
+    def check_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
+        """Return whether the provider, and the fallback if there is one, can be called.
+
+        A missing API key is found without a call. With ``embed``, each provider embeds one constant text, which may
+        cost money. Its vector is not stored.
+        """
+        return run_blocking(self._check_providers(self._chain.ports.blocking, embed=embed))
 
     def migrate(self) -> dict[str, str]:
         """Create or update the tables of every store that has tables (Postgres). Return the changes by tier.
@@ -378,6 +391,10 @@ class Cache(Requests):
         self._check_open()
         return await self._chain.upkeep.check(self._chain.ports.get_loop_port())
 
+    async def acheck_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
+        """Async twin of :meth:`check_providers`."""
+        return await self._check_providers(self._chain.ports.get_loop_port(), embed=embed)
+
     async def amigrate(self) -> dict[str, str]:
         """Async twin of :meth:`migrate`."""
         self._check_open()
@@ -484,11 +501,28 @@ def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float,
         ("flush_timeout", flush_timeout, 0),
         ("max_queued", max_queued, 1),
     ):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ConfigError(f"{name} must be a number, got {type(number).__name__}")
         if not number >= least:
             raise ConfigError(f"{name} must be at least {least}, got {number}")
 
 
+def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> list[Callable[[Event], None]]:
+    """Check the types of arguments that are used only later, and return the listeners as a list."""
+    for name, value, kind in (("key", key, KeyPolicy), ("drift", drift, DriftGuard)):
+        if value is not None and not isinstance(value, kind):
+            got = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+            raise ConfigError(f"{name} must be a {kind.__name__}, such as {kind.__name__}(...), got {got}")
+    if not isinstance(listeners, Iterable) or not all(map(callable, listeners := list(listeners))):
+        raise ConfigError("listeners must be a list of functions, each of which is called with every event")
+    if not callable(clock):
+        raise ConfigError(f"clock must be a function that returns Unix time, got a {type(clock).__name__}")
+    return listeners
+
+
 def _find_normalizer(name: str) -> Normalizer:
+    if not isinstance(name, str):
+        raise ConfigError(f"normalize in KeyPolicy must list names of steps, got a {type(name).__name__}")
     if name in NORMALIZERS:
         return NORMALIZERS[name]
     from ._plugins.loading import normalizer

@@ -314,6 +314,9 @@ class Provider(Protocol):
     - ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a cache then call it.
     - ``count_tokens(text)``, which returns the number of tokens of a text. ``max_tokens`` and ``tokens_per_minute``
       of the limits use it.
+    - ``check()``, which raises an error if the provider cannot be called as it is set up, for example because its API
+      key is missing. It uses neither the network nor a model. ``embedonce check`` and ``Cache.check_providers`` show
+      the message of the error, so it must not contain a secret.
     - ``answers_as``, a sequence of names of the model. They count as the same model if an answer names one of them
       (see :attr:`Embedded.model`).
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, TypeAlias
 
-from embedonce.options import BadValue, Parsed
+from embedonce.options import BadValue, Parsed, read_secret_variable
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
@@ -49,6 +49,17 @@ def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(f"headers has {name} twice, with different capital letters; remove one of them")
         checked[name.lower()] = value
     return checked
+
+
+def require_key(given: str | None, variables: Sequence[str]) -> None:
+    """Check that there is an API key: as an option, or in one of the environment variables.
+
+    Raises:
+        ValueError: there is none, or white space is around the key in a variable. The message names the variables.
+    """
+    if given is None and not any([read_secret_variable(name) for name in variables]):
+        names = " or ".join(variables)
+        raise ValueError(f"the API key is missing: set the environment variable {names}, or api_key in [provider]")
 
 
 def load_token_provider(given: str | Callable[[], str] | None) -> Callable[[], str] | None:

@@ -20,7 +20,7 @@ from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import check_task
 
-from ._access import check_headers
+from ._access import check_headers, require_key
 from ._clients import Clients, require_package
 
 if TYPE_CHECKING:
@@ -163,6 +163,15 @@ class GeminiProvider:
         client = await self._clients.aget()
         answer = await client.aio.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
+
+    def check(self) -> None:
+        """Check that there is an API key.
+
+        Raises:
+            ValueError: the key is missing; the message names the environment variable.
+        """
+        if "authorization" not in self._headers and "x-goog-api-key" not in self._headers:
+            require_key(self._api_key, ("GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
     def close(self) -> None:
         """Close the clients and their connections."""

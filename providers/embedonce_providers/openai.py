@@ -22,7 +22,7 @@ from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import TASKS, check_task
 
-from ._access import FunctionName, check_headers, load_token_provider, make_async
+from ._access import FunctionName, check_headers, load_token_provider, make_async, require_key
 from ._clients import Clients, require_package
 from ._openai_answer import find_too_long, read_answer
 from ._reasons import describe_reason
@@ -240,6 +240,19 @@ class OpenAIProvider:
                 "/embeddings", body=request, cast_to=object, options={"headers": RAW_RESPONSE}
             )
         return read_answer(answer.content, request["input"], self._list_secrets())
+
+    def check(self) -> None:
+        """Check that there is an API key if the endpoint needs one.
+
+        Raises:
+            ValueError: the key is missing; the message names the environment variable.
+        """
+        if self._get_token is not None or "authorization" in self._headers:
+            return
+        if self._azure_endpoint is not None:
+            require_key(self._api_key, ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"))
+        elif self._is_default_endpoint:
+            require_key(self._api_key, ("OPENAI_API_KEY",))
 
     def close(self) -> None:
         """Close the clients and their connections."""

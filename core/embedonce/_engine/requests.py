@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from embedonce._messages import format_count
-from embedonce.answers import Explanation, Fetched, Purged
+from embedonce.answers import Explanation, Fetched, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, SpaceError
 from embedonce.functions import NoProvider
@@ -22,6 +22,7 @@ from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .ports import Port
+from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 
@@ -316,7 +317,16 @@ class Requests:
             raise ValueError("purge requires at least one of scope, model, version and namespace")
         return await self._chain.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
 
-    # --- listing and explaining ---------------------------------------------------------------
+    # --- checking, listing and explaining -----------------------------------------------------
+
+    async def _check_providers(self, port: Port, *, embed: bool) -> list[ProviderCheck]:
+        self._check_open()
+        chain = self._chain
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        routes = [
+            self._get_route(source, TASKS[0]) for source in sources if not isinstance(source.provider, NoProvider)
+        ]
+        return [await check_provider(port, route, chain.in_flight, dtype=self._dtype, embed=embed) for route in routes]
 
     async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
         self._check_open()

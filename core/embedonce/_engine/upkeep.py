@@ -16,6 +16,7 @@ from embedonce.vectors import Dtype, Metadata, open_frame
 from .flights import Erasure, InFlight
 from .leases import lease_keys
 from .ports import Port
+from .probing import probe_writes
 from .routes import Route
 from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier
@@ -39,12 +40,14 @@ class Upkeep:
         served: ServedModels,
         *,
         busy_timeout: float,
+        clock: Callable[[], float],
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cards = cards
         self._served = served
         self._busy_timeout = busy_timeout
+        self._clock = clock
 
     # --- erasing ------------------------------------------------------------------------------
 
@@ -171,21 +174,26 @@ class Upkeep:
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Check that each tier answers a read, and that the tier can decrypt its space cards."""
+        """Check that each tier answers, can decrypt its space cards, and stores, returns and deletes a probe."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
             detail, ok = "", False
+            writes: bool | None = None
+            is_read = False
             try:
                 await self._read_available(port, tier, [PROBE_KEY])
+                is_read = True
                 detail = await self._find_key_mismatch(port, tier)
                 if not detail:
-                    detail = await tier.describe(port)
+                    writes, remark = await probe_writes(port, tier, self._clock)
+                    detail = "; ".join(filter(None, (await tier.describe(port), remark)))
                     ok = True
             except TierError as error:
                 detail = _describe(error)
+                writes = False if is_read else None
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
-            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
+            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail, writes))
         return checks
 
     async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:

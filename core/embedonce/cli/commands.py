@@ -26,6 +26,7 @@ from .output import (
     Failed,
     Refused,
     describe_os_error,
+    emit_error,
     reserve_stdout,
     say,
     say_config_error,
@@ -47,11 +48,18 @@ Exit codes: 0 success, 1 something failed, 2 invalid usage or configuration, 130
 
 
 class Command(TyperCommand):
-    """Runs a command with standard output reserved for its results."""
+    """Runs a command with standard output reserved for its results. With ``--json``, an error is a document too."""
 
     def invoke(self, ctx: Any) -> Any:
         with reserve_stdout():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except BrokenPipeError:
+                raise
+            except (EmbedonceError, Refused, Failed, OSError) as error:
+                if ctx.params.get("json"):
+                    emit_error(error)
+                raise
 
 
 class Commands(TyperGroup):

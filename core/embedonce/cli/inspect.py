@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, Refused, emit, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
+    from embedonce.answers import ProviderCheck
     from embedonce.plugins import InstalledPlugin
 
 CHECK_EPILOG = """
@@ -26,10 +27,13 @@ Examples:
 
 embedonce check
 
+embedonce check --provider
+
 embedonce check --config production.toml --json
 
-The exit code is 1 if a tier does not answer. The provider is shown but not called, because a call may cost money.
-Warnings about the chain and about broken plugins do not change the exit code.
+A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer or does not store the
+probe, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
+money. Warnings about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
 Examples:
@@ -81,41 +85,73 @@ CARD = ("provider", "model", "task", "version", "namespace")
 """Fields of a scope's space card, in the order in which the commands show them."""
 
 
-def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Check the configuration, and check that each tier answers."""
+def check(
+    config: ConfigOption = None,
+    provider: Annotated[
+        bool, typer.Option("--provider", help="Also embed one constant text, which may cost money.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check the configuration, that the provider has its key, and that each tier answers and stores what it gets."""
     from embedonce.config import warnings
 
-    from .opened import load_config, open_cache
+    from .opened import list_secrets, load_config, open_cache
 
     loaded = load_config(config)
     with _silence_chain_log(), open_cache(loaded) as cache:
         space = cache.provider.space("document").described()
         checks = cache.check()
+        providers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_providers(embed=provider)]
         problems = warnings(loaded, cache.warnings)
     broken_plugins = [plugin for plugin in _list_installed(loaded.allow) if plugin.broken]
+    failed_tiers = [check.tier for check in checks if not check.ok]
+    failed_providers = [check for check in providers if not check.ok]
     if json:
         emit(
             {
                 "provider": space,
+                "providers": [asdict(check) for check in providers],
                 "tiers": [asdict(check) for check in checks],
                 "warnings": [asdict(problem) for problem in problems],
                 "plugins": [asdict(plugin) for plugin in broken_plugins],
-                "ok": all(check.ok for check in checks),
+                "ok": not failed_tiers and not failed_providers,
             }
         )
     else:
         show(f"provider  {space.get('provider')}, model {space.get('model')}, {_format_dimensions(space)}")
-        columns = {"tier": "left", "type": "left", "answers": "left", "ms": "right", "detail": "left"}
-        show(make_table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
+        for one in providers if provider else ():
+            show(_format_provider_check(one))
+        titles = ("tier", "type", "answers", "writes", "ms", "detail")
+        rows = [
+            [c.tier, c.type, c.ok or c.writes is not None, c.writes, f"{c.seconds * 1000:.1f}", c.detail]
+            for c in checks
+        ]
+        show(make_table({title: "right" if title == "ms" else "left" for title in titles}, rows))
     for problem in problems:
         say(f"warning: {problem}")
         say_excerpt(problem)
     for plugin in broken_plugins:
         say(f"warning: an installed plugin cannot be used: {_describe_broken_plugin(plugin)}")
-    failed = [check.tier for check in checks if not check.ok]
-    if failed:
-        say(f"error: {format_count(len(failed), 'tier')} did not answer: {', '.join(failed)}")
+    for one in failed_providers:
+        say(f"error: provider {one.provider!r} cannot be called: {one.detail}")
+    if failed_tiers:
+        say(f"error: {format_count(len(failed_tiers), 'tier')} failed the check: {', '.join(failed_tiers)}")
+    if failed_tiers or failed_providers:
         raise typer.Exit(FAILED)
+
+
+def _hide_secrets(check: ProviderCheck, secrets: Collection[str]) -> ProviderCheck:
+    """Return a result without its detail if the detail contains a secret of the configuration."""
+    if any(secret in check.detail for secret in secrets):
+        return replace(check, detail="(message hidden, because it contains a secret)")
+    return check
+
+
+def _format_provider_check(check: ProviderCheck) -> str:
+    if not check.ok:
+        return f"called    {check.provider}: failed"
+    model = f", answered as {check.model}" if check.model else ""
+    return f"called    {check.provider}: {check.dimensions} dimensions in {check.seconds * 1000:.1f} ms{model}"
 
 
 @contextmanager

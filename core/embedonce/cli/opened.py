@@ -62,9 +62,13 @@ def translate_tier_errors(loaded: Config) -> Iterator[None]:
     try:
         yield
     except TierError as error:
-        parts = (loaded.provider, *loaded.tiers)
-        secrets = [secret for part in parts if part is not None for secret in part.secrets]
-        raise Failed(describe_tier_error(error, secrets)) from error
+        raise Failed(describe_tier_error(error, list_secrets(loaded))) from error
+
+
+def list_secrets(loaded: Config) -> list[str]:
+    """Return the secrets in the options of the providers and the tiers. No message may contain one of them."""
+    parts = (loaded.provider, loaded.fallback, *loaded.tiers)
+    return [secret for part in parts if part is not None for secret in part.secrets]
 
 
 def describe_tier_error(error: TierError, secrets: Collection[str] = ()) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ def say(message: str) -> None:
 
 
 _results: TextIO | None = None
+_has_emitted = False
+"""Whether the running command has written its JSON document."""
 
 
 @contextlib.contextmanager
 def reserve_stdout() -> Iterator[None]:
     """Redirect ``print`` to standard error, because a line printed by a plugin would break the ``--json`` document."""
-    global _results
+    global _results, _has_emitted
     previous, _results = _results, sys.stdout
+    _has_emitted = False
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -60,7 +64,21 @@ def write(line: str) -> None:
 
 def emit(value: Any) -> None:
     """Write one JSON document to standard output, in ASCII so that every terminal and pipe accepts it."""
+    global _has_emitted
+    _has_emitted = True
     write(json.dumps(value, indent=2, default=str))
+
+
+def emit_error(error: Exception) -> None:
+    """Write a command's error as its JSON document, unless the command has written its document already.
+
+    The document has the keys ``ok``, ``error`` and ``problems``. Each problem of a configuration has its message, file,
+    line and column.
+    """
+    if not _has_emitted:
+        problems = [asdict(problem) for problem in getattr(error, "problems", ())]
+        said = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        emit({"ok": False, "error": said, "problems": problems})
 
 
 def show(*renderables: Any) -> None:
