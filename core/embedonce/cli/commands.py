@@ -26,7 +26,7 @@ from .output import (
     Failed,
     Refused,
     describe_os_error,
-    emit_error,
+    emit_config_error,
     reserve_stdout,
     say,
     say_config_error,
@@ -48,17 +48,18 @@ Exit codes: 0 success, 1 something failed, 2 invalid usage or configuration, 130
 
 
 class Command(TyperCommand):
-    """Runs a command with standard output reserved for its results. With ``--json``, an error is a document too."""
+    """Runs a command with standard output reserved for its results.
+
+    With ``--json``, the problems of a configuration are a result too.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         with reserve_stdout():
             try:
                 return super().invoke(ctx)
-            except BrokenPipeError:
-                raise
-            except (EmbedonceError, Refused, Failed, OSError) as error:
+            except ConfigError as error:
                 if ctx.params.get("json"):
-                    emit_error(error)
+                    emit_config_error(error)
                 raise
 
 

@@ -134,8 +134,13 @@ def check(
         say(f"warning: an installed plugin cannot be used: {_describe_broken_plugin(plugin)}")
     for one in failed_providers:
         say(f"error: provider {one.provider!r} cannot be called: {one.detail}")
-    if failed_tiers:
-        say(f"error: {format_count(len(failed_tiers), 'tier')} failed the check: {', '.join(failed_tiers)}")
+    unwritten = [check.tier for check in checks if check.writes is False]
+    for verb, tiers in (
+        ("did not answer", [tier for tier in failed_tiers if tier not in unwritten]),
+        ("cannot be written to", unwritten),
+    ):
+        if tiers:
+            say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
     if failed_tiers or failed_providers:
         raise typer.Exit(FAILED)
 

@@ -69,16 +69,13 @@ def emit(value: Any) -> None:
     write(json.dumps(value, indent=2, default=str))
 
 
-def emit_error(error: Exception) -> None:
-    """Write a command's error as its JSON document, unless the command has written its document already.
+def emit_config_error(error: ConfigError) -> None:
+    """Write the problems of a configuration as a command's JSON document, unless it has written its document already.
 
-    The document has the keys ``ok``, ``error`` and ``problems``. Each problem of a configuration has its message, file,
-    line and column.
+    Each problem has its message, file, line and column.
     """
     if not _has_emitted:
-        problems = [asdict(problem) for problem in getattr(error, "problems", ())]
-        said = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        emit({"ok": False, "error": said, "problems": problems})
+        emit({"ok": False, "problems": [asdict(problem) for problem in error.problems]})
 
 
 def show(*renderables: Any) -> None:
