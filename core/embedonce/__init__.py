@@ -52,6 +52,7 @@ __all__ = [
     "Matrix",
     "PartialAnswer",
     "PluginError",
+    "ProviderCheck",
     "ProviderError",
     "ProviderTimeout",
     "Purged",

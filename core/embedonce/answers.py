@@ -139,7 +139,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many entries of one scope a tier holds."""
+    """How many entries of one scope a tier holds, how large they are, and how old."""
 
     tier: str
     scope: str
@@ -148,6 +148,16 @@ class Held:
     entries: int
     error: str | None = None
     """The reason why the tier cannot list its keys, or None. With an error, ``scope`` is empty and ``entries`` is 0."""
+    dimensions: int | None = None
+    """Number of dimensions of the vectors, or None if it is unknown."""
+    bytes: int | None = None
+    """Size of the values in the store, in bytes; None if the tier cannot tell."""
+    oldest: float | None = None
+    """Unix time at which the oldest entry was stored; None if the tier cannot tell."""
+    newest: float | None = None
+    """Unix time at which the newest entry was stored; None if the tier cannot tell."""
+    current: bool | None = None
+    """Whether the scope is one of those that the cache uses now; None if the cache has no provider."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,15 +217,19 @@ class Cache(Requests):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Remove, from every tier, all entries of the scopes that match all given parts.
 
+        With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task.
+        Entries of other namespaces, versions and models are unused, even if another program uses them.
+
         Raises:
-            ValueError: no part was given.
+            ValueError: no part was given, or ``unused`` was given and the cache has no provider.
             EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
         """
-        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
+        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, unused, dry_run))
 
     def normalize(self, text: str) -> str:
         """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
@@ -238,9 +242,11 @@ class Cache(Requests):
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count each tier's entries by scope. A tier that cannot list its keys has one row with the reason."""
-        self._check_open()
-        return run_blocking(self._chain.upkeep.contents(self._chain.ports.blocking))
+        """Return each tier's entries by scope: their number, size and dates, and whether the cache uses the scope.
+
+        A tier that cannot list its keys has one row with the reason.
+        """
+        return run_blocking(self._contents(self._chain.ports.blocking))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
@@ -368,10 +374,11 @@ class Cache(Requests):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Async twin of :meth:`purge`."""
-        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, dry_run)
+        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, unused, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
         """Async twin of :meth:`explain`."""
@@ -379,8 +386,7 @@ class Cache(Requests):
 
     async def acontents(self) -> list[Held]:
         """Async twin of :meth:`contents`."""
-        self._check_open()
-        return await self._chain.upkeep.contents(self._chain.ports.get_loop_port())
+        return await self._contents(self._chain.ports.get_loop_port())
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """Async twin of :meth:`list_metadata`."""

@@ -96,6 +96,20 @@ EXTRAS: Mapping[str, str] = {
 """For each of these capabilities, the name of the method that the backend must have."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSize:
+    """How much some entries take in a store, and when they were stored. A field is None if the store cannot tell."""
+
+    bytes: int | None = None
+    """Size of all values, in bytes."""
+    oldest: float | None = None
+    """Unix time at which the oldest entry was stored."""
+    newest: float | None = None
+    """Unix time at which the newest entry was stored."""
+    dimensions: int | None = None
+    """Number of dimensions of the vectors."""
+
+
 class FrameBackend(Protocol):
     """Stores frames (bytes) under keys. Several threads may call it at the same time.
 
@@ -172,6 +186,14 @@ class Extras(Protocol):
 
     def twin(self) -> AsyncBackend:
         """Return a native async client for the running event loop. The engine calls this method once per event loop."""
+        ...
+
+    def measure(self, prefix: str, /) -> StoredSize:
+        """Return how much the keys that start with ``prefix`` take, and their dates, for ``embedonce stats``.
+
+        The backend declares no capability for this method. It has the method only if this is much faster than reading
+        all values. Without it, the engine reads the values of small scopes.
+        """
         ...
 
     def describe(self) -> str:

@@ -249,7 +249,8 @@ def test_a_relative_cache_folder_is_ignored(here: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     path = Path(config.load().tiers[1].options["path"])
     assert path.is_relative_to(tmp_path)
-    assert path.is_absolute() and "relative" not in path.parts
+    assert path.is_absolute()
+    assert "relative" not in path.parts
 
 
 def test_a_path_below_an_unknown_home_folder_is_reported(here: Path) -> None:

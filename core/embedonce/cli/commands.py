@@ -14,6 +14,7 @@ from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, Plugi
 from . import conformance as _conformance
 from . import embed as _embed
 from . import evaluate as _evaluate
+from . import forget as _forget
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
@@ -132,6 +133,7 @@ app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
 app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
+app.command(cls=Command, epilog=_forget.EPILOG)(_forget.forget)
 app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
 app.command(cls=Command, epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(cls=Command, epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,11 +14,11 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, emit, format_value, make_table, say, say_excerpt, show
+from .options import ConfigOption, JsonOption, TaskOption, read_stdin
+from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
-    from embedonce.answers import ProviderCheck
+    from embedonce.answers import Held, ProviderCheck
     from embedonce.plugins import InstalledPlugin
 
 CHECK_EPILOG = """
@@ -61,6 +60,9 @@ Examples:
 embedonce stats
 
 embedonce stats --json
+
+A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
+has no value if the store cannot tell it.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -238,22 +240,13 @@ def explain(
     if stdin == (text is not None):
         raise Refused("explain requires either TEXT or --stdin")
     with open_cache(config) as cache:
-        explained = cache.explain(_read_stdin() if text is None else text, task).as_dict()
+        explained = cache.explain(read_stdin() if text is None else text, task).as_dict()
     if json:
         emit(explained)
         return
     lines = list(_flatten(explained))
     width = max(len(name) for name, _ in lines)
     show("\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines))
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise Refused("standard input is closed")
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise Refused(f"standard input is not UTF-8 at byte {error.start + 1}") from None
 
 
 def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
@@ -270,23 +263,40 @@ def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, 
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show the contents of the tiers: one row per tier and scope, with its model, task, version and namespace."""
-    from .opened import open_cache
+    """Show the contents of the tiers: one row per tier and scope, with its model, size, age and use."""
+    from .opened import list_folders, open_for_upkeep
 
-    with open_cache(config, needs_provider=False) as cache:
+    with open_for_upkeep(config) as (loaded, cache):
         contents = cache.contents()
     held = [one for one in contents if one.error is None]
     errors = {one.tier: one.error for one in contents if one.error is not None}
+    folders = list_folders(loaded)
     if json:
-        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held), "errors": errors})
+        entries = sum(one.entries for one in held)
+        emit({"held": [asdict(one) for one in held], "entries": entries, "errors": errors, "folders": folders})
     else:
-        rows = [[one.tier, one.scope, *((one.card or {}).get(name) for name in CARD), one.entries] for one in held]
-        columns = {"tier": "left", "scope": "left", **dict.fromkeys(CARD, "left"), "entries": "right"}
-        show(make_table(columns, rows) if rows else "The tiers are empty.")
+        for tier, folder in folders.items():
+            show(f"{tier}  {folder}")
+        show(_make_contents_table(held) if held else "The tiers are empty.")
     for tier, error in errors.items():
         say(f"tier {tier!r}: {error}")
     if errors:
         raise typer.Exit(FAILED)
+
+
+def _make_contents_table(held: Sequence[Held]) -> Any:
+    numbers = ("dimensions", "entries", "bytes")
+    titles = ("tier", "scope", *CARD, *numbers, "oldest", "newest", "current")
+    rows = [[*_list_card(one), one.dimensions, one.entries, one.bytes, *_list_dates(one), one.current] for one in held]
+    return make_table({title: "right" if title in numbers else "left" for title in titles}, rows)
+
+
+def _list_card(held: Held) -> list[Any]:
+    return [held.tier, held.scope, *((held.card or {}).get(name) for name in CARD)]
+
+
+def _list_dates(held: Held) -> list[str | None]:
+    return [format_date(held.oldest), format_date(held.newest)]
 
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedonce.errors import TierError
+from embedonce._plugins.options import options_of
+from embedonce.errors import ConfigError, TierError
 
 from .output import Failed, say
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
+
+FOLDER_OPTIONS = ("path", "folder")
+"""Names of options that hold the folder of a store, even if the folder does not exist yet."""
 
 
 def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
@@ -27,6 +32,12 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     from embedonce import config
 
     loaded = config.load(source, own_provider=not needs_provider)
+    describe_source(loaded)
+    return loaded
+
+
+def describe_source(loaded: Config) -> None:
+    """Tell the user if no configuration was found, or if it was found above the current folder."""
     if loaded.file is None:
         say(
             f"No configuration found: using {_describe_default_tiers(loaded)} and the ngram provider.\n"
@@ -35,7 +46,6 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
         )
     elif loaded.document.is_found and loaded.file.parent != Path.cwd():
         say(f"using the configuration {loaded.file}")
-    return loaded
 
 
 def _describe_default_tiers(loaded: Config) -> str:
@@ -50,6 +60,37 @@ def open_cache(source: str | Config | None, *, needs_provider: bool = True) -> I
     loaded = source if isinstance(source, config.Config) else load_config(source, needs_provider=needs_provider)
     with translate_tier_errors(loaded), config.compose(loaded) as cache:
         yield cache
+
+
+@contextmanager
+def open_for_upkeep(source: str | None) -> Iterator[tuple[Config, Cache]]:
+    """Compose the cache with its provider if possible; otherwise without it, so that tiers can still be inspected.
+
+    The provider says which scopes are in use. It may be missing, or its package may not be installed here.
+    """
+    from embedonce import config
+
+    try:
+        loaded = config.load(source)
+        cache = config.compose(loaded)
+    except ConfigError:
+        loaded = load_config(source, needs_provider=False)
+        cache = config.compose(loaded)
+    else:
+        describe_source(loaded)
+    with translate_tier_errors(loaded), cache:
+        yield loaded, cache
+
+
+def list_folders(loaded: Config) -> dict[str, str]:
+    """Return the folder of each tier that keeps its entries in a folder of this machine, by the tier's name."""
+    folders: dict[str, str] = {}
+    for tier in loaded.tiers:
+        for name, option in options_of(tier.cls).items():
+            value = tier.options.get(name)
+            if option.is_path and value is not None and (name in FOLDER_OPTIONS or os.path.isdir(value)):
+                folders.setdefault(tier.name, str(value))
+    return folders
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,6 +117,16 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
+
+
+def format_date(seconds: float | None) -> str | None:
+    """Format a Unix time as a date and a time in UTC, to the minute."""
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):  # another program may have stored any number
+        return None
 
 
 # --- configuration errors ---------------------------------------------------------------------
