@@ -256,3 +256,17 @@ def test_a_relative_cache_folder_is_ignored(here: Path, tmp_path: Path, monkeypa
 def test_a_path_below_an_unknown_home_folder_is_reported(here: Path) -> None:
     (here / "x.toml").write_text(PLAIN.replace('"memory"', '"disk"\npath = "~no-such-user/x"'))
     assert refusal("x.toml").startswith("x.toml:6:8: path in [[tiers]]")
+
+
+# --- modules in the current folder ------------------------------------------------------------
+
+
+def test_the_module_does_not_load_plugins_of_the_current_folder(here: Path) -> None:
+    (here / "evil-1.0.dist-info").mkdir()
+    (here / "evil-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (here / "evil-1.0.dist-info" / "entry_points.txt").write_text("[embedonce]\nevil = evil_plugin\n")
+    (here / "evil_plugin.py").write_text("open('loaded', 'w').close()\n")
+    done = subprocess.run([sys.executable, "-m", "embedonce", "plugins"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "evil" not in done.stdout
+    assert not (here / "loaded").exists()
