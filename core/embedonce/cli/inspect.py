@@ -275,8 +275,9 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         entries = sum(one.entries for one in held)
         emit({"held": [asdict(one) for one in held], "entries": entries, "errors": errors, "folders": folders})
     else:
+        write_line = show if held else say  # without contents, the folders are only a hint where to look
         for tier, folder in folders.items():
-            show(f"{tier}  {folder}")
+            write_line(f"{tier}  {folder}")
         show(_make_contents_table(held) if held else "The tiers are empty.")
     for tier, error in errors.items():
         say(f"tier {tier!r}: {error}")

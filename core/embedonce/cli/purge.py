@@ -62,7 +62,7 @@ def purge(
 
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
     if all(value is None for value in selected.values()) and not unused:
-        raise Refused("say what to purge: add --scope, --model, --version, --namespace or --unused")
+        raise Refused("say what to purge: add --scope, --model, --version or --namespace, or --unused")
     if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
         raise Refused(f"--scope {scope}: must be 16 hex digits, as `embedonce stats` shows them")
     must_ask = not (dry_run or yes)
