@@ -519,7 +519,7 @@ def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> l
         if value is not None and not isinstance(value, kind):
             got = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
             raise ConfigError(f"{name} must be a {kind.__name__}, such as {kind.__name__}(...), got {got}")
-    functions = list(listeners) if isinstance(listeners, Iterable) else [None]
+    functions: list[Any] = list(listeners) if isinstance(listeners, Iterable) else [None]
     if not all(map(callable, functions)):
         raise ConfigError("listeners must be a list of functions, each of which is called with every event")
     if not callable(clock):
