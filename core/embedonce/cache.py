@@ -519,8 +519,8 @@ def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> l
         if value is not None and not isinstance(value, kind):
             got = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
             raise ConfigError(f"{name} must be a {kind.__name__}, such as {kind.__name__}(...), got {got}")
-    functions: list[Any] = list(listeners) if isinstance(listeners, Iterable) else [None]
-    if not all(map(callable, functions)):
+    functions: list[Callable[[Event], None]] = list(listeners) if isinstance(listeners, Iterable) else []
+    if not isinstance(listeners, Iterable) or not all(map(callable, functions)):
         raise ConfigError("listeners must be a list of functions, each of which is called with every event")
     if not callable(clock):
         raise ConfigError(f"clock must be a function that returns Unix time, got a {type(clock).__name__}")

@@ -32,11 +32,12 @@ def run(*command: str | Path, site: Path, folder: Path) -> subprocess.CompletedP
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it installs a package and runs the package's own tests, on a machine that may be busy
 @pytest.mark.parametrize(
     ("kind", "store", "more"),
     [("backend", "folder", ()), ("provider", None, ()), ("backend", "network", ("connections", "server"))],
