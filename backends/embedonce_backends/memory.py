@@ -16,7 +16,7 @@ from annotated_types import Gt
 from cachebox import LRUCache
 
 from embedonce import hookimpl
-from embedonce.contracts import Capabilities, time_left
+from embedonce.contracts import Capabilities, StoredSize, time_left
 from embedonce.errors import ConfigError
 from embedonce.options import Doc, Size
 from embedonce.vectors import Entry
@@ -125,6 +125,18 @@ class MemoryBackend:
         """Return how many keys start with ``prefix``."""
         return len(self.scan(prefix))
 
+    def measure(self, prefix: str, /) -> StoredSize:
+        """Return the size and the dates of the entries whose keys start with ``prefix``. This counts as no use."""
+        with _lock:
+            entries = [entry for key, entry in self._held.items() if key.startswith(prefix)]
+        dates = [entry.created for entry in entries]
+        return StoredSize(
+            bytes=sum(map(entry_bytes, entries)),
+            oldest=min(dates, default=None),
+            newest=max(dates, default=None),
+            dimensions=next((entry.vector.size for entry in entries), None),
+        )
+
     def close(self) -> None:
         """Drop every entry.
 
@@ -164,6 +176,8 @@ class _Policy(Protocol):
     def remove(self, key: str) -> None: ...
 
     def keys(self) -> list[str]: ...
+
+    def items(self) -> list[tuple[str, Entry]]: ...
 
     def clear(self) -> None: ...
 
@@ -215,6 +229,9 @@ class _Queue:
         # then fail. This uses cachebox's copy(), because it is atomic.
         return list(self.entries.copy())
 
+    def items(self) -> list[tuple[str, Entry]]:
+        return list(self.entries.copy().items())
+
     def clear(self) -> None:
         self.entries.clear()
         self.bytes = 0
@@ -228,6 +245,7 @@ class _Lru:
         self.get = self._queue.get
         self.remove = self._queue.remove
         self.keys = self._queue.keys
+        self.items = self._queue.items
         self.clear = self._queue.clear
 
     def put(self, key: str, entry: Entry) -> None:
@@ -302,6 +320,9 @@ class _Segmented:
     def keys(self) -> list[str]:
         return self._probation.keys() + self._protected.keys()
 
+    def items(self) -> list[tuple[str, Entry]]:
+        return self._probation.items() + self._protected.items()
+
     def clear(self) -> None:
         self._probation.clear()
         self._protected.clear()
@@ -320,6 +341,9 @@ class _Closed:
         self._raise_closed(key)
 
     def keys(self) -> list[str]:
+        return self._raise_closed("")
+
+    def items(self) -> list[tuple[str, Entry]]:
         return self._raise_closed("")
 
     def clear(self) -> None: ...

@@ -139,7 +139,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many entries of one scope a tier holds."""
+    """How many entries of one scope a tier holds, how large they are, and how old."""
 
     tier: str
     scope: str
@@ -148,17 +148,45 @@ class Held:
     entries: int
     error: str | None = None
     """The reason why the tier cannot list its keys, or None. With an error, ``scope`` is empty and ``entries`` is 0."""
+    dimensions: int | None = None
+    """Number of dimensions of the vectors, or None if it is unknown."""
+    bytes: int | None = None
+    """Size of the values in the store, in bytes; None if the tier cannot tell."""
+    oldest: float | None = None
+    """Unix time at which the oldest entry was stored; None if the tier cannot tell."""
+    newest: float | None = None
+    """Unix time at which the newest entry was stored; None if the tier cannot tell."""
+    current: bool | None = None
+    """Whether the scope is one of those that the cache uses now; None if the cache has no provider."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierCheck:
-    """The result of checking whether a tier answers."""
+    """The result of checking whether a tier answers and stores what is written to it."""
 
     tier: str
     type: str
     ok: bool
     seconds: float
     detail: str = ""
+    writes: bool | None = None
+    """Whether a probe was written, read and deleted. None if this was not tried, for example because the tier's
+    ``write`` is ``"none"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderCheck:
+    """The result of checking a provider."""
+
+    provider: str
+    ok: bool
+    seconds: float
+    dimensions: int | None = None
+    """Number of dimensions of the vector that the provider returned; None if it was not called or failed."""
+    model: str | None = None
+    """The name of the model according to the provider's answer; None if the answer does not name it."""
+    detail: str = ""
+    """The error if ``ok`` is False."""
 
 
 @dataclass(frozen=True, slots=True)

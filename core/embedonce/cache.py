@@ -11,7 +11,7 @@ from ._engine.ports import run_blocking
 from ._engine.requests import ITER_BATCH, Requests, read_windows, read_windows_async
 from ._engine.routes import LiveProvider
 from ._engine.running import Mode, RunningChain
-from .answers import ChainWarning, Explanation, Fetched, Held, Purged, TierCheck
+from .answers import ChainWarning, Explanation, Fetched, Held, ProviderCheck, Purged, TierCheck
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import ConfigError
@@ -81,6 +81,7 @@ class Cache(Requests):
         clock: Callable[[], float] = time.time,
     ) -> None:
         _check_options(dtype, mode, max_wait, flush_timeout, max_queued)
+        listeners = _check_parts(key, drift, listeners, clock)
         policy = key or KeyPolicy()
         steps = [_find_normalizer(name) for name in policy.normalize]
         source = LiveProvider(wrap(provider, space), fallback=False)
@@ -216,15 +217,19 @@ class Cache(Requests):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Remove, from every tier, all entries of the scopes that match all given parts.
 
+        With ``unused``, a scope matches only if neither the provider nor the fallback uses it now, for any task.
+        Entries of other namespaces, versions and models are unused, even if another program uses them.
+
         Raises:
-            ValueError: no part was given.
+            ValueError: no part was given, or ``unused`` was given and the cache has no provider.
             EraseIncomplete: some tiers failed, cannot list or cannot delete; the error names these tiers.
         """
-        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, dry_run))
+        return run_blocking(self._purge(self._chain.ports.blocking, scope, model, version, namespace, unused, dry_run))
 
     def normalize(self, text: str) -> str:
         """Return the text that is embedded in place of ``text``, according to the key policy's ``normalize``."""
@@ -237,9 +242,11 @@ class Cache(Requests):
         return run_blocking(self._explain(self._chain.ports.blocking, text, task))
 
     def contents(self) -> list[Held]:
-        """Count each tier's entries by scope. A tier that cannot list its keys has one row with the reason."""
-        self._check_open()
-        return run_blocking(self._chain.upkeep.contents(self._chain.ports.blocking))
+        """Return each tier's entries by scope: their number, size and dates, and whether the cache uses the scope.
+
+        A tier that cannot list its keys has one row with the reason.
+        """
+        return run_blocking(self._contents(self._chain.ports.blocking))
 
     def list_metadata(self, task: Task = "document") -> list[Metadata]:
         """Return the metadata of all entries in the task's vector space, each entry once, in no particular order.
@@ -253,9 +260,21 @@ class Cache(Requests):
         return run_blocking(self._list_metadata(self._chain.ports.blocking, task))
 
     def check(self) -> list[TierCheck]:
-        """Return whether each tier answers."""
+        """Return whether each tier answers, and whether it stores, returns and deletes a probe.
+
+        A probe is not listed, counted or kept, and evicts nothing in this process. A tier whose ``write`` is
+        ``"none"`` and a tier that cannot delete get no probe.
+        """
         self._check_open()
         return run_blocking(self._chain.upkeep.check(self._chain.ports.blocking))
+
+    def check_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
+        """Return whether the provider, and the fallback if there is one, can be called.
+
+        A missing API key is found without a call. With ``embed``, each provider embeds one constant text, which may
+        cost money. Its vector is not stored.
+        """
+        return run_blocking(self._check_providers(self._chain.ports.blocking, embed=embed))
 
     def migrate(self) -> dict[str, str]:
         """Create or update the tables of every store that has tables (Postgres). Return the changes by tier.
@@ -355,10 +374,11 @@ class Cache(Requests):
         model: str | None = None,
         version: str | None = None,
         namespace: str | None = None,
+        unused: bool = False,
         dry_run: bool = False,
     ) -> Purged:
         """Async twin of :meth:`purge`."""
-        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, dry_run)
+        return await self._purge(self._chain.ports.get_loop_port(), scope, model, version, namespace, unused, dry_run)
 
     async def aexplain(self, text: str, task: Task = "document") -> Explanation:
         """Async twin of :meth:`explain`."""
@@ -366,8 +386,7 @@ class Cache(Requests):
 
     async def acontents(self) -> list[Held]:
         """Async twin of :meth:`contents`."""
-        self._check_open()
-        return await self._chain.upkeep.contents(self._chain.ports.get_loop_port())
+        return await self._contents(self._chain.ports.get_loop_port())
 
     async def alist_metadata(self, task: Task = "document") -> list[Metadata]:
         """Async twin of :meth:`list_metadata`."""
@@ -377,6 +396,10 @@ class Cache(Requests):
         """Async twin of :meth:`check`."""
         self._check_open()
         return await self._chain.upkeep.check(self._chain.ports.get_loop_port())
+
+    async def acheck_providers(self, *, embed: bool = False) -> list[ProviderCheck]:
+        """Async twin of :meth:`check_providers`."""
+        return await self._check_providers(self._chain.ports.get_loop_port(), embed=embed)
 
     async def amigrate(self) -> dict[str, str]:
         """Async twin of :meth:`migrate`."""
@@ -484,11 +507,29 @@ def _check_options(dtype: str, mode: str, max_wait: float, flush_timeout: float,
         ("flush_timeout", flush_timeout, 0),
         ("max_queued", max_queued, 1),
     ):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ConfigError(f"{name} must be a number, got {type(number).__name__}")
         if not number >= least:
             raise ConfigError(f"{name} must be at least {least}, got {number}")
 
 
+def _check_parts(key: object, drift: object, listeners: Any, clock: object) -> list[Callable[[Event], None]]:
+    """Check the types of arguments that are used only later, and return the listeners as a list."""
+    for name, value, kind in (("key", key, KeyPolicy), ("drift", drift, DriftGuard)):
+        if value is not None and not isinstance(value, kind):
+            got = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+            raise ConfigError(f"{name} must be a {kind.__name__}, such as {kind.__name__}(...), got {got}")
+    functions: list[Callable[[Event], None]] = list(listeners) if isinstance(listeners, Iterable) else []
+    if not isinstance(listeners, Iterable) or not all(map(callable, functions)):
+        raise ConfigError("listeners must be a list of functions, each of which is called with every event")
+    if not callable(clock):
+        raise ConfigError(f"clock must be a function that returns Unix time, got a {type(clock).__name__}")
+    return functions
+
+
 def _find_normalizer(name: str) -> Normalizer:
+    if not isinstance(name, str):
+        raise ConfigError(f"normalize in KeyPolicy must list names of steps, got a {type(name).__name__}")
     if name in NORMALIZERS:
         return NORMALIZERS[name]
     from ._plugins.loading import normalizer

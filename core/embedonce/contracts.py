@@ -103,6 +103,20 @@ EXTRAS: Mapping[str, str] = {
 """For each of these capabilities, the name of the method that the backend must have."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSize:
+    """How much some entries take in a store, and when they were stored. A field is None if the store cannot tell."""
+
+    bytes: int | None = None
+    """Size of all values, in bytes."""
+    oldest: float | None = None
+    """Unix time at which the oldest entry was stored."""
+    newest: float | None = None
+    """Unix time at which the newest entry was stored."""
+    dimensions: int | None = None
+    """Number of dimensions of the vectors."""
+
+
 class FrameBackend(Protocol):
     """Stores frames (bytes) under keys. Several threads may call it at the same time.
 
@@ -179,6 +193,14 @@ class Extras(Protocol):
 
     def twin(self) -> AsyncBackend:
         """Return a native async client for the running event loop. The engine calls this method once per event loop."""
+        ...
+
+    def measure(self, prefix: str, /) -> StoredSize:
+        """Return how much the keys that start with ``prefix`` take, and their dates, for ``embedonce stats``.
+
+        The backend declares no capability for this method. It has the method only if this is much faster than reading
+        all values. Without it, the engine reads the values of small scopes.
+        """
         ...
 
     def describe(self) -> str:
@@ -338,6 +360,9 @@ class Provider(Protocol):
     - ``aembed``, a coroutine function that does the same as ``embed``. The async methods of a cache then call it.
     - ``count_tokens(text)``, which returns the number of tokens of a text. ``max_tokens`` and ``tokens_per_minute``
       of the limits use it.
+    - ``check()``, which raises an error if the provider cannot be called as it is set up, for example because its API
+      key is missing. It uses neither the network nor a model. ``embedonce check`` and ``Cache.check_providers`` show
+      the message of the error, so it must not contain a secret.
     - ``answers_as``, a sequence of names of the model. They count as the same model if an answer names one of them
       (see :attr:`Embedded.model`).
     """

@@ -125,7 +125,7 @@ def _read_key(key_or_text: str | bytes) -> bytes:
         if text.startswith(FILE_PREFIX):
             try:
                 text = Path(text.removeprefix(FILE_PREFIX)).expanduser().read_text()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: no home folder
                 raise ConfigError(f"cannot read the file of an encryption key ({type(error).__name__})") from None
         try:
             key = base64.b64decode(text.strip(), altchars=b"-_" if set("-_") & set(text) else None, validate=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from ._cache_folder import NoCacheFolder, find_cache_path
 from .errors import SpaceError
 from .keys import canonical
 
@@ -76,9 +77,9 @@ class _Memo:
     """
 
     def __init__(self) -> None:
-        import platformdirs
-
-        self._file = platformdirs.user_cache_path("embedonce", appauthor=False) / "model-files.json"
+        self._file: Path | None = None
+        with contextlib.suppress(NoCacheFolder):  # without this folder, digests are computed again at each start
+            self._file = find_cache_path("model-files.json")
         self._known: dict[str, str] | None = None
         self._new: dict[str, str] = {}
 
@@ -98,13 +99,15 @@ class _Memo:
     def _read(self) -> dict[str, str]:
         if self._known is None:
             self._known = {}
+            if self._file is None:
+                return self._known
             with contextlib.suppress(OSError, ValueError):  # if the file cannot be read, digests are computed again
                 content = json.loads(self._file.read_text("utf-8"))
                 self._known = {key: value for key, value in content.items() if isinstance(value, str)}
         return self._known
 
     def save(self) -> None:
-        if not self._new:
+        if not self._new or self._file is None:
             return
         kept = list((self._read() | self._new).items())[-REMEMBERED:]
         temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, TypeAlias
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from embedonce.options import BadValue, Parsed, check_secret
+from embedonce.options import BadValue, Parsed, check_secret, read_secret_variable
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
@@ -76,7 +75,7 @@ def read_key_variable(*names: str) -> str | None:
         ValueError: the key is invalid; see :func:`check_key`.
     """
     for name in names:
-        key = os.environ.get(name)
+        key = read_secret_variable(name)
         if key:
             check_key(key, f"the environment variable {name}")
             return key
@@ -90,6 +89,17 @@ def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
         return url, None
     plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     return plain, (unquote(parts.username or ""), unquote(parts.password or ""))
+
+
+def require_key(given: str | None, variables: Sequence[str]) -> None:
+    """Check that there is an API key: as an option, or in one of the environment variables.
+
+    Raises:
+        ValueError: there is none, or the key in a variable is invalid. The message names the variables.
+    """
+    if given is None and read_key_variable(*variables) is None:
+        names = " or ".join(variables)
+        raise ValueError(f"the API key is missing: set the environment variable {names}, or api_key in [provider]")
 
 
 def load_token_provider(given: str | Callable[[], str] | None) -> Callable[[], str] | None:

@@ -21,7 +21,7 @@ from embedonce.keys import canonical_url
 from embedonce.options import Doc, Duration
 from embedonce.tasks import check_task
 
-from ._access import check_headers, check_key, read_key_variable, split_credentials
+from ._access import check_headers, check_key, read_key_variable, require_key, split_credentials
 from ._clients import Clients, require_package
 from ._guard import ACCEPT_ENCODING, Guard, expect_vectors
 
@@ -177,6 +177,15 @@ class GeminiProvider:
         with expect_vectors(len(texts)):
             answer = await client.aio.models.embed_content(**self._build_request(contents, task))
         return self._read_answer(answer, len(texts))
+
+    def check(self) -> None:
+        """Check that there is an API key.
+
+        Raises:
+            ValueError: the key is missing; the message names the environment variable.
+        """
+        if "authorization" not in self._headers and "x-goog-api-key" not in self._headers:
+            require_key(self._api_key, ("GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
     def close(self) -> None:
         """Close the clients and their connections."""

@@ -28,6 +28,7 @@ from ._access import (
     load_token_provider,
     make_async,
     read_key_variable,
+    require_key,
     split_credentials,
 )
 from ._clients import Clients, require_package
@@ -261,6 +262,19 @@ class OpenAIProvider:
             except openai.APIStatusError as error:
                 failure = error
         return self._read(answer, failure, request["input"])
+
+    def check(self) -> None:
+        """Check that there is an API key if the endpoint needs one.
+
+        Raises:
+            ValueError: the key is missing; the message names the environment variable.
+        """
+        if self._get_token is not None or "authorization" in self._headers:
+            return
+        if self._azure_endpoint is not None:
+            require_key(self._api_key, ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"))
+        elif self._is_default_endpoint:
+            require_key(self._api_key, ("OPENAI_API_KEY",))
 
     def close(self) -> None:
         """Close the clients and their connections."""

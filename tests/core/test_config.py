@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -1066,6 +1067,54 @@ def test_the_page_lists_every_option_with_its_default() -> None:
             assert f"`{name}`" in page or f"{name} = " in page, name
             if table in (CacheTable, KeyTable) and isinstance(option.default, str):
                 assert f'| `{name}` | `"{option.default}"`' in page
+
+
+# --- invisible characters around secrets and URLs ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("password", "hunter2\\n", "password"),
+        ("password", "\\tx${KEY}x", "password"),
+        ("password", "x${KEY}x", "password"),
+        ("url", "redis://:${KEY}@localhost/0", "url"),
+        ("url", "redis://localhost/0 ", "url"),
+        ("servers", ["localhost:1", "localhost:2\\u200b"], "servers[1]"),
+        ("servers", ["localhost:1", "http://u:${KEY}@h"], "servers[1]"),
+        ("headers", {"Authorization": "Bearer ${KEY}"}, "headers.Authorization"),
+        ("folder", "https://h/\\n", "folder"),
+    ],
+)
+def test_an_invisible_character_around_a_secret_is_reported_with_its_place(
+    probe: ModuleType, monkeypatch: pytest.MonkeyPatch, option: str, value: Any, name: str
+) -> None:
+    monkeypatch.setenv("KEY", "hunter2\n")
+    written = _write_inline(value).replace("\\\\", "\\")
+    (said,) = problems_of(f'{NGRAM}[[tiers]]\ntype = "probe"\n{option} = {written}\n')
+    assert re.match(rf"embedonce.toml:5:\d+: {re.escape(name)} in \[\[tiers\]\] \"probe\": (starts|ends) with a", said)
+    assert "hunter2" not in said
+    assert ("KEY" in said) == ("${KEY}" in str(value))
+
+
+def test_an_invisible_character_in_an_override_or_a_dict_is_reported(
+    probe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"provider": {"type": "wide", "token": " hunter2"}, "tiers": [{"type": "probe"}], "key": {"secret": "x\n"}}
+    said = problems(source)
+    assert [line.partition(": ")[0] for line in said] == ["secret in [key]", "token in [provider]"]
+    monkeypatch.setenv("EMBEDONCE__PROVIDER__TOKEN", "hunter2\r\n")
+    monkeypatch.setenv("EMBEDONCE__KEY__SECRET", "hunter2")
+    (said_again,) = problems(source)
+    assert said_again.startswith("EMBEDONCE__PROVIDER__TOKEN: ends with a line end; remove it")
+    assert "echo -n" in said_again
+    assert "hunter2" not in said_again
+
+
+def test_white_space_in_other_options_is_kept(probe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDER", "my folder ")
+    source = {"provider": {"type": "wide"}, "tiers": [{"type": "probe", "folder": "${FOLDER}"}]}
+    assert str(config.load(source).tiers[0].options["folder"]).endswith("my folder ")
 
 
 # --- defects that an outside tester found -----------------------------------------------------

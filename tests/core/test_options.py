@@ -20,7 +20,16 @@ from pydantic import TypeAdapter, ValidationError
 from embedonce._plugins.options import Option, Refused, options_of, read_text
 from embedonce._plugins.plain_values import UNSURE, convert_plain_value
 from embedonce.errors import PluginError
-from embedonce.options import BadValue, Doc, Duration, Size, parse_duration, parse_size
+from embedonce.options import (
+    BadValue,
+    Doc,
+    Duration,
+    Size,
+    check_secret,
+    parse_duration,
+    parse_size,
+    read_secret_variable,
+)
 
 # --- units ------------------------------------------------------------------------------------
 
@@ -300,3 +309,46 @@ def test_a_plain_configuration_is_read_without_pydantic() -> None:
         [sys.executable, "-c", inspect.cleandoc(code)], check=True, capture_output=True, text=True, timeout=100
     )
     assert done.stdout.strip() == "False"
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+INVISIBLE = {
+    "\n": "a line end",
+    "\r\n": "a line end",
+    "\u2028": "a line end",
+    " ": "a space",
+    "\u00a0": "a space",
+    "\t": "a tab",
+    "\ufeff": "a byte order mark",
+    "\u200b": "a zero-width character",
+    "\x1b": "a control character",
+}
+
+
+@pytest.mark.parametrize("character", INVISIBLE)
+def test_a_secret_with_an_invisible_character_around_it_is_refused(
+    character: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, verb in ((f"hunter2{character}", "ends with"), (f"{character}hunter2", "starts with")):
+        with pytest.raises(BadValue) as caught:
+            check_secret(text)
+        assert f"{verb} {INVISIBLE[character]}; remove it" in str(caught.value)
+        monkeypatch.setenv("SOME_KEY", text)
+        with pytest.raises(BadValue) as caught:
+            read_secret_variable("SOME_KEY")
+        assert str(caught.value).startswith(f"the environment variable SOME_KEY {verb}")
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+
+def test_what_a_secret_may_contain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("", "hunter2", "correct horse", "p\u00e4ss", "-----BEGIN KEY-----\nabc\n", '{"a": 1}\n'):
+        check_secret(text)
+    with pytest.raises(BadValue, match="NUL"):
+        check_secret("a\0b")
+    monkeypatch.setenv("SOME_KEY", "")
+    assert read_secret_variable("SOME_KEY") is None
+    assert read_secret_variable("NOT_SET_AT_ALL") is None
+    monkeypatch.setenv("SOME_KEY", "hunter2")
+    assert read_secret_variable("SOME_KEY") == "hunter2"

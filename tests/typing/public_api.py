@@ -32,6 +32,7 @@ from embedonce import (
     Matrix,
     PartialAnswer,
     PluginError,
+    ProviderCheck,
     ProviderError,
     ProviderTimeout,
     Purged,
@@ -101,6 +102,7 @@ async def embedding_async(cache: Cache, texts: list[str], stream: AsyncIterator[
     assert_type(await cache.acontents(), list[Held])
     assert_type(await cache.alist_metadata(), list[Metadata])
     assert_type(await cache.acheck(), list[TierCheck])
+    assert_type(await cache.acheck_providers(embed=True), list[ProviderCheck])
     assert_type(await cache.amigrate(), dict[str, str])
     assert_type(await cache.aflush(1.0), bool)
     assert_type(await cache.aclose(), None)
@@ -115,6 +117,7 @@ def upkeep(cache: Cache, texts: list[str]) -> None:
     assert_type(cache.contents(), list[Held])
     assert_type(cache.list_metadata("query"), list[Metadata])
     assert_type(cache.check(), list[TierCheck])
+    assert_type(cache.check_providers(), list[ProviderCheck])
     assert_type(cache.migrate(), dict[str, str])
     assert_type(cache.flush(), bool)
     assert_type(cache.stats(), Stats)

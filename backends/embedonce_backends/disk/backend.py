@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge
 
 from embedonce import hookimpl
-from embedonce.contracts import Capabilities
+from embedonce.contracts import Capabilities, StoredSize
 from embedonce.errors import ConfigError, EmbedonceError
 from embedonce.options import Doc, Size
 
@@ -80,6 +80,9 @@ _EVICT = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache ORDER BY row
 # removes the TEXT affinity of CAST. With that affinity, SQLite could convert stored keys before it compares them.
 _SCAN = "SELECT CAST(key AS BLOB) FROM Cache WHERE key >= +CAST(? AS TEXT) AND key < ? AND raw = 1 ORDER BY key LIMIT ?"
 _COUNT = "SELECT COUNT(*) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
+_MEASURE = (
+    "SELECT SUM(LENGTH(value)), MIN(store_time), MAX(store_time) FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
+)
 _PAGES = "SELECT page_count, freelist_count, page_size FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 
 
@@ -241,6 +244,11 @@ class DiskBackend:
         """Return how many keys ``scan(prefix)`` yields."""
         ((count,),) = self._read(_COUNT, (prefix, _find_prefix_end(prefix)))
         return int(count)
+
+    def measure(self, prefix: str, /) -> StoredSize:
+        """Return the size and the dates of the entries whose keys start with ``prefix``."""
+        ((size, oldest, newest),) = self._read(_MEASURE, (prefix, _find_prefix_end(prefix)))
+        return StoredSize(bytes=int(size or 0), oldest=oldest, newest=newest)
 
     def close(self) -> None:
         """Close the idle connections now, and each connection in use when its call ends."""

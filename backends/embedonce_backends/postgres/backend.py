@@ -18,7 +18,7 @@ from annotated_types import Ge
 from psycopg.pq import TransactionStatus
 
 from embedonce import hookimpl
-from embedonce.contracts import Capabilities, time_left
+from embedonce.contracts import Capabilities, StoredSize, time_left
 from embedonce.errors import ConfigError, TierError
 from embedonce.event_loops import async_deadline
 from embedonce.options import Doc
@@ -159,6 +159,15 @@ class PostgresBackend:
         """Return how many keys start with ``prefix``, including expired keys that have not been deleted yet."""
         ((count,),) = self._run(self.get_statements().count, (prefix, _find_prefix_end(prefix)))
         return int(count)
+
+    def measure(self, prefix: str, /) -> StoredSize:
+        """Return the size and the dates of the entries whose keys start with ``prefix``.
+
+        An encrypted entry has no date in the table.
+        """
+        statement = self.get_statements().measure
+        ((size, oldest, newest, dimensions),) = self._run(statement, (prefix, _find_prefix_end(prefix)))
+        return StoredSize(bytes=int(size or 0), oldest=oldest, newest=newest, dimensions=dimensions)
 
     def twin(self) -> PostgresTwin:
         """Return a native async client for the running event loop, with its own connections."""

@@ -215,6 +215,7 @@ class Statements:
     delete: bytes
     scan: bytes
     count: bytes
+    measure: bytes
     sweep: bytes
     is_isolated: bool
     """Whether each statement needs a transaction that sets the isolation level to read committed."""
@@ -260,6 +261,10 @@ DELETE FROM {table} WHERE key = ANY(ARRAY(
 """
 _SCAN = "SELECT key FROM {table} WHERE " + _PREFIXED + " AND key > $3::text ORDER BY key LIMIT $4::bigint"
 _COUNT = "SELECT count(*) FROM {table} WHERE " + _PREFIXED
+_MEASURE = (
+    "SELECT sum(pg_column_size(held.*))::bigint, min(created), max(created), max(dimensions) FROM {table} AS held"
+    " WHERE " + _PREFIXED
+)
 _SWEEP = """
 DELETE FROM {table} WHERE key = ANY(ARRAY(
     SELECT key FROM {table} WHERE kept_until <= {now} + $1::float8 ORDER BY kept_until LIMIT {sweep}
@@ -295,6 +300,7 @@ def make_statements(found: TableState, schema: str, table: str, column: Column) 
         delete=fill(_DELETE),
         scan=fill(_SCAN),
         count=fill(_COUNT),
+        measure=fill(_MEASURE),
         sweep=fill(_SWEEP),
         is_isolated=found.isolation != "read committed",
         vector_oid=found.vector_oid if writes_vectors else None,

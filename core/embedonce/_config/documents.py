@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -11,15 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedonce._cache_folder import NoCacheFolder, find_cache_path
 from embedonce._messages import quote_toml_key
 from embedonce.errors import ConfigError, Problem
 
+from .found_files import PYPROJECT, TABLE, find_file, get_table, relative_name
 from .places import Place, Places, TomlPath, find_places, read_syntax_error
 
-FILE = "embedonce.toml"
-PYPROJECT = "pyproject.toml"
-TABLE = ("tool", "embedonce")
-"""Names of the nested tables that lead to the configuration in a pyproject.toml."""
+log = logging.getLogger("embedonce")
 
 CONFIG_VARIABLE = "EMBEDONCE_CONFIG"
 OVERRIDE = "EMBEDONCE__"
@@ -40,6 +40,8 @@ class Document:
     text: str = ""
     prefix: tuple[str, ...] = ()
     """Names of the nested tables that lead to the configuration in the file; empty except in a pyproject.toml."""
+    is_found: bool = False
+    """Whether the file was found in the current folder or above it, and not named."""
     _places: Places | None = field(default=None, repr=False)
 
     @property
@@ -74,14 +76,6 @@ class Document:
         return f"[[{name}]]" if array else f"[{name}]"
 
 
-def relative_name(file: Path) -> str:
-    """Return a file's path, relative to the current folder if the file is in or below that folder."""
-    try:
-        return str(file.relative_to(Path.cwd()))
-    except (ValueError, OSError):  # OSError: the current folder was removed
-        return str(file)
-
-
 # --- finding ----------------------------------------------------------------------------------
 
 
@@ -113,41 +107,34 @@ def _find_default() -> Document:
         found = read_document(Path(path), origin=f" ({CONFIG_VARIABLE})")
         found.source = f"{CONFIG_VARIABLE}={path}"
         return found
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if os.path.lexists(folder / FILE):  # also True for a broken link; ignoring the link would hide a mistake
-            return read_document(folder / FILE)
-        if _has_configuration(folder / PYPROJECT):
-            return read_document(folder / PYPROJECT)
+    nearest = find_file()
+    if nearest is not None:
+        return _parse_document(nearest.path, nearest.content, is_found=True)
     return _make_default()
 
 
-def _has_configuration(pyproject: Path) -> bool:
-    """Return whether a pyproject.toml contains a configuration. Errors in an unrelated pyproject.toml are ignored."""
-    try:
-        content = pyproject.read_bytes()
-    except OSError:
-        return False
-    if b"embedonce" not in content:
-        return False
-    try:
-        return _get_table(tomllib.loads(content.decode("utf-8-sig"))) is not None
-    except (ValueError, RecursionError):
-        return b"tool.embedonce" in content  # if True, the caller reads the file and reports why it is invalid
-
-
-def _get_table(data: Any) -> Any:
-    for name in TABLE:
-        data = data.get(name) if isinstance(data, dict) else None
-    return data
-
-
 def _make_default() -> Document:
-    import platformdirs
+    """Return the default: the ngram provider, a memory tier, and a disk tier if there is a place for it."""
+    tiers = [{"type": "memory"}]
+    source = "defaults, since no configuration was found"
+    try:
+        tiers.append({"type": "disk", "path": str(find_cache_path("vectors"))})
+    except NoCacheFolder as error:
+        source += f"; memory alone, because {error}"
+        _warn_once(
+            f"no disk tier: {error}, so vectors are kept in memory alone, until the program ends; to keep them, set "
+            "HOME or XDG_CACHE_HOME to a folder that can be written to, or write a configuration"
+        )
+    return Document({"provider": {"type": "ngram"}, "tiers": tiers}, source)
 
-    folder = platformdirs.user_cache_path("embedonce", appauthor=False) / "vectors"
-    tiers = [{"type": "memory"}, {"type": "disk", "path": str(folder)}]
-    return Document({"provider": {"type": "ngram"}, "tiers": tiers}, "defaults, since no configuration was found")
+
+_WARNED: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _WARNED:
+        _WARNED.add(message)
+        log.warning("%s", message)
 
 
 def read_document(file: Path, origin: str = "") -> Document:
@@ -166,13 +153,18 @@ def read_document(file: Path, origin: str = "") -> Document:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(f"cannot be read{origin}: {reason}", name)]) from error
+    return _parse_document(file, content)
+
+
+def _parse_document(file: Path, content: bytes, *, is_found: bool = False) -> Document:
+    name = relative_name(file)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte, place = _locate_bad_byte(content, error)
         raise ConfigError([Problem(f"cannot be read: byte {byte} is not UTF-8", name, *place)]) from error
     data = _parse_toml(text, name)
-    found = Document(data, name, Path(os.path.abspath(file)), text)
+    found = Document(data, name, Path(os.path.abspath(file)), text, is_found=is_found)
     if file.name == PYPROJECT:
         _narrow_to_table(found)
     return found
@@ -199,7 +191,7 @@ def _parse_toml(text: str, name: str) -> dict[str, Any]:
 
 
 def _narrow_to_table(found: Document) -> None:
-    inner = _get_table(found.data)
+    inner = get_table(found.data)
     if inner is None:
         raise ConfigError([Problem("has no [tool.embedonce]", found.relative_name)])
     if not isinstance(inner, dict):
@@ -238,6 +230,15 @@ def expand_values(data: Mapping[str, Any]) -> Values:
 
 UNUSABLE = object()
 """Replaces a value that is listed in ``Values.errors``."""
+
+
+def contains_unusable(value: Any) -> bool:
+    """Return whether a value, at any depth, contains a part that cannot be used."""
+    if isinstance(value, Mapping):
+        return any(contains_unusable(item) for item in value.values())
+    if isinstance(value, list):
+        return any(contains_unusable(item) for item in value)
+    return value is UNUSABLE
 
 
 def _expand_value(value: Any, path: TomlPath, found: Values) -> Any:

@@ -15,10 +15,31 @@ from embedonce.errors import ConfigError, PluginError, Problem
 from embedonce.keys import KeyPolicy
 from embedonce.options import BadValue, Doc
 
-from .documents import OVERRIDE, UNUSABLE, Document, Values, expand_values, is_unicode, list_overrides
+from .documents import (
+    OVERRIDE,
+    UNUSABLE,
+    Document,
+    Values,
+    contains_unusable,
+    expand_values,
+    is_unicode,
+    list_overrides,
+)
+from .found_files import ONLY_NAMED, find_remote_code
+from .hints import format_doc, hide_name, is_table, suggest_key, suggest_tier_name
 from .places import TomlPath
 from .resolved import Config, Plugged, Setting, TierConfig
-from .secrets import HIDDEN, display, find_credentials, find_secrets, find_texts, format_path, is_secret, mask
+from .secrets import (
+    HIDDEN,
+    display,
+    find_credentials,
+    find_invisible,
+    find_secrets,
+    find_texts,
+    format_path,
+    is_secret,
+    mask,
+)
 from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
@@ -105,6 +126,8 @@ class _Loader:
 
     def load(self) -> Config:
         self._problems += [problem for _, problem in self._list_unusable()]
+        if self._document.is_found:
+            self._refuse_remote_code()
         self._check_names()
         cache = self._read_section("cache", CacheTable)
         is_given = "plugins" in self._values.data or _format_variable(("plugins", "allow")) in self._variables
@@ -145,6 +168,12 @@ class _Loader:
             name = format_path(rest) + (f" in {self._format_label(head)}" if head else "")
             yield where, self._document.problem(where, f"{name} {message}", key=False)
 
+    def _refuse_remote_code(self) -> None:
+        for where in find_remote_code(self._values.data):
+            head, rest = self._split_path(where)
+            name = f"{format_path(rest)} in {self._format_label(head)}"
+            self._add_problem(where, f"{name} runs code of others, so {ONLY_NAMED}")
+
     def _split_path(self, where: TomlPath) -> tuple[TomlPath, TomlPath]:
         """Split the path of a value into the path of its table and the rest."""
         depth = 2 if where[:1] == ("tiers",) or where[:2] == ("provider", "fallback") else 1
@@ -172,8 +201,8 @@ class _Loader:
                 continue
             home = next((table for table, cls in _OWN_TABLES.items() if name in options_of(cls)), None)
             meant = find_closest(name, TABLES)
-            unknown = f"table {self._document.table(name)}" if _is_table(given) else f"key {quote(name)}"
-            if home and not _is_table(given):
+            unknown = f"table {self._document.table(name)}" if is_table(given) else f"key {quote(name)}"
+            if home and not is_table(given):
                 hint = f"; it belongs in {self._document.table(home)}"
             elif meant:
                 hint = f"; did you mean {self._document.table(meant, array=meant == 'tiers')}?"
@@ -232,7 +261,7 @@ class _Loader:
         except PluginError as error:
             is_overridden = _format_variable(("key", "normalize")) in self._variables
             hidden = is_overridden or _is_any_inside(where[:2], self._values.private)
-            self._add_own_problem("key", "normalize", _hide_name(error, step) if hidden else str(error), where)
+            self._add_own_problem("key", "normalize", hide_name(error, step) if hidden else str(error), where)
             return False
         return True
 
@@ -289,7 +318,7 @@ class _Loader:
             options = merge_options(cls, own, {"type", *table.tables})
         except PluginError as error:
             hidden = self._find_override(table, "type") or _is_any_inside((*table.where, "type"), self._values.private)
-            self._add_option_problem(table, "type", _hide_name(error, kind) if hidden else str(error))
+            self._add_option_problem(table, "type", hide_name(error, kind) if hidden else str(error))
             self._read_own_options(table, own)
             return None
         table.options = {**table.options, **options}
@@ -372,7 +401,7 @@ class _Loader:
         name = entry_points.strip_distribution(name) if key == "type" else name
         if name == "provider" or not re.fullmatch(TIER_NAME, name):
             rule = "it must start with a letter a-z and contain only a-z, 0-9, - and _; for example:"
-            reason = f'{rule} "{_suggest_tier_name(url or name)}"'
+            reason = f'{rule} "{suggest_tier_name(url or name)}"'
             if name == "provider":
                 reason = "it is reserved for the provider"
             message = f"{quote(url or name)} is not a valid tier name: {reason}"
@@ -405,7 +434,7 @@ class _Loader:
         for key in table.given:
             if key not in names:
                 home = next((name for name, cls in _OWN_TABLES.items() if key in options_of(cls)), None)
-                hint = f"; it belongs in {self._document.table(home)}" if home else _suggest_key(key, names)
+                hint = f"; it belongs in {self._document.table(home)}" if home else suggest_key(key, names)
                 self._add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
             value = self._read_option(table, option)
@@ -421,7 +450,7 @@ class _Loader:
         if option.name not in table.given:
             if option.required:
                 self._add_problem(
-                    table.where, f"{quote(option.name)} is missing in {table.label}{_format_doc(option)}", key=True
+                    table.where, f"{quote(option.name)} is missing in {table.label}{format_doc(option)}", key=True
                 )
             return UNUSABLE
         return self._read_value(table, option, table.given[option.name])
@@ -439,7 +468,7 @@ class _Loader:
 
     def _read_value(self, table: _Table, option: Option, value: Any) -> Any:
         where = (*table.where, option.name)
-        if _contains_unusable(value):
+        if contains_unusable(value):
             return UNUSABLE
         private = _is_any_inside(where, self._values.private)
         for text in find_texts(value):
@@ -458,7 +487,11 @@ class _Loader:
         try:
             if value == "" and option.is_path:
                 raise BadValue('must not be empty; write "." for the folder of the configuration')
-            return option.resolve_path(option.check(value), self._document.folder)
+            invisible = list(find_invisible((option.name,), value, self._list_variables(table, option)))
+            for where, message in invisible:
+                self._add_value_problem(table, where, None, message, variable)
+            if not invisible:
+                return option.resolve_path(option.check(value), self._document.folder)
         except Refused as refused:
             for part in list_invalid_parts(value, refused, hidden=hidden or is_secret((option.name,))):
                 where = (option.name, *part.where)
@@ -469,6 +502,11 @@ class _Loader:
             message = str(error) if isinstance(error, PluginError | BadValue) or not hidden else "is invalid"
             self._add_value_problem(table, (option.name,), None, message, variable)
         return UNUSABLE
+
+    def _list_variables(self, table: _Table, option: Option) -> dict[TomlPath, dict[str, str]]:
+        """Return the environment variables in an option's value, by the path that starts with the option's name."""
+        depth, where = len(table.where), (*table.where, option.name)
+        return {place[depth:]: found for place, found in self._values.variables.items() if place[: len(where)] == where}
 
     def _add_value_problem(
         self, table: _Table, where: TomlPath, shown: str | None, message: str, variable: str | None
@@ -554,39 +592,6 @@ def _sort_key(problem: Problem) -> tuple[bool, int, int]:
     return problem.line is None, problem.line or 0, problem.column or 0
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
-
-
-def _suggest_key(key: str, names: Sequence[str]) -> str:
-    meant = find_closest(key, names)
-    if meant:
-        return f'; did you mean "{meant}"?'
-    return f"; valid keys are {join_words(names)}" if names else "; no key is valid here"
-
-
-def _format_doc(option: Option) -> str:
-    return f"; {option.doc}" if option.doc else ""
-
-
-def _hide_name(error: PluginError, name: str) -> str:
-    """Remove a plugin's name from an error's message. The name is from the environment, so it may be a secret."""
-    message = str(error).replace(quote(name), "of that name")
-    return f"a plugin {message}" if message.startswith("of that name") else message
-
-
-def _suggest_tier_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789") or "memory"
-
-
 def _is_any_inside(where: TomlPath, places: Iterable[TomlPath]) -> bool:
     """Return whether any of ``places`` is at or below the path ``where``."""
     return any(place[: len(where)] == where for place in places)
-
-
-def _contains_unusable(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_contains_unusable(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_contains_unusable(item) for item in value)
-    return value is UNUSABLE

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from embedonce._messages import quote, quote_toml_key, strip_credentials
+from embedonce.options import BadValue, check_secret
 
 from .places import TomlPath
 
@@ -15,6 +16,8 @@ HIDDEN = "(hidden)"
 _SECRET = re.compile(
     r"secret|encryption|passw|passphrase|credential|authorization|cookie|(?:^|_)(?:pwd|token|key|apikey|auth|headers?|dsn|conninfo)s?$"
 )
+
+_ADDRESS = re.compile(r"(?:^|_)(?:url|uri|endpoint|host|server|address|addresse)s?$")
 
 
 def is_secret(where: Sequence[str | int]) -> bool:
@@ -86,3 +89,29 @@ def find_credentials(text: str) -> Iterable[str]:
     except ValueError:  # not a URL
         return
     yield from (unquoted for part in found if part for unquoted in {part, unquote(part)})
+
+
+def find_invisible(
+    where: TomlPath, value: Any, variables: Mapping[TomlPath, Mapping[str, str]]
+) -> Iterator[tuple[TomlPath, str]]:
+    """Yield the path and the problem of each secret or URL that has white space or an invisible character around it.
+
+    ``variables`` are the environment variables, and their values, that each text contains. A variable may stand in the
+    middle of a URL, so the variable's own value is checked too.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for step, item in items:
+            yield from find_invisible((*where, step), item, variables)
+    elif isinstance(value, str) and (is_secret(where) or _is_address(where) or "://" in value):
+        for text in (value, *variables.get(where, {}).values()):
+            try:
+                check_secret(text)
+            except BadValue as error:
+                yield where, str(error)
+                return
+
+
+def _is_address(where: TomlPath) -> bool:
+    names = [part for part in where if isinstance(part, str)]
+    return bool(names) and _ADDRESS.search(names[-1].lower()) is not None

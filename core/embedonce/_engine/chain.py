@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from embedonce._messages import join_words
 from embedonce.answers import ChainWarning
@@ -73,7 +73,9 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
 
     Raises:
         ChainError: two tiers have the same name, a tier is not a backend, or a backend cannot support an option.
+        ConfigError: ``tiers`` is not a list.
     """
+    tiers = _read_list(tiers)
     chain: list[tuple[str, Tier]] = []
     for place, given in enumerate(tiers):
         tier = given if isinstance(given, Tier) else Tier(given)
@@ -86,6 +88,38 @@ def compose_chain(tiers: Sequence[Tier | Backend], *, keyed: bool = False) -> li
     return chain
 
 
+def _read_list(tiers: Any) -> list[Any]:
+    """Return the tiers as a list.
+
+    Raises:
+        ConfigError: ``tiers`` is one tier, or is something else that is not an ordered collection.
+    """
+    if isinstance(tiers, Tier) or hasattr(tiers, "capabilities"):
+        name = tiers.__name__ if isinstance(tiers, type) else type(tiers).__name__
+        raise ConfigError(f"tiers must be a list of backends, got one {name}; write it in brackets: [{name}(...)]")
+    if isinstance(tiers, str | bytes | Mapping | Set) or not isinstance(tiers, Iterable):
+        raise ConfigError(
+            f"tiers must be a list of backends, such as [MemoryBackend()], got {type(tiers).__name__}; to store "
+            "nothing, leave tiers out"
+        )
+    return list(tiers)
+
+
+def _describe_no_backend(backend: Any) -> str:
+    """Return why something is not a backend, and what to pass instead."""
+    if isinstance(backend, type):
+        return f"{backend.__name__} is a class; pass an instance of it, {backend.__name__}(...)"
+    if isinstance(backend, str | Mapping):
+        kind = type(backend).__name__
+        return f"a {kind} is not a backend; pass a backend such as MemoryBackend(), or use embedonce.open"
+    if isinstance(backend, Tier):
+        return "a Tier is not a backend; pass the backend itself to Tier"
+    return (
+        f"{type(backend).__name__} is not a backend, because it has no `capabilities` "
+        "(see embedonce.contracts.FrameBackend)"
+    )
+
+
 def _find_problems(
     name: str, tier: Tier, earlier: Sequence[tuple[str, Tier]], *, keyed: bool
 ) -> Iterator[tuple[str | None, str]]:
@@ -94,14 +128,11 @@ def _find_problems(
     ``earlier`` contains the tiers before this tier.
     """
     caps = getattr(tier.backend, "capabilities", None)
-    if not isinstance(caps, Capabilities):
-        yield (
-            None,
-            (
-                f"{type(tier.backend).__name__} is not a backend, because it has no `capabilities` "
-                "(see embedonce.contracts.FrameBackend)"
-            ),
-        )
+    if isinstance(tier.backend, type) or not isinstance(caps, Capabilities):
+        yield None, _describe_no_backend(tier.backend)
+        return
+    if not isinstance(name, str):
+        yield "name", f"a tier's name must be a str, got {type(name).__name__}"
         return
     for capability, method in EXTRAS.items():
         if getattr(caps, capability) and not callable(getattr(tier.backend, method, None)):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from embedonce._messages import format_count
-from embedonce.answers import Explanation, Fetched, Purged
+from embedonce.answers import Explanation, Fetched, Held, ProviderCheck, Purged
 from embedonce.contracts import Task, Vectors
 from embedonce.errors import CacheClosed, EraseIncomplete, SpaceError
 from embedonce.functions import NoProvider
-from embedonce.keys import card
+from embedonce.keys import Value, card
 from embedonce.tasks import TASKS, require_task
 from embedonce.vectors import Dtype, Entry, Matrix, Metadata, Vector, freeze_rows, plain_metadata
 
@@ -21,6 +22,7 @@ from .call import Answer
 from .checks import check_matrix, round_matrix
 from .drift import SpaceLeft
 from .ports import Port
+from .provider_checks import check_provider
 from .routes import LiveProvider, Route, copy_texts, describe_space
 from .running import RunningChain, close_part
 
@@ -345,16 +347,58 @@ class Requests:
         model: str | None,
         version: str | None,
         namespace: str | None,
+        unused: bool,
         dry_run: bool,
     ) -> Purged:
         self._check_open()
         parts = {"model": model, "version": version, "namespace": namespace}
         wanted = {name: value for name, value in parts.items() if value is not None}
-        if scope is None and not wanted:
-            raise ValueError("purge requires at least one of scope, model, version and namespace")
-        return await self._chain.upkeep.purge(port, scope=scope, wanted=wanted, dry_run=dry_run)
+        if scope is None and not wanted and not unused:
+            raise ValueError("purge requires at least one of scope, model, version, namespace and unused")
+        upkeep = self._chain.upkeep
+        keep = None
+        if unused:
+            if not self._list_sources():
+                raise ValueError("purge(unused=True) requires a provider, which says which scopes are in use")
+            keep = await self._find_own_scopes(port, (await upkeep.read_all_cards(port)).values())
+        return await upkeep.purge(port, scope=scope, wanted=wanted, keep=keep, dry_run=dry_run)
 
-    # --- listing and explaining ---------------------------------------------------------------
+    # --- checking, listing and explaining -----------------------------------------------------
+
+    def _list_sources(self) -> list[LiveProvider]:
+        """Return the provider and the fallback, as far as this cache has them."""
+        sources = [self._source, *([self._fallback] if self._fallback else [])]
+        return [source for source in sources if not isinstance(source.provider, NoProvider)]
+
+    async def _contents(self, port: Port) -> list[Held]:
+        self._check_open()
+        held = await self._chain.upkeep.contents(port)
+        if not self._list_sources():
+            return held
+        own = await self._find_own_scopes(port, [one.card for one in held if one.card is not None])
+        return [one if one.error is not None else replace(one, current=one.scope in own) for one in held]
+
+    async def _find_own_scopes(self, port: Port, cards: Iterable[Mapping[str, Value]]) -> set[str]:
+        """Return the scopes that the provider and the fallback use now, for every task that a space card names."""
+        chain = self._chain
+        stored = {task for card in cards if isinstance(task := card.get("task"), str) and task}
+        own: set[str] = set()
+        for source in self._list_sources():
+            for task in {*TASKS, *stored, *(known for _, known in self._routes)}:
+                try:
+                    # The route is not kept, because a store may contain any number of tasks.
+                    route = self._routes.get((source, task)) or Route(source, task, chain.policy, chain.steps)
+                except Exception:  # noqa: BLE001  (the provider does not know the task)
+                    continue
+                current = await chain.engine.find_current_route(port, route)
+                own.add(current.keyer.scope)
+        return own
+
+    async def _check_providers(self, port: Port, *, embed: bool) -> list[ProviderCheck]:
+        self._check_open()
+        chain = self._chain
+        routes = [self._get_route(source, TASKS[0]) for source in self._list_sources()]
+        return [await check_provider(port, route, chain.in_flight, dtype=self._dtype, embed=embed) for route in routes]
 
     async def _list_metadata(self, port: Port, task: Task) -> list[Metadata]:
         self._check_open()

@@ -150,7 +150,9 @@ class RunningChain:
             clock=clock,
         )
         busy_timeout = 1.0 + max((tier.timeout or 0.0 for tier in self.tiers), default=0.0)
-        self.upkeep = Upkeep(self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout)
+        self.upkeep = Upkeep(
+            self.tiers, self.in_flight, self.cards, self.served, busy_timeout=busy_timeout, clock=clock
+        )
 
     def close_at_exit(self, owner: CacheOverChain) -> None:
         """Register this chain to be flushed and closed when the process exits.

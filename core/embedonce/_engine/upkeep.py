@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
 from embedonce._reprs import shorten
 from embedonce.answers import Explanation, Held, Purged, TierCheck
 from embedonce.errors import EraseIncomplete, PartialAnswer, TierBusy, TierError
-from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy, Value
+from embedonce.keys import CARD_PREFIX, KEY_PREFIX, SERVED_MODEL, SETTINGS, KeyPolicy
 from embedonce.vectors import Dtype, Metadata, open_frame
 
 from .flights import Erasure, InFlight
 from .leases import lease_keys
+from .measuring import Card, group_by_scope, measure
 from .ports import Port
+from .probing import probe_writes
 from .routes import Route
 from .served import ServedModels
 from .tiers import PROBE_KEY, LiveTier
 
-Card = Mapping[str, Value]
 MOST_NAMED = 5
 """Maximum number of settings that one reason for a miss names."""
 
@@ -40,12 +41,14 @@ class Upkeep:
         served: ServedModels,
         *,
         busy_timeout: float,
+        clock: Callable[[], float],
     ) -> None:
         self._tiers = tiers
         self._in_flight = in_flight
         self._cards = cards
         self._served = served
         self._busy_timeout = busy_timeout
+        self._clock = clock
 
     # --- erasing ------------------------------------------------------------------------------
 
@@ -61,27 +64,38 @@ class Upkeep:
 
         await self._erase(port, Erasure(keys), erase, "forget")
 
-    async def purge(self, port: Port, *, scope: str | None, wanted: Mapping[str, str], dry_run: bool) -> Purged:
-        """Remove every entry in the scopes that match ``scope`` and ``wanted``. With ``dry_run``, only count entries.
+    async def purge(
+        self,
+        port: Port,
+        *,
+        scope: str | None,
+        wanted: Mapping[str, str],
+        keep: Collection[str] | None,
+        dry_run: bool,
+    ) -> Purged:
+        """Remove every entry in the scopes that match ``scope`` and ``wanted`` and are not in ``keep``.
+
+        With ``keep``, a scope without a space card matches too if nothing is wanted. With ``dry_run``, only count
+        entries.
 
         Raises:
             EraseIncomplete: a tier failed, or a tier cannot list or delete keys. The error names each such tier.
         """
         failed: dict[str, str] = {}
-        scopes: dict[str, Card | None] = {} if scope is None or wanted else {scope: self._cards.get(scope)}
+        kept = () if keep is None else keep
+        scopes: dict[str, Card | None] = {}
+        if scope is not None and not wanted and scope not in kept:
+            scopes[scope] = self._cards.get(scope)
         for tier in self._tiers:
             try:
-                cards = await self._read_cards(port, tier)
+                cards: dict[str, Card | None] = {**await self._read_cards(port, tier)}
+                if keep is not None:
+                    cards = dict.fromkeys(group_by_scope(await tier.scan(port, KEY_PREFIX))) | cards
             except TierError as error:
                 failed[tier.name] = _describe(error)
             else:
-                scopes.update(
-                    {
-                        name: card
-                        for name, card in cards.items()
-                        if scope in (None, name) and all(card.get(part) == value for part, value in wanted.items())
-                    }
-                )
+                matching = {name: card for name, card in cards.items() if scope in (None, name) and name not in kept}
+                scopes |= {name: card for name, card in matching.items() if _has_parts(card, wanted)}
         removed: dict[str, int] = {}
         if dry_run:
             for tier in self._tiers:
@@ -141,15 +155,19 @@ class Upkeep:
         for tier in self._tiers:
             try:
                 cards = await self._read_cards(port, tier)
-                keys = await tier.scan(port, KEY_PREFIX)
+                scopes = group_by_scope(await tier.scan(port, KEY_PREFIX))
+                held += [await measure(port, tier, scope, scopes[scope], cards.get(scope)) for scope in sorted(scopes)]
             except TierError as error:
                 held.append(Held(tier.name, "", None, 0, _describe(error)))
-                continue
-            scopes = Counter(
-                key.split(".", 2)[1] for key in keys if not key.startswith(CARD_PREFIX) and key.count(".") == 2
-            )
-            held += [Held(tier.name, scope, cards.get(scope), n) for scope, n in sorted(scopes.items())]
         return held
+
+    async def read_all_cards(self, port: Port) -> dict[str, Card]:
+        """Return the space cards that the tiers store, by scope. A tier that fails is left out."""
+        cards: dict[str, Card] = {}
+        for tier in self._tiers:
+            with suppress(TierError):
+                cards |= await self._read_cards(port, tier)
+        return cards
 
     async def list_metadata(self, port: Port, route: Route, dtype: Dtype) -> list[Metadata]:
         """Return the metadata of every entry in a route's scope, once per entry. Skip entries without metadata.
@@ -172,21 +190,26 @@ class Upkeep:
         return [metadata for metadata in found.values() if metadata is not None]
 
     async def check(self, port: Port) -> list[TierCheck]:
-        """Check that each tier answers a read, and that the tier can decrypt its space cards."""
+        """Check that each tier answers, can decrypt its space cards, and stores, returns and deletes a probe."""
         checks = []
         for tier in self._tiers:
             start = time.perf_counter()
             detail, ok = "", False
+            writes: bool | None = None
+            is_read = False
             try:
                 await self._read_available(port, tier, [PROBE_KEY])
+                is_read = True
                 detail = await self._find_key_mismatch(port, tier)
                 if not detail:
-                    detail = await tier.describe(port)
+                    writes, remark = await probe_writes(port, tier, self._clock)
+                    detail = "; ".join(filter(None, (await tier.describe(port), remark)))
                     ok = True
             except TierError as error:
                 detail = _describe(error)
+                writes = False if is_read else None
             kind = type(tier.backend).__name__.removesuffix("Backend").lower()
-            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail))
+            checks.append(TierCheck(tier.name, kind, ok, time.perf_counter() - start, detail, writes))
         return checks
 
     async def _read_available(self, port: Port, tier: LiveTier, keys: Sequence[str]) -> Mapping[str, Any]:
@@ -289,6 +312,10 @@ class Upkeep:
             if name != scope and 0 < len(differences) <= 2 and not is_other_task:
                 reasons.append(f"tier {tier.name!r} holds entries with {', '.join(differences)}")
         return reasons
+
+
+def _has_parts(card: Card | None, wanted: Mapping[str, str]) -> bool:
+    return not wanted or (card is not None and all(card.get(part) == value for part, value in wanted.items()))
 
 
 def _compare_cards(own: Card, other: Card) -> list[str]:

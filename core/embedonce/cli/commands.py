@@ -14,6 +14,7 @@ from embedonce.errors import ConfigError, EmbedonceError, EraseIncomplete, Plugi
 from . import conformance as _conformance
 from . import embed as _embed
 from . import evaluate as _evaluate
+from . import forget as _forget
 from . import init as _init
 from . import inspect as _inspect
 from . import migrate as _migrate
@@ -26,6 +27,7 @@ from .output import (
     Failed,
     Refused,
     describe_os_error,
+    emit_config_error,
     reserve_stdout,
     say,
     say_config_error,
@@ -47,11 +49,19 @@ Exit codes: 0 success, 1 something failed, 2 invalid usage or configuration, 130
 
 
 class Command(TyperCommand):
-    """Runs a command with standard output reserved for its results."""
+    """Runs a command with standard output reserved for its results.
+
+    With ``--json``, the problems of a configuration are a result too.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         with reserve_stdout():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except ConfigError as error:
+                if ctx.params.get("json"):
+                    emit_config_error(error)
+                raise
 
 
 class Commands(TyperGroup):
@@ -123,6 +133,7 @@ app.command(cls=Command, epilog=_embed.EPILOG)(_embed.embed)
 app.command(cls=Command, epilog=_inspect.EXPLAIN_EPILOG)(_inspect.explain)
 app.command(cls=Command, epilog=_evaluate.EPILOG)(_evaluate.evaluate)
 app.command(cls=Command, epilog=_inspect.STATS_EPILOG)(_inspect.stats)
+app.command(cls=Command, epilog=_forget.EPILOG)(_forget.forget)
 app.command(cls=Command, epilog=_purge.EPILOG)(_purge.purge)
 app.command(cls=Command, epilog=_migrate.EPILOG)(_migrate.migrate)
 app.command(cls=Command, epilog=_inspect.PLUGINS_EPILOG)(_inspect.plugins)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from embedonce._config.documents import FILE, PYPROJECT
+from embedonce._config.found_files import FILE, PYPROJECT
 from embedonce._messages import find_closest, join_words, quote
 
 from .init_sections import PROVIDERS, TIERS, format_install_command, render_file

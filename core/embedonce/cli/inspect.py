@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +14,11 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, Refused, emit, format_value, make_table, say, say_excerpt, show
+from .options import ConfigOption, JsonOption, TaskOption, read_stdin
+from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
+    from embedonce.answers import Held, ProviderCheck
     from embedonce.plugins import InstalledPlugin
 
 CHECK_EPILOG = """
@@ -26,10 +26,13 @@ Examples:
 
 embedonce check
 
+embedonce check --provider
+
 embedonce check --config production.toml --json
 
-The exit code is 1 if a tier does not answer. The provider is shown but not called, because a call may cost money.
-Warnings about the chain and about broken plugins do not change the exit code.
+A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer or does not store the
+probe, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
+money. Warnings about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
 Examples:
@@ -57,6 +60,9 @@ Examples:
 embedonce stats
 
 embedonce stats --json
+
+A scope is one vector space with one key policy. It is current if the configuration uses it. Dates are in UTC. A column
+has no value if the store cannot tell it.
 """
 PLUGINS_EPILOG = """
 Examples:
@@ -81,41 +87,78 @@ CARD = ("provider", "model", "task", "version", "namespace")
 """Fields of a scope's space card, in the order in which the commands show them."""
 
 
-def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Check the configuration, and check that each tier answers."""
+def check(
+    config: ConfigOption = None,
+    provider: Annotated[
+        bool, typer.Option("--provider", help="Also embed one constant text, which may cost money.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check the configuration, that the provider has its key, and that each tier answers and stores what it gets."""
     from embedonce.config import warnings
 
-    from .opened import load_config, open_cache
+    from .opened import list_secrets, load_config, open_cache
 
     loaded = load_config(config)
     with _silence_chain_log(), open_cache(loaded) as cache:
         space = cache.provider.space("document").described()
         checks = cache.check()
+        providers = [_hide_secrets(check, list_secrets(loaded)) for check in cache.check_providers(embed=provider)]
         problems = warnings(loaded, cache.warnings)
     broken_plugins = [plugin for plugin in _list_installed(loaded.allow) if plugin.broken]
+    failed_tiers = [check.tier for check in checks if not check.ok]
+    failed_providers = [check for check in providers if not check.ok]
     if json:
         emit(
             {
                 "provider": space,
+                "providers": [asdict(check) for check in providers],
                 "tiers": [asdict(check) for check in checks],
                 "warnings": [asdict(problem) for problem in problems],
                 "plugins": [asdict(plugin) for plugin in broken_plugins],
-                "ok": all(check.ok for check in checks),
+                "ok": not failed_tiers and not failed_providers,
             }
         )
     else:
         show(f"provider  {space.get('provider')}, model {space.get('model')}, {_format_dimensions(space)}")
-        columns = {"tier": "left", "type": "left", "answers": "left", "ms": "right", "detail": "left"}
-        show(make_table(columns, [[c.tier, c.type, c.ok, f"{c.seconds * 1000:.1f}", c.detail] for c in checks]))
+        for one in providers if provider else ():
+            show(_format_provider_check(one))
+        titles = ("tier", "type", "answers", "writes", "ms", "detail")
+        rows = [
+            [c.tier, c.type, c.ok or c.writes is not None, c.writes, f"{c.seconds * 1000:.1f}", c.detail]
+            for c in checks
+        ]
+        show(make_table({title: "right" if title == "ms" else "left" for title in titles}, rows))
     for problem in problems:
         say(f"warning: {problem}")
         say_excerpt(problem)
     for plugin in broken_plugins:
         say(f"warning: an installed plugin cannot be used: {_describe_broken_plugin(plugin)}")
-    failed = [check.tier for check in checks if not check.ok]
-    if failed:
-        say(f"error: {format_count(len(failed), 'tier')} did not answer: {', '.join(failed)}")
+    for one in failed_providers:
+        say(f"error: provider {one.provider!r} cannot be called: {one.detail}")
+    unwritten = [check.tier for check in checks if check.writes is False]
+    for verb, tiers in (
+        ("did not answer", [tier for tier in failed_tiers if tier not in unwritten]),
+        ("cannot be written to", unwritten),
+    ):
+        if tiers:
+            say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
+    if failed_tiers or failed_providers:
         raise typer.Exit(FAILED)
+
+
+def _hide_secrets(check: ProviderCheck, secrets: Collection[str]) -> ProviderCheck:
+    """Return a result without its detail if the detail contains a secret of the configuration."""
+    if any(secret in check.detail for secret in secrets):
+        return replace(check, detail="(message hidden, because it contains a secret)")
+    return check
+
+
+def _format_provider_check(check: ProviderCheck) -> str:
+    if not check.ok:
+        return f"called    {check.provider}: failed"
+    model = f", answered as {check.model}" if check.model else ""
+    return f"called    {check.provider}: {check.dimensions} dimensions in {check.seconds * 1000:.1f} ms{model}"
 
 
 @contextmanager
@@ -197,22 +240,13 @@ def explain(
     if stdin == (text is not None):
         raise Refused("explain requires either TEXT or --stdin")
     with open_cache(config) as cache:
-        explained = cache.explain(_read_stdin() if text is None else text, task).as_dict()
+        explained = cache.explain(read_stdin() if text is None else text, task).as_dict()
     if json:
         emit(explained)
         return
     lines = list(_flatten(explained))
     width = max(len(name) for name, _ in lines)
     show("\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines))
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise Refused("standard input is closed")
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise Refused(f"standard input is not UTF-8 at byte {error.start + 1}") from None
 
 
 def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
@@ -229,23 +263,41 @@ def _flatten(value: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, 
 
 
 def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show the contents of the tiers: one row per tier and scope, with its model, task, version and namespace."""
-    from .opened import open_cache
+    """Show the contents of the tiers: one row per tier and scope, with its model, size, age and use."""
+    from .opened import list_folders, open_for_upkeep
 
-    with open_cache(config, needs_provider=False) as cache:
+    with open_for_upkeep(config) as (loaded, cache):
         contents = cache.contents()
     held = [one for one in contents if one.error is None]
     errors = {one.tier: one.error for one in contents if one.error is not None}
+    folders = list_folders(loaded)
     if json:
-        emit({"held": [asdict(one) for one in held], "entries": sum(one.entries for one in held), "errors": errors})
+        entries = sum(one.entries for one in held)
+        emit({"held": [asdict(one) for one in held], "entries": entries, "errors": errors, "folders": folders})
     else:
-        rows = [[one.tier, one.scope, *((one.card or {}).get(name) for name in CARD), one.entries] for one in held]
-        columns = {"tier": "left", "scope": "left", **dict.fromkeys(CARD, "left"), "entries": "right"}
-        show(make_table(columns, rows) if rows else "The tiers are empty.")
+        write_line = show if held else say  # without contents, the folders are only a hint where to look
+        for tier, folder in folders.items():
+            write_line(f"{tier}  {folder}")
+        show(_make_contents_table(held) if held else "The tiers are empty.")
     for tier, error in errors.items():
         say(f"tier {tier!r}: {error}")
     if errors:
         raise typer.Exit(FAILED)
+
+
+def _make_contents_table(held: Sequence[Held]) -> Any:
+    numbers = ("dimensions", "entries", "bytes")
+    titles = ("tier", "scope", *CARD, *numbers, "oldest", "newest", "current")
+    rows = [[*_list_card(one), one.dimensions, one.entries, one.bytes, *_list_dates(one), one.current] for one in held]
+    return make_table({title: "right" if title in numbers else "left" for title in titles}, rows)
+
+
+def _list_card(held: Held) -> list[Any]:
+    return [held.tier, held.scope, *((held.card or {}).get(name) for name in CARD)]
+
+
+def _list_dates(held: Held) -> list[str | None]:
+    return [format_date(held.oldest), format_date(held.newest)]
 
 
 def plugins(config: ConfigOption = None, json: JsonOption = False) -> None:

@@ -21,6 +21,8 @@ Examples:
 
 embedonce new backend shelf
 
+embedonce new backend shelf --kind network
+
 embedonce new provider my-model
 
 The package is called embedonce-NAME. It contains a working plugin, which has one option. It also contains the plugin's
@@ -32,7 +34,7 @@ MAX_NAME_LENGTH = 40
 RESERVED = ("backends", "integrations", "providers")
 """Names of embedonce's own packages, without their prefix ``embedonce_``."""
 
-_PLACEHOLDER = re.compile(r"embedonce-example|embedonce_example|Example(?=Backend|Provider)|\bexample\b")
+_PLACEHOLDER = re.compile(r"embedonce-example|embedonce_example|Example(?=Backend|Provider|Twin)|\bexample\b")
 
 
 def new(
@@ -44,13 +46,24 @@ def new(
             "--folder", metavar="DIR", help="The folder to write. Default: embedonce-NAME in the current folder."
         ),
     ] = None,
+    store: Annotated[
+        Literal["folder", "network"] | None,
+        typer.Option(
+            "--kind",
+            metavar="STORE",
+            help="Where a backend stores vectors: in a folder, or over a network, with a pool, a deadline and an async "
+            "client. Default: folder.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a package with a small working plugin and its tests, as a start for your own plugin."""
+    if store is not None and kind != "backend":
+        raise Refused("--kind is only for a backend")
     _check_name(name)
     target = folder or Path(f"embedonce-{name}")
     try:
-        written = _write_package(kind, name, target)
+        written = _write_package("network-backend" if store == "network" else kind, name, target)
     except OSError as error:
         raise Refused(f"cannot write {target}: {error.strerror or error}") from None
     if json:
@@ -79,13 +92,13 @@ def _check_name(name: str) -> None:
         raise Refused(f"{name} is a plugin of embedonce itself; choose another name")
 
 
-def _write_package(kind: str, name: str, target: Path) -> list[str]:
+def _write_package(template_name: str, name: str, target: Path) -> list[str]:
     """Write the whole package or nothing; return its files, relative to its folder."""
     if os.path.lexists(target):
         raise Refused(f"{target} already exists; choose another folder with --folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
-    template = files("embedonce") / "templates" / kind
+    template = files("embedonce") / "templates" / template_name
     try:
         part.mkdir()
         written = sorted(_copy_template(template, part, name))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedonce.errors import TierError
+from embedonce._plugins.options import options_of
+from embedonce.errors import ConfigError, TierError
 
 from .output import Failed, say
 
@@ -14,9 +17,12 @@ if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
 
+FOLDER_OPTIONS = ("path", "folder")
+"""Names of options that hold the folder of a store, even if the folder does not exist yet."""
+
 
 def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
-    """Read the configuration, and tell the user if no configuration was found.
+    """Read the configuration, and tell the user if none was found, or if it was found above the current folder.
 
     A command that embeds no text passes ``needs_provider=False``, so that ``[provider]`` may be missing.
 
@@ -26,13 +32,24 @@ def load_config(source: str | None, *, needs_provider: bool = True) -> Config:
     from embedonce import config
 
     loaded = config.load(source, own_provider=not needs_provider)
+    describe_source(loaded)
+    return loaded
+
+
+def describe_source(loaded: Config) -> None:
+    """Tell the user if no configuration was found, or if it was found above the current folder."""
     if loaded.file is None:
         say(
-            "No configuration found: using a memory tier, a disk tier in your cache folder, and the ngram provider.\n"
+            f"No configuration found: using {_describe_default_tiers(loaded)} and the ngram provider.\n"
             "The ngram provider needs no model. Its vectors reflect the spelling of a text, not its meaning.\n"
             "To use a model, write an embedonce.toml with `embedonce init --provider NAME`."
         )
-    return loaded
+    elif loaded.document.is_found and loaded.file.parent != Path.cwd():
+        say(f"using the configuration {loaded.file}")
+
+
+def _describe_default_tiers(loaded: Config) -> str:
+    return "a memory tier, a disk tier in your cache folder," if len(loaded.tiers) > 1 else "a memory tier"
 
 
 @contextmanager
@@ -46,6 +63,37 @@ def open_cache(source: str | Config | None, *, needs_provider: bool = True) -> I
 
 
 @contextmanager
+def open_for_upkeep(source: str | None) -> Iterator[tuple[Config, Cache]]:
+    """Compose the cache with its provider if possible; otherwise without it, so that tiers can still be inspected.
+
+    The provider says which scopes are in use. It may be missing, or its package may not be installed here.
+    """
+    from embedonce import config
+
+    try:
+        loaded = config.load(source)
+        cache = config.compose(loaded)
+    except ConfigError:
+        loaded = load_config(source, needs_provider=False)
+        cache = config.compose(loaded)
+    else:
+        describe_source(loaded)
+    with translate_tier_errors(loaded), cache:
+        yield loaded, cache
+
+
+def list_folders(loaded: Config) -> dict[str, str]:
+    """Return the folder of each tier that keeps its entries in a folder of this machine, by the tier's name."""
+    folders: dict[str, str] = {}
+    for tier in loaded.tiers:
+        for name, option in options_of(tier.cls).items():
+            value = tier.options.get(name)
+            if option.is_path and value is not None and (name in FOLDER_OPTIONS or os.path.isdir(value)):
+                folders.setdefault(tier.name, str(value))
+    return folders
+
+
+@contextmanager
 def translate_tier_errors(loaded: Config) -> Iterator[None]:
     """Turn a TierError into a message with the tier's name and the cause. A cause that contains a secret is left out.
 
@@ -55,9 +103,13 @@ def translate_tier_errors(loaded: Config) -> Iterator[None]:
     try:
         yield
     except TierError as error:
-        parts = (loaded.provider, *loaded.tiers)
-        secrets = [secret for part in parts if part is not None for secret in part.secrets]
-        raise Failed(describe_tier_error(error, secrets)) from error
+        raise Failed(describe_tier_error(error, list_secrets(loaded))) from error
+
+
+def list_secrets(loaded: Config) -> list[str]:
+    """Return the secrets in the options of the providers and the tiers. No message may contain one of them."""
+    parts = (loaded.provider, loaded.fallback, *loaded.tiers)
+    return [secret for part in parts if part is not None for secret in part.secrets]
 
 
 def describe_tier_error(error: TierError, secrets: Collection[str] = ()) -> str:

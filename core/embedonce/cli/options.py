@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, TypeAlias
 
 import typer
+
+from .output import Refused
 
 ConfigOption: TypeAlias = Annotated[
     str | None,
@@ -35,3 +38,17 @@ TaskOption: TypeAlias = Annotated[
         help='What the text is embedded for: "document" or "query".',
     ),
 ]
+
+
+def read_stdin() -> str:
+    """Return standard input as text.
+
+    Raises:
+        Refused: it is closed, or it is not UTF-8.
+    """
+    if sys.stdin is None:
+        raise Refused("standard input is closed")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise Refused(f"standard input is not UTF-8 at byte {error.start + 1}") from None

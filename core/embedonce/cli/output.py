@@ -7,6 +7,8 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,13 +41,16 @@ def say(message: str) -> None:
 
 
 _results: TextIO | None = None
+_has_emitted = False
+"""Whether the running command has written its JSON document."""
 
 
 @contextlib.contextmanager
 def reserve_stdout() -> Iterator[None]:
     """Redirect ``print`` to standard error, because a line printed by a plugin would break the ``--json`` document."""
-    global _results
+    global _results, _has_emitted
     previous, _results = _results, sys.stdout
+    _has_emitted = False
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -60,7 +65,18 @@ def write(line: str) -> None:
 
 def emit(value: Any) -> None:
     """Write one JSON document to standard output, in ASCII so that every terminal and pipe accepts it."""
+    global _has_emitted
+    _has_emitted = True
     write(json.dumps(value, indent=2, default=str))
+
+
+def emit_config_error(error: ConfigError) -> None:
+    """Write the problems of a configuration as a command's JSON document, unless it has written its document already.
+
+    Each problem has its message, file, line and column.
+    """
+    if not _has_emitted:
+        emit({"ok": False, "problems": [asdict(problem) for problem in error.problems]})
 
 
 def show(*renderables: Any) -> None:
@@ -101,6 +117,16 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
+
+
+def format_date(seconds: float | None) -> str | None:
+    """Format a Unix time as a date and a time in UTC, to the minute."""
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):  # another program may have stored any number
+        return None
 
 
 # --- configuration errors ---------------------------------------------------------------------

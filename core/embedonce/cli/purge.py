@@ -26,7 +26,10 @@ embedonce purge --version v1 --dry-run
 
 embedonce purge --model my-model-v1 --namespace tests --yes
 
+embedonce purge --unused --dry-run
+
 If you give several options, only scopes that match all of them are removed. `embedonce stats` lists the scopes.
+With --unused, the scopes of other namespaces, versions and models are removed, even if another program uses them.
 This command cannot reach the memory tier of another process. The entries in that memory remain until they expire or
 until that process ends.
 """
@@ -45,6 +48,10 @@ def purge(
         str | None,
         typer.Option("--namespace", metavar="NAME", help='All scopes of this namespace; "" is the default namespace.'),
     ] = None,
+    unused: Annotated[
+        bool,
+        typer.Option("--unused", help="All scopes that the configuration does not use now, for any task."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     config: ConfigOption = None,
@@ -54,20 +61,20 @@ def purge(
     from .opened import open_cache
 
     selected = {"scope": scope, "model": model, "version": version, "namespace": namespace}
-    if all(value is None for value in selected.values()):
-        raise Refused("say what to purge: add --scope, --model, --version or --namespace")
+    if all(value is None for value in selected.values()) and not unused:
+        raise Refused("say what to purge: add --scope, --model, --version or --namespace, or --unused")
     if scope is not None and not re.fullmatch("[0-9a-f]{16}", scope):
         raise Refused(f"--scope {scope}: must be 16 hex digits, as `embedonce stats` shows them")
     must_ask = not (dry_run or yes)
     if must_ask and not (sys.stdin and sys.stdin.isatty()):
         raise Refused("cannot ask for confirmation without a terminal: add --yes, or try --dry-run first")
-    with open_cache(config, needs_provider=False) as cache:
+    with open_cache(config, needs_provider=unused) as cache:
         if must_ask:
-            preview = cache.purge(**selected, dry_run=True)
+            preview = cache.purge(**selected, unused=unused, dry_run=True)
             if preview.scopes and not _confirm_purge(preview):
                 say("nothing was removed")
                 raise typer.Exit
-        purged = cache.purge(**selected, dry_run=dry_run)
+        purged = cache.purge(**selected, unused=unused, dry_run=dry_run)
     if json:
         emit(asdict(purged) | {"dry_run": dry_run})
     else:
@@ -89,7 +96,7 @@ def _confirm_purge(preview: Purged) -> bool:
 def describe_purge(purged: Purged, verb: str) -> Iterator[str]:
     """Yield the scopes and counts of a purge, one line each. ``verb`` is "removed" or "would be removed"."""
     for scope, card in purged.scopes.items():
-        parts = [f"{name} {format_value(card[name])}" for name in CARD if card and card.get(name)]
+        parts = [f"{name} {format_value(card[name])}" for name in (*CARD, "dimensions") if card and card.get(name)]
         yield f"{scope}: {', '.join(parts) or 'unknown (its space card is missing)'}"
     for tier, entries in purged.removed.items():
         yield f"{format_count(entries, 'entry', 'entries')} {verb} from {tier}"

@@ -80,7 +80,7 @@ class Target:
             problems.append(f"missing --option {join_words(f'{name}=...' for name in missing)}")
         if problems:
             raise InvalidTarget("; ".join(problems))
-        return {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: declared[name].resolve_path(value, Path.cwd()) for name, value in values.items()}
 
     def make_plugin(self, options: Mapping[str, str]) -> Any:
         """Make the plugin. Errors of :meth:`read` and of the plugin's constructor are raised unchanged."""
@@ -188,7 +188,15 @@ def parse_options(written: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def list_path_options(target: Target) -> Sequence[str]:
-    """Return the names of the path options that are required or that the user has given."""
+def list_store_folders(target: Target) -> Sequence[str]:
+    """Return the names of the options that hold the folder of a backend's store.
+
+    These are its path options that are required or given. An option that names an existing file, such as a certificate,
+    holds no store. The paths of a provider are read, so they are never replaced.
+    """
+    if target.kind != "backend":
+        return ()
+    given = target.options
     options = target.declared.values()
-    return [option.name for option in options if option.is_path and (option.required or option.name in target.options)]
+    paths = [option for option in options if option.is_path and (option.required or option.name in given)]
+    return [option.name for option in paths if not Path(given.get(option.name, "")).expanduser().is_file()]

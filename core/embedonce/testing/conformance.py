@@ -89,7 +89,7 @@ class Conformance:
 
     def __enter__(self) -> Conformance:
         try:
-            for name in _targets.list_path_options(self.target):
+            for name in _targets.list_store_folders(self.target):
                 self._folders[name] = self._make_folder(self.target.options.get(name))
             if self.target.kind == "backend":
                 self._check_stores()
@@ -160,7 +160,7 @@ class Conformance:
 
     def _add_missing_paths(self, options: Mapping[str, str]) -> dict[str, str]:
         """Add a path for each required path option that is missing."""
-        return {**{name: "." for name in _targets.list_path_options(self.target)}, **options}
+        return {**{name: "." for name in _targets.list_store_folders(self.target)}, **options}
 
     def _make_folder(self, given: str | None) -> Path:
         """Create a new folder inside ``given``, or inside the system's temporary folder if ``given`` is None."""

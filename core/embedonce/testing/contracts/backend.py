@@ -996,7 +996,7 @@ class BackendContract(Contract):
                     )
                 self._require_equal(backend, found, {key(1): 1})
 
-            self._run_with_twin(backend, use)
+            run_with_twin(backend, use)
 
     def test_use_of_a_closed_twin_raises(self) -> None:
         with self._open() as backend:

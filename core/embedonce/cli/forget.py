@@ -1,0 +1,162 @@
+"""``embedonce forget``: remove the vectors of texts from every tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embedonce._messages import format_count
+from embedonce.errors import EraseIncomplete, SpaceError
+
+from .options import ConfigOption, JsonOption, read_stdin
+from .output import FAILED, Refused, describe_os_error, emit, say, write
+
+if TYPE_CHECKING:
+    from embedonce.cache import Cache
+
+EPILOG = """
+Examples:
+
+embedonce forget "one text"
+
+embedonce forget --file customer-17.txt
+
+embedonce forget --stdin --json < one.txt
+
+The vectors are removed for every task. A file stands for each passage that `embedonce embed` reads from it, and for its
+whole content. For the whole content of a file or of standard input, a line end at the end is tried both as a part of
+the text and left out.
+
+Vectors of other models, versions and namespaces remain; `embedonce purge --unused` removes them. This command cannot
+reach the memory tier of another process. The exit code is 1 if a tier was not reached.
+"""
+
+WINDOW = 1024
+"""Maximum number of texts that are removed in one call."""
+
+
+def forget(
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Remove the texts of this file.", show_default=False)
+    ] = None,
+    stdin: Annotated[bool, typer.Option("--stdin", help="Read one text from standard input.")] = False,
+    field: Annotated[
+        str, typer.Option("--field", metavar="NAME", help="The field or column with the text in the records of FILE.")
+    ] = "text",
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Remove the vectors of a text from every tier, for every task. The output does not contain the text."""
+    from .opened import open_cache
+
+    if sum((text is not None, file is not None, stdin)) != 1:
+        raise Refused("forget requires exactly one of TEXT, --file and --stdin")
+    with open_cache(config) as cache:
+        if file is not None:
+            windows, broken = _read_file(file, field)
+        else:
+            windows, broken = [_add_without_line_end(read_stdin()) if text is None else [text]], 0
+        erasing = _Erasing(cache)
+        for window in windows:
+            erasing.erase(window)
+        _report(erasing, broken, as_json=json)
+    if erasing.failed or broken:
+        raise typer.Exit(FAILED)
+
+
+class _Erasing:
+    """Removes texts for every task, and collects which tiers were not reached."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        held = [one for one in cache.contents() if one.error is None]
+        cards = [one.card for one in held if one.card is not None]
+        self.tasks = sorted({"document", "query", *(task for card in cards if isinstance(task := card["task"], str))})
+        self.others = {one.scope for one in held if one.current is False}
+        """Scopes that the configuration does not use. They may still have vectors of the texts."""
+        self.texts = 0
+        self.failed: dict[str, str] = {}
+
+    @property
+    def reached(self) -> list[str]:
+        return [tier for tier in self._cache.tiers if tier not in self.failed]
+
+    def erase(self, texts: list[str]) -> None:
+        self.texts += len(texts)
+        known = []
+        for task in self.tasks:
+            try:
+                self._cache.forget(texts, task)
+            except SpaceError:  # another provider has stored vectors for this task
+                continue
+            except EraseIncomplete as error:
+                self.failed |= error.tiers
+            known.append(task)
+        self.tasks = known
+
+
+def _read_file(file: Path, field: str) -> tuple[list[list[str]], int]:
+    """Return the texts of a file in windows, and the number of records that cannot be read."""
+    from .embedding.passages import MAX_PASSAGE, Passage
+    from .embedding.sources import Reader
+
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_PASSAGE + 1)
+    except OSError as error:
+        raise Refused(f"--file {describe_os_error(error)}") from None
+    texts: dict[str, None] = {}
+    broken = 0
+    for item in Reader([str(file)], field=field):
+        if isinstance(item, Passage):
+            texts[item.text] = None
+        else:
+            broken += 1
+            say(str(item))
+    if len(content) <= MAX_PASSAGE and _is_text(content):
+        texts |= dict.fromkeys(_add_without_line_end(content.decode()))
+    listed = list(texts)
+    return [listed[start : start + WINDOW] for start in range(0, len(listed), WINDOW)], broken
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _add_without_line_end(text: str) -> list[str]:
+    """Return a text, and the text without its line end if it has one."""
+    return list(dict.fromkeys((text, text.removesuffix("\n").removesuffix("\r"))))
+
+
+def _report(erasing: _Erasing, broken: int, *, as_json: bool) -> None:
+    if as_json:
+        emit(
+            {
+                "texts": erasing.texts,
+                "tasks": erasing.tasks,
+                "tiers": erasing.reached,
+                "failed": erasing.failed,
+                "unreadable": broken,
+                "other_scopes": sorted(erasing.others),
+                "ok": not erasing.failed and not broken,
+            }
+        )
+    elif erasing.reached:
+        count = format_count(erasing.texts, "text")
+        write(f"removed {count} from {', '.join(erasing.reached)}, for the tasks {', '.join(erasing.tasks)}")
+    for tier, reason in erasing.failed.items():
+        say(f"error: tier {tier!r} may still have vectors of the texts: {reason}")
+    if broken:
+        say(f"error: {format_count(broken, 'record')} could not be read; nothing was removed for them")
+    if erasing.others:
+        scopes = format_count(len(erasing.others), "other scope")
+        say(
+            f"note: {scopes} may have vectors of the texts; `embedonce stats` lists them, `purge --unused` removes them"
+        )

@@ -1,0 +1,1 @@
+"""A tier for embedonce."""
