@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 MAX_PASSAGE = 16 * 2**20
 """Maximum size of a passage in bytes. Longer passages are reported and left out, so that a file without line ends does
@@ -17,18 +17,26 @@ class Passage(NamedTuple):
     source: str
     line: int
     """Line number from 1. In a Parquet file: row number from 1."""
+    kept: tuple[Any, ...] = ()
+    """Values of the fields in ``Reader.keep``, in that order. A field that does not exist is None. The values are of
+    types that JSON has."""
 
 
 class Broken(NamedTuple):
-    """A line, record or file that yields no passage. The reason does not quote the text."""
+    """A line, record or file that yields no passage. Neither reason nor detail quotes the text."""
 
     source: str
     line: int | None
     """Line number from 1, or None for the whole file."""
     reason: str
+    """What is wrong. All items of a file with the same fault have the same reason, so that they can be counted."""
+    fields: tuple[str, ...] = ()
+    """Names of the fields or columns that exist, if the one to read does not."""
+    detail: str = ""
+    """What differs from item to item, for example the position of an invalid byte. It follows the reason directly."""
 
     def __str__(self) -> str:
-        return f"{format_place(self.source, self.line)}: {self.reason}"
+        return f"{format_place(self.source, self.line)}: {self.reason}{self.detail}"
 
 
 ReadItem: TypeAlias = Passage | Broken

@@ -36,6 +36,7 @@ class Reader:
         field: str = "text",
         format: Format = "auto",
         leave_out: Collection[str] = (),
+        keep: Sequence[str] = (),
     ) -> None:
         self._paths = tuple(paths)
         self._split: Split = split
@@ -47,6 +48,12 @@ class Reader:
         """Number of files opened so far."""
         self.binary = 0
         """Number of binary files skipped so far."""
+        self.skipped: dict[str, int] = {}
+        """Number of files and folders that were passed over so far, by suffix (``.pdf``) or reason."""
+        self.keep = tuple(keep)
+        """Names of the fields whose values each passage keeps."""
+        self.notes: list[str] = []
+        """What the user should know once the files are read. Each note is one sentence."""
 
     @property
     def bytes_read(self) -> int:
