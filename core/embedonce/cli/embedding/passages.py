@@ -16,7 +16,7 @@ class Passage(NamedTuple):
     text: str
     source: str
     line: int
-    """Line number from 1. In a Parquet file: row number from 1."""
+    """Line number from 1. In a Parquet file: row number from 1. In a JSON array: line where the object begins."""
     kept: tuple[Any, ...] = ()
     """Values of the fields in ``Reader.keep``, in that order. A field that does not exist is None. The values are of
     types that JSON has."""
@@ -44,6 +44,13 @@ ReadItem: TypeAlias = Passage | Broken
 TOO_LONG = f"longer than {MAX_PASSAGE // 2**20} MiB"
 
 
+def is_too_long(text: str) -> bool:
+    """Return whether a text is longer than MAX_PASSAGE bytes of UTF-8. Lone surrogates count as 3 bytes."""
+    if len(text) * 4 <= MAX_PASSAGE:  # a character has at most 4 bytes
+        return False
+    return len(text) > MAX_PASSAGE or len(text.encode(errors="surrogatepass")) > MAX_PASSAGE
+
+
 def decode_path(path: str) -> str:
     """Return a path as valid Unicode; bytes that are not UTF-8 become ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -53,3 +60,8 @@ def format_place(source: str, line: int | None) -> str:
     """Return ``source:line`` for a message; control characters in a file name are escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in source)
     return shown if line is None else f"{shown}:{line}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the operating system's reason for an error, without a path."""
+    return error.strerror or type(error).__name__
