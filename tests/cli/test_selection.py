@@ -98,6 +98,7 @@ def test_a_gitignore_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
         st.lists(
             st.sampled_from(
                 ["*", "*.x", "!*.x", "a", "b/", "!b/", "/a", "a/b", "a/*", "!a/b", "**/b", "a/**", "!c.x", "c.?", "#c"]
+                + ["*/", "**/", "**/*", "a/**/", "!a/**/", "**/**", "/*", "/*/", "!/a/", "[a-c]", "!*/", "/**", "**/d "]
             ),
             max_size=3,
         ),
