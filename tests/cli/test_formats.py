@@ -111,7 +111,9 @@ def test_one_object_without_the_field_is_named_with_its_fields(tmp_path: Path) -
     assert broken == Broken(str(tmp_path / "package.json"), 1, 'no field "text"', ("name", "version"))
 
 
-@pytest.mark.parametrize("content", [json.dumps(RECORDS), json.dumps(RECORDS, indent=2), json.dumps(RECORDS[0], indent=2)])
+@pytest.mark.parametrize(
+    "content", [json.dumps(RECORDS), json.dumps(RECORDS, indent=2), json.dumps(RECORDS[0], indent=2)]
+)
 def test_json_in_another_form_than_lines_is_named_once(tmp_path: Path, content: str) -> None:
     path = write(tmp_path, "a.jsonl", content)
     assert read_reasons(path) == [(1, json_records.SPANS_LINES)]
