@@ -37,7 +37,7 @@ class Dialect:
     quote: str | None = '"'
     """The character that quotes a field, or None if quotes have no meaning."""
     can_span_lines: bool = True
-    """Whether a record may have several lines. A quote in TSV is often part of the text, so the user must ask for it."""
+    """Whether a record may have several lines. In TSV, where a quote is often part of the text, only on request."""
 
 
 def make_dialect(is_tsv: bool, delimiter: str | None, quote: str | None) -> Dialect:
