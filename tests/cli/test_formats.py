@@ -121,6 +121,14 @@ def test_json_in_another_form_than_lines_is_named_once(tmp_path: Path, content: 
     assert read_texts(path, format="json")[0] == "one"
 
 
+def test_a_first_line_that_is_no_object_costs_only_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '["x"]\n{"text": "after"}\n')
+    assert read_items(path) == [
+        Broken(str(path), 1, json_records.NOT_AN_OBJECT),
+        Passage("after", str(path), 2),
+    ]
+
+
 def test_an_object_that_is_too_long_ends_the_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "MAX_PASSAGE", 1000)
     monkeypatch.setattr(json_records, "STEP", 100)
@@ -158,6 +166,13 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str, split: str) -> N
     expected = {"line": ["café", "more", "end"], "paragraph": ["café\nmore", "end"], "file": [content]}
     is_detected = encoding in ("utf-16", "utf-32")
     assert read_texts(path, split=split, encoding=None if is_detected else encoding) == expected[split]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_only_one_byte_order_mark_is_removed(tmp_path: Path, encoding: str) -> None:
+    mark = "" if encoding in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff"
+    path = write(tmp_path, "a.txt", f"{mark}\ufeffone".encode(encoding))
+    assert read_texts(path, encoding=encoding) == ["\ufeffone"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "shift_jis", "gb18030", "ascii"])

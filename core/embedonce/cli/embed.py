@@ -53,6 +53,8 @@ embedonce embed answers.tsv.gz --quote none --field answer --out answers.npy
 
 embedonce embed repository/ --include '*.md' --exclude drafts/ --out repository.npy
 
+embedonce embed dump.jsonl --format json --out dump.npy
+
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
 Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a

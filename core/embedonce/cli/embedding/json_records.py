@@ -15,6 +15,8 @@ from .passages import TOO_LONG, Broken, ReadItem
 
 BLANK = " \t\r\n"
 """White space in JSON."""
+_OTHER_FORM = re.compile(r"[ \t\r\n]*(?:[{[][ \t\r\n]*|\[[ \t\r\n]*\{.*)")
+"""The first line of an array of objects, or of an object that spans lines."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 STEP = 2**16
 """Number of characters to read before the first attempt to parse an object."""
@@ -31,7 +33,7 @@ def read_jsonl(chunks: Iterable[str], source: str, encoding: str, wanted: Wanted
             yield Broken(source, number, TOO_LONG)
         elif not (text := strip_line_end(line)).strip(BLANK):
             continue
-        elif is_first and (text.strip(BLANK) in ("[", "{") or text.lstrip(BLANK).startswith("[")):
+        elif is_first and _OTHER_FORM.fullmatch(text):
             # Without this, every line of a file in another form would be reported.
             yield Broken(source, number, SPANS_LINES)
             return
