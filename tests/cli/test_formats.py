@@ -149,6 +149,8 @@ def test_the_size_of_chunks_makes_no_difference(tmp_path: Path, size: int, monke
             ("b.json", "\n".join(json.dumps(one, indent=1) for one in objects)),
             ("c.jsonl", "\n".join(map(json.dumps, objects))),
             ("d.csv", csv_text),
+            ("e.csv", csv_text.replace('"\r\n', '"\n').replace("text\r\n", "text\n")),
+            ("f.csv", csv_text.replace('"\r\n', '"\r').replace("text\r\n", "text\r")),
         ]:
             assert read_texts(write(tmp_path, name, content.encode(encoding))) == texts
         path = write(tmp_path, "a.txt", "one\r\né😀\r\n\r\nb".encode(encoding))

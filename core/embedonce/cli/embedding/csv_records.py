@@ -108,11 +108,12 @@ def _find_line_end(chunks: Iterable[str]) -> tuple[str, Iterable[str]]:
     """Return the character that ends lines, and all chunks. It is CR only if the first line ends with a lone CR."""
     iterator = iter(chunks)
     head = ""
-    while "\n" not in head and "\r" not in head[:-1] and len(head) <= passages.MAX_PASSAGE:
-        more = next(iterator, None)
-        if more is None:
-            break
+    for more in iterator:
+        # What follows a carriage return shows whether it ends the line.
+        is_found = "\n" in more or "\r" in more[:-1] or head.endswith("\r")
         head += more
+        if is_found or len(head) > passages.MAX_PASSAGE:
+            break
     first = min((place for place in (head.find("\r"), head.find("\n")) if place >= 0), default=0)
     is_cr = head[first : first + 1] == "\r" and head[first + 1 : first + 2] != "\n"
     return "\r" if is_cr else "\n", chain([head], iterator)

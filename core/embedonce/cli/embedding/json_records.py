@@ -17,6 +17,7 @@ BLANK = " \t\r\n"
 """White space in JSON."""
 _OTHER_FORM = re.compile(r"[ \t\r\n]*(?:[{[][ \t\r\n]*|\[[ \t\r\n]*\{.*)")
 """The first line of an array of objects, or of an object that spans lines."""
+_ARRAY = re.compile(r"[ \t\r\n]*\[")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 STEP = 2**16
 """Number of characters to read before the first attempt to parse an object."""
@@ -80,11 +81,11 @@ def _read_first_line(chunks: Iterable[str]) -> tuple[str, Iterable[str]]:
     """Return the beginning of a file with its first line that is not blank, and all chunks."""
     iterator = iter(chunks)
     head = ""
-    while "\n" not in head.lstrip(BLANK) and len(head) <= passages.MAX_PASSAGE:
-        more = next(iterator, None)
-        if more is None:
-            break
+    for more in iterator:
         head += more
+        begins_array = _ARRAY.match(head) is not None
+        if begins_array or ("\n" in more and "\n" in head.lstrip(BLANK)) or len(head) > passages.MAX_PASSAGE:
+            break
     return head, chain([head], iterator)
 
 
