@@ -112,6 +112,13 @@ def test_the_likely_delimiter_is_suggested(tmp_path: Path) -> None:
     assert broken.fields == ("id", "text")
 
 
+def test_utf16_without_a_byte_order_mark_is_suggested(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "id,text\n1,one\n".encode("utf-16-le"))
+    ((_, reason),) = read_reasons(path)
+    assert "use --encoding utf-16-le" in reason
+    assert read_texts(path, encoding="utf-16-le") == ["one"]
+
+
 def test_a_missing_column_names_the_columns_but_no_text(tmp_path: Path) -> None:
     secret = "a first record that is a text, because the file has no header, and that nobody may see"
     (broken,) = read_items(write(tmp_path, "a.csv", f'id,body,"{secret}"\n1,x,y\n'))

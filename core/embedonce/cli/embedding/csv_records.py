@@ -160,7 +160,9 @@ class _Records:
     def _refuse_header(self, header: list[str], count: int) -> Broken:
         number = "more than one column" if count else "no column"
         hint = "choose a column with --field"
-        if not count and len(header) == 1:
+        if "\0" in "".join(header):
+            hint = "if the file is UTF-16 without a byte order mark, use --encoding utf-16-le"
+        elif not count and len(header) == 1:
             for delimiter, typed in LIKELY_DELIMITERS.items():
                 if delimiter in header[0]:
                     hint, header = (
