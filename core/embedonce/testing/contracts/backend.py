@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from embedonce.contracts import EXTRAS, Backend, Capabilities, deadline
 from embedonce.errors import PartialAnswer
-from embedonce.event_loops import async_deadline
 from embedonce.keys import CARD_PREFIX
 from embedonce.testing.proxy import FaultProxy, NetworkFault
 
@@ -35,6 +34,7 @@ from .support import (
     Recipe,
     call_with_timeout,
     kill_while_writing,
+    read_while_loop_is_blocked,
     run_in_fork,
     run_in_processes,
     run_in_threads,
@@ -978,22 +978,11 @@ class BackendContract(Contract):
 
             async def use(twin: Any) -> None:
                 await twin.get_many([key(1)])
-
-                async def read() -> Mapping[str, Any]:
-                    async with async_deadline(1.0):
-                        found: Mapping[str, Any] = await twin.get_many([key(1)])
-                        return found
-
-                call = asyncio.ensure_future(read())
-                await asyncio.sleep(0)
-                time.sleep(1.5)
-                try:
-                    found = await call
-                except TimeoutError:
-                    pytest.fail(
-                        "the twin took a blocked event loop for a timeout: "
-                        "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
-                    )
+                found = await read_while_loop_is_blocked(twin, [key(1)])
+                assert found is not None, (
+                    "the twin took a blocked event loop for a timeout: "
+                    "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
+                )
                 self._require_equal(backend, found, {key(1): 1})
 
             run_with_twin(backend, use)

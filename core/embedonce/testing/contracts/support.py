@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, NamedTuple, TypeVar
 
+from embedonce.event_loops import async_deadline
+
 T = TypeVar("T")
 
 CALL_TIMEOUT = 60.0
@@ -181,6 +183,23 @@ def run_with_twin(backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
             await twin.close()
 
     asyncio.run(main())
+
+
+async def read_while_loop_is_blocked(twin: Any, keys: Sequence[str]) -> Mapping[str, Any] | None:
+    """Read keys with a timeout of a second while the loop is blocked for longer. Return None if the call timed out."""
+
+    async def read() -> Mapping[str, Any]:
+        async with async_deadline(1.0):
+            found: Mapping[str, Any] = await twin.get_many(keys)
+            return found
+
+    call = asyncio.ensure_future(read())
+    await asyncio.sleep(0)
+    time.sleep(1.5)
+    try:
+        return await call
+    except TimeoutError:
+        return None
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
