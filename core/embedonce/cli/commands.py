@@ -29,6 +29,7 @@ from .output import (
     reserve_stdout,
     say,
     say_config_error,
+    tolerate_consoles,
 )
 
 EPILOG = """
@@ -56,6 +57,10 @@ class Command(TyperCommand):
 
 class Commands(TyperGroup):
     """Turns errors into messages and exit codes, for all commands."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with tolerate_consoles():
+            return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
