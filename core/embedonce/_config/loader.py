@@ -23,6 +23,7 @@ from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
     CacheTable,
+    EmbedTable,
     FallbackTable,
     KeyTable,
     PluginsTable,
@@ -30,7 +31,7 @@ from .tables import (
     is_in_process,
 )
 
-TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers")
+TABLES = ("cache", "key", "plugins", "provider", "drift", "tiers", "embed")
 
 
 def load_document(document: Document, *, own_provider: bool = False) -> Config:
@@ -115,6 +116,7 @@ class _Loader:
             provider, fallback, fetch_only = self._read_providers()
             drift = self._read_drift()
             tiers = self._read_tiers()
+        embed = self._read_section("embed", EmbedTable)
         self._check_variables()
         if self._problems:
             raise ConfigError(sorted(self._problems, key=_sort_key))
@@ -129,6 +131,7 @@ class _Loader:
             fallback_fetch_only=fetch_only,
             drift=None if drift is None else DriftGuard(**drift),
             tiers=tuple(tiers),
+            embed=EmbedTable(**embed),
             document=self._document,
             _settings=self._list_settings,
         )
@@ -542,6 +545,7 @@ _OWN_TABLES: Mapping[str, type[Any]] = {
     "key": KeyTable,
     "plugins": PluginsTable,
     "drift": DriftGuard,
+    "embed": EmbedTable,
 }
 
 

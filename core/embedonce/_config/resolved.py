@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from embedonce.drift import DriftGuard
 
     from .documents import Document
-    from .tables import CacheTable
+    from .tables import CacheTable, EmbedTable
 
 PluginClass: TypeAlias = type[Any]
 
@@ -79,6 +79,8 @@ class Config:
     fallback_fetch_only: bool
     drift: DriftGuard | None
     tiers: tuple[TierConfig, ...]
+    embed: EmbedTable = field(compare=False)
+    """How the command ``embedonce embed`` reads files."""
     document: Document = field(repr=False, compare=False)
     _settings: Callable[[], list[Setting]] = field(repr=False, compare=False)
 

@@ -23,6 +23,7 @@ from .tables import (
     NOT_IN_PROCESS,
     TIER_NAME,
     CacheTable,
+    EmbedTable,
     FallbackTable,
     KeyTable,
     PluginsTable,
@@ -61,6 +62,7 @@ class _Schema:
                     DriftGuard, "Checks whether the provider still returns the same vectors as those stored."
                 ),
                 "tiers": self._describe_tiers(),
+                "embed": self._describe_own(EmbedTable, "How the command embedonce embed reads files."),
             },
             "required": ["provider", "tiers"],
             "additionalProperties": False,

@@ -6,14 +6,15 @@ These classes are read like the class of a plugin: their keyword-only parameters
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt
 
+from embedonce._globs import compile_globs
 from embedonce.contracts import Capabilities
 from embedonce.keys import Hash
-from embedonce.options import Doc, Duration
+from embedonce.options import BadValue, Doc, Duration, Parsed
 from embedonce.vectors import Dtype
 
 TIER_NAME = r"[a-z][a-z0-9_-]*"
@@ -79,6 +80,46 @@ class PluginsTable:
             "always allowed. Without this option, every installed plugin may be loaded."
         ),
     ] = None
+
+
+def _check_glob(value: object) -> str:
+    if not isinstance(value, str):
+        raise BadValue("must be a pattern of file names")
+    try:
+        compile_globs([value])
+    except ValueError as error:
+        raise BadValue(str(error)) from None
+    return value
+
+
+def _check_field(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise BadValue("must be the name of a field, which is not empty")
+    return value
+
+
+Glob: TypeAlias = Annotated[str, Parsed(_check_glob, {"type": "string", "minLength": 1})]
+FieldName: TypeAlias = Annotated[str, Parsed(_check_field, {"type": "string", "minLength": 1})]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedTable:
+    """``[embed]``: how the command ``embedonce embed`` reads files."""
+
+    fields: Annotated[
+        Mapping[Glob, FieldName],
+        Doc(
+            "Fields or columns with the text, by patterns of file names; the first pattern that matches decides. The "
+            "option --field is used instead if it is given."
+        ),
+    ] = field(default_factory=dict)
+    keep: Annotated[
+        Sequence[FieldName],
+        Doc(
+            "Names of fields or columns whose values are written beside each vector. The option --keep is used instead "
+            "if it is given."
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

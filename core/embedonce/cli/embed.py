@@ -16,7 +16,18 @@ import typer
 
 from embedonce._messages import format_count
 
-from .embedding.formats import Format, Split
+from .embedding.reading_options import (
+    DelimiterOption,
+    EncodingOption,
+    ExcludeOption,
+    FieldOption,
+    FormatOption,
+    IncludeOption,
+    KeepOption,
+    QuoteOption,
+    SplitOption,
+    check_together,
+)
 from .options import ConfigOption, JsonOption, TaskOption
 from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, say, write
 
@@ -35,6 +46,12 @@ Examples:
 embedonce embed docs/ --out docs.npy
 
 embedonce embed questions.jsonl --field question.text --task query --out questions.parquet
+
+embedonce embed export.csv --delimiter ';' --encoding cp1252 --field body --keep id --out export.parquet
+
+embedonce embed answers.tsv.gz --quote none --field answer --out answers.npy
+
+embedonce embed repository/ --include '*.md' --exclude drafts/ --out repository.npy
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
@@ -55,20 +72,15 @@ def embed(
         typer.Option("--out", metavar="FILE", help="The file to write: .npy, .jsonl or .parquet.", show_default=False),
     ],
     config: ConfigOption = None,
-    split: Annotated[
-        Split, typer.Option("--split", help="How to split text into passages. Blank lines separate paragraphs.")
-    ] = "paragraph",
-    field: Annotated[
-        str,
-        typer.Option(
-            "--field",
-            metavar="NAME",
-            help="The field or column with the text. In JSON, meta.title is the field title of the inner object meta.",
-        ),
-    ] = "text",
-    format: Annotated[
-        Format, typer.Option("--format", help="Read every file in this format, whatever its suffix.")
-    ] = "auto",
+    split: SplitOption = "paragraph",
+    field: FieldOption = None,
+    keep: KeepOption = None,
+    format: FormatOption = "auto",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    delimiter: DelimiterOption = None,
+    quote: QuoteOption = None,
+    encoding: EncodingOption = None,
     task: TaskOption = "document",
     with_text: Annotated[
         bool, typer.Option("--with-text", help="Write the text of each passage beside its source.")
@@ -86,17 +98,34 @@ def embed(
 
     sink = _open_output(out, with_text)
     try:
-        _check_paths(paths, out, format)
+        _check_paths(paths, out)
+        if problem := check_together(format, delimiter, quote, paths):
+            raise Refused(problem)
         loaded = load_config(config)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
-            reader = Reader(paths, split=split, field=field, format=format, leave_out=leave_out)
+            reader = Reader(
+                paths,
+                split=split,
+                field=field,
+                fields=loaded.embed.fields,
+                format=format,
+                leave_out=leave_out,
+                keep=keep or loaded.embed.keep,
+                include=include or (),
+                exclude=exclude or (),
+                delimiter=delimiter,
+                quote=quote,
+                encoding=encoding,
+            )
             persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
             run = Run(cache, reader, sink, task=task, strict=strict, report=say, persistent_tiers=persistent)
             code = _execute_run(run, loaded, out, bar=_make_bar(reader, cache, show=not (json or quiet)))
     finally:
         sink.abort()
+    for note in [] if quiet else reader.notes:
+        say(note)
     for line in describe_tier_failures(run.summary):
         say(line)
     _print_summary(run.summary, as_json=json, quiet=quiet)
@@ -122,7 +151,7 @@ def _list_output_files(out: Path) -> list[str]:
     return [str(path) for path in list_written_files(out)]
 
 
-def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
+def _check_paths(paths: Sequence[str], out: Path) -> None:
     outputs = set(map(os.path.realpath, _list_output_files(out)))
     for path in paths:
         if path == "-":
@@ -137,8 +166,6 @@ def _check_paths(paths: Sequence[str], out: Path, format: Format) -> None:
             raise Refused(f"{path}: --out would overwrite this input; choose another output file")
     if paths.count("-") > 1:
         raise Refused("standard input (-) can be given only once")
-    if "-" in paths and format == "parquet":
-        raise Refused("Parquet cannot be read from standard input; give the path of a file")
 
 
 def _make_bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:

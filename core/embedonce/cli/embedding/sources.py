@@ -5,27 +5,31 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import BinaryIO
 
-from .formats import BY_SUFFIX, Format, Meter, Split, read_csv, read_jsonl, read_parquet, read_text
-from .passages import Broken, ReadItem, decode_path
+from embedonce._globs import compile_globs
 
-STDIN = "-"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+from .decoding import decode, detect_encoding
+from .fields import Wanted
+from .formats import MARKUP, PROMISES_TEXT, UNREADABLE, FileKind, Format, TextOptions, classify_file, read_items
+from .parquet_rows import read_parquet
+from .passages import Broken, Passage, ReadItem, decode_path, describe_os_error
+from .selection import STDIN, Found, Selection
+from .streams import Damaged, Meter, read_chunks
+from .texts import Split
 
-
-class _File(NamedTuple):
-    path: str
-    is_argument: bool
-    """Whether the path was given on the command line; if not, the file was found in a folder."""
+HEAD = 8192
+"""Number of bytes at the beginning of a file that show its encoding and whether it is binary."""
 
 
 class Reader:
     """Iterates over the passages of files and folders, in order. Iterate over a reader only once.
 
-    The entries of a folder are read in the order of their names, at every level. Hidden files, linked folders and the
-    paths in ``leave_out`` are skipped. Binary files in folders are skipped and counted.
+    :class:`~.selection.Selection` says which files of a folder are read. Binary files in folders are skipped.
+    ``fields`` maps patterns of file names to the fields with the text; ``field`` is used instead if it is given.
     """
 
     def __init__(
@@ -33,16 +37,29 @@ class Reader:
         paths: Sequence[str],
         *,
         split: Split = "paragraph",
-        field: str = "text",
+        field: str | None = None,
+        fields: Mapping[str, str] | None = None,
         format: Format = "auto",
         leave_out: Collection[str] = (),
+        keep: Sequence[str] = (),
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        delimiter: str | None = None,
+        quote: str | None = None,
+        encoding: str | None = None,
     ) -> None:
-        self._paths = tuple(paths)
-        self._split: Split = split
+        self._selection = Selection(paths, leave_out=leave_out, include=include, exclude=exclude)
+        self._options = TextOptions(split, delimiter, quote)
         self._field = field
+        self._fields = [(compile_globs([glob]), name) for glob, name in (fields or {}).items()]
         self._format: Format = format
-        self._leave_out = frozenset(map(os.path.realpath, leave_out))
+        self._encoding = encoding
         self._meter = Meter()
+        self._skipped: Counter[str] = Counter()
+        self._unseen = list(dict.fromkeys(keep))
+        self._has_markup = False
+        self.keep = tuple(dict.fromkeys(keep))
+        """Names of the fields whose values each passage keeps."""
         self.files = 0
         """Number of files opened so far."""
         self.binary = 0
@@ -50,12 +67,29 @@ class Reader:
 
     @property
     def bytes_read(self) -> int:
+        """Number of bytes read so far. Bytes of a compressed file count as they are on the disk."""
         return self._meter.bytes
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of entries of folders that were passed over so far, by suffix (``.pdf``) or by reason.
+
+        A suffix is counted here only if the user may expect that files with this suffix are read.
+        """
+        return dict(self._skipped)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that tell the user what is special about what was read so far."""
+        notes = [f'no record has a value in the field "{name}" of --keep' for name in self._unseen if self.files]
+        if self._has_markup:
+            notes.append("note: HTML is read as text, so its tags are part of the passages")
+        return notes
 
     def compute_total_bytes(self) -> int | None:
         """Return the total size of all files that will be read, or None if a pipe is among them."""
         total = 0
-        for found in self._walk():
+        for found in self._selection.walk(Counter()):
             if isinstance(found, Broken):
                 continue
             if found.path == STDIN:
@@ -70,83 +104,122 @@ class Reader:
         return total
 
     def __iter__(self) -> Iterator[ReadItem]:
-        for found in self._walk():
+        for found in self._selection.walk(self._skipped):
             if isinstance(found, Broken):
                 yield found
                 continue
             try:
-                yield from self._read_file(found)
+                yield from self._watch(self._read_file(found))
+            except Damaged as error:
+                yield Broken(decode_path(found.path), None, str(error))
             except OSError as error:
-                yield Broken(decode_path(found.path), None, _describe_os_error(error))
+                yield Broken(decode_path(found.path), None, describe_os_error(error))
 
-    # --- which files --------------------------------------------------------------------------
-
-    def _walk(self) -> Iterator[_File | Broken]:
-        for path in self._paths:
-            if path != STDIN and os.path.isdir(path):
-                yield from self._walk_folder(path)
-            else:
-                yield _File(path, is_argument=True)
-
-    def _walk_folder(self, top: str) -> Iterator[_File | Broken]:
-        """Walk a folder with an explicit stack, because folders may nest deeper than Python's recursion limit."""
-        stack: list[str] = [top]
-        while stack:
-            path = stack.pop()
-            if path != top and not (os.path.isdir(path) and not os.path.islink(path)):
-                if os.path.isfile(path) and os.path.realpath(path) not in self._leave_out:
-                    yield _File(path, is_argument=False)
-                elif not os.path.isfile(path) and not os.path.isdir(path):
-                    is_dangling = os.path.islink(path) and not os.path.exists(path)
-                    yield Broken(decode_path(path), None, "dangling link" if is_dangling else "not a regular file")
+    def _watch(self, items: Iterable[ReadItem]) -> Iterator[ReadItem]:
+        """Give each passage a value for each field to keep, and note which fields have values."""
+        if not self.keep:
+            yield from items
+            return
+        nothing = (None,) * len(self.keep)
+        for item in items:
+            if isinstance(item, Broken):
+                yield item
                 continue
-            try:
-                names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-            except OSError as error:
-                yield Broken(decode_path(path), None, _describe_os_error(error))
-                continue
-            stack.extend(os.path.join(path, name) for name in reversed(names))
+            kept = item.kept or nothing
+            self._unseen = [name for name in self._unseen if kept[self.keep.index(name)] is None]
+            yield item._replace(kept=kept)
 
     # --- one file -----------------------------------------------------------------------------
 
-    def _read_file(self, file: _File) -> Iterator[ReadItem]:
+    def _read_file(self, file: Found) -> Iterator[ReadItem]:
         source = decode_path(file.path)
-        if file.path == STDIN and sys.stdin is None:
+        if file.path == STDIN:
+            yield from self._read_stdin(source)
+            return
+        kind = classify_file(file.path, self._format)
+        if kind.suffix in UNREADABLE and self._format == "auto":
+            yield from self._refuse(file, kind)
+            return
+        with _open_file(file.path) as stream:
+            status = os.fstat(stream.fileno())
+            before = self._meter.bytes
+            if not _is_readable(file.path, status.st_mode):
+                yield Broken(source, None, "not a regular file")
+            elif kind.format == "parquet":
+                yield from self._read_parquet(file, kind, source, status.st_size)
+            else:
+                yield from self._read_stream(stream, file, kind, source)
+            if stat.S_ISREG(status.st_mode):
+                self._meter.bytes = before + status.st_size
+
+    def _read_stdin(self, source: str) -> Iterator[ReadItem]:
+        if sys.stdin is None:
             yield Broken(source, None, "standard input is closed")
             return
-        if file.path == STDIN:
-            self.files += 1
-            yield from self._read_stream(sys.stdin.buffer, source, "text" if self._format == "auto" else self._format)
+        kind = FileKind("", "text" if self._format == "auto" else self._format, None)
+        yield from self._read_stream(sys.stdin.buffer, Found(STDIN, STDIN, is_argument=True), kind, source)
+
+    def _refuse(self, file: Found, kind: FileKind) -> Iterator[ReadItem]:
+        if file.is_argument:
+            reason = f"{kind.suffix} files cannot be read; convert it to text first"
+            yield Broken(decode_path(file.path), None, reason)
             return
-        suffix = os.path.splitext(file.path)[1].lower()
-        format = BY_SUFFIX.get(suffix, "text") if self._format == "auto" else self._format
-        if format == "parquet":
-            self.files += 1
-            yield from read_parquet(file.path, source, self._meter, self._field, os.path.getsize(file.path))
+        self._skipped[kind.suffix] += 1
+        self._meter.bytes += os.stat(file.path).st_size
+
+    def _read_parquet(self, file: Found, kind: FileKind, source: str, size: int) -> Iterator[ReadItem]:
+        if kind.compression is not None:
+            yield Broken(source, None, "compressed Parquet files cannot be read; decompress it first")
             return
-        with open(file.path, "rb") as stream:
-            # A file without a known suffix counts as text, but a NUL shows that such a file is binary. Do not look for
-            # a NUL if the user chose --format text, or if each line is a record. In a file of records, a NUL breaks
-            # only one record.
-            head = stream.peek(8192)[:8192] if format == "text" and self._format == "auto" else b""
-            if head.startswith(UTF16):
-                yield Broken(source, None, "UTF-16 is not supported; convert it to UTF-8")
-            elif b"\0" in head and file.is_argument:
-                yield Broken(source, None, "binary file; use --format text to read it anyway")
-            elif b"\0" in head:
-                self.binary += 1
-                self._meter.bytes += os.fstat(stream.fileno()).st_size
-            else:
-                self.files += 1
-                yield from self._read_stream(stream, source, format, "\t" if suffix == ".tsv" else ",")
+        self.files += 1
+        yield from read_parquet(file.path, source, self._meter, self._choose_fields(file, kind), size)
 
-    def _read_stream(self, stream: BinaryIO, source: str, format: Format, delimiter: str = ",") -> Iterator[ReadItem]:
-        if format == "jsonl":
-            return read_jsonl(stream, source, self._meter, self._field)
-        if format == "csv":
-            return read_csv(stream, source, self._meter, self._field, delimiter)
-        return read_text(stream, source, self._meter, self._split)
+    def _read_stream(self, stream: BinaryIO, file: Found, kind: FileKind, source: str) -> Iterator[ReadItem]:
+        chunks = read_chunks(stream, self._meter, kind.compression)
+        head = b""
+        while len(head) < HEAD and (more := next(chunks, None)) is not None:
+            head += more
+        encoding = self._encoding or detect_encoding(head)
+        # A file without a known suffix counts as text, but a NUL shows that such a file is binary. Do not look for a
+        # NUL if the user chose --format text, or if the file has records. There, a NUL breaks only one record.
+        if kind.format == "text" and self._format == "auto" and file.path != STDIN and _has_nul(head, encoding):
+            yield from self._skip_binary(file, kind, source)
+            return
+        self.files += 1
+        self._has_markup = self._has_markup or (kind.suffix in MARKUP and kind.format == "text")
+        text = decode(chain([head], chunks), encoding)
+        yield from read_items(text, source, encoding, kind, self._choose_fields(file, kind), self._options)
+
+    def _skip_binary(self, file: Found, kind: FileKind, source: str) -> Iterator[ReadItem]:
+        if file.is_argument:
+            yield Broken(source, None, "binary file; use --format text to read it anyway")
+            return
+        self.binary += 1
+        if kind.suffix in PROMISES_TEXT:
+            self._skipped[kind.suffix] += 1
+
+    def _choose_fields(self, file: Found, kind: FileKind) -> Wanted:
+        return Wanted(self._field if self._field is not None else self._match_field(file, kind), self.keep)
+
+    def _match_field(self, file: Found, kind: FileKind) -> str:
+        names = [file.name]
+        if kind.compression is not None:  # *.csv is also the pattern for a.csv.gz
+            names.append(os.path.splitext(file.name)[0])
+        matching = (field for globs, field in self._fields if any(map(globs.match_file, names)))
+        return next(matching, "text")
 
 
-def _describe_os_error(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _has_nul(head: bytes, encoding: str) -> bool:
+    return any("\0" in text for text in decode([head[:HEAD]], encoding))
+
+
+def _open_file(path: str) -> BinaryIO:
+    """Open a file without waiting: a named pipe that nobody writes to would block."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+def _is_readable(path: str, mode: int) -> bool:
+    """Return whether a file is a regular file or a pipe that the shell has opened: ``<(zcat corpus.gz)``."""
+    if stat.S_ISREG(mode):
+        return True
+    return stat.S_ISFIFO(mode) and os.path.realpath(path).startswith(("/dev/fd/", "/proc/"))

@@ -1,0 +1,179 @@
+"""Reading JSON: one object per line, or a file with an array of objects or with objects that span lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from . import passages
+from .decoding import make_passage, read_lines, strip_line_end
+from .fields import Wanted, read_object
+from .passages import TOO_LONG, Broken, ReadItem
+
+BLANK = " \t\r\n"
+"""White space in JSON."""
+STEP = 2**16
+"""Number of characters to read before the first attempt to parse an object."""
+NOT_AN_OBJECT = "not a JSON object"
+SPANS_LINES = "not one JSON object per line; use --format json for an array or for objects that span lines"
+NOT_CLOSED = "not JSON: the file ends before the array does"
+
+
+def read_jsonl(chunks: Iterable[str], source: str, encoding: str, wanted: Wanted) -> Iterator[ReadItem]:
+    """Yield one passage per line with a JSON object; skip blank lines."""
+    is_first = True
+    for number, line in read_lines(chunks):
+        if line is None:
+            yield Broken(source, number, TOO_LONG)
+        elif not (text := strip_line_end(line)).strip(BLANK):
+            continue
+        elif is_first and (text.strip(BLANK) in ("[", "{") or text.lstrip(BLANK).startswith("[")):
+            # Without this, every line of a file in another form would be reported.
+            yield Broken(source, number, SPANS_LINES)
+            return
+        else:
+            yield _parse_line(text, source, number, encoding, wanted)
+        is_first = False
+
+
+def _parse_line(text: str, source: str, number: int, encoding: str, wanted: Wanted) -> ReadItem:
+    item = make_passage(text, source, number, encoding)
+    if isinstance(item, Broken):
+        return item
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _describe_error(error, source, number)
+    return _read_value(value, source, number, wanted)
+
+
+def _describe_error(error: Exception, source: str, number: int) -> Broken:
+    if isinstance(error, json.JSONDecodeError):
+        return Broken(source, number, "not JSON", detail=f": {error.msg} at character {error.pos + 1}")
+    return Broken(source, number, f"not readable as JSON: {type(error).__name__}")
+
+
+def _read_value(value: Any, source: str, number: int, wanted: Wanted) -> ReadItem:
+    if not isinstance(value, dict):
+        return Broken(source, number, NOT_AN_OBJECT)
+    return read_object(value, source, number, wanted)
+
+
+# --- arrays, and objects that span lines ------------------------------------------------------
+
+
+def read_json(chunks: Iterable[str], source: str, encoding: str, wanted: Wanted) -> Iterator[ReadItem]:
+    """Yield one passage per object of an array, per line of JSON Lines, or per object of a sequence of objects."""
+    head, chunks = _read_first_line(chunks)
+    if _is_object(head.lstrip(BLANK).partition("\n")[0]):
+        return read_jsonl(chunks, source, encoding, wanted)
+    return _Values(chunks, source, encoding, wanted).read()
+
+
+def _read_first_line(chunks: Iterable[str]) -> tuple[str, Iterable[str]]:
+    """Return the beginning of a file with its first line that is not blank, and all chunks."""
+    iterator = iter(chunks)
+    head = ""
+    while "\n" not in head.lstrip(BLANK) and len(head) <= passages.MAX_PASSAGE:
+        more = next(iterator, None)
+        if more is None:
+            break
+        head += more
+    return head, chain([head], iterator)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _Values:
+    """The JSON values of a file, with at most one of them in memory. Nothing is read after the first invalid one."""
+
+    def __init__(self, chunks: Iterable[str], source: str, encoding: str, wanted: Wanted) -> None:
+        self._chunks = iter(chunks)
+        self._decoder = json.JSONDecoder()
+        self._source = source
+        self._encoding = encoding
+        self._wanted = wanted
+        self._text = ""
+        self._line = 1
+        """Number of the line in which ``_text`` begins."""
+        self._is_at_end = False
+
+    def read(self) -> Iterator[ReadItem]:
+        if self._peek() != "[":
+            while self._peek():
+                item, is_parsed = self._read_value()
+                yield item
+                if not is_parsed:
+                    return
+            return
+        self._drop(1)
+        is_first = True
+        while (character := self._peek()) != "]" or not is_first:
+            if not character:
+                yield Broken(self._source, self._line, NOT_CLOSED)
+                return
+            item, is_parsed = self._read_value()
+            yield item
+            if not is_parsed:
+                return
+            is_first = False
+            separator = self._peek()
+            if separator == "]":
+                break
+            if separator:
+                self._drop(1)
+            if separator not in ("", ","):
+                yield Broken(self._source, self._line, "not JSON", detail=": a comma is missing in the array")
+                return
+        self._drop(1)
+        if self._peek():
+            yield Broken(self._source, self._line, "not JSON", detail=": more text follows the array")
+
+    def _peek(self) -> str:
+        """Return the next character that is not blank, or an empty string at the end of the file."""
+        while True:
+            stripped = self._text.lstrip(BLANK)
+            self._drop(len(self._text) - len(stripped))
+            if self._text or not self._read_more(1):
+                return self._text[:1]
+
+    def _drop(self, count: int) -> None:
+        self._line += self._text.count("\n", 0, count)
+        self._text = self._text[count:]
+
+    def _read_more(self, size: int) -> bool:
+        """Append at least ``size`` characters to the text. Return False if the file has no more."""
+        parts = []
+        while size > 0 and not self._is_at_end:
+            part = next(self._chunks, None)
+            self._is_at_end = part is None
+            parts.append(part or "")
+            size -= len(parts[-1])
+        more = "".join(parts)
+        self._text += more
+        return bool(more)
+
+    def _read_value(self) -> tuple[ReadItem, bool]:
+        """Return the passage of the next value, and whether the value could be parsed."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text)
+                if end < len(self._text) or not self._read_more(STEP):  # a number at the end may go on
+                    break
+            except (ValueError, RecursionError) as error:
+                if len(self._text) > passages.MAX_PASSAGE:
+                    return Broken(self._source, self._line, TOO_LONG), False
+                # Reading twice as much each time keeps the work in proportion to the size.
+                if not self._read_more(max(STEP, len(self._text))):
+                    return _describe_error(error, self._source, self._line), False
+        raw = make_passage(self._text[:end], self._source, self._line, self._encoding)
+        item = raw if isinstance(raw, Broken) else _read_value(value, self._source, self._line, self._wanted)
+        self._drop(end)
+        return item, True
