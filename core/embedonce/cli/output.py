@@ -45,7 +45,7 @@ def tolerate_consoles() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):  # the stream is closed; its first write shows that
                 stream.reconfigure(errors="backslashreplace")
-    with contextlib.redirect_stderr(_Messages(sys.stderr)):  # type: ignore[type-var]
+    with contextlib.redirect_stderr(_Messages(sys.stderr)):
         yield
 
 
