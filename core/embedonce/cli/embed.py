@@ -99,12 +99,13 @@ def embed(
     from .embedding.sources import Reader
     from .opened import load_config, translate_tier_errors
 
-    sink = _open_output(out, with_text)
+    _check_paths(paths, out)
+    if problem := check_together(format, delimiter, quote, paths):
+        raise Refused(problem)
+    loaded = load_config(config)
+    keep = list(dict.fromkeys(keep or loaded.embed.keep))
+    sink = _open_output(out, with_text, keep)
     try:
-        _check_paths(paths, out)
-        if problem := check_together(format, delimiter, quote, paths):
-            raise Refused(problem)
-        loaded = load_config(config)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
@@ -115,7 +116,7 @@ def embed(
                 fields=loaded.embed.fields,
                 format=format,
                 leave_out=leave_out,
-                keep=keep or loaded.embed.keep,
+                keep=keep,
                 include=include or (),
                 exclude=exclude or (),
                 delimiter=delimiter,
@@ -145,11 +146,11 @@ def embed(
 # --- before anything is computed --------------------------------------------------------------
 
 
-def _open_output(out: Path, with_text: bool) -> Sink:
+def _open_output(out: Path, with_text: bool, keep: Sequence[str]) -> Sink:
     from .embedding.sinks import SinkError, open_sink
 
     try:
-        return open_sink(out, with_text=with_text)
+        return open_sink(out, with_text=with_text, keep=keep)
     except SinkError as error:
         raise Refused(str(error)) from None
 
