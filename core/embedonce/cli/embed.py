@@ -55,9 +55,12 @@ embedonce embed repository/ --include '*.md' --exclude drafts/ --out repository.
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
+embedonce embed inbox/ --allow-empty --out inbox.npy
+
 Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a
-file cannot be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. Each
-such failure is reported on standard error, and the exit code is 1. If a run is interrupted, run the same command again.
+file cannot be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. The
+failures are reported on standard error, grouped by file and reason, and the exit code is 1. If there is no passage at
+all, the exit code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same command again.
 Vectors that a disk tier or a network tier has already stored are not computed again.
 """
 
@@ -99,13 +102,13 @@ def embed(
     from .embedding.sources import Reader
     from .opened import load_config, translate_tier_errors
 
-    _check_paths(paths, out)
-    if problem := check_together(format, delimiter, quote, paths):
-        raise Refused(problem)
     loaded = load_config(config)
     keep = list(dict.fromkeys(keep or loaded.embed.keep))
     sink = _open_output(out, with_text, keep)
     try:
+        _check_paths(paths, out)
+        if problem := check_together(format, delimiter, quote, paths):
+            raise Refused(problem)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]

@@ -94,7 +94,7 @@ class Progress:
         rate = self._compute_rate() or done / max(self._clock() - self._started, 1e-9)
         parts = [
             f"{done:,} passages",
-            f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s",
+            f"{rate:,.0f}/s" if rate >= 9.95 else f"{rate:.1f}/s",
             f"{100 * self._hits / max(done, 1):.0f} % hits",
         ]
         parts += [f"{self._failed:,} failed"] if self._failed else []
