@@ -55,7 +55,7 @@ FILES_IN_REPOSITORY = "https://github.com/embedonce/embedonce/blob/main/"
 
 SHOWN_ONLY = {"", "text", "json", "jsonl", "csv", "markdown", "md", "ini", "mermaid", "make", "diff", "sql"}
 SET_UP = re.compile(r"#|(pip|pipx|uv|make|git|apt|apt-get|brew|docker|cd|source|\.) |python3? -m (venv|pip) ")
-CONFIGURATION = {"cache", "key", "provider", "drift", "tiers"}
+CONFIGURATION = {"cache", "key", "provider", "drift", "tiers", "embed"}
 
 
 class Fence(NamedTuple):

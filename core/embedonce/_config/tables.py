@@ -6,7 +6,7 @@ These classes are read like the class of a plugin: their keyword-only parameters
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt
@@ -107,12 +107,12 @@ class EmbedTable:
     """``[embed]``: how the command ``embedonce embed`` reads files."""
 
     fields: Annotated[
-        Mapping[Glob, FieldName],
+        Mapping[Glob, FieldName] | None,
         Doc(
             "Fields or columns with the text, by patterns of file names; the first pattern that matches decides. The "
             "option --field is used instead if it is given."
         ),
-    ] = field(default_factory=dict)
+    ] = None
     keep: Annotated[
         Sequence[FieldName],
         Doc(

@@ -53,6 +53,8 @@ embedonce embed answers.tsv.gz --quote none --field answer --out answers.npy
 
 embedonce embed repository/ --include '*.md' --exclude drafts/ --out repository.npy
 
+embedonce embed dump.jsonl --format json --out dump.npy
+
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
 embedonce embed inbox/ --allow-empty --out inbox.npy

@@ -37,7 +37,7 @@ class Dialect:
     quote: str | None = '"'
     """The character that quotes a field, or None if quotes have no meaning."""
     can_span_lines: bool = True
-    """Whether a record may have several lines. In TSV, a quote is usually part of the text, so this must be asked for."""
+    """Whether a record may have several lines. In TSV, where a quote is often part of the text, only on request."""
 
 
 def make_dialect(is_tsv: bool, delimiter: str | None, quote: str | None) -> Dialect:
@@ -162,7 +162,10 @@ class _Records:
         if not count and len(header) == 1:
             for delimiter, typed in LIKELY_DELIMITERS.items():
                 if delimiter in header[0]:
-                    hint, header = f"use --delimiter {typed} or choose a column with --field", header[0].split(delimiter)
+                    hint, header = (
+                        f"use --delimiter {typed} or choose a column with --field",
+                        header[0].split(delimiter),
+                    )
                     break
         return Broken(self._source, 1, f'{number} "{self._wanted.field}" in the header; {hint}', list_names(header))
 
@@ -185,17 +188,13 @@ class _Records:
             elif row:
                 yield self._read_row(row, start, width, column, columns)
 
-    def _read_row(
-        self, row: list[str], start: int, width: int, column: int, columns: Sequence[int | None]
-    ) -> ReadItem:
+    def _read_row(self, row: list[str], start: int, width: int, column: int, columns: Sequence[int | None]) -> ReadItem:
         if any(row[width:]):
             return Broken(self._source, start, TOO_MANY)
         if column >= len(row):
             return Broken(self._source, start, f'no column "{self._wanted.field}" in this record')
         places = [column, *columns]
-        values = [
-            None if place is None or place >= len(row) else self._lines.restore(row[place]) for place in places
-        ]
+        values = [None if place is None or place >= len(row) else self._lines.restore(row[place]) for place in places]
         for place, name in enumerate((self._wanted.field, *self._wanted.keep)):
             if values[place] is not None and SURROGATE.search(values[place] or ""):
                 return Broken(self._source, start, f'column "{name}" is {describe_invalid(self._encoding)}')

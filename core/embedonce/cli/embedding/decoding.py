@@ -67,7 +67,8 @@ def decode(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
     # Only these three never decode valid bytes to a surrogate.
     is_strict = encoding.startswith(("utf-8", "utf-16", "utf-32"))
     decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if is_utf8 else "embedonce-mark")
-    is_first = True
+    # The decoders of these three remove the mark themselves. A second mark is part of the text.
+    is_first = encoding not in ("utf-16", "utf-32", "utf-8-sig")
     for data, is_last in chain(((data, False) for data in chunks), [(b"", True)]):
         text = decoder.decode(data, is_last)
         if not text:

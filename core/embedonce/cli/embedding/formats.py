@@ -29,10 +29,14 @@ BY_SUFFIX: dict[str, Format] = {
 
 MARKUP = frozenset({".html", ".htm", ".xhtml"})
 """Suffixes of files whose tags are read as text."""
-UNREADABLE = frozenset(
-    ".pdf .doc .docx .odt .rtf .epub .mobi .pages .ppt .pptx .odp .key .xls .xlsx .xlsb .ods .numbers .djvu "
-    ".avro .orc .arrow .feather .sqlite .db .zip .tar .tgz .7z .rar .bz2 .xz .lz4 .br".split()
+_DOCUMENTS = frozenset(
+    {".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".pages", ".ppt", ".pptx", ".odp", ".key", ".djvu"}
 )
+_TABLES = frozenset(
+    {".xls", ".xlsx", ".xlsb", ".ods", ".numbers", ".avro", ".orc", ".arrow", ".feather", ".sqlite", ".db"}
+)
+_ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".br"})
+UNREADABLE = _DOCUMENTS | _TABLES | _ARCHIVES
 """Suffixes of files that contain text in a form that is not read."""
 PROMISES_TEXT = UNREADABLE | MARKUP | frozenset(BY_SUFFIX) | frozenset({".txt", ".text", ".md", ".rst", ".log", ".xml"})
 """Suffixes of files in which a user expects to find text."""

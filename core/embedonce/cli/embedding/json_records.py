@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -14,6 +15,9 @@ from .passages import TOO_LONG, Broken, ReadItem
 
 BLANK = " \t\r\n"
 """White space in JSON."""
+_OTHER_FORM = re.compile(r"[ \t\r\n]*(?:[{[][ \t\r\n]*|\[[ \t\r\n]*\{.*)")
+"""The first line of an array of objects, or of an object that spans lines."""
+_BLANKS = re.compile(r"[ \t\r\n]*")
 STEP = 2**16
 """Number of characters to read before the first attempt to parse an object."""
 NOT_AN_OBJECT = "not a JSON object"
@@ -29,7 +33,7 @@ def read_jsonl(chunks: Iterable[str], source: str, encoding: str, wanted: Wanted
             yield Broken(source, number, TOO_LONG)
         elif not (text := strip_line_end(line)).strip(BLANK):
             continue
-        elif is_first and (text.strip(BLANK) in ("[", "{") or text.lstrip(BLANK).startswith("[")):
+        elif is_first and _OTHER_FORM.fullmatch(text):
             # Without this, every line of a file in another form would be reported.
             yield Broken(source, number, SPANS_LINES)
             return
@@ -101,79 +105,89 @@ class _Values:
         self._encoding = encoding
         self._wanted = wanted
         self._text = ""
+        self._start = 0
+        """Place in ``_text`` where the part that is still to be read begins."""
         self._line = 1
-        """Number of the line in which ``_text`` begins."""
-        self._is_at_end = False
+        """Number of the line at ``_start``."""
 
     def read(self) -> Iterator[ReadItem]:
-        if self._peek() != "[":
-            while self._peek():
-                item, is_parsed = self._read_value()
-                yield item
-                if not is_parsed:
-                    return
-            return
-        self._drop(1)
-        is_first = True
-        while (character := self._peek()) != "]" or not is_first:
-            if not character:
+        return self._read_array() if self._peek() == "[" else self._read_sequence()
+
+    def _read_sequence(self) -> Iterator[ReadItem]:
+        is_parsed = True
+        while is_parsed and self._peek():
+            item, is_parsed = self._read_value()
+            yield item
+
+    def _read_array(self) -> Iterator[ReadItem]:
+        separator = self._take()
+        if self._peek() == "]":
+            separator = self._take()
+        while separator != "]":
+            if not self._peek():
                 yield Broken(self._source, self._line, NOT_CLOSED)
                 return
             item, is_parsed = self._read_value()
             yield item
             if not is_parsed:
                 return
-            is_first = False
-            separator = self._peek()
-            if separator == "]":
-                break
-            if separator:
-                self._drop(1)
-            if separator not in ("", ","):
+            separator = self._take()
+            if separator not in (",", "]", ""):
                 yield Broken(self._source, self._line, "not JSON", detail=": a comma is missing in the array")
                 return
-        self._drop(1)
         if self._peek():
             yield Broken(self._source, self._line, "not JSON", detail=": more text follows the array")
+
+    def _take(self) -> str:
+        """Return the next character that is not blank, and go on after it."""
+        character = self._peek()
+        self._skip_to(self._start + len(character))
+        return character
 
     def _peek(self) -> str:
         """Return the next character that is not blank, or an empty string at the end of the file."""
         while True:
-            stripped = self._text.lstrip(BLANK)
-            self._drop(len(self._text) - len(stripped))
-            if self._text or not self._read_more(1):
-                return self._text[:1]
+            match = _BLANKS.match(self._text, self._start)
+            self._skip_to(match.end() if match else self._start)
+            if self._start < len(self._text) or not self._read_more(1):
+                return self._text[self._start : self._start + 1]
 
-    def _drop(self, count: int) -> None:
-        self._line += self._text.count("\n", 0, count)
-        self._text = self._text[count:]
+    def _skip_to(self, place: int) -> None:
+        self._line += self._text.count("\n", self._start, place)
+        self._start = place
 
     def _read_more(self, size: int) -> bool:
-        """Append at least ``size`` characters to the text. Return False if the file has no more."""
-        parts = []
-        while size > 0 and not self._is_at_end:
-            part = next(self._chunks, None)
-            self._is_at_end = part is None
-            parts.append(part or "")
-            size -= len(parts[-1])
-        more = "".join(parts)
-        self._text += more
-        return bool(more)
+        """Append at least ``size`` characters to the rest of the text. Return False if the file has no more."""
+        parts = [self._text[self._start :]]
+        has_more = False
+        while size > 0 and (part := next(self._chunks, None)) is not None:
+            has_more = True
+            parts.append(part)
+            size -= len(part)
+        self._text, self._start = "".join(parts), 0
+        return has_more
 
     def _read_value(self) -> tuple[ReadItem, bool]:
         """Return the passage of the next value, and whether the value could be parsed."""
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text)
+                value, end = self._decoder.raw_decode(self._text, self._start)
                 if end < len(self._text) or not self._read_more(STEP):  # a number at the end may go on
                     break
             except (ValueError, RecursionError) as error:
-                if len(self._text) > passages.MAX_PASSAGE:
+                size = len(self._text) - self._start
+                if size > passages.MAX_PASSAGE:
                     return Broken(self._source, self._line, TOO_LONG), False
                 # Reading twice as much each time keeps the work in proportion to the size.
-                if not self._read_more(max(STEP, len(self._text))):
-                    return _describe_error(error, self._source, self._line), False
-        raw = make_passage(self._text[:end], self._source, self._line, self._encoding)
+                if not self._read_more(max(STEP, size)):
+                    return self._describe_error(error), False
+        raw = make_passage(self._text[self._start : end], self._source, self._line, self._encoding)
         item = raw if isinstance(raw, Broken) else _read_value(value, self._source, self._line, self._wanted)
-        self._drop(end)
+        self._skip_to(end)
         return item, True
+
+    def _describe_error(self, error: Exception) -> Broken:
+        if not isinstance(error, json.JSONDecodeError):
+            return _describe_error(error, self._source, self._line)
+        line = self._line + self._text.count("\n", self._start, error.pos)
+        return Broken(self._source, self._line, "not JSON", detail=f": {error.msg} in line {line}")

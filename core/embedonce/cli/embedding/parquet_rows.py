@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .fields import Wanted, check_text, list_names, make_plain
@@ -68,11 +68,12 @@ def _find_column(schema: Any, name: str) -> list[str] | None:
 def _list_values(batch: Any, steps: list[str]) -> list[Any]:
     """Return the values of a column. Strings are returned as bytes, so that an invalid one breaks only its row."""
     import pyarrow
-    import pyarrow.compute
+    import pyarrow.compute  # type: ignore[import-untyped]
 
+    compute: Any = pyarrow.compute
     values = batch.column(batch.schema.get_field_index(steps[0]))
     for name in steps[1:]:
-        values = pyarrow.compute.struct_field(values, name)
+        values = compute.struct_field(values, name)
     if isinstance(values, pyarrow.ExtensionArray):
         values = values.storage
     if pyarrow.types.is_dictionary(values.type):
@@ -88,13 +89,13 @@ def _list_values(batch: Any, steps: list[str]) -> list[Any]:
     return result
 
 
-def _read_row(text: Any, values: list[Any], source: str, number: int, wanted: Wanted) -> ReadItem:
+def _read_row(text: Any, values: Sequence[Any], source: str, number: int, wanted: Wanted) -> ReadItem:
     name = wanted.field
+    kept: list[Any] = []
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        kept = []
-        for name, value in zip(wanted.keep, values, strict=True):
+        for name, value in zip(wanted.keep, values, strict=True):  # noqa: B007  (the handler below uses it)
             kept.append(make_plain(value))
     except UnicodeDecodeError:
         return Broken(source, number, f'column "{name}" is not UTF-8')

@@ -26,7 +26,7 @@ def check_delimiter(value: str | None) -> str | None:
         return None
     if value in TAB_NAMES:
         return "\t"
-    if len(value) != 1 or value in "\"\r\n" or not _is_character(value):
+    if len(value) != 1 or value in '"\r\n' or not _is_character(value):
         raise typer.BadParameter("must be one character, such as ';', or tab")
     return value
 
@@ -38,7 +38,7 @@ def check_quote(value: str | None) -> str | None:
         typer.BadParameter: the value is not one character, or is a line end.
     """
     if value is not None and value != NO_QUOTE and (len(value) != 1 or value in "\r\n" or not _is_character(value)):
-        raise typer.BadParameter("must be one character, such as \"'\", or none")
+        raise typer.BadParameter('must be one character, such as "\'", or none')
     return value
 
 

@@ -16,7 +16,7 @@ from .decoding import decode, detect_encoding
 from .fields import Wanted
 from .formats import MARKUP, PROMISES_TEXT, UNREADABLE, FileKind, Format, TextOptions, classify_file, read_items
 from .parquet_rows import read_parquet
-from .passages import Broken, Passage, ReadItem, decode_path, describe_os_error
+from .passages import Broken, ReadItem, decode_path, describe_os_error
 from .selection import STDIN, Found, Selection
 from .streams import Damaged, Meter, read_chunks
 from .texts import Split

@@ -39,7 +39,7 @@ class _Counted:
         self._read = getattr(stream, "read1", stream.read)
         self._meter = meter
 
-    def read(self, size: int = CHUNK) -> bytes:
+    def read(self, size: int) -> bytes:
         data: bytes = self._read(size)
         self._meter.bytes += len(data)
         return data
@@ -56,7 +56,7 @@ def read_chunks(stream: BinaryIO, meter: Meter, compression: str | None = None) 
     """
     counted = _Counted(stream, meter)
     head = b""
-    while len(head) < len(ZSTD_MAGIC) and (more := counted.read()):
+    while len(head) < len(ZSTD_MAGIC) and (more := counted.read(CHUNK)):
         head += more
     if head.startswith(GZIP_MAGIC):
         compression = "gzip"
@@ -75,7 +75,7 @@ class _Rest:
         self._head = head
         self._stream = stream
 
-    def read(self, size: int = CHUNK) -> bytes:
+    def read(self, size: int) -> bytes:
         if not self._head:
             return self._stream.read(size)
         data, self._head = self._head[:size], self._head[size:]
@@ -83,7 +83,7 @@ class _Rest:
 
 
 def _read_plain(source: _Rest) -> Iterator[bytes]:
-    while data := source.read():
+    while data := source.read(CHUNK):
         yield data
 
 
