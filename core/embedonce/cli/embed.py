@@ -59,11 +59,11 @@ zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
 embedonce embed inbox/ --allow-empty --out inbox.npy
 
-Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a
-file cannot be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. The
-failures are reported on standard error, grouped by file and reason, and the exit code is 1. If there is no passage at
-all, the exit code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same command again.
-Vectors that a disk tier or a network tier has already stored are not computed again.
+Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a file cannot
+be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. The failures are
+reported on standard error, grouped by file and reason, and the exit code is 1. If there is no passage at all, the exit
+code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same
+command again. Vectors that a disk tier or a network tier has already stored are not computed again.
 """
 
 
