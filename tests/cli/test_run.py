@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embedonce
+from embedonce.cli.embedding import distinct as counting
 from embedonce.cli.embedding import run as running
+from embedonce.cli.embedding.distinct import DistinctTexts
+from embedonce.cli.embedding.failures import describe_error
 from embedonce.cli.embedding.passages import Passage
-from embedonce.cli.embedding.progress import NoBar
-from embedonce.cli.embedding.run import DistinctTexts, Run, Stopped, describe_error, describe_failures, split_windows
+from embedonce.cli.embedding.progress import Display
+from embedonce.cli.embedding.run import Run, Stopped, split_windows
 from embedonce.cli.embedding.sinks import open_sink
 from embedonce.cli.embedding.sources import Reader
 
@@ -52,22 +55,31 @@ class Broken:
 class FinishedRun:
     """Runs the texts, one per line, through a cache, and keeps the messages."""
 
-    def __init__(self, folder: Path, texts: Sequence[str], provider: Any, *, strict: bool = False, **options: Any):
+    def __init__(
+        self,
+        folder: Path,
+        texts: Sequence[str],
+        provider: Any,
+        *,
+        strict: bool = False,
+        display: Display | None = None,
+        **options: Any,
+    ):
         (folder / "in.txt").write_text("\n".join(texts))
         out = folder / "out.npy"
-        self.messages: list[str] = []
         self.stopped = ""
         sink = open_sink(out)
         space = {"space": {"model": "test"}} if isinstance(provider, FailingFunction) else {}
         with embedonce.Cache(provider, **space, **options) as cache:
             reader = Reader([str(folder / "in.txt")], split="line")
-            run = Run(cache, reader, sink, task="document", strict=strict, report=self.messages.append)
+            run = Run(cache, reader, sink, task="document", strict=strict)
             try:
-                run.embed(NoBar())
+                run.embed(display or Display())
             except Stopped as stopped:
                 self.stopped = str(stopped)
             finally:
                 sink.abort()
+        self.messages = list(run.failures.describe())
         self.summary = run.summary
         self.rows = np.load(out) if out.exists() else None
 
@@ -103,24 +115,29 @@ def test_a_chunk_that_fails_is_one_message(tmp_path: Path, monkeypatch: pytest.M
     texts = [f"text {number}" for number in range(600)]
     provider = FailingFunction(lambda batch: ConnectionError("cut off") if "text 300" in batch else None)
     run = FinishedRun(tmp_path, texts, provider)
-    assert run.messages == [f"{tmp_path}/in.txt:257 (and 255 more, to {tmp_path}/in.txt:512): ConnectionError: cut off"]
+    # The chunks are of 4, 32, 256 and 308 texts. Text 300 is in the last one, and a call takes 256 texts.
+    places = "256 times, lines 293, 294, 295, 296, 297, ..., 548"
+    assert run.messages == [f"{tmp_path}/in.txt: ConnectionError: cut off: {places}"]
     assert (run.summary.failed, run.summary.rows) == (256, 344)
     assert not run.stopped
 
 
 def test_a_run_stops_if_the_provider_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "WINDOW", 10)
-    provider = FailingFunction(lambda batch: None if "text 0" in batch else ConnectionError("down"))
+    first = {f"text {number}" for number in range(10)}
+    provider = FailingFunction(lambda batch: None if first.issuperset(batch) else ConnectionError("down"))
     run = FinishedRun(tmp_path, [f"text {number}" for number in range(1000)], provider)
     assert run.stopped == "every call to the provider fails"
-    assert provider.calls == 3
-    assert (run.summary.texts, run.summary.rows, run.summary.failed, len(run.messages)) == (
-        30,
-        10,
-        20,
-        2,
-    )
+    assert (run.summary.texts, run.summary.rows, run.summary.failed, len(run.messages)) == (30, 10, 20, 1)
     assert run.rows is None
+
+
+def test_a_provider_that_is_down_gets_few_calls(tmp_path: Path) -> None:
+    provider = FailingFunction(lambda batch: ConnectionError("down"))
+    run = FinishedRun(tmp_path, [f"text {number}" for number in range(10_000)], provider)
+    assert run.stopped == "every call to the provider fails"
+    # Each of the two windows has chunks of 4, 32, 256 and 1756 texts. A call has at most 256 texts.
+    assert provider.calls == 2 * (1 + 1 + 1 + 7)
 
 
 def test_refused_texts_are_not_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,16 +214,6 @@ def test_an_error_message_never_quotes_the_text(text: str, message: str, expecte
     assert describe_error(ValueError(message), text) == expected
 
 
-def test_every_refused_text_has_its_own_message() -> None:
-    refused = embedonce.TextRefused("too long")
-    failed: list[tuple[Passage, Exception | None]] = [(Passage("x", "a", n), refused) for n in (1, 2)]
-    assert list(describe_failures([*failed, (Passage("y", "b", 1), None)])) == [
-        "a:1: TextRefused: too long",
-        "a:2: TextRefused: too long",
-        "b:1: the provider returned no vector",
-    ]
-
-
 # --- distinct texts ---------------------------------------------------------------------------
 
 
@@ -220,7 +227,7 @@ def test_distinct_texts_are_counted_like_a_set(batches: list[list[str]]) -> None
 
 
 def test_distinct_texts_are_counted_in_several_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "MERGE_HASHES", 1000)
+    monkeypatch.setattr(counting, "MERGE_HASHES", 1000)
     distinct = DistinctTexts()
     for start in range(0, 40_000, 2048):
         distinct.add([str(number % 30_011) for number in range(start, start + 2048)])

@@ -31,6 +31,7 @@ from .output import (
     reserve_stdout,
     say,
     say_config_error,
+    tolerate_consoles,
 )
 
 EPILOG = """
@@ -66,6 +67,10 @@ class Command(TyperCommand):
 
 class Commands(TyperGroup):
     """Turns errors into messages and exit codes, for all commands."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with tolerate_consoles():
+            return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:

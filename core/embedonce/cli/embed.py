@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,16 +28,17 @@ from .embedding.reading_options import (
     check_together,
 )
 from .options import ConfigOption, JsonOption, TaskOption
-from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, say, write
+from .output import FAILED, INTERRUPTED, OK, TERMINATED, Refused, emit, is_terminal, say, write
 
 if TYPE_CHECKING:
     from embedonce.cache import Cache
     from embedonce.config import Config
 
-    from .embedding.progress import Bar, NoBar
-    from .embedding.run import Run, Summary
+    from .embedding.progress import Display
+    from .embedding.run import Run
     from .embedding.sinks import Sink
     from .embedding.sources import Reader
+    from .embedding.summary import Summary
 
 EPILOG = """
 Examples:
@@ -57,10 +57,13 @@ embedonce embed dump.jsonl --format json --out dump.npy
 
 zcat corpus.gz | embedonce embed - --split line --out corpus.jsonl
 
-Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a
-file cannot be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. Each
-such failure is reported on standard error, and the exit code is 1. If a run is interrupted, run the same command again.
-Vectors that a disk tier or a network tier has already stored are not computed again.
+embedonce embed inbox/ --allow-empty --out inbox.npy
+
+Rows are in the order of the input: the paths as given, and the entries of each folder sorted by name. If a file cannot
+be read, or if a passage cannot be read or embedded, the output has no rows for this file or passage. The failures are
+reported on standard error, grouped by file and reason, and the exit code is 1. If there is no passage at all, the exit
+code is 1 as well, and an earlier output stays, unless you pass --allow-empty. If a run is interrupted, run the same
+command again. Vectors that a disk tier or a network tier has already stored are not computed again.
 """
 
 
@@ -88,7 +91,10 @@ def embed(
         bool, typer.Option("--with-text", help="Write the text of each passage beside its source.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure, and write no output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar and no summary.")] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Write an output without rows if there is no passage.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Embed the passages of files, each distinct text once, and write one row per passage."""
@@ -98,12 +104,13 @@ def embed(
     from .embedding.sources import Reader
     from .opened import load_config, translate_tier_errors
 
-    sink = _open_output(out, with_text)
+    loaded = load_config(config)
+    keep = list(dict.fromkeys(keep or loaded.embed.keep))
+    sink = _open_output(out, with_text, keep)
     try:
         _check_paths(paths, out)
         if problem := check_together(format, delimiter, quote, paths):
             raise Refused(problem)
-        loaded = load_config(config)
         with _raise_on_sigterm(), translate_tier_errors(loaded), compose(loaded) as cache:
             # Do not embed the configuration file. It may hold secrets, which must not be sent to a provider.
             leave_out = [*_list_output_files(out), *([str(loaded.file)] if loaded.file else [])]
@@ -114,7 +121,7 @@ def embed(
                 fields=loaded.embed.fields,
                 format=format,
                 leave_out=leave_out,
-                keep=keep or loaded.embed.keep,
+                keep=keep,
                 include=include or (),
                 exclude=exclude or (),
                 delimiter=delimiter,
@@ -122,13 +129,19 @@ def embed(
                 encoding=encoding,
             )
             persistent = [tier.name for tier in loaded.tiers if _outlives_process(tier.cls) and tier.write != "none"]
-            run = Run(cache, reader, sink, task=task, strict=strict, report=say, persistent_tiers=persistent)
-            code = _execute_run(run, loaded, out, bar=_make_bar(reader, cache, show=not (json or quiet)))
+            run = Run(
+                cache,
+                reader,
+                sink,
+                task=task,
+                strict=strict,
+                allow_empty=allow_empty,
+                persistent_tiers=persistent,
+            )
+            code = _execute_run(run, loaded, out, _make_display(reader, cache, show=not (json or quiet)))
     finally:
         sink.abort()
-    for note in [] if quiet else reader.notes:
-        say(note)
-    for line in describe_tier_failures(run.summary):
+    for line in _list_messages(run, reader, quiet=quiet):
         say(line)
     _print_summary(run.summary, as_json=json, quiet=quiet)
     if code:
@@ -138,11 +151,11 @@ def embed(
 # --- before anything is computed --------------------------------------------------------------
 
 
-def _open_output(out: Path, with_text: bool) -> Sink:
+def _open_output(out: Path, with_text: bool, keep: Sequence[str]) -> Sink:
     from .embedding.sinks import SinkError, open_sink
 
     try:
-        return open_sink(out, with_text=with_text)
+        return open_sink(out, with_text=with_text, keep=keep)
     except SinkError as error:
         raise Refused(str(error)) from None
 
@@ -170,14 +183,20 @@ def _check_paths(paths: Sequence[str], out: Path) -> None:
         raise Refused("standard input (-) can be given only once")
 
 
-def _make_bar(reader: Reader, cache: Cache, *, show: bool) -> Bar | NoBar:
-    from .embedding.progress import Bar, NoBar
+def _make_display(reader: Reader, cache: Cache, *, show: bool) -> Display:
+    """Return the display of the progress: a bar on a terminal, a line now and then elsewhere.
 
-    if not (show and sys.stderr.isatty()):
-        return NoBar()
-    bar = Bar(reader.compute_total_bytes())
-    cache.subscribe(bar.handle_event)
-    return bar
+    An error in the display costs only the display.
+    """
+    from .embedding.progress import Bar, Display, Lines, Progress
+
+    display = Display()
+    if show:
+        with suppress(Exception):
+            progress = Progress(reader.compute_total_bytes())
+            display = Display(progress, Bar(progress) if is_terminal() else Lines(progress, say))
+            cache.subscribe(display.handle_event)
+    return display
 
 
 # --- the run and its exit code ----------------------------------------------------------------
@@ -204,31 +223,39 @@ def _raise_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _execute_run(run: Run, config: Config, out: Path, bar: Bar | NoBar) -> int:
+def _execute_run(run: Run, config: Config, out: Path, display: Display) -> int:
     """Execute the run and return the exit code. If the run ends early, report the reason and add it to the summary."""
     from .embedding.run import Stopped
     from .embedding.sinks import SinkError, list_outputs
 
     summary = run.summary
     try:
-        with bar:
-            run.embed(bar)
+        with display:
+            run.embed(display)
     except Stopped as error:
-        summary.stopped = str(error)
-        say(f"stopped: {error}; no output was written. {_describe_stored(config, error.is_temporary)}")
-        return FAILED
+        return _report_end(run, str(error), f"stopped: {error}; no output was written", config, error.is_temporary)
     except KeyboardInterrupt as error:
-        summary.stopped = "interrupted"
-        say(f"interrupted; no output was written. {_describe_stored(config)}")
+        _report_end(run, "interrupted", "interrupted; no output was written", config)
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (OSError, SinkError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        summary.stopped = f"cannot write {out}: {reason or type(error).__name__}"
-        say(f"error: {summary.stopped}. {_describe_stored(config)}")
-        return FAILED
+        reason = f"cannot write {out}: {reason or type(error).__name__}"
+        return _report_end(run, reason, f"error: {reason}", config)
     summary.out = str(out)
     summary.index = next(map(str, list_outputs(out)[1:]), None)
+    for line in run.failures.describe():
+        say(line)
     return FAILED if summary.failed or summary.unstored else OK
+
+
+def _report_end(run: Run, reason: str, message: str, config: Config, is_temporary: bool = True) -> int:
+    """Report why a run ended early, after the failures that it had, and return the exit code."""
+    run.summary.stopped = reason
+    for line in run.failures.describe():
+        say(line)
+    nothing_read = "Run the same command again." if is_temporary else "Fix the cause, then run the same command again."
+    say(f"{message}. {_describe_stored(config, is_temporary) if run.summary.texts else nothing_read}")
+    return FAILED
 
 
 def _describe_stored(config: Config, is_temporary: bool = True) -> str:
@@ -255,6 +282,15 @@ def _outlives_process(backend: type[Any]) -> bool:
 # --- the summary ------------------------------------------------------------------------------
 
 
+def _list_messages(run: Run, reader: Reader, *, quiet: bool) -> Iterator[str]:
+    """Yield what the user must know after the run: notes about the input, failed tiers, unknown statistics."""
+    if not quiet:
+        yield from reader.notes
+    yield from describe_tier_failures(run.summary)
+    if run.summary.unknown:
+        yield f"note: these statistics could not be computed: {', '.join(run.summary.unknown)}; the rows are complete"
+
+
 def _print_summary(summary: Summary, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         emit(asdict(summary))
@@ -265,8 +301,10 @@ def _print_summary(summary: Summary, *, as_json: bool, quiet: bool) -> None:
 
 def describe_summary(summary: Summary) -> Iterator[str]:
     """Yield the lines of the summary for people."""
+    from .embedding.summary import describe_skipped
+
     passages, files = format_count(summary.texts, "passage"), format_count(summary.files, "file")
-    yield f"{passages} from {files}, {summary.unique:,} distinct"
+    yield f"{passages} from {files}" + ("" if summary.unique is None else f", {summary.unique:,} distinct")
     yield f"  {_format_share(summary.computed, summary.texts)} computed"
     for tier, hits in summary.hits.items():
         if hits:
@@ -274,9 +312,11 @@ def describe_summary(summary: Summary) -> Iterator[str]:
     if summary.repeated:
         yield f"  {_format_share(summary.repeated, summary.texts)} repeated"
     if summary.failed:
-        yield f"{summary.failed:,} failed, each reported above"
+        yield f"{summary.failed:,} failed, reported above"
     if summary.binary:
         yield f"{format_count(summary.binary, 'binary file')} skipped"
+    if summary.skipped:
+        yield f"passed over: {describe_skipped(summary.skipped)}"
     if summary.out is not None:
         yield f"wrote {format_count(summary.rows, 'row')} of {summary.dimensions:,} dimensions to {summary.out}"
     if summary.index is not None:

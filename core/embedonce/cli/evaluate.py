@@ -157,7 +157,7 @@ def _embed_texts(cache: Cache, texts: Texts, task: str) -> NDArray[Any]:
     Raises:
         Failed: a text could not be embedded.
     """
-    from .embedding.run import describe_error
+    from .embedding.failures import describe_error
 
     fetched = cache.fetch(texts.texts, task=task)
     for position, error in fetched.failed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import TextIO
 
     from embedonce.errors import ConfigError, Problem
@@ -33,6 +34,64 @@ def describe_os_error(error: OSError) -> str:
     """Return the operating system's reason for an error. If the error names a file, put the file's name first."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
+
+
+@contextlib.contextmanager
+def tolerate_consoles() -> Iterator[None]:
+    """Let no encoding of the output streams, and no broken standard error, end a command or change its exit code.
+
+    A console may be ASCII or cp1252, and the name of a file may have any character, or bytes that are not text at all.
+    A character that a stream's encoding lacks is written as an escape such as ``\\xe9``.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):  # the stream is closed; its first write shows that
+                stream.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stderr(_Messages(sys.stderr)):
+        yield
+
+
+class _Messages:
+    """Standard error. If the stream is closed or broken, messages are lost, but the command goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):
+            _discard_output(self._stream)
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            _discard_output(self._stream)
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except ValueError:  # the stream is closed
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _discard_output(stream: TextIO) -> None:
+    """Send the rest of a broken stream's output nowhere. Python would fail to flush it at exit, with exit code 120."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def say(message: str) -> None:
@@ -60,7 +119,19 @@ def reserve_stdout() -> Iterator[None]:
 
 def write(line: str) -> None:
     """Write a line to standard output."""
-    print(line, file=_results or sys.stdout, flush=True)
+    with _name_stdout_in_errors():
+        print(line, file=_results or sys.stdout, flush=True)
+
+
+@contextlib.contextmanager
+def _name_stdout_in_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of the output is gone; typer exits without a message
+    except OSError as error:
+        _discard_output(_results or sys.stdout)
+        raise Failed(f"cannot write to standard output: {describe_os_error(error)}") from None
 
 
 def emit(value: Any) -> None:
@@ -87,9 +158,10 @@ def show(*renderables: Any) -> None:
     console = Console(file=out, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console = Console(file=out, highlight=False, markup=False, emoji=False, width=500, color_system=None)
-    for renderable in renderables:
-        console.print(renderable)
-    out.flush()
+    with _name_stdout_in_errors():
+        for renderable in renderables:
+            console.print(renderable)
+        out.flush()
 
 
 def make_table(columns: dict[str, str], rows: list[list[Any]]) -> Any:

@@ -1,88 +1,49 @@
-"""One run of ``embedonce embed``: read windows of passages, embed them with the cache, and write them to the sink."""
+"""One run of ``embedonce embed``: read windows of passages, embed them with the cache, and write them to the sink.
+
+A window is looked up first, so that the progress shows its hits immediately. The texts that no tier has are then
+computed in chunks that take about two seconds. After each chunk, the vectors are in the tiers, so that a run that is
+killed loses at most about one chunk. If a whole window takes less than that, it is fetched in one call.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from embedonce._messages import format_count
 from embedonce.errors import ReplayMiss, TextError, TextRefused
 from embedonce.keys import NORMALIZERS
 
-from .passages import Passage, ReadItem, format_place
+from .distinct import DistinctTexts
+from .failures import Failures
+from .pace import FACTOR, Pace
+from .passages import Passage, ReadItem
+from .summary import Summary, collect_causes, collect_tier_failures, describe_skipped, failed_to_store
 
 if TYPE_CHECKING:
     from embedonce.answers import Fetched
     from embedonce.cache import Cache
-    from embedonce.events import Stats, TierStats
+    from embedonce.events import Stats
     from embedonce.keys import VectorSpace
 
-    from .progress import Bar, NoBar
+    from .progress import Display
     from .sinks import Sink
     from .sources import Reader
 
+T = TypeVar("T")
+
 WINDOW = 2048
-"""Maximum number of passages in a window. The passages of a window are looked up and embedded together."""
+"""Maximum number of passages in a window. The passages of a window are looked up together."""
 WINDOW_CHARACTERS = 8 * 2**20
 """A window also ends at this many characters, so that long passages do not fill the memory."""
 FLUSH = 60.0
-"""Seconds to wait for the background writes of one window."""
+"""Seconds to wait for the background writes of one chunk."""
 OUTAGE = 2
 """The run stops after this many windows in a row for which the provider returned no vector. The provider is then
 probably down, and calling it for the rest of a large corpus would waste time."""
-MERGE_HASHES = 2**20
-"""Minimum number of new hashes that :class:`DistinctTexts` merges at a time."""
-
-
-@dataclass(slots=True)
-class Summary:
-    """Result of a run, counted in passages.
-
-    ``texts`` is ``computed`` + the sum of ``hits`` + ``repeated`` + the passages that could not be embedded.
-    """
-
-    texts: int = 0
-    """Passages that were read."""
-    unique: int = 0
-    """Distinct passages, compared as they were read, before the key policy normalises them."""
-    computed: int = 0
-    """Passages that the provider embedded."""
-    hits: dict[str, int] = field(default_factory=dict)
-    """Passages whose vector a tier had, by tier name."""
-    repeated: int = 0
-    """Passages that got the vector of an equal passage in the same window; that vector was computed only once."""
-    failed: int = 0
-    """Broken lines, unreadable files, and passages that could not be embedded."""
-    rows: int = 0
-    """Rows of the output."""
-    dimensions: int | None = None
-    files: int = 0
-    binary: int = 0
-    """Number of binary files that were found in folders and skipped."""
-    trouble: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of failures by tier and kind.
-
-    The kinds are errors, corrupt entries, dropped writes, and texts for which the tier was skipped.
-
-    Tiers without failures are left out.
-    """
-    causes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of errors and dropped writes by tier and cause. Tiers that have none are left out."""
-    unstored: list[str] = field(default_factory=list)
-    """Tiers that outlive the process, had errors or dropped writes, and stored no vector at all."""
-    bytes: int = 0
-    seconds: float = 0.0
-    out: str | None = None
-    """Path of the output. None means that no output was written and that an earlier output is unchanged."""
-    index: str | None = None
-    """Path of the file with the source of each row of a .npy output."""
-    stopped: str | None = None
-    """Reason why the run ended early, or None."""
 
 
 class Stopped(Exception):
@@ -96,44 +57,51 @@ class Stopped(Exception):
         self.is_temporary = is_temporary
 
 
-class DistinctTexts:
-    """Counts distinct texts by their hashes: 8 bytes of BLAKE2b per text.
+class Window:
+    """Some passages, and what is known about their vectors. Each distinct text is embedded once."""
 
-    The counter keeps the hash of every distinct text. New hashes are first collected in a list. The list is merged
-    into the known hashes when it takes more than 8 MiB and more memory than the known hashes. Two texts with the same
-    hash count as one text. Among ten million texts, the probability that any two have the same hash is 3 in a million.
-    """
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = passages
+        self.positions: dict[str, list[int]] = {}
+        """Positions of each distinct text."""
+        for position, passage in enumerate(passages):
+            self.positions.setdefault(passage.text, []).append(position)
+        self.rows: list[Any] = [None] * len(passages)
+        self.sources: list[str | None] = [None] * len(passages)
+        self.failed: dict[int, Exception | None] = {}
+        """Errors by position. None stands for a text without a vector and without an error."""
 
-    def __init__(self) -> None:
-        self._known = np.empty(0, np.uint64)
-        """Sorted hashes without duplicates."""
-        self._new: list[NDArray[np.uint64]] = []
-        self._new_count = 0
+    def list_missing(self) -> list[str]:
+        """Return the distinct texts that have neither a vector nor an error, in the order of the passages."""
+        return [
+            text
+            for text, positions in self.positions.items()
+            if self.rows[positions[0]] is None and positions[0] not in self.failed
+        ]
 
-    def add(self, texts: Sequence[str]) -> None:
-        hashes = b"".join([blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in texts])
-        self._new.append(np.frombuffer(hashes, np.uint64))
-        self._new_count += len(texts)
-        # Every merge processes all hashes, which is slow. Therefore merge only when the number of hashes has doubled.
-        if self._new_count > max(MERGE_HASHES, len(self._known)):
-            self._merge()
+    def add(self, texts: Sequence[str], fetched: Fetched, *, is_final: bool) -> list[int]:
+        """Take over the vectors of ``texts``, and the errors that another call would not change.
 
-    def count(self) -> int:
-        """Return the number of distinct texts so far."""
-        self._merge()
-        return len(self._known)
-
-    def _merge(self) -> None:
-        new = np.concatenate([*self._new, np.empty(0, np.uint64)])
-        self._new, self._new_count = [], 0
-        new.sort()
-        merged = np.concatenate([self._known, new])
-        merged.sort(kind="stable")  # timsort: it merges two sorted halves in linear time
-        self._known = merged[np.append(True, merged[1:] != merged[:-1])] if len(merged) else merged
+        With ``is_final``, take over all errors. Return the positions of the passages that have a result now.
+        """
+        done: list[int] = []
+        for number, text in enumerate(texts):
+            row, error = fetched.rows[number], fetched.failed.get(number)
+            if row is None and not is_final and not isinstance(error, TextError):
+                continue
+            for position in self.positions[text]:
+                self.rows[position], self.sources[position] = row, fetched.sources[number]
+                if row is None:
+                    self.failed[position] = error
+            done += self.positions[text]
+        return done
 
 
 class Run:
-    """Embeds every passage of a reader and keeps the counts in ``summary``."""
+    """Embeds every passage of a reader and keeps the counts in ``summary``.
+
+    ``allow_empty`` means that an output without rows may replace an earlier output, if nothing failed.
+    """
 
     def __init__(
         self,
@@ -142,8 +110,8 @@ class Run:
         sink: Sink,
         *,
         task: str,
-        strict: bool,
-        report: Callable[[str], None],
+        strict: bool = False,
+        allow_empty: bool = False,
         persistent_tiers: Sequence[str] = (),
     ) -> None:
         self._cache = cache
@@ -151,16 +119,18 @@ class Run:
         self._sink = sink
         self._task = task
         self._strict = strict
-        self._report = report
+        self._allow_empty = allow_empty
         self._persistent_tiers = persistent_tiers
-        self._computed_before = self._count_computed_texts()
         self._space = cache.lookup([], task=task).space
-        self._distinct = DistinctTexts()
+        self._pace = _make_pace(cache)
+        self._distinct: DistinctTexts | None = DistinctTexts()
         self._outage = 0
         """Number of windows in a row for which the provider returned no vector."""
+        self.failures = Failures()
         self.summary = Summary(hits=dict.fromkeys(cache.tiers, 0))
+        self._computed_before = self._measure("computed", lambda: _count_computed_texts(cache.stats()), 0)
 
-    def embed(self, bar: Bar | NoBar) -> None:
+    def embed(self, display: Display) -> None:
         """Read, embed and write all passages, and move the output into place.
 
         Raises:
@@ -168,34 +138,68 @@ class Run:
         """
         started = time.monotonic()
         try:
-            for window in split_windows(self._read_passages(self._reader)):
-                bar.start_window(len(window), self._reader.bytes_read)
-                self._distinct.add([passage.text for passage in window])
-                self._embed_window(window)
-                bar.finish_window(sum(self.summary.hits.values()))
-            if self.summary.failed and not self.summary.rows:
-                raise Stopped("no passage could be embedded", is_temporary=self._outage > 0)
+            for passages in split_windows(self._read_passages(self._reader)):
+                display.start_window(len(passages), self._reader.bytes_read)
+                self._count_distinct(passages)
+                self._embed_window(Window(passages), display)
+            self._check_rows()
             self._finish_output()
         finally:
             self._complete_summary(time.monotonic() - started)
 
-    def _embed_window(self, window: Sequence[Passage]) -> None:
-        texts = [passage.text for passage in window]
-        self.summary.texts += len(texts)
+    # --- one window ---------------------------------------------------------------------------
+
+    def _embed_window(self, window: Window, display: Display) -> None:
+        self.summary.texts += len(window.passages)
+        if self._pace.size < len(window.positions):
+            self._look_up(window, display)
+        missing = window.list_missing()
+        growth = 1
+        while missing:
+            size = self._pace.size * growth
+            chunk, missing = missing[:size], missing[size:]
+            # Small chunks would only delay finding out that the provider is down.
+            growth = 1 if self._embed_chunk(window, chunk, display) else growth * FACTOR
+        self._outage = self._outage + 1 if is_outage(window.failed.values(), window.sources) else 0
+        self._report_failures(window)
+        self._write_rows(window)
+
+    def _look_up(self, window: Window, display: Display) -> None:
+        texts = list(window.positions)
+        found = self._cache.lookup(texts, task=self._task)
+        if found.space == self._space:
+            self._add_results(window, window.add(texts, found, is_final=False), display)
+
+    def _embed_chunk(self, window: Window, texts: Sequence[str], display: Display) -> bool:
+        """Embed texts of a window. Return False if the provider seems to be down."""
+        started = time.monotonic()
+        display.start_chunk()
         fetched = self._cache.fetch(texts, task=self._task)
         self._check_space(fetched.space)
-        # Wait for the queued writes, so that no write is dropped and a killed run loses at most this window. Each write
+        # Wait for the queued writes, so that no write is dropped and a killed run loses at most this chunk. Each write
         # has its tier's timeout, so only a very slow store can exceed FLUSH.
         self._cache.flush(timeout=FLUSH)
-        good = [position for position, row in enumerate(fetched.rows) if row is not None]
-        self._count_hits(fetched, good)
-        if len(good) < len(window):
-            self._report_failures(window, fetched)
-        if good:
-            rows: list[Any] = [fetched.rows[position] for position in good]
-            self._sink.write([_replace_surrogates(window[position]) for position in good], np.stack(rows))
-            self.summary.rows += len(good)
-            self.summary.dimensions = len(rows[0])
+        display.finish_chunk()
+        self._add_results(window, window.add(texts, fetched, is_final=True), display)
+        if is_outage(fetched.failed.values(), fetched.sources):
+            return False
+        asked = len(texts) - sum(source not in (None, "provider") for source in fetched.sources)
+        if asked:
+            self._pace.record(asked, time.monotonic() - started)
+        return True
+
+    def _add_results(self, window: Window, done: Sequence[int], display: Display) -> None:
+        """Count what passages got: hits by tier, and for the display also other vectors and failures."""
+        hits = failed = 0
+        for position in done:
+            source = window.sources[position]
+            failed += window.rows[position] is None
+            if window.rows[position] is not None and source is not None and source != "provider":
+                self.summary.hits[source] += 1
+                hits += 1
+        display.add_results(hits=hits, others=len(done) - hits - failed, failed=failed)
+        if failed and self._strict:
+            self._report_failures(window)
 
     def _check_space(self, space: VectorSpace) -> None:
         if space != self._space:
@@ -205,78 +209,112 @@ class Run:
                 is_temporary=True,
             )
 
-    # --- counting -----------------------------------------------------------------------------
+    def _write_rows(self, window: Window) -> None:
+        good = [position for position, row in enumerate(window.rows) if row is not None]
+        if good:
+            rows = [window.rows[position] for position in good]
+            self._sink.write([_replace_surrogates(window.passages[position]) for position in good], np.stack(rows))
+            self.summary.rows += len(good)
+            self.summary.dimensions = len(rows[0])
 
-    def _count_computed_texts(self) -> int:
-        return sum(provider.texts for provider in self._cache.stats().providers.values())
+    # --- the end ------------------------------------------------------------------------------
 
-    def _count_hits(self, fetched: Fetched, good: Sequence[int]) -> None:
-        hits = self.summary.hits
-        for position in good:
-            source = fetched.sources[position]
-            if source is not None and source != "provider":
-                hits[source] += 1
-        self._outage = self._outage + 1 if _is_outage(fetched) else 0
-
-    def _complete_summary(self, seconds: float) -> None:
-        summary, reader = self.summary, self._reader
-        summary.files, summary.binary, summary.bytes = reader.files, reader.binary, reader.bytes_read
-        summary.unique = self._distinct.count()
-        summary.computed = self._count_computed_texts() - self._computed_before
-        answered = summary.rows - sum(summary.hits.values())
-        summary.repeated = max(answered - summary.computed, 0)
-        stats = self._cache.stats()
-        summary.trouble = collect_tier_failures(stats)
-        summary.causes = collect_causes(stats)
-        if summary.computed:
-            summary.unstored = [name for name in self._persistent_tiers if _failed_to_store(stats.tiers[name])]
-        summary.seconds = round(seconds, 3)
+    def _check_rows(self) -> None:
+        """Refuse to replace an earlier output with an output that has no rows."""
+        if self.summary.rows:
+            return
+        if self.summary.failed:
+            raise Stopped("no passage could be embedded", is_temporary=self._outage > 0)
+        if not self._allow_empty:
+            raise Stopped(f"{describe_empty_input(self._reader)}. To write an output without rows, use --allow-empty")
 
     def _finish_output(self) -> None:
         if self.summary.dimensions is None:
             self.summary.dimensions = int(self._cache.embed_batch([], task=self._task).shape[1])
         self._sink.finish(self.summary.dimensions)
 
+    # --- counting: no statistic may end the run -----------------------------------------------
+
+    def _measure(self, name: str, compute: Callable[[], T], default: T) -> T:
+        """Return a statistic. If it cannot be computed, return ``default`` and add its name to ``unknown``."""
+        try:
+            return compute()
+        except Exception:  # noqa: BLE001  (whatever the error is, the output does not depend on the statistic)
+            if name not in self.summary.unknown:
+                self.summary.unknown.append(name)
+            return default
+
+    def _count_distinct(self, passages: Sequence[Passage]) -> None:
+        distinct = self._distinct
+        if distinct is None:
+            return
+
+        def add() -> DistinctTexts:
+            distinct.add([passage.text for passage in passages])
+            return distinct
+
+        self._distinct = self._measure("unique", add, None)
+
+    def _complete_summary(self, seconds: float) -> None:
+        summary, reader, distinct = self.summary, self._reader, self._distinct
+        summary.files, summary.binary, summary.bytes = reader.files, reader.binary, reader.bytes_read
+        summary.skipped = self._measure("skipped", lambda: reader.skipped, {})
+        summary.failures = self.failures.groups
+        summary.unique = None if distinct is None else self._measure("unique", distinct.count, None)
+        summary.seconds = round(seconds, 3)
+        answered = summary.rows - sum(summary.hits.values())
+        stats = self._measure("computed", self._cache.stats, None)
+        if stats is None:
+            summary.computed = max(answered, 0)
+            return
+        summary.computed = _count_computed_texts(stats) - self._computed_before
+        summary.repeated = max(answered - summary.computed, 0)
+        summary.trouble = collect_tier_failures(stats)
+        summary.causes = collect_causes(stats)
+        if summary.computed:
+            summary.unstored = [name for name in self._persistent_tiers if failed_to_store(stats.tiers[name])]
+
     # --- failures -----------------------------------------------------------------------------
 
     def _read_passages(self, items: Iterable[ReadItem]) -> Iterator[Passage]:
-        """Yield the passages; report and count the broken items."""
+        """Yield the passages; count the broken items."""
         for item in items:
             if isinstance(item, Passage):
                 yield item
                 continue
-            self._report(str(item))
+            self.failures.add_broken(item)
             self.summary.failed += 1
             if self._strict:
                 raise Stopped("an input could not be read, and --strict is set")
 
-    def _report_failures(self, window: Sequence[Passage], fetched: Fetched) -> None:
-        failed = sorted(position for position, row in enumerate(fetched.rows) if row is None)
-        self.summary.failed += len(failed)
-        for message in describe_failures([(window[position], fetched.failed.get(position)) for position in failed]):
-            self._report(message)
-        if self._strict:
+    def _report_failures(self, window: Window) -> None:
+        for position in sorted(window.failed):
+            self.failures.add_failed(window.passages[position], window.failed[position])
+        self.summary.failed += len(window.failed)
+        if self._strict and window.failed:
             raise Stopped("a passage failed, and --strict is set")
         if self._outage >= OUTAGE:
             raise Stopped("every call to the provider fails", is_temporary=True)
 
 
-def collect_tier_failures(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of failures per tier and kind. Tiers and kinds without failures are left out."""
-    kinds = ("errors", "corrupt", "skipped", "dropped")
-    by_tier = {name: {kind: getattr(tier, kind) for kind in kinds} for name, tier in stats.tiers.items()}
-    found = {name: {kind: number for kind, number in counted.items() if number} for name, counted in by_tier.items()}
-    return {name: counted for name, counted in found.items() if counted}
+def _make_pace(cache: Cache) -> Pace:
+    limits = cache.provider.limits
+    # A provider that allows few calls per minute waits before each call, so a call must not be smaller than it may be.
+    least = 1 if limits.requests_per_minute is None else limits.max_batch
+    return Pace(WINDOW, batch=limits.max_batch, least=least)
 
 
-def collect_causes(stats: Stats) -> dict[str, dict[str, int]]:
-    """Return the number of errors and dropped writes per tier and cause. Leave out tiers that have none."""
-    found = {name: {**tier.causes, **tier.drops} for name, tier in stats.tiers.items()}
-    return {name: by_cause for name, by_cause in found.items() if by_cause}
+def _count_computed_texts(stats: Stats) -> int:
+    return sum(provider.texts for provider in stats.providers.values())
 
 
-def _failed_to_store(tier: TierStats) -> bool:
-    return not tier.stored and bool(tier.errors or tier.dropped)
+def describe_empty_input(reader: Reader) -> str:
+    """Return why there is no passage, and what was passed over."""
+    skipped = dict(reader.skipped)
+    if reader.binary:
+        skipped["binary"] = reader.binary
+    found = f"{format_count(reader.files, 'file')} read" if reader.files else "no file was read"
+    return f"there is no passage to embed ({found}{f'; passed over: {describe_skipped(skipped)}' if skipped else ''})"
 
 
 def split_windows(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
@@ -297,52 +335,14 @@ TEXT_ERRORS = (TextRefused, TextError, ReplayMiss)
 """Errors about a single text. Any other error concerns all texts that were sent to the provider together."""
 
 
-def _is_outage(fetched: Fetched) -> bool:
+def is_outage(errors: Iterable[Exception | None], sources: Iterable[str | None]) -> bool:
     """Return whether the provider was called and returned no vector at all."""
     # An invalid text is found before the provider is called.
-    errors = [error for error in fetched.failed.values() if not isinstance(error, TextError)]
-    has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in errors)
-    return bool(errors) and not has_text_errors and "provider" not in fetched.sources
+    found = [error for error in errors if error is not None and not isinstance(error, TextError)]
+    has_text_errors = any(isinstance(error, TEXT_ERRORS) for error in found)
+    return bool(found) and not has_text_errors and "provider" not in sources
 
 
 def _replace_surrogates(passage: Passage) -> Passage:
     """Return a passage whose text can be written, as the normalisation step ``surrogates`` changes it."""
     return passage._replace(text=NORMALIZERS["surrogates"](passage.text))
-
-
-def describe_failures(failed: Sequence[tuple[Passage, Exception | None]]) -> Iterator[str]:
-    """Yield one message per failure; adjacent passages that failed with the same error share a message."""
-    start = 0
-    while start < len(failed):
-        passage, error = failed[start]
-        reason = describe_error(error, passage.text)
-        end = start + 1
-        if not isinstance(error, TEXT_ERRORS):
-            while end < len(failed) and _are_alike(failed[end][1], error):
-                end += 1
-        span = f" (and {end - start - 1:,} more, to {_format_place(failed[end - 1][0])})" if end - start > 1 else ""
-        yield f"{_format_place(passage)}{span}: {reason}"
-        start = end
-
-
-def _format_place(passage: Passage) -> str:
-    return format_place(passage.source, passage.line)
-
-
-def _are_alike(one: Exception | None, other: Exception | None) -> bool:
-    return type(one) is type(other) and str(one) == str(other)
-
-
-def describe_error(error: Exception | None, text: str) -> str:
-    """Return a description of an error, in one line and without the text.
-
-    A vendor's message may quote the text. A message that contains the beginning of the text is left out.
-    """
-    if error is None:
-        return "the provider returned no vector"
-    name, message = type(error).__name__, " ".join(str(error).split())[:300]
-    if isinstance(error, TextError):  # the position counts within a window; the reader of the message sees the line
-        message = message.removeprefix(f"item {error.position}: ")
-    beginning = " ".join(text.split())[:20]
-    is_quoted = beginning and (beginning in message or ascii(beginning)[1:-1] in message)
-    return name if is_quoted or not message else f"{name}: {message}"

@@ -19,8 +19,10 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -28,6 +30,7 @@ import numpy as np
 
 from embedonce.vectors import Matrix
 
+from .columns import KeptColumns
 from .passages import Passage
 
 if sys.platform != "win32":
@@ -58,12 +61,29 @@ class SinkError(Exception):
     """The output cannot be written to this path or in this format."""
 
 
-def open_sink(out: Path, *, with_text: bool = False) -> Sink:
-    """Open an output in the format of its file suffix.
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a row has beside the place of its passage and its vector."""
+
+    with_text: bool = False
+    keep: Sequence[str] = ()
+    """Names of the values in ``Passage.kept``."""
+
+    def describe(self, passage: Passage) -> dict[str, Any]:
+        """Return the fields of a row, except the vector."""
+        fields: dict[str, Any] = {"source": passage.source, "line": passage.line}
+        if self.with_text:
+            fields["text"] = passage.text
+        fields.update(zip(self.keep, passage.kept, strict=True))
+        return fields
+
+
+def open_sink(out: Path, *, with_text: bool = False, keep: Sequence[str] = ()) -> Sink:
+    """Open an output in the format of its file suffix. ``keep`` names the values in ``Passage.kept``.
 
     Raises:
-        SinkError: the suffix is unknown, the folder is missing, the path is not a regular file, or another run is
-            writing the file.
+        SinkError: the suffix is unknown, the folder is missing, the path is not a regular file, another run is writing
+            the file, or a name in ``keep`` is already the name of a field.
     """
     if out.suffix.lower() not in _SINKS:
         raise SinkError(f"--out {out}: the file name must end in .npy, .jsonl or .parquet")
@@ -72,7 +92,11 @@ def open_sink(out: Path, *, with_text: bool = False) -> Sink:
         obstacle = _find_obstacle(final)
         if obstacle:
             raise SinkError(f"--out {out}: {'' if final == out else f'{final}: '}{obstacle}")
-    return _SINKS[out.suffix.lower()](finals[0], with_text)
+    taken = {"source", "line", "vector"} | ({"text"} if with_text else set()) | ({"row"} if len(finals) > 1 else set())
+    for name in keep:
+        if name in taken:
+            raise SinkError(f'--keep {name}: each row already has a field "{name}" of its own; rename it in the input')
+    return _SINKS[out.suffix.lower()](finals[0], Extras(with_text, tuple(keep)))
 
 
 def _find_obstacle(final: Path) -> str | None:
@@ -223,8 +247,8 @@ def _try_lock(file: BinaryIO) -> bool:
 class NpySink:
     """A .npy file and its index. Rows are written immediately, so that memory use does not grow."""
 
-    def __init__(self, out: Path, with_text: bool = False) -> None:
-        self._with_text = with_text
+    def __init__(self, out: Path, extras: Extras) -> None:
+        self._extras = extras
         self._matrix = _Part(out)
         try:
             self._index = _Part(_follow_link(get_index_path(out)))
@@ -240,10 +264,8 @@ class NpySink:
         self._matrix.file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
         lines = []
         for row, passage in enumerate(passages, start=self._rows):
-            lines.append(
-                json.dumps({"row": row, **_describe_passage(passage, self._with_text)}, ensure_ascii=False) + "\n"
-            )
-        self._index.file.write("".join(lines).encode())
+            lines.append(_encode_json({"row": row, **self._extras.describe(passage)}) + b"\n")
+        self._index.file.write(b"".join(lines))
         self._rows += len(passages)
 
     def finish(self, dimensions: int) -> None:
@@ -299,19 +321,19 @@ def make_npy_header(shape: tuple[int, int]) -> bytes:
 class JsonlSink:
     """One JSON object per row."""
 
-    def __init__(self, out: Path, with_text: bool = False) -> None:
-        self._with_text = with_text
+    def __init__(self, out: Path, extras: Extras) -> None:
+        self._extras = extras
         self._part = _Part(out)
         self._dimensions: int | None = None
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
         for passage, vector in zip(passages, vectors, strict=True):
-            fields = json.dumps(_describe_passage(passage, self._with_text), ensure_ascii=False)
+            fields = _encode_json(self._extras.describe(passage))
             # Nine digits restore every float32 exactly, except that -0.0 becomes 0. Nine digits take half the bytes of
             # the seventeen digits of a double.
             values = ", ".join([f"{value:.9g}" for value in vector.tolist()])
-            self._part.file.write(f'{fields[:-1]}, "vector": [{values}]}}\n'.encode())
+            self._part.file.write(fields[:-1] + f', "vector": [{values}]}}\n'.encode())
 
     def finish(self, dimensions: int) -> None:
         self._part.finish()
@@ -326,36 +348,62 @@ class JsonlSink:
 class ParquetSink:
     """A Parquet file, one row group per write."""
 
-    def __init__(self, out: Path, with_text: bool = False) -> None:
+    def __init__(self, out: Path, extras: Extras) -> None:
         try:
             import pyarrow  # type: ignore[import-untyped]
             import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError:
             raise SinkError("writing Parquet requires pyarrow: pip install 'embedonce[parquet]'") from None
         self._arrow: Any = pyarrow
-        self._with_text = with_text
+        self._kept = KeptColumns(pyarrow, extras.keep)
+        self._extras = extras
         self._part = _Part(out)
         self._writer: Any = None
         self._dimensions: int | None = None
 
     def write(self, passages: Sequence[Passage], vectors: Matrix) -> None:
         self._dimensions = _check_dimensions(self._dimensions, vectors)
+        kept = [passage.kept for passage in passages]
+        if self._kept.widen(kept) and self._writer is not None:
+            self._rewrite(self._dimensions)
         schema = self._make_schema(self._dimensions)
         columns = [
             self._arrow.array([passage.source for passage in passages], type=schema.field("source").type),
             self._arrow.array([passage.line for passage in passages], type=self._arrow.int64()),
         ]
-        if self._with_text:
+        if self._extras.with_text:
             columns.append(self._arrow.array([passage.text for passage in passages], type=self._arrow.string()))
+        columns += self._kept.make_arrays(kept)
         values = self._arrow.array(np.ascontiguousarray(vectors).reshape(-1))
         columns.append(self._arrow.FixedSizeListArray.from_arrays(values, self._dimensions))
         self._get_writer(schema).write_table(self._arrow.Table.from_arrays(columns, schema=schema))
 
+    def _rewrite(self, dimensions: int) -> None:
+        """Write the earlier rows again with the new type of a kept column, because a file has one type per column."""
+        self._writer.close()
+        self._writer = None
+        file = self._part.file
+        with tempfile.TemporaryFile(dir=self._part.path.parent) as earlier:
+            file.seek(0)
+            shutil.copyfileobj(file, earlier)
+            file.seek(0)
+            file.truncate()
+            source = self._arrow.parquet.ParquetFile(earlier)
+            schema = self._make_schema(dimensions)
+            writer = self._get_writer(schema)
+            for number in range(source.num_row_groups):
+                table = source.read_row_group(number)
+                names = [name for name, _ in self._kept.fields]
+                rows = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+                arrays = dict(zip(names, self._kept.make_arrays(rows), strict=True))
+                columns = [arrays.get(name, table[name]) for name in schema.names]
+                writer.write_table(self._arrow.Table.from_arrays(columns, schema=schema))
+
     def _make_schema(self, dimensions: int) -> Any:
         arrow = self._arrow
-        text = [("text", arrow.string())] if self._with_text else []
+        text = [("text", arrow.string())] if self._extras.with_text else []
         vector = ("vector", arrow.list_(arrow.float32(), dimensions))
-        return arrow.schema([("source", arrow.string()), ("line", arrow.int64()), *text, vector])
+        return arrow.schema([("source", arrow.string()), ("line", arrow.int64()), *text, *self._kept.fields, vector])
 
     def _get_writer(self, schema: Any) -> Any:
         if self._writer is None:
@@ -376,11 +424,11 @@ class ParquetSink:
 # --- rows -------------------------------------------------------------------------------------
 
 
-def _describe_passage(passage: Passage, with_text: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"source": passage.source, "line": passage.line}
-    if with_text:
-        fields["text"] = passage.text
-    return fields
+def _encode_json(fields: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a kept value has a lone surrogate, which JSON can only write as an escape
+        return json.dumps(fields).encode()
 
 
 def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
@@ -391,4 +439,4 @@ def _check_dimensions(dimensions: int | None, vectors: Matrix) -> int:
     return found
 
 
-_SINKS: dict[str, Callable[[Path, bool], Sink]] = {".npy": NpySink, ".jsonl": JsonlSink, ".parquet": ParquetSink}
+_SINKS: dict[str, Callable[[Path, Extras], Sink]] = {".npy": NpySink, ".jsonl": JsonlSink, ".parquet": ParquetSink}
