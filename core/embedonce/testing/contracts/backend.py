@@ -977,13 +977,7 @@ class BackendContract(Contract):
             self._store(backend, [1])
 
             async def use(twin: Any) -> None:
-                await twin.get_many([key(1)])
-                found = await read_while_loop_is_blocked(twin, [key(1)])
-                assert found is not None, (
-                    "the twin took a blocked event loop for a timeout: "
-                    "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
-                )
-                self._require_equal(backend, found, {key(1): 1})
+                self._require_equal(backend, await read_while_loop_is_blocked(twin, [key(1)]), {key(1): 1})
 
             run_with_twin(backend, use)
 

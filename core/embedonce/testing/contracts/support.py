@@ -185,8 +185,13 @@ def run_with_twin(backend: Any, use: Callable[[Any], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-async def read_while_loop_is_blocked(twin: Any, keys: Sequence[str]) -> Mapping[str, Any] | None:
-    """Read keys with a timeout of a second while the loop is blocked for longer. Return None if the call timed out."""
+async def read_while_loop_is_blocked(twin: Any, keys: Sequence[str]) -> Mapping[str, Any]:
+    """Read keys with a timeout of a second while another task blocks the loop for longer.
+
+    Raises:
+        AssertionError: the call timed out.
+    """
+    await twin.get_many(keys)  # connects
 
     async def read() -> Mapping[str, Any]:
         async with async_deadline(1.0):
@@ -199,7 +204,10 @@ async def read_while_loop_is_blocked(twin: Any, keys: Sequence[str]) -> Mapping[
     try:
         return await call
     except TimeoutError:
-        return None
+        raise AssertionError(
+            "the twin took a blocked event loop for a timeout: "
+            "use embedonce.event_loops.async_deadline instead of asyncio.timeout"
+        ) from None
 
 
 def kill_while_writing(recipe: Recipe, *, scope: str, batches: int, holds: str, dimensions: Sequence[int]) -> int:
