@@ -42,6 +42,7 @@ from .secrets import (
 )
 from .tables import (
     NOT_IN_PROCESS,
+    OWN_TABLES,
     TIER_NAME,
     CacheTable,
     EmbedTable,
@@ -202,7 +203,7 @@ class _Loader:
         for name, given in self._values.data.items():
             if name in TABLES:
                 continue
-            home = next((table for table, cls in _OWN_TABLES.items() if name in options_of(cls)), None)
+            home = next((table for table, cls in OWN_TABLES.items() if name in options_of(cls)), None)
             meant = find_closest(name, TABLES)
             unknown = f"table {self._document.table(name)}" if is_table(given) else f"key {quote(name)}"
             if home and not is_table(given):
@@ -436,7 +437,7 @@ class _Loader:
         names = [*table.options, *table.tables]
         for key in table.given:
             if key not in names:
-                home = next((name for name, cls in _OWN_TABLES.items() if key in options_of(cls)), None)
+                home = next((name for name, cls in OWN_TABLES.items() if key in options_of(cls)), None)
                 hint = f"; it belongs in {self._document.table(home)}" if home else suggest_key(key, names)
                 self._add_problem((*table.where, key), f"unknown key {quote(key)} in {table.label}{hint}", key=True)
         for option in table.options.values():
@@ -576,15 +577,6 @@ class _Loader:
     def _format_origin(self, where: TomlPath) -> str:
         place = self._document.place(where, key=True)
         return f"{self._document.relative_name}:{place.line}" if place else self._document.source
-
-
-_OWN_TABLES: Mapping[str, type[Any]] = {
-    "cache": CacheTable,
-    "key": KeyTable,
-    "plugins": PluginsTable,
-    "drift": DriftGuard,
-    "embed": EmbedTable,
-}
 
 
 def _format_variable(parts: Sequence[str]) -> str:

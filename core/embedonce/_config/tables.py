@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt
 
 from embedonce._globs import compile_globs
 from embedonce.contracts import Capabilities
+from embedonce.drift import DriftGuard
 from embedonce.keys import Hash
 from embedonce.options import BadValue, Doc, Duration, Parsed
 from embedonce.vectors import Dtype
@@ -174,3 +175,13 @@ def is_in_process(cls: type[Any]) -> bool:
     """Return whether a backend class declares that its entries are private to this process."""
     capabilities = getattr(cls, "capabilities", None)
     return isinstance(capabilities, Capabilities) and capabilities.scope == "process"
+
+
+OWN_TABLES: Mapping[str, type[Any]] = {
+    "cache": CacheTable,
+    "key": KeyTable,
+    "plugins": PluginsTable,
+    "drift": DriftGuard,
+    "embed": EmbedTable,
+}
+"""The tables whose options are the arguments of a class of embedonce, by name."""
