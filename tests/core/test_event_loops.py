@@ -398,7 +398,7 @@ def test_a_hanging_tier_is_left_out_although_the_loop_is_always_blocked(clock: C
     assert [event.cause for event in events if getattr(event, "state", None) == "open"] == ["timeout"]
 
 
-def test_calls_that_hang_together_count_as_one_busy_loop(clock: Clock) -> None:
+def test_calls_that_hang_together_count_as_one_busy_loop(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     backend = TurnsBackend(turns=None)
 
     async def serve() -> None:
@@ -409,6 +409,8 @@ def test_calls_that_hang_together_count_as_one_busy_loop(clock: Clock) -> None:
         await cache.aclose()
 
     clock.run(serve())
+    (message,) = caplog.messages
+    assert message.startswith("tier 'far': other tasks blocked the event loop")
 
 
 def test_an_answer_resets_the_count_of_busy_loops() -> None:

@@ -164,6 +164,12 @@ class BackendCalls:
         if isinstance(error, PartialAnswer) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, LoopBusy) and not breaker.record_busy_loop(error.started):
+            self.warnings.warn(
+                "busy loop",
+                "tier %r: other tasks blocked the event loop, so an answer could not be read in time; run work that "
+                "blocks in a thread, for example with asyncio.to_thread",
+                self.name,
+            )
             return "busy_loop"
         cause = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         if not isinstance(error, TierBusy):
