@@ -4,7 +4,7 @@
     python benchmarks/busy_loop.py --seconds 10
 
 Twenty tasks embed texts whose vectors are in the store. Another task blocks the loop at random for 50 ms to 2 s, and
-then leaves it alone for at most 2 s. So each computed text was paid for twice. In the rows with a paused store, the
+then leaves it alone for at most 0.5 s. So each computed text was paid for twice. In the rows with a paused store, the
 server's process is stopped, and its tier must be skipped.
 """
 
@@ -32,6 +32,8 @@ TEXTS = [f"text {number}" for number in range(400)]
 CALLERS = 20
 SHORTEST, LONGEST = 0.05, 2.0
 """Seconds for which the loop is blocked."""
+PAUSE = 0.5
+"""Maximum number of seconds between two blocks."""
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ async def serve(make_backend: Callable[[], Any], seconds: float) -> list[object]
     async def block() -> None:
         while time.monotonic() < end:
             time.sleep(rng.uniform(SHORTEST, LONGEST))
-            await asyncio.sleep(rng.uniform(0.0, LONGEST))
+            await asyncio.sleep(rng.uniform(0.0, PAUSE))
 
     async with Cache(CountingProvider(), [Tier(make_backend(), name="store", lease="off")]) as cache:
         await asyncio.gather(block(), *(ask(cache) for _ in range(CALLERS)))
