@@ -23,7 +23,7 @@ class LookedUp:
     skipped: int = 0
     seconds: float = 0.0
     cause: str | None = None
-    """Cause of ``errors``: ``"timeout"`` or the exception's class name."""
+    """Cause of ``errors``: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class TierStats:
     """Seconds spent in calls to the tier. If the first tier is a memory tier, its hits of single texts are not
     included, because reading the clock would take as long as such a hit."""
     causes: Mapping[str, int]
-    """Errors by cause: ``"timeout"`` or the exception's class name."""
+    """Errors by cause: ``"timeout"``, ``"busy_loop"`` or the exception's class name."""
     drops: Mapping[str, int]
     """Dropped entries by cause: ``"too large"``, ``"queue full"`` or ``"skipped"`` (the breaker was open)."""
 
