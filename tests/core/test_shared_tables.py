@@ -62,8 +62,8 @@ def test_threads_embed_in_new_tasks_while_others_forget_and_check(many_switches:
             lambda number: cache.fetch([f"{number}"], f"other task {number}"),
             lambda number: cache.for_provider(CountingProvider(model=f"model {number}")).embed("text"),
             lambda number: cache.forget([f"{number} {place}" for place in range(5)]),
-            lambda number: (cache.check(), cache.contents(), cache.stats()),
-            rounds=400,
+            lambda number: cache.stats() if number % 20 else (cache.check(), cache.contents()),  # these list all keys
+            rounds=200,
         )
 
 
