@@ -455,9 +455,8 @@ def test_check_names_a_dead_node_whichever_node_has_the_key(servers: list[Memcac
                 with Cache(CountingProvider(), [tier]) as cache:
                     (report,) = cache.check()
                     assert report.ok
-                    assert (
-                        report.detail == f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
-                    )
+                    shown = f"frames on 2 nodes; {mortal.address} does not answer (ConnectionRefusedError)"
+                    assert report.detail.startswith(shown)
         with open_backend(mortal) as backend:
             tier = Tier(backend, name="shared", timeout=60.0)
             with Cache(CountingProvider(), [tier]) as cache:

@@ -1066,6 +1066,7 @@ def test_the_statements_of_the_documentation_work(postgres_server: Any) -> None:
     assert len(statements) == 5
     with create_database(postgres_server.url, vectors=True) as database:
         database.run("DO $$ BEGIN CREATE ROLE app; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        database.run("CREATE SCHEMA extensions")
         provider = CountingProvider(dimensions=384)
         with open_backend(database.url, table="embedonce") as backend:
             tier = Tier(backend, write="inline", timeout=60, ttl=3600)

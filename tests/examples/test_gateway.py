@@ -60,7 +60,6 @@ restarted  from postgres, # ms
 again      from memory: it was promoted
 WARNING embedonce: provider 'ngram' is failing; using 'fallback:ngram', which has its own vector space
 no model   from provider, in another space: 256 dimensions
-WARNING embedonce: provider 'ngram' is working again
            what is cached is still served: from memory
 no store   from provider, # ms
 no store   from provider, # ms
