@@ -16,6 +16,8 @@ TICK_SECONDS = 0.02
 """Seconds between two checks of whether an event loop is blocked."""
 BUSY_SHARE = 0.2
 """A period does not count if the event loop was blocked for more than this share of it."""
+MIN_LATE_SECONDS = 0.005
+"""Seconds by which a timer must be late to show that the event loop was blocked at the end of a period."""
 
 
 class async_deadline:
@@ -23,7 +25,9 @@ class async_deadline:
 
     The async client of a backend uses it instead of ``asyncio.timeout``. While another task blocks the event loop, no
     reply can be read, even if it has arrived. So a period of ``seconds`` does not count if the loop was blocked for
-    more than a fifth of it. The block then goes on for another period, at most ``graces`` times.
+    more than a fifth of it. The block then goes on for another period, at most ``graces`` times. If the loop was
+    blocked for less than that, but at the end of the period, the block gets these seconds again, so that a reply that
+    has arrived is read.
 
     ``seconds`` of None means no limit. Inside the block, :func:`~embedonce.contracts.time_left` returns the seconds
     that are left of the period.
@@ -73,7 +77,7 @@ class async_deadline:
 
     def compute_seconds_left(self) -> float:
         left = self._end - monotonic()
-        if left <= 0 and self._renew():  # the timer is late as well, because the loop runs this task first
+        if left <= 0 and self._extend():  # the timer is late as well, because the loop runs this task first
             left = self._end - monotonic()
         if left <= 0:
             raise TierTimeout("the tier's timeout has passed")
@@ -81,20 +85,32 @@ class async_deadline:
 
     def _set_timer(self) -> None:
         assert self._seconds is not None
-        self._end = monotonic() + self._seconds
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
+        self._is_extended = False
+        self._call_at(monotonic() + self._seconds)
 
-    def _renew(self) -> bool:
-        """Begin another period if the loop was blocked. Only the loop's thread does this, and only inside the block."""
+    def _call_at(self, end: float) -> None:
+        self._end = end
+        self._timer = asyncio.get_running_loop().call_later(end - monotonic(), self._expire)
+
+    def _extend(self) -> bool:
+        """Allow more time if the loop was blocked. Only the loop's thread does this, and only inside the block."""
         assert self._period is not None
-        if self._has_expired or threading.get_ident() != self._thread or not self._period.renew():
+        if self._has_expired or threading.get_ident() != self._thread:
             return False
+        if self._period.renew():
+            self._timer.cancel()
+            self._set_timer()
+            return True
+        late = monotonic() - self._end
+        if self._is_extended or late < MIN_LATE_SECONDS or self._period.was_blocked():
+            return False
+        self._is_extended = True
         self._timer.cancel()
-        self._set_timer()
+        self._call_at(monotonic() + late)
         return True
 
     def _expire(self) -> None:
-        if not self._renew():
+        if not self._extend():
             self._has_expired = True
             self._task.cancel()
 
