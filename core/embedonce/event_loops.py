@@ -64,13 +64,13 @@ class async_deadline:
             return
         self._timer.cancel()
         self._thread = None  # a task that the block has started may outlive it and has its context
-        was_blocked = self._period.was_blocked()
+        # A timer inside the block, such as the client's own, may fire just after a new period has begun.
+        was_blocked = self._period.was_blocked() if self._has_expired else self._period.was_ever_blocked()
         self._period.__exit__()
         is_late = isinstance(error, TimeoutError)
         if self._has_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             is_late = True  # only the timer has cancelled the task
         if is_late and was_blocked and not isinstance(error, LoopBusy):
-            # Also for a timer inside the block, such as the client's own: it does not know that the loop was blocked.
             raise LoopBusy(self._started) from error
         if is_late and kind is asyncio.CancelledError:
             raise TimeoutError from error
@@ -125,7 +125,7 @@ class Period:
     def __enter__(self) -> Period:
         self._watch = _get_watch()
         self._watch.start()
-        self._before = self._watch.read_blocked_seconds()
+        self._first = self._before = self._watch.read_blocked_seconds()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,6 +133,10 @@ class Period:
 
     def was_blocked(self) -> bool:
         return self._watch.read_blocked_seconds() - self._before > BUSY_SHARE * self._seconds
+
+    def was_ever_blocked(self) -> bool:
+        """Return whether the loop was blocked for that long in all periods together."""
+        return self._watch.read_blocked_seconds() - self._first > BUSY_SHARE * self._seconds
 
     def renew(self) -> bool:
         """Begin another period and return True if this one does not count; return False after the last grace."""

@@ -279,11 +279,12 @@ def test_no_limit(clock: Clock) -> None:
     assert clock.run(call()) == "reply"
 
 
-def test_a_timeout_of_the_client_under_a_blocked_loop_is_a_busy_loop(clock: Clock) -> None:
+@pytest.mark.parametrize("blocked", [0.8, 1.2])  # only the client's timer is due, or both are
+def test_a_timeout_of_the_client_under_a_blocked_loop_is_a_busy_loop(clock: Clock, blocked: float) -> None:
     async def call() -> None:
         async with async_deadline(1.0):
             async with asyncio.timeout(0.5):
-                clock.block(0.8)
+                clock.block(blocked)
                 await asyncio.sleep(0)
                 await asyncio.Event().wait()
 
