@@ -16,6 +16,8 @@ TICK_SECONDS = 0.02
 """Seconds between two checks of whether an event loop is blocked."""
 BUSY_SHARE = 0.2
 """A period does not count if the event loop was blocked for more than this share of it."""
+MIN_LATE_SECONDS = 0.005
+"""Seconds by which a timer must be late to show that the event loop was blocked at the end of a period."""
 
 
 class async_deadline:
@@ -23,7 +25,9 @@ class async_deadline:
 
     The async client of a backend uses it instead of ``asyncio.timeout``. While another task blocks the event loop, no
     reply can be read, even if it has arrived. So a period of ``seconds`` does not count if the loop was blocked for
-    more than a fifth of it. The block then goes on for another period, at most ``graces`` times.
+    more than a fifth of it. The block then goes on for another period, at most ``graces`` times. If the loop was
+    blocked for less than that, but at the end of the period, the block gets these seconds again, so that a reply that
+    has arrived is read.
 
     ``seconds`` of None means no limit. Inside the block, :func:`~embedonce.contracts.time_left` returns the seconds
     that are left of the period.
@@ -60,20 +64,20 @@ class async_deadline:
             return
         self._timer.cancel()
         self._thread = None  # a task that the block has started may outlive it and has its context
-        was_blocked = self._period.was_blocked()
+        # A timer inside the block, such as the client's own, may fire just after a new period has begun.
+        was_blocked = self._period.was_blocked() if self._has_expired else self._period.was_ever_blocked()
         self._period.__exit__()
         is_late = isinstance(error, TimeoutError)
         if self._has_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             is_late = True  # only the timer has cancelled the task
         if is_late and was_blocked and not isinstance(error, LoopBusy):
-            # Also for a timer inside the block, such as the client's own: it does not know that the loop was blocked.
             raise LoopBusy(self._started) from error
         if is_late and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
     def compute_seconds_left(self) -> float:
         left = self._end - monotonic()
-        if left <= 0 and self._renew():  # the timer is late as well, because the loop runs this task first
+        if left <= 0 and self._extend():  # the timer is late as well, because the loop runs this task first
             left = self._end - monotonic()
         if left <= 0:
             raise TierTimeout("the tier's timeout has passed")
@@ -81,20 +85,32 @@ class async_deadline:
 
     def _set_timer(self) -> None:
         assert self._seconds is not None
-        self._end = monotonic() + self._seconds
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
+        self._is_extended = False
+        self._call_at(monotonic() + self._seconds)
 
-    def _renew(self) -> bool:
-        """Begin another period if the loop was blocked. Only the loop's thread does this, and only inside the block."""
+    def _call_at(self, end: float) -> None:
+        self._end = end
+        self._timer = asyncio.get_running_loop().call_later(end - monotonic(), self._expire)
+
+    def _extend(self) -> bool:
+        """Allow more time if the loop was blocked. Only the loop's thread does this, and only inside the block."""
         assert self._period is not None
-        if self._has_expired or threading.get_ident() != self._thread or not self._period.renew():
+        if self._has_expired or threading.get_ident() != self._thread:
             return False
+        if self._period.renew():
+            self._timer.cancel()
+            self._set_timer()
+            return True
+        late = monotonic() - self._end
+        if self._is_extended or late < MIN_LATE_SECONDS or self._period.was_blocked():
+            return False
+        self._is_extended = True
         self._timer.cancel()
-        self._set_timer()
+        self._call_at(monotonic() + late)
         return True
 
     def _expire(self) -> None:
-        if not self._renew():
+        if not self._extend():
             self._has_expired = True
             self._task.cancel()
 
@@ -109,7 +125,7 @@ class Period:
     def __enter__(self) -> Period:
         self._watch = _get_watch()
         self._watch.start()
-        self._before = self._watch.read_blocked_seconds()
+        self._first = self._before = self._watch.read_blocked_seconds()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,6 +133,10 @@ class Period:
 
     def was_blocked(self) -> bool:
         return self._watch.read_blocked_seconds() - self._before > BUSY_SHARE * self._seconds
+
+    def was_ever_blocked(self) -> bool:
+        """Return whether the loop was blocked for that long in all periods together."""
+        return self._watch.read_blocked_seconds() - self._first > BUSY_SHARE * self._seconds
 
     def renew(self) -> bool:
         """Begin another period and return True if this one does not count; return False after the last grace."""

@@ -1,20 +1,22 @@
 """Reads the answers of an endpoint before a vendor's client does.
 
 An answer may be small on the network and unpack to gigabytes, may point to another host, and may repeat a key. The
-hooks of this module make an error of the first two, and remove keys from the third. They are hooks of an httpx client.
+guard makes an error of the first two, and removes keys from the third. It works with the clients of httpx and httpx2.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from embedonce import ProviderError
+from embedonce.event_loops import async_deadline
 
 from ._reasons import CREDENTIALS, HIDDEN
 
@@ -28,6 +30,9 @@ MAX_ERROR_BYTES = 1024 * 1024
 """Bytes that are read of an answer with an error status."""
 MIN_SECRET = 6
 """Number of characters below which a secret is not searched in answers, because ordinary words would be removed."""
+GRACES = 2
+"""How often a step of an async attempt gets its timeout again because other tasks blocked the event loop. Giving the
+attempt up would mean paying for the same texts again."""
 
 ACCEPT_ENCODING = "gzip, deflate"
 """Compressions whose output can be limited while it is read."""
@@ -47,14 +52,14 @@ def expect_vectors(texts: int) -> Iterator[None]:
 
 
 class Guard:
-    """The hooks of a client for one endpoint.
+    """Reads the answers of one endpoint: as a response hook of a blocking client, and in ``send`` of an async client.
 
     Args:
         dimensions: number of dimensions of the vectors, or None if it is not known.
         timeout: maximum number of seconds in which an answer is read.
         list_secrets: function that returns the keys that the endpoint may repeat.
-        raises: whether the hooks raise an error. Otherwise they note it, because the client would repeat the request
-            after an exception. :func:`find_error` then returns the error.
+        raises: whether the guard raises an error. Otherwise it notes the error, because the client would repeat the
+            request after an exception. :func:`find_error` then returns the error.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class Guard:
             ProviderError: the answer is a redirect, is too large, or is compressed in another way than asked for.
         """
         try:
-            body = self._start(response)
+            body = self._start(response, time.monotonic() + self._timeout)
             for chunk in response.stream:
                 body.add(chunk)
         except ProviderError as error:
@@ -87,12 +92,44 @@ class Guard:
             response.close()
             self._set_content(response, body.content)
 
-    async def aread(self, response: Any) -> None:
+    def make_async_client(self, client_class: type[Any], **options: Any) -> Any:
+        """Make an async client, such as an ``httpx.AsyncClient``, whose answers this guard reads.
+
+        The client's own timeouts also end an attempt whose answer has arrived while another task blocked the event
+        loop. So they are replaced: the time until the answer begins and the time to read it are limited to ``timeout``
+        seconds each, and time in which the loop was blocked does not count. The client raises its ``ReadTimeout``.
+        """
+
+        async def send(client: Any, request: Any, *, stream: bool = False, **other: Any) -> Any:
+            request.extensions = {**request.extensions, "timeout": {}}
+            async with self._limit(request):
+                response = await client_class.send(client, request, stream=True, **other)
+            try:
+                await self._aread(response)
+                if not stream:
+                    await response.aread()
+            except BaseException:
+                await response.aclose()
+                raise
+            return response
+
+        return type("GuardedAsyncClient", (client_class,), {"send": send})(**options)
+
+    @asynccontextmanager
+    async def _limit(self, request: Any) -> AsyncGenerator[None, None]:
+        try:
+            async with async_deadline(self._timeout, graces=GRACES):
+                yield
+        except TimeoutError as error:
+            raise _make_timeout(request) from error
+
+    async def _aread(self, response: Any) -> None:
         """Async twin of :meth:`read`."""
         try:
-            body = self._start(response)
-            async for chunk in response.stream:
-                body.add(chunk)
+            body = self._start(response, math.inf)
+            async with self._limit(response.request):
+                async for chunk in response.stream:
+                    body.add(chunk)
         except ProviderError as error:
             await response.aclose()
             self._fail(response, error)
@@ -100,7 +137,7 @@ class Guard:
             await response.aclose()
             self._set_content(response, body.content)
 
-    def _start(self, response: Any) -> _Body:
+    def _start(self, response: Any, end: float) -> _Body:
         status = response.status_code
         if 300 <= status < 400 and "location" in response.headers:
             message = _explain_redirect(response)
@@ -109,7 +146,7 @@ class Guard:
         limit = BASE_BYTES + _texts.get() * self._dimensions * BYTES_PER_NUMBER
         if status >= 400:
             limit = min(limit, MAX_ERROR_BYTES)
-        return _Body(response, limit, time.monotonic() + self._timeout)
+        return _Body(response, limit, end)
 
     def _fail(self, response: Any, error: ProviderError) -> None:
         if self._raises:
@@ -169,8 +206,7 @@ class _Body:
             TimeoutException: the time is over. It is the exception of the response's own package.
         """
         if time.monotonic() > self._end:
-            package = __import__(type(self._response).__module__.partition(".")[0])
-            raise package.ReadTimeout("the answer did not arrive in time", request=self._response.request)
+            raise _make_timeout(self._response.request)
         if self._decoder is not None:
             try:
                 chunk = self._decoder.decompress(chunk, self._limit - self._size + 1)
@@ -192,6 +228,13 @@ class _Body:
         )
 
 
+def _make_timeout(request: Any) -> Exception:
+    """Return a ReadTimeout of the request's own package, which the vendor's client knows."""
+    package = __import__(type(request).__module__.partition(".")[0])
+    error: Exception = package.ReadTimeout("the answer did not arrive in time", request=request)
+    return error
+
+
 def find_error(response: Any) -> ProviderError | None:
     """Return the error that a guard has noted for an answer, or None."""
     extensions = getattr(response, "extensions", None)
@@ -201,14 +244,14 @@ def find_error(response: Any) -> ProviderError | None:
 
 def _explain_redirect(response: Any) -> str:
     """Return a message that names the scheme and the host of a redirect, but no path, query or credentials."""
-    target = urlsplit(urljoin(str(response.request.url), response.headers["location"]))
-    try:
+    place = "an invalid URL"
+    with suppress(ValueError):
+        target = urlsplit(urljoin(str(response.request.url), response.headers["location"]))
+        host = "".join(c for c in target.hostname or "" if c.isprintable())[:100]
         port = "" if target.port is None else f":{target.port}"
-    except ValueError:
-        port = ""
-    host = "".join(c for c in target.hostname or "another place" if c.isprintable())[:100]
+        place = f"{target.scheme[:20]}://{host}{port}" if host else place
     return (
-        f"the endpoint answered with status {response.status_code}, a redirect to {target.scheme[:20]}://{host}{port}. "
+        f"the endpoint answered with status {response.status_code}, a redirect to {place}. "
         "embedonce does not follow it, because texts and keys would go to a place that the configuration does not "
         "name; set base_url to the right URL"
     )

@@ -258,7 +258,7 @@ class GeminiProvider:
                 base_url=self._base_url,
                 headers={"accept-encoding": ACCEPT_ENCODING, **self._headers},
                 httpx_client=http.Client(event_hooks={"response": [self._guard.read]}, **common),
-                httpx_async_client=http.AsyncClient(event_hooks={"response": [self._guard.aread]}, **common),
+                httpx_async_client=self._guard.make_async_client(http.AsyncClient, **common),
                 timeout=max(1, round(self._timeout * 1000)),
                 retry_options=types.HttpRetryOptions(
                     attempts=self._max_retries + 1, max_delay=RETRY_SECONDS, http_status_codes=[NO_STATUS]

@@ -362,15 +362,15 @@ class OpenAIProvider:
         for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):  # the client sends them in headers
             read_key_variable(name)
 
-    def _make_http_client(self, make: Any, hooks: Mapping[str, Any]) -> Any:
-        return make(event_hooks=hooks, auth=self._login, follow_redirects=False)
+    def _http_options(self, hooks: Mapping[str, Any]) -> dict[str, Any]:
+        return {"event_hooks": hooks, "auth": self._login, "follow_redirects": False}
 
     def _make_client(self) -> openai.OpenAI:
         import openai
 
         hooks: dict[str, Any] = {"request": [self._set_headers], "response": [self._guard.read, _stop_retries]}
         options = self._client_options(self._get_token)
-        options["http_client"] = self._make_http_client(openai.DefaultHttpxClient, hooks)
+        options["http_client"] = openai.DefaultHttpxClient(**self._http_options(hooks))
         return openai.OpenAI(**options) if self._azure_endpoint is None else openai.AzureOpenAI(**options)
 
     def _make_async_client(self) -> openai.AsyncOpenAI:
@@ -382,9 +382,11 @@ class OpenAIProvider:
         async def stop_retries(response: Any) -> None:
             _stop_retries(response)
 
-        hooks: dict[str, Any] = {"request": [set_headers], "response": [self._guard.aread, stop_retries]}
+        hooks: dict[str, Any] = {"request": [set_headers], "response": [stop_retries]}
         options = self._client_options(None if self._get_token is None else make_async(self._get_token))
-        options["http_client"] = self._make_http_client(openai.DefaultAsyncHttpxClient, hooks)
+        options["http_client"] = self._guard.make_async_client(
+            openai.DefaultAsyncHttpxClient, **self._http_options(hooks)
+        )
         return openai.AsyncOpenAI(**options) if self._azure_endpoint is None else openai.AsyncAzureOpenAI(**options)
 
     def _set_headers(self, request: Any) -> None:

@@ -148,6 +148,47 @@ def test_a_short_block_excuses_nothing(clock: Clock) -> None:
     clock.run(call())
 
 
+@pytest.mark.parametrize("blocked", [0.11, 0.19])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_reply_that_arrived_before_a_short_block_at_the_end_is_read(clock: Clock, blocked: float, steps: int) -> None:
+    async def call() -> str:
+        async with async_deadline(1.0):
+            await asyncio.sleep(0.9)
+            clock.block(blocked)
+            return await wait_steps(steps)
+
+    assert clock.run(call()) == "reply"
+
+
+def test_a_step_after_a_short_block_at_the_end_has_time_left(clock: Clock) -> None:
+    async def call() -> None:
+        async with async_deadline(1.0):
+            await asyncio.sleep(0.9)
+            clock.block(0.15)
+            assert time_left() == pytest.approx(0.05)
+
+    clock.run(call())
+
+
+def test_a_short_block_at_the_end_is_given_back_once(clock: Clock) -> None:
+    async def hang_beside_short_blocks() -> None:
+        async with async_deadline(1.0):
+            await asyncio.sleep(0.95)
+            clock.block(0.09)
+            await asyncio.sleep(0.03)
+            clock.block(0.05)
+            await asyncio.Event().wait()
+
+    async def call() -> float:
+        start = clock.now
+        with pytest.raises(TimeoutError) as caught:
+            await hang_beside_short_blocks()
+        assert not isinstance(caught.value, LoopBusy)
+        return clock.now - start
+
+    assert clock.run(call()) == pytest.approx(1.12, abs=0.001)
+
+
 def test_more_graces_wait_through_more_blocks(clock: Clock) -> None:
     async def call(graces: int, blocks: int) -> bool:
         answered = asyncio.Event()
@@ -185,8 +226,9 @@ def test_time_left_follows_the_period(clock: Clock) -> None:
 def test_a_deadline_that_a_task_notices_itself_cancels_nothing_later(clock: Clock) -> None:
     async def notice() -> None:
         async with async_deadline(0.25, graces=0):
-            clock.block(0.3)
-            time_left()
+            for _ in range(2):
+                clock.block(0.3)
+                time_left()
 
     async def call() -> str:
         with pytest.raises(TimeoutError):
@@ -237,11 +279,12 @@ def test_no_limit(clock: Clock) -> None:
     assert clock.run(call()) == "reply"
 
 
-def test_a_timeout_of_the_client_under_a_blocked_loop_is_a_busy_loop(clock: Clock) -> None:
+@pytest.mark.parametrize("blocked", [0.8, 1.2])  # only the client's timer is due, or both are
+def test_a_timeout_of_the_client_under_a_blocked_loop_is_a_busy_loop(clock: Clock, blocked: float) -> None:
     async def call() -> None:
         async with async_deadline(1.0):
             async with asyncio.timeout(0.5):
-                clock.block(0.8)
+                clock.block(blocked)
                 await asyncio.sleep(0)
                 await asyncio.Event().wait()
 
