@@ -95,8 +95,9 @@ class Engine:
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # for a fallback, the texts have already been counted
-                self.requests.count(requested, answer.hits)
+            # For a fallback, the texts have already been counted.
+            counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
+            self.requests.count(*counts)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
