@@ -184,7 +184,7 @@ class _Copier:
             self._is_copying = True
             try:
                 self._add_differences(cache.stats(), self._copied[cache])
-            except Exception as error:  # a full disk must not make the call fail
+            except Exception as error:  # noqa: BLE001  (a full disk must not make the call fail)
                 if not self._has_failed:
                     self._has_failed = True
                     log.warning("metrics cannot be written to the folder in %s (%s)", _FOLDER_VARIABLE, error)
