@@ -144,26 +144,24 @@ class Ticket:
     so ``__del__`` ends the call.
     """
 
-    __slots__ = ("_holders", "_in_flight", "number")
+    __slots__ = ("_in_flight", "holders", "number")
 
     def __init__(self, in_flight: InFlight, number: int) -> None:
         self.number = number
         self._in_flight = in_flight
-        self._holders = 1
+        self.holders = 1
 
     def hold(self) -> None:
-        """Add a holder: a computation that may outlive the call."""
-        self._holders += 1
+        """Add a holder: a computation or a write that may outlive the call. Holders may run in several threads."""
+        self._in_flight.hold_call(self)
 
     def release(self) -> None:
-        self._holders -= 1
-        if self._holders == 0:
-            self._in_flight.end_call(self.number)
+        """Remove a holder."""
+        self._in_flight.release_call(self, 1)
 
     def end(self) -> None:
         """Release the ticket for all holders."""
-        self._holders = 0
-        self._in_flight.end_call(self.number)
+        self._in_flight.release_call(self, self.holders)
 
     def __enter__(self) -> Ticket:
         return self
@@ -172,9 +170,7 @@ class Ticket:
         self.release()
 
     def __del__(self) -> None:
-        if self._holders > 0:
-            self._holders = 0
-            self._in_flight.end_call(self.number)
+        self.end()
 
 
 class InFlight:

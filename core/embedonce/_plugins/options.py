@@ -80,7 +80,7 @@ class Option:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the words of a ``Literal`` are the only texts of the type. They are not secret, so they may be shown."""
+        """Whether the only texts of the type are the words of a ``Literal``. They are not secret and may be shown."""
         members = set(_list_members(self.hint))
         return typing.Literal in members and members <= {typing.Literal, type(None), bool, int, float}
 
