@@ -126,7 +126,7 @@ class TierWriter:
             await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
             return unstored
         for chunk in self._calls.split_into_chunks(list(dated)):
-            unstored.update(await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk}))
+            unstored.update(await self._write_inline(port, ticket, {key: dated[key] for key in chunk}))
         return unstored
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
@@ -143,7 +143,7 @@ class TierWriter:
             dated[key] = entry
         return dated
 
-    async def _write_inline(self, port: Port, number: int, entries: Mapping[str, Entry]) -> Collection[str]:
+    async def _write_inline(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry]) -> Collection[str]:
         """Write one chunk while the caller waits, and return the keys that were not stored.
 
         If the write is a probe, make the write in the background instead.
@@ -155,17 +155,30 @@ class TierWriter:
                 raise self._calls.make_skipped_error()
             return entries.keys()
         if admitted == "probe":
-            self._calls.run_in_background(lambda: self._write_unattended(number, entries, probe=True))
+            self._write_probe(ticket, entries)
             return ()
         start = time.perf_counter()
         try:
-            result: WriteResult = await self._calls.call(port, lambda: self._write(number, entries))
+            result: WriteResult = await self._calls.call(port, lambda: self._write(ticket.number, entries))
         except Exception as error:  # noqa: BLE001  (a backend may raise anything)
             result = WriteResult(failed=len(entries), error=error, unstored=entries.keys())
         self._record(result, start)
         if result.error is not None and self._calls.on_error == "raise":
             raise self._calls.make_error(result.error) from result.error
         return result.unstored
+
+    def _write_probe(self, ticket: Ticket, entries: Mapping[str, Entry]) -> None:
+        """Write entries in another thread. The thread holds the ticket, so that erasures still concern the write."""
+
+        def write() -> None:
+            try:
+                self._write_unattended(ticket.number, entries, probe=True)
+            finally:
+                ticket.release()
+
+        ticket.hold()
+        if not self._calls.run_in_background(write):
+            write()  # the interpreter is shutting down, so write in this thread
 
     # --- leases -------------------------------------------------------------------------------
 
