@@ -15,7 +15,7 @@ from .answers import ChainWarning, Explanation, Fetched, Held, ProviderCheck, Pu
 from .contracts import AnyProvider, Backend, Normalizer, Task, Vectors
 from .drift import DriftGuard
 from .errors import ConfigError
-from .events import Event, Stats
+from .events import Computed, Event, Stats, Stored
 from .functions import wrap
 from .keys import NORMALIZERS, KeyPolicy, VectorSpace
 from .tasks import TASKS
@@ -457,6 +457,20 @@ class Cache(Requests):
         If the listener raises, the error is logged, and the listener stays subscribed.
         """
         self._chain.subscribe(listener)
+
+    def _watch_counters(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` when the counters in :meth:`stats` have changed: at the end of a call, and after writes.
+
+        The watcher must not raise. Hits no longer take the fast path, which reports nothing.
+        """
+
+        def watch_writes(event: Event) -> None:
+            # Other events occur within a call. A write, and a computation whose call was cancelled, end after it.
+            if isinstance(event, Stored | Computed):
+                watcher()
+
+        self._chain.engine.requests.watchers.append(watcher)
+        self._chain.subscribe(watch_writes)
 
     @property
     def tiers(self) -> Sequence[str]:

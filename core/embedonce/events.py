@@ -40,12 +40,14 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A provider was called with one chunk of texts."""
+    """A request to a provider ended."""
 
     provider: str
     task: str
     texts: int
+    """Number of texts that got a vector."""
     failed: int = 0
+    """Number of texts that got no vector from this request. If a text is sent again, each failed request counts it."""
     tokens: int | None = None
     seconds: float = 0.0
     fallback: bool = False
@@ -96,6 +98,7 @@ class ProviderStats:
     texts: int
     """Number of texts that the provider embedded, because no tier had them."""
     failed: int
+    """Number of texts that failed in the end. A text that is sent several times counts once."""
     tokens: int
     seconds: float
 

@@ -1,19 +1,32 @@
-"""Prometheus metrics of caches. A scrape reads the caches' counters, so the metrics take no extra time per text.
+"""Prometheus metrics of caches.
+
+A scrape reads the caches' counters, so the metrics take no extra time per text. If the variable
+``PROMETHEUS_MULTIPROC_DIR`` is set, each process also copies its counters into a file, from which
+``prometheus_client.multiprocess.MultiProcessCollector`` sums up the counters of all processes.
 
 pip install 'embedonce[prometheus]'
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from .cache import Cache
+from .errors import ConfigError
 from .events import Stats
 
 try:
-    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, values
     from prometheus_client.core import CounterMetricFamily
+    from prometheus_client.multiprocess import MultiProcessCollector
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ImportError("embedonce.metrics requires prometheus-client: pip install 'embedonce[prometheus]'") from error
@@ -21,12 +34,43 @@ except ImportError as error:
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-_TIER_COUNTERS = {
-    "hits": "Texts found in a tier.",
-    "corrupt": "Damaged or otherwise invalid entries found in a tier.",
-    "skipped": "Texts that were not looked up in a tier, because its breaker was open.",
-    "stored": "Entries written to a tier.",
-}
+log = logging.getLogger("embedonce")
+
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A metric without its values. The full name is ``embed_cache_`` and ``name``."""
+
+    name: str
+    about: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return f"embed_cache_{self.name}"
+
+
+_FAMILIES = (
+    _Family("hits", "Texts found in a tier.", ("tier",)),
+    _Family("corrupt", "Damaged or otherwise invalid entries found in a tier.", ("tier",)),
+    _Family("skipped", "Texts that were not looked up in a tier, because its breaker was open.", ("tier",)),
+    _Family("stored", "Entries written to a tier.", ("tier",)),
+    _Family("errors", "Texts in failed calls to a tier, by cause.", ("tier", "cause")),
+    _Family("dropped", "Entries that were not written to a tier, by cause.", ("tier", "cause")),
+    _Family("tier_seconds", "Seconds spent in calls to a tier.", ("tier",)),
+    _Family("misses", "Texts embedded by a provider."),
+    _Family("shared", "Texts whose vector another call was already computing."),
+    _Family("passed_by", "Calls of a wrapped client that did not use the cache."),
+    _Family("provider_texts", "Texts embedded.", ("provider",)),
+    _Family("provider_failed", "Texts that failed.", ("provider",)),
+    _Family("provider_tokens", "Tokens charged.", ("provider",)),
+    _Family("provider_seconds", "Seconds spent in calls to the provider.", ("provider",)),
+)
+
+_Sample = tuple[str, tuple[str, ...]]
+"""The name of a family, and the values of its labels."""
 
 
 class CacheCollector(Collector):
@@ -54,68 +98,128 @@ class CacheCollector(Collector):
         self._caches = caches
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the counters as they are now."""
-        stats = [cache.stats() for cache in self._caches]
-        for count, about in _TIER_COUNTERS.items():
-            samples = [((name,), getattr(tier, count)) for s in stats for name, tier in s.tiers.items()]
-            yield _sum_samples(count, about, ["tier"], samples)
-        yield _sum_samples(
-            "errors",
-            "Texts in failed calls to a tier, by cause.",
-            ["tier", "cause"],
-            [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.causes.items()],
-        )
-        yield _sum_samples(
-            "dropped",
-            "Entries that were not written to a tier, by cause.",
-            ["tier", "cause"],
-            [((name, cause), n) for s in stats for name, tier in s.tiers.items() for cause, n in tier.drops.items()],
-        )
-        yield _sum_samples(
-            "tier_seconds",
-            "Seconds spent in calls to a tier.",
-            ["tier"],
-            [((name,), tier.seconds) for s in stats for name, tier in s.tiers.items()],
-        )
-        yield _sum_samples("misses", "Texts embedded by a provider.", [], [((), _count_computed(s)) for s in stats])
-        yield _sum_samples(
-            "shared", "Texts whose vector another call was already computing.", [], [((), s.shared) for s in stats]
-        )
-        yield _sum_samples(
-            "passed_by", "Calls of a wrapped client that did not use the cache.", [], [((), s.passed_by) for s in stats]
-        )
-        for count, about in {
-            "texts": "Texts embedded.",
-            "failed": "Texts that failed.",
-            "tokens": "Tokens charged.",
-            "seconds": "Seconds spent in calls to the provider.",
-        }.items():
-            yield _sum_samples(
-                f"provider_{count}",
-                about,
-                ["provider"],
-                [((name,), getattr(p, count)) for s in stats for name, p in s.providers.items()],
-            )
+        """Yield the counters as they are now, of this process alone."""
+        sums: defaultdict[_Sample, float] = defaultdict(float)
+        for cache in self._caches:
+            for sample, value in _list_samples(cache.stats()):
+                sums[sample] += value
+        for family in _FAMILIES:
+            metric = CounterMetricFamily(family.full_name, family.about, labels=family.labels)
+            for (name, labels), value in sums.items():
+                if name == family.name:
+                    metric.add_metric(labels, value)
+            yield metric
 
 
 def register(*caches: Cache, registry: CollectorRegistry = REGISTRY) -> CacheCollector:
-    """Add the caches' counters to a registry (default: the one that ``start_http_server`` serves)."""
+    """Add the caches' counters to a registry (default: the one that ``start_http_server`` serves).
+
+    If ``PROMETHEUS_MULTIPROC_DIR`` was set when ``prometheus_client`` was imported, the counters are also copied into
+    the files of that folder. The registry then has the counters of this process. A registry with a
+    ``MultiProcessCollector`` has the counters of all processes already, so nothing is added to it.
+
+    Raises:
+        ConfigError: ``PROMETHEUS_MULTIPROC_DIR`` is not an existing folder.
+    """
     collector = CacheCollector(*caches)
-    registry.register(collector)
+    if not _is_multiprocess():
+        registry.register(collector)
+        return collector
+    folder = os.environ.get(_FOLDER_VARIABLE) or os.environ.get(_FOLDER_VARIABLE.lower(), "")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{_FOLDER_VARIABLE} must name an existing folder; create it before the first process starts")
+    if not _has_all_processes(registry):
+        registry.register(collector)
+    for cache in caches:
+        _copier.add(cache)
     return collector
 
 
-def _count_computed(stats: Stats) -> int:
-    return sum(provider.texts for provider in stats.providers.values())
+def _is_multiprocess() -> bool:
+    """Return whether ``prometheus_client`` keeps values in files. It decides this when it is imported."""
+    return values.ValueClass is not values.MutexValue
 
 
-def _sum_samples(
-    name: str, about: str, labels: Sequence[str], samples: Sequence[tuple[tuple[str, ...], float]]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"embed_cache_{name}", about, labels=labels)
-    sums: dict[tuple[str, ...], float] = {}
-    for key, value in samples:
-        sums[key] = sums.get(key, 0) + value
-    for key, value in sums.items():
-        family.add_metric(key, value)
-    return family
+def _has_all_processes(registry: CollectorRegistry) -> bool:
+    collectors = list(getattr(registry, "_collector_to_names", ()))  # prometheus_client has no public name for this
+    return any(isinstance(collector, MultiProcessCollector) for collector in collectors)
+
+
+class _Copier:
+    """Copies the counters of caches into counters of ``prometheus_client``, which keeps them in files.
+
+    Each process has one copier, because two counters with the same name would overwrite each other's values in the
+    file. The copier adds differences, so a forked child, whose file is empty, counts only what the child does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # re-entrant, because a signal handler may use the cache
+        self._is_copying = False
+        self._has_failed = False
+        self._counters: dict[str, Counter] = {}
+        self._copied: WeakKeyDictionary[Cache, dict[_Sample, float]] = WeakKeyDictionary()
+        """For each cache, the values that have been copied."""
+        # No other thread may hold a lock of ours or of prometheus_client while the process forks, because nobody would
+        # release the lock in the child.
+        if hasattr(os, "register_at_fork"):
+            release = self._lock.release
+            os.register_at_fork(before=self._lock.acquire, after_in_parent=release, after_in_child=release)
+
+    def add(self, cache: Cache) -> None:
+        """Copy the counters of a cache now and after each change. A cache that was added before is not added again."""
+        with self._lock:
+            if cache in self._copied:
+                return
+            for family in _FAMILIES:
+                if family.name not in self._counters:
+                    self._counters[family.name] = Counter(family.full_name, family.about, family.labels, registry=None)
+            self._copied[cache] = {}
+        self._copy(cache)
+        cache._watch_counters(partial(self._copy, cache))
+
+    def _copy(self, cache: Cache) -> None:
+        with self._lock:
+            if self._is_copying:  # a signal handler has interrupted this method; the next change copies its counts
+                return
+            self._is_copying = True
+            try:
+                self._add_differences(cache.stats(), self._copied[cache])
+            except Exception as error:  # noqa: BLE001  (a full disk must not make the call fail)
+                if not self._has_failed:
+                    self._has_failed = True
+                    log.warning("metrics cannot be written to the folder in %s (%s)", _FOLDER_VARIABLE, error)
+            finally:
+                self._is_copying = False
+
+    def _add_differences(self, stats: Stats, copied: dict[_Sample, float]) -> None:
+        for sample, value in _list_samples(stats):
+            difference = value - copied.get(sample, 0.0)
+            if difference > 0 or sample not in copied:
+                name, labels = sample
+                counter = self._counters[name]
+                copied[sample] = value  # before the counter changes, so that no difference is ever added twice
+                (counter.labels(*labels) if labels else counter).inc(max(difference, 0.0))
+
+
+_copier = _Copier()
+
+
+def _list_samples(stats: Stats) -> Iterator[tuple[_Sample, float]]:
+    """Yield each counter's family and labels, with its value."""
+    for name, tier in stats.tiers.items():
+        for count in ("hits", "corrupt", "skipped", "stored"):
+            yield (count, (name,)), getattr(tier, count)
+        for family, causes in (("errors", tier.causes), ("dropped", tier.drops)):
+            yield from _list_causes(family, name, causes)
+        yield ("tier_seconds", (name,)), tier.seconds
+    yield ("misses", ()), sum(provider.texts for provider in stats.providers.values())
+    yield ("shared", ()), stats.shared
+    yield ("passed_by", ()), stats.passed_by
+    for name, provider in stats.providers.items():
+        for count in ("texts", "failed", "tokens", "seconds"):
+            yield (f"provider_{count}", (name,)), getattr(provider, count)
+
+
+def _list_causes(family: str, tier: str, causes: Mapping[str, int]) -> Iterator[tuple[_Sample, float]]:
+    for cause, count in causes.items():
+        yield (family, (tier, cause)), count

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from embedonce import Embedded, ProviderError
 from embedonce.answer_order import order_by_index
+from embedonce.errors import AnswerIncomplete
 
 from ._reasons import describe_reason
 
@@ -37,6 +38,7 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     A text has None in place of a vector if the endpoint returned null or an embedding that cannot be read.
 
     Raises:
+        AnswerIncomplete: the answer is an error, or does not have one vector for each text.
         ProviderError: the answer is invalid, it does not show which vector belongs to which text, or none of its
             embeddings can be read. The message contains no text and none of the ``secrets``.
     """
@@ -48,7 +50,9 @@ def read_answer(content: bytes, texts: Sequence[str], secrets: Iterable[str | No
     if not isinstance(data, list):
         what = "an error" if isinstance(answer, dict) and answer.get("error") else "no list of vectors"
         reason = describe_reason(answer, texts=texts, secrets=secrets)
-        raise ProviderError(f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}")
+        raise AnswerIncomplete(
+            f"the endpoint's answer has status 200 but contains {what}; nothing was stored{reason}", _read_code(answer)
+        )
     items = [item if isinstance(item, dict) else {} for item in data]
     order = order_by_index([item.get("index") for item in items], len(texts))
     vectors = [_read_vector(items[position].get("embedding")) for position in order]
@@ -72,6 +76,16 @@ def _read_vector(embedding: Any) -> NDArray[Any] | None:
     except ValueError:  # invalid base64, bytes that do not fill the last float32, or lists of different lengths
         return None
     return vector if vector.dtype.kind in "fi" and vector.ndim == 1 else None
+
+
+def _read_code(answer: Any) -> int | str | None:
+    """Return the status or the name of an error that the body of an answer contains, or None if it has none."""
+    for body in (answer.get("error"), answer) if isinstance(answer, dict) else ():
+        for name in ("code", "status", "type") if isinstance(body, dict) else ():
+            code = body.get(name)
+            if isinstance(code, int | str) and not isinstance(code, bool) and code != "":
+                return code
+    return None
 
 
 def _read_tokens(usage: Any) -> int | None:

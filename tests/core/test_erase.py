@@ -49,6 +49,25 @@ def test_forget_removes_from_every_tier_and_from_the_memo(forget: Forget) -> Non
         assert len(entries(far)) == 2
 
 
+@faces
+def test_a_probe_write_that_starts_after_its_call_does_not_store_a_forgotten_text(
+    forget: Forget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = DictBackend(scope="host")
+    with Cache(CountingProvider(), [Tier(far, name="far", write="inline", lease="off")]) as cache:
+        writer = cache._chain.tiers[0].writer
+        waiting: list[Callable[[], None]] = []
+        monkeypatch.setattr(writer.breaker, "admit", lambda: "probe")
+        monkeypatch.setattr(writer._calls, "run_in_background", lambda call: waiting.append(call) or True)
+        cache.embed_batch(["secret", "other"])
+        forget(cache, ["secret"])
+        assert len(waiting) == 1
+        waiting.pop()()
+        assert cache.lookup(["secret", "other"]).sources == [None, "far"]
+        assert not cache._chain.in_flight._calls
+        assert not cache._chain.in_flight._erased
+
+
 def test_forget_of_one_task_leaves_the_other() -> None:
     with Cache(CountingProvider(symmetric=False), [MemoryBackend()]) as cache:
         cache.embed("text", "document")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -15,7 +16,7 @@ from patience import LONG_TIMEOUT, wait_until, wait_until_collected
 
 import embedonce
 import embedonce.config
-from embedonce import Cache, ConfigError, Tier
+from embedonce import Cache, ConfigError, Tier, TierError
 from embedonce._engine import chain, leases
 from embedonce._engine.leases import Leases, lease_key
 from embedonce.keys import LEASE_PREFIX
@@ -143,6 +144,42 @@ def test_when_the_leaders_provider_fails_a_follower_goes_on(asynchronous: bool) 
         with pytest.raises(RuntimeError):
             asyncio.run(one.aembed("a")) if asynchronous else one.embed("a")
         assert (other.embed("a") == follower.inner.vector_of("a")).all()
+
+
+class ReadOnlyStore(DictBackend):
+    """Refuses entries, and accepts leases. It has a limit on the size of an entry, or raises an error."""
+
+    def __init__(self, error: Exception | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.error = error
+
+    def set_many(self, items: Any, ttl: float | None, /) -> None:
+        if self.error is not None and not all(key.startswith(LEASE_PREFIX) for key in items):
+            raise self.error
+        super().set_many(items, ttl)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+@pytest.mark.parametrize("error", [OSError("full"), None], ids=["error", "too large"])
+def test_a_follower_does_not_wait_for_a_vector_that_was_not_stored(
+    error: Exception | None, on_error: Any, asynchronous: bool
+) -> None:
+    """The lease is so long that the test fails if the follower waits for its end."""
+    store = DictBackend()
+
+    def open_cache() -> Any:
+        size = None if error is not None else 100
+        backend = ReadOnlyStore(error, store=store, scope="host", max_value_bytes=size)
+        tier = Tier(backend, name="shared", lease=100 * LONG_TIMEOUT, on_error=on_error)
+        return Cache(CountingProvider(dimensions=64), [tier], max_wait=1e6)
+
+    with open_cache() as one, open_cache() as other:
+        for cache in (one, other):
+            with suppress(TierError):
+                asyncio.run(cache.aembed("a")) if asynchronous else cache.embed("a")
+            assert cache.provider.count["a"] == 1
+    assert find_lease_end(store) == 0.0
 
 
 def test_closing_a_cache_removes_the_leases_of_texts_that_failed() -> None:

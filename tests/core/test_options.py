@@ -352,3 +352,21 @@ def test_what_a_secret_may_contain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_secret_variable("NOT_SET_AT_ALL") is None
     monkeypatch.setenv("SOME_KEY", "hunter2")
     assert read_secret_variable("SOME_KEY") == "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("hint", "is_choice"),
+    [
+        (Literal["low", "high"], True),
+        (Annotated[Literal["low", "high"] | None, Doc("Level.")], True),
+        (Literal["none"] | bool, True),
+        (Literal["auto"] | str, False),
+        (Literal["auto"] | Path, False),
+        (Literal["auto"] | list[str], False),
+        (Literal["auto"] | dict[str, str] | None, False),
+        (str, False),
+    ],
+)
+def test_only_an_option_without_free_text_is_a_choice(hint: Any, is_choice: bool) -> None:
+    """The value of a choice from a variable is shown, because it cannot be a secret."""
+    assert Option("level", hint, None).is_choice == is_choice

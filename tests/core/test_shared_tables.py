@@ -6,13 +6,16 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from patience import LONG_TIMEOUT
 
 from embedonce import Cache, EraseIncomplete, Tier
 from embedonce._engine import flights, requests, running
 from embedonce.testing.fakes import CountingProvider, DictBackend
+from embedonce.testing.faults import FaultyProvider, ProviderFault
 from embedonce.vectors import Block, Entries, Entry, freeze
 from embedonce_backends.memory import MemoryBackend
 
@@ -199,3 +202,38 @@ def test_a_write_that_is_queued_before_erasures_of_other_texts_is_stored(monkeyp
     with in_flight.track_write("far", write.number, write.entries) as permitted:
         assert list(permitted) == ["eo1.a.kept"]
     hanging.release()
+
+
+@pytest.mark.slow
+def test_ten_thousand_providers_leave_no_cards_and_caches_behind() -> None:
+    with Cache(CountingProvider(), [Tier(DictBackend(scope="host"), name="host", write="none")]) as cache:
+        chain = cache._chain
+        for number in range(10_000):
+            with cache.for_provider(CountingProvider(model=f"m{number}")) as other:
+                other._list_scopes()
+            assert len(chain.cards) <= 2 * running.MAX_CARDS
+        del other
+        gc.collect()
+        assert len(chain._caches) == 1
+
+
+@pytest.mark.slow
+def test_ten_thousand_tasks_and_erasures_beside_a_call_that_hangs_leave_bounded_tables() -> None:
+    """Each erasure stays correct: the call that hangs stores no text that was forgotten meanwhile."""
+    provider = FaultyProvider(TaskSpaces(), [ProviderFault("hang", calls={1})])
+    store = DictBackend(scope="host")
+    with Cache(provider, [Tier(store, name="host", lease="off")]) as cache, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(cache.embed_batch, ["forgotten", "kept"])
+        provider.gate.until(1)
+        for number in range(10_000):
+            cache.lookup(["text"], f"task {number}")
+            cache.forget(["forgotten" if number == 0 else f"text {number}"], "document")
+        in_flight = cache._chain.in_flight
+        assert len(cache._routes) <= requests.MAX_ROUTES
+        assert len(cache._other_tasks) <= requests.MAX_TASKS
+        assert in_flight._erased_size <= flights.MAX_ERASED
+        provider.release()
+        slow.result(LONG_TIMEOUT)
+        assert cache.lookup(["forgotten", "kept"]).sources == [None, "host"]
+        assert not in_flight._erased
+        assert not in_flight._erasures

@@ -342,3 +342,36 @@ def test_the_password_of_a_url_is_sent_and_is_in_no_log(
         fetched = embed(make(url, max_retries=0), asynchronous, ["one"])
     assert endpoint.sent[0]["authorization"].startswith("Basic ")
     assert "s3cret-word" not in show(fetched.failed[0]) + caplog.text
+
+
+# --- answers with status 200 that are no vectors --------------------------------------------------
+
+
+BODIES = {
+    "object": {"error": {"message": "cannot embed this input", "type": "invalid_request_error"}},
+    "text": {"error": "cannot embed this input"},
+    "other": {"object": "error", "message": "cannot embed this input", "code": 400},
+    "no data": {"data": None},
+    "no vectors": {"data": []},
+}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_an_error_with_status_200_fails_only_its_text(endpoint: Endpoint, body: Any, asynchronous: bool) -> None:
+    def answer_request(request: bytes) -> Iterator[bytes]:
+        texts = json.loads(request)["input"]
+        yield json.dumps(body).encode() if "bad" in texts else answer(make_openai, len(texts), 4)
+
+    endpoint.chunks = answer_request
+    fetched = embed(make_openai(endpoint.url, encoding_format="float"), asynchronous, ["a", "b", "bad", "c", "d"])
+    assert set(fetched.failed) == {2}
+    assert isinstance(fetched.failed[2], ProviderError)
+
+
+@pytest.mark.parametrize("code", [401, "invalid_api_key", 429])
+def test_an_error_with_status_200_that_concerns_all_texts_is_not_searched(endpoint: Endpoint, code: Any) -> None:
+    endpoint.chunks = lambda _: iter([json.dumps({"error": {"message": "no", "code": code}}).encode()])
+    provider = make_openai(endpoint.url, max_retries=0)
+    assert set(embed(provider, False, ["a", "b", "c", "d"]).failed) == {0, 1, 2, 3}
+    assert len(endpoint.paths) == 1

@@ -58,6 +58,8 @@ class Answer:
     """Names of tiers that failed or were skipped in this call. The call writes nothing to them."""
     failed_keys: dict[str, set[str]] = field(default_factory=dict)
     """Keys whose node or shard failed in this call, by tier. The call does not write these keys to that tier."""
+    unstored: set[str] = field(default_factory=set)
+    """Keys of computed entries that the tier with leases did not store."""
     store_error: TierError | None = None
     """An error of a tier with ``on_error = "raise"``. The call raises this error after writing to the other tiers."""
     _texts_by_key: dict[str, str] | None = None

@@ -39,6 +39,8 @@ class RequestCounters:
         """Number of requested texts whose vector another call was already computing."""
         self.passed_by = 0
         """Number of calls of a wrapped client that did not use the cache."""
+        self.watchers: list[Callable[[], None]] = []
+        """Functions that are called after a change of these counters, which no event reports."""
         self.renew_locks()
 
     def renew_locks(self) -> None:
@@ -49,9 +51,11 @@ class RequestCounters:
         self._lock = threading.RLock()
 
     def count(self, requested: int, found: int) -> None:
+        """Count the texts of a call. The engine calls this at the end of each call, also if the counts are 0."""
         with self._lock:
             self.requested += requested
             self.found += found
+        self._call_watchers()
 
     def read(self) -> tuple[int, int, int, int]:
         """Return ``requested``, ``found``, ``shared`` and ``passed_by``.
@@ -68,6 +72,11 @@ class RequestCounters:
     def count_passed_by(self) -> None:
         with self._lock:
             self.passed_by += 1
+        self._call_watchers()
+
+    def _call_watchers(self) -> None:
+        for watcher in self.watchers:
+            watcher()
 
 
 class Counters:

@@ -24,6 +24,7 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from embedonce.vectors import Entry
 
@@ -104,7 +105,7 @@ class Claims:
     """Flights that other calls are computing."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class PendingWrite:
     """Entries that are being written to a tier, or that are queued for this tier."""
 
@@ -152,18 +153,21 @@ class Ticket:
         self._holders = 1
 
     def hold(self) -> None:
-        """Add a holder: a computation that may outlive the call."""
-        self._holders += 1
+        """Add a holder: a computation or a write that may outlive the call. Holders may run in several threads."""
+        with self._in_flight._lock:
+            self._holders += 1
 
     def release(self) -> None:
-        self._holders -= 1
-        if self._holders == 0:
-            self._in_flight.end_call(self.number)
+        """Remove a holder. The call ends before the last holder is removed, so ``__del__`` completes both."""
+        with self._in_flight._lock:
+            if self._holders <= 1:
+                self._in_flight.end_call(self.number)
+            self._holders -= 1
 
     def end(self) -> None:
         """Release the ticket for all holders."""
-        self._holders = 0
         self._in_flight.end_call(self.number)
+        self._holders = 0
 
     def __enter__(self) -> Ticket:
         return self
@@ -172,9 +176,8 @@ class Ticket:
         self.release()
 
     def __del__(self) -> None:
-        if self._holders > 0:
-            self._holders = 0
-            self._in_flight.end_call(self.number)
+        if getattr(self, "_holders", 0) > 0:  # Ctrl-C may even interrupt ``__init__``
+            self.end()
 
 
 class InFlight:
@@ -199,7 +202,8 @@ class InFlight:
         self._erased_prefixes: dict[str, tuple[Erasure, ...]] = {}
         self._erased_size = 0  # keys and prefixes of finished erasures
         self._may_not_store = 0  # calls with tickets up to this number store nothing, see MAX_ERASED
-        self._writing: set[PendingWrite] = set()
+        # Weak, because Ctrl-C may interrupt a write at a line after which nothing removes the write from the set.
+        self._writing: WeakSet[PendingWrite] = WeakSet()
         self._queues: dict[str, deque[PendingWrite]] = {}
         self._queued: dict[str, int] = {}
 

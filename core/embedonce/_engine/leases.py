@@ -5,9 +5,9 @@ lease of a text computes the text's vector and writes the vector inline. The oth
 vector is there or the lease is free.
 
 A lease lasts only a few seconds, so that the other processes soon go on if its process is killed. While the process
-computes, a thread renews the lease. If the computation fails, the same thread removes the lease. If it succeeds, the
-lease is left to expire, because the tier needs no further call then, and because a process that read the tier just
-before the write cannot take the lease and compute the vector again.
+computes, a thread renews the lease. If the computation fails, or the tier does not store the vector, the same thread
+removes the lease. Otherwise the lease is left to expire, because the tier needs no further call then, and because a
+process that read the tier just before the write cannot take the lease and compute the vector again.
 
 Without leases, results are still correct, but several processes may embed the same text. While the tier fails, no
 process can take a lease. Each process then embeds all of its missing texts itself.
@@ -57,6 +57,8 @@ class _Active(NamedTuple):
     since: float
     """Monotonic time at which the lease was taken or renewed."""
     flight: Flight
+    is_useless: bool = False
+    """Whether the vector was computed but not stored, so that other processes would wait for it in vain."""
 
 
 class Leases:
@@ -135,18 +137,24 @@ class Leases:
 
     # --- renewing and removing ------------------------------------------------------------------
 
-    def end(self, flights: Mapping[str, Flight]) -> None:
-        """Stop renewing the leases of flights that have landed. The thread removes the leases of the other flights."""
+    def end(self, flights: Mapping[str, Flight], unstored: Collection[str] = ()) -> None:
+        """Stop renewing the leases of flights that have landed. The thread removes the leases of the other flights.
+
+        The thread also removes the leases of flights whose entries are ``unstored``.
+        """
         with self._lock:
             for key, flight in flights.items():
-                if flight.entry is not None:
-                    self._active.pop(key, None)
+                lease = self._active.get(key)
+                if lease is not None and key in unstored:
+                    self._active[key] = lease._replace(is_useless=True)
+                elif lease is not None and flight.entry is not None and not lease.is_useless:
+                    del self._active[key]
             is_any_left = not self._active.keys().isdisjoint(flights)
         if is_any_left:
             self._wake.set()
 
     def finish(self) -> None:
-        """Remove the leases of flights that have failed, before the tier is closed."""
+        """Remove the leases of flights that have failed or were not stored, before the tier is closed."""
         self._tend()
 
     def _start_thread(self) -> None:
@@ -183,11 +191,11 @@ class Leases:
         due: list[str] = []
         with self._lock:
             now = time.monotonic()
-            for key, (since, flight) in list(self._active.items()):
+            for key, (since, flight, is_useless) in list(self._active.items()):
                 is_ours = now < since + SURE_FOR * self._seconds
-                if flight.entry is not None or not is_ours:
+                if not is_ours or (flight.entry is not None and not is_useless):
                     del self._active[key]
-                elif flight.error is not None or self._in_flight.is_abandoned(flight):
+                elif is_useless or flight.error is not None or self._in_flight.is_abandoned(flight):
                     del self._active[key]
                     self._held.pop(key, None)
                     failed.append(key)

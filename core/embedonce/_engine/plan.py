@@ -95,8 +95,9 @@ class Engine:
             if answer.store_error is not None:
                 raise answer.store_error
         finally:
-            if not answer.route.source.fallback:  # for a fallback, the texts have already been counted
-                self.requests.count(requested, answer.hits)
+            # For a fallback, the texts have already been counted.
+            counts = (0, 0) if answer.route.source.fallback else (requested, answer.hits)
+            self.requests.count(*counts)
 
     can_change_space = False
     """Whether :meth:`find_current_route` may return a route to another vector space."""
@@ -203,9 +204,14 @@ class Engine:
                 failed = answer.failed_keys.get(tier.name)
                 writable = entries if not failed else {k: e for k, e in entries.items() if k not in failed}
                 try:
-                    await tier.store(call.port, call.ticket, writable, answer.preview, wait_for_room=wait_for_room)
+                    unstored = await tier.store(
+                        call.port, call.ticket, writable, answer.preview, wait_for_room=wait_for_room
+                    )
                 except TierError as error:
                     answer.store_error = error
+                    unstored = set(writable)
+                if self.leases is not None and tier is self.leases.tier:
+                    answer.unstored.update(unstored)
 
     # --- flights ------------------------------------------------------------------------------
 
@@ -336,9 +342,9 @@ class Engine:
     async def _compute_leased(
         self, call: Call, flights: dict[str, Flight], texts: Mapping[str, str], patience: Patience, *, leases: Leases
     ) -> None:
-        """Compute a chunk whose leases we have. If texts fail, other processes get their leases at once."""
+        """Compute a chunk whose leases we have. Release the leases of texts that fail or are not stored."""
         await self._compute_chunk(call, flights, texts, patience)
-        leases.end(flights)
+        leases.end(flights, unstored=call.answer.unstored)
 
     async def _poll(self, call: Call, theirs: dict[str, Flight], texts: Mapping[str, str], leases: Leases) -> None:
         """Wait for vectors that other processes compute. Compute those whose leases become free."""

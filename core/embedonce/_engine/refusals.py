@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from embedonce.errors import EmbedonceError, ReplayMiss, TextError, TextRefused
+from embedonce.errors import AnswerIncomplete, EmbedonceError, ProviderError, ReplayMiss, TextError, TextRefused
 
 from .durations import parse_duration
 
@@ -99,15 +99,16 @@ _RETRY_TEXT = re.compile(
 )
 
 
-def find_cause(error: Exception, texts: Iterable[str] = ()) -> Cause:
+def find_cause(error: Exception, texts: Sequence[str] = ()) -> Cause:
     """Return the likely cause of a failed request. An error that says nothing may be about a text.
 
     ``texts`` are those of the request. A server may repeat a text in its message, where it must not be read.
     """
     if isinstance(error, TextRefused | TextError | ReplayMiss):
         return "text"
-    if isinstance(error, EmbedonceError):
-        return "call"
+    if isinstance(error, EmbedonceError) and not isinstance(error, AnswerIncomplete):
+        # An invalid answer to a single text says nothing about the other texts.
+        return "text" if type(error) is ProviderError and len(texts) == 1 else "call"
     status = read_status(error)
     names = [kind.__name__ for wrapped in _unwrap(error) for kind in type(wrapped).__mro__]
     if status == 429 or (status is None and any(map(_RATE_NAME.search, names))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class WriteResult:
     failed: int = 0
     error: Exception | None = None
     """The error of the failed entries, or None if no entry failed."""
+    unstored: Collection[str] = ()
+    """Keys of the entries that were refused or failed."""
 
 
 class TierWriter:
@@ -107,8 +109,8 @@ class TierWriter:
         preview_of: Callable[[str], str],
         *,
         wait_for_room: bool,
-    ) -> None:
-        """Write entries in this tier's write mode.
+    ) -> set[str]:
+        """Write entries in this tier's write mode. Return the keys that an inline write did not store.
 
         ``preview_of`` returns the start of a key's text; it is called only if the tier stores previews.
         ``wait_for_room`` decides what happens when the queue of background writes is full: see :meth:`_enqueue`.
@@ -116,14 +118,16 @@ class TierWriter:
         Raises:
             TierError: an inline write failed and the tier's ``on_error`` is ``"raise"``.
         """
+        unstored: set[str] = set()
         if self.mode == "none" or not entries:
-            return
+            return unstored
         dated = self._set_expiry(self._codec.add_previews(entries, preview_of))
         if self.mode == "background":
             await self._enqueue(port, ticket, dated, wait_for_room=wait_for_room)
-            return
+            return unstored
         for chunk in self._calls.split_into_chunks(list(dated)):
-            await self._write_inline(port, ticket.number, {key: dated[key] for key in chunk})
+            unstored.update(await self._write_inline(port, ticket, {key: dated[key] for key in chunk}))
+        return unstored
 
     def _set_expiry(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
         """Return the entries. Each expires on its own date or at the end of this tier's TTL, whichever is earlier."""
@@ -139,25 +143,42 @@ class TierWriter:
             dated[key] = entry
         return dated
 
-    async def _write_inline(self, port: Port, number: int, entries: Mapping[str, Entry]) -> None:
-        """Write one chunk while the caller waits. If the write is a probe, make the write in the background instead."""
+    async def _write_inline(self, port: Port, ticket: Ticket, entries: Mapping[str, Entry]) -> Collection[str]:
+        """Write one chunk while the caller waits, and return the keys that were not stored.
+
+        If the write is a probe, make the write in the background instead.
+        """
         admitted = self.breaker.admit()
         if admitted == "skip":
             self._count(0, dropped=len(entries), cause="skipped")
             if self._calls.on_error == "raise":
                 raise self._calls.make_skipped_error()
-            return
+            return entries.keys()
         if admitted == "probe":
-            self._calls.run_in_background(lambda: self._write_unattended(number, entries, probe=True))
-            return
+            self._write_probe(ticket, entries)
+            return ()
         start = time.perf_counter()
         try:
-            result: WriteResult = await self._calls.call(port, lambda: self._write(number, entries))
+            result: WriteResult = await self._calls.call(port, lambda: self._write(ticket.number, entries))
         except Exception as error:  # noqa: BLE001  (a backend may raise anything)
-            result = WriteResult(failed=len(entries), error=error)
+            result = WriteResult(failed=len(entries), error=error, unstored=entries.keys())
         self._record(result, start)
         if result.error is not None and self._calls.on_error == "raise":
             raise self._calls.make_error(result.error) from result.error
+        return result.unstored
+
+    def _write_probe(self, ticket: Ticket, entries: Mapping[str, Entry]) -> None:
+        """Write entries in another thread. The thread holds the ticket, so that erasures still concern the write."""
+
+        def write() -> None:
+            try:
+                self._write_unattended(ticket.number, entries, probe=True)
+            finally:
+                ticket.release()
+
+        ticket.hold()
+        if not self._calls.run_in_background(write):
+            write()  # the interpreter is shutting down, so write in this thread
 
     # --- leases -------------------------------------------------------------------------------
 
@@ -244,7 +265,8 @@ class TierWriter:
                 problem = error
                 failed, _ = split_partial(list(values), error, object)
         self._write_cards(entries)
-        return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem)
+        unstored = {*failed, *(entries.keys() - values.keys())}
+        return WriteResult(len(values) - len(failed), len(entries) - len(values), len(failed), problem, unstored)
 
     def _record(self, result: WriteResult, start: float, *, probe: bool = False) -> str | None:
         """Tell the breaker and the counters the result of a write. Return why some entries were not stored, or None."""

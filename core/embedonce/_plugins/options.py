@@ -80,8 +80,9 @@ class Option:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the type includes a ``Literal``. The words of a ``Literal`` are not secret, so they may be shown."""
-        return typing.Literal in _list_members(self.hint)
+        """Whether the only texts of the type are the words of a ``Literal``. They are not secret and may be shown."""
+        members = set(_list_members(self.hint))
+        return typing.Literal in members and members <= {typing.Literal, type(None), bool, int, float}
 
     def check(self, value: Any) -> Any:
         """Return ``value`` converted to the option's type.
