@@ -30,8 +30,8 @@ embedonce check --provider
 
 embedonce check --config production.toml --json
 
-A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer or does not store the
-probe, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
+A probe is written to each tier, read, and deleted. The exit code is 1 if a tier does not answer, if one of these steps
+fails, or if the provider's API key is missing. The provider is called only with --provider, because a call may cost
 money. Warnings about the chain and about broken plugins do not change the exit code.
 """
 CONFIG_EPILOG = """
@@ -139,7 +139,7 @@ def check(
     unwritten = [check.tier for check in checks if check.writes is False]
     for verb, tiers in (
         ("did not answer", [tier for tier in failed_tiers if tier not in unwritten]),
-        ("cannot be written to", unwritten),
+        ("failed to store, return or delete a probe", unwritten),
     ):
         if tiers:
             say(f"error: {format_count(len(tiers), 'tier')} {verb}: {', '.join(tiers)}")
