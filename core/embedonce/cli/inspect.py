@@ -14,7 +14,7 @@ import typer
 from embedonce._config.secrets import HIDDEN
 from embedonce._messages import format_count, quote
 
-from .options import ConfigOption, JsonOption, TaskOption, read_stdin
+from .options import ConfigOption, JsonOption, TaskOption, TextArgument, read_stdin
 from .output import FAILED, Refused, emit, format_date, format_value, make_table, say, say_excerpt, show
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _format_dimensions(space: Mapping[str, Any]) -> str:
 
 
 def explain(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text.", show_default=False)] = None,
+    text: TextArgument = None,
     stdin: Annotated[bool, typer.Option("--stdin", help="Read the text from standard input.")] = False,
     task: TaskOption = "document",
     config: ConfigOption = None,
