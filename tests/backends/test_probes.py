@@ -131,3 +131,15 @@ def test_a_tier_that_only_claims_to_delete_fails_the_check() -> None:
         (check,) = cache.check()
     assert (check.ok, check.writes) == (False, False)
     assert check.detail == "a probe that was deleted can still be read"
+
+
+def test_a_scope_that_is_too_large_to_measure_says_so() -> None:
+    tier = Tier(DictBackend(scope="network"), timeout=PATIENT, write="inline")
+    with Cache(NgramProvider(dimensions=8), [tier]) as cache:
+        cache.embed_batch([str(number) for number in range(1024)])
+        (held,) = cache.contents()
+        assert (held.unmeasured, held.bytes is None) == (None, False)
+        cache.embed("one more")
+        (held,) = cache.contents()
+    assert held.unmeasured == "more than 1,024 entries, and its backend cannot measure"
+    assert (held.bytes, held.oldest, held.newest, held.entries, held.dimensions) == (None, None, None, 1025, 8)

@@ -279,6 +279,8 @@ def stats(config: ConfigOption = None, json: JsonOption = False) -> None:
         for tier, folder in folders.items():
             write_line(f"{tier}  {folder}")
         show(_make_contents_table(held) if held else "The tiers are empty.")
+    for tier, reason in dict.fromkeys((one.tier, one.unmeasured) for one in held if one.unmeasured):
+        say(f"note: tier {tier!r}: bytes and dates not measured: {reason}")
     for tier, error in errors.items():
         say(f"tier {tier!r}: {error}")
     if errors:
