@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from typer.testing import CliRunner
 
+import embedonce
 from embedonce import Cache, Tier
 from embedonce.answers import TierCheck
+from embedonce.cli import app
 from embedonce.encryption import Encryption
 from embedonce.testing import DictBackend
 from embedonce_providers.ngram import NgramProvider
@@ -143,3 +148,21 @@ def test_a_scope_that_is_too_large_to_measure_says_so() -> None:
         (held,) = cache.contents()
     assert held.unmeasured == "more than 1,024 entries, and its backend cannot measure"
     assert (held.bytes, held.oldest, held.newest, held.entries, held.dimensions) == (None, None, None, 1025, 8)
+
+
+def test_stats_says_that_a_scope_was_not_measured(
+    redis_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("embedonce.toml").write_text(
+        '[provider]\ntype = "ngram"\ndimensions = 8\n\n[[tiers]]\ntype = "redis"\nname = "far"\n'
+        f'url = "{redis_server.url}"\nprefix = "large:"\nwrite = "inline"\ntimeout = "60s"\n'
+    )
+    with embedonce.open() as cache:
+        cache.embed_batch([str(number) for number in range(1025)])
+    shown = CliRunner().invoke(app, ["stats"])
+    assert shown.exit_code == 0, shown.stderr
+    expected = "more than 1,024 entries, and its backend cannot measure"
+    assert f"note: tier 'far': bytes and dates not measured: {expected}\n" in shown.stderr
+    (held,) = json.loads(CliRunner().invoke(app, ["stats", "--json"]).stdout)["held"]
+    assert (held["unmeasured"], held["bytes"]) == (expected, None)

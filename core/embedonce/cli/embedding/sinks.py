@@ -2,9 +2,9 @@
 
 Only a regular file is ever replaced. A ``.npy`` matrix and its index are both complete and on the disk before the
 first rename. The earlier index is set aside first; then the matrix is renamed, and the index right after. So an index
-never lies beside the matrix of another run, even after a ``kill -9``: between the renames there is no index. If an error
-or a signal occurs there, the earlier matrix and index are restored. The earlier matrix is never removed before the new
-matrix is in place.
+never lies beside the matrix of another run, even after a ``kill -9``: between the renames, there is no index. If an
+error or a signal occurs there, the earlier matrix and index are restored. The earlier matrix is never removed before
+the new matrix is in place.
 
 =========  ==================================================================================
 .npy       float32, shape (rows, dimensions); line i of ``NAME.index.jsonl`` describes row i
